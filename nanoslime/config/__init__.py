@@ -1,0 +1,24 @@
+"""Every knob of a run, by subject. Torch-free; validated where the user is, on the login node."""
+
+from nanoslime.config.algorithm import AlgorithmConfig, GRPOConfig
+from nanoslime.config.cluster import ClusterConfig
+from nanoslime.config.model import DataConfig, ModelConfig, RehearsalConfig
+from nanoslime.config.rollout import EvalConfig, RolloutConfig, WeightSyncConfig
+from nanoslime.config.run import RunConfig
+from nanoslime.config.training import CheckpointConfig, TrackingConfig, TrainingConfig
+
+__all__ = [
+    "AlgorithmConfig",
+    "CheckpointConfig",
+    "ClusterConfig",
+    "DataConfig",
+    "EvalConfig",
+    "GRPOConfig",
+    "ModelConfig",
+    "RehearsalConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "TrackingConfig",
+    "TrainingConfig",
+    "WeightSyncConfig",
+]

@@ -1,0 +1,59 @@
+"""A cluster or one machine: what a node has, how jobs are asked for, where runs live. One YAML file each (env/clusters/)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from nanoslime.config.base import knobs
+
+
+@knobs
+class ClusterConfig:
+    name: str = "local"
+    nodes: int = Field(default=1, ge=1)
+    rollout_nodes: int | None = None
+    """Nodes that hold engines only; default: half of the nodes (rounded down), 0 with one node."""
+    gpus_per_node: int = Field(default=0, ge=0)
+    """0: a CPU cluster; the trainers then run on gloo and SGLang by its CPU recipe."""
+    slots_per_node: int = Field(default=2, ge=1)
+    """Ranks or engines per node where there are no GPUs."""
+    engine_gpus: int | None = None
+    """With one node: GPUs (or slots) of it that the engines take; default half, at least one each side."""
+    gpu_memory_gib: float = 80.0
+    cpus_per_node: int | None = None
+    memory_per_node: str = ""
+    """As sbatch --mem takes it; empty: the site's default."""
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""
+    reservation: str = ""
+    time_limit_min: int = Field(default=240, ge=1)
+    signal_lead_s: int = Field(default=300, ge=30)
+    """Seconds before the time limit at which the job is told to commit and requeue."""
+    max_requeues: int = 10
+    extra_sbatch: dict[str, str] = Field(default_factory=dict)
+    """Further sbatch options, without the leading dashes."""
+    setup: list[str] = Field(default_factory=list)
+    """Shell lines run before the job step (module load ...)."""
+    env: dict[str, str] = Field(default_factory=dict)
+    """Environment of the job (NCCL_IB_HCA ...). Never secrets."""
+    network_interface: str = ""
+    """Interface whose address a node publishes and NCCL and gloo use; empty: that of the default route."""
+    run_root: str = ""
+    venv: str = ""
+    """Virtual environment of the compute nodes; empty: the one that submits."""
+    submit: Literal["submitit", "sbatch"] = "submitit"
+    ray_start_deadline_s: float = 300.0
+    node_join_deadline_s: float = 300.0
+
+    @property
+    def slots(self) -> int:
+        """GPUs of a node, or CPU slots where it has none."""
+        return self.gpus_per_node or self.slots_per_node
+
+    @property
+    def device(self) -> Literal["cuda", "cpu"]:
+        return "cuda" if self.gpus_per_node else "cpu"

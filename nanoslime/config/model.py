@@ -1,0 +1,48 @@
+"""Which model is trained. Its shape comes from the checkpoint's config.json, never from flags."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from nanoslime.config.base import knobs
+
+
+@knobs
+class ModelConfig:
+    hf_checkpoint: str = ""
+    """Directory of a Hugging Face checkpoint, or a hub id; submission resolves an id to a local snapshot path."""
+    revision: str = ""
+    """Commit of the hub snapshot; filled in at submission."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Compute dtype of trainers and engines. Main parameters, gradients and optimizer state are float32 in any case."""
+    trust_remote_code: bool = False
+
+
+@knobs
+class RehearsalConfig:
+    """The tiny model and digits task that a run makes for itself, in place of a checkpoint and prompt files."""
+
+    enabled: bool = False
+    task: str = "reverse"
+    target_reward: float = 0.4
+    """The supervised warm start ends when sampled exact match reaches this."""
+    num_held_out: int = 400
+    seed: int = 0
+
+
+@knobs
+class DataConfig:
+    prompts: str = ""
+    """JSONL or parquet file of training prompts."""
+    eval_prompts: str = ""
+    prompt_key: str = "prompt"
+    label_key: str = "label"
+    chat_template: Literal["auto", "on", "off"] = "auto"
+    """auto: apply the tokenizer's chat template where it has one."""
+    system_prompt: str = ""
+    max_prompt_tokens: int = 1024
+    over_long: Literal["error", "skip"] = "error"
+    """What to do with a prompt of more than max_prompt_tokens."""
+    shuffle: bool = True
+    reward: str = "exact_match"
+    """A name of the reward table, or "package.module:function"."""

@@ -1,0 +1,53 @@
+"""How samples are drawn: prompts per rollout, sampling parameters, engines."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from nanoslime.config.base import knobs
+
+
+@knobs
+class RolloutConfig:
+    num_rollout: int = Field(default=100, ge=0)
+    """Rollouts of the run: sample, train, sync weights."""
+    rollout_batch_size: int = Field(default=32, ge=1)
+    """Prompts per rollout."""
+    n_samples_per_prompt: int = Field(default=8, ge=1)
+    max_new_tokens: int = Field(default=1024, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = -1
+    engine: Literal["sglang", "embedded"] = "sglang"
+    """embedded: transformers in process, for machines without SGLang and for tests."""
+    engine_tp_size: int = Field(default=1, ge=1)
+    """GPUs per engine."""
+    router: Literal["least_inflight", "sglang"] = "least_inflight"
+    sglang: dict[str, Any] = Field(default_factory=dict)
+    """SGLang server options as written there (mem_fraction_static: 0.8)."""
+    start_deadline_s: float = 600.0
+    request_deadline_s: float = 1800.0
+
+
+@knobs
+class WeightSyncConfig:
+    transport: Literal["auto", "broadcast", "disk", "in_process"] = "auto"
+    """auto: in_process for an embedded engine beside a one-rank trainer, disk for any other embedded one, else broadcast."""
+    bucket_bytes: int = Field(default=512 << 20, ge=1)
+    deadline_s: float = 300.0
+
+
+@knobs
+class EvalConfig:
+    interval: int = Field(default=0, ge=0)
+    """Evaluate on eval_prompts after every so many rollouts; 0: only before the first and after the last."""
+    n_samples_per_prompt: int = Field(default=1, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    max_prompts: int = Field(default=0, ge=0)
+    """0: all."""
+    seed: int = 0
+
+    def due(self, step: int, num_rollout: int) -> bool:
+        return step + 1 == num_rollout or bool(self.interval) and (step + 1) % self.interval == 0

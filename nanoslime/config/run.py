@@ -1,0 +1,38 @@
+"""The whole configuration of one run, as it is written to the run directory and read by every process of it."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from nanoslime.config.algorithm import AlgorithmConfig
+from nanoslime.config.base import knobs
+from nanoslime.config.cluster import ClusterConfig
+from nanoslime.config.model import DataConfig, ModelConfig, RehearsalConfig
+from nanoslime.config.rollout import EvalConfig, RolloutConfig, WeightSyncConfig
+from nanoslime.config.training import CheckpointConfig, TrackingConfig, TrainingConfig
+
+
+@knobs
+class RunConfig:
+    name: str = "run"
+    seed: int = 0
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    rehearsal: RehearsalConfig = Field(default_factory=RehearsalConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    weight_sync: WeightSyncConfig = Field(default_factory=WeightSyncConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+
+    @model_validator(mode="after")
+    def _steps_divide_batch(self) -> RunConfig:
+        steps, prompts = self.training.num_steps_per_rollout, self.rollout.rollout_batch_size
+        if prompts % steps:
+            raise ValueError(
+                f"training.num_steps_per_rollout={steps} does not divide rollout.rollout_batch_size={prompts}"
+            )
+        return self

@@ -1,0 +1,65 @@
+"""Trainer knobs: backend, parallel sizes, optimizer, micro-batches, checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from nanoslime.config.base import knobs
+
+
+@knobs
+class TrainingConfig:
+    backend: Literal["megatron", "fsdp"] = "megatron"
+    num_gpus: int | None = Field(default=None, ge=1)
+    """Trainer ranks of `python -m nanoslime.train`; a submitted job derives them from its nodes."""
+    tp_size: int = Field(default=1, ge=1)
+    pp_size: int = Field(default=1, ge=1)
+    cp_size: int = Field(default=1, ge=1)
+    ep_size: int = Field(default=1, ge=1)
+    sequence_parallel: bool = False
+    lr: float = Field(default=1e-6, ge=0)
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lr_warmup_steps: int = Field(default=0, ge=0)
+    min_lr: float = Field(default=0.0, ge=0)
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.98
+    adam_eps: float = 1e-8
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_grad: float = Field(default=1.0, ge=0)
+    """Global gradient norm; 0: no clipping."""
+    num_steps_per_rollout: int = Field(default=1, ge=1)
+    """Optimizer steps per rollout, each over its share of the groups."""
+    max_tokens_per_microbatch: int = Field(default=8192, ge=1)
+    """Token budget of a packed micro-batch; a longer sequence goes alone."""
+    recompute: bool = False
+    distributed_optimizer: bool = True
+    megatron: dict[str, Any] = Field(default_factory=dict)
+    """Fields of megatron-core's TransformerConfig as written there."""
+    collective_deadline_s: float = 600.0
+    start_deadline_s: float = 600.0
+
+
+@knobs
+class CheckpointConfig:
+    interval: int = Field(default=0, ge=0)
+    """Commit a checkpoint after every so many rollouts; 0: only at the end and when the job must stop."""
+    keep_last: int = Field(default=2, ge=1)
+    keep_every: int = Field(default=0, ge=0)
+    """Keep for good those whose step is a multiple; 0: none."""
+    keep_best: bool = False
+    """Keep the one with the best evaluation reward."""
+    export_hf: bool = True
+    """Write a Hugging Face checkpoint at the end."""
+
+    def due(self, step: int, num_rollout: int) -> bool:
+        return step + 1 == num_rollout or bool(self.interval) and (step + 1) % self.interval == 0
+
+
+@knobs
+class TrackingConfig:
+    use_tensorboard: bool = True
+    use_wandb: bool = False
+    wandb_project: str = "nanoslime"
+    wandb_mode: Literal["offline", "online"] = "offline"

@@ -1,0 +1,141 @@
+"""The nouns that pass between rooms before anything becomes a tensor: prompts, samples, groups, and the engine protocol.
+
+One token axis `[T]` with a mask serves for everything; there is no second axis of response lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+
+class Status(StrEnum):
+    COMPLETED = "completed"  # the model ended its answer
+    TRUNCATED = "truncated"  # the token limit ended it
+    ABORTED = "aborted"  # the engine or a pause ended it
+    ERROR = "error"  # no usable tokens; Sample.error says why
+
+
+class RunError(RuntimeError):
+    """An expected way for a run to fail: one clear line (value, place, way out), shown without a traceback."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One line of the prompt file, already tokenized."""
+
+    prompt_id: int  # position in the file, stable over shuffles
+    token_ids: np.ndarray  # int32 [P], P >= 1
+    text: str
+    label: Any
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, slots=True)
+class Sample:
+    """One sampled sequence. Per-token fields have one entry per token: [T], T = prompt + response.
+
+    rollout_logprobs[t] is log p(token_ids[t] | token_ids[:t]) at the sampling temperature, under the policy that
+    sampled it, 0.0 where loss_mask[t] is False (prompt, tool output).
+    """
+
+    group_id: int  # the prompt's group; advantages are relative within it
+    rollout_id: int  # siblings of one fanned-out rollout share it, and one loss denominator
+    token_ids: np.ndarray  # int32 [T]
+    loss_mask: np.ndarray  # bool [T]
+    rollout_logprobs: np.ndarray  # float32 [T]
+    policy_versions: list[tuple[int, int]]  # (first token, version) spans: a sample may outlive a weight update
+    status: Status
+    text: str = ""  # the decoded response
+    label: Any = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+    routed_experts: np.ndarray | None = None  # [T-1, num_moe_layers, topk]; uint8 up to 256 experts, else int16
+    reward: float | None = None  # set once, by the reward
+    advantage: float | None = None  # set once, by the algorithm, one scalar per sample; never stored in `reward`
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_response_tokens(self) -> int:
+        return int(self.loss_mask.sum())
+
+
+@dataclass(slots=True)
+class SampleGroup:
+    """The samples of one prompt; any size. Statistics are taken by `group_id`, never by reshape."""
+
+    group_id: int
+    samples: list[Sample]
+
+    @property
+    def rewards(self) -> list[float]:
+        """Rewards of the samples, in order. Raises ValueError where one has not been set."""
+        if any(s.reward is None for s in self.samples):
+            raise ValueError(f"group {self.group_id} holds a sample without a reward")
+        return [float(s.reward) for s in self.samples if s.reward is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """`n` samples of one prompt."""
+
+    token_ids: Sequence[int]  # [P]
+    n: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float = 1.0
+    top_k: int = -1  # -1: off
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One generated continuation; `logprobs` are those of the distribution at the sampling temperature, unfiltered."""
+
+    token_ids: list[int]  # [R], with the stop token where one ended it
+    logprobs: list[float]  # [R]
+    status: Status
+    versions: list[tuple[int, int]]  # (first response token, policy version) spans
+    error: str | None = None
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """What samples tokens. SGLang over HTTP and the embedded transformers engine look the same from outside.
+
+    Control calls block, have a deadline, and raise RunError naming the engine and its log. Weights change only
+    between `pause()` and `resume()`; `policy_version` is what the engine itself reports.
+    """
+
+    name: str
+
+    async def generate(self, request: GenerateRequest) -> list[Generation]: ...
+    def health(self) -> bool: ...
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+    def flush(self) -> None: ...
+    def policy_version(self) -> int: ...
+    def update_weights_from_disk(self, path: str, version: int) -> None: ...
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class BroadcastEngine(Engine, Protocol):
+    """An engine that can receive weights through a process group; `world_size` ranks of it join per engine."""
+
+    world_size: int
+
+    def init_weight_group(
+        self, *, address: str, port: int, rank_offset: int, world_size: int, group: str, backend: str
+    ) -> None: ...
+    def begin_update(self) -> None: ...
+    def receive_bucket(self, *, names: list[str], dtypes: list[str], shapes: list[list[int]], group: str) -> None: ...
+    def end_update(self, version: int) -> None: ...
+    def destroy_weight_group(self, group: str) -> None: ...
