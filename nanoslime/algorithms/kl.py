@@ -1,0 +1,53 @@
+"""Estimators of KL(policy || reference) per token (J. Schulman, "Approximating KL divergence", 2020).
+
+All take logprobs of the sampled tokens, of any one shape, and work with d = ref_logprobs - logprobs.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+KLType = Literal["k1", "k2", "k3", "low_var_kl"]
+
+
+def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """-d: unbiased in value, of either sign."""
+    return logprobs - ref_logprobs
+
+
+def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """d^2 / 2: never negative; its gradient is the unbiased one."""
+    return (ref_logprobs - logprobs).square() / 2
+
+
+def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """exp(d) - 1 - d: unbiased in value, never negative, zero at equality (arXiv 2402.03300, equation 4)."""
+    d = ref_logprobs - logprobs
+    return torch.expm1(d) - d
+
+
+def approx_kl(logprobs: Tensor, ref_logprobs: Tensor, kind: KLType, ratio: Tensor | None = None) -> Tensor:
+    """The estimator `kind`, times the importance ratio where one is given; low_var_kl is k3 held within +-10.
+
+    With the ratio of the current to the sampling policy, not detached, value and gradient are those of the KL
+    of the current policy (arXiv 2512.02556, "unbiased KL estimate"). low_var_kl also holds d within +-20,
+    since an infinite exp(d) has a NaN gradient even where it is clamped.
+    """
+    match kind:
+        case "k1":
+            kl = k1(logprobs, ref_logprobs)
+        case "k2":
+            kl = k2(logprobs, ref_logprobs)
+        case "k3":
+            kl = k3(logprobs, ref_logprobs)
+        case "low_var_kl":
+            d = (ref_logprobs - logprobs).clamp(-20.0, 20.0)
+            kl = torch.expm1(d) - d
+        case _:
+            raise ValueError(f"kl_loss_type={kind!r} is unknown; choose one of k1, k2, k3, low_var_kl")
+    if ratio is not None:
+        kl = kl * ratio
+    return kl.clamp(-10.0, 10.0) if kind == "low_var_kl" else kl

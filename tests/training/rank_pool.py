@@ -1,0 +1,70 @@
+"""Processes that are the ranks of one gloo group and run test functions together, for many tests."""
+
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from nanoslime.training.backend import RankEnv, init_process_group
+
+DEADLINE_S = 60.0
+
+
+class RankPool:
+    """`pool(fn, *args)` calls fn(env, *args) on every rank and returns the results by rank.
+
+    `fn` is a module-level function. A rank that raises, dies or is late fails the call with its name.
+    """
+
+    def __init__(self, size: int) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+        context = mp.get_context("spawn")
+        self._ranks = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            env = RankEnv(rank=rank, world_size=size, local_rank=rank, device="cpu", init_method=address)
+            process = context.Process(target=_serve, args=(env, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._ranks.append((process, ours))
+
+    def __call__(self, fn: Callable[..., Any], *args: Any) -> list[Any]:
+        for _, pipe in self._ranks:
+            pipe.send((fn, args))
+        results = []
+        for rank, (_, pipe) in enumerate(self._ranks):
+            if not pipe.poll(DEADLINE_S):
+                raise TimeoutError(f"rank {rank} did not finish {fn.__name__} in {DEADLINE_S} s")
+            ok, value = pipe.recv()
+            if not ok:
+                raise AssertionError(f"rank {rank}:\n{value}")
+            results.append(value)
+        return results
+
+    def close(self) -> None:
+        for _, pipe in self._ranks:
+            pipe.close()
+        for process, _ in self._ranks:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+                process.join(5)
+
+
+def _serve(env: RankEnv, pipe: Any) -> None:
+    torch.set_num_threads(1)
+    init_process_group(env, DEADLINE_S)
+    while True:
+        try:
+            fn, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, fn(env, *args)))
+        except Exception:
+            pipe.send((False, traceback.format_exc()))
