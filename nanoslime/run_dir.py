@@ -1,0 +1,252 @@
+"""The run directory: where everything of a run lies, and how its processes tell each other what they do.
+
+    config.yaml plan.json provenance.json status.json summary.json metrics.jsonl tensorboard/ rollouts/
+    checkpoints/step_<k>/  hf/step_<k>/  model/ (what a rehearsal makes)  weights/ (weight sync by disk)
+    attempts/<n>/  logs/<role>-<rank>.log  heartbeat/<node>.json  stop.json  end.json;  attempts/latest
+
+An attempt is one life of the job: every requeue is a new one. Files are published by rename and read with
+patience, since the directory usually is on a network filesystem.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanoslime.storage.shared_files import publish_json, read_json, seen
+from nanoslime.types import RunError
+
+DONE, FAILED, STOPPED = 0, 1, 75
+"""How an attempt may end. STOPPED (EX_TEMPFAIL): told to stop, committed; another attempt can go on."""
+_VERSIONS = ("torch", "megatron-core", "sglang", "ray", "transformers", "submitit")
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    path: Path
+
+    @classmethod
+    def create(cls, run_root: Path, name: str) -> RunDir:
+        """A new directory (mode 0700): `name`, or `name`-<time> where that is taken."""
+        run_root = run_root.expanduser().absolute()
+        run_root.mkdir(parents=True, exist_ok=True)
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        for candidate in (name, f"{name}-{stamp}", *(f"{name}-{stamp}-{i}" for i in range(2, 100))):
+            try:
+                (run_root / candidate).mkdir(mode=0o700)
+            except FileExistsError:
+                continue
+            run = cls(run_root / candidate)
+            for folder in (run.attempts, run.checkpoints, run.rollouts):
+                folder.mkdir()
+            return run
+        raise RunError(f"no free name like {name} in {run_root}")
+
+    @classmethod
+    def open(cls, path: Path) -> RunDir:
+        """An existing run directory; RunError names a path that is none."""
+        run = cls(path.expanduser().absolute())
+        if not run.attempts.is_dir():
+            raise RunError(f"{path} is not a run directory: it has no attempts/ folder")
+        return run
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def provenance(self) -> Path:
+        return self.path / "provenance.json"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def evals(self) -> Path:
+        return self.path / "evals.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def rollouts(self) -> Path:
+        return self.path / "rollouts"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def weights(self) -> Path:
+        return self.path / "weights"
+
+    @property
+    def attempts(self) -> Path:
+        return self.path / "attempts"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step_{step}"
+
+    def hf(self, step: int) -> Path:
+        return self.path / "hf" / f"step_{step}"
+
+    def new_attempt(self, key: str = "") -> Attempt:
+        """The next attempt. `key` (job id, restart count) lets other nodes find it with `find_attempt`."""
+        staged = self.attempts / f".new-{uuid.uuid4().hex}"
+        for folder in ("logs", "heartbeat"):
+            (staged / folder).mkdir(parents=True)
+        record = {"key": key, "started": time.time(), "host": socket.gethostname()}
+        publish_json(staged / "attempt.json", record)
+        number = max(self._numbers(), default=0) + 1
+        while True:
+            try:
+                os.rename(staged, self.attempts / str(number))
+                break
+            except OSError:  # taken meanwhile: a non-empty directory is never replaced
+                if not (self.attempts / str(number)).exists():
+                    raise
+                number += 1
+        link = self.attempts / f".latest-{uuid.uuid4().hex}"
+        link.symlink_to(str(number))
+        os.replace(link, self.attempts / "latest")
+        return self.attempt(number)
+
+    def attempt(self, number: int) -> Attempt:
+        attempt = Attempt(self, number)
+        if not attempt.path.is_dir():
+            raise RunError(f"{self.path} has no attempt {number}; it has {self._numbers() or 'none'}")
+        return attempt
+
+    def find_attempt(self, key: str) -> Attempt | None:
+        """The newest attempt made with `key`."""
+        for number in sorted(self._numbers(), reverse=True):
+            if read_json(self.attempts / str(number) / "attempt.json")["key"] == key:
+                return Attempt(self, number)
+        return None
+
+    def latest_attempt(self) -> Attempt | None:
+        numbers = self._numbers()
+        return Attempt(self, max(numbers)) if numbers else None
+
+    def write_status(self, phase: str, step: int, **facts: Any) -> None:
+        """Publish what the run is doing. One writer: the driver, or node 0's agent before and after it."""
+        attempt = self.latest_attempt()
+        beats = attempt.heartbeats() if attempt else {}
+        where = {"attempt": attempt.number if attempt else 0, "time": time.time(), "heartbeat": beats}
+        publish_json(self.path / "status.json", {"phase": phase, "step": step, **where, **facts})
+
+    def status(self) -> dict[str, Any]:
+        """The last published status, {} before the first."""
+        try:
+            return dict(read_json(self.path / "status.json"))
+        except FileNotFoundError:
+            return {}
+
+    def write_provenance(self, argv: Sequence[str]) -> None:
+        """Record command line, git commit and diff of this code, and the versions of what it runs on."""
+        versions = {}
+        for name in _VERSIONS:
+            try:
+                versions[name] = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                versions[name] = "not installed"
+        record = {
+            "argv": list(argv),
+            "git_commit": _git("rev-parse", "HEAD").strip(),
+            "git_diff": _git("diff", "HEAD")[:1_000_000],
+            "python": sys.version.split()[0],
+            "versions": versions,
+            "host": socket.gethostname(),
+            "time": time.time(),
+        }
+        publish_json(self.provenance, record)
+
+    def _numbers(self) -> list[int]:
+        return [int(name) for name in os.listdir(self.attempts) if name.isdigit()]
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One life of the job: its logs, its nodes' heartbeats, whether it must stop, and how it ended."""
+
+    run: RunDir
+    number: int
+
+    @property
+    def path(self) -> Path:
+        return self.run.attempts / str(self.number)
+
+    @property
+    def head(self) -> Path:
+        """head.json: how to reach Ray. {ray_address, node_ip, token_path, nodes}"""
+        return self.path / "head.json"
+
+    def log(self, role: str, rank: int) -> Path:
+        return self.path / "logs" / f"{role}-{rank}.log"
+
+    def beat(self, node: int, count: int) -> None:
+        """One heartbeat of `node`. A rising count, since the clocks of nodes differ."""
+        publish_json(self.path / "heartbeat" / f"{node}.json", {"count": count, "time": time.time()})
+
+    def heartbeats(self) -> dict[str, dict[str, float]]:
+        """By node: the last count and that node's clock."""
+        folder = self.path / "heartbeat"
+        names = [name for name in os.listdir(folder) if name.endswith(".json") and not name.startswith(".")]
+        return {name.removesuffix(".json"): read_json(folder / name) for name in sorted(names)}
+
+    def request_stop(self, reason: str) -> None:
+        """Ask the driver to commit a checkpoint and end with STOPPED. The first reason stays."""
+        if not seen(self.path / "stop.json"):
+            publish_json(self.path / "stop.json", {"reason": reason, "time": time.time()})
+
+    def must_stop(self) -> str | None:
+        """Why the attempt must stop, or None."""
+        return str(read_json(self.path / "stop.json")["reason"]) if seen(self.path / "stop.json") else None
+
+    def end(self, code: int, reason: str) -> None:
+        """Record how the attempt ended: DONE, STOPPED or FAILED. The first one to say so is right."""
+        if not seen(self.path / "end.json"):
+            publish_json(self.path / "end.json", {"code": code, "reason": reason, "time": time.time()})
+
+    def ended(self) -> tuple[int, str] | None:
+        """(code, reason) once the attempt has ended."""
+        if not seen(self.path / "end.json"):
+            return None
+        end = read_json(self.path / "end.json")
+        return int(end["code"]), str(end["reason"])
+
+
+def _git(*arguments: str) -> str:
+    """Output of git about this checkout; empty where there is no git or no checkout."""
+    if shutil.which("git") is None:
+        return ""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, errors="replace").stdout

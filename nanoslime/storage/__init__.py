@@ -1,0 +1,1 @@
+"""Bytes on disk without torch: shared files, manifests, atomic commits, safetensors headers."""

@@ -1,0 +1,86 @@
+"""Checkpoints that exist whole or not at all: written as step_<k>.partial, hashed, synced, renamed last."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from nanoslime.storage import manifest
+from nanoslime.storage.shared_files import sync_directory
+
+_PARTIAL = ".partial"
+_STEP = re.compile(r"step_(\d+)")
+
+
+def partial_path(final: Path) -> Path:
+    """Where what will become `final` is written."""
+    return final.with_name(final.name + _PARTIAL)
+
+
+def partial_dir(final: Path) -> Path:
+    """A new empty directory at `partial_path(final)`; a leftover of that name goes."""
+    partial = partial_path(final)
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def commit(partial: Path, final: Path) -> None:
+    """Write the manifest of `partial`, force all of it to disk, and rename it to `final`.
+
+    An existing `final` (a step done again after an older checkpoint was resumed) is replaced.
+    """
+    manifest.write(partial)
+    for folder, _, names in os.walk(partial):
+        for name in names:
+            with open(os.path.join(folder, name), "rb") as file:
+                os.fsync(file.fileno())
+        sync_directory(Path(folder))
+    if final.exists():
+        _remove(final)
+    os.rename(partial, final)
+    sync_directory(final.parent)
+
+
+def complete_checkpoints(directory: Path) -> list[tuple[int, Path]]:
+    """(step, path) of every committed checkpoint, oldest first; manifest.verify checks the contents."""
+    if not directory.is_dir():
+        return []
+    named = [(_STEP.fullmatch(path.name), path) for path in directory.iterdir()]
+    return sorted((int(m[1]), path) for m, path in named if m and (path / manifest.NAME).is_file())
+
+
+def retain(directory: Path, keep_last: int, keep_every: int = 0, best: int | None = None) -> list[int]:
+    """Remove committed checkpoints that no rule keeps; returns their steps. Call it after a commit.
+
+    Kept: the newest `keep_last` (at least one), multiples of `keep_every`, and step `best`.
+    """
+    complete = complete_checkpoints(directory)
+    newest = {step for step, _ in complete[-max(1, keep_last) :]}
+    removed = []
+    for step, path in complete:
+        if step in newest or step == best or (keep_every and step % keep_every == 0):
+            continue
+        _remove(path)
+        removed.append(step)
+    return removed
+
+
+def remove_leftovers(directory: Path) -> list[Path]:
+    """Remove what an interrupted write or removal left; call it when a run starts, before it writes."""
+    leftovers = sorted(directory.glob(f"*{_PARTIAL}")) if directory.is_dir() else []
+    for path in leftovers:
+        shutil.rmtree(path)
+    return leftovers
+
+
+def _remove(path: Path) -> None:
+    """Remove a committed directory under another name, so that half of it is never taken for a checkpoint."""
+    doomed = path.with_name(f"{path.name}.removed{_PARTIAL}")
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)

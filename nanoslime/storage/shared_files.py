@@ -1,0 +1,81 @@
+"""Small files through which processes on different nodes speak, on a filesystem that may be slow.
+
+A file is published by writing it aside and renaming it, so a reader sees all of it or nothing. What a reader
+still meets is a network filesystem that caches "no such file" (listing the directory renews that).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from nanoslime.types import RunError
+
+
+def publish(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write `data` aside and rename it to `path`; `mode` holds from the first byte."""
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def publish_json(path: Path, value: Any, mode: int = 0o644) -> None:
+    publish(path, (json.dumps(value, indent=1) + "\n").encode(), mode)
+
+
+def read_json(path: Path, deadline_s: float = 5.0) -> Any:
+    """The parsed file; one that is cut short is read again until `deadline_s`, then RunError names it.
+
+    A file that does not exist raises FileNotFoundError at once.
+    """
+    end = time.monotonic() + deadline_s
+    while True:
+        try:
+            return json.loads(path.read_bytes())
+        except ValueError as error:
+            if time.monotonic() > end:
+                raise RunError(f"{path} is still not JSON after {deadline_s:g} s: {error}") from error
+            time.sleep(0.1)
+
+
+def wait_for_file(
+    path: Path, deadline_s: float, *, what: str, node: str = "", log: Path | None = None, poll_s: float = 0.1
+) -> Path:
+    """Return `path` once it exists; after `deadline_s` RunError says what was awaited, where, and the log."""
+    end = time.monotonic() + deadline_s
+    while not seen(path):
+        if time.monotonic() > end:
+            place = f" on {node}" if node else ""
+            hint = f"; see {log}" if log else ""
+            raise RunError(f"waited {deadline_s:g} s for {what}{place}: {path} did not appear{hint}")
+        time.sleep(poll_s)
+    return path
+
+
+def seen(path: Path) -> bool:
+    """Whether `path` exists, by listing its directory: network filesystems may cache an absence."""
+    try:
+        return path.name in os.listdir(path.parent)
+    except FileNotFoundError:
+        return False
+
+
+def sync_directory(path: Path) -> None:
+    """Force a directory's entries to disk, as renames and new names in it need."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

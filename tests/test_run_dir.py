@@ -1,0 +1,93 @@
+"""The run directory: unique, private, and one truth about attempts, stops, ends and status."""
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from nanoslime.run_dir import DONE, FAILED, RunDir
+from nanoslime.types import RunError
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir.create(tmp_path / 'it\'s a "root"; echo', "run")
+
+
+def test_a_new_run_never_shares_a_directory(tmp_path: Path) -> None:
+    runs = [RunDir.create(tmp_path, "run") for _ in range(3)]
+    assert len({run.path for run in runs}) == 3
+    assert runs[0].name == "run"
+    assert all(run.name.startswith("run-") for run in runs[1:])
+    assert all(run.path.stat().st_mode & 0o777 == 0o700 for run in runs)
+
+
+def test_open_refuses_what_is_no_run(run: RunDir, tmp_path: Path) -> None:
+    assert RunDir.open(run.path) == run
+    with pytest.raises(RunError, match="not a run directory"):
+        RunDir.open(tmp_path)
+
+
+def test_paths_are_those_of_the_design(run: RunDir) -> None:
+    attempt = run.new_attempt()
+    places = [run.config, run.plan, run.checkpoint(3), run.hf(3), attempt.log("trainer", 1), run.metrics]
+    assert [str(place.relative_to(run.path)) for place in places] == [
+        "config.yaml", "plan.json", "checkpoints/step_3", "hf/step_3", "attempts/1/logs/trainer-1.log",
+        "metrics.jsonl",
+    ]  # fmt: skip
+
+
+def test_attempts_count_up_and_latest_follows(run: RunDir) -> None:
+    assert run.latest_attempt() is None
+    first, second = run.new_attempt("7-0"), run.new_attempt("7-1")
+    assert (first.number, second.number) == (1, 2)
+    assert os.readlink(run.attempts / "latest") == "2"
+    assert run.latest_attempt() == second
+    assert (run.find_attempt("7-0"), run.find_attempt("8-0")) == (first, None)
+    with pytest.raises(RunError, match=r"no attempt 3; it has \[1, 2\]|no attempt 3; it has \[2, 1\]"):
+        run.attempt(3)
+
+
+def test_attempts_made_at_once_are_different(run: RunDir) -> None:
+    numbers: list[int] = []
+    threads = [threading.Thread(target=lambda: numbers.append(run.new_attempt().number)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(numbers) == list(range(1, 9))
+
+
+def test_a_stop_belongs_to_one_attempt(run: RunDir) -> None:
+    first = run.new_attempt()
+    assert first.must_stop() is None
+    first.request_stop("time limit")
+    first.request_stop("second thoughts")
+    assert first.must_stop() == "time limit"
+    assert run.new_attempt().must_stop() is None
+
+
+def test_the_first_end_stays(run: RunDir) -> None:
+    attempt = run.new_attempt()
+    assert attempt.ended() is None
+    attempt.end(FAILED, "trainer-1 died")
+    attempt.end(DONE, "")
+    assert attempt.ended() == (FAILED, "trainer-1 died")
+
+
+def test_status_holds_phase_step_and_every_nodes_heartbeat(run: RunDir) -> None:
+    assert run.status() == {}
+    attempt = run.new_attempt()
+    attempt.beat(0, 4)
+    attempt.beat(3, 9)
+    run.write_status("train", 2, reward=0.5)
+    status = run.status()
+    assert (status["phase"], status["step"], status["attempt"], status["reward"]) == ("train", 2, 1, 0.5)
+    assert {node: beat["count"] for node, beat in status["heartbeat"].items()} == {"0": 4, "3": 9}
+
+
+def test_provenance_names_commit_and_versions(run: RunDir) -> None:
+    run.write_provenance(["submit_grpo.py", "--nodes", "4"])
+    text = run.provenance.read_text()
+    assert '"--nodes"' in text and '"ray": "2.' in text
