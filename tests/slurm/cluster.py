@@ -1,0 +1,331 @@
+"""A real SLURM of several nodes on this host: slurmctld, one slurmd per node and a munged of its own.
+
+    with SlurmCluster(num_nodes=4) as cluster:
+        job_id = cluster.sbatch("--nodes=4", "--wrap=srun hostname")
+        cluster.wait_state(job_id, "COMPLETED", timeout_s=30)
+
+Works from Debian's slurm-wlm without systemd and without root; jobs run as the caller. A node is a slurmd at
+127.0.1.<i>; all share the host's name, files and processes, so SIGKILL of a slurmd leaves its job's processes
+alive. There is no accounting: sacct fails, as on many real clusters. Requeued jobs wait 6 s, not 2 minutes.
+"""
+
+import dataclasses
+import getpass
+import os
+import random
+import re
+import shutil
+import socket
+import subprocess
+import tempfile
+from pathlib import Path
+
+from tests import processes
+
+_FINAL_STATES = frozenset(
+    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT".split()
+)
+
+
+@dataclasses.dataclass
+class SlurmCluster:
+    """Start with `start()` or as a context manager; `stop()` leaves no process and no file."""
+
+    num_nodes: int = 4
+    cpus_per_node: int = 2
+    gpus_per_node: int = 0
+    mem_per_node_mb: int = 16_000
+    kill_wait_s: int = 5  # between SIGTERM and SIGKILL of a job that is cancelled or requeued
+    directory: Path = dataclasses.field(init=False)
+    daemons: dict[str, subprocess.Popen[bytes]] = dataclasses.field(init=False, default_factory=dict)
+
+    @property
+    def node_names(self) -> list[str]:
+        return [f"n{i}" for i in range(1, self.num_nodes + 1)]
+
+    @property
+    def config_file(self) -> Path:
+        return self.directory / "slurm.conf"
+
+    @property
+    def env(self) -> dict[str, str]:
+        """The environment for commands that speak to this cluster."""
+        ours = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}
+        return ours | {"SLURM_CONF": str(self.config_file)}
+
+    def __enter__(self) -> "SlurmCluster":
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def start(self) -> "SlurmCluster":
+        """Start all daemons and wait until every node is idle; takes well under a second on an idle machine.
+
+        Raises RuntimeError with the ends of the daemons' logs when they do not come up.
+        """
+        self.directory = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # socket paths must stay short
+        self.directory.chmod(0o755)
+        try:
+            self._start_munge()
+            self._start_slurm()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def stop(self) -> None:
+        """End jobs, daemons and whatever the jobs left running, then remove the directory."""
+        try:
+            self._cancel_all_jobs()
+        finally:
+            for name in reversed(list(self.daemons)):
+                self._stop_daemon(name)
+            # step daemons and job processes, among them any that escaped SLURM by forking twice
+            found = processes.all_processes()
+            ours = {p for p in found.values() if p.has_env("SLURM_CONF", str(self.config_file))}
+            ours -= {found.get(os.getpid())}
+            processes.end(ours.union(*(processes.descendants(p.pid, found) for p in ours)))
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def run(
+        self, *command: str, timeout_s: float = 30.0, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command against this cluster; on failure the error holds its output and the daemons' logs."""
+        try:
+            result = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=timeout_s)
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError(f"{command} ran longer than {timeout_s} s\n{self.log_tails()}") from error
+        if check and result.returncode:
+            output = result.stdout + result.stderr
+            raise RuntimeError(f"{command} returned {result.returncode}:\n{output}\n{self.log_tails()}")
+        return result
+
+    def sbatch(self, *arguments: str) -> int:
+        """Submit and return the job id."""
+        return int(self.run("sbatch", "--parsable", *arguments).stdout.strip().partition(";")[0])
+
+    def job(self, job_id: int) -> dict[str, str]:
+        """The fields of `scontrol show job`, such as JobState, NodeList, Restarts, Reason, StdOut."""
+        text = self.run("scontrol", "show", "job", "--oneliner", str(job_id)).stdout
+        return dict(re.findall(r"(\S+?)=(\S*)", text))
+
+    def wait_state(self, job_id: int, *states: str, timeout_s: float) -> dict[str, str]:
+        """Wait until the job is in one of `states` and return its fields.
+
+        Raises RuntimeError as soon as it has ended in another state, TimeoutError after `timeout_s`. A job
+        that is requeued passes through PENDING, so wait for RUNNING before waiting for what comes after.
+        """
+        fields: dict[str, str] = {}
+
+        def arrived() -> bool:
+            fields.update(self.job(job_id))
+            return fields["JobState"] in states or fields["JobState"] in _FINAL_STATES
+
+        in_time = processes.wait_for(arrived, timeout_s, interval_s=0.1)
+        if in_time and fields["JobState"] in states:
+            return fields
+        error = RuntimeError if in_time else TimeoutError
+        raise error(
+            f"job {job_id} is {fields['JobState']} ({fields.get('Reason')}), awaited {' or '.join(states)} "
+            f"for {timeout_s} s; output: {fields.get('StdOut')}\n{self._tail(fields.get('StdOut'))}\n"
+            f"{self.log_tails()}"
+        )
+
+    def kill_node(self, name: str) -> None:
+        """SIGKILL the node's slurmd and everything that it runs, as a power cut would."""
+        daemon = self.daemons.pop(f"slurmd-{name}")
+        found = processes.all_processes()
+        tasks = {p for p in found.values() if p.has_env("SLURMD_NODENAME", name) and self._is_ours(p)}
+        tasks = tasks.union(*(processes.descendants(p.pid, found) for p in tasks))
+        parents = {found[p.parent] for p in tasks if p.parent in found}
+        # the step daemons before their tasks, or they would still report the tasks' end
+        for group in ({found[daemon.pid]}, {p for p in parents if p.command.startswith("slurmstepd")}, tasks):
+            processes.end(group, grace_s=0.0)
+        daemon.wait(timeout=5)
+
+    def reset(self) -> None:
+        """Cancel every job, start the nodes that were killed, and wait until all nodes are idle."""
+        self._cancel_all_jobs()
+        for name in self.node_names:
+            if f"slurmd-{name}" not in self.daemons:
+                self._spawn(f"slurmd-{name}", "slurmd", "-D", "-N", name)
+        for name in self._nodes_in("down,drain"):
+            self.run("scontrol", "update", f"nodename={name}", "state=resume", check=False)
+        self._wait_idle(self.node_names)
+
+    def log_tails(self, num_lines: int = 15) -> str:
+        """The last lines of every daemon's log, slurmctld's first."""
+        files = sorted((self.directory / "log").glob("*.log"), key=lambda f: f.name != "slurmctld.log")
+        return "\n".join(f"--- {file.name}\n{self._tail(file, num_lines)}" for file in files)
+
+    # -- inside
+
+    def _start_munge(self) -> None:
+        for name in ("log", "state", "spool", "gpu", "munge"):
+            (self.directory / name).mkdir()
+        key, socket_path = self.directory / "munge/key", self.directory / "munge/socket"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o400)
+        self._spawn(
+            "munged", "munged", "--foreground", "--force", "--num-threads=2",
+            f"--key-file={key}", f"--socket={socket_path}", f"--pid-file={self.directory}/munge/pid",
+            f"--seed-file={self.directory}/munge/seed",
+        )  # fmt: skip
+        ping = ["munge", "--no-input", f"--socket={socket_path}"]
+        self._wait("munged answers", lambda: self._succeeds(*ping))
+
+    def _start_slurm(self, attempts: int = 3) -> None:
+        """Ports are free when chosen; when one is taken before its daemon has it, choose again."""
+        for attempt in range(1, attempts + 1):
+            self._write_config(_free_ports(1 + self.num_nodes))
+            try:
+                self._spawn("slurmctld", "slurmctld", "-D", "-i")
+                for name in self.node_names:
+                    self._spawn(f"slurmd-{name}", "slurmd", "-D", "-N", name)
+                self._wait_idle(self.node_names)
+                return
+            except RuntimeError:
+                if attempt == attempts or "Address already in use" not in self.log_tails():
+                    raise
+                for name in [name for name in self.daemons if name != "munged"]:
+                    self._stop_daemon(name)
+
+    def _write_config(self, ports: list[int]) -> None:
+        directory, user, host = self.directory, getpass.getuser(), socket.gethostname().partition(".")[0]
+        gres = f"Gres=gpu:{self.gpus_per_node} " if self.gpus_per_node else ""
+        nodes = "\n".join(
+            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.1.{i} Port={port} CPUs={self.cpus_per_node} "
+            f"RealMemory={self.mem_per_node_mb} {gres}State=UNKNOWN"
+            for i, (name, port) in enumerate(zip(self.node_names, ports[1:], strict=True), 1)
+        )
+        self.config_file.write_text(
+            f"""\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+# the expiry is also how long a requeued job waits
+AuthInfo=socket={directory}/munge/socket,cred_expire=5
+StateSaveLocation={directory}/state
+SlurmdSpoolDir={directory}/spool/%n
+SlurmctldPidFile={directory}/slurmctld.pid
+SlurmdPidFile={directory}/slurmd-%n.pid
+# needs no cgroup access; a daemon that forks twice escapes it, which stop() covers
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+# without CAP_SYS_RESOURCE the submitter's limits cannot be raised at launch
+PropagateResourceLimits=NONE
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+# believe CPUs and RealMemory below rather than the hardware
+SlurmdParameters=config_overrides
+ReturnToService=2
+GresTypes=gpu
+SchedulerType=sched/backfill
+SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0,sched_min_interval=0
+SlurmctldTimeout=10
+SlurmdTimeout=10
+KillWait={self.kill_wait_s}
+OverTimeLimit=0
+MinJobAge=3600
+CompleteWait=0
+JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+{nodes}
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=30 State=UP PriorityTier=1
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefaultTime=30 State=UP PriorityTier=10 PreemptMode=OFF
+"""
+        )
+        for i in range(self.gpus_per_node):
+            # slurmd wants a device file behind each GPU: with a bare count it reports none and is drained
+            device = directory / f"gpu/nvidia{i}"
+            device.unlink(missing_ok=True)
+            device.symlink_to("/dev/null")
+        gres_text = "AutoDetect=off\n"
+        if self.gpus_per_node:
+            devices = f"{directory}/gpu/nvidia[0-{self.gpus_per_node - 1}]"
+            gres_text += f"NodeName=n[1-{self.num_nodes}] Name=gpu File={devices}\n"
+        (directory / "gres.conf").write_text(gres_text)
+
+    def _wait_idle(self, names: list[str]) -> None:
+        def idle() -> bool:
+            return self._succeeds("scontrol", "ping") and set(names) <= set(self._nodes_in("idle"))
+
+        self._wait(f"nodes {' '.join(names)} idle", idle)
+
+    def _nodes_in(self, states: str) -> list[str]:
+        listing = ["sinfo", "--noheader", "--Node", "--partition=main", f"--states={states}", "--format=%N"]
+        return self.run(*listing).stdout.split()
+
+    def _wait(self, what: str, condition, timeout_s: float = 30.0) -> None:
+        def done() -> bool:
+            dead = [name for name, daemon in self.daemons.items() if daemon.poll() is not None]
+            if dead:
+                raise RuntimeError(f"{', '.join(dead)} ended while waiting until {what}\n{self.log_tails()}")
+            return condition()
+
+        if not processes.wait_for(done, timeout_s):
+            raise RuntimeError(f"waited {timeout_s} s until {what}\n{self.log_tails()}")
+
+    def _spawn(self, name: str, *command: str) -> None:
+        with open(self.directory / f"log/{name}.log", "ab") as log:
+            self.daemons[name] = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self.env,
+                start_new_session=True,
+            )
+
+    def _stop_daemon(self, name: str) -> None:
+        daemon = self.daemons.pop(name)
+        daemon.terminate()
+        try:
+            daemon.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            daemon.kill()
+            daemon.wait(timeout=5)
+
+    def _cancel_all_jobs(self) -> None:
+        if not self._succeeds("scontrol", "ping"):
+            return
+        self.run("scancel", f"--user={getpass.getuser()}", check=False)
+        listing = ["squeue", "--noheader"]  # pending, running and completing jobs
+        processes.wait_for(lambda: not self.run(*listing).stdout, self.kill_wait_s + 3.0, interval_s=0.1)
+
+    def _succeeds(self, *command: str) -> bool:
+        return subprocess.run(command, env=self.env, capture_output=True, timeout=30).returncode == 0
+
+    def _is_ours(self, process: processes.Process) -> bool:
+        return process.has_env("SLURM_CONF", str(self.config_file))
+
+    @staticmethod
+    def _tail(file: str | Path | None, num_lines: int = 15) -> str:
+        try:
+            lines = Path(file or "/nonexistent").read_text(errors="replace").splitlines()
+            return "\n".join(lines[-num_lines:])
+        except OSError as error:
+            return f"({error})"
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports below the range from which the kernel hands out ports to clients, free on every address."""
+    ports: list[int] = []
+    for port in random.SystemRandom().sample(range(15_000, 32_000), 200):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+        ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise RuntimeError(f"found only {len(ports)} free ports of {count}")

@@ -1,0 +1,124 @@
+"""The real SLURM that other tests rely on: four nodes, signals, requeue, node failure, nothing left."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests import processes
+from tests.slurm.cluster import SlurmCluster
+
+pytestmark = pytest.mark.slurm
+
+
+@pytest.fixture
+def batch(slurm_cluster, tmp_path):
+    """Submit a script; its output goes to `tmp_path/<job id>.out`."""
+
+    def submit(script: str, *options: str) -> int:
+        file = tmp_path / "job.sh"
+        file.write_text("#!/bin/bash\n" + script)
+        return slurm_cluster.sbatch(f"--output={tmp_path}/%j.out", "--open-mode=append", *options, str(file))
+
+    return submit
+
+
+def output_has(file: Path, text: str) -> bool:
+    return processes.wait_for(lambda: file.exists() and text in file.read_text(), timeout_s=20)
+
+
+def test_srun_reaches_four_nodes_with_two_cpus_each(slurm_cluster):
+    shape = ["--nodes=4", "--ntasks-per-node=1", "--cpus-per-task=2"]
+    result = slurm_cluster.run("srun", *shape, "bash", "-c", "echo $SLURMD_NODENAME $SLURM_CPUS_PER_TASK")
+    assert sorted(result.stdout.splitlines()) == ["n1 2", "n2 2", "n3 2", "n4 2"]
+
+
+def test_more_cpus_than_a_node_has_are_refused(slurm_cluster):
+    with pytest.raises(RuntimeError, match="Requested node configuration is not available"):
+        slurm_cluster.sbatch("--cpus-per-task=3", "--wrap=true")
+
+
+def test_nodes_have_addresses_of_their_own(slurm_cluster):
+    listing = slurm_cluster.run("sinfo", "--noheader", "--Node", "--partition=main", "--format=%N %o").stdout
+    assert [line.split() for line in listing.splitlines()] == [[f"n{i}", f"127.0.1.{i}"] for i in range(1, 5)]
+
+
+def test_there_is_no_accounting(slurm_cluster):
+    assert slurm_cluster.run("sacct", check=False).returncode == 1
+
+
+def test_a_failed_job_is_reported_with_its_output(slurm_cluster, batch):
+    job_id = batch("echo the cause; exit 3\n")
+    with pytest.raises(RuntimeError, match=f"(?s)job {job_id} is FAILED .*the cause"):
+        slurm_cluster.wait_state(job_id, "COMPLETED", timeout_s=20)
+    assert slurm_cluster.job(job_id)["ExitCode"] == "3:0"
+
+
+def test_waiting_too_long_names_the_job_and_its_state(slurm_cluster, batch):
+    job_id = batch("sleep 60\n")
+    slurm_cluster.wait_state(job_id, "RUNNING", timeout_s=20)
+    with pytest.raises(TimeoutError, match=f"job {job_id} is RUNNING .*awaited COMPLETED for 0.2 s"):
+        slurm_cluster.wait_state(job_id, "COMPLETED", timeout_s=0.2)
+
+
+def test_a_signal_reaches_the_tasks_of_every_node(slurm_cluster, batch, tmp_path):
+    task = "trap 'echo got it on $SLURMD_NODENAME; exit 0' USR1; echo ready; while :; do sleep 0.1; done"
+    job_id = batch(f'srun bash -c "{task.replace("$", chr(92) + "$")}"\n', "--nodes=4", "--ntasks-per-node=1")
+    output = tmp_path / f"{job_id}.out"
+    assert processes.wait_for(lambda: output.exists() and output.read_text().count("ready") == 4, 20)
+    slurm_cluster.run("scancel", "--signal=USR1", str(job_id))
+    slurm_cluster.wait_state(job_id, "COMPLETED", timeout_s=20)
+    answers = {line for line in output.read_text().splitlines() if line.startswith("got")}
+    assert answers == {f"got it on n{i}" for i in range(1, 5)}
+
+
+def test_a_requeued_job_starts_again_and_counts_it(slurm_cluster, batch, tmp_path):
+    script = 'echo "life ${SLURM_RESTART_COUNT:-0}"\n[ -n "$SLURM_RESTART_COUNT" ] || sleep 60\n'
+    job_id = batch(script, "--requeue")
+    output = tmp_path / f"{job_id}.out"
+    assert output_has(output, "life 0")
+    slurm_cluster.run("scontrol", "requeue", str(job_id))
+    fields = slurm_cluster.wait_state(job_id, "COMPLETED", timeout_s=40)
+    assert fields["Restarts"] == "1"
+    assert output.read_text().splitlines()[-1] == "life 1"
+
+
+def test_an_urgent_job_preempts_and_requeues(slurm_cluster, batch, tmp_path):
+    job_id = batch("echo started\nsleep 60\n", "--nodes=4", "--exclusive", "--requeue")
+    assert output_has(tmp_path / f"{job_id}.out", "started")
+    urgent = slurm_cluster.sbatch("--partition=urgent", "--nodes=4", "--output=/dev/null", "--wrap=true")
+    slurm_cluster.wait_state(urgent, "COMPLETED", timeout_s=40)
+    assert slurm_cluster.job(job_id)["Restarts"] == "1"
+
+
+def test_a_killed_node_takes_its_tasks_along_and_fails_the_job(slurm_cluster, batch, tmp_path):
+    job_id = batch("srun bash -c 'echo $$ > $SLURMD_NODENAME; exec sleep 60'\n", "--nodes=2", "--no-requeue",
+                   f"--chdir={tmp_path}", "--nodelist=n3,n4")  # fmt: skip
+    pids = [tmp_path / "n3", tmp_path / "n4"]
+    assert processes.wait_for(lambda: all(file.exists() and file.read_text() for file in pids), 20)
+    slurm_cluster.kill_node("n4")
+    alive = processes.all_processes()
+    assert int(pids[1].read_text()) not in alive
+    assert int(pids[0].read_text()) in alive
+    slurm_cluster.run("scontrol", "update", "nodename=n4", "state=down", "reason=test")
+    slurm_cluster.wait_state(job_id, "NODE_FAIL", timeout_s=20)
+
+
+def test_after_a_node_failure_the_next_test_has_four_nodes(slurm_cluster):
+    slurm_cluster.run("srun", "--nodes=4", "true")
+
+
+def test_stopping_ends_jobs_daemons_and_daemons_that_escaped(tmp_path):
+    escaped = tmp_path / "pid"
+    with SlurmCluster(num_nodes=1, gpus_per_node=8) as cluster:
+        gpus = cluster.run("srun", "--gpus-per-node=8", "bash", "-c", "echo $CUDA_VISIBLE_DEVICES").stdout
+        assert gpus == "0,1,2,3,4,5,6,7\n"
+        job = f"--wrap=setsid --fork bash -c 'echo $$ > {escaped}; exec sleep 60'; sleep 60"
+        cluster.sbatch("--output=/dev/null", job)
+        assert processes.wait_for(lambda: escaped.exists() and escaped.read_text(), 20)
+        before = set(processes.descendants(os.getpid(), processes.all_processes()))
+    after = processes.all_processes()
+    assert not [p for p in after.values() if p.has_env("SLURM_CONF", str(cluster.config_file))]
+    assert int(escaped.read_text()) in {p.pid for p in before}
+    assert int(escaped.read_text()) not in after
+    assert not cluster.directory.exists()
