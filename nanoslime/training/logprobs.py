@@ -44,7 +44,7 @@ def token_logprobs(
 
 
 class _TargetLogprobs(torch.autograd.Function):
-    """[T] log softmax(logits * scale)[targets] over all ranks; targets count from this rank's first column."""
+    """[T] log softmax(logits * scale)[targets] over all ranks; targets count from this rank's first."""
 
     @staticmethod
     def forward(
