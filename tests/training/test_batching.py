@@ -1,0 +1,169 @@
+"""The plan of steps, ranks and micro-batches: nothing lost, nothing twice, and no influence on the loss."""
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from nanoslime.training.batching import plan
+from nanoslime.types import Sample, SampleGroup, Status
+
+
+def sample(group_id, rollout_id, length, response, advantage=1.0):
+    mask = np.arange(length) >= length - response
+    return Sample(
+        group_id=group_id,
+        rollout_id=rollout_id,
+        token_ids=np.full(length, rollout_id, dtype=np.int32),
+        loss_mask=mask,
+        rollout_logprobs=np.where(mask, -1.0, 0.0).astype(np.float32),
+        policy_versions=[(0, 0)],
+        status=Status.COMPLETED,
+        advantage=advantage,
+    )
+
+
+def random_groups(seed, num_groups=7):
+    rng = np.random.default_rng(seed)
+    ids = itertools.count(1)
+    groups = []
+    for group_id in range(num_groups):
+        samples = []
+        for _ in range(rng.integers(1, 6)):
+            rollout_id = next(ids)
+            for _ in range(rng.choice([1, 1, 3])):  # siblings
+                length = int(rng.integers(2, 40))
+                samples.append(sample(group_id, rollout_id, length, rng.integers(0, length), rng.normal()))
+        groups.append(SampleGroup(group_id, samples))
+    return groups
+
+
+def planned(groups, **changes):
+    options = dict(num_steps=1, dp_size=2, max_tokens=50, denominator="tokens", temperature=1.0) | changes
+    return plan(groups, **options)
+
+
+def real_sequences(shard):
+    """(token id, length) of what is in the micro-batches, dummies left out (they have token 0)."""
+    used = [i for m in shard.microbatches for i in m]
+    assert sorted(used) == list(range(len(shard.token_ids)))  # each once
+    return [(int(shard.token_ids[i][0]), len(shard.token_ids[i])) for i in used if shard.token_ids[i][0]]
+
+
+def summed_loss(steps):
+    """Per step: sum over ranks and micro-batches of an arbitrary function of each token, divided as a backend
+    does.
+    """
+    losses = []
+    for step in steps:
+        total = 0.0
+        for shard in step:
+            for indices in shard.microbatches:
+                m = shard.microbatch(indices)
+                term = torch.sin(m.token_ids.double() + m.positions) * m.advantages
+                total += (term * m.loss_mask * m.token_weights).sum().item() / m.denominator
+        losses.append(total)
+    return losses
+
+
+LAYOUTS = [(1, 10**6), (1, 1), (2, 50), (3, 64), (4, 40), (16, 200)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("dp_size", "max_tokens"), LAYOUTS)
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_every_sequence_once_within_the_budget_and_equally_many_microbatches(
+    seed, dp_size, max_tokens, num_steps
+):
+    groups = random_groups(seed)
+    steps = planned(groups, dp_size=dp_size, max_tokens=max_tokens, num_steps=num_steps)
+    assert len(steps) == num_steps and all(len(step) == dp_size for step in steps)
+    got = Counter(s for step in steps for shard in step for s in real_sequences(shard))
+    assert got == Counter((s.rollout_id, s.num_tokens) for g in groups for s in g.samples)
+    for step in steps:
+        assert len({len(shard.microbatches) for shard in step}) == 1
+        assert {(s.denominator, s.num_tokens, s.num_sequences) for s in step} == {
+            (step[0].denominator, step[0].num_tokens, step[0].num_sequences)
+        }
+        for of_rank, indices in [(shard, m) for shard in step for m in shard.microbatches]:
+            assert indices
+            assert len(indices) == 1 or sum(len(of_rank.token_ids[i]) for i in indices) <= max_tokens
+
+
+@pytest.mark.parametrize("denominator", ["tokens", "sequences"])
+@pytest.mark.parametrize("seed", range(5))
+def test_layout_does_not_change_the_loss(denominator, seed):
+    groups = random_groups(seed)
+
+    def losses(dp_size, max_tokens):
+        options = dict(dp_size=dp_size, max_tokens=max_tokens, num_steps=2, denominator=denominator)
+        return summed_loss(planned(groups, **options))
+
+    reference = losses(*LAYOUTS[0])
+    for layout in LAYOUTS[1:]:
+        assert losses(*layout) == pytest.approx(reference, rel=1e-6)
+
+
+def test_denominators_by_hand():
+    groups = [SampleGroup(0, [sample(0, 1, 5, 4), sample(0, 2, 5, 2), sample(0, 2, 5, 3)])]
+    (step,) = planned(groups, dp_size=1)
+    assert step[0].denominator == 9 and step[0].num_tokens == 9 and step[0].token_weights == [1, 1, 1]
+    (step,) = planned(groups, dp_size=1, denominator="sequences")
+    assert step[0].denominator == 2 and step[0].num_sequences == 3  # two rollouts, one of two siblings
+    assert step[0].token_weights == [1 / 4, 1 / 5, 1 / 5]
+
+
+def test_groups_go_to_steps_in_order_and_stay_whole():
+    groups = [SampleGroup(g, [sample(g, 10 * g + i, 4, 2) for i in (1, 2)]) for g in range(5)]
+    parts = groups[:4] + [SampleGroup(0, [sample(0, 3, 4, 2)])]  # group 0 in two parts
+
+    def ids(steps):
+        return [sorted(t // 10 for shard in step for t, _ in real_sequences(shard)) for step in steps]
+
+    assert ids(planned(groups, num_steps=2)) == [[0, 0, 1, 1], [2, 2, 3, 3, 4, 4]]
+    assert ids(planned(parts, num_steps=2)) == [[0, 0, 0, 1, 1], [2, 2, 3, 3]]
+    assert len(planned(groups[:2], num_steps=4)) == 2
+    assert planned([], num_steps=4) == []
+
+
+def test_load_is_balanced_by_cost():
+    lengths = [100, 60, 50, 40, 30, 20, 20, 10]
+    groups = [SampleGroup(0, [sample(0, i + 1, n, 1) for i, n in enumerate(lengths)])]
+    (step,) = planned(groups, max_tokens=1000)
+    tokens = [sum(n for _, n in real_sequences(shard)) for shard in step]
+    assert sorted(tokens) == [160, 170]
+
+
+def test_the_same_groups_give_the_same_plan():
+    a, b = (planned(random_groups(1), dp_size=3) for _ in range(2))
+    assert [[s.microbatches for s in step] for step in a] == [[s.microbatches for s in step] for step in b]
+    assert all(
+        torch.equal(x, y)
+        for p, q in zip(a[0], b[0], strict=True)
+        for x, y in zip(p.token_ids, q.token_ids, strict=True)
+    )
+
+
+def test_a_rank_without_sequences_gets_a_dummy_out_of_the_loss():
+    (step,) = planned([SampleGroup(0, [sample(0, 1, 6, 3)])], dp_size=2)
+    dummy = step[1].microbatch(step[1].microbatches[0])
+    assert not dummy.loss_mask.any() and dummy.token_weights.sum() == 0
+    assert dummy.denominator == 3
+
+
+def test_a_step_with_nothing_in_the_loss_divides_by_one():
+    (step,) = planned([SampleGroup(0, [sample(0, 1, 6, 0)])], dp_size=1)
+    assert step[0].denominator == 1 and step[0].num_tokens == 0
+
+
+def test_unusable_samples_are_refused_by_name():
+    with pytest.raises(ValueError, match="group 3, rollout 9 has no advantage"):
+        planned([SampleGroup(3, [sample(3, 9, 4, 2, advantage=None)])])
+    with pytest.raises(ValueError, match="group 3, rollout 9: token 0 is in the loss"):
+        planned([SampleGroup(3, [sample(3, 9, 4, 4)])])
+    short = sample(3, 9, 4, 2)
+    short.rollout_logprobs = short.rollout_logprobs[1:]
+    with pytest.raises(ValueError, match="equally long"):
+        planned([SampleGroup(3, [short])])
