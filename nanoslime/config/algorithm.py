@@ -40,7 +40,9 @@ class GRPOConfig:
     @model_validator(mode="after")
     def _one_kl(self) -> GRPOConfig:
         if self.kl_coef > 0 and self.use_kl_loss:
-            raise ValueError("kl_coef (KL in the reward) and use_kl_loss (KL in the loss) exclude each other; set one")
+            raise ValueError(
+                "kl_coef (KL in the reward) and use_kl_loss (KL in the loss) exclude each other; set one"
+            )
         if self.use_unbiased_kl and not self.use_kl_loss:
             raise ValueError("use_unbiased_kl weights the KL loss; it needs use_kl_loss")
         if self.eps_clip >= 1:

@@ -1,4 +1,4 @@
-"""A cluster or one machine: what a node has, how jobs are asked for, where runs live. One YAML file each (env/clusters/)."""
+"""A cluster or one machine: what a node has, how jobs are asked for, where runs go (env/clusters/*.yaml)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from nanoslime.config.base import knobs
 class ClusterConfig:
     name: str = "local"
     nodes: int = Field(default=1, ge=1)
-    rollout_nodes: int | None = None
+    rollout_nodes: int | None = Field(default=None, ge=0)
     """Nodes that hold engines only; default: half of the nodes (rounded down), 0 with one node."""
     gpus_per_node: int = Field(default=0, ge=0)
     """0: a CPU cluster; the trainers then run on gloo and SGLang by its CPU recipe."""
     slots_per_node: int = Field(default=2, ge=1)
     """Ranks or engines per node where there are no GPUs."""
-    engine_gpus: int | None = None
-    """With one node: GPUs (or slots) of it that the engines take; default half, at least one each side."""
-    gpu_memory_gib: float = 80.0
-    cpus_per_node: int | None = None
+    engine_gpus: int | None = Field(default=None, ge=0)
+    """With one node: GPUs (or slots) of it that the engines take; default half, 0 for the embedded engine."""
+    gpu_memory_gib: float = Field(default=80.0, gt=0)
+    cpus_per_node: int | None = Field(default=None, ge=1)
     memory_per_node: str = ""
     """As sbatch --mem takes it; empty: the site's default."""
     partition: str = ""
@@ -33,7 +33,7 @@ class ClusterConfig:
     time_limit_min: int = Field(default=240, ge=1)
     signal_lead_s: int = Field(default=300, ge=30)
     """Seconds before the time limit at which the job is told to commit and requeue."""
-    max_requeues: int = 10
+    max_requeues: int = Field(default=10, ge=0)
     extra_sbatch: dict[str, str] = Field(default_factory=dict)
     """Further sbatch options, without the leading dashes."""
     setup: list[str] = Field(default_factory=list)
@@ -46,8 +46,8 @@ class ClusterConfig:
     venv: str = ""
     """Virtual environment of the compute nodes; empty: the one that submits."""
     submit: Literal["submitit", "sbatch"] = "submitit"
-    ray_start_deadline_s: float = 300.0
-    node_join_deadline_s: float = 300.0
+    ray_start_deadline_s: float = Field(default=300.0, gt=0)
+    node_join_deadline_s: float = Field(default=300.0, gt=0)
 
     @property
     def slots(self) -> int:

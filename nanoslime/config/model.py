@@ -10,17 +10,17 @@ from nanoslime.config.base import knobs
 @knobs
 class ModelConfig:
     hf_checkpoint: str = ""
-    """Directory of a Hugging Face checkpoint, or a hub id; submission resolves an id to a local snapshot path."""
+    """Directory of a Hugging Face checkpoint, or a hub id; submission resolves an id to a local path."""
     revision: str = ""
     """Commit of the hub snapshot; filled in at submission."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Compute dtype of trainers and engines. Main parameters, gradients and optimizer state are float32 in any case."""
+    """Compute dtype of trainers and engines. Main parameters, gradients, optimizer state: float32 always."""
     trust_remote_code: bool = False
 
 
 @knobs
 class RehearsalConfig:
-    """The tiny model and digits task that a run makes for itself, in place of a checkpoint and prompt files."""
+    """The tiny model and digits task that a run makes for itself, for want of a checkpoint and prompts."""
 
     enabled: bool = False
     task: str = "reverse"

@@ -24,19 +24,21 @@ class RolloutConfig:
     """embedded: transformers in process, for machines without SGLang and for tests."""
     engine_tp_size: int = Field(default=1, ge=1)
     """GPUs per engine."""
+    engines_per_node: int | None = Field(default=None, ge=1)
+    """Engines on a node that has them; default: as many as its free GPUs (or slots) hold."""
     router: Literal["least_inflight", "sglang"] = "least_inflight"
     sglang: dict[str, Any] = Field(default_factory=dict)
     """SGLang server options as written there (mem_fraction_static: 0.8)."""
-    start_deadline_s: float = 600.0
-    request_deadline_s: float = 1800.0
+    start_deadline_s: float = Field(default=600.0, gt=0)
+    request_deadline_s: float = Field(default=1800.0, gt=0)
 
 
 @knobs
 class WeightSyncConfig:
     transport: Literal["auto", "broadcast", "disk", "in_process"] = "auto"
-    """auto: in_process for an embedded engine beside a one-rank trainer, disk for any other embedded one, else broadcast."""
+    """auto: in_process for an embedded engine beside one rank, disk for other such, else broadcast."""
     bucket_bytes: int = Field(default=512 << 20, ge=1)
-    deadline_s: float = 300.0
+    deadline_s: float = Field(default=300.0, gt=0)
 
 
 @knobs

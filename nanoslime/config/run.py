@@ -1,4 +1,4 @@
-"""The whole configuration of one run, as it is written to the run directory and read by every process of it."""
+"""The whole configuration of one run, as its run directory holds it and every process of it reads it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from nanoslime.config.training import CheckpointConfig, TrackingConfig, Training
 
 @knobs
 class RunConfig:
-    name: str = "run"
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    """Name of the run, of its directory and of its job."""
     seed: int = 0
     model: ModelConfig = Field(default_factory=ModelConfig)
     rehearsal: RehearsalConfig = Field(default_factory=RehearsalConfig)

@@ -23,9 +23,9 @@ class TrainingConfig:
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     lr_warmup_steps: int = Field(default=0, ge=0)
     min_lr: float = Field(default=0.0, ge=0)
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.98
-    adam_eps: float = 1e-8
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.98, ge=0, lt=1)
+    adam_eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     clip_grad: float = Field(default=1.0, ge=0)
     """Global gradient norm; 0: no clipping."""
@@ -37,8 +37,8 @@ class TrainingConfig:
     distributed_optimizer: bool = True
     megatron: dict[str, Any] = Field(default_factory=dict)
     """Fields of megatron-core's TransformerConfig as written there."""
-    collective_deadline_s: float = 600.0
-    start_deadline_s: float = 600.0
+    collective_deadline_s: float = Field(default=600.0, gt=0)
+    start_deadline_s: float = Field(default=600.0, gt=0)
 
 
 @knobs

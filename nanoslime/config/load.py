@@ -1,0 +1,142 @@
+"""From YAML files and flags to one RunConfig, and from RunConfig to the file that a job reads.
+
+    recipe.yaml  <  cluster.yaml (under `cluster:`)  <  flags
+
+Nothing is guessed: an unknown key or a value of the wrong type is refused with its place and what is valid.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, get_origin
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from nanoslime.config import flags as flag_table
+from nanoslime.config import upstream
+from nanoslime.config.run import RunConfig
+from nanoslime.types import RunError
+
+_PARALLEL = ("training.tp_size", "training.pp_size", "training.cp_size", "training.ep_size")
+
+
+def load(recipe: Path | None, cluster: Path | None, flags: Sequence[str]) -> RunConfig:
+    """The configuration that a recipe, a cluster file and flags add up to.
+
+    `--help` or `-h` among the flags prints every field with its value and ends the process. Without a backend
+    named anywhere, one node means FSDP2. Raises RunError, one line for each thing that is wrong.
+    """
+    layers = _Layers()
+    if recipe is not None:
+        layers.add_file(recipe, "")
+    if cluster is not None:
+        layers.add_file(cluster, "cluster")
+    if {"-h", "--help"} & set(flags):
+        flag_table.print_help(layers.validate(), Path(sys.argv[0]).name)
+        raise SystemExit(0)
+    for flag in flag_table.parse(flags):
+        layers.put(flag.field, flag.value, f"flag {flag.name}")
+    config = _one_node_means_fsdp(layers.validate(), layers.sources)
+    upstream.check("megatron", "training.megatron", config.training.megatron)
+    upstream.check("sglang", "rollout.sglang", config.rollout.sglang)
+    return config
+
+
+def dump(config: RunConfig) -> str:
+    """The whole configuration as YAML; `read` gives back an equal object."""
+    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True, width=110)
+
+
+def read(path: Path) -> RunConfig:
+    """The configuration of a run, as `dump` wrote it. Raises RunError naming the file."""
+    layers = _Layers()
+    layers.add_file(path, "")
+    return layers.validate()
+
+
+class _Layers:
+    """Values laid over one another, and where each came from."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.sources: dict[str, str] = {}  # dotted field -> file or flag
+
+    def add_file(self, path: Path, section: str) -> None:
+        """Lay a YAML file over what is there, below `section`."""
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as e:
+            raise RunError(f"cannot read {path}: {e}") from e
+        except yaml.YAMLError as e:
+            raise RunError(f"{path} is not YAML: {' '.join(str(e).split())}") from e
+        self._add(section, content if content is not None else {}, str(path))
+
+    def _add(self, place: str, content: Any, source: str) -> None:
+        known = flag_table.field_types()
+        if place in known:
+            return self.put(place, content, source)
+        if not isinstance(content, dict):
+            raise RunError(
+                f"{source}: {place or 'the file'} must be a mapping of keys to values, not {content!r}"
+            )
+        prefix = f"{place}." if place else ""
+        inside = {f.removeprefix(prefix).split(".")[0] for f in known if f.startswith(prefix)}
+        for key, value in content.items():
+            if key not in inside:
+                self._refuse(str(key), prefix, inside, source)
+            self._add(prefix + key, value, source)
+
+    @staticmethod
+    def _refuse(key: str, prefix: str, inside: set[str], source: str) -> None:
+        elsewhere = [f for f in flag_table.field_types() if f.endswith(f".{key}")]
+        near = f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else ""
+        near = near or flag_table.suggest(key, {name: name for name in sorted(inside)})
+        raise RunError(
+            f"{source}: unknown key {prefix}{key}{near or '; valid here: ' + ', '.join(sorted(inside))}"
+        )
+
+    def put(self, field: str, value: Any, source: str) -> None:
+        """Set a field. The keys of a dict field are merged one by one."""
+        *sections, leaf = field.split(".")
+        target = self.values
+        for section in sections:
+            target = target.setdefault(section, {})
+        if get_origin(flag_table.field_types()[field]) is dict and isinstance(value, dict):
+            value = target.get(leaf, {}) | value
+        target[leaf] = value
+        self.sources[field] = source
+
+    def validate(self) -> RunConfig:
+        """Raises RunError: one line for each problem, with its place."""
+        try:
+            return TypeAdapter(RunConfig).validate_python(self.values)
+        except ValidationError as e:
+            raise RunError("\n".join(self._line(dict(error)) for error in e.errors())) from None
+
+    def _line(self, error: dict[str, Any]) -> str:
+        parts = [str(part) for part in error["loc"]]
+        place = ".".join(parts)
+        outward = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+        source = next((self.sources[field] for field in outward if field in self.sources), "default")
+        message = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be", 1)
+        message = message.replace("String should match pattern", "must match", 1)
+        if error["type"] == "value_error":  # a rule over several fields, which names them itself
+            return f"{place}: {message}" if place else message
+        return f"{source}: {place}={error['input']!r}: {message}"
+
+
+def _one_node_means_fsdp(config: RunConfig, sources: dict[str, str]) -> RunConfig:
+    """FSDP2 where nobody named a backend and there is one node; a recipe's parallel sizes then do not apply.
+
+    A flag for a parallel size asks for Megatron.
+    """
+    if "training.backend" in sources or config.cluster.nodes > 1:
+        return config
+    if any(sources.get(field, "").startswith("flag ") for field in _PARALLEL):
+        return config
+    alone = replace(config.training, backend="fsdp", tp_size=1, pp_size=1, cp_size=1, ep_size=1)
+    return replace(config, training=alone)

@@ -1,0 +1,117 @@
+"""Recipe, cluster file and flags become one configuration; whatever is wrong is named with its place."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nanoslime.config import ClusterConfig, RunConfig
+from nanoslime.config.load import dump, load, read
+from nanoslime.types import RunError
+
+REPOSITORY = Path(__file__).parents[2]
+RECIPES = sorted((REPOSITORY / "jobs/recipes").glob("*.yaml"))
+CLUSTERS = sorted((REPOSITORY / "env/clusters").glob("*.yaml"))
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_flags_lie_over_the_cluster_file_over_the_recipe(tmp_path):
+    recipe = write(
+        tmp_path / "r.yaml", "training: {lr: 1e-4, tp_size: 2}\ncluster: {nodes: 2, partition: a, account: r}"
+    )
+    cluster = write(tmp_path / "c.yaml", "partition: b\nnodes: 3\n")
+    config = load(recipe, cluster, ["--nodes", "5"])
+    assert (config.training.lr, config.training.tp_size) == (1e-4, 2)
+    assert (config.cluster.nodes, config.cluster.partition, config.cluster.account) == (5, "b", "r")
+
+
+def test_mappings_are_merged_key_by_key(tmp_path):
+    recipe = write(tmp_path / "r.yaml", "cluster: {env: {A: '1', B: '1'}}")
+    cluster = write(tmp_path / "c.yaml", "env: {B: '2'}")
+    assert load(recipe, cluster, []).cluster.env == {"A": "1", "B": "2"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
+def test_what_is_dumped_is_read_back_equal(path, tmp_path):
+    config = load(path, None, ["--lr", "3e-7"])
+    assert read(write(tmp_path / "config.yaml", dump(config))) == config
+
+
+def test_hostile_text_survives_the_round_trip(tmp_path):
+    text = "a'; echo foo\n\t: \"{$HOME} \u2028 #no"
+    config = load(None, None, ["--run-root", text, "--data.system-prompt", text])
+    assert read(write(tmp_path / "c.yaml", dump(config))) == config
+    assert config.cluster.run_root == text
+
+
+@pytest.mark.parametrize("path", CLUSTERS, ids=lambda p: p.name)
+def test_every_cluster_file_loads(path):
+    assert load(None, path, []).cluster.name == path.stem
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        ("trainning: {}", r"r.yaml: unknown key trainning; did you mean training"),
+        ("training: {tp: 2}", "unknown key training.tp; did you mean tp_size"),
+        ("training: {num_rollout: 2}", r"unknown key training.num_rollout; did you mean rollout.num_rollout"),
+        ("eval: {zzzz: 2}", "unknown key eval.zzzz; valid here: interval, max_prompts, n_samples_per_prompt"),
+        ("training: 3", "training must be a mapping of keys to values, not 3"),
+        ("- a", "the file must be a mapping"),
+        ("training: {lr: fast}", "r.yaml: training.lr='fast': must be a valid number"),
+        ("training: {tp_size: 0}", "r.yaml: training.tp_size=0: must be greater than or equal to 1"),
+        ("training: {megatron: 3}", "r.yaml: training.megatron=3: must be a valid dictionary"),
+        ("training: {backend: 3d}", "training.backend='3d': must be 'megatron' or 'fsdp'"),
+        ("cluster: {env: {A: [1]}}", r"r.yaml: cluster.env.A=\[1\]: must be a valid string"),
+        ("training: {lr: 1", "r.yaml is not YAML: .*line 1"),
+        ("training: {num_steps_per_rollout: 3}", "=3 does not divide rollout.rollout_batch_size=32"),
+        ("training: {megatron: {recompute_granularty: full}}", "did you mean recompute_granularity"),
+        ("training: {megatron: {num_layers: 3}}", "num_layers is set by nanoslime; use model.hf"),
+        ("rollout: {sglang: {mem_fraction: 0.5}}", "mem_fraction: sglang .* did you mean mem_fraction_s"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_with_file_place_and_way_out(tmp_path, recipe, says):
+    with pytest.raises(RunError, match=says):
+        load(write(tmp_path / "r.yaml", recipe), None, [])
+
+
+def test_every_wrong_value_has_its_own_line(tmp_path):
+    recipe = write(tmp_path / "r.yaml", "training: {lr: a, tp_size: b}")
+    with pytest.raises(RunError) as refused:
+        load(recipe, None, [])
+    assert len(str(refused.value).splitlines()) == 2
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(RunError, match="cannot read .*none.yaml"):
+        load(tmp_path / "none.yaml", None, [])
+
+
+@pytest.mark.parametrize(
+    ("flags", "backend", "tp"),
+    [
+        (["--nodes", "1"], "fsdp", 1),
+        (["--nodes", "4"], "megatron", 2),
+        (["--nodes", "1", "--backend", "megatron"], "megatron", 2),
+        (["--nodes", "1", "--tp-size", "4"], "megatron", 4),
+        (["--nodes", "4", "--backend", "fsdp"], "fsdp", 2),
+    ],
+)
+def test_one_node_means_fsdp_unless_megatron_is_asked_for(tmp_path, flags, backend, tp):
+    training = load(write(tmp_path / "r.yaml", "training: {tp_size: 2}"), None, flags).training
+    assert (training.backend, training.tp_size) == (backend, tp)
+
+
+def test_no_field_is_a_secret():
+    text = dump(RunConfig()).lower()
+    assert not [word for word in ("token:", "password", "secret", "api_key") if word in text]
+
+
+def test_cluster_files_have_the_fields_of_cluster_config_only():
+    for path in CLUSTERS:
+        assert set(yaml.safe_load(path.read_text())) <= {f.name for f in fields(ClusterConfig)}
