@@ -75,7 +75,9 @@ class TrainBackend(Protocol):
 
 
 def init_process_group(env: RankEnv, deadline_s: float) -> None:
-    """Joins the trainers' default process group: NCCL and gloo with CUDA, gloo without."""
+    """Joins the trainers' default process group, unless this process is in it: NCCL and gloo with CUDA, gloo without."""
+    if dist.is_initialized():
+        return
     if env.device == "cuda":
         torch.cuda.set_device(env.local_rank)
     dist.init_process_group(

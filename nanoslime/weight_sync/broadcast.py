@@ -1,0 +1,101 @@
+"""Weights into running engines through a process group: trainer rank 0 broadcasts, every engine rank receives.
+
+    connect:  rank 0 joins the group as rank 0 in a thread's company of one HTTP call per engine, which join behind it
+    send:     begin -> per bucket: announce names, dtypes, shapes to every engine; broadcast each tensor -> end, with the version
+    The engines are paused by the caller around `send`, and keep their old version label when it fails.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from nanoslime.process_groups import free_port, join_group
+from nanoslime.types import BroadcastEngine, RunError
+
+logger = logging.getLogger(__name__)
+
+
+def buckets(tensors: Iterable[tuple[str, Tensor]], limit_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+    """Consecutive tensors of at most `limit_bytes` together; a larger one goes alone."""
+    bucket: list[tuple[str, Tensor]] = []
+    size = 0
+    for name, tensor in tensors:
+        if bucket and size + tensor.nbytes > limit_bytes:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+class Broadcaster:
+    """Lives on trainer rank 0. `address` is that rank's own, reachable from the engines."""
+
+    GROUP = "nanoslime-weights"
+
+    def __init__(self, engines: list[BroadcastEngine], *, address: str, device: str, bucket_bytes: int, deadline_s: float):
+        self._engines, self._bucket_bytes, self._deadline_s = engines, bucket_bytes, deadline_s
+        self._threads = ThreadPoolExecutor(max_workers=max(1, len(engines)), thread_name_prefix="weight-sync")
+        world_size = 1 + sum(e.world_size for e in engines)
+        port, backend = free_port(address), "nccl" if device == "cuda" else "gloo"
+        offsets = [1 + sum(e.world_size for e in engines[:i]) for i in range(len(engines))]
+        joins = [
+            self._threads.submit(
+                e.init_weight_group, address=address, port=port, rank_offset=offset, world_size=world_size, group=self.GROUP, backend=backend
+            )
+            for e, offset in zip(engines, offsets, strict=True)
+        ]
+        try:
+            self._group = join_group(
+                address=address, port=port, rank=0, world_size=world_size, name=self.GROUP, backend=backend, timeout_s=deadline_s
+            )
+        except (RuntimeError, dist.DistError) as e:
+            self._collect(joins, "join the weight group")
+            raise RunError(f"trainer rank 0 could not open the weight group at {address}:{port} in {deadline_s:.0f}s: {e}") from e
+        self._collect(joins, "join the weight group")
+        logger.info("weight group of %d ranks at %s:%d over %s", world_size, address, port, backend)
+
+    def send(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> int:
+        """Sends every tensor and labels the engines with `version`; returns the bytes sent. Raises RunError naming an engine."""
+        sent = 0
+        self._each("begin_update")
+        for bucket in buckets(tensors, self._bucket_bytes):
+            announced = [
+                self._threads.submit(
+                    e.receive_bucket,
+                    names=[name for name, _ in bucket],
+                    dtypes=[str(t.dtype).removeprefix("torch.") for _, t in bucket],
+                    shapes=[list(t.shape) for _, t in bucket],
+                    group=self.GROUP,
+                )
+                for e in self._engines
+            ]
+            works = [dist.broadcast(t, src=0, group=self._group, async_op=True) for _, t in bucket]
+            self._collect(announced, f"receive weights of version {version}", works)
+            sent += sum(t.nbytes for _, t in bucket)
+        self._each("end_update", version)
+        return sent
+
+    def close(self) -> None:
+        self._each("destroy_weight_group", self.GROUP)
+        self._threads.shutdown()
+
+    def _each(self, method: str, *args: Any) -> None:
+        self._collect([self._threads.submit(getattr(e, method), *args) for e in self._engines], method.replace("_", " "))
+
+    def _collect(self, futures: list[Future], what: str, works: Iterable[dist.Work] = ()) -> None:
+        """Takes every result; the first engine that failed is named. Then waits for the broadcasts themselves."""
+        for engine, future in zip(self._engines, futures, strict=True):
+            try:
+                future.result(timeout=self._deadline_s)
+            except TimeoutError as e:
+                raise RunError(f"engine {engine.name} did not {what} within {self._deadline_s:.0f}s") from e
+        for work in works:
+            work.wait()
