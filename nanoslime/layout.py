@@ -1,0 +1,439 @@
+"""Which node and GPU does what: pure arithmetic from the configuration and the model's shape, and its errors.
+
+    node 0   trainer ranks 0 1 ...          trainers take the first nodes, in Megatron's rank order:
+    node 1   trainer ranks ...              rank = ((pp * dp_size + dp) * cp_size + cp) * tp_size + tp
+    node 2   engine 0, engine 1 ...         engines take the last nodes
+    node 3   engine ...
+
+A slot is a GPU of a node, or a share of its cores where it has no GPUs. On one node trainers take the first
+slots, engines the last. The embedded engine lives in the driver and takes no slot.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nanoslime.config import RunConfig
+from nanoslime.models.shape import ModelShape
+from nanoslime.types import RunError
+
+_GIB = 1 << 30
+_SGLANG_MEM_FRACTION = 0.85  # about what SGLang chooses by itself; it depends on the GPU
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelDims:
+    tp: int
+    pp: int
+    cp: int
+    ep: int
+    dp: int
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.cp * self.dp
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """The rank's place along tp, cp, dp and pp; tp runs fastest."""
+        place = {}
+        for name in ("tp", "cp", "dp", "pp"):
+            rank, place[name] = divmod(rank, getattr(self, name))
+        return place
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerPlace:
+    rank: int
+    node: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePlace:
+    index: int
+    node: int
+    slots: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    num_nodes: int
+    slots_per_node: int
+    device: str  # cuda or cpu
+    backend: str  # megatron or fsdp
+    parallel: ParallelDims
+    trainers: tuple[TrainerPlace, ...]  # by rank
+    engines: tuple[EnginePlace, ...]  # by index; none with the embedded engine
+
+    @property
+    def trainer_nodes(self) -> tuple[int, ...]:
+        return tuple(sorted({t.node for t in self.trainers}))
+
+    @property
+    def engine_nodes(self) -> tuple[int, ...]:
+        return tuple(sorted({e.node for e in self.engines}))
+
+    def roles(self, node: int) -> str:
+        """trainer, engine or trainer+engine."""
+        roles = {"trainer": self.trainer_nodes, "engine": self.engine_nodes}
+        return "+".join(role for role, nodes in roles.items() if node in nodes)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Layout:
+        """The layout that `to_json` wrote, equal to it."""
+        values: dict[str, Any] = json.loads(text)
+        values["parallel"] = ParallelDims(**values["parallel"])
+        values["trainers"] = tuple(TrainerPlace(**t) for t in values["trainers"])
+        values["engines"] = tuple(EnginePlace(**e | {"slots": tuple(e["slots"])}) for e in values["engines"])
+        return cls(**values)
+
+    def table(self) -> str:
+        """One line a node: its role, trainer ranks and their coordinates, engines and their slots."""
+        rows = [["node", "role", "ranks", "tp", "cp", "dp", "pp", "engines", "slots"]]
+        for node in range(self.num_nodes):
+            ranks = [t.rank for t in self.trainers if t.node == node]
+            engines = [e for e in self.engines if e.node == node]
+            places = [self.parallel.coordinates(rank) for rank in ranks]
+            along = [_span(p[name] for p in places) for name in ("tp", "cp", "dp", "pp")]
+            taken = [_span(e.index for e in engines), _span(s for e in engines for s in e.slots)]
+            rows.append([str(node), self.roles(node) or "idle", _span(ranks), *along, *taken])
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def plan(config: RunConfig, shape: ModelShape) -> Layout:
+    """Where everything goes. Raises RunError, with value, place and what is valid, for what cannot be."""
+    cluster, slots = config.cluster, _slots(config)
+    trainer_slots = _trainer_slots(config, slots)
+    places = [(node, slot) for node, count in enumerate(trainer_slots) for slot in range(count)]
+    parallel = _parallel(config, shape, len(places), slots)
+    _check_engine_size(config, shape, slots)
+    layout = Layout(
+        num_nodes=cluster.nodes,
+        slots_per_node=slots,
+        device=cluster.device,
+        backend=config.training.backend,
+        parallel=parallel,
+        trainers=tuple(TrainerPlace(rank, node, slot) for rank, (node, slot) in enumerate(places)),
+        engines=_engines(config, slots, trainer_slots),
+    )
+    _check_memory(config, shape, layout)
+    return layout
+
+
+def _slots(config: RunConfig) -> int:
+    """Slots of a node. On one machine without GPUs `num_gpus` says how many ranks there are to be."""
+    cluster, ranks = config.cluster, config.training.num_gpus
+    if cluster.nodes > 1 or cluster.device == "cuda" or ranks is None:
+        return cluster.slots
+    engine = 0 if config.rollout.engine == "embedded" else config.rollout.engine_tp_size
+    return max(cluster.slots, ranks + engine)
+
+
+def _trainer_slots(config: RunConfig, slots: int) -> list[int]:
+    """Slots of each node that trainers take: all of the first nodes, or a part of the only one."""
+    nodes, embedded = config.cluster.nodes, config.rollout.engine == "embedded"
+    rollout_nodes = config.cluster.rollout_nodes
+    if rollout_nodes is None:
+        rollout_nodes = 0 if embedded else nodes // 2
+    if embedded and rollout_nodes:
+        raise RunError(f"cluster.rollout_nodes={rollout_nodes}: the embedded engine needs no nodes; set 0")
+    if rollout_nodes >= nodes:
+        raise RunError(
+            f"cluster.rollout_nodes={rollout_nodes} of cluster.nodes={nodes}: {_rollout_choices(nodes)}"
+        )
+    if nodes == 1:
+        return [_one_node_trainer_slots(config, slots)]
+    if not embedded and rollout_nodes == 0:
+        raise RunError(f"cluster.rollout_nodes=0: SGLang engines need nodes; {_rollout_choices(nodes)}")
+    trainers, asked = (nodes - rollout_nodes) * slots, config.training.num_gpus
+    if asked not in (None, trainers):
+        raise RunError(
+            f"training.num_gpus={asked}: a job of {nodes} nodes has {nodes - rollout_nodes} x {slots} = "
+            f"{trainers} trainer ranks; leave it out, or change cluster.nodes or cluster.rollout_nodes"
+        )
+    return [slots] * (nodes - rollout_nodes) + [0] * rollout_nodes
+
+
+def _rollout_choices(nodes: int) -> str:
+    if nodes == 1:
+        return "with one node engines share it (cluster.engine_gpus); leave it out"
+    return f"choose {_span(range(1, nodes))}, the rest are trainers"
+
+
+def _one_node_trainer_slots(config: RunConfig, slots: int) -> int:
+    embedded, engine, ranks = (
+        config.rollout.engine == "embedded",
+        config.cluster.engine_gpus,
+        config.training.num_gpus,
+    )
+    if embedded and engine:
+        raise RunError(f"cluster.engine_gpus={engine}: the embedded engine takes no GPU of its own; set 0")
+    if not embedded and slots == 1:
+        raise RunError(
+            f"{_slot_field(config)}=1: one node with one {_slot_name(config)} has no room for an SGLang "
+            "engine beside the trainer; use --engine embedded"
+        )
+    if engine is None:
+        engine = 0 if embedded else slots - ranks if ranks else max(1, slots // 2)
+    trainers = slots - engine if ranks is None else ranks
+    if not embedded and engine == config.cluster.engine_gpus and not 1 <= engine < slots:
+        raise RunError(
+            f"cluster.engine_gpus={engine} of {slots} {_slot_name(config)}s; choose {_span(range(1, slots))}"
+        )
+    engine = max(engine, 0 if embedded else 1)
+    if trainers + engine > slots:
+        raise RunError(
+            f"training.num_gpus={trainers}: of the node's {slots} {_slot_name(config)}s {engine} or more "
+            f"are for engines; choose at most {slots - engine}"
+        )
+    return trainers
+
+
+def _parallel(config: RunConfig, shape: ModelShape, ranks: int, slots: int) -> ParallelDims:
+    t = config.training
+    if t.cp_size != 1:
+        raise RunError(f"training.cp_size={t.cp_size} is not supported yet; set 1")
+    if t.ep_size != 1:
+        raise RunError(f"training.ep_size={t.ep_size}: {shape.model_type} has no experts; set 1")
+    if t.backend == "fsdp":
+        for name in ("tp_size", "pp_size"):
+            if getattr(t, name) != 1:
+                raise RunError(
+                    f"training.{name}={getattr(t, name)} needs --backend megatron; with fsdp set 1"
+                )
+    split = (shape.num_attention_heads, shape.num_key_value_heads, shape.intermediate_size)
+    tp_choices = [n for n in _divisors(slots) if not any(size % n for size in split)]
+    _refuse_tp(t.tp_size, shape, slots, tp_choices)
+    if shape.num_layers % t.pp_size:
+        choices = _choose(_divisors(shape.num_layers))
+        raise RunError(
+            f"training.pp_size={t.pp_size} does not divide num_layers={shape.num_layers}; {choices}"
+        )
+    model_ranks = t.tp_size * t.pp_size
+    if ranks % model_ranks:
+        pp_choices = _divisors(shape.num_layers)
+        pairs = [f"{tp} x {pp}" for tp in tp_choices for pp in pp_choices if ranks % (tp * pp) == 0]
+        raise RunError(
+            f"training.tp_size={t.tp_size} x training.pp_size={t.pp_size} = {model_ranks} does not divide "
+            f"the {ranks} trainer {_slot_name(config)}s; choose TP x PP {_words(pairs)}, "
+            "or change cluster.nodes"
+        )
+    dp = ranks // model_ranks
+    steps = t.num_steps_per_rollout
+    samples = config.rollout.rollout_batch_size // steps * config.rollout.n_samples_per_prompt
+    if samples < dp:
+        raise RunError(
+            f"rollout.rollout_batch_size={config.rollout.rollout_batch_size} x rollout.n_samples_per_prompt="
+            f"{config.rollout.n_samples_per_prompt} gives {samples} samples per optimizer step for DP={dp}; "
+            f"choose sizes with a product of at least {dp * steps}"
+        )
+    return ParallelDims(tp=t.tp_size, pp=t.pp_size, cp=t.cp_size, ep=t.ep_size, dp=dp)
+
+
+def _refuse_tp(tp: int, shape: ModelShape, slots: int, choices: list[int]) -> None:
+    limits = {
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.num_key_value_heads,
+        "intermediate_size": shape.intermediate_size,
+    }
+    for name, value in limits.items():
+        if value % tp:
+            raise RunError(f"training.tp_size={tp} does not divide {name}={value}; {_choose(choices)}")
+    if slots % tp:
+        raise RunError(
+            f"training.tp_size={tp}: a tensor-parallel group must lie in one node, and {tp} does not divide "
+            f"its {slots} slots; {_choose(choices)}"
+        )
+
+
+def _check_engine_size(config: RunConfig, shape: ModelShape, slots: int) -> None:
+    if config.rollout.engine == "embedded":
+        return
+    tp, groups = config.rollout.engine_tp_size, shape.num_key_value_heads
+    divisors = [n for n in _divisors(shape.num_attention_heads) if n <= slots]
+    fits = [n for n in divisors if groups % n == 0 or n % groups == 0]  # key-value heads may be copied
+    if tp > slots:
+        raise RunError(f"rollout.engine_tp_size={tp} exceeds the {slots} slots of a node; {_choose(fits)}")
+    if tp not in fits:
+        raise RunError(
+            f"rollout.engine_tp_size={tp} does not fit num_attention_heads={shape.num_attention_heads} and "
+            f"num_key_value_heads={groups}; {_choose(fits)}"
+        )
+
+
+def _engines(config: RunConfig, slots: int, trainer_slots: list[int]) -> tuple[EnginePlace, ...]:
+    """Engines fill what trainers leave, from the end of each node."""
+    if config.rollout.engine == "embedded":
+        return ()
+    tp, engines = config.rollout.engine_tp_size, list[EnginePlace]()
+    for node, taken in enumerate(trainer_slots):
+        free = slots - taken
+        if taken and config.cluster.nodes == 1 and config.cluster.engine_gpus is not None:
+            free = min(free, config.cluster.engine_gpus)
+        if not free:
+            continue
+        room, asked = free // tp, config.rollout.engines_per_node
+        if not 1 <= (asked or room) <= room:
+            value = f"rollout.engines_per_node={asked} x " if asked else ""
+            choice = f"engines_per_node at most {room}" if room else f"engine_tp_size at most {free}"
+            raise RunError(
+                f"{value}rollout.engine_tp_size={tp} does not fit the {free} {_slot_name(config)}s that "
+                f"node {node} has for engines; choose {choice}"
+            )
+        for i in range(asked or room):
+            first = slots - free + i * tp
+            engines.append(EnginePlace(len(engines), node, tuple(range(first, first + tp))))
+    return tuple(engines)
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes on the fullest GPU of a kind; activations and logits are estimates of the largest micro-batch."""
+
+    states: int  # trainer: weights, gradients, optimizer state, reference weights
+    activations: int
+    logits: int
+    engine_weights: int
+    kv_bytes_per_token: int
+
+    @property
+    def trainer(self) -> int:
+        return self.states + self.activations + self.logits
+
+
+def memory(config: RunConfig, shape: ModelShape, layout: Layout) -> Memory:
+    """What a trainer GPU and an engine GPU must hold.
+
+    Activations count what the backward pass of a layer keeps (as arXiv 2205.05198 section 4 does, for gated
+    MLPs and an attention that keeps no scores); the first pipeline stage holds them for `pp` micro-batches.
+    """
+    t, p, width = config.training, layout.parallel, 2 if config.model.dtype == "bfloat16" else 4
+    if layout.backend == "megatron":
+        states = shape.training_bytes(p.tp, p.pp, p.dp, distributed_optimizer=t.distributed_optimizer)
+        reference = width * shape.rank_parameters(p.tp, p.pp)
+    else:  # all sharded over DP, but for the largest block that is gathered, and the next one
+        largest = max(shape.num_layer_parameters, shape.num_embedding_parameters)
+        states = shape.training_bytes(1, 1, 1, distributed_optimizer=False) // p.dp + 2 * width * largest
+        reference = width * shape.num_parameters // p.dp
+    heads, groups = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    whole = 4 * shape.hidden_size // (p.tp if t.sequence_parallel else 1)  # inputs and outputs of two norms
+    split = (2 * heads + 2 * groups + 3 * shape.intermediate_size) // p.tp
+    layer, layers = (whole + split) * width, shape.num_layers // p.pp
+    kept = layers * p.pp * layer if not t.recompute else layers * p.pp * shape.hidden_size * width + layer
+    engine_tp = config.rollout.engine_tp_size
+    engine_groups = -(-shape.num_key_value_heads // engine_tp)
+    logit_bytes = 4 + width  # in float32, and their gradient
+    return Memory(
+        states=states + (reference if config.algorithm.needs_reference else 0),
+        activations=t.max_tokens_per_microbatch * kept,
+        logits=t.max_tokens_per_microbatch * (shape.vocab_size // p.tp) * logit_bytes,
+        engine_weights=width * shape.num_parameters // engine_tp,
+        kv_bytes_per_token=2 * shape.num_layers * engine_groups * shape.head_dim * width,
+    )
+
+
+def _check_memory(config: RunConfig, shape: ModelShape, layout: Layout) -> None:
+    """Refuse what cannot fit whatever the batch is; the rest is an estimate that the plan shows."""
+    if layout.device == "cpu":
+        return
+    need, have = memory(config, shape, layout), config.cluster.gpu_memory_gib * _GIB
+    if need.states > have:
+        more = (
+            "training.tp_size, training.pp_size or the nodes"
+            if layout.backend == "megatron"
+            else "the trainer GPUs"
+        )
+        raise RunError(
+            f"weights, gradients and optimizer state take {need.states / _GIB:.0f} GiB of each trainer GPU, "
+            f"which has cluster.gpu_memory_gib={config.cluster.gpu_memory_gib:g}; raise {more}"
+        )
+    if layout.engines and need.engine_weights > have * _mem_fraction(config):
+        raise RunError(
+            f"rollout.engine_tp_size={config.rollout.engine_tp_size}: the weights take "
+            f"{need.engine_weights / _GIB:.0f} GiB of each engine GPU, more than SGLang's share of "
+            f"cluster.gpu_memory_gib={config.cluster.gpu_memory_gib:g}; raise it"
+        )
+
+
+def _mem_fraction(config: RunConfig) -> float:
+    return float(config.rollout.sglang.get("mem_fraction_static") or _SGLANG_MEM_FRACTION)
+
+
+def describe(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
+    """The plan as a person reads it: nodes, parallel sizes, engines, memory and GPU hours."""
+    p, slot = layout.parallel, _slot_name(config)
+    nodes = f"{layout.num_nodes} x {layout.slots_per_node} {slot}s"
+    if layout.device == "cuda":
+        gpus, hours = layout.num_nodes * layout.slots_per_node, config.cluster.time_limit_min / 60
+        nodes += f"; at most {gpus * hours:g} GPU hours ({gpus} GPUs for {hours:g} h)"
+    backend = "Megatron" if layout.backend == "megatron" else "FSDP2"
+    if layout.backend == "fsdp" and layout.num_nodes == 1:
+        backend += " (what one node gets without --backend)"
+    engines = f"SGLang: {len(layout.engines)} of {config.rollout.engine_tp_size} {slot}(s) each"
+    lines = [
+        f"nodes     {nodes}",
+        f"model     {shape.model_type}, {shape.num_parameters:,} parameters, {config.model.dtype}",
+        f"trainers  {backend}: TP={p.tp} CP={p.cp} PP={p.pp} DP={p.dp}",
+        f"engines   {engines if layout.engines else 'embedded, in the driver'}",
+        *_memory_lines(config, shape, layout),
+        "",
+        layout.table(),
+    ]
+    return "\n".join(lines)
+
+
+def _memory_lines(config: RunConfig, shape: ModelShape, layout: Layout) -> list[str]:
+    need, have, gpu = memory(config, shape, layout), config.cluster.gpu_memory_gib, layout.device == "cuda"
+    states, activations, logits = (_size(n) for n in (need.states, need.activations, need.logits))
+    trainer = f"trainer: {states} states, about {activations} activations and {logits} logits"
+    engine = f"engine: {_size(need.engine_weights)} weights"
+    if gpu:
+        tokens = (have * _GIB * _mem_fraction(config) - need.engine_weights) / need.kv_bytes_per_token
+        trainer += f", of {have:g} GiB"
+        engine += f", room for about {tokens:,.0f} tokens of KV cache"
+    if gpu and need.trainer > have * _GIB:
+        trainer += "; MAY NOT FIT: lower training.max_tokens_per_microbatch, or set training.recompute"
+    return [f"memory    {trainer}"] + ([f"          {engine}"] if layout.engines else [])
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / _GIB:.1f} GiB" if num_bytes >= _GIB // 10 else f"{num_bytes / (1 << 20):.1f} MiB"
+
+
+def _slot_name(config: RunConfig) -> str:
+    return "GPU" if config.cluster.device == "cuda" else "CPU slot"
+
+
+def _slot_field(config: RunConfig) -> str:
+    return "cluster.gpus_per_node" if config.cluster.device == "cuda" else "cluster.slots_per_node"
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _choose(choices: list[int]) -> str:
+    return f"choose {_words(choices)}"
+
+
+def _words(choices: Iterable[object]) -> str:
+    *others, last = [str(c) for c in choices]
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _span(numbers: Iterable[int]) -> str:
+    """[0, 1, 2, 5] -> 0-2,5; nothing -> -."""
+    runs: list[list[int]] = []
+    for n in sorted(set(numbers)):
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1][1:] = [n]
+        else:
+            runs.append([n])
+    return ",".join("-".join(map(str, run)) for run in runs) or "-"

@@ -1,0 +1,258 @@
+"""Which slot does what: the plans that are promised, what is refused and how; no slot is used twice."""
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+
+from nanoslime.config.load import load
+from nanoslime.layout import Layout, ParallelDims, describe, memory, plan
+from nanoslime.models.shape import ModelShape
+from nanoslime.types import RunError
+
+TINY = ModelShape(
+    model_type="qwen3",
+    num_layers=2,
+    hidden_size=64,
+    intermediate_size=128,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=320,
+    max_position_embeddings=128,
+    tie_word_embeddings=False,
+    rms_norm_eps=1e-6,
+    rope_theta=1e4,
+    qk_norm=True,
+)
+QWEN3_4B = replace(
+    TINY,
+    num_layers=36,
+    hidden_size=2560,
+    intermediate_size=9728,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    vocab_size=151936,
+    tie_word_embeddings=True,
+)
+H200 = "--cluster.gpus-per-node 8 --cluster.gpu-memory-gib 140"
+
+
+def make(flags: str, shape: ModelShape = TINY) -> Layout:
+    return plan(load(None, None, flags.split()), shape)
+
+
+def test_the_rehearsal_has_trainers_on_the_first_two_nodes_and_one_engine_on_each_other():
+    layout = make("--nodes 4 --tp-size 2 --pp-size 2 --rollout.engines-per-node 1")
+    assert layout.parallel == ParallelDims(tp=2, pp=2, cp=1, ep=1, dp=1)
+    assert [(t.rank, t.node, t.slot) for t in layout.trainers] == [(0, 0, 0), (1, 0, 1), (2, 1, 0), (3, 1, 1)]
+    assert [(e.index, e.node, e.slots) for e in layout.engines] == [(0, 2, (0,)), (1, 3, (0,))]
+    assert [layout.roles(n) for n in range(4)] == ["trainer", "trainer", "engine", "engine"]
+    assert (layout.trainer_nodes, layout.engine_nodes) == ((0, 1), (2, 3))
+
+
+def test_ranks_run_along_tp_then_cp_then_dp_then_pp():
+    dims = ParallelDims(tp=2, pp=2, cp=2, ep=1, dp=2)
+    order = [tuple(dims.coordinates(rank)[name] for name in ("pp", "dp", "cp", "tp")) for rank in range(16)]
+    assert order == list(product(range(2), repeat=4))
+    assert dims.world_size == 16
+
+
+@pytest.mark.parametrize(
+    ("flags", "engines"),
+    [("", 8), ("--engine-tp-size 2", 4), ("--engine-tp-size 4", 2), ("--rollout.engines-per-node 3", 3)],
+)
+def test_engines_fill_the_gpus_of_their_nodes(flags, engines):
+    layout = make(f"--nodes 2 {H200} --tp-size 2 {flags}", QWEN3_4B)
+    assert len(layout.engines) == engines
+    assert {e.node for e in layout.engines} == {1}
+
+
+@pytest.mark.parametrize(("nodes", "rollout"), [(2, 1), (3, 1), (4, 2), (5, 2)])
+def test_half_of_the_nodes_rounded_down_hold_engines(nodes, rollout):
+    layout = make(f"--nodes {nodes}")
+    assert len(layout.engine_nodes) == rollout
+    assert layout.trainer_nodes == tuple(range(nodes - rollout))
+
+
+def test_one_node_falls_back_to_fsdp_with_engines_on_half_of_its_gpus():
+    layout = make(f"--nodes 1 {H200}", QWEN3_4B)
+    assert layout.backend == "fsdp"
+    assert layout.parallel.dp == 4
+    assert [t.slot for t in layout.trainers] == [0, 1, 2, 3]
+    assert [e.slots for e in layout.engines] == [(4,), (5,), (6,), (7,)]
+    assert layout.roles(0) == "trainer+engine"
+
+
+@pytest.mark.parametrize(
+    ("flags", "trainers", "engine_slots"),
+    [
+        (f"{H200} --engine-gpus 2", [0, 1, 2, 3, 4, 5], [6, 7]),
+        (f"{H200} --num-gpus 3", [0, 1, 2], [3, 4, 5, 6, 7]),
+        (f"{H200} --num-gpus 3 --engine-gpus 2", [0, 1, 2], [6, 7]),
+        ("--num-gpus 4", [0, 1, 2, 3], [4]),
+        ("--num-gpus 2 --engine embedded", [0, 1], []),
+        ("--cluster.slots-per-node 1 --engine embedded", [0], []),
+        (f"{H200} --engine embedded", list(range(8)), []),
+    ],
+)
+def test_one_node_is_shared_as_asked(flags, trainers, engine_slots):
+    layout = make(flags, QWEN3_4B)
+    assert [t.slot for t in layout.trainers] == trainers
+    assert [slot for e in layout.engines for slot in e.slots] == engine_slots
+
+
+def test_the_embedded_engine_takes_no_node():
+    layout = make("--nodes 4 --engine embedded")
+    assert (layout.trainer_nodes, layout.engines) == ((0, 1, 2, 3), ())
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (
+            "--nodes 4 --tp-size 3",
+            "training.tp_size=3 does not divide num_attention_heads=32; choose 1, 2, 4 or 8",
+        ),
+        (
+            f"--nodes 4 {H200} --tp-size 16",
+            "tp_size=16 does not divide num_key_value_heads=8; choose 1, 2, 4 or 8",
+        ),
+        (
+            "--nodes 4 --tp-size 8 --cluster.slots-per-node 4",
+            "must lie in one node, .* its 4 slots; choose 1, 2 or 4",
+        ),
+        (
+            "--nodes 4 --pp-size 5",
+            "training.pp_size=5 does not divide num_layers=36; choose 1, 2, 3, 4, 6, 9",
+        ),
+        (
+            "--nodes 2 --tp-size 2 --pp-size 2 --cluster.slots-per-node 2",
+            r"pp_size=2 = 4 does not divide the 2 trainer CPU slots; choose TP x PP 1 x 1, 1 x 2 or 2",
+        ),
+        ("--nodes 4 --rollout-nodes 4", "cluster.rollout_nodes=4 of cluster.nodes=4: choose 1-3"),
+        (
+            "--nodes 1 --rollout-nodes 1",
+            r"rollout_nodes=1 of cluster.nodes=1: with one node engines share it",
+        ),
+        ("--nodes 4 --rollout-nodes 0", "SGLang engines need nodes; choose 1-3"),
+        ("--nodes 4 --rollout-nodes 2 --engine embedded", "embedded engine needs no nodes; set 0"),
+        (
+            "--nodes 4 --engine-tp-size 16",
+            "engine_tp_size=16 exceeds the 8 slots of a node; choose 1, 2, 4 or 8",
+        ),
+        (
+            "--nodes 4 --engine-tp-size 3",
+            "engine_tp_size=3 does not fit num_attention_heads=32 .* choose 1, 2, 4 or 8",
+        ),
+        (
+            "--nodes 4 --engine-tp-size 4 --rollout.engines-per-node 3",
+            "node 2 has for engines; choose .* at most 2",
+        ),
+        (
+            "--nodes 1 --engine-gpus 2 --engine-tp-size 4",
+            "the 2 GPUs that node 0 has for engines; choose engine_tp",
+        ),
+        ("--nodes 1 --engine-gpus 8", "cluster.engine_gpus=8 of 8 GPUs; choose 1-7"),
+        ("--nodes 1 --engine-gpus 0", "cluster.engine_gpus=0 of 8 GPUs; choose 1-7"),
+        ("--nodes 1 --engine-gpus 2 --engine embedded", "takes no GPU of its own; set 0"),
+        (
+            "--nodes 1 --num-gpus 8",
+            "num_gpus=8: of the node's 8 GPUs 1 or more are for engines; choose at most 7",
+        ),
+        ("--nodes 4 --num-gpus 3", r"2 x 8 = 16 trainer ranks; leave it out"),
+        ("--nodes 1 --cluster.gpus-per-node 1", "has no room for an SGLang engine .* use --engine embedded"),
+        ("--nodes 4 --cp-size 2", "training.cp_size=2 is not supported yet; set 1"),
+        ("--nodes 4 --ep-size 2", "training.ep_size=2: qwen3 has no experts; set 1"),
+        (
+            "--nodes 4 --backend fsdp --tp-size 2",
+            "training.tp_size=2 needs --backend megatron; with fsdp set 1",
+        ),
+        ("--nodes 4 --backend fsdp --pp-size 2", "training.pp_size=2 needs --backend megatron"),
+        (
+            "--nodes 4 --rollout-batch-size 3 --n-samples-per-prompt 2",
+            "gives 6 samples per optimizer step for DP=16; choose sizes with a product of at least 16",
+        ),
+        (
+            "--nodes 4 --cluster.gpu-memory-gib 20",
+            "take 25 GiB of each trainer GPU, which has .*=20; raise training.tp",
+        ),
+        (
+            "--nodes 4 --cluster.gpu-memory-gib 8 --tp-size 8 --pp-size 2",
+            "7 GiB of each engine GPU.* raise it",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_with_value_place_and_way_out(flags, says):
+    slots = "" if "slots-per-node" in flags else "--cluster.gpus-per-node 8 --cluster.gpu-memory-gib 140"
+    with pytest.raises(RunError, match=says):
+        make(f"{slots} {flags}", QWEN3_4B)
+
+
+def test_every_accepted_plan_has_all_ranks_and_no_slot_twice():
+    accepted = 0
+    sizes = product((1, 2, 3, 4), (1, 2, 4), (1, 2), (1, 2), (None, 1, 2), (1, 2), ("sglang", "embedded"))
+    base = load(None, None, ["--backend", "megatron"])
+    for nodes, slots, tp, pp, rollout_nodes, engine_tp, engine in sizes:
+        config = replace(
+            base,
+            cluster=replace(base.cluster, nodes=nodes, slots_per_node=slots, rollout_nodes=rollout_nodes),
+            training=replace(base.training, tp_size=tp, pp_size=pp),
+            rollout=replace(base.rollout, engine_tp_size=engine_tp, engine=engine),
+        )
+        try:
+            layout = plan(config, TINY)
+        except RunError:
+            continue
+        accepted += 1
+        used = [(t.node, t.slot) for t in layout.trainers] + [
+            (e.node, s) for e in layout.engines for s in e.slots
+        ]
+        assert len(used) == len(set(used))
+        assert all(0 <= node < nodes and 0 <= slot < slots for node, slot in used)
+        assert [t.rank for t in layout.trainers] == list(range(layout.parallel.world_size))
+        assert [e.index for e in layout.engines] == list(range(len(layout.engines)))
+        assert bool(layout.engines) == (engine == "sglang")
+        for t in layout.trainers:  # a tensor-parallel group never leaves its node
+            first = t.rank - layout.parallel.coordinates(t.rank)["tp"]
+            assert layout.trainers[first].node == t.node
+        assert Layout.from_json(layout.to_json()) == layout
+    assert accepted > 100
+
+
+def test_memory_of_a_model_worked_out_by_hand():
+    config = load(None, None, "--nodes 4 --tp-size 2 --pp-size 2".split())
+    need = memory(config, TINY, plan(config, TINY))
+    layer = 64 * (2 * 64 + 2 * 32) + 2 * 64 + 2 * 16 + 3 * 64 * 128
+    embedding = 320 * 64
+    rank = (layer + embedding) // 2  # one of two layers and one of two embeddings, cut in two
+    assert need.states == pytest.approx(rank * 18, rel=1e-3)
+    assert (
+        need.kv_bytes_per_token == 2 * 2 * 2 * 16 * 2
+    )  # keys and values, layers, groups, head_dim, bfloat16
+    assert need.logits == 8192 * 160 * 6
+    assert need.activations == 8192 * 2 * 1 * 2 * (4 * 64 + (2 * 64 + 2 * 32 + 3 * 128) // 2)
+    with_reference = replace(config, algorithm=replace(config.algorithm, kl_coef=0.1))
+    assert memory(with_reference, TINY, plan(config, TINY)).states == need.states + 2 * rank
+
+
+def test_the_description_says_what_a_person_needs_to_know():
+    config = load(None, None, f"--nodes 4 {H200} --tp-size 2 --time-limit-min 90".split())
+    text = describe(config, QWEN3_4B, plan(config, QWEN3_4B))
+    assert "4 x 8 GPUs; at most 48 GPU hours (32 GPUs for 1.5 h)" in text
+    assert "Megatron: TP=2 CP=1 PP=1 DP=8" in text
+    assert "SGLang: 16 of 1 GPU(s) each" in text
+    assert [line.split() for line in text.splitlines()[-4:]] == [
+        ["0", "trainer", "0-7", "0-1", "0", "0-3", "0", "-", "-"],
+        ["1", "trainer", "8-15", "0-1", "0", "4-7", "0", "-", "-"],
+        ["2", "engine", *"-----", "0-7", "0-7"],
+        ["3", "engine", *"-----", "8-15", "0-7"],
+    ]
+
+
+def test_the_description_says_that_one_node_means_fsdp_and_when_a_plan_may_not_fit():
+    config = load(None, None, f"--nodes 1 {H200} --max-tokens-per-microbatch 65536".split())
+    text = describe(config, QWEN3_4B, plan(config, QWEN3_4B))
+    assert "FSDP2 (what one node gets without --backend)" in text
+    assert "MAY NOT FIT: lower training.max_tokens_per_microbatch" in text
