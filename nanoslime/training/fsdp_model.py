@@ -1,0 +1,121 @@
+"""A transformers causal LM as FSDP2 shards: built without memory, each rank reading only its own rows of the
+files.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
+
+from nanoslime.config.model import ModelConfig
+from nanoslime.storage.safetensors_file import read_headers
+from nanoslime.types import RunError
+
+
+def build_sharded(
+    model_dir: Path, config: ModelConfig, mesh: DeviceMesh, device: torch.device, *, recompute: bool
+) -> PreTrainedModel:
+    """The model of `model_dir`, sharded over `mesh` by decoder layer, with float32 parameters from its files.
+
+    Gradients are summed over the mesh, not averaged: losses are divided by global denominators beforehand.
+    Raises RunError where tensors of model and files differ in name or shape.
+    """
+    half = config.dtype == "bfloat16"
+    flash = half and device.type == "cuda" and is_flash_attn_2_available()
+    hf_config = AutoConfig.from_pretrained(model_dir, trust_remote_code=config.trust_remote_code)
+    if getattr(hf_config, "attention_dropout", 0):
+        hf_config.attention_dropout = 0.0  # old and current logprobs must come from the same function
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            hf_config,
+            dtype=torch.float32,
+            attn_implementation="flash_attention_2" if flash else "sdpa",
+            trust_remote_code=config.trust_remote_code,
+        )
+    model.eval()
+    if recompute:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()  # transformers recomputes in training mode only
+    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
+    _shard(model, mesh, precision)
+    model.to_empty(device=device)
+    _fill_buffers(model)
+    _load_weights(model, model_dir)
+    return model
+
+
+def local_rows(param: DTensor) -> slice:
+    """The rows (dimension 0) of this rank. FSDP2 cuts like torch.chunk: the last ranks may have fewer or
+    none.
+    """
+    mesh, size = param.device_mesh, param.shape[0]
+    rows_per_rank = -(-size // mesh.size())
+    start = min(mesh.get_local_rank() * rows_per_rank, size)
+    return slice(start, min(start + rows_per_rank, size))
+
+
+def _shard(model: PreTrainedModel, mesh: DeviceMesh, precision: MixedPrecisionPolicy) -> None:
+    # The root reshards too: parameters left whole after a forward would hide a swap to the reference weights.
+    for module in (*model.get_decoder().layers, model):
+        fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has neither AVG nor PREMUL_SUM
+
+
+@torch.no_grad()
+def _fill_buffers(model: PreTrainedModel) -> None:
+    """Computes what no file holds, such as the rotary inv_freq. RunError where a buffer stays undefined."""
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.fill_(torch.nan)
+    for module in model.modules():
+        if any(True for _ in module.buffers(recurse=False)):
+            model._init_weights(module)
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point() and buffer.isnan().any():
+            raise RunError(
+                f"transformers does not say how buffer {name} of {type(model).__name__} is computed"
+            )
+
+
+@torch.no_grad()
+def _load_weights(model: PreTrainedModel, model_dir: Path) -> None:
+    params = dict(model.named_parameters())
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - params.keys()
+    tensors = read_headers(model_dir)
+    if missing := sorted(params.keys() - tensors.keys()):
+        raise RunError(f"{model_dir} has no {missing[0]} ({len(missing)} missing) for {type(model).__name__}")
+    if unexpected := sorted(tensors.keys() - params.keys() - tied):
+        name = unexpected[0]
+        raise RunError(
+            f"{tensors[name].file} holds {name} ({len(unexpected)} such), unknown to {type(model).__name__}"
+        )
+    names_by_file: dict[Path, list[str]] = defaultdict(list)
+    for name, param in params.items():
+        if tensors[name].shape != tuple(param.shape):
+            shapes = f"{list(tensors[name].shape)}, the model needs {list(param.shape)}"
+            raise RunError(f"{tensors[name].file}: {name} has shape {shapes}")
+        names_by_file[tensors[name].file].append(name)
+    for file, names in names_by_file.items():
+        with safe_open(file, framework="pt") as opened:
+            for name in names:
+                rows = local_rows(params[name])
+                if rows.start < rows.stop:
+                    params[name].to_local().copy_(opened.get_slice(name)[rows])
+
+
+def parameters_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(matrices, vectors): weight decay is for the first only."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    return matrices, [p for p in model.parameters() if p.dim() < 2]
