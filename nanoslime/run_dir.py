@@ -2,7 +2,7 @@
 
     config.yaml plan.json provenance.json status.json summary.json metrics.jsonl tensorboard/ rollouts/
     checkpoints/step_<k>/  hf/step_<k>/  model/ (what a rehearsal makes)  weights/ (weight sync by disk)
-    attempts/<n>/  logs/<role>-<rank>.log  heartbeat/<node>.json  stop.json  end.json;  attempts/latest
+    attempts/<n>/  logs/<role>-<rank>.log  nodes/ heartbeat/<node>.json  stop.json end.json;  attempts/latest
 
 An attempt is one life of the job: every requeue is a new one. Files are published by rename and read with
 patience, since the directory usually is on a network filesystem.
@@ -121,7 +121,7 @@ class RunDir:
     def new_attempt(self, key: str = "") -> Attempt:
         """The next attempt. `key` (job id, restart count) lets other nodes find it with `find_attempt`."""
         staged = self.attempts / f".new-{uuid.uuid4().hex}"
-        for folder in ("logs", "heartbeat"):
+        for folder in ("logs", "heartbeat", "nodes"):
             (staged / folder).mkdir(parents=True)
         record = {"key": key, "started": time.time(), "host": socket.gethostname()}
         publish_json(staged / "attempt.json", record)
@@ -209,27 +209,43 @@ class Attempt:
         """head.json: how to reach Ray. {ray_address, node_ip, token_path, nodes}"""
         return self.path / "head.json"
 
+    @property
+    def key(self) -> str:
+        """What `new_attempt` was given."""
+        return str(read_json(self.path / "attempt.json")["key"])
+
     def log(self, role: str, rank: int) -> Path:
         return self.path / "logs" / f"{role}-{rank}.log"
 
-    def beat(self, node: int, count: int) -> None:
-        """One heartbeat of `node`. A rising count, since the clocks of nodes differ."""
-        publish_json(self.path / "heartbeat" / f"{node}.json", {"count": count, "time": time.time()})
+    def beat(self, node: int, count: int, *, left: bool = False) -> None:
+        """A heartbeat of `node`: a rising count, since the clocks of nodes differ. `left`: the last one."""
+        publish_json(
+            self.path / "heartbeat" / f"{node}.json", {"count": count, "time": time.time(), "left": left}
+        )
 
-    def heartbeats(self) -> dict[str, dict[str, float]]:
-        """By node: the last count and that node's clock."""
+    def heartbeats(self) -> dict[str, dict[str, Any]]:
+        """By node: the last count, that node's clock, and whether it has left."""
         folder = self.path / "heartbeat"
-        names = [name for name in os.listdir(folder) if name.endswith(".json") and not name.startswith(".")]
+        names = [name for name in os.listdir(folder) if name.endswith(".json")]
         return {name.removesuffix(".json"): read_json(folder / name) for name in sorted(names)}
 
-    def request_stop(self, reason: str) -> None:
-        """Ask the driver to commit a checkpoint and end with STOPPED. The first reason stays."""
+    def request_stop(self, reason: str, *, requeue: bool = False) -> None:
+        """Ask the driver to commit a checkpoint and end with STOPPED. The first request stays.
+
+        requeue: the job shall go on in a new attempt (its time is up), rather than end (somebody asked).
+        """
         if not seen(self.path / "stop.json"):
-            publish_json(self.path / "stop.json", {"reason": reason, "time": time.time()})
+            stop = {"reason": reason, "requeue": requeue, "time": time.time()}
+            publish_json(self.path / "stop.json", stop)
 
     def must_stop(self) -> str | None:
         """Why the attempt must stop, or None."""
         return str(read_json(self.path / "stop.json")["reason"]) if seen(self.path / "stop.json") else None
+
+    def requeue_wanted(self) -> bool:
+        """Whether the stop was requested so that a new attempt can go on."""
+        path = self.path / "stop.json"
+        return bool(read_json(path)["requeue"]) if seen(path) else False
 
     def end(self, code: int, reason: str) -> None:
         """Record how the attempt ended: DONE, STOPPED or FAILED. The first one to say so is right."""

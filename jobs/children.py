@@ -1,0 +1,132 @@
+"""Processes that this process started: they die with it, and are ended with all that they started themselves.
+
+Linux keeps the tree together: PR_SET_CHILD_SUBREAPER makes orphans of a child ours, PR_SET_PDEATHSIG ends a
+child when we are killed. Nothing is ever ended by name.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    name: str  # as errors call it
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    def code(self) -> int | None:
+        """Exit code, negative for a signal, None while it runs."""
+        return self.process.poll()
+
+    def obituary(self) -> str:
+        """One line on how it ended, with the end of its log."""
+        code = self.process.returncode
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        last = last_line(self.log)
+        return f"{self.name} {how}; see {self.log}" + (f": {last}" if last else "")
+
+
+def adopt_orphans() -> None:
+    """From now on, descendants that lose their parent become children of this process."""
+    if _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def start(
+    name: str,
+    command: Sequence[str],
+    log: Path,
+    env: Mapping[str, str],
+    *,
+    death_signal: signal.Signals = signal.SIGKILL,
+) -> Child:
+    """Start `command` in its own session, output appended to `log`; it gets `death_signal` when we die.
+
+    SIGUSR1 and SIGUSR2 are ignored below it: proctrack/linuxproc delivers a job's signal to every process.
+    """
+
+    def before_exec() -> None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, int(death_signal), 0, 0, 0)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+    with open(log, "ab") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=dict(env),
+            start_new_session=True,
+            preexec_fn=before_exec,
+        )
+    return Child(name, log, process)
+
+
+def end_descendants(grace_s: float = 5.0) -> None:
+    """End all below this process, also what starts meanwhile: SIGTERM, then SIGKILL after `grace_s`."""
+    for sig, patience_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 10.0)):
+        deadline, told = time.monotonic() + patience_s, set[int]()
+        while below := descendants(os.getpid()):
+            if time.monotonic() > deadline:
+                break
+            for pid in below - told:
+                _tell(pid, sig)
+            told |= below
+            time.sleep(0.05)
+        else:
+            return
+    raise TimeoutError(f"processes {sorted(below)} are alive 10 s after SIGKILL")
+
+
+def descendants(root: int) -> set[int]:
+    """Pids of the live processes below `root`."""
+    below: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and (parent := _parent(int(entry))):
+            below.setdefault(parent, []).append(int(entry))
+    found, todo = set[int](), [root]
+    while todo:
+        children = below.get(todo.pop(), [])
+        found.update(children)
+        todo.extend(children)
+    return found
+
+
+def last_line(log: Path, max_chars: int = 300) -> str:
+    """The last line of a log that says something."""
+    try:
+        with open(log, "rb") as file:
+            file.seek(max(0, log.stat().st_size - 8192))
+            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
+    except FileNotFoundError:
+        return ""
+    return next((line[:max_chars] for line in reversed(lines) if line), "")
+
+
+def _parent(pid: int) -> int:
+    """Parent of a live process; 0 for one that is gone or a zombie."""
+    try:
+        # the command name, in parentheses, may itself hold spaces and parentheses
+        state, parent = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
+    except (OSError, ValueError):
+        return 0
+    return 0 if state in "ZX" else int(parent)
+
+
+def _tell(pid: int, sig: signal.Signals) -> None:
+    try:
+        os.kill(pid, sig)
+    except ProcessLookupError:
+        return

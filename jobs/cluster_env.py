@@ -1,0 +1,202 @@
+"""What SLURM tells a task about where it runs, behind one object; a rehearsal makes the same object up."""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import os
+import re
+import shutil
+import socket
+import struct
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanoslime.types import RunError
+
+_COMMAND_DEADLINE_S = 30.0
+_SIOCGIFADDR = 0x8915
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterEnv:
+    node_index: int
+    num_nodes: int
+    node_name: str
+    node_names: tuple[str, ...]
+    address: str  # of this node, reachable from the others
+    job_id: str
+    restart_count: int
+    cpus: int  # granted on this node; 0: unknown
+    gpus: int  # granted on this node
+
+    @property
+    def attempt_key(self) -> str:
+        """The same on all nodes of one life of the job, and only there."""
+        return f"{self.job_id}-{self.restart_count}"
+
+    @property
+    def scratch(self) -> Path:
+        """Node-local directory of this job; short, since Ray puts AF_UNIX sockets (107 bytes) deep in it."""
+        return Path("/tmp") / f"ns-{self.job_id}-{self.node_index}"
+
+    @property
+    def port_base(self) -> int:
+        """First candidate of this job's ports, below the ephemeral range (32768 and up)."""
+        digits = re.sub(r"\D", "", self.job_id) or "0"
+        return 20000 + int(digits) * 8 % 12000
+
+    def time_left_s(self) -> float | None:
+        """Seconds until the job's time limit; None without one, or where SLURM does not say."""
+        text = _output("squeue", "-h", "-j", self.job_id, "-o", "%L").strip()
+        match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+        if match is None:
+            return None
+        days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+        return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+    @classmethod
+    def from_slurm(cls, environ: Mapping[str, str], network_interface: str = "") -> ClusterEnv:
+        """The facts of the task that has this environment; RunError where it is no SLURM task."""
+        if "SLURM_JOB_ID" not in environ or "SLURM_NODEID" not in environ:
+            raise RunError("SLURM_JOB_ID and SLURM_NODEID are not set: start this with srun inside a job")
+        nodes = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]
+        names = tuple(_output("scontrol", "show", "hostnames", nodes).split() or expand_nodelist(nodes))
+        index = int(environ["SLURM_NODEID"])
+        gpus = environ.get("SLURM_GPUS_ON_NODE", "0")
+        return cls(
+            node_index=index,
+            num_nodes=len(names),
+            node_name=environ.get("SLURMD_NODENAME", names[index]),
+            node_names=names,
+            address=_address(names, index, network_interface),
+            job_id=environ["SLURM_JOB_ID"],
+            restart_count=int(environ.get("SLURM_RESTART_COUNT", "0")),
+            cpus=int(environ.get("SLURM_CPUS_PER_TASK") or environ.get("SLURM_CPUS_ON_NODE", "0")),
+            gpus=int(gpus) if gpus.isdigit() else 0,
+        )
+
+    @classmethod
+    def for_local(cls, index: int, num_nodes: int, job_id: str, cpus: int = 0) -> ClusterEnv:
+        """Node `index` of a rehearsal: an own loopback address each."""
+        names = tuple(f"node{i}" for i in range(num_nodes))
+        address = f"127.0.1.{1 + index}"
+        return cls(index, num_nodes, names[index], names, address, job_id, 0, cpus, 0)
+
+
+def free_ports(first: int, count: int, address: str, tries: int = 100) -> list[int]:
+    """`count` consecutive ports from `first` on, the next candidates where one of them is taken."""
+    for start in range(first, first + tries * count, count):
+        if all(_is_free(address, port) for port in range(start, start + count)):
+            return list(range(start, start + count))
+    raise RunError(f"no {count} free ports on {address} from {first} to {first + tries * count}")
+
+
+def kill_wait_s(default: float = 30.0) -> float:
+    """SLURM's KillWait: seconds between SIGTERM and SIGKILL of a job that must go."""
+    match = re.search(r"KillWait\s*=\s*(\d+)", _output("scontrol", "show", "config"))
+    return float(match[1]) if match else default
+
+
+def answers(address: str, port: int) -> bool:
+    """Whether something accepts connections there."""
+    with socket.socket() as probe:
+        probe.settimeout(1.0)
+        return probe.connect_ex((address, port)) == 0
+
+
+def expand_nodelist(text: str) -> list[str]:
+    """Names in a SLURM node list such as n[1,3-4],m7 or r[1-2]n[01-02], for where scontrol is missing."""
+    return [name for part in re.split(r",(?![^\[]*\])", text) for name in _expand(part)]
+
+
+def _expand(part: str) -> Iterator[str]:
+    pieces = re.split(r"\[([^\]]*)\]", part)  # text, ranges, text, ranges, ..., text
+    options = [[piece] if i % 2 == 0 else _numbers(piece) for i, piece in enumerate(pieces)]
+    return ("".join(choice) for choice in itertools.product(*options))
+
+
+def _numbers(ranges: str) -> list[str]:
+    found = []
+    for item in ranges.split(","):
+        low, _, high = item.partition("-")
+        found += [str(number).zfill(len(low)) for number in range(int(low), int(high or low) + 1)]
+    return found
+
+
+def _address(names: tuple[str, ...], index: int, network_interface: str) -> str:
+    """Of the named interface; else of the one that leads to the other nodes.
+
+    Nodes of a one-host cluster, whose addresses are loopback ones, are told apart only by SLURM's NodeAddr.
+    """
+    if network_interface:
+        return interface_address(network_interface)
+    own = _node_address(names[index])
+    if own.startswith("127."):
+        return own
+    other = next((name for i, name in enumerate(names) if i != index), "")
+    target = _node_address(other) if other else own
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(
+                (target or "192.0.2.1", 9)
+            )  # sends nothing; 192.0.2.1 (RFC 5737): the default route
+        except OSError as error:
+            raise RunError(
+                f"{names[index]} finds no address that reaches {target or 'anything'} ({error}); "
+                f"set cluster.network_interface"
+            ) from error
+        return str(probe.getsockname()[0])
+
+
+def _node_address(name: str) -> str:
+    """SLURM's NodeAddr of a node as an IPv4 address; empty where SLURM or the resolver does not know it."""
+    match = re.search(r"NodeAddr=(\S+)", _output("scontrol", "show", "node", name, "-o"))
+    try:
+        return socket.gethostbyname(match[1]) if match else ""
+    except OSError:
+        return ""
+
+
+def interface_address(name: str) -> str:
+    """IPv4 address of a network interface; RunError lists the interfaces there are."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+        except OSError as error:
+            there = ", ".join(interface for _, interface in socket.if_nameindex())
+            raise RunError(
+                f"cluster.network_interface={name} has no address on {socket.gethostname()}; there: {there}"
+            ) from error
+    return socket.inet_ntoa(answer[20:24])
+
+
+def _is_free(address: str, port: int) -> bool:
+    """Whether nothing listens on the port, neither at `address` nor on all addresses."""
+    for place in (address, ""):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((place, port))
+            except OSError:
+                return False
+    return True
+
+
+def _output(*command: str) -> str:
+    """Output of a SLURM command; empty where it is missing, fails, or does not answer in time."""
+    if shutil.which(command[0]) is None:
+        return ""
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=_COMMAND_DEADLINE_S,
+            env=dict(os.environ, LC_ALL="C"),
+        )
+    except subprocess.TimeoutExpired:
+        return ""
+    return done.stdout if done.returncode == 0 else ""

@@ -1,0 +1,76 @@
+"""Ray on one node, as text: the `ray start` commands of head and workers, and the environment they need."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+from jobs.cluster_env import ClusterEnv
+from nanoslime.layout import Layout
+from nanoslime.storage.shared_files import publish
+
+STARTED = "Ray runtime started."
+"""What `ray start` (2.60) prints once its raylet is registered with the head."""
+_CPU_OBJECT_STORE_BYTES = 200_000_000
+
+
+def make_token(path: Path) -> None:
+    """This job's secret: without one, whoever reaches the port runs code as us."""
+    publish(path, secrets.token_hex(32).encode(), mode=0o600)
+
+
+def environment(base: Mapping[str, str], token: Path) -> dict[str, str]:
+    """For everything that talks to this Ray: `ray start` and the driver."""
+    return {
+        **base,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # how long processes linger once the head is gone
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "30",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def head_command(python: Path, env: ClusterEnv, layout: Layout, ports: list[int]) -> list[str]:
+    """ports: GCS, Ray client."""
+    return _start(python, env, layout) + [
+        "--head",
+        f"--port={ports[0]}",
+        f"--ray-client-server-port={ports[1]}",
+        "--include-dashboard=false",
+    ]
+
+
+def worker_command(python: Path, env: ClusterEnv, layout: Layout, ray_address: str) -> list[str]:
+    return [*_start(python, env, layout), f"--address={ray_address}"]
+
+
+def _start(python: Path, env: ClusterEnv, layout: Layout) -> list[str]:
+    """What head and workers have in common. Ports that are not named are chosen by the kernel."""
+    role = layout.roles(env.node_index).replace("+", "_") or "idle"
+    on_gpu = layout.device == "cuda"
+    kind = (
+        [f"--num-gpus={layout.slots_per_node}"]
+        if on_gpu
+        else [f"--object-store-memory={_CPU_OBJECT_STORE_BYTES}"]
+    )
+    return [
+        os.fspath(python.parent / "ray"),
+        "start",
+        "--block",
+        f"--node-ip-address={env.address}",
+        f"--num-cpus={layout.slots_per_node if on_gpu else 1}",
+        *kind,
+        f"--resources={json.dumps({'slot': layout.slots_per_node})}",
+        f"--labels=nanoslime-node={env.node_index},nanoslime-role={role}",
+        f"--temp-dir={env.scratch}",
+        "--min-worker-port=0",
+        "--max-worker-port=0",
+        "--dashboard-agent-listen-port=0",
+        "--include-log-monitor=false",
+        "--disable-usage-stats",
+    ]

@@ -1,0 +1,40 @@
+"""A stand-in for the trainer, as the node agent starts it, which ends as its first argument says.
+
+until-stop   exit 75 when told to stop; the second attempt exits 0 at once
+fail         print a line and exit 3
+deaf         take no notice of anything, and leave a daemon behind
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from nanoslime.run_dir import DONE, STOPPED, RunDir
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("mode")
+    parser.add_argument("--run", type=Path)
+    parser.add_argument("--attempt", type=int)
+    args = parser.parse_args()
+    attempt = RunDir.open(args.run).attempt(args.attempt)
+    print(f"driver of attempt {args.attempt} begins", flush=True)
+    if args.mode == "fail":
+        print("error: rollout.temperature=-1 must be positive", flush=True)
+        return 3
+    if args.mode == "deaf":
+        subprocess.run(["setsid", "--fork", "sleep", "600"], check=True)
+    (attempt.path / "driver_began").touch()
+    deadline = time.monotonic() + 240
+    while args.attempt == 1 and time.monotonic() < deadline:
+        if args.mode == "until-stop" and attempt.must_stop():
+            return STOPPED
+        time.sleep(0.1)
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""A stand-in for the trainer that writes down which nodes Ray consists of (seen.json) and ends well."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import ray
+
+from nanoslime.run_dir import RunDir
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--run", type=Path)
+    parser.add_argument("--attempt", type=int)
+    args = parser.parse_args()
+    attempt = RunDir.open(args.run).attempt(args.attempt)
+    head = json.loads(attempt.head.read_text())
+    ray.init(address=head["ray_address"], _node_ip_address=head["node_ip"], log_to_driver=False)
+    seen = [
+        {"address": n["NodeManagerAddress"], "labels": n["Labels"], "slots": n["Resources"].get("slot")}
+        for n in ray.nodes()
+        if n["Alive"]
+    ]
+    (attempt.path / "seen.json").write_text(json.dumps(seen))
+    print(f"the driver sees {len(seen)} Ray nodes", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
