@@ -1,0 +1,118 @@
+"""Where metrics arrive, what a resumed run does to them, and what is said when a writer is missing."""
+
+import json
+import logging
+import sys
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from nanoslime.config.rollout import RolloutConfig
+from nanoslime.config.run import RunConfig
+from nanoslime.config.training import TrackingConfig
+from nanoslime.run_dir import RunDir
+from nanoslime.tracking import console_line, make_tracker
+
+METRICS = {
+    "rollout/reward_mean": 0.41237,
+    "train/ppo_kl_abs": 0.00123,
+    "train/logprob_gap_mean": 2e-6,
+    "train/logprob_gap_max": 3e-5,
+    "time/generate_s": 1.26,
+    "time/weight_sync_s": 0.04,
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunDir.create(tmp_path, "a'; echo foo")
+
+
+def config(**tracking):
+    return RunConfig(rollout=RolloutConfig(num_rollout=9), tracking=TrackingConfig(**tracking))
+
+
+def rows(run):
+    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
+
+
+def test_console_line_by_hand():
+    line = "step 3/9  reward 0.412  ppo_kl_abs 1.2e-03  gap 2.0e-06  gap_max 3.0e-05"
+    assert console_line(2, 9, METRICS) == line + "  generate 1.3s  weight_sync 0.0s"
+    with_reference = METRICS | {"train/ref_kl": 0.5, "eval/reward_mean": 0.7, "train/skipped": 1.0}
+    line = console_line(2, 9, with_reference)
+    assert "ref_kl 5.0e-01" in line and "ppo_kl" not in line
+    assert "eval 0.700" in line and "SKIPPED" in line
+    assert console_line(0, 9, {}) == "step 1/9"
+
+
+def test_each_step_is_in_the_file_and_on_the_console_when_log_returns(run, caplog):
+    caplog.set_level(logging.INFO, "nanoslime")
+    with make_tracker(config(use_tensorboard=False), run) as tracker:
+        tracker.log(0, METRICS)
+        assert rows(run) == [{"step": 0, **METRICS}]
+        tracker.log(1, {"a": 1.0})
+        assert rows(run)[1] == {"step": 1, "a": 1.0}
+    assert [r.getMessage().split("  ")[0] for r in caplog.records] == ["step 1/9", "step 2/9"]
+    assert not run.tensorboard.exists()
+
+
+def test_a_resumed_run_supersedes_later_steps_and_a_cut_line(run):
+    with make_tracker(config(use_tensorboard=False), run) as tracker:
+        for step in range(4):
+            tracker.log(step, {"a": float(step)})
+    with open(run.metrics, "a") as file:
+        file.write('{"step": 4, "a"')
+    with make_tracker(config(use_tensorboard=False), run) as tracker:
+        tracker.resume(2)
+        tracker.log(2, {"a": 20.0})
+    assert rows(run) == [{"step": 0, "a": 0.0}, {"step": 1, "a": 1.0}, {"step": 2, "a": 20.0}]
+
+
+def test_tensorboard_reads_it_and_resumed_steps_replace(run):
+    for start, offset in ((0, 0.0), (2, 100.0)):
+        with make_tracker(config(), run) as tracker:
+            tracker.resume(start)
+            for step in range(start, start + 3):
+                tracker.log(step, {"rollout/reward_mean": step + offset})
+    events = EventAccumulator(str(run.tensorboard))
+    events.Reload()
+    values = {e.step: e.value for e in events.Scalars("rollout/reward_mean")}
+    assert values == {0: 0.0, 1: 1.0, 2: 102.0, 3: 103.0, 4: 104.0}
+    assert len(events.Scalars("rollout/reward_mean")) == 5
+
+
+def test_ranks_that_do_not_lead_write_nothing(run):
+    with make_tracker(config(use_wandb=True), run, leads=False) as tracker:
+        tracker.resume(0)
+        tracker.log(0, METRICS)
+    assert not run.metrics.exists() and not run.tensorboard.exists()
+
+
+def test_wandb_asked_for_but_not_installed_is_a_clear_error(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="tracking.use_wandb=true.*cannot load wandb"):
+        make_tracker(config(use_wandb=True), run)
+
+
+def test_wandb_gets_steps_offline_by_default(run, monkeypatch, tmp_path):
+    """A stand-in for the wandb package, which records its calls in a file."""
+    (tmp_path / "wandb.py").write_text(
+        "import json, pathlib\n"
+        "calls = []\n"
+        "class Run:\n"
+        "    def log(self, metrics, step): calls.append([step, metrics])\n"
+        "    def finish(self): calls.append('finish')\n"
+        "def init(**options):\n"
+        "    calls.append(options)\n"
+        "    return Run()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with make_tracker(config(use_wandb=True, use_tensorboard=False), run) as tracker:
+        tracker.log(0, {"a": 1.0})
+    options, *calls = sys.modules["wandb"].calls
+    monkeypatch.delitem(sys.modules, "wandb")
+    assert options["mode"] == "offline" and options["name"] == run.name and options["dir"] == str(run.path)
+    assert options["config"]["rollout"]["num_rollout"] == 9
+    assert calls == [[0, {"a": 1.0}], "finish"]
