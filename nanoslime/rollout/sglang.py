@@ -1,0 +1,382 @@
+"""SGLang as a server process, and a client of it that speaks HTTP only. The same code on CPU and CUDA.
+
+SGLangServer owns the process: command, environment, start with a deadline, end. It lives in one place.
+SGLangEngine calls it: generate, pause, weight updates. It is a picklable value, used from anywhere.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import aiohttp
+import requests
+
+from nanoslime.config.rollout import RolloutConfig
+from nanoslime.rollout.child_process import ChildProcess, last_line, require_free_port
+from nanoslime.types import GenerateRequest, Generation, RunError, Status
+
+PauseMode = Literal["retract", "in_place", "abort"]
+
+_STATUS = {"stop": Status.COMPLETED, "length": Status.TRUNCATED, "abort": Status.ABORTED}
+# Set by nanoslime, hence not open to config.rollout.sglang.
+_OURS = ("model_path", "host", "port", "device", "tp_size", "weight_version")
+# Files of sglang/srt/models that a text model of ours needs; importing all 200 takes half a minute.
+_MODEL_FILES = ("llama", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "utils", "registry", "__init__")
+
+
+class SGLangServer:
+    """One SGLang server process and all that it starts: `start()` gives the engine, `close()` leaves
+    nothing."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        model_path: str,
+        config: RolloutConfig,
+        dtype: str,
+        device: Literal["cpu", "cuda"],
+        host: str,
+        port: int,
+        log: Path,
+        seed: int,
+        cpu_core: int | None = None,
+        gpu_ids: Sequence[int] = (),
+        return_routed_experts: bool = False,
+    ) -> None:
+        """`cpu_core`: where the one thread of a CPU engine computes; `gpu_ids`: the GPUs that this engine
+        sees.
+
+        Raises RunError for an option in config.sglang that is set elsewhere.
+        """
+        self.name, self.log, self._config = name, log, config
+        self._host, self._port, self._model_path = host, port, model_path
+        options = {
+            "model_path": model_path,
+            "host": host,
+            "port": port,
+            "device": device,
+            "dtype": dtype,
+            "tp_size": config.engine_tp_size,
+            "random_seed": seed,
+            "weight_version": "0",
+            "enable_return_routed_experts": return_routed_experts,
+        }
+        if taken := sorted(set(config.sglang) & set(_OURS)):
+            raise RunError(
+                f"rollout.sglang.{taken[0]} is set by nanoslime itself; remove it from rollout.sglang"
+            )
+        if device == "cpu":
+            options |= _CPU_OPTIONS
+        self.command = [sys.executable, "-m", "sglang.launch_server", *_flags(options | config.sglang)]
+        self.env = os.environ | {"NO_PROXY": "*", "no_proxy": "*"}  # SGLang calls itself over HTTP to warm up
+        if device == "cpu":
+            core = min(os.sched_getaffinity(0)) if cpu_core is None else cpu_core
+            self.env |= _cpu_environment(model_path, core)
+        elif gpu_ids:
+            self.env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpu_ids))
+        self._process: ChildProcess | None = None
+
+    def start(self, deadline_s: float) -> SGLangEngine:
+        """Start the process and wait until it generates. Raises RunError naming engine, what was awaited and
+        log."""
+        require_free_port(
+            self._host,
+            self._port,
+            f"engine {self.name}",
+            "give it another port or end the process that holds this one",
+        )
+        engine = SGLangEngine(
+            name=self.name,
+            url=f"http://{self._host}:{self._port}",
+            log=str(self.log),
+            vocab_size=_vocab_size(self._model_path),
+            world_size=self._config.engine_tp_size,
+            request_deadline_s=self._config.request_deadline_s,
+        )
+        self._process = ChildProcess(f"engine {self.name}", self.command, self.env, self.log)
+        self._process.wait_until(engine.health, f"200 from {engine.url}/health", deadline_s)
+        return engine
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    def alive(self) -> bool:
+        return self._process is not None and self._process.alive()
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.close()
+
+
+@dataclass(frozen=True, slots=True)
+class SGLangEngine:
+    """Client of one server: an `Engine` and a `BroadcastEngine`. Ignores proxy variables of the
+    environment."""
+
+    name: str
+    url: str
+    log: str
+    vocab_size: int
+    world_size: int = 1
+    request_deadline_s: float = 1800.0
+    control_deadline_s: float = 300.0
+
+    async def generate(self, request: GenerateRequest) -> list[Generation]:
+        """`request.n` continuations. A request that SGLang rejects (too long) gives status error with its
+        words.
+
+        Raises RunError for a token id outside the vocabulary (it would kill the server), for a server that
+        does not answer within `request_deadline_s`, or that is gone.
+        """
+        for position, token in enumerate(request.token_ids):
+            if not 0 <= token < self.vocab_size:
+                raise RunError(
+                    f"engine {self.name}: token id {token} at position {position} of a prompt is not in the "
+                    f"vocabulary of {self.vocab_size}; is the tokenizer the checkpoint's own?"
+                )
+        body = {
+            "input_ids": [int(token) for token in request.token_ids],
+            "sampling_params": {
+                "n": request.n,
+                "max_new_tokens": request.max_new_tokens,
+                "temperature": request.temperature,
+                "top_p": request.top_p,
+                "top_k": request.top_k,
+                "stop_token_ids": list(request.stop_token_ids),
+                "skip_special_tokens": False,
+            },
+            "return_logprob": True,
+        }
+        timeout = aiohttp.ClientTimeout(total=self.request_deadline_s)
+        try:
+            # A session per request: event loops come and go, and a closed connection makes SGLang abort it.
+            async with (
+                aiohttp.ClientSession(trust_env=False, timeout=timeout) as session,
+                session.post(f"{self.url}/generate", json=body) as response,
+            ):
+                answer = await response.json(content_type=None)
+        except TimeoutError as e:
+            raise self._error(f"/generate was not answered within {self.request_deadline_s:g} s") from e
+        except (aiohttp.ClientError, OSError, json.JSONDecodeError) as e:
+            raise self._error(f"/generate failed: {type(e).__name__}: {e}") from e
+        if response.status == 400:
+            error = str(answer.get("error", answer))
+            return [Generation([], [], Status.ERROR, [], error=error) for _ in range(request.n)]
+        if response.status != 200:
+            raise self._error(f"/generate answered {response.status}: {str(answer)[:300]}")
+        return [_generation(item) for item in (answer if isinstance(answer, list) else [answer])]
+
+    def health(self) -> bool:
+        """Whether the server generates. False while it starts, is paused, or is gone."""
+        try:
+            return self._send("GET", "/health", None, timeout_s=25).status_code == 200
+        except requests.RequestException:
+            return False
+
+    def pause(self, mode: PauseMode = "retract") -> None:
+        """Stop generating; new requests wait. Running ones: retract, kept and recomputed after `resume`, so
+        that the cache can be flushed; in_place, kept with their cache; abort, ended with what they have."""
+        self._post("/pause_generation", mode=mode)
+
+    def resume(self) -> None:
+        self._post("/continue_generation")
+
+    def flush(self) -> None:
+        """Empty the prefix cache; SGLang refuses while requests run, hence tried again until the deadline."""
+        end = time.monotonic() + self.control_deadline_s
+        while (response := self._request("POST", "/flush_cache", {})).status_code != 200:
+            if time.monotonic() > end:
+                raise self._error(
+                    f"cache not flushed in {self.control_deadline_s:g} s, requests still run: {response.text}"
+                )
+            time.sleep(0.05)
+
+    def policy_version(self) -> int:
+        version = self._request("GET", "/model_info", None).json()["weight_version"]
+        try:
+            return int(version)
+        except ValueError as e:
+            raise self._error(f"reports weight version {version!r}, which is not a number") from e
+
+    def checksums(self) -> dict[str, str]:
+        """SGLang's own checksum of each parameter of tensor-parallel rank 0, under its fused names
+        (qkv_proj)."""
+        return self._post("/weights_checker", action="checksum")["ranks"][0]["checksums"]
+
+    def release_memory(self, tags: Sequence[str] = ()) -> None:
+        """Free "kv_cache", "weights" or all; frees nothing unless the server runs with
+        enable_memory_saver."""
+        self._post("/release_memory_occupation", **({"tags": list(tags)} if tags else {}))
+
+    def resume_memory(self, tags: Sequence[str] = ()) -> None:
+        self._post("/resume_memory_occupation", **({"tags": list(tags)} if tags else {}))
+
+    def update_weights_from_disk(self, path: str, version: int) -> None:
+        """Load a directory's safetensors. Raises RunError, weights unchanged, when names or shapes differ."""
+        answer = self._post("/update_weights_from_disk", model_path=path, weight_version=str(version))
+        self._require_plugin(answer, "tensors checked")
+
+    def init_weight_group(
+        self, *, address: str, port: int, rank_offset: int, world_size: int, group: str, backend: str
+    ) -> None:
+        """Join as ranks rank_offset .. rank_offset + self.world_size - 1; blocks until all have joined."""
+        self._post(
+            "/init_weights_update_group",
+            master_address=address,
+            master_port=port,
+            rank_offset=rank_offset,
+            world_size=world_size,
+            group_name=group,
+            backend=backend,
+        )
+
+    def begin_update(self) -> None:
+        self._require_plugin(self._post("/begin_weight_update"), "tensors expected")
+
+    def receive_bucket(
+        self, *, names: list[str], dtypes: list[str], shapes: list[list[int]], group: str
+    ) -> None:
+        """Receive one broadcast from rank 0 of the group per tensor, in the order of `names`, which are those
+        of the checkpoint; blocks until all were sent. Raises RunError, once they were received, for an
+        unknown or repeated name or another shape."""
+        self._post(
+            "/update_weights_from_distributed",
+            names=names,
+            dtypes=dtypes,
+            shapes=shapes,
+            group_name=group,
+            flush_cache=False,
+        )
+
+    def end_update(self, version: int) -> None:
+        """Close the session, flush the cache and set the version. Raises RunError when a tensor never
+        came."""
+        self._post("/end_weight_update")
+        self.flush()
+        self._post("/update_weight_version", new_version=str(version), abort_all_requests=False)
+
+    def destroy_weight_group(self, group: str) -> None:
+        self._post("/destroy_weights_update_group", group_name=group)
+
+    def close(self) -> None:
+        """Nothing to release here; the process belongs to SGLangServer."""
+
+    def _post(self, path: str, **body: Any) -> dict[str, Any]:
+        response = self._request("POST", path, body)
+        answer = response.json() if response.text.startswith("{") else {}
+        if response.status_code != 200 or answer.get("success") is False:
+            raise self._error(
+                f"{path} refused ({response.status_code}): {answer.get('message') or response.text[:500]}"
+            )
+        return answer
+
+    def _request(self, method: str, path: str, body: dict[str, Any] | None) -> requests.Response:
+        try:
+            return self._send(method, path, body, self.control_deadline_s)
+        except requests.Timeout as e:
+            raise self._error(f"{path} was not answered within {self.control_deadline_s:g} s") from e
+        except requests.RequestException as e:
+            raise self._error(f"{path} failed: {type(e).__name__}: {e}") from e
+
+    def _send(
+        self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float
+    ) -> requests.Response:
+        with requests.Session() as session:
+            session.trust_env = False
+            return session.request(method, f"{self.url}{path}", json=body, timeout=timeout_s)
+
+    def _require_plugin(self, answer: dict[str, Any], mark: str) -> None:
+        if mark not in str(answer.get("message")):
+            raise self._error(
+                "does not check tensor names: SGLang did not load our plug-in; pip install -e . the project"
+            )
+
+    def _error(self, what: str) -> RunError:
+        line = last_line(Path(self.log))
+        return RunError(f"engine {self.name} at {self.url}: {what}; log: {self.log}; last line: {line}")
+
+
+def _generation(answer: dict[str, Any]) -> Generation:
+    meta = answer["meta_info"]
+    logprobs = [entry[0] for entry in meta["output_token_logprobs"]]
+    token_ids = list(answer["output_ids"])
+    reason = meta["finish_reason"]
+    if len(logprobs) != len(token_ids):
+        raise RunError(
+            f"SGLang returned {len(token_ids)} tokens with {len(logprobs)} logprobs (request {meta['id']})"
+        )
+    spans = meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0}]
+    return Generation(
+        token_ids=token_ids,
+        logprobs=logprobs,
+        status=_STATUS[reason["type"]],
+        versions=[(int(span["start"]), int(span["version"])) for span in spans],
+        error=reason.get("message"),
+    )
+
+
+# Defaults of an engine on CPU, with a model of some megabytes in mind.
+_CPU_OPTIONS = {
+    "attention_backend": "torch_native",
+    "sampling_backend": "pytorch",
+    "cuda_graph_backend_decode": "disabled",
+    "cuda_graph_backend_prefill": "disabled",
+    "disable_overlap_schedule": True,
+    "sleep_on_idle": True,  # an idle scheduler otherwise spins on its core
+    "max_total_tokens": 65536,
+    "max_running_requests": 256,
+}
+
+
+def _cpu_environment(model_path: str, core: int) -> dict[str, str]:
+    stubs = Path(__file__).with_name("sglang_stubs")
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(stubs), os.environ.get("PYTHONPATH")])),
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "SGLANG_CPU_OMP_THREADS_BIND": str(core),
+        "OMP_NUM_THREADS": "1",
+        "SGLANG_DISABLED_MODEL_ARCHS": ",".join(_model_files_to_skip(model_path)),
+    }
+
+
+def _model_files_to_skip(model_path: str) -> list[str]:
+    """Architecture files that SGLang need not import; none for an architecture that is not in our list."""
+    spec = importlib.util.find_spec("sglang")
+    if spec is None or not spec.submodule_search_locations:
+        raise RunError(
+            "rollout.engine=sglang, but sglang is not installed here; install it or use engine=embedded"
+        )
+    if json.loads((Path(model_path) / "config.json").read_text()).get("model_type") not in _MODEL_FILES:
+        return []
+    files = Path(spec.submodule_search_locations[0], "srt", "models").glob("*.py")
+    return sorted({file.stem for file in files} - set(_MODEL_FILES))
+
+
+def _vocab_size(model_path: str) -> int:
+    config = json.loads((Path(model_path) / "config.json").read_text())
+    return int(config.get("text_config", config)["vocab_size"])
+
+
+def _flags(options: dict[str, Any]) -> Iterator[str]:
+    """--name value for each option: nothing for None or False, the bare flag for True, several values for a
+    list."""
+    for name, value in options.items():
+        if value is None or value is False:
+            continue
+        yield f"--{name.replace('_', '-')}"
+        if value is True:
+            continue
+        if isinstance(value, dict):
+            yield json.dumps(value)
+        else:
+            yield from map(str, value if isinstance(value, list | tuple) else [value])

@@ -1,0 +1,172 @@
+"""Runs inside SGLang's own processes (its entry point group `sglang.srt.plugins`), never in ours.
+
+Stock SGLang 0.5.23 answers success to a weight update with unknown names, loading nothing, and does not
+notice missing ones. With this plug-in the tensors of an update are those of the checkpoint that the server
+was started from: an unknown or repeated name, or another shape, is refused before anything is loaded, and a
+session (begin ... end) or a directory that lacks one is refused with the names. A refusal is an error
+response (success false); the server goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from sglang.srt.managers.io_struct import BeginWeightUpdateReqOutput
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+_UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
+_MANAGER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+_PIN_MEMORY = "sglang.srt.mem_cache.pool_host.common._cuda_host_register"
+
+Shapes = dict[str, tuple[int, ...]]
+Result = tuple[bool, str]
+
+
+def register() -> None:
+    """Install the hooks. SGLang calls it once in each of its processes."""
+    guard = WeightGuard()
+    for target, hook in (
+        (f"{_UPDATER}.update_weights_from_disk", guard.disk),
+        (f"{_UPDATER}.load_weights_from_distributed", guard.distributed),
+        (f"{_UPDATER}.update_weights_from_tensor", guard.tensor),
+        (f"{_UPDATER}.begin_weight_update", guard.begin),
+        (f"{_MANAGER}.begin_weight_update", guard.answer_begin),
+        (f"{_MANAGER}.end_weight_update", guard.answer_end),
+    ):
+        HookRegistry.register(target, hook, HookType.AROUND)
+    # The host buffer of returned experts asks for pinned memory, CUDA or not.
+    if not torch.cuda.is_available():
+        HookRegistry.register(_PIN_MEMORY, lambda *args, **kwargs: None, HookType.REPLACE)
+
+
+class WeightGuard:
+    """What the weight updaters of this process (one per model runner) may receive, and what they have so
+    far."""
+
+    def __init__(self) -> None:
+        self._expected: dict[int, Shapes] = {}
+        self._received: dict[int, set[str]] = {}
+
+    def begin(self, original: Callable[..., None], updater: Any) -> None:
+        self._expect(updater)
+        self._received[id(updater)] = set()
+        original(updater)
+
+    def answer_begin(self, original: Callable[..., Any], manager: Any, request: Any) -> Any:
+        try:
+            answer = original(manager, request)
+        except (OSError, SafetensorError) as e:
+            return BeginWeightUpdateReqOutput(success=False, message=f"tensor names cannot be checked: {e}")
+        if answer.success:
+            expected = sum(len(self._expected[updater]) for updater in self._received)
+            answer.message = f"{expected} tensors expected"
+        return answer
+
+    def distributed(
+        self, original: Callable[..., Result], updater: Any, named_tensors: list[tuple[str, torch.Tensor]]
+    ) -> Result:
+        """Called after the broadcasts were received, so that a refusal does not leave their sender
+        waiting."""
+        return self._load(updater, _shapes(named_tensors), lambda: original(updater, named_tensors))
+
+    def tensor(
+        self,
+        original: Callable[..., Result],
+        updater: Any,
+        named_tensors: Any,
+        load_format: str | None = None,
+    ) -> Result:
+        """`named_tensors` as SGLang passes it on: pairs, or a dict with metadata for a flattened bucket."""
+        if isinstance(named_tensors, Mapping):
+            received = [(meta.name, tuple(meta.shape)) for meta in named_tensors["metadata"]]
+        else:
+            received = _shapes(named_tensors)
+        return self._load(
+            updater, received, lambda: original(updater, named_tensors=named_tensors, load_format=load_format)
+        )
+
+    def disk(
+        self, original: Callable[..., Result], updater: Any, model_path: str, *args: Any, **kwargs: Any
+    ) -> Result:
+        try:
+            expected, found = self._expect(updater), checkpoint_shapes(model_path)
+        except (OSError, SafetensorError) as e:
+            return False, f"refused {model_path}: {e}"
+        if problem := _first_problem(found.items(), expected, set()) or _missing(expected, found):
+            return False, f"refused {model_path}: {problem}"
+        success, message = original(updater, model_path, *args, **kwargs)
+        return success, f"{message} {len(found)} tensors checked." if success else message
+
+    def answer_end(self, original: Callable[..., Any], manager: Any, request: Any) -> Any:
+        answer = original(manager, request)
+        sessions, self._received = self._received, {}
+        for updater, received in sessions.items() if answer.success else ():
+            if problem := _missing(self._expected[updater], received):
+                answer.success = False
+                answer.message = f"refused: {problem}; the weights are a mixture of two versions"
+        return answer
+
+    def _expect(self, updater: Any) -> Shapes:
+        """Those of the checkpoint the server started from; first read before an update changes the path."""
+        if id(updater) not in self._expected:
+            self._expected[id(updater)] = checkpoint_shapes(updater.model_config.model_path)
+        return self._expected[id(updater)]
+
+    def _load(
+        self, updater: Any, received: list[tuple[str, tuple[int, ...]]], load: Callable[[], Result]
+    ) -> Result:
+        """Load one bucket of the session, or refuse the whole of it."""
+        seen = self._received.setdefault(id(updater), set())
+        if problem := _first_problem(received, self._expect(updater), seen):
+            return False, f"refused: {problem}"
+        try:
+            success, message = load()
+        except Exception as e:  # whatever a loader raises would end the scheduler process
+            return False, f"the weights are a mixture of two versions: {type(e).__name__}: {e}"
+        if success:
+            seen.update(name for name, _ in received)
+        return success, message
+
+
+def checkpoint_shapes(path: str) -> Shapes:
+    """Name -> shape of every tensor in a directory's safetensors. Raises OSError or SafetensorError."""
+    files = sorted(Path(path).glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"no *.safetensors in {path}")
+    shapes: Shapes = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            shapes.update({name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()})  # noqa: SIM118
+    return shapes
+
+
+def _shapes(named_tensors: Iterable[tuple[str, Any]]) -> list[tuple[str, tuple[int, ...]]]:
+    """Shapes of the pairs; () for a tensor that only its rank can open, whose shape the loader checks."""
+    return [
+        (name, tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else ())
+        for name, tensor in named_tensors
+    ]
+
+
+def _first_problem(
+    received: Iterable[tuple[str, tuple[int, ...]]], expected: Shapes, seen: set[str]
+) -> str | None:
+    names = set(seen)
+    for name, shape in received:
+        if name not in expected:
+            return f"unknown tensor {name!r}; the server's checkpoint has {sorted(expected)[:3]} ..."
+        if name in names:
+            return f"tensor {name!r} came twice"
+        if shape and shape != expected[name]:
+            return f"tensor {name!r} has shape {list(shape)}, the server's checkpoint {list(expected[name])}"
+        names.add(name)
+    return None
+
+
+def _missing(expected: Shapes, received: Iterable[str]) -> str | None:
+    missing = sorted(set(expected) - set(received))
+    return f"{len(missing)} of {len(expected)} tensors missing: {', '.join(missing[:5])}" if missing else None
