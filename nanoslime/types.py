@@ -93,6 +93,7 @@ class GenerateRequest:
     top_p: float = 1.0
     top_k: int = -1  # -1: off
     stop_token_ids: tuple[int, ...] = ()
+    seed: int | None = None  # same seed, same samples: honoured by the embedded engine only
 
 
 @dataclass(frozen=True, slots=True)
