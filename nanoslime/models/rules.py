@@ -25,7 +25,9 @@ VOCAB_MULTIPLE = 8  # rows of the vocabulary per rank are a multiple of this, fo
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """`megatron` is the name in torch_dist checkpoints and in Transformer Engine modules; {l} is the layer."""
+    """`megatron` is the name in torch_dist checkpoints and in Transformer Engine modules; {l} is the
+    layer.
+    """
 
     megatron: str
     layout: Literal["copy", "vocab", "cat", "qkv"]

@@ -1,4 +1,6 @@
-"""The weight map as arithmetic: every element of every tensor exactly once, for a model and over its ranks."""
+"""The weight map as arithmetic: every element of every tensor exactly once, for a model and over its
+ranks.
+"""
 
 import dataclasses
 from collections import defaultdict

@@ -1,0 +1,133 @@
+"""Weights, optimizer, random state and step in megatron-core's torch_dist format.
+
+Optimizer state is written in its fully reshardable form, gathered on data-parallel rank 0 over gloo.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from nanoslime.training.megatron.parallel import Ranks
+from nanoslime.types import RunError
+
+logger = logging.getLogger(__name__)
+
+_CONTENT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+    "chained_optim_avoid_prefix": True,
+}
+
+
+class _InProcessWriter(TorchDistSaveShardedStrategy):
+    """torch_dist files written by the rank itself.
+
+    megatron-core 0.16.1 writes in forked processes and collects their results through a spawned
+    multiprocessing manager, also when asked to save synchronously: that imports __main__ anew (it hangs
+    without a guard there) and outlives a rank that dies.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1)
+
+    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
+        state, _, _ = _replace_state_dict_keys_with_sharded_keys(
+            sharded_state_dict, keep_only_main_replica=True
+        )
+        dcp.save(
+            mcore_to_pyt_state_dict(state, False),
+            storage_writer=dcp.FileSystemWriter(checkpoint_dir),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
+
+
+def save(path: Path, model: GPTModel, optimizer: ChainedOptimizer, step: int, ranks: Ranks) -> None:
+    """Writes into the existing empty directory `path`; collective."""
+    _make_state(optimizer)
+    state = _sharded_state(model, optimizer, ranks, is_loading=False)
+    state |= {"step": step, "layout": _layout(ranks)}
+    dist_checkpointing.save(state, str(path), _InProcessWriter(), content_metadata=_CONTENT)
+
+
+def load(path: Path, model: GPTModel, optimizer: ChainedOptimizer, ranks: Ranks) -> int:
+    """Restores what `save` wrote and returns the step; collective.
+
+    The random state belongs to a rank, so it is left as it is under another layout than the one that saved.
+    Raises RunError for a checkpoint that is damaged or of another model.
+    """
+    _make_state(optimizer)
+    state = _sharded_state(model, optimizer, ranks, is_loading=True)
+    try:
+        layout = dist_checkpointing.load_common_state_dict(str(path))["layout"]
+        if layout != _layout(ranks):
+            logger.warning("random state not restored: saved by layout %s, now %s", layout, _layout(ranks))
+            del state["random"]
+        loaded = dist_checkpointing.load(state, str(path))
+    except (dist_checkpointing.core.CheckpointingException, dcp.CheckpointException, OSError, KeyError) as e:
+        raise RunError(f"{path} cannot be loaded as a Megatron checkpoint of this model: {e}") from e
+    model.load_state_dict(loaded["model"])
+    _load_optimizer(optimizer, loaded["optimizer"])
+    if "random" in loaded:
+        torch.set_rng_state(loaded["random"]["torch"])
+        get_cuda_rng_tracker().set_states(loaded["random"]["tracker"])
+    return int(loaded["step"])
+
+
+def _sharded_state(
+    model: GPTModel, optimizer: ChainedOptimizer, ranks: Ranks, *, is_loading: bool
+) -> dict[str, Any]:
+    weights = model.sharded_state_dict(metadata=dict(_CONTENT))
+    random = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
+    grid = (ranks.pp_size, ranks.dp_size, ranks.tp_size)
+    return {
+        "model": weights,
+        "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(_CONTENT)),
+        "random": ShardedObject("random", random, grid, (ranks.pp_rank, ranks.dp_rank, ranks.tp_rank)),
+    }
+
+
+def _layout(ranks: Ranks) -> str:
+    return f"tp{ranks.tp_size} pp{ranks.pp_size} dp{ranks.dp_size}"
+
+
+def _make_state(optimizer: ChainedOptimizer) -> None:
+    """Moments and step before the first update, which the distributed optimizer does not make by itself."""
+    for inner in optimizer.chained_optimizers:
+        inner.init_state_fn(inner.optimizer, inner.config)
+        if isinstance(inner.optimizer, torch.optim.AdamW):
+            for state in inner.optimizer.state.values():
+                state.setdefault("step", torch.tensor(0.0))
+
+
+def _load_optimizer(optimizer: ChainedOptimizer, loaded: dict[str, Any]) -> None:
+    (inner,) = optimizer.chained_optimizers
+    if not isinstance(inner, DistributedOptimizer):
+        inner.load_state_dict(loaded)
+        return
+    # megatron-core 0.16.1 with torch's AdamW: it hands one step tensor to all parameters, which would then
+    # be counted once for each of them, and it looks for "step" among the sharded tensors, where it is not
+    moments = loaded.pop("param_state")
+    inner.load_state_dict(loaded)
+    states = inner.optimizer.state
+    steps = {key: state.pop("step").clone() for key, state in states.items() if "step" in state}
+    with torch.no_grad():
+        inner.load_parameter_state_from_fully_reshardable(moments)
+    for key, step in steps.items():
+        states[key]["step"] = step

@@ -1,0 +1,107 @@
+"""megatron-core 0.16.1 on a machine without CUDA. Everything here does nothing where CUDA is available.
+
+megatron-core names the CUDA device in some hundred places. `install` gives its modules a stand-in for their
+global name `torch` that turns those into the CPU; torch itself stays as it is for everybody else. What
+cannot be reached by that name is changed for the time of a `with cuda_names():` block.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+from megatron.core.tensor_parallel import random as megatron_random
+
+_CPU = torch.device("cpu")
+
+
+class _Stream:
+    """Stands in for torch.cuda.Stream and Event: on the CPU everything is in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def wait_stream(self, stream: Any) -> None: ...
+    def wait_event(self, event: Any) -> None: ...
+    def record(self, *args: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def record_event(self, *args: Any) -> _Stream:
+        return self
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return make
+
+
+class _Cuda(ModuleType):
+    """torch.cuda as megatron-core may see it: the device is the CPU, its generator the CPU's."""
+
+    Stream = Event = _Stream
+    current_device = staticmethod(lambda: _CPU)
+    set_device = staticmethod(lambda *args: None)
+    synchronize = staticmethod(lambda *args: None)
+    current_stream = default_stream = staticmethod(lambda *args: _Stream())
+    stream = staticmethod(lambda stream: nullcontext())
+    get_rng_state = staticmethod(lambda *args, **kwargs: torch.get_rng_state())
+    manual_seed = staticmethod(torch.manual_seed)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+
+class _Torch(ModuleType):
+    """torch as megatron-core may see it."""
+
+    cuda = _Cuda("torch.cuda")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+_TORCH = _Torch("torch")
+for _name in ("tensor", "zeros", "ones", "empty", "full", "arange"):
+    setattr(_TORCH, _name, _on_cpu(getattr(torch, _name)))
+
+
+def install() -> None:
+    """Gives every megatron module loaded so far the stand-in. Call it again after loading more of them."""
+    if torch.cuda.is_available():
+        return
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and vars(module).get("torch") is torch:
+            module.torch = _TORCH  # type: ignore[attr-defined]
+    # the tracker of model-parallel random states reaches the CUDA generators through torch._C
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+@contextmanager
+def cuda_names() -> Iterator[None]:
+    """While megatron-core builds a model or an optimizer: Tensor.cuda() stays on the CPU, Tensor.type() says
+    cuda.
+
+    language_module.py moves a tied output layer by .cuda(); the optimizers sort parameters by
+    param.type() == "torch.cuda.FloatTensor".
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    plain_type = torch.Tensor.type
+
+    def cuda_type(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = plain_type(tensor, *args, **kwargs)
+        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+
+    with (
+        mock.patch.object(torch.Tensor, "type", cuda_type),
+        mock.patch.object(torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor),
+    ):
+        yield

@@ -1,0 +1,97 @@
+"""Which rank does what: Megatron's process groups, in its default order tp, dp, pp (tp varies fastest)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from torch.distributed import ProcessGroup
+
+from nanoslime.config import TrainingConfig
+from nanoslime.models.rules import Part, check_tp_size
+from nanoslime.models.shape import ModelShape
+from nanoslime.training.backend import RankEnv, init_process_group
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This rank's place in the grid [pp, dp, tp] and its groups."""
+
+    tp_rank: int
+    tp_size: int
+    dp_rank: int
+    dp_size: int
+    pp_rank: int
+    pp_size: int
+    last_stage: int  # global rank of the last stage of this rank's pipeline
+    tp_group: ProcessGroup
+    dp_group: ProcessGroup
+    pp_group: ProcessGroup
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    def part(self, num_layers: int) -> Part:
+        """The part of a model of `num_layers` that lies here."""
+        each = num_layers // self.pp_size
+        layers = range(self.pp_rank * each, (self.pp_rank + 1) * each)
+        return Part(self.tp_rank, self.tp_size, layers, self.is_first_stage, self.is_last_stage)
+
+
+def check(config: TrainingConfig, shape: ModelShape, world_size: int) -> None:
+    """Raises ValueError for a layout that this model, this number of ranks or this backend does not have."""
+    for name in ("cp_size", "ep_size"):
+        if getattr(config, name) > 1:
+            raise ValueError(f"training.{name}={getattr(config, name)} is not supported yet; set it to 1")
+    check_tp_size(shape, config.tp_size)
+    if shape.num_layers % config.pp_size:
+        fit = [n for n in range(1, shape.num_layers + 1) if shape.num_layers % n == 0]
+        raise ValueError(
+            f"training.pp_size={config.pp_size} does not divide num_hidden_layers={shape.num_layers}; "
+            f"choose one of {fit}"
+        )
+    if world_size % (config.tp_size * config.pp_size):
+        raise ValueError(
+            f"{world_size} trainer ranks are not a multiple of training.tp_size={config.tp_size} x "
+            f"training.pp_size={config.pp_size}"
+        )
+
+
+def initialize(config: TrainingConfig, env: RankEnv, seed: int) -> Ranks:
+    """Joins the process group and makes Megatron's; every collective has training.collective_deadline_s."""
+    init_process_group(env, config.collective_deadline_s)
+    parallel_state.destroy_model_parallel()  # of an earlier backend in this process
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tp_size,
+        pipeline_model_parallel_size=config.pp_size,
+        distributed_timeout_minutes=config.collective_deadline_s / 60,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return Ranks(
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=config.tp_size,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=config.pp_size,
+        last_stage=parallel_state.get_pipeline_model_parallel_last_rank(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+    )
+
+
+def from_last_stage(value: Any, ranks: Ranks) -> Any:
+    """`value` of the last pipeline stage, on every stage; what other stages pass in is ignored."""
+    if ranks.pp_size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=ranks.last_stage, group=ranks.pp_group)
+    return box[0]

@@ -1,0 +1,102 @@
+"""Hugging Face weights into this rank's parameters, and its parameters as pieces of Hugging Face tensors."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nanoslime.batch import WeightShard
+from nanoslime.models.rules import Part, Piece, check_tensors, local_spec_name, pieces
+from nanoslime.models.shape import ModelShape
+from nanoslime.storage.safetensors_file import TensorInfo, read_headers
+
+Bound = list[tuple[Piece, torch.nn.Parameter]]
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+
+
+def bind(model: GPTModel, shape: ModelShape, part: Part) -> Bound:
+    """Each piece of the weight map that lies on this rank, with the parameter it belongs to.
+
+    Every element of every parameter is in exactly one piece, padding of the vocabulary aside; anything else
+    is a ValueError, since such a parameter would neither be loaded nor be sent.
+    """
+    parameters = _parameters(model)
+    bound: Bound = []
+    covered: dict[str, int] = defaultdict(int)
+    for piece in pieces(shape, part):
+        name = piece.megatron if piece.megatron in parameters else local_spec_name(piece.megatron)
+        if name not in parameters:
+            raise ValueError(f"the model on this rank has no parameter {name}, where {piece.hf} belongs")
+        bound.append((piece, parameters[name]))
+        covered[name] += parameters[name][piece.local].numel()
+    for name, parameter in parameters.items():
+        padded = name.startswith(("embedding.", "output_layer."))
+        if covered[name] != parameter.numel() and not padded:
+            raise ValueError(
+                f"the weight map fills {covered[name]} of {parameter.numel()} elements of {name}"
+            )
+    return bound
+
+
+@torch.no_grad()
+def load(bound: Bound, shape: ModelShape, directory: Path) -> None:
+    """Reads this rank's rows from the checkpoint in `directory`; padding of the vocabulary becomes zero.
+
+    Raises SafetensorsError for a missing or damaged file, ValueError for tensors that are missing, too many
+    or of another shape. The headers of all files are checked before anything is read.
+    """
+    found = read_headers(directory)
+    check_tensors(shape, {name: info.shape for name, info in found.items()}, str(directory))
+    for _, parameter in bound:
+        parameter.zero_()
+    by_file: dict[Path, Bound] = defaultdict(list)
+    for piece, parameter in bound:
+        by_file[found[piece.hf].file].append((piece, parameter))
+    for file, content in by_file.items():
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for piece, parameter in content:
+                    parameter[piece.local] = tensors.get_slice(piece.hf)[piece.box].to(parameter)
+        except (SafetensorError, OSError) as e:
+            raise ValueError(f"{file} cannot be read: {e}") from e
+    if shape.tie_word_embeddings and "lm_head.weight" in found:
+        _check_tied_head(bound, found["lm_head.weight"])
+
+
+def shards(bound: Bound, attribute: str = "data") -> Iterator[WeightShard]:
+    """The pieces with views of the parameters, or of their float32 gradients for "main_grad"."""
+    for piece, parameter in bound:
+        yield WeightShard(piece.hf, piece.full_shape, piece.box, getattr(parameter, attribute)[piece.local])
+
+
+def _check_tied_head(bound: Bound, head: TensorInfo) -> None:
+    with safe_open(head.file, framework="pt") as tensors:
+        rows = tensors.get_slice("lm_head.weight")
+        for piece, parameter in bound:
+            if piece.hf == "model.embed_tokens.weight" and not _equal(
+                rows[piece.box], parameter[piece.local]
+            ):
+                raise ValueError(
+                    f"{head.file}: lm_head.weight differs from the embedding, but config.json ties them; "
+                    "set tie_word_embeddings to false there"
+                )
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.to(b), b)
+
+
+def _parameters(model: GPTModel) -> dict[str, torch.nn.Parameter]:
+    """Parameters by name, with the layer's number in the whole model."""
+
+    def whole(match: re.Match[str]) -> str:
+        return f"decoder.layers.{model.decoder.layers[int(match[1])].layer_number - 1}."
+
+    return {_LAYER.sub(whole, name, count=1): parameter for name, parameter in model.named_parameters()}

@@ -1,0 +1,136 @@
+"""The parity problem, and its solution in plain PyTorch: transformers, one sequence at a time, one
+process.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from nanoslime.algorithms.grpo import GRPO
+from nanoslime.batch import StepMetrics
+from tests.training.parity import LENGTHS, TEMPERATURE, Layout, Outcome, train_batch
+
+
+def make_step(model_dir: Path, step: int) -> dict[str, Any]:
+    """The global batch of optimizer step `step`: unequal lengths, random masks after each prompt, one
+    sequence masked out whole. Ratios of the first step's policy stay 1e-2 away from the edges of the clip
+    range (0.8, 1.2).
+    """
+    generator = torch.Generator().manual_seed(100 + step)
+
+    def draw(n: int, low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(n, generator=generator)
+
+    tokens = [torch.randint(0, 250, (n,), generator=generator) for n in LENGTHS]
+    masks = [torch.rand(n, generator=generator) < 0.7 for n in LENGTHS]
+    for mask, prompt in zip(masks, [3, 2, 6, 1, 4, 5, 3, 2], strict=True):
+        mask[:prompt] = False
+    masks[6][:] = False
+    policy = sequence_logprobs(load_hf(model_dir), tokens)
+    # log of old / new probability: far outside, well inside, and far outside the range on the other side
+    kinds = [torch.randint(0, 3, (n,), generator=generator) for n in LENGTHS]
+    shift = [torch.tensor([-0.5, 0.0, 0.5])[kind] + draw(len(kind), -0.1, 0.1) for kind in kinds]
+    return dict(
+        token_ids=tokens,
+        loss_mask=masks,
+        old_logprobs=[(p - s).detach() for p, s in zip(policy, shift, strict=True)],
+        ref_logprobs=[(p + draw(len(p), -0.5, 0.5)).detach() for p in policy],
+        rollout_logprobs=[(p + draw(len(p), -0.1, 0.1)).detach() for p in policy],
+        advantages=draw(len(LENGTHS), -2.0, 2.0).tolist(),
+        token_weights=(0.5 + draw(len(LENGTHS), 0.0, 1.0)).tolist(),
+    )
+
+
+def load_hf(model_dir: Path) -> transformers.PreTrainedModel:
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+    )
+    return model.eval()
+
+
+def sequence_logprobs(model: transformers.PreTrainedModel, tokens: list[Tensor]) -> list[Tensor]:
+    """Logprob of each token given those before it, one sequence at a time; 0 at the first."""
+    found = []
+    for ids in tokens:
+        log_p = torch.log_softmax(model(ids[None]).logits[0].float() / TEMPERATURE, dim=-1)
+        found.append(torch.cat([torch.zeros(1), log_p[:-1].gather(1, ids[1:, None]).squeeze(1)]))
+    return found
+
+
+def grpo_loss(step: dict[str, Any], logprobs: list[Tensor]) -> Tensor:
+    """The loss written out: clipped policy loss plus 0.1 k3 to the reference, weighted mean over the
+    batch.
+    """
+    total = torch.zeros(())
+    for i, new in enumerate(logprobs):
+        old, ref, advantage = step["old_logprobs"][i], step["ref_logprobs"][i], step["advantages"][i]
+        ratio = torch.exp(new - old)
+        policy = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+        k3 = torch.exp(ref - new) - 1 - (ref - new)
+        total = total + ((policy + 0.1 * k3) * step["loss_mask"][i]).sum() * step["token_weights"][i]
+    return total / train_batch(step).denominator
+
+
+def reference(model_dir: Path, steps: list[dict[str, Any]]) -> Outcome:
+    torch.manual_seed(0)
+    model = load_hf(model_dir)
+    config = Layout().config()
+    training, algorithm = config.training, GRPO(config.algorithm)
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": training.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        betas=(training.adam_beta1, training.adam_beta2),
+        eps=training.adam_eps,
+    )
+    outcome = Outcome(logprobs=[p.detach() for p in sequence_logprobs(model, steps[0]["token_ids"])])
+    for number, step in enumerate(steps):
+        lr = training.lr + (training.min_lr - training.lr) * number / config.rollout.num_rollout
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad()
+        logprobs = sequence_logprobs(model, step["token_ids"])
+        _check_clear_of_clip_edges(step, logprobs)
+        loss = grpo_loss(step, logprobs)
+        loss.backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_grad))
+        outcome.grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        optimizer.step()
+        outcome.steps.append(
+            StepMetrics(
+                loss=float(loss.detach()),
+                grad_norm=norm,
+                lr=lr,
+                skipped=False,
+                values=_metrics(step, logprobs, algorithm),
+            )
+        )
+    outcome.params = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return outcome
+
+
+def _check_clear_of_clip_edges(step: dict[str, Any], logprobs: list[Tensor]) -> None:
+    """A ratio at an edge may fall on either side of it, with another gradient."""
+    for new, old, mask in zip(logprobs, step["old_logprobs"], step["loss_mask"], strict=True):
+        ratios = torch.exp(new.detach() - old)[mask]
+        for edge in (0.8, 1.2):
+            assert not ((ratios - edge).abs() < 1e-3).any(), "choose another seed"
+
+
+def _metrics(step: dict[str, Any], logprobs: list[Tensor], algorithm: GRPO) -> dict[str, float]:
+    batch = train_batch(step)
+    whole = batch.microbatch(range(len(LENGTHS)))
+    _, sums = algorithm.loss(torch.cat(logprobs).detach(), None, whole)
+    values = {
+        name.removeprefix("max:"): float(value)
+        if name.startswith("max:")
+        else float(value) / batch.denominator
+        for name, value in sums.items()
+    }
+    gaps = (torch.cat(logprobs).detach() - whole.rollout_logprobs).abs()[whole.loss_mask]
+    return values | {"train/logprob_gap_mean": float(gaps.mean()), "train/logprob_gap_max": float(gaps.max())}
