@@ -64,6 +64,7 @@ ALIASES = {
     "run-root": "cluster.run_root",
     "partition": "cluster.partition",
     "account": "cluster.account",
+    "submit": "cluster.submit",
 }
 
 

@@ -30,6 +30,13 @@ class RunConfig:
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
 
     @model_validator(mode="after")
+    def _one_model(self) -> RunConfig:
+        if self.rehearsal.enabled and self.model.hf_checkpoint:
+            given = f"model.hf_checkpoint={self.model.hf_checkpoint!r}"
+            raise ValueError(f"rehearsal.enabled makes its own model; {given} needs --rehearsal.no-enabled")
+        return self
+
+    @model_validator(mode="after")
     def _steps_divide_batch(self) -> RunConfig:
         steps, prompts = self.training.num_steps_per_rollout, self.rollout.rollout_batch_size
         if prompts % steps:

@@ -49,7 +49,15 @@ class ModelShape:
         Raises ValueError for a missing or broken config.json, a key that is missing, and an architecture or a
         setting of it that nanoslime does not have.
         """
-        file = ConfigFile.open(Path(directory) / "config.json")
+        return cls._of(ConfigFile.open(Path(directory) / "config.json"))
+
+    @classmethod
+    def from_config(cls, values: dict[str, Any]) -> ModelShape:
+        """The shape that this content of a config.json describes; raises as `read` does."""
+        return cls._of(ConfigFile(Path("config.json"), values))
+
+    @classmethod
+    def _of(cls, file: ConfigFile) -> ModelShape:
         model_type = file["model_type"]
         if model_type not in ARCHITECTURES:
             known = ", ".join(sorted(ARCHITECTURES))
