@@ -136,6 +136,14 @@ def test_load_is_balanced_by_cost():
     assert sorted(tokens) == [160, 170]
 
 
+def test_micro_batches_are_split_before_dummies_are_added():
+    lengths = [60, 60, 40, 40, 40]  # 60 + 40 + 40 on one rank, 60 + 40 on the other
+    groups = [SampleGroup(0, [sample(0, i + 1, n, 1) for i, n in enumerate(lengths)])]
+    (step,) = planned(groups, max_tokens=100)
+    assert [len(shard.microbatches) for shard in step] == [2, 2]
+    assert [len(shard.token_ids) for shard in step] == [3, 2]
+
+
 def test_the_same_groups_give_the_same_plan():
     a, b = (planned(random_groups(1), dp_size=3) for _ in range(2))
     assert [[s.microbatches for s in step] for step in a] == [[s.microbatches for s in step] for step in b]
