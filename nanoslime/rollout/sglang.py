@@ -32,6 +32,10 @@ _OURS = ("model_path", "host", "port", "device", "tp_size", "weight_version")
 _MODEL_FILES = ("llama", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "utils", "registry", "__init__")
 
 
+class EngineLost(RunError):
+    """An engine that is gone or does not answer in time; its requests may be tried on another one."""
+
+
 class SGLangServer:
     """One SGLang server process and all that it starts: `start()` gives the engine, `close()` leaves
     nothing."""
@@ -166,14 +170,16 @@ class SGLangEngine:
             ):
                 answer = await response.json(content_type=None)
         except TimeoutError as e:
-            raise self._error(f"/generate was not answered within {self.request_deadline_s:g} s") from e
+            raise EngineLost(
+                self._message(f"/generate was not answered within {self.request_deadline_s:g} s")
+            ) from e
         except (aiohttp.ClientError, OSError, json.JSONDecodeError) as e:
-            raise self._error(f"/generate failed: {type(e).__name__}: {e}") from e
+            raise EngineLost(self._message(f"/generate failed: {type(e).__name__}: {e}")) from e
         if response.status == 400:
             error = str(answer.get("error", answer))
             return [Generation([], [], Status.ERROR, [], error=error) for _ in range(request.n)]
         if response.status != 200:
-            raise self._error(f"/generate answered {response.status}: {str(answer)[:300]}")
+            raise EngineLost(self._message(f"/generate answered {response.status}: {str(answer)[:300]}"))
         return [_generation(item) for item in (answer if isinstance(answer, list) else [answer])]
 
     def health(self) -> bool:
@@ -302,8 +308,11 @@ class SGLangEngine:
             )
 
     def _error(self, what: str) -> RunError:
+        return RunError(self._message(what))
+
+    def _message(self, what: str) -> str:
         line = last_line(Path(self.log))
-        return RunError(f"engine {self.name} at {self.url}: {what}; log: {self.log}; last line: {line}")
+        return f"engine {self.name} at {self.url}: {what}; log: {self.log}; last line: {line}"
 
 
 def _generation(answer: dict[str, Any]) -> Generation:

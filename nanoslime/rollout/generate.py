@@ -1,0 +1,127 @@
+"""From prompts to scored groups: ask for samples, put prompt and response into one token axis, decode,
+score."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from nanoslime.config.rollout import RolloutConfig
+from nanoslime.rollout.router import Router
+from nanoslime.types import GenerateRequest, Generation, Prompt, RunError, Sample, SampleGroup, Status
+
+Reward = Callable[[str, Any, dict[str, Any]], float]
+
+
+async def sample_groups(
+    prompts: Sequence[Prompt],
+    router: Router,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RolloutConfig,
+    reward: Reward,
+    *,
+    first_group_id: int,
+    seed: Sequence[int] = (0,),
+    stop_token_ids: Sequence[int] | None = None,
+) -> list[SampleGroup]:
+    """One group of config.n_samples_per_prompt scored samples per prompt, in order; all prompts are asked at
+    once.
+
+    `seed` decides the samples of an engine that honours seeds. `stop_token_ids` end a response, in addition
+    to what ends one by the model's own generation config; default: the tokenizer's end of sequence. A sample
+    that the engine could not make has status error, its cause in `error`, and no reward. Raises RunError when
+    no engine is left or when the reward fails.
+    """
+    if stop_token_ids is None:
+        stop_token_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def request(i: int, prompt: Prompt) -> GenerateRequest:
+        entropy = [value % 2**32 for value in (*seed, i)]
+        return GenerateRequest(
+            token_ids=prompt.token_ids.tolist(),
+            n=config.n_samples_per_prompt,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            stop_token_ids=tuple(stop_token_ids),
+            seed=int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1),
+        )
+
+    answers = await asyncio.gather(*(router.generate(request(i, prompt)) for i, prompt in enumerate(prompts)))
+    rollout_ids = count(first_group_id * config.n_samples_per_prompt)
+    groups = []
+    for group_id, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), start=first_group_id):
+        samples = [make_sample(prompt, g, group_id, next(rollout_ids), tokenizer) for g in answer]
+        for sample in samples:
+            if sample.status is not Status.ERROR:
+                sample.reward = _score(reward, sample, prompt)
+        groups.append(SampleGroup(group_id, samples))
+    return groups
+
+
+def make_sample(
+    prompt: Prompt, generation: Generation, group_id: int, rollout_id: int, tokenizer: PreTrainedTokenizerBase
+) -> Sample:
+    """Prompt and response on one axis [T]; the prompt's positions are masked and have logprob 0."""
+    num_prompt, num_response = len(prompt.token_ids), len(generation.token_ids)
+    token_ids = np.concatenate([prompt.token_ids, np.asarray(generation.token_ids, dtype=np.int32)])
+    logprobs = np.zeros(num_prompt + num_response, dtype=np.float32)
+    logprobs[num_prompt:] = generation.logprobs
+    return Sample(
+        group_id=group_id,
+        rollout_id=rollout_id,
+        token_ids=token_ids,
+        loss_mask=np.arange(num_prompt + num_response) >= num_prompt,
+        rollout_logprobs=logprobs,
+        policy_versions=[(num_prompt + first, version) for first, version in generation.versions],
+        status=generation.status,
+        text=tokenizer.decode(generation.token_ids, skip_special_tokens=True),
+        label=prompt.label,
+        metadata=prompt.metadata | {"prompt_id": prompt.prompt_id},
+        error=generation.error,
+    )
+
+
+def group_metrics(groups: Sequence[SampleGroup]) -> dict[str, float]:
+    """What the samples of one rollout look like, filtered ones included. Rewards are over samples that have
+    one."""
+    samples = [sample for group in groups for sample in group.samples]
+    rewards = [[s.reward for s in group.samples if s.reward is not None] for group in groups]
+    scored = [r for r in rewards if r]
+    flat = [reward for group in scored for reward in group]
+    lengths = [sample.num_response_tokens for sample in samples]
+
+    def share(status: Status) -> float:
+        return sum(sample.status is status for sample in samples) / max(len(samples), 1)
+
+    return {
+        "rollout/reward_mean": float(np.mean(flat)) if flat else math.nan,
+        "rollout/reward_std": float(np.std(flat)) if flat else math.nan,
+        "rollout/zero_std_ratio": sum(min(r) == max(r) for r in scored) / max(len(scored), 1),
+        "rollout/response_tokens_mean": float(np.mean(lengths)) if lengths else 0.0,
+        "rollout/response_tokens_max": float(max(lengths, default=0)),
+        "rollout/truncated_ratio": share(Status.TRUNCATED),
+        "rollout/aborted_ratio": share(Status.ABORTED),
+        "rollout/error_ratio": share(Status.ERROR),
+        "rollout/num_samples": float(len(samples)),
+    }
+
+
+def _score(reward: Reward, sample: Sample, prompt: Prompt) -> float:
+    try:
+        value = float(reward(sample.text, sample.label, prompt.metadata))
+    except Exception as e:
+        raise RunError(
+            f"reward {getattr(reward, '__module__', reward)} failed on prompt {prompt.prompt_id} "
+            f"with {type(e).__name__}: {e}; response: {sample.text[:100]!r}"
+        ) from e
+    if not math.isfinite(value):
+        raise RunError(f"reward {reward.__module__} returned {value} on prompt {prompt.prompt_id}")
+    return value

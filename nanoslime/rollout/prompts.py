@@ -1,0 +1,173 @@
+"""The prompt file, tokenized, and the order in which a run goes through it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerBase
+
+from nanoslime.config.model import DataConfig
+from nanoslime.types import Prompt, RunError
+
+logger = logging.getLogger(__name__)
+
+
+def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[Prompt]:
+    """Every prompt of a JSONL or parquet file, tokenized; `prompt_id` is its position in the file.
+
+    Raises RunError in one line naming file and line for what cannot be used: a broken line, a missing key, an
+    empty prompt, one over `max_prompt_tokens` (unless they are skipped, with a count), a file without
+    prompts.
+    """
+    use_template = _use_template(tokenizer, config)
+    places, records, texts = [], [], []
+    for place, record in _records(path):
+        for key in filter(None, (config.prompt_key, config.label_key)):
+            if key not in record:
+                keys = ", ".join(sorted(record))
+                raise RunError(
+                    f"{place}: no key {key!r}; it has: {keys} (see data.prompt_key and data.label_key)"
+                )
+        places.append(place)
+        records.append(record)
+        texts.append(_text(record[config.prompt_key], place, tokenizer, config, use_template))
+    if not records:
+        raise RunError(f"{path} holds no prompts")
+    token_ids = tokenizer(texts, add_special_tokens=not use_template)["input_ids"]
+    prompts, num_over_long = [], 0
+    for i, (place, record, text, ids) in enumerate(zip(places, records, texts, token_ids, strict=True)):
+        if not ids:
+            raise RunError(f"{place}: the prompt is empty")
+        if len(ids) > config.max_prompt_tokens:
+            num_over_long += 1
+            if config.over_long == "error":
+                raise RunError(
+                    f"{place}: a prompt of {len(ids)} tokens is over data.max_prompt_tokens="
+                    f"{config.max_prompt_tokens}; raise it, or set data.over_long=skip"
+                )
+            continue
+        label = record[config.label_key] if config.label_key else None
+        metadata = record.get("metadata") or {}
+        prompts.append(Prompt(i, np.asarray(ids, dtype=np.int32), text, label, metadata))
+    if num_over_long:
+        logger.warning(
+            "%s: skipped %d of %d prompts with over %d tokens",
+            path,
+            num_over_long,
+            len(records),
+            config.max_prompt_tokens,
+        )
+    if not prompts:
+        raise RunError(f"{path}: every prompt is over data.max_prompt_tokens={config.max_prompt_tokens}")
+    return prompts
+
+
+class PromptSource:
+    """Goes through the prompts again and again, each epoch in an order of its own that only the seed
+    decides."""
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int, shuffle: bool) -> None:
+        self._prompts, self._seed, self._shuffle = prompts, seed, shuffle
+        self._epoch = self._position = 0
+        self._order = self._epoch_order()
+
+    def next(self, n: int) -> list[Prompt]:
+        """The next `n` prompts; goes on into the next epoch."""
+        taken: list[Prompt] = []
+        while len(taken) < n:
+            if self._position == len(self._order):
+                self._epoch, self._position = self._epoch + 1, 0
+                self._order = self._epoch_order()
+            indices = self._order[self._position : self._position + n - len(taken)]
+            taken += [self._prompts[i] for i in indices]
+            self._position += len(indices)
+        return taken
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self._epoch, "position": self._position, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where `state` was taken. Raises RunError when it was taken from other prompts or another
+        seed."""
+        for name, value in self._identity().items():
+            if state[name] != value:
+                raise RunError(
+                    f"the data cursor was saved with {name}={state[name]}, this run has {name}={value}; "
+                    "resume with the prompt file and the seed of the run's start"
+                )
+        self._epoch, self._position = state["epoch"], state["position"]
+        self._order = self._epoch_order()
+
+    def _identity(self) -> dict[str, int]:
+        return {"num_prompts": len(self._prompts), "seed": self._seed, "shuffle": int(self._shuffle)}
+
+    def _epoch_order(self) -> list[int]:
+        count = len(self._prompts)
+        if not self._shuffle:
+            return list(range(count))
+        return np.random.default_rng([self._seed, self._epoch]).permutation(count).tolist()
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file:line, record) pairs."""
+    if not path.is_file():
+        raise RunError(f"prompt file {path} does not exist")
+    if path.suffix == ".parquet":
+        try:
+            table = pq.read_table(path)
+        except (pa.ArrowException, OSError) as e:
+            raise RunError(f"{path} is not a readable parquet file: {str(e).splitlines()[0]}") from e
+        rows = (row for batch in table.to_batches(1024) for row in batch.to_pylist())
+        for number, row in enumerate(rows):
+            yield f"{path}:row {number}", row
+        return
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as e:
+                raise RunError(f"{path}:{number}: not a line of JSON: {e}") from e
+            if not isinstance(record, dict):
+                raise RunError(f"{path}:{number}: a JSON object is needed, found {type(record).__name__}")
+            yield f"{path}:{number}", record
+
+
+def _use_template(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> bool:
+    has_template = bool(tokenizer.chat_template)
+    if config.chat_template == "on" and not has_template:
+        raise RunError("data.chat_template=on, but the tokenizer has no chat template; use auto or off")
+    use = has_template and config.chat_template != "off"
+    if config.system_prompt and not use:
+        raise RunError(
+            "data.system_prompt needs a chat template: the tokenizer has none, or data.chat_template=off"
+        )
+    return use
+
+
+def _text(
+    prompt: Any, place: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig, use_template: bool
+) -> str:
+    """What the model sees: the prompt itself, or the chat template over it, ready for the answer."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
+    ):
+        raise RunError(f"{place}: a prompt is a string or a list of {{role, content}} messages")
+    if not use_template:
+        if not isinstance(prompt, str):
+            raise RunError(
+                f"{place}: a prompt of chat messages needs a chat template; the tokenizer's is missing or off"
+            )
+        return prompt
+    if config.system_prompt:
+        messages = [{"role": "system", "content": config.system_prompt}, *messages]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

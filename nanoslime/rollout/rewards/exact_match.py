@@ -1,0 +1,10 @@
+"""1 where the response is the label, else 0."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def reward(text: str, label: Any, metadata: dict[str, Any]) -> float:
+    """Compared as text, without surrounding white space."""
+    return float(text.strip() == str(label).strip())
