@@ -105,20 +105,23 @@ def _prompt_file(config: RunConfig, name: str) -> str:
         raise RunError(f"data.{name}={value!r}: choose a file that ends in {' or '.join(_PROMPT_FILES)}")
     if path.suffix == ".jsonl":
         with path.open(encoding="utf-8") as file:
-            _check_first_line(path, file.readline(), (data.prompt_key, data.label_key))
+            _check_line(path, next(filter(str.strip, file), ""), (data.prompt_key, data.label_key))
     return str(path)
 
 
-def _check_first_line(path: Path, line: str, keys: tuple[str, str]) -> None:
+def _check_line(path: Path, line: str, keys: tuple[str, str]) -> None:
     try:
         first = json.loads(line)
     except ValueError as e:
-        raise RunError(f"{path}:1 is not a JSON object: {line.strip()[:80]!r}") from e
+        raise RunError(f"{path} does not begin with a JSON object: {line.strip()[:80]!r}") from e
     if not isinstance(first, dict):
-        raise RunError(f"{path}:1 is not a JSON object: {line.strip()[:80]!r}")
+        raise RunError(f"{path} does not begin with a JSON object: {line.strip()[:80]!r}")
     for field, key in zip(("prompt_key", "label_key"), keys, strict=True):
-        if key not in first:
-            raise RunError(f"{path}:1 has no {key!r}; set data.{field} to one of {', '.join(sorted(first))}")
+        if key and key not in first:
+            raise RunError(
+                f"{path}: the first line has no {key!r}; "
+                f"set data.{field} to one of {', '.join(sorted(first))}"
+            )
 
 
 def refuse_if_running(run: RunDir) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from jobs import executor, inputs, where
@@ -31,19 +32,22 @@ SUBMITTERS = {
 }
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
     """The exit code: 0 submitted or ended well, 2 refused, else that of the rehearsal."""
     try:
         command, flags = parse(argv)
-        return run(command, flags)
+        return run(command, flags, where.detect(environ.get("PATH", ""), environ, root, command.cluster))
     except RunError as e:
         print(f"submit_grpo: {e}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of a plan or of the help, `| head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
-def run(command: argparse.Namespace, flags: list[str]) -> int:
+def run(command: argparse.Namespace, flags: list[str], slurm: where.Where) -> int:
+    """From the command line to a job id, a rehearsal's end, or a printed plan."""
     config = configure(command, flags)
-    slurm = where.detect(os.environ.get("PATH", ""), os.environ, cluster_file=command.cluster)
     if command.dry_run:
         return dry_run(command, config, slurm)
     submits = command.prepare or slurm.has_slurm(local=command.local)
@@ -145,9 +149,9 @@ def summary_table(run: RunDir) -> str:
     if not run.summary.exists():
         return f"no summary: the run did not reach its end; its logs are in {run.path}/attempts/latest/logs"
     summary = read_json(run.summary)
-    keys = ["reward_before", "reward_after", "steps", "seconds", "logprob_gap_max", "checkpoint", "hf_export"]
-    rows = [(key, summary.get(key)) for key in keys]
-    rows += [("tensorboard", run.tensorboard), ("summary", run.summary)]
+    keys = ["reward_before", "reward_after", "steps", "seconds", "logprob_gap_max"]
+    keys += ["checkpoint", "hf_export", "tensorboard"]
+    rows = [(key, summary.get(key)) for key in keys] + [("summary", run.summary)]
     shown = [(key, f"{value:.4g}" if isinstance(value, float) else value) for key, value in rows]
     return "\n".join(f"{key:16} {value}" for key, value in shown if value is not None)
 

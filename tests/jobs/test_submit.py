@@ -1,0 +1,406 @@
+"""submit_grpo.py as a user meets it: plans, refusals before submission, and what a submission leaves."""
+
+import json
+import re
+import resource
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs import inputs, submit_grpo
+from nanoslime.config.load import read
+from nanoslime.layout import Layout
+from nanoslime.models.tiny import tiny_qwen3_config
+from nanoslime.run_dir import RunDir
+
+SCRIPT = Path(submit_grpo.__file__)
+SBATCH = """#!/bin/sh
+case "$1" in
+  --version) echo slurm 22.05.8 ;;
+  --test-only) /bin/cat > "{folder}/tested"; echo "sbatch: Job 42 to start at noon" >&2 ;;
+  --parsable) echo "$@" >> "{folder}/submitted"; echo 42 ;;
+  *) echo "$@" >> "{folder}/submitted"; echo Submitted batch job 42 ;;
+esac
+"""
+
+
+class Machine:
+    """A machine without SLURM until `slurm()`; `submit` runs the command in a directory of its own."""
+
+    def __init__(self, root: Path, capsys, monkeypatch):
+        self.root, self._capsys = root, capsys
+        (root / "bin").mkdir()
+        monkeypatch.chdir(root)
+        monkeypatch.setenv("PATH", f"{root / 'bin'}:/usr/bin:/bin")
+
+    def slurm(self) -> None:
+        for name in ("sbatch", "srun"):
+            (self.root / "bin" / name).write_text(SBATCH.format(folder=self.root))
+            (self.root / "bin" / name).chmod(0o755)
+
+    def submit(self, *argv) -> tuple[int, str, str]:
+        code = submit_grpo.main([str(a) for a in argv], {"PATH": str(self.root / "bin")}, self.root)
+        shown = self._capsys.readouterr()
+        return code, shown.out, shown.err
+
+    def refusal(self, *argv) -> str:
+        code, out, err = self.submit(*argv)
+        assert (code, out) == (2, "")
+        assert not (self.root / "runs").exists()
+        return err
+
+    @property
+    def submitted(self) -> str:
+        file = self.root / "submitted"
+        return file.read_text() if file.exists() else ""
+
+
+@pytest.fixture
+def machine(tmp_path, capsys, monkeypatch):
+    return Machine(tmp_path, capsys, monkeypatch)
+
+
+def safetensors(path: Path, name: str = "w") -> None:
+    header = json.dumps({name: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+
+
+@pytest.fixture
+def model(tmp_path):
+    directory = tmp_path / "it's a model"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(tiny_qwen3_config()))
+    (directory / "tokenizer.json").write_text("{}")
+    safetensors(directory / "model.safetensors")
+    return directory
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text('\n{"prompt": "1+1=", "label": "2"}\n')
+    return path
+
+
+def test_dry_run_on_a_machine_of_ones_own_plans_the_rehearsal_and_leaves_nothing(machine):
+    code, out, err = machine.submit("--nodes", "4", "--dry-run")
+    assert (code, err) == (0, "")
+    assert "Megatron: TP=2 CP=1 PP=2 DP=1" in out
+    assert re.search(r"^0 +trainer +0-1 .*\n1 +trainer +2-3 .*\n2 +engine .*\n3 +engine ", out, re.MULTILINE)
+    assert "num_rollout: 80" in out
+    assert "#SBATCH --nodes=4" in out
+    assert "without --dry-run: LOCAL REHEARSAL, nothing is submitted: 4 simulated node(s)" in out
+    assert sorted(p.name for p in machine.root.iterdir()) == ["bin"]
+
+
+def test_dry_run_of_one_node_falls_back_to_fsdp(machine):
+    _, out, _ = machine.submit("--nodes", "1", "--dry-run")
+    assert "FSDP2 (what one node gets without --backend): TP=1 CP=1 PP=1 DP=1" in out
+    assert "SGLang: 1 of 1 CPU slot(s) each" in out
+
+
+def test_dry_run_takes_well_under_a_second_of_processor_time(tmp_path):
+    spent = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, str(SCRIPT), "--nodes", "4", "--dry-run", "--local"]
+        subprocess.run(command, cwd=tmp_path, timeout=60, check=True, stdout=subprocess.DEVNULL)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert (
+        min(spent) < 1.0
+    )  # 0.5 s on the machine this was written on; importing torch alone takes longer than 1 s
+
+
+def test_with_slurm_the_dry_run_asks_sbatch_about_the_same_script(machine):
+    machine.slurm()
+    code, out, _ = machine.submit("--nodes", "4", "--dry-run")
+    assert code == 0
+    assert "Job 42 to start at noon" in out
+    assert (machine.root / "tested").read_text() in out
+    assert machine.submitted == ""
+
+
+def test_dry_run_says_what_would_be_refused(machine):
+    (machine.root / "etc/slurm").mkdir(parents=True)
+    code, out, _ = machine.submit("--nodes", "4", "--dry-run")
+    assert code == 2
+    assert "#SBATCH --nodes=4" in out
+    assert "would be refused: there is no usable sbatch here" in out
+
+
+def test_a_trace_of_slurm_without_sbatch_stops_before_anything_is_made(machine):
+    (machine.root / "etc/slurm").mkdir(parents=True)
+    said = machine.refusal("--nodes", "4")
+    assert said.startswith("submit_grpo: there is no usable sbatch here") and said.count("\n") == 1
+    assert "--local" in said
+
+
+@pytest.mark.parametrize("submitter", ["sbatch", "submitit"])
+def test_submission_prints_job_and_directory_and_leaves_what_the_job_reads(
+    machine, model, prompts, submitter
+):
+    machine.slurm()
+    flags = ["--nodes", 2, "--hf-checkpoint", model, "--prompts", prompts.name, "--submit", submitter]
+    code, out, err = machine.submit(*flags, "--run-root", "it's; a root", "--name", "mine")
+    assert (code, err) == (0, "")
+    run = RunDir.open(machine.root / "it's; a root" / "mine")
+    assert f"run directory: {run.path}" in out
+    assert "submitted job 42" in out and "scancel 42" in out and "driver-0.log" in out
+    config = read(run.config)
+    assert (config.model.hf_checkpoint, config.data.prompts) == (str(model), str(prompts))
+    assert Layout.from_json(run.plan.read_text()).num_nodes == 2
+    assert json.loads(run.provenance.read_text())["versions"]["ray"]
+    assert json.loads((run.path / "job.json").read_text()) == {"job_id": "42", "submitted_by": submitter}
+    assert machine.submitted.count("\n") == 1
+
+
+def test_prepare_prints_nothing_but_the_directory(machine):
+    code, out, err = machine.submit("--prepare", "--nodes", "4")
+    assert (code, err) == (0, "")
+    assert RunDir.open(Path(out.removesuffix("\n"))).config.exists()
+    assert machine.submitted == ""
+
+
+def test_resume_goes_on_in_the_same_directory_with_flags_laid_over(machine):
+    machine.slurm()
+    machine.submit("--nodes", "4", "--name", "first")
+    path = machine.root / "runs" / "first"
+    code, out, _ = machine.submit("--resume", path, "--num-rollout", "200")
+    assert code == 0 and f"run directory: {path}" in out
+    assert read(path / "config.yaml").rollout.num_rollout == 200
+    assert [p.name for p in (machine.root / "runs").iterdir()] == ["first"]
+
+
+def test_resume_refuses_a_run_that_lives_and_takes_one_that_has_left(machine):
+    machine.slurm()
+    machine.submit("--nodes", "4", "--name", "first")
+    run = RunDir.open(machine.root / "runs" / "first")
+    attempt = run.new_attempt("42-0")
+    attempt.beat(1, 7)
+    code, _, err = machine.submit("--resume", run.path)
+    assert code == 2 and "is running: node 1 of attempt 1 was alive" in err
+    attempt.beat(1, 8, left=True)
+    assert machine.submit("--resume", run.path)[0] == 0
+
+
+def test_what_cannot_be_resumed_is_refused(machine):
+    assert "is not a run directory" in machine.refusal("--resume", machine.root)
+    assert "leave out --recipe" in machine.refusal("--resume", machine.root, "--recipe", "mock")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--nodez", "4"], "unknown flag --nodez; did you mean --nodes"),
+        (["--tp-size", "3"], "training.tp_size=3 does not divide num_attention_heads=4; choose 1 or 2"),
+        (
+            ["--recipe", "nothere"],
+            "nothere: no such file, and not one of gsm8k, mock, qwen3_4b_h200, rehearsal",
+        ),
+        (["--cluster", "nothere"], "not one of h200"),
+        (["--recipe", "gsm8k"], "model.hf_checkpoint is not set"),
+        (["--recipe", "rehearsal", "--hf-checkpoint", "x"], "rehearsal.enabled makes its own model"),
+        (["--hf-checkpoint", "/nowhere/at/all"], "'/nowhere/at/all' is neither a directory nor a hub id"),
+        (["--cluster.gpus-per-node", "8"], "a rehearsal takes no GPUs; leave out the cluster file"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_leaves_nothing(machine, flags, says):
+    said = machine.refusal("--nodes", "4", *flags)
+    assert says in said and said.count("\n") == 1
+
+
+def no_config(model):
+    (model / "config.json").unlink()
+
+
+def no_weights(model):
+    (model / "model.safetensors").unlink()
+
+
+def truncated(model):
+    with open(model / "model.safetensors", "ab") as file:
+        file.truncate(file.tell() - 3)
+
+
+def shard_missing(model):
+    (model / "model.safetensors").unlink()
+    safetensors(model / "model-1.safetensors")
+    index = {"weight_map": {"w": "model-1.safetensors", "v": "model-2.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def no_tokenizer(model):
+    (model / "tokenizer.json").unlink()
+
+
+def unknown_architecture(model):
+    (model / "config.json").write_text(json.dumps(tiny_qwen3_config() | {"model_type": "gpt17"}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (no_config, "config.json does not exist"),
+        (no_weights, "holds neither model.safetensors nor"),
+        (truncated, "model.safetensors is truncated"),
+        (shard_missing, "model-2.safetensors is missing"),
+        (no_tokenizer, "holds no tokenizer: none of tokenizer.json"),
+        (unknown_architecture, "model_type='gpt17' is not supported; known are llama, qwen2, qwen3"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_before_submission(machine, model, prompts, damage, says):
+    machine.slurm()
+    damage(model)
+    said = machine.refusal("--hf-checkpoint", model, "--prompts", prompts)
+    assert says in said and str(model) in said and said.count("\n") == 1
+    assert machine.submitted == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        (None, "", "data.prompts is not set: give --prompts FILE"),
+        ("none.jsonl", None, "no such file"),
+        ("a.txt", "x", "choose a file that ends in .jsonl or .parquet"),
+        ("a.jsonl", "{broken", "a.jsonl does not begin with a JSON object: '{broken'"),
+        ("a.jsonl", "[1]", "does not begin with a JSON object"),
+        ("a.jsonl", "", "does not begin with a JSON object: ''"),
+        (
+            "a.jsonl",
+            '{"question": 1, "answer": 2}',
+            "has no 'prompt'; set data.prompt_key to one of answer, question",
+        ),
+        (
+            "a.jsonl",
+            '{"prompt": 1, "answer": 2}',
+            "has no 'label'; set data.label_key to one of answer, prompt",
+        ),
+    ],
+)
+def test_a_prompt_file_that_cannot_serve_is_refused_before_submission(machine, model, name, content, says):
+    machine.slurm()
+    if content is not None and name:
+        (machine.root / name).write_text(content)
+    said = machine.refusal("--nodes", 2, "--hf-checkpoint", model, *(["--prompts", name] if name else []))
+    assert says in said and said.count("\n") == 1
+
+
+def test_a_hub_id_becomes_a_local_snapshot_and_its_commit(machine, model, prompts, monkeypatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = machine.root / "hub" / "models--someone--tiny"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text(commit)
+    (cache / "snapshots").mkdir()
+    model.rename(cache / "snapshots" / commit)
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache.parent))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    machine.slurm()
+    flags = ["--nodes", 2, "--hf-checkpoint", "someone/tiny", "--prompts", prompts, "--submit", "sbatch"]
+    assert machine.submit(*flags)[0] == 0
+    config = read(machine.root / "runs" / "run" / "config.yaml")
+    assert config.model.hf_checkpoint == str(cache / "snapshots" / commit)
+    assert config.model.revision == commit
+
+
+def test_a_hub_id_that_cannot_be_fetched_is_refused(machine, prompts, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(machine.root / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    machine.slurm()
+    said = machine.refusal("--hf-checkpoint", "someone/nothing", "--prompts", prompts)
+    assert "model.hf_checkpoint='someone/nothing' is no directory" in said
+
+
+@pytest.fixture
+def cuda(tmp_path):
+    """A checkout with a CUDA lock, and an environment made from it."""
+    (tmp_path / "env").mkdir()
+    (tmp_path / "env/cuda.lock").write_text("torch==2\n")
+    (tmp_path / "venv").mkdir()
+    return tmp_path
+
+
+def stamp(cuda: Path, text: str) -> None:
+    (cuda / "venv/.nanoslime-target").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        (None, "was not made by env/run.sh"),
+        ("target=cpu\nlock_sha256=x\n", "was made from env/cpu.lock. Make it with"),
+        ("target=cuda\nlock_sha256=x\n", "was made from env/cuda.lock as it was before"),
+    ],
+)
+def test_gpu_nodes_need_an_environment_from_the_cuda_lock(cuda, made, says):
+    if made:
+        stamp(cuda, made)
+    with pytest.raises(submit_grpo.RunError, match=says) as refused:
+        inputs.check_environment(gpu_config(cuda / "venv"), cuda)
+    assert "bash env/run.sh --target cuda true" in str(refused.value)
+
+
+def test_an_environment_from_the_cuda_lock_is_taken(cuda):
+    digest = subprocess.run(
+        ["sha256sum", cuda / "env/cuda.lock"], capture_output=True, text=True
+    ).stdout.split()[0]
+    stamp(cuda, f"target=cuda\nlock_sha256={digest}\ncheckout=x\n")
+    inputs.check_environment(gpu_config(cuda / "venv"), cuda)
+
+
+def gpu_config(venv: Path):
+    return submit_grpo.load(None, None, ["--cluster.gpus-per-node", "8", "--cluster.venv", str(venv)])
+
+
+def test_a_gpu_cluster_without_its_environment_is_refused_before_submission(machine):
+    machine.slurm()
+    said = machine.refusal("--cluster", "h200", "--run-root", "runs", "--cluster.venv", "none")
+    assert f"cluster 'h200' has GPUs, but cluster.venv ({machine.root}/none) does not exist" in said
+    assert machine.submitted == ""
+
+
+def test_help_explains_the_command_the_short_flags_and_every_field(machine, capsys):
+    with pytest.raises(SystemExit) as ended:
+        machine.submit("--help", "--recipe", "mock")
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    for text in (
+        "--dry-run",
+        "one of gsm8k, mock",
+        "--tp-size ",
+        "--training.tp-size INT",
+        "(default: embedded)",
+    ):
+        assert text in shown
+
+
+@pytest.mark.parametrize("recipe", ["rehearsal", "mock"])
+def test_recipes_that_need_nothing_are_planned(machine, recipe):
+    assert machine.submit("--recipe", recipe, "--dry-run")[0] == 0
+
+
+def test_recipes_for_a_checkpoint_are_planned_on_the_example_cluster(machine, model, prompts):
+    prompts.write_text('{"question": "1+1?", "answer": "#### 2"}')
+    for recipe in ("gsm8k", "qwen3_4b_h200"):
+        given = ["--recipe", recipe, "--cluster", "h200", "--hf-checkpoint", model, "--prompts", prompts]
+        code, out, _ = machine.submit(*given, "--dry-run")
+        assert code == 2 and "would be refused: there is no usable sbatch" in out
+        assert "4 x 8 GPUs; at most 256 GPU hours (32 GPUs for 8 h)" in out
+
+
+def test_summary_table_shows_what_came_out(tmp_path):
+    run = RunDir.create(tmp_path, "r")
+    assert "did not reach its end; its logs are in" in submit_grpo.summary_table(run)
+    run.summary.write_text(
+        json.dumps({"reward_before": 0.4, "reward_after": 0.95123, "hf_export": None, "steps": 80})
+    )
+    rows = dict(line.split(maxsplit=1) for line in submit_grpo.summary_table(run).splitlines())
+    assert rows == {
+        "reward_before": "0.4",
+        "reward_after": "0.9512",
+        "steps": "80",
+        "summary": str(run.summary),
+    }
