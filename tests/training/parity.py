@@ -98,15 +98,17 @@ class Outcome:
 
 
 def train_batch(step: dict[str, Any], dp_rank: int = 0, dp_size: int = 1) -> TrainBatch:
-    """The share of one data-parallel rank, two sequences to a micro-batch, with the denominators of all
-    ranks.
+    """The share of one data-parallel rank, with the denominators of all ranks.
+
+    Sequences go in pairs, the last two alone; over two ranks, one of these is masked out as a whole.
     """
     mine = range(dp_rank, len(LENGTHS), dp_size)
+    last = len(mine) - 2
     share = {name: [values[i] for i in mine] for name, values in step.items()}
     weighted = zip(step["token_weights"], step["loss_mask"], strict=True)
     return TrainBatch(
         **share,
-        microbatches=[list(range(i, min(i + 2, len(mine)))) for i in range(0, len(mine), 2)] + [[]],
+        microbatches=[[i, i + 1] for i in range(0, last, 2)] + [[last], [last + 1]],
         denominator=float(sum(weight * float(mask.sum()) for weight, mask in weighted)),
         num_tokens=sum(int(mask.sum()) for mask in step["loss_mask"]),
         num_sequences=len(LENGTHS),
@@ -200,7 +202,8 @@ def run(
 
     Returns one list over ranks per job. Raises with the traceback of the first rank that failed.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # slow imports once, where it is not running yet
+    context.set_forkserver_preload(["nanoslime.training.megatron.backend", "tests.training.parity"])
     world = max(layout.world_size for layout, *_ in jobs)
     for number in range(len(jobs)):
         (tmp / str(number)).mkdir()

@@ -65,8 +65,12 @@ def check(config: TrainingConfig, shape: ModelShape, world_size: int) -> None:
 
 
 def initialize(config: TrainingConfig, env: RankEnv, seed: int) -> Ranks:
-    """Joins the process group and makes Megatron's; every collective has training.collective_deadline_s."""
-    init_process_group(env, config.collective_deadline_s)
+    """Joins the default process group, where that has not been done, and makes Megatron's groups.
+
+    Every collective has training.collective_deadline_s.
+    """
+    if not dist.is_initialized():
+        init_process_group(env, config.collective_deadline_s)
     parallel_state.destroy_model_parallel()  # of an earlier backend in this process
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tp_size,

@@ -1,0 +1,145 @@
+"""Every backend in every layout trains as plain PyTorch in one process does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.models.hf import save_model
+from tests.training import parity
+from tests.training.megatron.resume import interrupted, reshard
+from tests.training.parity import NUM_STEPS, Layout, Outcome, assert_parity, collect, train
+from tests.training.reference import make_step, reference
+
+pytestmark = pytest.mark.megatron
+
+DISTRIBUTED = (("distributed_optimizer", True),)
+ALONE, TP2, PP2, DP2 = Layout(), Layout(tp_size=2), Layout(pp_size=2), Layout(dp_size=2)
+TP2_PP2 = Layout(tp_size=2, pp_size=2)
+TP2_PP2_DISTRIBUTED = Layout(tp_size=2, pp_size=2, options=DISTRIBUTED)
+DP2_DISTRIBUTED = Layout(dp_size=2, options=DISTRIBUTED)
+TP2_DP2_DISTRIBUTED = Layout(tp_size=2, dp_size=2, options=DISTRIBUTED)
+PP2_DP2 = Layout(pp_size=2, dp_size=2)
+SEQUENCE_PARALLEL = (("sequence_parallel", True),)
+RECOMPUTE = (("recompute", True),)
+
+# Each mechanism once: tied and untied embeddings, biases, qk norm. The vocabulary of 250 is padded in all.
+ONCE = [
+    ("llama", ALONE),
+    ("llama", TP2),
+    ("qwen2", PP2),
+    ("qwen3", DP2),
+    ("qwen3", DP2_DISTRIBUTED),
+    ("qwen3", TP2_PP2),
+    ("qwen3", Layout(backend="fsdp")),
+    ("qwen3", Layout(backend="fsdp", dp_size=2)),
+]
+MATRIX = [
+    *(
+        (f, layout)
+        for f in ("llama", "qwen2", "qwen3", "qwen3_untied")
+        for layout in (ALONE, TP2, PP2, TP2_PP2)
+    ),
+    *(
+        (f, layout)
+        for f in ("llama", "qwen2")
+        for layout in (DP2, DP2_DISTRIBUTED, TP2_DP2_DISTRIBUTED, PP2_DP2)
+    ),
+    ("llama3", ALONE),
+    ("qwen3", TP2_DP2_DISTRIBUTED),
+    ("qwen3", Layout(tp_size=2, pp_size=2, options=SEQUENCE_PARALLEL)),
+    ("qwen3", Layout(tp_size=2, options=RECOMPUTE)),
+    ("qwen3", Layout(pp_size=4)),
+    ("qwen3", Layout(dp_size=4, options=DISTRIBUTED)),
+]
+
+
+@dataclass
+class Problem:
+    model_dir: Path
+    steps: list[dict[str, Any]]
+    reference: Outcome
+
+    @classmethod
+    def make(cls, family: str, directory: Path) -> Problem:
+        model_dir = save_model(directory / family, family)
+        steps = [make_step(model_dir, number) for number in range(NUM_STEPS)]
+        return cls(model_dir, steps, reference(model_dir, steps))
+
+
+def run_all(cases: list[tuple[str, Layout]], tmp: Path, more: list[Any], deadline_s: float) -> Any:
+    problems = {family: Problem.make(family, tmp) for family in sorted({f for f, _ in cases})}
+    jobs = [(layout, problems[f].model_dir, train, problems[f].steps) for f, layout in cases]
+    jobs += [(layout, problems[f].model_dir, function, problems[f].steps) for f, layout, function in more]
+    results = parity.run(jobs, tmp, deadline_s)
+    outcomes = {case: collect(r, case[1]) for case, r in zip(cases, results, strict=False)}
+    return problems, outcomes, results[len(cases) :]
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    resumes = [("qwen3", TP2_PP2, interrupted), ("qwen3", DP2_DISTRIBUTED, interrupted)]
+    return run_all(ONCE, tmp_path_factory.mktemp("parity"), resumes, deadline_s=240)
+
+
+@pytest.mark.parametrize("case", ONCE, ids=lambda case: f"{case[0]}-{case[1]}")
+def test_training_equals_plain_pytorch(once, case):
+    problems, outcomes, _ = once
+    assert_parity(outcomes[case], problems[case[0]].reference, case[1])
+
+
+@pytest.mark.parametrize("case", ONCE, ids=lambda case: f"{case[0]}-{case[1]}")
+def test_weight_shards_are_the_checkpoint_bit_for_bit(once, case):
+    problems, outcomes, _ = once
+    saved = load_file(problems[case[0]].model_dir / "model.safetensors")
+    initial = outcomes[case].extra["initial"]
+    assert initial.keys() == saved.keys()
+    assert all(torch.equal(initial[name], saved[name]) for name in saved)
+
+
+@pytest.mark.parametrize("case", ONCE, ids=lambda case: f"{case[0]}-{case[1]}")
+def test_reference_logprobs_are_those_of_the_initial_weights_and_leave_the_policy_alone(once, case):
+    _, outcomes, _ = once
+    outcome = outcomes[case]
+    for reference_, initial in zip(outcome.extra["ref_logprobs"], outcome.logprobs, strict=True):
+        assert torch.equal(reference_, initial)
+    after = outcome.extra["params_after_ref"]
+    assert all(torch.equal(after[name], value) for name, value in outcome.params.items())
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["tp2-pp2", "dp2-distributed"])
+def test_a_resumed_run_continues_bit_for_bit(once, index):
+    for rank in once[2][index]:
+        assert rank["resumed"]["step"] == rank["uninterrupted"]["step"]
+        assert rank["loaded_is_saved"]
+        for name, value in rank["uninterrupted"]["state"].items():
+            assert torch.equal(rank["resumed"]["state"][name], value), name
+        assert rank["children_after_save"] == []
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory):
+    more = [("qwen3", layout, reshard) for layout in (TP2_PP2_DISTRIBUTED, TP2_DP2_DISTRIBUTED)]
+    return run_all(MATRIX, tmp_path_factory.mktemp("matrix"), more, deadline_s=1500)
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(1600)
+@pytest.mark.parametrize("case", MATRIX, ids=lambda case: f"{case[0]}-{case[1]}")
+def test_matrix_equals_plain_pytorch(matrix, case, record_property):
+    problems, outcomes, _ = matrix
+    record_property("parity", parity.compare(outcomes[case], problems[case[0]].reference))
+    assert_parity(outcomes[case], problems[case[0]].reference, case[1])
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(1600)
+@pytest.mark.parametrize("index", [0, 1], ids=["tp2-pp2", "tp2-dp2"])
+def test_a_checkpoint_loads_into_one_rank(matrix, index):
+    for rank in matrix[2][index]:
+        assert rank["difference"] <= parity.ABSOLUTE, rank["difference"]
