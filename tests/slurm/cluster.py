@@ -10,8 +10,8 @@ alive. There is no accounting: sacct fails, as on many real clusters. Requeued j
 """
 
 import dataclasses
-import getpass
 import os
+import pwd
 import random
 import re
 import shutil
@@ -192,7 +192,7 @@ class SlurmCluster:
                     self._stop_daemon(name)
 
     def _write_config(self, ports: list[int]) -> None:
-        directory, user, host = self.directory, getpass.getuser(), socket.gethostname().partition(".")[0]
+        directory, user, host = self.directory, _user(), socket.gethostname().partition(".")[0]
         gres = f"Gres=gpu:{self.gpus_per_node} " if self.gpus_per_node else ""
         nodes = "\n".join(
             f"NodeName={name} NodeHostname={host} NodeAddr=127.0.1.{i} Port={port} CPUs={self.cpus_per_node} "
@@ -297,7 +297,7 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefaultTime=30 State=UP Priority
     def _cancel_all_jobs(self) -> None:
         if not self._succeeds("scontrol", "ping"):
             return
-        self.run("scancel", f"--user={getpass.getuser()}", check=False)
+        self.run("scancel", f"--user={_user()}", check=False)
         listing = ["squeue", "--noheader"]  # pending, running and completing jobs
         processes.wait_for(lambda: not self.run(*listing).stdout, self.kill_wait_s + 3.0, interval_s=0.1)
 
@@ -314,6 +314,10 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefaultTime=30 State=UP Priority
             return "\n".join(lines[-num_lines:])
         except OSError as error:
             return f"({error})"
+
+
+def _user() -> str:
+    return pwd.getpwuid(os.geteuid()).pw_name
 
 
 def _free_ports(count: int) -> list[int]:
