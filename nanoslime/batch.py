@@ -1,8 +1,9 @@
 """What passes between samples and gradients: packed tensors that carry their own global denominators.
 
-A `TrainBatch` is the share of one data-parallel rank in one optimizer step. It is cut into micro-batches beforehand, with the
-same number on every rank, and knows the step's denominators over all ranks, so that packing, micro-batches, DP, CP and PP
-cannot change the loss: a loss is a sum, divided once by `TrainBatch.denominator`.
+A `TrainBatch` is the share of one data-parallel rank in one optimizer step. It is cut into micro-batches
+beforehand, with the same number on every rank, and knows the step's denominators over all ranks, so that
+packing, micro-batches, DP, CP and PP cannot change the loss: a loss is a sum, divided once by
+`TrainBatch.denominator`.
 """
 
 from __future__ import annotations
@@ -16,18 +17,24 @@ from torch import Tensor
 
 @dataclass(kw_only=True, slots=True)
 class TrainBatch:
-    """One data-parallel rank's sequences of one optimizer step. Lists have one entry per sequence, tensors inside are [T_i].
+    """One data-parallel rank's sequences of one optimizer step. Lists have one entry per sequence, tensors
+    inside are [T_i].
 
-    old_logprobs, ref_logprobs and token_advantages are filled in on the ranks before the train step. Position t of every
-    per-token tensor speaks of token t, given the tokens before it; position 0 is never in the loss.
+    old_logprobs, ref_logprobs and token_advantages are filled in on the ranks before the train step.
+    Position t of every per-token tensor speaks of token t, given the tokens before it; position 0 is never
+    in the loss.
     """
 
     token_ids: list[Tensor]  # int64 [T_i]
     loss_mask: list[Tensor]  # bool [T_i]
     rollout_logprobs: list[Tensor]  # float32 [T_i]
     advantages: list[float]  # one scalar per sequence
-    token_weights: list[float]  # per sequence: 1 for a token mean; 1 / (tokens of its rollout) for a sequence mean
-    microbatches: list[list[int]]  # indices into the lists; equally many on every DP rank, an entry may be empty
+    token_weights: list[
+        float
+    ]  # per sequence: 1 for a token mean; 1 / (tokens of its rollout) for a sequence mean
+    microbatches: list[
+        list[int]
+    ]  # indices into the lists; equally many on every DP rank, an entry may be empty
     denominator: float  # global over DP, > 0: the loss is sum / denominator
     num_tokens: int  # global over DP: tokens in the loss of this optimizer step
     num_sequences: int  # global over DP
@@ -37,7 +44,9 @@ class TrainBatch:
     token_advantages: list[Tensor] | None = None
 
     def microbatch(self, indices: Sequence[int]) -> MicroBatch:
-        """Packs the given sequences into one MicroBatch; with no indices, a MicroBatch of zero tokens is refused."""
+        """Packs the given sequences into one MicroBatch; with no indices, a MicroBatch of zero tokens is
+        refused.
+        """
         if not indices:
             raise ValueError("a micro-batch needs at least one sequence; give empty ranks a masked-out one")
 
@@ -88,15 +97,21 @@ class MicroBatch:
         return (self.cu_seqlens[1:] - self.cu_seqlens[:-1]).tolist()
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        moved = {f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        moved = {
+            f.name: value.to(device)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
         return replace(self, **moved)
 
 
 @dataclass(frozen=True, slots=True)
 class WeightShard:
-    """A rank's own piece of a Hugging Face tensor: `tensor` is the part `slices` of a tensor `name` of `full_shape`.
+    """A rank's own piece of a Hugging Face tensor: `tensor` is the part `slices` of a tensor `name` of
+    `full_shape`.
 
-    `tensor` is a live view of the parameter (or a copy where the layout forces one): read it before the next step.
+    `tensor` is a live view of the parameter (or a copy where the layout forces one): read it before the next
+    step.
     """
 
     name: str
@@ -113,4 +128,6 @@ class StepMetrics:
     grad_norm: float  # before clipping
     lr: float
     skipped: bool  # a non-finite gradient: no update was made
-    values: dict[str, float]  # the algorithm's metrics, named area/what_unit, plus train/logprob_gap_mean and _max
+    values: dict[
+        str, float
+    ]  # the algorithm's metrics, named area/what_unit, plus train/logprob_gap_mean and _max

@@ -1,4 +1,6 @@
-"""Plug-in tables hold strings "package.module:Name"; this is the one function that turns such a string into an object."""
+"""Plug-in tables hold strings "package.module:Name"; this is the one function that turns such a string into
+an object.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ def resolve(name: str, table: Mapping[str, str], what: str) -> Any:
     target = table.get(name, name)
     module, colon, attribute = target.partition(":")
     if not colon:
-        raise ValueError(f'{what}={name!r} is unknown; choose one of {", ".join(sorted(table))}, or "package.module:name"')
+        raise ValueError(
+            f'{what}={name!r} is unknown; choose one of {", ".join(sorted(table))}, or "package.module:name"'
+        )
     try:
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as e:

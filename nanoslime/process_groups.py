@@ -19,11 +19,12 @@ def free_port(address: str) -> int:
 def join_group(
     *, address: str, port: int, rank: int, world_size: int, name: str, backend: str, timeout_s: float
 ) -> dist.ProcessGroup:
-    """Joins group `name` as `rank`; returns when all `world_size` members are there. Rank 0 listens at address:port.
+    """Joins group `name` as `rank`; returns when all `world_size` members are there. Rank 0 listens at
+    address:port.
 
-    torch has no public function for a group outside the default one; this makes it from the same parts as SGLang's
-    own /init_weights_update_group (a TCP store, a prefix that is the group's name, torch's helper), so the two meet.
-    Raises RuntimeError (dist.DistError) where the others do not come in time.
+    torch has no public function for a group outside the default one; this makes it from the same parts as
+    SGLang's own /init_weights_update_group (a TCP store, a prefix that is the group's name, torch's helper),
+    so the two meet. Raises RuntimeError (dist.DistError) where the others do not come in time.
     """
     timeout = timedelta(seconds=timeout_s)
     store = dist.TCPStore(address, port, world_size, is_master=rank == 0, timeout=timeout)

@@ -1,4 +1,5 @@
-"""The nouns that pass between rooms before anything becomes a tensor: prompts, samples, groups, and the engine protocol.
+"""The nouns that pass between rooms before anything becomes a tensor: prompts, samples, groups, and the
+engine protocol.
 
 One token axis `[T]` with a mask serves for everything; there is no second axis of response lengths.
 """
@@ -21,7 +22,9 @@ class Status(StrEnum):
 
 
 class RunError(RuntimeError):
-    """An expected way for a run to fail: one clear line (value, place, way out), shown without a traceback."""
+    """An expected way for a run to fail: one clear line (value, place, way out), shown without a
+    traceback.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +42,8 @@ class Prompt:
 class Sample:
     """One sampled sequence. Per-token fields have one entry per token: [T], T = prompt + response.
 
-    rollout_logprobs[t] is log p(token_ids[t] | token_ids[:t]) at the sampling temperature, under the policy that
-    sampled it, 0.0 where loss_mask[t] is False (prompt, tool output).
+    rollout_logprobs[t] is log p(token_ids[t] | token_ids[:t]) at the sampling temperature, under the policy
+    that sampled it, 0.0 where loss_mask[t] is False (prompt, tool output).
     """
 
     group_id: int  # the prompt's group; advantages are relative within it
@@ -48,15 +51,21 @@ class Sample:
     token_ids: np.ndarray  # int32 [T]
     loss_mask: np.ndarray  # bool [T]
     rollout_logprobs: np.ndarray  # float32 [T]
-    policy_versions: list[tuple[int, int]]  # (first token, version) spans: a sample may outlive a weight update
+    policy_versions: list[
+        tuple[int, int]
+    ]  # (first token, version) spans: a sample may outlive a weight update
     status: Status
     text: str = ""  # the decoded response
     label: Any = None
     metadata: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
-    routed_experts: np.ndarray | None = None  # [T-1, num_moe_layers, topk]; uint8 up to 256 experts, else int16
+    routed_experts: np.ndarray | None = (
+        None  # [T-1, num_moe_layers, topk]; uint8 up to 256 experts, else int16
+    )
     reward: float | None = None  # set once, by the reward
-    advantage: float | None = None  # set once, by the algorithm, one scalar per sample; never stored in `reward`
+    advantage: float | None = (
+        None  # set once, by the algorithm, one scalar per sample; never stored in `reward`
+    )
 
     @property
     def num_tokens(self) -> int:
@@ -98,7 +107,9 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One generated continuation; `logprobs` are those of the distribution at the sampling temperature, unfiltered."""
+    """One generated continuation; `logprobs` are those of the distribution at the sampling temperature,
+    unfiltered.
+    """
 
     token_ids: list[int]  # [R], with the stop token where one ended it
     logprobs: list[float]  # [R]
@@ -111,8 +122,8 @@ class Generation:
 class Engine(Protocol):
     """What samples tokens. SGLang over HTTP and the embedded transformers engine look the same from outside.
 
-    Control calls block, have a deadline, and raise RunError naming the engine and its log. Weights change only
-    between `pause()` and `resume()`; `policy_version` is what the engine itself reports.
+    Control calls block, have a deadline, and raise RunError naming the engine and its log. Weights change
+    only between `pause()` and `resume()`; `policy_version` is what the engine itself reports.
     """
 
     name: str
@@ -129,7 +140,9 @@ class Engine(Protocol):
 
 @runtime_checkable
 class BroadcastEngine(Engine, Protocol):
-    """An engine that can receive weights through a process group; `world_size` ranks of it join per engine."""
+    """An engine that can receive weights through a process group; `world_size` ranks of it join per
+    engine.
+    """
 
     world_size: int
 
@@ -137,6 +150,8 @@ class BroadcastEngine(Engine, Protocol):
         self, *, address: str, port: int, rank_offset: int, world_size: int, group: str, backend: str
     ) -> None: ...
     def begin_update(self) -> None: ...
-    def receive_bucket(self, *, names: list[str], dtypes: list[str], shapes: list[list[int]], group: str) -> None: ...
+    def receive_bucket(
+        self, *, names: list[str], dtypes: list[str], shapes: list[list[int]], group: str
+    ) -> None: ...
     def end_update(self, version: int) -> None: ...
     def destroy_weight_group(self, group: str) -> None: ...

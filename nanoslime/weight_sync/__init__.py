@@ -1,1 +1,3 @@
-"""From trainer weights to engines and files: assemble whole Hugging Face tensors from the ranks' pieces, then send them."""
+"""From trainer weights to engines and files: assemble whole Hugging Face tensors from the ranks' pieces,
+then send them.
+"""

@@ -1,12 +1,12 @@
 """Whole Hugging Face tensors from the pieces that the trainer ranks hold, one at a time, on rank 0.
 
-Every rank lists the pieces it owns (`WeightShard`); the lists are exchanged once and give a static plan: which rank's piece fills
-which part of which tensor. The plan is refused unless the pieces cover every tensor exactly. At each sync the owners then send
-their pieces in the plan's order and rank 0 yields complete tensors:
+Every rank lists the pieces it owns (`WeightShard`). The lists are exchanged once and give a plan: whose
+piece fills which part of which tensor. The plan is refused unless the pieces cover every tensor exactly. At
+each sync the owners send their pieces in the plan's order and rank 0 yields complete tensors:
 
-    ranks 1..N   pieces in plan order --send-->   rank 0   fill one buffer --> (name, tensor) --> file or engines
+    ranks 1..N  pieces in plan order --send-->  rank 0  fills one buffer  --> (name, tensor) --> file, engines
 
-One tensor is in flight at a time, so rank 0 needs memory for the largest tensor only.
+One tensor is in flight at a time, so that rank 0 needs memory for the largest tensor only.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanoslime.batch import WeightShard
+
+SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +46,14 @@ def _overlap(a: Piece, b: Piece) -> bool:
     return all(max(x[0], y[0]) < min(x[1], y[1]) for x, y in zip(a.box, b.box, strict=True))
 
 
-def make_plan(per_rank: list[list[tuple[str, tuple[int, ...], tuple[tuple[int, int], ...]]]]) -> list[TensorPlan]:
-    """The plan for the shards (name, full shape, box) that each rank owns. Replicated pieces are taken from the lowest rank.
+def make_plan(
+    per_rank: list[list[tuple[str, tuple[int, ...], tuple[tuple[int, int], ...]]]],
+) -> list[TensorPlan]:
+    """The plan for the shards (name, full shape, box) that each rank owns. Replicated pieces are taken from
+    the lowest rank.
 
-    Raises ValueError naming the tensor where shapes disagree, pieces overlap, or a part of a tensor belongs to nobody.
+    Raises ValueError naming the tensor where shapes disagree, pieces overlap, or a part of a tensor belongs
+    to nobody.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     pieces: dict[str, dict[tuple[tuple[int, int], ...], Piece]] = {}
@@ -61,9 +67,11 @@ def make_plan(per_rank: list[list[tuple[str, tuple[int, ...], tuple[tuple[int, i
         parts = [p for p in pieces[name].values() if p.numel]
         clash = next(((a, b) for i, a in enumerate(parts) for b in parts[:i] if _overlap(a, b)), None)
         if clash:
-            raise ValueError(f"{name}: ranks {clash[1].rank} and {clash[0].rank} hold overlapping parts {clash[1].box}, {clash[0].box}")
-        if sum(p.numel for p in parts) != math.prod(shape):
-            raise ValueError(f"{name}: the ranks' pieces cover {sum(p.numel for p in parts)} of {math.prod(shape)} elements")
+            a, b = clash
+            raise ValueError(f"{name}: ranks {b.rank} and {a.rank} hold overlapping parts {b.box}, {a.box}")
+        covered = sum(p.numel for p in parts)
+        if covered != math.prod(shape):
+            raise ValueError(f"{name}: the ranks' pieces cover {covered} of {math.prod(shape)} elements")
         plan.append(TensorPlan(name, shape, tuple(parts)))
     return plan
 
@@ -71,11 +79,13 @@ def make_plan(per_rank: list[list[tuple[str, tuple[int, ...], tuple[tuple[int, i
 class Assembler:
     """One rank's part in assembling. `shards` is called at each pass, so that it may return fresh views.
 
-    Needs the default process group when there is more than one rank. All ranks must call `tensors()` equally often and
-    exhaust it: only rank 0 gets tensors from it.
+    Needs the default process group when there is more than one rank. All ranks must call `tensors()` equally
+    often and exhaust it: only rank 0 gets tensors from it.
     """
 
-    def __init__(self, shards: Callable[[], Iterable[WeightShard]], *, rank: int, world_size: int, dtype: torch.dtype):
+    def __init__(
+        self, shards: Callable[[], Iterable[WeightShard]], *, rank: int, world_size: int, dtype: torch.dtype
+    ):
         self._shards, self._rank, self._dtype = shards, rank, dtype
         own = [(s.name, s.full_shape, tuple((x.start, x.stop) for x in s.slices)) for s in shards()]
         everyone: list = [own]
@@ -86,12 +96,14 @@ class Assembler:
 
     @property
     def specs(self) -> list[tuple[str, str, tuple[int, ...]]]:
-        """(name, dtype such as "bfloat16", shape) of every tensor, in the order in which they come."""
-        return [(t.name, str(self._dtype).removeprefix("torch."), t.shape) for t in self.plan]
+        """(name, safetensors dtype, shape) of every tensor, in the order in which they come."""
+        return [(t.name, SAFETENSORS_DTYPES[self._dtype], t.shape) for t in self.plan]
 
     @torch.no_grad()
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Rank 0: each (name, whole tensor in the sync dtype), in plan order. Other ranks: sends, yields nothing."""
+        """Rank 0: each (name, whole tensor in the sync dtype), in plan order. Other ranks: sends, yields
+        nothing.
+        """
         shards = list(self._shards())
         for tensor in self.plan:
             if self._rank == 0:
@@ -109,7 +121,9 @@ class Assembler:
             if piece.rank == 0:
                 full[where] = shards[piece.index].tensor.to(self._dtype)
             else:
-                part = torch.empty([stop - start for start, stop in piece.box], dtype=self._dtype, device=device)
+                part = torch.empty(
+                    [stop - start for start, stop in piece.box], dtype=self._dtype, device=device
+                )
                 dist.recv(part, src=piece.rank)
                 full[where] = part
         return full

@@ -1,8 +1,9 @@
-"""Weights into running engines through a process group: trainer rank 0 broadcasts, every engine rank receives.
+"""Weights into running engines through a process group: trainer rank 0 sends, every engine rank receives.
 
-    connect:  rank 0 joins the group as rank 0 in a thread's company of one HTTP call per engine, which join behind it
-    send:     begin -> per bucket: announce names, dtypes, shapes to every engine; broadcast each tensor -> end, with the version
-    The engines are paused by the caller around `send`, and keep their old version label when it fails.
+    connect  rank 0 opens the group; one HTTP call per engine, each in a thread, makes the engines join it
+    send     begin -> per bucket: announce names, dtypes, shapes; broadcast the tensors -> end, with version
+
+The caller pauses the engines around `send`; an engine where it failed keeps its old version label.
 """
 
 from __future__ import annotations
@@ -40,7 +41,15 @@ class Broadcaster:
 
     GROUP = "nanoslime-weights"
 
-    def __init__(self, engines: list[BroadcastEngine], *, address: str, device: str, bucket_bytes: int, deadline_s: float):
+    def __init__(
+        self,
+        engines: list[BroadcastEngine],
+        *,
+        address: str,
+        device: str,
+        bucket_bytes: int,
+        deadline_s: float,
+    ):
         self._engines, self._bucket_bytes, self._deadline_s = engines, bucket_bytes, deadline_s
         self._threads = ThreadPoolExecutor(max_workers=max(1, len(engines)), thread_name_prefix="weight-sync")
         world_size = 1 + sum(e.world_size for e in engines)
@@ -48,22 +57,38 @@ class Broadcaster:
         offsets = [1 + sum(e.world_size for e in engines[:i]) for i in range(len(engines))]
         joins = [
             self._threads.submit(
-                e.init_weight_group, address=address, port=port, rank_offset=offset, world_size=world_size, group=self.GROUP, backend=backend
+                e.init_weight_group,
+                address=address,
+                port=port,
+                rank_offset=offset,
+                world_size=world_size,
+                group=self.GROUP,
+                backend=backend,
             )
             for e, offset in zip(engines, offsets, strict=True)
         ]
         try:
             self._group = join_group(
-                address=address, port=port, rank=0, world_size=world_size, name=self.GROUP, backend=backend, timeout_s=deadline_s
+                address=address,
+                port=port,
+                rank=0,
+                world_size=world_size,
+                name=self.GROUP,
+                backend=backend,
+                timeout_s=deadline_s,
             )
         except (RuntimeError, dist.DistError) as e:
             self._collect(joins, "join the weight group")
-            raise RunError(f"trainer rank 0 could not open the weight group at {address}:{port} in {deadline_s:.0f}s: {e}") from e
+            raise RunError(
+                f"trainer rank 0: no weight group at {address}:{port} within {deadline_s:.0f}s: {e}"
+            ) from e
         self._collect(joins, "join the weight group")
         logger.info("weight group of %d ranks at %s:%d over %s", world_size, address, port, backend)
 
     def send(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> int:
-        """Sends every tensor and labels the engines with `version`; returns the bytes sent. Raises RunError naming an engine."""
+        """Sends every tensor and labels the engines with `version`; returns the bytes sent. Raises RunError
+        naming an engine.
+        """
         sent = 0
         self._each("begin_update")
         for bucket in buckets(tensors, self._bucket_bytes):
@@ -88,10 +113,14 @@ class Broadcaster:
         self._threads.shutdown()
 
     def _each(self, method: str, *args: Any) -> None:
-        self._collect([self._threads.submit(getattr(e, method), *args) for e in self._engines], method.replace("_", " "))
+        self._collect(
+            [self._threads.submit(getattr(e, method), *args) for e in self._engines], method.replace("_", " ")
+        )
 
     def _collect(self, futures: list[Future], what: str, works: Iterable[dist.Work] = ()) -> None:
-        """Takes every result; the first engine that failed is named. Then waits for the broadcasts themselves."""
+        """Takes every result; the first engine that failed is named. Then waits for the broadcasts
+        themselves.
+        """
         for engine, future in zip(self._engines, futures, strict=True):
             try:
                 future.result(timeout=self._deadline_s)

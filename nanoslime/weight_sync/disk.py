@@ -1,4 +1,6 @@
-"""A Hugging Face checkpoint from assembled tensors: the disk transport of weight sync, and the export at the end of a run."""
+"""A Hugging Face checkpoint from assembled tensors: the disk transport of weight sync, and the export at the
+end of a run.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,10 @@ def write_checkpoint(
     like: Path,
     max_shard_bytes: int = 4 << 30,
 ) -> Path:
-    """Writes `tensors` (declared by `specs`: name, dtype, shape, in order) and the other files of checkpoint `like`.
+    """Writes `tensors`, declared by `specs` (name, safetensors dtype, shape) in order, and the other files
+    of `like`.
 
-    Streams tensor by tensor; the directory appears whole or not at all. Raises FileExistsError where `destination` exists.
+    Streams tensor by tensor; the directory appears whole or not at all, in place of an earlier one.
     """
     partial = partial_dir(destination)
     for source in like.iterdir():

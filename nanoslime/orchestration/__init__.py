@@ -1,0 +1,3 @@
+"""Who runs where: trainer ranks, engines and the rollout manager, in one process, under torchrun, or as Ray
+actors.
+"""

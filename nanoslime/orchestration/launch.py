@@ -1,0 +1,109 @@
+"""From a command line of `nanoslime.train` to a session: which run, which attempt, and in which of the four
+ways it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from nanoslime import layout
+from nanoslime.config import RunConfig
+from nanoslime.config.load import dump, load, read
+from nanoslime.models.shape import ModelShape
+from nanoslime.models.tiny import tiny_qwen3_config
+from nanoslime.orchestration.session import Phase, Session, open_local, open_ray
+from nanoslime.process_groups import free_port
+from nanoslime.run_dir import Attempt, RunDir
+from nanoslime.training.backend import RankEnv, init_process_group
+
+MOCK_RECIPE = Path(__file__).parents[2] / "jobs" / "recipes" / "mock.yaml"
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    attempt: Attempt
+    open: Callable[[Phase], Session]
+    leads: bool
+
+
+def parse(argv: list[str]) -> Launch:
+    """What the command line asks for. Raises RunError or ValueError in one line."""
+    parser = argparse.ArgumentParser(prog="python -m nanoslime.train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--run", type=Path)
+    parser.add_argument("--attempt", type=int)
+    parser.add_argument("--resume", type=Path)
+    parser.add_argument("--mock", action="store_true")
+    known, rest = parser.parse_known_args(argv)
+    if known.run:
+        return _submitted(RunDir.open(known.run), known.attempt)
+    if known.resume:
+        run = RunDir.open(known.resume)
+        return _on_this_machine(load(run.config, None, rest), run)
+    recipe = Path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
+    return _on_this_machine(load(MOCK_RECIPE if known.mock else recipe, None, rest), None)
+
+
+def _submitted(run: RunDir, number: int) -> Launch:
+    attempt, config, plan = (
+        run.attempt(number),
+        read(run.config),
+        layout.Layout.from_json(run.plan.read_text()),
+    )
+    return Launch(attempt, lambda phase: open_ray(config, attempt, plan, phase, local=False), leads=True)
+
+
+def _on_this_machine(config: RunConfig, run: RunDir | None) -> Launch:
+    """`run`: goes on with an existing run."""
+    if config.training.num_gpus and "RANK" not in os.environ:
+        attempt = _new_attempt(config, run)
+        plan = layout.plan(config, _shape(config))
+        attempt.run.plan.write_text(plan.to_json())
+        return Launch(attempt, lambda phase: open_ray(config, attempt, plan, phase, local=True), leads=True)
+    env = _rank_env(config)
+    init_process_group(env, config.training.start_deadline_s)
+    attempt = _shared_attempt(config, run, env)
+    return Launch(attempt, lambda phase: open_local(config, attempt, env, phase), leads=env.rank == 0)
+
+
+def _rank_env(config: RunConfig) -> RankEnv:
+    """From torchrun's variables where they are set, else the only rank."""
+    meet = "env://" if "RANK" in os.environ else f"tcp://127.0.0.1:{free_port('127.0.0.1')}"
+    rank, world_size, local_rank = (
+        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    return RankEnv(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        device=config.cluster.device,
+        init_method=meet,
+    )
+
+
+def _new_attempt(config: RunConfig, run: RunDir | None) -> Attempt:
+    run = run or RunDir.create(Path(config.cluster.run_root or "runs"), config.name)
+    run.config.write_text(dump(config))
+    return run.new_attempt()
+
+
+def _shared_attempt(config: RunConfig, run: RunDir | None, env: RankEnv) -> Attempt:
+    """Rank 0 makes the attempt, the others are told where it is."""
+    where = [None]
+    if env.rank == 0:
+        attempt = _new_attempt(config, run)
+        where = [(attempt.run.path, attempt.number)]
+    dist.broadcast_object_list(where, src=0)
+    path, number = where[0]
+    return RunDir.open(path).attempt(number)
+
+
+def _shape(config: RunConfig) -> ModelShape:
+    if config.rehearsal.enabled:
+        return ModelShape.from_config(tiny_qwen3_config())
+    return ModelShape.read(Path(config.model.hf_checkpoint))

@@ -1,0 +1,56 @@
+"""What a run tells about itself as a whole: its phase while it runs, seconds per phase, and the summary at
+its end.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+
+from nanoslime.orchestration.session import Session
+from nanoslime.run_dir import RunDir
+from nanoslime.storage.shared_files import publish_json
+
+
+class Clock:
+    """Seconds per phase; a phase lasts until the next one begins. Publishes the run's status as it goes."""
+
+    def __init__(self, run: RunDir, *, leads: bool):
+        self._run, self._leads, self._phase, self._start = run, leads, "", time.monotonic()
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.step = 0
+
+    def __call__(self, phase: str) -> None:
+        now = time.monotonic()
+        if self._phase:
+            self.seconds[self._phase] += now - self._start
+        self._phase, self._start = phase, now
+        if self._leads:
+            self._run.write_status(phase, self.step)
+
+
+def write_summary(session: Session, clock: Clock, seconds: float) -> None:
+    """summary.json from what the run left in its files, so that a resumed run's rewards cover all of its
+    attempts.
+
+    seconds and phase_s are those of the last attempt.
+    """
+    run, rollouts = session.run, session.config.rollout.num_rollout
+    evals = [json.loads(line) for line in run.evals.read_text().splitlines()] if run.evals.exists() else []
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()] if run.metrics.exists() else []
+    hf = run.hf(rollouts)
+    summary = {
+        "reward_before": next((e["reward"] for e in evals if e["step"] == -1), None),
+        "reward_after": next((e["reward"] for e in reversed(evals) if e["step"] == rollouts - 1), None),
+        "steps": rollouts,
+        "seconds": round(seconds, 1),
+        "phase_s": {phase: round(s, 1) for phase, s in clock.seconds.items()},
+        "logprob_gap_max": max(
+            (r["train/logprob_gap_max"] for r in rows if "train/logprob_gap_max" in r), default=None
+        ),
+        "checkpoint": str(run.checkpoint(rollouts)),
+        "hf_export": str(hf) if hf.exists() else None,
+        "tensorboard": str(run.tensorboard) if session.config.tracking.use_tensorboard else None,
+    }
+    publish_json(run.summary, summary)

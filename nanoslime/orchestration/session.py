@@ -1,0 +1,185 @@
+"""Puts the parts of a run together for each way to start one: all that the loop needs, and its clean end.
+
+    submitted or rehearsed  the node agents started Ray on every node; trainers and engines are actors on it
+    --num-gpus N            a Ray of our own on this machine, otherwise the same
+    torchrun                N processes, each a trainer rank that runs the loop; rank 0 owns the engine
+    alone                   one process is the only rank, the engine in it (embedded) or beside it (SGLang)
+
+Whatever was started is ended when the session closes, also when opening it fails half way.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch.distributed as dist
+from transformers import AutoTokenizer
+
+from nanoslime import rehearsal
+from nanoslime.config import RunConfig
+from nanoslime.layout import Layout
+from nanoslime.orchestration import ray_group
+from nanoslime.orchestration.checkpoints import Checkpoints
+from nanoslime.orchestration.groups import Rollout, TrainGroup, resolve_transport
+from nanoslime.orchestration.local_group import LocalTrainGroup, SharedRollout
+from nanoslime.orchestration.rollout_manager import RolloutManager
+from nanoslime.orchestration.worker import TrainWorker
+from nanoslime.process_groups import free_port
+from nanoslime.rollout.embedded import EmbeddedEngine
+from nanoslime.rollout.sglang import SGLangServer
+from nanoslime.run_dir import Attempt, RunDir
+from nanoslime.storage.commit import remove_leftovers
+from nanoslime.storage.shared_files import read_json
+from nanoslime.training.backend import RankEnv, init_process_group
+from nanoslime.types import Engine
+
+logger = logging.getLogger(__name__)
+Phase = Callable[[str], None]  # called with the name of what starts now
+
+
+@dataclass(slots=True)
+class Session:
+    config: RunConfig
+    run: RunDir
+    attempt: Attempt
+    trainer: TrainGroup
+    rollout: Rollout
+    checkpoints: Checkpoints
+    leads: bool  # this process reports: the only one, or rank 0
+    resources: ExitStack
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.resources.close()
+
+
+def prepare_model(config: RunConfig, run: RunDir) -> tuple[RunConfig, Path]:
+    """The configuration with its data paths, and the model's directory; a rehearsal makes its own model and
+    data first.
+    """
+    if not config.rehearsal.enabled:
+        return config, Path(config.model.hf_checkpoint)
+    knobs = config.rehearsal
+    files = rehearsal.make(
+        run.model,
+        task=knobs.task,
+        seed=knobs.seed,
+        target_reward=knobs.target_reward,
+        num_held_out=knobs.num_held_out,
+    )
+    data = replace(config.data, prompts=str(files.train), eval_prompts=str(files.held_out))
+    return replace(config, data=data), files.model
+
+
+def _manager(config: RunConfig, run: RunDir, model_dir: Path, engines: list[Engine]) -> RolloutManager:
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=config.model.trust_remote_code)
+    return RolloutManager(config, run, model_dir, tokenizer, engines)
+
+
+def open_ray(config: RunConfig, attempt: Attempt, layout: Layout, phase: Phase, *, local: bool) -> Session:
+    """The driver's session on Ray; `local`: on a Ray of its own rather than the node agents'."""
+    resources = ExitStack()
+    with resources:
+        phase("model")
+        config, model_dir = prepare_model(config, attempt.run)
+        phase("start")
+        if local:
+            ray_group.start_local(layout.slots_per_node, layout.device)
+        else:
+            ray_group.connect(read_json(attempt.head), layout.num_nodes, config.cluster.node_join_deadline_s)
+        resources.callback(ray_group.disconnect)
+        servers = None
+        if layout.engines and config.rollout.engine == "sglang":
+            servers = ray_group.RayEngines(config, attempt, layout, model_dir)
+            resources.callback(servers.close)
+        transport = resolve_transport(config, same_process=False)
+        trainer = ray_group.RayTrainGroup(config, attempt, layout, model_dir, transport)
+        resources.callback(trainer.close)
+        if servers is not None:
+            engines = servers.wait()
+            trainer.connect(engines)
+        else:
+            engines = [
+                EmbeddedEngine(
+                    model_path=str(model_dir), dtype=config.model.dtype, device="cpu", seed=config.seed
+                )
+            ]
+        rollout = _manager(config, attempt.run, model_dir, list(engines))
+        resources.callback(rollout.close)
+        return _session(config, attempt, trainer, rollout, leads=True, resources=resources.pop_all())
+    raise AssertionError("unreachable")
+
+
+def open_local(config: RunConfig, attempt: Attempt, env: RankEnv, phase: Phase) -> Session:
+    """The session of a process that is itself a trainer rank: the only one, or one of torchrun's."""
+    resources = ExitStack()
+    with resources:
+        leads = env.rank == 0
+        init_process_group(env, config.training.start_deadline_s)
+        phase("model")
+        if leads:
+            prepare_model(config, attempt.run)
+        dist.barrier()
+        config, model_dir = prepare_model(
+            config, attempt.run
+        )  # made by rank 0: this only reads where it lies
+        phase("start")
+        worker = TrainWorker(config, model_dir, env)
+        engine = _local_engine(config, attempt, model_dir, env, resources) if leads else None
+        embedded = engine if isinstance(engine, EmbeddedEngine) else None
+        transport = resolve_transport(config, same_process=env.world_size == 1)
+        trainer = LocalTrainGroup(config, attempt.run, worker, transport, embedded)
+        resources.callback(trainer.close)
+        trainer.connect([engine] if engine is not None and embedded is None else [], "127.0.0.1")
+        manager = _manager(config, attempt.run, model_dir, [engine]) if engine is not None else None
+        rollout = SharedRollout(manager)
+        resources.callback(rollout.close)
+        return _session(config, attempt, trainer, rollout, leads=leads, resources=resources.pop_all())
+    raise AssertionError("unreachable")
+
+
+def _local_engine(config: RunConfig, attempt: Attempt, model_dir: Path, env: RankEnv, resources: ExitStack):
+    if config.rollout.engine == "embedded":
+        return EmbeddedEngine(
+            model_path=str(model_dir),
+            dtype=config.model.dtype,
+            device=str(env.torch_device),
+            seed=config.seed,
+        )
+    server = SGLangServer(
+        name="engine-0",
+        model_path=str(model_dir),
+        config=config.rollout,
+        dtype=config.model.dtype,
+        device=env.device,
+        host="127.0.0.1",
+        port=free_port("127.0.0.1"),
+        log=attempt.log("sglang", 0),
+        seed=config.seed,
+        cpu_core=max(os.sched_getaffinity(0)) if env.device == "cpu" else None,
+        gpu_ids=[env.local_rank] if env.device == "cuda" else [],
+    )
+    resources.callback(server.close)
+    return server.start(config.rollout.start_deadline_s)
+
+
+def _session(
+    config: RunConfig,
+    attempt: Attempt,
+    trainer: TrainGroup,
+    rollout: Rollout,
+    *,
+    leads: bool,
+    resources: ExitStack,
+) -> Session:
+    if leads:
+        remove_leftovers(attempt.run.checkpoints)
+    checkpoints = Checkpoints(config, attempt.run, trainer, rollout, leads=leads)
+    return Session(config, attempt.run, attempt, trainer, rollout, checkpoints, leads, resources)

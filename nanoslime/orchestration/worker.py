@@ -1,0 +1,139 @@
+"""One trainer rank at work: the backend, the algorithm and this rank's part in weight sync, in whatever
+process they live.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from nanoslime import algorithms
+from nanoslime.batch import StepMetrics, TrainBatch
+from nanoslime.config import RunConfig
+from nanoslime.plugins import resolve
+from nanoslime.training import BACKENDS
+from nanoslime.training.backend import RankEnv, TrainBackend
+from nanoslime.types import BroadcastEngine, RunError
+from nanoslime.weight_sync.assemble import Assembler
+from nanoslime.weight_sync.broadcast import Broadcaster
+from nanoslime.weight_sync.disk import write_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+class TrainWorker:
+    """Every method but the constructor's reading of weights is collective: all ranks call it, in the same
+    order.
+    """
+
+    def __init__(self, config: RunConfig, model_dir: Path, env: RankEnv):
+        if env.device == "cuda" and not torch.cuda.is_available():
+            raise RunError(
+                f"trainer rank {env.rank}: torch {torch.__version__} sees no CUDA on a node that has GPUs; "
+                "make the environment with `bash env/run.sh --target cuda true` and name it in cluster.venv"
+            )
+        self.config, self.model_dir, self.env = config, model_dir, env
+        self.backend: TrainBackend = resolve(config.training.backend, BACKENDS, "training.backend")(
+            config, model_dir, env
+        )
+        self.algorithm = algorithms.make(config.algorithm)
+        self.seconds: dict[str, float] = {}
+        self._assembler = Assembler(
+            self.backend.weight_shards,
+            rank=env.rank,
+            world_size=env.world_size,
+            dtype=getattr(torch, config.model.dtype),
+        )
+        self._broadcaster: Broadcaster | None = None
+
+    @property
+    def dp_rank(self) -> int:
+        return self.backend.dp_rank
+
+    @property
+    def dp_size(self) -> int:
+        return self.backend.dp_size
+
+    def train(self, batches: list[TrainBatch]) -> list[StepMetrics]:
+        """One optimizer step per batch; old and reference logprobs of all of them are taken before the first
+        step.
+        """
+        with self._timed("logprobs"):
+            for batch in batches:
+                if self.algorithm.needs_old_logprobs:
+                    batch.old_logprobs = self.backend.logprobs(batch, "policy")
+                if self.algorithm.needs_reference:
+                    batch.ref_logprobs = self.backend.logprobs(batch, "ref")
+        with self._timed("train"):
+            return [self._step(batch) for batch in batches]
+
+    def _step(self, batch: TrainBatch) -> StepMetrics:
+        if self.backend.is_last_stage:
+            batch.token_advantages = self.algorithm.token_advantages(batch, self.backend.all_sum)
+        return self.backend.train_step(batch, self.algorithm)
+
+    def connect(self, engines: list[BroadcastEngine], address: str) -> None:
+        """Rank 0 opens the weight group with the engines; the other ranks have nothing to do."""
+        if self.env.rank == 0:
+            sync = self.config.weight_sync
+            self._broadcaster = Broadcaster(
+                engines,
+                address=address,
+                device=self.env.device,
+                bucket_bytes=sync.bucket_bytes,
+                deadline_s=sync.deadline_s,
+            )
+
+    def broadcast(self, version: int) -> int:
+        """Sends the current weights to the connected engines as `version`; returns the bytes sent (0 on
+        other ranks).
+        """
+        if self.env.rank == 0:
+            if self._broadcaster is None:
+                raise RuntimeError("connect() comes before broadcast()")
+            return self._broadcaster.send(self._assembler.tensors(), version)
+        self._drain()
+        return 0
+
+    def write_hf(self, destination: Path) -> None:
+        """Writes the current weights as a Hugging Face checkpoint, with the original's tokenizer and
+        config.
+        """
+        if self.env.rank == 0:
+            write_checkpoint(
+                self._assembler.tensors(), self._assembler.specs, destination, like=self.model_dir
+            )
+        else:
+            self._drain()
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Whole tensors on rank 0, for an engine in the same process; nothing on other ranks, which must
+        exhaust it too.
+        """
+        return self._assembler.tensors()
+
+    def save(self, path: Path) -> None:
+        self.backend.save(path)
+
+    def load(self, path: Path) -> None:
+        self.backend.load(path)
+
+    def close(self) -> None:
+        if self._broadcaster is not None:
+            self._broadcaster.close()
+            self._broadcaster = None
+
+    def _drain(self) -> None:
+        for _ in self._assembler.tensors():
+            raise RuntimeError("only rank 0 assembles tensors")
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.seconds[phase] = time.monotonic() - start

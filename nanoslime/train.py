@@ -1,0 +1,102 @@
+"""The training loop: sample, train, sync weights. Everything else is where the loop's calls lead.
+
+    python -m nanoslime.train [RECIPE.yaml] [flags]   one machine: alone, --num-gpus N by Ray, or torchrun
+    python -m nanoslime.train --mock --num-rollout 5  the smallest run: a tiny model on the CPU, a minute
+    python -m nanoslime.train --resume DIR [flags]    goes on with a run of this machine
+    python -m nanoslime.train --run DIR --attempt N   the driver of a submitted run, started by its node agent
+
+The loop is the same in all of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+
+from nanoslime.orchestration.launch import Launch, parse
+from nanoslime.orchestration.report import Clock, write_summary
+from nanoslime.orchestration.session import Session
+from nanoslime.run_dir import DONE, FAILED, STOPPED
+from nanoslime.tracking import Tracker, make_tracker
+from nanoslime.types import RunError
+
+logger = logging.getLogger(__name__)
+
+
+def train(session: Session, tracker: Tracker, clock: Clock) -> int:
+    """Runs the loop from where the run stands. Returns DONE, or STOPPED after committing when it was told to
+    stop.
+    """
+    config, trainer, rollout, checkpoints = (
+        session.config,
+        session.trainer,
+        session.rollout,
+        session.checkpoints,
+    )
+    num_rollout = config.rollout.num_rollout
+    start = clock.step = checkpoints.resume()
+    tracker.resume(start)
+    trainer.sync_weights(rollout, version=start)
+    if start == 0:
+        clock("evaluate")
+        rollout.evaluate(-1)
+    for step in range(start, num_rollout):
+        clock("generate")
+        groups = rollout.generate(step)
+        clock("train")
+        metrics = rollout.metrics | trainer.train(groups)
+        clock("weight_sync")
+        metrics["time/weight_sync_s"] = trainer.sync_weights(rollout, version=step + 1)
+        clock.step = step + 1
+        reward = None
+        if config.eval.due(step, num_rollout):
+            clock("evaluate")
+            reward = rollout.evaluate(step)
+        tracker.log(step, metrics if reward is None else metrics | {"eval/reward_mean": reward})
+        stop = trainer.agree(session.attempt.must_stop())
+        if stop or config.checkpoint.due(step, num_rollout):
+            clock("checkpoint")
+            checkpoints.commit(step + 1, reward)
+        if stop and step + 1 < num_rollout:
+            logger.warning("stopped after %d rollouts: %s", step + 1, stop)
+            return STOPPED
+    if config.checkpoint.export_hf:
+        clock("export")
+        trainer.export_hf(session.run.hf(num_rollout))
+    clock("end")
+    return DONE
+
+
+def run(launch: Launch) -> int:
+    """Opens the session, runs the loop and sums up. An expected failure is one line, in the log and in the
+    run's status.
+    """
+    started, leads = time.monotonic(), launch.leads
+    clock = Clock(launch.attempt.run, leads=leads)
+    try:
+        with launch.open(clock) as session, make_tracker(session.config, session.run, leads=leads) as tracker:
+            code = train(session, tracker, clock)
+            if code == DONE and leads:
+                write_summary(session, clock, time.monotonic() - started)
+    except (RunError, ValueError) as e:
+        logger.error("%s", e, exc_info=logger.isEnabledFor(logging.DEBUG))
+        launch.attempt.run.write_status("failed", clock.step, error=str(e))
+        return FAILED
+    if leads:
+        launch.attempt.run.write_status("done" if code == DONE else "stopped", clock.step)
+    return code
+
+
+def main(argv: list[str]) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        launch = parse(argv)
+    except (RunError, ValueError) as e:
+        logger.error("%s", e)
+        return FAILED
+    return run(launch)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
