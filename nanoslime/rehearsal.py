@@ -1,0 +1,205 @@
+"""What a rehearsal trains and on what: a tiny Qwen3, half taught, and the digit problems to finish on.
+
+The warm start is deliberately plain: one process, one thread, PyTorch and transformers, next-token loss. It
+shares nothing with the trainers that the rehearsal is there to exercise, and it is no recipe for supervised
+fine-tuning.
+
+Its demonstrations are faulty: a share of their digits is wrong. A model that imitates them well knows where
+each digit comes from, but samples the right answer about as often as its teacher shows it, and that holds for
+every seed. GRPO, which sees no demonstration, has to prefer the right ones among its own answers. Without the
+faults the same reward is met in the middle of a steep climb, and how far GRPO then comes depends on the seed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from nanoslime.models.tiny import SPECIAL_TOKENS, Problem, digit_problems, tiny_qwen3_config
+from nanoslime.storage import commit
+from nanoslime.storage.shared_files import publish_json, read_json
+from nanoslime.types import RunError
+
+logger = logging.getLogger(__name__)
+
+NUM_CHECKED = 400
+"""Training problems that the warm start is not shown, but measured on."""
+TEACHER_LEAD = 1.1
+"""Demonstrations without any fault, over the target reward: imitation then does reach the target."""
+MEASURE_EVERY, LOG_EVERY = 5, 50  # steps
+BATCH_SIZE, LR, WARMUP_STEPS = 128, 2e-3, 20
+SUMMARY = "rehearsal.json"
+
+
+@dataclass(frozen=True, slots=True)
+class WarmStart:
+    steps: int
+    reward: float  # expected exact match of a sample at temperature 1, on the checked problems
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class RehearsalFiles:
+    model: Path  # Hugging Face checkpoint with tokenizer
+    train: Path  # JSON lines {"prompt", "label"}
+    held_out: Path
+    warm_start: WarmStart
+
+
+def make(
+    directory: Path,
+    *,
+    task: str = "reverse",
+    seed: int = 0,
+    target_reward: float = 0.4,
+    num_held_out: int = 400,
+    deadline_s: float = 120.0,
+) -> RehearsalFiles:
+    """`directory` with model/, train.jsonl and held_out.jsonl: whole, or not there at all.
+
+    The same arguments make the same files. A directory made before with them is taken as it is, one made with
+    others is replaced. Raises RunError when the warm start has not reached `target_reward` by `deadline_s`.
+    """
+    knobs = {"task": task, "seed": seed, "target_reward": target_reward, "num_held_out": num_held_out}
+    found = _made_before(directory, knobs)
+    if found is not None:
+        logger.info("rehearsal: %s is there already", directory)
+        return found
+    train, held_out = digit_problems(task, seed, num_held_out)
+    tokenizer = build_tokenizer()
+    with _one_thread():
+        checked, shown = (_encode(rows, tokenizer) for rows in (train[:NUM_CHECKED], train[NUM_CHECKED:]))
+        model, warm_start = _warm_start(checked, shown, seed, target_reward, deadline_s)
+    partial = commit.partial_dir(directory)
+    model.save_pretrained(partial / "model")
+    tokenizer.save_pretrained(partial / "model")
+    _write_rows(partial / "train.jsonl", train)
+    _write_rows(partial / "held_out.jsonl", held_out)
+    publish_json(partial / SUMMARY, {"knobs": knobs, "warm_start": asdict(warm_start)})
+    commit.commit(partial, directory)
+    return _files(directory, warm_start)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Every byte is one token, without merges; ids as models/tiny.py says."""
+    vocab = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    ids = {token: index for index, token in enumerate(vocab)}
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def _warm_start(
+    checked: tuple[Tensor, Tensor],
+    shown: tuple[Tensor, Tensor],
+    seed: int,
+    target_reward: float,
+    deadline_s: float,
+) -> tuple[Qwen3ForCausalLM, WarmStart]:
+    """A new model, taught until a sample at temperature 1 is right with probability `target_reward`.
+
+    checked, shown: prompts and answers as `_encode` returns them; the model learns from `shown` only.
+    """
+    num_digits = shown[1].shape[1] - 1
+    faulty = max(0.0, 1 - (TEACHER_LEAD * target_reward) ** (1 / num_digits))
+    model = _new_model(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
+    batches = torch.Generator().manual_seed(seed)
+    start, step, reward = time.monotonic(), 0, 0.0
+    while reward < target_reward:
+        step += 1
+        optimizer.param_groups[0]["lr"] = LR * min(1.0, step / WARMUP_STEPS)
+        picked, others = torch.randint(len(shown[0]), (2, BATCH_SIZE), generator=batches)
+        wrong = torch.rand(BATCH_SIZE, num_digits + 1, generator=batches) < faulty
+        answers = torch.where(wrong, shown[1][others], shown[1][picked])  # the end token is the same in both
+        loss = -_answer_logprobs(model, shown[0][picked], answers).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % MEASURE_EVERY == 0 or reward > target_reward / 2:
+            reward = expected_reward(model, *checked)
+        if step % LOG_EVERY == 0:
+            logger.info("warm start: step %d, loss %.3f, expected reward %.3f", step, loss.item(), reward)
+        if time.monotonic() - start > deadline_s and reward < target_reward:
+            raise RunError(
+                f"the warm start has an expected reward of {reward:.3f} after {step} steps, {deadline_s:g} s,"
+                f" not rehearsal.target_reward={target_reward:g}; choose a lower one or a less busy machine"
+            )
+    result = WarmStart(step, reward, time.monotonic() - start)
+    logger.info("warm start: %d steps, %.1f s, expected reward %.3f", step, result.seconds, reward)
+    return model, result
+
+
+@torch.no_grad()
+def expected_reward(model: Qwen3ForCausalLM, prompts: Tensor, answers: Tensor) -> float:
+    """Mean probability that a sample at temperature 1 is the right answer, end token included.
+
+    This is the expectation of the exact-match reward itself, so it has no sampling noise.
+    prompts: [N, P] ids of equal length; answers: [N, A].
+    """
+    return _answer_logprobs(model, prompts, answers).sum(1).exp().mean().item()
+
+
+def _answer_logprobs(model: Qwen3ForCausalLM, prompts: Tensor, answers: Tensor) -> Tensor:
+    """[N, A]: log p of each answer token after its prompt and the answer before it; [N, P], [N, A] ids."""
+    logits = model(input_ids=torch.cat([prompts, answers], dim=1), use_cache=False).logits
+    predicting = logits[:, prompts.shape[1] - 1 : -1]  # position t predicts token t + 1
+    return predicting.log_softmax(-1).gather(-1, answers.unsqueeze(-1)).squeeze(-1)
+
+
+def _new_model(seed: int) -> Qwen3ForCausalLM:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen3ForCausalLM(Qwen3Config.from_dict(tiny_qwen3_config())).float()
+
+
+def _encode(problems: list[Problem], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
+    """Ids of prompts [N, P] and of answers with the end token [N, A]; a task's problems are equally long."""
+    prompts = tokenizer([problem.prompt for problem in problems])["input_ids"]
+    answers = tokenizer([problem.label for problem in problems])["input_ids"]
+    return torch.tensor(prompts), torch.tensor([[*ids, tokenizer.eos_token_id] for ids in answers])
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread: deterministic sums, and no fight over the cores for matrices of this size."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _write_rows(path: Path, problems: list[Problem]) -> None:
+    path.write_text("".join(json.dumps(problem._asdict()) + "\n" for problem in problems))
+
+
+def _made_before(directory: Path, knobs: dict[str, Any]) -> RehearsalFiles | None:
+    """The files of an earlier call with these knobs, if it was completed."""
+    summary = directory / SUMMARY
+    if not summary.is_file():
+        return None
+    content = read_json(summary)
+    return _files(directory, WarmStart(**content["warm_start"])) if content["knobs"] == knobs else None
+
+
+def _files(directory: Path, warm_start: WarmStart) -> RehearsalFiles:
+    return RehearsalFiles(
+        directory / "model", directory / "train.jsonl", directory / "held_out.jsonl", warm_start
+    )
