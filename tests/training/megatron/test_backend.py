@@ -1,0 +1,208 @@
+"""One Megatron rank in this process: what it refuses, what it skips, and mixed precision."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from nanoslime.algorithms.grpo import GRPO
+from nanoslime.config import GRPOConfig
+from nanoslime.models.shape import ModelShape
+from nanoslime.training.megatron import parallel, weights
+from nanoslime.training.megatron.model import transformer_config
+from nanoslime.types import RunError
+from tests.models.hf import save_model
+from tests.training.parity import KL, LENGTHS, Layout, assemble, copied, make_backend, train_batch
+from tests.training.reference import make_step
+
+pytestmark = pytest.mark.megatron
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"), "qwen3", max_shard_size="40KB")
+
+
+@pytest.fixture(scope="module")
+def steps(model_dir):
+    return [make_step(model_dir, number) for number in range(2)]
+
+
+@pytest.fixture
+def start(model_dir, tmp_path):
+    """Makes one-rank backends; the process group ends with the test."""
+    yield lambda **changes: make_backend(Layout(), model_dir, 0, tmp_path / "rendezvous", **changes)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def parameters(backend):
+    return assemble(copied(backend.weight_shards()))
+
+
+def test_an_empty_micro_batch_and_a_masked_one_change_nothing(start, steps):
+    backend, batch = start(), train_batch(steps[0])
+    spare = replace(batch, microbatches=[[], *batch.microbatches, []])
+    plain, padded = backend.logprobs(batch, "policy"), backend.logprobs(spare, "policy")
+    assert all(torch.equal(a, b) for a, b in zip(plain, padded, strict=True))
+    step = backend.train_step(spare, GRPO(KL))
+    dist.destroy_process_group()
+    assert start().train_step(batch, GRPO(KL)).loss == pytest.approx(step.loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_a_gradient_that_is_not_finite_skips_the_update(start, steps, distributed):
+    backend, batch = start(distributed_optimizer=distributed), train_batch(steps[0])
+    before = parameters(backend)
+    broken = replace(batch, advantages=[math.nan] * len(LENGTHS))
+    step = backend.train_step(broken, GRPO(KL))
+    assert step.skipped and math.isnan(step.grad_norm)
+    assert all(torch.equal(value, before[name]) for name, value in parameters(backend).items())
+    good = backend.train_step(batch, GRPO(KL))
+    assert not good.skipped and good.lr < step.lr, "a skipped step still counts in the schedule"
+    assert not torch.equal(parameters(backend)["model.norm.weight"], before["model.norm.weight"])
+
+
+def test_without_clipping_the_update_uses_the_whole_gradient(start, steps):
+    backend = start(clip_grad=0.0)
+    step = backend.train_step(train_batch(steps[0]), GRPO(KL))
+    squares = sum(float(g.square().sum()) for g in assemble(copied(backend.grad_shards())).values())
+    assert math.sqrt(squares) == pytest.approx(step.grad_norm, rel=1e-4)
+
+
+def test_bfloat16_trains_near_float32_and_sends_bfloat16(model_dir, steps, tmp_path, start):
+    exact = start().train_step(train_batch(steps[0]), GRPO(KL))
+    dist.destroy_process_group()
+
+    class Half(Layout):
+        def config(self, **changes):
+            config = super().config(**changes)
+            return replace(config, model=replace(config.model, dtype="bfloat16"))
+
+    backend = make_backend(Half(), model_dir, 0, tmp_path / "rendezvous-2")
+    step = backend.train_step(train_batch(steps[0]), GRPO(KL))
+    assert step.loss == pytest.approx(exact.loss, abs=0.05)
+    assert step.grad_norm == pytest.approx(exact.grad_norm, rel=0.1)
+    assert {s.tensor.dtype for s in backend.weight_shards()} == {torch.bfloat16}
+
+
+def test_reference_logprobs_need_a_configured_reference(model_dir, steps, tmp_path, start):
+    class Plain(Layout):
+        def config(self, **changes):
+            return replace(super().config(**changes), algorithm=GRPOConfig())
+
+    backend = make_backend(Plain(), model_dir, 0, tmp_path / "rendezvous")
+    with pytest.raises(ValueError, match="no reference weights"):
+        backend.logprobs(train_batch(steps[0]), "ref")
+
+
+def test_a_damaged_or_foreign_megatron_checkpoint_is_named(start, steps, tmp_path):
+    backend = start()
+    with pytest.raises(RunError, match="empty cannot be loaded"):
+        (tmp_path / "empty").mkdir()
+        backend.load(tmp_path / "empty")
+    path = tmp_path / "saved"
+    path.mkdir()
+    backend.save(path)
+    for file in path.glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(RunError, match="saved cannot be loaded"):
+        backend.load(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "message"),
+    [
+        ({"cp_size": 2}, 2, "training.cp_size=2 is not supported yet"),
+        ({"ep_size": 2}, 2, "training.ep_size=2 is not supported yet"),
+        ({"tp_size": 4}, 4, "tp_size=4 does not divide num_key_value_heads=2"),
+        ({"pp_size": 3}, 3, r"pp_size=3 does not divide num_hidden_layers=4; choose one of \[1, 2, 4\]"),
+        ({"tp_size": 2, "pp_size": 2}, 6, "6 trainer ranks are not a multiple of training.tp_size=2 x"),
+    ],
+)
+def test_impossible_layouts_are_refused(model_dir, changes, world_size, message):
+    shape = ModelShape.read(model_dir)
+    with pytest.raises(ValueError, match=message):
+        parallel.check(Layout().config(**changes).training, shape, world_size)
+
+
+def test_megatron_fields_are_passed_through_and_unknown_ones_refused(model_dir):
+    shape, cpu = ModelShape.read(model_dir), torch.device("cpu")
+    config = transformer_config(shape, Layout().config(megatron={"attention_dropout": 0.5}), cpu)
+    assert config.attention_dropout == 0.5
+    with pytest.raises(
+        ValueError, match=r"TransformerConfig of megatron-core has no field \['atention_dropout'\]"
+    ):
+        transformer_config(shape, Layout().config(megatron={"atention_dropout": 0.5}), cpu)
+
+
+def shard_with(directory, name):
+    index = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+    return directory / index[name]
+
+
+def rewrite(file, change):
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def drop_from_index(directory, name):
+    index_file = directory / "model.safetensors.index.json"
+    index = json.loads(index_file.read_text())
+    del index["weight_map"][name]
+    index_file.write_text(json.dumps(index))
+
+
+NORM = "model.norm.weight"
+
+
+def missing_shard(directory):
+    shard_with(directory, NORM).unlink()
+
+
+def truncated_shard(directory):
+    file = shard_with(directory, NORM)
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def missing_tensor(directory):
+    rewrite(shard_with(directory, NORM), lambda tensors: tensors.pop(NORM))
+    drop_from_index(directory, NORM)
+
+
+def misshapen_tensor(directory):
+    rewrite(shard_with(directory, NORM), lambda tensors: tensors.update({NORM: torch.ones(31)}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (missing_shard, r"model-.*\.safetensors is missing"),
+        (truncated_shard, r"model-.*\.safetensors is truncated"),
+        (missing_tensor, "has no tensor model.norm.weight"),
+        (misshapen_tensor, r"model.norm.weight is \[31\], config.json asks for \[32\]"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_by_name(start, tmp_path, damage, message):
+    directory = save_model(tmp_path / "damaged", "qwen3", max_shard_size="40KB")
+    backend = start()
+    damage(directory)
+    with pytest.raises((ValueError, RunError), match=message):
+        weights.load(backend._weights, backend._shape, directory)
+
+
+def test_a_tied_checkpoint_whose_head_differs_is_refused(start, tmp_path):
+    directory = save_model(tmp_path / "model", "qwen3")
+    backend, file = start(), directory / "model.safetensors"
+    rewrite(file, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    weights.load(backend._weights, backend._shape, directory)
+    rewrite(file, lambda t: t["lm_head.weight"].mul_(1.01))
+    with pytest.raises(ValueError, match="lm_head.weight differs from the embedding"):
+        weights.load(backend._weights, backend._shape, directory)
