@@ -23,7 +23,9 @@ def reward(text: str, label: Any, metadata: dict[str, Any]) -> float:
 def final_answer(text: str) -> str | None:
     """The answer as written, or None where the text holds none."""
     if "####" in text:
-        return _first_line(text.rpartition("####")[2])
+        line = _first_line(text.rpartition("####")[2])
+        number = _NUMBER.match(line.lstrip("$ "))
+        return number.group() if number else line or None
     start = text.rfind("\\boxed{")
     if start >= 0:
         return _balanced(text[start + len("\\boxed{") :])
@@ -31,9 +33,9 @@ def final_answer(text: str) -> str | None:
     return numbers[-1] if numbers else text.strip() or None
 
 
-def _first_line(text: str) -> str | None:
+def _first_line(text: str) -> str:
     lines = text.strip().splitlines()
-    return lines[0].strip() if lines else None
+    return lines[0].strip() if lines else ""
 
 
 def _balanced(text: str) -> str | None:

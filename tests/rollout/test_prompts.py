@@ -1,0 +1,164 @@
+"""Prompt files, good and bad, and the order in which prompts come."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from nanoslime.config.model import DataConfig
+from nanoslime.rollout.prompts import PromptSource, load_prompts
+from nanoslime.types import Prompt, RunError
+
+GOOD = '{"prompt": "a", "label": 1}'
+LONG = '{"prompt": "abcde", "label": 1}'
+GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+def write(path: Path, *records: object) -> Path:
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
+    return path
+
+
+def load(path: Path, tokenizer: PreTrainedTokenizerBase, **changes: object) -> list[Prompt]:
+    return load_prompts(path, tokenizer, DataConfig(**({"chat_template": "off"} | changes)))
+
+
+def test_plain_prompts(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = write(
+        tmp_path / "a's; file.jsonl",
+        {"prompt": "ab", "label": "1", "metadata": {"k": 2}},
+        "",
+        {"prompt": "é", "label": 7},
+    )
+    first, second = load(path, tokenizer)
+    assert (first.prompt_id, first.text, first.label, first.metadata) == (0, "ab", "1", {"k": 2})
+    assert first.token_ids.dtype == "int32" and tokenizer.decode(first.token_ids) == "ab"
+    assert (second.prompt_id, second.label, len(second.token_ids)) == (1, 7, 2)  # é is two bytes
+
+
+def test_parquet_is_read_as_jsonl_is(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    pq.write_table(pa.table({"q": ["ab", "cd"], "a": [1, 2]}), tmp_path / "p.parquet")
+    prompts = load(tmp_path / "p.parquet", tokenizer, prompt_key="q", label_key="a")
+    assert [(p.text, p.label, p.prompt_id) for p in prompts] == [("ab", 1, 0), ("cd", 2, 1)]
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    with pytest.raises(RunError, match="broken.parquet is not a readable parquet file"):
+        load(tmp_path / "broken.parquet", tokenizer)
+
+
+def test_chat_template(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "?"},
+    ]
+    path = write(tmp_path / "p.jsonl", {"prompt": "hi", "label": 0}, {"prompt": messages, "label": 0})
+    plain, chat = load(path, tokenizer, chat_template="auto", system_prompt="Be brief.")
+    assert plain.text == "[system] Be brief.\n[user] hi\n[assistant] "
+    assert chat.text == "[system] Be brief.\n[user] hi\n[assistant] yes\n[user] ?\n[assistant] "
+    assert tokenizer.decode(plain.token_ids) == plain.text
+    with pytest.raises(RunError, match=r"p.jsonl:2: a prompt of chat messages needs a chat template"):
+        load(path, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("lines", "changes", "message"),
+    [
+        ([GOOD, '{"prompt": "b", "lab'], {}, r"p.jsonl:2: not a line of JSON"),
+        (["\xff"], {}, r"p.jsonl:1: not a line of JSON"),
+        (["[1]"], {}, r"p.jsonl:1: a JSON object is needed, found list"),
+        (['{"question": "a", "answer": 1}'], {}, r"p.jsonl:1: no key 'prompt'; it has: answer, question"),
+        (['{"prompt": "a"}'], {}, r"p.jsonl:1: no key 'label'; it has: prompt"),
+        (['{"prompt": 5, "label": 1}'], {}, r"p.jsonl:1: a prompt is a string or a list"),
+        (['{"prompt": [{"text": "a"}], "label": 1}'], {}, r"p.jsonl:1: a prompt is a string or a list"),
+        (['{"prompt": "", "label": 1}'], {}, r"p.jsonl:1: the prompt is empty"),
+        ([], {}, r"p.jsonl holds no prompts"),
+        (["", " "], {}, r"p.jsonl holds no prompts"),
+        ([GOOD, LONG], {"max_prompt_tokens": 4},
+         "p.jsonl:2: a prompt of 5 tokens is over data.max_prompt_tokens=4; raise it, or set data.over_long"),
+        ([LONG], {"max_prompt_tokens": 4, "over_long": "skip"}, "every prompt is over"),
+        ([GOOD], {"system_prompt": "x"}, "data.system_prompt needs a chat template"),
+    ],
+)  # fmt: skip
+def test_bad_files_end_in_one_line(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, lines: list[str], changes: dict, message: str
+) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_bytes("".join(line + "\n" for line in lines).encode("latin-1"))
+    with pytest.raises(RunError, match=message) as error:
+        load(path, tokenizer, **changes)
+    assert "\n" not in str(error.value)
+
+
+def test_absent_file(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(RunError, match="nothing.jsonl does not exist"):
+        load(tmp_path / "nothing.jsonl", tokenizer)
+
+
+def test_over_long_prompts_are_skipped_with_a_count(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path / "p.jsonl", *({"prompt": "a" * n, "label": n} for n in (3, 9, 2, 8)))
+    prompts = load(path, tokenizer, max_prompt_tokens=4, over_long="skip")
+    assert [p.prompt_id for p in prompts] == [0, 2]
+    assert "skipped 2 of 4 prompts" in caplog.text
+
+
+def test_a_label_is_not_needed_when_no_key_names_it(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    (prompt,) = load(write(tmp_path / "p.jsonl", {"prompt": "a"}), tokenizer, label_key="")
+    assert prompt.label is None
+
+
+def source(count: int = 10, seed: int = 3, shuffle: bool = True) -> PromptSource:
+    return PromptSource([Prompt(i, None, "", None) for i in range(count)], seed=seed, shuffle=shuffle)
+
+
+def ids(prompts: list[Prompt]) -> list[int]:
+    return [p.prompt_id for p in prompts]
+
+
+def test_every_epoch_holds_every_prompt_once_in_an_order_of_its_own() -> None:
+    drawn = ids(source().next(20))
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
+    assert drawn[:10] != drawn[10:] and drawn[:10] != list(range(10))
+    assert ids(source(shuffle=False).next(12)) == [*range(10), 0, 1]
+    assert ids(source(seed=4).next(20)) != drawn
+
+
+def test_batches_cross_epochs_and_may_be_larger_than_one() -> None:
+    whole, pieces = source(), source()
+    assert ids(whole.next(35)) == [i for n in (7, 7, 14, 7) for i in ids(pieces.next(n))]
+
+
+@pytest.mark.parametrize("drawn", [0, 4, 10, 27])
+def test_resume_is_exact(drawn: int) -> None:
+    running, resumed = source(), source()
+    running.next(drawn)
+    resumed.load_state_dict(json.loads(json.dumps(running.state_dict())))
+    assert ids(resumed.next(25)) == ids(running.next(25))
+
+
+def test_resume_with_other_prompts_or_seed_is_refused() -> None:
+    state = source().state_dict()
+    with pytest.raises(RunError, match="num_prompts=10, this run has num_prompts=9"):
+        source(count=9).load_state_dict(state)
+    with pytest.raises(RunError, match="seed=3, this run has seed=4"):
+        source(seed=4).load_state_dict(state)
+
+
+@pytest.mark.skipif(not GSM8K.is_dir(), reason="no GSM8K beside the repository")
+def test_gsm8k(tokenizer: PreTrainedTokenizerBase) -> None:
+    prompts = load(
+        GSM8K / "test.jsonl", tokenizer, prompt_key="question", label_key="answer", max_prompt_tokens=2000
+    )
+    assert len(prompts) == 1319
+    assert prompts[0].text.startswith("Janet") and prompts[0].label.endswith("#### 18")

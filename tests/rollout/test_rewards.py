@@ -1,0 +1,75 @@
+"""Every reward of the table, by examples with known values."""
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from nanoslime.config.model import DataConfig
+from nanoslime.plugins import resolve
+from nanoslime.rollout.prompts import load_prompts
+from nanoslime.rollout.rewards import REWARDS
+from tests.rollout.test_prompts import GSM8K
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_contract(name: str) -> None:
+    """A right answer is worth more than a wrong and an empty one; any text and label gives a float in [0,
+    1]."""
+    reward = resolve(name, REWARDS, "data.reward")
+    assert reward("42", "42", {}) == 1.0
+    assert reward("41", "42", {}) == reward("", "42", {}) == 0.0
+    for text in ("", "####", "\\boxed{", "{}{", "1/0", "\x00", "é" * 5):
+        for label in ("", 7, None, 1.5, "1/0"):
+            assert 0.0 <= reward(text, label, {}) <= 1.0
+
+
+def test_exact_match_ignores_surrounding_white_space_only() -> None:
+    reward = resolve("exact_match", REWARDS, "data.reward")
+    assert reward(" 21\n", 21, {}) == 1.0
+    assert reward("2 1", "21", {}) == reward("021", "21", {}) == reward("21", "2 1", {}) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "value"),
+    [
+        ("so it is\n#### 18", "9 * 2 = <<9*2=18>>18\n#### 18", 1),
+        ("#### 1,000", "#### 1000", 1),
+        ("#### $70,000.00", "#### 70,000", 1),
+        ("#### 18 dollars\nand 7", "#### 7", 0),
+        ("#### 18 dollars", "#### 18", 1),
+        ("first #### 3, then #### 4", "#### 4", 1),
+        ("the answer is 18.", "#### 18", 1),
+        ("18 or 19", "#### 18", 0),
+        ("\\boxed{1,000}", "1000", 1),
+        ("12 \\boxed{\\frac{1}{2}} 7", "0.5", 1),
+        ("\\boxed{\\text{no}}", "\\boxed{\\text{no}}", 0),
+        ("\\boxed{x^{2}}", "\\boxed{x^{2}}", 1),
+        ("\\boxed{3", "3", 0),
+        ("#### -5", "5", 0),
+        ("50%", "50", 1),
+        ("####", "18", 0),
+        ("", "18", 0),
+    ],
+)
+def test_math_answer(text: str, label: str, value: float) -> None:
+    assert resolve("math_answer", REWARDS, "data.reward")(text, label, {}) == value
+
+
+@pytest.mark.skipif(not GSM8K.is_dir(), reason="no GSM8K beside the repository")
+def test_math_answer_on_gsm8k(tiny_model: Path) -> None:
+    """Each worked solution earns the reward of its own problem, and the next problem's with another answer
+    does not."""
+    reward = resolve("math_answer", REWARDS, "data.reward")
+    config = DataConfig(prompt_key="question", label_key="answer", max_prompt_tokens=4000)
+    labels = [
+        p.label for p in load_prompts(GSM8K / "test.jsonl", AutoTokenizer.from_pretrained(tiny_model), config)
+    ]
+    assert all(reward(label, label, {}) == 1.0 for label in labels)
+    answers = [label.rpartition("#### ")[2] for label in labels]
+    assert all(
+        reward(f"It is {answer}.", label, {}) == 1.0 for answer, label in zip(answers, labels, strict=True)
+    )
+    rolled = answers[1:] + answers[:1]
+    wrong = [reward(a, label, {}) for a, b, label in zip(rolled, answers, labels, strict=True) if a != b]
+    assert sum(wrong) == 0

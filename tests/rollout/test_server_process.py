@@ -1,0 +1,214 @@
+"""Servers that do not come up, that die, or whose owner dies: the cause in one line, and no process left."""
+
+import asyncio
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from nanoslime.config.rollout import RolloutConfig
+from nanoslime.rollout.child_process import ChildProcess
+from nanoslime.rollout.sglang import EngineLost, SGLangEngine, SGLangServer
+from nanoslime.types import GenerateRequest, RunError
+from tests import processes
+from tests.rollout.conftest import make_server, pick_port
+
+ROOT = Path(__file__).parents[2]
+# A server that has a child of its own, never answers, and ignores polite requests to end.
+STUBBORN = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(15, 1); time.sleep(600)"])
+print("loading shards", flush=True)
+time.sleep(600)
+"""
+
+
+def fake_server(model: Path, log: Path, program: str) -> SGLangServer:
+    server = make_server(model, log, pick_port(), name="engine-3")
+    server.command = [sys.executable, "-c", program]
+    return server
+
+
+def group(pid: int) -> list[str]:
+    """Commands of the live processes in a process group."""
+    found = []
+    for process in processes.all_processes().values():
+        try:
+            if os.getpgid(process.pid) == pid:
+                found.append(process.command)
+        except ProcessLookupError:
+            continue
+    return found
+
+
+def run_owner(program: str, *arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_server_that_never_answers(tiny_model: Path, tmp_path: Path, no_leftovers: None) -> None:
+    server = fake_server(tiny_model, tmp_path / "engine-3.log", STUBBORN)
+    with pytest.raises(
+        RunError, match=r"engine engine-3 was not up after 2 s \(awaited: 200 from http://127.0.0.1:\d+/health\); "
+        r"log: .*engine-3.log; last line: loading shards$"
+    ):  # fmt: skip
+        server.start(deadline_s=2)
+    assert not server.alive()
+    server.close()
+
+
+def test_a_server_that_exits(tiny_model: Path, tmp_path: Path, no_leftovers: None) -> None:
+    server = fake_server(tiny_model, tmp_path / "e.log", "import sys; print('no such option'); sys.exit(3)")
+    start = time.monotonic()
+    with pytest.raises(
+        RunError, match=r"engine-3 exited with status 3 before .*log: .*e.log; last line: no such opt"
+    ):
+        server.start(deadline_s=60)
+    assert time.monotonic() - start < 30
+
+
+def test_a_taken_port(tiny_model: Path, tmp_path: Path, no_leftovers: None) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        server = make_server(tiny_model, tmp_path / "e.log", port)
+        with pytest.raises(
+            RunError, match=f"engine engine-0: port {port} on 127.0.0.1 cannot be used .*another port"
+        ):
+            server.start(deadline_s=5)
+    assert not server.alive()
+
+
+def test_command_and_options(tiny_model: Path, tmp_path: Path) -> None:
+    options = {"disable_overlap_schedule": False, "chunked_prefill_size": 64, "served_model_name": "a b"}
+    server = make_server(tiny_model, tmp_path / "e.log", 1234, **options)
+    flags = " ".join(server.command)
+    assert "--chunked-prefill-size 64" in flags and "--max-total-tokens 8192" in flags
+    assert "--weight-version 0" in flags and "--disable-overlap-schedule" not in flags
+    assert server.command[-1] == "a b"
+    assert "sglang_stubs" in server.env["PYTHONPATH"] and "OMP_NUM_THREADS" in server.env
+    skipped = server.env["SGLANG_DISABLED_MODEL_ARCHS"].split(",")
+    assert "deepseek_v2" in skipped and not {"qwen3", "llama", "utils"} & set(skipped)
+    with pytest.raises(RunError, match="rollout.sglang.device is set by nanoslime itself"):
+        make_server(tiny_model, tmp_path / "e.log", 1234, device="cuda")
+
+
+def test_no_stubs_on_cuda(tiny_model: Path, tmp_path: Path) -> None:
+    server = SGLangServer(
+        name="engine-0", model_path=str(tiny_model), config=RolloutConfig(engine_tp_size=2), dtype="bfloat16",
+        device="cuda", host="10.0.0.1", port=1234, log=tmp_path / "e.log", seed=7, gpu_ids=(2, 3),
+    )  # fmt: skip
+    flags = " ".join(server.command)
+    assert "--device cuda --dtype bfloat16 --tp-size 2 --random-seed 7" in flags
+    assert "torch_native" not in flags and "sglang_stubs" not in server.env.get("PYTHONPATH", "")
+    assert server.env["CUDA_VISIBLE_DEVICES"] == "2,3" and "SGLANG_USE_CPU_ENGINE" not in server.env
+
+
+def test_a_child_outlives_the_thread_that_started_it(tmp_path: Path, no_leftovers: None) -> None:
+    children: list[ChildProcess] = []
+    program = [sys.executable, "-c", STUBBORN]
+    thread = threading.Thread(
+        target=lambda: children.append(ChildProcess("server", program, os.environ, tmp_path / "log"))
+    )
+    thread.start()
+    thread.join()
+    assert processes.wait_for(lambda: len(group(children[0].pid)) == 2, timeout_s=20)
+    time.sleep(0.3)
+    assert children[0].alive()
+    children[0].close()
+    assert not group(children[0].pid) and not children[0].alive()
+    children[0].close()
+
+
+OWNER_OF_A_CHILD = f"""
+import os, sys, time
+from pathlib import Path
+from nanoslime.config.rollout import RolloutConfig
+from nanoslime.rollout.child_process import ChildProcess
+child = ChildProcess("server", [sys.executable, "-c", {STUBBORN!r}], os.environ, Path(sys.argv[1]))
+print(child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_nothing_survives_the_owner(tmp_path: Path, no_leftovers: None, how: signal.Signals) -> None:
+    owner = run_owner(OWNER_OF_A_CHILD, tmp_path / "log")
+    pid = int(owner.stdout.readline())
+    assert processes.wait_for(lambda: len(group(pid)) == 2, timeout_s=20)
+    owner.send_signal(how)
+    owner.wait(10)
+    assert processes.wait_for(lambda: not group(pid), timeout_s=5)
+
+
+OWNER_OF_A_SERVER = """
+import pickle, sys, time
+from pathlib import Path
+from tests.rollout.conftest import make_server, pick_port
+server = make_server(Path(sys.argv[1]), Path(sys.argv[2]), pick_port(), name="engine-5")
+engine = server.start(deadline_s=240)
+Path(sys.argv[3]).write_bytes(pickle.dumps(engine))
+print(server.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.sglang
+def test_no_part_of_a_real_server_survives_its_owner(
+    tiny_model: Path, tmp_path: Path, no_leftovers: None
+) -> None:
+    """The owner is killed while a request runs; whoever waits for the request learns which engine is lost."""
+    log = tmp_path / "engine-5.log"
+    owner = run_owner(OWNER_OF_A_SERVER, tiny_model, log, tmp_path / "engine")
+    pid = int(owner.stdout.readline() or 0)
+    engine: SGLangEngine = pickle.loads((tmp_path / "engine").read_bytes())
+    assert engine.health() and len(group(pid)) >= 3  # HTTP server, scheduler, detokenizer
+    threading.Timer(1.0, owner.kill).start()
+    request = GenerateRequest([5], n=1, max_new_tokens=4000, temperature=1.0)
+    with pytest.raises(
+        EngineLost, match=f"engine engine-5 at {engine.url}: /generate failed: .*; log: {log}; last"
+    ):
+        asyncio.run(engine.generate(request))
+    owner.wait(10)
+    assert processes.wait_for(lambda: not group(pid), timeout_s=5), group(pid)
+    with pytest.raises(RunError, match=r"engine-5 .*/pause_generation failed: ConnectionError"):
+        engine.pause()
+    assert not engine.health()
+
+
+SLOW = """
+import http.server, time
+class Slow(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+    def do_POST(self):
+        time.sleep(30)
+import sys
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Slow).serve_forever()
+"""
+
+
+def test_an_engine_that_does_not_answer_in_time_is_lost(tmp_path: Path, no_leftovers: None) -> None:
+    port = pick_port()
+    child = ChildProcess("slow", [sys.executable, "-c", SLOW, str(port)], os.environ, tmp_path / "slow.log")
+    engine = SGLangEngine(
+        name="engine-1", url=f"http://127.0.0.1:{port}", log=str(tmp_path / "slow.log"), vocab_size=10,
+        request_deadline_s=0.5, control_deadline_s=0.5,
+    )  # fmt: skip
+    child.wait_until(engine.health, "200", 20)
+    with pytest.raises(
+        EngineLost, match=r"engine-1 .*/generate was not answered within 0.5 s; log: .*slow.log"
+    ):
+        asyncio.run(engine.generate(GenerateRequest([5], n=1, max_new_tokens=1, temperature=1.0)))
+    with pytest.raises(RunError, match=r"engine-1 .*/continue_generation was not answered within 0.5 s"):
+        engine.resume()
+    child.close()
