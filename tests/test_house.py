@@ -1,0 +1,231 @@
+"""The house rules that a machine can check: imports, one door per framework, sizes, what jobs/ loads."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+LEVELS = [  # imports point from later lines to earlier ones; names of one line never import one another
+    ("types", "plugins"),
+    ("config",),
+    ("storage",),
+    ("models",),
+    ("layout",),
+    ("run_dir",),
+    # above: torch-free, and all that jobs/ sees
+    ("batch", "process_groups", "tensor_storage"),
+    ("algorithms", "tracking"),
+    ("rollout", "training", "weight_sync", "rehearsal"),
+    ("orchestration",),
+    ("train", "evaluate"),
+]
+TORCH_FREE = {room for level in LEVELS[:6] for room in level}
+LEVEL_OF = {room: i for i, level in enumerate(LEVELS) for room in level}
+DOORS = {  # the only places that may import these
+    "ray": ("nanoslime/orchestration/ray_group.py",),
+    "megatron": ("nanoslime/training/megatron/",),
+    "sglang": (
+        "nanoslime/rollout/sglang_plugin.py",
+        "nanoslime/rollout/sglang_stubs/",
+        "nanoslime/weight_sync/colocated.py",
+    ),
+}
+HEAVY = ("torch", "transformers", "ray", "megatron", "sglang")
+MAX_FILE, MAX_FUNCTION, MAX_NANOSLIME, MAX_ALL = 500, 100, 8_000, 11_000
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+CODE = sources("nanoslime", "jobs", "tools")
+NAMES = {path: str(path.relative_to(ROOT)) for path in CODE}
+
+
+@cache
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def room(module: str) -> str:
+    """The room of a module: `config` of nanoslime.config.load, `jobs` of jobs.node."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "nanoslime" and len(parts) > 1 else parts[0]
+
+
+def imports(path: Path, *, typing_too: bool = True) -> Iterator[tuple[int, str]]:
+    """(line, module) of every import at any depth; `from a import b` counts as a.b where that is a module."""
+    skipped = set()
+    if not typing_too:
+        guards = [
+            n for n in ast.walk(parse(path)) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n.test)
+        ]
+        skipped = {inner for guard in guards for inner in ast.walk(guard)}
+    for node in ast.walk(parse(path)):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{NAMES[path]}:{node.lineno}: relative import"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield node.lineno, full if is_module(full) else str(node.module)
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+def test_every_room_has_a_level():
+    rooms = {
+        p.stem if p.is_file() else p.name for p in (ROOT / "nanoslime").iterdir() if p.name != "__init__.py"
+    }
+    assert rooms - {"__pycache__"} <= set(LEVEL_OF)
+
+
+def test_imports_point_downwards_only():
+    wrong = []
+    for path in CODE:
+        here = room(module_name(path))
+        for line, module in imports(path):
+            there = room(module)
+            if module.split(".")[0] not in ("nanoslime", "jobs", "tools") or there == here:
+                continue
+            if here == "jobs":
+                allowed = there in TORCH_FREE
+            elif here == "tools":
+                allowed = True
+            else:
+                allowed = LEVEL_OF.get(there, 99) < LEVEL_OF.get(here, -1)
+            if not allowed:
+                wrong.append(f"{NAMES[path]}:{line} imports {module}")
+    assert not wrong
+
+
+def test_no_modules_import_one_another_in_a_circle():
+    graph = {module_name(p): {m for _, m in imports(p, typing_too=False) if is_module(m)} for p in CODE}
+    try:
+        TopologicalSorter({name: needs - {name} for name, needs in graph.items()}).prepare()
+    except CycleError as e:
+        pytest.fail(f"import circle: {' -> '.join(e.args[1])}")
+
+
+@pytest.mark.parametrize("framework", DOORS)
+def test_a_framework_has_one_door(framework):
+    tops = [(p, line, m) for p in CODE for line, m in imports(p) if m.split(".")[0] == framework]
+    assert not [f"{NAMES[p]}:{line}" for p, line, _ in tops if not NAMES[p].startswith(DOORS[framework])]
+
+
+def test_torch_free_rooms_import_nothing_heavy():
+    free = [p for p in CODE if room(module_name(p)) in TORCH_FREE | {"jobs"}]
+    assert not [f"{NAMES[p]}:{line} {m}" for p in free for line, m in imports(p) if m.split(".")[0] in HEAVY]
+
+
+def test_torch_free_modules_load_where_torch_transformers_ray_and_megatron_do_not_exist():
+    names = [module_name(p) for p in CODE if room(module_name(p)) in TORCH_FREE | {"jobs"}]
+    names = [name for name in names if not name.endswith("__main__")]
+    assert {"jobs.submit_grpo", "jobs.where", "nanoslime.layout", "nanoslime.config.load"} <= set(names)
+    code = f"""
+import importlib, sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {HEAVY!r}:
+            raise ModuleNotFoundError(f"{{name}} is blocked", name=name)
+sys.meta_path.insert(0, Blocked())
+for name in {names!r}:
+    importlib.import_module(name)
+print("loaded", *sorted(set(sys.modules) & set({HEAVY!r})))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "loaded\n"), done.stderr
+
+
+def test_modules_are_imported_by_name_in_one_place_only():
+    lazy = [
+        f"{NAMES[p]}:{node.lineno}"
+        for p in CODE
+        for node in ast.walk(parse(p))
+        if isinstance(node, ast.Name | ast.Attribute | ast.alias)
+        and re.search(r"\b(import_module|__import__)\b", ast.unparse(node))
+    ]
+    assert {place.partition(":")[0] for place in lazy} <= {"nanoslime/plugins.py"}
+
+
+def test_every_plug_in_string_names_something_that_exists():
+    checked = 0
+    for path in CODE:
+        for node in ast.walk(parse(path)):
+            if not (isinstance(node, ast.Constant) and isinstance(node.value, str)):
+                continue
+            match = re.fullmatch(r"((?:nanoslime|jobs|tools)(?:\.\w+)+):(\w+)", node.value)
+            if match:
+                module, name = match.groups()
+                assert is_module(module), f"{NAMES[path]}:{node.lineno}: no module {module}"
+                target = ROOT.joinpath(*module.split("."))
+                file = (
+                    target.with_suffix(".py")
+                    if target.with_suffix(".py").exists()
+                    else target / "__init__.py"
+                )
+                assert name in top_level_names(file), f"{NAMES[path]}:{node.lineno}: {module} has no {name}"
+                checked += 1
+    assert checked >= 3
+
+
+def top_level_names(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in parse(path).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {t.id for t in targets if isinstance(t, ast.Name)}
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+    return names
+
+
+def test_the_package_logs_and_does_not_print():
+    calls = [(p, n) for p in CODE if NAMES[p].startswith("nanoslime/") for n in ast.walk(parse(p))]
+    prints = [(p, n.lineno) for p, n in calls if isinstance(n, ast.Call) and ast.unparse(n.func) == "print"]
+    assert not [f"{NAMES[p]}:{line}" for p, line in prints]
+
+
+def test_no_exception_is_caught_without_a_name():
+    handlers = [(p, n) for p in CODE for n in ast.walk(parse(p)) if isinstance(n, ast.ExceptHandler)]
+    assert not [f"{NAMES[p]}:{n.lineno}" for p, n in handlers if n.type is None]
+
+
+def test_files_and_functions_are_short():
+    assert not [f"{NAMES[p]} {num_lines(p)}" for p in CODE if num_lines(p) > MAX_FILE]
+    functions = [
+        (p, n)
+        for p in CODE
+        for n in ast.walk(parse(p))
+        if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    sizes = [(p, n, (n.end_lineno or 0) - n.lineno + 1) for p, n in functions]
+    assert not [f"{NAMES[p]}:{n.lineno} {n.name} {size}" for p, n, size in sizes if size > MAX_FUNCTION]
+
+
+def test_the_whole_stays_small():
+    assert sum(num_lines(p) for p in CODE if NAMES[p].startswith("nanoslime/")) < MAX_NANOSLIME
+    assert sum(num_lines(p) for p in CODE) < MAX_ALL
+
+
+def num_lines(path: Path) -> int:
+    return path.read_text(encoding="utf-8").count("\n")
