@@ -36,8 +36,7 @@ class FSDPBackend:
 
     def __init__(self, config: RunConfig, model_dir: Path, env: RankEnv) -> None:
         _refuse_other_dimensions(config.training)
-        if not dist.is_initialized():
-            init_process_group(env, config.training.collective_deadline_s)
+        init_process_group(env, config.training.collective_deadline_s)
         self.dp_rank, self.dp_size = env.rank, env.world_size
         self._config, self._device = config.training, env.torch_device
         self._total_steps = config.rollout.num_rollout * config.training.num_steps_per_rollout
