@@ -9,7 +9,7 @@ from nanoslime.models.shape import Architecture, ConfigFile, ModelShape
 def _read(config: ConfigFile) -> ModelShape:
     config.refuse("use_sliding_window", False)
     config.refuse("attention_bias", False)
-    return ModelShape(**config.sizes(), qk_norm=True)
+    return ModelShape(**config.sizes() | {"head_dim": config.get("head_dim", 128)}, qk_norm=True)
 
 
 QWEN3 = Architecture(_read, dense_decoder)

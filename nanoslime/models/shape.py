@@ -162,7 +162,7 @@ class ConfigFile:
     def _rope(self) -> tuple[float, float | None]:
         """(theta, llama3 scaling factor): `rope_parameters` of transformers 5, or the flat keys before it."""
         rope = self.get("rope_parameters", None) or self.get("rope_scaling", None) or {}
-        theta = float(rope["rope_theta"]) if "rope_theta" in rope else float(self["rope_theta"])
+        theta = float(rope.get("rope_theta") or self.get("rope_theta", 10000.0))  # Llama 2 leaves it out
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind == "default":
             return theta, None

@@ -207,7 +207,8 @@ def run(
     world = max(layout.world_size for layout, *_ in jobs)
     for number in range(len(jobs)):
         (tmp / str(number)).mkdir()
-    workers = [context.Process(target=_work, args=(jobs, tmp, rank), daemon=True) for rank in range(world)]
+    torch.save(jobs, tmp / "jobs.pt")  # as arguments, tensors would travel as one open file each
+    workers = [context.Process(target=_work, args=(tmp, rank), daemon=True) for rank in range(world)]
     try:
         for worker in workers:
             worker.start()
@@ -219,8 +220,9 @@ def run(
     finally:
         late = [rank for rank, worker in enumerate(workers) if worker.is_alive()]
         for worker in workers:
-            worker.kill()
-            worker.join()
+            if worker.pid is not None:
+                worker.kill()
+                worker.join()
     errors = [file.read_text() for file in sorted(tmp.glob("error-*"))]
     if errors:
         raise AssertionError("\n".join(errors))
@@ -234,8 +236,9 @@ def run(
     ]
 
 
-def _work(jobs: list[tuple[Layout, Path, RankFunction, Any]], tmp: Path, rank: int) -> None:
+def _work(tmp: Path, rank: int) -> None:
     torch.set_num_threads(1)
+    jobs = torch.load(tmp / "jobs.pt", weights_only=False)
     for number, (layout, model_dir, function, argument) in enumerate(jobs):
         if rank >= layout.world_size:
             continue

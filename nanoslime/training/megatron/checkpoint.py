@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.random import _get_all_rng_states, _set_all_rng_states
 
 from nanoslime.training.megatron.parallel import Ranks
 from nanoslime.types import RunError
@@ -85,8 +85,7 @@ def load(path: Path, model: GPTModel, optimizer: ChainedOptimizer, ranks: Ranks)
     model.load_state_dict(loaded["model"])
     _load_optimizer(optimizer, loaded["optimizer"])
     if "random" in loaded:
-        torch.set_rng_state(loaded["random"]["torch"])
-        get_cuda_rng_tracker().set_states(loaded["random"]["tracker"])
+        _set_all_rng_states(*loaded["random"])
     return int(loaded["step"])
 
 
@@ -94,12 +93,13 @@ def _sharded_state(
     model: GPTModel, optimizer: ChainedOptimizer, ranks: Ranks, *, is_loading: bool
 ) -> dict[str, Any]:
     weights = model.sharded_state_dict(metadata=dict(_CONTENT))
-    random = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
     grid = (ranks.pp_size, ranks.dp_size, ranks.tp_size)
     return {
         "model": weights,
         "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(_CONTENT)),
-        "random": ShardedObject("random", random, grid, (ranks.pp_rank, ranks.dp_rank, ranks.tp_rank)),
+        "random": ShardedObject(
+            "random", _get_all_rng_states(), grid, (ranks.pp_rank, ranks.dp_rank, ranks.tp_rank)
+        ),
     }
 
 
