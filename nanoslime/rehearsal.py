@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from nanoslime.models.tiny import SPECIAL_TOKENS, Problem, digit_problems, tiny_qwen3_config
+from nanoslime.models.tiny import EOS, SPECIAL_TOKENS, Problem, digit_problems, tiny_qwen3_config
 from nanoslime.storage import commit
 from nanoslime.storage.shared_files import publish_json, read_json
 from nanoslime.types import RunError
@@ -170,9 +170,10 @@ def _new_model(seed: int) -> Qwen3ForCausalLM:
 
 def _encode(problems: list[Problem], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
     """Ids of prompts [N, P] and of answers with the end token [N, A]; a task's problems are equally long."""
-    prompts = tokenizer([problem.prompt for problem in problems])["input_ids"]
-    answers = tokenizer([problem.label for problem in problems])["input_ids"]
-    return torch.tensor(prompts), torch.tensor([[*ids, tokenizer.eos_token_id] for ids in answers])
+    encode = tokenizer.backend_tokenizer.encode_batch
+    prompts = [encoding.ids for encoding in encode([problem.prompt for problem in problems])]
+    answers = [[*encoding.ids, EOS] for encoding in encode([problem.label for problem in problems])]
+    return torch.tensor(prompts), torch.tensor(answers)
 
 
 @contextmanager
