@@ -131,7 +131,7 @@ def refuse_if_running(run: RunDir) -> None:
         return
     for node, beat in attempt.heartbeats().items():
         age_s = time.time() - float(beat["time"])
-        if not beat["left"] and age_s < _ALIVE_S:
+        if "left" not in beat and age_s < _ALIVE_S:
             raise RunError(
                 f"{run.path} is running: node {node} of attempt {attempt.number} was alive {age_s:.0f} s "
                 f"ago; stop it first, or wait {_ALIVE_S} s if it was killed"

@@ -36,7 +36,8 @@ def main(argv: list[str], environ: Mapping[str, str] = os.environ, root: Path = 
     """The exit code: 0 submitted or ended well, 2 refused, else that of the rehearsal."""
     try:
         command, flags = parse(argv)
-        return run(command, flags, where.detect(environ.get("PATH", ""), environ, root, command.cluster))
+        config = configure(command, flags)
+        return run(command, config, where.detect(environ.get("PATH", ""), environ, root, command.cluster))
     except RunError as e:
         print(f"submit_grpo: {e}", file=sys.stderr)
         return 2
@@ -45,9 +46,8 @@ def main(argv: list[str], environ: Mapping[str, str] = os.environ, root: Path = 
         return 1
 
 
-def run(command: argparse.Namespace, flags: list[str], slurm: where.Where) -> int:
-    """From the command line to a job id, a rehearsal's end, or a printed plan."""
-    config = configure(command, flags)
+def run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> int:
+    """From the configuration to a job id, a rehearsal's end, or a printed plan."""
     if command.dry_run:
         return dry_run(command, config, slurm)
     submits = command.prepare or slurm.has_slurm(local=command.local)

@@ -144,14 +144,15 @@ def _trainer_slots(config: RunConfig, slots: int) -> list[int]:
         rollout_nodes = 0 if embedded else nodes // 2
     if embedded and rollout_nodes:
         raise RunError(f"cluster.rollout_nodes={rollout_nodes}: the embedded engine needs no nodes; set 0")
+    choices = f"choose {_span(range(1, nodes))}, the rest are trainers"
+    if nodes == 1:
+        choices = "with one node engines share it (cluster.engine_gpus); leave it out"
     if rollout_nodes >= nodes:
-        raise RunError(
-            f"cluster.rollout_nodes={rollout_nodes} of cluster.nodes={nodes}: {_rollout_choices(nodes)}"
-        )
+        raise RunError(f"cluster.rollout_nodes={rollout_nodes} of cluster.nodes={nodes}: {choices}")
     if nodes == 1:
         return [_one_node_trainer_slots(config, slots)]
     if not embedded and rollout_nodes == 0:
-        raise RunError(f"cluster.rollout_nodes=0: SGLang engines need nodes; {_rollout_choices(nodes)}")
+        raise RunError(f"cluster.rollout_nodes=0: SGLang engines need nodes; {choices}")
     trainers, asked = (nodes - rollout_nodes) * slots, config.training.num_gpus
     if asked not in (None, trainers):
         raise RunError(
@@ -161,18 +162,9 @@ def _trainer_slots(config: RunConfig, slots: int) -> list[int]:
     return [slots] * (nodes - rollout_nodes) + [0] * rollout_nodes
 
 
-def _rollout_choices(nodes: int) -> str:
-    if nodes == 1:
-        return "with one node engines share it (cluster.engine_gpus); leave it out"
-    return f"choose {_span(range(1, nodes))}, the rest are trainers"
-
-
 def _one_node_trainer_slots(config: RunConfig, slots: int) -> int:
-    embedded, engine, ranks = (
-        config.rollout.engine == "embedded",
-        config.cluster.engine_gpus,
-        config.training.num_gpus,
-    )
+    embedded, ranks = config.rollout.engine == "embedded", config.training.num_gpus
+    given = engine = config.cluster.engine_gpus
     if embedded and engine:
         raise RunError(f"cluster.engine_gpus={engine}: the embedded engine takes no GPU of its own; set 0")
     if not embedded and slots == 1:
@@ -183,10 +175,9 @@ def _one_node_trainer_slots(config: RunConfig, slots: int) -> int:
     if engine is None:
         engine = 0 if embedded else slots - ranks if ranks else max(1, slots // 2)
     trainers = slots - engine if ranks is None else ranks
-    if not embedded and engine == config.cluster.engine_gpus and not 1 <= engine < slots:
-        raise RunError(
-            f"cluster.engine_gpus={engine} of {slots} {_slot_name(config)}s; choose {_span(range(1, slots))}"
-        )
+    if not embedded and given is not None and not 1 <= given < slots:
+        choices = _span(range(1, slots))
+        raise RunError(f"cluster.engine_gpus={given} of {slots} {_slot_name(config)}s; choose {choices}")
     engine = max(engine, 0 if embedded else 1)
     if trainers + engine > slots:
         raise RunError(
@@ -202,23 +193,15 @@ def _parallel(config: RunConfig, shape: ModelShape, ranks: int, slots: int) -> P
         raise RunError(f"training.cp_size={t.cp_size} is not supported yet; set 1")
     if t.ep_size != 1:
         raise RunError(f"training.ep_size={t.ep_size}: {shape.model_type} has no experts; set 1")
-    if t.backend == "fsdp":
-        for name in ("tp_size", "pp_size"):
-            if getattr(t, name) != 1:
-                raise RunError(
-                    f"training.{name}={getattr(t, name)} needs --backend megatron; with fsdp set 1"
-                )
-    split = (shape.num_attention_heads, shape.num_key_value_heads, shape.intermediate_size)
-    tp_choices = [n for n in _divisors(slots) if not any(size % n for size in split)]
-    _refuse_tp(t.tp_size, shape, slots, tp_choices)
-    if shape.num_layers % t.pp_size:
-        choices = _choose(_divisors(shape.num_layers))
-        raise RunError(
-            f"training.pp_size={t.pp_size} does not divide num_layers={shape.num_layers}; {choices}"
-        )
+    for name, size in (("tp_size", t.tp_size), ("pp_size", t.pp_size)):
+        if t.backend == "fsdp" and size != 1:
+            raise RunError(f"training.{name}={size} needs --backend megatron; with fsdp set 1")
+    tp_choices, pp_choices = _check_tp(t.tp_size, shape, slots), _divisors(shape.num_layers)
+    if t.pp_size not in pp_choices:
+        place = f"training.pp_size={t.pp_size} does not divide num_layers={shape.num_layers}"
+        raise RunError(f"{place}; {_choose(pp_choices)}")
     model_ranks = t.tp_size * t.pp_size
     if ranks % model_ranks:
-        pp_choices = _divisors(shape.num_layers)
         pairs = [f"{tp} x {pp}" for tp in tp_choices for pp in pp_choices if ranks % (tp * pp) == 0]
         raise RunError(
             f"training.tp_size={t.tp_size} x training.pp_size={t.pp_size} = {model_ranks} does not divide "
@@ -237,12 +220,14 @@ def _parallel(config: RunConfig, shape: ModelShape, ranks: int, slots: int) -> P
     return ParallelDims(tp=t.tp_size, pp=t.pp_size, cp=t.cp_size, ep=t.ep_size, dp=dp)
 
 
-def _refuse_tp(tp: int, shape: ModelShape, slots: int, choices: list[int]) -> None:
+def _check_tp(tp: int, shape: ModelShape, slots: int) -> list[int]:
+    """All sizes that tensor parallelism may have; RunError where `tp` is none of them."""
     limits = {
         "num_attention_heads": shape.num_attention_heads,
         "num_key_value_heads": shape.num_key_value_heads,
         "intermediate_size": shape.intermediate_size,
     }
+    choices = [n for n in _divisors(slots) if not any(value % n for value in limits.values())]
     for name, value in limits.items():
         if value % tp:
             raise RunError(f"training.tp_size={tp} does not divide {name}={value}; {_choose(choices)}")
@@ -251,6 +236,7 @@ def _refuse_tp(tp: int, shape: ModelShape, slots: int, choices: list[int]) -> No
             f"training.tp_size={tp}: a tensor-parallel group must lie in one node, and {tp} does not divide "
             f"its {slots} slots; {_choose(choices)}"
         )
+    return choices
 
 
 def _check_engine_size(config: RunConfig, shape: ModelShape, slots: int) -> None:

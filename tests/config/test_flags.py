@@ -59,6 +59,12 @@ def test_the_names_the_field_knows_are_there():
     assert set(known) <= set(flags.ALIASES)
 
 
+def test_an_alias_is_the_name_of_its_field():
+    others = {"eval-interval": "eval.interval", "save-interval": "checkpoint.interval"}
+    for alias, field_name in flags.ALIASES.items():
+        assert others.get(alias, alias.replace("-", "_")) in (field_name, field_name.rpartition(".")[2])
+
+
 def test_every_field_has_a_dotted_flag_unless_it_is_a_mapping_or_list():
     for dotted, kind in flags.field_types().items():
         if get_origin(kind) in (dict, list):

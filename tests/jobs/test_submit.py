@@ -183,7 +183,7 @@ def test_resume_refuses_a_run_that_lives_and_takes_one_that_has_left(machine):
     attempt.beat(1, 7)
     code, _, err = machine.submit("--resume", run.path)
     assert code == 2 and "is running: node 1 of attempt 1 was alive" in err
-    attempt.beat(1, 8, left=True)
+    attempt.leave(1)
     assert machine.submit("--resume", run.path)[0] == 0
 
 
