@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,11 +74,14 @@ def start(
     return Child(name, log, process)
 
 
-def end_descendants(grace_s: float = 5.0) -> None:
-    """End all below this process, also what starts meanwhile: SIGTERM, then SIGKILL after `grace_s`."""
+def end_descendants(spare: Collection[int] = (), grace_s: float = 3.0) -> None:
+    """End all below this process, also what starts meanwhile: SIGTERM, then SIGKILL after `grace_s`.
+
+    Processes in `spare` and what is below them stay.
+    """
     for sig, patience_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 10.0)):
         deadline, told = time.monotonic() + patience_s, set[int]()
-        while below := descendants(os.getpid()):
+        while below := descendants(os.getpid(), spare):
             if time.monotonic() > deadline:
                 break
             for pid in below - told:
@@ -90,15 +93,15 @@ def end_descendants(grace_s: float = 5.0) -> None:
     raise TimeoutError(f"processes {sorted(below)} are alive 10 s after SIGKILL")
 
 
-def descendants(root: int) -> set[int]:
-    """Pids of the live processes below `root`."""
+def descendants(root: int, spare: Collection[int] = ()) -> set[int]:
+    """Pids of the live processes below `root`, without those in `spare` and what is below them."""
     below: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit() and (parent := _parent(int(entry))):
             below.setdefault(parent, []).append(int(entry))
     found, todo = set[int](), [root]
     while todo:
-        children = below.get(todo.pop(), [])
+        children = [pid for pid in below.get(todo.pop(), []) if pid not in spare]
         found.update(children)
         todo.extend(children)
     return found

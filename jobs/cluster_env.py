@@ -31,6 +31,7 @@ class ClusterEnv:
     restart_count: int
     cpus: int  # granted on this node; 0: unknown
     gpus: int  # granted on this node
+    local: bool = False  # a simulated node
 
     @property
     def attempt_key(self) -> str:
@@ -56,6 +57,13 @@ class ClusterEnv:
             return None
         days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
         return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+    def kill_wait_s(self) -> float:
+        """Seconds between SIGTERM and SIGKILL of a job that must go: SLURM's KillWait, by default 30."""
+        if self.local:
+            return 0.0
+        match = re.search(r"KillWait\s*=\s*(\d+)", _output("scontrol", "show", "config"))
+        return float(match[1]) if match else 30.0
 
     @classmethod
     def from_slurm(cls, environ: Mapping[str, str], network_interface: str = "") -> ClusterEnv:
@@ -83,7 +91,7 @@ class ClusterEnv:
         """Node `index` of a rehearsal: an own loopback address each."""
         names = tuple(f"node{i}" for i in range(num_nodes))
         address = f"127.0.1.{1 + index}"
-        return cls(index, num_nodes, names[index], names, address, job_id, 0, cpus, 0)
+        return cls(index, num_nodes, names[index], names, address, job_id, 0, cpus, 0, local=True)
 
 
 def free_ports(first: int, count: int, address: str, tries: int = 100) -> list[int]:
@@ -92,12 +100,6 @@ def free_ports(first: int, count: int, address: str, tries: int = 100) -> list[i
         if all(_is_free(address, port) for port in range(start, start + count)):
             return list(range(start, start + count))
     raise RunError(f"no {count} free ports on {address} from {first} to {first + tries * count}")
-
-
-def kill_wait_s(default: float = 30.0) -> float:
-    """SLURM's KillWait: seconds between SIGTERM and SIGKILL of a job that must go."""
-    match = re.search(r"KillWait\s*=\s*(\d+)", _output("scontrol", "show", "config"))
-    return float(match[1]) if match else default
 
 
 def answers(address: str, port: int) -> bool:

@@ -122,6 +122,7 @@ def run_local(config: RunConfig, layout: Layout, run: RunDir, driver: str = "") 
 
     Ctrl-C asks the driver to commit and stop; a second one ends it at once. What failed goes to stderr.
     """
+    others = children.descendants(os.getpid())
     children.adopt_orphans()
     job_id = f"l{os.getpid()}"
     attempt = run.new_attempt(f"{job_id}-0")
@@ -138,7 +139,7 @@ def run_local(config: RunConfig, layout: Layout, run: RunDir, driver: str = "") 
                 agents.append(children.start(name, command, log, environ, death_signal=signal.SIGTERM))
             _supervise(attempt, agents, signals)
         finally:
-            children.end_descendants()
+            children.end_descendants(others)
             for node in range(layout.num_nodes):
                 remove_scratch(ClusterEnv.for_local(node, layout.num_nodes, job_id).scratch)
     code, reason = attempt.ended() or (FAILED, "the agents ended without saying why")
@@ -149,32 +150,34 @@ def run_local(config: RunConfig, layout: Layout, run: RunDir, driver: str = "") 
 
 def _supervise(attempt: Attempt, agents: list[children.Child], signals: list[signal.Signals]) -> None:
     """Until all agents have ended: show the driver's lines, hand signals on, report a killed agent."""
-    driver_log, stream = attempt.log("driver", 0), None
+    stream: BinaryIO | None = None
     ended_at: float | None = None
-    asked = False
-    while any(agent.code() is None for agent in agents):
-        stream = _copy_new_lines(driver_log, stream)
+    asked, gone = False, set[int]()
+    alive = True
+    while alive:
+        alive = any(agent.code() is None for agent in agents)
+        stream = _copy_new_lines(attempt.log("driver", 0), stream)
         while signals:
             sig = signals.pop(0)
-            if not asked and sig != signal.SIGTERM:
-                attempt.request_stop("Ctrl-C" if sig == signal.SIGINT else sig.name)
-                print("stopping after this step; once more ends it at once", file=sys.stderr, flush=True)
-            else:
+            if asked or sig == signal.SIGTERM:
                 for agent in agents:
                     agent.process.terminate()
+            else:
+                attempt.request_stop("Ctrl-C" if sig == signal.SIGINT else sig.name)
+                print("stopping after this step; once more ends it at once", file=sys.stderr, flush=True)
             asked = True
-        for agent in agents:
-            if agent.code() and attempt.ended() is None:
-                attempt.end(FAILED, agent.obituary())
+        for node, agent in enumerate(agents):
+            if agent.code() and node not in gone:
+                gone.add(node)
+                if attempt.ended() is None:
+                    attempt.end(FAILED, agent.obituary())
+                attempt.leave(node)
         if attempt.ended() is not None:
             ended_at = ended_at or time.monotonic()
             if time.monotonic() - ended_at > _LEAVE_S:
                 return
-        time.sleep(_POLL_S)
-    for agent in agents:
-        if agent.code() and attempt.ended() is None:
-            attempt.end(FAILED, agent.obituary())
-    _copy_new_lines(driver_log, stream)
+        if alive:
+            time.sleep(_POLL_S)
 
 
 def _copy_new_lines(log: Path, stream: BinaryIO | None) -> BinaryIO | None:

@@ -31,7 +31,7 @@ from types import FrameType
 
 from jobs import children, ray_node
 from jobs.children import Child
-from jobs.cluster_env import ClusterEnv, answers, free_ports, kill_wait_s
+from jobs.cluster_env import ClusterEnv, answers, free_ports
 from nanoslime.config.load import read
 from nanoslime.config.run import RunConfig
 from nanoslime.layout import Layout
@@ -219,7 +219,7 @@ class Agent:
                 reason = f"{sig.name} at {self._env.node_name}"
                 self._attempt.request_stop(reason, requeue=again)
             if not again:  # SIGKILL follows, by SLURM after KillWait
-                self._kill_at = min(self._kill_at, time.monotonic() + max(1.0, kill_wait_s() * 0.6))
+                self._kill_at = min(self._kill_at, time.monotonic() + max(1.0, self._env.kill_wait_s() * 0.6))
 
     def _limit_stop(self) -> None:
         """Without a driver a stop is immediate; the driver has most of the signal lead to commit."""
@@ -256,9 +256,9 @@ class Agent:
             if node != "0" and not self._leads:
                 continue
             count, since = self._heard.get(node, (-1, 0.0))
-            if beat["count"] != count:
-                self._heard[node] = (beat["count"], time.monotonic())
-            elif time.monotonic() - since > _SILENCE_S and not beat["left"]:
+            if beat.get("count", 0) != count:
+                self._heard[node] = (beat.get("count", 0), time.monotonic())
+            elif time.monotonic() - since > _SILENCE_S and not beat.get("left"):
                 name, log = self._env.node_names[int(node)], self._attempt.log("agent", int(node))
                 raise RunError(f"no heartbeat from {name} (node {node}) for {_SILENCE_S:g} s; see {log}")
 
@@ -273,13 +273,15 @@ class Agent:
             children.end_descendants()
         finally:
             remove_scratch(self._env.scratch)
-            self._attempt.beat(self._env.node_index, self._beats + 1, left=True)
+            self._attempt.leave(self._env.node_index)
         if self._leads:
             self._publish_end()
         if end.code == DONE or not (end.ours or self._leads):
             return 0
         deadline = time.monotonic() + _LEAVE_S
-        while time.monotonic() < deadline and not all(b["left"] for b in self._attempt.heartbeats().values()):
+        while time.monotonic() < deadline and not all(
+            b.get("left") for b in self._attempt.heartbeats().values()
+        ):
             time.sleep(_TICK_S)
         return end.code
 
@@ -340,6 +342,7 @@ class NodeJob:
             attempt.end(FAILED, agent.obituary())
         children.end_descendants()
         remove_scratch(env.scratch)
+        attempt.leave(env.node_index)
         return code if code in (DONE, STOPPED) else FAILED
 
 

@@ -217,14 +217,16 @@ class Attempt:
     def log(self, role: str, rank: int) -> Path:
         return self.path / "logs" / f"{role}-{rank}.log"
 
-    def beat(self, node: int, count: int, *, left: bool = False) -> None:
-        """A heartbeat of `node`: a rising count, since the clocks of nodes differ. `left`: the last one."""
-        publish_json(
-            self.path / "heartbeat" / f"{node}.json", {"count": count, "time": time.time(), "left": left}
-        )
+    def beat(self, node: int, count: int) -> None:
+        """A heartbeat of `node`: a rising count, since the clocks of nodes differ."""
+        publish_json(self.path / "heartbeat" / f"{node}.json", {"count": count, "time": time.time()})
+
+    def leave(self, node: int) -> None:
+        """In place of further heartbeats: nothing of this attempt runs on `node` any more."""
+        publish_json(self.path / "heartbeat" / f"{node}.json", {"left": True, "time": time.time()})
 
     def heartbeats(self) -> dict[str, dict[str, Any]]:
-        """By node: the last count, that node's clock, and whether it has left."""
+        """By node: the last count, that node's clock, or that it has left."""
         folder = self.path / "heartbeat"
         names = [name for name in os.listdir(folder) if name.endswith(".json")]
         return {name.removesuffix(".json"): read_json(folder / name) for name in sorted(names)}

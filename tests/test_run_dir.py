@@ -81,10 +81,12 @@ def test_status_holds_phase_step_and_every_nodes_heartbeat(run: RunDir) -> None:
     attempt = run.new_attempt()
     attempt.beat(0, 4)
     attempt.beat(3, 9)
+    attempt.beat(2, 1)
+    attempt.leave(2)
     run.write_status("train", 2, reward=0.5)
     status = run.status()
     assert (status["phase"], status["step"], status["attempt"], status["reward"]) == ("train", 2, 1, 0.5)
-    assert {node: beat["count"] for node, beat in status["heartbeat"].items()} == {"0": 4, "3": 9}
+    assert {n: b.get("count", "left") for n, b in status["heartbeat"].items()} == {"0": 4, "2": "left", "3": 9}
 
 
 def test_provenance_names_commit_and_versions(run: RunDir) -> None:

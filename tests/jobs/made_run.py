@@ -1,0 +1,56 @@
+"""A prepared run directory without a model: configuration and plan, as submission leaves them."""
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanoslime.config.cluster import ClusterConfig
+from nanoslime.config.load import dump
+from nanoslime.config.run import RunConfig
+from nanoslime.layout import EnginePlace, Layout, ParallelDims, TrainerPlace
+from nanoslime.run_dir import RunDir
+
+HOSTILE = 'it\'s a; echo "$HOME" run'
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class MadeRun:
+    config: RunConfig
+    layout: Layout
+    run: RunDir
+
+    @property
+    def end(self) -> tuple[int, str]:
+        attempt = self.run.latest_attempt()
+        assert attempt is not None
+        end = attempt.ended()
+        assert end is not None, f"attempt {attempt.number} has no end"
+        return end
+
+
+def make_run(root: Path, num_nodes: int, device: str = "cpu", **cluster: Any) -> MadeRun:
+    """Trainers on the first half of the nodes (at least one), one engine on each of the others."""
+    trainer_nodes = max(1, num_nodes // 2)
+    layout = Layout(
+        num_nodes=num_nodes,
+        slots_per_node=2,
+        device=device,
+        backend="megatron",
+        parallel=ParallelDims(tp=2, pp=trainer_nodes, cp=1, ep=1, dp=1),
+        trainers=tuple(TrainerPlace(rank, *divmod(rank, 2)) for rank in range(2 * trainer_nodes)),
+        engines=tuple(EnginePlace(i, trainer_nodes + i, (0,)) for i in range(num_nodes - trainer_nodes)),
+    )
+    config = RunConfig(name="jobs-test", cluster=ClusterConfig(nodes=num_nodes, **cluster))
+    run = RunDir.create(root, "run")
+    run.config.write_text(dump(config))
+    run.plan.write_text(layout.to_json())
+    return MadeRun(config, layout, run)
+
+
+def driver(mode: str) -> str:
+    """Command of the stand-in driver that ends as `mode` says; `ray` looks at Ray's nodes."""
+    program = "ray_driver_program.py" if mode == "ray" else "driver_program.py"
+    return shlex.join([sys.executable, str(HERE / program), *([] if mode == "ray" else [mode])])

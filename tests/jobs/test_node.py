@@ -1,0 +1,254 @@
+"""The node agent: bad machines end in one line, whatever dies ends the attempt, and nothing stays."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs.children import descendants
+from jobs.cluster_env import ClusterEnv, answers, expand_nodelist, free_ports, interface_address
+from jobs.executor import run_local
+from jobs.node import check_cores, check_gpus
+from nanoslime.run_dir import DONE, FAILED, STOPPED, RunDir
+from nanoslime.types import RunError
+from tests import processes
+from tests.jobs.made_run import HOSTILE, MadeRun, driver, make_run
+
+ROOT = Path(__file__).parents[2]
+_DEADLINE_S = 120.0
+
+
+@pytest.fixture(autouse=True)
+def clean(no_leftovers: None, tmp_path: Path) -> Iterator[None]:
+    """No process and no scratch directory of the test's attempts is left."""
+    yield
+    keys = [json.loads(file.read_text())["key"] for file in tmp_path.rglob("attempt.json")]
+    left = [path for key in keys for path in Path("/tmp").glob(f"ns-{key.rpartition('-')[0]}-*")]
+    assert left == [], "scratch directories left"
+
+
+def start_agent(made: MadeRun, node: int, *prefix: str) -> subprocess.Popen[str]:
+    """One agent of the rehearsal's attempt, by its command line."""
+    attempt = made.run.latest_attempt() or made.run.new_attempt(f"l{os.getpid()}-0")
+    command = [*prefix, sys.executable, "-m", "jobs.node", str(made.run.path)]
+    command += ["--attempt", str(attempt.number), "--local-node", str(node)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+class Rehearsal:
+    """run_local in a process of its own, as submit_grpo.py is."""
+
+    def __init__(self, made: MadeRun, mode: str):
+        code = (
+            "import sys; from pathlib import Path; from jobs.executor import run_local\n"
+            "from nanoslime.config.load import read; from nanoslime.layout import Layout\n"
+            "from nanoslime.run_dir import RunDir; run = RunDir.open(Path(sys.argv[1]))\n"
+            "sys.exit(run_local(read(run.config), Layout.from_json(run.plan.read_text()), run, sys.argv[2]))"
+        )
+        self.made = made
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, str(made.run.path), driver(mode)],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def wait_for_driver(self) -> None:
+        began = self.made.run.attempts / "1" / "driver_began"
+        assert processes.wait_for(lambda: began.exists() or self.process.poll() is not None, _DEADLINE_S, 0.2)
+        assert began.exists(), self.process.communicate()
+
+    def finish(self) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=_DEADLINE_S)
+        return self.process.returncode, out, err
+
+
+@pytest.mark.ray
+def test_a_rehearsal_is_a_ray_of_nodes_with_roles(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    made = make_run(tmp_path / HOSTILE, 2)
+    assert run_local(made.config, made.layout, made.run, driver("ray")) == DONE
+    assert "the driver sees 2 Ray nodes" in capfd.readouterr().out
+    seen = json.loads((made.run.attempts / "latest" / "seen.json").read_text())
+    assert {(n["address"], n["labels"]["nanoslime-role"], n["slots"]) for n in seen} == {
+        ("127.0.1.1", "trainer", 2.0),
+        ("127.0.1.2", "engine", 2.0),
+    }
+    assert made.end == (DONE, "")
+
+
+@pytest.mark.ray
+def test_a_killed_agent_ends_the_rehearsal_with_its_name(tmp_path: Path) -> None:
+    made = make_run(tmp_path, 2)
+    rehearsal = Rehearsal(made, "deaf")
+    rehearsal.wait_for_driver()
+    os.kill(json.loads((made.run.attempts / "1" / "nodes" / "1.json").read_text())["pid"], signal.SIGKILL)
+    code, _, err = rehearsal.finish()
+    assert code == FAILED
+    assert err.count("\n") == 1 and "the agent of node1 was killed by SIGKILL" in err and "agent-1.log" in err
+
+
+@pytest.mark.ray
+def test_a_killed_raylet_ends_the_attempt_with_its_log(tmp_path: Path) -> None:
+    made = make_run(tmp_path, 1)
+    rehearsal = Rehearsal(made, "deaf")
+    rehearsal.wait_for_driver()
+    below = processes.descendants(rehearsal.process.pid, processes.all_processes())
+    (raylet,) = [p for p in below if "/raylet/raylet" in p.command.split(" ")[0]]
+    os.kill(raylet.pid, signal.SIGKILL)
+    code, _, err = rehearsal.finish()
+    assert code == FAILED and "Ray on node0 ended" in err and "ray-0.log" in err
+
+
+@pytest.mark.ray
+def test_a_failing_driver_ends_with_its_last_line(tmp_path: Path) -> None:
+    made = make_run(tmp_path, 1)
+    code, out, err = Rehearsal(made, "fail").finish()
+    assert code == FAILED and "driver of attempt 1 begins" in out
+    assert "the driver ended with exit code 3" in err and "driver-0.log" in err
+    assert err.rstrip().endswith("error: rollout.temperature=-1 must be positive")
+
+
+@pytest.mark.ray
+def test_ctrl_c_lets_the_driver_commit(tmp_path: Path) -> None:
+    made = make_run(tmp_path, 1)
+    rehearsal = Rehearsal(made, "until-stop")
+    rehearsal.wait_for_driver()
+    rehearsal.process.send_signal(signal.SIGINT)
+    code, _, err = rehearsal.finish()
+    assert (code, made.end) == (STOPPED, (STOPPED, "Ctrl-C"))
+    assert "once more ends it at once" in err and "stopped: Ctrl-C" in err
+
+
+@pytest.mark.ray
+def test_a_killed_rehearsal_takes_its_nodes_along(tmp_path: Path) -> None:
+    made = make_run(tmp_path, 1)
+    rehearsal = Rehearsal(made, "deaf")
+    rehearsal.wait_for_driver()
+    rehearsal.process.kill()
+    rehearsal.finish()
+    assert processes.wait_for(lambda: (made.run.attempts / "1" / "end.json").exists(), 20)
+    assert made.end[0] == STOPPED and made.end[1].startswith("SIGTERM at node0")
+    gone = made.run.attempts / "1" / "heartbeat" / "0.json"
+    assert processes.wait_for(lambda: "left" in gone.read_text(), 20)
+
+
+@pytest.mark.ray
+def test_a_node_that_never_joins_is_named_within_the_deadline(tmp_path: Path) -> None:
+    made = make_run(tmp_path, 2, node_join_deadline_s=0.5)
+    out, _ = start_agent(made, 0).communicate(timeout=_DEADLINE_S)
+    code, reason = made.end
+    assert code == FAILED
+    assert reason.startswith("did not join within 0.5 s: node1 (node 1, ") and "agent-1.log" in reason
+    assert reason in out
+
+
+def test_a_worker_without_a_head_gives_up_and_names_it(tmp_path: Path) -> None:
+    made = make_run(tmp_path, 2, ray_start_deadline_s=0.5)
+    agent = start_agent(made, 1)
+    agent.communicate(timeout=_DEADLINE_S)
+    assert agent.returncode == FAILED
+    assert made.end[1].startswith("waited 0.5 s for the Ray head on node0; see ")
+
+
+def test_an_agent_pinned_to_one_core_says_so(tmp_path: Path) -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two cores")
+    agent = start_agent(make_run(tmp_path, 1), 0, "taskset", "-c", str(min(os.sched_getaffinity(0))))
+    out, _ = agent.communicate(timeout=_DEADLINE_S)
+    assert agent.returncode == FAILED
+    assert "agent of node0 is pinned to 1 of the 2 cores" in out and "--cpus-per-task=2" in out
+
+
+def test_cores_that_a_machine_does_not_have_are_not_asked_for() -> None:
+    check_cores(ClusterEnv.for_local(0, 1, "l0", cpus=len(os.sched_getaffinity(0))))
+    check_cores(ClusterEnv.for_local(0, 1, "l0", cpus=0))
+
+
+def test_a_gpu_node_whose_torch_sees_no_cuda_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(RunError, match="sees no CUDA on node0.*--target cuda"):
+        check_gpus(ClusterEnv.for_local(0, 1, "l0"), needed=2)
+
+
+def test_outside_a_job_the_task_says_how_to_start_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    run = make_run(tmp_path, 1).run
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.node", str(run.path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == FAILED
+    assert done.stderr.count("\n") == 1 and "start this with srun" in done.stderr
+
+
+def test_a_taken_port_is_passed_over() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert answers("127.0.0.1", port)
+        found = free_ports(port - 1, 2, "127.0.1.1")  # a listener elsewhere on the host counts too
+    assert port not in found and len(found) == 2 and found[0] > port
+    assert not answers("127.0.0.1", port)
+
+
+def test_ports_are_below_the_ephemeral_range() -> None:
+    bases = {ClusterEnv.for_local(0, 1, str(job)).port_base for job in range(10_000)}
+    assert min(bases) >= 20000 and max(bases) + 800 < 32768 + 100 and len(bases) > 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("n1", ["n1"]),
+        ("n[1,3-4],m7", ["n1", "n3", "n4", "m7"]),
+        ("gpu-[08-10]", ["gpu-08", "gpu-09", "gpu-10"]),
+        ("r[1-2]n[01-02]", ["r1n01", "r1n02", "r2n01", "r2n02"]),
+        ("a[1-2]-ib,b", ["a1-ib", "a2-ib", "b"]),
+    ],
+)
+def test_node_lists_expand_without_scontrol(text: str, names: list[str]) -> None:
+    assert expand_nodelist(text) == names
+
+
+def test_slurm_facts_of_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")  # no scontrol
+    environ = {
+        "SLURM_JOB_ID": "71", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_RESTART_COUNT": "3",
+        "SLURM_CPUS_PER_TASK": "16", "SLURM_CPUS_ON_NODE": "64", "SLURM_GPUS_ON_NODE": "8",
+    }  # fmt: skip
+    env = ClusterEnv.from_slurm(environ, "lo")
+    assert (env.node_name, env.node_names, env.num_nodes) == ("n2", ("n1", "n2"), 2)
+    assert (env.address, env.cpus, env.gpus, env.attempt_key) == ("127.0.0.1", 16, 8, "71-3")
+    assert len(str(env.scratch)) < 45
+    assert env.time_left_s() is None
+
+
+def test_an_unknown_interface_lists_those_that_exist() -> None:
+    with pytest.raises(RunError, match=r"network_interface=ib9 .*there: .*lo"):
+        interface_address("ib9")
+
+
+def test_descendants_are_found_through_generations() -> None:
+    with subprocess.Popen(["sh", "-c", "sleep 60 & wait"]) as shell:
+        assert processes.wait_for(lambda: len(descendants(shell.pid)) == 1, 5)
+        (grandchild,) = descendants(shell.pid)
+        assert {shell.pid, grandchild} <= descendants(os.getpid())
+        os.kill(grandchild, signal.SIGTERM)
+
+
+def test_open_run_is_required(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.node", str(tmp_path), "--attempt", "1"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == FAILED and "is not a run directory" in done.stderr
+    with pytest.raises(RunError):
+        RunDir.open(tmp_path)

@@ -1,0 +1,123 @@
+"""Submission, supervision and requeue on a real SLURM, with a real Ray and a stand-in for the trainer."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from jobs.slurm_submit import job_state, submit_sbatch, submit_submitit
+from nanoslime.run_dir import DONE, FAILED, STOPPED
+from nanoslime.types import RunError
+from tests import processes
+from tests.jobs.made_run import HOSTILE, MadeRun, driver, make_run
+from tests.slurm.cluster import SlurmCluster
+
+pytestmark = [pytest.mark.slurm, pytest.mark.ray]
+_DEADLINE_S = 150.0
+
+
+@pytest.fixture
+def slurm(slurm_cluster: SlurmCluster, no_leftovers: None, monkeypatch: pytest.MonkeyPatch) -> SlurmCluster:
+    """The cluster as a user's shell sees it. After the test nothing of its jobs may be left."""
+    monkeypatch.setenv("SLURM_CONF", str(slurm_cluster.config_file))
+    return slurm_cluster
+
+
+def logs(made: MadeRun) -> str:
+    files = sorted(file for file in made.run.path.rglob("*") if file.suffix in (".log", ".out"))
+    return "\n".join(f"--- {file}\n{file.read_text(errors='replace')[-2000:]}" for file in files)
+
+
+def wait_for_driver(made: MadeRun, attempt: int) -> None:
+    began = made.run.attempts / str(attempt) / "driver_began"
+    ended = made.run.attempts / str(attempt) / "end.json"
+    assert processes.wait_for(lambda: began.exists() or ended.exists(), _DEADLINE_S, 0.2), logs(made)
+    assert began.exists(), logs(made)
+
+
+def scratches(job_id: str) -> list[Path]:
+    return list(Path("/tmp").glob(f"ns-{job_id}-*"))
+
+
+def test_submitit_job_has_an_agent_per_node_and_roles_where_the_plan_says(
+    slurm: SlurmCluster, tmp_path: Path
+) -> None:
+    made = make_run(tmp_path / HOSTILE, 4)
+    job_id = submit_submitit(made.config, made.layout, made.run, driver("ray"))
+    slurm.wait_state(int(job_id), "COMPLETED", timeout_s=_DEADLINE_S)
+
+    assert (made.end, job_state(job_id)) == ((DONE, ""), "COMPLETED")
+    seen = json.loads((made.run.attempts / "1" / "seen.json").read_text())
+    found = {n["labels"]["nanoslime-node"]: (n["labels"]["nanoslime-role"], n["address"]) for n in seen}
+    assert found == {
+        "0": ("trainer", "127.0.1.1"),
+        "1": ("trainer", "127.0.1.2"),
+        "2": ("engine", "127.0.1.3"),
+        "3": ("engine", "127.0.1.4"),
+    }
+    assert {node["slots"] for node in seen} == {2.0}
+    head = json.loads((made.run.attempts / "1" / "head.json").read_text())
+    assert [node["name"] for node in head["nodes"]] == slurm.node_names
+    assert Path(head["token_path"]).stat().st_mode & 0o777 == 0o600
+    assert (made.run.path / "slurm").stat().st_mode & 0o777 == 0o700
+    assert scratches(job_id) == []
+
+
+@pytest.mark.parametrize("submit", [submit_submitit, submit_sbatch])
+def test_a_job_told_that_its_time_is_up_commits_requeues_and_goes_on(
+    slurm: SlurmCluster, tmp_path: Path, submit
+) -> None:
+    made = make_run(tmp_path / HOSTILE, 2)
+    job_id = submit(made.config, made.layout, made.run, driver("until-stop"))
+    wait_for_driver(made, 1)
+    slurm.run("scancel", "--signal=USR2", job_id)
+    wait_for_driver(made, 2)
+    slurm.wait_state(int(job_id), "COMPLETED", timeout_s=_DEADLINE_S)
+
+    first, second = (made.run.attempt(number) for number in (1, 2))
+    code, reason = first.ended() or (None, "")
+    assert (code, reason[:12]) == (STOPPED, "SIGUSR2 at n"), logs(made)
+    assert second.ended() == (DONE, "")
+    assert (first.key, second.key) == (f"{job_id}-0", f"{job_id}-1")
+    assert slurm.job(int(job_id))["Restarts"] == "1"
+    assert scratches(job_id) == []
+
+
+def test_a_killed_agent_fails_the_job_in_one_line_and_leaves_nothing(
+    slurm: SlurmCluster, tmp_path: Path
+) -> None:
+    made = make_run(tmp_path, 2)
+    job_id = submit_sbatch(made.config, made.layout, made.run, driver("deaf"))
+    wait_for_driver(made, 1)
+    agent = json.loads((made.run.attempts / "1" / "nodes" / "1.json").read_text())
+    os.kill(agent["pid"], signal.SIGKILL)
+    slurm.wait_state(int(job_id), "FAILED", timeout_s=60)
+
+    code, reason = made.end
+    assert code == FAILED
+    assert "the agent of n2 was killed by SIGKILL" in reason and "agent-1.log" in reason
+    assert made.run.status()["phase"] == "failed" and made.run.status()["error"] == reason
+    assert scratches(job_id) == []
+
+
+def test_a_cancelled_job_leaves_nothing_and_is_not_requeued(slurm: SlurmCluster, tmp_path: Path) -> None:
+    made = make_run(tmp_path, 1)
+    job_id = submit_submitit(made.config, made.layout, made.run, driver("deaf"))
+    wait_for_driver(made, 1)
+    slurm.run("scancel", job_id)
+    slurm.wait_state(int(job_id), "CANCELLED", timeout_s=30)
+    assert processes.wait_for(lambda: not scratches(job_id), timeout_s=15)
+    code, reason = made.end
+    assert code == STOPPED and reason.startswith("SIGTERM at n")
+
+
+def test_sbatch_refusing_is_one_line(slurm: SlurmCluster, tmp_path: Path) -> None:
+    made = make_run(tmp_path, 1, partition="nowhere")
+    for submit in (submit_submitit, submit_sbatch):
+        with pytest.raises(
+            RunError, match="sbatch refused the job: .*invalid partition specified: nowhere"
+        ) as e:
+            submit(made.config, made.layout, made.run)
+        assert "\n" not in str(e.value)
