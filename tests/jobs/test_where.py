@@ -33,7 +33,7 @@ def touch(path: Path) -> None:
 
 
 def test_without_any_trace_it_is_a_rehearsal(machine):
-    found = detect(machine, {"HOME": "/home/x", "PATH": "/usr/bin", "SLURMLESS": "1"})
+    found = detect(machine, {"PATH": "bin", "SLURMLESS": "1"})
     assert found.traces == ()
     assert not found.has_slurm(local=False)
 
