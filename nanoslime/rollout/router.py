@@ -83,7 +83,7 @@ class SGLangRouter:
             "--port": port,
             "--prometheus-host": host,
             "--prometheus-port": metrics_port,
-            "--policy": "power_of_two",
+            "--policy": "power_of_two" if len(engines) > 1 else "round_robin",
             "--worker-startup-check-interval": 1,
             "--request-timeout-secs": int(engines[0].request_deadline_s),
         }
