@@ -10,6 +10,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,16 +39,16 @@ class ClusterEnv:
         """The same on all nodes of one life of the job, and only there."""
         return f"{self.job_id}-{self.restart_count}"
 
-    @property
-    def scratch(self) -> Path:
-        """Node-local directory of this job; short, since Ray puts AF_UNIX sockets (107 bytes) deep in it."""
-        return Path("/tmp") / f"ns-{self.job_id}-{self.node_index}"
+    def scratch(self, attempt: Path) -> Path:
+        """Node-local directory of an attempt; short, since Ray puts AF_UNIX sockets (107 bytes) deep in it.
 
-    @property
-    def port_base(self) -> int:
-        """First candidate of this job's ports, below the ephemeral range (32768 and up)."""
-        digits = re.sub(r"\D", "", self.job_id) or "0"
-        return 20000 + int(digits) * 8 % 12000
+        Named after the attempt's directory too, since job ids of two clusters on one host are the same.
+        """
+        return Path("/tmp") / f"ns-{self.job_id}-{self.node_index}-{tag(attempt):08x}"
+
+    def first_port(self, attempt: Path) -> int:
+        """First candidate of the attempt's ports, below the ephemeral range (32768 and up)."""
+        return 20000 + zlib.crc32(self.job_id.encode(), tag(attempt)) % 1500 * 8
 
     def time_left_s(self) -> float | None:
         """Seconds until the job's time limit; None without one, or where SLURM does not say."""
@@ -92,6 +93,11 @@ class ClusterEnv:
         names = tuple(f"node{i}" for i in range(num_nodes))
         address = f"127.0.1.{1 + index}"
         return cls(index, num_nodes, names[index], names, address, job_id, 0, cpus, 0, local=True)
+
+
+def tag(attempt: Path) -> int:
+    """32 bits that stand for an attempt's directory."""
+    return zlib.crc32(str(attempt).encode())
 
 
 def free_ports(first: int, count: int, address: str, tries: int = 100) -> list[int]:

@@ -141,7 +141,8 @@ def run_local(config: RunConfig, layout: Layout, run: RunDir, driver: str = "") 
         finally:
             children.end_descendants(others)
             for node in range(layout.num_nodes):
-                remove_scratch(ClusterEnv.for_local(node, layout.num_nodes, job_id).scratch)
+                env = ClusterEnv.for_local(node, layout.num_nodes, job_id)
+                remove_scratch(env.scratch(attempt.path))
     code, reason = attempt.ended() or (FAILED, "the agents ended without saying why")
     if code:
         print(f"{'stopped' if code == STOPPED else 'failed'}: {reason}", file=sys.stderr, flush=True)

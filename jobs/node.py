@@ -63,6 +63,7 @@ class Agent:
         self, attempt: Attempt, config: RunConfig, layout: Layout, env: ClusterEnv, driver: str = ""
     ):
         self._attempt, self._config, self._layout, self._env = attempt, config, layout, env
+        self._scratch = env.scratch(attempt.path)
         self._driver_command = shlex.split(driver) or [sys.executable, "-m", "nanoslime.train"]
         self._children: list[Child] = []
         self._driver: Child | None = None
@@ -112,9 +113,9 @@ class Agent:
             time.sleep(_TICK_S)
 
     def _start_head(self, token: Path) -> str:
-        ports = free_ports(self._env.port_base, 2, self._env.address)
+        ports = free_ports(self._env.first_port(self._attempt.path), 2, self._env.address)
         ray_node.make_token(token)
-        command = ray_node.head_command(Path(sys.executable), self._env, self._layout, ports)
+        command = ray_node.head_command(Path(sys.executable), self._env, self._layout, self._scratch, ports)
         log = self._start_ray(command, token)
         # the others may start as soon as the head's port answers: that is before `ray start` is done
         deadline_s = self._config.cluster.ray_start_deadline_s
@@ -130,13 +131,15 @@ class Agent:
         log = self._attempt.log("agent", 0)
         self._wait(lambda: seen(path), deadline_s, f"the Ray head on {self._env.node_names[0]}", log)
         address = read_json(path)["ray_address"]
-        command = ray_node.worker_command(Path(sys.executable), self._env, self._layout, address)
+        command = ray_node.worker_command(
+            Path(sys.executable), self._env, self._layout, self._scratch, address
+        )
         self._wait_for_ray(self._start_ray(command, token))
 
     def _start_ray(self, command: list[str], token: Path) -> Path:
         """Start this node's Ray in a new scratch directory; returns its log."""
-        remove_scratch(self._env.scratch)  # a killed agent of this very job may have left one
-        self._env.scratch.mkdir(mode=0o700)
+        remove_scratch(self._scratch)  # a killed agent of this very job may have left one
+        self._scratch.mkdir(mode=0o700)
         log = self._attempt.log("ray", self._env.node_index)
         logger.info("starting: %s", shlex.join(command))
         env = ray_node.environment(os.environ, token)
@@ -272,7 +275,7 @@ class Agent:
         try:
             children.end_descendants()
         finally:
-            remove_scratch(self._env.scratch)
+            remove_scratch(self._scratch)
             self._attempt.leave(self._env.node_index)
         if self._leads:
             self._publish_end()
@@ -341,7 +344,7 @@ class NodeJob:
         if code not in (DONE, STOPPED):
             attempt.end(FAILED, agent.obituary())
         children.end_descendants()
-        remove_scratch(env.scratch)
+        remove_scratch(env.scratch(attempt.path))
         attempt.leave(env.node_index)
         return code if code in (DONE, STOPPED) else FAILED
 

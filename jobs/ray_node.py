@@ -35,9 +35,9 @@ def environment(base: Mapping[str, str], token: Path) -> dict[str, str]:
     }
 
 
-def head_command(python: Path, env: ClusterEnv, layout: Layout, ports: list[int]) -> list[str]:
+def head_command(python: Path, env: ClusterEnv, layout: Layout, scratch: Path, ports: list[int]) -> list[str]:
     """ports: GCS, Ray client."""
-    return _start(python, env, layout) + [
+    return _start(python, env, layout, scratch) + [
         "--head",
         f"--port={ports[0]}",
         f"--ray-client-server-port={ports[1]}",
@@ -45,11 +45,13 @@ def head_command(python: Path, env: ClusterEnv, layout: Layout, ports: list[int]
     ]
 
 
-def worker_command(python: Path, env: ClusterEnv, layout: Layout, ray_address: str) -> list[str]:
-    return [*_start(python, env, layout), f"--address={ray_address}"]
+def worker_command(
+    python: Path, env: ClusterEnv, layout: Layout, scratch: Path, ray_address: str
+) -> list[str]:
+    return [*_start(python, env, layout, scratch), f"--address={ray_address}"]
 
 
-def _start(python: Path, env: ClusterEnv, layout: Layout) -> list[str]:
+def _start(python: Path, env: ClusterEnv, layout: Layout, scratch: Path) -> list[str]:
     """What head and workers have in common. Ports that are not named are chosen by the kernel."""
     role = layout.roles(env.node_index).replace("+", "_") or "idle"
     on_gpu = layout.device == "cuda"
@@ -67,7 +69,7 @@ def _start(python: Path, env: ClusterEnv, layout: Layout) -> list[str]:
         *kind,
         f"--resources={json.dumps({'slot': layout.slots_per_node})}",
         f"--labels=nanoslime-node={env.node_index},nanoslime-role={role}",
-        f"--temp-dir={env.scratch}",
+        f"--temp-dir={scratch}",
         "--min-worker-port=0",
         "--max-worker-port=0",
         "--dashboard-agent-listen-port=0",

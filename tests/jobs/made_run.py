@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jobs.cluster_env import tag
 from nanoslime.config.cluster import ClusterConfig
 from nanoslime.config.load import dump
 from nanoslime.config.run import RunConfig
@@ -48,6 +49,12 @@ def make_run(root: Path, num_nodes: int, device: str = "cpu", **cluster: Any) ->
     run.config.write_text(dump(config))
     run.plan.write_text(layout.to_json())
     return MadeRun(config, layout, run)
+
+
+def scratches(root: Path) -> list[Path]:
+    """Scratch directories of every attempt of the runs below `root`."""
+    attempts = [file.parent for file in root.rglob("attempt.json") if file.parent.name.isdigit()]
+    return [path for attempt in attempts for path in Path("/tmp").glob(f"ns-*-{tag(attempt):08x}")]
 
 
 def driver(mode: str) -> str:

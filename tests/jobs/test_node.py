@@ -18,7 +18,7 @@ from jobs.node import check_cores, check_gpus
 from nanoslime.run_dir import DONE, FAILED, STOPPED, RunDir
 from nanoslime.types import RunError
 from tests import processes
-from tests.jobs.made_run import HOSTILE, MadeRun, driver, make_run
+from tests.jobs.made_run import HOSTILE, MadeRun, driver, make_run, scratches
 
 ROOT = Path(__file__).parents[2]
 _DEADLINE_S = 120.0
@@ -28,9 +28,7 @@ _DEADLINE_S = 120.0
 def clean(no_leftovers: None, tmp_path: Path) -> Iterator[None]:
     """No process and no scratch directory of the test's attempts is left."""
     yield
-    keys = [json.loads(file.read_text())["key"] for file in tmp_path.rglob("attempt.json")]
-    left = [path for key in keys for path in Path("/tmp").glob(f"ns-{key.rpartition('-')[0]}-*")]
-    assert left == [], "scratch directories left"
+    assert scratches(tmp_path) == []
 
 
 def start_agent(made: MadeRun, node: int, *prefix: str) -> subprocess.Popen[str]:
@@ -200,8 +198,9 @@ def test_a_taken_port_is_passed_over() -> None:
 
 
 def test_ports_are_below_the_ephemeral_range() -> None:
-    bases = {ClusterEnv.for_local(0, 1, str(job)).port_base for job in range(10_000)}
-    assert min(bases) >= 20000 and max(bases) + 800 < 32768 + 100 and len(bases) > 1000
+    run = Path("/shared/runs/run/attempts/1")
+    ports = {ClusterEnv.for_local(0, 1, str(job)).first_port(run) for job in range(10_000)}
+    assert min(ports) >= 20000 and max(ports) + 200 < 32768 and len(ports) > 1000
 
 
 @pytest.mark.parametrize(
@@ -227,7 +226,7 @@ def test_slurm_facts_of_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
     env = ClusterEnv.from_slurm(environ, "lo")
     assert (env.node_name, env.node_names, env.num_nodes) == ("n2", ("n1", "n2"), 2)
     assert (env.address, env.cpus, env.gpus, env.attempt_key) == ("127.0.0.1", 16, 8, "71-3")
-    assert len(str(env.scratch)) < 45
+    assert len(str(env.scratch(Path("/shared/runs") / ("x" * 200)))) < 45
     assert env.time_left_s() is None
 
 

@@ -3,15 +3,17 @@
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 
+from jobs.node import ROOT
 from jobs.slurm_submit import job_state, submit_sbatch, submit_submitit
 from nanoslime.run_dir import DONE, FAILED, STOPPED
 from nanoslime.types import RunError
 from tests import processes
-from tests.jobs.made_run import HOSTILE, MadeRun, driver, make_run
+from tests.jobs.made_run import HOSTILE, MadeRun, driver, make_run, scratches
 from tests.slurm.cluster import SlurmCluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.ray]
@@ -37,10 +39,6 @@ def wait_for_driver(made: MadeRun, attempt: int) -> None:
     assert began.exists(), logs(made)
 
 
-def scratches(job_id: str) -> list[Path]:
-    return list(Path("/tmp").glob(f"ns-{job_id}-*"))
-
-
 def test_submitit_job_has_an_agent_per_node_and_roles_where_the_plan_says(
     slurm: SlurmCluster, tmp_path: Path
 ) -> None:
@@ -62,7 +60,7 @@ def test_submitit_job_has_an_agent_per_node_and_roles_where_the_plan_says(
     assert [node["name"] for node in head["nodes"]] == slurm.node_names
     assert Path(head["token_path"]).stat().st_mode & 0o777 == 0o600
     assert (made.run.path / "slurm").stat().st_mode & 0o777 == 0o700
-    assert scratches(job_id) == []
+    assert scratches(tmp_path) == []
 
 
 @pytest.mark.parametrize("submit", [submit_submitit, submit_sbatch])
@@ -82,7 +80,7 @@ def test_a_job_told_that_its_time_is_up_commits_requeues_and_goes_on(
     assert second.ended() == (DONE, "")
     assert (first.key, second.key) == (f"{job_id}-0", f"{job_id}-1")
     assert slurm.job(int(job_id))["Restarts"] == "1"
-    assert scratches(job_id) == []
+    assert scratches(tmp_path) == []
 
 
 def test_a_killed_agent_fails_the_job_in_one_line_and_leaves_nothing(
@@ -99,7 +97,7 @@ def test_a_killed_agent_fails_the_job_in_one_line_and_leaves_nothing(
     assert code == FAILED
     assert "the agent of n2 was killed by SIGKILL" in reason and "agent-1.log" in reason
     assert made.run.status()["phase"] == "failed" and made.run.status()["error"] == reason
-    assert scratches(job_id) == []
+    assert scratches(tmp_path) == []
 
 
 def test_a_cancelled_job_leaves_nothing_and_is_not_requeued(slurm: SlurmCluster, tmp_path: Path) -> None:
@@ -108,7 +106,7 @@ def test_a_cancelled_job_leaves_nothing_and_is_not_requeued(slurm: SlurmCluster,
     wait_for_driver(made, 1)
     slurm.run("scancel", job_id)
     slurm.wait_state(int(job_id), "CANCELLED", timeout_s=30)
-    assert processes.wait_for(lambda: not scratches(job_id), timeout_s=15)
+    assert processes.wait_for(lambda: not scratches(tmp_path), timeout_s=15)
     code, reason = made.end
     assert code == STOPPED and reason.startswith("SIGTERM at n")
 
@@ -121,3 +119,15 @@ def test_sbatch_refusing_is_one_line(slurm: SlurmCluster, tmp_path: Path) -> Non
         ) as e:
             submit(made.config, made.layout, made.run)
         assert "\n" not in str(e.value)
+
+
+def test_the_template_ends_before_the_step_when_its_flags_are_refused(
+    slurm: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NANOSLIME_PYTHON", sys.executable)
+    monkeypatch.chdir(ROOT)
+    output = tmp_path / "out"
+    template = str(ROOT / "jobs" / "templates" / "grpo.sbatch")
+    job_id = slurm.sbatch("--nodes=1", f"--output={output}", template, "--no-such-flag=1")
+    slurm.wait_state(job_id, "FAILED", timeout_s=60)
+    assert "no-such-flag" in output.read_text() and "the run was not prepared" in output.read_text()
