@@ -1,2 +1,1 @@
-from tests.serving import *  # noqa: F403
 from tests.serving import other_model, sglang_engine, shared_server, tiny_model  # noqa: F401

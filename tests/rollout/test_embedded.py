@@ -10,7 +10,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from nanoslime.rollout.embedded import EmbeddedEngine, pick
 from nanoslime.types import Engine, GenerateRequest, Generation, RunError, Status
-from tests.rollout.conftest import VOCAB_SIZE, reference_logprobs, save_tiny_model
+from tests.serving import VOCAB_SIZE, reference_logprobs, save_tiny_model
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from nanoslime.rollout.recorder import record
 from nanoslime.rollout.router import LeastInflightRouter, SGLangRouter, make_router
 from nanoslime.rollout.sglang import EngineLost, SGLangEngine
 from nanoslime.types import GenerateRequest, Generation, Prompt, RunError, Sample, SampleGroup, Status
-from tests.rollout.conftest import pick_port, reference_logprobs
+from tests.serving import pick_port, reference_logprobs
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from nanoslime.process_groups import join_group
 from nanoslime.rollout.sglang import SGLangEngine
 from nanoslime.types import BroadcastEngine, GenerateRequest, Generation, RunError, Status
-from tests.rollout.conftest import VOCAB_SIZE, pick_port, reference_logprobs
+from tests.serving import VOCAB_SIZE, pick_port, reference_logprobs
 
 pytestmark = pytest.mark.sglang
 
@@ -103,24 +103,24 @@ def test_paused_requests_go_on_under_the_new_version(sglang_engine: SGLangEngine
     assert (reference - torch.tensor(answers[0].logprobs)[second:]).abs().max() < 1e-4
 
 
-def test_flush_names_the_engine_when_requests_do_not_end(shared_server: SGLangEngine) -> None:
+def test_flush_names_the_engine_when_requests_do_not_end(sglang_engine: SGLangEngine) -> None:
     impatient = SGLangEngine(
         name="engine-0",
-        url=shared_server.url,
-        log=shared_server.log,
+        url=sglang_engine.url,
+        log=sglang_engine.log,
         vocab_size=VOCAB_SIZE,
         control_deadline_s=1.0,
     )
     request = GenerateRequest(PROMPT, n=1, max_new_tokens=400, temperature=1.0)
-    thread = threading.Thread(target=lambda: asyncio.run(shared_server.generate(request)))
+    thread = threading.Thread(target=lambda: asyncio.run(sglang_engine.generate(request)))
     thread.start()
     time.sleep(0.3)
-    shared_server.pause("in_place")
+    sglang_engine.pause("in_place")
     try:
         with pytest.raises(RunError, match="engine-0 at .* cache not flushed in 1 s"):
             impatient.flush()
     finally:
-        shared_server.resume()
+        sglang_engine.resume()
         thread.join(60)
 
 

@@ -1,8 +1,10 @@
-"""Servers that do not come up, that die, or whose owner dies: the cause in one line, and no process left."""
+"""Servers that do not come up, that die, or whose owner dies: the cause in one line, and no process left.
+
+The last file of the folder: one of its tests kills the session's SGLang server.
+"""
 
 import asyncio
 import os
-import pickle
 import signal
 import socket
 import subprocess
@@ -18,7 +20,7 @@ from nanoslime.rollout.child_process import ChildProcess
 from nanoslime.rollout.sglang import EngineLost, SGLangEngine, SGLangServer
 from nanoslime.types import GenerateRequest, RunError
 from tests import processes
-from tests.rollout.conftest import make_server, pick_port
+from tests.serving import ServerOwner, make_server, pick_port, process_group
 
 ROOT = Path(__file__).parents[2]
 # A server that has a child of its own, never answers, and ignores polite requests to end.
@@ -37,18 +39,6 @@ def fake_server(model: Path, log: Path, program: str) -> SGLangServer:
     return server
 
 
-def group(pid: int) -> list[str]:
-    """Commands of the live processes in a process group."""
-    found = []
-    for process in processes.all_processes().values():
-        try:
-            if os.getpgid(process.pid) == pid:
-                found.append(process.command)
-        except ProcessLookupError:
-            continue
-    return found
-
-
 def run_owner(program: str, *arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", program, *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -56,10 +46,8 @@ def run_owner(program: str, *arguments: object) -> subprocess.Popen[str]:
 
 def test_a_server_that_never_answers(tiny_model: Path, tmp_path: Path, no_leftovers: None) -> None:
     server = fake_server(tiny_model, tmp_path / "engine-3.log", STUBBORN)
-    with pytest.raises(
-        RunError, match=r"engine engine-3 was not up after 2 s \(awaited: 200 from http://127.0.0.1:\d+/health\); "
-        r"log: .*engine-3.log; last line: loading shards$"
-    ):  # fmt: skip
+    awaited = r"engine engine-3 was not up after 2 s \(awaited: 200 from http://127.0.0.1:\d+/health\); "
+    with pytest.raises(RunError, match=awaited + r"log: .*engine-3.log; last line: loading shards$"):
         server.start(deadline_s=2)
     assert not server.alive()
     server.close()
@@ -121,11 +109,11 @@ def test_a_child_outlives_the_thread_that_started_it(tmp_path: Path, no_leftover
     )
     thread.start()
     thread.join()
-    assert processes.wait_for(lambda: len(group(children[0].pid)) == 2, timeout_s=20)
+    assert processes.wait_for(lambda: len(process_group(children[0].pid)) == 2, timeout_s=20)
     time.sleep(0.3)
     assert children[0].alive()
     children[0].close()
-    assert not group(children[0].pid) and not children[0].alive()
+    assert not process_group(children[0].pid) and not children[0].alive()
     children[0].close()
 
 
@@ -144,45 +132,29 @@ time.sleep(600)
 def test_nothing_survives_the_owner(tmp_path: Path, no_leftovers: None, how: signal.Signals) -> None:
     owner = run_owner(OWNER_OF_A_CHILD, tmp_path / "log")
     pid = int(owner.stdout.readline())
-    assert processes.wait_for(lambda: len(group(pid)) == 2, timeout_s=20)
+    assert processes.wait_for(lambda: len(process_group(pid)) == 2, timeout_s=20)
     owner.send_signal(how)
     owner.wait(10)
-    assert processes.wait_for(lambda: not group(pid), timeout_s=5)
-
-
-OWNER_OF_A_SERVER = """
-import pickle, sys, time
-from pathlib import Path
-from tests.rollout.conftest import make_server, pick_port
-server = make_server(Path(sys.argv[1]), Path(sys.argv[2]), pick_port(), name="engine-5")
-engine = server.start(deadline_s=240)
-Path(sys.argv[3]).write_bytes(pickle.dumps(engine))
-print(server.pid, flush=True)
-time.sleep(600)
-"""
+    assert processes.wait_for(lambda: not process_group(pid), timeout_s=5)
 
 
 @pytest.mark.sglang
 def test_no_part_of_a_real_server_survives_its_owner(
-    tiny_model: Path, tmp_path: Path, no_leftovers: None
+    sglang_engine: SGLangEngine, shared_server: ServerOwner, no_leftovers: None
 ) -> None:
     """The owner is killed while a request runs; whoever waits for the request learns which engine is lost."""
-    log = tmp_path / "engine-5.log"
-    owner = run_owner(OWNER_OF_A_SERVER, tiny_model, log, tmp_path / "engine")
-    pid = int(owner.stdout.readline() or 0)
-    engine: SGLangEngine = pickle.loads((tmp_path / "engine").read_bytes())
-    assert engine.health() and len(group(pid)) >= 3  # HTTP server, scheduler, detokenizer
-    threading.Timer(1.0, owner.kill).start()
+    pid = shared_server.server_pid
+    assert sglang_engine.health() and len(process_group(pid)) >= 3  # HTTP server, scheduler, detokenizer
+    threading.Timer(1.0, shared_server.kill).start()
     request = GenerateRequest([5], n=1, max_new_tokens=4000, temperature=1.0)
     with pytest.raises(
-        EngineLost, match=f"engine engine-5 at {engine.url}: /generate failed: .*; log: {log}; last"
+        EngineLost, match="engine engine-0 at http.*: /generate failed: .*; log: .*engine-0.log; last"
     ):
-        asyncio.run(engine.generate(request))
-    owner.wait(10)
-    assert processes.wait_for(lambda: not group(pid), timeout_s=5), group(pid)
-    with pytest.raises(RunError, match=r"engine-5 .*/pause_generation failed: ConnectionError"):
-        engine.pause()
-    assert not engine.health()
+        asyncio.run(sglang_engine.generate(request))
+    assert processes.wait_for(lambda: not process_group(pid), timeout_s=5), process_group(pid)
+    with pytest.raises(RunError, match=r"engine-0 .*/pause_generation failed: ConnectionError"):
+        sglang_engine.pause()
+    assert not sglang_engine.health()
 
 
 SLOW = """

@@ -1,0 +1,174 @@
+"""Tiny checkpoints, one real SGLang server for the folder, and the reference that engines are compared
+with."""
+
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from nanoslime.config.rollout import RolloutConfig
+from nanoslime.rollout.sglang import SGLangEngine, SGLangServer
+from tests import processes
+
+VOCAB_SIZE = 320
+
+
+def save_tiny_model(path: Path, seed: int, tie: bool = False) -> Path:
+    """A Qwen3 of two layers with random weights, in float32, and a tokenizer of bytes with a chat
+    template."""
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=128,
+        max_position_embeddings=4096,
+        tie_word_embeddings=tie,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=None,  # random weights would sample it now and then, and end requests too early
+    )
+    Qwen3ForCausalLM(config).save_pretrained(path)
+    vocab = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    fast.save_pretrained(path)
+    return path
+
+
+def reference_logprobs(
+    path: Path, prompt: list[int], response: list[int], temperature: float
+) -> torch.Tensor:
+    """log p of each response token by plain transformers, float32, one sequence: [R]."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+    rows = torch.log_softmax(logits.double() / temperature, -1)
+    return rows.gather(1, torch.tensor(response)[:, None])[:, 0]
+
+
+def pick_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def make_server(model: Path, log: Path, port: int, name: str = "engine-0", **sglang: object) -> SGLangServer:
+    return SGLangServer(
+        name=name,
+        model_path=str(model),
+        config=RolloutConfig(sglang={"max_total_tokens": 8192, "max_running_requests": 64, **sglang}),
+        dtype="float32",
+        device="cpu",
+        host="127.0.0.1",
+        port=port,
+        log=log,
+        seed=0,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model_a"), seed=0)
+
+
+@pytest.fixture(scope="session")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Same names and shapes as `tiny_model`, other weights."""
+    return save_tiny_model(tmp_path_factory.mktemp("model_b"), seed=1)
+
+
+OWNER = """
+import pickle, sys
+from pathlib import Path
+from tests.serving import make_server, pick_port
+server = make_server(Path(sys.argv[1]), Path(sys.argv[2]), pick_port())
+print(pickle.dumps((server.start(deadline_s=280), server.pid)).hex(), flush=True)
+sys.stdin.read()
+server.close()
+"""
+
+
+class ServerOwner:
+    """The process that owns the shared SGLang server; not the test session, so that a test can kill the
+    owner.
+
+    Started when an engine is first asked for, and again when it was killed.
+    """
+
+    def __init__(self, model: Path, log: Path) -> None:
+        self._arguments = [str(model), str(log)]
+        self._process: subprocess.Popen[str] | None = None
+        self._engine: SGLangEngine | None = None
+        self.server_pid = 0
+
+    def engine(self) -> SGLangEngine:
+        if self._process is None or self._process.poll() is not None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", OWNER, *self._arguments],
+                cwd=Path(__file__).parents[1],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            self._engine, self.server_pid = pickle.loads(bytes.fromhex(self._process.stdout.readline()))
+        assert self._engine is not None
+        return self._engine
+
+    def kill(self) -> None:
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait(10)
+
+    def close(self) -> None:
+        """Ask the owner to close its server and to end."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.stdin.close()
+            assert self._process.wait(30) == 0
+            assert not process_group(self.server_pid)
+
+
+def process_group(group: int) -> list[str]:
+    """Commands of the live processes in a process group."""
+    found = []
+    for process in processes.all_processes().values():
+        try:
+            if os.getpgid(process.pid) == group:
+                found.append(process.command)
+        except ProcessLookupError:
+            continue
+    return found
+
+
+@pytest.fixture(scope="session")
+def shared_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerOwner]:
+    owner = ServerOwner(tiny_model, tmp_path_factory.mktemp("sglang") / "engine-0.log")
+    yield owner
+    owner.close()
+
+
+@pytest.fixture
+def sglang_engine(shared_server: ServerOwner, tiny_model: Path) -> SGLangEngine:
+    """The session's server with the weights of `tiny_model` at version 0, whatever the test before did."""
+    engine = shared_server.engine()
+    engine.resume()
+    engine.flush()
+    engine.update_weights_from_disk(str(tiny_model), 0)
+    return engine
