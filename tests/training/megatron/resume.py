@@ -16,7 +16,7 @@ from tests.training.parity import KL, Layout, assemble, copied, make_backend, tr
 def interrupted(
     layout: Layout, model_dir: Path, rank: int, tmp: Path, steps: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """A step, save, a step; then a new backend that has trained on other data: load, the same step."""
+    """A step, save, a step; then a new backend that has done two steps of its own: load, the same step."""
     first = make_backend(layout, model_dir, rank, tmp / "rendezvous")
     batches = [train_batch(step, first.dp_rank, first.dp_size) for step in steps]
     first.train_step(batches[0], GRPO(KL))
@@ -30,7 +30,8 @@ def interrupted(
     dist.destroy_process_group()
 
     second = make_backend(layout, model_dir, rank, tmp / "rendezvous-2")
-    second.train_step(batches[1], GRPO(KL))
+    for batch in batches[::-1]:  # twice, so that its step counts differ from the saved ones
+        second.train_step(batch, GRPO(KL))
     second.load(path)
     loaded = _state(second)
     return {
