@@ -14,6 +14,8 @@ import logging
 import sys
 import time
 
+from transformers.utils.logging import disable_progress_bar
+
 from nanoslime.orchestration.launch import Launch, parse
 from nanoslime.orchestration.report import Clock, write_summary
 from nanoslime.orchestration.session import Session
@@ -90,6 +92,7 @@ def run(launch: Launch) -> int:
 
 def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    disable_progress_bar()  # of transformers: a bar for each of many small reads
     try:
         launch = parse(argv)
     except (RunError, ValueError) as e:

@@ -7,10 +7,11 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch.distributed as dist
+from huggingface_hub import snapshot_download
 
 from nanoslime import layout
 from nanoslime.config import RunConfig
@@ -20,7 +21,9 @@ from nanoslime.models.tiny import tiny_qwen3_config
 from nanoslime.orchestration.session import Phase, Session, open_local, open_ray
 from nanoslime.process_groups import free_port
 from nanoslime.run_dir import Attempt, RunDir
+from nanoslime.storage.safetensors_file import read_headers
 from nanoslime.training.backend import RankEnv, init_process_group
+from nanoslime.types import RunError
 
 MOCK_RECIPE = Path(__file__).parents[2] / "jobs" / "recipes" / "mock.yaml"
 
@@ -58,8 +61,26 @@ def _submitted(run: RunDir, number: int) -> Launch:
     return Launch(attempt, lambda phase: open_ray(config, attempt, plan, phase, local=False), leads=True)
 
 
+def _with_local_checkpoint(config: RunConfig) -> RunConfig:
+    """The configuration with a checkpoint that is a whole local directory; a hub id is fetched."""
+    if config.rehearsal.enabled:
+        return config
+    name, path = config.model.hf_checkpoint, Path(config.model.hf_checkpoint)
+    if not path.is_dir():
+        try:
+            path = Path(snapshot_download(name, revision=config.model.revision or None))
+        except (OSError, ValueError) as e:  # the hub's own errors are OSErrors
+            raise RunError(
+                f"model.hf_checkpoint={name!r} is neither a directory nor a hub id to fetch: {type(e).__name__}"
+            ) from e
+    ModelShape.read(path)
+    read_headers(path)
+    return replace(config, model=replace(config.model, hf_checkpoint=str(path.absolute())))
+
+
 def _on_this_machine(config: RunConfig, run: RunDir | None) -> Launch:
     """`run`: goes on with an existing run."""
+    config = _with_local_checkpoint(config)
     if config.training.num_gpus and "RANK" not in os.environ:
         attempt = _new_attempt(config, run)
         plan = layout.plan(config, _shape(config))

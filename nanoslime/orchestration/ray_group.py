@@ -39,6 +39,7 @@ SLOT = "slot"  # the Ray resource that stands for a GPU on nodes that have none
 def connect(head: dict[str, Any], num_nodes: int, deadline_s: float) -> None:
     """Connects the driver to the cluster that the node agents started; waits until every node has joined."""
     ray.init(
+        logging_level=logging.WARNING,
         address=head["ray_address"],
         _node_ip_address=head["node_ip"],
         log_to_driver=False,
@@ -61,6 +62,7 @@ def start_local(num_slots: int, device: str) -> None:
         "RAY_AUTH_MODE", "disabled"
     )  # Ray's own switch: a cluster on loopback that ends with this process
     ray.init(
+        logging_level=logging.WARNING,
         num_cpus=max(2, num_slots), labels={NODE_LABEL: "0"}, include_dashboard=False, log_to_driver=False,
         _node_ip_address="127.0.0.1", namespace="nanoslime", **kinds,
     )  # fmt: skip

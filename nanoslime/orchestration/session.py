@@ -35,7 +35,7 @@ from nanoslime.rollout.sglang import SGLangServer
 from nanoslime.run_dir import Attempt, RunDir
 from nanoslime.storage.commit import remove_leftovers
 from nanoslime.storage.shared_files import read_json
-from nanoslime.training.backend import RankEnv, init_process_group
+from nanoslime.training.backend import RankEnv
 from nanoslime.types import Engine
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ def open_local(config: RunConfig, attempt: Attempt, env: RankEnv, phase: Phase) 
     resources = ExitStack()
     with resources:
         leads = env.rank == 0
-        init_process_group(env, config.training.start_deadline_s)
+        resources.callback(dist.destroy_process_group)  # launch has joined it, to agree on the run directory
         phase("model")
         if leads:
             prepare_model(config, attempt.run)

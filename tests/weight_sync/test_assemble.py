@@ -1,4 +1,4 @@
-"""The plan covers every tensor exactly once, and what arrives on rank 0 is bit-equal to what the ranks hold."""
+"""The plan covers every tensor exactly once; what arrives on rank 0 is bit-equal to what the ranks hold."""
 
 import itertools
 
@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 
 from nanoslime.batch import WeightShard
 from nanoslime.weight_sync.assemble import Assembler, make_plan
+from nanoslime.weight_sync.broadcast import buckets
 
 FULL = {
     "rows": torch.arange(24.0).reshape(6, 4),  # cut by rows, unevenly
@@ -32,7 +33,10 @@ def _shards(rank: int) -> list[WeightShard]:
 
 
 def _metas(*ranks):
-    return [[(s.name, s.full_shape, tuple((x.start, x.stop) for x in s.slices)) for s in shards] for shards in ranks]
+    return [
+        [(s.name, s.full_shape, tuple((x.start, x.stop) for x in s.slices)) for s in shards]
+        for shards in ranks
+    ]
 
 
 def test_plan_takes_every_element_once_and_replicas_from_the_lowest_rank():
@@ -83,8 +87,6 @@ def test_assembled_tensors_are_bit_equal_over_two_ranks(tmp_path):
 
 
 def test_buckets_keep_order_and_limit():
-    from nanoslime.weight_sync.broadcast import buckets
-
     named = [(str(i), torch.zeros(n)) for i, n in enumerate([10, 10, 100, 5, 5, 5])]
     got = [[name for name, _ in b] for b in buckets(named, limit_bytes=80)]
     assert got == [["0", "1"], ["2"], ["3", "4", "5"]]

@@ -1,0 +1,2 @@
+def always_one(text, label, metadata) -> float:
+    return 1.0

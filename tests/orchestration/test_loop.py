@@ -1,0 +1,191 @@
+"""The loop in one process with the real backend and the embedded engine: it learns, stops, resumes,
+refuses.
+"""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanoslime import rehearsal, train
+from nanoslime.orchestration.launch import Launch, parse
+from nanoslime.run_dir import DONE, FAILED, STOPPED, RunDir
+
+SMALL = [
+    "--rollout-batch-size",
+    "4",
+    "--n-samples-per-prompt",
+    "4",
+    "--no-use-tensorboard",
+    "--eval.max-prompts",
+    "20",
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> rehearsal.RehearsalFiles:
+    return rehearsal.make(tmp_path_factory.mktemp("files") / "model", num_held_out=200)
+
+
+def run_dir(root: Path, name: str, model: rehearsal.RehearsalFiles, more: str = "") -> list[str]:
+    """Flags of a mock run whose model is there already, so that no test waits for a warm start."""
+    files = ["--hf-checkpoint", model.model, "--prompts", model.train, "--eval-prompts", model.held_out]
+    where = ["--run-root", root, "--name", name, "--rehearsal.enabled=false"]
+    return ["--mock", *SMALL, *map(str, [*where, *files]), *more.split()]
+
+
+def rows(run: RunDir) -> list[dict]:
+    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
+
+
+def losses(run: RunDir) -> list[tuple[float, float, float]]:
+    return [(r["rollout/reward_mean"], r["train/loss"], r["train/grad_norm"]) for r in rows(run)]
+
+
+def test_a_run_ends_with_summary_checkpoint_and_export(tmp_path, model):
+    assert train.main([*run_dir(tmp_path, "whole", model), "--num-rollout", "2"]) == DONE
+    run = RunDir.open(tmp_path / "whole")
+    summary = json.loads(run.summary.read_text())
+    assert summary["steps"] == 2 and 0 < summary["reward_before"] < 1 and summary["logprob_gap_max"] < 1e-4
+    assert (
+        Path(summary["checkpoint"]).is_dir() and (Path(summary["hf_export"]) / "model.safetensors").is_file()
+    )
+    assert run.status()["phase"] == "done"
+    assert len((run.rollouts / "step_1.jsonl").read_text().splitlines()) == 16
+
+
+@pytest.mark.parametrize("backend", ["fsdp", pytest.param("megatron", marks=pytest.mark.megatron)])
+def test_a_stopped_run_resumes_exactly(tmp_path, model, backend, monkeypatch):
+    """Stopped after two of four rollouts and resumed: rewards, losses and gradient norms of an uninterrupted
+    run.
+    """
+    flags = run_dir(
+        tmp_path,
+        "straight",
+        model,
+        f"--backend {backend} --num-rollout 4 --use-kl-loss --kl-loss-coef 0.01",
+    )
+    assert train.main(flags) == DONE
+    flags[flags.index("straight")] = "stopped"
+    launch = parse(flags)
+    stop_after(2, launch, monkeypatch)
+    assert train.run(launch) == STOPPED
+    monkeypatch.undo()
+    stopped = RunDir.open(tmp_path / "stopped")
+    assert stopped.status()["phase"] == "stopped" and (stopped.checkpoints / "step_2").is_dir()
+    assert train.main(["--resume", str(stopped.path)]) == DONE
+    assert losses(stopped) == losses(RunDir.open(tmp_path / "straight"))
+    assert [r["step"] for r in rows(stopped)] == [0, 1, 2, 3]
+    assert json.loads(stopped.summary.read_text())["reward_before"] is not None
+
+
+def stop_after(rollouts: int, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asks for a stop, as an agent does on a signal, while that rollout is generated."""
+    attempt = launch.attempt
+    manager = "nanoslime.orchestration.rollout_manager.RolloutManager.generate"
+    generate = train_attribute(manager)
+
+    def stopping(self, step):
+        if step == rollouts - 1:
+            attempt.request_stop("a test asked")
+        return generate(self, step)
+
+    monkeypatch.setattr(manager, stopping)
+
+
+def train_attribute(path: str):
+    module, _, rest = path.rpartition(".RolloutManager.")
+    return getattr(sys.modules[module].RolloutManager, rest)
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(tmp_path, model, caplog):
+    flags = [*run_dir(tmp_path, "damaged", model), "--num-rollout", "2", "--save-interval", "1"]
+    assert train.main(flags) == DONE
+    run = RunDir.open(tmp_path / "damaged")
+    [newest] = [p for p in (run.checkpoints / "step_2" / "trainer").iterdir() if p.suffix == ".distcp"]
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    with caplog.at_level(logging.INFO):
+        assert train.main(["--resume", str(run.path), "--num-rollout", "2"]) == DONE
+    assert (
+        "refused" in caplog.text and newest.name in caplog.text and "resumed after 1 rollouts" in caplog.text
+    )
+
+
+def test_old_logprobs_are_taken_before_the_first_step(tmp_path, model):
+    """Two optimizer steps per rollout: the first is on-policy, the second is not, unless old logprobs follow
+    the steps.
+    """
+    flags = run_dir(
+        tmp_path,
+        "two",
+        model,
+        "--num-rollout 1 --num-steps-per-rollout 2 --lr 1e-2 --training.lr-warmup-steps 0 "
+        "--algorithm.filter-zero-std=false",
+    )
+    assert train.main(flags) == DONE
+    [row] = rows(RunDir.open(tmp_path / "two"))
+    assert (
+        row["train/ppo_kl_abs_max"] > 1e-2
+    )  # of the second step; 0 in both where old logprobs are taken too late
+
+
+def test_all_groups_filtered_leaves_the_weights_and_goes_on(tmp_path, model):
+    flags = [
+        *run_dir(tmp_path, "flat", model),
+        "--num-rollout",
+        "2",
+        "--reward",
+        "tests.orchestration.rewards:always_one",
+    ]
+    assert train.main(flags) == DONE
+    for row in rows(RunDir.open(tmp_path / "flat")):
+        assert row["rollout/dropped_group_zero_std"] == 4 and "train/loss" not in row
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--hf-checkpoint", "nowhere"], "model.hf_checkpoint='nowhere'"),
+        (["--reward", "no_such"], "data.reward='no_such' is unknown; choose one of exact_match"),
+        (["--tp-size", "3"], "tp_size"),
+        (["--lrr", "1"], "--lr"),
+    ],
+)
+def test_bad_input_ends_in_one_line(tmp_path, model, caplog, flags, message):
+    assert train.main([*run_dir(tmp_path, "bad", model), "--num-rollout", "1", *flags]) == FAILED
+    errors = [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
+    assert len(errors) == 1 and message in errors[0] and "Traceback" not in caplog.text
+
+
+def test_two_torchrun_ranks_equal_one(tmp_path, model):
+    """Rank 0 owns the engine and broadcasts each batch; the losses are those of a single process."""
+    flags = [*run_dir(tmp_path, "one", model), "--num-rollout", "2"]
+    assert train.main(flags) == DONE
+    flags[flags.index("one")] = "two"
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "0",
+        "--standalone",
+    ]
+    done = subprocess.run(
+        [*torchrun, "-m", "nanoslime.train", *flags], capture_output=True, text=True, timeout=200,
+        cwd=Path(train.__file__).parents[1], env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = losses(RunDir.open(tmp_path / "one")), losses(RunDir.open(tmp_path / "two"))
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
+    shutil.rmtree(tmp_path / "two")

@@ -1,0 +1,186 @@
+"""After every sync the engine samples from exactly the weights that the trainer holds: real SGLang, real
+trainers.
+
+Two trainer ranks (Megatron TP=2, FSDP DP=2) take large steps and send their weights to one running SGLang
+server, by broadcast and by disk. The engine's logprobs of what it samples and the trainer's of the same
+tokens then agree to 1e-4.
+"""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from nanoslime.config import AlgorithmConfig, ModelConfig, RolloutConfig, RunConfig, TrainingConfig
+from nanoslime.orchestration.worker import TrainWorker
+from nanoslime.rollout.sglang import SGLangEngine
+from nanoslime.training.backend import RankEnv
+from nanoslime.training.batching import plan
+from nanoslime.types import GenerateRequest, Sample, SampleGroup
+from tests.training.rank_pool import RankPool
+
+pytestmark = [pytest.mark.sglang]
+TEMPERATURE = 0.7
+
+
+def run_config(backend: str) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(dtype="float32"),
+        rollout=RolloutConfig(num_rollout=10, temperature=TEMPERATURE, rollout_batch_size=4),
+        algorithm=AlgorithmConfig(),
+        training=TrainingConfig(backend=backend, tp_size=2 if backend == "megatron" else 1, lr=5e-3),
+    )
+
+
+def sample(engine: SGLangEngine, seed: int) -> list[SampleGroup]:
+    """Four prompts, four samples each, with advantages that make every step move the weights."""
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(0, 200, size=5 + i).tolist() for i in range(4)]
+    requests = [
+        GenerateRequest(token_ids=p, n=4, max_new_tokens=12, temperature=TEMPERATURE) for p in prompts
+    ]
+
+    async def ask() -> list:
+        return await asyncio.gather(*(engine.generate(r) for r in requests))
+
+    groups = []
+    for group_id, (prompt, answers) in enumerate(zip(prompts, asyncio.run(ask()), strict=True)):
+        samples = [
+            Sample(
+                group_id=group_id,
+                rollout_id=4 * group_id + i,
+                token_ids=np.array(prompt + a.token_ids, dtype=np.int32),
+                loss_mask=np.arange(len(prompt) + len(a.token_ids)) >= len(prompt),
+                rollout_logprobs=np.array([0.0] * len(prompt) + a.logprobs, dtype=np.float32),
+                policy_versions=a.versions,
+                status=a.status,
+                reward=float(i),
+                advantage=float(i) - 1.5,
+            )
+            for i, a in enumerate(answers)
+        ]
+        groups.append(SampleGroup(group_id, samples))
+    return groups
+
+
+def gap(worker: TrainWorker, groups: list[SampleGroup]) -> float:
+    """Largest |trainer's logprob - engine's| over this rank's share of the response tokens."""
+    [shards] = plan(
+        groups,
+        num_steps=1,
+        dp_size=worker.dp_size,
+        max_tokens=64,
+        denominator="tokens",
+        temperature=TEMPERATURE,
+    )
+    shard = shards[worker.dp_rank]
+    logprobs = worker.backend.logprobs(shard, "policy")
+    pairs = zip(logprobs, shard.rollout_logprobs, shard.loss_mask, strict=True)
+    return max(float((ours - theirs)[mask].abs().max()) for ours, theirs, mask in pairs if mask.any())
+
+
+def train_once(worker: TrainWorker, groups: list[SampleGroup]) -> None:
+    batches = plan(
+        groups,
+        num_steps=1,
+        dp_size=worker.dp_size,
+        max_tokens=64,
+        denominator="tokens",
+        temperature=TEMPERATURE,
+    )
+    worker.train([shards[worker.dp_rank] for shards in batches])
+
+
+_worker: dict[str, TrainWorker] = {}  # of the rank's own process, between the calls of one test
+
+
+def open_worker(env: RankEnv, backend: str, model: Path, engine: SGLangEngine | None) -> None:
+    _worker["it"] = TrainWorker(run_config(backend), model, env)
+    if engine is not None:
+        _worker["it"].connect([engine], "127.0.0.1")
+
+
+def step(env: RankEnv, groups: list[SampleGroup]) -> float:
+    """One optimizer step; returns the gap on the same samples afterwards: what an engine with stale weights
+    would show.
+    """
+    train_once(_worker["it"], groups)
+    return gap(_worker["it"], groups)
+
+
+def broadcast(env: RankEnv, version: int) -> int:
+    return _worker["it"].broadcast(version)
+
+
+def write(env: RankEnv, path: Path) -> None:
+    _worker["it"].write_hf(path)
+
+
+def measure(env: RankEnv, groups: list[SampleGroup]) -> float:
+    return gap(_worker["it"], groups)
+
+
+def close_worker(env: RankEnv) -> None:
+    _worker.pop("it").close()
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[RankPool]:
+    pool = RankPool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.mark.megatron
+def test_broadcast_from_megatron_tp2_after_every_step(ranks, sglang_engine, tiny_model):
+    ranks(open_worker, "megatron", tiny_model, sglang_engine)
+    for version in (1, 2, 3):
+        groups = sample(sglang_engine, seed=version)
+        stale = max(ranks(step, groups))
+        sglang_engine.pause()
+        sent = ranks(broadcast, version)
+        sglang_engine.resume()
+        assert sent[0] > 400_000 and sent[1] == 0
+        assert sglang_engine.policy_version() == version
+        fresh = sample(sglang_engine, seed=10 + version)
+        assert {v for g in fresh for s in g.samples for _, v in s.policy_versions} == {version}
+        assert stale > 1e-2, "the step moved nothing: a stale engine would not be seen"
+        assert max(ranks(measure, fresh)) < 1e-4
+    ranks(close_worker)
+
+
+@pytest.mark.megatron
+def test_disk_sync_from_megatron_tp2(ranks, sglang_engine, tiny_model, tmp_path):
+    ranks(open_worker, "megatron", tiny_model, None)
+    assert max(ranks(step, sample(sglang_engine, seed=5))) > 1e-2
+    ranks(write, tmp_path / "version_7")
+    sglang_engine.update_weights_from_disk(str(tmp_path / "version_7"), 7)
+    assert sglang_engine.policy_version() == 7
+    assert max(ranks(measure, sample(sglang_engine, seed=6))) < 1e-4
+    ranks(close_worker)
+
+
+def test_broadcast_from_fsdp_dp2(two_ranks, sglang_engine, tiny_model):
+    two_ranks(open_worker, "fsdp", tiny_model, sglang_engine)
+    assert max(two_ranks(step, sample(sglang_engine, seed=8))) > 1e-2
+    two_ranks(broadcast, 1)
+    assert sglang_engine.policy_version() == 1
+    assert max(two_ranks(measure, sample(sglang_engine, seed=9))) < 1e-4
+    two_ranks(close_worker)
+
+
+def test_an_engine_with_another_model_is_not_silently_updated(two_ranks, sglang_engine, tiny_model, tmp_path):
+    """A checkpoint that lacks a tensor is refused by name, and the engine keeps its weights and version."""
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    tensors = load_file(tiny_model / "model.safetensors")
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, broken / "model.safetensors")
+    (broken / "config.json").write_text((tiny_model / "config.json").read_text())
+    with pytest.raises(RuntimeError, match="model.layers.1.mlp.up_proj.weight"):
+        sglang_engine.update_weights_from_disk(str(broken), 3)
+    assert sglang_engine.policy_version() == 0
