@@ -45,6 +45,7 @@ _TICK_S = 0.25
 _BEAT_S = 5.0
 _SILENCE_S = 90.0  # a node whose heartbeat stands still for so long is lost
 _LEAVE_S = 30.0  # patience with other agents that clean up
+_EXIT_S = 1.5
 _CUDA_DEADLINE_S = 30.0
 
 
@@ -129,7 +130,8 @@ class Agent:
         path = self._attempt.path / "ray_head.json"
         deadline_s = self._config.cluster.ray_start_deadline_s
         log = self._attempt.log("agent", 0)
-        self._wait(lambda: seen(path), deadline_s, f"the Ray head on {self._env.node_names[0]}", log)
+        what = f"the Ray head on {self._env.node_names[0]}"
+        self._wait(lambda: seen(path) and seen(token), deadline_s, what, log)
         address = read_json(path)["ray_address"]
         command = ray_node.worker_command(
             Path(sys.executable), self._env, self._layout, self._scratch, address
@@ -217,10 +219,8 @@ class Agent:
         while self._signals:
             sig = self._signals.pop(0)
             again = sig in (signal.SIGUSR1, signal.SIGUSR2)
-            if self._attempt.must_stop() is None:
-                logger.warning("%s: the driver is told to stop", sig.name)
-                reason = f"{sig.name} at {self._env.node_name}"
-                self._attempt.request_stop(reason, requeue=again)
+            logger.warning("%s: the driver is told to stop", sig.name)
+            self._attempt.request_stop(f"{sig.name} at {self._env.node_name}", requeue=again)
             if not again:  # SIGKILL follows, by SLURM after KillWait
                 self._kill_at = min(self._kill_at, time.monotonic() + max(1.0, self._env.kill_wait_s() * 0.6))
 
@@ -315,6 +315,8 @@ class NodeJob:
         requeue = signal.getsignal(signal.SIGUSR2)  # submitit's handler, if it started us
         attempt = _attempt_of(run, env, config.cluster.ray_start_deadline_s)
         code = self._guard(attempt, env)
+        if not callable(requeue):  # a SIGTERM that comes now must not replace the exit code
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if code == FAILED:
             raise RunError((attempt.ended() or (FAILED, "unknown"))[1])
         if code != STOPPED or not attempt.requeue_wanted():
@@ -333,7 +335,8 @@ class NodeJob:
         command = [sys.executable, "-m", "jobs.node", self.run_dir, "--attempt", str(attempt.number)]
         if self.driver:
             command += ["--driver", self.driver]
-        environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environ = {**os.environ, "PYTHONPATH": path}
         log = attempt.log("agent", env.node_index)
         agent = children.start(
             f"the agent of {env.node_name}", command, log, environ, death_signal=signal.SIGTERM
@@ -341,12 +344,16 @@ class NodeJob:
         with handled(lambda sig: agent.process.send_signal(sig)):
             while (code := agent.code()) is None:
                 time.sleep(_TICK_S)
-        if code not in (DONE, STOPPED):
-            attempt.end(FAILED, agent.obituary())
-        children.end_descendants()
-        remove_scratch(env.scratch(attempt.path))
-        attempt.leave(env.node_index)
-        return code if code in (DONE, STOPPED) else FAILED
+            if code not in (DONE, STOPPED):
+                attempt.end(FAILED, agent.obituary())
+            children.end_descendants()
+            remove_scratch(env.scratch(attempt.path))
+            attempt.leave(env.node_index)
+        if code == DONE:
+            return DONE
+        # our exit makes srun end the other tasks, which have left but may still be on their way out
+        time.sleep(_EXIT_S)
+        return STOPPED if code == STOPPED else FAILED
 
 
 @contextmanager

@@ -232,12 +232,14 @@ class Attempt:
         return {name.removesuffix(".json"): read_json(folder / name) for name in sorted(names)}
 
     def request_stop(self, reason: str, *, requeue: bool = False) -> None:
-        """Ask the driver to commit a checkpoint and end with STOPPED. The first request stays.
+        """Ask the driver to commit a checkpoint and end with STOPPED. The first reason stays.
 
         requeue: the job shall go on in a new attempt (its time is up), rather than end (somebody asked).
+        A later request may add it, as when SIGUSR2 follows SIGTERM.
         """
-        if not seen(self.path / "stop.json"):
-            stop = {"reason": reason, "requeue": requeue, "time": time.time()}
+        first = self.must_stop()
+        if first is None or (requeue and not self.requeue_wanted()):
+            stop = {"reason": first or reason, "requeue": requeue, "time": time.time()}
             publish_json(self.path / "stop.json", stop)
 
     def must_stop(self) -> str | None:

@@ -64,7 +64,10 @@ def test_a_stop_belongs_to_one_attempt(run: RunDir) -> None:
     assert first.must_stop() is None
     first.request_stop("time limit")
     first.request_stop("second thoughts")
-    assert first.must_stop() == "time limit"
+    assert (first.must_stop(), first.requeue_wanted()) == ("time limit", False)
+    first.request_stop("SIGUSR2", requeue=True)
+    first.request_stop("third thoughts")
+    assert (first.must_stop(), first.requeue_wanted()) == ("time limit", True)
     assert run.new_attempt().must_stop() is None
 
 
@@ -86,7 +89,11 @@ def test_status_holds_phase_step_and_every_nodes_heartbeat(run: RunDir) -> None:
     run.write_status("train", 2, reward=0.5)
     status = run.status()
     assert (status["phase"], status["step"], status["attempt"], status["reward"]) == ("train", 2, 1, 0.5)
-    assert {n: b.get("count", "left") for n, b in status["heartbeat"].items()} == {"0": 4, "2": "left", "3": 9}
+    assert {n: b.get("count", "left") for n, b in status["heartbeat"].items()} == {
+        "0": 4,
+        "2": "left",
+        "3": 9,
+    }
 
 
 def test_provenance_names_commit_and_versions(run: RunDir) -> None:
