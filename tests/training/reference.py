@@ -40,7 +40,7 @@ def make_step(model_dir: Path, step: int) -> dict[str, Any]:
         loss_mask=masks,
         old_logprobs=[(p - s).detach() for p, s in zip(policy, shift, strict=True)],
         ref_logprobs=[(p + draw(len(p), -0.5, 0.5)).detach() for p in policy],
-        rollout_logprobs=[(p + draw(len(p), -0.1, 0.1)).detach() for p in policy],
+        rollout_logprobs=[(p + draw(len(p), -0.5, 0.5)).detach() for p in policy],
         advantages=draw(len(LENGTHS), -2.0, 2.0).tolist(),
         token_weights=(0.5 + draw(len(LENGTHS), 0.0, 1.0)).tolist(),
     )

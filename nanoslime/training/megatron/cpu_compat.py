@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import torch
 from megatron.core.tensor_parallel import random as megatron_random
@@ -94,14 +93,14 @@ def cuda_names() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
-    plain_type = torch.Tensor.type
+    plain = torch.Tensor.type, torch.Tensor.cuda
 
     def cuda_type(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        result = plain_type(tensor, *args, **kwargs)
+        result = plain[0](tensor, *args, **kwargs)
         return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
 
-    with (
-        mock.patch.object(torch.Tensor, "type", cuda_type),
-        mock.patch.object(torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor),
-    ):
+    torch.Tensor.type, torch.Tensor.cuda = cuda_type, lambda tensor, *args, **kwargs: tensor
+    try:
         yield
+    finally:
+        torch.Tensor.type, torch.Tensor.cuda = plain
