@@ -31,9 +31,32 @@ DONE, FAILED, STOPPED = 0, 1, 75
 _VERSIONS = ("torch", "megatron-core", "sglang", "ray", "transformers", "submitit")
 
 
+class _At:
+    """A path below the run directory, as an attribute of RunDir."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, run: RunDir, owner: type[RunDir]) -> Path:
+        return run.path / self._name
+
+
 @dataclass(frozen=True, slots=True)
 class RunDir:
     path: Path
+
+    config = _At("config.yaml")
+    plan = _At("plan.json")
+    provenance = _At("provenance.json")
+    summary = _At("summary.json")
+    metrics = _At("metrics.jsonl")
+    evals = _At("evals.jsonl")
+    tensorboard = _At("tensorboard")
+    rollouts = _At("rollouts")
+    checkpoints = _At("checkpoints")
+    model = _At("model")
+    weights = _At("weights")
+    attempts = _At("attempts")
 
     @classmethod
     def create(cls, run_root: Path, name: str) -> RunDir:
@@ -63,54 +86,6 @@ class RunDir:
     @property
     def name(self) -> str:
         return self.path.name
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def plan(self) -> Path:
-        return self.path / "plan.json"
-
-    @property
-    def provenance(self) -> Path:
-        return self.path / "provenance.json"
-
-    @property
-    def summary(self) -> Path:
-        return self.path / "summary.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def evals(self) -> Path:
-        return self.path / "evals.jsonl"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
-
-    @property
-    def rollouts(self) -> Path:
-        return self.path / "rollouts"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def model(self) -> Path:
-        return self.path / "model"
-
-    @property
-    def weights(self) -> Path:
-        return self.path / "weights"
-
-    @property
-    def attempts(self) -> Path:
-        return self.path / "attempts"
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step_{step}"
@@ -147,14 +122,12 @@ class RunDir:
 
     def find_attempt(self, key: str) -> Attempt | None:
         """The newest attempt made with `key`."""
-        for number in sorted(self._numbers(), reverse=True):
-            if read_json(self.attempts / str(number) / "attempt.json")["key"] == key:
-                return Attempt(self, number)
-        return None
+        made = (Attempt(self, number) for number in reversed(self._numbers()))
+        return next((attempt for attempt in made if attempt.key == key), None)
 
     def latest_attempt(self) -> Attempt | None:
         numbers = self._numbers()
-        return Attempt(self, max(numbers)) if numbers else None
+        return Attempt(self, numbers[-1]) if numbers else None
 
     def write_status(self, phase: str, step: int, **facts: Any) -> None:
         """Publish what the run is doing. One writer: the driver, or node 0's agent before and after it."""
@@ -190,7 +163,7 @@ class RunDir:
         publish_json(self.provenance, record)
 
     def _numbers(self) -> list[int]:
-        return [int(name) for name in os.listdir(self.attempts) if name.isdigit()]
+        return sorted(int(name) for name in os.listdir(self.attempts) if name.isdigit())
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,11 +192,11 @@ class Attempt:
 
     def beat(self, node: int, count: int) -> None:
         """A heartbeat of `node`: a rising count, since the clocks of nodes differ."""
-        publish_json(self.path / "heartbeat" / f"{node}.json", {"count": count, "time": time.time()})
+        self._publish(f"heartbeat/{node}", count=count)
 
     def leave(self, node: int) -> None:
         """In place of further heartbeats: nothing of this attempt runs on `node` any more."""
-        publish_json(self.path / "heartbeat" / f"{node}.json", {"left": True, "time": time.time()})
+        self._publish(f"heartbeat/{node}", left=True)
 
     def heartbeats(self) -> dict[str, dict[str, Any]]:
         """By node: the last count, that node's clock, or that it has left."""
@@ -239,29 +212,32 @@ class Attempt:
         """
         first = self.must_stop()
         if first is None or (requeue and not self.requeue_wanted()):
-            stop = {"reason": first or reason, "requeue": requeue, "time": time.time()}
-            publish_json(self.path / "stop.json", stop)
+            self._publish("stop", reason=first or reason, requeue=requeue)
 
     def must_stop(self) -> str | None:
         """Why the attempt must stop, or None."""
-        return str(read_json(self.path / "stop.json")["reason"]) if seen(self.path / "stop.json") else None
+        return self._read("stop").get("reason")
 
     def requeue_wanted(self) -> bool:
         """Whether the stop was requested so that a new attempt can go on."""
-        path = self.path / "stop.json"
-        return bool(read_json(path)["requeue"]) if seen(path) else False
+        return bool(self._read("stop").get("requeue"))
 
     def end(self, code: int, reason: str) -> None:
         """Record how the attempt ended: DONE, STOPPED or FAILED. The first one to say so is right."""
-        if not seen(self.path / "end.json"):
-            publish_json(self.path / "end.json", {"code": code, "reason": reason, "time": time.time()})
+        if not self._read("end"):
+            self._publish("end", code=code, reason=reason)
 
     def ended(self) -> tuple[int, str] | None:
         """(code, reason) once the attempt has ended."""
-        if not seen(self.path / "end.json"):
-            return None
-        end = read_json(self.path / "end.json")
-        return int(end["code"]), str(end["reason"])
+        end = self._read("end")
+        return (end["code"], end["reason"]) if end else None
+
+    def _publish(self, name: str, **facts: Any) -> None:
+        publish_json(self.path / f"{name}.json", {**facts, "time": time.time()})
+
+    def _read(self, name: str) -> dict[str, Any]:
+        path = self.path / f"{name}.json"
+        return dict(read_json(path)) if seen(path) else {}
 
 
 def _git(*arguments: str) -> str:

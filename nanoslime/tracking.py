@@ -7,10 +7,10 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from nanoslime.config.run import RunConfig
 from nanoslime.plugins import resolve
@@ -21,22 +21,22 @@ logger = logging.getLogger(__name__)
 WRITERS = {"tensorboard": "torch.utils.tensorboard:SummaryWriter", "wandb": "wandb:init"}
 
 
-class Sink(Protocol):
+class Sink:
+    """Where numbers go. What a sink leaves out does nothing."""
+
     def resume(self, step: int) -> None: ...
     def log(self, step: int, metrics: dict[str, float]) -> None: ...
     def close(self) -> None: ...
 
 
-class Tracker:
-    """Sends each step's metrics to its sinks; with none it is silent. A context manager that closes them."""
+class Tracker(AbstractContextManager["Tracker"]):
+    """Sends each step's metrics to its sinks; with none it is silent. Leaving it closes them."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
-        self._sinks = list(sinks)
+        self._sinks = sinks
 
     def resume(self, step: int) -> None:
-        """To be called before the first log: the run goes on at `step`, what was logged for it and later is
-        void.
-        """
+        """Call it before the first log: the run goes on at `step`; what was logged from there on is void."""
         for sink in self._sinks:
             sink.resume(step)
 
@@ -45,17 +45,9 @@ class Tracker:
         for sink in self._sinks:
             sink.log(step, metrics)
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         for sink in self._sinks:
             sink.close()
-
-    def __enter__(self) -> Tracker:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def make_tracker(config: RunConfig, run: RunDir, *, leads: bool = True) -> Tracker:
@@ -74,9 +66,7 @@ def make_tracker(config: RunConfig, run: RunDir, *, leads: bool = True) -> Track
 
 
 def console_line(step: int, num_rollout: int, metrics: dict[str, float]) -> str:
-    """`step` of `num_rollout` in one line: rewards, KL, logprob gap between engine and trainer, seconds per
-    phase.
-    """
+    """`step` of `num_rollout`: rewards, KL, logprob gap between engine and trainer, seconds per phase."""
     kl = "train/ref_kl" if "train/ref_kl" in metrics else "train/ppo_kl_abs"
     shown = [
         ("reward", "rollout/reward_mean", ".3f"),
@@ -93,7 +83,7 @@ def console_line(step: int, num_rollout: int, metrics: dict[str, float]) -> str:
     return "  ".join([f"step {step + 1}/{num_rollout}", *parts])
 
 
-class _Console:
+class _Console(Sink):
     def __init__(self, num_rollout: int) -> None:
         self._num_rollout = num_rollout
 
@@ -104,11 +94,8 @@ class _Console:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         logger.info("%s", console_line(step, self._num_rollout, metrics))
 
-    def close(self) -> None:
-        pass
 
-
-class _JSONLines:
+class _JSONLines(Sink):
     """One JSON object a step, on the file system when `log` returns."""
 
     def __init__(self, path: Path) -> None:
@@ -128,11 +115,8 @@ class _JSONLines:
         with open(self._path, "a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
 
-    def close(self) -> None:
-        pass
 
-
-class _TensorBoard:
+class _TensorBoard(Sink):
     def __init__(self, directory: Path) -> None:
         self._make = resolve("tensorboard", WRITERS, "tracking.use_tensorboard=true, writer")
         self._directory = directory
@@ -154,24 +138,19 @@ class _TensorBoard:
             self._writer.close()
 
 
-class _WandB:
+class _WandB(Sink):
     """One W&B run per run directory; W&B itself ignores steps that it has already seen."""
 
     def __init__(self, config: RunConfig, run: RunDir) -> None:
-        start = resolve("wandb", WRITERS, "tracking.use_wandb=true, writer")
-        tracking = config.tracking
-        self._run = start(
-            project=tracking.wandb_project,
+        self._run = resolve("wandb", WRITERS, "tracking.use_wandb=true, writer")(
+            project=config.tracking.wandb_project,
             name=run.name,
             id=hashlib.sha256(str(run.path).encode()).hexdigest()[:16],  # other run roots may hold this name
             resume="allow",
-            mode=tracking.wandb_mode,
+            mode=config.tracking.wandb_mode,
             dir=str(run.path),
             config=asdict(config),  # a pydantic dataclass is a dataclass
         )
-
-    def resume(self, step: int) -> None:
-        pass
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._run.log(metrics, step=step)

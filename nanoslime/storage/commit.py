@@ -58,15 +58,11 @@ def retain(directory: Path, keep_last: int, keep_every: int = 0, best: int | Non
 
     Kept: the newest `keep_last` (at least one), multiples of `keep_every`, and step `best`.
     """
-    complete = complete_checkpoints(directory)
-    newest = {step for step, _ in complete[-max(1, keep_last) :]}
-    removed = []
-    for step, path in complete:
-        if step in newest or step == best or (keep_every and step % keep_every == 0):
-            continue
+    older = complete_checkpoints(directory)[: -max(1, keep_last)]
+    doomed = [(k, path) for k, path in older if k != best and (not keep_every or k % keep_every)]
+    for _, path in doomed:
         _remove(path)
-        removed.append(step)
-    return removed
+    return [step for step, _ in doomed]
 
 
 def remove_leftovers(directory: Path) -> list[Path]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +14,6 @@ from nanoslime.storage.shared_files import publish_json, read_json
 from nanoslime.types import RunError
 
 NAME = "manifest.json"
-_CHUNK_BYTES = 4 << 20
 
 
 class DamagedError(RunError):
@@ -21,17 +22,13 @@ class DamagedError(RunError):
 
 def write(directory: Path) -> None:
     """Hash every file below `directory` and write its manifest."""
-    names = _files(directory)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        entries = pool.map(lambda name: _entry(directory / name), names)
-        publish_json(directory / NAME, {"hash": "xxh3_128", "files": dict(zip(names, entries, strict=True))})
+    hashes = _hashes(directory, _files(directory))
+    entries = {n: {"bytes": (directory / n).stat().st_size, "xxh3_128": h} for n, h in hashes.items()}
+    publish_json(directory / NAME, {"hash": "xxh3_128", "files": entries})
 
 
-def verify(directory: Path, *, contents: bool = True) -> None:
-    """Raise DamagedError for a file that is missing, truncated, altered or not in the manifest.
-
-    contents=False compares names and sizes only.
-    """
+def verify(directory: Path) -> None:
+    """Raise DamagedError for a file that is missing, truncated, altered or not in the manifest."""
     try:
         expected = read_json(directory / NAME)["files"]
     except FileNotFoundError as error:
@@ -46,13 +43,9 @@ def verify(directory: Path, *, contents: bool = True) -> None:
             raise DamagedError(f"{directory / name} is {kind}: {size} bytes, {NAME} says {entry['bytes']}")
     for name in sorted(present - set(expected)):
         raise DamagedError(f"{directory / name} is not listed in {NAME}; it does not belong here")
-    if not contents:
-        return
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = pool.map(lambda name: _entry(directory / name), expected)
-        for name, entry in zip(expected, found, strict=True):
-            if entry["xxh3_128"] != expected[name]["xxh3_128"]:
-                raise DamagedError(f"{directory / name} was altered: its XXH3-128 differs from {NAME}")
+    for name, digest in _hashes(directory, expected).items():
+        if digest != expected[name]["xxh3_128"]:
+            raise DamagedError(f"{directory / name} was altered: its XXH3-128 differs from {NAME}")
 
 
 def _files(directory: Path) -> list[str]:
@@ -60,11 +53,10 @@ def _files(directory: Path) -> list[str]:
     return sorted(str(path.relative_to(directory)) for path in found if path != directory / NAME)
 
 
-def _entry(path: Path) -> dict[str, int | str]:
-    digest, size = xxhash.xxh3_128(), 0
-    with open(path, "rb", buffering=0) as file:
-        buffer = memoryview(bytearray(_CHUNK_BYTES))
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-            size += count
-    return {"bytes": size, "xxh3_128": digest.hexdigest()}
+def _hashes(directory: Path, names: Collection[str]) -> dict[str, str]:
+    def digest(name: str) -> str:
+        with open(directory / name, "rb", buffering=0) as file:
+            return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))

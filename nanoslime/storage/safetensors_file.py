@@ -12,7 +12,6 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 from nanoslime.storage.shared_files import publish_json, read_json
@@ -48,11 +47,10 @@ def read_headers(directory: Path) -> dict[str, TensorInfo]:
     Raises SafetensorsError for a missing or truncated file, a bad header, overlapping tensors, and an index
     that disagrees with its files.
     """
-    if not directory.is_dir():
-        raise SafetensorsError(f"{directory} is not a directory with {SINGLE_FILE} or {INDEX_FILE}")
     if not (directory / INDEX_FILE).exists():
         if not (directory / SINGLE_FILE).exists():
-            raise SafetensorsError(f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+            kind = "holds" if directory.is_dir() else "is not a directory: it holds"
+            raise SafetensorsError(f"{directory} {kind} neither {SINGLE_FILE} nor {INDEX_FILE}")
         return read_file_header(directory / SINGLE_FILE)
     index = read_json(directory / INDEX_FILE).get("weight_map", {})
     found: dict[str, TensorInfo] = {}
@@ -123,13 +121,13 @@ class HFCheckpointWriter:
         max_shard_bytes: int = 5_000_000_000,
     ) -> None:
         self._directory = directory
-        self._shards = _split(list(tensors), max_shard_bytes)
+        self._shards = _split(tensors, max_shard_bytes)
         count = len(self._shards)
         self._files = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
         if count == 1:
             self._files = [SINGLE_FILE]
-        order = [(name, size, i) for i, shard in enumerate(self._shards) for name, _, _, size in shard]
-        self._todo = order[::-1]
+        parts = [(i, name, entry) for i, shard in enumerate(self._shards) for name, entry in shard.items()]
+        self._todo = [(name, _num_bytes(entry), i) for i, name, entry in reversed(parts)]
         self._open_shard = -1
         self._file: BinaryIO | None = None
 
@@ -155,29 +153,23 @@ class HFCheckpointWriter:
         self._end_shard()
         if len(self._shards) > 1:
             named = zip(self._files, self._shards, strict=True)
-            weight_map = {name: file for file, part in named for name, _, _, _ in part}
-            total = sum(size for part in self._shards for _, _, _, size in part)
+            weight_map = {name: file for file, shard in named for name in shard}
+            total = sum(_num_bytes(entry) for shard in self._shards for entry in shard.values())
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             publish_json(self._directory / INDEX_FILE, index)
 
     def __enter__(self) -> HFCheckpointWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
             self.close()
         else:
             self._end_shard()
 
     def _start_shard(self, shard: int) -> None:
         self._end_shard()
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name, dtype, shape, size in self._shards[shard]:
-            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
-            offset += size
+        header = {"__metadata__": {"format": "pt"}, **self._shards[shard]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._file = open(self._directory / self._files[shard], "wb")
@@ -187,27 +179,28 @@ class HFCheckpointWriter:
     def _end_shard(self) -> None:
         if self._file is not None:
             self._file.close()
-            self._file = None
 
 
-def _split(
-    tensors: list[tuple[str, str, tuple[int, ...]]], max_shard_bytes: int
-) -> list[list[tuple[str, str, tuple[int, ...], int]]]:
-    """Tensors with their bytes, in order, in shards of at most `max_shard_bytes` (larger ones alone)."""
-    if not tensors:
-        raise ValueError("a checkpoint without tensors")
-    shards: list[list[tuple[str, str, tuple[int, ...], int]]] = [[]]
-    filled = 0
+def _split(tensors: Iterable[tuple[str, str, tuple[int, ...]]], max_shard_bytes: int) -> list[dict[str, Any]]:
+    """The headers of shards of at most `max_shard_bytes` (a larger tensor goes alone), in the given order."""
+    shards: list[dict[str, Any]] = [{}]
+    stop = 0
     for name, dtype, shape in tensors:
         if dtype not in DTYPE_BYTES:
             raise ValueError(f"{name}: dtype {dtype!r} is none of {', '.join(DTYPE_BYTES)}")
+        if any(name in shard for shard in shards):
+            raise ValueError(f"a tensor is declared twice: {name}")
         size = math.prod(shape) * DTYPE_BYTES[dtype]
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append((name, dtype, tuple(shape), size))
-        filled += size
-    names = [name for name, _, _ in tensors]
-    if len(set(names)) != len(names):
-        raise ValueError(f"a tensor is declared twice: {max(names, key=names.count)}")
+        if shards[-1] and stop + size > max_shard_bytes:
+            shards.append({})
+            stop = 0
+        start, stop = stop, stop + size
+        shards[-1][name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
+    if not shards[0]:
+        raise ValueError("a checkpoint without tensors")
     return shards
+
+
+def _num_bytes(entry: dict[str, Any]) -> int:
+    start, stop = entry["data_offsets"]
+    return int(stop - start)

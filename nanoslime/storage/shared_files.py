@@ -50,20 +50,6 @@ def read_json(path: Path, deadline_s: float = 5.0) -> Any:
             time.sleep(0.1)
 
 
-def wait_for_file(
-    path: Path, deadline_s: float, *, what: str, node: str = "", log: Path | None = None, poll_s: float = 0.1
-) -> Path:
-    """Return `path` once it exists; after `deadline_s` RunError says what was awaited, where, and the log."""
-    end = time.monotonic() + deadline_s
-    while not seen(path):
-        if time.monotonic() > end:
-            place = f" on {node}" if node else ""
-            hint = f"; see {log}" if log else ""
-            raise RunError(f"waited {deadline_s:g} s for {what}{place}: {path} did not appear{hint}")
-        time.sleep(poll_s)
-    return path
-
-
 def seen(path: Path) -> bool:
     """Whether `path` exists, by listing its directory: network filesystems may cache an absence."""
     try:

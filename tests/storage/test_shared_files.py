@@ -2,12 +2,11 @@
 
 import os
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
-from nanoslime.storage.shared_files import publish, publish_json, read_json, wait_for_file
+from nanoslime.storage.shared_files import publish, publish_json, read_json
 from nanoslime.types import RunError
 
 
@@ -34,25 +33,3 @@ def test_a_file_that_stays_broken_is_named(tmp_path: Path) -> None:
         read_json(tmp_path / "status.json", deadline_s=0.2)
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "absent.json")
-
-
-def test_waiting_ends_when_the_file_comes(tmp_path: Path) -> None:
-    path = tmp_path / "later" / "head.json"
-
-    def appear() -> None:
-        path.parent.mkdir()
-        publish(path, b"x")
-
-    timer = threading.Timer(0.2, appear)
-    timer.start()
-    assert wait_for_file(path, 10.0, what="the head's address") == path
-    timer.join()
-
-
-def test_waiting_in_vain_names_what_where_and_the_log(tmp_path: Path) -> None:
-    begin = time.monotonic()
-    with pytest.raises(RunError, match=r"0.2 s for the head's address on n3: .*head.json.*see .*ray-0.log"):
-        wait_for_file(
-            tmp_path / "head.json", 0.2, what="the head's address", node="n3", log=tmp_path / "ray-0.log"
-        )
-    assert time.monotonic() - begin < 5
