@@ -1,8 +1,6 @@
 """Knobs of the algorithms. Their maths is in nanoslime/algorithms; `name` picks it from the table there."""
 
-from __future__ import annotations
-
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -16,7 +14,7 @@ class GRPOConfig:
     name: Literal["grpo"] = "grpo"
     normalize_by_std: bool = True
     """False: advantages are only centred (arXiv 2503.20783)."""
-    eps_clip: float = Field(default=0.2, gt=0)
+    eps_clip: float = Field(default=0.2, gt=0, lt=1)
     eps_clip_high: float | None = None
     """Upper clip where it differs from the lower (clip-higher, arXiv 2503.14476)."""
     denominator: Literal["tokens", "sequences"] = "tokens"
@@ -38,15 +36,12 @@ class GRPOConfig:
         return self.kl_coef > 0 or self.use_kl_loss
 
     @model_validator(mode="after")
-    def _one_kl(self) -> GRPOConfig:
+    def _one_kl(self) -> Self:
         if self.kl_coef > 0 and self.use_kl_loss:
-            raise ValueError(
-                "kl_coef (KL in the reward) and use_kl_loss (KL in the loss) exclude each other; set one"
-            )
+            both = "kl_coef (KL in the reward) and use_kl_loss (KL in the loss)"
+            raise ValueError(f"{both} exclude each other; set one")
         if self.use_unbiased_kl and not self.use_kl_loss:
             raise ValueError("use_unbiased_kl weights the KL loss; it needs use_kl_loss")
-        if self.eps_clip >= 1:
-            raise ValueError(f"eps_clip={self.eps_clip} must be below 1")
         return self
 
 

@@ -1,7 +1,5 @@
 """How a group of knobs is declared: a frozen pydantic dataclass that refuses unknown names."""
 
-from __future__ import annotations
-
 from typing import TypeVar, cast, dataclass_transform
 
 from pydantic import ConfigDict

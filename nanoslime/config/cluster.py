@@ -1,7 +1,5 @@
 """A cluster or one machine: what a node has, how jobs are asked for, where runs go (env/clusters/*.yaml)."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import Field

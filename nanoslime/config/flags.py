@@ -20,52 +20,20 @@ import tyro
 from nanoslime.config.run import RunConfig
 from nanoslime.types import RunError
 
-ALIASES = {
-    "hf-checkpoint": "model.hf_checkpoint",
-    "dtype": "model.dtype",
-    "backend": "training.backend",
-    "num-gpus": "training.num_gpus",
-    "tp-size": "training.tp_size",
-    "pp-size": "training.pp_size",
-    "cp-size": "training.cp_size",
-    "ep-size": "training.ep_size",
-    "lr": "training.lr",
-    "num-steps-per-rollout": "training.num_steps_per_rollout",
-    "max-tokens-per-microbatch": "training.max_tokens_per_microbatch",
-    "num-rollout": "rollout.num_rollout",
-    "rollout-batch-size": "rollout.rollout_batch_size",
-    "n-samples-per-prompt": "rollout.n_samples_per_prompt",
-    "max-new-tokens": "rollout.max_new_tokens",
-    "temperature": "rollout.temperature",
-    "top-p": "rollout.top_p",
-    "top-k": "rollout.top_k",
-    "engine": "rollout.engine",
-    "engine-tp-size": "rollout.engine_tp_size",
-    "eps-clip": "algorithm.eps_clip",
-    "eps-clip-high": "algorithm.eps_clip_high",
-    "kl-coef": "algorithm.kl_coef",
-    "use-kl-loss": "algorithm.use_kl_loss",
-    "kl-loss-coef": "algorithm.kl_loss_coef",
-    "kl-loss-type": "algorithm.kl_loss_type",
-    "use-unbiased-kl": "algorithm.use_unbiased_kl",
-    "use-rollout-logprobs": "algorithm.use_rollout_logprobs",
-    "prompts": "data.prompts",
-    "eval-prompts": "data.eval_prompts",
-    "reward": "data.reward",
-    "chat-template": "data.chat_template",
-    "eval-interval": "eval.interval",
-    "save-interval": "checkpoint.interval",
-    "use-tensorboard": "tracking.use_tensorboard",
-    "use-wandb": "tracking.use_wandb",
-    "nodes": "cluster.nodes",
-    "rollout-nodes": "cluster.rollout_nodes",
-    "engine-gpus": "cluster.engine_gpus",
-    "time-limit-min": "cluster.time_limit_min",
-    "run-root": "cluster.run_root",
-    "partition": "cluster.partition",
-    "account": "cluster.account",
-    "submit": "cluster.submit",
+_SHORT = {
+    "model": "hf-checkpoint dtype",
+    "training": "backend num-gpus tp-size pp-size cp-size ep-size lr num-steps-per-rollout "
+    "max-tokens-per-microbatch",
+    "rollout": "num-rollout rollout-batch-size n-samples-per-prompt max-new-tokens temperature top-p top-k "
+    "engine engine-tp-size",
+    "algorithm": "eps-clip eps-clip-high kl-coef use-kl-loss kl-loss-coef kl-loss-type use-unbiased-kl "
+    "use-rollout-logprobs",
+    "data": "prompts eval-prompts reward chat-template",
+    "tracking": "use-tensorboard use-wandb",
+    "cluster": "nodes rollout-nodes engine-gpus time-limit-min run-root partition account submit",
 }
+ALIASES = {"eval-interval": "eval.interval", "save-interval": "checkpoint.interval"}
+ALIASES |= {n: f"{section}.{n.replace('-', '_')}" for section, names in _SHORT.items() for n in names.split()}
 
 
 @dataclass(frozen=True)
@@ -97,20 +65,17 @@ def parse(args: Sequence[str]) -> list[Flag]:
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
-            raise RunError(
-                f"{word!r} belongs to no flag; write --name VALUE, --name=VALUE, --switch or --no-switch"
-            )
+            forms = "--name VALUE, --name=VALUE, --switch or --no-switch"
+            raise RunError(f"{word!r} belongs to no flag; write {forms}")
         name, equals, value = word.partition("=")
         field, off = _field_of(name)
         kind = field_types()[field]
         if get_origin(kind) in (dict, list):
             raise RunError(f"{name} sets {field}, a {get_origin(kind).__name__}, which is set in YAML only")
-        if off:
-            if equals:
-                raise RunError(f"{word}: a --no- flag takes no value")
-            value = "false"
-        elif not equals and kind is bool:
-            value = "true"
+        if off and equals:
+            raise RunError(f"{word}: a --no- flag takes no value")
+        if off or (kind is bool and not equals):
+            value = "false" if off else "true"
         elif not equals:
             if not rest or rest[0].startswith("--"):
                 raise RunError(f"{name} needs a value")
@@ -135,9 +100,8 @@ def _field_of(name: str) -> tuple[str, bool]:
         if field and field_types()[field] is bool:
             return field, True
         if field:
-            raise RunError(
-                f"{name}: {field} is not a switch; give it a value: --{field.replace('_', '-')} VALUE"
-            )
+            flag = f"--{field.replace('_', '-')}"
+            raise RunError(f"{name}: {field} is not a switch; give it a value: {flag} VALUE")
     raise RunError(f"unknown flag {name}{suggest(plain, spellings())}; --help lists all flags")
 
 

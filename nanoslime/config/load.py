@@ -31,10 +31,9 @@ def load(recipe: Path | None, cluster: Path | None, flags: Sequence[str]) -> Run
     named anywhere, one node means FSDP2. Raises RunError, one line for each thing that is wrong.
     """
     layers = _Layers()
-    if recipe is not None:
-        layers.add_file(recipe, "")
-    if cluster is not None:
-        layers.add_file(cluster, "cluster")
+    for path, section in ((recipe, ""), (cluster, "cluster")):
+        if path is not None:
+            layers.add_file(path, section)
     if {"-h", "--help"} & set(flags):
         flag_table.print_help(layers.validate(), Path(sys.argv[0]).name)
         raise SystemExit(0)
@@ -80,24 +79,18 @@ class _Layers:
         if place in known:
             return self.put(place, content, source)
         if not isinstance(content, dict):
-            raise RunError(
-                f"{source}: {place or 'the file'} must be a mapping of keys to values, not {content!r}"
-            )
+            where = f"{source}: {place or 'the file'}"
+            raise RunError(f"{where} must be a mapping of keys to values, not {content!r}")
         prefix = f"{place}." if place else ""
         inside = {f.removeprefix(prefix).split(".")[0] for f in known if f.startswith(prefix)}
         for key, value in content.items():
             if key not in inside:
-                self._refuse(str(key), prefix, inside, source)
+                elsewhere = [f for f in known if f.endswith(f".{key}")]
+                near = f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else ""
+                near = near or flag_table.suggest(str(key), {name: name for name in sorted(inside)})
+                near = near or f"; valid here: {', '.join(sorted(inside))}"
+                raise RunError(f"{source}: unknown key {prefix}{key}{near}")
             self._add(prefix + key, value, source)
-
-    @staticmethod
-    def _refuse(key: str, prefix: str, inside: set[str], source: str) -> None:
-        elsewhere = [f for f in flag_table.field_types() if f.endswith(f".{key}")]
-        near = f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else ""
-        near = near or flag_table.suggest(key, {name: name for name in sorted(inside)})
-        raise RunError(
-            f"{source}: unknown key {prefix}{key}{near or '; valid here: ' + ', '.join(sorted(inside))}"
-        )
 
     def put(self, field: str, value: Any, source: str) -> None:
         """Set a field. The keys of a dict field are merged one by one."""
@@ -124,8 +117,8 @@ class _Layers:
         source = next((self.sources[field] for field in outward if field in self.sources), "default")
         message = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be", 1)
         message = message.replace("String should match pattern", "must match", 1)
-        if error["type"] == "value_error":  # a rule over several fields, which names them itself
-            return f"{place}: {message}" if place else message
+        if error["type"] == "value_error":  # a rule of ours, which names its fields itself
+            return message if message.startswith(place) else f"{place}: {message}"
         return f"{source}: {place}={error['input']!r}: {message}"
 
 
@@ -134,9 +127,8 @@ def _one_node_means_fsdp(config: RunConfig, sources: dict[str, str]) -> RunConfi
 
     A flag for a parallel size asks for Megatron.
     """
-    if "training.backend" in sources or config.cluster.nodes > 1:
-        return config
-    if any(sources.get(field, "").startswith("flag ") for field in _PARALLEL):
+    asked = [field for field in _PARALLEL if sources.get(field, "").startswith("flag ")]
+    if asked or "training.backend" in sources or config.cluster.nodes > 1:
         return config
     alone = replace(config.training, backend="fsdp", tp_size=1, pp_size=1, cp_size=1, ep_size=1)
     return replace(config, training=alone)

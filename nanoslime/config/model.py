@@ -1,10 +1,17 @@
 """Which model is trained. Its shape comes from the checkpoint's config.json, never from flags."""
 
-from __future__ import annotations
-
 from typing import Literal
 
+from pydantic import field_validator
+
 from nanoslime.config.base import knobs
+from nanoslime.plugins import target
+
+REWARDS = {
+    "exact_match": "nanoslime.rollout.rewards.exact_match:reward",
+    "math_answer": "nanoslime.rollout.rewards.math_answer:reward",
+}
+"""A reward is `reward(text, label, metadata) -> float`: the response's text, the prompt's label."""
 
 
 @knobs
@@ -46,3 +53,9 @@ class DataConfig:
     shuffle: bool = True
     reward: str = "exact_match"
     """A name of the reward table, or "package.module:function"."""
+
+    @field_validator("reward")
+    @classmethod
+    def _known_reward(cls, reward: str) -> str:
+        target(reward, REWARDS, "data.reward")
+        return reward

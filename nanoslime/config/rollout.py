@@ -1,7 +1,5 @@
 """How samples are drawn: prompts per rollout, sampling parameters, engines."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 from pydantic import Field

@@ -1,6 +1,6 @@
 """The whole configuration of one run, as its run directory holds it and every process of it reads it."""
 
-from __future__ import annotations
+from typing import Self
 
 from pydantic import Field, model_validator
 
@@ -30,17 +30,12 @@ class RunConfig:
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
 
     @model_validator(mode="after")
-    def _one_model(self) -> RunConfig:
+    def _fits_together(self) -> Self:
         if self.rehearsal.enabled and self.model.hf_checkpoint:
             given = f"model.hf_checkpoint={self.model.hf_checkpoint!r}"
             raise ValueError(f"rehearsal.enabled makes its own model; {given} needs --rehearsal.no-enabled")
-        return self
-
-    @model_validator(mode="after")
-    def _steps_divide_batch(self) -> RunConfig:
         steps, prompts = self.training.num_steps_per_rollout, self.rollout.rollout_batch_size
         if prompts % steps:
-            raise ValueError(
-                f"training.num_steps_per_rollout={steps} does not divide rollout.rollout_batch_size={prompts}"
-            )
+            name = f"training.num_steps_per_rollout={steps}"
+            raise ValueError(f"{name} does not divide rollout.rollout_batch_size={prompts}")
         return self

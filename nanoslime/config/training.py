@@ -1,7 +1,5 @@
 """Trainer knobs: backend, parallel sizes, optimizer, micro-batches, checkpoints."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 from pydantic import Field

@@ -27,7 +27,7 @@ def other_value(dotted: str) -> Any:
     if kinds[0] is bool:
         return not default
     if kinds[0] is str:
-        return "other"
+        return "math_answer" if dotted == "data.reward" else "other"
     return (default or 0) * 2 + 2 * (not default) if kinds[0] is int else (default or 0) / 2 + 0.125
 
 
@@ -92,6 +92,7 @@ def test_every_field_has_a_dotted_flag_unless_it_is_a_mapping_or_list():
         (["--use-kl-loss=maybe"], "algorithm.use_kl_loss='maybe': must be a valid boolean"),
         (["--kl-coef", ".1", "--use-kl-loss"], "kl_coef .* exclude each other"),
         (["--name", "../x"], "name='../x': must match"),
+        (["--reward", "mth"], "^data.reward='mth' is unknown; choose one of exact_match, math_answer, or"),
     ],
 )
 def test_a_wrong_flag_is_refused_in_one_line(args, says):
@@ -104,6 +105,11 @@ def test_a_later_flag_wins_and_none_clears_an_optional_field():
     assert load(None, None, ["--lr", "1", "--lr", "2"]).training.lr == 2
     assert load(None, None, ["--rollout-nodes", "1", "--rollout-nodes=none"]).cluster.rollout_nodes is None
     assert load(None, None, ["--name", "none"]).name == "none"
+
+
+def test_a_reward_is_a_name_of_the_table_or_a_function_of_the_user():
+    for reward in ("math_answer", "my.module:score"):
+        assert load(None, None, ["--reward", reward]).data.reward == reward
 
 
 def test_help_shows_aliases_and_the_values_of_the_recipe(tmp_path, capsys):

@@ -16,7 +16,8 @@ from typing import Any
 from nanoslime.config.flags import suggest
 from nanoslime.types import RunError
 
-_HERE = Path(__file__).parent
+HERE = Path(__file__).parent
+_SHAPE = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
 
 
 @dataclass(frozen=True)
@@ -41,22 +42,15 @@ SOURCES = {
             "context_parallel_size": "training.cp_size",
             "expert_model_parallel_size": "training.ep_size",
             "sequence_parallel": "training.sequence_parallel",
-            "num_layers": "model.hf_checkpoint (its config.json)",
-            "hidden_size": "model.hf_checkpoint (its config.json)",
-            "num_attention_heads": "model.hf_checkpoint (its config.json)",
-            "num_query_groups": "model.hf_checkpoint (its config.json)",
-            "ffn_hidden_size": "model.hf_checkpoint (its config.json)",
-            "params_dtype": "model.dtype",
-            "bf16": "model.dtype",
-            "fp16": "model.dtype",
+            **dict.fromkeys(("params_dtype", "bf16", "fp16"), "model.dtype"),
+            **dict.fromkeys(_SHAPE, "model.hf_checkpoint (its config.json)"),
         },
     ),
     "sglang": Source(
         "sglang",
         (("sglang/srt/arg_groups/fields/*.py", ""),),
         {
-            "model_path": "model.hf_checkpoint",
-            "tokenizer_path": "model.hf_checkpoint",
+            **dict.fromkeys(("model_path", "tokenizer_path"), "model.hf_checkpoint"),
             "trust_remote_code": "model.trust_remote_code",
             "dtype": "model.dtype",
             "tp_size": "rollout.engine_tp_size",
@@ -82,7 +76,7 @@ def check(which: str, place: str, options: Mapping[str, Any]) -> None:
 
 def known(which: str) -> dict[str, Any]:
     """The committed list: package, version, names."""
-    return json.loads((_HERE / f"{which}.json").read_text(encoding="utf-8"))
+    return json.loads((HERE / f"{which}.json").read_text(encoding="utf-8"))
 
 
 def installed(which: str) -> dict[str, Any]:
@@ -104,13 +98,3 @@ def _annotated(tree: ast.Module, cls: str) -> list[str]:
     bodies = [n.body for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and cls in ("", n.name)]
     fields = [n for body in bodies for n in body if isinstance(n, ast.AnnAssign)]
     return [n.target.id for n in fields if isinstance(n.target, ast.Name)]
-
-
-def regenerate() -> list[Path]:
-    """Write the lists of the installed packages; the files written."""
-    files = []
-    for which in SOURCES:
-        file = _HERE / f"{which}.json"
-        file.write_text(json.dumps(installed(which), indent=0) + "\n", encoding="utf-8")
-        files.append(file)
-    return files

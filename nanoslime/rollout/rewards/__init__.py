@@ -1,7 +1,3 @@
-"""Rewards by name. A reward is `reward(text, label, metadata) -> float`: the response's text, the prompt's
-label."""
+"""Rewards by name: one file here and one line in REWARDS, which lies where the login node can check names."""
 
-REWARDS = {
-    "exact_match": "nanoslime.rollout.rewards.exact_match:reward",
-    "math_answer": "nanoslime.rollout.rewards.math_answer:reward",
-}
+from nanoslime.config.model import REWARDS as REWARDS
