@@ -129,6 +129,7 @@ class RankActor:
             rank=rank, world_size=world_size, local_rank=0, device="cuda" if device == "cuda" else "cpu",
             init_method=f"tcp://{meet[0]}:{meet[1]}",
         )  # fmt: skip
+        logger.info("trainer rank %d of %d on %s, pid %d", rank, world_size, meet[0], os.getpid())
         self._worker = TrainWorker(self._config, self._model_dir, env)
         return self._worker.dp_rank, self._worker.dp_size
 
