@@ -83,10 +83,11 @@ def test_a_killed_agent_ends_the_rehearsal_with_its_name(tmp_path: Path) -> None
     made = make_run(tmp_path, 2)
     rehearsal = Rehearsal(made, "deaf")
     rehearsal.wait_for_driver()
-    os.kill(json.loads((made.run.attempts / "1" / "nodes" / "1.json").read_text())["pid"], signal.SIGKILL)
+    # node 0 has the driver, and a daemon that the driver left behind
+    os.kill(json.loads((made.run.attempts / "1" / "nodes" / "0.json").read_text())["pid"], signal.SIGKILL)
     code, _, err = rehearsal.finish()
     assert code == FAILED
-    assert err.count("\n") == 1 and "the agent of node1 was killed by SIGKILL" in err and "agent-1.log" in err
+    assert err.count("\n") == 1 and "the agent of node0 was killed by SIGKILL" in err and "agent-0.log" in err
 
 
 @pytest.mark.ray
