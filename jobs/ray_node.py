@@ -23,7 +23,7 @@ def make_token(path: Path) -> None:
 
 
 def environment(base: Mapping[str, str], token: Path) -> dict[str, str]:
-    """For everything that talks to this Ray: `ray start` and the driver."""
+    """For everything that talks to this Ray, `ray start` and the driver, and so for all that they start."""
     return {
         **base,
         "RAY_AUTH_MODE": "token",
@@ -32,6 +32,9 @@ def environment(base: Mapping[str, str], token: Path) -> dict[str, str]:
         # how long processes linger once the head is gone
         "RAY_gcs_rpc_server_reconnect_timeout_s": "30",
         "PYTHONUNBUFFERED": "1",
+        # compute nodes have no network: what submission did not find is an error, not a long wait
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
     }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs import ray_node
 from jobs.children import descendants
 from jobs.cluster_env import ClusterEnv, answers, expand_nodelist, free_ports, interface_address
 from jobs.executor import run_local
@@ -252,3 +253,8 @@ def test_open_run_is_required(tmp_path: Path) -> None:
     assert done.returncode == FAILED and "is not a run directory" in done.stderr
     with pytest.raises(RunError):
         RunDir.open(tmp_path)
+
+
+def test_jobs_run_with_the_hugging_face_libraries_offline(tmp_path: Path) -> None:
+    env = ray_node.environment({"HF_HUB_OFFLINE": "0"}, tmp_path / "token")
+    assert (env["HF_HUB_OFFLINE"], env["TRANSFORMERS_OFFLINE"], env["RAY_AUTH_MODE"]) == ("1", "1", "token")

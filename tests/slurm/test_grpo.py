@@ -1,0 +1,75 @@
+"""The main job itself on a real SLURM of four nodes: submitted, preempted, requeued, completed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs.node import ROOT
+from nanoslime.run_dir import DONE, STOPPED, RunDir
+from tests import processes
+from tests.slurm.cluster import SlurmCluster
+
+pytestmark = [pytest.mark.slurm, pytest.mark.ray, pytest.mark.sglang, pytest.mark.megatron]
+FLAGS = ["--num-rollout", "3", "--eval.max-prompts", "50", "--eval.n-samples-per-prompt", "1"]
+
+
+@pytest.fixture
+def slurm(slurm_cluster: SlurmCluster, no_leftovers: None, monkeypatch: pytest.MonkeyPatch) -> SlurmCluster:
+    monkeypatch.setenv("SLURM_CONF", str(slurm_cluster.config_file))
+    monkeypatch.setenv("NANOSLIME_PYTHON", sys.executable)
+    monkeypatch.chdir(ROOT)
+    return slurm_cluster
+
+
+def tails(run: RunDir) -> str:
+    files = sorted(run.path.rglob("*.log")) + sorted(run.path.rglob("*.out"))
+    return "\n".join(f"--- {file}\n{file.read_text(errors='replace')[-1500:]}" for file in files)
+
+
+def check_outcome(run: RunDir, attempts: int) -> None:
+    """Three steps, each once and in order; trainers on nodes 0 and 1, engines on 2 and 3."""
+    steps = [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()]
+    assert steps == [0, 1, 2], tails(run)
+    summary = json.loads(run.summary.read_text())
+    assert summary["steps"] == 3 and summary["logprob_gap_max"] < 1e-4
+    assert 0 < summary["reward_before"] < 1 and Path(summary["hf_export"], "model.safetensors").is_file()
+    last = run.attempt(attempts)
+    assert last.ended() == (DONE, ""), tails(run)
+    for rank, address in enumerate(["127.0.1.1", "127.0.1.1", "127.0.1.2", "127.0.1.2"]):
+        log = last.log("trainer", rank).read_text()
+        assert f"trainer rank {rank} of 4 on {address}" in log
+    for index, address in enumerate(["127.0.1.3", "127.0.1.4"]):
+        assert f"http://{address}:" in last.log("sglang", index).read_text()
+
+
+@pytest.mark.timeout(600)
+def test_a_submitted_job_is_preempted_requeued_and_completes_at_the_right_step(slurm, tmp_path):
+    command = [sys.executable, "jobs/submit_grpo.py", "--nodes", "4", "--run-root", str(tmp_path), *FLAGS]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ)
+    assert shown.returncode == 0, shown.stderr
+    [job_id] = [line.split()[-1] for line in shown.stdout.splitlines() if line.startswith("submitted job")]
+    run = RunDir.open(tmp_path / "rehearsal")
+    assert processes.wait_for(lambda: run.metrics.exists() or run.status().get("phase") == "failed", 280, 0.2)
+    slurm.run("scancel", "--signal=USR2", job_id)  # what SLURM sends before the time limit and a preemption
+    slurm.wait_state(int(job_id), "COMPLETED", timeout_s=280)
+    code, reason = run.attempt(1).ended() or (None, "")
+    assert code == STOPPED and reason.startswith("SIGUSR2"), tails(run)
+    assert slurm.job(int(job_id))["Restarts"] == "1"
+    committed = [json.loads(line)["step"] for line in run.evals.read_text().splitlines()]
+    assert committed[0] == -1 and committed[-1] == 2
+    assert "resumed after" in run.attempt(2).log("driver", 0).read_text()
+    check_outcome(run, attempts=2)
+
+
+@pytest.mark.timeout(400)
+def test_the_template_runs_the_same_job(slurm, tmp_path):
+    output = tmp_path / "job.out"
+    job_id = slurm.sbatch(
+        "--nodes=4", f"--output={output}", "jobs/templates/grpo.sbatch", "--run-root", str(tmp_path), *FLAGS
+    )
+    slurm.wait_state(job_id, "COMPLETED", timeout_s=280)
+    check_outcome(RunDir.open(tmp_path / "rehearsal"), attempts=1)
