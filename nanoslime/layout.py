@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+
+from pydantic import TypeAdapter
 
 from nanoslime.config import RunConfig
 from nanoslime.models.shape import ModelShape
@@ -87,11 +88,7 @@ class Layout:
     @classmethod
     def from_json(cls, text: str) -> Layout:
         """The layout that `to_json` wrote, equal to it."""
-        values: dict[str, Any] = json.loads(text)
-        values["parallel"] = ParallelDims(**values["parallel"])
-        values["trainers"] = tuple(TrainerPlace(**t) for t in values["trainers"])
-        values["engines"] = tuple(EnginePlace(**e | {"slots": tuple(e["slots"])}) for e in values["engines"])
-        return cls(**values)
+        return TypeAdapter(cls).validate_json(text)
 
     def table(self) -> str:
         """One line a node: its role, trainer ranks and their coordinates, engines and their slots."""
@@ -144,45 +141,44 @@ def _trainer_slots(config: RunConfig, slots: int) -> list[int]:
         rollout_nodes = 0 if embedded else nodes // 2
     if embedded and rollout_nodes:
         raise RunError(f"cluster.rollout_nodes={rollout_nodes}: the embedded engine needs no nodes; set 0")
+    if nodes == 1 and not rollout_nodes:
+        return [_one_node_trainer_slots(config, slots)]
     choices = f"choose {_span(range(1, nodes))}, the rest are trainers"
     if nodes == 1:
         choices = "with one node engines share it (cluster.engine_gpus); leave it out"
     if rollout_nodes >= nodes:
         raise RunError(f"cluster.rollout_nodes={rollout_nodes} of cluster.nodes={nodes}: {choices}")
-    if nodes == 1:
-        return [_one_node_trainer_slots(config, slots)]
     if not embedded and rollout_nodes == 0:
         raise RunError(f"cluster.rollout_nodes=0: SGLang engines need nodes; {choices}")
-    trainers, asked = (nodes - rollout_nodes) * slots, config.training.num_gpus
-    if asked not in (None, trainers):
+    trainer_nodes, asked = nodes - rollout_nodes, config.training.num_gpus
+    if asked not in (None, trainer_nodes * slots):
+        ranks = f"{trainer_nodes} x {slots} = {trainer_nodes * slots} trainer ranks"
         raise RunError(
-            f"training.num_gpus={asked}: a job of {nodes} nodes has {nodes - rollout_nodes} x {slots} = "
-            f"{trainers} trainer ranks; leave it out, or change cluster.nodes or cluster.rollout_nodes"
+            f"training.num_gpus={asked}: a job of {nodes} nodes has {ranks}; leave it out, "
+            "or change cluster.nodes or cluster.rollout_nodes"
         )
-    return [slots] * (nodes - rollout_nodes) + [0] * rollout_nodes
+    return [slots] * trainer_nodes + [0] * rollout_nodes
 
 
 def _one_node_trainer_slots(config: RunConfig, slots: int) -> int:
-    embedded, ranks = config.rollout.engine == "embedded", config.training.num_gpus
+    embedded, ranks, slot = config.rollout.engine == "embedded", config.training.num_gpus, _slot_name(config)
     given = engine = config.cluster.engine_gpus
     if embedded and engine:
         raise RunError(f"cluster.engine_gpus={engine}: the embedded engine takes no GPU of its own; set 0")
     if not embedded and slots == 1:
-        raise RunError(
-            f"{_slot_field(config)}=1: one node with one {_slot_name(config)} has no room for an SGLang "
-            "engine beside the trainer; use --engine embedded"
-        )
-    if engine is None:
-        engine = 0 if embedded else slots - ranks if ranks else max(1, slots // 2)
-    trainers = slots - engine if ranks is None else ranks
+        field = "cluster.gpus_per_node" if config.cluster.device == "cuda" else "cluster.slots_per_node"
+        room = f"one node with one {slot} has no room for an SGLang engine beside the trainer"
+        raise RunError(f"{field}=1: {room}; use --engine embedded")
     if not embedded and given is not None and not 1 <= given < slots:
         choices = _span(range(1, slots))
-        raise RunError(f"cluster.engine_gpus={given} of {slots} {_slot_name(config)}s; choose {choices}")
-    engine = max(engine, 0 if embedded else 1)
+        raise RunError(f"cluster.engine_gpus={given} of {slots} {slot}s; choose {choices}")
+    if engine is None:
+        engine = 0 if embedded else max(1, slots - ranks if ranks else slots // 2)
+    trainers = ranks or slots - engine
     if trainers + engine > slots:
         raise RunError(
-            f"training.num_gpus={trainers}: of the node's {slots} {_slot_name(config)}s {engine} or more "
-            f"are for engines; choose at most {slots - engine}"
+            f"training.num_gpus={trainers}: of the node's {slots} {slot}s {engine} or more are for engines; "
+            f"choose at most {slots - engine}"
         )
     return trainers
 
@@ -199,43 +195,37 @@ def _parallel(config: RunConfig, shape: ModelShape, ranks: int, slots: int) -> P
     tp_choices, pp_choices = _check_tp(t.tp_size, shape, slots), _divisors(shape.num_layers)
     if t.pp_size not in pp_choices:
         place = f"training.pp_size={t.pp_size} does not divide num_layers={shape.num_layers}"
-        raise RunError(f"{place}; {_choose(pp_choices)}")
+        raise RunError(f"{place}; choose {_words(pp_choices)}")
     model_ranks = t.tp_size * t.pp_size
     if ranks % model_ranks:
         pairs = [f"{tp} x {pp}" for tp in tp_choices for pp in pp_choices if ranks % (tp * pp) == 0]
+        product = f"training.tp_size={t.tp_size} x training.pp_size={t.pp_size} = {model_ranks}"
         raise RunError(
-            f"training.tp_size={t.tp_size} x training.pp_size={t.pp_size} = {model_ranks} does not divide "
-            f"the {ranks} trainer {_slot_name(config)}s; choose TP x PP {_words(pairs)}, "
-            "or change cluster.nodes"
+            f"{product} does not divide the {ranks} trainer {_slot_name(config)}s; "
+            f"choose TP x PP {_words(pairs)}, or change cluster.nodes"
         )
-    dp = ranks // model_ranks
-    steps = t.num_steps_per_rollout
-    samples = config.rollout.rollout_batch_size // steps * config.rollout.n_samples_per_prompt
+    dp, steps = ranks // model_ranks, t.num_steps_per_rollout
+    prompts, n = config.rollout.rollout_batch_size, config.rollout.n_samples_per_prompt
+    samples = prompts // steps * n
     if samples < dp:
         raise RunError(
-            f"rollout.rollout_batch_size={config.rollout.rollout_batch_size} x rollout.n_samples_per_prompt="
-            f"{config.rollout.n_samples_per_prompt} gives {samples} samples per optimizer step for DP={dp}; "
-            f"choose sizes with a product of at least {dp * steps}"
+            f"rollout.rollout_batch_size={prompts} x rollout.n_samples_per_prompt={n} gives {samples} "
+            f"samples per optimizer step for DP={dp}; choose sizes with a product of at least {dp * steps}"
         )
     return ParallelDims(tp=t.tp_size, pp=t.pp_size, cp=t.cp_size, ep=t.ep_size, dp=dp)
 
 
 def _check_tp(tp: int, shape: ModelShape, slots: int) -> list[int]:
     """All sizes that tensor parallelism may have; RunError where `tp` is none of them."""
-    limits = {
-        "num_attention_heads": shape.num_attention_heads,
-        "num_key_value_heads": shape.num_key_value_heads,
-        "intermediate_size": shape.intermediate_size,
-    }
+    names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    limits = {name: getattr(shape, name) for name in names}
     choices = [n for n in _divisors(slots) if not any(value % n for value in limits.values())]
     for name, value in limits.items():
         if value % tp:
-            raise RunError(f"training.tp_size={tp} does not divide {name}={value}; {_choose(choices)}")
+            raise RunError(f"training.tp_size={tp} does not divide {name}={value}; choose {_words(choices)}")
     if slots % tp:
-        raise RunError(
-            f"training.tp_size={tp}: a tensor-parallel group must lie in one node, and {tp} does not divide "
-            f"its {slots} slots; {_choose(choices)}"
-        )
+        rule = f"a tensor-parallel group must lie in one node, and {tp} does not divide its {slots} slots"
+        raise RunError(f"training.tp_size={tp}: {rule}; choose {_words(choices)}")
     return choices
 
 
@@ -245,13 +235,11 @@ def _check_engine_size(config: RunConfig, shape: ModelShape, slots: int) -> None
     tp, groups = config.rollout.engine_tp_size, shape.num_key_value_heads
     divisors = [n for n in _divisors(shape.num_attention_heads) if n <= slots]
     fits = [n for n in divisors if groups % n == 0 or n % groups == 0]  # key-value heads may be copied
+    why = f"does not fit num_attention_heads={shape.num_attention_heads} and num_key_value_heads={groups}"
     if tp > slots:
-        raise RunError(f"rollout.engine_tp_size={tp} exceeds the {slots} slots of a node; {_choose(fits)}")
+        why = f"exceeds the {slots} slots of a node"
     if tp not in fits:
-        raise RunError(
-            f"rollout.engine_tp_size={tp} does not fit num_attention_heads={shape.num_attention_heads} and "
-            f"num_key_value_heads={groups}; {_choose(fits)}"
-        )
+        raise RunError(f"rollout.engine_tp_size={tp} {why}; choose {_words(fits)}")
 
 
 def _engines(config: RunConfig, slots: int, trainer_slots: list[int]) -> tuple[EnginePlace, ...]:
@@ -269,10 +257,8 @@ def _engines(config: RunConfig, slots: int, trainer_slots: list[int]) -> tuple[E
         if not 1 <= (asked or room) <= room:
             value = f"rollout.engines_per_node={asked} x " if asked else ""
             choice = f"engines_per_node at most {room}" if room else f"engine_tp_size at most {free}"
-            raise RunError(
-                f"{value}rollout.engine_tp_size={tp} does not fit the {free} {_slot_name(config)}s that "
-                f"node {node} has for engines; choose {choice}"
-            )
+            place = f"the {free} {_slot_name(config)}s that node {node} has for engines"
+            raise RunError(f"{value}rollout.engine_tp_size={tp} does not fit {place}; choose {choice}")
         for i in range(asked or room):
             first = slots - free + i * tp
             engines.append(EnginePlace(len(engines), node, tuple(range(first, first + tp))))
@@ -330,21 +316,18 @@ def _check_memory(config: RunConfig, shape: ModelShape, layout: Layout) -> None:
     if layout.device == "cpu":
         return
     need, have = memory(config, shape, layout), config.cluster.gpu_memory_gib * _GIB
+    limit = f"cluster.gpu_memory_gib={config.cluster.gpu_memory_gib:g}"
     if need.states > have:
-        more = (
-            "training.tp_size, training.pp_size or the nodes"
-            if layout.backend == "megatron"
-            else "the trainer GPUs"
-        )
+        more = "training.tp_size, training.pp_size or the nodes"
         raise RunError(
             f"weights, gradients and optimizer state take {need.states / _GIB:.0f} GiB of each trainer GPU, "
-            f"which has cluster.gpu_memory_gib={config.cluster.gpu_memory_gib:g}; raise {more}"
+            f"which has {limit}; raise {more if layout.backend == 'megatron' else 'the trainer GPUs'}"
         )
     if layout.engines and need.engine_weights > have * _mem_fraction(config):
         raise RunError(
             f"rollout.engine_tp_size={config.rollout.engine_tp_size}: the weights take "
-            f"{need.engine_weights / _GIB:.0f} GiB of each engine GPU, more than SGLang's share of "
-            f"cluster.gpu_memory_gib={config.cluster.gpu_memory_gib:g}; raise it"
+            f"{need.engine_weights / _GIB:.0f} GiB of each engine GPU, more than SGLang's share of {limit}; "
+            "raise it"
         )
 
 
@@ -363,7 +346,7 @@ def describe(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
     if layout.backend == "fsdp" and layout.num_nodes == 1:
         backend += " (what one node gets without --backend)"
     engines = f"SGLang: {len(layout.engines)} of {config.rollout.engine_tp_size} {slot}(s) each"
-    lines = [
+    return "\n".join([
         f"nodes     {nodes}",
         f"model     {shape.model_type}, {shape.num_parameters:,} parameters, {config.model.dtype}",
         f"trainers  {backend}: TP={p.tp} CP={p.cp} PP={p.pp} DP={p.dp}",
@@ -371,8 +354,7 @@ def describe(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
         *_memory_lines(config, shape, layout),
         "",
         layout.table(),
-    ]
-    return "\n".join(lines)
+    ])  # fmt: skip
 
 
 def _memory_lines(config: RunConfig, shape: ModelShape, layout: Layout) -> list[str]:
@@ -397,16 +379,8 @@ def _slot_name(config: RunConfig) -> str:
     return "GPU" if config.cluster.device == "cuda" else "CPU slot"
 
 
-def _slot_field(config: RunConfig) -> str:
-    return "cluster.gpus_per_node" if config.cluster.device == "cuda" else "cluster.slots_per_node"
-
-
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
-
-
-def _choose(choices: list[int]) -> str:
-    return f"choose {_words(choices)}"
 
 
 def _words(choices: Iterable[object]) -> str:

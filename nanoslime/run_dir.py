@@ -138,10 +138,7 @@ class RunDir:
 
     def status(self) -> dict[str, Any]:
         """The last published status, {} before the first."""
-        try:
-            return dict(read_json(self.path / "status.json"))
-        except FileNotFoundError:
-            return {}
+        return _read(self.path / "status.json")
 
     def write_provenance(self, argv: Sequence[str]) -> None:
         """Record command line, git commit and diff of this code, and the versions of what it runs on."""
@@ -216,28 +213,29 @@ class Attempt:
 
     def must_stop(self) -> str | None:
         """Why the attempt must stop, or None."""
-        return self._read("stop").get("reason")
+        return _read(self.path / "stop.json").get("reason")
 
     def requeue_wanted(self) -> bool:
         """Whether the stop was requested so that a new attempt can go on."""
-        return bool(self._read("stop").get("requeue"))
+        return bool(_read(self.path / "stop.json").get("requeue"))
 
     def end(self, code: int, reason: str) -> None:
         """Record how the attempt ended: DONE, STOPPED or FAILED. The first one to say so is right."""
-        if not self._read("end"):
+        if not self.ended():
             self._publish("end", code=code, reason=reason)
 
     def ended(self) -> tuple[int, str] | None:
         """(code, reason) once the attempt has ended."""
-        end = self._read("end")
+        end = _read(self.path / "end.json")
         return (end["code"], end["reason"]) if end else None
 
     def _publish(self, name: str, **facts: Any) -> None:
         publish_json(self.path / f"{name}.json", {**facts, "time": time.time()})
 
-    def _read(self, name: str) -> dict[str, Any]:
-        path = self.path / f"{name}.json"
-        return dict(read_json(path)) if seen(path) else {}
+
+def _read(path: Path) -> dict[str, Any]:
+    """The facts in a JSON file, {} where there is none yet."""
+    return dict(read_json(path)) if seen(path) else {}
 
 
 def _git(*arguments: str) -> str:

@@ -68,8 +68,14 @@ def parse(args: Sequence[str]) -> list[Flag]:
             forms = "--name VALUE, --name=VALUE, --switch or --no-switch"
             raise RunError(f"{word!r} belongs to no flag; write {forms}")
         name, equals, value = word.partition("=")
-        field, off = _field_of(name)
+        plain = name[2:].replace("_", "-")
+        if plain not in spellings():
+            raise RunError(f"unknown flag {name}{suggest(plain, _suggestions())}; --help lists all flags")
+        field, off = spellings()[plain]
         kind = field_types()[field]
+        if off and kind is not bool:
+            flag = f"--{field.replace('_', '-')}"
+            raise RunError(f"{name}: {field} is not a switch; give it a value: {flag} VALUE")
         if get_origin(kind) in (dict, list):
             raise RunError(f"{name} sets {field}, a {get_origin(kind).__name__}, which is set in YAML only")
         if off and equals:
@@ -88,34 +94,19 @@ def _optional(kind: Any) -> bool:
     return get_origin(kind) in (Union, types.UnionType) and type(None) in get_args(kind)
 
 
-def _field_of(name: str) -> tuple[str, bool]:
-    """The field that a flag sets, and whether the flag is the --no- form of a switch."""
-    plain = name[2:].replace("_", "-")
-    field = _known(plain)
-    if field:
-        return field, False
-    section, _, leaf = plain.rpartition(".")
-    if leaf.startswith("no-"):
-        field = _known(f"{section}.{leaf[3:]}" if section else leaf[3:])
-        if field and field_types()[field] is bool:
-            return field, True
-        if field:
-            flag = f"--{field.replace('_', '-')}"
-            raise RunError(f"{name}: {field} is not a switch; give it a value: {flag} VALUE")
-    raise RunError(f"unknown flag {name}{suggest(plain, spellings())}; --help lists all flags")
-
-
-def _known(plain: str) -> str | None:
-    field = ALIASES.get(plain, plain.replace("-", "_"))
-    return field if field in field_types() else None
-
-
 @cache
-def spellings() -> dict[str, str]:
-    """What a user might have meant (aliases, dotted names, last parts of those) -> the flag to suggest."""
-    dotted = [name.replace("_", "-") for name in field_types()]
-    table = {name.rpartition(".")[2]: "--" + name for name in dotted} | {name: "--" + name for name in dotted}
-    return table | {alias: "--" + alias for alias in ALIASES}
+def spellings() -> dict[str, tuple[str, bool]]:
+    """Every flag without its dashes -> the field it sets, and whether it is the --no- form."""
+    names = {field.replace("_", "-"): field for field in field_types()} | ALIASES
+    parted = [(*name.rpartition("."), field) for name, field in names.items()]
+    off = {f"{section}{dot}no-{leaf}": (field, True) for section, dot, leaf, field in parted}
+    return off | {name: (field, False) for name, field in names.items()}
+
+
+def _suggestions() -> dict[str, str]:
+    """What a user might have meant (flags, or the last parts of dotted ones) -> the flag to suggest."""
+    names = [name for name, (_, off) in spellings().items() if not off]
+    return {name.rpartition(".")[2]: f"--{name}" for name in names} | {name: f"--{name}" for name in names}
 
 
 def suggest(word: str, choices: Mapping[str, str]) -> str:

@@ -75,8 +75,6 @@ def remove_leftovers(directory: Path) -> list[Path]:
 
 def _remove(path: Path) -> None:
     """Remove a committed directory under another name, so that half of it is never taken for a checkpoint."""
-    doomed = path.with_name(f"{path.name}.removed{_PARTIAL}")
-    if doomed.exists():
-        shutil.rmtree(doomed)
-    os.rename(path, doomed)
+    doomed = partial_dir(path.with_name(f"{path.name}.removed"))
+    os.replace(path, doomed)  # an empty directory may be replaced
     shutil.rmtree(doomed)
