@@ -104,6 +104,15 @@ class GenerateRequest:
     stop_token_ids: tuple[int, ...] = ()
     seed: int | None = None  # same seed, same samples: honoured by the embedded engine only
 
+    def check_tokens(self, vocab_size: int, engine: str) -> None:
+        """Raises RunError for a token id outside the vocabulary (it would kill a server)."""
+        for position, token in enumerate(self.token_ids):
+            if not 0 <= token < vocab_size:
+                raise RunError(
+                    f"engine {engine}: token id {token} at position {position} of a prompt is not in the "
+                    f"vocabulary of {vocab_size}; is the tokenizer the checkpoint's own?"
+                )
+
 
 @dataclass(frozen=True, slots=True)
 class Generation:

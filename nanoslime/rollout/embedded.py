@@ -9,67 +9,65 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nanoslime.storage.safetensors_file import read_headers
 from nanoslime.types import GenerateRequest, Generation, RunError, Status
 
+_MAX_ROWS = 1024  # sequences of one forward
+_DEADLINE_S = 300.0  # for a batch or a weight update to end
+
+
+@dataclass(eq=False, slots=True)
+class _Job:
+    request: GenerateRequest
+    answer: list[Generation] | None = None
+
 
 class EmbeddedEngine:
-    """An `Engine` in this process. Weights and forwards exclude each other by a lock, waited for with a
-    deadline."""
+    """An `Engine` in this process. Weights and forwards exclude each other by a lock with a deadline."""
 
-    def __init__(
-        self,
-        model_path: str,
-        dtype: str,
-        device: str,
-        seed: int,
-        name: str = "embedded",
-        *,
-        max_batch_rows: int = 1024,
-        deadline_s: float = 300.0,
-    ) -> None:
-        """`seed` is for requests without one of their own; `max_batch_rows` bounds the sequences of one
-        forward."""
-        self.name = name
+    name = "embedded"
+
+    def __init__(self, model_path: str, dtype: str, device: str, seed: int) -> None:
+        """`seed` is for requests without one of their own."""
         self._names = set(read_headers(Path(model_path)))
         self._model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             model_path, dtype=getattr(torch, dtype)
         )
         self._model.to(device).eval()
         self._seeds = torch.Generator().manual_seed(seed)
-        self._max_batch_rows, self._deadline_s = max_batch_rows, deadline_s
         self._version = 0
         self._paused = False
         self._busy = threading.Lock()
-        self._pending: list[tuple[GenerateRequest, asyncio.Future[list[Generation]]]] = []
-        self._drain: asyncio.Task[None] | None = None
+        self._waiting: list[_Job] = []
 
     async def generate(self, request: GenerateRequest) -> list[Generation]:
         """`request.n` continuations. A prompt that leaves no room for a token gives status error.
 
         Raises RunError for a token id outside the vocabulary.
         """
-        vocab_size = self._model.config.get_text_config().vocab_size
-        for position, token in enumerate(request.token_ids):
-            if not 0 <= token < vocab_size:
-                raise RunError(
-                    f"engine {self.name}: token id {token} at position {position} of a prompt is not in the "
-                    f"vocabulary of {vocab_size}; is the tokenizer the checkpoint's own?"
-                )
-        future = asyncio.get_running_loop().create_future()
-        if self._drain is None or self._drain.done():
-            self._pending = []  # what an event loop left that ended early
-            self._drain = asyncio.create_task(self._drain_pending())
-        self._pending.append((request, future))
-        return await future
+        request.check_tokens(self._model.config.get_text_config().vocab_size, self.name)
+        job = _Job(request)
+        self._waiting.append(job)
+        try:
+            await asyncio.sleep(0)  # whoever was started together with this request joins its batch
+            while self._paused:
+                await asyncio.sleep(0.01)
+            if job.answer is None:  # the first to wake up answers for all
+                self._answer([job for job in self._waiting if job.answer is None])
+        finally:
+            self._waiting.remove(job)
+        assert job.answer is not None
+        return job.answer
 
     def health(self) -> bool:
         return True
@@ -77,8 +75,8 @@ class EmbeddedEngine:
     def pause(self) -> None:
         """Returns when no forward runs; requests wait until `resume`."""
         self._paused = True
-        self._acquire("the running batch to end")
-        self._busy.release()
+        with self._alone("the running batch"):
+            pass
 
     def resume(self) -> None:
         self._paused = False
@@ -90,8 +88,7 @@ class EmbeddedEngine:
         return self._version
 
     def update_weights_from_disk(self, path: str, version: int) -> None:
-        """Load a directory's safetensors. Raises RunError, weights unchanged, when it lacks a tensor or has
-        others."""
+        """`load_weights` from a directory's safetensors."""
         files = sorted({info.file for info in read_headers(Path(path)).values()})
         self.load_weights((pair for file in files for pair in load_file(file).items()), version)
 
@@ -109,19 +106,21 @@ class EmbeddedEngine:
                 f"engine {self.name} refused version {version}: {len(missing)} of {len(self._names)} tensors "
                 f"missing: {', '.join(missing[:5])}"
             )
-        self._acquire("the running batch to end")
-        try:
+        with self._alone("the running batch"):
             self._copy(tensors, version)
-        finally:
-            self._busy.release()
-        self._version = version
+            self._version = version
 
     def close(self) -> None:
         """Nothing to end."""
 
-    def _acquire(self, what: str) -> None:
-        if not self._busy.acquire(timeout=self._deadline_s):
-            raise RunError(f"engine {self.name}: waited {self._deadline_s:g} s for {what}")
+    @contextmanager
+    def _alone(self, other: str) -> Iterator[None]:
+        if not self._busy.acquire(timeout=_DEADLINE_S):
+            raise RunError(f"engine {self.name}: waited {_DEADLINE_S:g} s for {other} to end")
+        try:
+            yield
+        finally:
+            self._busy.release()
 
     def _copy(self, tensors: dict[str, Tensor], version: int) -> None:
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
@@ -141,42 +140,14 @@ class EmbeddedEngine:
             for name, tensor in tensors.items():
                 parameters[name].copy_(tensor)
 
-    async def _drain_pending(self) -> None:
-        await asyncio.sleep(0)  # whoever was started together with the first request joins its batch
-        while self._pending:
-            while self._paused:
-                await asyncio.sleep(0.01)
-            batch = self._take_batch()
-            requests = [request for request, _ in batch]
-            try:
-                answers = self._generate(requests)
-            except Exception as e:
-                for _, future in batch:
-                    future.set_exception(e)
-                continue
-            for (_, future), answer in zip(batch, answers, strict=True):
-                if not future.cancelled():
-                    future.set_result(answer)
-
-    def _take_batch(self) -> list[tuple[GenerateRequest, asyncio.Future[list[Generation]]]]:
-        rows, count = 0, 0
-        for request, _ in self._pending:
-            rows += request.n
-            if count and rows > self._max_batch_rows:
-                break
-            count += 1
-        batch, self._pending = self._pending[:count], self._pending[count:]
-        return batch
-
-    def _generate(self, requests: Sequence[GenerateRequest]) -> list[list[Generation]]:
-        rows = [row for request in requests for row in self._rows(request)]
-        self._acquire("a weight update to end")
-        try:
-            _sample(self._model, [row for row in rows if row.limit > 0])
-        finally:
-            self._busy.release()
-        answers = iter(row.generation(self._version) for row in rows)
-        return [[next(answers) for _ in range(request.n)] for request in requests]
+    def _answer(self, jobs: Sequence[_Job]) -> None:
+        rows_of = {job: list(self._rows(job.request)) for job in jobs}
+        rows = [row for rows in rows_of.values() for row in rows if row.limit > 0]
+        with self._alone("a weight update"):
+            for first in range(0, len(rows), _MAX_ROWS):
+                _sample(self._model, rows[first : first + _MAX_ROWS])
+            for job, own in rows_of.items():
+                job.answer = [row.generation(self._version) for row in own]
 
     def _rows(self, request: GenerateRequest) -> Iterator[_Row]:
         seed = request.seed
@@ -184,9 +155,8 @@ class EmbeddedEngine:
             seed = int(torch.randint(2**62, (), generator=self._seeds))
         context = self._model.config.get_text_config().max_position_embeddings
         limit = max(0, min(request.max_new_tokens, context - len(request.token_ids)))
-        randoms = torch.rand(
-            request.n, limit, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
-        )
+        generator = torch.Generator().manual_seed(seed)
+        randoms = torch.rand(request.n, limit, dtype=torch.float64, generator=generator)
         eos = self._model.generation_config.eos_token_id if self._model.generation_config else None
         eos_ids = [] if eos is None else [eos] if isinstance(eos, int) else eos
         for i in range(request.n):
@@ -200,21 +170,17 @@ class _Row:
     request: GenerateRequest
     limit: int  # tokens it may get: max_new_tokens, or less where the context ends
     stop_ids: frozenset[int]
-    randoms: (
-        Tensor  # float64 [limit] in [0, 1): its own, so that a batch's other rows do not change its samples
-    )
+    randoms: Tensor  # float64 [limit] in [0, 1): its own, so that other rows do not change its samples
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    stopped: bool = False
+
+    @property
+    def stopped(self) -> bool:
+        return bool(self.token_ids) and self.token_ids[-1] in self.stop_ids
 
     @property
     def done(self) -> bool:
         return self.stopped or len(self.token_ids) == self.limit
-
-    def add(self, token: int, logprob: float) -> None:
-        self.token_ids.append(token)
-        self.logprobs.append(logprob)
-        self.stopped = token in self.stop_ids
 
     def generation(self, version: int) -> Generation:
         if self.limit == 0:
@@ -227,64 +193,50 @@ class _Row:
 @torch.inference_mode()
 def _sample(model: PreTrainedModel, rows: Sequence[_Row]) -> None:
     """Fill in the rows' tokens and logprobs, one token of each per forward."""
-    if not rows:
-        return
-    longest = max(len(row.request.token_ids) for row in rows)
-    padding = torch.tensor([longest - len(row.request.token_ids) for row in rows])
-    tokens = torch.tensor(
-        [[0] * (longest - len(r.request.token_ids)) + list(r.request.token_ids) for r in rows]
-    )
-    mask = torch.arange(longest) >= padding[:, None]  # [B, P], left padding
-    positions = (torch.arange(longest) - padding[:, None]).clamp(min=0)
-    temperatures = torch.tensor([row.request.temperature for row in rows], device=model.device)
-    steps = max(row.limit for row in rows)
-    randoms = torch.zeros(len(rows), steps, dtype=torch.float64)
-    for i, row in enumerate(rows):
-        randoms[i, : row.limit] = row.randoms
+    device = model.device
+    prompts = [torch.tensor(row.request.token_ids) for row in rows]
+    tokens = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)  # [B, P]
+    attended = [torch.ones_like(prompt) for prompt in prompts]
+    mask = pad_sequence(attended, batch_first=True, padding_side="left").to(device)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    temperatures = torch.tensor([row.request.temperature for row in rows], device=device)
+    randoms = pad_sequence([row.randoms for row in rows], batch_first=True).to(device)  # [B, longest limit]
     cache = None
-    for step in range(steps):
+    for step in range(randoms.shape[1]):
         output = model(
-            input_ids=tokens.to(model.device),
-            attention_mask=mask.to(model.device),
-            position_ids=positions.to(model.device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache,
+            use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
         cache = output.past_key_values
         logprobs = torch.log_softmax(output.logits[:, -1].float() / temperatures[:, None], -1)  # [B, V]
-        chosen = pick(_filtered(logprobs, rows), randoms[:, step].to(model.device))  # [B]
-        picked = logprobs.gather(1, chosen[:, None])[:, 0]
-        for row, token, logprob in zip(rows, chosen.tolist(), picked.tolist(), strict=True):
+        chosen = pick(_filtered(logprobs, rows), randoms[:, step])[:, None]  # [B, 1]
+        picked = logprobs.gather(1, chosen)
+        for row, [token], [logprob] in zip(rows, chosen.tolist(), picked.tolist(), strict=True):
             if not row.done:
-                row.add(token, logprob)
+                row.token_ids.append(token)
+                row.logprobs.append(logprob)
         if all(row.done for row in rows):
             return
-        tokens, positions = chosen[:, None], positions[:, -1:] + 1
-        mask = torch.cat([mask, torch.ones(len(rows), 1, dtype=torch.bool)], 1)
+        tokens, positions = chosen, positions[:, -1:] + 1
+        mask = torch.cat([mask, torch.ones_like(chosen)], 1)
 
 
 def pick(probs: Tensor, randoms: Tensor) -> Tensor:
-    """Sample one token per row by inverting the cumulative distribution: probs [B, V], randoms [B] in [0, 1)
-    -> [B]."""
+    """One token per row, by inverting its distribution: probs [B, V], randoms [B] in [0, 1) -> [B]."""
     cumulative = probs.double().cumsum(-1)
     chosen = torch.searchsorted(cumulative, randoms[:, None] * cumulative[:, -1:], right=True)[:, 0]
     return chosen.clamp(max=probs.shape[-1] - 1)
 
 
 def _filtered(logprobs: Tensor, rows: Sequence[_Row]) -> Tensor:
-    """Probabilities [B, V] with all but the top k and the top p of each row's mass set to zero; not
-    normalised."""
+    """Probabilities [B, V], zero but for the top k and the top p of each row's mass; not normalised."""
     probs = logprobs.exp()
     if all(row.request.top_p == 1.0 and row.request.top_k <= 0 for row in rows):
         return probs
-    vocab_size = probs.shape[-1]
-    top_p = torch.tensor([row.request.top_p for row in rows], device=probs.device)
-    top_k = torch.tensor(
-        [k if 0 < (k := row.request.top_k) else vocab_size for row in rows], device=probs.device
-    )
+    rank = torch.arange(probs.shape[-1], device=probs.device)
+    top_p = torch.tensor([[row.request.top_p] for row in rows], device=probs.device)
+    top_k = torch.tensor([[k if (k := row.request.top_k) > 0 else len(rank)] for row in rows]).to(rank)
     ordered, order = probs.sort(-1, descending=True)
     before = ordered.cumsum(-1) - ordered  # mass of the tokens ahead of each
-    rank = torch.arange(vocab_size, device=probs.device)
-    dropped = (rank >= top_k[:, None]) | (before >= top_p[:, None]) & (top_p < 1.0)[:, None]
+    dropped = (rank >= top_k) | (before >= top_p) & (top_p < 1.0)
     return probs.masked_fill(torch.zeros_like(dropped).scatter(1, order, dropped), 0.0)

@@ -142,12 +142,7 @@ class SGLangEngine:
         Raises RunError for a token id outside the vocabulary (it would kill the server), for a server that
         does not answer within `request_deadline_s`, or that is gone.
         """
-        for position, token in enumerate(request.token_ids):
-            if not 0 <= token < self.vocab_size:
-                raise RunError(
-                    f"engine {self.name}: token id {token} at position {position} of a prompt is not in the "
-                    f"vocabulary of {self.vocab_size}; is the tokenizer the checkpoint's own?"
-                )
+        request.check_tokens(self.vocab_size, self.name)
         body = {
             "input_ids": [int(token) for token in request.token_ids],
             "sampling_params": {
