@@ -1,0 +1,1 @@
+"""Thin command lines and benchmarks. They may import everything; nothing imports them."""
