@@ -69,18 +69,10 @@ class Layout:
     trainers: tuple[TrainerPlace, ...]  # by rank
     engines: tuple[EnginePlace, ...]  # by index; none with the embedded engine
 
-    @property
-    def trainer_nodes(self) -> tuple[int, ...]:
-        return tuple(sorted({t.node for t in self.trainers}))
-
-    @property
-    def engine_nodes(self) -> tuple[int, ...]:
-        return tuple(sorted({e.node for e in self.engines}))
-
     def roles(self, node: int) -> str:
         """trainer, engine or trainer+engine."""
-        roles = {"trainer": self.trainer_nodes, "engine": self.engine_nodes}
-        return "+".join(role for role, nodes in roles.items() if node in nodes)
+        nodes = {"trainer": {t.node for t in self.trainers}, "engine": {e.node for e in self.engines}}
+        return "+".join(role for role in nodes if node in nodes[role])
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)

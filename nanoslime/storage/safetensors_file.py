@@ -10,6 +10,7 @@ import json
 import math
 import struct
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -107,7 +108,7 @@ def _info(path: Path, entry: dict[str, Any], data_start: int) -> TensorInfo:
     return TensorInfo(path, entry["dtype"], tuple(entry["shape"]), data_start + start, data_start + stop)
 
 
-class HFCheckpointWriter:
+class HFCheckpointWriter(AbstractContextManager["HFCheckpointWriter"]):
     """Writes tensors, declared beforehand and handed over in that order, into sharded safetensors files.
 
     tensors: (name, safetensors dtype, shape). As a context manager it closes when the block succeeds.
@@ -157,9 +158,6 @@ class HFCheckpointWriter:
             total = sum(_num_bytes(entry) for shard in self._shards for entry in shard.values())
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             publish_json(self._directory / INDEX_FILE, index)
-
-    def __enter__(self) -> HFCheckpointWriter:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
