@@ -34,14 +34,9 @@ class ChildProcess:
         try:
             with log.open("ab") as out:
                 self._process = subprocess.Popen(
-                    command,
-                    env=dict(env),
-                    stdin=subprocess.DEVNULL,
-                    stdout=out,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                    pass_fds=[read_end],
-                )
+                    command, env=dict(env), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+                    start_new_session=True, pass_fds=[read_end],
+                )  # fmt: skip
             fcntl.fcntl(read_end, fcntl.F_SETOWN, -self.pid)
             fcntl.fcntl(read_end, _F_SETSIG, signal.SIGKILL)
             fcntl.fcntl(read_end, fcntl.F_SETFL, os.O_ASYNC)
@@ -59,8 +54,7 @@ class ChildProcess:
         return self._process.poll() is None
 
     def wait_until(self, ready: Callable[[], bool], what: str, deadline_s: float) -> None:
-        """Poll `ready` until it holds. Raises RunError, after ending the child, when it exits or is too
-        slow."""
+        """Poll `ready` until it holds. RunError, after ending the child, when that exits or is too slow."""
         end = time.monotonic() + deadline_s
         while not ready():
             failure = None
@@ -74,8 +68,7 @@ class ChildProcess:
             time.sleep(0.5)
 
     def close(self) -> None:
-        """SIGKILL to the whole process group (a server holds nothing to save); returns when the group is
-        empty."""
+        """SIGKILL to the process group (a server holds nothing to save); returns when that is empty."""
         if self._lifeline < 0:
             return
         try:
@@ -89,9 +82,7 @@ class ChildProcess:
         os.close(self._lifeline)
         self._lifeline = -1
         if left:
-            raise RunError(
-                f"{self.name}: processes {left} are still alive 10 s after SIGKILL; log: {self.log}"
-            )
+            raise RunError(f"{self.name}: processes {left} still live 10 s after SIGKILL; log: {self.log}")
 
 
 def _group_members(group: int) -> list[int]:

@@ -1,5 +1,4 @@
-"""From prompts to scored groups: ask for samples, put prompt and response into one token axis, decode,
-score."""
+"""From prompts to scored groups: ask for samples, put each on one token axis with its prompt, score."""
 
 from __future__ import annotations
 
@@ -28,18 +27,15 @@ async def sample_groups(
     *,
     first_group_id: int,
     seed: Sequence[int] = (0,),
-    stop_token_ids: Sequence[int] | None = None,
 ) -> list[SampleGroup]:
-    """One group of config.n_samples_per_prompt scored samples per prompt, in order; all prompts are asked at
-    once.
+    """A group of config.n_samples_per_prompt scored samples per prompt, in order; all are asked at once.
 
-    `seed` decides the samples of an engine that honours seeds. `stop_token_ids` end a response, in addition
-    to what ends one by the model's own generation config; default: the tokenizer's end of sequence. A sample
-    that the engine could not make has status error, its cause in `error`, and no reward. Raises RunError when
-    no engine is left or when the reward fails.
+    `seed` decides the samples of an engine that honours seeds. The tokenizer's end of sequence ends a
+    response, in addition to what does by the model's own generation config. A sample that the engine could
+    not make has status error, its cause in `error`, and no reward. Raises RunError when no engine is left or
+    when the reward fails.
     """
-    if stop_token_ids is None:
-        stop_token_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    stop_token_ids = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
 
     def request(i: int, prompt: Prompt) -> GenerateRequest:
         entropy = [value % 2**32 for value in (*seed, i)]
@@ -50,7 +46,7 @@ async def sample_groups(
             temperature=config.temperature,
             top_p=config.top_p,
             top_k=config.top_k,
-            stop_token_ids=tuple(stop_token_ids),
+            stop_token_ids=stop_token_ids,
             seed=int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1),
         )
 
@@ -90,8 +86,7 @@ def make_sample(
 
 
 def group_metrics(groups: Sequence[SampleGroup]) -> dict[str, float]:
-    """What the samples of one rollout look like, filtered ones included. Rewards are over samples that have
-    one."""
+    """What the samples of one rollout look like, filtered ones included; rewards over those that have one."""
     samples = [sample for group in groups for sample in group.samples]
     rewards = [[s.reward for s in group.samples if s.reward is not None] for group in groups]
     scored = [r for r in rewards if r]

@@ -23,55 +23,44 @@ def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, config: DataCon
     """Every prompt of a JSONL or parquet file, tokenized; `prompt_id` is its position in the file.
 
     Raises RunError in one line naming file and line for what cannot be used: a broken line, a missing key, an
-    empty prompt, one over `max_prompt_tokens` (unless they are skipped, with a count), a file without
-    prompts.
+    empty prompt, one over `max_prompt_tokens` (unless those are skipped, with a count), a file without any.
     """
     use_template = _use_template(tokenizer, config)
     places, records, texts = [], [], []
     for place, record in _records(path):
         for key in filter(None, (config.prompt_key, config.label_key)):
             if key not in record:
-                keys = ", ".join(sorted(record))
-                raise RunError(
-                    f"{place}: no key {key!r}; it has: {keys} (see data.prompt_key and data.label_key)"
-                )
+                has = ", ".join(sorted(record))
+                raise RunError(f"{place}: no key {key!r}; it has: {has} (data.prompt_key, data.label_key)")
         places.append(place)
         records.append(record)
         texts.append(_text(record[config.prompt_key], place, tokenizer, config, use_template))
     if not records:
         raise RunError(f"{path} holds no prompts")
     token_ids = tokenizer(texts, add_special_tokens=not use_template)["input_ids"]
-    prompts, num_over_long = [], 0
+    prompts, limit = [], config.max_prompt_tokens
     for i, (place, record, text, ids) in enumerate(zip(places, records, texts, token_ids, strict=True)):
         if not ids:
             raise RunError(f"{place}: the prompt is empty")
-        if len(ids) > config.max_prompt_tokens:
-            num_over_long += 1
+        if len(ids) > limit:
             if config.over_long == "error":
                 raise RunError(
-                    f"{place}: a prompt of {len(ids)} tokens is over data.max_prompt_tokens="
-                    f"{config.max_prompt_tokens}; raise it, or set data.over_long=skip"
+                    f"{place}: a prompt of {len(ids)} tokens is over data.max_prompt_tokens={limit}; "
+                    "raise it, or set data.over_long=skip"
                 )
             continue
         label = record[config.label_key] if config.label_key else None
         metadata = record.get("metadata") or {}
         prompts.append(Prompt(i, np.asarray(ids, dtype=np.int32), text, label, metadata))
-    if num_over_long:
-        logger.warning(
-            "%s: skipped %d of %d prompts with over %d tokens",
-            path,
-            num_over_long,
-            len(records),
-            config.max_prompt_tokens,
-        )
     if not prompts:
-        raise RunError(f"{path}: every prompt is over data.max_prompt_tokens={config.max_prompt_tokens}")
+        raise RunError(f"{path}: every prompt is over data.max_prompt_tokens={limit}")
+    if skipped := len(records) - len(prompts):
+        logger.warning("%s: skipped %d of %d prompts with over %d tokens", path, skipped, len(records), limit)
     return prompts
 
 
 class PromptSource:
-    """Goes through the prompts again and again, each epoch in an order of its own that only the seed
-    decides."""
+    """Goes through the prompts again and again, each epoch in an order of its own that the seed decides."""
 
     def __init__(self, prompts: Sequence[Prompt], seed: int, shuffle: bool) -> None:
         self._prompts, self._seed, self._shuffle = prompts, seed, shuffle
@@ -94,8 +83,7 @@ class PromptSource:
         return {"epoch": self._epoch, "position": self._position, **self._identity()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state` was taken. Raises RunError when it was taken from other prompts or another
-        seed."""
+        """Go on where `state` was taken. Raises RunError when that was with other prompts or another seed."""
         for name, value in self._identity().items():
             if state[name] != value:
                 raise RunError(
@@ -147,9 +135,7 @@ def _use_template(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> boo
         raise RunError("data.chat_template=on, but the tokenizer has no chat template; use auto or off")
     use = has_template and config.chat_template != "off"
     if config.system_prompt and not use:
-        raise RunError(
-            "data.system_prompt needs a chat template: the tokenizer has none, or data.chat_template=off"
-        )
+        raise RunError("data.system_prompt needs a chat template: there is none, or data.chat_template=off")
     return use
 
 
@@ -158,16 +144,15 @@ def _text(
 ) -> str:
     """What the model sees: the prompt itself, or the chat template over it, ready for the answer."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
-    ):
+    is_list = isinstance(messages, list)
+    if not is_list or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
         raise RunError(f"{place}: a prompt is a string or a list of {{role, content}} messages")
-    if not use_template:
-        if not isinstance(prompt, str):
-            raise RunError(
-                f"{place}: a prompt of chat messages needs a chat template; the tokenizer's is missing or off"
-            )
+    if isinstance(prompt, str) and not use_template:
         return prompt
+    if not use_template:
+        raise RunError(
+            f"{place}: a prompt of chat messages needs a chat template; the tokenizer's is missing or off"
+        )
     if config.system_prompt:
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

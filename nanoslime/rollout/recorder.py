@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from nanoslime.storage.shared_files import publish
 from nanoslime.types import SampleGroup
 
 
 def record(path: Path, groups: Sequence[SampleGroup]) -> None:
     """Write the samples to `path` (rollouts/step_<k>.jsonl), whole or not at all."""
+    entries = [
+        {
+            "group": sample.group_id,
+            "prompt": sample.metadata.get("prompt_id"),
+            "text": sample.text,
+            "label": sample.label,
+            "reward": sample.reward,
+            "advantage": sample.advantage,
+            "tokens": [sample.num_tokens, sample.num_response_tokens],
+            "status": sample.status,
+            "versions": [version for _, version in sample.policy_versions],
+            "error": sample.error,
+        }
+        for group in groups
+        for sample in group.samples
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as lines:
-        for group in groups:
-            for sample in group.samples:
-                entry = {
-                    "group": sample.group_id,
-                    "prompt": sample.metadata.get("prompt_id"),
-                    "text": sample.text,
-                    "label": sample.label,
-                    "reward": sample.reward,
-                    "advantage": sample.advantage,
-                    "tokens": [sample.num_tokens, sample.num_response_tokens],
-                    "status": sample.status,
-                    "versions": [version for _, version in sample.policy_versions],
-                    "error": sample.error,
-                }
-                lines.write(json.dumps(entry, ensure_ascii=False, default=str) + "\n")
-    os.replace(partial, path)
+    lines = (json.dumps(entry, ensure_ascii=False, default=str) + "\n" for entry in entries)
+    publish(path, "".join(lines).encode())

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -16,6 +17,8 @@ from nanoslime.rollout.sglang import EngineLost, SGLangEngine
 from nanoslime.types import Engine, GenerateRequest, Generation, RunError
 
 logger = logging.getLogger(__name__)
+_HOST = "127.0.0.1"
+_START_DEADLINE_S = 120.0
 
 
 class Router(Protocol):
@@ -28,8 +31,7 @@ class Router(Protocol):
 class LeastInflightRouter:
     """Gives each request to the engine with the fewest sequences in flight.
 
-    An engine that is lost leaves the rotation, named in `lost` with its cause, and its requests go to the
-    others.
+    A lost engine leaves the rotation, named in `lost` with its cause; its requests go to the others.
     """
 
     def __init__(self, engines: Sequence[Engine]) -> None:
@@ -49,9 +51,8 @@ class LeastInflightRouter:
             except EngineLost as e:
                 if name not in self.lost:
                     self.lost[name] = str(e)
-                    logger.error(
-                        "out of rotation: %s; %d engines left", e, len(self._engines) - len(self.lost)
-                    )
+                    num_left = len(self._engines) - len(self.lost)
+                    logger.error("out of rotation: %s; %d engines left", e, num_left)
             finally:
                 self._inflight[name] -= request.n
         raise RunError("no engine is left: " + "; ".join(self.lost.values()))
@@ -61,28 +62,18 @@ class LeastInflightRouter:
 
 
 class SGLangRouter:
-    """The sglang-router program in front of SGLang engines, as a child process; it checks their health and
-    retries."""
+    """The sglang-router program on this host, a child process; it checks the engines' health and retries."""
 
-    def __init__(
-        self,
-        engines: Sequence[SGLangEngine],
-        *,
-        host: str,
-        port: int,
-        metrics_port: int,
-        log: Path,
-        deadline_s: float = 120.0,
-    ) -> None:
-        """Raises RunError when a port is taken, or when the router does not see every engine within
-        `deadline_s`."""
-        for taken in (port, metrics_port):
-            require_free_port(host, taken, "sglang-router", "give it another port")
+    def __init__(self, engines: Sequence[SGLangEngine], ports: tuple[int, int], log: Path) -> None:
+        """`ports`: for requests and for metrics. Raises RunError when one is taken, or when the router does
+        not see every engine in time."""
+        for port in ports:
+            require_free_port(_HOST, port, "sglang-router", "give it another port")
         options = {
-            "--host": host,
-            "--port": port,
-            "--prometheus-host": host,
-            "--prometheus-port": metrics_port,
+            "--host": _HOST,
+            "--port": ports[0],
+            "--prometheus-host": _HOST,
+            "--prometheus-port": ports[1],
             "--policy": "power_of_two" if len(engines) > 1 else "round_robin",
             "--worker-startup-check-interval": 1,
             "--request-timeout-secs": int(engines[0].request_deadline_s),
@@ -91,16 +82,12 @@ class SGLangRouter:
         command += [str(word) for option in options.items() for word in option]
         command += ["--worker-urls", *(engine.url for engine in engines)]
         self._num_engines = len(engines)
-        self._client = SGLangEngine(
-            name="sglang-router",
-            url=f"http://{host}:{port}",
-            log=str(log),
-            vocab_size=min(engine.vocab_size for engine in engines),
-            request_deadline_s=engines[0].request_deadline_s,
+        self._client = replace(
+            engines[0], name="sglang-router", url=f"http://{_HOST}:{ports[0]}", log=str(log)
         )
         env = os.environ | {"NO_PROXY": "*", "no_proxy": "*"}
         self._process = ChildProcess("sglang-router", command, env, log)
-        self._process.wait_until(self._ready, f"{len(engines)} healthy engines", deadline_s)
+        self._process.wait_until(self._ready, f"{len(engines)} healthy engines", _START_DEADLINE_S)
 
     async def generate(self, request: GenerateRequest) -> list[Generation]:
         return await self._client.generate(request)
@@ -119,20 +106,14 @@ class SGLangRouter:
 
 
 def make_router(
-    kind: Literal["least_inflight", "sglang"],
-    engines: Sequence[Engine],
-    *,
-    host: str = "127.0.0.1",
-    ports: tuple[int, int] | None = None,
-    log: Path | None = None,
+    kind: Literal["least_inflight", "sglang"], engines: Sequence[Engine], ports: tuple[int, int], log: Path
 ) -> Router:
-    """The router that RolloutConfig.router names; `ports` (requests, metrics) and `log` are for kind
-    sglang."""
+    """The router that RolloutConfig.router names; `ports` and `log` are SGLangRouter's."""
     if kind == "least_inflight":
         return LeastInflightRouter(engines)
     remote = [engine for engine in engines if isinstance(engine, SGLangEngine)]
-    if len(remote) < len(engines) or ports is None or log is None:
+    if len(remote) < len(engines):
         raise RunError(
             "rollout.router=sglang routes to SGLang servers only; use least_inflight for an embedded engine"
         )
-    return SGLangRouter(remote, host=host, port=ports[0], metrics_port=ports[1], log=log)
+    return SGLangRouter(remote, ports, log)

@@ -37,8 +37,7 @@ class EngineLost(RunError):
 
 
 class SGLangServer:
-    """One SGLang server process and all that it starts: `start()` gives the engine, `close()` leaves
-    nothing."""
+    """One SGLang server process and all that it starts: `start()` gives the engine, `close()` ends it all."""
 
     def __init__(
         self,
@@ -54,10 +53,8 @@ class SGLangServer:
         seed: int,
         cpu_core: int | None = None,
         gpu_ids: Sequence[int] = (),
-        return_routed_experts: bool = False,
     ) -> None:
-        """`cpu_core`: where the one thread of a CPU engine computes; `gpu_ids`: the GPUs that this engine
-        sees.
+        """`cpu_core`: where the one thread of a CPU engine computes; `gpu_ids`: the GPUs that it sees.
 
         Raises RunError for an option in config.sglang that is set elsewhere.
         """
@@ -72,12 +69,9 @@ class SGLangServer:
             "tp_size": config.engine_tp_size,
             "random_seed": seed,
             "weight_version": "0",
-            "enable_return_routed_experts": return_routed_experts,
         }
         if taken := sorted(set(config.sglang) & set(_OURS)):
-            raise RunError(
-                f"rollout.sglang.{taken[0]} is set by nanoslime itself; remove it from rollout.sglang"
-            )
+            raise RunError(f"rollout.sglang.{taken[0]} is set by nanoslime itself; remove it")
         if device == "cpu":
             options |= _CPU_OPTIONS
         self.command = [sys.executable, "-m", "sglang.launch_server", *_flags(options | config.sglang)]
@@ -90,14 +84,9 @@ class SGLangServer:
         self._process: ChildProcess | None = None
 
     def start(self, deadline_s: float) -> SGLangEngine:
-        """Start the process and wait until it generates. Raises RunError naming engine, what was awaited and
-        log."""
-        require_free_port(
-            self._host,
-            self._port,
-            f"engine {self.name}",
-            "give it another port or end the process that holds this one",
-        )
+        """Start the process and wait until it generates. RunError names engine, what was awaited and log."""
+        way_out = "give it another port or end the process that holds this one"
+        require_free_port(self._host, self._port, f"engine {self.name}", way_out)
         engine = SGLangEngine(
             name=self.name,
             url=f"http://{self._host}:{self._port}",
@@ -124,8 +113,7 @@ class SGLangServer:
 
 @dataclass(frozen=True, slots=True)
 class SGLangEngine:
-    """Client of one server: an `Engine` and a `BroadcastEngine`. Ignores proxy variables of the
-    environment."""
+    """Client of one server: an `Engine` and a `BroadcastEngine`. Ignores the environment's proxies."""
 
     name: str
     url: str
@@ -136,11 +124,10 @@ class SGLangEngine:
     control_deadline_s: float = 300.0
 
     async def generate(self, request: GenerateRequest) -> list[Generation]:
-        """`request.n` continuations. A request that SGLang rejects (too long) gives status error with its
-        words.
+        """`request.n` continuations. What SGLang rejects (too long) gets status error with its words.
 
-        Raises RunError for a token id outside the vocabulary (it would kill the server), for a server that
-        does not answer within `request_deadline_s`, or that is gone.
+        Raises RunError for a token id outside the vocabulary, EngineLost for a server that does not answer
+        within `request_deadline_s`, or that is gone.
         """
         request.check_tokens(self.vocab_size, self.name)
         body = {
@@ -165,16 +152,15 @@ class SGLangEngine:
             ):
                 answer = await response.json(content_type=None)
         except TimeoutError as e:
-            raise EngineLost(
-                self._message(f"/generate was not answered within {self.request_deadline_s:g} s")
-            ) from e
+            late = f"/generate was not answered within {self.request_deadline_s:g} s"
+            raise self._error(late, EngineLost) from e
         except (aiohttp.ClientError, OSError, json.JSONDecodeError) as e:
-            raise EngineLost(self._message(f"/generate failed: {type(e).__name__}: {e}")) from e
+            raise self._error(f"/generate failed: {type(e).__name__}: {e}", EngineLost) from e
         if response.status == 400:
             error = str(answer.get("error", answer))
             return [Generation([], [], Status.ERROR, [], error=error) for _ in range(request.n)]
         if response.status != 200:
-            raise EngineLost(self._message(f"/generate answered {response.status}: {str(answer)[:300]}"))
+            raise self._error(f"/generate answered {response.status}: {str(answer)[:300]}", EngineLost)
         return [_generation(item) for item in (answer if isinstance(answer, list) else [answer])]
 
     def health(self) -> bool:
@@ -210,17 +196,8 @@ class SGLangEngine:
             raise self._error(f"reports weight version {version!r}, which is not a number") from e
 
     def checksums(self) -> dict[str, str]:
-        """SGLang's own checksum of each parameter of tensor-parallel rank 0, under its fused names
-        (qkv_proj)."""
+        """SGLang's checksum of each parameter of tensor-parallel rank 0, under its fused names (qkv_proj)."""
         return self._post("/weights_checker", action="checksum")["ranks"][0]["checksums"]
-
-    def release_memory(self, tags: Sequence[str] = ()) -> None:
-        """Free "kv_cache", "weights" or all; frees nothing unless the server runs with
-        enable_memory_saver."""
-        self._post("/release_memory_occupation", **({"tags": list(tags)} if tags else {}))
-
-    def resume_memory(self, tags: Sequence[str] = ()) -> None:
-        self._post("/resume_memory_occupation", **({"tags": list(tags)} if tags else {}))
 
     def update_weights_from_disk(self, path: str, version: int) -> None:
         """Load a directory's safetensors. Raises RunError, weights unchanged, when names or shapes differ."""
@@ -231,15 +208,9 @@ class SGLangEngine:
         self, *, address: str, port: int, rank_offset: int, world_size: int, group: str, backend: str
     ) -> None:
         """Join as ranks rank_offset .. rank_offset + self.world_size - 1; blocks until all have joined."""
-        self._post(
-            "/init_weights_update_group",
-            master_address=address,
-            master_port=port,
-            rank_offset=rank_offset,
-            world_size=world_size,
-            group_name=group,
-            backend=backend,
-        )
+        ranks = {"rank_offset": rank_offset, "world_size": world_size}
+        meet = {"master_address": address, "master_port": port, "group_name": group, "backend": backend}
+        self._post("/init_weights_update_group", **meet, **ranks)
 
     def begin_update(self) -> None:
         self._require_plugin(self._post("/begin_weight_update"), "tensors expected")
@@ -250,18 +221,11 @@ class SGLangEngine:
         """Receive one broadcast from rank 0 of the group per tensor, in the order of `names`, which are those
         of the checkpoint; blocks until all were sent. Raises RunError, once they were received, for an
         unknown or repeated name or another shape."""
-        self._post(
-            "/update_weights_from_distributed",
-            names=names,
-            dtypes=dtypes,
-            shapes=shapes,
-            group_name=group,
-            flush_cache=False,
-        )
+        bucket = {"names": names, "dtypes": dtypes, "shapes": shapes, "group_name": group}
+        self._post("/update_weights_from_distributed", **bucket, flush_cache=False)
 
     def end_update(self, version: int) -> None:
-        """Close the session, flush the cache and set the version. Raises RunError when a tensor never
-        came."""
+        """Close the session, flush the cache, set the version. Raises RunError when a tensor never came."""
         self._post("/end_weight_update")
         self.flush()
         self._post("/update_weight_version", new_version=str(version), abort_all_requests=False)
@@ -302,12 +266,9 @@ class SGLangEngine:
                 "does not check tensor names: SGLang did not load our plug-in; pip install -e . the project"
             )
 
-    def _error(self, what: str) -> RunError:
-        return RunError(self._message(what))
-
-    def _message(self, what: str) -> str:
+    def _error(self, what: str, kind: type[RunError] = RunError) -> RunError:
         line = last_line(Path(self.log))
-        return f"engine {self.name} at {self.url}: {what}; log: {self.log}; last line: {line}"
+        return kind(f"engine {self.name} at {self.url}: {what}; log: {self.log}; last line: {line}")
 
 
 def _generation(answer: dict[str, Any]) -> Generation:
@@ -316,9 +277,8 @@ def _generation(answer: dict[str, Any]) -> Generation:
     token_ids = list(answer["output_ids"])
     reason = meta["finish_reason"]
     if len(logprobs) != len(token_ids):
-        raise RunError(
-            f"SGLang returned {len(token_ids)} tokens with {len(logprobs)} logprobs (request {meta['id']})"
-        )
+        counts = f"{len(token_ids)} tokens with {len(logprobs)} logprobs"
+        raise RunError(f"SGLang returned {counts} (request {meta['id']})")
     spans = meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0}]
     return Generation(
         token_ids=token_ids,
@@ -372,15 +332,12 @@ def _vocab_size(model_path: str) -> int:
 
 
 def _flags(options: dict[str, Any]) -> Iterator[str]:
-    """--name value for each option: nothing for None or False, the bare flag for True, several values for a
-    list."""
+    """--name value for each option: nothing for None or False, the flag for True, all values of a list."""
     for name, value in options.items():
         if value is None or value is False:
             continue
         yield f"--{name.replace('_', '-')}"
-        if value is True:
-            continue
         if isinstance(value, dict):
             yield json.dumps(value)
-        else:
+        elif value is not True:
             yield from map(str, value if isinstance(value, list | tuple) else [value])

@@ -1,15 +1,15 @@
 """Runs inside SGLang's own processes (its entry point group `sglang.srt.plugins`), never in ours.
 
 Stock SGLang 0.5.23 answers success to a weight update with unknown names, loading nothing, and does not
-notice missing ones. With this plug-in the tensors of an update are those of the checkpoint that the server
-was started from: an unknown or repeated name, or another shape, is refused before anything is loaded, and a
-session (begin ... end) or a directory that lacks one is refused with the names. A refusal is an error
-response (success false); the server goes on.
+notice missing ones. With this plug-in the tensors of an update, by disk or broadcast, are those of the
+checkpoint that the server was started from: an unknown or repeated name, or another shape, is refused before
+anything is loaded, and a session (begin ... end) or a directory that lacks one is refused with the names. A
+refusal is an error response (success false); the server goes on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
 _MANAGER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
-_PIN_MEMORY = "sglang.srt.mem_cache.pool_host.common._cuda_host_register"
 
 Shapes = dict[str, tuple[int, ...]]
 Result = tuple[bool, str]
@@ -32,20 +31,15 @@ def register() -> None:
     for target, hook in (
         (f"{_UPDATER}.update_weights_from_disk", guard.disk),
         (f"{_UPDATER}.load_weights_from_distributed", guard.distributed),
-        (f"{_UPDATER}.update_weights_from_tensor", guard.tensor),
         (f"{_UPDATER}.begin_weight_update", guard.begin),
         (f"{_MANAGER}.begin_weight_update", guard.answer_begin),
         (f"{_MANAGER}.end_weight_update", guard.answer_end),
     ):
         HookRegistry.register(target, hook, HookType.AROUND)
-    # The host buffer of returned experts asks for pinned memory, CUDA or not.
-    if not torch.cuda.is_available():
-        HookRegistry.register(_PIN_MEMORY, lambda *args, **kwargs: None, HookType.REPLACE)
 
 
 class WeightGuard:
-    """What the weight updaters of this process (one per model runner) may receive, and what they have so
-    far."""
+    """What this process's weight updaters (one per model runner) may receive, and what they have so far."""
 
     def __init__(self) -> None:
         self._expected: dict[int, Shapes] = {}
@@ -69,25 +63,21 @@ class WeightGuard:
     def distributed(
         self, original: Callable[..., Result], updater: Any, named_tensors: list[tuple[str, torch.Tensor]]
     ) -> Result:
-        """Called after the broadcasts were received, so that a refusal does not leave their sender
-        waiting."""
-        return self._load(updater, _shapes(named_tensors), lambda: original(updater, named_tensors))
+        """Load one bucket of the session, or refuse the whole of it.
 
-    def tensor(
-        self,
-        original: Callable[..., Result],
-        updater: Any,
-        named_tensors: Any,
-        load_format: str | None = None,
-    ) -> Result:
-        """`named_tensors` as SGLang passes it on: pairs, or a dict with metadata for a flattened bucket."""
-        if isinstance(named_tensors, Mapping):
-            received = [(meta.name, tuple(meta.shape)) for meta in named_tensors["metadata"]]
-        else:
-            received = _shapes(named_tensors)
-        return self._load(
-            updater, received, lambda: original(updater, named_tensors=named_tensors, load_format=load_format)
-        )
+        Called after the broadcasts were received, so that a refusal does not leave their sender waiting.
+        """
+        received = [(name, tuple(tensor.shape)) for name, tensor in named_tensors]
+        seen = self._received.setdefault(id(updater), set())
+        if problem := _first_problem(received, self._expect(updater), seen):
+            return False, f"refused: {problem}"
+        try:
+            success, message = original(updater, named_tensors)
+        except Exception as e:  # whatever a loader raises would end the scheduler process
+            return False, f"the weights are a mixture of two versions: {type(e).__name__}: {e}"
+        if success:
+            seen.update(name for name, _ in received)
+        return success, message
 
     def disk(
         self, original: Callable[..., Result], updater: Any, model_path: str, *args: Any, **kwargs: Any
@@ -116,21 +106,6 @@ class WeightGuard:
             self._expected[id(updater)] = checkpoint_shapes(updater.model_config.model_path)
         return self._expected[id(updater)]
 
-    def _load(
-        self, updater: Any, received: list[tuple[str, tuple[int, ...]]], load: Callable[[], Result]
-    ) -> Result:
-        """Load one bucket of the session, or refuse the whole of it."""
-        seen = self._received.setdefault(id(updater), set())
-        if problem := _first_problem(received, self._expect(updater), seen):
-            return False, f"refused: {problem}"
-        try:
-            success, message = load()
-        except Exception as e:  # whatever a loader raises would end the scheduler process
-            return False, f"the weights are a mixture of two versions: {type(e).__name__}: {e}"
-        if success:
-            seen.update(name for name, _ in received)
-        return success, message
-
 
 def checkpoint_shapes(path: str) -> Shapes:
     """Name -> shape of every tensor in a directory's safetensors. Raises OSError or SafetensorError."""
@@ -144,14 +119,6 @@ def checkpoint_shapes(path: str) -> Shapes:
     return shapes
 
 
-def _shapes(named_tensors: Iterable[tuple[str, Any]]) -> list[tuple[str, tuple[int, ...]]]:
-    """Shapes of the pairs; () for a tensor that only its rank can open, whose shape the loader checks."""
-    return [
-        (name, tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else ())
-        for name, tensor in named_tensors
-    ]
-
-
 def _first_problem(
     received: Iterable[tuple[str, tuple[int, ...]]], expected: Shapes, seen: set[str]
 ) -> str | None:
@@ -161,7 +128,7 @@ def _first_problem(
             return f"unknown tensor {name!r}; the server's checkpoint has {sorted(expected)[:3]} ..."
         if name in names:
             return f"tensor {name!r} came twice"
-        if shape and shape != expected[name]:
+        if shape != expected[name]:
             return f"tensor {name!r} has shape {list(shape)}, the server's checkpoint {list(expected[name])}"
         names.add(name)
     return None

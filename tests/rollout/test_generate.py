@@ -204,12 +204,13 @@ def test_a_bad_request_does_not_cost_an_engine(engine) -> None:
     assert not router.lost
 
 
-def test_make_router(engine) -> None:
-    assert isinstance(make_router("least_inflight", [engine]), LeastInflightRouter)
+def test_make_router(engine, tmp_path: Path) -> None:
+    where = {"ports": (0, 0), "log": tmp_path / "router.log"}
+    assert isinstance(make_router("least_inflight", [engine], **where), LeastInflightRouter)
     with pytest.raises(RunError, match="least_inflight for an embedded engine"):
-        make_router("sglang", [engine])
+        make_router("sglang", [engine], **where)
     with pytest.raises(RunError, match="names of their own"):
-        make_router("least_inflight", [engine, engine])
+        make_router("least_inflight", [engine, engine], **where)
 
 
 @pytest.mark.sglang

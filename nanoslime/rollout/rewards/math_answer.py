@@ -57,8 +57,7 @@ def _equal(left: str, right: str) -> bool:
 
 
 def _normal(text: str) -> str:
-    """Without LaTeX spacing, currency and percent signs, thousands separators, units in \\text and a final
-    full stop."""
+    """Without LaTeX spacing, currency and percent signs, thousands separators, \\text and a full stop."""
     text = _FRACTION.sub(r"\1/\2", text)
     text = _NOISE.sub("", text).rstrip(".")
     return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)

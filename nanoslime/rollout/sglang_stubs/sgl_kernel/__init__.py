@@ -21,8 +21,7 @@ def assign_req_to_token_pool_cpu(
     out_cache_loc: torch.Tensor,
     pool_len: int,
 ) -> None:
-    """Write each request's cache slots: the next piece of out_cache_loc into req_to_token[request,
-    start:end]."""
+    """Cache slots of each request: the next piece of out_cache_loc into req_to_token[request, start:end]."""
     lengths = (end_offset - start_offset).tolist()
     rows = zip(req_pool_indices.tolist(), start_offset.tolist(), out_cache_loc.split(lengths), strict=True)
     for row, start, slots in rows:
