@@ -12,29 +12,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 @dataclass(kw_only=True, slots=True)
 class TrainBatch:
-    """One data-parallel rank's sequences of one optimizer step. Lists have one entry per sequence, tensors
-    inside are [T_i].
+    """One data-parallel rank's sequences of one optimizer step: lists have one entry per sequence.
 
-    old_logprobs, ref_logprobs and token_advantages are filled in on the ranks before the train step.
-    Position t of every per-token tensor speaks of token t, given the tokens before it; position 0 is never
-    in the loss.
+    old_logprobs, ref_logprobs and token_advantages are filled in on the ranks before the train step. Position
+    t of a per-token tensor speaks of token t, given those before it; position 0 is never in the loss.
     """
 
     token_ids: list[Tensor]  # int64 [T_i]
     loss_mask: list[Tensor]  # bool [T_i]
     rollout_logprobs: list[Tensor]  # float32 [T_i]
     advantages: list[float]  # one scalar per sequence
-    token_weights: list[
-        float
-    ]  # per sequence: 1 for a token mean; 1 / (tokens of its rollout) for a sequence mean
-    microbatches: list[
-        list[int]
-    ]  # indices into the lists; equally many on every DP rank, an entry may be empty
+    token_weights: list[float]  # 1 for a token mean, 1 / (tokens of its rollout) for a sequence mean
+    microbatches: list[list[int]]  # indices, never none: equally many on each DP rank, by masked-out dummies
     denominator: float  # global over DP, > 0: the loss is sum / denominator
     num_tokens: int  # global over DP: tokens in the loss of this optimizer step
     num_sequences: int  # global over DP
@@ -44,33 +39,28 @@ class TrainBatch:
     token_advantages: list[Tensor] | None = None
 
     def microbatch(self, indices: Sequence[int]) -> MicroBatch:
-        """Packs the given sequences into one MicroBatch; with no indices, a MicroBatch of zero tokens is
-        refused.
-        """
+        """The given sequences, packed. Raises ValueError where there are none."""
         if not indices:
             raise ValueError("a micro-batch needs at least one sequence; give empty ranks a masked-out one")
 
-        def packed(per_sequence: list[Tensor] | None) -> Tensor | None:
-            return None if per_sequence is None else torch.cat([per_sequence[i] for i in indices])
+        def packed(per_sequence: list[Tensor]) -> Tensor:
+            return torch.cat([per_sequence[i] for i in indices])
 
-        lengths = [len(self.token_ids[i]) for i in indices]
-        bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-        sequence = torch.repeat_interleave(torch.arange(len(indices)), torch.tensor(lengths))
-        weights = torch.tensor([self.token_weights[i] for i in indices])[sequence]
-        if self.token_advantages is None:
-            advantages = torch.tensor([self.advantages[i] for i in indices])[sequence]
-        else:
-            advantages = torch.cat([self.token_advantages[i] for i in indices])
+        def spread(per_sequence: list[float]) -> Tensor:
+            return torch.tensor([per_sequence[i] for i in indices]).repeat_interleave(lengths)
+
+        lengths = torch.tensor([len(self.token_ids[i]) for i in indices])
+        token_advantages = self.token_advantages
         return MicroBatch(
-            token_ids=torch.cat([self.token_ids[i] for i in indices]),
-            positions=torch.cat([torch.arange(n) for n in lengths]),
-            cu_seqlens=bounds,
-            loss_mask=torch.cat([self.loss_mask[i] for i in indices]),
-            token_weights=weights,
-            advantages=advantages,
-            rollout_logprobs=torch.cat([self.rollout_logprobs[i] for i in indices]),
-            old_logprobs=packed(self.old_logprobs),
-            ref_logprobs=packed(self.ref_logprobs),
+            token_ids=packed(self.token_ids),
+            positions=torch.cat([torch.arange(n) for n in lengths.tolist()]),
+            cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
+            loss_mask=packed(self.loss_mask),
+            token_weights=spread(self.token_weights),
+            advantages=spread(self.advantages) if token_advantages is None else packed(token_advantages),
+            rollout_logprobs=packed(self.rollout_logprobs),
+            old_logprobs=None if self.old_logprobs is None else packed(self.old_logprobs),
+            ref_logprobs=None if self.ref_logprobs is None else packed(self.ref_logprobs),
             temperature=self.temperature,
             denominator=self.denominator,
         )
@@ -92,23 +82,14 @@ class MicroBatch:
     temperature: float
     denominator: float
 
-    @property
-    def lengths(self) -> list[int]:
-        return (self.cu_seqlens[1:] - self.cu_seqlens[:-1]).tolist()
-
-    def to(self, device: torch.device | str) -> MicroBatch:
-        moved = {
-            f.name: value.to(device)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **moved)
+    def to(self, device: torch.device) -> MicroBatch:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)})
 
 
 @dataclass(frozen=True, slots=True)
 class WeightShard:
-    """A rank's own piece of a Hugging Face tensor: `tensor` is the part `slices` of a tensor `name` of
-    `full_shape`.
+    """A rank's own piece of a Hugging Face tensor: the part `slices` of the tensor `name` of `full_shape`.
 
     `tensor` is a live view of the parameter (or a copy where the layout forces one): read it before the next
     step.
@@ -128,6 +109,4 @@ class StepMetrics:
     grad_norm: float  # before clipping
     lr: float
     skipped: bool  # a non-finite gradient: no update was made
-    values: dict[
-        str, float
-    ]  # the algorithm's metrics, named area/what_unit, plus train/logprob_gap_mean and _max
+    values: dict[str, float]  # the algorithm's, named area/what_unit; train/logprob_gap_mean and _max

@@ -42,6 +42,9 @@ BATCH_SIZE, LR, WARMUP_STEPS = 128, 2e-3, 20
 SUMMARY = "rehearsal.json"
 
 
+Encoded = tuple[Tensor, Tensor]  # ids of prompts [N, P] and of their answers with the end token [N, A]
+
+
 @dataclass(frozen=True, slots=True)
 class WarmStart:
     steps: int
@@ -72,15 +75,24 @@ def make(
     others is replaced. Raises RunError when the warm start has not reached `target_reward` by `deadline_s`.
     """
     knobs = {"task": task, "seed": seed, "target_reward": target_reward, "num_held_out": num_held_out}
-    found = _made_before(directory, knobs)
-    if found is not None:
+    summary = directory / SUMMARY
+    if summary.is_file() and read_json(summary)["knobs"] == knobs:
         logger.info("rehearsal: %s is there already", directory)
-        return found
-    train, held_out = digit_problems(task, seed, num_held_out)
+    else:
+        _make(directory, knobs, deadline_s)
+    warm_start = WarmStart(**read_json(summary)["warm_start"])
+    return RehearsalFiles(
+        directory / "model", directory / "train.jsonl", directory / "held_out.jsonl", warm_start
+    )
+
+
+def _make(directory: Path, knobs: dict[str, Any], deadline_s: float) -> None:
+    task, seed = knobs["task"], knobs["seed"]
+    train, held_out = digit_problems(task, seed, knobs["num_held_out"])
     tokenizer = build_tokenizer()
     with _one_thread():
         checked, shown = (_encode(rows, tokenizer) for rows in (train[:NUM_CHECKED], train[NUM_CHECKED:]))
-        model, warm_start = _warm_start(checked, shown, seed, target_reward, deadline_s)
+        model, warm_start = _warm_start(checked, shown, seed, knobs["target_reward"], deadline_s)
     partial = commit.partial_dir(directory)
     model.save_pretrained(partial / "model")
     tokenizer.save_pretrained(partial / "model")
@@ -88,7 +100,6 @@ def make(
     _write_rows(partial / "held_out.jsonl", held_out)
     publish_json(partial / SUMMARY, {"knobs": knobs, "warm_start": asdict(warm_start)})
     commit.commit(partial, directory)
-    return _files(directory, warm_start)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -104,19 +115,17 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _warm_start(
-    checked: tuple[Tensor, Tensor],
-    shown: tuple[Tensor, Tensor],
-    seed: int,
-    target_reward: float,
-    deadline_s: float,
+    checked: Encoded, shown: Encoded, seed: int, target_reward: float, deadline_s: float
 ) -> tuple[Qwen3ForCausalLM, WarmStart]:
     """A new model, taught until a sample at temperature 1 is right with probability `target_reward`.
 
-    checked, shown: prompts and answers as `_encode` returns them; the model learns from `shown` only.
+    It learns from `shown` only.
     """
     num_digits = shown[1].shape[1] - 1
     faulty = max(0.0, 1 - (TEACHER_LEAD * target_reward) ** (1 / num_digits))
-    model = _new_model(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(Qwen3Config.from_dict(tiny_qwen3_config())).float()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
     batches = torch.Generator().manual_seed(seed)
     start, step, reward = time.monotonic(), 0, 0.0
@@ -132,7 +141,7 @@ def _warm_start(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % MEASURE_EVERY == 0 or reward > target_reward / 2:
-            reward = expected_reward(model, *checked)
+            reward = _expected_reward(model, checked)
         if step % LOG_EVERY == 0:
             logger.info("warm start: step %d, loss %.3f, expected reward %.3f", step, loss.item(), reward)
         if time.monotonic() - start > deadline_s and reward < target_reward:
@@ -146,13 +155,9 @@ def _warm_start(
 
 
 @torch.no_grad()
-def expected_reward(model: Qwen3ForCausalLM, prompts: Tensor, answers: Tensor) -> float:
-    """Mean probability that a sample at temperature 1 is the right answer, end token included.
-
-    This is the expectation of the exact-match reward itself, so it has no sampling noise.
-    prompts: [N, P] ids of equal length; answers: [N, A].
-    """
-    return _answer_logprobs(model, prompts, answers).sum(1).exp().mean().item()
+def _expected_reward(model: Qwen3ForCausalLM, checked: Encoded) -> float:
+    """Mean probability of the right answer at temperature 1: the expected exact match, without noise."""
+    return _answer_logprobs(model, *checked).sum(1).exp().mean().item()
 
 
 def _answer_logprobs(model: Qwen3ForCausalLM, prompts: Tensor, answers: Tensor) -> Tensor:
@@ -162,14 +167,8 @@ def _answer_logprobs(model: Qwen3ForCausalLM, prompts: Tensor, answers: Tensor) 
     return predicting.log_softmax(-1).gather(-1, answers.unsqueeze(-1)).squeeze(-1)
 
 
-def _new_model(seed: int) -> Qwen3ForCausalLM:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Qwen3ForCausalLM(Qwen3Config.from_dict(tiny_qwen3_config())).float()
-
-
-def _encode(problems: list[Problem], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
-    """Ids of prompts [N, P] and of answers with the end token [N, A]; a task's problems are equally long."""
+def _encode(problems: list[Problem], tokenizer: PreTrainedTokenizerFast) -> Encoded:
+    """A task's problems are equally long."""
     encode = tokenizer.backend_tokenizer.encode_batch
     prompts = [encoding.ids for encoding in encode([problem.prompt for problem in problems])]
     answers = [[*encoding.ids, EOS] for encoding in encode([problem.label for problem in problems])]
@@ -189,18 +188,3 @@ def _one_thread() -> Iterator[None]:
 
 def _write_rows(path: Path, problems: list[Problem]) -> None:
     path.write_text("".join(json.dumps(problem._asdict()) + "\n" for problem in problems))
-
-
-def _made_before(directory: Path, knobs: dict[str, Any]) -> RehearsalFiles | None:
-    """The files of an earlier call with these knobs, if it was completed."""
-    summary = directory / SUMMARY
-    if not summary.is_file():
-        return None
-    content = read_json(summary)
-    return _files(directory, WarmStart(**content["warm_start"])) if content["knobs"] == knobs else None
-
-
-def _files(directory: Path, warm_start: WarmStart) -> RehearsalFiles:
-    return RehearsalFiles(
-        directory / "model", directory / "train.jsonl", directory / "held_out.jsonl", warm_start
-    )

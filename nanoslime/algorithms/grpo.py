@@ -113,8 +113,7 @@ def rewards_by_group(groups: Sequence[SampleGroup]) -> dict[int, dict[int, float
 
 
 def group_advantages(rewards: Sequence[float], normalize_by_std: bool) -> list[float]:
-    """(r - mean) / (std + 1e-6), std unbiased (arXiv 2402.03300, section 4.1.2); or r - mean (arXiv
-    2503.20783).
+    """(r - mean) / (std + 1e-6), std unbiased (arXiv 2402.03300, section 4.1.2), or r - mean (2503.20783).
 
     Float64; exactly zero for a group of one or of equal rewards.
     """

@@ -5,6 +5,7 @@ All take logprobs of the sampled tokens, of any one shape, and work with d = ref
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -23,10 +24,13 @@ def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return (ref_logprobs - logprobs).square() / 2
 
 
-def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+def k3(logprobs: Tensor, ref_logprobs: Tensor, limit: float = torch.inf) -> Tensor:
     """exp(d) - 1 - d: unbiased in value, never negative, zero at equality (arXiv 2402.03300, equation 4)."""
-    d = ref_logprobs - logprobs
+    d = (ref_logprobs - logprobs).clamp(-limit, limit)
     return torch.expm1(d) - d
+
+
+_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3, "low_var_kl": partial(k3, limit=20.0)}
 
 
 def approx_kl(logprobs: Tensor, ref_logprobs: Tensor, kind: KLType, ratio: Tensor | None = None) -> Tensor:
@@ -36,18 +40,9 @@ def approx_kl(logprobs: Tensor, ref_logprobs: Tensor, kind: KLType, ratio: Tenso
     of the current policy (arXiv 2512.02556, "unbiased KL estimate"). low_var_kl also holds d within +-20,
     since an infinite exp(d) has a NaN gradient even where it is clamped.
     """
-    match kind:
-        case "k1":
-            kl = k1(logprobs, ref_logprobs)
-        case "k2":
-            kl = k2(logprobs, ref_logprobs)
-        case "k3":
-            kl = k3(logprobs, ref_logprobs)
-        case "low_var_kl":
-            d = (ref_logprobs - logprobs).clamp(-20.0, 20.0)
-            kl = torch.expm1(d) - d
-        case _:
-            raise ValueError(f"kl_loss_type={kind!r} is unknown; choose one of k1, k2, k3, low_var_kl")
+    if kind not in _ESTIMATORS:
+        raise ValueError(f"kl_loss_type={kind!r} is unknown; choose one of {', '.join(_ESTIMATORS)}")
+    kl = _ESTIMATORS[kind](logprobs, ref_logprobs)
     if ratio is not None:
         kl = kl * ratio
     return kl.clamp(-10.0, 10.0) if kind == "low_var_kl" else kl

@@ -25,9 +25,7 @@ VOCAB_MULTIPLE = 8  # rows of the vocabulary per rank are a multiple of this, fo
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """`megatron` is the name in torch_dist checkpoints and in Transformer Engine modules; {l} is the
-    layer.
-    """
+    """`megatron` is the name in torch_dist files and in Transformer Engine modules; {l} is the layer."""
 
     megatron: str
     layout: Literal["copy", "vocab", "cat", "qkv"]
@@ -61,50 +59,40 @@ class Part:
     last: bool = True  # holds the final norm and the output layer
 
 
-WHOLE = Part()
-
-
 def dense_decoder(shape: ModelShape) -> list[Rule]:
     """The rules of a Llama-like decoder without experts."""
     h, f, d = shape.hidden_size, shape.intermediate_size, shape.head_dim
     q, kv = shape.num_attention_heads * d, shape.num_key_value_heads * d
     m, n = "decoder.layers.{l}.", "model.layers.{l}."
+    attention, mlp = m + "self_attention.", m + "mlp."
     qkv = [(n + f"self_attn.{x}_proj.", rows) for x, rows in (("q", q), ("k", kv), ("v", kv))]
-    vocab = (shape.vocab_size, h)
+    gate_up = tuple((n + f"mlp.{x}_proj.weight", (f, h)) for x in ("gate", "up"))
+
+    def copy(megatron: str, name: str, *full: int, tp_dim: int | None = None) -> Rule:
+        return Rule(megatron, "copy", ((name, full),), tp_dim)
+
+    def vocab(megatron: str, name: str) -> Rule:
+        return Rule(megatron, "vocab", ((name, (shape.vocab_size, h)),), 0)
+
     rules = [
-        Rule("embedding.word_embeddings.weight", "vocab", (("model.embed_tokens.weight", vocab),), 0),
-        Rule(
-            m + "self_attention.linear_qkv.layer_norm_weight", "copy", ((n + "input_layernorm.weight", (h,)),)
-        ),
-        Rule(m + "self_attention.linear_qkv.weight", "qkv", tuple((x + "weight", (r, h)) for x, r in qkv), 0),
-        Rule(m + "self_attention.linear_proj.weight", "copy", ((n + "self_attn.o_proj.weight", (h, q)),), 1),
-        Rule(
-            m + "mlp.linear_fc1.layer_norm_weight", "copy", ((n + "post_attention_layernorm.weight", (h,)),)
-        ),
-        Rule(
-            m + "mlp.linear_fc1.weight",
-            "cat",
-            ((n + "mlp.gate_proj.weight", (f, h)), (n + "mlp.up_proj.weight", (f, h))),
-            0,
-        ),
-        Rule(m + "mlp.linear_fc2.weight", "copy", ((n + "mlp.down_proj.weight", (h, f)),), 1),
-        Rule("decoder.final_layernorm.weight", "copy", (("model.norm.weight", (h,)),)),
+        vocab("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
+        copy(attention + "linear_qkv.layer_norm_weight", n + "input_layernorm.weight", h),
+        Rule(attention + "linear_qkv.weight", "qkv", tuple((x + "weight", (rows, h)) for x, rows in qkv), 0),
+        copy(attention + "linear_proj.weight", n + "self_attn.o_proj.weight", h, q, tp_dim=1),
+        copy(mlp + "linear_fc1.layer_norm_weight", n + "post_attention_layernorm.weight", h),
+        Rule(mlp + "linear_fc1.weight", "cat", gate_up, 0),
+        copy(mlp + "linear_fc2.weight", n + "mlp.down_proj.weight", h, f, tp_dim=1),
+        copy("decoder.final_layernorm.weight", "model.norm.weight", h),
     ]
     if shape.qkv_bias:
-        rules.append(
-            Rule(m + "self_attention.linear_qkv.bias", "qkv", tuple((x + "bias", (r,)) for x, r in qkv), 0)
-        )
+        bias = tuple((x + "bias", (rows,)) for x, rows in qkv)
+        rules.append(Rule(attention + "linear_qkv.bias", "qkv", bias, 0))
     if shape.qk_norm:
         rules += [
-            Rule(
-                m + f"self_attention.{x}_layernorm.weight",
-                "copy",
-                ((n + f"self_attn.{x}_norm.weight", (d,)),),
-            )
-            for x in "qk"
+            copy(attention + f"{x}_layernorm.weight", n + f"self_attn.{x}_norm.weight", d) for x in "qk"
         ]
     head = "model.embed_tokens.weight" if shape.tie_word_embeddings else "lm_head.weight"
-    return [*rules, Rule("output_layer.weight", "vocab", ((head, vocab),), 0)]
+    return [*rules, vocab("output_layer.weight", head)]
 
 
 def tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
@@ -116,12 +104,13 @@ def tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def pieces(shape: ModelShape, part: Part = WHOLE) -> list[Piece]:
-    """Everything that `part` of the model consists of, in a fixed order.
+def pieces(shape: ModelShape, part: Part | None = None) -> list[Piece]:
+    """Everything that `part` of the model (None: all of it) consists of, in a fixed order.
 
     A tied output layer is there only on a last stage that is not the first; it then repeats the embedding.
     Raises ValueError where part.tp_size does not divide the model.
     """
+    part = part or Part()
     check_tp_size(shape, part.tp_size)
     layers = range(shape.num_layers) if part.layers is None else part.layers
     found: list[Piece] = []
@@ -134,10 +123,11 @@ def pieces(shape: ModelShape, part: Part = WHOLE) -> list[Piece]:
 
 def check_tp_size(shape: ModelShape, tp_size: int) -> None:
     """Raises ValueError where `tp_size` does not divide the heads, the query groups or the MLP."""
-    for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        size = getattr(shape, field)
+    fields = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    sizes = {field: getattr(shape, field) for field in fields}
+    for field, size in sizes.items():
         if size % tp_size:
-            fit = [n for n in range(1, size + 1) if _divides(shape, n)]
+            fit = [n for n in range(1, size + 1) if not any(other % n for other in sizes.values())]
             raise ValueError(
                 f"training.tp_size={tp_size} does not divide {field}={size}; choose one of {fit}"
             )
@@ -171,11 +161,6 @@ def check_tensors(shape: ModelShape, present: dict[str, tuple[int, ...]], where:
     extra = sorted(present.keys() - expected.keys())
     if extra:
         raise ValueError(f"{where}: {len(extra)} tensors do not belong to a {shape.model_type}: {extra[:3]}")
-
-
-def _divides(shape: ModelShape, n: int) -> bool:
-    sizes = (shape.num_attention_heads, shape.num_key_value_heads, shape.intermediate_size)
-    return all(size % n == 0 for size in sizes)
 
 
 def _is_here(rule: Rule, shape: ModelShape, part: Part) -> bool:

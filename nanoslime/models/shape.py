@@ -62,8 +62,8 @@ class ModelShape:
         if model_type not in ARCHITECTURES:
             known = ", ".join(sorted(ARCHITECTURES))
             raise ValueError(f"{file.path}: model_type={model_type!r} is not supported; known are {known}")
-        architecture: Architecture = resolve(model_type, ARCHITECTURES, "model_type")
-        return architecture.read(file)
+        shape: ModelShape = resolve(model_type, ARCHITECTURES, "model_type").read(file)
+        return shape
 
     @property
     def architecture(self) -> Architecture:

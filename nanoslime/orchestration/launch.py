@@ -87,7 +87,7 @@ def _on_this_machine(config: RunConfig, run: RunDir | None) -> Launch:
         attempt.run.plan.write_text(plan.to_json())
         return Launch(attempt, lambda phase: open_ray(config, attempt, plan, phase, local=True), leads=True)
     env = _rank_env(config)
-    init_process_group(env, config.training.start_deadline_s)
+    init_process_group(env, config.training)
     attempt = _shared_attempt(config, run, env)
     return Launch(attempt, lambda phase: open_local(config, attempt, env, phase), leads=env.rank == 0)
 

@@ -1,8 +1,11 @@
-"""One trainer rank as the rest of the program sees it."""
+"""One trainer rank as the rest of the program sees it, and what all backends do alike."""
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanoslime.batch import MicroBatch, StepMetrics, TrainBatch, WeightShard
+from nanoslime.config import RunConfig
+from nanoslime.config.training import TrainingConfig
+from nanoslime.training.schedule import lr_at
+from nanoslime.types import RunError
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,52 +45,158 @@ class Algorithm(Protocol):
     needs_reference: bool
 
     def token_advantages(self, shard: TrainBatch, all_sum: Callable[[Tensor], Tensor]) -> list[Tensor]: ...
-    def loss(self, logprobs: Tensor, entropy: Tensor | None, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]: ...
+    def loss(
+        self, logprobs: Tensor, entropy: Tensor | None, batch: MicroBatch
+    ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
-class TrainBackend(Protocol):
-    """One rank's view; all ranks make the same calls, each with its data-parallel shard."""
+class TrainBackend(ABC):
+    """One rank's view; all ranks make the same calls, each with its data-parallel shard.
+
+    Construction is collective: it joins the process group and loads the weights of a model's directory.
+    For parity tests backends also have `grad_shards()`: as weight_shards, but the clipped float32 gradients
+    of the last step, summed over data parallelism (under Megatron's distributed optimizer, its share only).
+    """
 
     dp_rank: int
     dp_size: int
     is_last_stage: bool  # of the pipeline: logprobs exist here
 
+    def __init__(self, config: RunConfig, env: RankEnv) -> None:
+        self._config, self._training, self._device = config, config.training, env.torch_device
+        self._step = 0  # of the optimizer, skipped ones included
+        self._reference: list[Tensor] = []
+
     def logprobs(self, shard: TrainBatch, weights: Literal["policy", "ref"]) -> list[Tensor] | None:
-        """[T_i] float32 per sequence on the last pipeline stage, in the order of `shard.token_ids`; None elsewhere."""
-        ...
+        """[T_i] float32 per sequence of `shard.token_ids`, in order, on the CPU; on the last pipeline stage.
+
+        None elsewhere. Raises ValueError for "ref" where the algorithm was configured without one.
+        """
+        with torch.no_grad(), self._weights(weights):
+            packs = self._packed_logprobs(shard)
+        if not self.is_last_stage:
+            return None
+        found: dict[int, Tensor] = {}
+        for indices, pack in zip(shard.microbatches, packs, strict=True):
+            parts = pack.cpu().split([len(shard.token_ids[i]) for i in indices])
+            found.update(zip(indices, parts, strict=True))
+        return [found[i] for i in range(len(shard.token_ids))]
 
     def train_step(self, shard: TrainBatch, algorithm: Algorithm) -> StepMetrics:
-        """Forward, backward and optimizer step over the shard's micro-batches; the same result on every rank."""
-        ...
+        """Forward, backward and optimizer step over the shard's micro-batches; the same result on every rank.
 
+        The gradient is clipped to a global norm of clip_grad. A norm that is not finite skips the update, but
+        counts in the schedule of the learning rate.
+        """
+        total_steps = self._config.rollout.num_rollout * self._training.num_steps_per_rollout
+        lr = lr_at(self._step, config=self._training, total_steps=total_steps)
+        values = self._backward(shard, algorithm)
+        norm = self._grad_norm()
+        if math.isfinite(norm):
+            scale = self._training.clip_grad / (norm + 1e-6)
+            if 0 < scale < 1:
+                torch._foreach_mul_(self._grads(), scale)
+            self._update(lr)
+        self._step += 1
+        return StepMetrics(
+            loss=values.pop("train/loss"),
+            grad_norm=norm,
+            lr=lr,
+            skipped=not math.isfinite(norm),
+            values=values,
+        )
+
+    @abstractmethod
     def all_sum(self, value: Tensor) -> Tensor:
         """Sum over the data-parallel ranks, in a new tensor."""
-        ...
 
+    @abstractmethod
     def weight_shards(self) -> Iterator[WeightShard]:
         """This rank's pieces of the Hugging Face tensors, in the same order at every call; no collective.
 
-        Over all ranks each element of each tensor comes at least once; replicas (DP, norms under TP) may repeat it.
+        Over all ranks each element comes at least once; replicas (DP, norms under TP) may repeat it.
         """
-        ...
 
+    @abstractmethod
     def save(self, path: Path) -> None:
-        """Writes weights, optimizer, RNG and schedule into the existing empty directory `path`; collective."""
-        ...
+        """Writes weights, optimizer, RNG and step into the existing empty directory `path`; collective."""
 
-    def load(self, path: Path) -> None: ...
+    @abstractmethod
+    def load(self, path: Path) -> None:
+        """Restores what `save` wrote, but not the reference: that remains the model's files; collective."""
+
+    @abstractmethod
+    def _packed_logprobs(self, shard: TrainBatch) -> list[Tensor]:
+        """[T] per micro-batch, on the last pipeline stage."""
+
+    @abstractmethod
+    def _backward(self, shard: TrainBatch, algorithm: Algorithm) -> dict[str, float]:
+        """Fills the gradients, summed over ranks; the step's metrics and train/loss, on every rank."""
+
+    @abstractmethod
+    def _grad_norm(self) -> float:
+        """Of the whole gradient, the same on every rank; comes before `_grads` and `_update`."""
+
+    @abstractmethod
+    def _grads(self) -> list[Tensor]:
+        """What the optimizer will use on this rank."""
+
+    @abstractmethod
+    def _update(self, lr: float) -> None: ...
+
+    @abstractmethod
+    def _parameters(self) -> list[Tensor]:
+        """The live tensors of this rank."""
+
+    def _keep_reference(self) -> None:
+        """The weights as they are now, on the CPU, where the algorithm needs a reference."""
+        if self._config.algorithm.needs_reference:
+            self._reference = [p.detach().to("cpu", copy=True) for p in self._parameters()]
+
+    @contextmanager
+    def _weights(self, which: Literal["policy", "ref"]) -> Iterator[None]:
+        """Inside, the model's parameters are the reference's where asked; the policy's again after it."""
+        if which == "policy":
+            yield
+            return
+        if not self._reference:
+            raise ValueError(
+                "reference logprobs need kl_coef > 0 or use_kl_loss; no reference weights are kept"
+            )
+        live = self._parameters()
+        policy = [p.clone() for p in live]
+        torch._foreach_copy_(live, self._reference)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(live, policy)
 
 
-def init_process_group(env: RankEnv, deadline_s: float) -> None:
-    """Joins the trainers' default process group, unless this process is in it: NCCL and gloo with CUDA, gloo without."""
+def init_process_group(env: RankEnv, config: TrainingConfig) -> None:
+    """Joins the trainers' default process group, unless this process is in it: gloo, with CUDA also NCCL.
+
+    All ranks must be here within start_deadline_s, else RunError; collectives have collective_deadline_s.
+    """
     if dist.is_initialized():
         return
     if env.device == "cuda":
         torch.cuda.set_device(env.local_rank)
+    start = timedelta(seconds=config.start_deadline_s)
+    try:
+        store, rank, world_size = next(
+            dist.rendezvous(env.init_method, env.rank, env.world_size, timeout=start)
+        )
+        store.set(f"trainer rank {rank}", "here")
+        store.wait([f"trainer rank {other}" for other in range(world_size)], start)
+    except RuntimeError as e:
+        raise RunError(
+            f"trainer rank {env.rank} of {env.world_size} did not meet the others at {env.init_method} "
+            f"within training.start_deadline_s={config.start_deadline_s:g}; their logs say why: {e}"
+        ) from e
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if env.device == "cuda" else "gloo",
-        init_method=env.init_method,
-        rank=env.rank,
-        world_size=env.world_size,
-        timeout=timedelta(seconds=deadline_s),
+        store=dist.PrefixStore("default_pg", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=config.collective_deadline_s),
     )

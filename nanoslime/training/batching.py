@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -30,8 +31,7 @@ def plan(
     denominator: Literal["tokens", "sequences"],
     temperature: float,
 ) -> list[list[TrainBatch]]:
-    """[optimizer step][data-parallel rank]: every sample once, in micro-batches of at most `max_tokens`
-    tokens.
+    """[optimizer step][data-parallel rank]: each sample once, in micro-batches of at most `max_tokens`.
 
     A longer sequence goes alone. Ranks of a step have equally many micro-batches; where sequences do not
     suffice, one of a masked-out dummy sequence fills the gap. `denominator`: "tokens", the step's loss is the
@@ -43,13 +43,11 @@ def plan(
     for group in groups:
         for sample in group.samples:
             by_id.setdefault(sample.group_id, []).append(sample)
-    whole_groups = list(by_id.values())
-    steps = []
-    for first, last in _even_bounds(len(whole_groups), num_steps):
-        samples = [sample for group in whole_groups[first:last] for sample in group]
-        if samples:
-            steps.append(_plan_step(samples, dp_size, max_tokens, denominator, temperature))
-    return steps
+    whole_groups, bounds = list(by_id.values()), [len(by_id) * i // num_steps for i in range(num_steps + 1)]
+    steps = [[s for group in whole_groups[a:b] for s in group] for a, b in pairwise(bounds)]
+    return [
+        _plan_step(samples, dp_size, max_tokens, denominator, temperature) for samples in steps if samples
+    ]
 
 
 def _plan_step(
@@ -62,11 +60,8 @@ def _plan_step(
     num_tokens = tokens_of_rollout.total()
 
     def weight(sample: Sample) -> float:
-        return (
-            1.0
-            if denominator == "tokens"
-            else 1 / max(tokens_of_rollout[sample.group_id, sample.rollout_id], 1)
-        )
+        size = 1 if denominator == "tokens" else tokens_of_rollout[sample.group_id, sample.rollout_id]
+        return 1 / max(size, 1)
 
     lengths = [sample.num_tokens for sample in samples]
     ranks = _balance(lengths, dp_size)
@@ -104,10 +99,6 @@ def _shard(samples: list[Sample], microbatches: list[list[int]], **of_the_step: 
         batch.advantages.append(0.0)
         batch.token_weights.append(0.0)
     return batch
-
-
-def _even_bounds(count: int, parts: int) -> list[tuple[int, int]]:
-    return [(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
 
 
 def _balance(lengths: list[int], num_ranks: int) -> list[list[int]]:

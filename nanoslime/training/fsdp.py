@@ -1,5 +1,4 @@
-"""The FSDP2 backend: data-parallel training of a transformers model, for one node and for architectures
-without Megatron.
+"""The FSDP2 backend: data parallelism of a transformers model, for one node or where Megatron has no model.
 
 files -> shards (fsdp_model) -> packed forward -> logprobs -> loss, a sum -> summed gradients -> clip -> AdamW
 """
@@ -8,9 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,74 +16,30 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from nanoslime.batch import MicroBatch, StepMetrics, TrainBatch, WeightShard
+from nanoslime.batch import MicroBatch, TrainBatch, WeightShard
 from nanoslime.config.run import RunConfig
 from nanoslime.config.training import TrainingConfig
-from nanoslime.training.backend import Algorithm, RankEnv, init_process_group
-from nanoslime.training.fsdp_model import build_sharded, local_rows, parameters_by_decay
+from nanoslime.training.backend import Algorithm, RankEnv, TrainBackend, init_process_group
+from nanoslime.training.fsdp_model import build_sharded, local_rows
 from nanoslime.training.logprobs import token_logprobs
 from nanoslime.training.metrics import MetricSums
-from nanoslime.training.schedule import lr_at
-from nanoslime.types import RunError
 
 
-class FSDPBackend:
-    """See TrainBackend. Joins the default process group where that has not been done."""
+class FSDPBackend(TrainBackend):
+    """Joins the default process group where that has not been done."""
 
     is_last_stage = True
 
     def __init__(self, config: RunConfig, model_dir: Path, env: RankEnv) -> None:
         _refuse_other_dimensions(config.training)
-        init_process_group(env, config.training.collective_deadline_s)
+        super().__init__(config, env)
+        init_process_group(env, config.training)
         self.dp_rank, self.dp_size = env.rank, env.world_size
-        self._config, self._device = config.training, env.torch_device
-        self._total_steps = config.rollout.num_rollout * config.training.num_steps_per_rollout
-        self._step = 0  # of the optimizer, skipped ones included
         mesh = init_device_mesh(env.device, (env.world_size,))
-        self._model = build_sharded(
-            model_dir, config.model, mesh, self._device, recompute=config.training.recompute
-        )
+        recompute = config.training.recompute
+        self._model = build_sharded(model_dir, config.model, mesh, self._device, recompute=recompute)
         self._optimizer = _make_optimizer(self._model, config.training)
-        self._reference = None
-        if config.algorithm.needs_reference:
-            self._reference = [p.to_local().detach().cpu().clone() for p in self._model.parameters()]
-
-    def logprobs(self, shard: TrainBatch, weights: Literal["policy", "ref"]) -> list[Tensor]:
-        """[T_i] float32 per sequence, on the CPU, in the order of `shard.token_ids`."""
-        result: list[Tensor] = [torch.empty(0)] * len(shard.token_ids)
-        with torch.no_grad(), self._weights(weights):
-            for indices in shard.microbatches:
-                batch = shard.microbatch(indices)
-                parts = self._forward(batch.to(self._device)).cpu().split(batch.lengths)
-                for i, part in zip(indices, parts, strict=True):
-                    result[i] = part
-        return result
-
-    def train_step(self, shard: TrainBatch, algorithm: Algorithm) -> StepMetrics:
-        """A non-finite gradient norm skips the update; the learning rate schedule goes on."""
-        self._optimizer.zero_grad()
-        sums = MetricSums()
-        for indices in shard.microbatches:
-            batch = shard.microbatch(indices).to(self._device)
-            logprobs = self._forward(batch)
-            loss, metrics = algorithm.loss(logprobs, None, batch)
-            (loss / batch.denominator).backward()
-            sums.add({"train/loss": loss, **metrics}, logprobs, batch)
-        grad_norm = self._clip_gradients()
-        lr = lr_at(self._step, config=self._config, total_steps=self._total_steps)
-        if math.isfinite(grad_norm):
-            for group in self._optimizer.param_groups:
-                group["lr"] = lr
-            self._optimizer.step()
-        self._step += 1
-        values = sums.reduce(dist.group.WORLD, shard.denominator, shard.num_tokens)
-        return StepMetrics(
-            loss=values.pop("train/loss"),
-            grad_norm=grad_norm,
-            lr=lr,
-            skipped=not math.isfinite(grad_norm),
-            values=values,
-        )
+        self._keep_reference()
 
     def all_sum(self, value: Tensor) -> Tensor:
         total = value.clone()
@@ -97,14 +51,13 @@ class FSDPBackend:
         return self._shards(of_gradients=False)
 
     def grad_shards(self) -> Iterator[WeightShard]:
-        """The gradients of the last train_step, after clipping, in the shape of weight_shards."""
         return self._shards(of_gradients=True)
 
     def save(self, path: Path) -> None:
         dcp.save(self._state(), checkpoint_id=path)
 
     def load(self, path: Path) -> None:
-        """Reads what `save` wrote, by any number of ranks. The reference remains that of the model files."""
+        """Reads what `save` wrote, by any number of ranks."""
         state = self._state()
         stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         for name in [name for name in state if name.startswith("rng.") and name not in stored]:
@@ -114,6 +67,20 @@ class FSDPBackend:
         for name, generator in self._generators().items():
             if name in state:
                 generator.set_state(state[name])
+
+    def _packed_logprobs(self, shard: TrainBatch) -> list[Tensor]:
+        return [self._forward(shard.microbatch(i).to(self._device)).cpu() for i in shard.microbatches]
+
+    def _backward(self, shard: TrainBatch, algorithm: Algorithm) -> dict[str, float]:
+        self._optimizer.zero_grad()
+        sums = MetricSums()
+        for indices in shard.microbatches:
+            batch = shard.microbatch(indices).to(self._device)
+            logprobs = self._forward(batch)
+            loss, metrics = algorithm.loss(logprobs, None, batch)
+            (loss / batch.denominator).backward()
+            sums.add({"train/loss": loss, **metrics}, logprobs, batch)
+        return sums.reduce(dist.group.WORLD, shard.denominator, shard.num_tokens)
 
     def _forward(self, batch: MicroBatch) -> Tensor:
         # Without a mask, transformers separates packed sequences where the positions start again.
@@ -128,32 +95,20 @@ class FSDPBackend:
             vocab_size=self._model.config.vocab_size,
         )
 
-    def _clip_gradients(self) -> float:
-        """Scales the gradients to a global norm of at most clip_grad; returns the norm they had."""
-        grads = [p.grad.to_local() for p in self._model.parameters() if p.grad is not None]
-        squares = torch.stack([grad.double().square().sum() for grad in grads]).sum()
-        norm = math.sqrt(self.all_sum(squares).item())
-        if self._config.clip_grad and norm > self._config.clip_grad:
-            torch._foreach_mul_(grads, self._config.clip_grad / (norm + 1e-6))
-        return norm
+    def _grads(self) -> list[Tensor]:
+        return [p.grad.to_local() for p in self._model.parameters() if p.grad is not None]
 
-    @contextmanager
-    def _weights(self, which: Literal["policy", "ref"]) -> Iterator[None]:
-        """The model's parameters are the reference's inside, where asked; the policy's again after it."""
-        if which == "policy":
-            yield
-            return
-        if self._reference is None:
-            raise RunError(
-                "reference logprobs need kl_coef > 0 or use_kl_loss; no reference weights are kept"
-            )
-        live = [p.to_local() for p in self._model.parameters()]
-        policy = [local.clone() for local in live]
-        try:
-            torch._foreach_copy_(live, self._reference)
-            yield
-        finally:
-            torch._foreach_copy_(live, policy)
+    def _grad_norm(self) -> float:
+        squares = torch.stack([grad.double().square().sum() for grad in self._grads()]).sum()
+        return math.sqrt(self.all_sum(squares).item())
+
+    def _update(self, lr: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+
+    def _parameters(self) -> list[Tensor]:
+        return [p.detach().to_local() for p in self._model.parameters()]
 
     def _shards(self, *, of_gradients: bool) -> Iterator[WeightShard]:
         for name, param in self._model.named_parameters():
@@ -164,9 +119,7 @@ class FSDPBackend:
                 yield WeightShard(name, tuple(param.shape), slices, value.to_local())
 
     def _state(self) -> dict[str, Any]:
-        """All that a checkpoint holds, by flat names. Tensors are the live ones, which loading fills in
-        place.
-        """
+        """What a checkpoint holds, by flat names. Tensors are the live ones: loading fills them in place."""
         state: dict[str, Any] = {"step": self._step}
         for name, param in self._model.named_parameters():
             moments = self._optimizer.state[param]
@@ -196,12 +149,13 @@ def _refuse_other_dimensions(config: TrainingConfig) -> None:
 
 def _make_optimizer(model: torch.nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     """AdamW (arXiv 1711.05101) without decay of vectors (norms, biases)."""
-    matrices, vectors = parameters_by_decay(model)
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    betas = (config.adam_beta1, config.adam_beta2)
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=config.lr, betas=betas, eps=config.adam_eps
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_eps,
+        weight_decay=config.weight_decay,
     )

@@ -1,6 +1,4 @@
-"""A transformers causal LM as FSDP2 shards: built without memory, each rank reading only its own rows of the
-files.
-"""
+"""A transformers causal LM as FSDP2 shards, built without memory: a rank reads its own rows of the files."""
 
 from __future__ import annotations
 
@@ -9,7 +7,6 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -54,9 +51,7 @@ def build_sharded(
 
 
 def local_rows(param: DTensor) -> slice:
-    """The rows (dimension 0) of this rank. FSDP2 cuts like torch.chunk: the last ranks may have fewer or
-    none.
-    """
+    """The rows (dimension 0) of this rank. Cut as torch.chunk does: the last ranks may have fewer or none."""
     mesh, size = param.device_mesh, param.shape[0]
     rows_per_rank = -(-size // mesh.size())
     start = min(mesh.get_local_rank() * rows_per_rank, size)
@@ -84,9 +79,8 @@ def _fill_buffers(model: PreTrainedModel) -> None:
             model._init_weights(module)
     for name, buffer in model.named_buffers():
         if buffer.is_floating_point() and buffer.isnan().any():
-            raise RunError(
-                f"transformers does not say how buffer {name} of {type(model).__name__} is computed"
-            )
+            what = f"buffer {name} of {type(model).__name__}"
+            raise RunError(f"transformers does not say how {what} is computed")
 
 
 @torch.no_grad()
@@ -113,9 +107,3 @@ def _load_weights(model: PreTrainedModel, model_dir: Path) -> None:
                 rows = local_rows(params[name])
                 if rows.start < rows.stop:
                     params[name].to_local().copy_(opened.get_slice(name)[rows])
-
-
-def parameters_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(matrices, vectors): weight decay is for the first only."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    return matrices, [p for p in model.parameters() if p.dim() < 2]

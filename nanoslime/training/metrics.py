@@ -14,8 +14,7 @@ _MAX = "max:"
 
 
 class MetricSums:
-    """Gathers what the micro-batches of one step report: sums weighted like the loss, and maxima under "max:"
-    names.
+    """What a step's micro-batches report: sums weighted like the loss, and maxima under "max:" names.
 
     Adds train/logprob_gap_mean and _max itself: |trainer's logprobs - engine's| over the tokens of the loss.
     """

@@ -1,6 +1,4 @@
-"""The learning rate of an optimizer step, a pure function: what a resumed run needs is the number of the
-step.
-"""
+"""The learning rate of an optimizer step, a pure function: a resumed run needs the step's number only."""
 
 from __future__ import annotations
 
@@ -10,11 +8,9 @@ from nanoslime.config.training import TrainingConfig
 
 
 def lr_at(step: int, *, config: TrainingConfig, total_steps: int) -> float:
-    """The rate of optimizer step `step`, counted from 0: up to `lr` in lr_warmup_steps, then down to
-    `min_lr`.
+    """The rate of optimizer step `step`, from 0: up to `lr` in lr_warmup_steps, then down to `min_lr`.
 
-    The first step after the warm-up has `lr`, and `total_steps` (and all beyond) `min_lr`; a constant
-    schedule stays.
+    The first step after the warm-up has `lr`, `total_steps` and all beyond have `min_lr`; a constant stays.
     """
     if step < config.lr_warmup_steps:
         return config.lr * (step + 1) / config.lr_warmup_steps

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from nanoslime.config import TrainingConfig
 from nanoslime.training.backend import RankEnv, init_process_group
 
 DEADLINE_S = 120.0
@@ -67,7 +68,7 @@ class RankPool:
 
 def _serve(env: RankEnv, pipe: Any) -> None:
     torch.set_num_threads(1)
-    init_process_group(env, DEADLINE_S)
+    init_process_group(env, TrainingConfig(start_deadline_s=DEADLINE_S, collective_deadline_s=DEADLINE_S))
     while True:
         try:
             fn, args = pipe.recv()

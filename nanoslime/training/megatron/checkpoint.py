@@ -48,9 +48,7 @@ class _InProcessWriter(TorchDistSaveShardedStrategy):
         super().__init__("torch_dist", 1)
 
     def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
-        state, _, _ = _replace_state_dict_keys_with_sharded_keys(
-            sharded_state_dict, keep_only_main_replica=True
-        )
+        state = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)[0]
         dcp.save(
             mcore_to_pyt_state_dict(state, False),
             storage_writer=dcp.FileSystemWriter(checkpoint_dir),
@@ -93,13 +91,11 @@ def _sharded_state(
     model: GPTModel, optimizer: ChainedOptimizer, ranks: Ranks, *, is_loading: bool
 ) -> dict[str, Any]:
     weights = model.sharded_state_dict(metadata=dict(_CONTENT))
-    grid = (ranks.pp_size, ranks.dp_size, ranks.tp_size)
+    grid, place = (ranks.pp_size, ranks.dp_size, ranks.tp_size), (ranks.pp_rank, ranks.dp_rank, ranks.tp_rank)
     return {
         "model": weights,
         "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(_CONTENT)),
-        "random": ShardedObject(
-            "random", _get_all_rng_states(), grid, (ranks.pp_rank, ranks.dp_rank, ranks.tp_rank)
-        ),
+        "random": ShardedObject("random", _get_all_rng_states(), grid, place),
     }
 
 

@@ -84,8 +84,7 @@ def install() -> None:
 
 @contextmanager
 def cuda_names() -> Iterator[None]:
-    """While megatron-core builds a model or an optimizer: Tensor.cuda() stays on the CPU, Tensor.type() says
-    cuda.
+    """While megatron-core builds model or optimizer: Tensor.cuda() stays on the CPU, Tensor.type() says cuda.
 
     language_module.py moves a tied output layer by .cuda(); the optimizers sort parameters by
     param.type() == "torch.cuda.FloatTensor".

@@ -1,5 +1,4 @@
-"""Norm and attention for Megatron's local layer spec, in plain PyTorch: used where Transformer Engine is not
-installed.
+"""Norm and attention of Megatron's local layer spec in plain PyTorch, where there is no Transformer Engine.
 
 megatron-core's own local ones refuse sequence parallelism (norm) and packed sequences (attention).
 """
@@ -40,11 +39,9 @@ class RMSNorm(torch.nn.Module):
 class PackedAttention(MegatronModule):
     """Causal attention within each sequence of a pack, by scaled_dot_product_attention; no dropout."""
 
-    def __init__(
-        self, config: TransformerConfig, *_: Any, softmax_scale: float | None = None, **__: Any
-    ) -> None:
+    def __init__(self, config: TransformerConfig, *_: Any, **options: Any) -> None:
         super().__init__(config=config)
-        self.scale = softmax_scale or config.kv_channels**-0.5
+        self.scale = options.get("softmax_scale") or config.kv_channels**-0.5
 
     def forward(
         self,

@@ -8,11 +8,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel as DDP
+from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.transformer.module import Float16Module
@@ -74,25 +71,22 @@ def transformer_config(shape: ModelShape, config: RunConfig, device: torch.devic
     unknown = training.megatron.keys() - {field.name for field in fields(TransformerConfig)}
     if unknown:
         raise ValueError(
-            f"training.megatron: TransformerConfig of megatron-core has no field {sorted(unknown)}"
+            f"training.megatron: megatron-core's TransformerConfig has no field {sorted(unknown)}"
         )
     return TransformerConfig(**{**values, **training.megatron})
 
 
-def build(
-    shape: ModelShape, config: RunConfig, ranks: Ranks, device: torch.device
-) -> DistributedDataParallel:
+def build(shape: ModelShape, config: RunConfig, ranks: Ranks, device: torch.device) -> DDP:
     """This rank's part of the model with uninitialized weights, in gradient buffers of float32."""
     settings = transformer_config(shape, config, device)
-    on_cuda_with_te = device.type == "cuda" and find_spec("transformer_engine") is not None
+    if device.type == "cuda" and find_spec("transformer_engine") is not None:
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=shape.qk_norm)
+    else:
+        spec = local_block_spec(settings)
     with cuda_names():
         model = GPTModel(
             config=settings,
-            transformer_layer_spec=(
-                get_gpt_layer_with_transformer_engine_spec(qk_layernorm=shape.qk_norm)
-                if on_cuda_with_te
-                else local_block_spec(settings)
-            ),
+            transformer_layer_spec=spec,
             vocab_size=padded_vocab_size(shape, ranks.tp_size),
             max_sequence_length=shape.max_position_embeddings,
             pre_process=ranks.is_first_stage,
@@ -103,15 +97,11 @@ def build(
             rope_scaling=shape.rope_scaling_factor is not None,
             rope_scaling_factor=shape.rope_scaling_factor or 1.0,
         ).to(device)
-    distributed = DistributedDataParallel(
-        settings,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=config.training.distributed_optimizer
-        ),
-        Float16Module(settings, model) if settings.bf16 else model,
+    buffers = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=config.training.distributed_optimizer
     )
     settings.finalize_model_grads_func = _finalize_grads
-    return distributed
+    return DDP(settings, buffers, Float16Module(settings, model) if settings.bf16 else model)
 
 
 def unwrap(model: torch.nn.Module) -> GPTModel:
@@ -121,7 +111,5 @@ def unwrap(model: torch.nn.Module) -> GPTModel:
 
 
 def _finalize_grads(model: list[torch.nn.Module], num_tokens: Tensor | None, **kwargs: Any) -> None:
-    """Sums gradients over ranks and leaves it at that: the loss was already divided by the global
-    denominator.
-    """
+    """Sums gradients over ranks, no more: the loss was already divided by the global denominator."""
     finalize_model_grads(model, None, **kwargs)

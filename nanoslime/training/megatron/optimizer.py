@@ -1,11 +1,9 @@
-"""Adam on Megatron's gradient buffers: one update, which is skipped where the gradient is not finite."""
+"""AdamW on Megatron's gradient buffers."""
 
 from __future__ import annotations
 
-import math
-
 import torch
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed import DistributedDataParallel as DDP
 from megatron.core.optimizer import (
     ChainedOptimizer,
     OptimizerConfig,
@@ -17,7 +15,7 @@ from nanoslime.config import RunConfig
 from nanoslime.training.megatron.cpu_compat import cuda_names
 
 
-def build(model: DistributedDataParallel, config: RunConfig) -> ChainedOptimizer:
+def build(model: DDP, config: RunConfig) -> ChainedOptimizer:
     """AdamW over `model`, whose weights must be loaded: it copies them to float32 main parameters."""
     training, dtype = config.training, getattr(torch, config.model.dtype)
     settings = OptimizerConfig(
@@ -27,7 +25,7 @@ def build(model: DistributedDataParallel, config: RunConfig) -> ChainedOptimizer
         adam_beta2=training.adam_beta2,
         adam_eps=training.adam_eps,
         weight_decay=training.weight_decay,
-        clip_grad=0.0,  # clipped by `update`, which looks at the norm first
+        clip_grad=0.0,  # TrainBackend.train_step clips, and looks at the norm first
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=training.distributed_optimizer,
@@ -37,30 +35,7 @@ def build(model: DistributedDataParallel, config: RunConfig) -> ChainedOptimizer
 
 
 def set_rates(optimizer: ChainedOptimizer, lr: float, weight_decay: float) -> None:
-    """Megatron keeps the decay of 1-D parameters (norms, biases) off by a multiplier that only its scheduler
-    applies.
-    """
+    """By the groups' multipliers, which Megatron's own scheduler would apply: vectors do not decay."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_mult"]
         group["weight_decay"] = weight_decay * group["wd_mult"]
-
-
-@torch.no_grad()
-def update(optimizer: ChainedOptimizer, clip_grad: float) -> tuple[float, bool]:
-    """(norm of the whole gradient before clipping, whether the update was skipped because it is not finite).
-
-    Both are the same on every rank. clip_grad=0: no clipping. Afterwards the parameters of all ranks are
-    current.
-    """
-    optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
-    if not math.isfinite(norm):
-        return norm, True
-    scale = clip_grad / (norm + 1e-6)
-    if 0 < scale < 1:
-        for inner in optimizer.chained_optimizers:
-            for parameter in inner.get_parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(scale)
-    optimizer.step_with_ready_grads()
-    return norm, False

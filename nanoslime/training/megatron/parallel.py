@@ -69,8 +69,7 @@ def initialize(config: TrainingConfig, env: RankEnv, seed: int) -> Ranks:
 
     Every collective has training.collective_deadline_s.
     """
-    if not dist.is_initialized():
-        init_process_group(env, config.collective_deadline_s)
+    init_process_group(env, config)
     parallel_state.destroy_model_parallel()  # of an earlier backend in this process
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tp_size,

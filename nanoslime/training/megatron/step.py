@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed import DistributedDataParallel as DDP
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -28,43 +28,26 @@ from nanoslime.training.metrics import MetricSums
 class Pipeline:
     """This rank's stage of the model, driven over the micro-batches of a TrainBatch."""
 
-    def __init__(
-        self, model: DistributedDataParallel, shape: ModelShape, ranks: Ranks, device: torch.device
-    ) -> None:
-        self.model = model
-        self._shape = shape
-        self._ranks = ranks
-        self._device = device
+    def __init__(self, model: DDP, shape: ModelShape, ranks: Ranks, device: torch.device) -> None:
+        self.model, self._shape, self._ranks, self._device = model, shape, ranks, device
         self._pad_to = ranks.tp_size if model.config.sequence_parallel else 1
 
-    @torch.no_grad()
-    def logprobs(self, shard: TrainBatch) -> list[Tensor] | None:
-        """[T_i] per sequence of `shard` on the last stage, None elsewhere; on the CPU."""
+    def logprobs(self, shard: TrainBatch) -> list[Tensor]:
+        """[T] per micro-batch of `shard` on the last stage, on the CPU; empty elsewhere."""
 
         def finish(batch: MicroBatch, logits: Tensor, non_loss_data: bool) -> Tensor:
             return self._token_logprobs(batch, logits).cpu()
 
-        packs = self._run(shard, finish, forward_only=True, collect_non_loss_data=True)
-        if not self._ranks.is_last_stage:
-            return None
-        found: dict[int, Tensor] = {}
-        for indices, pack in zip(shard.microbatches, packs, strict=True):
-            if indices:
-                lengths = [len(shard.token_ids[i]) for i in indices]
-                found.update(zip(indices, pack.split(lengths), strict=True))
-        return [found[i] for i in range(len(shard.token_ids))]
+        return self._run(shard, finish, forward_only=True, collect_non_loss_data=True)
 
     def gradients(self, shard: TrainBatch, algorithm: Algorithm) -> dict[str, float] | None:
-        """Fills the gradient buffers, summed over ranks; the step's metrics and "loss" on the last stage.
-
-        The metrics are means over the global batch, None on other stages.
-        """
+        """Fills the gradient buffers, summed over ranks; metrics with train/loss on the last stage."""
         sums = MetricSums()
 
         def finish(batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor, None]:
             logprobs = self._token_logprobs(batch, logits)
             loss, metrics = algorithm.loss(logprobs, None, batch)
-            sums.add({**metrics, "loss": loss}, logprobs, batch)
+            sums.add({"train/loss": loss, **metrics}, logprobs, batch)
             num_tokens = torch.zeros([], dtype=torch.int, device=logits.device)
             return loss / batch.denominator, num_tokens, None
 
@@ -77,16 +60,13 @@ class Pipeline:
     def _run(self, shard: TrainBatch, finish: Callable[..., Any], **options: Any) -> list[Any]:
         """What `finish(microbatch, logits)` returned for each micro-batch, on the last stage."""
 
-        def forward(
-            batches: Iterator[MicroBatch], model: torch.nn.Module
-        ) -> tuple[Tensor, Callable[..., Any]]:
+        def forward(batches: Iterator[MicroBatch], model: DDP) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(batches)
             return model(**self._inputs(batch)), partial(finish, batch)
 
-        schedule = get_forward_backward_func()
-        return schedule(
+        return get_forward_backward_func()(
             forward_step_func=forward,
-            data_iterator=(microbatch(shard, indices).to(self._device) for indices in shard.microbatches),
+            data_iterator=(shard.microbatch(i).to(self._device) for i in shard.microbatches),
             model=self.model,
             num_microbatches=len(shard.microbatches),
             seq_length=1,  # the stages tell one another the shapes (variable_seq_lengths)
@@ -95,28 +75,17 @@ class Pipeline:
         )
 
     def _inputs(self, batch: MicroBatch) -> dict[str, Any]:
-        """The pack as one row [1, T] of thd sequences; sequence parallelism wants T to be a multiple of
-        tp_size.
-        """
+        """The pack as one row [1, T] of thd sequences; with sequence parallelism tp_size divides T."""
         tokens, positions, bounds = batch.token_ids, batch.positions, batch.cu_seqlens
         padding = -len(tokens) % self._pad_to
         if padding:  # one more sequence, which nobody reads
             tokens, positions = F.pad(tokens, (0, padding)), F.pad(positions, (0, padding))
             bounds = torch.cat([bounds, bounds[-1:] + padding])
         longest = int(bounds.diff().max())
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=bounds,
-            cu_seqlens_kv=bounds,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-        )
-        return dict(
-            input_ids=tokens[None],
-            position_ids=positions[None],
-            attention_mask=None,
-            packed_seq_params=packed,
-        )
+        ends = dict(cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
+        packed = PackedSeqParams(qkv_format="thd", **ends)
+        inputs = {"input_ids": tokens[None], "position_ids": positions[None]}
+        return {**inputs, "attention_mask": None, "packed_seq_params": packed}
 
     def _token_logprobs(self, batch: MicroBatch, logits: Tensor) -> Tensor:
         columns = padded_vocab_size(self._shape, self._ranks.tp_size) // self._ranks.tp_size
@@ -129,13 +98,3 @@ class Pipeline:
             vocab_start=self._ranks.tp_rank * columns,
             tp_group=self._ranks.tp_group if self._ranks.tp_size > 1 else None,
         )
-
-
-def microbatch(shard: TrainBatch, indices: list[int]) -> MicroBatch:
-    """The packed sequences; for an empty entry the first one, masked out, so that every rank runs equally
-    often.
-    """
-    batch = shard.microbatch(indices or [0])
-    if not indices:
-        batch.loss_mask = torch.zeros_like(batch.loss_mask)
-    return batch

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from megatron.core.models.gpt import GPTModel
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from nanoslime.batch import WeightShard
 from nanoslime.models.rules import Part, Piece, check_tensors, local_spec_name, pieces
@@ -80,17 +79,12 @@ def _check_tied_head(bound: Bound, head: TensorInfo) -> None:
     with safe_open(head.file, framework="pt") as tensors:
         rows = tensors.get_slice("lm_head.weight")
         for piece, parameter in bound:
-            if piece.hf == "model.embed_tokens.weight" and not _equal(
-                rows[piece.box], parameter[piece.local]
-            ):
+            mine = parameter[piece.local]
+            if piece.hf == "model.embed_tokens.weight" and not torch.equal(rows[piece.box].to(mine), mine):
                 raise ValueError(
                     f"{head.file}: lm_head.weight differs from the embedding, but config.json ties them; "
                     "set tie_word_embeddings to false there"
                 )
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.to(b), b)
 
 
 def _parameters(model: GPTModel) -> dict[str, torch.nn.Parameter]:

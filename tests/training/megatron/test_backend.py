@@ -46,11 +46,21 @@ def parameters(backend):
     return assemble(copied(backend.weight_shards()))
 
 
-def test_an_empty_micro_batch_and_a_masked_one_change_nothing(start, steps):
+def with_dummies(batch):
+    """The batch with masked-out sequences alone in the first and last micro-batch, as plan() pads a rank."""
+    first, last = len(batch.token_ids), len(batch.token_ids) + 1
+    nothing = {name: [torch.zeros(2)] * 2 for name in ("rollout_logprobs", "old_logprobs", "ref_logprobs")}
+    nothing |= {"token_ids": [torch.zeros(2, dtype=torch.long)] * 2, "advantages": [0.0] * 2}
+    nothing |= {"loss_mask": [torch.zeros(2, dtype=torch.bool)] * 2, "token_weights": [0.0] * 2}
+    longer = {name: getattr(batch, name) + values for name, values in nothing.items()}
+    return replace(batch, **longer, microbatches=[[first], *batch.microbatches, [last]])
+
+
+def test_a_masked_out_micro_batch_changes_nothing(start, steps):
     backend, batch = start(), train_batch(steps[0])
-    spare = replace(batch, microbatches=[[], *batch.microbatches, []])
+    spare = with_dummies(batch)
     plain, padded = backend.logprobs(batch, "policy"), backend.logprobs(spare, "policy")
-    assert all(torch.equal(a, b) for a, b in zip(plain, padded, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(plain, padded[:-2], strict=True))
     step = backend.train_step(spare, GRPO(KL))
     dist.destroy_process_group()
     assert start().train_step(batch, GRPO(KL)).loss == pytest.approx(step.loss, rel=1e-6)
@@ -156,7 +166,7 @@ def test_megatron_fields_are_passed_through_and_unknown_ones_refused(model_dir):
     config = transformer_config(shape, Layout().config(megatron={"attention_dropout": 0.5}), cpu)
     assert config.attention_dropout == 0.5
     with pytest.raises(
-        ValueError, match=r"TransformerConfig of megatron-core has no field \['atention_dropout'\]"
+        ValueError, match=r"megatron-core's TransformerConfig has no field \['atention_dropout'\]"
     ):
         transformer_config(shape, Layout().config(megatron={"atention_dropout": 0.5}), cpu)
 
@@ -214,14 +224,14 @@ def test_a_damaged_checkpoint_is_refused_by_name(start, tmp_path, damage, messag
     backend = start()
     damage(directory)
     with pytest.raises((ValueError, RunError), match=message):
-        weights.load(backend._weights, backend._shape, directory)
+        weights.load(backend._weights_here, backend._shape, directory)
 
 
 def test_a_tied_checkpoint_whose_head_differs_is_refused(start, tmp_path):
     directory = save_model(tmp_path / "model", "qwen3")
     backend, file = start(), directory / "model.safetensors"
     rewrite(file, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
-    weights.load(backend._weights, backend._shape, directory)
+    weights.load(backend._weights_here, backend._shape, directory)
     rewrite(file, lambda t: t["lm_head.weight"].mul_(1.01))
     with pytest.raises(ValueError, match="lm_head.weight differs from the embedding"):
-        weights.load(backend._weights, backend._shape, directory)
+        weights.load(backend._weights_here, backend._shape, directory)
