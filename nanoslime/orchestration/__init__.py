@@ -1,3 +1,1 @@
-"""Who runs where: trainer ranks, engines and the rollout manager, in one process, under torchrun, or as Ray
-actors.
-"""
+"""Who runs where: trainer ranks, engines and the rollout, in one process, under torchrun, or on Ray."""

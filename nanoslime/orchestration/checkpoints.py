@@ -1,5 +1,4 @@
-"""Checkpoints of a run: everything that its next step depends on, written aside, hashed, committed by one
-rename.
+"""Checkpoints: everything that a run's next step depends on, written aside, hashed, committed by one rename.
 
 checkpoints/step_<k>/   trainer/  weights, optimizer, RNG and schedule as the backend writes them
                         driver.json  rollouts done, policy version, data cursor
@@ -10,9 +9,11 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import dataclass, field
 
 from nanoslime.config import RunConfig
-from nanoslime.orchestration.groups import Rollout, TrainGroup
+from nanoslime.orchestration.groups import TrainGroup
+from nanoslime.orchestration.rollout_manager import Rollout
 from nanoslime.run_dir import RunDir
 from nanoslime.storage.commit import commit, complete_checkpoints, partial_dir, partial_path, retain
 from nanoslime.storage.manifest import DamagedError, verify
@@ -20,35 +21,26 @@ from nanoslime.storage.manifest import DamagedError, verify
 logger = logging.getLogger(__name__)
 
 
+@dataclass(slots=True)
 class Checkpoints:
-    """`step_<k>` is the state after k rollouts. `leads`: this process commits and reports (rank 0 of the
-    loop).
-    """
+    """`step_<k>` is the state after k rollouts."""
 
-    def __init__(self, config: RunConfig, run: RunDir, trainer: TrainGroup, rollout: Rollout, *, leads: bool):
-        self._config, self._run, self._trainer, self._rollout, self._leads = (
-            config,
-            run,
-            trainer,
-            rollout,
-            leads,
-        )
-        self._best: tuple[float, int] | None = None
+    config: RunConfig
+    run: RunDir
+    trainer: TrainGroup
+    rollout: Rollout
+    leads: bool  # this process commits and reports: rank 0 of the loop
+    _best: tuple[float, int] | None = field(default=None, init=False)  # reward, rollouts
 
     def resume(self) -> int:
-        """Loads the newest checkpoint that verifies and returns its number of rollouts; 0 where there is
-        none.
-        """
-        step = None
-        if self._leads:
-            step = self._newest_good()
-        step = self._trainer.agree(str(step) if step is not None else None)
+        """Loads the newest checkpoint that verifies; returns its number of rollouts, 0 where none is."""
+        step = self.trainer.agree(self._newest_good() if self.leads else None)
         if step is None:
             return 0
-        path = self._run.checkpoint(int(step))
+        path = self.run.checkpoint(int(step))
         driver = json.loads((path / "driver.json").read_text())
-        self._trainer.load(path / "trainer")
-        self._rollout.load_state_dict(driver["rollout"])
+        self.trainer.load(path / "trainer")
+        self.rollout.load_state_dict(driver["rollout"])
         self._best = tuple(driver["best"]) if driver["best"] else None
         logger.info("resumed after %d rollouts from %s", driver["rollouts"], path)
         return int(driver["rollouts"])
@@ -60,27 +52,27 @@ class Checkpoints:
         """
         if reward is not None and (self._best is None or reward > self._best[0]):
             self._best = (reward, rollouts)
-        final = self._run.checkpoint(rollouts)
-        if self._leads:
+        final = self.run.checkpoint(rollouts)
+        if self.leads:
             (partial_dir(final) / "trainer").mkdir()
-        self._trainer.agree(None)  # the directory exists on every rank from here on
+        self.trainer.agree(None)  # the directory exists on every rank from here on
         partial = partial_path(final)
-        self._trainer.save(partial / "trainer")
-        if not self._leads:
+        self.trainer.save(partial / "trainer")
+        if not self.leads:
             return
-        state = {"rollouts": rollouts, "rollout": self._rollout.state_dict(), "best": self._best}
+        state = {"rollouts": rollouts, "rollout": self.rollout.state_dict(), "best": self._best}
         (partial / "driver.json").write_text(json.dumps(state))
         commit(partial, final)
-        keep = self._config.checkpoint
+        keep = self.config.checkpoint
         best = self._best[1] if keep.keep_best and self._best else None
-        retain(self._run.checkpoints, keep_last=keep.keep_last, keep_every=keep.keep_every, best=best)
+        retain(self.run.checkpoints, keep_last=keep.keep_last, keep_every=keep.keep_every, best=best)
 
-    def _newest_good(self) -> int | None:
-        for step, path in reversed(complete_checkpoints(self._run.checkpoints)):
+    def _newest_good(self) -> str | None:
+        for step, path in reversed(complete_checkpoints(self.run.checkpoints)):
             try:
                 verify(path)
             except DamagedError as e:
                 logger.warning("checkpoint refused, trying the one before: %s", e)
                 continue
-            return step
+            return str(step)
         return None

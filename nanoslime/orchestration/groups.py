@@ -1,39 +1,23 @@
-"""The group of trainer ranks and the rollout as the training loop sees them, whatever processes they live
-in.
-"""
+"""The group of trainer ranks as the training loop sees it, whatever processes they live in."""
 
 from __future__ import annotations
 
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from nanoslime.batch import StepMetrics, TrainBatch
 from nanoslime.config import RunConfig
+from nanoslime.orchestration.rollout_manager import Rollout
 from nanoslime.run_dir import RunDir
 from nanoslime.training.batching import plan
 from nanoslime.types import SampleGroup
 
 
-class Rollout(Protocol):
-    metrics: dict[str, float]
-
-    def generate(self, step: int) -> list[SampleGroup]: ...
-    def evaluate(self, step: int) -> float | None: ...
-    def update_weights(self, send: Callable[[], object], version: int) -> None: ...
-    def load_from_disk(self, path: Path, version: int) -> None: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-    def close(self) -> None: ...
-
-
 class TrainGroup(ABC):
-    """All trainer ranks. Every call returns when all of them are done, or raises RunError naming the one
-    that is not.
-    """
+    """All trainer ranks. A call returns when all are done, or raises RunError naming who is not."""
 
     dp_size: int
 
@@ -45,23 +29,33 @@ class TrainGroup(ABC):
         """The optimizer steps of one rollout; metrics of the row, empty where every group was dropped."""
 
     @abstractmethod
-    def broadcast(self, version: int) -> None: ...
-
-    @abstractmethod
-    def export_hf(self, path: Path) -> None: ...
-
-    @abstractmethod
-    def save(self, path: Path) -> None: ...
-
-    @abstractmethod
-    def load(self, path: Path) -> None: ...
-
-    @abstractmethod
-    def agree(self, stop: str | None) -> str | None:
-        """Rank 0's word on every rank that runs the loop."""
+    def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> None:
+        """A collective method of TrainWorker on every rank; `what` says in errors what it was asked to do."""
 
     @abstractmethod
     def close(self) -> None: ...
+
+    def connect(self, engines: list[Any], address: str) -> None:
+        """The weight group of rank 0, at `address`, with the engines, where the transport has one."""
+        if self.transport == "broadcast":
+            self.call("connect", engines, address, what="join the weight group")
+
+    def broadcast(self, version: int) -> None:
+        deadline_s = self.config.weight_sync.deadline_s
+        self.call("broadcast", version, what=f"send the weights of version {version}", deadline_s=deadline_s)
+
+    def export_hf(self, path: Path) -> None:
+        self.call("write_hf", path, what=f"write {path}")
+
+    def save(self, path: Path) -> None:
+        self.call("save", path, what=f"save {path}")
+
+    def load(self, path: Path) -> None:
+        self.call("load", path, what=f"load {path}")
+
+    def agree(self, stop: str | None) -> str | None:
+        """Rank 0's word on every rank that runs the loop."""
+        return stop
 
     def sync_weights(self, rollout: Rollout, version: int) -> float:
         """The current weights into every engine, labelled `version`; returns the seconds it took."""
@@ -88,37 +82,26 @@ class TrainGroup(ABC):
 
 
 def resolve_transport(config: RunConfig, *, same_process: bool) -> str:
-    """weight_sync.transport with "auto" decided; `same_process`: one trainer rank beside the embedded
-    engine.
-    """
+    """weight_sync.transport with "auto" decided; `same_process`: one trainer rank beside its engine."""
     transport, engine = config.weight_sync.transport, config.rollout.engine
     if transport == "auto":
         return "broadcast" if engine == "sglang" else "in_process" if same_process else "disk"
     if transport == "broadcast" and engine == "embedded":
         raise ValueError("weight_sync.transport=broadcast needs rollout.engine=sglang; choose disk or auto")
     if transport == "in_process" and not (engine == "embedded" and same_process):
-        raise ValueError(
-            "weight_sync.transport=in_process needs the embedded engine in the trainer's own "
-            "process; choose disk or auto"
-        )
+        where = "the embedded engine in the trainer's own process"
+        raise ValueError(f"weight_sync.transport=in_process needs {where}; choose disk or auto")
     return transport
 
 
 def metrics_row(steps: list[StepMetrics], seconds: dict[str, float]) -> dict[str, float]:
-    """One row from the optimizer steps of a rollout: means, maxima for names that end in _max, and the
-    phases' seconds.
-    """
+    """One row from a rollout's optimizer steps: means, maxima for names in _max, and the phases' seconds."""
     row = {f"time/{phase}_s": s for phase, s in seconds.items()}
     rows = [
-        {
-            "train/loss": s.loss,
-            "train/grad_norm": s.grad_norm,
-            "train/lr": s.lr,
-            "train/skipped": float(s.skipped),
-            **s.values,
-        }
+        {"train/loss": s.loss, "train/grad_norm": s.grad_norm, "train/lr": s.lr,
+         "train/skipped": float(s.skipped), **s.values}
         for s in steps
-    ]
+    ]  # fmt: skip
     for name in dict.fromkeys(name for r in rows for name in r):
         values = [r[name] for r in rows if name in r]
         row[name] = max(values) if name.endswith("_max") else sum(values) / len(values)

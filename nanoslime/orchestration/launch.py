@@ -1,12 +1,11 @@
-"""From a command line of `nanoslime.train` to a session: which run, which attempt, and in which of the four
-ways it runs.
-"""
+"""From a command line of `nanoslime.train` to a session: which run, which attempt, which way to run it."""
 
 from __future__ import annotations
 
 import argparse
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,7 +30,7 @@ MOCK_RECIPE = Path(__file__).parents[2] / "jobs" / "recipes" / "mock.yaml"
 @dataclass(frozen=True, slots=True)
 class Launch:
     attempt: Attempt
-    open: Callable[[Phase], Session]
+    open: Callable[[Phase], AbstractContextManager[Session]]
     leads: bool
 
 
@@ -53,11 +52,8 @@ def parse(argv: list[str]) -> Launch:
 
 
 def _submitted(run: RunDir, number: int) -> Launch:
-    attempt, config, plan = (
-        run.attempt(number),
-        read(run.config),
-        layout.Layout.from_json(run.plan.read_text()),
-    )
+    attempt, config = run.attempt(number), read(run.config)
+    plan = layout.Layout.from_json(run.plan.read_text())
     return Launch(attempt, lambda phase: open_ray(config, attempt, plan, phase, local=False), leads=True)
 
 
@@ -70,9 +66,8 @@ def _with_local_checkpoint(config: RunConfig) -> RunConfig:
         try:
             path = Path(snapshot_download(name, revision=config.model.revision or None))
         except (OSError, ValueError) as e:  # the hub's own errors are OSErrors
-            raise RunError(
-                f"model.hf_checkpoint={name!r} is neither a directory nor a hub id to fetch: {type(e).__name__}"
-            ) from e
+            problem = f"neither a directory nor a hub id to fetch: {type(e).__name__}"
+            raise RunError(f"model.hf_checkpoint={name!r} is {problem}") from e
     ModelShape.read(path)
     read_headers(path)
     return replace(config, model=replace(config.model, hf_checkpoint=str(path.absolute())))
@@ -94,16 +89,12 @@ def _on_this_machine(config: RunConfig, run: RunDir | None) -> Launch:
 
 def _rank_env(config: RunConfig) -> RankEnv:
     """From torchrun's variables where they are set, else the only rank."""
-    meet = "env://" if "RANK" in os.environ else f"tcp://127.0.0.1:{free_port('127.0.0.1')}"
-    rank, world_size, local_rank = (
-        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
     return RankEnv(
-        rank=rank,
-        world_size=world_size,
-        local_rank=local_rank,
+        rank=int(os.environ.get("RANK", 0)),
+        world_size=int(os.environ.get("WORLD_SIZE", 1)),
+        local_rank=int(os.environ.get("LOCAL_RANK", 0)),
         device=config.cluster.device,
-        init_method=meet,
+        init_method="env://" if "RANK" in os.environ else f"tcp://127.0.0.1:{free_port('127.0.0.1')}",
     )
 
 

@@ -58,9 +58,8 @@ def connect(head: dict[str, Any], num_nodes: int, deadline_s: float) -> None:
 def start_local(num_slots: int, device: str) -> None:
     """A Ray of this process's own, with one node (node 0), for `python -m nanoslime.train --num-gpus N`."""
     kinds = {"num_gpus": num_slots} if device == "cuda" else {"resources": {SLOT: num_slots}}
-    os.environ.setdefault(
-        "RAY_AUTH_MODE", "disabled"
-    )  # Ray's own switch: a cluster on loopback that ends with this process
+    # Ray's own switch: a cluster on loopback that ends with this process
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     ray.init(
         logging_level=logging.WARNING,
         num_cpus=max(2, num_slots), labels={NODE_LABEL: "0"}, include_dashboard=False, log_to_driver=False,
@@ -85,15 +84,10 @@ def _placement(node: int, slots: int, device: str, env: dict[str, str]) -> dict[
 
 
 def _interface_env(config: RunConfig, device: str) -> dict[str, str]:
-    """The variables by which gloo and NCCL are told their network interface, where the cluster file names
-    one.
-    """
+    """What tells gloo and NCCL their network interface, where the cluster file names one."""
     name = config.cluster.network_interface
-    return (
-        {"GLOO_SOCKET_IFNAME": name} | ({"NCCL_SOCKET_IFNAME": name} if device == "cuda" else {})
-        if name
-        else {}
-    )
+    variables = ["GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"] if device == "cuda" else ["GLOO_SOCKET_IFNAME"]
+    return dict.fromkeys(variables, name) if name else {}
 
 
 def _log_to(path: Path) -> None:
@@ -102,12 +96,8 @@ def _log_to(path: Path) -> None:
     os.dup2(fd, sys.stdout.fileno())
     os.dup2(fd, sys.stderr.fileno())
     os.close(fd)
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-        force=True,
-    )
+    line = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=logging.INFO, format=line, stream=sys.stderr, force=True)
 
 
 @ray.remote
@@ -129,7 +119,8 @@ class RankActor:
             rank=rank, world_size=world_size, local_rank=0, device="cuda" if device == "cuda" else "cpu",
             init_method=f"tcp://{meet[0]}:{meet[1]}",
         )  # fmt: skip
-        logger.info("trainer rank %d of %d on %s, pid %d", rank, world_size, meet[0], os.getpid())
+        here = ray.util.get_node_ip_address()
+        logger.info("trainer rank %d of %d on %s, pid %d", rank, world_size, here, os.getpid())
         self._worker = TrainWorker(self._config, self._model_dir, env)
         return self._worker.dp_rank, self._worker.dp_size
 
@@ -140,6 +131,26 @@ class RankActor:
     def call(self, method: str, *args: Any) -> Any:
         """Any other collective method of TrainWorker, by name."""
         return getattr(self._worker, method)(*args)
+
+
+def engine_server(
+    config: RunConfig, index: int, model_dir: Path, device: str, host: str, log: Path, gpu_ids: list[int]
+) -> SGLangServer:
+    """Engine `index` of the run, on this machine; on a CPU its thread has a core, the last one first."""
+    cores = sorted(os.sched_getaffinity(0))
+    return SGLangServer(
+        name=f"engine-{index}",
+        model_path=str(model_dir),
+        config=config.rollout,
+        dtype=config.model.dtype,
+        device="cuda" if device == "cuda" else "cpu",
+        host=host,
+        port=free_port(host),
+        log=log,
+        seed=config.seed * 1000 + index,
+        cpu_core=cores[-1 - index % len(cores)],
+        gpu_ids=gpu_ids,
+    )
 
 
 @ray.remote
@@ -154,21 +165,9 @@ class EngineActor:
     def start(
         self, config: RunConfig, place: EnginePlace, model_dir: Path, device: str, deadline_s: float
     ) -> SGLangEngine:
-        ip = ray.util.get_node_ip_address()
-        cores = sorted(os.sched_getaffinity(0))
-        self._server = SGLangServer(
-            name=f"engine-{place.index}",
-            model_path=str(model_dir),
-            config=config.rollout,
-            dtype=config.model.dtype,
-            device="cuda" if device == "cuda" else "cpu",
-            host=ip,
-            port=free_port(ip),
-            log=self._log.with_name(f"sglang-{place.index}.log"),
-            seed=config.seed * 1000 + place.index,
-            cpu_core=cores[place.index % len(cores)],
-            gpu_ids=[int(i) for i in ray.get_gpu_ids()],
-        )
+        ip, gpu_ids = ray.util.get_node_ip_address(), [int(i) for i in ray.get_gpu_ids()]
+        log = self._log.with_name(f"sglang-{place.index}.log")
+        self._server = engine_server(config, place.index, model_dir, device, ip, log, gpu_ids)
         return self._server.start(deadline_s)
 
     def close(self) -> None:
@@ -200,19 +199,18 @@ class _Actors:
         except RayTaskError as e:
             dead = self._first_dead()
             if dead is not None:  # the others' broken collectives follow from a death
-                raise RunError(
-                    f"{self._names[dead]} died while asked to {what}; log: {self._logs[dead]}"
-                ) from e
+                raise self._died(dead, what) from e
             cause = e.cause if isinstance(e.cause, Exception) else e
             reason = (str(cause).strip().splitlines() or [type(cause).__name__])[-1]
             raise RunError(f"{self._names[i]} failed to {what}: {reason}; log: {self._logs[i]}") from e
         except RayActorError as e:
-            raise RunError(f"{self._names[i]} died while asked to {what}; log: {self._logs[i]}") from e
+            raise self._died(i, what) from e
+
+    def _died(self, i: int, what: str) -> RunError:
+        return RunError(f"{self._names[i]} died while asked to {what}; log: {self._logs[i]}")
 
     def _first_dead(self) -> int | None:
-        """Which actor is dead, if one is: asked of all, with two seconds for the news of a death to
-        arrive.
-        """
+        """Which actor is dead, if one is: all are asked, with two seconds for news of a death to arrive."""
         pings = [a.__ray_ready__.remote() for a in self.actors]
         ray.wait(pings, num_returns=len(pings), timeout=2.0)
         for i, ping in enumerate(pings):
@@ -239,17 +237,14 @@ class RayTrainGroup(TrainGroup):
         ]
         self._ranks = _Actors([f"trainer rank {p.rank} on node {p.node}" for p in places], logs, actors)
         deadline = config.training.start_deadline_s
-        self._address = self._ranks.gather([actors[0].address.remote()], "start", deadline)[0]
+        meet = self._ranks.gather([actors[0].address.remote()], "start", deadline)[0]
+        self.address: str = meet[0]  # of rank 0
         setups = [
-            a.setup.remote(p.rank, len(places), layout.device, self._address)
+            a.setup.remote(p.rank, len(places), layout.device, meet)
             for a, p in zip(actors, places, strict=True)
         ]
         dp = self._ranks.gather(setups, "load the model", deadline)
         self._dp_ranks, self.dp_size = [rank for rank, _ in dp], dp[0][1]
-
-    def connect(self, engines: list[SGLangEngine]) -> None:
-        if self.transport == "broadcast":
-            self._all("connect", engines, self._address[0], what="join the weight group")
 
     def train(self, groups: list[SampleGroup]) -> dict[str, float]:
         batches = self.plan(groups)
@@ -261,33 +256,13 @@ class RayTrainGroup(TrainGroup):
         steps, seconds = results[0]
         return metrics_row(steps, seconds)
 
-    def broadcast(self, version: int) -> None:
-        self._all(
-            "broadcast",
-            version,
-            what=f"send the weights of version {version}",
-            deadline_s=self.config.weight_sync.deadline_s,
-        )
-
-    def export_hf(self, path: Path) -> None:
-        self._all("write_hf", path, what=f"write {path}")
-
-    def save(self, path: Path) -> None:
-        self._all("save", path, what=f"save {path}")
-
-    def load(self, path: Path) -> None:
-        self._all("load", path, what=f"load {path}")
-
-    def agree(self, stop: str | None) -> str | None:
-        return stop
-
     def close(self) -> None:
         for actor in self._ranks.actors:
             ray.kill(actor)
 
-    def _all(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> list[Any]:
+    def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> None:
         refs = [a.call.remote(method, *args) for a in self._ranks.actors]
-        return self._ranks.gather(refs, what, deadline_s or self.config.training.collective_deadline_s)
+        self._ranks.gather(refs, what, deadline_s or self.config.training.collective_deadline_s)
 
 
 class RayEngines:

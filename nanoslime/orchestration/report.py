@@ -1,12 +1,12 @@
-"""What a run tells about itself as a whole: its phase while it runs, seconds per phase, and the summary at
-its end.
-"""
+"""What a run tells about itself: its phase while it runs, seconds per phase, and the summary at its end."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections import defaultdict
+from pathlib import Path
+from typing import Any
 
 from nanoslime.orchestration.session import Session
 from nanoslime.run_dir import RunDir
@@ -31,14 +31,13 @@ class Clock:
 
 
 def write_summary(session: Session, clock: Clock, seconds: float) -> None:
-    """summary.json from what the run left in its files, so that a resumed run's rewards cover all of its
-    attempts.
+    """summary.json from what the run left in its files: a resumed run's rewards cover all of its attempts.
 
     seconds and phase_s are those of the last attempt.
     """
     run, rollouts = session.run, session.config.rollout.num_rollout
-    evals = [json.loads(line) for line in run.evals.read_text().splitlines()] if run.evals.exists() else []
-    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()] if run.metrics.exists() else []
+    evals, rows = _json_lines(run.evals), _json_lines(run.metrics)
+    gaps = [r["train/logprob_gap_max"] for r in rows if "train/logprob_gap_max" in r]
     hf = run.hf(rollouts)
     summary = {
         "reward_before": next((e["reward"] for e in evals if e["step"] == -1), None),
@@ -46,11 +45,13 @@ def write_summary(session: Session, clock: Clock, seconds: float) -> None:
         "steps": rollouts,
         "seconds": round(seconds, 1),
         "phase_s": {phase: round(s, 1) for phase, s in clock.seconds.items()},
-        "logprob_gap_max": max(
-            (r["train/logprob_gap_max"] for r in rows if "train/logprob_gap_max" in r), default=None
-        ),
+        "logprob_gap_max": max(gaps, default=None),
         "checkpoint": str(run.checkpoint(rollouts)),
         "hf_export": str(hf) if hf.exists() else None,
         "tensorboard": str(run.tensorboard) if session.config.tracking.use_tensorboard else None,
     }
     publish_json(run.summary, summary)
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -1,6 +1,4 @@
-"""The rollout side of a run: prompts, engines behind a router, rewards, filters, advantages, evaluation,
-policy versions.
-"""
+"""The rollout side of a run: prompts, engines behind a router, rewards, filters, advantages, evaluation."""
 
 from __future__ import annotations
 
@@ -14,9 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from nanoslime import algorithms
 from nanoslime.algorithms.filters import filter_groups
-from nanoslime.config import RunConfig
+from nanoslime.config import RolloutConfig, RunConfig
 from nanoslime.plugins import resolve
 from nanoslime.process_groups import free_port
 from nanoslime.rollout import recorder
@@ -25,21 +25,16 @@ from nanoslime.rollout.prompts import PromptSource, load_prompts
 from nanoslime.rollout.rewards import REWARDS
 from nanoslime.rollout.router import make_router
 from nanoslime.run_dir import RunDir
-from nanoslime.types import Engine, RunError, SampleGroup
+from nanoslime.types import Engine, Prompt, RunError, SampleGroup
 
 logger = logging.getLogger(__name__)
 
 
 class RolloutManager:
-    """Lives in the driver. `version` is the policy version that every engine holds: the number of rollouts
-    trained on.
-    """
+    """Lives in the driver. `version` is what every engine holds: the number of rollouts trained on."""
 
-    def __init__(
-        self, config: RunConfig, run: RunDir, model_dir: Path, tokenizer: Any, engines: Sequence[Engine]
-    ):
+    def __init__(self, config: RunConfig, run: RunDir, tokenizer: Any, engines: Sequence[Engine]):
         self.config, self.run, self.engines, self._tokenizer = config, run, list(engines), tokenizer
-        self._model_dir = model_dir
         self._reward = resolve(config.data.reward, REWARDS, "data.reward")
         self._algorithm = algorithms.make(config.algorithm)
         self._router = make_router(
@@ -48,13 +43,10 @@ class RolloutManager:
             ports=(free_port("127.0.0.1"), free_port("127.0.0.1")),
             log=run.path / "attempts" / "latest" / "logs" / "router-0.log",
         )
-        prompts = load_prompts(Path(config.data.prompts), tokenizer, config.data)
-        self._source = PromptSource(prompts, seed=config.seed, shuffle=config.data.shuffle)
-        held_out = (
-            load_prompts(Path(config.data.eval_prompts), tokenizer, config.data)
-            if config.data.eval_prompts
-            else []
-        )
+        data = config.data
+        prompts = load_prompts(Path(data.prompts), tokenizer, data)
+        self._source = PromptSource(prompts, seed=config.seed, shuffle=data.shuffle)
+        held_out = load_prompts(Path(data.eval_prompts), tokenizer, data) if data.eval_prompts else []
         self._held_out = held_out[: config.eval.max_prompts or None]
         self._threads = ThreadPoolExecutor(max_workers=len(self.engines), thread_name_prefix="engine")
         self.version = -1
@@ -65,24 +57,22 @@ class RolloutManager:
         rollout = self.config.rollout
         start = time.monotonic()
         prompts = self._source.next(rollout.rollout_batch_size)
-        groups = self._sample(
-            prompts,
-            rollout,
-            first_group_id=step * rollout.rollout_batch_size,
-            seed=(self.config.seed, 0, step),
-        )
+        first_group_id = step * rollout.rollout_batch_size
+        groups = self._sample(prompts, rollout, first_group_id, seed=(self.config.seed, 0, step))
         self._check_versions(groups)
         kept, dropped = filter_groups(groups, drop_zero_std=self.config.algorithm.filter_zero_std)
         self._algorithm.advantages(kept)
         recorder.record(self.run.rollouts / f"step_{step}.jsonl", groups)
-        self.metrics = group_metrics(groups) | {
-            f"rollout/dropped_{reason}": float(n) for reason, n in dropped.items()
-        }
+        self.metrics = group_metrics(groups)
+        self.metrics |= {f"rollout/dropped_{reason}": float(n) for reason, n in dropped.items()}
         self.metrics["time/generate_s"] = time.monotonic() - start
         return kept
 
     def evaluate(self, step: int) -> float | None:
-        """Mean reward on the held-out prompts, appended to evals.jsonl; None where there are none."""
+        """Mean reward on the held-out prompts, appended to evals.jsonl; None where there are none.
+
+        A sample that could not be made counts as reward 0, with a warning. RunError where none could.
+        """
         if not self._held_out:
             return None
         knobs = self.config.eval
@@ -93,21 +83,23 @@ class RolloutManager:
             top_p=1.0,
             top_k=-1,
         )
-        groups = self._sample(self._held_out, sampling, first_group_id=0, seed=(knobs.seed, 1, step))
-        rewards = [r for g in groups for r in g.rewards]
-        reward = sum(rewards) / len(rewards)
-        record = {"step": step, "version": self.version, "reward": reward, "samples": len(rewards)}
+        groups = self._sample(self._held_out, sampling, 0, seed=(knobs.seed, 1, step))
+        samples = [s for g in groups for s in g.samples]
+        if errors := [s for s in samples if s.reward is None]:
+            failed = f"evaluation: {len(errors)} of {len(samples)} samples could not be made"
+            cause = f"first: prompt {errors[0].metadata['prompt_id']}: {errors[0].error}"
+            if len(errors) == len(samples):
+                raise RunError(f"{failed}; {cause}")
+            logger.warning("%s and count as reward 0; %s", failed, cause)
+        reward = sum(s.reward or 0.0 for s in samples) / len(samples)
+        record = {"step": step, "version": self.version, "reward": reward, "samples": len(samples)}
         with self.run.evals.open("a") as f:
             f.write(json.dumps(record) + "\n")
-        logger.info(
-            "evaluation after %d rollouts: reward %.4f over %d samples", step + 1, reward, len(rewards)
-        )
+        logger.info("evaluation after %d rollouts: reward %.4f, %d samples", step + 1, reward, len(samples))
         return reward
 
     def update_weights(self, send: Callable[[], object], version: int) -> None:
-        """Pauses the engines, runs `send`, flushes their caches, resumes, and checks the version that each
-        one reports.
-        """
+        """Pauses the engines, runs `send`, flushes their caches, resumes, and checks each one's version."""
         self._each(lambda e: e.pause())
         send()
         self._each(lambda e: e.flush())
@@ -133,19 +125,13 @@ class RolloutManager:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _sample(
-        self, prompts: list, rollout: Any, *, first_group_id: int, seed: tuple[int, ...]
+        self, prompts: list[Prompt], rollout: RolloutConfig, first_group_id: int, seed: tuple[int, ...]
     ) -> list[SampleGroup]:
-        return asyncio.run(
-            sample_groups(
-                prompts,
-                self._router,
-                self._tokenizer,
-                rollout,
-                self._reward,
-                first_group_id=first_group_id,
-                seed=seed,
-            )
-        )
+        sampling = sample_groups(
+            prompts, self._router, self._tokenizer, rollout, self._reward,
+            first_group_id=first_group_id, seed=seed,
+        )  # fmt: skip
+        return asyncio.run(sampling)
 
     def _check_versions(self, groups: list[SampleGroup]) -> None:
         for sample in (s for g in groups for s in g.samples):
@@ -158,3 +144,52 @@ class RolloutManager:
 
     def _each(self, call: Callable[[Engine], Any]) -> list[Any]:
         return [future.result() for future in [self._threads.submit(call, e) for e in self.engines]]
+
+
+def from_rank_0(value: Any) -> Any:
+    """`value` of rank 0 on every rank of torchrun's; the value itself in a process that is alone."""
+    box = [value]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+class SharedRollout:
+    """The rollout on a rank that runs the loop: rank 0's manager, or (manager None) a follower of it."""
+
+    def __init__(self, manager: RolloutManager | None):
+        self._manager = manager
+        self.metrics: dict[str, float] = {}
+
+    def generate(self, step: int) -> list[SampleGroup]:
+        groups = self._manager.generate(step) if self._manager else None
+        self.metrics = self._manager.metrics if self._manager else {}
+        return from_rank_0(groups)
+
+    def evaluate(self, step: int) -> float | None:
+        return from_rank_0(self._manager.evaluate(step) if self._manager else None)
+
+    def update_weights(self, send: Callable[[], object], version: int) -> None:
+        if self._manager:
+            self._manager.update_weights(send, version)
+        else:
+            send()
+
+    def load_from_disk(self, path: Path, version: int) -> None:
+        if self._manager:
+            self._manager.load_from_disk(path, version)
+        from_rank_0(None)  # nobody removes the files before they were read
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._manager.state_dict() if self._manager else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self._manager:
+            self._manager.load_state_dict(state)
+
+    def close(self) -> None:
+        if self._manager:
+            self._manager.close()
+
+
+Rollout = RolloutManager | SharedRollout

@@ -10,10 +10,8 @@ Whatever was started is ended when the session closes, also when opening it fail
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,24 +23,21 @@ from nanoslime.config import RunConfig
 from nanoslime.layout import Layout
 from nanoslime.orchestration import ray_group
 from nanoslime.orchestration.checkpoints import Checkpoints
-from nanoslime.orchestration.groups import Rollout, TrainGroup, resolve_transport
-from nanoslime.orchestration.local_group import LocalTrainGroup, SharedRollout
-from nanoslime.orchestration.rollout_manager import RolloutManager
+from nanoslime.orchestration.groups import TrainGroup, resolve_transport
+from nanoslime.orchestration.local_group import LocalTrainGroup
+from nanoslime.orchestration.rollout_manager import Rollout, RolloutManager, SharedRollout
 from nanoslime.orchestration.worker import TrainWorker
-from nanoslime.process_groups import free_port
 from nanoslime.rollout.embedded import EmbeddedEngine
-from nanoslime.rollout.sglang import SGLangServer
 from nanoslime.run_dir import Attempt, RunDir
 from nanoslime.storage.commit import remove_leftovers
 from nanoslime.storage.shared_files import read_json
 from nanoslime.training.backend import RankEnv
 from nanoslime.types import Engine
 
-logger = logging.getLogger(__name__)
 Phase = Callable[[str], None]  # called with the name of what starts now
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Session:
     config: RunConfig
     run: RunDir
@@ -50,43 +45,27 @@ class Session:
     trainer: TrainGroup
     rollout: Rollout
     checkpoints: Checkpoints
-    leads: bool  # this process reports: the only one, or rank 0
-    resources: ExitStack
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.resources.close()
 
 
 def prepare_model(config: RunConfig, run: RunDir) -> tuple[RunConfig, Path]:
-    """The configuration with its data paths, and the model's directory; a rehearsal makes its own model and
-    data first.
-    """
+    """The configuration with its data paths, and the model's directory; a rehearsal makes its own first."""
     if not config.rehearsal.enabled:
         return config, Path(config.model.hf_checkpoint)
     knobs = config.rehearsal
     files = rehearsal.make(
-        run.model,
-        task=knobs.task,
-        seed=knobs.seed,
-        target_reward=knobs.target_reward,
+        run.model, task=knobs.task, seed=knobs.seed, target_reward=knobs.target_reward,
         num_held_out=knobs.num_held_out,
-    )
+    )  # fmt: skip
     data = replace(config.data, prompts=str(files.train), eval_prompts=str(files.held_out))
     return replace(config, data=data), files.model
 
 
-def _manager(config: RunConfig, run: RunDir, model_dir: Path, engines: list[Engine]) -> RolloutManager:
-    tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=config.model.trust_remote_code)
-    return RolloutManager(config, run, model_dir, tokenizer, engines)
-
-
-def open_ray(config: RunConfig, attempt: Attempt, layout: Layout, phase: Phase, *, local: bool) -> Session:
+@contextmanager
+def open_ray(
+    config: RunConfig, attempt: Attempt, layout: Layout, phase: Phase, *, local: bool
+) -> Iterator[Session]:
     """The driver's session on Ray; `local`: on a Ray of its own rather than the node agents'."""
-    resources = ExitStack()
-    with resources:
+    with ExitStack() as resources:
         phase("model")
         config, model_dir = prepare_model(config, attempt.run)
         phase("start")
@@ -102,84 +81,62 @@ def open_ray(config: RunConfig, attempt: Attempt, layout: Layout, phase: Phase, 
         transport = resolve_transport(config, same_process=False)
         trainer = ray_group.RayTrainGroup(config, attempt, layout, model_dir, transport)
         resources.callback(trainer.close)
+        engines: list[Engine]
         if servers is not None:
-            engines = servers.wait()
-            trainer.connect(engines)
+            engines = list(servers.wait())
+            trainer.connect(engines, trainer.address)
         else:
-            engines = [
-                EmbeddedEngine(
-                    model_path=str(model_dir), dtype=config.model.dtype, device="cpu", seed=config.seed
-                )
-            ]
-        rollout = _manager(config, attempt.run, model_dir, list(engines))
+            engines = [EmbeddedEngine(str(model_dir), config.model.dtype, "cpu", config.seed)]
+        rollout = _manager(config, attempt.run, model_dir, engines)
         resources.callback(rollout.close)
-        return _session(config, attempt, trainer, rollout, leads=True, resources=resources.pop_all())
-    raise AssertionError("unreachable")
+        yield _session(config, attempt, trainer, rollout, leads=True)
 
 
-def open_local(config: RunConfig, attempt: Attempt, env: RankEnv, phase: Phase) -> Session:
+@contextmanager
+def open_local(config: RunConfig, attempt: Attempt, env: RankEnv, phase: Phase) -> Iterator[Session]:
     """The session of a process that is itself a trainer rank: the only one, or one of torchrun's."""
-    resources = ExitStack()
-    with resources:
-        leads = env.rank == 0
+    leads = env.rank == 0
+    with ExitStack() as resources:
         resources.callback(dist.destroy_process_group)  # launch has joined it, to agree on the run directory
         phase("model")
         if leads:
             prepare_model(config, attempt.run)
         dist.barrier()
-        config, model_dir = prepare_model(
-            config, attempt.run
-        )  # made by rank 0: this only reads where it lies
+        config, model_dir = prepare_model(config, attempt.run)  # made by rank 0: only reads where it lies
         phase("start")
         worker = TrainWorker(config, model_dir, env)
-        engine = _local_engine(config, attempt, model_dir, env, resources) if leads else None
-        embedded = engine if isinstance(engine, EmbeddedEngine) else None
+        engines = [_local_engine(config, attempt, model_dir, env, resources)] if leads else []
+        embedded = next((e for e in engines if isinstance(e, EmbeddedEngine)), None)
         transport = resolve_transport(config, same_process=env.world_size == 1)
         trainer = LocalTrainGroup(config, attempt.run, worker, transport, embedded)
         resources.callback(trainer.close)
-        trainer.connect([engine] if engine is not None and embedded is None else [], "127.0.0.1")
-        manager = _manager(config, attempt.run, model_dir, [engine]) if engine is not None else None
-        rollout = SharedRollout(manager)
+        trainer.connect(engines, "127.0.0.1")
+        rollout = SharedRollout(_manager(config, attempt.run, model_dir, engines) if engines else None)
         resources.callback(rollout.close)
-        return _session(config, attempt, trainer, rollout, leads=leads, resources=resources.pop_all())
-    raise AssertionError("unreachable")
+        yield _session(config, attempt, trainer, rollout, leads=leads)
 
 
-def _local_engine(config: RunConfig, attempt: Attempt, model_dir: Path, env: RankEnv, resources: ExitStack):
+def _local_engine(
+    config: RunConfig, attempt: Attempt, model_dir: Path, env: RankEnv, resources: ExitStack
+) -> Engine:
     if config.rollout.engine == "embedded":
-        return EmbeddedEngine(
-            model_path=str(model_dir),
-            dtype=config.model.dtype,
-            device=str(env.torch_device),
-            seed=config.seed,
-        )
-    server = SGLangServer(
-        name="engine-0",
-        model_path=str(model_dir),
-        config=config.rollout,
-        dtype=config.model.dtype,
-        device=env.device,
-        host="127.0.0.1",
-        port=free_port("127.0.0.1"),
-        log=attempt.log("sglang", 0),
-        seed=config.seed,
-        cpu_core=max(os.sched_getaffinity(0)) if env.device == "cpu" else None,
-        gpu_ids=[env.local_rank] if env.device == "cuda" else [],
-    )
+        return EmbeddedEngine(str(model_dir), config.model.dtype, str(env.torch_device), config.seed)
+    gpu_ids = [env.local_rank] if env.device == "cuda" else []
+    log = attempt.log("sglang", 0)
+    server = ray_group.engine_server(config, 0, model_dir, env.device, "127.0.0.1", log, gpu_ids)
     resources.callback(server.close)
     return server.start(config.rollout.start_deadline_s)
 
 
+def _manager(config: RunConfig, run: RunDir, model_dir: Path, engines: list[Engine]) -> RolloutManager:
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=config.model.trust_remote_code)
+    return RolloutManager(config, run, tokenizer, engines)
+
+
 def _session(
-    config: RunConfig,
-    attempt: Attempt,
-    trainer: TrainGroup,
-    rollout: Rollout,
-    *,
-    leads: bool,
-    resources: ExitStack,
+    config: RunConfig, attempt: Attempt, trainer: TrainGroup, rollout: Rollout, *, leads: bool
 ) -> Session:
     if leads:
         remove_leftovers(attempt.run.checkpoints)
-    checkpoints = Checkpoints(config, attempt.run, trainer, rollout, leads=leads)
-    return Session(config, attempt.run, attempt, trainer, rollout, checkpoints, leads, resources)
+    checkpoints = Checkpoints(config, attempt.run, trainer, rollout, leads)
+    return Session(config, attempt.run, attempt, trainer, rollout, checkpoints)

@@ -1,6 +1,4 @@
-"""One trainer rank at work: the backend, the algorithm and this rank's part in weight sync, in whatever
-process they live.
-"""
+"""One trainer rank at work: the backend, the algorithm and this rank's part in weight sync."""
 
 from __future__ import annotations
 
@@ -27,9 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainWorker:
-    """Every method but the constructor's reading of weights is collective: all ranks call it, in the same
-    order.
-    """
+    """Every method is collective: all ranks call it, in the same order."""
 
     def __init__(self, config: RunConfig, model_dir: Path, env: RankEnv):
         if env.device == "cuda" and not torch.cuda.is_available():
@@ -38,9 +34,9 @@ class TrainWorker:
                 "make the environment with `bash env/run.sh --target cuda true` and name it in cluster.venv"
             )
         self.config, self.model_dir, self.env = config, model_dir, env
-        self.backend: TrainBackend = resolve(config.training.backend, BACKENDS, "training.backend")(
-            config, model_dir, env
-        )
+        backend = resolve(config.training.backend, BACKENDS, "training.backend")
+        self.backend: TrainBackend = backend(config, model_dir, env)
+        self.dp_rank, self.dp_size = self.backend.dp_rank, self.backend.dp_size
         self.algorithm = algorithms.make(config.algorithm)
         self.seconds: dict[str, float] = {}
         self._assembler = Assembler(
@@ -51,18 +47,8 @@ class TrainWorker:
         )
         self._broadcaster: Broadcaster | None = None
 
-    @property
-    def dp_rank(self) -> int:
-        return self.backend.dp_rank
-
-    @property
-    def dp_size(self) -> int:
-        return self.backend.dp_size
-
     def train(self, batches: list[TrainBatch]) -> list[StepMetrics]:
-        """One optimizer step per batch; old and reference logprobs of all of them are taken before the first
-        step.
-        """
+        """One optimizer step per batch; old and reference logprobs of all are taken before the first step."""
         with self._timed("logprobs"):
             for batch in batches:
                 if self.algorithm.needs_old_logprobs:
@@ -90,31 +76,23 @@ class TrainWorker:
             )
 
     def broadcast(self, version: int) -> int:
-        """Sends the current weights to the connected engines as `version`; returns the bytes sent (0 on
-        other ranks).
-        """
+        """Sends the current weights to the engines as `version`; returns the bytes sent (0 but on rank 0)."""
         if self.env.rank == 0:
             if self._broadcaster is None:
                 raise RuntimeError("connect() comes before broadcast()")
-            return self._broadcaster.send(self._assembler.tensors(), version)
+            return self._broadcaster.send(self.tensors(), version)
         self._drain()
         return 0
 
     def write_hf(self, destination: Path) -> None:
-        """Writes the current weights as a Hugging Face checkpoint, with the original's tokenizer and
-        config.
-        """
+        """The current weights as a Hugging Face checkpoint, with the original's tokenizer and config."""
         if self.env.rank == 0:
-            write_checkpoint(
-                self._assembler.tensors(), self._assembler.specs, destination, like=self.model_dir
-            )
+            write_checkpoint(self.tensors(), self._assembler.specs, destination, like=self.model_dir)
         else:
             self._drain()
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Whole tensors on rank 0, for an engine in the same process; nothing on other ranks, which must
-        exhaust it too.
-        """
+        """Whole tensors on rank 0; nothing on other ranks, which must exhaust it too."""
         return self._assembler.tensors()
 
     def save(self, path: Path) -> None:
@@ -129,7 +107,7 @@ class TrainWorker:
             self._broadcaster = None
 
     def _drain(self) -> None:
-        for _ in self._assembler.tensors():
+        for _ in self.tensors():
             raise RuntimeError("only rank 0 assembles tensors")
 
     @contextmanager
