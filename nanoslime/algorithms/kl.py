@@ -5,6 +5,7 @@ All take logprobs of the sampled tokens, of any one shape, and work with d = ref
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -30,7 +31,8 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor, limit: float = torch.inf) -> Tens
     return torch.expm1(d) - d
 
 
-_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3, "low_var_kl": partial(k3, limit=20.0)}
+Estimator = Callable[[Tensor, Tensor], Tensor]
+_ESTIMATORS: dict[str, Estimator] = {"k1": k1, "k2": k2, "k3": k3, "low_var_kl": partial(k3, limit=20.0)}
 
 
 def approx_kl(logprobs: Tensor, ref_logprobs: Tensor, kind: KLType, ratio: Tensor | None = None) -> Tensor:

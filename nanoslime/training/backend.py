@@ -125,28 +125,20 @@ class TrainBackend(ABC):
     def load(self, path: Path) -> None:
         """Restores what `save` wrote, but not the reference: that remains the model's files; collective."""
 
+    # What a backend does in its own way. `_backward` fills gradients summed over ranks, and returns metrics with
+    # train/loss on every rank; `_grad_norm`, `_grads` and `_update` come after it, in this order.
     @abstractmethod
-    def _packed_logprobs(self, shard: TrainBatch) -> list[Tensor]:
-        """[T] per micro-batch, on the last pipeline stage."""
-
+    def _packed_logprobs(self, shard: TrainBatch) -> list[Tensor]: ...  # [T] per micro-batch, last stage only
     @abstractmethod
-    def _backward(self, shard: TrainBatch, algorithm: Algorithm) -> dict[str, float]:
-        """Fills the gradients, summed over ranks; the step's metrics and train/loss, on every rank."""
-
+    def _backward(self, shard: TrainBatch, algorithm: Algorithm) -> dict[str, float]: ...
     @abstractmethod
-    def _grad_norm(self) -> float:
-        """Of the whole gradient, the same on every rank; comes before `_grads` and `_update`."""
-
+    def _grad_norm(self) -> float: ...  # of the whole gradient, the same on every rank
     @abstractmethod
-    def _grads(self) -> list[Tensor]:
-        """What the optimizer will use on this rank."""
-
+    def _grads(self) -> list[Tensor]: ...  # what the optimizer will use on this rank
     @abstractmethod
     def _update(self, lr: float) -> None: ...
-
     @abstractmethod
-    def _parameters(self) -> list[Tensor]:
-        """The live tensors of this rank."""
+    def _parameters(self) -> list[Tensor]: ...  # the live tensors of this rank
 
     def _keep_reference(self) -> None:
         """The weights as they are now, on the CPU, where the algorithm needs a reference."""

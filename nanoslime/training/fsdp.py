@@ -140,20 +140,18 @@ class FSDPBackend(TrainBackend):
 
 def _refuse_other_dimensions(config: TrainingConfig) -> None:
     for field in ("tp_size", "pp_size", "cp_size", "ep_size"):
-        if getattr(config, field) != 1:
-            raise ValueError(
-                f"training.{field}={getattr(config, field)}: the fsdp backend has data parallelism only; "
-                f"set it to 1 or use training.backend=megatron"
-            )
+        if (size := getattr(config, field)) != 1:
+            what = f"training.{field}={size}: the fsdp backend has data parallelism only"
+            raise ValueError(f"{what}; set it to 1 or use training.backend=megatron")
 
 
 def _make_optimizer(model: torch.nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     """AdamW (arXiv 1711.05101) without decay of vectors (norms, biases)."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [
+            {"params": [p for p in model.parameters() if p.dim() >= 2]},
+            {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+        ],
         lr=config.lr,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_eps,

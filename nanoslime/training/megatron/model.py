@@ -60,11 +60,6 @@ def transformer_config(shape: ModelShape, config: RunConfig, device: torch.devic
         calculate_per_token_loss=True,  # gradients are summed over data parallelism, not averaged
         deallocate_pipeline_outputs=not on_cpu,  # gloo may still read what NCCL has already taken
         batch_p2p_sync=False,
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
     )
     if training.recompute:
         values |= dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)

@@ -53,15 +53,11 @@ def check(config: TrainingConfig, shape: ModelShape, world_size: int) -> None:
     check_tp_size(shape, config.tp_size)
     if shape.num_layers % config.pp_size:
         fit = [n for n in range(1, shape.num_layers + 1) if shape.num_layers % n == 0]
-        raise ValueError(
-            f"training.pp_size={config.pp_size} does not divide num_hidden_layers={shape.num_layers}; "
-            f"choose one of {fit}"
-        )
+        problem = f"training.pp_size={config.pp_size} does not divide num_hidden_layers={shape.num_layers}"
+        raise ValueError(f"{problem}; choose one of {fit}")
     if world_size % (config.tp_size * config.pp_size):
-        raise ValueError(
-            f"{world_size} trainer ranks are not a multiple of training.tp_size={config.tp_size} x "
-            f"training.pp_size={config.pp_size}"
-        )
+        sizes = f"training.tp_size={config.tp_size} x training.pp_size={config.pp_size}"
+        raise ValueError(f"{world_size} trainer ranks are not a multiple of {sizes}")
 
 
 def initialize(config: TrainingConfig, env: RankEnv, seed: int) -> Ranks:
