@@ -125,8 +125,8 @@ class TrainBackend(ABC):
     def load(self, path: Path) -> None:
         """Restores what `save` wrote, but not the reference: that remains the model's files; collective."""
 
-    # What a backend does in its own way. `_backward` fills gradients summed over ranks, and returns metrics with
-    # train/loss on every rank; `_grad_norm`, `_grads` and `_update` come after it, in this order.
+    # What a backend does in its own way. `_backward` fills gradients summed over ranks and returns metrics
+    # with train/loss on every rank; `_grad_norm`, `_grads` and `_update` come after it, in this order.
     @abstractmethod
     def _packed_logprobs(self, shard: TrainBatch) -> list[Tensor]: ...  # [T] per micro-batch, last stage only
     @abstractmethod
