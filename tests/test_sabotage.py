@@ -1,0 +1,150 @@
+"""A reward that rises also rises with subtly wrong maths: ten one-line faults, each noticed by a test.
+
+Every fault is put into a copy of the checkout, where the named test then has to fail; without, it passes.
+The tests named run without a server wherever the fault can be seen there.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+pytestmark = [pytest.mark.matrix, pytest.mark.timeout(600)]
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+FAULTS = [
+    Fault(
+        "advantages shuffled across groups",
+        "nanoslime/algorithms/grpo.py",
+        "sample.advantage = relative[sample.group_id, sample.rollout_id]",
+        "key = sorted(relative)[~sorted(relative).index((sample.group_id, sample.rollout_id))]\n"
+        "                sample.advantage = relative[key]",
+        "tests/algorithms/test_grpo.py",
+    ),
+    Fault(
+        "k3 with the wrong sign",
+        "nanoslime/algorithms/kl.py",
+        "d = (ref_logprobs - logprobs).clamp",
+        "d = (logprobs - ref_logprobs).clamp",
+        "tests/algorithms/test_kl.py",
+    ),
+    Fault(
+        "weights stale by one version",
+        "nanoslime/weight_sync/assemble.py",
+        "        shards = list(self._shards())\n",
+        "        now = [WeightShard(s.name, s.full_shape, s.slices, s.tensor.clone())\n"
+        "               for s in self._shards()]\n"
+        "        shards, self._late = getattr(self, '_late', now), now\n",
+        "tests/orchestration/test_weight_sync.py -k broadcast_from_megatron",
+    ),
+    Fault(
+        "mask shifted by one",
+        "nanoslime/rollout/generate.py",
+        "loss_mask=np.arange(num_prompt + num_response) >= num_prompt",
+        "loss_mask=np.arange(num_prompt + num_response) > num_prompt",
+        "tests/rollout/test_generate.py",
+    ),
+    Fault(
+        "temperature dropped from the trainer's logprobs",
+        "nanoslime/training/logprobs.py",
+        "num_real, 1.0 / temperature, tp_group)",
+        "num_real, 1.0, tp_group)",
+        "tests/training/test_logprobs.py",
+    ),
+    Fault(
+        "a TP rank's part not synced",
+        "nanoslime/weight_sync/assemble.py",
+        "                dist.recv(part, src=piece.rank)\n                full[where] = part\n",
+        "                dist.recv(part, src=piece.rank)\n",
+        "tests/weight_sync/test_assemble.py",
+    ),
+    Fault(
+        "old logprobs taken after the step",
+        "nanoslime/orchestration/worker.py",
+        "        return self.backend.train_step(batch, self.algorithm)",
+        "        batch.old_logprobs = self.backend.logprobs(batch, 'policy')\n"
+        "        return self.backend.train_step(batch, self.algorithm)",
+        "tests/orchestration/test_loop.py -k old_logprobs",
+    ),
+    Fault(
+        "padded vocabulary in the softmax",
+        "nanoslime/training/logprobs.py",
+        "num_real = min(max(vocab_size - vocab_start, 0), logits.shape[1])",
+        "num_real = logits.shape[1]",
+        "tests/training/test_logprobs.py",
+    ),
+    Fault(
+        "gradients summed instead of averaged over DP",
+        "nanoslime/training/batching.py",
+        "denominator=float(max(num_tokens, 1) if",
+        "denominator=float(max(num_tokens, 1) / dp_size if",
+        "tests/training/test_batching.py",
+    ),
+    Fault(
+        "prompt tokens in the loss",
+        "nanoslime/rollout/generate.py",
+        "loss_mask=np.arange(num_prompt + num_response) >= num_prompt",
+        "loss_mask=np.arange(num_prompt + num_response) >= 1",
+        "tests/rollout/test_generate.py",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = tmp_path_factory.mktemp("sabotage") / "checkout"
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in listed.stdout.splitlines():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, copy / name)
+    return copy
+
+
+def run_test(checkout: Path, test: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore",
+        *test.split(),
+    ]
+    env = os.environ | {"PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=580, env=env)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.name)
+def test_a_fault_turns_its_test_red(checkout, fault):
+    file = checkout / fault.file
+    sound = file.read_text()
+    assert sound.count(fault.old) == 1, f"{fault.old!r} stands {sound.count(fault.old)} times in {fault.file}"
+    try:
+        file.write_text(sound.replace(fault.old, fault.new))
+        done = run_test(checkout, fault.test)
+    finally:
+        file.write_text(sound)
+    assert done.returncode == 1 and " failed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+@pytest.mark.parametrize("test", sorted({f.test for f in FAULTS}))
+def test_without_faults_they_pass(checkout, test):
+    done = run_test(checkout, test)
+    assert done.returncode == 0, done.stdout[-3000:]
