@@ -16,7 +16,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from nanoslime.process_groups import free_port, join_group
+from nanoslime.process_groups import join_group, listen
 from nanoslime.types import BroadcastEngine, RunError
 
 logger = logging.getLogger(__name__)
@@ -53,13 +53,13 @@ class Broadcaster:
         self._engines, self._bucket_bytes, self._deadline_s = engines, bucket_bytes, deadline_s
         self._threads = ThreadPoolExecutor(max_workers=max(1, len(engines)), thread_name_prefix="weight-sync")
         world_size = 1 + sum(e.world_size for e in engines)
-        port, backend = free_port(address), "nccl" if device == "cuda" else "gloo"
+        store, backend = listen(address, deadline_s), "nccl" if device == "cuda" else "gloo"
         offsets = [1 + sum(e.world_size for e in engines[:i]) for i in range(len(engines))]
         joins = [
             self._threads.submit(
                 e.init_weight_group,
                 address=address,
-                port=port,
+                port=store.port,
                 rank_offset=offset,
                 world_size=world_size,
                 group=self.GROUP,
@@ -69,21 +69,21 @@ class Broadcaster:
         ]
         try:
             self._group = join_group(
-                address=address,
-                port=port,
+                store,
                 rank=0,
                 world_size=world_size,
                 name=self.GROUP,
                 backend=backend,
                 timeout_s=deadline_s,
             )
-        except (RuntimeError, dist.DistError) as e:
-            self._collect(joins, "join the weight group")
+        except RuntimeError as e:
+            failed = [str(j.exception()) for j in joins if j.done() and j.exception()]
             raise RunError(
-                f"trainer rank 0: no weight group at {address}:{port} within {deadline_s:.0f}s: {e}"
+                f"trainer rank 0: no weight group at {address}:{store.port} within {deadline_s:.0f}s: "
+                f"{'; '.join(failed) or e}"
             ) from e
         self._collect(joins, "join the weight group")
-        logger.info("weight group of %d ranks at %s:%d over %s", world_size, address, port, backend)
+        logger.info("weight group of %d ranks at %s:%d over %s", world_size, address, store.port, backend)
 
     def send(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> int:
         """Sends every tensor and labels the engines with `version`; returns the bytes sent. Raises RunError

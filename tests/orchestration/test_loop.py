@@ -5,7 +5,6 @@ refuses.
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -165,27 +164,49 @@ def test_bad_input_ends_in_one_line(tmp_path, model, caplog, flags, message):
     assert len(errors) == 1 and message in errors[0] and "Traceback" not in caplog.text
 
 
-def test_two_torchrun_ranks_equal_one(tmp_path, model):
+@pytest.mark.parametrize(
+    "backend", ["fsdp", pytest.param("megatron --tp-size 2", marks=pytest.mark.megatron)]
+)
+def test_two_torchrun_ranks_equal_one(tmp_path, model, backend):
     """Rank 0 owns the engine and broadcasts each batch; the losses are those of a single process."""
-    flags = [*run_dir(tmp_path, "one", model), "--num-rollout", "2"]
+    flags = run_dir(tmp_path, "one", model, "--num-rollout 2")
     assert train.main(flags) == DONE
     flags[flags.index("one")] = "two"
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        "0",
-        "--standalone",
-    ]
+    torchrun = f"{sys.executable} -m torch.distributed.run --nproc-per-node 2 --standalone -m nanoslime.train"
     done = subprocess.run(
-        [*torchrun, "-m", "nanoslime.train", *flags], capture_output=True, text=True, timeout=200,
-        cwd=Path(train.__file__).parents[1], env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [*torchrun.split(), *flags, "--backend", *backend.split()],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=Path(train.__file__).parents[1],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = losses(RunDir.open(tmp_path / "one")), losses(RunDir.open(tmp_path / "two"))
     for a, b in zip(one, two, strict=True):
-        assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
-    shutil.rmtree(tmp_path / "two")
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-7)
+
+
+def test_the_gsm8k_recipe_trains_on_its_real_file(tmp_path, tiny_model):
+    """Chat template, its keys, the maths reward; on a small file of our own where there is no other."""
+    root = Path(train.__file__).parents[1]
+    prompts = root.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
+    if not prompts.exists():
+        prompts = tmp_path / "train.jsonl"
+        problems = [{"question": f"{i} + {i}?", "answer": f"Twice.\n#### {2 * i}"} for i in range(9)]
+        prompts.write_text("\n".join(json.dumps(row) for row in problems))
+    flags = (
+        f"--num-rollout 1 --rollout-batch-size 4 --n-samples-per-prompt 2 --max-new-tokens 8 --dtype float32 \
+        --engine embedded --backend fsdp --data.max-prompt-tokens 2048 --algorithm.filter-zero-std=false \
+        --run-root {tmp_path} --no-use-tensorboard"
+    )
+    recipe = str(root / "jobs" / "recipes" / "gsm8k.yaml")
+    assert (
+        train.main([recipe, "--hf-checkpoint", str(tiny_model), "--prompts", str(prompts), *flags.split()])
+        == DONE
+    )
+    run = RunDir.open(tmp_path / "gsm8k")
+    [row] = rows(run)
+    assert row["rollout/num_samples"] == 8 and row["train/logprob_gap_max"] < 1e-4
+    sample = json.loads((run.rollouts / "step_0.jsonl").read_text().splitlines()[0])
+    assert "####" in sample["label"] and sample["reward"] in (0.0, 1.0)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanoslime.process_groups import join_group
+from nanoslime.process_groups import join_group, listen
 from nanoslime.rollout.sglang import SGLangEngine
 from nanoslime.types import BroadcastEngine, GenerateRequest, Generation, RunError, Status
-from tests.serving import VOCAB_SIZE, pick_port, reference_logprobs
+from tests.serving import VOCAB_SIZE, reference_logprobs
 
 pytestmark = pytest.mark.sglang
 
@@ -172,12 +172,13 @@ class Sender:
 
     def __init__(self, engine: SGLangEngine, name: str) -> None:
         self.engine, self.name = engine, name
-        where = {"address": "127.0.0.1", "port": pick_port(), "world_size": 2, "backend": "gloo"}
+        store, where = listen("127.0.0.1", timeout_s=60), {"world_size": 2, "backend": "gloo"}
+        at = {"address": "127.0.0.1", "port": store.port}
         joining = threading.Thread(
-            target=engine.init_weight_group, kwargs={**where, "rank_offset": 1, "group": name}
+            target=engine.init_weight_group, kwargs={**at, **where, "rank_offset": 1, "group": name}
         )
         joining.start()
-        self.group = join_group(**where, rank=0, name=name, timeout_s=60)
+        self.group = join_group(store, **where, rank=0, name=name, timeout_s=60)
         joining.join(60)
 
     def send(self, tensors: dict[str, torch.Tensor]) -> None:
