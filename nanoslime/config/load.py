@@ -57,6 +57,19 @@ def read(path: Path) -> RunConfig:
     return layers.validate()
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping; YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for i, key in enumerate(keys) if key in keys[:i]]
+        if twice:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {twice[0]!r} stands twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
 class _Layers:
     """Values laid over one another, and where each came from."""
 
@@ -67,7 +80,7 @@ class _Layers:
     def add_file(self, path: Path, section: str) -> None:
         """Lay a YAML file over what is there, below `section`."""
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
         except (OSError, UnicodeDecodeError) as e:
             raise RunError(f"cannot read {path}: {e}") from e
         except yaml.YAMLError as e:

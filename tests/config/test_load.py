@@ -115,3 +115,10 @@ def test_no_field_is_a_secret():
 def test_cluster_files_have_the_fields_of_cluster_config_only():
     for path in CLUSTERS:
         assert set(yaml.safe_load(path.read_text())) <= {f.name for f in fields(ClusterConfig)}
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    file = tmp_path / "twice.yaml"
+    file.write_text("eval:\n  interval: 1\neval:\n  interval: 2\n")
+    with pytest.raises(RunError, match="twice.yaml is not YAML: key 'eval' stands twice.*line 1"):
+        load(file, None, [])
