@@ -118,8 +118,9 @@ def test_a_child_outlives_the_thread_that_started_it(tmp_path: Path, no_leftover
 
 
 OWNER_OF_A_CHILD = f"""
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell is started without it
 from nanoslime.config.rollout import RolloutConfig
 from nanoslime.rollout.child_process import ChildProcess
 child = ChildProcess("server", [sys.executable, "-c", {STUBBORN!r}], os.environ, Path(sys.argv[1]))
