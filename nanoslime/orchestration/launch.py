@@ -77,8 +77,8 @@ def _on_this_machine(config: RunConfig, run: RunDir | None) -> Launch:
     """`run`: goes on with an existing run."""
     config = _with_local_checkpoint(config)
     if config.training.num_gpus and "RANK" not in os.environ:
-        attempt = _new_attempt(config, run)
         plan = layout.plan(config, _shape(config))
+        attempt = _new_attempt(config, run)
         attempt.run.plan.write_text(plan.to_json())
         return Launch(attempt, lambda phase: open_ray(config, attempt, plan, phase, local=True), leads=True)
     env = _rank_env(config)

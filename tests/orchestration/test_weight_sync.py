@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+from nanoslime.batch import TrainBatch
 from nanoslime.config import AlgorithmConfig, ModelConfig, RolloutConfig, RunConfig, TrainingConfig
 from nanoslime.orchestration.worker import TrainWorker
 from nanoslime.rollout.sglang import SGLangEngine
@@ -66,8 +67,8 @@ def sample(engine: SGLangEngine, seed: int) -> list[SampleGroup]:
     return groups
 
 
-def gap(worker: TrainWorker, groups: list[SampleGroup]) -> float:
-    """Largest |trainer's logprob - engine's| over this rank's share of the response tokens."""
+def own_share(worker: TrainWorker, groups: list[SampleGroup]) -> TrainBatch:
+    """This rank's part of the one optimizer step that the groups make."""
     [shards] = plan(
         groups,
         num_steps=1,
@@ -76,22 +77,19 @@ def gap(worker: TrainWorker, groups: list[SampleGroup]) -> float:
         denominator="tokens",
         temperature=TEMPERATURE,
     )
-    shard = shards[worker.dp_rank]
+    return shards[worker.dp_rank]
+
+
+def gap(worker: TrainWorker, groups: list[SampleGroup]) -> float:
+    """Largest |trainer's logprob - engine's| over this rank's share of the response tokens."""
+    shard = own_share(worker, groups)
     logprobs = worker.backend.logprobs(shard, "policy")
     pairs = zip(logprobs, shard.rollout_logprobs, shard.loss_mask, strict=True)
     return max(float((ours - theirs)[mask].abs().max()) for ours, theirs, mask in pairs if mask.any())
 
 
 def train_once(worker: TrainWorker, groups: list[SampleGroup]) -> None:
-    batches = plan(
-        groups,
-        num_steps=1,
-        dp_size=worker.dp_size,
-        max_tokens=64,
-        denominator="tokens",
-        temperature=TEMPERATURE,
-    )
-    worker.train([shards[worker.dp_rank] for shards in batches])
+    worker.train([own_share(worker, groups)])
 
 
 _worker: dict[str, TrainWorker] = {}  # of the rank's own process, between the calls of one test
