@@ -24,7 +24,6 @@ class RolloutConfig:
     """GPUs per engine."""
     engines_per_node: int | None = Field(default=None, ge=1)
     """Engines on a node that has them; default: as many as its free GPUs (or slots) hold."""
-    router: Literal["least_inflight", "sglang"] = "least_inflight"
     sglang: dict[str, Any] = Field(default_factory=dict)
     """SGLang server options as written there (mem_fraction_static: 0.8)."""
     start_deadline_s: float = Field(default=600.0, gt=0)

@@ -18,12 +18,11 @@ from nanoslime import algorithms
 from nanoslime.algorithms.filters import filter_groups
 from nanoslime.config import RolloutConfig, RunConfig
 from nanoslime.plugins import resolve
-from nanoslime.process_groups import free_port
 from nanoslime.rollout import recorder
 from nanoslime.rollout.generate import group_metrics, sample_groups
 from nanoslime.rollout.prompts import PromptSource, load_prompts
 from nanoslime.rollout.rewards import REWARDS
-from nanoslime.rollout.router import make_router
+from nanoslime.rollout.router import LeastInflightRouter
 from nanoslime.run_dir import RunDir
 from nanoslime.types import Engine, Prompt, RunError, SampleGroup
 
@@ -37,12 +36,7 @@ class RolloutManager:
         self.config, self.run, self.engines, self._tokenizer = config, run, list(engines), tokenizer
         self._reward = resolve(config.data.reward, REWARDS, "data.reward")
         self._algorithm = algorithms.make(config.algorithm)
-        self._router = make_router(
-            config.rollout.router,
-            self.engines,
-            ports=(free_port("127.0.0.1"), free_port("127.0.0.1")),
-            log=run.path / "attempts" / "latest" / "logs" / "router-0.log",
-        )
+        self._router = LeastInflightRouter(self.engines)
         data = config.data
         prompts = load_prompts(Path(data.prompts), tokenizer, data)
         self._source = PromptSource(prompts, seed=config.seed, shuffle=data.shuffle)
@@ -121,7 +115,6 @@ class RolloutManager:
         self._source.load_state_dict(state["prompts"])
 
     def close(self) -> None:
-        self._router.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _sample(

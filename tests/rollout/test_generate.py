@@ -1,4 +1,4 @@
-"""Prompts to scored groups, on the embedded engine; metrics by hand; routers; the recorder."""
+"""Prompts to scored groups, on the embedded engine; metrics by hand; the router; the recorder."""
 
 import asyncio
 import json
@@ -13,10 +13,10 @@ from nanoslime.config.rollout import RolloutConfig
 from nanoslime.rollout.embedded import EmbeddedEngine
 from nanoslime.rollout.generate import group_metrics, sample_groups
 from nanoslime.rollout.recorder import record
-from nanoslime.rollout.router import LeastInflightRouter, SGLangRouter, make_router
-from nanoslime.rollout.sglang import EngineLost, SGLangEngine
+from nanoslime.rollout.router import LeastInflightRouter
+from nanoslime.rollout.sglang import EngineLost
 from nanoslime.types import GenerateRequest, Generation, Prompt, RunError, Sample, SampleGroup, Status
-from tests.serving import pick_port, reference_logprobs
+from tests.serving import reference_logprobs
 
 
 @pytest.fixture(scope="module")
@@ -204,32 +204,6 @@ def test_a_bad_request_does_not_cost_an_engine(engine) -> None:
     assert not router.lost
 
 
-def test_make_router(engine, tmp_path: Path) -> None:
-    where = {"ports": (0, 0), "log": tmp_path / "router.log"}
-    assert isinstance(make_router("least_inflight", [engine], **where), LeastInflightRouter)
-    with pytest.raises(RunError, match="least_inflight for an embedded engine"):
-        make_router("sglang", [engine], **where)
+def test_engines_need_names_of_their_own(engine) -> None:
     with pytest.raises(RunError, match="names of their own"):
-        make_router("least_inflight", [engine, engine], **where)
-
-
-@pytest.mark.sglang
-def test_sglang_router(
-    sglang_engine: SGLangEngine, tokenizer, tiny_model: Path, tmp_path: Path, no_leftovers: None
-) -> None:
-    log, ports = tmp_path / "router.log", (pick_port(), pick_port())
-    router = make_router("sglang", [sglang_engine], ports=ports, log=log)
-    assert isinstance(router, SGLangRouter)
-    try:
-        for group, prompt in zip(sample(router, tokenizer), PROMPTS, strict=True):
-            start = len(prompt.token_ids)
-            for s in group.samples:
-                response = s.token_ids[start:].tolist()
-                reference = reference_logprobs(tiny_model, prompt.token_ids.tolist(), response, 0.7)
-                assert (reference - torch.from_numpy(s.rollout_logprobs[start:])).abs().max() < 1e-4
-        with pytest.raises(RunError, match=f"sglang-router: port {ports[0]} on 127.0.0.1 cannot be used"):
-            make_router("sglang", [sglang_engine], ports=ports, log=log)
-    finally:
-        router.close()
-    with pytest.raises(EngineLost, match="engine sglang-router .*router.log"):
-        asyncio.run(router.generate(request()))
+        LeastInflightRouter([engine, engine])
