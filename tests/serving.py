@@ -100,7 +100,7 @@ import pickle, sys
 from pathlib import Path
 from tests.serving import make_server, pick_port
 server = make_server(Path(sys.argv[1]), Path(sys.argv[2]), pick_port())
-print(pickle.dumps((server.start(deadline_s=280), server.pid)).hex(), flush=True)
+print(pickle.dumps((server.start(deadline_s=280), server.process.pid)).hex(), flush=True)
 sys.stdin.read()
 server.close()
 """

@@ -108,11 +108,13 @@ def last_line(log: Path) -> str:
     return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "(empty)")
 
 
-def require_free_port(host: str, port: int, who: str, way_out: str) -> None:
+def require_free_port(host: str, port: int, who: str) -> None:
     """Raises RunError in one line when `port` cannot be bound on `host`."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as e:
-            raise RunError(f"{who}: port {port} on {host} cannot be used ({e.strerror}); {way_out}") from e
+            problem = f"port {port} on {host} cannot be used ({e.strerror})"
+            way_out = "give it another port or end the process that holds this one"
+            raise RunError(f"{who}: {problem}; {way_out}") from e

@@ -69,9 +69,6 @@ class EmbeddedEngine:
         assert job.answer is not None
         return job.answer
 
-    def health(self) -> bool:
-        return True
-
     def pause(self) -> None:
         """Returns when no forward runs; requests wait until `resume`."""
         self._paused = True
@@ -109,9 +106,6 @@ class EmbeddedEngine:
         with self._alone("the running batch"):
             self._copy(tensors, version)
             self._version = version
-
-    def close(self) -> None:
-        """Nothing to end."""
 
     @contextmanager
     def _alone(self, other: str) -> Iterator[None]:

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,14 +20,13 @@ import aiohttp
 import requests
 
 from nanoslime.config.rollout import RolloutConfig
+from nanoslime.models.shape import ModelShape
 from nanoslime.rollout.child_process import ChildProcess, last_line, require_free_port
 from nanoslime.types import GenerateRequest, Generation, RunError, Status
 
 PauseMode = Literal["retract", "in_place", "abort"]
 
 _STATUS = {"stop": Status.COMPLETED, "length": Status.TRUNCATED, "abort": Status.ABORTED}
-# Set by nanoslime, hence not open to config.rollout.sglang.
-_OURS = ("model_path", "host", "port", "device", "tp_size", "weight_version")
 # Files of sglang/srt/models that a text model of ours needs; importing all 200 takes half a minute.
 _MODEL_FILES = ("llama", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "utils", "registry", "__init__")
 
@@ -36,79 +35,57 @@ class EngineLost(RunError):
     """An engine that is gone or does not answer in time; its requests may be tried on another one."""
 
 
+@dataclass(kw_only=True)
 class SGLangServer:
-    """One SGLang server process and all that it starts: `start()` gives the engine, `close()` ends it all."""
+    """One SGLang server process and all that it starts: `start()` gives the engine, `close()` ends it all.
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        model_path: str,
-        config: RolloutConfig,
-        dtype: str,
-        device: Literal["cpu", "cuda"],
-        host: str,
-        port: int,
-        log: Path,
-        seed: int,
-        cpu_core: int | None = None,
-        gpu_ids: Sequence[int] = (),
-    ) -> None:
-        """`cpu_core`: where the one thread of a CPU engine computes; `gpu_ids`: the GPUs that it sees.
+    Raises RunError for an option in config.sglang that is set elsewhere.
+    """
 
-        Raises RunError for an option in config.sglang that is set elsewhere.
-        """
-        self.name, self.log, self._config = name, log, config
-        self._host, self._port, self._model_path = host, port, model_path
-        options = {
-            "model_path": model_path,
-            "host": host,
-            "port": port,
-            "device": device,
-            "dtype": dtype,
-            "tp_size": config.engine_tp_size,
-            "random_seed": seed,
-            "weight_version": "0",
-        }
-        if taken := sorted(set(config.sglang) & set(_OURS)):
+    name: str
+    model_path: str
+    config: RolloutConfig
+    dtype: str
+    device: Literal["cpu", "cuda"]
+    host: str
+    port: int
+    log: Path
+    seed: int
+    cpu_core: int | None = None  # where the one thread of a CPU engine computes
+    gpu_ids: Sequence[int] = ()  # the GPUs that it sees
+    process: ChildProcess | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        place = {"model_path": self.model_path, "host": self.host, "port": self.port, "device": self.device}
+        ours = place | {"tp_size": self.config.engine_tp_size, "weight_version": "0"}
+        if taken := sorted(ours.keys() & self.config.sglang):
             raise RunError(f"rollout.sglang.{taken[0]} is set by nanoslime itself; remove it")
-        if device == "cpu":
-            options |= _CPU_OPTIONS
-        self.command = [sys.executable, "-m", "sglang.launch_server", *_flags(options | config.sglang)]
+        options = ours | {"dtype": self.dtype, "random_seed": self.seed}
         self.env = os.environ | {"NO_PROXY": "*", "no_proxy": "*"}  # SGLang calls itself over HTTP to warm up
-        if device == "cpu":
-            core = min(os.sched_getaffinity(0)) if cpu_core is None else cpu_core
-            self.env |= _cpu_environment(model_path, core)
-        elif gpu_ids:
-            self.env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpu_ids))
-        self._process: ChildProcess | None = None
+        if self.device == "cpu":
+            options |= _CPU_OPTIONS
+            core = min(os.sched_getaffinity(0)) if self.cpu_core is None else self.cpu_core
+            self.env |= _cpu_environment(self.model_path, core)
+        elif self.gpu_ids:
+            self.env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpu_ids))
+        flags = _flags(options | self.config.sglang)
+        self.command = [sys.executable, "-m", "sglang.launch_server", *flags]
 
     def start(self, deadline_s: float) -> SGLangEngine:
         """Start the process and wait until it generates. RunError names engine, what was awaited and log."""
-        way_out = "give it another port or end the process that holds this one"
-        require_free_port(self._host, self._port, f"engine {self.name}", way_out)
+        require_free_port(self.host, self.port, f"engine {self.name}")
         engine = SGLangEngine(
-            name=self.name,
-            url=f"http://{self._host}:{self._port}",
-            log=str(self.log),
-            vocab_size=_vocab_size(self._model_path),
-            world_size=self._config.engine_tp_size,
-            request_deadline_s=self._config.request_deadline_s,
-        )
-        self._process = ChildProcess(f"engine {self.name}", self.command, self.env, self.log)
-        self._process.wait_until(engine.health, f"200 from {engine.url}/health", deadline_s)
+            name=self.name, url=f"http://{self.host}:{self.port}", log=str(self.log),
+            vocab_size=ModelShape.read(self.model_path).vocab_size, world_size=self.config.engine_tp_size,
+            request_deadline_s=self.config.request_deadline_s,
+        )  # fmt: skip
+        self.process = ChildProcess(f"engine {self.name}", self.command, self.env, self.log)
+        self.process.wait_until(engine.health, f"200 from {engine.url}/health", deadline_s)
         return engine
 
-    @property
-    def pid(self) -> int | None:
-        return self._process.pid if self._process else None
-
-    def alive(self) -> bool:
-        return self._process is not None and self._process.alive()
-
     def close(self) -> None:
-        if self._process is not None:
-            self._process.close()
+        if self.process is not None:
+            self.process.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,19 +107,9 @@ class SGLangEngine:
         within `request_deadline_s`, or that is gone.
         """
         request.check_tokens(self.vocab_size, self.name)
-        body = {
-            "input_ids": [int(token) for token in request.token_ids],
-            "sampling_params": {
-                "n": request.n,
-                "max_new_tokens": request.max_new_tokens,
-                "temperature": request.temperature,
-                "top_p": request.top_p,
-                "top_k": request.top_k,
-                "stop_token_ids": list(request.stop_token_ids),
-                "skip_special_tokens": False,
-            },
-            "return_logprob": True,
-        }
+        sampling = {**asdict(request), "skip_special_tokens": False}  # the fields have SGLang's own names
+        token_ids, _ = [int(token) for token in sampling.pop("token_ids")], sampling.pop("seed")
+        body = {"input_ids": token_ids, "sampling_params": sampling, "return_logprob": True}
         timeout = aiohttp.ClientTimeout(total=self.request_deadline_s)
         try:
             # A session per request: event loops come and go, and a closed connection makes SGLang abort it.
@@ -166,8 +133,8 @@ class SGLangEngine:
     def health(self) -> bool:
         """Whether the server generates. False while it starts, is paused, or is gone."""
         try:
-            return self._send("GET", "/health", None, timeout_s=25).status_code == 200
-        except requests.RequestException:
+            return self._request("GET", "/health", timeout_s=25).status_code == 200
+        except RunError:
             return False
 
     def pause(self, mode: PauseMode = "retract") -> None:
@@ -189,15 +156,11 @@ class SGLangEngine:
             time.sleep(0.05)
 
     def policy_version(self) -> int:
-        version = self._request("GET", "/model_info", None).json()["weight_version"]
+        version = self._request("GET", "/model_info").json()["weight_version"]
         try:
             return int(version)
         except ValueError as e:
             raise self._error(f"reports weight version {version!r}, which is not a number") from e
-
-    def checksums(self) -> dict[str, str]:
-        """SGLang's checksum of each parameter of tensor-parallel rank 0, under its fused names (qkv_proj)."""
-        return self._post("/weights_checker", action="checksum")["ranks"][0]["checksums"]
 
     def update_weights_from_disk(self, path: str, version: int) -> None:
         """Load a directory's safetensors. Raises RunError, weights unchanged, when names or shapes differ."""
@@ -233,9 +196,6 @@ class SGLangEngine:
     def destroy_weight_group(self, group: str) -> None:
         self._post("/destroy_weights_update_group", group_name=group)
 
-    def close(self) -> None:
-        """Nothing to release here; the process belongs to SGLangServer."""
-
     def _post(self, path: str, **body: Any) -> dict[str, Any]:
         response = self._request("POST", path, body)
         answer = response.json() if response.text.startswith("{") else {}
@@ -245,20 +205,16 @@ class SGLangEngine:
             )
         return answer
 
-    def _request(self, method: str, path: str, body: dict[str, Any] | None) -> requests.Response:
+    def _request(self, method: str, path: str, body: Any = None, timeout_s: float = 0) -> requests.Response:
+        timeout_s = timeout_s or self.control_deadline_s
         try:
-            return self._send(method, path, body, self.control_deadline_s)
+            with requests.Session() as session:
+                session.trust_env = False
+                return session.request(method, f"{self.url}{path}", json=body, timeout=timeout_s)
         except requests.Timeout as e:
-            raise self._error(f"{path} was not answered within {self.control_deadline_s:g} s") from e
+            raise self._error(f"{path} was not answered within {timeout_s:g} s") from e
         except requests.RequestException as e:
             raise self._error(f"{path} failed: {type(e).__name__}: {e}") from e
-
-    def _send(
-        self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float
-    ) -> requests.Response:
-        with requests.Session() as session:
-            session.trust_env = False
-            return session.request(method, f"{self.url}{path}", json=body, timeout=timeout_s)
 
     def _require_plugin(self, answer: dict[str, Any], mark: str) -> None:
         if mark not in str(answer.get("message")):
@@ -280,13 +236,8 @@ def _generation(answer: dict[str, Any]) -> Generation:
         counts = f"{len(token_ids)} tokens with {len(logprobs)} logprobs"
         raise RunError(f"SGLang returned {counts} (request {meta['id']})")
     spans = meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0}]
-    return Generation(
-        token_ids=token_ids,
-        logprobs=logprobs,
-        status=_STATUS[reason["type"]],
-        versions=[(int(span["start"]), int(span["version"])) for span in spans],
-        error=reason.get("message"),
-    )
+    versions = [(int(span["start"]), int(span["version"])) for span in spans]
+    return Generation(token_ids, logprobs, _STATUS[reason["type"]], versions, error=reason.get("message"))
 
 
 # Defaults of an engine on CPU, with a model of some megabytes in mind.
@@ -318,17 +269,12 @@ def _model_files_to_skip(model_path: str) -> list[str]:
     spec = importlib.util.find_spec("sglang")
     if spec is None or not spec.submodule_search_locations:
         raise RunError(
-            "rollout.engine=sglang, but sglang is not installed here; install it or use engine=embedded"
+            "rollout.engine=sglang, but sglang is not installed; install it or use engine=embedded"
         )
     if json.loads((Path(model_path) / "config.json").read_text()).get("model_type") not in _MODEL_FILES:
         return []
     files = Path(spec.submodule_search_locations[0], "srt", "models").glob("*.py")
     return sorted({file.stem for file in files} - set(_MODEL_FILES))
-
-
-def _vocab_size(model_path: str) -> int:
-    config = json.loads((Path(model_path) / "config.json").read_text())
-    return int(config.get("text_config", config)["vocab_size"])
 
 
 def _flags(options: dict[str, Any]) -> Iterator[str]:

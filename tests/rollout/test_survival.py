@@ -49,7 +49,7 @@ def test_a_server_that_never_answers(tiny_model: Path, tmp_path: Path, no_leftov
     awaited = r"engine engine-3 was not up after 2 s \(awaited: 200 from http://127.0.0.1:\d+/health\); "
     with pytest.raises(RunError, match=awaited + r"log: .*engine-3.log; last line: loading shards$"):
         server.start(deadline_s=2)
-    assert not server.alive()
+    assert not server.process.alive()
     server.close()
 
 
@@ -73,7 +73,7 @@ def test_a_taken_port(tiny_model: Path, tmp_path: Path, no_leftovers: None) -> N
             RunError, match=f"engine engine-0: port {port} on 127.0.0.1 cannot be used .*another port"
         ):
             server.start(deadline_s=5)
-    assert not server.alive()
+    assert server.process is None
 
 
 def test_command_and_options(tiny_model: Path, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_no_stubs_on_cuda(tiny_model: Path, tmp_path: Path) -> None:
         device="cuda", host="10.0.0.1", port=1234, log=tmp_path / "e.log", seed=7, gpu_ids=(2, 3),
     )  # fmt: skip
     flags = " ".join(server.command)
-    assert "--device cuda --dtype bfloat16 --tp-size 2 --random-seed 7" in flags
+    assert "--device cuda --tp-size 2 --weight-version 0 --dtype bfloat16 --random-seed 7" in flags
     assert "torch_native" not in flags and "sglang_stubs" not in server.env.get("PYTHONPATH", "")
     assert server.env["CUDA_VISIBLE_DEVICES"] == "2,3" and "SGLANG_USE_CPU_ENGINE" not in server.env
 
