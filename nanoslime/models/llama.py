@@ -13,3 +13,4 @@ def _read(config: ConfigFile) -> ModelShape:
 
 
 LLAMA = Architecture(_read, dense_decoder)
+MISTRAL = Architecture(_read, dense_decoder)  # the same tensors; version 0.1 attends within a sliding window

@@ -1,14 +1,31 @@
-"""Qwen 2 and 2.5 (dense): biases on queries, keys and values."""
+"""Qwen 2 and 2.5: biases on queries, keys and values; Qwen2-MoE with a gated shared expert."""
 
 from __future__ import annotations
 
-from nanoslime.models.rules import dense_decoder
-from nanoslime.models.shape import Architecture, ConfigFile, ModelShape
+from nanoslime.models.rules import Rule, attention, dense_decoder, ends, mixed_mlp
+from nanoslime.models.shape import Architecture, ConfigFile, ModelShape, MoE
 
 
 def _read(config: ConfigFile) -> ModelShape:
-    config.refuse("use_sliding_window", False)
     return ModelShape(**config.sizes(), qkv_bias=True)
 
 
+def _read_moe(config: ConfigFile) -> ModelShape:
+    moe = MoE(
+        layers=config.sparse_layers(),
+        num_experts=config["num_experts"],
+        num_experts_per_token=config["num_experts_per_tok"],
+        intermediate_size=config["moe_intermediate_size"],
+        shared_intermediate_size=config["shared_expert_intermediate_size"],
+        shared_gate=True,
+        normalized=config.get("norm_topk_prob", False),
+    )
+    return ModelShape(**config.sizes(), qkv_bias=config.get("qkv_bias", True), moe=moe)
+
+
+def _moe_rules(shape: ModelShape) -> list[Rule]:
+    return [*ends(shape), *attention(shape), *mixed_mlp(shape, shared="mlp.shared_expert.")]
+
+
 QWEN2 = Architecture(_read, dense_decoder)
+QWEN2_MOE = Architecture(_read_moe, _moe_rules)

@@ -1,15 +1,32 @@
-"""Qwen 3 (dense): queries and keys are normalized per head; head_dim is apart from the hidden size."""
+"""Qwen 3, dense and MoE: queries and keys are normalized per head; head_dim is apart from the hidden size."""
 
 from __future__ import annotations
 
-from nanoslime.models.rules import dense_decoder
-from nanoslime.models.shape import Architecture, ConfigFile, ModelShape
+from nanoslime.models.rules import Rule, attention, dense_decoder, ends, mixed_mlp
+from nanoslime.models.shape import Architecture, ConfigFile, ModelShape, MoE
 
 
 def _read(config: ConfigFile) -> ModelShape:
-    config.refuse("use_sliding_window", False)
     config.refuse("attention_bias", False)
     return ModelShape(**config.sizes() | {"head_dim": config.get("head_dim", 128)}, qk_norm=True)
 
 
+def _read_moe(config: ConfigFile) -> ModelShape:
+    config.refuse("attention_bias", False)
+    moe = MoE(
+        layers=config.sparse_layers(),
+        num_experts=config.get("num_experts", None)
+        or config["num_local_experts"],  # older, newer transformers
+        num_experts_per_token=config["num_experts_per_tok"],
+        intermediate_size=config["moe_intermediate_size"],
+        normalized=config.get("norm_topk_prob", False),
+    )
+    return ModelShape(**config.sizes(), qk_norm=True, moe=moe)
+
+
+def _moe_rules(shape: ModelShape) -> list[Rule]:
+    return [*ends(shape), *attention(shape), *mixed_mlp(shape)]
+
+
 QWEN3 = Architecture(_read, dense_decoder)
+QWEN3_MOE = Architecture(_read_moe, _moe_rules)

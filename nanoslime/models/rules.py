@@ -3,10 +3,11 @@
 A rule says (Megatron name, layout, Hugging Face tensors, the dimension that tensor parallelism splits). A
 Megatron tensor is a permutation of rows of its Hugging Face parts, so a conversion is a copy of boxes:
 
-    copy   one part, as it is
-    vocab  one part; Megatron pads its rows at the end to a multiple of the tensor-parallel size
-    cat    the parts one after the other; every part is split by itself, so a rank holds [gate_r; up_r]
-    qkv    for each query group its query rows, then its key rows, then its value rows
+    copy    one part, as it is
+    vocab   one part; Megatron pads its rows at the end to a multiple of the tensor-parallel size
+    cat     the parts one after the other; every part is split by itself, so a rank holds [gate_r; up_r]
+    halves  one part that holds [gate; up] already; each half is split by itself
+    qkv     for each query group its query rows, then its key rows, then its value rows
 
 Loading, live weight sync, offline conversion and the tests all read these boxes.
 """
@@ -14,7 +15,8 @@ Loading, live weight sync, offline conversion and the tests all read these boxes
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import prod
 from typing import Literal
 
 from nanoslime.models.shape import ModelShape
@@ -25,16 +27,30 @@ VOCAB_MULTIPLE = 8  # rows of the vocabulary per rank are a multiple of this, fo
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """`megatron` is the name in torch_dist files and in Transformer Engine modules; {l} is the layer."""
+    """{l} in a name is the layer, {e} the expert, {i} the multi-token prediction layer.
+
+    `megatron` is the name in torch_dist files and in Transformer Engine modules, `local` the one of the local
+    layer spec where that differs. Experts are named one by one, `mlp.experts.experts.{e}.linear_fc1.weight`.
+    """
 
     megatron: str
-    layout: Literal["copy", "vocab", "cat", "qkv"]
-    parts: tuple[tuple[str, tuple[int, ...]], ...]  # Hugging Face name with {l}, full shape
+    layout: Literal["copy", "vocab", "cat", "halves", "qkv"]
+    parts: tuple[tuple[str, tuple[int, ...]], ...]  # Hugging Face name, full shape
     tp_dim: int | None = None
+    layers: tuple[int, ...] = ()  # none: outside of the layers
+    num_experts: int = 0
+    local: str | None = None
 
     @property
-    def per_layer(self) -> bool:
-        return "{l}" in self.megatron
+    def is_mtp(self) -> bool:
+        return self.megatron.startswith("mtp.")
+
+    def num_elements(self, shape: ModelShape) -> int:
+        """Elements of its Hugging Face tensors in a model without multi-token prediction."""
+        if self.is_mtp or self.megatron.startswith("output_layer.") and shape.tie_word_embeddings:
+            return 0
+        layers = sum(layer < shape.num_layers for layer in self.layers) if self.layers else 1
+        return layers * (self.num_experts or 1) * sum(prod(full) for _, full in self.parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,62 +61,187 @@ class Piece:
     full_shape: tuple[int, ...]  # of the Hugging Face tensor
     box: Box  # in it
     megatron: str
+    other: str  # the Megatron tensor's second name, see Rule.local
     local: Box  # in the rank's tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The part of a model that one rank holds; the default is all of it."""
+    """The part of a model that one rank holds; the default is all of it, without multi-token prediction."""
 
     tp_rank: int = 0
     tp_size: int = 1
     layers: range | None = None  # None: all
     first: bool = True  # holds the input embedding
     last: bool = True  # holds the final norm and the output layer
+    experts: range | None = None  # of every layer that has them; None: all
+    expert_tp: tuple[int, int] | None = None  # rank and size within an expert; None: those of tp
+    mtp: bool = False  # holds the multi-token prediction layers
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """Makes the rules of decoder layers; names are relative to the layer."""
+
+    layers: tuple[int, ...]
+    hf: str = "model.layers.{l}."
+    megatron: str = "decoder.layers.{l}."
+    num_experts: int = field(default=0, kw_only=True)
+
+    def copy(
+        self, megatron: str, hf: str, *full: int, tp_dim: int | None = None, local: str | None = None
+    ) -> Rule:
+        return self.stack(megatron, "copy", [hf], [full], tp_dim, local)
+
+    def stack(
+        self,
+        megatron: str,
+        layout: Literal["copy", "cat", "halves", "qkv"],
+        hf: list[str],
+        full: list[tuple[int, ...]],
+        tp_dim: int | None = 0,
+        local: str | None = None,
+    ) -> Rule:
+        parts = tuple((self.hf + name, sizes) for name, sizes in zip(hf, full, strict=True))
+        other = None if local is None else self.megatron + local
+        return Rule(self.megatron + megatron, layout, parts, tp_dim, self.layers, self.num_experts, other)
+
+
+def all_layers(shape: ModelShape) -> Layers:
+    """The decoder's layers, and after them those of multi-token prediction."""
+    return Layers(tuple(range(shape.num_layers + shape.num_mtp_layers)))
+
+
+def ends(shape: ModelShape) -> list[Rule]:
+    """Embedding, final norm and output layer."""
+    h = shape.hidden_size
+    head = "model.embed_tokens.weight" if shape.tie_word_embeddings else "lm_head.weight"
+    names = {"embedding.word_embeddings.weight": "model.embed_tokens.weight", "output_layer.weight": head}
+    vocab = [Rule(m, "vocab", ((hf, (shape.vocab_size, h)),), 0) for m, hf in names.items()]
+    return [
+        vocab[0],
+        Rule("decoder.final_layernorm.weight", "copy", (("model.norm.weight", (h,)),)),
+        vocab[1],
+    ]
+
+
+def attention(shape: ModelShape) -> list[Rule]:
+    """Attention with query groups, and the norm before it."""
+    h, d, layer = shape.hidden_size, shape.head_dim, all_layers(shape)
+    q, kv = shape.num_attention_heads * d, shape.num_key_value_heads * d
+    proj = [f"self_attn.{x}_proj." for x in "qkv"]
+    weight, bias = [x + "weight" for x in proj], [x + "bias" for x in proj]
+    rules = [
+        layer.copy(
+            "self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", h,
+            local="input_layernorm.weight",
+        ),
+        layer.stack("self_attention.linear_qkv.weight", "qkv", weight, [(q, h), (kv, h), (kv, h)]),
+        layer.copy("self_attention.linear_proj.weight", "self_attn.o_proj.weight", h, q, tp_dim=1),
+    ]  # fmt: skip
+    if shape.qkv_bias:
+        rules.append(layer.stack("self_attention.linear_qkv.bias", "qkv", bias, [(q,), (kv,), (kv,)]))
+    if shape.qk_norm:
+        rules += [
+            layer.copy(f"self_attention.{x}_layernorm.weight", f"self_attn.{x}_norm.weight", d) for x in "qk"
+        ]
+    return rules
+
+
+def dense_mlp(shape: ModelShape, layers: Layers | None = None, *, fused: bool = False) -> list[Rule]:
+    """A gated MLP and the norm before it; `fused`: Hugging Face holds gate and up in one tensor."""
+    h, f, layer = shape.hidden_size, shape.intermediate_size, layers or all_layers(shape)
+    if fused:
+        fc1 = layer.stack("mlp.linear_fc1.weight", "halves", ["mlp.gate_up_proj.weight"], [(2 * f, h)])
+    else:
+        names = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
+        fc1 = layer.stack("mlp.linear_fc1.weight", "cat", names, [(f, h), (f, h)])
+    norm = "mlp.linear_fc1.layer_norm_weight"
+    return [
+        layer.copy(norm, "post_attention_layernorm.weight", h, local="pre_mlp_layernorm.weight"),
+        fc1,
+        layer.copy("mlp.linear_fc2.weight", "mlp.down_proj.weight", h, f, tp_dim=1),
+    ]
 
 
 def dense_decoder(shape: ModelShape) -> list[Rule]:
     """The rules of a Llama-like decoder without experts."""
-    h, f, d = shape.hidden_size, shape.intermediate_size, shape.head_dim
-    q, kv = shape.num_attention_heads * d, shape.num_key_value_heads * d
-    m, n = "decoder.layers.{l}.", "model.layers.{l}."
-    attention, mlp = m + "self_attention.", m + "mlp."
-    qkv = [(n + f"self_attn.{x}_proj.", rows) for x, rows in (("q", q), ("k", kv), ("v", kv))]
-    gate_up = tuple((n + f"mlp.{x}_proj.weight", (f, h)) for x in ("gate", "up"))
+    return [*ends(shape), *attention(shape), *dense_mlp(shape)]
 
-    def copy(megatron: str, name: str, *full: int, tp_dim: int | None = None) -> Rule:
-        return Rule(megatron, "copy", ((name, full),), tp_dim)
 
-    def vocab(megatron: str, name: str) -> Rule:
-        return Rule(megatron, "vocab", ((name, (shape.vocab_size, h)),), 0)
+def experts_mlp(
+    shape: ModelShape,
+    *,
+    block: str = "mlp.",
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    shared: str = "mlp.shared_experts.",
+) -> list[Rule]:
+    """Router, experts and shared experts of the layers that have them, and the norm before them.
 
+    names: an expert's gate, up and down matrix; block, shared: the prefixes that Hugging Face gives them.
+    """
+    moe, h = shape.moe, shape.hidden_size
+    assert moe is not None
+    layer, f, (gate, up, down) = Layers(moe.layers), moe.intermediate_size, names
+    expert = Layers(moe.layers, num_experts=moe.num_experts)
+    each, own = block + "experts.{e}.", "mlp.experts.experts.{e}."
+    norm = "mlp.linear_fc1.layer_norm_weight"  # the key that the local layer spec gives it in torch_dist
     rules = [
-        vocab("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
-        copy(attention + "linear_qkv.layer_norm_weight", n + "input_layernorm.weight", h),
-        Rule(attention + "linear_qkv.weight", "qkv", tuple((x + "weight", (rows, h)) for x, rows in qkv), 0),
-        copy(attention + "linear_proj.weight", n + "self_attn.o_proj.weight", h, q, tp_dim=1),
-        copy(mlp + "linear_fc1.layer_norm_weight", n + "post_attention_layernorm.weight", h),
-        Rule(mlp + "linear_fc1.weight", "cat", gate_up, 0),
-        copy(mlp + "linear_fc2.weight", n + "mlp.down_proj.weight", h, f, tp_dim=1),
-        copy("decoder.final_layernorm.weight", "model.norm.weight", h),
+        layer.copy("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", h, local=norm),
+        layer.copy("mlp.router.weight", block + "gate.weight", moe.num_experts, h),
+        expert.stack(
+            own + "linear_fc1.weight", "cat", [each + gate + ".weight", each + up + ".weight"], [(f, h)] * 2
+        ),
+        expert.copy(own + "linear_fc2.weight", each + down + ".weight", h, f, tp_dim=1),
     ]
-    if shape.qkv_bias:
-        bias = tuple((x + "bias", (rows,)) for x, rows in qkv)
-        rules.append(Rule(attention + "linear_qkv.bias", "qkv", bias, 0))
-    if shape.qk_norm:
+    if moe.score_bias:
+        bias = block + "gate.e_score_correction_bias"
+        rules.append(layer.copy("mlp.router.expert_bias", bias, moe.num_experts))
+    if f := moe.shared_intermediate_size:
+        both = [shared + "gate_proj.weight", shared + "up_proj.weight"]
         rules += [
-            copy(attention + f"{x}_layernorm.weight", n + f"self_attn.{x}_norm.weight", d) for x in "qk"
+            layer.stack("mlp.shared_experts.linear_fc1.weight", "cat", both, [(f, h)] * 2),
+            layer.copy("mlp.shared_experts.linear_fc2.weight", shared + "down_proj.weight", h, f, tp_dim=1),
         ]
+    if moe.shared_gate:
+        gate = shared.removesuffix(".") + "_gate.weight"
+        rules.append(layer.copy("mlp.shared_experts.gate_weight", gate, 1, h))
+    return rules
+
+
+def mixed_mlp(shape: ModelShape, shared: str = "mlp.shared_experts.") -> list[Rule]:
+    """Experts in some layers and dense MLPs in the others."""
+    assert shape.moe is not None
+    dense = tuple(layer for layer in all_layers(shape).layers if layer not in shape.moe.layers)
+    return [*(dense_mlp(shape, Layers(dense)) if dense else []), *experts_mlp(shape, shared=shared)]
+
+
+def mtp(shape: ModelShape) -> list[Rule]:
+    """What a multi-token prediction layer has around its decoder layer (arXiv 2412.19437, section 2.2)."""
+    if not shape.num_mtp_layers:
+        return []
+    h, first = shape.hidden_size, shape.num_layers
+    layer = Layers(tuple(range(first, first + shape.num_mtp_layers)), megatron="mtp.layers.{i}.")
+    return [
+        layer.copy("enorm.weight", "enorm.weight", h),
+        layer.copy("hnorm.weight", "hnorm.weight", h),
+        layer.copy("eh_proj.weight", "eh_proj.weight", h, 2 * h, tp_dim=0),
+        layer.copy("final_layernorm.weight", "shared_head.norm.weight", h),
+    ]
+
+
+def tensors(shape: ModelShape, *, mtp: bool = False) -> dict[str, tuple[int, ...]]:
+    """Every Hugging Face tensor of the model, name -> full shape, as in its files (no repeats)."""
+    return {piece.hf: piece.full_shape for piece in pieces(shape, Part(mtp=mtp))}
+
+
+def repeats(shape: ModelShape) -> dict[str, str]:
+    """Tensors that a file may hold although they are others once more: name -> the tensor they repeat."""
     head = "model.embed_tokens.weight" if shape.tie_word_embeddings else "lm_head.weight"
-    return [*rules, vocab("output_layer.weight", head)]
-
-
-def tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Every Hugging Face tensor of the model, name -> full shape, as in its files (no tied lm_head)."""
-    found: dict[str, tuple[int, ...]] = {}
-    for rule in shape.architecture.rules(shape):
-        for layer in range(shape.num_layers) if rule.per_layer else [0]:
-            found.update({name.format(l=layer): full for name, full in rule.parts})
+    found = {"lm_head.weight": head} if shape.tie_word_embeddings else {}
+    for layer in range(shape.num_layers, shape.num_layers + shape.num_mtp_layers):
+        found[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
+        found[f"model.layers.{layer}.shared_head.head.weight"] = head
     return found
 
 
@@ -112,25 +253,30 @@ def pieces(shape: ModelShape, part: Part | None = None) -> list[Piece]:
     """
     part = part or Part()
     check_tp_size(shape, part.tp_size)
-    layers = range(shape.num_layers) if part.layers is None else part.layers
+    here = part.layers or range(shape.num_layers)
+    count = shape.num_layers
     found: list[Piece] = []
     for rule in shape.architecture.rules(shape):
-        if _is_here(rule, shape, part):
-            for layer in layers if rule.per_layer else [0]:
-                found += _rule_pieces(rule, layer, shape, part)
+        if not rule.layers and _is_here(rule, shape, part):
+            found += _rule_pieces(rule, 0, 0, shape, part)
+        for layer in rule.layers:
+            if layer in here if layer < count else part.mtp:
+                for expert in (part.experts or range(rule.num_experts)) if rule.num_experts else [0]:
+                    found += _rule_pieces(rule, layer, expert, shape, part)
     return found
 
 
 def check_tp_size(shape: ModelShape, tp_size: int) -> None:
     """Raises ValueError where `tp_size` does not divide the heads, the query groups or the MLP."""
-    fields = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-    sizes = {field: getattr(shape, field) for field in fields}
-    for field, size in sizes.items():
+    names = ["num_attention_heads", "intermediate_size"]
+    names += [] if shape.mla else ["num_key_value_heads"]
+    sizes = {name: getattr(shape, name) for name in names}
+    if shape.moe:
+        sizes["moe_intermediate_size"] = shape.moe.intermediate_size
+    for name, size in sizes.items():
         if size % tp_size:
             fit = [n for n in range(1, size + 1) if not any(other % n for other in sizes.values())]
-            raise ValueError(
-                f"training.tp_size={tp_size} does not divide {field}={size}; choose one of {fit}"
-            )
+            raise ValueError(f"training.tp_size={tp_size} does not divide {name}={size}; choose one of {fit}")
 
 
 def padded_vocab_size(shape: ModelShape, tp_size: int) -> int:
@@ -139,20 +285,19 @@ def padded_vocab_size(shape: ModelShape, tp_size: int) -> int:
     return -(-shape.vocab_size // multiple) * multiple
 
 
-def local_spec_name(megatron: str) -> str:
-    """The parameter's name in Megatron's local layer spec, where the norms are modules of their own."""
-    name = megatron.replace(".self_attention.linear_qkv.layer_norm_", ".input_layernorm.")
-    return name.replace(".mlp.linear_fc1.layer_norm_", ".pre_mlp_layernorm.")
+def has_mtp(shape: ModelShape, names: Iterable[str]) -> bool:
+    """Whether a checkpoint with these Hugging Face tensors holds the multi-token prediction layers."""
+    prefix = f"model.layers.{shape.num_layers}."
+    return shape.num_mtp_layers > 0 and any(name.startswith(prefix) for name in names)
 
 
 def check_tensors(shape: ModelShape, present: dict[str, tuple[int, ...]], where: str) -> None:
     """Raises ValueError unless `present` (name -> shape), found at `where`, are exactly the model's tensors.
 
-    A tied model's file may repeat the embedding as lm_head.weight; that one is not read.
+    Multi-token prediction layers may be there, whole, or not; repeats, such as a tied lm_head.weight, too.
     """
-    expected = tensors(shape)
-    if shape.tie_word_embeddings and "lm_head.weight" in present:
-        expected["lm_head.weight"] = (shape.vocab_size, shape.hidden_size)
+    expected = tensors(shape, mtp=has_mtp(shape, present))
+    expected |= {name: expected[of] for name, of in repeats(shape).items() if name in present}
     for name, full in expected.items():
         if name not in present:
             raise ValueError(f"{where} has no tensor {name} {list(full)}, part of every {shape.model_type}")
@@ -168,14 +313,20 @@ def _is_here(rule: Rule, shape: ModelShape, part: Part) -> bool:
         return part.first
     if rule.megatron.startswith("output_layer."):
         return part.last and not (shape.tie_word_embeddings and part.first)
-    return rule.per_layer or part.last
+    return part.last
 
 
-def _rule_pieces(rule: Rule, layer: int, shape: ModelShape, part: Part) -> Iterator[Piece]:
-    megatron = rule.megatron.format(l=layer)
+def _rule_pieces(rule: Rule, layer: int, expert: int, shape: ModelShape, part: Part) -> Iterator[Piece]:
+    def name(pattern: str) -> str:
+        i = layer - shape.num_layers
+        if i >= 0:
+            pattern = pattern.replace("decoder.layers.{l}.", "mtp.layers.{i}.transformer_layer.")
+        return pattern.format(l=layer, e=expert, i=i)
+
+    megatron, other = name(rule.megatron), name(rule.local or rule.megatron)
     at = 0  # rows of the local tensor filled so far, where the layout stacks rows
     for index, rows in _segments(rule, shape, part):
-        name, full = rule.parts[index]
+        hf, full = rule.parts[index]
         box = [slice(0, size) for size in full]
         if rule.tp_dim is not None:
             box[rule.tp_dim] = rows
@@ -184,13 +335,15 @@ def _rule_pieces(rule: Rule, layer: int, shape: ModelShape, part: Part) -> Itera
             local[0] = slice(at, at + rows.stop - rows.start)
             at = local[0].stop
         if all(side.stop > side.start for side in box):  # a rank may hold only padding of the vocabulary
-            yield Piece(name.format(l=layer), full, tuple(box), megatron, tuple(local))
+            yield Piece(name(hf), full, tuple(box), megatron, other, tuple(local))
 
 
 def _segments(rule: Rule, shape: ModelShape, part: Part) -> Iterable[tuple[int, slice]]:
     """(part index, range along tp_dim) in the order of the local tensor."""
-    rank, size, dim = part.tp_rank, part.tp_size, rule.tp_dim or 0
-    lengths = [full[dim] for _, full in rule.parts]
+    rank, size = (part.tp_rank, part.tp_size)
+    if rule.num_experts and part.expert_tp:
+        rank, size = part.expert_tp
+    lengths = [full[rule.tp_dim or 0] for _, full in rule.parts]
     if rule.layout == "vocab":
         rows = padded_vocab_size(shape, size) // size
         start = min(rank * rows, lengths[0])
@@ -200,4 +353,7 @@ def _segments(rule: Rule, shape: ModelShape, part: Part) -> Iterable[tuple[int, 
         mine = range(rank * groups // size, (rank + 1) * groups // size)
         cut = [[slice(g * n // groups, (g + 1) * n // groups) for n in lengths] for g in mine]
         return [part for group in cut for part in enumerate(group)]
+    if rule.layout == "halves":
+        n = lengths[0] // 2
+        return [(0, slice(h * n + rank * n // size, h * n + (rank + 1) * n // size)) for h in (0, 1)]
     return [(i, slice(rank * n // size, (rank + 1) * n // size)) for i, n in enumerate(lengths)]

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from nanoslime.models import ARCHITECTURES
 from nanoslime.plugins import resolve
@@ -20,6 +20,36 @@ class Architecture(NamedTuple):
 
     read: Callable[[ConfigFile], ModelShape]
     rules: Callable[[ModelShape], list[Rule]]
+    unconfirmed: str = ""  # which names rest on another project's code alone; the tools say it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoE:
+    """The experts of the layers that have them."""
+
+    layers: tuple[int, ...]  # which decoder layers; multi-token prediction layers count on from the last
+    num_experts: int
+    num_experts_per_token: int
+    intermediate_size: int  # of one expert
+    shared_intermediate_size: int = 0  # of the shared experts together; 0: none
+    shared_gate: bool = False  # the shared experts' output is gated
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    score_bias: bool = False  # a float32 bias that only the choice of experts sees
+    normalized: bool = True  # the chosen scores are divided by their sum
+    scaling_factor: float = 1.0
+    num_groups: int = 1
+    num_groups_per_token: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MLA:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
+
+    q_lora_rank: int | None  # None: queries are not compressed
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,15 +62,21 @@ class ModelShape:
     intermediate_size: int
     num_attention_heads: int
     num_key_value_heads: int
-    head_dim: int
+    head_dim: int  # of queries and keys
     vocab_size: int
     max_position_embeddings: int
     tie_word_embeddings: bool
     rms_norm_eps: float
     rope_theta: float
     rope_scaling_factor: float | None = None  # of Llama 3.1's scaling (rope_type llama3); None: no scaling
+    rotary_fraction: float = 1.0  # of head_dim
+    rotary_interleaved: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
+    moe: MoE | None = None
+    mla: MLA | None = None
+    num_mtp_layers: int = 0  # multi-token prediction layers that a checkpoint may hold beside num_layers
+    megatron_lacks: tuple[str, ...] = ()  # what the Megatron backend cannot compute; it converts all the same
 
     @classmethod
     def read(cls, directory: Path | str) -> ModelShape:
@@ -72,12 +108,9 @@ class ModelShape:
 
     @property
     def num_layer_parameters(self) -> int:
-        """Parameters of one decoder layer."""
-        heads, groups = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        attention = self.hidden_size * (2 * heads + 2 * groups)
-        biases = heads + 2 * groups if self.qkv_bias else 0
-        norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
-        return attention + biases + norms + 3 * self.hidden_size * self.intermediate_size
+        """Parameters of one decoder layer; the mean where layers differ."""
+        embeddings = self.num_embedding_parameters * (1 if self.tie_word_embeddings else 2)
+        return (self.num_parameters - embeddings - self.hidden_size) // self.num_layers
 
     @property
     def num_embedding_parameters(self) -> int:
@@ -86,9 +119,8 @@ class ModelShape:
 
     @property
     def num_parameters(self) -> int:
-        """All of them; tied embeddings count once."""
-        embeddings = self.num_embedding_parameters * (1 if self.tie_word_embeddings else 2)
-        return embeddings + self.num_layers * self.num_layer_parameters + self.hidden_size
+        """All of them, without multi-token prediction; tied embeddings count once."""
+        return sum(rule.num_elements(self) for rule in self.architecture.rules(self))
 
     def rank_parameters(self, tp_size: int, pp_size: int) -> int:
         """Parameters of the fullest rank, for memory estimates: an end of the pipeline, or all of it."""
@@ -139,10 +171,12 @@ class ConfigFile:
             raise ValueError(f"{self.path}: {key}={self._values[key]!r} is not supported, only {allowed!r}")
 
     def sizes(self) -> dict[str, Any]:
-        """The fields of ModelShape that every dense decoder spells alike."""
+        """The fields of ModelShape that every decoder spells alike."""
         self.refuse("hidden_act", "silu")
+        if self.get("quantization_config", None):
+            method = self["quantization_config"].get("quant_method")
+            raise ValueError(f"{self.path}: {method} weights are not supported; dequantize them first")
         heads = self["num_attention_heads"]
-        theta, scaling_factor = self._rope()
         return {
             "model_type": self["model_type"],
             "num_layers": self["num_hidden_layers"],
@@ -155,20 +189,46 @@ class ConfigFile:
             "max_position_embeddings": self["max_position_embeddings"],
             "tie_word_embeddings": self.get("tie_word_embeddings", False),
             "rms_norm_eps": self["rms_norm_eps"],
-            "rope_theta": theta,
-            "rope_scaling_factor": scaling_factor,
+            **self._rope(),
         }
 
-    def _rope(self) -> tuple[float, float | None]:
-        """(theta, llama3 scaling factor): `rope_parameters` of transformers 5, or the flat keys before it."""
-        rope = self.get("rope_parameters", None) or self.get("rope_scaling", None) or {}
-        theta = float(rope.get("rope_theta") or self.get("rope_theta", 10000.0))  # Llama 2 leaves it out
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind == "default":
-            return theta, None
-        fixed = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-        if kind == "llama3" and all(rope.get(key) == value for key, value in fixed.items()):
-            return theta, float(rope["factor"])
-        raise ValueError(
-            f"{self.path}: rope scaling {rope} is not supported, only default or llama3 with {fixed}"
+    def sparse_layers(self) -> tuple[int, ...]:
+        """The layers with experts: every decoder_sparse_step-th, mlp_only_layers aside (Qwen)."""
+        step, dense = self.get("decoder_sparse_step", 1), self.get("mlp_only_layers", [])
+        return tuple(i for i in range(self["num_hidden_layers"]) if (i + 1) % step == 0 and i not in dense)
+
+    def sigmoid_moe(self) -> MoE:
+        """Experts as DeepSeek-V3 and GLM-4.5 spell them: dense layers first, shared experts, a score bias."""
+        size = self["moe_intermediate_size"]
+        num_layers = self["num_hidden_layers"] + self.get("num_nextn_predict_layers", 0)
+        return MoE(
+            layers=tuple(range(self.get("first_k_dense_replace", 0), num_layers)),
+            num_experts=self["n_routed_experts"],
+            num_experts_per_token=self["num_experts_per_tok"],
+            intermediate_size=size,
+            shared_intermediate_size=size * self.get("n_shared_experts", 0),
+            score="sigmoid",
+            score_bias=True,
+            normalized=self.get("norm_topk_prob", True),
+            scaling_factor=self.get("routed_scaling_factor", 1.0),
+            num_groups=self.get("n_group", 1),
+            num_groups_per_token=self.get("topk_group", 1),
         )
+
+    def _rope(self) -> dict[str, Any]:
+        """The rotary fields: from `rope_parameters` of transformers 5, or the flat keys before it."""
+        rope = self.get("rope_parameters", None) or self.get("rope_scaling", None) or {}
+        fraction = rope.get("partial_rotary_factor") or self.get("partial_rotary_factor", 1.0)
+        theta = float(rope.get("rope_theta") or self.get("rope_theta", 10000.0))  # Llama 2 leaves it out
+        fields = {"rope_theta": theta, "rotary_fraction": fraction}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        fixed = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+        lacks = []
+        if kind == "llama3" and all(rope.get(key) == value for key, value in fixed.items()):
+            fields["rope_scaling_factor"] = float(rope["factor"])
+        elif kind != "default":
+            lacks.append(f"rope scaling {rope} (only default, or llama3 with {fixed})")
+        if self.get("use_sliding_window", self["model_type"] in ("mistral", "mixtral")):
+            if window := self.get("sliding_window", 0):
+                lacks.append(f"sliding_window={window}")
+        return fields | {"megatron_lacks": tuple(lacks)}

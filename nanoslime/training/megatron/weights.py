@@ -12,12 +12,14 @@ from megatron.core.models.gpt import GPTModel
 from safetensors import SafetensorError, safe_open
 
 from nanoslime.batch import WeightShard
-from nanoslime.models.rules import Part, Piece, check_tensors, local_spec_name, pieces
+from nanoslime.models.rules import Part, Piece, check_tensors, pieces
 from nanoslime.models.shape import ModelShape
 from nanoslime.storage.safetensors_file import TensorInfo, read_headers
 
-Bound = list[tuple[Piece, torch.nn.Parameter]]
+Bound = list[tuple[Piece, torch.Tensor]]
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_LOCAL_EXPERT = re.compile(r"experts\.local_experts\.(\d+)\.")
+_GROUPED_EXPERT = re.compile(r"experts\.(linear_fc[12]\.weight)(\d+)$")  # of Transformer Engine
 
 
 def bind(model: GPTModel, shape: ModelShape, part: Part) -> Bound:
@@ -26,11 +28,11 @@ def bind(model: GPTModel, shape: ModelShape, part: Part) -> Bound:
     Every element of every parameter is in exactly one piece, padding of the vocabulary aside; anything else
     is a ValueError, since such a parameter would neither be loaded nor be sent.
     """
-    parameters = _parameters(model)
+    parameters = _parameters(model, part.experts.start if part.experts else 0)
     bound: Bound = []
     covered: dict[str, int] = defaultdict(int)
     for piece in pieces(shape, part):
-        name = piece.megatron if piece.megatron in parameters else local_spec_name(piece.megatron)
+        name = piece.megatron if piece.megatron in parameters else piece.other
         if name not in parameters:
             raise ValueError(f"the model on this rank has no parameter {name}, where {piece.hf} belongs")
         bound.append((piece, parameters[name]))
@@ -87,10 +89,16 @@ def _check_tied_head(bound: Bound, head: TensorInfo) -> None:
                 )
 
 
-def _parameters(model: GPTModel) -> dict[str, torch.nn.Parameter]:
-    """Parameters by name, with the layer's number in the whole model."""
+def _parameters(model: GPTModel, first_expert: int) -> dict[str, torch.Tensor]:
+    """Weights under the names of the weight map: layers and experts numbered over the whole model."""
 
     def whole(match: re.Match[str]) -> str:
         return f"decoder.layers.{model.decoder.layers[int(match[1])].layer_number - 1}."
 
-    return {_LAYER.sub(whole, name, count=1): parameter for name, parameter in model.named_parameters()}
+    def rename(name: str) -> str:
+        name = _LAYER.sub(whole, name, count=1)
+        name = _LOCAL_EXPERT.sub(lambda m: f"experts.experts.{first_expert + int(m[1])}.", name)
+        return _GROUPED_EXPERT.sub(lambda m: f"experts.experts.{first_expert + int(m[2])}.{m[1]}", name)
+
+    biases = (item for item in model.named_buffers() if item[0].endswith(".router.expert_bias"))
+    return {rename(name): tensor for name, tensor in (*model.named_parameters(), *biases)}

@@ -1,0 +1,24 @@
+"""Mixtral: every layer has experts, which Hugging Face names w1 (gate), w3 (up) and w2 (down)."""
+
+from __future__ import annotations
+
+from nanoslime.models.rules import Rule, attention, ends, experts_mlp
+from nanoslime.models.shape import Architecture, ConfigFile, ModelShape, MoE
+
+
+def _read(config: ConfigFile) -> ModelShape:
+    moe = MoE(
+        layers=tuple(range(config["num_hidden_layers"])),
+        num_experts=config["num_local_experts"],
+        num_experts_per_token=config["num_experts_per_tok"],
+        intermediate_size=config["intermediate_size"],
+    )
+    return ModelShape(**config.sizes(), moe=moe)
+
+
+def _rules(shape: ModelShape) -> list[Rule]:
+    moe = experts_mlp(shape, block="block_sparse_moe.", names=("w1", "w3", "w2"))
+    return [*ends(shape), *attention(shape), *moe]
+
+
+MIXTRAL = Architecture(_read, _rules)
