@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from nanoslime.rollout.weight_check import checkpoint_shapes, first_problem, missing
 from nanoslime.storage.safetensors_file import read_headers
 from nanoslime.types import GenerateRequest, Generation, RunError, Status
 
@@ -39,10 +40,8 @@ class EmbeddedEngine:
 
     def __init__(self, model_path: str, dtype: str, device: str, seed: int) -> None:
         """`seed` is for requests without one of their own."""
-        self._names = set(read_headers(Path(model_path)))
-        self._model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            model_path, dtype=getattr(torch, dtype)
-        )
+        self._expected = checkpoint_shapes(model_path)
+        self._model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype))
         self._model.to(device).eval()
         self._seeds = torch.Generator().manual_seed(seed)
         self._version = 0
@@ -92,19 +91,12 @@ class EmbeddedEngine:
     def load_weights(self, named: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copy tensors, under the names of the checkpoint, into the model. Raises RunError, weights
         unchanged, for unknown, repeated and missing names and other shapes."""
-        tensors: dict[str, Tensor] = {}
-        for name, tensor in named:
-            if name not in self._names or name in tensors:
-                problem = "came twice" if name in tensors else "is not in the engine's checkpoint"
-                raise RunError(f"engine {self.name} refused version {version}: tensor {name!r} {problem}")
-            tensors[name] = tensor
-        if missing := sorted(self._names - set(tensors)):
-            raise RunError(
-                f"engine {self.name} refused version {version}: {len(missing)} of {len(self._names)} tensors "
-                f"missing: {', '.join(missing[:5])}"
-            )
+        pairs = list(named)
+        shapes, tensors = [(name, tuple(tensor.shape)) for name, tensor in pairs], dict(pairs)
+        if problem := first_problem(shapes, self._expected) or missing(self._expected, tensors):
+            raise RunError(f"engine {self.name} refused version {version}: {problem}")
         with self._alone("the running batch"):
-            self._copy(tensors, version)
+            self._copy(tensors)
             self._version = version
 
     @contextmanager
@@ -116,7 +108,7 @@ class EmbeddedEngine:
         finally:
             self._busy.release()
 
-    def _copy(self, tensors: dict[str, Tensor], version: int) -> None:
+    def _copy(self, tensors: dict[str, Tensor]) -> None:
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
         if not tensors.keys() <= parameters.keys():
             # transformers 5 holds the experts of a layer fused, under other names
@@ -124,18 +116,12 @@ class EmbeddedEngine:
                 None, config=self._model.config, state_dict=tensors, dtype=self._model.dtype
             )
             tensors, parameters = dict(fresh.named_parameters()), dict(self._model.named_parameters())
-        for name, tensor in tensors.items():
-            if tensor.shape != parameters[name].shape:
-                raise RunError(
-                    f"engine {self.name} refused version {version}: tensor {name!r} has shape "
-                    f"{list(tensor.shape)}, the model {list(parameters[name].shape)}"
-                )
         with torch.no_grad():
             for name, tensor in tensors.items():
                 parameters[name].copy_(tensor)
 
     def _answer(self, jobs: Sequence[_Job]) -> None:
-        rows_of = {job: list(self._rows(job.request)) for job in jobs}
+        rows_of = {job: self._rows(job.request) for job in jobs}
         rows = [row for rows in rows_of.values() for row in rows if row.limit > 0]
         with self._alone("a weight update"):
             for first in range(0, len(rows), _MAX_ROWS):
@@ -143,18 +129,16 @@ class EmbeddedEngine:
             for job, own in rows_of.items():
                 job.answer = [row.generation(self._version) for row in own]
 
-    def _rows(self, request: GenerateRequest) -> Iterator[_Row]:
-        seed = request.seed
-        if seed is None:
-            seed = int(torch.randint(2**62, (), generator=self._seeds))
+    def _rows(self, request: GenerateRequest) -> list[_Row]:
+        seed = int(torch.randint(2**62, (), generator=self._seeds)) if request.seed is None else request.seed
         context = self._model.config.get_text_config().max_position_embeddings
         limit = max(0, min(request.max_new_tokens, context - len(request.token_ids)))
         generator = torch.Generator().manual_seed(seed)
         randoms = torch.rand(request.n, limit, dtype=torch.float64, generator=generator)
         eos = self._model.generation_config.eos_token_id if self._model.generation_config else None
         eos_ids = [] if eos is None else [eos] if isinstance(eos, int) else eos
-        for i in range(request.n):
-            yield _Row(request, limit, frozenset([*request.stop_token_ids, *eos_ids]), randoms[i])
+        stop_ids = frozenset([*request.stop_token_ids, *eos_ids])
+        return [_Row(request, limit, stop_ids, own) for own in randoms]
 
 
 @dataclass(slots=True)

@@ -9,19 +9,19 @@ refusal is an error response (success false); the server goes on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from sglang.srt.managers.io_struct import BeginWeightUpdateReqOutput
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+from nanoslime.rollout.weight_check import Shapes, checkpoint_shapes, first_problem, missing
+from nanoslime.types import RunError
 
 _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
 _MANAGER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 
-Shapes = dict[str, tuple[int, ...]]
 Result = tuple[bool, str]
 
 
@@ -53,7 +53,7 @@ class WeightGuard:
     def answer_begin(self, original: Callable[..., Any], manager: Any, request: Any) -> Any:
         try:
             answer = original(manager, request)
-        except (OSError, SafetensorError) as e:
+        except (OSError, ValueError, RunError) as e:
             return BeginWeightUpdateReqOutput(success=False, message=f"tensor names cannot be checked: {e}")
         if answer.success:
             expected = sum(len(self._expected[updater]) for updater in self._received)
@@ -69,7 +69,7 @@ class WeightGuard:
         """
         received = [(name, tuple(tensor.shape)) for name, tensor in named_tensors]
         seen = self._received.setdefault(id(updater), set())
-        if problem := _first_problem(received, self._expect(updater), seen):
+        if problem := first_problem(received, self._expect(updater), seen):
             return False, f"refused: {problem}"
         try:
             success, message = original(updater, named_tensors)
@@ -84,9 +84,9 @@ class WeightGuard:
     ) -> Result:
         try:
             expected, found = self._expect(updater), checkpoint_shapes(model_path)
-        except (OSError, SafetensorError) as e:
+        except (OSError, ValueError, RunError) as e:
             return False, f"refused {model_path}: {e}"
-        if problem := _first_problem(found.items(), expected, set()) or _missing(expected, found):
+        if problem := first_problem(found.items(), expected) or missing(expected, found):
             return False, f"refused {model_path}: {problem}"
         success, message = original(updater, model_path, *args, **kwargs)
         return success, f"{message} {len(found)} tensors checked." if success else message
@@ -95,7 +95,7 @@ class WeightGuard:
         answer = original(manager, request)
         sessions, self._received = self._received, {}
         for updater, received in sessions.items() if answer.success else ():
-            if problem := _missing(self._expected[updater], received):
+            if problem := missing(self._expected[updater], received):
                 answer.success = False
                 answer.message = f"refused: {problem}; the weights are a mixture of two versions"
         return answer
@@ -105,35 +105,3 @@ class WeightGuard:
         if id(updater) not in self._expected:
             self._expected[id(updater)] = checkpoint_shapes(updater.model_config.model_path)
         return self._expected[id(updater)]
-
-
-def checkpoint_shapes(path: str) -> Shapes:
-    """Name -> shape of every tensor in a directory's safetensors. Raises OSError or SafetensorError."""
-    files = sorted(Path(path).glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"no *.safetensors in {path}")
-    shapes: Shapes = {}
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            shapes.update({name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()})  # noqa: SIM118
-    return shapes
-
-
-def _first_problem(
-    received: Iterable[tuple[str, tuple[int, ...]]], expected: Shapes, seen: set[str]
-) -> str | None:
-    names = set(seen)
-    for name, shape in received:
-        if name not in expected:
-            return f"unknown tensor {name!r}; the server's checkpoint has {sorted(expected)[:3]} ..."
-        if name in names:
-            return f"tensor {name!r} came twice"
-        if shape != expected[name]:
-            return f"tensor {name!r} has shape {list(shape)}, the server's checkpoint {list(expected[name])}"
-        names.add(name)
-    return None
-
-
-def _missing(expected: Shapes, received: Iterable[str]) -> str | None:
-    missing = sorted(set(expected) - set(received))
-    return f"{len(missing)} of {len(expected)} tensors missing: {', '.join(missing[:5])}" if missing else None

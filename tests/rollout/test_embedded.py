@@ -160,10 +160,10 @@ def test_weights_from_disk_and_in_process(
         (
             "unknown",
             {"model.nrom.weight": torch.ones(64)},
-            "'model.nrom.weight' is not in the engine's checkpoint",
+            "unknown tensor 'model.nrom.weight'; the engine's checkpoint has .*'lm_head.weight'",
         ),
         ("missing", {"model.norm.weight": None}, "1 of 25 tensors missing: model.norm.weight"),
-        ("shape", {"model.norm.weight": torch.ones(3)}, r"shape \[3\], the model \[64\]"),
+        ("shape", {"model.norm.weight": torch.ones(3)}, r"shape \[3\], the engine's checkpoint \[64\]"),
     ],
 )
 def test_refused_weights_change_nothing(

@@ -239,7 +239,7 @@ def test_distributed_update_refuses_wrong_names_and_goes_on(
     with pytest.raises(RunError, match="unknown tensor 'model.norm.wait'"):
         sender.send({"model.norm.wait": norm["model.norm.weight"]})
     with pytest.raises(
-        RunError, match=r"'model.norm.weight' has shape \[2\], the server's checkpoint \[64\]"
+        RunError, match=r"'model.norm.weight' has shape \[2\], the engine's checkpoint \[64\]"
     ):
         sender.send({"model.norm.weight": torch.zeros(2)})
     assert_serves(sglang_engine, tiny_model)
