@@ -1,5 +1,4 @@
-"""The nouns that pass between rooms before anything becomes a tensor: prompts, samples, groups, and the
-engine protocol.
+"""The nouns between rooms before anything becomes a tensor: prompts, samples, groups, the engine protocol.
 
 One token axis `[T]` with a mask serves for everything; there is no second axis of response lengths.
 """
@@ -23,9 +22,7 @@ class Status(StrEnum):
 
 
 class RunError(RuntimeError):
-    """An expected way for a run to fail: one clear line (value, place, way out), shown without a
-    traceback.
-    """
+    """An expected way for a run to fail: one line (value, place, way out), shown without a traceback."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,21 +49,15 @@ class Sample:
     token_ids: np.ndarray  # int32 [T]
     loss_mask: np.ndarray  # bool [T]
     rollout_logprobs: np.ndarray  # float32 [T]
-    policy_versions: list[
-        tuple[int, int]
-    ]  # (first token, version) spans: a sample may outlive a weight update
+    policy_versions: list[tuple[int, int]]  # (first token, version): a sample may outlive a weight update
     status: Status
     text: str = ""  # the decoded response
     label: Any = None
     metadata: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
-    routed_experts: np.ndarray | None = (
-        None  # [T-1, num_moe_layers, topk]; uint8 up to 256 experts, else int16
-    )
+    routed_experts: np.ndarray | None = None  # [T-1, num_moe_layers, topk]; uint8 to 256 experts, else int16
     reward: float | None = None  # set once, by the reward
-    advantage: float | None = (
-        None  # set once, by the algorithm, one scalar per sample; never stored in `reward`
-    )
+    advantage: float | None = None  # set once, by the algorithm, one scalar; never stored in `reward`
 
     @property
     def num_tokens(self) -> int:
@@ -117,9 +108,7 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One generated continuation; `logprobs` are those of the distribution at the sampling temperature,
-    unfiltered.
-    """
+    """One continuation; `logprobs` are of the unfiltered distribution at the sampling temperature."""
 
     token_ids: list[int]  # [R], with the stop token where one ended it
     logprobs: list[float]  # [R]
@@ -148,9 +137,7 @@ class Engine(Protocol):
 
 @runtime_checkable
 class BroadcastEngine(Engine, Protocol):
-    """An engine that can receive weights through a process group; `world_size` ranks of it join per
-    engine.
-    """
+    """An engine that receives weights through a process group, which `world_size` ranks of it join."""
 
     world_size: int
 

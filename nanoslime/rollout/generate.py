@@ -12,21 +12,21 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from nanoslime.config.rollout import RolloutConfig
-from nanoslime.rollout.router import Router
-from nanoslime.types import GenerateRequest, Generation, Prompt, RunError, Sample, SampleGroup, Status
+from nanoslime.rollout.router import LeastInflightRouter
+from nanoslime.types import Engine, GenerateRequest, Generation, Prompt, RunError, Sample, SampleGroup, Status
 
 Reward = Callable[[str, Any, dict[str, Any]], float]
 
 
 async def sample_groups(
     prompts: Sequence[Prompt],
-    router: Router,
+    router: LeastInflightRouter | Engine,
     tokenizer: PreTrainedTokenizerBase,
     config: RolloutConfig,
     reward: Reward,
     *,
     first_group_id: int,
-    seed: Sequence[int] = (0,),
+    seed: Sequence[int],
 ) -> list[SampleGroup]:
     """A group of config.n_samples_per_prompt scored samples per prompt, in order; all are asked at once.
 
@@ -40,15 +40,11 @@ async def sample_groups(
     def request(i: int, prompt: Prompt) -> GenerateRequest:
         entropy = [value % 2**32 for value in (*seed, i)]
         return GenerateRequest(
-            token_ids=prompt.token_ids.tolist(),
-            n=config.n_samples_per_prompt,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            stop_token_ids=stop_token_ids,
+            token_ids=prompt.token_ids.tolist(), n=config.n_samples_per_prompt,
+            max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p,
+            top_k=config.top_k, stop_token_ids=stop_token_ids,
             seed=int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1),
-        )
+        )  # fmt: skip
 
     answers = await asyncio.gather(*(router.generate(request(i, prompt)) for i, prompt in enumerate(prompts)))
     rollout_ids = count(first_group_id * config.n_samples_per_prompt)
@@ -68,21 +64,15 @@ def make_sample(
     """Prompt and response on one axis [T]; the prompt's positions are masked and have logprob 0."""
     num_prompt, num_response = len(prompt.token_ids), len(generation.token_ids)
     token_ids = np.concatenate([prompt.token_ids, np.asarray(generation.token_ids, dtype=np.int32)])
-    logprobs = np.zeros(num_prompt + num_response, dtype=np.float32)
-    logprobs[num_prompt:] = generation.logprobs
+    logprobs = np.concatenate([np.zeros(num_prompt), generation.logprobs]).astype(np.float32)
     return Sample(
-        group_id=group_id,
-        rollout_id=rollout_id,
-        token_ids=token_ids,
+        group_id=group_id, rollout_id=rollout_id, token_ids=token_ids, rollout_logprobs=logprobs,
         loss_mask=np.arange(num_prompt + num_response) >= num_prompt,
-        rollout_logprobs=logprobs,
         policy_versions=[(num_prompt + first, version) for first, version in generation.versions],
-        status=generation.status,
         text=tokenizer.decode(generation.token_ids, skip_special_tokens=True),
-        label=prompt.label,
-        metadata=prompt.metadata | {"prompt_id": prompt.prompt_id},
-        error=generation.error,
-    )
+        status=generation.status, error=generation.error,
+        label=prompt.label, metadata=prompt.metadata | {"prompt_id": prompt.prompt_id},
+    )  # fmt: skip
 
 
 def group_metrics(groups: Sequence[SampleGroup]) -> dict[str, float]:
@@ -110,13 +100,12 @@ def group_metrics(groups: Sequence[SampleGroup]) -> dict[str, float]:
 
 
 def _score(reward: Reward, sample: Sample, prompt: Prompt) -> float:
+    name = getattr(reward, "__module__", reward)
     try:
         value = float(reward(sample.text, sample.label, prompt.metadata))
     except Exception as e:
-        raise RunError(
-            f"reward {getattr(reward, '__module__', reward)} failed on prompt {prompt.prompt_id} "
-            f"with {type(e).__name__}: {e}; response: {sample.text[:100]!r}"
-        ) from e
+        problem = f"{type(e).__name__}: {e}; response: {sample.text[:100]!r}"
+        raise RunError(f"reward {name} failed on prompt {prompt.prompt_id} with {problem}") from e
     if not math.isfinite(value):
-        raise RunError(f"reward {reward.__module__} returned {value} on prompt {prompt.prompt_id}")
+        raise RunError(f"reward {name} returned {value} on prompt {prompt.prompt_id}")
     return value

@@ -26,36 +26,32 @@ def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, config: DataCon
     empty prompt, one over `max_prompt_tokens` (unless those are skipped, with a count), a file without any.
     """
     use_template = _use_template(tokenizer, config)
-    places, records, texts = [], [], []
+    rows = []
     for place, record in _records(path):
         for key in filter(None, (config.prompt_key, config.label_key)):
             if key not in record:
                 has = ", ".join(sorted(record))
                 raise RunError(f"{place}: no key {key!r}; it has: {has} (data.prompt_key, data.label_key)")
-        places.append(place)
-        records.append(record)
-        texts.append(_text(record[config.prompt_key], place, tokenizer, config, use_template))
-    if not records:
+        rows.append((place, record, _text(record[config.prompt_key], place, tokenizer, config, use_template)))
+    if not rows:
         raise RunError(f"{path} holds no prompts")
-    token_ids = tokenizer(texts, add_special_tokens=not use_template)["input_ids"]
+    token_ids = tokenizer([text for _, _, text in rows], add_special_tokens=not use_template)["input_ids"]
     prompts, limit = [], config.max_prompt_tokens
-    for i, (place, record, text, ids) in enumerate(zip(places, records, texts, token_ids, strict=True)):
+    for i, ((place, record, text), ids) in enumerate(zip(rows, token_ids, strict=True)):
         if not ids:
             raise RunError(f"{place}: the prompt is empty")
         if len(ids) > limit:
-            if config.over_long == "error":
-                raise RunError(
-                    f"{place}: a prompt of {len(ids)} tokens is over data.max_prompt_tokens={limit}; "
-                    "raise it, or set data.over_long=skip"
-                )
-            continue
+            if config.over_long == "skip":
+                continue
+            what = f"a prompt of {len(ids)} tokens is over data.max_prompt_tokens={limit}"
+            raise RunError(f"{place}: {what}; raise it, or set data.over_long=skip")
         label = record[config.label_key] if config.label_key else None
         metadata = record.get("metadata") or {}
         prompts.append(Prompt(i, np.asarray(ids, dtype=np.int32), text, label, metadata))
     if not prompts:
         raise RunError(f"{path}: every prompt is over data.max_prompt_tokens={limit}")
-    if skipped := len(records) - len(prompts):
-        logger.warning("%s: skipped %d of %d prompts with over %d tokens", path, skipped, len(records), limit)
+    if skipped := len(rows) - len(prompts):
+        logger.warning("%s: skipped %d of %d prompts with over %d tokens", path, skipped, len(rows), limit)
     return prompts
 
 
@@ -65,16 +61,14 @@ class PromptSource:
     def __init__(self, prompts: Sequence[Prompt], seed: int, shuffle: bool) -> None:
         self._prompts, self._seed, self._shuffle = prompts, seed, shuffle
         self._epoch = self._position = 0
-        self._order = self._epoch_order()
 
     def next(self, n: int) -> list[Prompt]:
         """The next `n` prompts; goes on into the next epoch."""
         taken: list[Prompt] = []
         while len(taken) < n:
-            if self._position == len(self._order):
+            if self._position == len(self._prompts):
                 self._epoch, self._position = self._epoch + 1, 0
-                self._order = self._epoch_order()
-            indices = self._order[self._position : self._position + n - len(taken)]
+            indices = self._epoch_order()[self._position : self._position + n - len(taken)]
             taken += [self._prompts[i] for i in indices]
             self._position += len(indices)
         return taken
@@ -86,21 +80,17 @@ class PromptSource:
         """Go on where `state` was taken. Raises RunError when that was with other prompts or another seed."""
         for name, value in self._identity().items():
             if state[name] != value:
-                raise RunError(
-                    f"the data cursor was saved with {name}={state[name]}, this run has {name}={value}; "
-                    "resume with the prompt file and the seed of the run's start"
-                )
+                what = f"the data cursor was saved with {name}={state[name]}, this run has {name}={value}"
+                raise RunError(f"{what}; resume with the prompt file and the seed of the run's start")
         self._epoch, self._position = state["epoch"], state["position"]
-        self._order = self._epoch_order()
 
     def _identity(self) -> dict[str, int]:
         return {"num_prompts": len(self._prompts), "seed": self._seed, "shuffle": int(self._shuffle)}
 
     def _epoch_order(self) -> list[int]:
-        count = len(self._prompts)
         if not self._shuffle:
-            return list(range(count))
-        return np.random.default_rng([self._seed, self._epoch]).permutation(count).tolist()
+            return list(range(len(self._prompts)))
+        return np.random.default_rng([self._seed, self._epoch]).permutation(len(self._prompts)).tolist()
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -147,12 +137,11 @@ def _text(
     is_list = isinstance(messages, list)
     if not is_list or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
         raise RunError(f"{place}: a prompt is a string or a list of {{role, content}} messages")
-    if isinstance(prompt, str) and not use_template:
-        return prompt
     if not use_template:
-        raise RunError(
-            f"{place}: a prompt of chat messages needs a chat template; the tokenizer's is missing or off"
-        )
+        if isinstance(prompt, str):
+            return prompt
+        needed = "a prompt of chat messages needs a chat template"
+        raise RunError(f"{place}: {needed}; the tokenizer's is missing or off")
     if config.system_prompt:
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

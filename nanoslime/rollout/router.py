@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Protocol
 
 from nanoslime.rollout.sglang import EngineLost
 from nanoslime.types import Engine, GenerateRequest, Generation, RunError
 
 logger = logging.getLogger(__name__)
-
-
-class Router(Protocol):
-    """What `sample_groups` asks for samples; an Engine is one, too."""
-
-    async def generate(self, request: GenerateRequest) -> list[Generation]: ...
 
 
 class LeastInflightRouter:

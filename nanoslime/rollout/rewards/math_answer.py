@@ -23,7 +23,7 @@ def reward(text: str, label: Any, metadata: dict[str, Any]) -> float:
 def final_answer(text: str) -> str | None:
     """The answer as written, or None where the text holds none."""
     if "####" in text:
-        line = _first_line(text.rpartition("####")[2])
+        line = (text.rpartition("####")[2].strip().splitlines() or [""])[0].strip()
         number = _NUMBER.match(line.lstrip("$ "))
         return number.group() if number else line or None
     start = text.rfind("\\boxed{")
@@ -31,11 +31,6 @@ def final_answer(text: str) -> str | None:
         return _balanced(text[start + len("\\boxed{") :])
     numbers = _NUMBER.findall(text)
     return numbers[-1] if numbers else text.strip() or None
-
-
-def _first_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[0].strip() if lines else ""
 
 
 def _balanced(text: str) -> str | None:
