@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shlex
 import signal
 import subprocess
 import time
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import psutil
+
+from nanoslime.types import RunError
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
@@ -24,10 +31,6 @@ class Child:
     name: str  # as errors call it
     log: Path
     process: subprocess.Popen[bytes]
-
-    def code(self) -> int | None:
-        """Exit code, negative for a signal, None while it runs."""
-        return self.process.poll()
 
     def obituary(self) -> str:
         """One line on how it ended, with the end of its log."""
@@ -43,35 +46,33 @@ def adopt_orphans() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
-def start(
-    name: str,
-    command: Sequence[str],
-    log: Path,
-    env: Mapping[str, str],
-    *,
-    death_signal: signal.Signals = signal.SIGKILL,
-) -> Child:
+def start(name: str, command: Sequence[str], log: Path, env: Mapping[str, str], death_signal: int) -> Child:
     """Start `command` in its own session, output appended to `log`; it gets `death_signal` when we die.
 
     SIGUSR1 and SIGUSR2 are ignored below it: proctrack/linuxproc delivers a job's signal to every process.
     """
 
     def before_exec() -> None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, int(death_signal), 0, 0, 0)
+        _LIBC.prctl(_PR_SET_PDEATHSIG, death_signal, 0, 0, 0)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
     with open(log, "ab") as output:
         process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=dict(env),
-            start_new_session=True,
-            preexec_fn=before_exec,
-        )
+            command, env=dict(env), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            start_new_session=True, preexec_fn=before_exec,
+        )  # fmt: skip
     return Child(name, log, process)
+
+
+def ask(
+    command: Sequence[str], deadline_s: float, who: str = "", **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run a command for its output. RunError if it does not answer in time, OSError if it cannot be run."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=deadline_s, **options)
+    except subprocess.TimeoutExpired as error:
+        raise RunError(f"{who or shlex.join(command)} did not answer within {deadline_s:g} s") from error
 
 
 def end_descendants(spare: Collection[int] = (), grace_s: float = 3.0) -> None:
@@ -85,7 +86,8 @@ def end_descendants(spare: Collection[int] = (), grace_s: float = 3.0) -> None:
             if time.monotonic() > deadline:
                 break
             for pid in below - told:
-                _tell(pid, sig)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, sig)
             told |= below
             time.sleep(0.05)
         else:
@@ -96,9 +98,8 @@ def end_descendants(spare: Collection[int] = (), grace_s: float = 3.0) -> None:
 def descendants(root: int, spare: Collection[int] = ()) -> set[int]:
     """Pids of the live processes below `root`, without those in `spare` and what is below them."""
     below: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit() and (parent := _parent(int(entry))):
-            below.setdefault(parent, []).append(int(entry))
+    for pid in psutil.pids():
+        below.setdefault(_parent(pid), []).append(pid)
     found, todo = set[int](), [root]
     while todo:
         children = [pid for pid in below.get(todo.pop(), []) if pid not in spare]
@@ -121,15 +122,7 @@ def last_line(log: Path, max_chars: int = 300) -> str:
 def _parent(pid: int) -> int:
     """Parent of a live process; 0 for one that is gone or a zombie."""
     try:
-        # the command name, in parentheses, may itself hold spaces and parentheses
-        state, parent = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
-    except (OSError, ValueError):
+        process = psutil.Process(pid)
+        return process.ppid() if process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) else 0
+    except psutil.Error:
         return 0
-    return 0 if state in "ZX" else int(parent)
-
-
-def _tell(pid: int, sig: signal.Signals) -> None:
-    try:
-        os.kill(pid, sig)
-    except ProcessLookupError:
-        return

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import os
 import re
-import shutil
 import socket
-import struct
-import subprocess
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
+from jobs.children import ask
 from nanoslime.types import RunError
 
 _COMMAND_DEADLINE_S = 30.0
-_SIOCGIFADDR = 0x8915
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +29,6 @@ class ClusterEnv:
     job_id: str
     restart_count: int
     cpus: int  # granted on this node; 0: unknown
-    gpus: int  # granted on this node
     local: bool = False  # a simulated node
 
     @property
@@ -50,15 +47,6 @@ class ClusterEnv:
         """First candidate of the attempt's ports, below the ephemeral range (32768 and up)."""
         return 20000 + zlib.crc32(self.job_id.encode(), tag(attempt)) % 1500 * 8
 
-    def time_left_s(self) -> float | None:
-        """Seconds until the job's time limit; None without one, or where SLURM does not say."""
-        text = _output("squeue", "-h", "-j", self.job_id, "-o", "%L").strip()
-        match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
-        if match is None:
-            return None
-        days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-        return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
-
     def kill_wait_s(self) -> float:
         """Seconds between SIGTERM and SIGKILL of a job that must go: SLURM's KillWait, by default 30."""
         if self.local:
@@ -74,7 +62,6 @@ class ClusterEnv:
         nodes = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]
         names = tuple(_output("scontrol", "show", "hostnames", nodes).split() or expand_nodelist(nodes))
         index = int(environ["SLURM_NODEID"])
-        gpus = environ.get("SLURM_GPUS_ON_NODE", "0")
         return cls(
             node_index=index,
             num_nodes=len(names),
@@ -84,7 +71,6 @@ class ClusterEnv:
             job_id=environ["SLURM_JOB_ID"],
             restart_count=int(environ.get("SLURM_RESTART_COUNT", "0")),
             cpus=int(environ.get("SLURM_CPUS_PER_TASK") or environ.get("SLURM_CPUS_ON_NODE", "0")),
-            gpus=int(gpus) if gpus.isdigit() else 0,
         )
 
     @classmethod
@@ -92,7 +78,7 @@ class ClusterEnv:
         """Node `index` of a rehearsal: an own loopback address each."""
         names = tuple(f"node{i}" for i in range(num_nodes))
         address = f"127.0.1.{1 + index}"
-        return cls(index, num_nodes, names[index], names, address, job_id, 0, cpus, 0, local=True)
+        return cls(index, num_nodes, names[index], names, address, job_id, 0, cpus, local=True)
 
 
 def tag(attempt: Path) -> int:
@@ -117,13 +103,12 @@ def answers(address: str, port: int) -> bool:
 
 def expand_nodelist(text: str) -> list[str]:
     """Names in a SLURM node list such as n[1,3-4],m7 or r[1-2]n[01-02], for where scontrol is missing."""
-    return [name for part in re.split(r",(?![^\[]*\])", text) for name in _expand(part)]
-
-
-def _expand(part: str) -> Iterator[str]:
-    pieces = re.split(r"\[([^\]]*)\]", part)  # text, ranges, text, ranges, ..., text
-    options = [[piece] if i % 2 == 0 else _numbers(piece) for i, piece in enumerate(pieces)]
-    return ("".join(choice) for choice in itertools.product(*options))
+    names: list[str] = []
+    for part in re.split(r",(?![^\[]*\])", text):
+        pieces = re.split(r"\[([^\]]*)\]", part)  # text, ranges, text, ranges, ..., text
+        options = [_numbers(piece) if i % 2 else [piece] for i, piece in enumerate(pieces)]
+        names += map("".join, itertools.product(*options))
+    return names
 
 
 def _numbers(ranges: str) -> list[str]:
@@ -147,15 +132,11 @@ def _address(names: tuple[str, ...], index: int, network_interface: str) -> str:
     other = next((name for i, name in enumerate(names) if i != index), "")
     target = _node_address(other) if other else own
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(
-                (target or "192.0.2.1", 9)
-            )  # sends nothing; 192.0.2.1 (RFC 5737): the default route
+        try:  # sends nothing; 192.0.2.1 (RFC 5737) shows the default route
+            probe.connect((target or "192.0.2.1", 9))
         except OSError as error:
-            raise RunError(
-                f"{names[index]} finds no address that reaches {target or 'anything'} ({error}); "
-                f"set cluster.network_interface"
-            ) from error
+            none = f"{names[index]} finds no address that reaches {target or 'anything'}"
+            raise RunError(f"{none} ({error}); set cluster.network_interface") from error
         return str(probe.getsockname()[0])
 
 
@@ -170,41 +151,28 @@ def _node_address(name: str) -> str:
 
 def interface_address(name: str) -> str:
     """IPv4 address of a network interface; RunError lists the interfaces there are."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-        except OSError as error:
-            there = ", ".join(interface for _, interface in socket.if_nameindex())
-            raise RunError(
-                f"cluster.network_interface={name} has no address on {socket.gethostname()}; there: {there}"
-            ) from error
-    return socket.inet_ntoa(answer[20:24])
+    there = psutil.net_if_addrs()
+    for entry in there.get(name, []):
+        if entry.family == socket.AF_INET:
+            return str(entry.address)
+    none = f"cluster.network_interface={name} has no address on {socket.gethostname()}"
+    raise RunError(f"{none}; there: {', '.join(there)}")
 
 
 def _is_free(address: str, port: int) -> bool:
     """Whether nothing listens on the port, neither at `address` nor on all addresses."""
-    for place in (address, ""):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((place, port))
-            except OSError:
-                return False
+    try:
+        for place in (address, ""):
+            socket.create_server((place, port)).close()
+    except OSError:
+        return False
     return True
 
 
 def _output(*command: str) -> str:
     """Output of a SLURM command; empty where it is missing, fails, or does not answer in time."""
-    if shutil.which(command[0]) is None:
-        return ""
     try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=_COMMAND_DEADLINE_S,
-            env=dict(os.environ, LC_ALL="C"),
-        )
-    except subprocess.TimeoutExpired:
+        done = ask(command, _COMMAND_DEADLINE_S, env=dict(os.environ, LC_ALL="C"))
+    except (RunError, OSError):
         return ""
     return done.stdout if done.returncode == 0 else ""

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from jobs import children
 from jobs.cluster_env import ClusterEnv
-from jobs.node import ROOT, handled, remove_scratch
+from jobs.node import ROOT, handled, remove_scratch, start_agent
 from nanoslime.config.run import RunConfig
 from nanoslime.layout import Layout
 from nanoslime.run_dir import FAILED, STOPPED, Attempt, RunDir
@@ -78,32 +78,21 @@ def setup_lines(config: RunConfig) -> list[str]:
     return [*config.cluster.setup, *exports, code]
 
 
-def python_of(config: RunConfig) -> Path:
+def python_of(config: RunConfig) -> str:
     """The Python of the compute nodes: that of cluster.venv, else the one that runs this."""
-    return (
-        Path(config.cluster.venv).expanduser() / "bin" / "python"
-        if config.cluster.venv
-        else Path(sys.executable)
-    )
+    venv = config.cluster.venv
+    return str(Path(venv).expanduser() / "bin" / "python") if venv else sys.executable
 
 
 def sbatch_text(config: RunConfig, layout: Layout, run_dir: Path, driver: str = "") -> str:
     """The batch script of the job. Pure; any path is quoted."""
     options = sbatch_options(config, layout)
     options["output"] = str(run_dir).replace("%", "%%") + "/slurm-%j.out"
-    task = [
-        str(python_of(config)),
-        "-m",
-        "jobs.node",
-        str(run_dir),
-        *(["--driver", driver] if driver else []),
-    ]
+    asked = [f"--{k}" if v is True else f"--{k}={shlex.quote(str(v))}" for k, v in options.items()]
+    task = [python_of(config), "-m", "jobs.node", str(run_dir), *(["--driver", driver] if driver else [])]
     lines = [
         "#!/bin/bash",
-        *(
-            f"#SBATCH --{k}" if v is True else f"#SBATCH --{k}={shlex.quote(str(v))}"
-            for k, v in options.items()
-        ),
+        *(f"#SBATCH {option}" for option in asked),
         "",
         *setup_lines(config),
         "",
@@ -124,24 +113,15 @@ def run_local(config: RunConfig, layout: Layout, run: RunDir, driver: str = "") 
     """
     others = children.descendants(os.getpid())
     children.adopt_orphans()
-    job_id = f"l{os.getpid()}"
-    attempt = run.new_attempt(f"{job_id}-0")
-    environ = {**os.environ, **config.cluster.env}
-    environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    agents = []
+    nodes = [ClusterEnv.for_local(i, layout.num_nodes, f"l{os.getpid()}") for i in range(layout.num_nodes)]
+    attempt = run.new_attempt(nodes[0].attempt_key)
     signals: list[signal.Signals] = []
     with handled(signals.append):
         try:
-            for node in range(layout.num_nodes):
-                command = [sys.executable, "-m", "jobs.node", str(run.path), "--attempt", str(attempt.number)]
-                command += ["--local-node", str(node), *(["--driver", driver] if driver else [])]
-                name, log = f"the agent of node{node}", attempt.log("agent", node)
-                agents.append(children.start(name, command, log, environ, death_signal=signal.SIGTERM))
-            _supervise(attempt, agents, signals)
+            _supervise(attempt, [start_agent(attempt, config, env, driver) for env in nodes], signals)
         finally:
             children.end_descendants(others)
-            for node in range(layout.num_nodes):
-                env = ClusterEnv.for_local(node, layout.num_nodes, job_id)
+            for env in nodes:
                 remove_scratch(env.scratch(attempt.path))
     code, reason = attempt.ended() or (FAILED, "the agents ended without saying why")
     if code:
@@ -152,11 +132,9 @@ def run_local(config: RunConfig, layout: Layout, run: RunDir, driver: str = "") 
 def _supervise(attempt: Attempt, agents: list[children.Child], signals: list[signal.Signals]) -> None:
     """Until all agents have ended: show the driver's lines, hand signals on, report a killed agent."""
     stream: BinaryIO | None = None
-    ended_at: float | None = None
-    asked, gone = False, set[int]()
-    alive = True
+    alive, asked, gone, leave_by = True, False, set[int](), float("inf")
     while alive:
-        alive = any(agent.code() is None for agent in agents)
+        alive = any(agent.process.poll() is None for agent in agents)
         stream = _copy_new_lines(attempt.log("driver", 0), stream)
         while signals:
             sig = signals.pop(0)
@@ -168,15 +146,15 @@ def _supervise(attempt: Attempt, agents: list[children.Child], signals: list[sig
                 print("stopping after this step; once more ends it at once", file=sys.stderr, flush=True)
             asked = True
         for node, agent in enumerate(agents):
-            if agent.code() and node not in gone:
+            if agent.process.poll() and node not in gone:
                 gone.add(node)
                 if attempt.ended() is None:
                     attempt.end(FAILED, agent.obituary())
                 attempt.leave(node)
         if attempt.ended() is not None:
-            ended_at = ended_at or time.monotonic()
-            if time.monotonic() - ended_at > _LEAVE_S:
-                return
+            leave_by = min(leave_by, time.monotonic() + _LEAVE_S)
+        if time.monotonic() > leave_by:
+            return
         if alive:
             time.sleep(_POLL_S)
 

@@ -20,7 +20,6 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -45,24 +44,21 @@ _TICK_S = 0.25
 _BEAT_S = 5.0
 _SILENCE_S = 90.0  # a node whose heartbeat stands still for so long is lost
 _LEAVE_S = 30.0  # patience with other agents that clean up
-_EXIT_S = 1.5
+_EXIT_S = 1.5  # our exit makes srun end the other tasks, which have left but may still be on their way out
 _CUDA_DEADLINE_S = 30.0
 
 
 class _Over(Exception):
-    """The attempt is over: leave the waiting loops."""
+    """The attempt is over: leave the waiting loops. `ours`: nobody said so before."""
 
-    def __init__(self, code: int, reason: str, *, ours: bool):
-        super().__init__(reason)
+    def __init__(self, code: int, reason: str, ours: bool = True):
         self.code, self.reason, self.ours = code, reason, ours
 
 
 class Agent:
     """One node's part of one attempt."""
 
-    def __init__(
-        self, attempt: Attempt, config: RunConfig, layout: Layout, env: ClusterEnv, driver: str = ""
-    ):
+    def __init__(self, attempt: Attempt, config: RunConfig, layout: Layout, env: ClusterEnv, driver: str):
         self._attempt, self._config, self._layout, self._env = attempt, config, layout, env
         self._scratch = env.scratch(attempt.path)
         self._driver_command = shlex.split(driver) or [sys.executable, "-m", "nanoslime.train"]
@@ -86,10 +82,10 @@ class Agent:
             except _Over as over:
                 end = over
             except RunError as error:
-                end = _Over(FAILED, str(error), ours=True)
+                end = _Over(FAILED, str(error))
             except Exception as error:
                 logger.exception("the agent of %s failed", self._env.node_name)
-                end = _Over(FAILED, f"agent of {self._env.node_name}: {error!r}", ours=True)
+                end = _Over(FAILED, f"agent of {self._env.node_name}: {error!r}")
             return self._leave(end)
 
     def _live(self) -> None:
@@ -98,17 +94,19 @@ class Agent:
         if self._layout.device == "cuda":
             check_gpus(self._env, self._layout.slots_per_node)
         token = self._attempt.path / "ray_token"
+        ray_address = self._start_head(token) if self._leads else self._start_worker(token)
+        env = self._env
+        facts = {"index": env.node_index, "name": env.node_name, "address": env.address, "pid": os.getpid()}
+        publish_json(self._joined(env.node_index), facts)
+        logger.info("%s has joined", env.node_name)
         if self._leads:
-            ray_address = self._start_head(token)
-            self._publish_joined()
             self._wait_for_nodes()
-            nodes = [read_json(self._joined(i)) for i in range(self._env.num_nodes)]
-            head = {"ray_address": ray_address, "node_ip": self._env.address, "token_path": str(token)}
+            nodes = [read_json(self._joined(i)) for i in range(env.num_nodes)]
+            head = {"ray_address": ray_address, "node_ip": env.address, "token_path": str(token)}
             publish_json(self._attempt.head, {**head, "nodes": nodes})
-            self._start_driver(token)
-        else:
-            self._start_worker(token)
-            self._publish_joined()
+            where = ["--run", str(self._attempt.run.path), "--attempt", str(self._attempt.number)]
+            log = self._attempt.log("driver", 0)
+            self._driver = self._start("the driver", [*self._driver_command, *where], log, token)
         while True:
             self._tick()
             time.sleep(_TICK_S)
@@ -116,86 +114,68 @@ class Agent:
     def _start_head(self, token: Path) -> str:
         ports = free_ports(self._env.first_port(self._attempt.path), 2, self._env.address)
         ray_node.make_token(token)
-        command = ray_node.head_command(Path(sys.executable), self._env, self._layout, self._scratch, ports)
-        log = self._start_ray(command, token)
+        options = ["--head", f"--port={ports[0]}", f"--ray-client-server-port={ports[1]}"]
+        log = self._start_ray([*options, "--include-dashboard=false"], token)
         # the others may start as soon as the head's port answers: that is before `ray start` is done
-        deadline_s = self._config.cluster.ray_start_deadline_s
-        self._wait(lambda: answers(self._env.address, ports[0]), deadline_s, "the port of the Ray head", log)
+        self._wait_for_ray(lambda: answers(self._env.address, ports[0]), "the port of the Ray head", log)
         address = f"{self._env.address}:{ports[0]}"
         publish_json(self._attempt.path / "ray_head.json", {"ray_address": address})
-        self._wait_for_ray(log)
+        self._wait_until_started(log)
         return address
 
-    def _start_worker(self, token: Path) -> None:
-        path = self._attempt.path / "ray_head.json"
-        deadline_s = self._config.cluster.ray_start_deadline_s
-        log = self._attempt.log("agent", 0)
+    def _start_worker(self, token: Path) -> str:
+        path, log = self._attempt.path / "ray_head.json", self._attempt.log("agent", 0)
         what = f"the Ray head on {self._env.node_names[0]}"
-        self._wait(lambda: seen(path) and seen(token), deadline_s, what, log)
-        address = read_json(path)["ray_address"]
-        command = ray_node.worker_command(
-            Path(sys.executable), self._env, self._layout, self._scratch, address
-        )
-        self._wait_for_ray(self._start_ray(command, token))
+        self._wait_for_ray(lambda: seen(path) and seen(token), what, log)
+        address = str(read_json(path)["ray_address"])
+        self._wait_until_started(self._start_ray([f"--address={address}"], token))
+        return address
 
-    def _start_ray(self, command: list[str], token: Path) -> Path:
+    def _start_ray(self, options: list[str], token: Path) -> Path:
         """Start this node's Ray in a new scratch directory; returns its log."""
         remove_scratch(self._scratch)  # a killed agent of this very job may have left one
         self._scratch.mkdir(mode=0o700)
+        command = ray_node.start_command(self._env, self._layout, self._scratch, options)
         log = self._attempt.log("ray", self._env.node_index)
+        return self._start(f"Ray on {self._env.node_name}", command, log, token).log
+
+    def _start(self, name: str, command: list[str], log: Path, token: Path) -> Child:
         logger.info("starting: %s", shlex.join(command))
         env = ray_node.environment(os.environ, token)
-        self._children.append(children.start(f"Ray on {self._env.node_name}", command, log, env))
-        return log
+        self._children.append(children.start(name, command, log, env, signal.SIGKILL))
+        return self._children[-1]
 
-    def _wait_for_ray(self, log: Path) -> None:
+    def _wait_until_started(self, log: Path) -> None:
         what = f"Ray on {self._env.node_name} ({self._env.address}) to start"
-        self._wait(
-            lambda: ray_node.STARTED in log.read_text(errors="replace"),
-            self._config.cluster.ray_start_deadline_s,
-            what,
-            log,
-        )
+        self._wait_for_ray(lambda: ray_node.STARTED in log.read_text(errors="replace"), what, log)
 
-    def _start_driver(self, token: Path) -> None:
-        where = ["--run", str(self._attempt.run.path), "--attempt", str(self._attempt.number)]
-        command = [*self._driver_command, *where]
-        logger.info("starting: %s", shlex.join(command))
-        env = ray_node.environment(os.environ, token)
-        self._driver = children.start("the driver", command, self._attempt.log("driver", 0), env)
-        self._children.append(self._driver)
+    def _wait_for_ray(self, condition: Callable[[], bool], what: str, log: Path) -> None:
+        deadline_s = self._config.cluster.ray_start_deadline_s
+        late = f"waited {deadline_s:g} s for {what}; see {log}"
+        self._wait(condition, deadline_s, lambda: f"{late}: {children.last_line(log)}")
 
     def _joined(self, node: int) -> Path:
         return self._attempt.path / "nodes" / f"{node}.json"
 
-    def _publish_joined(self) -> None:
-        env = self._env
-        facts = {"index": env.node_index, "name": env.node_name, "address": env.address, "pid": os.getpid()}
-        publish_json(self._joined(env.node_index), facts)
-        logger.info("%s has joined", env.node_name)
-
     def _wait_for_nodes(self) -> None:
+        names, deadline_s = self._env.node_names, self._config.cluster.node_join_deadline_s
+
         def missing() -> list[int]:
             there = os.listdir(self._joined(0).parent)
-            return [i for i in range(self._env.num_nodes) if f"{i}.json" not in there]
+            return [i for i in range(len(names)) if f"{i}.json" not in there]
 
-        deadline_s = self._config.cluster.node_join_deadline_s
-        try:
-            self._wait(lambda: not missing(), deadline_s, "every node to join", None)
-        except TimeoutError:
-            nodes = [
-                f"{self._env.node_names[i]} (node {i}, {self._attempt.log('agent', i)})" for i in missing()
-            ]
-            raise RunError(f"did not join within {deadline_s:g} s: {', '.join(nodes)}") from None
+        def late() -> str:
+            nodes = [f"{names[i]} (node {i}, {self._attempt.log('agent', i)})" for i in missing()]
+            return f"did not join within {deadline_s:g} s: {', '.join(nodes)}"
 
-    def _wait(self, condition: Callable[[], bool], deadline_s: float, what: str, log: Path | None) -> None:
-        """Tick until `condition()`. TimeoutError without a log, else RunError, names what was awaited."""
+        self._wait(lambda: not missing(), deadline_s, late)
+
+    def _wait(self, condition: Callable[[], bool], deadline_s: float, late: Callable[[], str]) -> None:
+        """Tick until `condition()`; RunError with what `late` says after `deadline_s`."""
         deadline = time.monotonic() + deadline_s
         while not condition():
             if time.monotonic() > deadline:
-                if log is None:
-                    raise TimeoutError(what)
-                raise RunError(f"waited {deadline_s:g} s for {what}; see {log}: {children.last_line(log)}")
+                raise RunError(late())
             self._tick()
             time.sleep(_TICK_S)
 
@@ -210,7 +190,7 @@ class Agent:
             self._listen()
         self._pass_on_signals()
         for child in self._children:
-            if (code := child.code()) is not None:
+            if (code := child.process.poll()) is not None:
                 self._mourn(child, code)
         if self._leads:
             self._limit_stop()
@@ -230,28 +210,28 @@ class Agent:
         if reason is None:
             return
         if self._driver is None:
-            raise _Over(STOPPED, f"{reason}, before the driver started", ours=True)
+            raise _Over(STOPPED, f"{reason}, before the driver started")
         lead_s = self._config.cluster.signal_lead_s * 0.8
         if self._kill_at == float("inf"):
             self._kill_at = time.monotonic() + lead_s
         if time.monotonic() > self._kill_at:
-            raise _Over(STOPPED, f"{reason}; the driver did not commit in time and was ended", ours=True)
+            raise _Over(STOPPED, f"{reason}; the driver did not commit in time and was ended")
 
     def _mourn(self, child: Child, code: int) -> None:
         """A child has ended. If by SIGTERM, our own may be on its way, and says better why."""
         stop = self._attempt.must_stop()
         if child is self._driver and code == DONE:
-            raise _Over(DONE, "", ours=True)
+            raise _Over(DONE, "")
         if child is self._driver and code == STOPPED:
-            raise _Over(STOPPED, stop or "the driver stopped by itself", ours=True)
+            raise _Over(STOPPED, stop or "the driver stopped by itself")
         if -code == signal.SIGTERM or code == 128 + signal.SIGTERM:
             time.sleep(0.5)
             self._pass_on_signals()
             if reason := self._attempt.must_stop():
-                raise _Over(STOPPED, f"{reason}; {child.obituary()}", ours=True)
+                raise _Over(STOPPED, f"{reason}; {child.obituary()}")
         if (end := self._attempt.ended()) is not None:
             raise _Over(*end, ours=False)
-        raise _Over(FAILED, child.obituary(), ours=True)
+        raise _Over(FAILED, child.obituary())
 
     def _listen(self) -> None:
         """Node 0 listens to all, the others to node 0; one that is silent for too long ends the attempt."""
@@ -267,9 +247,8 @@ class Agent:
 
     def _leave(self, end: _Over) -> int:
         """Publish the end, end every process, remove scratch, wait for the others if need be."""
-        logger.log(
-            logging.ERROR if end.code == FAILED else logging.INFO, "end: code %d %s", end.code, end.reason
-        )
+        level = logging.ERROR if end.code == FAILED else logging.INFO
+        logger.log(level, "end: code %d %s", end.code, end.reason)
         if end.ours:
             self._attempt.end(end.code, end.reason)
         try:
@@ -282,9 +261,9 @@ class Agent:
         if end.code == DONE or not (end.ours or self._leads):
             return 0
         deadline = time.monotonic() + _LEAVE_S
-        while time.monotonic() < deadline and not all(
-            b.get("left") for b in self._attempt.heartbeats().values()
-        ):
+        while not all("left" in beat for beat in self._attempt.heartbeats().values()):
+            if time.monotonic() > deadline:
+                break
             time.sleep(_TICK_S)
         return end.code
 
@@ -314,7 +293,7 @@ class NodeJob:
         env = ClusterEnv.from_slurm(os.environ, config.cluster.network_interface)
         requeue = signal.getsignal(signal.SIGUSR2)  # submitit's handler, if it started us
         attempt = _attempt_of(run, env, config.cluster.ray_start_deadline_s)
-        code = self._guard(attempt, env)
+        code = self._guard(attempt, config, env)
         if not callable(requeue):  # a SIGTERM that comes now must not replace the exit code
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if code == FAILED:
@@ -322,38 +301,38 @@ class NodeJob:
         if code != STOPPED or not attempt.requeue_wanted():
             return DONE
         if env.restart_count >= config.cluster.max_requeues:
-            raise RunError(
-                f"stopped, and not requeued: cluster.max_requeues={config.cluster.max_requeues} is reached"
-            )
+            limit = f"cluster.max_requeues={config.cluster.max_requeues}"
+            raise RunError(f"stopped, and not requeued: {limit} is reached")
         if callable(requeue) and env.node_index == 0:
             signal.raise_signal(signal.SIGUSR2)  # submitit: checkpoint(), scontrol requeue, exit
         return STOPPED
 
-    def _guard(self, attempt: Attempt, env: ClusterEnv) -> int:
+    def _guard(self, attempt: Attempt, config: RunConfig, env: ClusterEnv) -> int:
         """Start the agent, hand signals on to it, wait for it, and clean up after it if it was killed."""
         children.adopt_orphans()
-        command = [sys.executable, "-m", "jobs.node", self.run_dir, "--attempt", str(attempt.number)]
-        if self.driver:
-            command += ["--driver", self.driver]
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        environ = {**os.environ, "PYTHONPATH": path}
-        log = attempt.log("agent", env.node_index)
-        agent = children.start(
-            f"the agent of {env.node_name}", command, log, environ, death_signal=signal.SIGTERM
-        )
-        with handled(lambda sig: agent.process.send_signal(sig)):
-            while (code := agent.code()) is None:
+        agent = start_agent(attempt, config, env, self.driver)
+        with handled(agent.process.send_signal):
+            while (code := agent.process.poll()) is None:
                 time.sleep(_TICK_S)
             if code not in (DONE, STOPPED):
                 attempt.end(FAILED, agent.obituary())
             children.end_descendants()
             remove_scratch(env.scratch(attempt.path))
             attempt.leave(env.node_index)
-        if code == DONE:
-            return DONE
-        # our exit makes srun end the other tasks, which have left but may still be on their way out
-        time.sleep(_EXIT_S)
-        return STOPPED if code == STOPPED else FAILED
+        if code != DONE:
+            time.sleep(_EXIT_S)
+        return code if code in (DONE, STOPPED) else FAILED
+
+
+def start_agent(attempt: Attempt, config: RunConfig, env: ClusterEnv, driver: str) -> Child:
+    """A node's agent as a child, with the job's environment and this code; it ends when we do."""
+    command = [sys.executable, "-m", "jobs.node", str(attempt.run.path), "--attempt", str(attempt.number)]
+    command += ["--local-node", str(env.node_index)] if env.local else []
+    command += ["--driver", driver] if driver else []
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environ = {**os.environ, **config.cluster.env, "PYTHONPATH": path}
+    log = attempt.log("agent", env.node_index)
+    return children.start(f"the agent of {env.node_name}", command, log, environ, signal.SIGTERM)
 
 
 @contextmanager
@@ -385,12 +364,7 @@ def check_cores(env: ClusterEnv) -> None:
 def check_gpus(env: ClusterEnv, needed: int) -> None:
     """RunError where torch, in a process of its own, does not see exactly the GPUs of the plan."""
     code = "import torch; print(torch.version.cuda, torch.cuda.is_available(), torch.cuda.device_count())"
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=_CUDA_DEADLINE_S
-        )
-    except subprocess.TimeoutExpired:
-        raise RunError(f"torch on {env.node_name} did not answer within {_CUDA_DEADLINE_S:g} s") from None
+    done = children.ask([sys.executable, "-c", code], _CUDA_DEADLINE_S, f"torch on {env.node_name}")
     built, available, count = (done.stdout.split() or ["", "", "0"])[-3:]
     if available != "True":
         why = f"it was built for CUDA {built}" if built not in ("None", "") else "it was built without CUDA"
@@ -418,23 +392,19 @@ def _attempt_of(run: RunDir, env: ClusterEnv, deadline_s: float) -> Attempt:
         if env.node_index == 0:
             return run.new_attempt(env.attempt_key)
         if time.monotonic() > deadline:
-            raise RunError(
-                f"waited {deadline_s:g} s for {env.node_names[0]} to begin an attempt in {run.attempts}"
-            )
+            begin = f"{env.node_names[0]} to begin an attempt in {run.attempts}"
+            raise RunError(f"waited {deadline_s:g} s for {begin}")
         time.sleep(_TICK_S)
     return attempt
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.node", description="The node agent of a run.")
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument(
-        "--attempt", type=int, help="be the agent itself; without it, find the attempt and guard one"
-    )
-    parser.add_argument("--local-node", type=int, help="this node of a rehearsal, rather than SLURM's")
-    parser.add_argument(
-        "--driver", default="", help="command to start in place of `python -m nanoslime.train`"
-    )
+    add = parser.add_argument
+    add("run_dir", type=Path)
+    add("--attempt", type=int, help="be the agent itself; without it, find the attempt and guard one")
+    add("--local-node", type=int, help="this node of a rehearsal, rather than SLURM's")
+    add("--driver", default="", help="command to start in place of `python -m nanoslime.train`")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:

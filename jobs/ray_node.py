@@ -1,10 +1,11 @@
-"""Ray on one node, as text: the `ray start` commands of head and workers, and the environment they need."""
+"""Ray on one node, as text: the `ray start` command of a head or a worker, and the environment it needs."""
 
 from __future__ import annotations
 
 import json
 import os
 import secrets
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -38,39 +39,17 @@ def environment(base: Mapping[str, str], token: Path) -> dict[str, str]:
     }
 
 
-def head_command(python: Path, env: ClusterEnv, layout: Layout, scratch: Path, ports: list[int]) -> list[str]:
-    """ports: GCS, Ray client."""
-    return _start(python, env, layout, scratch) + [
-        "--head",
-        f"--port={ports[0]}",
-        f"--ray-client-server-port={ports[1]}",
-        "--include-dashboard=false",
-    ]
-
-
-def worker_command(
-    python: Path, env: ClusterEnv, layout: Layout, scratch: Path, ray_address: str
-) -> list[str]:
-    return [*_start(python, env, layout, scratch), f"--address={ray_address}"]
-
-
-def _start(python: Path, env: ClusterEnv, layout: Layout, scratch: Path) -> list[str]:
-    """What head and workers have in common. Ports that are not named are chosen by the kernel."""
-    role = layout.roles(env.node_index).replace("+", "_") or "idle"
-    on_gpu = layout.device == "cuda"
-    kind = (
-        [f"--num-gpus={layout.slots_per_node}"]
-        if on_gpu
-        else [f"--object-store-memory={_CPU_OBJECT_STORE_BYTES}"]
-    )
+def start_command(env: ClusterEnv, layout: Layout, scratch: Path, options: list[str]) -> list[str]:
+    """`options`: of the head, or a worker's --address. Ports that are not named are chosen by the kernel."""
+    role, slots = layout.roles(env.node_index).replace("+", "_") or "idle", layout.slots_per_node
+    on_cpu = ["--num-cpus=1", f"--object-store-memory={_CPU_OBJECT_STORE_BYTES}"]
     return [
-        os.fspath(python.parent / "ray"),
+        os.fspath(Path(sys.executable).with_name("ray")),
         "start",
         "--block",
         f"--node-ip-address={env.address}",
-        f"--num-cpus={layout.slots_per_node if on_gpu else 1}",
-        *kind,
-        f"--resources={json.dumps({'slot': layout.slots_per_node})}",
+        *([f"--num-cpus={slots}", f"--num-gpus={slots}"] if layout.device == "cuda" else on_cpu),
+        f"--resources={json.dumps({'slot': slots})}",
         f"--labels=nanoslime-node={env.node_index},nanoslime-role={role}",
         f"--temp-dir={scratch}",
         "--min-worker-port=0",
@@ -78,4 +57,5 @@ def _start(python: Path, env: ClusterEnv, layout: Layout, scratch: Path) -> list
         "--dashboard-agent-listen-port=0",
         "--include-log-monitor=false",
         "--disable-usage-stats",
+        *options,
     ]

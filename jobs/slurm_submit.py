@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import shlex
-import shutil
-import subprocess
 from dataclasses import dataclass
 from typing import Any
 
 import submitit
 from submitit.core.utils import DelayedSubmission, FailedJobError
 
+from jobs.children import ask
 from jobs.executor import python_of, sbatch_options, sbatch_text, setup_lines, step_options
 from jobs.node import NodeJob
 from nanoslime.config.run import RunConfig
@@ -35,14 +33,13 @@ class SubmittedJob(NodeJob):
 def submit_submitit(config: RunConfig, layout: Layout, run: RunDir, driver: str = "") -> str:
     """Submit by submitit, which requeues by itself; returns the job id. Files: the run's slurm/ folder."""
     if "%" in str(run.path):
-        raise RunError(
-            f"submitit takes the % in {run.path} for a pattern: use another run root or cluster.submit=sbatch"
-        )
+        way_out = "use another run root or cluster.submit=sbatch"
+        raise RunError(f"submitit takes the % in {run.path} for a pattern: {way_out}")
     options = sbatch_options(config, layout)
     folder = run.path / "slurm"
     folder.mkdir(mode=0o700, exist_ok=True)
     executor = submitit.SlurmExecutor(
-        folder, max_num_timeout=config.cluster.max_requeues, python=shlex.quote(str(python_of(config)))
+        folder, max_num_timeout=config.cluster.max_requeues, python=shlex.quote(python_of(config))
     )
     executor.update_parameters(
         job_name=str(options.pop("job-name")),
@@ -67,33 +64,15 @@ def submit_sbatch(config: RunConfig, layout: Layout, run: RunDir, driver: str = 
     """Submit the batch script, kept as job.sbatch in the run directory; returns the job id."""
     script = run.path / "job.sbatch"
     publish(script, sbatch_text(config, layout, run.path, driver).encode())
-    done = _run("sbatch", "--parsable", str(script))
+    done = ask(["sbatch", "--parsable", str(script)], _COMMAND_DEADLINE_S)
     if done.returncode:
         raise RunError(f"sbatch refused the job: {_reason(done.stderr)}")
     return _record(run, done.stdout.strip().split(";")[0], "sbatch")
 
 
-def job_state(job_id: str) -> str:
-    """SLURM's state of a job, UNKNOWN once forgotten. By scontrol, which needs no accounting, then sacct."""
-    match = re.search(r"JobState=(\S+)", _run("scontrol", "show", "job", job_id, "-o").stdout)
-    if match:
-        return match[1]
-    if shutil.which("sacct") is None:
-        return "UNKNOWN"
-    told = _run("sacct", "-n", "-X", "-P", "-o", "State", "-j", job_id).stdout.split()
-    return told[-1] if told else "UNKNOWN"
-
-
 def _record(run: RunDir, job_id: str, submitter: str) -> str:
     publish_json(run.path / "job.json", {"job_id": job_id, "submitted_by": submitter})
     return job_id
-
-
-def _run(*command: str) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_DEADLINE_S)
-    except subprocess.TimeoutExpired as error:
-        raise RunError(f"`{shlex.join(command)}` did not answer within {_COMMAND_DEADLINE_S:g} s") from error
 
 
 def _reason(text: str) -> str:

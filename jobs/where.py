@@ -7,11 +7,11 @@ loaded must not be surprised by four Ray nodes.
 from __future__ import annotations
 
 import shutil
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from jobs.children import ask
 from nanoslime.types import RunError
 
 _COMMANDS = ("sbatch", "srun", "squeue", "sinfo", "scontrol")
@@ -61,15 +61,9 @@ def detect(
 def _ask(sbatch: str, environ: Mapping[str, str]) -> str:
     """Why `sbatch --version` gives no answer; empty where it does."""
     try:
-        done = subprocess.run(
-            [sbatch, "--version"],
-            env=dict(environ),
-            capture_output=True,
-            text=True,
-            timeout=_ANSWER_DEADLINE_S,
-        )
-    except subprocess.TimeoutExpired:
-        return f" ({sbatch} --version did not answer within {_ANSWER_DEADLINE_S:g} s)"
+        done = ask([sbatch, "--version"], _ANSWER_DEADLINE_S, env=dict(environ))
+    except RunError as e:
+        return f" ({e})"
     except OSError as e:
         return f" ({sbatch}: {e.strerror})"
     if done.returncode == 0:
@@ -80,12 +74,7 @@ def _ask(sbatch: str, environ: Mapping[str, str]) -> str:
 
 def test_only(sbatch: Path, script: str) -> str:
     """What `sbatch --test-only` says about a batch script: when it would start, or why it is refused."""
-    try:
-        done = subprocess.run(
-            [str(sbatch), "--test-only"], input=script, capture_output=True, text=True, timeout=60
-        )
-    except subprocess.TimeoutExpired as e:
-        raise RunError(f"{sbatch} --test-only did not answer within 60 s") from e
+    done = ask([str(sbatch), "--test-only"], 60, input=script)
     said = " ".join((done.stderr + done.stdout).split())
     if done.returncode:
         raise RunError(f"sbatch --test-only refuses the job: {said}")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobs.node import ROOT
-from jobs.slurm_submit import job_state, submit_sbatch, submit_submitit
+from jobs.slurm_submit import submit_sbatch, submit_submitit
 from nanoslime.run_dir import DONE, FAILED, STOPPED
 from nanoslime.types import RunError
 from tests import processes
@@ -46,7 +46,7 @@ def test_submitit_job_has_an_agent_per_node_and_roles_where_the_plan_says(
     job_id = submit_submitit(made.config, made.layout, made.run, driver("ray"))
     slurm.wait_state(int(job_id), "COMPLETED", timeout_s=_DEADLINE_S)
 
-    assert (made.end, job_state(job_id)) == ((DONE, ""), "COMPLETED")
+    assert made.end == (DONE, "")
     seen = json.loads((made.run.attempts / "1" / "seen.json").read_text())
     found = {n["labels"]["nanoslime-node"]: (n["labels"]["nanoslime-role"], n["address"]) for n in seen}
     assert found == {
