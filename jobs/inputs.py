@@ -5,22 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from nanoslime.config import RunConfig
+from nanoslime.config import DataConfig, RunConfig
 from nanoslime.models.shape import ModelShape
 from nanoslime.models.tiny import tiny_qwen3_config
+from nanoslime.plugins import resolve as resolve_name
 from nanoslime.run_dir import RunDir
 from nanoslime.storage.safetensors_file import read_headers
 from nanoslime.types import RunError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HUB_DEADLINE_S = 4 * 3600
+_HUB = {"hub": "huggingface_hub:snapshot_download"}  # imported on need only: as slow as planning a run
+_HUB_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _ALIVE_S = 60  # heartbeats come every few seconds
 _PROMPT_FILES = (".jsonl", ".parquet")
@@ -31,16 +33,16 @@ def resolve(config: RunConfig, *, download: bool) -> tuple[RunConfig, ModelShape
 
     download: a hub id is fetched whole; otherwise only its config.json. Raises RunError for what is missing.
     """
-    cluster = replace(
-        config.cluster, run_root=str(Path(config.cluster.run_root or "runs").expanduser().absolute())
-    )
-    if cluster.venv:
-        cluster = replace(cluster, venv=str(Path(cluster.venv).expanduser().absolute()))
+    venv, run_root = config.cluster.venv, _absolute(config.cluster.run_root or "runs")
+    cluster = replace(config.cluster, run_root=str(run_root), venv=str(_absolute(venv)) if venv else "")
     config = replace(config, cluster=cluster)
     if config.rehearsal.enabled:
         return config, ModelShape.from_config(tiny_qwen3_config())
     config = _with_local_checkpoint(config, download)
-    shape = _shape(Path(config.model.hf_checkpoint))
+    try:
+        shape = ModelShape.read(config.model.hf_checkpoint)
+    except ValueError as e:
+        raise RunError(str(e)) from e
     prompts, held_out = _prompt_file(config, "prompts"), _prompt_file(config, "eval_prompts")
     return replace(config, data=replace(config.data, prompts=prompts, eval_prompts=held_out)), shape
 
@@ -48,47 +50,35 @@ def resolve(config: RunConfig, *, download: bool) -> tuple[RunConfig, ModelShape
 def _with_local_checkpoint(config: RunConfig, download: bool) -> RunConfig:
     name = config.model.hf_checkpoint
     if not name:
-        raise RunError(
-            "model.hf_checkpoint is not set: give --hf-checkpoint a directory or a hub id (Qwen/Qwen3-4B)"
-        )
-    directory, revision = Path(name).expanduser().absolute(), config.model.revision
-    if directory.is_dir():
-        whole = True
-    elif _HUB_ID.fullmatch(name):
-        directory, revision = _from_hub(name, revision, config_only=not download)
-        whole = download
-    else:
+        way_out = "give --hf-checkpoint a directory or a hub id (Qwen/Qwen3-4B)"
+        raise RunError(f"model.hf_checkpoint is not set: {way_out}")
+    directory, revision = _absolute(name), config.model.revision
+    from_hub = not directory.is_dir()
+    if from_hub and not _HUB_ID.fullmatch(name):
         raise RunError(f"model.hf_checkpoint={name!r} is neither a directory nor a hub id (OWNER/NAME)")
-    if whole:
+    if from_hub:
+        directory = _snapshot(name, revision, _HUB_FILES if download else ("config.json",))
+        revision = directory.name
+    if download or not from_hub:
         read_headers(directory)
         if not any((directory / file).exists() for file in _TOKENIZER_FILES):
             raise RunError(f"{directory} holds no tokenizer: none of {', '.join(_TOKENIZER_FILES)}")
     return replace(config, model=replace(config.model, hf_checkpoint=str(directory), revision=revision))
 
 
-def _from_hub(name: str, revision: str, *, config_only: bool) -> tuple[Path, str]:
-    """Local snapshot of a hub model and its commit; progress shows on stderr."""
-    command = [sys.executable, "-m", "jobs.hub", name, revision, *(["--config-only"] if config_only else [])]
+def _snapshot(name: str, revision: str, files: Sequence[str]) -> Path:
+    """Local snapshot of a hub model, named after its commit. Jobs run offline; progress shows on stderr."""
+    fetch = resolve_name("hub", _HUB, "model.hf_checkpoint")
     try:
-        done = subprocess.run(
-            command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=None, text=True, timeout=_HUB_DEADLINE_S
-        )
-    except subprocess.TimeoutExpired as e:
-        raise RunError(f"fetching {name} from the hub took over {_HUB_DEADLINE_S} s") from e
-    if done.returncode:
-        raise RunError(
-            f"model.hf_checkpoint={name!r} is no directory, and the hub did not give it (see above); "
-            "give the directory of a checkpoint, or fetch it where there is a network"
-        )
-    found = json.loads(done.stdout)
-    return Path(found["path"]), str(found["revision"])
+        return Path(fetch(name, revision=revision or None, allow_patterns=list(files)))
+    except Exception as e:  # OSErrors and ValueErrors of the hub, and whatever its transports raise
+        problem = f"is no directory, and the hub did not give it ({' '.join(str(e).split())})"
+        way_out = "give the directory of a checkpoint, or fetch it where there is a network"
+        raise RunError(f"model.hf_checkpoint={name!r} {problem}; {way_out}") from e
 
 
-def _shape(directory: Path) -> ModelShape:
-    try:
-        return ModelShape.read(directory)
-    except ValueError as e:
-        raise RunError(str(e)) from e
+def _absolute(path: str) -> Path:
+    return Path(path).expanduser().absolute()
 
 
 def _prompt_file(config: RunConfig, name: str) -> str:
@@ -98,30 +88,26 @@ def _prompt_file(config: RunConfig, name: str) -> str:
         if name == "prompts":
             raise RunError("data.prompts is not set: give --prompts FILE (.jsonl or .parquet)")
         return ""
-    path = Path(value).expanduser().absolute()
+    path = _absolute(value)
     if not path.is_file():
         raise RunError(f"data.{name}={value!r}: no such file")
     if path.suffix not in _PROMPT_FILES:
         raise RunError(f"data.{name}={value!r}: choose a file that ends in {' or '.join(_PROMPT_FILES)}")
     if path.suffix == ".jsonl":
         with path.open(encoding="utf-8") as file:
-            _check_line(path, next(filter(str.strip, file), ""), (data.prompt_key, data.label_key))
+            _check_line(path, next(filter(str.strip, file), ""), data)
     return str(path)
 
 
-def _check_line(path: Path, line: str, keys: tuple[str, str]) -> None:
+def _check_line(path: Path, line: str, data: DataConfig) -> None:
     try:
-        first = json.loads(line)
-    except ValueError as e:
+        first = {**json.loads(line)}  # TypeError: JSON, but no object
+    except (ValueError, TypeError) as e:
         raise RunError(f"{path} does not begin with a JSON object: {line.strip()[:80]!r}") from e
-    if not isinstance(first, dict):
-        raise RunError(f"{path} does not begin with a JSON object: {line.strip()[:80]!r}")
-    for field, key in zip(("prompt_key", "label_key"), keys, strict=True):
+    for field, key in (("prompt_key", data.prompt_key), ("label_key", data.label_key)):
         if key and key not in first:
-            raise RunError(
-                f"{path}: the first line has no {key!r}; "
-                f"set data.{field} to one of {', '.join(sorted(first))}"
-            )
+            way_out = f"set data.{field} to one of {', '.join(sorted(first))}"
+            raise RunError(f"{path}: the first line has no {key!r}; {way_out}")
 
 
 def refuse_if_running(run: RunDir) -> None:
@@ -143,30 +129,22 @@ def check_environment(config: RunConfig, repository: Path = REPOSITORY) -> None:
     if config.cluster.device != "cuda":
         return
     venv = Path(config.cluster.venv or sys.prefix)
-    stamp, wanted = venv / ".nanoslime-target", _cuda_stamp(repository)
-    made = (
-        dict(line.split("=", 1) for line in stamp.read_text().splitlines() if "=" in line)
-        if stamp.is_file()
-        else {}
-    )
-    if all(made.get(key) == value for key, value in wanted.items()):
+    stamp = venv / ".nanoslime-target"
+    locks = [repository / "env" / name for name in ("cuda.lock", "cuda.pinned.txt")]
+    content = b"".join(lock.read_bytes() for lock in locks if lock.is_file())
+    wanted = {"target": "cuda", "lock_sha256": hashlib.sha256(content).hexdigest()}  # as env/run.sh writes it
+    lines = stamp.read_text().splitlines() if stamp.is_file() else []
+    made = dict(line.split("=", 1) for line in lines if "=" in line)
+    if wanted.items() <= made.items():
         return
-    if not made:
-        found = "was not made by env/run.sh" if venv.is_dir() else "does not exist"
+    if made:
+        older = " as it was before" if made.get("target") == "cuda" else ""
+        found = f"was made from env/{made.get('target')}.lock{older}"
     else:
-        found = f"was made from env/{made.get('target')}.lock" + (
-            " as it was before" if made.get("target") == "cuda" else ""
-        )
+        found = "was not made by env/run.sh" if venv.is_dir() else "does not exist"
     place = "cluster.venv" if config.cluster.venv else "the environment that submits"
     raise RunError(
         f"cluster {config.cluster.name!r} has GPUs, but {place} ({venv}) {found}. Make it with\n"
         "    bash env/run.sh --target cuda true\n"
         f"on a machine that builds for the GPU nodes, and set cluster.venv to {repository}/.venv/cuda"
     )
-
-
-def _cuda_stamp(repository: Path) -> dict[str, str]:
-    """What env/run.sh writes beside an environment that it makes from the CUDA lock."""
-    files = [repository / "env/cuda.lock", repository / "env/cuda.pinned.txt"]
-    content = b"".join(file.read_bytes() for file in files if file.is_file())
-    return {"target": "cuda", "lock_sha256": hashlib.sha256(content).hexdigest()}

@@ -289,6 +289,12 @@ def test_a_prompt_file_that_cannot_serve_is_refused_before_submission(machine, m
     assert says in said and said.count("\n") == 1
 
 
+def offline_hub(monkeypatch, cache: Path) -> None:
+    """As HF_HUB_CACHE and HF_HUB_OFFLINE in the environment would make it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 def test_a_hub_id_becomes_a_local_snapshot_and_its_commit(machine, model, prompts, monkeypatch):
     commit = "0123456789abcdef0123456789abcdef01234567"
     cache = machine.root / "hub" / "models--someone--tiny"
@@ -296,8 +302,7 @@ def test_a_hub_id_becomes_a_local_snapshot_and_its_commit(machine, model, prompt
     (cache / "refs" / "main").write_text(commit)
     (cache / "snapshots").mkdir()
     model.rename(cache / "snapshots" / commit)
-    monkeypatch.setenv("HF_HUB_CACHE", str(cache.parent))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    offline_hub(monkeypatch, cache.parent)
     machine.slurm()
     flags = ["--nodes", 2, "--hf-checkpoint", "someone/tiny", "--prompts", prompts, "--submit", "sbatch"]
     assert machine.submit(*flags)[0] == 0
@@ -307,11 +312,11 @@ def test_a_hub_id_becomes_a_local_snapshot_and_its_commit(machine, model, prompt
 
 
 def test_a_hub_id_that_cannot_be_fetched_is_refused(machine, prompts, monkeypatch):
-    monkeypatch.setenv("HF_HUB_CACHE", str(machine.root / "hub"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    offline_hub(monkeypatch, machine.root / "hub")
     machine.slurm()
     said = machine.refusal("--hf-checkpoint", "someone/nothing", "--prompts", prompts)
-    assert "model.hf_checkpoint='someone/nothing' is no directory" in said
+    assert "model.hf_checkpoint='someone/nothing' is no directory, and the hub did not give it (" in said
+    assert said.count("\n") == 1
 
 
 @pytest.fixture
