@@ -26,10 +26,8 @@ from nanoslime.types import RunError
 
 RECIPES = inputs.REPOSITORY / "jobs" / "recipes"
 CLUSTERS = inputs.REPOSITORY / "env" / "clusters"
-SUBMITTERS = {
-    "submitit": "jobs.slurm_submit:submit_submitit",
-    "sbatch": "jobs.slurm_submit:submit_sbatch",
-}
+SUBMITTERS = {"submitit": "jobs.slurm_submit:submit_submitit", "sbatch": "jobs.slurm_submit:submit_sbatch"}
+_HELP = {"-h", "--help"}
 
 
 def main(argv: list[str], environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
@@ -63,7 +61,11 @@ def run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> i
         print(run.path)
         return 0
     print(f"{layouts.describe(config, shape, layout)}\n\nrun directory: {run.path}", flush=True)
-    return submit(config, layout, run) if submits else rehearse(config, layout, run)
+    if submits:
+        return submit(config, layout, run)
+    code = executor.run_local(config, layout, run)
+    print(summary_table(run))
+    return code
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -82,7 +84,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if command.resume and command.recipe:
         raise RunError("--resume takes the configuration of the run; leave out --recipe")
     command.recipe, command.cluster = _file(command.recipe, RECIPES), _file(command.cluster, CLUSTERS)
-    if {"-h", "--help"} & set(flags):
+    if _HELP & set(flags):
         parser.print_help()
     return command, flags
 
@@ -91,14 +93,9 @@ def configure(command: argparse.Namespace, flags: list[str]) -> RunConfig:
     """The run's own configuration, the recipe's, or without either the rehearsal's, and flags over it."""
     if command.resume:
         return load(RunDir.open(command.resume).config, command.cluster, flags)
-    recipe, asks_for_help = command.recipe, {"-h", "--help"} & set(flags)
-    if (
-        recipe is None
-        and not asks_for_help
-        and "model.hf_checkpoint" not in {f.field for f in parse_flags(flags)}
-    ):
-        recipe = RECIPES / "rehearsal.yaml"
-    return load(recipe, command.cluster, flags)
+    given = command.recipe or _HELP & set(flags)
+    given = given or "model.hf_checkpoint" in {flag.field for flag in parse_flags(flags)}
+    return load(command.recipe if given else RECIPES / "rehearsal.yaml", command.cluster, flags)
 
 
 def check_target(config: RunConfig, submits: bool) -> None:
@@ -136,12 +133,6 @@ def submit(config: RunConfig, layout: Layout, run: RunDir) -> int:
     print(f"  stop    scancel {job}")
     print(f"  resume  python jobs/submit_grpo.py --resume {run.path}")
     return 0
-
-
-def rehearse(config: RunConfig, layout: Layout, run: RunDir) -> int:
-    code = executor.run_local(config, layout, run)
-    print(summary_table(run))
-    return code
 
 
 def summary_table(run: RunDir) -> str:
