@@ -19,13 +19,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from nanoslime.config.model import RehearsalConfig
 from nanoslime.models.tiny import EOS, SPECIAL_TOKENS, Problem, digit_problems, tiny_qwen3_config
 from nanoslime.storage import commit
 from nanoslime.storage.shared_files import publish_json, read_json
@@ -41,15 +41,7 @@ MEASURE_EVERY, LOG_EVERY = 5, 50  # steps
 BATCH_SIZE, LR, WARMUP_STEPS = 128, 2e-3, 20
 SUMMARY = "rehearsal.json"
 
-
 Encoded = tuple[Tensor, Tensor]  # ids of prompts [N, P] and of their answers with the end token [N, A]
-
-
-@dataclass(frozen=True, slots=True)
-class WarmStart:
-    steps: int
-    reward: float  # expected exact match of a sample at temperature 1, on the checked problems
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,48 +49,34 @@ class RehearsalFiles:
     model: Path  # Hugging Face checkpoint with tokenizer
     train: Path  # JSON lines {"prompt", "label"}
     held_out: Path
-    warm_start: WarmStart
 
 
-def make(
-    directory: Path,
-    *,
-    task: str = "reverse",
-    seed: int = 0,
-    target_reward: float = 0.4,
-    num_held_out: int = 400,
-    deadline_s: float = 120.0,
-) -> RehearsalFiles:
-    """`directory` with model/, train.jsonl and held_out.jsonl: whole, or not there at all.
+def make(directory: Path, knobs: RehearsalConfig, deadline_s: float = 120.0) -> RehearsalFiles:
+    """`directory` with model/, train.jsonl, held_out.jsonl and rehearsal.json: whole, or not there at all.
 
-    The same arguments make the same files. A directory made before with them is taken as it is, one made with
+    The same knobs make the same files. A directory made before with them is taken as it is, one made with
     others is replaced. Raises RunError when the warm start has not reached `target_reward` by `deadline_s`.
     """
-    knobs = {"task": task, "seed": seed, "target_reward": target_reward, "num_held_out": num_held_out}
     summary = directory / SUMMARY
-    if summary.is_file() and read_json(summary)["knobs"] == knobs:
+    if summary.is_file() and read_json(summary)["knobs"] == asdict(knobs):
         logger.info("rehearsal: %s is there already", directory)
     else:
         _make(directory, knobs, deadline_s)
-    warm_start = WarmStart(**read_json(summary)["warm_start"])
-    return RehearsalFiles(
-        directory / "model", directory / "train.jsonl", directory / "held_out.jsonl", warm_start
-    )
+    return RehearsalFiles(directory / "model", directory / "train.jsonl", directory / "held_out.jsonl")
 
 
-def _make(directory: Path, knobs: dict[str, Any], deadline_s: float) -> None:
-    task, seed = knobs["task"], knobs["seed"]
-    train, held_out = digit_problems(task, seed, knobs["num_held_out"])
+def _make(directory: Path, knobs: RehearsalConfig, deadline_s: float) -> None:
+    train, held_out = digit_problems(knobs.task, knobs.seed, knobs.num_held_out)
     tokenizer = build_tokenizer()
     with _one_thread():
         checked, shown = (_encode(rows, tokenizer) for rows in (train[:NUM_CHECKED], train[NUM_CHECKED:]))
-        model, warm_start = _warm_start(checked, shown, seed, knobs["target_reward"], deadline_s)
+        model, warm_start = _warm_start(checked, shown, knobs.seed, knobs.target_reward, deadline_s)
     partial = commit.partial_dir(directory)
     model.save_pretrained(partial / "model")
     tokenizer.save_pretrained(partial / "model")
     _write_rows(partial / "train.jsonl", train)
     _write_rows(partial / "held_out.jsonl", held_out)
-    publish_json(partial / SUMMARY, {"knobs": knobs, "warm_start": asdict(warm_start)})
+    publish_json(partial / SUMMARY, {"knobs": asdict(knobs), "warm_start": warm_start})
     commit.commit(partial, directory)
 
 
@@ -116,10 +94,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def _warm_start(
     checked: Encoded, shown: Encoded, seed: int, target_reward: float, deadline_s: float
-) -> tuple[Qwen3ForCausalLM, WarmStart]:
-    """A new model, taught until a sample at temperature 1 is right with probability `target_reward`.
+) -> tuple[Qwen3ForCausalLM, dict[str, float]]:
+    """A new model, taught from `shown` until a sample at temperature 1 is right with prob. `target_reward`.
 
-    It learns from `shown` only.
+    Beside it: steps, seconds, and its reward, the expected exact match of a sample on the checked problems.
     """
     num_digits = shown[1].shape[1] - 1
     faulty = max(0.0, 1 - (TEACHER_LEAD * target_reward) ** (1 / num_digits))
@@ -149,9 +127,9 @@ def _warm_start(
                 f"the warm start has an expected reward of {reward:.3f} after {step} steps, {deadline_s:g} s,"
                 f" not rehearsal.target_reward={target_reward:g}; choose a lower one or a less busy machine"
             )
-    result = WarmStart(step, reward, time.monotonic() - start)
-    logger.info("warm start: %d steps, %.1f s, expected reward %.3f", step, result.seconds, reward)
-    return model, result
+    seconds = time.monotonic() - start
+    logger.info("warm start: %d steps, %.1f s, expected reward %.3f", step, seconds, reward)
+    return model, {"steps": step, "reward": reward, "seconds": seconds}
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanoslime import rehearsal
+from nanoslime.config.model import RehearsalConfig
 from nanoslime.models.shape import ModelShape
 from nanoslime.models.tiny import EOS, VOCAB_SIZE, digit_problems
 from nanoslime.rehearsal import RehearsalFiles
@@ -24,7 +25,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(directory: Path) -> RehearsalFiles:
-    return rehearsal.make(directory, seed=3)
+    return rehearsal.make(directory, RehearsalConfig(seed=3))
 
 
 def rows(path: Path) -> list[tuple[str, str]]:
@@ -94,13 +95,14 @@ def test_samples_of_the_saved_model_are_right_as_often_as_the_warm_start_says(ma
     texts = tokenizer.batch_decode(output[:, prompts.shape[1] :], skip_special_tokens=True)
     labels = [label for _, label in problems] * 4
     reward = sum(text == label for text, label in zip(texts, labels, strict=True)) / len(labels)
-    assert made.warm_start.reward == pytest.approx(0.43, abs=0.03)
-    assert reward == pytest.approx(made.warm_start.reward, abs=0.06)
+    said = json.loads((made.model.parent / "rehearsal.json").read_text())["warm_start"]["reward"]
+    assert said == pytest.approx(0.43, abs=0.03)
+    assert reward == pytest.approx(said, abs=0.06)
 
 
 def test_a_second_call_takes_what_is_there(made: RehearsalFiles, directory: Path):
     before = (made.model / "model.safetensors").stat().st_mtime_ns
-    assert rehearsal.make(directory, seed=3) == made
+    assert rehearsal.make(directory, RehearsalConfig(seed=3)) == made
     assert (made.model / "model.safetensors").stat().st_mtime_ns == before
 
 
@@ -109,7 +111,7 @@ def test_the_same_seed_makes_the_same_model_and_other_knobs_make_another(tmp_pat
     weights = []
     for name, seed in made_with:
         torch.rand(1)  # the process's own random numbers have no say
-        files = rehearsal.make(tmp_path / name, seed=seed, target_reward=BARELY)
+        files = rehearsal.make(tmp_path / name, RehearsalConfig(seed=seed, target_reward=BARELY))
         weights.append((files.model / "model.safetensors").read_bytes())
     assert weights[0] == weights[2] != weights[1]
 
@@ -127,14 +129,14 @@ def test_an_interrupted_make_leaves_nothing_that_looks_finished(
     with monkeypatch.context() as patch:
         patch.setattr(rehearsal, "_write_rows", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            rehearsal.make(target, target_reward=BARELY)
+            rehearsal.make(target, RehearsalConfig(target_reward=BARELY))
     assert not target.exists()
-    files = rehearsal.make(target, target_reward=BARELY)
+    files = rehearsal.make(target, RehearsalConfig(target_reward=BARELY))
     assert len(rows(files.train)) == 9600
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_warm_start_that_cannot_reach_its_target_says_so(tmp_path: Path):
     with pytest.raises(RunError, match=r"after \d+ steps, 0\.2 s, not rehearsal.target_reward=0.4"):
-        rehearsal.make(tmp_path / "model", deadline_s=0.2)
+        rehearsal.make(tmp_path / "model", RehearsalConfig(), deadline_s=0.2)
     assert not any(tmp_path.iterdir())

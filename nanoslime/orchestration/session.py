@@ -51,11 +51,7 @@ def prepare_model(config: RunConfig, run: RunDir) -> tuple[RunConfig, Path]:
     """The configuration with its data paths, and the model's directory; a rehearsal makes its own first."""
     if not config.rehearsal.enabled:
         return config, Path(config.model.hf_checkpoint)
-    knobs = config.rehearsal
-    files = rehearsal.make(
-        run.model, task=knobs.task, seed=knobs.seed, target_reward=knobs.target_reward,
-        num_held_out=knobs.num_held_out,
-    )  # fmt: skip
+    files = rehearsal.make(run.model, config.rehearsal)
     data = replace(config.data, prompts=str(files.train), eval_prompts=str(files.held_out))
     return replace(config, data=data), files.model
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nanoslime import rehearsal, train
+from nanoslime.config.model import RehearsalConfig
 from nanoslime.orchestration.launch import Launch, parse
 from nanoslime.run_dir import DONE, FAILED, STOPPED, RunDir
 
@@ -28,7 +29,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> rehearsal.RehearsalFiles:
-    return rehearsal.make(tmp_path_factory.mktemp("files") / "model", num_held_out=200)
+    return rehearsal.make(tmp_path_factory.mktemp("files") / "model", RehearsalConfig(num_held_out=200))
 
 
 def run_dir(root: Path, name: str, model: rehearsal.RehearsalFiles, more: str = "") -> list[str]:
