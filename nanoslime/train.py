@@ -27,16 +27,9 @@ logger = logging.getLogger(__name__)
 
 
 def train(session: Session, tracker: Tracker, clock: Clock) -> int:
-    """Runs the loop from where the run stands. Returns DONE, or STOPPED after committing when it was told to
-    stop.
-    """
-    config, trainer, rollout, checkpoints = (
-        session.config,
-        session.trainer,
-        session.rollout,
-        session.checkpoints,
-    )
-    num_rollout = config.rollout.num_rollout
+    """The loop, from where the run stands. Returns DONE, or STOPPED after committing when told to stop."""
+    config, trainer, rollout = session.config, session.trainer, session.rollout
+    checkpoints, num_rollout = session.checkpoints, config.rollout.num_rollout
     start = clock.step = checkpoints.resume()
     tracker.resume(start)
     trainer.sync_weights(rollout, version=start)
@@ -71,9 +64,7 @@ def train(session: Session, tracker: Tracker, clock: Clock) -> int:
 
 
 def run(launch: Launch) -> int:
-    """Opens the session, runs the loop and sums up. An expected failure is one line, in the log and in the
-    run's status.
-    """
+    """Opens the session, trains and sums up. An expected failure is one line, in log and run status."""
     started, leads = time.monotonic(), launch.leads
     clock = Clock(launch.attempt.run, leads=leads)
     try:

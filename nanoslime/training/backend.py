@@ -98,13 +98,8 @@ class TrainBackend(ABC):
                 torch._foreach_mul_(self._grads(), scale)
             self._update(lr)
         self._step += 1
-        return StepMetrics(
-            loss=values.pop("train/loss"),
-            grad_norm=norm,
-            lr=lr,
-            skipped=not math.isfinite(norm),
-            values=values,
-        )
+        loss, skipped = values.pop("train/loss"), not math.isfinite(norm)
+        return StepMetrics(loss=loss, grad_norm=norm, lr=lr, skipped=skipped, values=values)
 
     @abstractmethod
     def all_sum(self, value: Tensor) -> Tensor:
@@ -152,9 +147,7 @@ class TrainBackend(ABC):
             yield
             return
         if not self._reference:
-            raise ValueError(
-                "reference logprobs need kl_coef > 0 or use_kl_loss; no reference weights are kept"
-            )
+            raise ValueError("reference logprobs need kl_coef > 0 or use_kl_loss; no such weights are kept")
         live = self._parameters()
         policy = [p.clone() for p in live]
         torch._foreach_copy_(live, self._reference)
@@ -175,20 +168,14 @@ def init_process_group(env: RankEnv, config: TrainingConfig) -> None:
         torch.cuda.set_device(env.local_rank)
     start = timedelta(seconds=config.start_deadline_s)
     try:
-        store, rank, world_size = next(
-            dist.rendezvous(env.init_method, env.rank, env.world_size, timeout=start)
-        )
+        meeting = dist.rendezvous(env.init_method, env.rank, env.world_size, timeout=start)
+        store, rank, world_size = next(meeting)
         store.set(f"trainer rank {rank}", "here")
         store.wait([f"trainer rank {other}" for other in range(world_size)], start)
     except RuntimeError as e:
-        raise RunError(
-            f"trainer rank {env.rank} of {env.world_size} did not meet the others at {env.init_method} "
-            f"within training.start_deadline_s={config.start_deadline_s:g}; their logs say why: {e}"
-        ) from e
-    dist.init_process_group(
-        backend="cpu:gloo,cuda:nccl" if env.device == "cuda" else "gloo",
-        store=dist.PrefixStore("default_pg", store),
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=config.collective_deadline_s),
-    )
+        who = f"trainer rank {env.rank} of {env.world_size}"
+        late = f"at {env.init_method} within training.start_deadline_s={config.start_deadline_s:g}"
+        raise RunError(f"{who} did not meet the others {late}; their logs say why: {e}") from e
+    backend = "cpu:gloo,cuda:nccl" if env.device == "cuda" else "gloo"
+    place = {"store": dist.PrefixStore("default_pg", store), "rank": rank, "world_size": world_size}
+    dist.init_process_group(backend, **place, timeout=timedelta(seconds=config.collective_deadline_s))

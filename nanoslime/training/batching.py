@@ -45,9 +45,7 @@ def plan(
             by_id.setdefault(sample.group_id, []).append(sample)
     whole_groups, bounds = list(by_id.values()), [len(by_id) * i // num_steps for i in range(num_steps + 1)]
     steps = [[s for group in whole_groups[a:b] for s in group] for a, b in pairwise(bounds)]
-    return [
-        _plan_step(samples, dp_size, max_tokens, denominator, temperature) for samples in steps if samples
-    ]
+    return [_plan_step(step, dp_size, max_tokens, denominator, temperature) for step in steps if step]
 
 
 def _plan_step(

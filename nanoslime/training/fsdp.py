@@ -58,10 +58,9 @@ class FSDPBackend(TrainBackend):
 
     def load(self, path: Path) -> None:
         """Reads what `save` wrote, by any number of ranks."""
-        state = self._state()
         stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        for name in [name for name in state if name.startswith("rng.") and name not in stored]:
-            del state[name]  # written by fewer ranks
+        # fewer ranks leave fewer generators' states
+        state = {k: v for k, v in self._state().items() if k in stored or not k.startswith("rng.")}
         dcp.load(state, checkpoint_id=path)
         self._step = state["step"]
         for name, generator in self._generators().items():
@@ -84,15 +83,10 @@ class FSDPBackend(TrainBackend):
 
     def _forward(self, batch: MicroBatch) -> Tensor:
         # Without a mask, transformers separates packed sequences where the positions start again.
-        output = self._model(
-            input_ids=batch.token_ids[None], position_ids=batch.positions[None], use_cache=False
-        )
+        pack = {"input_ids": batch.token_ids[None], "position_ids": batch.positions[None]}
+        logits, vocab_size = self._model(**pack, use_cache=False).logits[0], self._model.config.vocab_size
         return token_logprobs(
-            output.logits[0],
-            batch.token_ids,
-            batch.cu_seqlens,
-            temperature=batch.temperature,
-            vocab_size=self._model.config.vocab_size,
+            logits, batch.token_ids, batch.cu_seqlens, temperature=batch.temperature, vocab_size=vocab_size
         )
 
     def _grads(self) -> list[Tensor]:
@@ -147,13 +141,8 @@ def _refuse_other_dimensions(config: TrainingConfig) -> None:
 
 def _make_optimizer(model: torch.nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     """AdamW (arXiv 1711.05101) without decay of vectors (norms, biases)."""
-    return torch.optim.AdamW(
-        [
-            {"params": [p for p in model.parameters() if p.dim() >= 2]},
-            {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
-        ],
-        lr=config.lr,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_eps,
-        weight_decay=config.weight_decay,
-    )
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    others = {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, others]
+    betas = (config.adam_beta1, config.adam_beta2)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.adam_eps)
