@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
 _CPU = torch.device("cpu")
 
@@ -80,6 +82,14 @@ def install() -> None:
     # the tracker of model-parallel random states reaches the CUDA generators through torch._C
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    # without Transformer Engine 0.16.1 does not define the one, and takes it to be there in the other
+    moe_utils.te_general_gemm, multi_latent_attention.HAVE_TE = None, False
+    token_dispatcher.maybe_move_tensor_to_cpu = _to_cpu
+
+
+def _to_cpu(tensor: Any, as_numpy: bool = False, **_: Any) -> Any:
+    """megatron-core's makes an array of a CUDA tensor only, but then splits by it wherever it came from."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 @contextmanager

@@ -11,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 
@@ -66,13 +69,32 @@ class PackedAttention(MegatronModule):
 
 def local_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage and the norm after the last."""
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
-    modules = layer.submodules
+    pattern = config.moe_layer_freq if isinstance(config.moe_layer_freq, list) else [1] * config.num_layers
+    kinds = [_layer_spec(config, None), _layer_spec(config, config.num_moe_experts)]
+    first = get_transformer_layer_offset(config)
+    here = pattern[first : first + get_num_layers_to_build(config)]
+    return TransformerBlockSubmodules(layer_specs=[kinds[kind] for kind in here], layer_norm=RMSNorm)
+
+
+def _layer_spec(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
+    """One layer. In torch_dist files its norms have the names that Transformer Engine's modules give them."""
+    latent = config.multi_latent_attention
+    layer = get_gpt_layer_local_spec(
+        num_experts,
+        qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=latent,
+        normalization="RMSNorm",
+    )
+    modules, attention = layer.submodules, layer.submodules.self_attention.submodules
     modules.input_layernorm = modules.pre_mlp_layernorm = RMSNorm
-    attention = modules.self_attention.submodules
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
-    )
+        attention.q_layernorm = attention.k_layernorm = attention.kv_layernorm = RMSNorm
+    fused = {"input_layernorm.": "self_attention.linear_qkv."}
+    if latent:
+        fused = {f"self_attention.{x}_layernorm.": f"self_attention.linear_{x}_up_proj." for x in ("q", "kv")}
+        attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear  # whole on every rank, as there
+    if num_experts is None:
+        fused["pre_mlp_layernorm."] = "mlp.linear_fc1."
+    modules.sharded_state_dict_keys_map = {norm: into + "layer_norm_" for norm, into in fused.items()}
+    return layer

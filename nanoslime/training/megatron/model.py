@@ -11,48 +11,38 @@ import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel as DDP
 from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 from nanoslime.config import RunConfig
 from nanoslime.models.rules import padded_vocab_size
-from nanoslime.models.shape import ModelShape
+from nanoslime.models.shape import MLA, ModelShape, MoE
 from nanoslime.training.megatron.cpu_compat import cuda_names
 from nanoslime.training.megatron.local_layers import local_block_spec
 from nanoslime.training.megatron.parallel import Ranks
 
 
-def transformer_config(shape: ModelShape, config: RunConfig, device: torch.device) -> TransformerConfig:
-    """megatron-core's configuration of this model; `training.megatron` overrides single fields of it.
+def model_config(
+    shape: ModelShape, dtype: torch.dtype, device: torch.device, **options: Any
+) -> TransformerConfig:
+    """megatron-core's configuration of this model; `options` are further fields of it, or others' values.
 
-    Raises ValueError for a field that megatron-core does not have.
+    Raises ValueError for a field that megatron-core does not have, and for a model that it cannot compute.
     """
-    training, dtype = config.training, getattr(torch, config.model.dtype)
+    if lacks := [*shape.megatron_lacks, *_lacks(shape)]:
+        raise ValueError(f"megatron-core cannot compute this {shape.model_type}: it lacks {'; '.join(lacks)}")
     on_cpu = device.type == "cpu"
     values: dict[str, Any] = dict(
-        num_layers=shape.num_layers,
-        hidden_size=shape.hidden_size,
-        ffn_hidden_size=shape.intermediate_size,
-        num_attention_heads=shape.num_attention_heads,
-        num_query_groups=shape.num_key_value_heads,
-        kv_channels=shape.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=shape.rms_norm_eps,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        add_qkv_bias=shape.qkv_bias,
-        qk_layernorm=shape.qk_norm,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        tensor_model_parallel_size=training.tp_size,
-        pipeline_model_parallel_size=training.pp_size,
-        sequence_parallel=training.sequence_parallel and training.tp_size > 1,
+        num_layers=shape.num_layers, hidden_size=shape.hidden_size, ffn_hidden_size=shape.intermediate_size,
+        num_attention_heads=shape.num_attention_heads, num_query_groups=shape.num_key_value_heads,
+        kv_channels=shape.head_dim, qk_layernorm=shape.qk_norm, rotary_interleaved=shape.rotary_interleaved,
+        add_bias_linear=False, add_qkv_bias=shape.qkv_bias,
+        normalization="RMSNorm", layernorm_epsilon=shape.rms_norm_eps,
+        gated_linear_unit=True, activation_func=F.silu, hidden_dropout=0.0, attention_dropout=0.0,
+        params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
         use_cpu_initialization=on_cpu,
         perform_initialization=True,  # it also marks what TP splits; without, the norm counts rank 0 only
         variable_seq_lengths=True,  # packed micro-batches differ in length
@@ -60,43 +50,117 @@ def transformer_config(shape: ModelShape, config: RunConfig, device: torch.devic
         calculate_per_token_loss=True,  # gradients are summed over data parallelism, not averaged
         deallocate_pipeline_outputs=not on_cpu,  # gloo may still read what NCCL has already taken
         batch_p2p_sync=False,
+    )  # fmt: skip
+    if shape.moe:
+        values |= _expert_fields(shape.moe, shape.num_layers, grouped=_has_transformer_engine(device))
+    if shape.mla:
+        values |= _latent_fields(shape.mla, shape)
+    kind = MLATransformerConfig if shape.mla else TransformerConfig
+    if unknown := options.keys() - {field.name for field in fields(kind)}:
+        raise ValueError(f"training.megatron: megatron-core's {kind.__name__} has no field {sorted(unknown)}")
+    return kind(**values | options)
+
+
+def transformer_config(shape: ModelShape, config: RunConfig, device: torch.device) -> TransformerConfig:
+    """The configuration for training; `training.megatron` overrides single fields. Raises as model_config."""
+    training = config.training
+    options: dict[str, Any] = dict(
+        tensor_model_parallel_size=training.tp_size,
+        pipeline_model_parallel_size=training.pp_size,
+        sequence_parallel=training.sequence_parallel and training.tp_size > 1,
     )
     if training.recompute:
-        values |= dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    unknown = training.megatron.keys() - {field.name for field in fields(TransformerConfig)}
-    if unknown:
-        raise ValueError(
-            f"training.megatron: megatron-core's TransformerConfig has no field {sorted(unknown)}"
-        )
-    return TransformerConfig(**{**values, **training.megatron})
+        options |= dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    return model_config(shape, getattr(torch, config.model.dtype), device, **options | training.megatron)
 
 
-def build(shape: ModelShape, config: RunConfig, ranks: Ranks, device: torch.device) -> DDP:
-    """This rank's part of the model with uninitialized weights, in gradient buffers of float32."""
-    settings = transformer_config(shape, config, device)
-    if device.type == "cuda" and find_spec("transformer_engine") is not None:
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=shape.qk_norm)
+def gpt_model(
+    shape: ModelShape, settings: TransformerConfig, device: torch.device, *, first: bool, last: bool
+) -> GPTModel:
+    """This rank's part of the model with uninitialized weights; first, last: at that end of the pipeline."""
+    if _has_transformer_engine(device):
+        spec = get_gpt_decoder_block_spec(settings, use_transformer_engine=True)
     else:
         spec = local_block_spec(settings)
     with cuda_names():
-        model = GPTModel(
+        return GPTModel(
             config=settings,
             transformer_layer_spec=spec,
-            vocab_size=padded_vocab_size(shape, ranks.tp_size),
+            vocab_size=padded_vocab_size(shape, settings.tensor_model_parallel_size),
             max_sequence_length=shape.max_position_embeddings,
-            pre_process=ranks.is_first_stage,
-            post_process=ranks.is_last_stage,
+            pre_process=first,
+            post_process=last,
             share_embeddings_and_output_weights=shape.tie_word_embeddings,
             position_embedding_type="rope",
+            rotary_percent=shape.rotary_fraction,
             rotary_base=shape.rope_theta,
             rope_scaling=shape.rope_scaling_factor is not None,
             rope_scaling_factor=shape.rope_scaling_factor or 1.0,
         ).to(device)
+
+
+def build(shape: ModelShape, config: RunConfig, ranks: Ranks, device: torch.device) -> DDP:
+    """This rank's part of the model for training, in gradient buffers of float32."""
+    settings = transformer_config(shape, config, device)
+    model: torch.nn.Module = gpt_model(
+        shape, settings, device, first=ranks.is_first_stage, last=ranks.is_last_stage
+    )
+    if settings.bf16:
+        model = Float16Module(settings, model)
+        for module in model.modules():
+            if isinstance(module, TopKRouter):
+                module._maintain_float32_expert_bias()  # else only at the first forward, after loading
     buffers = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=config.training.distributed_optimizer
     )
     settings.finalize_model_grads_func = _finalize_grads
-    return DDP(settings, buffers, Float16Module(settings, model) if settings.bf16 else model)
+    return DDP(settings, buffers, model)
+
+
+def _expert_fields(moe: MoE, num_layers: int, *, grouped: bool) -> dict[str, Any]:
+    """Routing as transformers does it; no auxiliary loss, and the bias of the scores stays as it is."""
+    pattern = [int(layer in moe.layers) for layer in range(num_layers)]
+    sigmoid, in_groups = moe.score == "sigmoid", moe.num_groups > 1
+    return dict(
+        num_moe_experts=moe.num_experts, moe_layer_freq=1 if all(pattern) else pattern,
+        moe_ffn_hidden_size=moe.intermediate_size, moe_grouped_gemm=grouped,
+        moe_shared_expert_intermediate_size=moe.shared_intermediate_size or None,
+        moe_shared_expert_gate=moe.shared_gate, moe_router_topk=moe.num_experts_per_token,
+        moe_router_score_function=moe.score, moe_router_dtype="fp32" if sigmoid else None,
+        moe_router_pre_softmax=not sigmoid and not moe.normalized,
+        moe_router_topk_scaling_factor=moe.scaling_factor,
+        moe_router_num_groups=moe.num_groups if in_groups else None,
+        moe_router_group_topk=moe.num_groups_per_token if in_groups else None,
+        moe_router_enable_expert_bias=moe.score_bias, moe_router_bias_update_rate=0.0,
+        moe_router_load_balancing_type="none",
+    )  # fmt: skip
+
+
+def _latent_fields(mla: MLA, shape: ModelShape) -> dict[str, Any]:
+    """Latent attention, which has no query groups; megatron-core pairs its rotary dimensions by itself."""
+    return dict(
+        num_query_groups=shape.num_attention_heads, qk_layernorm=True,
+        q_lora_rank=mla.q_lora_rank, kv_lora_rank=mla.kv_lora_rank, qk_head_dim=mla.qk_nope_head_dim,
+        qk_pos_emb_head_dim=mla.qk_rope_head_dim, v_head_dim=mla.v_head_dim,
+        rope_type="rope", rotary_base=shape.rope_theta, rotary_percent=shape.rotary_fraction,
+        rotary_interleaved=False, rotary_scaling_factor=1.0,
+    )  # fmt: skip
+
+
+def _lacks(shape: ModelShape) -> list[str]:
+    """What megatron-core 0.16.1 computes in one way only, where transformers has several."""
+    found, moe = [], shape.moe
+    if shape.mla and not shape.rotary_interleaved:
+        found.append("rope_interleave=false")
+    if moe and moe.score == "sigmoid" and moe.normalized != (moe.num_experts_per_token > 1):
+        found.append(f"norm_topk_prob={moe.normalized} with {moe.num_experts_per_token} sigmoid scores")
+    if moe and moe.num_groups > 1 and moe.num_experts_per_token // moe.num_groups_per_token != 2:
+        found.append("groups of experts ranked by two scores, with other than two experts of each group")
+    return found
+
+
+def _has_transformer_engine(device: torch.device) -> bool:
+    return device.type == "cuda" and find_spec("transformer_engine") is not None
 
 
 def unwrap(model: torch.nn.Module) -> GPTModel:

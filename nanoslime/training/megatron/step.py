@@ -81,11 +81,7 @@ class Pipeline:
         if padding:  # one more sequence, which nobody reads
             tokens, positions = F.pad(tokens, (0, padding)), F.pad(positions, (0, padding))
             bounds = torch.cat([bounds, bounds[-1:] + padding])
-        longest = int(bounds.diff().max())
-        ends = dict(cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
-        packed = PackedSeqParams(qkv_format="thd", **ends)
-        inputs = {"input_ids": tokens[None], "position_ids": positions[None]}
-        return {**inputs, "attention_mask": None, "packed_seq_params": packed}
+        return packed_inputs(tokens, positions, bounds)
 
     def _token_logprobs(self, batch: MicroBatch, logits: Tensor) -> Tensor:
         columns = padded_vocab_size(self._shape, self._ranks.tp_size) // self._ranks.tp_size
@@ -98,3 +94,12 @@ class Pipeline:
             vocab_start=self._ranks.tp_rank * columns,
             tp_group=self._ranks.tp_group if self._ranks.tp_size > 1 else None,
         )
+
+
+def packed_inputs(tokens: Tensor, positions: Tensor, bounds: Tensor) -> dict[str, Any]:
+    """GPTModel's arguments for sequences one after the other: [T], [T], and [N + 1], where each begins."""
+    longest = int(bounds.diff().max())
+    ends = dict(cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
+    packed = PackedSeqParams(qkv_format="thd", **ends)
+    inputs = {"input_ids": tokens[None], "position_ids": positions[None]}
+    return {**inputs, "attention_mask": None, "packed_seq_params": packed}

@@ -74,7 +74,9 @@ def load(bound: Bound, shape: ModelShape, directory: Path) -> None:
 def shards(bound: Bound, attribute: str = "data") -> Iterator[WeightShard]:
     """The pieces with views of the parameters, or of their float32 gradients for "main_grad"."""
     for piece, parameter in bound:
-        yield WeightShard(piece.hf, piece.full_shape, piece.box, getattr(parameter, attribute)[piece.local])
+        if hasattr(parameter, attribute):  # the bias of a router's scores has no gradient
+            values = getattr(parameter, attribute)[piece.local]
+            yield WeightShard(piece.hf, piece.full_shape, piece.box, values)
 
 
 def _check_tied_head(bound: Bound, head: TensorInfo) -> None:
