@@ -10,7 +10,14 @@ from nanoslime.models.shape import MLA, Architecture, ConfigFile, ModelShape
 
 
 def _read(config: ConfigFile) -> ModelShape:
-    config.refuse("attention_bias", False)
+    known = {
+        "attention_bias": False,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "moe_layer_freq": 1,
+    }
+    for key, value in known.items():
+        config.refuse(key, value)
     mla = MLA(
         q_lora_rank=config.get("q_lora_rank", None),
         kv_lora_rank=config["kv_lora_rank"],

@@ -1,12 +1,10 @@
 """GLM-4 (0414, dense): gate and up in one tensor, norms also after attention and MLP; and GLM-4.5 (MoE).
 
 megatron-core 0.16.1 has no layer with GLM-4's two norms after attention and MLP. Their Megatron names are
-those of slime's patched layer, and nothing here can build it: GLM-4 converts, it does not train with Megatron.
+those of the layers that slime and mbridge patch in: GLM-4 converts, it does not train with Megatron.
 """
 
 from __future__ import annotations
-
-import dataclasses
 
 from nanoslime.models.rules import Rule, all_layers, attention, dense_mlp, ends, mixed_mlp, mtp
 from nanoslime.models.shape import Architecture, ConfigFile, ModelShape
@@ -15,11 +13,9 @@ _POST_NORMS = ("post_self_attn_layernorm.weight", "post_mlp_layernorm.weight")
 
 
 def _read(config: ConfigFile) -> ModelShape:
-    shape = ModelShape(
-        **config.sizes(), qkv_bias=config.get("attention_bias", False), rotary_interleaved=True
-    )
-    lacks = (*shape.megatron_lacks, "norms after attention and MLP")
-    return dataclasses.replace(shape, megatron_lacks=lacks)
+    sizes = config.sizes(rotary_fraction=0.5)
+    sizes["megatron_lacks"] += ("norms after attention and MLP",)
+    return ModelShape(**sizes, qkv_bias=config.get("attention_bias", True), rotary_interleaved=True)
 
 
 def _rules(shape: ModelShape) -> list[Rule]:
@@ -29,7 +25,7 @@ def _rules(shape: ModelShape) -> list[Rule]:
 
 def _read_moe(config: ConfigFile) -> ModelShape:
     return ModelShape(
-        **config.sizes(),
+        **config.sizes(rotary_fraction=0.5),
         qkv_bias=config.get("attention_bias", False),
         qk_norm=config.get("use_qk_norm", False),
         moe=config.sigmoid_moe(),
@@ -42,6 +38,6 @@ def _moe_rules(shape: ModelShape) -> list[Rule]:
 
 
 GLM4 = Architecture(
-    _read, _rules, "the names of the two norms after attention and MLP are slime's: no GPTModel has them"
+    _read, _rules, "the norms after attention and MLP are named as slime and mbridge do: no GPTModel has them"
 )
 GLM4_MOE = Architecture(_read_moe, _moe_rules)

@@ -15,8 +15,7 @@ def _read_moe(config: ConfigFile) -> ModelShape:
     config.refuse("attention_bias", False)
     moe = MoE(
         layers=config.sparse_layers(),
-        num_experts=config.get("num_experts", None)
-        or config["num_local_experts"],  # older, newer transformers
+        num_experts=config.get("num_experts", None) or config["num_local_experts"],
         num_experts_per_token=config["num_experts_per_tok"],
         intermediate_size=config["moe_intermediate_size"],
         normalized=config.get("norm_topk_prob", False),

@@ -22,6 +22,8 @@ from typing import Literal
 from nanoslime.models.shape import ModelShape
 
 Box = tuple[slice, ...]  # one slice per dimension, start and stop set
+Gated = tuple[str, str, str]  # the gate, up and down matrix of an MLP
+GATED: Gated = ("gate_proj", "up_proj", "down_proj")
 VOCAB_MULTIPLE = 8  # rows of the vocabulary per rank are a multiple of this, for the matrix kernels
 
 
@@ -37,19 +39,15 @@ class Rule:
     layout: Literal["copy", "vocab", "cat", "halves", "qkv"]
     parts: tuple[tuple[str, tuple[int, ...]], ...]  # Hugging Face name, full shape
     tp_dim: int | None = None
-    layers: tuple[int, ...] = ()  # none: outside of the layers
+    layers: tuple[int, ...] | None = None  # None: outside of the layers
     num_experts: int = 0
     local: str | None = None
 
-    @property
-    def is_mtp(self) -> bool:
-        return self.megatron.startswith("mtp.")
-
     def num_elements(self, shape: ModelShape) -> int:
         """Elements of its Hugging Face tensors in a model without multi-token prediction."""
-        if self.is_mtp or self.megatron.startswith("output_layer.") and shape.tie_word_embeddings:
+        if self.megatron.startswith("output_layer.") and shape.tie_word_embeddings:
             return 0
-        layers = sum(layer < shape.num_layers for layer in self.layers) if self.layers else 1
+        layers = 1 if self.layers is None else sum(layer < shape.num_layers for layer in self.layers)
         return layers * (self.num_experts or 1) * sum(prod(full) for _, full in self.parts)
 
 
@@ -63,6 +61,7 @@ class Piece:
     megatron: str
     other: str  # the Megatron tensor's second name, see Rule.local
     local: Box  # in the rank's tensor
+    rule: Rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,14 +113,13 @@ def all_layers(shape: ModelShape) -> Layers:
 
 def ends(shape: ModelShape) -> list[Rule]:
     """Embedding, final norm and output layer."""
-    h = shape.hidden_size
-    head = "model.embed_tokens.weight" if shape.tie_word_embeddings else "lm_head.weight"
-    names = {"embedding.word_embeddings.weight": "model.embed_tokens.weight", "output_layer.weight": head}
-    vocab = [Rule(m, "vocab", ((hf, (shape.vocab_size, h)),), 0) for m, hf in names.items()]
+    full = (shape.vocab_size, shape.hidden_size)
+    embedding = "model.embed_tokens.weight"
+    head = embedding if shape.tie_word_embeddings else "lm_head.weight"
     return [
-        vocab[0],
-        Rule("decoder.final_layernorm.weight", "copy", (("model.norm.weight", (h,)),)),
-        vocab[1],
+        Rule("embedding.word_embeddings.weight", "vocab", ((embedding, full),), 0),
+        Rule("decoder.final_layernorm.weight", "copy", (("model.norm.weight", full[1:]),)),
+        Rule("output_layer.weight", "vocab", ((head, full),), 0),
     ]
 
 
@@ -151,17 +149,11 @@ def attention(shape: ModelShape) -> list[Rule]:
 def dense_mlp(shape: ModelShape, layers: Layers | None = None, *, fused: bool = False) -> list[Rule]:
     """A gated MLP and the norm before it; `fused`: Hugging Face holds gate and up in one tensor."""
     h, f, layer = shape.hidden_size, shape.intermediate_size, layers or all_layers(shape)
+    norm, hf = "mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight"
+    fc1, fc2 = _gated(layer, "mlp.", "mlp.", h, f)
     if fused:
         fc1 = layer.stack("mlp.linear_fc1.weight", "halves", ["mlp.gate_up_proj.weight"], [(2 * f, h)])
-    else:
-        names = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
-        fc1 = layer.stack("mlp.linear_fc1.weight", "cat", names, [(f, h), (f, h)])
-    norm = "mlp.linear_fc1.layer_norm_weight"
-    return [
-        layer.copy(norm, "post_attention_layernorm.weight", h, local="pre_mlp_layernorm.weight"),
-        fc1,
-        layer.copy("mlp.linear_fc2.weight", "mlp.down_proj.weight", h, f, tp_dim=1),
-    ]
+    return [layer.copy(norm, hf, h, local="pre_mlp_layernorm.weight"), fc1, fc2]
 
 
 def dense_decoder(shape: ModelShape) -> list[Rule]:
@@ -170,50 +162,47 @@ def dense_decoder(shape: ModelShape) -> list[Rule]:
 
 
 def experts_mlp(
-    shape: ModelShape,
-    *,
-    block: str = "mlp.",
-    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
-    shared: str = "mlp.shared_experts.",
+    shape: ModelShape, *, block: str = "mlp.", names: Gated = GATED, shared: str = "mlp.shared_experts."
 ) -> list[Rule]:
     """Router, experts and shared experts of the layers that have them, and the norm before them.
 
-    names: an expert's gate, up and down matrix; block, shared: the prefixes that Hugging Face gives them.
+    names: of an expert's matrices; block, shared: the prefixes that Hugging Face gives them.
     """
     moe, h = shape.moe, shape.hidden_size
     assert moe is not None
-    layer, f, (gate, up, down) = Layers(moe.layers), moe.intermediate_size, names
-    expert = Layers(moe.layers, num_experts=moe.num_experts)
-    each, own = block + "experts.{e}.", "mlp.experts.experts.{e}."
+    layer, expert = Layers(moe.layers), Layers(moe.layers, num_experts=moe.num_experts)
     norm = "mlp.linear_fc1.layer_norm_weight"  # the key that the local layer spec gives it in torch_dist
+    each = "experts.{e}."
     rules = [
         layer.copy("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", h, local=norm),
         layer.copy("mlp.router.weight", block + "gate.weight", moe.num_experts, h),
-        expert.stack(
-            own + "linear_fc1.weight", "cat", [each + gate + ".weight", each + up + ".weight"], [(f, h)] * 2
-        ),
-        expert.copy(own + "linear_fc2.weight", each + down + ".weight", h, f, tp_dim=1),
+        *_gated(expert, "mlp.experts." + each, block + each, h, moe.intermediate_size, names),
     ]
     if moe.score_bias:
         bias = block + "gate.e_score_correction_bias"
         rules.append(layer.copy("mlp.router.expert_bias", bias, moe.num_experts))
-    if f := moe.shared_intermediate_size:
-        both = [shared + "gate_proj.weight", shared + "up_proj.weight"]
-        rules += [
-            layer.stack("mlp.shared_experts.linear_fc1.weight", "cat", both, [(f, h)] * 2),
-            layer.copy("mlp.shared_experts.linear_fc2.weight", shared + "down_proj.weight", h, f, tp_dim=1),
-        ]
+    if moe.shared_intermediate_size:
+        rules += _gated(layer, "mlp.shared_experts.", shared, h, moe.shared_intermediate_size)
     if moe.shared_gate:
         gate = shared.removesuffix(".") + "_gate.weight"
         rules.append(layer.copy("mlp.shared_experts.gate_weight", gate, 1, h))
     return rules
 
 
+def _gated(layer: Layers, megatron: str, hf: str, h: int, f: int, names: Gated = GATED) -> list[Rule]:
+    """The matrices of a gated MLP, h -> f -> h; megatron, hf: what stands before their names."""
+    gate, up, down = (f"{hf}{name}.weight" for name in names)
+    return [
+        layer.stack(megatron + "linear_fc1.weight", "cat", [gate, up], [(f, h), (f, h)]),
+        layer.copy(megatron + "linear_fc2.weight", down, h, f, tp_dim=1),
+    ]
+
+
 def mixed_mlp(shape: ModelShape, shared: str = "mlp.shared_experts.") -> list[Rule]:
     """Experts in some layers and dense MLPs in the others."""
     assert shape.moe is not None
     dense = tuple(layer for layer in all_layers(shape).layers if layer not in shape.moe.layers)
-    return [*(dense_mlp(shape, Layers(dense)) if dense else []), *experts_mlp(shape, shared=shared)]
+    return [*dense_mlp(shape, Layers(dense)), *experts_mlp(shape, shared=shared)]
 
 
 def mtp(shape: ModelShape) -> list[Rule]:
@@ -249,34 +238,38 @@ def pieces(shape: ModelShape, part: Part | None = None) -> list[Piece]:
     """Everything that `part` of the model (None: all of it) consists of, in a fixed order.
 
     A tied output layer is there only on a last stage that is not the first; it then repeats the embedding.
-    Raises ValueError where part.tp_size does not divide the model.
+    Raises ValueError where part's tensor-parallel sizes do not divide the model.
     """
     part = part or Part()
-    check_tp_size(shape, part.tp_size)
-    here = part.layers or range(shape.num_layers)
-    count = shape.num_layers
+    check_tp_size(shape, part.tp_size, part.expert_tp and part.expert_tp[1])
     found: list[Piece] = []
     for rule in shape.architecture.rules(shape):
-        if not rule.layers and _is_here(rule, shape, part):
+        if rule.layers is None and _is_here(rule, shape, part):
             found += _rule_pieces(rule, 0, 0, shape, part)
-        for layer in rule.layers:
-            if layer in here if layer < count else part.mtp:
-                for expert in (part.experts or range(rule.num_experts)) if rule.num_experts else [0]:
+        experts = range(1)
+        if rule.num_experts:
+            experts = range(rule.num_experts) if part.experts is None else part.experts
+        for layer in rule.layers or ():
+            if (part.layers is None or layer in part.layers) if layer < shape.num_layers else part.mtp:
+                for expert in experts:
                     found += _rule_pieces(rule, layer, expert, shape, part)
     return found
 
 
-def check_tp_size(shape: ModelShape, tp_size: int) -> None:
-    """Raises ValueError where `tp_size` does not divide the heads, the query groups or the MLP."""
-    names = ["num_attention_heads", "intermediate_size"]
-    names += [] if shape.mla else ["num_key_value_heads"]
-    sizes = {name: getattr(shape, name) for name in names}
-    if shape.moe:
-        sizes["moe_intermediate_size"] = shape.moe.intermediate_size
-    for name, size in sizes.items():
-        if size % tp_size:
-            fit = [n for n in range(1, size + 1) if not any(other % n for other in sizes.values())]
-            raise ValueError(f"training.tp_size={tp_size} does not divide {name}={size}; choose one of {fit}")
+def check_tp_size(shape: ModelShape, tp_size: int, expert_tp_size: int | None = None) -> None:
+    """Raises ValueError where tensor parallelism does not divide the heads, query groups or MLPs it cuts."""
+    moe = shape.moe
+    cuts = [
+        ("num_attention_heads", shape.num_attention_heads, tp_size),
+        ("num_key_value_heads", 0 if shape.mla else shape.num_key_value_heads, tp_size),
+        ("intermediate_size", shape.intermediate_size, tp_size),
+        ("shared_intermediate_size", moe.shared_intermediate_size if moe else 0, tp_size),
+        ("moe_intermediate_size", moe.intermediate_size if moe else 0, expert_tp_size or tp_size),
+    ]
+    for name, size, ways in cuts:
+        if size % ways:
+            fit = [n for n in range(1, ways) if not any(other % n for _, other, _ in cuts)]
+            raise ValueError(f"training.tp_size={ways} does not divide {name}={size}; choose one of {fit}")
 
 
 def padded_vocab_size(shape: ModelShape, tp_size: int) -> int:
@@ -335,7 +328,7 @@ def _rule_pieces(rule: Rule, layer: int, expert: int, shape: ModelShape, part: P
             local[0] = slice(at, at + rows.stop - rows.start)
             at = local[0].stop
         if all(side.stop > side.start for side in box):  # a rank may hold only padding of the vocabulary
-            yield Piece(name(hf), full, tuple(box), megatron, other, tuple(local))
+            yield Piece(name(hf), full, tuple(box), megatron, other, tuple(local), rule)
 
 
 def _segments(rule: Rule, shape: ModelShape, part: Part) -> Iterable[tuple[int, slice]]:

@@ -170,8 +170,8 @@ class ConfigFile:
         if self.get(key, allowed) != allowed:
             raise ValueError(f"{self.path}: {key}={self._values[key]!r} is not supported, only {allowed!r}")
 
-    def sizes(self) -> dict[str, Any]:
-        """The fields of ModelShape that every decoder spells alike."""
+    def sizes(self, rotary_fraction: float = 1.0) -> dict[str, Any]:
+        """The fields of ModelShape that every decoder spells alike; rotary_fraction: where no key has it."""
         self.refuse("hidden_act", "silu")
         if self.get("quantization_config", None):
             method = self["quantization_config"].get("quant_method")
@@ -189,7 +189,7 @@ class ConfigFile:
             "max_position_embeddings": self["max_position_embeddings"],
             "tie_word_embeddings": self.get("tie_word_embeddings", False),
             "rms_norm_eps": self["rms_norm_eps"],
-            **self._rope(),
+            **self._rope(rotary_fraction),
         }
 
     def sparse_layers(self) -> tuple[int, ...]:
@@ -215,10 +215,10 @@ class ConfigFile:
             num_groups_per_token=self.get("topk_group", 1),
         )
 
-    def _rope(self) -> dict[str, Any]:
+    def _rope(self, fraction: float) -> dict[str, Any]:
         """The rotary fields: from `rope_parameters` of transformers 5, or the flat keys before it."""
         rope = self.get("rope_parameters", None) or self.get("rope_scaling", None) or {}
-        fraction = rope.get("partial_rotary_factor") or self.get("partial_rotary_factor", 1.0)
+        fraction = rope.get("partial_rotary_factor") or self.get("partial_rotary_factor", fraction)
         theta = float(rope.get("rope_theta") or self.get("rope_theta", 10000.0))  # Llama 2 leaves it out
         fields = {"rope_theta": theta, "rotary_fraction": fraction}
         kind = rope.get("rope_type", rope.get("type", "default"))
@@ -228,7 +228,7 @@ class ConfigFile:
             fields["rope_scaling_factor"] = float(rope["factor"])
         elif kind != "default":
             lacks.append(f"rope scaling {rope} (only default, or llama3 with {fixed})")
-        if self.get("use_sliding_window", self["model_type"] in ("mistral", "mixtral")):
-            if window := self.get("sliding_window", 0):
-                lacks.append(f"sliding_window={window}")
+        window = self.get("sliding_window", 0)
+        if window and self.get("use_sliding_window", self["model_type"] in ("mistral", "mixtral")):
+            lacks.append(f"sliding_window={window}")
         return fields | {"megatron_lacks": tuple(lacks)}
