@@ -29,11 +29,13 @@ def partial_dir(final: Path) -> Path:
 
 
 def commit(partial: Path, final: Path) -> None:
-    """Write the manifest of `partial`, force all of it to disk, and rename it to `final`.
-
-    An existing `final` (a step done again after an older checkpoint was resumed) is replaced.
-    """
+    """Write the manifest of `partial`, force all of it to disk, and rename it to `final`."""
     manifest.write(partial)
+    put_in_place(partial, final)
+
+
+def put_in_place(partial: Path, final: Path) -> None:
+    """Force all of `partial` to disk and rename it to `final`; what is there already is replaced."""
     for folder, _, names in os.walk(partial):
         for name in names:
             with open(os.path.join(folder, name), "rb") as file:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,15 +13,17 @@ from nanoslime.storage.shared_files import publish_json, read_json
 from nanoslime.types import RunError
 
 NAME = "manifest.json"
+_BLOCK_BYTES = 1 << 20
 
 
 class DamagedError(RunError):
     """A directory is not what its manifest says; the message names the first file that differs."""
 
 
-def write(directory: Path) -> None:
-    """Hash every file below `directory` and write its manifest."""
-    hashes = _hashes(directory, _files(directory))
+def write(directory: Path, known: Mapping[str, str] | None = None) -> None:
+    """Hash every file below `directory` and write its manifest; `known` are hashes by relative path."""
+    hashes = dict(known or {})
+    hashes |= _hashes(directory, [name for name in _files(directory) if name not in hashes])
     entries = {n: {"bytes": (directory / n).stat().st_size, "xxh3_128": h} for n, h in hashes.items()}
     publish_json(directory / NAME, {"hash": "xxh3_128", "files": entries})
 
@@ -55,8 +56,11 @@ def _files(directory: Path) -> list[str]:
 
 def _hashes(directory: Path, names: Collection[str]) -> dict[str, str]:
     def digest(name: str) -> str:
+        state, buffer = xxhash.xxh3_128(), memoryview(bytearray(_BLOCK_BYTES))
         with open(directory / name, "rb", buffering=0) as file:
-            return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+            while size := file.readinto(buffer):
+                state.update(buffer[:size])
+        return state.hexdigest()
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return dict(zip(names, pool.map(digest, names), strict=True))

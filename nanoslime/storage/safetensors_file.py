@@ -1,4 +1,4 @@
-"""Safetensors files without torch: headers, read and checked, and a streaming writer of checkpoints.
+"""Safetensors files without torch: headers, read and checked, and checkpoints written as a stream.
 
 Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the
 tensors' bytes without holes; offsets count from the end of the header (https://github.com/huggingface/safetensors).
@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import struct
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from nanoslime.storage.shared_files import publish_json, read_json
 from nanoslime.types import RunError
@@ -24,6 +24,7 @@ DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
 }  # fmt: skip
+_WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth")
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 
@@ -69,6 +70,17 @@ def read_headers(directory: Path) -> dict[str, TensorInfo]:
 
 def read_file_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file, in the order of their bytes."""
+    size, head = path.stat().st_size, read_head(path)
+    tensors = parse_head(path, head)
+    stop = max((info.stop for info in tensors.values()), default=len(head))
+    if stop != size:
+        kind = "truncated" if size < stop else "too long"
+        raise SafetensorsError(f"{path} is {kind}: {size} bytes, its header describes {stop}")
+    return tensors
+
+
+def read_head(path: Path) -> bytes:
+    """The first bytes of a safetensors file, up to its tensors."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         prefix = file.read(8)
@@ -77,15 +89,19 @@ def read_file_header(path: Path) -> dict[str, TensorInfo]:
             raise SafetensorsError(
                 f"{path} is truncated or no safetensors file: {size} bytes, header {length}"
             )
-        header = file.read(length)
+        return prefix + file.read(length)
+
+
+def parse_head(path: Path, head: bytes) -> dict[str, TensorInfo]:
+    """The tensors that the first bytes of `path` describe, in the order of their bytes."""
     try:
-        entries = json.loads(header)
+        entries = json.loads(head[8:])
         entries.pop("__metadata__", None)
-        tensors = {name: _info(path, entry, 8 + length) for name, entry in entries.items()}
+        tensors = {name: _info(path, entry, len(head)) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SafetensorsError(f"{path} has a broken header: {type(error).__name__}: {error}") from error
     ordered = sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop))
-    position = 8 + length
+    position = len(head)
     for name, info in ordered:
         if info.start != position:
             raise SafetensorsError(
@@ -95,9 +111,6 @@ def read_file_header(path: Path) -> dict[str, TensorInfo]:
         if size_bytes != math.prod(info.shape) * DTYPE_BYTES[info.dtype]:
             raise SafetensorsError(f"{path}: {name} is {info.dtype} {list(info.shape)} in {size_bytes} bytes")
         position = info.stop
-    if position != size:
-        kind = "truncated" if size < position else "too long"
-        raise SafetensorsError(f"{path} is {kind}: {size} bytes, its header describes {position}")
     return dict(ordered)
 
 
@@ -108,97 +121,81 @@ def _info(path: Path, entry: dict[str, Any], data_start: int) -> TensorInfo:
     return TensorInfo(path, entry["dtype"], tuple(entry["shape"]), data_start + start, data_start + stop)
 
 
-class HFCheckpointWriter(AbstractContextManager["HFCheckpointWriter"]):
-    """Writes tensors, declared beforehand and handed over in that order, into sharded safetensors files.
+def plan_files(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], max_shard_bytes: int = 5_000_000_000
+) -> tuple[dict[str, bytes], dict[str, Any] | None]:
+    """File name -> its first bytes, for (name, safetensors dtype, shape) in order; and the content of the
+    index, None for a single file. A file has at most `max_shard_bytes`, or one larger tensor.
 
-    tensors: (name, safetensors dtype, shape). As a context manager it closes when the block succeeds.
-    At most one tensor is in memory: the caller's.
+    Raises ValueError for an unknown dtype, a name that stands twice, and no tensors at all.
     """
-
-    def __init__(
-        self,
-        directory: Path,
-        tensors: Iterable[tuple[str, str, tuple[int, ...]]],
-        max_shard_bytes: int = 5_000_000_000,
-    ) -> None:
-        self._directory = directory
-        self._shards = _split(tensors, max_shard_bytes)
-        count = len(self._shards)
-        self._files = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-        if count == 1:
-            self._files = [SINGLE_FILE]
-        parts = [(i, name, entry) for i, shard in enumerate(self._shards) for name, entry in shard.items()]
-        self._todo = [(name, _num_bytes(entry), i) for i, name, entry in reversed(parts)]
-        self._open_shard = -1
-        self._file: BinaryIO | None = None
-
-    def write(self, name: str, buffer: Any) -> None:
-        """Append the bytes of the next tensor; `buffer` is contiguous and supports the buffer protocol."""
-        expected, size, shard = self._todo[-1] if self._todo else ("no further tensor", 0, 0)
-        if name != expected:
-            raise ValueError(f"{name} was handed over where {expected} is next in the declared order")
-        data = memoryview(buffer)
-        if data.nbytes != size:
-            raise ValueError(f"{name}: {data.nbytes} bytes handed over, dtype and shape declare {size}")
-        if shard != self._open_shard:
-            self._start_shard(shard)
-        if size:
-            assert self._file is not None
-            self._file.write(data.cast("B"))
-        self._todo.pop()
-
-    def close(self) -> None:
-        """End the last file; write the index where there are several. ValueError if a tensor is missing."""
-        if self._todo:
-            raise ValueError(f"{len(self._todo)} declared tensors not written, first {self._todo[-1][0]}")
-        self._end_shard()
-        if len(self._shards) > 1:
-            named = zip(self._files, self._shards, strict=True)
-            weight_map = {name: file for file, shard in named for name in shard}
-            total = sum(_num_bytes(entry) for shard in self._shards for entry in shard.values())
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            publish_json(self._directory / INDEX_FILE, index)
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._end_shard()
-
-    def _start_shard(self, shard: int) -> None:
-        self._end_shard()
-        header = {"__metadata__": {"format": "pt"}, **self._shards[shard]}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._file = open(self._directory / self._files[shard], "wb")
-        self._file.write(struct.pack("<Q", len(text)) + text)
-        self._open_shard = shard
-
-    def _end_shard(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-
-def _split(tensors: Iterable[tuple[str, str, tuple[int, ...]]], max_shard_bytes: int) -> list[dict[str, Any]]:
-    """The headers of shards of at most `max_shard_bytes` (a larger tensor goes alone), in the given order."""
     shards: list[dict[str, Any]] = [{}]
-    stop = 0
+    shard_of: dict[str, int] = {}
+    stop = total = 0
     for name, dtype, shape in tensors:
         if dtype not in DTYPE_BYTES:
             raise ValueError(f"{name}: dtype {dtype!r} is none of {', '.join(DTYPE_BYTES)}")
-        if any(name in shard for shard in shards):
+        if name in shard_of:
             raise ValueError(f"a tensor is declared twice: {name}")
         size = math.prod(shape) * DTYPE_BYTES[dtype]
         if shards[-1] and stop + size > max_shard_bytes:
             shards.append({})
             stop = 0
-        start, stop = stop, stop + size
+        start, stop, total = stop, stop + size, total + size
         shards[-1][name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
-    if not shards[0]:
+        shard_of[name] = len(shards)
+    if not shard_of:
         raise ValueError("a checkpoint without tensors")
-    return shards
+    count = len(shards)
+    if count == 1:
+        return {SINGLE_FILE: _head(shards[0])}, None
+    files = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    weight_map = {name: files[shard - 1] for name, shard in shard_of.items()}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return {file: _head(shard) for file, shard in zip(files, shards, strict=True)}, index
 
 
-def _num_bytes(entry: dict[str, Any]) -> int:
-    start, stop = entry["data_offsets"]
-    return int(stop - start)
+def _head(tensors: dict[str, Any]) -> bytes:
+    text = json.dumps({"__metadata__": {"format": "pt"}, **tensors}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_files(
+    directory: Path,
+    specs: Iterable[tuple[str, str, tuple[int, ...]]],
+    tensors: Iterable[tuple[str, Any]],
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Stream (name, contiguous buffer), in the order of `specs` (see plan_files), into safetensors files.
+
+    At most one tensor is in memory: the caller's. Raises ValueError for one that is missing or not declared.
+    """
+    heads, index = plan_files(specs, max_shard_bytes)
+    incoming = iter(tensors)
+    for file_name, head in heads.items():
+        path = directory / file_name
+        with open(path, "wb") as file:
+            file.write(head)
+            for expected, info in parse_head(path, head).items():
+                name, buffer = next(incoming, ("no further tensor", b""))
+                if name != expected:
+                    raise ValueError(f"{name} was handed over where {expected} is next in the declared order")
+                data, size = memoryview(buffer), info.stop - info.start
+                if data.nbytes != size:
+                    raise ValueError(
+                        f"{name}: {data.nbytes} bytes handed over, dtype and shape declare {size}"
+                    )
+                if size:
+                    file.write(data.cast("B"))
+    if extra := next(incoming, None):
+        raise ValueError(f"{extra[0]} was handed over after the last declared tensor")
+    if index:
+        publish_json(directory / INDEX_FILE, index)
+
+
+def copy_other_files(source: Path, target: Path) -> None:
+    """Copy what stands beside the weights of a Hugging Face checkpoint: configuration, tokenizer, code."""
+    for path in source.iterdir():
+        if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES) and path.name != "manifest.json":
+            shutil.copy2(path, target / path.name)

@@ -4,7 +4,6 @@ end of a run.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,9 +11,7 @@ import torch
 from torch import Tensor
 
 from nanoslime.storage.commit import commit, partial_dir
-from nanoslime.storage.safetensors_file import HFCheckpointWriter
-
-WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth")
+from nanoslime.storage.safetensors_file import copy_other_files, write_files
 
 
 def write_checkpoint(
@@ -31,12 +28,8 @@ def write_checkpoint(
     Streams tensor by tensor; the directory appears whole or not at all, in place of an earlier one.
     """
     partial = partial_dir(destination)
-    for source in like.iterdir():
-        if source.is_file() and not source.name.endswith(WEIGHT_SUFFIXES) and source.name != "manifest.json":
-            shutil.copy2(source, partial / source.name)
-    writer = HFCheckpointWriter(partial, specs, max_shard_bytes)
-    for name, tensor in tensors:
-        writer.write(name, memoryview(tensor.cpu().contiguous().view(torch.uint8).numpy().reshape(-1)))
-    writer.close()
+    copy_other_files(like, partial)
+    buffers = ((name, t.cpu().contiguous().view(torch.uint8).numpy().reshape(-1)) for name, t in tensors)
+    write_files(partial, specs, buffers, max_shard_bytes)
     commit(partial, destination)
     return destination

@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from nanoslime.storage.safetensors_file import HFCheckpointWriter, SafetensorsError, read_headers
+from nanoslime.storage.safetensors_file import SafetensorsError, plan_files, read_headers, write_files
 
 TENSORS = {
     "embed": np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -22,9 +22,7 @@ DTYPES = {"embed": "F32", "empty": "F16", "scalar": "I64", "bytes": "U8"}
 
 def write(directory: Path, max_shard_bytes: int = 1 << 30) -> None:
     declared = [(name, DTYPES[name], array.shape) for name, array in TENSORS.items()]
-    with HFCheckpointWriter(directory, declared, max_shard_bytes) as writer:
-        for name, array in TENSORS.items():
-            writer.write(name, array)
+    write_files(directory, declared, TENSORS.items(), max_shard_bytes)
 
 
 @pytest.mark.parametrize(("max_shard_bytes", "files"), [(1 << 30, 1), (20, 2), (1, 4)])
@@ -115,18 +113,16 @@ def test_overlapping_tensors_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_writer_refuses_what_was_not_declared(tmp_path: Path) -> None:
-    writer = HFCheckpointWriter(tmp_path, [("a", "F32", (2,)), ("b", "F32", (2,))])
-    with pytest.raises(ValueError, match="a is next"):
-        writer.write("b", bytes(8))
+    declared = [("a", "F32", (2,)), ("b", "F32", (2,))]
+    with pytest.raises(ValueError, match="b was handed over where a is next"):
+        write_files(tmp_path, declared, [("b", bytes(8))])
     with pytest.raises(ValueError, match="7 bytes.*declare 8"):
-        writer.write("a", bytes(7))
-    writer.write("a", bytes(8))
-    with pytest.raises(ValueError, match="first b"):
-        writer.close()
-    writer.write("b", bytes(8))
-    with pytest.raises(ValueError, match="no further tensor"):
-        writer.write("c", bytes(8))
+        write_files(tmp_path, declared, [("a", bytes(7))])
+    with pytest.raises(ValueError, match="no further tensor was handed over where b is next"):
+        write_files(tmp_path, declared, [("a", bytes(8))])
+    with pytest.raises(ValueError, match="c was handed over after the last"):
+        write_files(tmp_path, declared, [(name, bytes(8)) for name in "abc"])
     with pytest.raises(ValueError, match="twice"):
-        HFCheckpointWriter(tmp_path, [("a", "F32", (2,)), ("a", "F32", (2,))])
+        plan_files([("a", "F32", (2,)), ("a", "F32", (2,))])
     with pytest.raises(ValueError, match="float32"):
-        HFCheckpointWriter(tmp_path, [("a", "float32", (2,))])
+        plan_files([("a", "float32", (2,))])

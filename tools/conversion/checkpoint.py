@@ -1,0 +1,196 @@
+"""Opens a checkpoint directory of either format and checks that it is whole."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Literal
+
+from nanoslime.models.rules import Part, Piece, check_tensors, has_mtp, pieces, repeats
+from nanoslime.models.shape import ModelShape
+from nanoslime.storage import manifest, torch_dist
+from nanoslime.storage.safetensors_file import DTYPE_BYTES, INDEX_FILE, SINGLE_FILE, read_headers
+from nanoslime.storage.torch_dist import Chunk, StoredTensor
+from nanoslime.types import RunError
+from tools.conversion import keys
+from tools.conversion.tensor_copy import Fill, Link, fill, same
+
+LATEST = "latest_checkpointed_iteration.txt"  # Megatron-LM's and slime's
+SIDE = "hf"  # beside a Megatron checkpoint: configuration, tokenizer and headers of the Hugging Face one
+
+
+@dataclass(slots=True)
+class Tensor:
+    """A tensor of one format as boxes of stored tensors of either."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    links: list[Link] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """`tensors`: by Hugging Face name, or by the weight map's Megatron name."""
+
+    path: Path  # where the tensors lie
+    format: Literal["Hugging Face", "torch_dist"]
+    shape: ModelShape
+    side: Path  # holds config.json and the tokenizer
+    tensors: dict[str, StoredTensor]
+    mtp: bool  # holds the multi-token prediction layers
+    others: tuple[str, ...]  # keys that are no weights
+    manifest: Path | None  # of the directory that has one; its checksums were compared
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(prod(t.shape) * DTYPE_BYTES[t.dtype] for t in self.tensors.values())
+
+    def pieces(self) -> list[Piece]:
+        return pieces(self.shape, Part(mtp=self.mtp))
+
+    def huggingface(self) -> dict[str, Tensor]:
+        """Every Hugging Face tensor of the model, and the repeats that a file may hold."""
+        if self.format == "Hugging Face":
+            return {name: Tensor(t.dtype, t.shape, [whole(t)]) for name, t in self.tensors.items()}
+        found: dict[str, Tensor] = {}
+        for piece in self.pieces():
+            stored = self.tensors[piece.megatron]
+            tensor = found.setdefault(piece.hf, Tensor(stored.dtype, piece.full_shape))
+            tensor.links.append((stored, piece.local, piece.box))
+        return found | {name: found[of] for name, of in repeats(self.shape).items() if of in found}
+
+    def megatron(self) -> dict[str, tuple[Tensor, Piece]]:
+        """Every Megatron tensor of the model, by the weight map's name, with one of its pieces; unpadded.
+
+        Raises RunError where the parts of one differ in dtype.
+        """
+        found: dict[str, tuple[Tensor, Piece]] = {}
+        for piece in self.pieces():
+            stored = self.tensors[piece.hf]
+            tensor, first = found.setdefault(piece.megatron, (Tensor(stored.dtype, (0,)), piece))
+            if stored.dtype != tensor.dtype:
+                where = f"{_file(stored)}: {piece.hf} is {stored.dtype}, but {first.hf} {tensor.dtype}"
+                raise RunError(f"{where}; {piece.megatron} is made of both")
+            tensor.links.append((stored, piece.box, piece.local))
+            sides = (*tensor.shape, *(0,) * len(piece.local))
+            tensor.shape = tuple(max(n, side.stop) for n, side in zip(sides, piece.local, strict=False))
+        return found
+
+
+def open_checkpoint(path: Path, side: Path | None = None, *, verify: bool = True) -> Checkpoint:
+    """The checkpoint at `path`: a Hugging Face directory, a torch_dist directory, or one that holds the
+    latter (of Megatron-LM, slime, or a run of nanoslime: checkpoints/step_<k>).
+
+    side: where config.json of a Megatron checkpoint is, if not beside it. verify: compare the checksums of
+    its manifest, if there is one. Raises RunError, naming file and tensor, for what is not as it should be.
+    """
+    if not path.is_dir():
+        raise RunError(f"{path} is no directory")
+    data = _torch_dist_directory(path)
+    checked = _verify(data or path, verify)
+    if data is None:
+        return _open_huggingface(path, checked)
+    side = side or next((d for d in (data / SIDE, data.parent / SIDE) if (d / "config.json").exists()), None)
+    if side is None:
+        raise RunError(f"{path} has no {SIDE}/config.json: say with --hf-checkpoint DIR which model it is")
+    return _open_torch_dist(data, side, checked)
+
+
+def whole(tensor: StoredTensor) -> Link:
+    box = tuple(slice(0, n) for n in tensor.shape)
+    return tensor, box, box
+
+
+def _torch_dist_directory(path: Path) -> Path | None:
+    """Where .metadata is, at `path` or below; None for a Hugging Face directory."""
+    if (path / SINGLE_FILE).exists() or (path / INDEX_FILE).exists():
+        return None
+    places = [path, path / "trainer", path / "release"]
+    if (path / LATEST).exists():
+        latest = (path / LATEST).read_text().strip()
+        places = [path / ("release" if latest == "release" else f"iter_{int(latest or 0):07d}")]
+    for place in places:
+        if (place / torch_dist.METADATA).exists():
+            return place
+    files = f"{SINGLE_FILE}, {INDEX_FILE} (Hugging Face), {torch_dist.METADATA} (torch_dist)"
+    raise RunError(f"{path} is no checkpoint: neither {files} nor {LATEST} is in it")
+
+
+def _verify(data: Path, verify: bool) -> Path | None:
+    """Compares the checksums of the manifest of `data` or of the directory above it; that directory."""
+    for place in (data, data.parent):
+        if (place / manifest.NAME).exists():
+            listed = json.loads((place / manifest.NAME).read_bytes()).get("files", {})
+            if place == data or any(name.startswith(data.name + "/") for name in listed):
+                if verify:
+                    manifest.verify(place)
+                return place
+    return None
+
+
+def _open_huggingface(path: Path, checked: Path | None) -> Checkpoint:
+    shape, headers = _shape(path), read_headers(path)
+    try:
+        check_tensors(shape, {name: info.shape for name, info in headers.items()}, str(path))
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    tensors = {
+        name: StoredTensor(t.dtype, t.shape, (Chunk((0,) * len(t.shape), t.shape, t.file, t.start),))
+        for name, t in headers.items()
+    }
+    for name, tensor in tensors.items():
+        if tensor.dtype not in ("F64", "F32", "F16", "BF16"):
+            raise RunError(f"{_file(tensor)}: {name} is {tensor.dtype}; dequantize the checkpoint first")
+    for name, of in repeats(shape).items():
+        if name in tensors and not same(_fill(tensors[name]), _fill(tensors[of])):
+            hint = (
+                "set tie_word_embeddings to false in config.json" if name == "lm_head.weight" else "retrain"
+            )
+            raise RunError(f"{_file(tensors[name])}: {name} has to repeat {of}, but differs; {hint}")
+    return Checkpoint(path, "Hugging Face", shape, path, tensors, has_mtp(shape, tensors), (), checked)
+
+
+def _open_torch_dist(path: Path, side: Path, checked: Path | None) -> Checkpoint:
+    shape = _shape(side)
+    stored, objects = torch_dist.read(path, keys.is_weight)
+    torch_dist.read_common(path)  # refuses classes that only harm
+    tensors = keys.by_name(stored)
+    mtp = shape.num_mtp_layers > 0 and any(name.startswith("mtp.") for name in tensors)
+    expected: dict[str, tuple[Piece, list[int]]] = {}
+    for piece in pieces(shape, Part(mtp=mtp)):
+        _, extent = expected.setdefault(piece.megatron, (piece, [0] * len(piece.local)))
+        extent[:] = [max(n, side.stop) for n, side in zip(extent, piece.local, strict=True)]
+    found = {}
+    for name, (piece, extent) in expected.items():
+        tensor = tensors.get(name) or tensors.get(piece.other)
+        if tensor is None:
+            raise RunError(
+                f"{path / torch_dist.METADATA} has no {name} {extent}, part of every {shape.model_type}"
+            )
+        padded = piece.rule.layout == "vocab" and len(tensor.shape) == 2 and tensor.shape[0] >= extent[0]
+        if tensor.shape != tuple(extent) and not (padded and tensor.shape[1] == extent[1]):
+            where = f"{_file(tensor)}: {name}"
+            raise RunError(f"{where} is {list(tensor.shape)}, {side / 'config.json'} asks for {extent}")
+        found[name] = tensor
+    known = {name for piece, _ in expected.values() for name in (piece.megatron, piece.other)}
+    if extra := sorted(tensors.keys() - known):
+        where = f"{_file(tensors[extra[0]])}: {extra[0]}"
+        raise RunError(f"{where} and {len(extra) - 1} others do not belong to a {shape.model_type}")
+    return Checkpoint(path, "torch_dist", shape, side, found, mtp, tuple(objects), checked)
+
+
+def _shape(directory: Path) -> ModelShape:
+    try:
+        return ModelShape.read(directory)
+    except ValueError as error:
+        raise RunError(str(error)) from error
+
+
+def _fill(tensor: StoredTensor) -> Fill:
+    return fill("", tensor.dtype, (0,) * len(tensor.shape), tensor.shape, [whole(tensor)])
+
+
+def _file(tensor: StoredTensor) -> Path:
+    return tensor.chunks[0].file

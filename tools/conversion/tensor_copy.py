@@ -1,0 +1,234 @@
+"""Files made of boxes of stored tensors: planned as byte ranges, copied, and hashed on the way.
+
+    TargetFile  a name and its content in order: bytes given here, or tensors filled from boxes of others
+    Fill        one tensor (or chunk) of the target, row-major, with the boxes that fill it, each exactly once
+
+Rows that move unchanged are copied inside the kernel (copy_file_range). What cannot move as rows, a part of
+the columns or another dtype, goes through memory block by block (tensor_blocks.py). Memory is a few blocks.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import xxhash
+
+from nanoslime.plugins import resolve
+from nanoslime.storage.safetensors_file import DTYPE_BYTES
+from nanoslime.storage.torch_dist import Chunk, StoredTensor
+from nanoslime.types import RunError
+
+BLOCK_BYTES = 8 << 20
+Box = tuple[slice, ...]  # one slice per dimension, start and stop set
+Link = tuple[StoredTensor, Box, Box]  # a box of a stored tensor, and the same box of the target tensor
+_BLOCKS = "tools.conversion.tensor_blocks:blocks"  # numpy, which takes longer to import than 100 MB to copy
+_NO_COPY_RANGE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}  # of this pair of filesystems
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A box of a stored chunk and where it goes."""
+
+    chunk: Chunk
+    dtype: str
+    box: Box  # in the chunk
+    to: Box  # in what it fills
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """`shape` elements of `dtype` from boxes that cover them exactly once."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    sources: tuple[Source, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+    def ranges(self) -> list[tuple[Path, int, int]] | None:
+        """(file, first byte, number of bytes) in the order of the target; None if rows do not move whole."""
+        found = []
+        for source in sorted(self.sources, key=lambda s: s.to[0].start if s.to else 0):
+            whole = all(
+                b.stop - b.start == n for b, n in zip(source.box[1:], source.chunk.shape[1:], strict=True)
+            )
+            if source.dtype != self.dtype or not whole or source.chunk.shape[1:] != self.shape[1:]:
+                return None
+            row = prod(self.shape[1:]) * DTYPE_BYTES[self.dtype]
+            first, stop = (source.box[0].start, source.box[0].stop) if source.box else (0, 1)
+            found.append((source.chunk.file, source.chunk.offset + first * row, (stop - first) * row))
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class TargetFile:
+    name: str
+    content: tuple[bytes | Fill, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(len(item) if isinstance(item, bytes) else item.num_bytes for item in self.content)
+
+
+def fill(what: str, dtype: str, start: Sequence[int], shape: Sequence[int], links: Iterable[Link]) -> Fill:
+    """The sources of the box at `start` of size `shape` of a tensor whose boxes `links` describe.
+
+    Raises RunError naming `what` where they do not cover it.
+    """
+    found = []
+    for stored, box, to in links:
+        for chunk in stored.chunks:
+            source = _overlap(stored.dtype, chunk, box, to, start, shape)
+            if source:
+                found.append(source)
+    covered = sum(prod(side.stop - side.start for side in source.to) for source in found)
+    if covered != prod(shape):
+        raise RunError(f"{what}: {covered} of its {prod(shape)} elements have a source")
+    return Fill(dtype, tuple(shape), tuple(found))
+
+
+def _overlap(
+    dtype: str, chunk: Chunk, box: Box, to: Box, start: Sequence[int], shape: Sequence[int]
+) -> Source | None:
+    inside, out = [], []
+    for b, t, first, size, c, n in zip(box, to, start, shape, chunk.start, chunk.shape, strict=True):
+        shift = t.start - b.start  # from the source tensor to the target tensor
+        low = max(b.start, c, first - shift)
+        high = min(b.stop, c + n, first + size - shift)
+        if low >= high:
+            return None
+        inside.append(slice(low - c, high - c))
+        out.append(slice(low + shift - first, high + shift - first))
+    return Source(chunk, dtype, tuple(inside), tuple(out))
+
+
+class Files:
+    """Source files, each opened once; close it, or use it as a context manager."""
+
+    def __init__(self) -> None:
+        self._stack, self._open = ExitStack(), dict[Path, int]()
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def descriptor(self, path: Path) -> int:
+        if path not in self._open:
+            self._open[path] = self._stack.enter_context(open(path, "rb", buffering=0)).fileno()
+        return self._open[path]
+
+    def read(self, path: Path, offset: int, view: memoryview) -> None:
+        """Fill `view` from byte `offset` on. RunError where the file ends before."""
+        done = 0
+        while done < len(view):
+            count = os.preadv(self.descriptor(path), [view[done:]], offset + done)
+            if not count:
+                raise RunError(f"{path} ended at byte {offset + done}: it was cut while it was read")
+            done += count
+
+
+def blocks(item: Fill, files: Files) -> Iterator[memoryview]:
+    """The bytes of `item`, row-major, in pieces of about BLOCK_BYTES; a piece is valid until the next."""
+    ranges = item.ranges()
+    if ranges is None:
+        yield from resolve(_BLOCKS, {}, "blocks")(item, files, BLOCK_BYTES)
+        return
+    buffer = memoryview(bytearray(min(BLOCK_BYTES, item.num_bytes)))
+    for path, offset, size in ranges:
+        for at in range(0, size, BLOCK_BYTES):
+            view = buffer[: min(BLOCK_BYTES, size - at)]
+            files.read(path, offset + at, view)
+            yield view
+
+
+def same(one: Fill, other: Fill) -> bool:
+    """Whether both have the same bits."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with Files() as files:
+        a, b, x, y = blocks(one, files), blocks(other, files), b"", b""
+        while True:
+            x, y = x or bytes(next(a, b"")), y or bytes(next(b, b""))
+            n = min(len(x), len(y))
+            if x[:n] != y[:n] or (not n and x != y):
+                return False
+            if not n:
+                return True
+            x, y = x[n:], y[n:]
+
+
+def write(
+    target: TargetFile, directory: Path, *, checksum: bool, progress: Callable[[int], None]
+) -> str | None:
+    """Write the file, force it to disk, and return its XXH3-128 (None without `checksum`).
+
+    progress: called with the number of bytes done, often; an exception of it ends the copy.
+    """
+    digest = xxhash.xxh3_128() if checksum else None
+    buffer = memoryview(bytearray(BLOCK_BYTES))
+    with Files() as files, open(directory / target.name, "wb+", buffering=0) as out:
+        position = 0
+
+        def done(count: int, data: bytes | memoryview | None = None) -> None:
+            nonlocal position
+            if digest is not None:
+                if data is None:  # copied inside the kernel; it is still in the page cache
+                    files.read(directory / target.name, position, data := buffer[:count])
+                digest.update(data)
+            position += count
+            progress(count)
+
+        for item in target.content:
+            if isinstance(item, bytes):
+                _write_all(out.fileno(), item, position)
+                done(len(item), item)
+                continue
+            ranges = item.ranges()
+            if ranges is None:
+                for view in blocks(item, files):
+                    _write_all(out.fileno(), view, position)
+                    done(len(view), view)
+                continue
+            for path, offset, size in ranges:
+                for at in range(0, size, BLOCK_BYTES):
+                    count = min(BLOCK_BYTES, size - at)
+                    _copy(files, path, offset + at, out.fileno(), position, count, buffer)
+                    done(count)
+        os.fsync(out.fileno())
+    return digest.hexdigest() if digest is not None else None
+
+
+def _copy(
+    files: Files, path: Path, offset: int, out: int, position: int, count: int, buffer: memoryview
+) -> None:
+    done = 0
+    while done < count:
+        try:
+            copied = os.copy_file_range(
+                files.descriptor(path), out, count - done, offset + done, position + done
+            )
+        except OSError as error:
+            if error.errno not in _NO_COPY_RANGE:
+                raise
+            files.read(path, offset + done, buffer[: count - done])
+            copied = _write_all(out, buffer[: count - done], position + done)
+        if not copied:
+            raise RunError(f"{path} ended at byte {offset + done}: it was cut while it was read")
+        done += copied
+
+
+def _write_all(out: int, data: bytes | memoryview, position: int) -> int:
+    view, done = memoryview(data), 0
+    while done < len(view):
+        done += os.pwrite(out, view[done:], position + done)
+    return done

@@ -1,0 +1,27 @@
+"""Convert a Hugging Face checkpoint to Megatron's torch_dist format, which loads into any TP, PP and EP layout.
+
+    python tools/hf_to_megatron.py HF_DIR OUT
+
+Everything is read from config.json. OUT/release is the checkpoint, OUT what Megatron-LM's --load takes; OUT/hf
+keeps configuration, tokenizer and headers, so that megatron_to_hf.py gives back the same files bit by bit.
+An interrupted conversion is continued by the same command.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from tools.conversion.checkpoint import open_checkpoint
+from tools.conversion.command import convert, finish, parser
+from tools.conversion.plan import to_megatron
+
+
+def main(argv: list[str]) -> int:
+    arguments = parser(__doc__, "hf_to_megatron.py", "HF_DIR").parse_args(argv)
+    verify = not arguments.no_checksums and not arguments.dry_run
+    convert(arguments, lambda: to_megatron(open_checkpoint(arguments.source, verify=verify)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(finish("hf_to_megatron", lambda: main(sys.argv[1:])))

@@ -1,0 +1,39 @@
+"""Convert a Megatron checkpoint in torch_dist format to Hugging Face's safetensors.
+
+    python tools/megatron_to_hf.py MEGATRON_DIR OUT
+
+MEGATRON_DIR: what hf_to_megatron.py wrote, a step of a run (checkpoints/step_<k>), or a checkpoint of Megatron-LM
+or slime, of any TP, PP and EP layout. Optimizer state is left out.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tools.conversion.checkpoint import open_checkpoint
+from tools.conversion.command import convert, finish, parser
+from tools.conversion.plan import to_huggingface
+
+
+def main(argv: list[str]) -> int:
+    made = parser(__doc__, "megatron_to_hf.py", "MEGATRON_DIR")
+    made.add_argument(
+        "--hf-checkpoint", type=Path, metavar="DIR",
+        help="config.json and tokenizer of the model, where they are not beside the checkpoint (in hf/); file "
+        "names, order and dtypes of its weights are taken over",
+    )  # fmt: skip
+    made.add_argument("--dtype", choices=("BF16", "F16", "F32"), help="of all tensors; left out: as they are")
+    arguments = made.parse_args(argv)
+    verify = not arguments.no_checksums and not arguments.dry_run
+    convert(
+        arguments,
+        lambda: to_huggingface(
+            open_checkpoint(arguments.source, arguments.hf_checkpoint, verify=verify), arguments.dtype
+        ),
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(finish("megatron_to_hf", lambda: main(sys.argv[1:])))
