@@ -1,9 +1,9 @@
-"""Convert a Hugging Face checkpoint to Megatron's torch_dist format, which loads into any TP, PP and EP layout.
+"""Convert a Hugging Face checkpoint to Megatron's torch_dist format, which loads into any TP, PP, EP layout.
 
     python tools/hf_to_megatron.py HF_DIR OUT
 
-Everything is read from config.json. OUT/release is the checkpoint, OUT what Megatron-LM's --load takes; OUT/hf
-keeps configuration, tokenizer and headers, so that megatron_to_hf.py gives back the same files bit by bit.
+Everything is read from config.json. OUT is what Megatron-LM's --load takes, with the checkpoint in OUT/release;
+OUT/hf keeps configuration, tokenizer and headers, so that megatron_to_hf.py gives the same files back.
 An interrupted conversion is continued by the same command.
 """
 

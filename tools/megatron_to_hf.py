@@ -2,8 +2,8 @@
 
     python tools/megatron_to_hf.py MEGATRON_DIR OUT
 
-MEGATRON_DIR: what hf_to_megatron.py wrote, a step of a run (checkpoints/step_<k>), or a checkpoint of Megatron-LM
-or slime, of any TP, PP and EP layout. Optimizer state is left out.
+MEGATRON_DIR: what hf_to_megatron.py wrote, a step of a run (checkpoints/step_<k>), or a checkpoint of
+Megatron-LM or slime, of any TP, PP and EP layout. Optimizer state is left out.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def main(argv: list[str]) -> int:
     made = parser(__doc__, "megatron_to_hf.py", "MEGATRON_DIR")
     made.add_argument(
         "--hf-checkpoint", type=Path, metavar="DIR",
-        help="config.json and tokenizer of the model, where they are not beside the checkpoint (in hf/); file "
-        "names, order and dtypes of its weights are taken over",
+        help="the original model: configuration and tokenizer where they are not beside the checkpoint (in "
+        "hf/), and names, order and dtypes of the files",
     )  # fmt: skip
     made.add_argument("--dtype", choices=("BF16", "F16", "F32"), help="of all tensors; left out: as they are")
     arguments = made.parse_args(argv)

@@ -72,13 +72,15 @@ def describe(plan: Plan, out: Path) -> str:
     source, shape = plan.source, plan.source.shape
     fills = [item for file in plan.files for item in file.content if isinstance(item, Fill)]
     rows = sum(item.num_bytes for item in fills if item.ranges() is not None)
+    total = sum(item.num_bytes for item in fills)
     lines = [
         f"model    {shape.model_type}, {shape.num_parameters:,} parameters, {shape.num_layers} layers"
         + (f", {shape.moe.num_experts} experts" if shape.moe else "")
         + (f", {shape.num_mtp_layers} for multi-token prediction" if source.mtp else ""),
-        f"read     {source.path} ({source.format}, {len(source.tensors)} tensors, {source.num_bytes:,} bytes)",
+        f"read     {source.path} ({source.format})",
+        f"         {len(source.tensors)} tensors, {source.num_bytes:,} bytes",
         f"write    {out} ({len(plan.files)} files, {plan.num_bytes:,} bytes)",
-        f"         {rows:,} bytes move as whole rows, {sum(i.num_bytes for i in fills) - rows:,} block by block",
+        f"         {rows:,} bytes move as whole rows, {total - rows:,} block by block",
     ]
     lines += [f"         {file.name}  {file.num_bytes:,}" for file in plan.files]
     return "\n".join(lines + notes(source))

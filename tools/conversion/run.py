@@ -1,4 +1,4 @@
-"""Carries out a plan: every file once, several at a time, resumable; all of it or nothing under its final name.
+"""Carries out a plan: every file once, several at a time, resumable; in place only when all is there.
 
 OUT.partial/  files ...  progress.json: the files that are done, with their checksums
 -> small files -> manifest.json -> fsync -> OUT
