@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from nanoslime.config.run import RunConfig
 from nanoslime.plugins import resolve
 from nanoslime.run_dir import RunDir
+from nanoslime.storage.shared_files import publish
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +23,6 @@ WRITERS = {"tensorboard": "torch.utils.tensorboard:SummaryWriter", "wandb": "wan
 class Sink:
     """Where numbers go. What a sink leaves out does nothing."""
 
-    def resume(self, step: int) -> None: ...
     def log(self, step: int, metrics: dict[str, float]) -> None: ...
     def close(self) -> None: ...
 
@@ -34,11 +32,6 @@ class Tracker(AbstractContextManager["Tracker"]):
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = sinks
-
-    def resume(self, step: int) -> None:
-        """Call it before the first log: the run goes on at `step`; what was logged from there on is void."""
-        for sink in self._sinks:
-            sink.resume(step)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """`metrics` of rollout `step`, named area/what_unit; steps come in rising order."""
@@ -50,16 +43,19 @@ class Tracker(AbstractContextManager["Tracker"]):
             sink.close()
 
 
-def make_tracker(config: RunConfig, run: RunDir, *, leads: bool = True) -> Tracker:
+def make_tracker(config: RunConfig, run: RunDir, start: int, *, leads: bool = True) -> Tracker:
     """The sinks that `config.tracking` asks for; none for a rank that does not lead.
 
-    Raises ValueError where one was asked for that is not installed.
+    The run goes on at step `start`; what was logged from there on is void. Raises ValueError where a sink was
+    asked for that is not installed.
     """
     if not leads:
         return Tracker([])
-    sinks: list[Sink] = [_Console(config.rollout.num_rollout), _JSONLines(run.metrics)]
+    if start:
+        logger.info("resuming after step %d/%d", start, config.rollout.num_rollout)
+    sinks: list[Sink] = [_Console(config.rollout.num_rollout), _JSONLines(run.metrics, start)]
     if config.tracking.use_tensorboard:
-        sinks.append(_TensorBoard(run.tensorboard))
+        sinks.append(_TensorBoard(run.tensorboard, start))
     if config.tracking.use_wandb:
         sinks.append(_WandB(config, run))
     return Tracker(sinks)
@@ -87,10 +83,6 @@ class _Console(Sink):
     def __init__(self, num_rollout: int) -> None:
         self._num_rollout = num_rollout
 
-    def resume(self, step: int) -> None:
-        if step:
-            logger.info("resuming after step %d/%d", step, self._num_rollout)
-
     def log(self, step: int, metrics: dict[str, float]) -> None:
         logger.info("%s", console_line(step, self._num_rollout, metrics))
 
@@ -98,18 +90,12 @@ class _Console(Sink):
 class _JSONLines(Sink):
     """One JSON object a step, on the file system when `log` returns."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, start: int) -> None:
         self._path = path
-
-    def resume(self, step: int) -> None:
-        if not self._path.exists():
-            return
-        lines = self._path.read_text().splitlines(keepends=True)
-        # a line without its end was cut short when the run was killed
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
-        partial = self._path.with_name(self._path.name + ".partial")
-        partial.write_text("".join(kept))
-        os.replace(partial, self._path)
+        if path.exists():
+            # a line without its end was cut short when the run was killed
+            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            publish(path, "".join(line for line in lines if json.loads(line)["step"] < start).encode())
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         with open(self._path, "a") as file:
@@ -117,25 +103,17 @@ class _JSONLines(Sink):
 
 
 class _TensorBoard(Sink):
-    def __init__(self, directory: Path) -> None:
-        self._make = resolve("tensorboard", WRITERS, "tracking.use_tensorboard=true, writer")
-        self._directory = directory
-        self._first: int | None = None
-        self._writer: Any = None
-
-    def resume(self, step: int) -> None:
-        self._first = step
+    def __init__(self, directory: Path, start: int) -> None:
+        make = resolve("tensorboard", WRITERS, "tracking.use_tensorboard=true, writer")
+        self._writer = make(log_dir=str(directory), purge_step=start)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        if self._writer is None:
-            self._writer = self._make(log_dir=str(self._directory), purge_step=self._first)
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        self._writer.close()
 
 
 class _WandB(Sink):

@@ -26,12 +26,10 @@ from nanoslime.types import RunError
 logger = logging.getLogger(__name__)
 
 
-def train(session: Session, tracker: Tracker, clock: Clock) -> int:
-    """The loop, from where the run stands. Returns DONE, or STOPPED after committing when told to stop."""
+def train(session: Session, tracker: Tracker, clock: Clock, start: int) -> int:
+    """The loop, from rollout `start` on. Returns DONE, or STOPPED after committing when told to stop."""
     config, trainer, rollout = session.config, session.trainer, session.rollout
     checkpoints, num_rollout = session.checkpoints, config.rollout.num_rollout
-    start = clock.step = checkpoints.resume()
-    tracker.resume(start)
     trainer.sync_weights(rollout, version=start)
     if start == 0:
         clock("evaluate")
@@ -68,8 +66,10 @@ def run(launch: Launch) -> int:
     started, leads = time.monotonic(), launch.leads
     clock = Clock(launch.attempt.run, leads=leads)
     try:
-        with launch.open(clock) as session, make_tracker(session.config, session.run, leads=leads) as tracker:
-            code = train(session, tracker, clock)
+        with launch.open(clock) as session:
+            start = clock.step = session.checkpoints.resume()
+            with make_tracker(session.config, session.run, start, leads=leads) as tracker:
+                code = train(session, tracker, clock, start)
             if code == DONE and leads:
                 write_summary(session, clock, time.monotonic() - started)
     except (RunError, ValueError) as e:

@@ -48,7 +48,7 @@ def test_console_line_by_hand():
 
 def test_each_step_is_in_the_file_and_on_the_console_when_log_returns(run, caplog):
     caplog.set_level(logging.INFO, "nanoslime")
-    with make_tracker(config(use_tensorboard=False), run) as tracker:
+    with make_tracker(config(use_tensorboard=False), run, 0) as tracker:
         tracker.log(0, METRICS)
         assert rows(run) == [{"step": 0, **METRICS}]
         tracker.log(1, {"a": 1.0})
@@ -58,21 +58,19 @@ def test_each_step_is_in_the_file_and_on_the_console_when_log_returns(run, caplo
 
 
 def test_a_resumed_run_supersedes_later_steps_and_a_cut_line(run):
-    with make_tracker(config(use_tensorboard=False), run) as tracker:
+    with make_tracker(config(use_tensorboard=False), run, 0) as tracker:
         for step in range(4):
             tracker.log(step, {"a": float(step)})
     with open(run.metrics, "a") as file:
         file.write('{"step": 4, "a"')
-    with make_tracker(config(use_tensorboard=False), run) as tracker:
-        tracker.resume(2)
+    with make_tracker(config(use_tensorboard=False), run, 2) as tracker:
         tracker.log(2, {"a": 20.0})
     assert rows(run) == [{"step": 0, "a": 0.0}, {"step": 1, "a": 1.0}, {"step": 2, "a": 20.0}]
 
 
 def test_tensorboard_reads_it_and_resumed_steps_replace(run):
     for start, offset in ((0, 0.0), (2, 100.0)):
-        with make_tracker(config(), run) as tracker:
-            tracker.resume(start)
+        with make_tracker(config(), run, start) as tracker:
             for step in range(start, start + 3):
                 tracker.log(step, {"rollout/reward_mean": step + offset})
     events = EventAccumulator(str(run.tensorboard))
@@ -83,8 +81,7 @@ def test_tensorboard_reads_it_and_resumed_steps_replace(run):
 
 
 def test_ranks_that_do_not_lead_write_nothing(run):
-    with make_tracker(config(use_wandb=True), run, leads=False) as tracker:
-        tracker.resume(0)
+    with make_tracker(config(use_wandb=True), run, 0, leads=False) as tracker:
         tracker.log(0, METRICS)
     assert not run.metrics.exists() and not run.tensorboard.exists()
 
@@ -92,7 +89,7 @@ def test_ranks_that_do_not_lead_write_nothing(run):
 def test_wandb_asked_for_but_not_installed_is_a_clear_error(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="tracking.use_wandb=true.*cannot load wandb"):
-        make_tracker(config(use_wandb=True), run)
+        make_tracker(config(use_wandb=True), run, 0)
 
 
 def test_wandb_gets_steps_offline_by_default(run, monkeypatch, tmp_path):
@@ -109,7 +106,7 @@ def test_wandb_gets_steps_offline_by_default(run, monkeypatch, tmp_path):
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    with make_tracker(config(use_wandb=True, use_tensorboard=False), run) as tracker:
+    with make_tracker(config(use_wandb=True, use_tensorboard=False), run, 0) as tracker:
         tracker.log(0, {"a": 1.0})
     options, *calls = sys.modules["wandb"].calls
     monkeypatch.delitem(sys.modules, "wandb")
