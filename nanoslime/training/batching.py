@@ -131,10 +131,7 @@ def _split_up_to(count: int, bins: list[list[int]]) -> list[list[int]]:
     bins = [list(b) for b in bins]
     while len(bins) < count:
         largest = max(bins, key=len, default=[])
-        if len(largest) < 2:
-            bins.append([])
-            continue
-        half = len(largest) // 2
+        half = max(len(largest) // 2, 1)
         bins.append(largest[half:])
         del largest[half:]
     return bins
