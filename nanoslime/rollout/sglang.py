@@ -150,9 +150,8 @@ class SGLangEngine:
         end = time.monotonic() + self.control_deadline_s
         while (response := self._request("POST", "/flush_cache", {})).status_code != 200:
             if time.monotonic() > end:
-                raise self._error(
-                    f"cache not flushed in {self.control_deadline_s:g} s, requests still run: {response.text}"
-                )
+                late = f"cache not flushed in {self.control_deadline_s:g} s, requests still run"
+                raise self._error(f"{late}: {response.text}")
             time.sleep(0.05)
 
     def policy_version(self) -> int:
@@ -200,9 +199,8 @@ class SGLangEngine:
         response = self._request("POST", path, body)
         answer = response.json() if response.text.startswith("{") else {}
         if response.status_code != 200 or answer.get("success") is False:
-            raise self._error(
-                f"{path} refused ({response.status_code}): {answer.get('message') or response.text[:500]}"
-            )
+            reason = answer.get("message") or response.text[:500]
+            raise self._error(f"{path} refused ({response.status_code}): {reason}")
         return answer
 
     def _request(self, method: str, path: str, body: Any = None, timeout_s: float = 0) -> requests.Response:
@@ -218,9 +216,8 @@ class SGLangEngine:
 
     def _require_plugin(self, answer: dict[str, Any], mark: str) -> None:
         if mark not in str(answer.get("message")):
-            raise self._error(
-                "does not check tensor names: SGLang did not load our plug-in; pip install -e . the project"
-            )
+            cause = "SGLang did not load our plug-in; pip install -e . the project"
+            raise self._error(f"does not check tensor names: {cause}")
 
     def _error(self, what: str, kind: type[RunError] = RunError) -> RunError:
         line = last_line(Path(self.log))

@@ -7,11 +7,10 @@ none, so every submodule and every name is a placeholder here.
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
 import sys
 import types
-from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 
 __version__ = "0.0.0"
 
@@ -34,12 +33,9 @@ def __getattr__(name: str) -> _Placeholder:
     return _Placeholder(name, (), {})
 
 
-class _Submodules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        is_ours = name.startswith(f"{__name__}.")
-        return importlib.machinery.ModuleSpec(name, self, is_package=True) if is_ours else None
+class _Submodules(MetaPathFinder, Loader):
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self, is_package=True) if name.startswith(f"{__name__}.") else None
 
     def exec_module(self, module: types.ModuleType) -> None:
         module.__getattr__ = __getattr__  # type: ignore[method-assign]
