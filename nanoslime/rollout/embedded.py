@@ -181,10 +181,8 @@ def _sample(model: PreTrainedModel, rows: Sequence[_Row]) -> None:
     randoms = pad_sequence([row.randoms for row in rows], batch_first=True).to(device)  # [B, longest limit]
     cache = None
     for step in range(randoms.shape[1]):
-        output = model(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache,
-            use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
+        inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
+        output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = output.past_key_values
         logprobs = torch.log_softmax(output.logits[:, -1].float() / temperatures[:, None], -1)  # [B, V]
         chosen = pick(_filtered(logprobs, rows), randoms[:, step])[:, None]  # [B, 1]

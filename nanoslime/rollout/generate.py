@@ -19,15 +19,9 @@ Reward = Callable[[str, Any, dict[str, Any]], float]
 
 
 async def sample_groups(
-    prompts: Sequence[Prompt],
-    router: LeastInflightRouter | Engine,
-    tokenizer: PreTrainedTokenizerBase,
-    config: RolloutConfig,
-    reward: Reward,
-    *,
-    first_group_id: int,
-    seed: Sequence[int],
-) -> list[SampleGroup]:
+    prompts: Sequence[Prompt], router: LeastInflightRouter | Engine, tokenizer: PreTrainedTokenizerBase,
+    config: RolloutConfig, reward: Reward, *, first_group_id: int, seed: Sequence[int],
+) -> list[SampleGroup]:  # fmt: skip
     """A group of config.n_samples_per_prompt scored samples per prompt, in order; all are asked at once.
 
     `seed` decides the samples of an engine that honours seeds. The tokenizer's end of sequence ends a

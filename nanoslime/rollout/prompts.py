@@ -46,8 +46,7 @@ def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, config: DataCon
             what = f"a prompt of {len(ids)} tokens is over data.max_prompt_tokens={limit}"
             raise RunError(f"{place}: {what}; raise it, or set data.over_long=skip")
         label = record[config.label_key] if config.label_key else None
-        metadata = record.get("metadata") or {}
-        prompts.append(Prompt(i, np.asarray(ids, dtype=np.int32), text, label, metadata))
+        prompts.append(Prompt(i, np.asarray(ids, np.int32), text, label, record.get("metadata") or {}))
     if not prompts:
         raise RunError(f"{path}: every prompt is over data.max_prompt_tokens={limit}")
     if skipped := len(rows) - len(prompts):

@@ -23,14 +23,9 @@ _DUMMY_TOKENS = 2
 
 
 def plan(
-    groups: Sequence[SampleGroup],
-    *,
-    num_steps: int,
-    dp_size: int,
-    max_tokens: int,
-    denominator: Literal["tokens", "sequences"],
-    temperature: float,
-) -> list[list[TrainBatch]]:
+    groups: Sequence[SampleGroup], *, num_steps: int, dp_size: int, max_tokens: int,
+    denominator: Literal["tokens", "sequences"], temperature: float,
+) -> list[list[TrainBatch]]:  # fmt: skip
     """[optimizer step][data-parallel rank]: each sample once, in micro-batches of at most `max_tokens`.
 
     A longer sequence goes alone. Ranks of a step have equally many micro-batches; where sequences do not

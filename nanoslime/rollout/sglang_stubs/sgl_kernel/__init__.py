@@ -10,17 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from torch import Tensor
 
 
 def assign_req_to_token_pool_cpu(
-    req_pool_indices: torch.Tensor,
-    req_to_token: torch.Tensor,
-    start_offset: torch.Tensor,
-    end_offset: torch.Tensor,
-    out_cache_loc: torch.Tensor,
-    pool_len: int,
-) -> None:
+    req_pool_indices: Tensor, req_to_token: Tensor, start_offset: Tensor, end_offset: Tensor,
+    out_cache_loc: Tensor, pool_len: int,
+) -> None:  # fmt: skip
     """Cache slots of each request: the next piece of out_cache_loc into req_to_token[request, start:end]."""
     lengths = (end_offset - start_offset).tolist()
     rows = zip(req_pool_indices.tolist(), start_offset.tolist(), out_cache_loc.split(lengths), strict=True)
