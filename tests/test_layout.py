@@ -9,6 +9,7 @@ from nanoslime.config.load import load
 from nanoslime.layout import Layout, ParallelDims, describe, memory, plan
 from nanoslime.models.shape import ModelShape
 from nanoslime.types import RunError
+from tests.models.published import CONFIGS
 
 TINY = ModelShape(
     model_type="qwen3",
@@ -192,6 +193,26 @@ def test_what_cannot_be_is_refused_with_value_place_and_way_out(flags, says):
     slots = "" if "slots-per-node" in flags else "--cluster.gpus-per-node 8 --cluster.gpu-memory-gib 140"
     with pytest.raises(RunError, match=says):
         make(f"{slots} {flags}", QWEN3_4B)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "says"),
+    [
+        ("Mistral-7B-v0.1", {}, "cannot train this mistral: sliding_window=4096"),
+        (
+            "Qwen3-4B",
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "this qwen3: rope scaling .*yarn",
+        ),
+        ("GLM-4-9B-0414", {}, "cannot train this glm4: norms after attention and MLP"),
+        ("Qwen3-30B-A3B", {}, "cannot train this qwen3_moe: experts"),
+        ("DeepSeek-V3", {}, "cannot train this deepseek_v3: rope scaling .*yarn.*, experts"),
+    ],
+)
+def test_what_the_megatron_backend_cannot_compute_is_refused_by_name(name, changes, says):
+    shape = ModelShape.from_config(CONFIGS[name] | changes)
+    with pytest.raises(RunError, match=f"training.backend=megatron {says}"):
+        make("--nodes 4 --backend megatron", shape)
 
 
 def test_every_accepted_plan_has_all_ranks_and_no_slot_twice():
