@@ -83,7 +83,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     command, flags = parser.parse_known_args(argv)
     if command.resume and command.recipe:
         raise RunError("--resume takes the configuration of the run; leave out --recipe")
-    command.recipe, command.cluster = _file(command.recipe, RECIPES), _file(command.cluster, CLUSTERS)
+    command.recipe, command.cluster = yaml_file(command.recipe, RECIPES), yaml_file(command.cluster, CLUSTERS)
     if _HELP & set(flags):
         parser.print_help()
     return command, flags
@@ -170,7 +170,7 @@ def dry_run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) 
     return 0
 
 
-def _file(name: str | None, folder: Path) -> Path | None:
+def yaml_file(name: str | None, folder: Path) -> Path | None:
     """A YAML file by its path, or by its name in `folder`."""
     if name is None:
         return None
