@@ -202,7 +202,7 @@ def test_what_cannot_be_is_refused_with_value_place_and_way_out(flags, says):
         (
             "Qwen3-4B",
             {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-            "this qwen3: rope scaling .*yarn",
+            "cannot train this qwen3: rope scaling .*yarn",
         ),
         ("GLM-4-9B-0414", {}, "cannot train this glm4: norms after attention and MLP"),
         ("Qwen3-30B-A3B", {}, "cannot train this qwen3_moe: experts"),
