@@ -2,7 +2,7 @@
 
     python tools/hf_to_megatron.py HF_DIR OUT
 
-Everything is read from config.json. OUT is what Megatron-LM's --load takes, with the checkpoint in OUT/release;
+Everything is read from config.json. OUT is what Megatron-LM's --load takes, the checkpoint is OUT/release;
 OUT/hf keeps configuration, tokenizer and headers, so that megatron_to_hf.py gives the same files back.
 An interrupted conversion is continued by the same command.
 """

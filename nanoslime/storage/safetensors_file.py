@@ -20,6 +20,7 @@ from nanoslime.types import RunError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+SIDE = "hf"  # beside a Megatron checkpoint: configuration and tokenizer of the Hugging Face one
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
@@ -196,6 +197,7 @@ def write_files(
 
 def copy_other_files(source: Path, target: Path) -> None:
     """Copy what stands beside the weights of a Hugging Face checkpoint: configuration, tokenizer, code."""
+    target.mkdir(exist_ok=True)
     for path in source.iterdir():
         if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES) and path.name != "manifest.json":
             shutil.copy2(path, target / path.name)

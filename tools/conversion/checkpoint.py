@@ -11,14 +11,13 @@ from typing import Literal
 from nanoslime.models.rules import Part, Piece, check_tensors, has_mtp, pieces, repeats
 from nanoslime.models.shape import ModelShape
 from nanoslime.storage import manifest, torch_dist
-from nanoslime.storage.safetensors_file import DTYPE_BYTES, INDEX_FILE, SINGLE_FILE, read_headers
+from nanoslime.storage.safetensors_file import DTYPE_BYTES, INDEX_FILE, SIDE, SINGLE_FILE, read_headers
 from nanoslime.storage.torch_dist import Chunk, StoredTensor
 from nanoslime.types import RunError
 from tools.conversion import keys
 from tools.conversion.tensor_copy import Fill, Link, fill, same
 
 LATEST = "latest_checkpointed_iteration.txt"  # Megatron-LM's and slime's
-SIDE = "hf"  # beside a Megatron checkpoint: configuration, tokenizer and headers of the Hugging Face one
 
 
 @dataclass(slots=True)
@@ -88,7 +87,7 @@ def open_checkpoint(path: Path, side: Path | None = None, *, verify: bool = True
     """
     if not path.is_dir():
         raise RunError(f"{path} is no directory")
-    data = _torch_dist_directory(path)
+    data = torch_dist_directory(path)
     checked = _verify(data or path, verify)
     if data is None:
         return _open_huggingface(path, checked)
@@ -103,7 +102,7 @@ def whole(tensor: StoredTensor) -> Link:
     return tensor, box, box
 
 
-def _torch_dist_directory(path: Path) -> Path | None:
+def torch_dist_directory(path: Path) -> Path | None:
     """Where .metadata is, at `path` or below; None for a Hugging Face directory."""
     if (path / SINGLE_FILE).exists() or (path / INDEX_FILE).exists():
         return None

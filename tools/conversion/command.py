@@ -7,11 +7,11 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from tqdm import tqdm
-
+from nanoslime.plugins import resolve
 from nanoslime.types import RunError
 from tools.conversion.checkpoint import Checkpoint
 from tools.conversion.plan import Plan
@@ -49,16 +49,26 @@ def convert(arguments: argparse.Namespace, make: Callable[[], Plan]) -> None:
         return
     for line in notes(plan.source):
         print(line, file=sys.stderr)
-    with tqdm(total=plan.num_bytes, unit="B", unit_scale=True, disable=None, mininterval=0.5) as bar:
+    with bar(plan.num_bytes) as progress:
         run(
             plan,
             arguments.out,
             force=arguments.force,
             threads=max(1, arguments.threads),
             checksums=not arguments.no_checksums,
-            progress=bar.update,
+            progress=progress,
         )
     print(f"{arguments.out}: {summary(plan.num_bytes, time.monotonic() - started)}")
+
+
+@contextmanager
+def bar(num_bytes: int) -> Iterator[Callable[[int], object]]:
+    """A function that takes bytes done; where a person watches, it moves a bar with bytes and rate."""
+    if not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    with resolve("tqdm:tqdm", {}, "bar")(total=num_bytes, unit="B", unit_scale=True) as shown:
+        yield shown.update
 
 
 def summary(num_bytes: int, seconds: float) -> str:

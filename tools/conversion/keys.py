@@ -55,6 +55,15 @@ def by_name(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     return found
 
 
+def layout(weights: Iterable[str]) -> str:
+    """Which of the three ways these keys are of."""
+    found = list(weights)
+    if any(_LAYERS.match(key) for key in found):
+        return "A (homogeneous)"
+    single = any(_GATE_OR_UP.match(key) or _EXPERT.match(key) for key in found)
+    return "C (singleton_local_shards)" if single else "B (non_homogeneous_layers)"
+
+
 def key_of(name: str) -> tuple[str, int | None]:
     """(key in layout B, expert): the tensor is that row of the key's first dimension; None: the whole key."""
     if match := _EXPERT.match(name):

@@ -15,6 +15,7 @@ from nanoslime.models.rules import Piece
 from nanoslime.storage import torch_dist
 from nanoslime.storage.safetensors_file import (
     INDEX_FILE,
+    SIDE,
     copy_other_files,
     parse_head,
     plan_files,
@@ -25,7 +26,7 @@ from nanoslime.storage.shared_files import publish_json, read_json
 from nanoslime.storage.torch_dist import OBJECT_STUB, Chunk, StoredTensor, container
 from nanoslime.types import RunError
 from tools.conversion import keys
-from tools.conversion.checkpoint import LATEST, SIDE, Checkpoint
+from tools.conversion.checkpoint import LATEST, Checkpoint
 from tools.conversion.tensor_copy import Fill, TargetFile, fill
 
 HEADERS = "safetensors_headers.json"  # in the side directory: the first bytes of the original files
@@ -82,7 +83,6 @@ def to_megatron(source: Checkpoint) -> Plan:
         common = {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": content}
         torch_dist.write_common(directory / RELEASE, common)
         (directory / LATEST).write_text(RELEASE)
-        (directory / SIDE).mkdir(exist_ok=True)
         copy_other_files(source.side, directory / SIDE)
         if (source.side / INDEX_FILE).exists():
             shutil.copy2(source.side / INDEX_FILE, directory / SIDE)

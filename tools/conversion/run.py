@@ -58,7 +58,7 @@ class _Journal:
 
 
 def run(
-    plan: Plan, out: Path, *, force: bool, threads: int, checksums: bool, progress: Callable[[int], None]
+    plan: Plan, out: Path, *, force: bool, threads: int, checksums: bool, progress: Callable[[int], object]
 ) -> None:
     """Write `plan` to `out`, with a manifest unless `checksums` is off. progress: called with bytes done.
 
@@ -121,7 +121,7 @@ def _write_all(
     journal: _Journal,
     threads: int,
     checksums: bool,
-    progress: Callable[[int], None],
+    progress: Callable[[int], object],
 ) -> None:
     failed = threading.Event()
 

@@ -24,7 +24,7 @@ from nanoslime.storage.safetensors_file import DTYPE_BYTES
 from nanoslime.storage.torch_dist import Chunk, StoredTensor
 from nanoslime.types import RunError
 
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 1 << 20  # still in the cache when it is hashed
 Box = tuple[slice, ...]  # one slice per dimension, start and stop set
 Link = tuple[StoredTensor, Box, Box]  # a box of a stored tensor, and the same box of the target tensor
 _BLOCKS = "tools.conversion.tensor_blocks:blocks"  # numpy, which takes longer to import than 100 MB to copy
@@ -156,19 +156,21 @@ def same(one: Fill, other: Fill) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     with Files() as files:
-        a, b, x, y = blocks(one, files), blocks(other, files), b"", b""
-        while True:
-            x, y = x or bytes(next(a, b"")), y or bytes(next(b, b""))
+        a, b = blocks(one, files), blocks(other, files)
+        x = y = memoryview(b"")  # what is left of the two blocks
+        left = one.num_bytes
+        while left:
+            x, y = x or next(a), y or next(b)
             n = min(len(x), len(y))
-            if x[:n] != y[:n] or (not n and x != y):
+            left -= n
+            if x[:n].tobytes() != y[:n].tobytes():  # memcmp; views are compared byte by byte
                 return False
-            if not n:
-                return True
             x, y = x[n:], y[n:]
+        return True
 
 
 def write(
-    target: TargetFile, directory: Path, *, checksum: bool, progress: Callable[[int], None]
+    target: TargetFile, directory: Path, *, checksum: bool, progress: Callable[[int], object]
 ) -> str | None:
     """Write the file, force it to disk, and return its XXH3-128 (None without `checksum`).
 

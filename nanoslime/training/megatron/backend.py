@@ -11,6 +11,7 @@ from torch import Tensor
 from nanoslime.batch import TrainBatch, WeightShard
 from nanoslime.config import RunConfig
 from nanoslime.models.shape import ModelShape
+from nanoslime.storage.safetensors_file import SIDE, copy_other_files
 from nanoslime.training.backend import Algorithm, RankEnv, TrainBackend
 from nanoslime.training.megatron import checkpoint, cpu_compat, model, optimizer, parallel, weights
 from nanoslime.training.megatron.step import Pipeline
@@ -19,7 +20,7 @@ from nanoslime.training.megatron.step import Pipeline
 class MegatronBackend(TrainBackend):
     def __init__(self, config: RunConfig, model_dir: Path, env: RankEnv) -> None:
         super().__init__(config, env)
-        self._shape = ModelShape.read(model_dir)
+        self._shape, self._model_dir = ModelShape.read(model_dir), model_dir
         parallel.check(config.training, self._shape, env.world_size)
         cpu_compat.install()
         self._ranks = ranks = parallel.initialize(config.training, env, config.seed)
@@ -46,6 +47,8 @@ class MegatronBackend(TrainBackend):
 
     def save(self, path: Path) -> None:
         checkpoint.save(path, self._gpt, self._optimizer, self._step, self._ranks)
+        if dist.get_rank() == 0:  # with these it converts back to Hugging Face's format
+            copy_other_files(self._model_dir, path / SIDE)
 
     def load(self, path: Path) -> None:
         self._step = checkpoint.load(path, self._gpt, self._optimizer, self._ranks)

@@ -1,0 +1,30 @@
+"""What a checkpoint computes: transformers for Hugging Face's, megatron-core's GPTModel for Megatron's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from nanoslime.training.megatron import forward
+from nanoslime.types import RunError
+from tools.conversion.checkpoint import Checkpoint
+
+
+@torch.no_grad()
+def logits(checkpoint: Checkpoint, num_tokens: int) -> Tensor:
+    """[num_tokens, vocab_size] in float32 of the same random tokens for every checkpoint of a shape.
+
+    Raises RunError for a model that megatron-core cannot compute.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(checkpoint.shape.vocab_size, (num_tokens,), generator=generator)
+    if checkpoint.format == "Hugging Face":
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path, dtype=torch.float32, attn_implementation="eager"
+        )
+        return model.eval()(tokens[None]).logits[0]
+    try:
+        return forward.logits(checkpoint.shape, checkpoint.path, tokens)
+    except ValueError as error:
+        raise RunError(f"{checkpoint.path}: {error}") from error
