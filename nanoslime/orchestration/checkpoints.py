@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from nanoslime.config import RunConfig
 from nanoslime.orchestration.groups import TrainGroup
-from nanoslime.orchestration.rollout_manager import Rollout
+from nanoslime.orchestration.rollout_manager import RolloutManager
 from nanoslime.run_dir import RunDir
 from nanoslime.storage.commit import commit, complete_checkpoints, partial_dir, partial_path, retain
 from nanoslime.storage.manifest import DamagedError, verify
@@ -28,19 +28,19 @@ class Checkpoints:
     config: RunConfig
     run: RunDir
     trainer: TrainGroup
-    rollout: Rollout
-    leads: bool  # this process commits and reports: rank 0 of the loop
+    rollout: RolloutManager | None  # None on a rank that follows: it neither commits nor reports
     _best: tuple[float, int] | None = field(default=None, init=False)  # reward, rollouts
 
     def resume(self) -> int:
         """Loads the newest checkpoint that verifies; returns its number of rollouts, 0 where none is."""
-        step = self.trainer.agree(self._newest_good() if self.leads else None)
+        step = self.trainer.agree(self._newest_good() if self.rollout else None)
         if step is None:
             return 0
         path = self.run.checkpoint(int(step))
         driver = json.loads((path / "driver.json").read_text())
         self.trainer.load(path / "trainer")
-        self.rollout.load_state_dict(driver["rollout"])
+        if self.rollout:
+            self.rollout.load_state_dict(driver["rollout"])
         self._best = tuple(driver["best"]) if driver["best"] else None
         logger.info("resumed after %d rollouts from %s", driver["rollouts"], path)
         return int(driver["rollouts"])
@@ -53,12 +53,12 @@ class Checkpoints:
         if reward is not None and (self._best is None or reward > self._best[0]):
             self._best = (reward, rollouts)
         final = self.run.checkpoint(rollouts)
-        if self.leads:
+        if self.rollout:
             (partial_dir(final) / "trainer").mkdir()
         self.trainer.agree(None)  # the directory exists on every rank from here on
         partial = partial_path(final)
         self.trainer.save(partial / "trainer")
-        if not self.leads:
+        if self.rollout is None:
             return
         state = {"rollouts": rollouts, "rollout": self.rollout.state_dict(), "best": self._best}
         (partial / "driver.json").write_text(json.dumps(state))

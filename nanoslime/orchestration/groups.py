@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
-from nanoslime.batch import StepMetrics, TrainBatch
+from nanoslime.batch import TrainBatch
 from nanoslime.config import RunConfig
 from nanoslime.orchestration.rollout_manager import Rollout
 from nanoslime.run_dir import RunDir
@@ -25,8 +25,8 @@ class TrainGroup(ABC):
         self.config, self.run, self.transport = config, run, transport
 
     @abstractmethod
-    def train(self, groups: list[SampleGroup]) -> dict[str, float]:
-        """The optimizer steps of one rollout; metrics of the row, empty where every group was dropped."""
+    def _train(self, shards: list[list[TrainBatch]]) -> dict[str, float]:
+        """TrainWorker.train on every rank, with its data-parallel rank's shards; rank 0's metrics."""
 
     @abstractmethod
     def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> None:
@@ -34,6 +34,15 @@ class TrainGroup(ABC):
 
     @abstractmethod
     def close(self) -> None: ...
+
+    def train(self, groups: list[SampleGroup]) -> dict[str, float]:
+        """The optimizer steps of one rollout; metrics of the row, empty where every group was dropped."""
+        steps = plan(
+            groups, num_steps=self.config.training.num_steps_per_rollout, dp_size=self.dp_size,
+            max_tokens=self.config.training.max_tokens_per_microbatch,
+            denominator=self.config.algorithm.denominator, temperature=self.config.rollout.temperature,
+        )  # fmt: skip
+        return self._train([[step[dp] for step in steps] for dp in range(self.dp_size)])
 
     def connect(self, engines: list[Any], address: str) -> None:
         """The weight group of rank 0, at `address`, with the engines, where the transport has one."""
@@ -69,17 +78,6 @@ class TrainGroup(ABC):
             rollout.update_weights(lambda: self.broadcast(version), version)
         return time.monotonic() - start
 
-    def plan(self, groups: list[SampleGroup]) -> list[list[TrainBatch]]:
-        """[optimizer step][dp rank] shards of a rollout's groups; empty where every group was dropped."""
-        return plan(
-            groups,
-            num_steps=self.config.training.num_steps_per_rollout,
-            dp_size=self.dp_size,
-            max_tokens=self.config.training.max_tokens_per_microbatch,
-            denominator=self.config.algorithm.denominator,
-            temperature=self.config.rollout.temperature,
-        )
-
 
 def resolve_transport(config: RunConfig, *, same_process: bool) -> str:
     """weight_sync.transport with "auto" decided; `same_process`: one trainer rank beside its engine."""
@@ -92,17 +90,3 @@ def resolve_transport(config: RunConfig, *, same_process: bool) -> str:
         where = "the embedded engine in the trainer's own process"
         raise ValueError(f"weight_sync.transport=in_process needs {where}; choose disk or auto")
     return transport
-
-
-def metrics_row(steps: list[StepMetrics], seconds: dict[str, float]) -> dict[str, float]:
-    """One row from a rollout's optimizer steps: means, maxima for names in _max, and the phases' seconds."""
-    row = {f"time/{phase}_s": s for phase, s in seconds.items()}
-    rows = [
-        {"train/loss": s.loss, "train/grad_norm": s.grad_norm, "train/lr": s.lr,
-         "train/skipped": float(s.skipped), **s.values}
-        for s in steps
-    ]  # fmt: skip
-    for name in dict.fromkeys(name for r in rows for name in r):
-        values = [r[name] for r in rows if name in r]
-        row[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
-    return row

@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch.distributed as dist
 from huggingface_hub import snapshot_download
 
 from nanoslime import layout
@@ -17,6 +16,7 @@ from nanoslime.config import RunConfig
 from nanoslime.config.load import dump, load, read
 from nanoslime.models.shape import ModelShape
 from nanoslime.models.tiny import tiny_qwen3_config
+from nanoslime.orchestration.rollout_manager import from_rank_0
 from nanoslime.orchestration.session import Phase, Session, open_local, open_ray
 from nanoslime.process_groups import free_port
 from nanoslime.run_dir import Attempt, RunDir
@@ -57,10 +57,10 @@ def _submitted(run: RunDir, number: int) -> Launch:
     return Launch(attempt, lambda phase: open_ray(config, attempt, plan, phase, local=False), leads=True)
 
 
-def _with_local_checkpoint(config: RunConfig) -> RunConfig:
+def _with_local_checkpoint(config: RunConfig) -> tuple[RunConfig, ModelShape]:
     """The configuration with a checkpoint that is a whole local directory; a hub id is fetched."""
     if config.rehearsal.enabled:
-        return config
+        return config, ModelShape.from_config(tiny_qwen3_config())
     name, path = config.model.hf_checkpoint, Path(config.model.hf_checkpoint)
     if not path.is_dir():
         try:
@@ -68,22 +68,22 @@ def _with_local_checkpoint(config: RunConfig) -> RunConfig:
         except (OSError, ValueError) as e:  # the hub's own errors are OSErrors
             problem = f"neither a directory nor a hub id to fetch: {type(e).__name__}"
             raise RunError(f"model.hf_checkpoint={name!r} is {problem}") from e
-    ModelShape.read(path)
+    shape = ModelShape.read(path)
     read_headers(path)
-    return replace(config, model=replace(config.model, hf_checkpoint=str(path.absolute())))
+    return replace(config, model=replace(config.model, hf_checkpoint=str(path.absolute()))), shape
 
 
 def _on_this_machine(config: RunConfig, run: RunDir | None) -> Launch:
     """`run`: goes on with an existing run."""
-    config = _with_local_checkpoint(config)
+    config, shape = _with_local_checkpoint(config)
     if config.training.num_gpus and "RANK" not in os.environ:
-        plan = layout.plan(config, _shape(config))
+        plan = layout.plan(config, shape)
         attempt = _new_attempt(config, run)
         attempt.run.plan.write_text(plan.to_json())
         return Launch(attempt, lambda phase: open_ray(config, attempt, plan, phase, local=True), leads=True)
     env = _rank_env(config)
     init_process_group(env, config.training)
-    attempt = _shared_attempt(config, run, env)
+    attempt = from_rank_0(_new_attempt(config, run) if env.rank == 0 else None)
     return Launch(attempt, lambda phase: open_local(config, attempt, env, phase), leads=env.rank == 0)
 
 
@@ -102,20 +102,3 @@ def _new_attempt(config: RunConfig, run: RunDir | None) -> Attempt:
     run = run or RunDir.create(Path(config.cluster.run_root or "runs"), config.name)
     run.config.write_text(dump(config))
     return run.new_attempt()
-
-
-def _shared_attempt(config: RunConfig, run: RunDir | None, env: RankEnv) -> Attempt:
-    """Rank 0 makes the attempt, the others are told where it is."""
-    where = [None]
-    if env.rank == 0:
-        attempt = _new_attempt(config, run)
-        where = [(attempt.run.path, attempt.number)]
-    dist.broadcast_object_list(where, src=0)
-    path, number = where[0]
-    return RunDir.open(path).attempt(number)
-
-
-def _shape(config: RunConfig) -> ModelShape:
-    if config.rehearsal.enabled:
-        return ModelShape.from_config(tiny_qwen3_config())
-    return ModelShape.read(Path(config.model.hf_checkpoint))

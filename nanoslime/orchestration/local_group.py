@@ -11,34 +11,25 @@ from typing import Any
 
 import torch.distributed as dist
 
+from nanoslime.batch import TrainBatch
 from nanoslime.config import RunConfig
-from nanoslime.orchestration.groups import TrainGroup, metrics_row
+from nanoslime.orchestration.groups import TrainGroup
 from nanoslime.orchestration.rollout_manager import from_rank_0
 from nanoslime.orchestration.worker import TrainWorker
-from nanoslime.rollout.embedded import EmbeddedEngine
 from nanoslime.run_dir import RunDir
-from nanoslime.types import SampleGroup
 
 
 class LocalTrainGroup(TrainGroup):
-    """`engine`: the one in this process, for the transport in_process."""
+    """`engines`: those of this process; with the transport in_process, one that is embedded."""
 
     def __init__(
-        self,
-        config: RunConfig,
-        run: RunDir,
-        worker: TrainWorker,
-        transport: str,
-        engine: EmbeddedEngine | None = None,
+        self, config: RunConfig, run: RunDir, transport: str, worker: TrainWorker, engines: list[Any]
     ):
         super().__init__(config, run, transport)
-        self._worker, self._engine = worker, engine
-        self.dp_size = worker.dp_size
+        self._worker, self._engines, self.dp_size = worker, engines, worker.dp_size
 
-    def train(self, groups: list[SampleGroup]) -> dict[str, float]:
-        batches = self.plan(groups)
-        steps = self._worker.train([shards[self._worker.dp_rank] for shards in batches])
-        return metrics_row(steps, self._worker.seconds) if steps else {}
+    def _train(self, shards: list[list[TrainBatch]]) -> dict[str, float]:
+        return self._worker.train(shards[self._worker.dp_rank])
 
     def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> None:
         getattr(self._worker, method)(*args)
@@ -47,8 +38,7 @@ class LocalTrainGroup(TrainGroup):
     def broadcast(self, version: int) -> None:
         if self.transport != "in_process":
             return super().broadcast(version)
-        assert self._engine is not None
-        self._engine.load_weights(self._worker.tensors(), version)
+        self._engines[0].load_weights(self._worker.tensors(), version)
 
     def agree(self, stop: str | None) -> str | None:
         return from_rank_0(stop)

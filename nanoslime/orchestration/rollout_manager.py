@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from transformers import AutoTokenizer
 
 from nanoslime import algorithms
 from nanoslime.algorithms.filters import filter_groups
@@ -32,15 +33,18 @@ logger = logging.getLogger(__name__)
 class RolloutManager:
     """Lives in the driver. `version` is what every engine holds: the number of rollouts trained on."""
 
-    def __init__(self, config: RunConfig, run: RunDir, tokenizer: Any, engines: Sequence[Engine]):
-        self.config, self.run, self.engines, self._tokenizer = config, run, list(engines), tokenizer
+    def __init__(self, config: RunConfig, run: RunDir, model_dir: Path, engines: Sequence[Engine]):
+        self.config, self.run, self.engines = config, run, list(engines)
+        self._tokenizer = AutoTokenizer.from_pretrained(
+            model_dir, trust_remote_code=config.model.trust_remote_code
+        )
         self._reward = resolve(config.data.reward, REWARDS, "data.reward")
         self._algorithm = algorithms.make(config.algorithm)
         self._router = LeastInflightRouter(self.engines)
         data = config.data
-        prompts = load_prompts(Path(data.prompts), tokenizer, data)
+        prompts = load_prompts(Path(data.prompts), self._tokenizer, data)
         self._source = PromptSource(prompts, seed=config.seed, shuffle=data.shuffle)
-        held_out = load_prompts(Path(data.eval_prompts), tokenizer, data) if data.eval_prompts else []
+        held_out = load_prompts(Path(data.eval_prompts), self._tokenizer, data) if data.eval_prompts else []
         self._held_out = held_out[: config.eval.max_prompts or None]
         self._threads = ThreadPoolExecutor(max_workers=len(self.engines), thread_name_prefix="engine")
         self.version = -1
@@ -70,13 +74,8 @@ class RolloutManager:
         if not self._held_out:
             return None
         knobs = self.config.eval
-        sampling = replace(
-            self.config.rollout,
-            n_samples_per_prompt=knobs.n_samples_per_prompt,
-            temperature=knobs.temperature,
-            top_p=1.0,
-            top_k=-1,
-        )
+        num, temperature, whole = knobs.n_samples_per_prompt, knobs.temperature, {"top_p": 1.0, "top_k": -1}
+        sampling = replace(self.config.rollout, n_samples_per_prompt=num, temperature=temperature, **whole)
         groups = self._sample(self._held_out, sampling, 0, seed=(knobs.seed, 1, step))
         samples = [s for g in groups for s in g.samples]
         if errors := [s for s in samples if s.reward is None]:
@@ -100,9 +99,8 @@ class RolloutManager:
         self._each(lambda e: e.resume())
         for engine, reported in zip(self.engines, self._each(lambda e: e.policy_version()), strict=True):
             if reported != version:
-                raise RunError(
-                    f"engine {engine.name} reports policy version {reported} after the sync of {version}"
-                )
+                reports = f"engine {engine.name} reports policy version {reported}"
+                raise RunError(f"{reports} after the sync of {version}")
         self.version = version
 
     def load_from_disk(self, path: Path, version: int) -> None:
@@ -130,10 +128,8 @@ class RolloutManager:
         for sample in (s for g in groups for s in g.samples):
             stale = [v for _, v in sample.policy_versions if v != self.version]
             if stale:
-                raise RunError(
-                    f"group {sample.group_id} was sampled by policy version {stale[0]}, "
-                    f"the trainer is at {self.version}"
-                )
+                sampled = f"group {sample.group_id} was sampled by policy version {stale[0]}"
+                raise RunError(f"{sampled}, the trainer is at {self.version}")
 
     def _each(self, call: Callable[[Engine], Any]) -> list[Any]:
         return [future.result() for future in [self._threads.submit(call, e) for e in self.engines]]
@@ -172,17 +168,6 @@ class SharedRollout:
         if self._manager:
             self._manager.load_from_disk(path, version)
         from_rank_0(None)  # nobody removes the files before they were read
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._manager.state_dict() if self._manager else {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self._manager:
-            self._manager.load_state_dict(state)
-
-    def close(self) -> None:
-        if self._manager:
-            self._manager.close()
 
 
 Rollout = RolloutManager | SharedRollout

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch.distributed as dist
-from transformers import AutoTokenizer
 
 from nanoslime import rehearsal
 from nanoslime.config import RunConfig
@@ -83,9 +82,9 @@ def open_ray(
             trainer.connect(engines, trainer.address)
         else:
             engines = [EmbeddedEngine(str(model_dir), config.model.dtype, "cpu", config.seed)]
-        rollout = _manager(config, attempt.run, model_dir, engines)
-        resources.callback(rollout.close)
-        yield _session(config, attempt, trainer, rollout, leads=True)
+        manager = RolloutManager(config, attempt.run, model_dir, engines)
+        resources.callback(manager.close)
+        yield _session(config, attempt, trainer, manager, manager)
 
 
 @contextmanager
@@ -102,14 +101,15 @@ def open_local(config: RunConfig, attempt: Attempt, env: RankEnv, phase: Phase) 
         phase("start")
         worker = TrainWorker(config, model_dir, env)
         engines = [_local_engine(config, attempt, model_dir, env, resources)] if leads else []
-        embedded = next((e for e in engines if isinstance(e, EmbeddedEngine)), None)
         transport = resolve_transport(config, same_process=env.world_size == 1)
-        trainer = LocalTrainGroup(config, attempt.run, worker, transport, embedded)
+        trainer = LocalTrainGroup(config, attempt.run, transport, worker, engines)
         resources.callback(trainer.close)
         trainer.connect(engines, "127.0.0.1")
-        rollout = SharedRollout(_manager(config, attempt.run, model_dir, engines) if engines else None)
-        resources.callback(rollout.close)
-        yield _session(config, attempt, trainer, rollout, leads=leads)
+        manager = None
+        if leads:
+            manager = RolloutManager(config, attempt.run, model_dir, engines)
+            resources.callback(manager.close)
+        yield _session(config, attempt, trainer, SharedRollout(manager), manager)
 
 
 def _local_engine(
@@ -117,22 +117,16 @@ def _local_engine(
 ) -> Engine:
     if config.rollout.engine == "embedded":
         return EmbeddedEngine(str(model_dir), config.model.dtype, str(env.torch_device), config.seed)
-    gpu_ids = [env.local_rank] if env.device == "cuda" else []
-    log = attempt.log("sglang", 0)
-    server = ray_group.engine_server(config, 0, model_dir, env.device, "127.0.0.1", log, gpu_ids)
+    gpu_ids, log = [env.local_rank] if env.device == "cuda" else [], attempt.log("sglang", 0)
+    server = ray_group.engine_server(config, 0, model_dir, env.device, log, "127.0.0.1", gpu_ids)
     resources.callback(server.close)
     return server.start(config.rollout.start_deadline_s)
 
 
-def _manager(config: RunConfig, run: RunDir, model_dir: Path, engines: list[Engine]) -> RolloutManager:
-    tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=config.model.trust_remote_code)
-    return RolloutManager(config, run, tokenizer, engines)
-
-
 def _session(
-    config: RunConfig, attempt: Attempt, trainer: TrainGroup, rollout: Rollout, *, leads: bool
+    config: RunConfig, attempt: Attempt, trainer: TrainGroup, rollout: Rollout, manager: RolloutManager | None
 ) -> Session:
-    if leads:
+    if manager:
         remove_leftovers(attempt.run.checkpoints)
-    checkpoints = Checkpoints(config, attempt.run, trainer, rollout, leads)
+    checkpoints = Checkpoints(config, attempt.run, trainer, manager)
     return Session(config, attempt.run, attempt, trainer, rollout, checkpoints)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,8 +18,6 @@ from nanoslime.types import BroadcastEngine, RunError
 from nanoslime.weight_sync.assemble import Assembler
 from nanoslime.weight_sync.broadcast import Broadcaster
 from nanoslime.weight_sync.disk import write_checkpoint
-
-logger = logging.getLogger(__name__)
 
 
 class TrainWorker:
@@ -38,25 +34,29 @@ class TrainWorker:
         self.backend: TrainBackend = backend(config, model_dir, env)
         self.dp_rank, self.dp_size = self.backend.dp_rank, self.backend.dp_size
         self.algorithm = algorithms.make(config.algorithm)
-        self.seconds: dict[str, float] = {}
         self._assembler = Assembler(
-            self.backend.weight_shards,
-            rank=env.rank,
-            world_size=env.world_size,
+            self.backend.weight_shards, rank=env.rank, world_size=env.world_size,
             dtype=getattr(torch, config.model.dtype),
-        )
+        )  # fmt: skip
         self._broadcaster: Broadcaster | None = None
 
-    def train(self, batches: list[TrainBatch]) -> list[StepMetrics]:
-        """One optimizer step per batch; old and reference logprobs of all are taken before the first step."""
-        with self._timed("logprobs"):
-            for batch in batches:
-                if self.algorithm.needs_old_logprobs:
-                    batch.old_logprobs = self.backend.logprobs(batch, "policy")
-                if self.algorithm.needs_reference:
-                    batch.ref_logprobs = self.backend.logprobs(batch, "ref")
-        with self._timed("train"):
-            return [self._step(batch) for batch in batches]
+    def train(self, batches: list[TrainBatch]) -> dict[str, float]:
+        """One optimizer step per batch; old and reference logprobs of all are taken before the first step.
+
+        Returns the metrics of the rollout's row, none without batches.
+        """
+        if not batches:
+            return {}
+        begin = time.monotonic()
+        for batch in batches:
+            if self.algorithm.needs_old_logprobs:
+                batch.old_logprobs = self.backend.logprobs(batch, "policy")
+            if self.algorithm.needs_reference:
+                batch.ref_logprobs = self.backend.logprobs(batch, "ref")
+        middle = time.monotonic()
+        steps = [self._step(batch) for batch in batches]
+        times = {"time/logprobs_s": middle - begin, "time/train_s": time.monotonic() - middle}
+        return times | metrics_row(steps)
 
     def _step(self, batch: TrainBatch) -> StepMetrics:
         if self.backend.is_last_stage:
@@ -68,12 +68,9 @@ class TrainWorker:
         if self.env.rank == 0:
             sync = self.config.weight_sync
             self._broadcaster = Broadcaster(
-                engines,
-                address=address,
-                device=self.env.device,
-                bucket_bytes=sync.bucket_bytes,
-                deadline_s=sync.deadline_s,
-            )
+                engines, address=address, device=self.env.device,
+                bucket_bytes=sync.bucket_bytes, deadline_s=sync.deadline_s,
+            )  # fmt: skip
 
     def broadcast(self, version: int) -> int:
         """Sends the current weights to the engines as `version`; returns the bytes sent (0 but on rank 0)."""
@@ -110,8 +107,16 @@ class TrainWorker:
         for _ in self.tensors():
             raise RuntimeError("only rank 0 assembles tensors")
 
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        start = time.monotonic()
-        yield
-        self.seconds[phase] = time.monotonic() - start
+
+def metrics_row(steps: list[StepMetrics]) -> dict[str, float]:
+    """One row from a rollout's optimizer steps: means, and maxima for names in _max."""
+    rows = [
+        {"train/loss": s.loss, "train/grad_norm": s.grad_norm, "train/lr": s.lr,
+         "train/skipped": float(s.skipped), **s.values}
+        for s in steps
+    ]  # fmt: skip
+    row = {}
+    for name in dict.fromkeys(name for r in rows for name in r):
+        values = [r[name] for r in rows if name in r]
+        row[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
+    return row

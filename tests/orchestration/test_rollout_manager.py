@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
 
 from nanoslime.config import DataConfig, EvalConfig, RolloutConfig, RunConfig
 from nanoslime.orchestration.rollout_manager import RolloutManager
@@ -29,7 +28,7 @@ def manager(tmp_path: Path, model: Path, held_out: list[str]) -> RolloutManager:
     )  # fmt: skip
     engine = EmbeddedEngine(str(model), "float32", "cpu", seed=0)
     run = RunDir.create(tmp_path, "run")
-    return RolloutManager(config, run, AutoTokenizer.from_pretrained(model), [engine])
+    return RolloutManager(config, run, model, [engine])
 
 
 def test_a_sample_that_cannot_be_made_counts_as_reward_0(tmp_path, tiny_model, caplog):
