@@ -10,7 +10,7 @@ from typing import Any
 
 from nanoslime.batch import TrainBatch
 from nanoslime.config import RunConfig
-from nanoslime.orchestration.rollout_manager import Rollout
+from nanoslime.orchestration.rollout_manager import Rollout, from_rank_0
 from nanoslime.run_dir import RunDir
 from nanoslime.training.batching import plan
 from nanoslime.types import SampleGroup
@@ -64,7 +64,7 @@ class TrainGroup(ABC):
 
     def agree(self, stop: str | None) -> str | None:
         """Rank 0's word on every rank that runs the loop."""
-        return stop
+        return from_rank_0(stop)
 
     def sync_weights(self, rollout: Rollout, version: int) -> float:
         """The current weights into every engine, labelled `version`; returns the seconds it took."""

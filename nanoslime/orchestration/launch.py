@@ -43,18 +43,15 @@ def parse(argv: list[str]) -> Launch:
     parser.add_argument("--mock", action="store_true")
     known, rest = parser.parse_known_args(argv)
     if known.run:
-        return _submitted(RunDir.open(known.run), known.attempt)
+        run = RunDir.open(known.run)
+        attempt, config = run.attempt(known.attempt), read(run.config)
+        plan = layout.Layout.from_json(run.plan.read_text())
+        return Launch(attempt, lambda phase: open_ray(config, attempt, plan, phase, local=False), leads=True)
     if known.resume:
         run = RunDir.open(known.resume)
         return _on_this_machine(load(run.config, None, rest), run)
     recipe = Path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
     return _on_this_machine(load(MOCK_RECIPE if known.mock else recipe, None, rest), None)
-
-
-def _submitted(run: RunDir, number: int) -> Launch:
-    attempt, config = run.attempt(number), read(run.config)
-    plan = layout.Layout.from_json(run.plan.read_text())
-    return Launch(attempt, lambda phase: open_ray(config, attempt, plan, phase, local=False), leads=True)
 
 
 def _with_local_checkpoint(config: RunConfig) -> tuple[RunConfig, ModelShape]:

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from nanoslime.batch import TrainBatch
 from nanoslime.config import RunConfig
 from nanoslime.orchestration.groups import TrainGroup
-from nanoslime.orchestration.rollout_manager import from_rank_0
 from nanoslime.orchestration.worker import TrainWorker
 from nanoslime.run_dir import RunDir
 
@@ -39,9 +38,6 @@ class LocalTrainGroup(TrainGroup):
         if self.transport != "in_process":
             return super().broadcast(version)
         self._engines[0].load_weights(self._worker.tensors(), version)
-
-    def agree(self, stop: str | None) -> str | None:
-        return from_rank_0(stop)
 
     def close(self) -> None:
         self._worker.close()

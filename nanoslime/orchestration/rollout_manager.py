@@ -35,9 +35,8 @@ class RolloutManager:
 
     def __init__(self, config: RunConfig, run: RunDir, model_dir: Path, engines: Sequence[Engine]):
         self.config, self.run, self.engines = config, run, list(engines)
-        self._tokenizer = AutoTokenizer.from_pretrained(
-            model_dir, trust_remote_code=config.model.trust_remote_code
-        )
+        trust = config.model.trust_remote_code
+        self._tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust)
         self._reward = resolve(config.data.reward, REWARDS, "data.reward")
         self._algorithm = algorithms.make(config.algorithm)
         self._router = LeastInflightRouter(self.engines)
@@ -74,8 +73,10 @@ class RolloutManager:
         if not self._held_out:
             return None
         knobs = self.config.eval
-        num, temperature, whole = knobs.n_samples_per_prompt, knobs.temperature, {"top_p": 1.0, "top_k": -1}
-        sampling = replace(self.config.rollout, n_samples_per_prompt=num, temperature=temperature, **whole)
+        sampling = replace(
+            self.config.rollout, n_samples_per_prompt=knobs.n_samples_per_prompt,
+            temperature=knobs.temperature, top_p=1.0, top_k=-1,
+        )  # fmt: skip
         groups = self._sample(self._held_out, sampling, 0, seed=(knobs.seed, 1, step))
         samples = [s for g in groups for s in g.samples]
         if errors := [s for s in samples if s.reward is None]:
@@ -136,38 +137,35 @@ class RolloutManager:
 
 
 def from_rank_0(value: Any) -> Any:
-    """`value` of rank 0 on every rank of torchrun's; the value itself in a process that is alone."""
+    """`value` of rank 0 on every rank that runs the loop; the value itself where that is one process."""
     box = [value]
-    if dist.get_world_size() > 1:
+    if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
-class SharedRollout:
-    """The rollout on a rank that runs the loop: rank 0's manager, or (manager None) a follower of it."""
+class Rollout:
+    """The rollout on a rank that runs the loop: the manager's where there is one, else what rank 0 tells."""
 
     def __init__(self, manager: RolloutManager | None):
-        self._manager = manager
+        self.manager = manager
         self.metrics: dict[str, float] = {}
 
     def generate(self, step: int) -> list[SampleGroup]:
-        groups = self._manager.generate(step) if self._manager else None
-        self.metrics = self._manager.metrics if self._manager else {}
+        groups = self.manager.generate(step) if self.manager else None
+        self.metrics = self.manager.metrics if self.manager else {}
         return from_rank_0(groups)
 
     def evaluate(self, step: int) -> float | None:
-        return from_rank_0(self._manager.evaluate(step) if self._manager else None)
+        return from_rank_0(self.manager.evaluate(step) if self.manager else None)
 
     def update_weights(self, send: Callable[[], object], version: int) -> None:
-        if self._manager:
-            self._manager.update_weights(send, version)
+        if self.manager:
+            self.manager.update_weights(send, version)
         else:
             send()
 
     def load_from_disk(self, path: Path, version: int) -> None:
-        if self._manager:
-            self._manager.load_from_disk(path, version)
+        if self.manager:
+            self.manager.load_from_disk(path, version)
         from_rank_0(None)  # nobody removes the files before they were read
-
-
-Rollout = RolloutManager | SharedRollout

@@ -24,7 +24,7 @@ from nanoslime.orchestration import ray_group
 from nanoslime.orchestration.checkpoints import Checkpoints
 from nanoslime.orchestration.groups import TrainGroup, resolve_transport
 from nanoslime.orchestration.local_group import LocalTrainGroup
-from nanoslime.orchestration.rollout_manager import Rollout, RolloutManager, SharedRollout
+from nanoslime.orchestration.rollout_manager import Rollout, RolloutManager
 from nanoslime.orchestration.worker import TrainWorker
 from nanoslime.rollout.embedded import EmbeddedEngine
 from nanoslime.run_dir import Attempt, RunDir
@@ -82,9 +82,7 @@ def open_ray(
             trainer.connect(engines, trainer.address)
         else:
             engines = [EmbeddedEngine(str(model_dir), config.model.dtype, "cpu", config.seed)]
-        manager = RolloutManager(config, attempt.run, model_dir, engines)
-        resources.callback(manager.close)
-        yield _session(config, attempt, trainer, manager, manager)
+        yield _session(config, attempt, model_dir, trainer, engines, resources)
 
 
 @contextmanager
@@ -105,11 +103,7 @@ def open_local(config: RunConfig, attempt: Attempt, env: RankEnv, phase: Phase) 
         trainer = LocalTrainGroup(config, attempt.run, transport, worker, engines)
         resources.callback(trainer.close)
         trainer.connect(engines, "127.0.0.1")
-        manager = None
-        if leads:
-            manager = RolloutManager(config, attempt.run, model_dir, engines)
-            resources.callback(manager.close)
-        yield _session(config, attempt, trainer, SharedRollout(manager), manager)
+        yield _session(config, attempt, model_dir, trainer, engines, resources)
 
 
 def _local_engine(
@@ -124,9 +118,15 @@ def _local_engine(
 
 
 def _session(
-    config: RunConfig, attempt: Attempt, trainer: TrainGroup, rollout: Rollout, manager: RolloutManager | None
-) -> Session:
-    if manager:
-        remove_leftovers(attempt.run.checkpoints)
-    checkpoints = Checkpoints(config, attempt.run, trainer, manager)
-    return Session(config, attempt.run, attempt, trainer, rollout, checkpoints)
+    config: RunConfig, attempt: Attempt, model_dir: Path, trainer: TrainGroup, engines: list[Engine],
+    resources: ExitStack,
+) -> Session:  # fmt: skip
+    """`engines`: none on a rank that follows."""
+    run, manager = attempt.run, None
+    if engines:
+        manager = RolloutManager(config, run, model_dir, engines)
+        resources.callback(manager.close)
+        remove_leftovers(run.checkpoints)
+    return Session(
+        config, run, attempt, trainer, Rollout(manager), Checkpoints(config, run, trainer, manager)
+    )
