@@ -117,11 +117,8 @@ def suggest(word: str, choices: Mapping[str, str]) -> str:
 
 
 def print_help(default: RunConfig, prog: str) -> None:
-    """Every flag with its value after the YAML files, as tyro shows them, and the short names before."""
+    """Every flag with its value after the YAML files, and before them the short names; ends the process."""
     width = max(map(len, ALIASES))
     short = "\n".join(f"  --{alias:{width}}  --{field.replace('_', '-')}" for alias, field in ALIASES.items())
     intro = f"Values shown are those of the recipe and cluster file given. Short names:\n\n{short}"
-    try:
-        tyro.cli(RunConfig, default=default, args=["--help"], prog=prog, description=intro)
-    except SystemExit:  # tyro ends the process after its help; what else to print is the caller's to decide
-        return
+    tyro.cli(RunConfig, default=default, args=["--help"], prog=prog, description=intro)

@@ -36,7 +36,6 @@ def load(recipe: Path | None, cluster: Path | None, flags: Sequence[str]) -> Run
             layers.add_file(path, section)
     if {"-h", "--help"} & set(flags):
         flag_table.print_help(layers.validate(), Path(sys.argv[0]).name)
-        raise SystemExit(0)
     for flag in flag_table.parse(flags):
         layers.put(flag.field, flag.value, f"flag {flag.name}")
     config = _one_node_means_fsdp(layers.validate(), layers.sources)
@@ -64,9 +63,8 @@ class _UniqueKeys(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = [key for i, key in enumerate(keys) if key in keys[:i]]
         if twice:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {twice[0]!r} stands twice", node.start_mark
-            )
+            problem = f"key {twice[0]!r} stands twice"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         return super().construct_mapping(node, deep)
 
 
