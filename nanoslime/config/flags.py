@@ -8,12 +8,11 @@ that a wrong value reads the same wherever it came from. tyro prints the help.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -46,16 +45,12 @@ class Flag:
 
 
 @cache
-def field_types() -> dict[str, Any]:
-    """Every field of RunConfig by its dotted name, with its type."""
-    return dict(_walk(RunConfig, ""))
-
-
-def _walk(section: Any, prefix: str) -> list[tuple[str, Any]]:
-    found, hints = [], get_type_hints(section)
+def field_types(section: Any = RunConfig, prefix: str = "") -> dict[str, Any]:
+    """Every field of RunConfig (or of a section of it) by its dotted name, with its type."""
+    found, hints = dict[str, Any](), get_type_hints(section)
     for f in fields(section):
-        kind = hints[f.name]
-        found += _walk(kind, f"{prefix}{f.name}.") if is_dataclass(kind) else [(prefix + f.name, kind)]
+        name, is_section = prefix + f.name, is_dataclass(hints[f.name])
+        found |= field_types(hints[f.name], f"{name}.") if is_section else {name: hints[f.name]}
     return found
 
 
@@ -86,12 +81,9 @@ def parse(args: Sequence[str]) -> list[Flag]:
             if not rest or rest[0].startswith("--"):
                 raise RunError(f"{name} needs a value")
             value = rest.pop(0)
-        flags.append(Flag(name, field, None if _optional(kind) and value.lower() == "none" else value))
+        off = type(None) in get_args(kind) and value.lower() == "none"
+        flags.append(Flag(name, field, None if off else value))
     return flags
-
-
-def _optional(kind: Any) -> bool:
-    return get_origin(kind) in (Union, types.UnionType) and type(None) in get_args(kind)
 
 
 @cache
