@@ -31,32 +31,27 @@ DONE, FAILED, STOPPED = 0, 1, 75
 _VERSIONS = ("torch", "megatron-core", "sglang", "ray", "transformers", "submitit")
 
 
-class _At:
-    """A path below the run directory, as an attribute of RunDir."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __get__(self, run: RunDir, owner: type[RunDir]) -> Path:
-        return run.path / self._name
+def _at(name: str) -> property:
+    """A path below that of a RunDir or an Attempt, as its attribute."""
+    return property(lambda owner: owner.path / name)
 
 
 @dataclass(frozen=True, slots=True)
 class RunDir:
     path: Path
 
-    config = _At("config.yaml")
-    plan = _At("plan.json")
-    provenance = _At("provenance.json")
-    summary = _At("summary.json")
-    metrics = _At("metrics.jsonl")
-    evals = _At("evals.jsonl")
-    tensorboard = _At("tensorboard")
-    rollouts = _At("rollouts")
-    checkpoints = _At("checkpoints")
-    model = _At("model")
-    weights = _At("weights")
-    attempts = _At("attempts")
+    config = _at("config.yaml")
+    plan = _at("plan.json")
+    provenance = _at("provenance.json")
+    summary = _at("summary.json")
+    metrics = _at("metrics.jsonl")
+    evals = _at("evals.jsonl")
+    tensorboard = _at("tensorboard")
+    rollouts = _at("rollouts")
+    checkpoints = _at("checkpoints")
+    model = _at("model")
+    weights = _at("weights")
+    attempts = _at("attempts")
 
     @classmethod
     def create(cls, run_root: Path, name: str) -> RunDir:
@@ -170,14 +165,12 @@ class Attempt:
     run: RunDir
     number: int
 
+    head = _at("head.json")
+    """How to reach Ray: {ray_address, node_ip, token_path, nodes}."""
+
     @property
     def path(self) -> Path:
         return self.run.attempts / str(self.number)
-
-    @property
-    def head(self) -> Path:
-        """head.json: how to reach Ray. {ray_address, node_ip, token_path, nodes}"""
-        return self.path / "head.json"
 
     @property
     def key(self) -> str:
