@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -34,10 +33,9 @@ class TrainWorker:
         self.backend: TrainBackend = backend(config, model_dir, env)
         self.dp_rank, self.dp_size = self.backend.dp_rank, self.backend.dp_size
         self.algorithm = algorithms.make(config.algorithm)
-        self._assembler = Assembler(
-            self.backend.weight_shards, rank=env.rank, world_size=env.world_size,
-            dtype=getattr(torch, config.model.dtype),
-        )  # fmt: skip
+        dtype, shards = getattr(torch, config.model.dtype), self.backend.weight_shards
+        self._assembler = Assembler(shards, rank=env.rank, world_size=env.world_size, dtype=dtype)
+        self.tensors = self._assembler.tensors  # whole on rank 0; none on other ranks, which exhaust it too
         self._broadcaster: Broadcaster | None = None
 
     def train(self, batches: list[TrainBatch]) -> dict[str, float]:
@@ -87,10 +85,6 @@ class TrainWorker:
             write_checkpoint(self.tensors(), self._assembler.specs, destination, like=self.model_dir)
         else:
             self._drain()
-
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Whole tensors on rank 0; nothing on other ranks, which must exhaust it too."""
-        return self._assembler.tensors()
 
     def save(self, path: Path) -> None:
         self.backend.save(path)
