@@ -249,7 +249,7 @@ def unknown_architecture(model):
         (truncated, "model.safetensors is truncated"),
         (shard_missing, "model-2.safetensors is missing"),
         (no_tokenizer, "holds no tokenizer: none of tokenizer.json"),
-        (unknown_architecture, "model_type='gpt17' is not supported; known are llama, qwen2, qwen3"),
+        (unknown_architecture, "model_type='gpt17' is not supported; known are "),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_before_submission(machine, model, prompts, damage, says):
