@@ -13,9 +13,8 @@ from collections import Counter
 from math import prod
 from pathlib import Path
 
-from nanoslime.storage import torch_dist
 from nanoslime.storage.safetensors_file import DTYPE_BYTES
-from tools.conversion import keys
+from tools.conversion import keys, torch_dist
 from tools.conversion.checkpoint import open_checkpoint, torch_dist_directory
 from tools.conversion.command import finish, notes
 

@@ -12,10 +12,10 @@ from nanoslime.models.rules import Part, Piece, check_tensors, has_mtp, pieces, 
 from nanoslime.models.shape import ModelShape
 from nanoslime.storage import manifest, torch_dist
 from nanoslime.storage.safetensors_file import DTYPE_BYTES, INDEX_FILE, SIDE, SINGLE_FILE, read_headers
-from nanoslime.storage.torch_dist import Chunk, StoredTensor
 from nanoslime.types import RunError
 from tools.conversion import keys
 from tools.conversion.tensor_copy import Fill, Link, fill, same
+from tools.conversion.torch_dist import Chunk, StoredTensor
 
 LATEST = "latest_checkpointed_iteration.txt"  # Megatron-LM's and slime's
 

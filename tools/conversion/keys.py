@@ -17,7 +17,7 @@ from dataclasses import replace
 from math import prod
 
 from nanoslime.storage.safetensors_file import DTYPE_BYTES
-from nanoslime.storage.torch_dist import Chunk, StoredTensor, TorchDistError
+from tools.conversion.torch_dist import Chunk, StoredTensor, TorchDistError
 
 _LAYERS = re.compile(r"^((?:.*\.)?layers)\.(?!\d)(.+)$")  # A: no layer's number
 _EXPERTS = re.compile(r"^(.*\.experts\.experts)\.(?!\d)(.+)$")  # A and B: no expert's number

@@ -12,7 +12,6 @@ from math import prod
 from pathlib import Path
 
 from nanoslime.models.rules import Piece
-from nanoslime.storage import torch_dist
 from nanoslime.storage.safetensors_file import (
     INDEX_FILE,
     SIDE,
@@ -23,11 +22,11 @@ from nanoslime.storage.safetensors_file import (
     read_headers,
 )
 from nanoslime.storage.shared_files import publish_json, read_json
-from nanoslime.storage.torch_dist import OBJECT_STUB, Chunk, StoredTensor, container
 from nanoslime.types import RunError
-from tools.conversion import keys
+from tools.conversion import keys, torch_dist
 from tools.conversion.checkpoint import LATEST, Checkpoint
 from tools.conversion.tensor_copy import Fill, TargetFile, fill
+from tools.conversion.torch_dist import OBJECT_STUB, Chunk, StoredTensor, container
 
 HEADERS = "safetensors_headers.json"  # in the side directory: the first bytes of the original files
 RELEASE = "release"  # the directory of a torch_dist checkpoint that belongs to no iteration

@@ -21,8 +21,8 @@ import xxhash
 
 from nanoslime.plugins import resolve
 from nanoslime.storage.safetensors_file import DTYPE_BYTES
-from nanoslime.storage.torch_dist import Chunk, StoredTensor
 from nanoslime.types import RunError
+from tools.conversion.torch_dist import Chunk, StoredTensor
 
 BLOCK_BYTES = 1 << 20  # still in the cache when it is hashed
 Box = tuple[slice, ...]  # one slice per dimension, start and stop set

@@ -20,9 +20,9 @@ from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-from nanoslime.storage import torch_dist, torch_pickle
-from nanoslime.storage.torch_dist import Chunk, StoredTensor, TorchDistError
 from nanoslime.training.megatron import cpu_compat
+from tools.conversion import torch_dist, torch_pickle
+from tools.conversion.torch_dist import Chunk, StoredTensor, TorchDistError
 
 DTYPES = {name: getattr(torch, names[0]) for name, names in torch_pickle.DTYPES.items()}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -20,7 +20,7 @@ from typing import Any
 from nanoslime.storage import torch_pickle
 from nanoslime.storage.safetensors_file import DTYPE_BYTES
 from nanoslime.storage.shared_files import publish, publish_json, read_json
-from nanoslime.storage.torch_pickle import OBJECT_STUB, Foreign, TorchDistError, container, foreign, naming
+from tools.conversion.torch_pickle import OBJECT_STUB, Foreign, TorchDistError, container, foreign, naming
 
 __all__ = ["OBJECT_STUB", "Chunk", "StoredTensor", "TorchDistError", "container", "read", "read_common"]
 __all__ += ["write_common", "write_metadata"]
