@@ -3,7 +3,7 @@
     python tools/bench_convert.py [--sizes 1 4] [--memory-sizes 0.25] [--rounds 5] [--dir DIR]
 
 Makes random Llama models, then per round and in turn: cp + sync of the source's files, conversion, conversion
-without checksums; both ways. Every run is a process of its own, start included, and ends with its output on disk.
+without checksums; both ways. Every run is a process of its own, start included, until its output is on disk.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ from typing import Literal
 
 from nanoslime.models.rules import Part, Piece, check_tensors, has_mtp, pieces, repeats
 from nanoslime.models.shape import ModelShape
-from nanoslime.storage import manifest, torch_dist
+from nanoslime.storage import manifest
 from nanoslime.storage.safetensors_file import DTYPE_BYTES, INDEX_FILE, SIDE, SINGLE_FILE, read_headers
 from nanoslime.types import RunError
-from tools.conversion import keys
+from tools.conversion import keys, torch_dist
 from tools.conversion.tensor_copy import Fill, Link, fill, same
 from tools.conversion.torch_dist import Chunk, StoredTensor
 
@@ -109,7 +109,9 @@ def torch_dist_directory(path: Path) -> Path | None:
     places = [path, path / "trainer", path / "release"]
     if (path / LATEST).exists():
         latest = (path / LATEST).read_text().strip()
-        places = [path / ("release" if latest == "release" else f"iter_{int(latest or 0):07d}")]
+        if latest != "release" and not latest.isdecimal():
+            raise RunError(f"{path / LATEST} says {latest!r}, neither release nor an iteration")
+        places = [path / ("release" if latest == "release" else f"iter_{int(latest):07d}")]
     for place in places:
         if (place / torch_dist.METADATA).exists():
             return place
@@ -120,28 +122,31 @@ def torch_dist_directory(path: Path) -> Path | None:
 def _verify(data: Path, verify: bool) -> Path | None:
     """Compares the checksums of the manifest of `data` or of the directory above it; that directory."""
     for place in (data, data.parent):
-        if (place / manifest.NAME).exists():
-            listed = json.loads((place / manifest.NAME).read_bytes()).get("files", {})
-            if place == data or any(name.startswith(data.name + "/") for name in listed):
+        text = (place / manifest.NAME).read_bytes() if (place / manifest.NAME).exists() else b""
+        if b"xxh3_128" in text and (place == data or b'"%s/' % data.name.encode() in text):  # one of ours
+            try:
                 if verify:
+                    json.loads(text)
                     manifest.verify(place)
-                return place
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise RunError(f"{place / manifest.NAME} is damaged: {error!r}") from error
+            return place
     return None
 
 
 def _open_huggingface(path: Path, checked: Path | None) -> Checkpoint:
     shape, headers = _shape(path), read_headers(path)
     try:
-        check_tensors(shape, {name: info.shape for name, info in headers.items()}, str(path))
+        where = path / (INDEX_FILE if (path / INDEX_FILE).exists() else SINGLE_FILE)
+        files = {name: str(info.file) for name, info in headers.items()}
+        check_tensors(shape, {name: info.shape for name, info in headers.items()}, str(where), files)
     except ValueError as error:
         raise RunError(str(error)) from error
     tensors = {
         name: StoredTensor(t.dtype, t.shape, (Chunk((0,) * len(t.shape), t.shape, t.file, t.start),))
         for name, t in headers.items()
     }
-    for name, tensor in tensors.items():
-        if tensor.dtype not in ("F64", "F32", "F16", "BF16"):
-            raise RunError(f"{_file(tensor)}: {name} is {tensor.dtype}; dequantize the checkpoint first")
+    _check_dtypes(tensors)
     for name, of in repeats(shape).items():
         if name in tensors and not same(_fill(tensors[name]), _fill(tensors[of])):
             hint = (
@@ -163,7 +168,9 @@ def _open_torch_dist(path: Path, side: Path, checked: Path | None) -> Checkpoint
         extent[:] = [max(n, side.stop) for n, side in zip(extent, piece.local, strict=True)]
     found = {}
     for name, (piece, extent) in expected.items():
-        tensor = tensors.get(name) or tensors.get(piece.other)
+        tensor, twin = tensors.get(name, tensors.get(piece.other)), tensors.get(piece.other)
+        if tensor and twin and tensor != twin:
+            raise RunError(f"{_file(twin)}: {piece.other} is {name} once more, but not the same bytes")
         if tensor is None:
             raise RunError(
                 f"{path / torch_dist.METADATA} has no {name} {extent}, part of every {shape.model_type}"
@@ -177,6 +184,7 @@ def _open_torch_dist(path: Path, side: Path, checked: Path | None) -> Checkpoint
     if extra := sorted(tensors.keys() - known):
         where = f"{_file(tensors[extra[0]])}: {extra[0]}"
         raise RunError(f"{where} and {len(extra) - 1} others do not belong to a {shape.model_type}")
+    _check_dtypes(found)
     return Checkpoint(path, "torch_dist", shape, side, found, mtp, tuple(objects), checked)
 
 
@@ -187,9 +195,15 @@ def _shape(directory: Path) -> ModelShape:
         raise RunError(str(error)) from error
 
 
+def _check_dtypes(tensors: dict[str, StoredTensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in ("F64", "F32", "F16", "BF16"):
+            raise RunError(f"{_file(tensor)}: {name} is {tensor.dtype}; dequantize the checkpoint first")
+
+
 def _fill(tensor: StoredTensor) -> Fill:
     return fill("", tensor.dtype, (0,) * len(tensor.shape), tensor.shape, [whole(tensor)])
 
 
 def _file(tensor: StoredTensor) -> Path:
-    return tensor.chunks[0].file
+    return tensor.chunks[0].file if tensor.chunks else Path(torch_dist.METADATA)  # it may be empty

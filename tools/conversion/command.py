@@ -113,6 +113,9 @@ def finish(name: str, main: Callable[[], int]) -> int:
     except RunError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"{name}: {error}; the same command continues", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command continues", file=sys.stderr)
         return 130

@@ -46,10 +46,11 @@ def by_name(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
         for name, part in _split(key, tensor):
             if match := _GATE_OR_UP.match(name):
                 halves.setdefault(match[1], {})[match[2]] = part
-            else:
-                found[name] = part
+            elif found.setdefault(name, part) is not part:
+                raise TorchDistError(f"{name} is stored twice, once as a part of {key}")
     for name, both in halves.items():
-        if both.keys() != {"w", "v"} or both["w"].shape != both["v"].shape or name in found:
+        kinds = {(half.dtype, half.shape) for half in both.values()}
+        if both.keys() != {"w", "v"} or len(kinds) != 1 or name in found:
             raise TorchDistError(f"{name} is stored as {sorted(both)}, not as two equal halves w and v")
         found[name] = _stack(both["w"], both["v"])
     return found

@@ -27,6 +27,7 @@ from tools.conversion import keys, torch_dist
 from tools.conversion.checkpoint import LATEST, Checkpoint
 from tools.conversion.tensor_copy import Fill, TargetFile, fill
 from tools.conversion.torch_dist import OBJECT_STUB, Chunk, StoredTensor, container
+from tools.conversion.torch_pickle import DTYPES
 
 HEADERS = "safetensors_headers.json"  # in the side directory: the first bytes of the original files
 RELEASE = "release"  # the directory of a torch_dist checkpoint that belongs to no iteration
@@ -65,7 +66,12 @@ def to_megatron(source: Checkpoint) -> Plan:
         key, expert = keys.key_of(name)
         outer = () if expert is None else (expert,)
         full = (*(num_experts for _ in outer), *tensor.shape)
-        chunks = stored.setdefault(key, (tensor.dtype, full, []))[2]
+        dtype, _, chunks = stored.setdefault(key, (tensor.dtype, full, []))
+        if dtype != tensor.dtype:
+            where = tensor.links[0][0].chunks[0].file
+            raise RunError(
+                f"{where}: {piece.hf} is {tensor.dtype}, but of other experts {dtype}; {key} has both"
+            )
         for start, shape in _row_chunks(piece, tensor.shape, source.shape.num_key_value_heads):
             box = (*(1 for _ in outer), *shape)
             head, tail = container(tensor.dtype, box)
@@ -122,6 +128,10 @@ def to_huggingface(source: Checkpoint, dtype: str | None = None) -> Plan:
     def finish(directory: Path) -> None:
         copy_other_files(source.side, directory)
         (directory / HEADERS).unlink(missing_ok=True)
+        if dtype:
+            config = read_json(directory / "config.json")
+            names = {"dtype", "torch_dtype"} & config.keys()
+            publish_json(directory / "config.json", config | dict.fromkeys(names, DTYPES[dtype][0]))
         if index:
             publish_json(directory / INDEX_FILE, index)
         elif not dtype and (source.side / INDEX_FILE).exists():
@@ -133,7 +143,10 @@ def to_huggingface(source: Checkpoint, dtype: str | None = None) -> Plan:
 def original_heads(side: Path) -> dict[str, bytes] | None:
     """The first bytes of the original safetensors files: kept in `side`, or of the files there, or None."""
     if (side / HEADERS).exists():
-        return {name: head.encode("latin-1") for name, head in read_json(side / HEADERS).items()}
+        heads = {name: head.encode("latin-1") for name, head in read_json(side / HEADERS).items()}
+        if wrong := [name for name in heads if Path(name).name != name]:
+            raise RunError(f"{side / HEADERS} names {wrong[0]!r}, which is no file of that directory")
+        return heads
     files = (
         sorted({info.file for info in read_headers(side).values()}) if any(side.glob("*.safetensors")) else []
     )
@@ -172,7 +185,8 @@ def _row_chunks(
     count = 1
     if rule.tp_dim == 0 and not rule.num_experts and prod(shape) >= _MIN_CHUNK_ELEMENTS:
         count = next(n for n in (_MAX_ROW_CHUNKS, 4, 2, 1) if units % n == 0 or rule.layout == "vocab")
-    edges = [half * rows + i * -(-rows // count) for half in range(halves) for i in range(count)] + [shape[0]]
+    step = -(-rows // count)
+    edges = [half * rows + min(i * step, rows) for half in range(halves) for i in range(count)] + [shape[0]]
     rest = (0,) * (len(shape) - 1)
     return [((a, *rest), (b - a, *shape[1:])) for a, b in pairwise(edges) if b > a]
 

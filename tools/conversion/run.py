@@ -65,16 +65,18 @@ def run(
     Raises RunError where `out` exists without `force`, another conversion writes it, or the disk is full.
     Whatever fails ends everything, leaves `out` and the source as they were; running it again continues.
     """
-    check_output(plan, out, force)
+    check_output(plan, out := out.resolve(), force)
     partial = partial_path(out)
     partial.mkdir(parents=True, exist_ok=True)
     with _alone(partial):
         journal = _Journal.open(partial, _fingerprint(plan, checksums))
         todo = []
         for file in plan.files:
-            if file.name in journal.done and (partial / file.name).stat().st_size == file.num_bytes:
+            path = partial / file.name
+            if file.name in journal.done and path.is_file() and path.stat().st_size == file.num_bytes:
                 progress(file.num_bytes)
             else:
+                path.unlink(missing_ok=True)  # its space is free
                 todo.append(file)
         _check_space(sum(file.num_bytes for file in todo), partial)
         for folder in {(partial / file.name).parent for file in plan.files}:
@@ -85,6 +87,7 @@ def run(
             (partial / PROGRESS).unlink(missing_ok=True)
             if checksums:
                 manifest.write(partial, {name: digest for name, digest in journal.done.items() if digest})
+            check_output(plan, out, force)  # somebody may have made it meanwhile
             put_in_place(partial, out)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -93,12 +96,17 @@ def run(
 
 
 def check_output(plan: Plan, out: Path, force: bool) -> None:
-    """RunError where `out` exists and `force` is not given, or where it is, or holds, the source."""
-    if out.exists() and not force:
-        raise RunError(f"{out} exists; choose another output, or replace it with --force")
-    mine, source = out.resolve(), plan.source.path.resolve()
-    if mine == source or mine in source.parents or source in mine.parents:
-        raise RunError(f"{out} overlaps the source {plan.source.path}; choose another output")
+    """RunError where `out` exists and `force` is not given, and where it or its partial directory is, holds,
+    or is in, something that the plan reads."""
+    if out.exists() and not (force and out.is_dir()):
+        how = "or replace it with --force" if out.is_dir() else "it is no directory"
+        raise RunError(f"{out} exists; choose another output, {how}")
+    source, mine = plan.source, out.resolve()
+    for read in {source.path, source.side, source.manifest or source.path}:
+        theirs = read.resolve()
+        for path in (mine, partial_path(mine)):
+            if path == theirs or path in theirs.parents or theirs in path.parents:
+                raise RunError(f"{path} overlaps the source {read}; choose another output")
 
 
 @contextmanager

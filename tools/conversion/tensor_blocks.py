@@ -27,7 +27,7 @@ def blocks(item: Fill, files: Files, block_bytes: int) -> Iterator[memoryview]:
         out = np.empty((min(step, height - first), columns), _raw(item.dtype))
         for source in item.sources:
             _place(source, item, first, out, files)
-        yield memoryview(out).cast("B")
+        yield out.data.cast("B")
 
 
 def _place(source: Source, item: Fill, first: int, out: np.ndarray, files: Files) -> None:
@@ -39,27 +39,30 @@ def _place(source: Source, item: Fill, first: int, out: np.ndarray, files: Files
     width, size = _columns(source.chunk.shape), DTYPE_BYTES[source.dtype]
     start = low - rows.start + (source.box[0].start if source.box else 0)
     raw = np.empty((high - low, width), _raw(source.dtype))
-    files.read(source.chunk.file, source.chunk.offset + start * width * size, memoryview(raw).cast("B"))
+    files.read(source.chunk.file, source.chunk.offset + start * width * size, raw.data.cast("B"))
     taken, put = _flat(source.box, source.chunk.shape), _flat(source.to, item.shape)
     out[low - first : high - first, put] = cast(raw[:, taken], source.dtype, item.dtype)
 
 
 def cast(values: np.ndarray, source: str, target: str) -> np.ndarray:
-    """Bits of `source` floats as bits of `target` floats, rounded to the nearest, ties to even.
+    """Bits of `source` floats as bits of `target` floats (of CAST), rounded to the nearest, ties to even.
 
-    RunError where one of them is no float of 16 or 32 bits.
+    RunError for a number that is beyond the range of F16.
     """
     if source == target:
         return values
-    for dtype in (source, target):
-        if dtype not in (*_FLOATS, "BF16"):
-            raise RunError(f"{source} to {target}: only {', '.join(_FLOATS)} and BF16 are converted")
     if source == "BF16":
         numbers = (values.astype(np.uint32) << 16).view(np.float32)
     else:
         numbers = np.ascontiguousarray(values).view(_FLOATS[source])
     if target != "BF16":
-        return numbers.astype(_FLOATS[target]).view(_raw(target))
+        try:
+            with np.errstate(over="raise"):
+                return numbers.astype(_FLOATS[target]).view(_raw(target))
+        except FloatingPointError as error:
+            raise RunError(
+                f"a {source} number is beyond the range of {target}; choose BF16 or F32"
+            ) from error
     bits = numbers.astype(np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
     return np.where(np.isnan(numbers), bits >> 16 | 0x40, rounded).astype(np.uint16)

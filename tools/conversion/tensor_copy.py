@@ -25,6 +25,7 @@ from nanoslime.types import RunError
 from tools.conversion.torch_dist import Chunk, StoredTensor
 
 BLOCK_BYTES = 1 << 20  # still in the cache when it is hashed
+CAST = {"F32", "F16", "BF16"}  # dtypes that become one another
 Box = tuple[slice, ...]  # one slice per dimension, start and stop set
 Link = tuple[StoredTensor, Box, Box]  # a box of a stored tensor, and the same box of the target tensor
 _BLOCKS = "tools.conversion.tensor_blocks:blocks"  # numpy, which takes longer to import than 100 MB to copy
@@ -85,6 +86,9 @@ def fill(what: str, dtype: str, start: Sequence[int], shape: Sequence[int], link
     """
     found = []
     for stored, box, to in links:
+        if stored.dtype != dtype and not {stored.dtype, dtype} <= CAST:
+            file = stored.chunks[0].file
+            raise RunError(f"{file}: {what} is {stored.dtype}; {dtype} is made of {sorted(CAST)} only")
         for chunk in stored.chunks:
             source = _overlap(stored.dtype, chunk, box, to, start, shape)
             if source:

@@ -17,9 +17,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from nanoslime.storage import torch_pickle
 from nanoslime.storage.safetensors_file import DTYPE_BYTES
 from nanoslime.storage.shared_files import publish, publish_json, read_json
+from tools.conversion import torch_pickle
 from tools.conversion.torch_pickle import OBJECT_STUB, Foreign, TorchDistError, container, foreign, naming
 
 __all__ = ["OBJECT_STUB", "Chunk", "StoredTensor", "TorchDistError", "container", "read", "read_common"]

@@ -10,6 +10,7 @@ import io
 import math
 import os
 import pickle
+import re
 import struct
 import zipfile
 import zlib
@@ -34,6 +35,10 @@ _OF_TENSORS = {f"torch.{name}" for name in DTYPE_NAMES} | {
     "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3", "torch.storage.UntypedStorage",
 }  # fmt: skip
 _PLAIN = {"torch.Size": tuple, "collections.OrderedDict": dict, "builtins.set": set, "__builtin__.set": set}
+_HARMFUL = re.compile(  # no value is made of these: whoever wrote them wanted to execute something
+    r"(os|posix|nt|sys|subprocess|shutil|socket|importlib|runpy|ctypes|pty|code|pdb|webbrowser)\."
+    r"|(builtins|__builtin__)\.(eval|exec|compile|open|__import__|breakpoint)$"
+)
 _ENTRY = struct.Struct("<4s6H3I5H2I")  # of a zip's directory
 _LOCAL = struct.Struct("<4s5H3I2H")  # in front of a record
 _END = struct.Struct("<4sQ2H2I4Q4sIQI4s4H2IH")  # zip64 end of directory, its locator, end of directory
@@ -106,7 +111,7 @@ class _Unpickler(pickle.Unpickler):
         path = f"{module}.{name}"
         if path in _PLAIN:
             return _PLAIN[path]
-        if self._allowed is not None and path not in self._allowed:
+        if _HARMFUL.match(path) or (self._allowed is not None and path not in self._allowed):
             raise TorchDistError(f"its pickle names {path}, which does not belong there: refused")
         return foreign(path)
 
@@ -117,7 +122,8 @@ class _Unpickler(pickle.Unpickler):
 def load(pickled: bytes, allowed: Collection[str] | None) -> Any:
     """The value with Foreign in place of everything that is not Python's own, so that nothing is executed.
 
-    allowed: paths of the classes and functions that it may name (TorchDistError for another); None for any.
+    allowed: paths of the classes and functions that it may name (TorchDistError for another); None for any
+    that does not serve to execute something.
     A damaged pickle raises anything.
     """
     return _Unpickler(pickled, allowed).load()
