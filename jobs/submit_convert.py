@@ -81,7 +81,7 @@ def run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> i
     plan = check(command)
     log = f"{command.paths[-1] if command.tool in CONVERSIONS else Path.cwd() / command.tool}.slurm-"
     script = sbatch_text(command, config, log, Path.cwd())
-    print(f"--- plan\n{plan}--- batch script\n{script}--- checks" if command.dry_run else plan, flush=True)
+    print(f"--- plan\n{plan}--- batch script\n{script}--- checks\n" if command.dry_run else plan, end="")
     if not slurm.has_slurm(local=command.local) or slurm.sbatch is None:
         print(f"without --dry-run: {here}")
         return 0
@@ -109,7 +109,7 @@ def check(command: argparse.Namespace) -> str:
             raise RunError(done.stderr.strip())
         return done.stdout
     if missing := [str(path) for path in command.paths if not path.is_dir()]:
-        raise RunError(f"no directory {' and no directory '.join(missing)}")
+        raise RunError(f"no directory: {', '.join(missing)}")
     return ""
 
 
@@ -135,8 +135,8 @@ def tool_words(command: argparse.Namespace, python: str, threads: int | None) ->
 
 def sbatch_text(command: argparse.Namespace, config: RunConfig, log: str, folder: Path) -> str:
     """The batch script; its job runs in `folder`, its output is `log`<job id>.out. Pure; paths are quoted."""
-    if "\n" in log:
-        raise RunError(f"{log!r} has a line break, and the job's log goes there")
+    if {"\n", "\\"} & set(log):
+        raise RunError(f"{log!r}: SLURM writes no log to a path with a line break or a backslash")
     cluster = config.cluster
     cpus = command.cpus or min(_MAX_CPUS, cluster.cpus_per_node or _MAX_CPUS)
     options = {"job-name": command.tool, "nodes": "1", "ntasks": "1", "cpus-per-task": str(cpus)}
@@ -146,15 +146,8 @@ def sbatch_text(command: argparse.Namespace, config: RunConfig, log: str, folder
     options |= cluster.extra_sbatch | {"output": f"{log.replace('%', '%%')}%j.out"}
     asked = [f"#SBATCH --{name}" + (f"={shlex.quote(v)}" if v else "") for name, v in options.items()]
     task = shlex.join(tool_words(command, os.path.abspath(python_of(config)), cpus))
-    lines = [
-        "#!/bin/bash",
-        *asked,
-        "",
-        *setup_lines(config),
-        f"cd {shlex.quote(str(folder))}",
-        f"exec {task}",
-    ]
-    return "\n".join(lines) + "\n"
+    lines = ["#!/bin/bash", *asked, "", *setup_lines(config), f"cd {shlex.quote(str(folder))}"]
+    return "\n".join([*lines, f"exec {task}"]) + "\n"
 
 
 def _environment() -> dict[str, str]:

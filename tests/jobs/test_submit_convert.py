@@ -122,9 +122,10 @@ def test_hostile_paths_stay_one_word(login, name):
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
-def test_a_line_break_in_the_path_of_the_log_is_refused(login):
-    with pytest.raises(RunError, match="line break"):
-        batch("hf-to-megatron", "/a", "/b", log="/a\nrm -rf b")
+@pytest.mark.parametrize("log", ["/a\nrm -rf b", "/a\\b"])
+def test_a_log_that_slurm_would_lose_is_refused(login, log):
+    with pytest.raises(RunError, match="line break or a backslash"):
+        batch("hf-to-megatron", "/a", "/b", log=log)
 
 
 def test_threads_follow_the_cores_unless_the_tool_is_told(login):
