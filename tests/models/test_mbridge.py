@@ -85,7 +85,7 @@ class Oracle:
 
 @pytest.fixture(params=CASES)
 def case(request, monkeypatch):
-    """(oracle, shape). Patched is what of mbridge does not suit transformers 5, megatron-core 0.16 or two models:
+    """(oracle, shape). Patched is what does not suit transformers 5, megatron-core 0.16 or a second model:
 
     rope_theta, which has moved; a head_dim of null; a field of MLATransformerConfig that has another name;
     GLM-4V's config, which wants a vision tower; and a dictionary of the class, where Qwen2Bridge writes that

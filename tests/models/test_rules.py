@@ -27,6 +27,12 @@ from nanoslime.models.shape import ModelShape
 from nanoslime.storage.safetensors_file import read_headers
 from tests.models.hf import FAMILIES, add_mtp, save_model
 
+COLUMN_PARALLEL = (  # in megatron-core 0.16.1, by the classes that its layer specs name; rows are dim 0
+    "word_embeddings.weight", "output_layer.weight", "linear_qkv.weight", "linear_qkv.bias",
+    "linear_q_proj.weight", "linear_q_up_proj.weight", "linear_kv_up_proj.weight", "linear_fc1.weight",
+    "eh_proj.weight",
+)  # fmt: skip
+ROW_PARALLEL = ("linear_proj.weight", "linear_fc2.weight")  # dim 1; all others are replicated
 LAYOUTS = [  # tp, pp, ep, tensor parallelism within an expert
     (1, 1, 1, 1),
     (2, 1, 1, 2),
@@ -121,6 +127,19 @@ def test_pieces_fill_each_local_tensor_once_from_its_first_row(shape):
                 for box in boxes:
                     filled[box] += 1
                 assert (filled == 1).all(), (layout, name)
+
+
+def test_tensor_parallelism_cuts_the_dimension_that_megatron_core_cuts(shape):
+    even = dataclasses.replace(shape, vocab_size=256)
+    sizes = []
+    for part in (Part(mtp=True), Part(1, 2, mtp=True)):
+        local = defaultdict(list)
+        for piece in pieces(even, part):
+            local[piece.megatron].append(piece.local)
+        sizes.append({name: extent(boxes) for name, boxes in local.items()})
+    for name, full in sizes[0].items():
+        cut = 0 if name.endswith(COLUMN_PARALLEL) else 1 if name.endswith(ROW_PARALLEL) else None
+        assert sizes[1][name] == [n // 2 if d == cut else n for d, n in enumerate(full)], name
 
 
 def test_a_rank_holds_its_layers_experts_and_ends_only(shape):
