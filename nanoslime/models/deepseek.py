@@ -10,14 +10,10 @@ from nanoslime.models.shape import MLA, Architecture, ConfigFile, ModelShape
 
 
 def _read(config: ConfigFile) -> ModelShape:
-    known = {
-        "attention_bias": False,
-        "scoring_func": "sigmoid",
-        "topk_method": "noaux_tc",
-        "moe_layer_freq": 1,
-    }
-    for key, value in known.items():
-        config.refuse(key, value)
+    config.refuse("attention_bias", False)
+    config.refuse("moe_layer_freq", 1)
+    config.refuse("scoring_func", "sigmoid")
+    config.refuse("topk_method", "noaux_tc")
     mla = MLA(
         q_lora_rank=config.get("q_lora_rank", None),
         kv_lora_rank=config["kv_lora_rank"],

@@ -284,21 +284,26 @@ def has_mtp(shape: ModelShape, names: Iterable[str]) -> bool:
     return shape.num_mtp_layers > 0 and any(name.startswith(prefix) for name in names)
 
 
-def check_tensors(shape: ModelShape, present: dict[str, tuple[int, ...]], where: str) -> None:
+def check_tensors(
+    shape: ModelShape, present: dict[str, tuple[int, ...]], where: str, files: dict[str, str] | None = None
+) -> None:
     """Raises ValueError unless `present` (name -> shape), found at `where`, are exactly the model's tensors.
+    files: where each of them is, for the message.
 
     Multi-token prediction layers may be there, whole, or not; repeats, such as a tied lm_head.weight, too.
     """
-    expected = tensors(shape, mtp=has_mtp(shape, present))
+    expected, files = tensors(shape, mtp=has_mtp(shape, present)), files or {}
     expected |= {name: expected[of] for name, of in repeats(shape).items() if name in present}
     for name, full in expected.items():
         if name not in present:
             raise ValueError(f"{where} has no tensor {name} {list(full)}, part of every {shape.model_type}")
         if tuple(present[name]) != full:
-            raise ValueError(f"{where}: {name} is {list(present[name])}, config.json asks for {list(full)}")
+            file = files.get(name, where)
+            raise ValueError(f"{file}: {name} is {list(present[name])}, config.json asks for {list(full)}")
     extra = sorted(present.keys() - expected.keys())
     if extra:
-        raise ValueError(f"{where}: {len(extra)} tensors do not belong to a {shape.model_type}: {extra[:3]}")
+        file = files.get(extra[0], where)
+        raise ValueError(f"{file}: {len(extra)} tensors do not belong to a {shape.model_type}: {extra[:3]}")
 
 
 def _is_here(rule: Rule, shape: ModelShape, part: Part) -> bool:
