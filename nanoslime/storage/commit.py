@@ -41,10 +41,11 @@ def put_in_place(partial: Path, final: Path) -> None:
             with open(os.path.join(folder, name), "rb") as file:
                 os.fsync(file.fileno())
         sync_directory(Path(folder))
-    if final.exists():
-        _remove(final)
+    doomed = _set_aside(final) if final.exists() else None
     os.rename(partial, final)
     sync_directory(final.parent)
+    if doomed:
+        shutil.rmtree(doomed)
 
 
 def complete_checkpoints(directory: Path) -> list[tuple[int, Path]]:
@@ -63,7 +64,7 @@ def retain(directory: Path, keep_last: int, keep_every: int = 0, best: int | Non
     older = complete_checkpoints(directory)[: -max(1, keep_last)]
     doomed = [(k, path) for k, path in older if k != best and (not keep_every or k % keep_every)]
     for _, path in doomed:
-        _remove(path)
+        shutil.rmtree(_set_aside(path))
     return [step for step, _ in doomed]
 
 
@@ -75,8 +76,8 @@ def remove_leftovers(directory: Path) -> list[Path]:
     return leftovers
 
 
-def _remove(path: Path) -> None:
-    """Remove a committed directory under another name, so that half of it is never taken for a checkpoint."""
+def _set_aside(path: Path) -> Path:
+    """Move a committed directory to another name, so that half of it is never taken for a checkpoint."""
     doomed = partial_dir(path.with_name(f"{path.name}.removed"))
     os.replace(path, doomed)  # an empty directory may be replaced
-    shutil.rmtree(doomed)
+    return doomed

@@ -24,7 +24,7 @@ def write(directory: Path, known: Mapping[str, str] | None = None) -> None:
     """Hash every file below `directory` and write its manifest; `known` are hashes by relative path."""
     hashes = dict(known or {})
     hashes |= _hashes(directory, [name for name in _files(directory) if name not in hashes])
-    entries = {n: {"bytes": (directory / n).stat().st_size, "xxh3_128": h} for n, h in hashes.items()}
+    entries = {n: {"bytes": (directory / n).stat().st_size, "xxh3_128": h} for n, h in sorted(hashes.items())}
     publish_json(directory / NAME, {"hash": "xxh3_128", "files": entries})
 
 

@@ -60,7 +60,10 @@ def read_headers(directory: Path) -> dict[str, TensorInfo]:
     for file in sorted(set(index.values())):
         if not (directory / file).exists():
             raise SafetensorsError(f"{directory / file} is missing; {INDEX_FILE} lists it")
-        found.update(read_file_header(directory / file))
+        held = read_file_header(directory / file)
+        if twice := sorted(held.keys() & found.keys()):
+            raise SafetensorsError(f"{directory / file} holds {twice[0]}, and so does {found[twice[0]].file}")
+        found |= held
     for name, file in index.items():
         if name not in found or found[name].file.name != file:
             raise SafetensorsError(f"{directory / file} does not hold {name}, although {INDEX_FILE} says so")

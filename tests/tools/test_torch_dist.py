@@ -9,6 +9,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -281,10 +282,18 @@ def test_a_malicious_chunk_is_refused(tmp_path: Path, evil: bytes) -> None:
         torch_dist.read(tmp_path)
 
 
-def test_a_malicious_common_is_inert(tmp_path: Path, evil: bytes) -> None:
+def test_a_malicious_common_is_refused(tmp_path: Path, evil: bytes) -> None:
     (tmp_path / "common.pt").write_bytes(b"".join(torch_pickle.archive(evil)))
+    with pytest.raises(TorchDistError, match=r"common\.pt: its pickle names (posix|nt)\.system.*refused"):
+        torch_dist.read_common(tmp_path)
+
+
+def test_other_objects_in_common_are_inert(tmp_path: Path) -> None:
+    args = argparse.Namespace(call=Fraction(1, 3), kind=getattr)
+    (tmp_path / "common.pt").write_bytes(b"".join(torch_pickle.archive(pickle.dumps({"args": args}, 2))))
     value = torch_dist.read_common(tmp_path)["args"]
-    assert type(value).__name__ == "system" and value.args[0].startswith("touch")
+    assert type(value.call).__name__ == "Fraction" and value.call.args == (1, 3)
+    assert value.kind.__name__ == "getattr" and value.kind is not getattr
 
 
 def truncate(directory: Path) -> None:

@@ -106,8 +106,8 @@ def to_huggingface(source: Checkpoint, dtype: str | None = None) -> Plan:
         raise RunError(f"{source.path} is {source.format} already; give a Megatron directory")
     available, index = source.huggingface(), None
     own = {piece.hf for piece in source.pieces()}
-    heads = None if dtype else original_heads(source.side)
-    if heads is None:
+    original = None if dtype else original_heads(source.side)
+    if (heads := original) is None:
         specs = [
             (name, dtype or available[name].dtype, available[name].shape) for name in sorted(own, key=_layer)
         ]
@@ -134,7 +134,7 @@ def to_huggingface(source: Checkpoint, dtype: str | None = None) -> Plan:
             publish_json(directory / "config.json", config | dict.fromkeys(names, DTYPES[dtype][0]))
         if index:
             publish_json(directory / INDEX_FILE, index)
-        elif not dtype and (source.side / INDEX_FILE).exists():
+        elif original and (source.side / INDEX_FILE).exists():
             shutil.copy2(source.side / INDEX_FILE, directory)
 
     return Plan(source, tuple(files), finish)
