@@ -19,6 +19,7 @@ _PRELOAD = [
     "torch.distributed.fsdp",
     "transformers.models.qwen3.modeling_qwen3",
     "transformers.modeling_layers",
+    "tests.training.megatron.gpt",
 ]
 
 
@@ -91,5 +92,12 @@ def one_rank() -> Iterator[RankPool]:
 @pytest.fixture(scope="session")
 def two_ranks() -> Iterator[RankPool]:
     pool = RankPool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def four_ranks() -> Iterator[RankPool]:
+    pool = RankPool(4)
     yield pool
     pool.close()

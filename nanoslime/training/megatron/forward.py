@@ -51,9 +51,8 @@ def load_torch_dist(gpt: GPTModel, directory: Path) -> None:
     }
     wanted = gpt.sharded_state_dict(metadata=layout)
     state = {key: value for key, value in wanted.items() if not key.endswith("_extra_state")}  # of FP8
-    absent, _ = gpt.load_state_dict(dist_checkpointing.load(state, str(directory)), strict=False)
-    if weights_absent := [key for key in absent if not key.endswith("_extra_state")]:
-        raise ValueError(f"{directory} was loaded without {weights_absent[:3]}")
+    loaded = dist_checkpointing.load({"model": state}, str(directory))["model"]
+    gpt.load_state_dict(loaded | {key: None for key in wanted.keys() - state.keys()})
 
 
 @contextmanager

@@ -1,0 +1,68 @@
+"""What megatron-core writes in one grid of ranks it loads in another, as the weight map says."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nanoslime.models.shape import ModelShape
+from nanoslime.training.megatron.forward import logits
+from tests.models.hf import save_model
+from tests.training.megatron.gpt import LAYOUTS, Grid, differences, save
+from tests.training.megatron.test_architectures import TOKENS, changes
+
+pytestmark = pytest.mark.megatron
+TWO = [Grid(), Grid(tp=2), Grid(pp=2), Grid(ep=2), Grid(tp=2, ep=2, etp=1)]
+FOUR = [Grid(tp=2, ep=2), Grid(pp=2, ep=2)]
+
+
+@pytest.fixture(scope="module", params=["qwen2", "qwen3_moe", "deepseek_v3"])
+def model_dir(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    return save_model(directory, request.param, dtype=torch.bfloat16, **changes(request.param))
+
+
+def fitting(model_dir, grids):
+    return [grid for grid in grids if grid.ep == 1 or ModelShape.read(model_dir).moe]
+
+
+def test_any_grid_loads_what_another_saved(model_dir, two_ranks, four_ranks, tmp_path):
+    path = tmp_path / "saved"
+    four_ranks(save, model_dir, path, Grid(tp=2, pp=2), "B")
+    for pool, grids in ((two_ranks, TWO), (four_ranks, FOUR)):
+        for grid in fitting(model_dir, grids):
+            assert not any(pool(differences, model_dir, path, grid)), grid
+
+
+@pytest.mark.parametrize("layout", ["A", "C"])
+def test_stacked_and_split_layouts_hold_the_same(model_dir, two_ranks, tmp_path, layout):
+    *_, last = fitting(model_dir, TWO)
+    two_ranks(save, model_dir, tmp_path / layout, last, layout)
+    assert not any(two_ranks(differences, model_dir, tmp_path / layout, Grid(tp=2), layout))
+
+
+def test_one_changed_bit_is_found_on_the_rank_that_holds_it(model_dir, two_ranks, tmp_path):
+    two_ranks(save, model_dir, tmp_path / "saved", Grid(tp=2), "B")
+    other = tmp_path / "other"
+    shutil.copytree(model_dir, other)
+    tensors, name = load_file(other / "model.safetensors"), "model.layers.3.self_attn.o_proj.weight"
+    tensors[name].view(torch.int16)[0, -1] ^= 1
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    wrong = f"decoder.layers.3.self_attention.linear_proj.weight <- {name}"
+    assert two_ranks(differences, other, tmp_path / "saved", Grid(tp=2)) == [[], [wrong]]
+    assert two_ranks(differences, other, tmp_path / "saved", Grid(pp=2)) == [[], [wrong]]
+
+
+def test_the_logits_of_what_megatron_core_writes_are_those_of_the_files(tmp_path):
+    model_dir = save_model(tmp_path / "model", "qwen2_moe")
+    program = [sys.executable, "-W", "ignore", "-m", "tests.training.megatron.gpt"]
+    subprocess.run([*program, model_dir, tmp_path, *LAYOUTS], check=True, timeout=240)
+    shape = ModelShape.read(model_dir)
+    expected = logits(shape, model_dir, TOKENS)
+    for layout in LAYOUTS:
+        assert torch.equal(logits(shape, tmp_path / layout, TOKENS), expected), layout
