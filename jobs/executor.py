@@ -56,14 +56,9 @@ def sbatch_options(config: RunConfig, layout: Layout) -> dict[str, str | bool]:
 
 def step_options(config: RunConfig, layout: Layout) -> list[str]:
     """Options of the one srun step that runs a node agent on every node."""
-    options = [
-        "--kill-on-bad-exit=1",
-        "--export=ALL",
-        f"--nodes={layout.num_nodes}",
-        f"--ntasks={layout.num_nodes}",
-        "--ntasks-per-node=1",
-        f"--cpus-per-task={cpus_per_node(config, layout)}",
-    ]
+    num = layout.num_nodes
+    options = ["--kill-on-bad-exit=1", "--export=ALL", f"--nodes={num}", f"--ntasks={num}"]
+    options += ["--ntasks-per-node=1", f"--cpus-per-task={cpus_per_node(config, layout)}"]
     if config.cluster.memory_per_node:
         options.append(f"--mem={config.cluster.memory_per_node}")
     if layout.device == "cuda":
