@@ -33,17 +33,16 @@ class Checkpoints:
 
     def resume(self) -> int:
         """Loads the newest checkpoint that verifies; returns its number of rollouts, 0 where none is."""
-        step = self.trainer.agree(self._newest_good() if self.rollout else None)
-        if step is None:
-            return 0
-        path = self.run.checkpoint(int(step))
-        driver = json.loads((path / "driver.json").read_text())
-        self.trainer.load(path / "trainer")
-        if self.rollout:
-            self.rollout.load_state_dict(driver["rollout"])
-        self._best = tuple(driver["best"]) if driver["best"] else None
-        logger.info("resumed after %d rollouts from %s", driver["rollouts"], path)
-        return int(driver["rollouts"])
+        rollouts = self.trainer.agree(self._newest_good() if self.rollout else 0)
+        if rollouts:
+            path = self.run.checkpoint(rollouts)
+            driver = json.loads((path / "driver.json").read_text())
+            self.trainer.load(path / "trainer")
+            if self.rollout:
+                self.rollout.load_state_dict(driver["rollout"])
+            self._best = tuple(driver["best"]) if driver["best"] else None
+            logger.info("resumed after %d rollouts from %s", rollouts, path)
+        return rollouts
 
     def commit(self, rollouts: int, reward: float | None) -> None:
         """The state after `rollouts` rollouts; older ones are removed only once this one is committed.
@@ -67,12 +66,11 @@ class Checkpoints:
         best = self._best[1] if keep.keep_best and self._best else None
         retain(self.run.checkpoints, keep_last=keep.keep_last, keep_every=keep.keep_every, best=best)
 
-    def _newest_good(self) -> str | None:
+    def _newest_good(self) -> int:
         for step, path in reversed(complete_checkpoints(self.run.checkpoints)):
             try:
                 verify(path)
+                return step
             except DamagedError as e:
                 logger.warning("checkpoint refused, trying the one before: %s", e)
-                continue
-            return str(step)
-        return None
+        return 0

@@ -62,9 +62,9 @@ class TrainGroup(ABC):
     def load(self, path: Path) -> None:
         self.call("load", path, what=f"load {path}")
 
-    def agree(self, stop: str | None) -> str | None:
+    def agree(self, value: Any) -> Any:
         """Rank 0's word on every rank that runs the loop."""
-        return from_rank_0(stop)
+        return from_rank_0(value)
 
     def sync_weights(self, rollout: Rollout, version: int) -> float:
         """The current weights into every engine, labelled `version`; returns the seconds it took."""

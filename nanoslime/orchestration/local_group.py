@@ -12,7 +12,6 @@ from typing import Any
 import torch.distributed as dist
 
 from nanoslime.batch import TrainBatch
-from nanoslime.config import RunConfig
 from nanoslime.orchestration.groups import TrainGroup
 from nanoslime.orchestration.worker import TrainWorker
 from nanoslime.run_dir import RunDir
@@ -21,10 +20,8 @@ from nanoslime.run_dir import RunDir
 class LocalTrainGroup(TrainGroup):
     """`engines`: those of this process; with the transport in_process, one that is embedded."""
 
-    def __init__(
-        self, config: RunConfig, run: RunDir, transport: str, worker: TrainWorker, engines: list[Any]
-    ):
-        super().__init__(config, run, transport)
+    def __init__(self, run: RunDir, transport: str, worker: TrainWorker, engines: list[Any]):
+        super().__init__(worker.config, run, transport)
         self._worker, self._engines, self.dp_size = worker, engines, worker.dp_size
 
     def _train(self, shards: list[list[TrainBatch]]) -> dict[str, float]:

@@ -146,15 +146,13 @@ class _Actors:
         config: RunConfig, attempt: Attempt, layout: Layout, model_dir: Path,
     ):  # fmt: skip
         kind, interface = role.split()[0], config.cluster.network_interface
-        variables = (
-            dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), interface) if interface else {}
-        )
+        env = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}
         self._names = [f"{role} {i} on node {node}" for i, node, _ in places]
         self._logs = [attempt.log(kind, i) for i, _, _ in places]
         self.actors = [
             cls.options(
                 name=f"{kind}-{i}", num_cpus=0, max_restarts=0, label_selector={NODE_LABEL: str(node)},
-                runtime_env={"env_vars": variables}, **_slots(num_slots, layout.device),
+                runtime_env={"env_vars": env}, **_slots(num_slots, layout.device),
             ).remote(i, config, model_dir, layout.device, log)
             for (i, node, num_slots), log in zip(places, self._logs, strict=True)
         ]  # fmt: skip

@@ -36,6 +36,7 @@ class TrainWorker:
         dtype, shards = getattr(torch, config.model.dtype), self.backend.weight_shards
         self._assembler = Assembler(shards, rank=env.rank, world_size=env.world_size, dtype=dtype)
         self.tensors = self._assembler.tensors  # whole on rank 0; none on other ranks, which exhaust it too
+        self.save, self.load = self.backend.save, self.backend.load
         self._broadcaster: Broadcaster | None = None
 
     def train(self, batches: list[TrainBatch]) -> dict[str, float]:
@@ -85,12 +86,6 @@ class TrainWorker:
             write_checkpoint(self.tensors(), self._assembler.specs, destination, like=self.model_dir)
         else:
             self._drain()
-
-    def save(self, path: Path) -> None:
-        self.backend.save(path)
-
-    def load(self, path: Path) -> None:
-        self.backend.load(path)
 
     def close(self) -> None:
         if self._broadcaster is not None:
