@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,46 +21,40 @@ from nanoslime.training.megatron.step import packed_inputs
 
 @torch.no_grad()
 def logits(shape: ModelShape, directory: Path, tokens: Tensor) -> Tensor:
-    """[T, vocab_size] in float32 for one sequence of `tokens` [T] and the weights in `directory`.
+    """[T, vocab_size] for one sequence of `tokens` [T]; makes process groups of its own and ends them.
 
     Raises ValueError for a model that megatron-core cannot compute, and what loading raises for bad files.
     """
     cpu_compat.install()
-    cpu = torch.device("cpu")
-    with _one_rank():
-        gpt = gpt_model(shape, model_config(shape, torch.float32, cpu), cpu, first=True, last=True)
+    settings = model_config(shape, torch.float32, cpu := torch.device("cpu"))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        parallel_state.destroy_model_parallel()  # of an earlier backend in this process
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(0, force_reset_rng=True)
+        gpt = gpt_model(shape, settings, cpu, first=True, last=True).eval()
         if (directory / "metadata.json").exists():
             load_torch_dist(gpt, directory)
         else:
             weights.load(weights.bind(gpt, shape, Part()), shape, directory)
-        ends = torch.tensor([0, len(tokens)], dtype=torch.int32)
-        return gpt.eval()(**packed_inputs(tokens, torch.arange(len(tokens)), ends))[0, :, : shape.vocab_size]
+        inputs = packed_inputs(tokens, torch.arange(len(tokens)), torch.tensor([0, len(tokens)]).int())
+        return gpt(**inputs)[0, :, : shape.vocab_size]
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 def load_torch_dist(gpt: GPTModel, directory: Path) -> None:
-    """This rank's part of the weights in `directory`, read by megatron-core itself; collective.
+    """This rank's part of the weights, read by megatron-core in the layout that the names show; collective.
 
-    The names there say in which layout to ask. Raises megatron-core's CheckpointingException where one lacks.
+    Raises megatron-core's CheckpointingException where one is missing.
     """
     keys = dist_checkpointing.load_tensors_metadata(str(directory)).keys()
     layout = {
         "non_homogeneous_layers": any(re.match(r"decoder\.layers\.\d", key) for key in keys),
         "singleton_local_shards": any(key.endswith("linear_fc1.weight_w") for key in keys),
     }
-    wanted = gpt.sharded_state_dict(metadata=layout)
-    state = {key: value for key, value in wanted.items() if not key.endswith("_extra_state")}  # of FP8
-    loaded = dist_checkpointing.load({"model": state}, str(directory))["model"]
-    gpt.load_state_dict(loaded | {key: None for key in wanted.keys() - state.keys()})
-
-
-@contextmanager
-def _one_rank() -> Iterator[None]:
-    """Process groups of this process alone; none may exist yet, and none exists afterwards."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        parallel_state.initialize_model_parallel()
-        model_parallel_cuda_manual_seed(0, force_reset_rng=True)
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+    state = gpt.sharded_state_dict(metadata=layout)
+    unused = [key for key in state if key.endswith("_extra_state")]  # of FP8, and not in every file
+    wanted = {"model": {key: value for key, value in state.items() if key not in unused}}
+    gpt.load_state_dict(dist_checkpointing.load(wanted, str(directory))["model"] | dict.fromkeys(unused))

@@ -55,7 +55,7 @@ class PackedAttention(MegatronModule):
         packed_seq_params: PackedSeqParams,
         **__: Any,
     ) -> Tensor:
-        """query [T, heads, d], key and value [T, groups, d] -> [T, heads * d]."""
+        """query [T, heads, d], key [T, groups, d], value [T, groups, v] -> [T, heads * v]."""
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
         parts = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
         return torch.cat([self._attend(q, k, v) for q, k, v in parts]).flatten(1)
@@ -79,12 +79,8 @@ def local_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
 def _layer_spec(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
     """One layer. In torch_dist files its norms have the names that Transformer Engine's modules give them."""
     latent = config.multi_latent_attention
-    layer = get_gpt_layer_local_spec(
-        num_experts,
-        qk_layernorm=config.qk_layernorm,
-        multi_latent_attention=latent,
-        normalization="RMSNorm",
-    )
+    kind = dict(qk_layernorm=config.qk_layernorm, multi_latent_attention=latent, normalization="RMSNorm")
+    layer = get_gpt_layer_local_spec(num_experts, **kind)
     modules, attention = layer.submodules, layer.submodules.self_attention.submodules
     modules.input_layernorm = modules.pre_mlp_layernorm = RMSNorm
     attention.core_attention = PackedAttention

@@ -65,10 +65,9 @@ def transformer_config(shape: ModelShape, config: RunConfig, device: torch.devic
     """The configuration for training; `training.megatron` overrides single fields. Raises as model_config."""
     training = config.training
     options: dict[str, Any] = dict(
-        tensor_model_parallel_size=training.tp_size,
-        pipeline_model_parallel_size=training.pp_size,
+        tensor_model_parallel_size=training.tp_size, pipeline_model_parallel_size=training.pp_size,
         sequence_parallel=training.sequence_parallel and training.tp_size > 1,
-    )
+    )  # fmt: skip
     if training.recompute:
         options |= dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     return model_config(shape, getattr(torch, config.model.dtype), device, **options | training.megatron)
@@ -84,32 +83,24 @@ def gpt_model(
         spec = local_block_spec(settings)
     with cuda_names():
         return GPTModel(
-            config=settings,
-            transformer_layer_spec=spec,
-            vocab_size=padded_vocab_size(shape, settings.tensor_model_parallel_size),
-            max_sequence_length=shape.max_position_embeddings,
-            pre_process=first,
-            post_process=last,
-            share_embeddings_and_output_weights=shape.tie_word_embeddings,
-            position_embedding_type="rope",
-            rotary_percent=shape.rotary_fraction,
-            rotary_base=shape.rope_theta,
+            settings, spec, padded_vocab_size(shape, settings.tensor_model_parallel_size),
+            shape.max_position_embeddings, pre_process=first, post_process=last,
+            share_embeddings_and_output_weights=shape.tie_word_embeddings, position_embedding_type="rope",
+            rotary_percent=shape.rotary_fraction, rotary_base=shape.rope_theta,
             rope_scaling=shape.rope_scaling_factor is not None,
             rope_scaling_factor=shape.rope_scaling_factor or 1.0,
-        ).to(device)
+        ).to(device)  # fmt: skip
 
 
 def build(shape: ModelShape, config: RunConfig, ranks: Ranks, device: torch.device) -> DDP:
     """This rank's part of the model for training, in gradient buffers of float32."""
     settings = transformer_config(shape, config, device)
-    model: torch.nn.Module = gpt_model(
-        shape, settings, device, first=ranks.is_first_stage, last=ranks.is_last_stage
-    )
+    first, last = ranks.is_first_stage, ranks.is_last_stage
+    model: torch.nn.Module = gpt_model(shape, settings, device, first=first, last=last)
     if settings.bf16:
         model = Float16Module(settings, model)
-        for module in model.modules():
-            if isinstance(module, TopKRouter):
-                module._maintain_float32_expert_bias()  # else only at the first forward, after loading
+        for router in (module for module in model.modules() if isinstance(module, TopKRouter)):
+            router._maintain_float32_expert_bias()  # else only at the first forward, after loading
     buffers = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=config.training.distributed_optimizer
     )

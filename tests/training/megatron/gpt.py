@@ -2,6 +2,7 @@
 
     pool(differences, model_dir, directory, Grid(tp=2))    what a rank loads otherwise than the files say
     pool(save, model_dir, directory, Grid(tp=2), "A")      writes `directory` as megatron-core does
+    pool(logits, model_dir, Grid(ep=2), tokens)            what a rank computes
 
 `model_dir` holds Hugging Face files, `directory` torch_dist; the pools are fixtures of rank_pool.py.
 `python -m tests.training.megatron.gpt MODEL_DIR DIRECTORY A B C` writes DIRECTORY/A and so on by
@@ -28,6 +29,7 @@ from nanoslime.training.backend import RankEnv
 from nanoslime.training.megatron import cpu_compat, weights
 from nanoslime.training.megatron.checkpoint import _InProcessWriter
 from nanoslime.training.megatron.model import gpt_model, model_config
+from nanoslime.training.megatron.step import packed_inputs
 
 LAYOUTS: dict[str, dict[str, Any]] = {  # how megatron-core names and cuts what it writes: "content metadata"
     "A": {},  # layers stacked, where all are alike
@@ -111,6 +113,16 @@ def save(env: RankEnv, model_dir: Path, directory: Path, grid: Grid, layout: str
         directory.mkdir()
     dist.barrier()
     _save(gpt, directory, layout, _InProcessWriter())
+
+
+@torch.no_grad()
+def logits(env: RankEnv, model_dir: Path, grid: Grid, tokens: list[int]) -> list[list[float]]:
+    """[T, padded vocab_size / tp] that this rank of a grid without pipeline computes from `model_dir`."""
+    gpt, bound = make(model_dir, grid)
+    weights.load(bound, ModelShape.read(model_dir), model_dir)
+    ends = torch.tensor([0, len(tokens)], dtype=torch.int32)
+    inputs = packed_inputs(torch.tensor(tokens), torch.arange(len(tokens)), ends)
+    return gpt.eval()(**inputs)[0].tolist()
 
 
 def _metadata(layout: str) -> dict[str, Any]:

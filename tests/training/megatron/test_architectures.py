@@ -10,10 +10,14 @@ import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
 
+from nanoslime.algorithms.grpo import GRPO
 from nanoslime.models.shape import ModelShape
 from nanoslime.training.megatron.forward import logits
 from nanoslime.training.megatron.model import model_config
 from tests.models.hf import FAMILIES, SIZES, save_model
+from tests.training.megatron.test_backend import Half
+from tests.training.parity import KL, RELATIVE, Layout, make_backend, train_batch
+from tests.training.reference import make_step, reference
 
 pytestmark = pytest.mark.megatron
 TOKENS = torch.randint(0, 250, (120,), generator=torch.Generator().manual_seed(0))
@@ -120,3 +124,33 @@ def test_what_megatron_core_computes_otherwise_is_refused(family, changed, messa
         ValueError, match=f"megatron-core cannot compute this {shape.model_type}: .*{message}"
     ):
         model_config(shape, torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "glm4_moe", "deepseek_v3"])
+def test_a_step_of_training_is_that_of_plain_pytorch(family, tmp_path):
+    directory = save_model(tmp_path, family, **changes(family))
+    steps = [make_step(directory, number) for number in range(2)]
+    expected = reference(directory, steps).steps
+    backend = make_backend(Layout(), directory, 0, tmp_path / "rendezvous")
+    try:
+        for step, target in zip(steps, expected, strict=True):
+            found = backend.train_step(train_batch(step), GRPO(KL))
+            assert found.loss == pytest.approx(target.loss, rel=RELATIVE)
+            assert found.grad_norm == pytest.approx(target.grad_norm, rel=RELATIVE)
+        names = {s.name for s in backend.weight_shards()} - {s.name for s in backend.grad_shards()}
+        assert all(name.endswith("e_score_correction_bias") for name in names)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_in_bfloat16_the_bias_of_the_scores_stays_float32_and_as_it_was(tmp_path):
+    directory = save_model(tmp_path, "glm4_moe", dtype=torch.bfloat16)
+    backend = make_backend(Half(), directory, 0, tmp_path / "rendezvous")
+    try:
+        backend.train_step(train_batch(make_step(directory, 0)), GRPO(KL))
+        files = load_file(directory / "model.safetensors")
+        biases = [s for s in backend.weight_shards() if s.name.endswith("e_score_correction_bias")]
+        assert len(biases) == 3 and all(torch.equal(s.tensor, files[s.name]) for s in biases)
+        assert {s.tensor.dtype for s in biases} == {torch.float32}
+    finally:
+        dist.destroy_process_group()

@@ -7,7 +7,8 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.optimizer import clip_grads
 from megatron.core.tensor_parallel import mappings
-from megatron.core.transformer import transformer_layer
+from megatron.core.transformer import multi_latent_attention, transformer_layer
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
 from nanoslime.training.megatron import cpu_compat
 
@@ -96,6 +97,16 @@ def test_the_random_state_tracker_forks_the_cpu_generator():
     with tracker.fork("probe"):
         assert not torch.equal(torch.rand(3), forked), "a second fork goes on where the first ended"
     tracker.reset()
+
+
+def test_what_megatron_core_takes_from_transformer_engine_unasked_is_absent():
+    assert moe_utils.te_general_gemm is None and not multi_latent_attention.HAVE_TE
+
+
+def test_counts_of_tokens_on_the_cpu_become_the_arrays_that_experts_split_by():
+    counts = token_dispatcher.maybe_move_tensor_to_cpu(torch.tensor([2, 3]), as_numpy=True)
+    assert counts.tolist() == [2, 3] and not torch.is_tensor(counts)
+    assert torch.is_tensor(token_dispatcher.maybe_move_tensor_to_cpu(torch.tensor([2])))
 
 
 def test_inside_cuda_names_tensors_say_cuda_and_stay_where_they_are():

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 from safetensors.torch import load_file, save_file
 
+from nanoslime.models.rules import pieces
 from nanoslime.models.shape import ModelShape
 from nanoslime.training.megatron.forward import logits
 from tests.models.hf import save_model
+from tests.training.megatron import gpt
 from tests.training.megatron.gpt import LAYOUTS, Grid, differences, save
-from tests.training.megatron.test_architectures import TOKENS, changes
+from tests.training.megatron.test_architectures import NOISE, TOKENS, changes
 
 pytestmark = pytest.mark.megatron
 TWO = [Grid(), Grid(tp=2), Grid(pp=2), Grid(ep=2), Grid(tp=2, ep=2, etp=1)]
@@ -46,6 +50,13 @@ def test_stacked_and_split_layouts_hold_the_same(model_dir, two_ranks, tmp_path,
     assert not any(two_ranks(differences, model_dir, tmp_path / layout, Grid(tp=2), layout))
 
 
+def test_megatron_core_names_its_tensors_as_the_weight_map_does(model_dir, two_ranks, tmp_path):
+    two_ranks(save, model_dir, tmp_path / "saved", Grid(), "B")
+    written = dist_checkpointing.load_tensors_metadata(str(tmp_path / "saved")).keys()
+    stacked = {piece.megatron for piece in pieces(ModelShape.read(model_dir))}
+    assert written == {re.sub(r"(experts\.experts)\.\d+", r"\1", name) for name in stacked}
+
+
 def test_one_changed_bit_is_found_on_the_rank_that_holds_it(model_dir, two_ranks, tmp_path):
     two_ranks(save, model_dir, tmp_path / "saved", Grid(tp=2), "B")
     other = tmp_path / "other"
@@ -56,6 +67,17 @@ def test_one_changed_bit_is_found_on_the_rank_that_holds_it(model_dir, two_ranks
     wrong = f"decoder.layers.3.self_attention.linear_proj.weight <- {name}"
     assert two_ranks(differences, other, tmp_path / "saved", Grid(tp=2)) == [[], [wrong]]
     assert two_ranks(differences, other, tmp_path / "saved", Grid(pp=2)) == [[], [wrong]]
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])
+def test_ranks_compute_together_what_one_computes_alone(family, two_ranks, tmp_path):
+    model_dir = save_model(tmp_path, family, **changes(family))
+    expected = logits(ModelShape.read(model_dir), model_dir, TOKENS)
+    for grid in (Grid(tp=2), Grid(ep=2), Grid(tp=2, ep=2, etp=1)):
+        ranks = [torch.tensor(values) for values in two_ranks(gpt.logits, model_dir, grid, TOKENS.tolist())]
+        whole = [torch.cat(ranks, dim=1)] if grid.tp == 2 else ranks
+        for found in whole:
+            assert (found[:, :250] - expected).abs().max() < NOISE, grid
 
 
 def test_the_logits_of_what_megatron_core_writes_are_those_of_the_files(tmp_path):
