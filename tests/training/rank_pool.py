@@ -85,7 +85,7 @@ def _serve(env: RankEnv, pipe: Any) -> None:
 
 
 def _close_groups() -> None:
-    """Ends what the function before made, on all ranks done by now: a gloo group keeps threads that wake up."""
+    """Ends the groups of the function before, done by now on all ranks: they keep threads that wake up."""
     parallel_state.destroy_model_parallel()
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
