@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 
 from nanoslime.models.rules import tensors
 from nanoslime.models.shape import ModelShape
-from nanoslime.storage.safetensors_file import write_files
+from nanoslime.storage.safetensors_file import read_headers, write_files
 from tests.models.hf import add_mtp, save_model
 from tools import hf_to_megatron, megatron_to_hf
 from tools.conversion.command import finish
@@ -68,9 +68,9 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(*(x.contiguous().flatten().view(torch.uint8) for x in (a, b)))
 
 
-def edit(directory: Path, change: Callable[[Tensors], object]) -> str:
-    """Change the tensors of the last file of a Hugging Face directory, its index too; the file's name."""
-    file = max(directory.glob("*.safetensors"))
+def edit(directory: Path, name: str, change: Callable[[Tensors], object]) -> str:
+    """Change the tensors of the file that holds `name`, its index too; the file's name."""
+    file = read_headers(directory)[name].file
     content = load_file(file)
     change(content)
     save_file(content, file, {"format": "pt"})
@@ -87,7 +87,7 @@ class Grid(dcp.DefaultSavePlanner):
     """Writes every tensor in the boxes that `grid` gives for it, as the ranks of a trainer do."""
 
     def __init__(self, grid: Callable[[str, torch.Tensor], Iterable[Box]]) -> None:
-        super().__init__()
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self.grid = grid
 
     def create_local_plan(self) -> SavePlan:
@@ -99,7 +99,9 @@ class Grid(dcp.DefaultSavePlanner):
             for start, shape in self.grid(key, value):
                 chunk = ChunkStorageMetadata(torch.Size(start), torch.Size(shape))
                 data = TensorWriteData(chunk, TensorProperties.create_from_tensor(value), value.size())
-                items.append(WriteItem(MetadataIndex(key, chunk.offsets), WriteItemType.SHARD, data))
+                items.append(
+                    WriteItem(MetadataIndex(key, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
+                )
         self.plan = SavePlan(items)
         return self.plan
 

@@ -108,7 +108,7 @@ def torch_dist_directory(path: Path) -> Path | None:
         return None
     places = [path, path / "trainer", path / "release"]
     if (path / LATEST).exists():
-        latest = (path / LATEST).read_text().strip()
+        latest = (path / LATEST).read_text(errors="replace").strip()
         if latest != "release" and not latest.isdecimal():
             raise RunError(f"{path / LATEST} says {latest!r}, neither release nor an iteration")
         places = [path / ("release" if latest == "release" else f"iter_{int(latest):07d}")]
@@ -169,8 +169,8 @@ def _open_torch_dist(path: Path, side: Path, checked: Path | None) -> Checkpoint
     found = {}
     for name, (piece, extent) in expected.items():
         tensor, twin = tensors.get(name, tensors.get(piece.other)), tensors.get(piece.other)
-        if tensor and twin and tensor != twin:
-            raise RunError(f"{_file(twin)}: {piece.other} is {name} once more, but not the same bytes")
+        if tensor and twin and tensor != twin and not same(_fill(tensor), _fill(twin)):
+            raise RunError(f"{_file(twin)}: {piece.other} has to repeat {name}, but differs")
         if tensor is None:
             raise RunError(
                 f"{path / torch_dist.METADATA} has no {name} {extent}, part of every {shape.model_type}"
