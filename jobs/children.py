@@ -4,8 +4,6 @@ Linux keeps the tree together: PR_SET_CHILD_SUBREAPER makes orphans of a child o
 child when we are killed. Nothing is ever ended by name.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import shlex

@@ -3,8 +3,6 @@
 Text is made by pure functions; jobs/slurm_submit.py hands it to SLURM, by submitit or by sbatch.
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 import signal

@@ -1,7 +1,5 @@
 """What a run reads, made sure of before submission: checkpoint, prompt files, environment of the nodes."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

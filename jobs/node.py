@@ -12,8 +12,6 @@ SLURM then kills the step. Two processes guard each other: the agent's orphans f
 whose guard dies ends.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

@@ -1,7 +1,5 @@
 """Ray on one node, as text: the `ray start` command of a head or a worker, and the environment it needs."""
 
-from __future__ import annotations
-
 import json
 import os
 import secrets

@@ -1,7 +1,5 @@
 """Hands a prepared run to SLURM: by submitit, or as a plain batch script. Nothing stays on the login node."""
 
-from __future__ import annotations
-
 import shlex
 from dataclasses import dataclass
 from typing import Any

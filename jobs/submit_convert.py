@@ -8,8 +8,6 @@ A job that SLURM requeues goes on where it was: it runs the same command, and th
 Deliberately not here: whatever a checkpoint is. The tools are run as commands.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shlex

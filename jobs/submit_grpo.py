@@ -5,8 +5,6 @@
 Deliberately not here: what runs inside the job (jobs/node.py), and torch. A plan takes less than a second.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

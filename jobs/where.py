@@ -4,8 +4,6 @@ A rehearsal starts by itself only where nothing of SLURM exists: a shared login 
 loaded must not be surprised by four Ray nodes.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A process group whose members are not those of the default group: trainer rank 0 and the engines' ranks."""
 
-from __future__ import annotations
-
 import random
 import socket
 from datetime import timedelta

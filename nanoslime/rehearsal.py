@@ -10,8 +10,6 @@ every seed. GRPO, which sees no demonstration, has to prefer the right ones amon
 faults the same reward is met in the middle of a steep climb, and how far GRPO then comes depends on the seed.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import time

@@ -1,7 +1,5 @@
 """Where the numbers of a run go: one line a step on the console, metrics.jsonl, TensorBoard, W&B."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

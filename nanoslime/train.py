@@ -8,8 +8,6 @@
 The loop is the same in all of them.
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 import time

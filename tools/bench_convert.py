@@ -6,8 +6,6 @@ Makes random Llama models, then per round and in turn: cp + sync of the source's
 without checksums; both ways. Every run is a process of its own, start included, until its output is on disk.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

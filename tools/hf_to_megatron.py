@@ -7,8 +7,6 @@ OUT/hf keeps configuration, tokenizer and headers, so that megatron_to_hf.py giv
 An interrupted conversion is continued by the same command.
 """
 
-from __future__ import annotations
-
 import sys
 
 from tools.conversion.checkpoint import open_checkpoint

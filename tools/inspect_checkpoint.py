@@ -5,8 +5,6 @@
 Reads headers only, except with --verify, which compares the checksums of the manifest.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections import Counter

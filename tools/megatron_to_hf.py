@@ -6,8 +6,6 @@ MEGATRON_DIR: what hf_to_megatron.py wrote, a step of a run (checkpoints/step_<k
 Megatron-LM or slime, of any TP, PP and EP layout. Optimizer state is left out.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

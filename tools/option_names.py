@@ -3,8 +3,6 @@
 The login node checks against them. They are read from the sources of the packages; nothing is imported.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 from importlib import metadata

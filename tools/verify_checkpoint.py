@@ -7,8 +7,6 @@
 on random tokens; it needs the whole model in memory, as float32. Exit code: 0 equal, 1 different, 2 refused.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

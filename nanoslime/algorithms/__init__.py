@@ -1,7 +1,5 @@
 """The algorithms: maths on samples and tensors. No I/O, no process groups, no framework."""
 
-from __future__ import annotations
-
 from nanoslime.algorithms.grpo import GRPO
 from nanoslime.config.algorithm import AlgorithmConfig
 from nanoslime.plugins import resolve

@@ -1,7 +1,5 @@
 """Which groups are trained on; whatever is dropped is counted with its reason."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Group-relative policy optimization (arXiv 2402.03300) and the variants that differ from it by a switch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
 

@@ -3,8 +3,6 @@
 All take logprobs of the sampled tokens, of any one shape, and work with d = ref_logprobs - logprobs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Literal

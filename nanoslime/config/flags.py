@@ -6,8 +6,6 @@ A flag is only taken apart here. Its value stays text, is laid over the YAML fil
 that a wrong value reads the same wherever it came from. tyro prints the help.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches

@@ -5,8 +5,6 @@
 Nothing is guessed: an unknown key or a value of the wrong type is refused with its place and what is valid.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace

@@ -5,8 +5,6 @@ checkpoints/step_<k>/   trainer/  weights, optimizer, RNG and schedule as the ba
                         manifest.json  checksum of every file, written last
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from dataclasses import dataclass, field

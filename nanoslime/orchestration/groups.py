@@ -1,7 +1,5 @@
 """The group of trainer ranks as the training loop sees it, whatever processes they live in."""
 
-from __future__ import annotations
-
 import shutil
 import time
 from abc import ABC, abstractmethod

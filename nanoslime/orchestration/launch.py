@@ -1,7 +1,5 @@
 """From a command line of `nanoslime.train` to a session: which run, which attempt, which way to run it."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Callable

@@ -5,8 +5,6 @@ batch; on the other ranks the rollout is a follower that receives it and takes p
 weight sync and checkpoints.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch.distributed as dist

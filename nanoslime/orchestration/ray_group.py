@@ -7,8 +7,6 @@ Batches travel as one Ray object per data-parallel rank. Whoever dies ends the r
 node and log.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

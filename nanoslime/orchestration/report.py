@@ -1,7 +1,5 @@
 """What a run tells about itself: its phase while it runs, seconds per phase, and the summary at its end."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections import defaultdict

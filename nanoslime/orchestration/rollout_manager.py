@@ -1,7 +1,5 @@
 """The rollout side of a run: prompts, engines behind a router, rewards, filters, advantages, evaluation."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging

@@ -8,8 +8,6 @@
 Whatever was started is ended when the session closes, also when opening it fails half way.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """One trainer rank at work: the backend, the algorithm and this rank's part in weight sync."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

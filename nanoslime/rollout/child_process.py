@@ -1,7 +1,5 @@
 """A server that this process owns: in a session of its own, with a log, and gone when its owner is gone."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import signal

@@ -1,7 +1,5 @@
 """From prompts to scored groups: ask for samples, put each on one token axis with its prompt, score."""
 
-from __future__ import annotations
-
 import asyncio
 import math
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """The prompt file, tokenized, and the order in which a run goes through it."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Iterator, Sequence

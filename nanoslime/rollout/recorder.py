@@ -1,7 +1,5 @@
 """Keeps each rollout's samples for people: one JSON line per sample."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

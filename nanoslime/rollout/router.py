@@ -1,7 +1,5 @@
 """Spreads requests over engines, by least sequences in flight."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 

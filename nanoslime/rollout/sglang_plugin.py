@@ -7,8 +7,6 @@ anything is loaded, and a session (begin ... end) or a directory that lacks one 
 refusal is an error response (success false); the server goes on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Whether the tensors of a weight update are those of the checkpoint that an engine was started from."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable
 from pathlib import Path
 

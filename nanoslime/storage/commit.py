@@ -1,7 +1,5 @@
 """Checkpoints that exist whole or not at all: written as step_<k>.partial, hashed, synced, renamed last."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """manifest.json of a directory: size and XXH3-128 of every file in it, and the check against it."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor

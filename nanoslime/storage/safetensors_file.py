@@ -4,8 +4,6 @@ Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape,
 tensors' bytes without holes; offsets count from the end of the header (https://github.com/huggingface/safetensors).
 """
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -4,8 +4,6 @@ A file is published by writing it aside and renaming it, so a reader sees all of
 still meets is a network filesystem that caches "no such file" (listing the directory renews that).
 """
 
-from __future__ import annotations
-
 import json
 import os
 import time

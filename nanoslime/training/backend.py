@@ -1,7 +1,5 @@
 """One trainer rank as the rest of the program sees it, and what all backends do alike."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator

@@ -5,8 +5,6 @@
 Denominators are those of the whole step, taken before the split, so that the split cannot change the loss.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise

@@ -3,8 +3,6 @@
 files -> shards (fsdp_model) -> packed forward -> logprobs -> loss, a sum -> summed gradients -> clip -> AdamW
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from pathlib import Path

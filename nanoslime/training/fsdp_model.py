@@ -1,7 +1,5 @@
 """A transformers causal LM as FSDP2 shards, built without memory: a rank reads its own rows of the files."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Logprobs of tokens in packed sequences; the vocabulary may be split over tensor-parallel ranks."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Metrics of one optimizer step: sums over micro-batches and data-parallel ranks, divided once."""
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from torch import Tensor

@@ -1,7 +1,5 @@
 """The learning rate of an optimizer step, a pure function: a resumed run needs the step's number only."""
 
-from __future__ import annotations
-
 import math
 
 from nanoslime.config.training import TrainingConfig

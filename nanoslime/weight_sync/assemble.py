@@ -9,8 +9,6 @@ each sync the owners send their pieces in the plan's order and rank 0 yields com
 One tensor is in flight at a time, so that rank 0 needs memory for the largest tensor only.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass

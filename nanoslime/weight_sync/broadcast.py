@@ -6,8 +6,6 @@
 The caller pauses the engines around `send`; an engine where it failed keeps its old version label.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -140,6 +140,7 @@ def _write_all(
 
     def one(file: TargetFile) -> None:
         try:
+            watched(0)
             journal.add(file.name, write(file, directory, checksum=checksums, progress=watched))
         except BaseException:
             failed.set()

@@ -137,7 +137,7 @@ class Files:
         while done < len(view):
             count = os.preadv(self.descriptor(path), [view[done:]], offset + done)
             if not count:
-                raise RunError(f"{path} ended at byte {offset + done}: it was cut while it was read")
+                raise RunError(f"{path} has no byte {offset + done}: it was cut while it was read")
             done += count
 
 
@@ -229,7 +229,7 @@ def _copy(
             files.read(path, offset + done, buffer[: count - done])
             copied = _write_all(out, buffer[: count - done], position + done)
         if not copied:
-            raise RunError(f"{path} ended at byte {offset + done}: it was cut while it was read")
+            raise RunError(f"{path} has no byte {offset + done}: it was cut while it was read")
         done += copied
 
 

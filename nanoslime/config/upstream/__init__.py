@@ -3,8 +3,6 @@
 The lists come from the sources of the installed packages; `python -m tools.option_names` writes them.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

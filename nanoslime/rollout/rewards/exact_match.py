@@ -1,7 +1,5 @@
 """1 where the response is the label, else 0."""
 
-from __future__ import annotations
-
 from typing import Any
 
 

@@ -4,8 +4,6 @@ The final answer is what follows the last "####" (GSM8K, arXiv:2110.14168), else
 the last number of the text. Labels may be worked solutions themselves, as in GSM8K.
 """
 
-from __future__ import annotations
-
 import re
 from decimal import Decimal, InvalidOperation
 from typing import Any

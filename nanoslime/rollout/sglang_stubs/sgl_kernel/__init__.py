@@ -5,8 +5,6 @@ wheels hold CUDA objects only. Its layers take their PyTorch paths as long as to
 so that the names have to exist and are not called, but for the one below.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
