@@ -180,10 +180,11 @@ def _parallel(config: RunConfig, shape: ModelShape, ranks: int, slots: int) -> P
     if t.cp_size != 1:
         raise RunError(f"training.cp_size={t.cp_size} is not supported yet; set 1")
     if t.ep_size != 1:
-        raise RunError(f"training.ep_size={t.ep_size}: {shape.model_type} has no experts; set 1")
-    lacks = (*shape.megatron_lacks, *(["experts"] if shape.moe else []))
-    if t.backend == "megatron" and lacks:
-        raise RunError(f"training.backend=megatron cannot train this {shape.model_type}: {', '.join(lacks)}")
+        raise RunError(f"training.ep_size={t.ep_size} is not supported yet; set 1")
+    lacks = [*(shape.megatron_lacks if t.backend == "megatron" else ()), *(["experts"] if shape.moe else [])]
+    if lacks:
+        what = f"training.backend={t.backend} cannot train this {shape.model_type}"
+        raise RunError(f"{what}: {', '.join(lacks)}")
     for name, size in (("tp_size", t.tp_size), ("pp_size", t.pp_size)):
         if t.backend == "fsdp" and size != 1:
             raise RunError(f"training.{name}={size} needs --backend megatron; with fsdp set 1")

@@ -169,7 +169,7 @@ def test_the_embedded_engine_takes_no_node():
         ("--nodes 4 --num-gpus 3", r"2 x 8 = 16 trainer ranks; leave it out"),
         ("--nodes 1 --cluster.gpus-per-node 1", "has no room for an SGLang engine .* use --engine embedded"),
         ("--nodes 4 --cp-size 2", "training.cp_size=2 is not supported yet; set 1"),
-        ("--nodes 4 --ep-size 2", "training.ep_size=2: qwen3 has no experts; set 1"),
+        ("--nodes 4 --ep-size 2", "training.ep_size=2 is not supported yet; set 1"),
         (
             "--nodes 4 --backend fsdp --tp-size 2",
             "training.tp_size=2 needs --backend megatron; with fsdp set 1",
