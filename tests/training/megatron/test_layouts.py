@@ -25,7 +25,7 @@ TWO = [Grid(), Grid(tp=2), Grid(pp=2), Grid(ep=2), Grid(tp=2, ep=2, etp=1)]
 FOUR = [Grid(tp=2, ep=2), Grid(pp=2, ep=2)]
 
 
-@pytest.fixture(scope="module", params=["qwen2", "qwen3_moe", "deepseek_v3"])
+@pytest.fixture(scope="module", params=["qwen2", "qwen2_moe", "qwen3_moe", "deepseek_v3"])
 def model_dir(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
     return save_model(directory, request.param, dtype=torch.bfloat16, **changes(request.param))
@@ -81,7 +81,7 @@ def test_ranks_compute_together_what_one_computes_alone(family, two_ranks, tmp_p
 
 
 def test_the_logits_of_what_megatron_core_writes_are_those_of_the_files(tmp_path):
-    model_dir = save_model(tmp_path / "model", "qwen2_moe")
+    model_dir = save_model(tmp_path / "model", "qwen3_moe")
     program = [sys.executable, "-W", "ignore", "-m", "tests.training.megatron.gpt"]
     subprocess.run([*program, model_dir, tmp_path, *LAYOUTS], check=True, timeout=240)
     shape = ModelShape.read(model_dir)
