@@ -153,7 +153,9 @@ def test_a_broken_worker_ends_all_and_a_rerun_continues(small, tmp_path, monkeyp
     assert contents(tmp_path / "out") == contents(small / "back")
 
 
-@pytest.mark.parametrize("how", ["source", "options", "a file is gone", "a file is short"])
+@pytest.mark.parametrize(
+    "how", ["source", "options", "a file is gone", "a file is short", "a file is not whole"]
+)
 def test_what_cannot_be_continued_starts_anew(small, tmp_path, monkeypatch, how):
     source = shutil.copytree(small / "hf", tmp_path / "hf")
     middle = shutil.copytree(small / "megatron", tmp_path / "megatron")
@@ -170,6 +172,14 @@ def test_what_cannot_be_continued_starts_anew(small, tmp_path, monkeypatch, how)
         (tmp_path / "out.partial" / finished[0]).unlink()
     elif how == "a file is short":
         os.truncate(tmp_path / "out.partial" / finished[0], 10)
+    elif (
+        how == "a file is not whole"
+    ):  # its bytes were not yet forced to disk: of full size, not in the journal
+        (tmp_path / "out.partial" / finished[0]).write_bytes(bytes((source / finished[0]).stat().st_size))
+        journal = tmp_path / "out.partial" / run.PROGRESS
+        values = json.loads(journal.read_text())
+        del values["done"][finished[0]]
+        journal.write_text(json.dumps(values))
     begun = break_write(monkeypatch, 0, None)
     assert to_huggingface(middle, tmp_path / "out", *options) == 0
     again = finished[:1] if how.startswith("a file") else finished

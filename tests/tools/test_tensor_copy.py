@@ -63,9 +63,11 @@ def random_target(rng: random.Random, directory: Path) -> tuple[np.ndarray, list
     return np.concatenate(parts), links, dtype
 
 
-@pytest.mark.parametrize("block_bytes", [16, 100, 8 << 20])
-def test_random_boxes_against_numpy(tmp_path, monkeypatch, block_bytes):
+@pytest.mark.parametrize("block_bytes, page_bytes", [(16, 1), (100, 1), (100, 4096), (8 << 20, 1)])
+def test_random_boxes_against_numpy(tmp_path, monkeypatch, block_bytes, page_bytes):
+    """page_bytes 1: whatever moves as rows is copied inside the kernel."""
     monkeypatch.setattr(tensor_copy, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(tensor_copy, "PAGE_BYTES", page_bytes, raising=False)
     rng, moved = random.Random(block_bytes), set()
     for case in range(60):
         directory = tmp_path / str(case)
@@ -138,7 +140,7 @@ def test_where_the_kernel_does_not_copy_the_bytes_go_through_memory(tmp_path, mo
     monkeypatch.setattr(os, "copy_file_range", copy_file_range)
     digest = write(target, tmp_path, checksum=True, progress=lambda count: None)
     content = (tmp_path / "source").read_bytes()
-    assert (tmp_path / "t").read_bytes() == content and len(calls) == 20
+    assert (tmp_path / "t").read_bytes() == content and len(calls) >= 20
     assert digest == xxhash.xxh3_128(content).hexdigest()
 
 
