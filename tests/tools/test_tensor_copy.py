@@ -49,6 +49,13 @@ def random_target(rng: random.Random, directory: Path) -> tuple[np.ndarray, list
     """A tensor of one to three dimensions, its rows from several others at random; and the links to them."""
     dtype, rest = rng.choice(list(DTYPES)), tuple(rng.randrange(1, 9) for _ in range(rng.randrange(3)))
     links: list[Link] = []
+    if rest and rng.random() < 0.3:  # columns from two tensors of one shape
+        shape, at = (rng.randrange(1, 9), *rest), rng.randrange(rest[0] + 1)
+        (one, left), (other, right) = (store(rng, directory / f"source{i}", dtype, shape) for i in (0, 1))
+        for stored, columns in ((one, slice(0, at)), (other, slice(at, rest[0]))):
+            box = (slice(0, shape[0]), columns, *(slice(0, n) for n in rest[1:]))
+            links.append((stored, box, box))
+        return np.concatenate([left[:, :at], right[:, at:]], axis=1), links, dtype
     parts, row = [], 0
     for number in range(rng.randrange(1, 4)):
         shape = (rng.randrange(1, 9), *rest)

@@ -159,6 +159,14 @@ def test_a_rank_finds_its_rows_in_chunks_of_its_own(tmp_path, family, tp_size):
     assert len(vocab.chunks) == 8 and {c.shape[0] for c in vocab.chunks} == {125}
 
 
+def test_query_groups_stay_whole(tmp_path):
+    source = save_model(tmp_path / "hf", "llama", **WIDE | dict(num_key_value_heads=4))
+    assert to_megatron(source, tmp_path / "megatron") == 0
+    stored, _ = torch_dist.read(tmp_path / "megatron/release")
+    chunks = stored["decoder.layers.0.self_attention.linear_qkv.weight"].chunks
+    assert [chunk.shape[0] for chunk in chunks] == [(16 // 4 + 2) * 8] * 4
+
+
 @pytest.mark.parametrize("vocab_size", [65, 66, 71, 72, 129, 1001])
 def test_a_vocabulary_of_any_size_is_cut(tmp_path, vocab_size):
     source = save_model(tmp_path / "hf", "llama", hidden_size=64, vocab_size=vocab_size)
@@ -223,6 +231,14 @@ def tp_boxes(key: str, tensor: torch.Tensor) -> list[Box]:
     if key.endswith(("linear_proj.weight", "linear_fc2.weight")):
         return cut(tensor.shape, *outer, 1, 2)
     return cut(tensor.shape, *outer)
+
+
+@pytest.mark.parametrize("layout", "AB")
+def test_layers_and_experts_may_share_a_chunk(tmp_path, layout):
+    source = make(tmp_path / "hf", "qwen3_moe")
+    save_stock(tmp_path / "trained", trained(source, layout))
+    assert to_huggingface(tmp_path / "trained", tmp_path / "back", "--hf-checkpoint", source) == 0
+    assert contents(source).items() <= contents(tmp_path / "back").items()
 
 
 @pytest.mark.parametrize("layout", "ABC")
