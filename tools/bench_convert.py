@@ -18,10 +18,9 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 from nanoslime.models.rules import tensors
 from nanoslime.models.shape import ModelShape
@@ -47,11 +46,10 @@ def make_model(directory: Path, gigabytes: float) -> int:
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config))
     shapes = tensors(ModelShape.from_config(config))
-    generator = np.random.default_rng(0)
     specs = [(name, "BF16", shape) for name, shape in sorted(shapes.items())]
-    random_bytes = ((name, generator.bytes(2 * int(np.prod(shape)))) for name, _, shape in specs)
+    random_bytes = ((name, os.urandom(2 * prod(shape))) for name, _, shape in specs)
     write_files(directory, specs, random_bytes, int(gigabytes * 0.25e9))
-    return sum(2 * int(np.prod(shape)) for _, _, shape in specs)
+    return sum(2 * prod(shape) for _, _, shape in specs)
 
 
 def timed(*commands: list[str]) -> Run:

@@ -145,10 +145,10 @@ def test_where_the_kernel_does_not_copy_the_bytes_go_through_memory(tmp_path, mo
         raise OSError(getattr(errno, number), "not for these files")
 
     monkeypatch.setattr(os, "copy_file_range", copy_file_range)
-    digest = write(target, tmp_path, checksum=True, progress=lambda count: None)
-    content = (tmp_path / "source").read_bytes()
-    assert (tmp_path / "t").read_bytes() == content and len(calls) >= 20
-    assert digest == xxhash.xxh3_128(content).hexdigest()
+    counts: list[int] = []
+    assert write(target, tmp_path, checksum=False, progress=counts.append) is None
+    assert (tmp_path / "t").read_bytes() == (tmp_path / "source").read_bytes() and len(calls) >= 15
+    assert sum(counts) == 10_000
 
 
 @pytest.mark.parametrize("number", ["ENOSPC", "EIO", "EDQUOT"])
@@ -158,12 +158,13 @@ def test_other_refusals_are_errors(tmp_path, monkeypatch, number):
 
     monkeypatch.setattr(os, "copy_file_range", copy_file_range)
     with pytest.raises(OSError, match="really"):
-        write(one_row(tmp_path, 100), tmp_path, checksum=True, progress=lambda count: None)
+        write(one_row(tmp_path, 100), tmp_path, checksum=False, progress=lambda count: None)
 
 
+@pytest.mark.parametrize("checksum", [False, True])
 @pytest.mark.parametrize("refused", [False, True])
 @pytest.mark.parametrize("columns", [False, True])
-def test_a_source_that_is_too_short_is_named(tmp_path, monkeypatch, refused, columns):
+def test_a_source_that_is_too_short_is_named(tmp_path, monkeypatch, refused, columns, checksum):
     if refused:
 
         def copy_file_range(*arguments: int) -> int:
@@ -176,7 +177,7 @@ def test_a_source_that_is_too_short_is_named(tmp_path, monkeypatch, refused, col
     item = fill("x", "BF16", (0, 0), (5, taken.stop), [(stored, (rows, taken), (rows, taken))])
     assert (item.ranges() is None) == columns
     with pytest.raises(RunError, match=r"source has no byte 99: it was cut while it was read"):
-        write(TargetFile("t", (item,)), tmp_path, checksum=True, progress=lambda count: None)
+        write(TargetFile("t", (item,)), tmp_path, checksum=checksum, progress=lambda count: None)
 
 
 def test_what_is_not_covered_is_named(tmp_path):

@@ -30,7 +30,7 @@ def parser(doc: str | None, name: str, source: str) -> argparse.ArgumentParser:
     made.add_argument(
         "--threads",
         type=int,
-        default=min(8, os.cpu_count() or 1),
+        default=min(8, 2 * (os.cpu_count() or 1)),
         help="files written at a time (%(default)s)",
     )
     made.add_argument(

@@ -25,7 +25,7 @@ from nanoslime.storage.shared_files import publish_json, read_json
 from nanoslime.types import RunError
 from tools.conversion import keys, torch_dist
 from tools.conversion.checkpoint import LATEST, Checkpoint
-from tools.conversion.tensor_copy import Fill, TargetFile, fill
+from tools.conversion.tensor_copy import PAGE_BYTES, Fill, TargetFile, fill
 from tools.conversion.torch_dist import OBJECT_STUB, Chunk, StoredTensor, container
 from tools.conversion.torch_pickle import DTYPES
 
@@ -33,6 +33,7 @@ HEADERS = "safetensors_headers.json"  # in the side directory: the first bytes o
 RELEASE = "release"  # the directory of a torch_dist checkpoint that belongs to no iteration
 _MAX_ROW_CHUNKS = 8  # of what tensor parallelism splits: a rank of TP=8 reads its own rows
 _MIN_CHUNK_ELEMENTS = 1 << 12
+_MIN_ALIGNED_BYTES = 1 << 16  # of content that is worth up to a page of nothing before it
 _FILE_BYTES = (64 << 20, 1 << 30)  # least and most of a .distcp file; a rerun keeps whole files
 _LAYER = re.compile(r"(?:layers)\.(\d+)\.")
 
@@ -160,14 +161,17 @@ class _Appender:
         self._limit, self._files = limit, list[list[bytes | Fill]]()
         self._position = limit
 
-    def append(self, *content: bytes | Fill) -> tuple[str, int]:
-        """(file name, offset) of the first of `content`, which stays together."""
+    def append(self, head: bytes, content: Fill | None = None, tail: bytes = b"") -> tuple[str, int]:
+        """(file name, offset) of `head`. `content` gets the place in its page that its source has."""
         if self._position >= self._limit:
             self._files.append([])
             self._position = 0
-        offset = self._position
-        self._files[-1] += content
-        self._position += sum(len(x) if isinstance(x, bytes) else x.num_bytes for x in content)
+        file, gap = self._files[-1], 0
+        if content and content.num_bytes >= _MIN_ALIGNED_BYTES and (ranges := content.ranges()):
+            gap = (ranges[0][1] - self._position - len(head)) % PAGE_BYTES
+        offset = self._position + gap
+        file += [bytes(gap) + head, content, tail] if content else [head]
+        self._position = offset + len(head) + (content.num_bytes if content else 0) + len(tail)
         return f"__{len(self._files) - 1}_0.distcp", offset
 
     def done(self) -> tuple[TargetFile, ...]:

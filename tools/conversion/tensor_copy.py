@@ -3,8 +3,9 @@
     TargetFile  a name and its content in order: bytes given here, or tensors filled from boxes of others
     Fill        one tensor (or chunk) of the target, row-major, with the boxes that fill it, each exactly once
 
-Rows that move unchanged are copied inside the kernel (copy_file_range). What cannot move as rows, a part of
-the columns or another dtype, goes through memory block by block (tensor_blocks.py). Memory is a few blocks.
+What is hashed passes through a block of memory that stays in the cache, read, hashed and written: faster than
+a copy inside the kernel that is read again for its hash. Without checksums whole rows stay in the kernel
+(copy_file_range). Parts of columns and other dtypes are put together by tensor_blocks.py.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from tools.conversion.torch_dist import Chunk, StoredTensor
 
 BLOCK_BYTES = 1 << 20  # still in the cache when it is hashed
 CAST = {"F32", "F16", "BF16"}  # dtypes that become one another
+_KERNEL_BYTES = 64 << 20
+PAGE_BYTES = 4096  # inside the kernel, a copy between other places in the page costs half as much again
 Box = tuple[slice, ...]  # one slice per dimension, start and stop set
 Link = tuple[StoredTensor, Box, Box]  # a box of a stored tensor, and the same box of the target tensor
 _BLOCKS = "tools.conversion.tensor_blocks:blocks"  # numpy, which takes longer to import than 100 MB to copy
@@ -181,60 +184,52 @@ def write(
     progress: called with the number of bytes done, often; an exception of it ends the copy.
     """
     digest = xxhash.xxh3_128() if checksum else None
-    buffer = memoryview(bytearray(BLOCK_BYTES))
-    with Files() as files, open(directory / target.name, "wb+", buffering=0) as out:
+    with Files() as files, open(directory / target.name, "wb", buffering=0) as out:
         position = 0
 
-        def done(count: int, data: bytes | memoryview | None = None) -> None:
+        def put(data: bytes | memoryview) -> None:
             nonlocal position
+            _write_all(out.fileno(), data, position)
             if digest is not None:
-                if data is None:  # copied inside the kernel; it is still in the page cache
-                    files.read(directory / target.name, position, data := buffer[:count])
                 digest.update(data)
-            position += count
-            progress(count)
+            position += len(data)
+            progress(len(data))
 
         for item in target.content:
             if isinstance(item, bytes):
-                _write_all(out.fileno(), item, position)
-                done(len(item), item)
-                continue
-            ranges = item.ranges()
-            if ranges is None:
+                put(item)
+            elif digest is None and item.ranges() is not None:
+                _copy_rows(item, files, out.fileno(), position, progress)
+                position += item.num_bytes
+            else:
                 for view in blocks(item, files):
-                    _write_all(out.fileno(), view, position)
-                    done(len(view), view)
-                continue
-            for path, offset, size in ranges:
-                for at in range(0, size, BLOCK_BYTES):
-                    count = min(BLOCK_BYTES, size - at)
-                    _copy(files, path, offset + at, out.fileno(), position, count, buffer)
-                    done(count)
+                    put(view)
         os.fsync(out.fileno())
     return digest.hexdigest() if digest is not None else None
 
 
-def _copy(
-    files: Files, path: Path, offset: int, out: int, position: int, count: int, buffer: memoryview
-) -> None:
-    done = 0
-    while done < count:
-        try:
-            copied = os.copy_file_range(
-                files.descriptor(path), out, count - done, offset + done, position + done
-            )
-        except OSError as error:
-            if error.errno not in _NO_COPY_RANGE:
-                raise
-            files.read(path, offset + done, buffer[: count - done])
-            copied = _write_all(out, buffer[: count - done], position + done)
-        if not copied:
-            raise RunError(f"{path} has no byte {offset + done}: it was cut while it was read")
-        done += copied
+def _copy_rows(item: Fill, files: Files, out: int, position: int, progress: Callable[[int], object]) -> None:
+    """Copy whole rows within the kernel, and through memory where these filesystems do not let it."""
+    for path, offset, size in item.ranges() or ():
+        stop = position + size
+        while position < stop:
+            count = min(_KERNEL_BYTES, stop - position)
+            try:
+                count = os.copy_file_range(files.descriptor(path), out, count, offset, position)
+            except OSError as error:
+                if error.errno not in _NO_COPY_RANGE:
+                    raise
+                view = memoryview(bytearray(min(BLOCK_BYTES, count)))
+                files.read(path, offset, view)
+                _write_all(out, view, position)
+                count = len(view)
+            if not count:
+                raise RunError(f"{path} has no byte {offset}: it was cut while it was read")
+            offset, position = offset + count, position + count
+            progress(count)
 
 
-def _write_all(out: int, data: bytes | memoryview, position: int) -> int:
+def _write_all(out: int, data: bytes | memoryview, position: int) -> None:
     view, done = memoryview(data), 0
     while done < len(view):
         done += os.pwrite(out, view[done:], position + done)
-    return done
