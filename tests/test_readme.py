@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ COMMANDS = [
     if line
 ]
 SUBMISSIONS = [c for c in COMMANDS if "jobs/submit_grpo.py" in c and "--resume" not in c]
+TOOLS = [c for c in COMMANDS if c.startswith("python tools/")]
 TRAININGS = [c for c in COMMANDS if c.startswith("python -m nanoslime.train")]
 
 
@@ -75,7 +78,14 @@ def test_every_path_exists():
 
 def test_every_short_flag_exists():
     for flag in re.findall(r"`--([a-z][a-z-]+)", README):
-        own = {"dry-run", "mock", "require-slurm", "target", "help", "nproc-per-node", "section"}
+        own = {"dry-run", "logits", "mock", "require-slurm", "target", "help", "nproc-per-node", "section"}
         assert flag in own or load(
             None, None, ["--" + flag, "1"] if flag not in ("use-kl-loss",) else ["--" + flag]
         )
+
+
+@pytest.mark.parametrize("command", TOOLS)
+def test_tools_take_the_arguments_that_are_shown(command):
+    program, *arguments = shlex.split(command)[1:]
+    shown = subprocess.run([sys.executable, program, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert " ".join(arguments) in shown.stdout

@@ -3,8 +3,6 @@
 https://arxiv.org/abs/2412.19437. The checkpoints that DeepSeek publishes are in FP8: dequantize them first.
 """
 
-from __future__ import annotations
-
 from nanoslime.models.rules import Rule, all_layers, ends, mixed_mlp, mtp
 from nanoslime.models.shape import MLA, Architecture, ConfigFile, ModelShape
 

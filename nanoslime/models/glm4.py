@@ -4,8 +4,6 @@ megatron-core 0.16.1 has no layer with GLM-4's two norms after attention and MLP
 those of the layers that slime and mbridge patch in: GLM-4 converts, it does not train with Megatron.
 """
 
-from __future__ import annotations
-
 from nanoslime.models.rules import Rule, all_layers, attention, dense_mlp, ends, mixed_mlp, mtp
 from nanoslime.models.shape import Architecture, ConfigFile, ModelShape
 

@@ -1,7 +1,5 @@
 """Llama 2, 3 and models of its shape: no biases; Llama 3.1 and later scale their rotary frequencies."""
 
-from __future__ import annotations
-
 from nanoslime.models.rules import dense_decoder
 from nanoslime.models.shape import Architecture, ConfigFile, ModelShape
 

@@ -1,7 +1,5 @@
 """Mixtral: every layer has experts, which Hugging Face names w1 (gate), w3 (up) and w2 (down)."""
 
-from __future__ import annotations
-
 from nanoslime.models.rules import Rule, attention, ends, experts_mlp
 from nanoslime.models.shape import Architecture, ConfigFile, ModelShape, MoE
 

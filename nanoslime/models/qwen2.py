@@ -1,7 +1,5 @@
 """Qwen 2 and 2.5: biases on queries, keys and values; Qwen2-MoE with a gated shared expert."""
 
-from __future__ import annotations
-
 from nanoslime.models.rules import Rule, attention, dense_decoder, ends, mixed_mlp
 from nanoslime.models.shape import Architecture, ConfigFile, ModelShape, MoE
 

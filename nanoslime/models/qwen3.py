@@ -1,7 +1,5 @@
 """Qwen 3, dense and MoE: queries and keys are normalized per head; head_dim is apart from the hidden size."""
 
-from __future__ import annotations
-
 from nanoslime.models.rules import Rule, attention, dense_decoder, ends, mixed_mlp
 from nanoslime.models.shape import Architecture, ConfigFile, ModelShape, MoE
 

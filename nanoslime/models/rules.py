@@ -12,8 +12,6 @@ Megatron tensor is a permutation of rows of its Hugging Face parts, so a convers
 Loading, live weight sync, offline conversion and the tests all read these boxes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from math import prod

@@ -3,8 +3,6 @@
 The vocabulary is byte-level, so that the tiny model reads any text; a digit is one token.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Opens a checkpoint directory of either format and checks that it is whole."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, field
 from math import prod

@@ -1,7 +1,5 @@
 """What the conversion commands share: arguments, the printed plan, progress and the final line."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import resource

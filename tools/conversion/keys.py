@@ -9,8 +9,6 @@ megatron-core 0.16.1 writes them in one of three ways (its sharded_state_dict, b
 The weight map names layers and experts one by one. B is the one written here.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """What a checkpoint computes: transformers for Hugging Face's, megatron-core's GPTModel for Megatron's."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM

@@ -1,7 +1,5 @@
 """What a conversion writes: the files of the other format, each a list of byte ranges and boxes."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import sys

@@ -4,8 +4,6 @@ A directory: metadata.json names the format, .metadata is a pickle that says whi
 where in the .distcp files, each piece in a container of torch.save; common.pt holds what is not sharded.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import pickle

@@ -1,7 +1,5 @@
 """The Megatron trainer rank: TrainBackend on GPTModel."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

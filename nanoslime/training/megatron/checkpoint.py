@@ -3,8 +3,6 @@
 Optimizer state is written in its fully reshardable form, gathered on data-parallel rank 0 over gloo.
 """
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Logits of the real GPTModel, from Hugging Face or torch_dist files: one process, on the CPU, in float32."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

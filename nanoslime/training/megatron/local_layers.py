@@ -3,8 +3,6 @@
 megatron-core's own local ones refuse sequence parallelism (norm) and packed sequences (attention).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

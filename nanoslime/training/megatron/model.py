@@ -1,7 +1,5 @@
 """A GPTModel of the checkpoint's shape, wrapped for data parallelism."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any

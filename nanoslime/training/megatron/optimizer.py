@@ -1,7 +1,5 @@
 """AdamW on Megatron's gradient buffers."""
 
-from __future__ import annotations
-
 import torch
 from megatron.core.distributed import DistributedDataParallel as DDP
 from megatron.core.optimizer import (

@@ -1,7 +1,5 @@
 """Which rank does what: Megatron's process groups, in its default order tp, dp, pp (tp varies fastest)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

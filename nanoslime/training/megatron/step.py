@@ -3,8 +3,6 @@
 TrainBatch -> MicroBatch [T] -> GPTModel (thd) -> logits [T, V / tp] -> logprobs [T] -> loss / denominator
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any

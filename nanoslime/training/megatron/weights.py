@@ -1,7 +1,5 @@
 """Hugging Face weights into this rank's parameters, and its parameters as pieces of Hugging Face tensors."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterator
