@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from megatron.core import parallel_state
 
 from nanoslime.config import TrainingConfig
 from nanoslime.training.backend import RankEnv, init_process_group
@@ -77,19 +76,10 @@ def _serve(env: RankEnv, pipe: Any) -> None:
         except EOFError:
             dist.destroy_process_group()
             return
-        _close_groups()
         try:
             pipe.send((True, fn(env, *args)))
         except Exception:
             pipe.send((False, traceback.format_exc()))
-
-
-def _close_groups() -> None:
-    """Ends the groups of the function before, done by now on all ranks: they keep threads that wake up."""
-    parallel_state.destroy_model_parallel()
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
 
 
 @pytest.fixture(scope="session")

@@ -64,6 +64,9 @@ class Grid:
         """Megatron's groups over all ranks, in place of an earlier grid's."""
         cpu_compat.install()
         parallel_state.destroy_model_parallel()
+        for group in list(dist.distributed_c10d._world.pg_map):  # all ranks are done with an earlier grid's
+            if group is not dist.group.WORLD:  # each keeps threads of gloo that wake up
+                dist.destroy_process_group(group)
         parallel_state.initialize_model_parallel(
             self.tp, self.pp, expert_model_parallel_size=self.ep, expert_tensor_parallel_size=self.etp
         )
