@@ -30,15 +30,21 @@ class RankPool:
     """
 
     def __init__(self, size: int) -> None:
+        self._size = size
+        self._start()
+
+    def _start(self) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
         context = mp.get_context("forkserver")  # imports what is slow to import once, for all pools
         context.set_forkserver_preload(_PRELOAD)
         self._ranks = []
-        for rank in range(size):
+        for rank in range(self._size):
             ours, theirs = context.Pipe()
-            env = RankEnv(rank=rank, world_size=size, local_rank=rank, device="cpu", init_method=address)
+            env = RankEnv(
+                rank=rank, world_size=self._size, local_rank=rank, device="cpu", init_method=address
+            )
             process = context.Process(target=_serve, args=(env, theirs), daemon=True)
             process.start()
             theirs.close()
@@ -50,6 +56,8 @@ class RankPool:
         results = []
         for rank, (_, pipe) in enumerate(self._ranks):
             if not pipe.poll(DEADLINE_S):
+                self.close()  # what still comes would be taken for later results
+                self._start()
                 raise TimeoutError(f"rank {rank} did not finish {fn.__name__} in {DEADLINE_S} s")
             results.append(pipe.recv())
         for rank, (ok, value) in enumerate(results):
