@@ -105,7 +105,7 @@ def notes(source: Checkpoint) -> list[str]:
 
 
 def finish(name: str, main: Callable[[], int]) -> int:
-    """The exit code of `main`; 2 with one line for what it refuses."""
+    """The exit code of `main`; with one line, 2 for what it refuses and 1 for what the system does."""
     try:
         return main()
     except RunError as error:
