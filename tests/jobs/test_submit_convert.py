@@ -156,7 +156,7 @@ def test_submission_shows_plan_and_job_and_where_its_log_is(login, tiny_model):
     assert shlex.split(follow) == ["follow", "tail", "-F", log]
     assert (state.split()[1:], stop.split()[1:]) == (["squeue", "-j", "42"], ["scancel", "42"])
     assert "same command" in resume
-    assert asked(login.submitted)["output"] == log.replace("42", "%j")
+    assert asked(login.submitted)["output"] == log.replace("slurm-42", "slurm-%j")
     assert (login.root / "asked").read_text() == "--parsable\n"
     assert [path.name for path in (login.root / "new").iterdir()] == []
 
