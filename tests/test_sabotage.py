@@ -61,8 +61,8 @@ FAULTS = [
     Fault(
         "temperature dropped from the trainer's logprobs",
         "nanoslime/training/logprobs.py",
-        "num_real, 1.0 / temperature, tp_group)",
-        "num_real, 1.0, tp_group)",
+        "_Options(1.0 / temperature, ",
+        "_Options(1.0, ",
         "tests/training/test_logprobs.py",
     ),
     Fault(
@@ -83,8 +83,8 @@ FAULTS = [
     Fault(
         "padded vocabulary in the softmax",
         "nanoslime/training/logprobs.py",
-        "num_real = min(max(vocab_size - vocab_start, 0), logits.shape[1])",
-        "num_real = logits.shape[1]",
+        "num_columns = min(max(vocab_size - vocab_start, 0), len(weight))",
+        "num_columns = len(weight)",
         "tests/training/test_logprobs.py",
     ),
     Fault(

@@ -18,6 +18,8 @@ ZERO_STD = 1e-6  # rewards that spread no more than this count as equal
 
 
 class GRPO:
+    needs_entropy = False
+
     def __init__(self, config: GRPOConfig) -> None:
         self.config = config
         self.denominator: Literal["tokens", "sequences"] = config.denominator

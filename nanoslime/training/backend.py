@@ -41,6 +41,7 @@ class Algorithm(Protocol):
     denominator: Literal["tokens", "sequences"]
     needs_old_logprobs: bool
     needs_reference: bool
+    needs_entropy: bool  # as the second argument of `loss`
 
     def token_advantages(self, shard: TrainBatch, all_sum: Callable[[Tensor], Tensor]) -> list[Tensor]: ...
     def loss(

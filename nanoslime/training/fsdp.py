@@ -1,6 +1,6 @@
 """The FSDP2 backend: data parallelism of a transformers model, for one node or where Megatron has no model.
 
-files -> shards (fsdp_model) -> packed forward -> logprobs -> loss, a sum -> summed gradients -> clip -> AdamW
+files -> shards (fsdp_model) -> packed forward to logprobs -> loss, a sum -> summed gradients -> clip -> AdamW
 """
 
 import math
@@ -14,12 +14,11 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from nanoslime.batch import MicroBatch, TrainBatch, WeightShard
+from nanoslime.batch import TrainBatch, WeightShard
 from nanoslime.config.run import RunConfig
 from nanoslime.config.training import TrainingConfig
 from nanoslime.training.backend import Algorithm, RankEnv, TrainBackend, init_process_group
 from nanoslime.training.fsdp_model import build_sharded, local_rows
-from nanoslime.training.logprobs import token_logprobs
 from nanoslime.training.metrics import MetricSums
 
 
@@ -35,7 +34,8 @@ class FSDPBackend(TrainBackend):
         self.dp_rank, self.dp_size = env.rank, env.world_size
         mesh = init_device_mesh(env.device, (env.world_size,))
         recompute = config.training.recompute
-        self._model = build_sharded(model_dir, config.model, mesh, self._device, recompute=recompute)
+        self._policy = build_sharded(model_dir, config.model, mesh, self._device, recompute=recompute)
+        self._model = self._policy.causal_lm
         self._optimizer = _make_optimizer(self._model, config.training)
         self._keep_reference()
 
@@ -66,26 +66,18 @@ class FSDPBackend(TrainBackend):
                 generator.set_state(state[name])
 
     def _packed_logprobs(self, shard: TrainBatch) -> list[Tensor]:
-        return [self._forward(shard.microbatch(i).to(self._device)).cpu() for i in shard.microbatches]
+        return [self._policy(shard.microbatch(i).to(self._device))[0].cpu() for i in shard.microbatches]
 
     def _backward(self, shard: TrainBatch, algorithm: Algorithm) -> dict[str, float]:
         self._optimizer.zero_grad()
         sums = MetricSums()
         for indices in shard.microbatches:
             batch = shard.microbatch(indices).to(self._device)
-            logprobs = self._forward(batch)
-            loss, metrics = algorithm.loss(logprobs, None, batch)
+            logprobs, entropy = self._policy(batch, with_entropy=algorithm.needs_entropy)
+            loss, metrics = algorithm.loss(logprobs, entropy, batch)
             (loss / batch.denominator).backward()
             sums.add({"train/loss": loss, **metrics}, logprobs, batch)
         return sums.reduce(dist.group.WORLD, shard.denominator, shard.num_tokens)
-
-    def _forward(self, batch: MicroBatch) -> Tensor:
-        # Without a mask, transformers separates packed sequences where the positions start again.
-        pack = {"input_ids": batch.token_ids[None], "position_ids": batch.positions[None]}
-        logits, vocab_size = self._model(**pack, use_cache=False).logits[0], self._model.config.vocab_size
-        return token_logprobs(
-            logits, batch.token_ids, batch.cu_seqlens, temperature=batch.temperature, vocab_size=vocab_size
-        )
 
     def _grads(self) -> list[Tensor]:
         return [p.grad.to_local() for p in self._model.parameters() if p.grad is not None]

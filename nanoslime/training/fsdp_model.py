@@ -5,20 +5,50 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
+from nanoslime.batch import MicroBatch
 from nanoslime.config.model import ModelConfig
 from nanoslime.storage.safetensors_file import read_headers
+from nanoslime.training.logprobs import token_logprobs
 from nanoslime.types import RunError
+
+# settings of models that do more to the hidden states than multiply them with the output weight
+_LOGITS_ARE_CHANGED_BY = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+class Policy(torch.nn.Module):
+    """A causal LM whose forward gives logprobs: the root of FSDP, so that the output weight is whole in it."""
+
+    def __init__(self, causal_lm: PreTrainedModel) -> None:
+        super().__init__()
+        self.causal_lm, config = causal_lm, causal_lm.config.get_text_config()
+        self.vocab_size, head = config.vocab_size, causal_lm.get_output_embeddings()
+        changed = [name for name in _LOGITS_ARE_CHANGED_BY if getattr(config, name, None) not in (None, 1.0)]
+        if changed or not isinstance(head, torch.nn.Linear) or head.bias is not None:
+            what = changed[0] if changed else f"an output layer that is {head}"
+            raise RunError(f"{type(causal_lm).__name__} has {what}: its logits are no product with a weight")
+
+    def forward(self, batch: MicroBatch, with_entropy: bool = False) -> tuple[Tensor, Tensor | None]:
+        """[T] each, as token_logprobs has it."""
+        # Without a mask, transformers separates packed sequences where the positions start again.
+        pack = {"input_ids": batch.token_ids[None], "position_ids": batch.positions[None]}
+        hidden = self.causal_lm.get_decoder()(**pack, use_cache=False).last_hidden_state[0]
+        weight = self.causal_lm.get_output_embeddings().weight
+        return token_logprobs(
+            hidden, weight, batch.token_ids, batch.cu_seqlens,
+            temperature=batch.temperature, vocab_size=self.vocab_size, with_entropy=with_entropy,
+        )  # fmt: skip
 
 
 def build_sharded(
     model_dir: Path, config: ModelConfig, mesh: DeviceMesh, device: torch.device, *, recompute: bool
-) -> PreTrainedModel:
+) -> Policy:
     """The model of `model_dir`, sharded over `mesh` by decoder layer, with float32 parameters from its files.
 
     Gradients are summed over the mesh, not averaged: losses are divided by global denominators beforehand.
@@ -41,11 +71,12 @@ def build_sharded(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()  # transformers recomputes in training mode only
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
-    _shard(model, mesh, precision)
+    policy = Policy(model)
+    _shard(policy, mesh, precision)
     model.to_empty(device=device)
     _fill_buffers(model)
     _load_weights(model, model_dir)
-    return model
+    return policy
 
 
 def local_rows(param: DTensor) -> slice:
@@ -56,11 +87,11 @@ def local_rows(param: DTensor) -> slice:
     return slice(start, min(start + rows_per_rank, size))
 
 
-def _shard(model: PreTrainedModel, mesh: DeviceMesh, precision: MixedPrecisionPolicy) -> None:
+def _shard(policy: Policy, mesh: DeviceMesh, precision: MixedPrecisionPolicy) -> None:
     # The root reshards too: parameters left whole after a forward would hide a swap to the reference weights.
-    for module in (*model.get_decoder().layers, model):
+    for module in (*policy.causal_lm.get_decoder().layers, policy):
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
-    for module in model.modules():
+    for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has neither AVG nor PREMUL_SUM

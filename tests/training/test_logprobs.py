@@ -1,4 +1,6 @@
-"""Token logprobs against torch's log_softmax: packed, padded, at a temperature, with the vocabulary split."""
+"""Token logprobs and entropies against torch's log_softmax of whole logits: packed, padded, at a temperature,
+in chunks, with the vocabulary split.
+"""
 
 import itertools
 
@@ -6,95 +8,141 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nanoslime.training import logprobs as module
-from nanoslime.training.logprobs import token_logprobs
+from nanoslime.training.logprobs import linear_logprobs, token_logprobs
 
 CU_SEQLENS = torch.tensor([0, 3, 4, 9], dtype=torch.int32)
-VOCAB, PADDED = 11, 16
+TOKENS, HIDDEN, VOCAB, PADDED = 9, 6, 11, 16
 
 
-def problem():
+def problem(dtype=torch.float32):
+    """hidden [9, 6], weight [16, 6] whose padding would swallow the softmax, targets, two gradients [9]."""
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(9, PADDED, generator=generator) * 3
-    logits[:, VOCAB:] = 50  # padding that would swallow the softmax
-    return logits, torch.randint(0, VOCAB, (9,), generator=generator), torch.randn(9, generator=generator)
+    hidden = torch.randn(TOKENS, HIDDEN, generator=generator)
+    hidden[:, 0] = hidden[:, 0].abs() + 1
+    weight = torch.randn(PADDED, HIDDEN, generator=generator)
+    weight[VOCAB:, 0] = 50
+    upstream = torch.randn(2, TOKENS, generator=generator, dtype=dtype)
+    return (
+        hidden.to(dtype),
+        weight.to(dtype),
+        torch.randint(0, VOCAB, (TOKENS,), generator=generator),
+        upstream,
+    )
 
 
-def reference(logits, token_ids, temperature):
-    result = torch.zeros(len(token_ids))
-    for start, stop in itertools.pairwise(CU_SEQLENS.tolist()):
-        for t in range(start + 1, stop):
-            result[t] = (logits[t - 1, :VOCAB].float() / temperature).log_softmax(0)[token_ids[t]]
-    return result
+def reference(hidden, weight, targets, temperature, vocab_size=VOCAB):
+    """By float64 logits of all tokens; gradients of hidden and weight come in their own types."""
+    logs = (hidden.double() @ weight[:vocab_size].double().T / temperature).log_softmax(dim=1)
+    return logs.gather(1, targets[:, None]).squeeze(1), -(logs.exp() * logs).sum(dim=1)
+
+
+def results(function, hidden, weight, targets, upstream, **options):
+    """Logprobs, entropy and the gradients of hidden and weight."""
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    logprobs, entropy = function(hidden, weight, targets, **options)
+    loss = (logprobs * upstream[0]).sum()
+    if entropy is not None:
+        loss = loss + (entropy * upstream[1]).sum()
+    loss.backward()
+    return logprobs.detach(), None if entropy is None else entropy.detach(), hidden.grad, weight.grad
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
-@pytest.mark.parametrize("rows_at_a_time", [4, 1024])
-def test_value_and_gradient_are_those_of_log_softmax(temperature, rows_at_a_time, monkeypatch):
-    monkeypatch.setattr(module, "_ROWS_AT_A_TIME", rows_at_a_time)
-    logits, token_ids, upstream = problem()
-    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    got = token_logprobs(ours, token_ids, CU_SEQLENS, temperature=temperature, vocab_size=VOCAB)
-    expected = reference(theirs, token_ids, temperature)
-    torch.testing.assert_close(got, expected)
-    (got * upstream).sum().backward()
-    (expected * upstream).sum().backward()
-    torch.testing.assert_close(ours.grad, theirs.grad)
-    assert torch.equal(ours.detach(), logits)  # left as it was
-    assert ours.grad[:, VOCAB:].abs().max() == 0
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 9, 1024])
+def test_values_and_gradients_are_those_of_log_softmax(temperature, chunk_tokens):
+    case = problem()
+    options = dict(temperature=temperature, vocab_size=VOCAB, with_entropy=True, chunk_tokens=chunk_tokens)
+    got = results(linear_logprobs, *case, **options)
+    expected = results(reference, *case, temperature=temperature)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs.float())
+    assert got[3][VOCAB:].abs().max() == 0  # padding gets no gradient
+
+
+def test_without_entropy_the_rest_is_the_same():
+    case, options = problem(), dict(temperature=0.7, vocab_size=VOCAB, chunk_tokens=4)
+    logprobs, entropy, d_hidden, d_weight = results(linear_logprobs, *case, **options)
+    hidden, weight, targets, upstream = case
+    unused = torch.stack([upstream[0], torch.zeros(TOKENS)])
+    with_entropy = results(linear_logprobs, hidden, weight, targets, unused, **options, with_entropy=True)
+    assert entropy is None and torch.equal(logprobs, with_entropy[0])
+    torch.testing.assert_close((d_hidden, d_weight), with_entropy[2:])
+
+
+def test_gradients_pass_gradcheck_in_float64():
+    hidden, weight, targets, _ = problem(torch.float64)
+
+    def both(hidden, weight):
+        options = dict(temperature=0.8, vocab_size=VOCAB, with_entropy=True, chunk_tokens=4)
+        return linear_logprobs(hidden, weight, targets, **options)
+
+    assert torch.autograd.gradcheck(both, (hidden.requires_grad_(), weight.requires_grad_()))
+
+
+def test_bfloat16_is_multiplied_into_float32():
+    case = [x.bfloat16() if x.is_floating_point() else x for x in problem()[:3]] + [problem()[3]]
+    options = dict(temperature=0.5, vocab_size=VOCAB, with_entropy=True, chunk_tokens=4)
+    got, expected = results(linear_logprobs, *case, **options), results(reference, *case, temperature=0.5)
+    torch.testing.assert_close(got[:2], tuple(x.float() for x in expected[:2]))
+    assert got[2].dtype == got[3].dtype == torch.bfloat16
+    for ours, theirs in zip(got[2:], expected[2:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)  # one rounding of the sum apart
+
+
+def test_no_tensor_has_all_tokens_and_the_whole_vocabulary():
+    """The largest single allocation of forward and backward is a chunk of logits, or the weight's gradient."""
+    hidden, weight = torch.randn(512, 8), torch.randn(4000, 8)
+    targets = torch.randint(0, 4000, (512,))
+    with torch.profiler.profile(profile_memory=True, record_shapes=True) as profile:
+        options = dict(temperature=1.0, vocab_size=4000, with_entropy=True, chunk_tokens=16)
+        results(linear_logprobs, hidden, weight, targets, torch.randn(2, 512), **options)
+    sizes = [e.cpu_memory_usage for e in profile.events()]
+    assert max(sizes) >= 16 * 4000 * 4  # it was measured
+    assert max(sizes) <= 2 * 16 * 4000 * 4
 
 
 def test_first_token_of_each_sequence_is_exactly_zero_and_sequences_do_not_meet():
-    logits, token_ids, _ = problem()
-    logits.requires_grad_()
-    got = token_logprobs(logits, token_ids, CU_SEQLENS, temperature=1.0, vocab_size=VOCAB)
-    assert got[[0, 3, 4]].tolist() == [0, 0, 0] and (got[[1, 2, 5, 6, 7, 8]] < 0).all()
-    got.sum().backward()
-    assert logits.grad[[2, 3, 8]].abs().max() == 0  # the last row of each sequence predicts nothing
-    assert logits.grad[[0, 1, 4, 5, 6, 7]].abs().amax(dim=1).min() > 0
-
-
-def test_bfloat16_logits_are_computed_in_float32():
-    logits, token_ids, _ = problem()
-    half = logits.bfloat16().requires_grad_()
-    got = token_logprobs(half, token_ids, CU_SEQLENS, temperature=0.5, vocab_size=VOCAB)
-    torch.testing.assert_close(got, reference(half.detach(), token_ids, 0.5))
-    got.sum().backward()
-    assert got.dtype == torch.float32 and half.grad.dtype == torch.bfloat16
+    hidden, weight, token_ids, _ = problem()
+    hidden.requires_grad_()
+    options = dict(temperature=0.7, vocab_size=VOCAB, with_entropy=True)
+    got, entropy = token_logprobs(hidden, weight, token_ids, CU_SEQLENS, **options)
+    for start, stop in itertools.pairwise(CU_SEQLENS.tolist()):
+        assert got[start] == entropy[start] == 0
+        here, after = slice(start, stop - 1), slice(start + 1, stop)
+        expected = reference(hidden[here], weight, token_ids[after], 0.7)
+        torch.testing.assert_close((got[after], entropy[after]), tuple(x.float() for x in expected))
+    (got + entropy).sum().backward()
+    assert hidden.grad[[2, 3, 8]].abs().max() == 0  # the last row of each sequence predicts nothing
+    assert hidden.grad[[0, 1, 4, 5, 6, 7]].abs().amax(dim=1).min() > 0
 
 
 def test_unusable_input_is_refused():
-    logits, token_ids, _ = problem()
+    hidden, weight, token_ids, _ = problem()
     with pytest.raises(ValueError, match="temperature=0"):
-        token_logprobs(logits, token_ids, CU_SEQLENS, temperature=0, vocab_size=VOCAB)
+        token_logprobs(hidden, weight, token_ids, CU_SEQLENS, temperature=0, vocab_size=VOCAB)
     with pytest.raises(ValueError, match="outside the vocabulary of 3 tokens"):
-        token_logprobs(logits, token_ids, CU_SEQLENS, temperature=1, vocab_size=3)
+        token_logprobs(hidden, weight, token_ids, CU_SEQLENS, temperature=1, vocab_size=3)
 
 
-def split_over_ranks(env, vocab_size):
-    logits, token_ids, upstream = problem()
+def split_over_ranks(env, vocab_size, with_entropy):
+    hidden, weight, targets, upstream = problem()
     width = PADDED // env.world_size
-    local = logits[:, env.rank * width :][:, :width].clone().requires_grad_()
-    got = token_logprobs(
-        local,
-        token_ids % vocab_size,
-        CU_SEQLENS,
-        temperature=0.7,
-        vocab_size=vocab_size,
-        vocab_start=env.rank * width,
-        tp_group=dist.group.WORLD,
-    )
-    (got * upstream).sum().backward()
-    return got.detach(), local.grad
+    options = dict(temperature=0.7, vocab_size=vocab_size, with_entropy=with_entropy, chunk_tokens=4)
+    place = dict(vocab_start=env.rank * width, tp_group=dist.group.WORLD)
+    rows = weight[env.rank * width :][:width]
+    return results(linear_logprobs, hidden, rows, targets % vocab_size, upstream, **options, **place)
 
 
 @pytest.mark.parametrize("vocab_size", [VOCAB, 7])  # 7: the second rank holds nothing but padding
-def test_vocabulary_split_over_two_ranks_changes_nothing(two_ranks, vocab_size):
-    logits, token_ids, upstream = problem()
-    logits.requires_grad_()
-    whole = token_logprobs(logits, token_ids % vocab_size, CU_SEQLENS, temperature=0.7, vocab_size=vocab_size)
-    (whole * upstream).sum().backward()
-    results = two_ranks(split_over_ranks, vocab_size)
-    for got, _ in results:
-        torch.testing.assert_close(got, whole.detach())
-    torch.testing.assert_close(torch.cat([grad for _, grad in results], dim=1), logits.grad)
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_vocabulary_split_over_two_ranks_changes_nothing(two_ranks, vocab_size, with_entropy):
+    hidden, weight, targets, upstream = problem()
+    options = dict(temperature=0.7, vocab_size=vocab_size, with_entropy=with_entropy)
+    whole = results(linear_logprobs, hidden, weight, targets % vocab_size, upstream, **options)
+    by_rank = two_ranks(split_over_ranks, vocab_size, with_entropy)
+    for logprobs, entropy, d_hidden, _ in by_rank:
+        torch.testing.assert_close((logprobs, d_hidden), (whole[0], whole[2]))
+        torch.testing.assert_close(entropy, whole[1])
+    assert torch.equal(by_rank[0][2], by_rank[1][2])
+    torch.testing.assert_close(torch.cat([d_weight for *_, d_weight in by_rank]), whole[3])
