@@ -122,6 +122,18 @@ class ModelShape:
         """All of them, without multi-token prediction; tied embeddings count once."""
         return sum(rule.num_elements(self) for rule in self.architecture.rules(self))
 
+    @property
+    def attention_parity_tokens(self) -> float:
+        """Length at which causal attention costs a sequence as many FLOPs as its products with weights."""
+        active = self.num_parameters - (0 if self.tie_word_embeddings else self.num_embedding_parameters)
+        if moe := self.moe:
+            layers = sum(layer < self.num_layers for layer in moe.layers)
+            idle = layers * (moe.num_experts - moe.num_experts_per_token)
+            active -= idle * 3 * self.hidden_size * moe.intermediate_size
+        mla = self.mla
+        dims = mla.qk_nope_head_dim + mla.qk_rope_head_dim + mla.v_head_dim if mla else 2 * self.head_dim
+        return 2 * active / (self.num_layers * self.num_attention_heads * dims)
+
     def rank_parameters(self, tp_size: int, pp_size: int) -> int:
         """Parameters of the fullest rank, for memory estimates: an end of the pipeline, or all of it."""
         ends = 2 if pp_size == 1 and not self.tie_word_embeddings else 1

@@ -8,6 +8,7 @@ from typing import Any
 
 from nanoslime.batch import TrainBatch
 from nanoslime.config import RunConfig
+from nanoslime.models.shape import ModelShape
 from nanoslime.orchestration.rollout_manager import Rollout, from_rank_0
 from nanoslime.run_dir import RunDir
 from nanoslime.training.batching import plan
@@ -19,8 +20,9 @@ class TrainGroup(ABC):
 
     dp_size: int
 
-    def __init__(self, config: RunConfig, run: RunDir, transport: str):
+    def __init__(self, config: RunConfig, run: RunDir, model_dir: Path, transport: str):
         self.config, self.run, self.transport = config, run, transport
+        self._parity_tokens = ModelShape.read(model_dir).attention_parity_tokens
 
     @abstractmethod
     def _train(self, shards: list[list[TrainBatch]]) -> dict[str, float]:
@@ -39,6 +41,7 @@ class TrainGroup(ABC):
             groups, num_steps=self.config.training.num_steps_per_rollout, dp_size=self.dp_size,
             max_tokens=self.config.training.max_tokens_per_microbatch,
             denominator=self.config.algorithm.denominator, temperature=self.config.rollout.temperature,
+            parity_tokens=self._parity_tokens,
         )  # fmt: skip
         return self._train([[step[dp] for step in steps] for dp in range(self.dp_size)])
 

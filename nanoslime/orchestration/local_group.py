@@ -5,6 +5,7 @@ batch; on the other ranks the rollout is a follower that receives it and takes p
 weight sync and checkpoints.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -18,8 +19,8 @@ from nanoslime.run_dir import RunDir
 class LocalTrainGroup(TrainGroup):
     """`engines`: those of this process; with the transport in_process, one that is embedded."""
 
-    def __init__(self, run: RunDir, transport: str, worker: TrainWorker, engines: list[Any]):
-        super().__init__(worker.config, run, transport)
+    def __init__(self, run: RunDir, model_dir: Path, transport: str, worker: TrainWorker, engines: list[Any]):
+        super().__init__(worker.config, run, model_dir, transport)
         self._worker, self._engines, self.dp_size = worker, engines, worker.dp_size
 
     def _train(self, shards: list[list[TrainBatch]]) -> dict[str, float]:

@@ -203,7 +203,7 @@ class _Actors:
 
 class RayTrainGroup(TrainGroup):
     def __init__(self, config: RunConfig, attempt: Attempt, layout: Layout, model_dir: Path, transport: str):
-        super().__init__(config, attempt.run, transport)
+        super().__init__(config, attempt.run, model_dir, transport)
         places, deadline_s = [(p.rank, p.node, 1) for p in layout.trainers], config.training.start_deadline_s
         self._ranks = _Actors(RankActor, "trainer rank", places, config, attempt, layout, model_dir)
         [meet] = self._ranks.gather([self._ranks.actors[0].address.remote()], "start", deadline_s)

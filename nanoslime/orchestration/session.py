@@ -98,7 +98,7 @@ def open_local(config: RunConfig, attempt: Attempt, env: RankEnv, phase: Phase) 
         worker = TrainWorker(config, model_dir, env)
         engines = [_local_engine(config, attempt, model_dir, env, resources)] if leads else []
         transport = resolve_transport(config, same_process=env.world_size == 1)
-        trainer = LocalTrainGroup(attempt.run, transport, worker, engines)
+        trainer = LocalTrainGroup(attempt.run, model_dir, transport, worker, engines)
         resources.callback(trainer.close)
         trainer.connect(engines, "127.0.0.1")
         yield _session(config, attempt, model_dir, trainer, engines, resources)

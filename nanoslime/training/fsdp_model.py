@@ -23,7 +23,7 @@ _LOGITS_ARE_CHANGED_BY = ("final_logit_softcapping", "logit_scale", "logits_scal
 
 
 class Policy(torch.nn.Module):
-    """A causal LM whose forward gives logprobs: the root of FSDP, so that the output weight is whole in it."""
+    """A causal LM whose forward gives logprobs; as the root of FSDP it has the output weight whole."""
 
     def __init__(self, causal_lm: PreTrainedModel) -> None:
         super().__init__()

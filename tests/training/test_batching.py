@@ -175,3 +175,12 @@ def test_unusable_samples_are_refused_by_name():
     short.rollout_logprobs = short.rollout_logprobs[1:]
     with pytest.raises(ValueError, match="equally long"):
         planned([SampleGroup(3, [short])])
+
+
+def test_no_two_ranks_differ_by_much_however_the_lengths_are_spread():
+    rng = np.random.default_rng(0)
+    lengths = rng.lognormal(5, 1, 60).clip(2, 1000).astype(int)
+    groups = [SampleGroup(0, [sample(0, i + 1, n, 1) for i, n in enumerate(lengths)])]
+    (step,) = planned(groups, dp_size=4, max_tokens=1000, parity_tokens=500.0)
+    costs = [sum(n * (1 + n / 500) for _, n in real_sequences(shard)) for shard in step]
+    assert max(costs) <= 1.01 * np.mean(costs)

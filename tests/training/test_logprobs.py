@@ -91,7 +91,7 @@ def test_bfloat16_is_multiplied_into_float32():
 
 
 def test_no_tensor_has_all_tokens_and_the_whole_vocabulary():
-    """The largest single allocation of forward and backward is a chunk of logits, or the weight's gradient."""
+    """The largest allocation of forward and backward is a chunk of logits, or the weight's gradient."""
     hidden, weight = torch.randn(512, 8), torch.randn(4000, 8)
     targets = torch.randint(0, 4000, (512,))
     with torch.profiler.profile(profile_memory=True, record_shapes=True) as profile:

@@ -111,7 +111,7 @@ class Pipeline:
 
 @contextmanager
 def _without_output_layer(gpt: GPTModel) -> Iterator[None]:
-    """Inside, forward returns hidden states [T, 1, H] on every stage; the norm after the last layer is in them."""
+    """Inside, forward returns hidden states on every stage, after the final norm on the last: [T, 1, H]."""
     last, gpt.post_process = gpt.post_process, False  # the decoder has its own word for its norm
     try:
         yield
