@@ -16,6 +16,10 @@ class TrainingConfig:
     pp_size: int = Field(default=1, ge=1)
     cp_size: int = Field(default=1, ge=1)
     ep_size: int = Field(default=1, ge=1)
+    etp_size: int = Field(default=1, ge=1)
+    """Tensor parallel size within an expert."""
+    vpp_size: int = Field(default=1, ge=1)
+    """Pieces of the model on each pipeline rank; above 1 the schedule is interleaved (arXiv 2104.04473)."""
     sequence_parallel: bool = False
     lr: float = Field(default=1e-6, ge=0)
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"

@@ -18,6 +18,8 @@ OURS = {  # names that nanoslime sets itself, and what to set instead
         "pipeline_model_parallel_size": "training.pp_size",
         "context_parallel_size": "training.cp_size",
         "expert_model_parallel_size": "training.ep_size",
+        "expert_tensor_parallel_size": "training.etp_size",
+        "virtual_pipeline_model_parallel_size": "training.vpp_size",
         "sequence_parallel": "training.sequence_parallel",
         **dict.fromkeys(("params_dtype", "bf16", "fp16"), "model.dtype"),
         **dict.fromkeys(_SHAPE, "model.hf_checkpoint (its config.json)"),

@@ -26,7 +26,8 @@ class MegatronBackend(TrainBackend):
         self.is_last_stage = ranks.is_last_stage
         distributed = model.build(self._shape, config, ranks, self._device)
         self._gpt = model.unwrap(distributed)
-        self._weights_here = weights.bind(self._gpt, self._shape, ranks.part(self._shape.num_layers))
+        [part] = ranks.parts(self._shape)
+        self._weights_here = weights.bind(self._gpt, self._shape, part)
         weights.load(self._weights_here, self._shape, model_dir)
         self._optimizer = optimizer.build(distributed, config)
         self._pipeline = Pipeline(distributed, self._shape, ranks, self._device)

@@ -64,6 +64,9 @@ def transformer_config(shape: ModelShape, config: RunConfig, device: torch.devic
     training = config.training
     options: dict[str, Any] = dict(
         tensor_model_parallel_size=training.tp_size, pipeline_model_parallel_size=training.pp_size,
+        virtual_pipeline_model_parallel_size=training.vpp_size if training.vpp_size > 1 else None,
+        context_parallel_size=training.cp_size, expert_model_parallel_size=training.ep_size,
+        expert_tensor_parallel_size=training.etp_size,
         sequence_parallel=training.sequence_parallel and training.tp_size > 1,
     )  # fmt: skip
     if training.recompute:

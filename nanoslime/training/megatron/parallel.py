@@ -1,4 +1,7 @@
-"""Which rank does what: Megatron's process groups, in its default order tp, dp, pp (tp varies fastest)."""
+"""Which rank does what: Megatron's process groups, in its default order tp, cp, dp, pp (tp varies fastest).
+
+Experts have a grid of their own over the same ranks of a pipeline stage: etp, ep, edp.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,17 +18,26 @@ from nanoslime.training.backend import RankEnv, init_process_group
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This rank's place in the grid [pp, dp, tp] and its groups."""
+    """This rank's place in the grids [pp, dp, cp, tp] and [pp, edp, ep, etp], and its groups."""
 
     tp_rank: int
     tp_size: int
+    cp_rank: int
+    cp_size: int
     dp_rank: int
     dp_size: int
     pp_rank: int
     pp_size: int
+    vpp_size: int  # pieces of the model on this rank
+    ep_rank: int
+    ep_size: int
+    etp_rank: int
+    etp_size: int
     last_stage: int  # global rank of the last stage of this rank's pipeline
     tp_group: ProcessGroup
-    dp_group: ProcessGroup
+    cp_group: ProcessGroup
+    dp_group: ProcessGroup  # ranks with other sequences
+    dp_cp_group: ProcessGroup  # those, and the ranks with other parts of the same sequences
     pp_group: ProcessGroup
 
     @property
@@ -36,16 +48,26 @@ class Ranks:
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
 
-    def part(self, num_layers: int) -> Part:
-        """The part of a model of `num_layers` that lies here."""
-        each = num_layers // self.pp_size
-        layers = range(self.pp_rank * each, (self.pp_rank + 1) * each)
-        return Part(self.tp_rank, self.tp_size, layers, self.is_first_stage, self.is_last_stage)
+    def parts(self, shape: ModelShape) -> list[Part]:
+        """What lies here, by virtual stage: piece v of rank p is stage v * pp_size + p of the pipeline."""
+        stages, experts = (
+            self.vpp_size * self.pp_size,
+            shape.moe.num_experts // self.ep_size if shape.moe else 0,
+        )
+        each, of_expert = shape.num_layers // stages, (self.etp_rank, self.etp_size)
+        return [
+            Part(
+                self.tp_rank, self.tp_size, range(stage * each, (stage + 1) * each),
+                first=stage == 0, last=stage == stages - 1,
+                experts=range(self.ep_rank * experts, (self.ep_rank + 1) * experts), expert_tp=of_expert,
+            )
+            for stage in range(self.pp_rank, stages, self.pp_size)
+        ]  # fmt: skip
 
 
 def check(config: TrainingConfig, shape: ModelShape, world_size: int) -> None:
     """Raises ValueError for a layout that this model, this number of ranks or this backend does not have."""
-    for name in ("cp_size", "ep_size"):
+    for name in ("cp_size", "ep_size", "etp_size", "vpp_size"):
         if getattr(config, name) > 1:
             raise ValueError(f"training.{name}={getattr(config, name)} is not supported yet; set it to 1")
     check_tp_size(shape, config.tp_size)
@@ -68,19 +90,32 @@ def initialize(config: TrainingConfig, env: RankEnv, seed: int) -> Ranks:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tp_size,
         pipeline_model_parallel_size=config.pp_size,
+        virtual_pipeline_model_parallel_size=config.vpp_size if config.vpp_size > 1 else None,
+        context_parallel_size=config.cp_size,
+        expert_model_parallel_size=config.ep_size,
+        expert_tensor_parallel_size=config.etp_size,
         distributed_timeout_minutes=config.collective_deadline_s / 60,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return Ranks(
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=config.tp_size,
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=config.cp_size,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pp_size=config.pp_size,
+        vpp_size=config.vpp_size,
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        ep_size=config.ep_size,
+        etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        etp_size=config.etp_size,
         last_stage=parallel_state.get_pipeline_model_parallel_last_rank(),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
+        cp_group=parallel_state.get_context_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
+        dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
     )
 
