@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pydantic import TypeAdapter
 
 from nanoslime.config import RunConfig
+from nanoslime.models.rules import check_experts
 from nanoslime.models.shape import ModelShape
 from nanoslime.types import RunError
 
@@ -179,12 +180,11 @@ def _parallel(config: RunConfig, shape: ModelShape, ranks: int, slots: int) -> P
     t = config.training
     if t.cp_size != 1:
         raise RunError(f"training.cp_size={t.cp_size} is not supported yet; set 1")
-    if t.ep_size != 1:
-        raise RunError(f"training.ep_size={t.ep_size} is not supported yet; set 1")
-    lacks = [*(shape.megatron_lacks if t.backend == "megatron" else ()), *(["experts"] if shape.moe else [])]
-    if lacks:
-        what = f"training.backend={t.backend} cannot train this {shape.model_type}"
-        raise RunError(f"{what}: {', '.join(lacks)}")
+    what = f"training.backend={t.backend} cannot train this {shape.model_type}"
+    if t.backend == "megatron" and shape.megatron_lacks:
+        raise RunError(f"{what}: {', '.join(shape.megatron_lacks)}")
+    if t.backend == "fsdp" and shape.moe:
+        raise RunError(f"{what}, which has experts; use --backend megatron")
     for name, size in (("tp_size", t.tp_size), ("pp_size", t.pp_size)):
         if t.backend == "fsdp" and size != 1:
             raise RunError(f"training.{name}={size} needs --backend megatron; with fsdp set 1")
@@ -200,6 +200,10 @@ def _parallel(config: RunConfig, shape: ModelShape, ranks: int, slots: int) -> P
             f"{product} does not divide the {ranks} trainer {_slot_name(config)}s; "
             f"choose TP x PP {_words(pairs)}, or change cluster.nodes"
         )
+    try:
+        check_experts(shape, t, ranks // t.pp_size)
+    except ValueError as e:
+        raise RunError(str(e)) from e
     dp, steps = ranks // model_ranks, t.num_steps_per_rollout
     prompts, n = config.rollout.rollout_batch_size, config.rollout.n_samples_per_prompt
     samples = prompts // steps * n
@@ -215,6 +219,8 @@ def _check_tp(tp: int, shape: ModelShape, slots: int) -> list[int]:
     """All sizes that tensor parallelism may have; RunError where `tp` is none of them."""
     names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
     limits = {name: getattr(shape, name) for name in names}
+    if shape.moe and shape.moe.shared_intermediate_size:
+        limits["shared_intermediate_size"] = shape.moe.shared_intermediate_size
     choices = [n for n in _divisors(slots) if not any(value % n for value in limits.values())]
     for name, value in limits.items():
         if value % tp:
@@ -284,15 +290,20 @@ def memory(config: RunConfig, shape: ModelShape, layout: Layout) -> Memory:
     """
     t, p, width = config.training, layout.parallel, 2 if config.model.dtype == "bfloat16" else 4
     if layout.backend == "megatron":
-        states = shape.training_bytes(p.tp, p.pp, p.dp, distributed_optimizer=t.distributed_optimizer)
-        reference = width * shape.rank_parameters(p.tp, p.pp)
+        sizes = (p.tp, p.pp, p.dp, p.ep * t.etp_size)
+        states = shape.training_bytes(*sizes, distributed_optimizer=t.distributed_optimizer)
+        reference = width * sum(shape.rank_parameters(p.tp, p.pp, p.ep * t.etp_size))
     else:  # all sharded over DP, but for the largest block that is gathered, and the next one
         largest = max(shape.num_layer_parameters, shape.num_embedding_parameters)
         states = shape.training_bytes(1, 1, 1, distributed_optimizer=False) // p.dp + 2 * width * largest
         reference = width * shape.num_parameters // p.dp
     heads, groups = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     whole = 4 * shape.hidden_size // (p.tp if t.sequence_parallel else 1)  # inputs and outputs of two norms
-    split = (2 * heads + 2 * groups + 3 * shape.intermediate_size) // p.tp
+    mlp, moe = 3 * shape.intermediate_size, shape.moe
+    if moe:  # a token goes to several experts
+        sent = moe.num_experts_per_token * (2 * shape.hidden_size + 3 * moe.intermediate_size)
+        mlp = max(mlp, sent + 3 * moe.shared_intermediate_size)
+    split = (2 * heads + 2 * groups + mlp) // p.tp
     layer, layers = (whole + split) * width, shape.num_layers // p.pp
     kept = layers * p.pp * layer if not t.recompute else layers * p.pp * shape.hidden_size * width + layer
     engine_tp = config.rollout.engine_tp_size

@@ -169,7 +169,10 @@ def test_the_embedded_engine_takes_no_node():
         ("--nodes 4 --num-gpus 3", r"2 x 8 = 16 trainer ranks; leave it out"),
         ("--nodes 1 --cluster.gpus-per-node 1", "has no room for an SGLang engine .* use --engine embedded"),
         ("--nodes 4 --cp-size 2", "training.cp_size=2 is not supported yet; set 1"),
-        ("--nodes 4 --ep-size 2", "training.ep_size=2 is not supported yet; set 1"),
+        (
+            "--nodes 4 --ep-size 2",
+            r"training.ep_size=2 must divide a qwen3, which has no experts, .*; choose one of \[1\]",
+        ),
         (
             "--nodes 4 --backend fsdp --tp-size 2",
             "training.tp_size=2 needs --backend megatron; with fsdp set 1",
@@ -205,14 +208,43 @@ def test_what_cannot_be_is_refused_with_value_place_and_way_out(flags, says):
             "cannot train this qwen3: rope scaling .*yarn",
         ),
         ("GLM-4-9B-0414", {}, "cannot train this glm4: norms after attention and MLP"),
-        ("Qwen3-30B-A3B", {}, "cannot train this qwen3_moe: experts"),
-        ("DeepSeek-V3", {}, "cannot train this deepseek_v3: rope scaling .*yarn.*, experts"),
+        ("DeepSeek-V3", {}, "cannot train this deepseek_v3: rope scaling .*yarn"),
+        ("DeepSeek-V3", {"num_experts_per_tok": 4}, "cannot train this deepseek_v3: .*, groups of experts"),
     ],
 )
 def test_what_the_megatron_backend_cannot_compute_is_refused_by_name(name, changes, says):
     shape = ModelShape.from_config(CONFIGS[name] | changes)
     with pytest.raises(RunError, match=f"training.backend=megatron {says}"):
         make("--nodes 4 --backend megatron", shape)
+
+
+A3B = ModelShape.from_config(CONFIGS["Qwen3-30B-A3B"])  # 128 experts of 768
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--backend fsdp", "training.backend=fsdp .*qwen3_moe, which has experts; use --backend megatron"),
+        ("--tp-size 2", "training.tp_size=2 of a model with experts needs --sequence-parallel"),
+        (
+            "--ep-size 3",
+            r"training.ep_size=3 must divide num_experts=128, .* the 16 ranks .*\[1, 2, 4, 8, 16\]",
+        ),
+        ("--ep-size 16 --pp-size 2", r"ep_size=16 must divide .* the 8 ranks of a .*\[1, 2, 4, 8\]"),
+        ("--etp-size 5", r"training.etp_size=5 must divide moe_intermediate_size=768, .*\[1, 2, 4, 8, 16\]"),
+        ("--ep-size 8 --etp-size 4", r"etp_size=4 must divide .* training.etp_size the 16 .*\[1, 2\]"),
+    ],
+)
+def test_experts_that_do_not_fit_are_refused_with_the_way_out(flags, says):
+    with pytest.raises(RunError, match=says):
+        make(f"--nodes 4 {H200} {flags}", A3B)
+
+
+def test_experts_may_be_spread_over_all_ranks_of_a_pipeline_stage():
+    layout = make(
+        f"--nodes 4 {H200} --tp-size 4 --sequence-parallel --pp-size 2 --ep-size 4 --etp-size 2", A3B
+    )
+    assert (layout.parallel.ep, layout.parallel.dp) == (4, 2)
 
 
 def test_every_accepted_plan_has_all_ranks_and_no_slot_twice():

@@ -19,7 +19,7 @@ from nanoslime.config import upstream
 from nanoslime.config.run import RunConfig
 from nanoslime.types import RunError
 
-_PARALLEL = ("training.tp_size", "training.pp_size", "training.cp_size", "training.ep_size")
+_PARALLEL = [f"training.{name}_size" for name in ("tp", "pp", "cp", "ep", "etp")]
 
 
 def load(recipe: Path | None, cluster: Path | None, flags: Sequence[str]) -> RunConfig:
@@ -139,5 +139,5 @@ def _one_node_means_fsdp(config: RunConfig, sources: dict[str, str]) -> RunConfi
     asked = [field for field in _PARALLEL if sources.get(field, "").startswith("flag ")]
     if asked or "training.backend" in sources or config.cluster.nodes > 1:
         return config
-    alone = replace(config.training, backend="fsdp", tp_size=1, pp_size=1, cp_size=1, ep_size=1)
+    alone = replace(config.training, backend="fsdp", **{field[len("training.") :]: 1 for field in _PARALLEL})
     return replace(config, training=alone)

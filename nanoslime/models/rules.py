@@ -15,9 +15,12 @@ Loading, live weight sync, offline conversion and the tests all read these boxes
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from math import prod
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from nanoslime.models.shape import ModelShape
+
+if TYPE_CHECKING:
+    from nanoslime.config import TrainingConfig
 
 Box = tuple[slice, ...]  # one slice per dimension, start and stop set
 Gated = tuple[str, str, str]  # the gate, up and down matrix of an MLP
@@ -268,6 +271,28 @@ def check_tp_size(shape: ModelShape, tp_size: int, expert_tp_size: int | None = 
         if size % ways:
             fit = [n for n in range(1, ways) if not any(other % n for _, other, _ in cuts)]
             raise ValueError(f"training.tp_size={ways} does not divide {name}={size}; choose one of {fit}")
+
+
+def check_experts(shape: ModelShape, config: "TrainingConfig", stage_ranks: int) -> None:
+    """Raises ValueError where the experts do not fit the sizes of `config` or the ranks of a pipeline stage.
+
+    Those are a grid [tensor, context, data] for attention, and [data, ep, etp] for the experts.
+    """
+    tp, ep, etp, moe = config.tp_size, config.ep_size, config.etp_size, shape.moe
+    if moe and tp > 1 and not config.sequence_parallel:
+        raise ValueError(f"training.tp_size={tp} of a model with experts needs --sequence-parallel")
+    num_experts, width = (moe.num_experts, moe.intermediate_size) if moe else (1, 1)
+    for name, size, other, what, whole in (
+        ("etp_size", etp, ep, "moe_intermediate_size", width),
+        ("ep_size", ep, etp, "num_experts", num_experts),
+    ):
+        if whole % size or size > 1 and stage_ranks % (size * other):
+            fit = [n for n in range(1, whole + 1) if whole % n == stage_ranks % (n * other) == 0]
+            rule = f"{what}={whole}" if moe else f"a {shape.model_type}, which has no experts"
+            ranks = f"and training.ep_size x training.etp_size the {stage_ranks} ranks of a pipeline stage"
+            raise ValueError(
+                f"training.{name}={size} must divide {rule}, {ranks}; choose one of {fit or [1]}"
+            )
 
 
 def padded_vocab_size(shape: ModelShape, tp_size: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -99,7 +99,7 @@ class ModelShape:
             known = ", ".join(sorted(ARCHITECTURES))
             raise ValueError(f"{file.path}: model_type={model_type!r} is not supported; known are {known}")
         shape: ModelShape = resolve(model_type, ARCHITECTURES, "model_type").read(file)
-        return shape
+        return replace(shape, megatron_lacks=(*shape.megatron_lacks, *_megatron_lacks(shape)))
 
     @property
     def architecture(self) -> Architecture:
@@ -134,19 +134,44 @@ class ModelShape:
         dims = mla.qk_nope_head_dim + mla.qk_rope_head_dim + mla.v_head_dim if mla else 2 * self.head_dim
         return 2 * active / (self.num_layers * self.num_attention_heads * dims)
 
-    def rank_parameters(self, tp_size: int, pp_size: int) -> int:
-        """Parameters of the fullest rank, for memory estimates: an end of the pipeline, or all of it."""
-        ends = 2 if pp_size == 1 and not self.tie_word_embeddings else 1
-        layers = -(-self.num_layers // pp_size) * self.num_layer_parameters
-        return -(-(layers + ends * self.num_embedding_parameters) // tp_size)
+    @property
+    def num_expert_parameters(self) -> int:
+        """Parameters of the experts that tokens choose from, of all layers."""
+        return sum(rule.num_elements(self) for rule in self.architecture.rules(self) if rule.num_experts)
 
-    def training_bytes(self, tp_size: int, pp_size: int, dp_size: int, *, distributed_optimizer: bool) -> int:
+    def rank_parameters(self, tp_size: int, pp_size: int, expert_ways: int = 1) -> tuple[int, int]:
+        """Parameters of the fullest rank, for memory estimates: outside of its experts, and theirs.
+
+        That is an end of the pipeline, or all of it; expert_ways: ranks of a stage that share its experts.
+        """
+        ends = 2 if pp_size == 1 and not self.tie_word_embeddings else 1
+        layers, experts = -(-self.num_layers // pp_size), self.num_expert_parameters // self.num_layers
+        dense = layers * (self.num_layer_parameters - experts) + ends * self.num_embedding_parameters
+        return -(-dense // tp_size), -(-layers * experts // expert_ways)
+
+    def training_bytes(
+        self, tp_size: int, pp_size: int, dp_size: int, expert_ways: int = 1, *, distributed_optimizer: bool
+    ) -> int:
         """Weights (2 bytes), float32 gradients (4), main parameters and two moments (12) of the fullest rank.
 
-        Activations are not in it. The distributed optimizer spreads the 12 over data parallelism.
+        Activations are not in it. The distributed optimizer spreads the 12 over data parallelism, for experts
+        over the ranks of a stage that have the same ones.
         """
-        optimizer = 12 / dp_size if distributed_optimizer else 12
-        return int(self.rank_parameters(tp_size, pp_size) * (6 + optimizer))
+        here = self.rank_parameters(tp_size, pp_size, expert_ways)
+        spread = (dp_size, tp_size * dp_size / expert_ways) if distributed_optimizer else (1, 1)
+        return int(sum(n * (6 + 12 / ranks) for n, ranks in zip(here, spread, strict=True)))
+
+
+def _megatron_lacks(shape: ModelShape) -> list[str]:
+    """What megatron-core 0.16.1 computes in one way only, where transformers has several."""
+    found, moe = [], shape.moe
+    if shape.mla and not shape.rotary_interleaved:
+        found.append("rope_interleave=false")
+    if moe and moe.score == "sigmoid" and moe.normalized != (moe.num_experts_per_token > 1):
+        found.append(f"norm_topk_prob={moe.normalized} with {moe.num_experts_per_token} sigmoid scores")
+    if moe and moe.num_groups > 1 and moe.num_experts_per_token // moe.num_groups_per_token != 2:
+        found.append("groups of experts ranked by two scores, with other than two experts of each group")
+    return found
 
 
 class ConfigFile:

@@ -30,7 +30,7 @@ def model_config(
 
     Raises ValueError for a field that megatron-core does not have, and for a model that it cannot compute.
     """
-    if lacks := [*shape.megatron_lacks, *_lacks(shape)]:
+    if lacks := shape.megatron_lacks:
         raise ValueError(f"megatron-core cannot compute this {shape.model_type}: it lacks {'; '.join(lacks)}")
     on_cpu = device.type == "cpu"
     values: dict[str, Any] = dict(
@@ -137,18 +137,6 @@ def _latent_fields(mla: MLA, shape: ModelShape) -> dict[str, Any]:
         rope_type="rope", rotary_base=shape.rope_theta, rotary_percent=shape.rotary_fraction,
         rotary_interleaved=False, rotary_scaling_factor=1.0,
     )  # fmt: skip
-
-
-def _lacks(shape: ModelShape) -> list[str]:
-    """What megatron-core 0.16.1 computes in one way only, where transformers has several."""
-    found, moe = [], shape.moe
-    if shape.mla and not shape.rotary_interleaved:
-        found.append("rope_interleave=false")
-    if moe and moe.score == "sigmoid" and moe.normalized != (moe.num_experts_per_token > 1):
-        found.append(f"norm_topk_prob={moe.normalized} with {moe.num_experts_per_token} sigmoid scores")
-    if moe and moe.num_groups > 1 and moe.num_experts_per_token // moe.num_groups_per_token != 2:
-        found.append("groups of experts ranked by two scores, with other than two experts of each group")
-    return found
 
 
 def _has_transformer_engine(device: torch.device) -> bool:

@@ -11,7 +11,7 @@ from megatron.core import parallel_state, tensor_parallel
 from torch.distributed import ProcessGroup
 
 from nanoslime.config import TrainingConfig
-from nanoslime.models.rules import Part, check_tp_size
+from nanoslime.models.rules import Part, check_experts, check_tp_size
 from nanoslime.models.shape import ModelShape
 from nanoslime.training.backend import RankEnv, init_process_group
 
@@ -67,10 +67,10 @@ class Ranks:
 
 def check(config: TrainingConfig, shape: ModelShape, world_size: int) -> None:
     """Raises ValueError for a layout that this model, this number of ranks or this backend does not have."""
-    for name in ("cp_size", "ep_size", "etp_size", "vpp_size"):
+    for name in ("cp_size", "vpp_size"):
         if getattr(config, name) > 1:
             raise ValueError(f"training.{name}={getattr(config, name)} is not supported yet; set it to 1")
-    check_tp_size(shape, config.tp_size)
+    check_tp_size(shape, config.tp_size, 1)
     if shape.num_layers % config.pp_size:
         fit = [n for n in range(1, shape.num_layers + 1) if shape.num_layers % n == 0]
         problem = f"training.pp_size={config.pp_size} does not divide num_hidden_layers={shape.num_layers}"
@@ -78,6 +78,7 @@ def check(config: TrainingConfig, shape: ModelShape, world_size: int) -> None:
     if world_size % (config.tp_size * config.pp_size):
         sizes = f"training.tp_size={config.tp_size} x training.pp_size={config.pp_size}"
         raise ValueError(f"{world_size} trainer ranks are not a multiple of {sizes}")
+    check_experts(shape, config, world_size // config.pp_size)
 
 
 def initialize(config: TrainingConfig, env: RankEnv, seed: int) -> Ranks:
