@@ -139,5 +139,5 @@ def _one_node_means_fsdp(config: RunConfig, sources: dict[str, str]) -> RunConfi
     asked = [field for field in _PARALLEL if sources.get(field, "").startswith("flag ")]
     if asked or "training.backend" in sources or config.cluster.nodes > 1:
         return config
-    alone = replace(config.training, backend="fsdp", **{field[len("training.") :]: 1 for field in _PARALLEL})
-    return replace(config, training=alone)
+    alone: dict[str, Any] = {field.removeprefix("training."): 1 for field in _PARALLEL}
+    return replace(config, training=replace(config.training, backend="fsdp", **alone))

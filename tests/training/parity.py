@@ -278,7 +278,7 @@ def compare(outcome: Outcome, ref: Outcome) -> dict[str, float]:
         )
     if outcome.grads:
         pairs = [(g[n], r[n]) for g, r in zip(outcome.grads, ref.grads, strict=True) for n in r]
-        found["grads"] = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+        found["grads"] = max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-9)) for a, b in pairs)
     return found
 
 

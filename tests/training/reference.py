@@ -4,6 +4,7 @@ process.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def reference(model_dir: Path, steps: list[dict[str, Any]]) -> Outcome:
         loss = grpo_loss(step, logprobs)
         loss.backward()
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_grad))
-        outcome.grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        outcome.grads.append(as_in_files((name, p.grad.clone()) for name, p in model.named_parameters()))
         optimizer.step()
         outcome.steps.append(
             StepMetrics(
@@ -111,8 +112,25 @@ def reference(model_dir: Path, steps: list[dict[str, Any]]) -> Outcome:
                 values=_metrics(step, logprobs, algorithm),
             )
         )
-    outcome.params = {name: p.detach().clone() for name, p in model.named_parameters()}
+    biases = (item for item in model.named_buffers() if item[0].endswith("e_score_correction_bias"))
+    values = [*model.named_parameters(), *biases]
+    outcome.params = as_in_files((name, value.detach().clone()) for name, value in values)
     return outcome
+
+
+def as_in_files(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Experts one by one, as checkpoints have them; transformers 5 holds those of a layer in two tensors."""
+    found = {}
+    for name, tensor in tensors:
+        if not name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            found[name] = tensor
+            continue
+        block, _, matrix = name.rpartition(".")
+        for e, expert in enumerate(tensor):
+            parts = zip(("gate_proj", "up_proj"), expert.chunk(2), strict=True)
+            for own, value in parts if matrix == "gate_up_proj" else [(matrix, expert)]:
+                found[f"{block}.{e}.{own}.weight"] = value
+    return found
 
 
 def _stay_clear_of_clip_edges(step: dict[str, Any], logprobs: list[Tensor]) -> None:

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
@@ -58,10 +59,29 @@ class _Cuda(ModuleType):
         return getattr(torch.cuda, name)
 
 
+class _Distributed(ModuleType):
+    """torch.distributed as megatron-core may see it: gloo gathers tensors of one size only, NCCL of any.
+
+    Ranks that share an expert have different numbers of its tokens.
+    """
+
+    @staticmethod
+    def all_gather(parts: list[torch.Tensor], tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
+        if len({part.shape for part in parts}) == 1:
+            dist.all_gather(parts, tensor, group=group)
+            return
+        parts[group.rank()].copy_(tensor)
+        for source, part in enumerate(parts):
+            dist.broadcast(part, group=group, group_src=source)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(dist, name)
+
+
 class _Torch(ModuleType):
     """torch as megatron-core may see it."""
 
-    cuda = _Cuda("torch.cuda")
+    cuda, distributed = _Cuda("torch.cuda"), _Distributed("torch.distributed")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
