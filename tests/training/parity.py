@@ -47,27 +47,30 @@ class Layout:
     tp_size: int = 1
     pp_size: int = 1
     dp_size: int = 1
+    cp_size: int = 1
+    vpp_size: int = 1
+    sequences: int | None = None  # in each micro-batch; None: see train_batch
     options: tuple[tuple[str, Any], ...] = ()  # further fields of TrainingConfig
 
     @property
     def world_size(self) -> int:
-        return self.tp_size * self.pp_size * self.dp_size
+        return self.tp_size * self.pp_size * self.dp_size * self.cp_size
 
     def __str__(self) -> str:
-        sizes = f"tp{self.tp_size}-pp{self.pp_size}-dp{self.dp_size}"
-        return "-".join(
-            [
-                self.backend,
-                sizes,
-                *(name if value is True else f"{name}={value}" for name, value in self.options),
-            ]
-        )
+        sizes = [f"{name}{getattr(self, f'{name}_size')}" for name in ("tp", "cp", "pp", "vpp", "dp")]
+        sizes = [size for size in sizes if not size.endswith("p1")] or ["one rank"]
+        if self.sequences:
+            sizes.append(f"{self.sequences} in a micro-batch")
+        options = [name if value is True else f"{name}={value}" for name, value in self.options]
+        return " ".join([self.backend, *sizes, *options])
 
     def config(self, **changes: Any) -> RunConfig:
         settings = dict(
             backend=self.backend,
             tp_size=self.tp_size,
             pp_size=self.pp_size,
+            cp_size=self.cp_size,
+            vpp_size=self.vpp_size,
             lr=1e-2,
             lr_schedule="linear",
             min_lr=1e-3,
@@ -97,18 +100,24 @@ class Outcome:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def train_batch(step: dict[str, Any], dp_rank: int = 0, dp_size: int = 1) -> TrainBatch:
+def train_batch(
+    step: dict[str, Any], dp_rank: int = 0, dp_size: int = 1, sequences: int | None = None
+) -> TrainBatch:
     """The share of one data-parallel rank, with the denominators of all ranks.
 
-    Sequences go in pairs, the last two alone; over two ranks, one of these is masked out as a whole.
+    So many `sequences` in each micro-batch; with None pairs, the last two alone, of which over two ranks one
+    is masked out as a whole.
     """
     mine = range(dp_rank, len(LENGTHS), dp_size)
     last = len(mine) - 2
+    microbatches = [[i, i + 1] for i in range(0, last, 2)] + [[last], [last + 1]]
+    if sequences:
+        microbatches = [[*range(len(mine))[i : i + sequences]] for i in range(0, len(mine), sequences)]
     share = {name: [values[i] for i in mine] for name, values in step.items()}
     weighted = zip(step["token_weights"], step["loss_mask"], strict=True)
     return TrainBatch(
         **share,
-        microbatches=[[i, i + 1] for i in range(0, last, 2)] + [[last], [last + 1]],
+        microbatches=microbatches,
         denominator=float(sum(weight * float(mask.sum()) for weight, mask in weighted)),
         num_tokens=sum(int(mask.sum()) for mask in step["loss_mask"]),
         num_sequences=len(LENGTHS),
@@ -150,7 +159,7 @@ def train(
     """NUM_STEPS steps on this rank; what the parent assembles."""
     backend = make_backend(layout, model_dir, rank, tmp / "rendezvous")
     algorithm = GRPO(KL)
-    batches = [train_batch(step, backend.dp_rank, backend.dp_size) for step in steps]
+    batches = [train_batch(step, backend.dp_rank, backend.dp_size, layout.sequences) for step in steps]
     result: dict[str, Any] = dict(
         dp_rank=backend.dp_rank, initial=copied(backend.weight_shards()), grads=[], steps=[]
     )

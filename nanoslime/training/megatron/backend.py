@@ -25,9 +25,9 @@ class MegatronBackend(TrainBackend):
         self.dp_rank, self.dp_size = ranks.dp_rank, ranks.dp_size
         self.is_last_stage = ranks.is_last_stage
         distributed = model.build(self._shape, config, ranks, self._device)
-        self._gpt = model.unwrap(distributed)
-        [part] = ranks.parts(self._shape)
-        self._weights_here = weights.bind(self._gpt, self._shape, part)
+        self._pieces = [model.unwrap(piece) for piece in distributed]
+        here = zip(self._pieces, ranks.parts(self._shape), strict=True)
+        self._weights_here = [b for piece, part in here for b in weights.bind(piece, self._shape, part)]
         weights.load(self._weights_here, self._shape, model_dir)
         self._optimizer = optimizer.build(distributed, config)
         self._pipeline = Pipeline(distributed, self._shape, ranks, self._device)
@@ -45,12 +45,12 @@ class MegatronBackend(TrainBackend):
         return weights.shards(self._weights_here, "main_grad")
 
     def save(self, path: Path) -> None:
-        checkpoint.save(path, self._gpt, self._optimizer, self._step, self._ranks)
+        checkpoint.save(path, self._pieces, self._optimizer, self._step, self._ranks)
         if dist.get_rank() == 0:  # with these it converts back to Hugging Face's format
             copy_other_files(self._model_dir, path / SIDE)
 
     def load(self, path: Path) -> None:
-        self._step = checkpoint.load(path, self._gpt, self._optimizer, self._ranks)
+        self._step = checkpoint.load(path, self._pieces, self._optimizer, self._ranks)
 
     def _packed_logprobs(self, shard: TrainBatch) -> list[Tensor]:
         return self._pipeline.logprobs(shard)
@@ -72,4 +72,4 @@ class MegatronBackend(TrainBackend):
         self._optimizer.step_with_ready_grads()
 
     def _parameters(self) -> list[Tensor]:
-        return [p.detach() for p in self._gpt.parameters()]
+        return [p.detach() for piece in self._pieces for p in piece.parameters()]

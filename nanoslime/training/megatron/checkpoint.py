@@ -54,22 +54,22 @@ class _InProcessWriter(TorchDistSaveShardedStrategy):
         )
 
 
-def save(path: Path, model: GPTModel, optimizer: ChainedOptimizer, step: int, ranks: Ranks) -> None:
-    """Writes into the existing empty directory `path`; collective."""
+def save(path: Path, pieces: list[GPTModel], optimizer: ChainedOptimizer, step: int, ranks: Ranks) -> None:
+    """Writes the model's pieces on this rank into the existing empty directory `path`; collective."""
     _make_state(optimizer)
-    state = _sharded_state(model, optimizer, ranks, is_loading=False)
+    state = _sharded_state(pieces, optimizer, ranks, is_loading=False)
     state |= {"step": step, "layout": _layout(ranks)}
     dist_checkpointing.save(state, str(path), _InProcessWriter(), content_metadata=_CONTENT)
 
 
-def load(path: Path, model: GPTModel, optimizer: ChainedOptimizer, ranks: Ranks) -> int:
+def load(path: Path, pieces: list[GPTModel], optimizer: ChainedOptimizer, ranks: Ranks) -> int:
     """Restores what `save` wrote and returns the step; collective.
 
     The random state belongs to a rank, so it is left as it is under another layout than the one that saved.
     Raises RunError for a checkpoint that is damaged or of another model.
     """
     _make_state(optimizer)
-    state = _sharded_state(model, optimizer, ranks, is_loading=True)
+    state = _sharded_state(pieces, optimizer, ranks, is_loading=True)
     try:
         layout = dist_checkpointing.load_common_state_dict(str(path))["layout"]
         if layout != _layout(ranks):
@@ -78,7 +78,8 @@ def load(path: Path, model: GPTModel, optimizer: ChainedOptimizer, ranks: Ranks)
         loaded = dist_checkpointing.load(state, str(path))
     except (dist_checkpointing.core.CheckpointingException, dcp.CheckpointException, OSError, KeyError) as e:
         raise RunError(f"{path} cannot be loaded as a Megatron checkpoint of this model: {e}") from e
-    model.load_state_dict(loaded["model"])
+    for number, piece in enumerate(pieces):
+        piece.load_state_dict(loaded["model"][number])
     _load_optimizer(optimizer, loaded["optimizer"])
     if "random" in loaded:
         _set_all_rng_states(*loaded["random"])
@@ -86,10 +87,11 @@ def load(path: Path, model: GPTModel, optimizer: ChainedOptimizer, ranks: Ranks)
 
 
 def _sharded_state(
-    model: GPTModel, optimizer: ChainedOptimizer, ranks: Ranks, *, is_loading: bool
+    pieces: list[GPTModel], optimizer: ChainedOptimizer, ranks: Ranks, *, is_loading: bool
 ) -> dict[str, Any]:
-    weights = model.sharded_state_dict(metadata=dict(_CONTENT))
-    grid, place = (ranks.pp_size, ranks.dp_size, ranks.tp_size), (ranks.pp_rank, ranks.dp_rank, ranks.tp_rank)
+    weights = dict(enumerate(piece.sharded_state_dict(metadata=dict(_CONTENT)) for piece in pieces))
+    grid = (ranks.pp_size, ranks.dp_size, ranks.cp_size, ranks.tp_size)
+    place = (ranks.pp_rank, ranks.dp_rank, ranks.cp_rank, ranks.tp_rank)
     return {
         "model": weights,
         "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(_CONTENT)),
@@ -98,7 +100,8 @@ def _sharded_state(
 
 
 def _layout(ranks: Ranks) -> str:
-    return f"tp{ranks.tp_size} pp{ranks.pp_size} dp{ranks.dp_size}"
+    pp = f"pp{ranks.pp_size}x{ranks.vpp_size}"
+    return f"tp{ranks.tp_size} cp{ranks.cp_size} {pp} dp{ranks.dp_size}"
 
 
 def _make_state(optimizer: ChainedOptimizer) -> None:

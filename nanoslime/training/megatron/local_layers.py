@@ -10,12 +10,15 @@ import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.post_training.modelopt.layers import Linear
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
+
+from nanoslime.training.megatron import context_parallel
 
 
 class RMSNorm(torch.nn.Module):
@@ -38,11 +41,17 @@ class RMSNorm(torch.nn.Module):
 
 
 class PackedAttention(MegatronModule):
-    """Causal attention within each sequence of a pack, by scaled_dot_product_attention; no dropout."""
+    """Causal attention within each sequence of a pack, by scaled_dot_product_attention; no dropout.
 
-    def __init__(self, config: TransformerConfig, *_: Any, **options: Any) -> None:
+    Under context parallelism every rank gathers the keys and values of the whole pack, layer by layer.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, *_: Any, pg_collection: ProcessGroupCollection, **options: Any
+    ) -> None:
         super().__init__(config=config)
         self.scale = options.get("softmax_scale") or config.kv_channels**-0.5
+        self._cp_group = pg_collection.cp
 
     def forward(
         self,
@@ -54,23 +63,45 @@ class PackedAttention(MegatronModule):
         **__: Any,
     ) -> Tensor:
         """query [T, heads, d], key [T, groups, d], value [T, groups, v] -> [T, heads * v]."""
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
-        parts = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+        bounds, group, sizes = (
+            packed_seq_params.cu_seqlens_q,
+            self._cp_group,
+            [key.shape[-1], value.shape[-1]],
+        )
+        both = context_parallel.gather(torch.cat([key, value], -1), bounds, group, sum_gradients=True)
+        lengths = bounds.diff().tolist()
+        queries = query.split([n // group.size() for n in lengths])
+        parts = zip(queries, *(x.split(lengths) for x in both.split(sizes, -1)), strict=True)
         return torch.cat([self._attend(q, k, v) for q, k, v in parts]).flatten(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Of one sequence: the queries of this rank, the keys and values of all."""
+        cp_size, rank = self._cp_group.size(), self._cp_group.rank()
+        if cp_size == 1:
+            return self._product(query, key, value)
+        chunk = len(query) // 2
+        ends = (chunk * (rank + 1), chunk * (2 * cp_size - rank))  # what its two chunks can see
+        halves = zip(query.split(chunk), ends, strict=True)
+        return torch.cat([self._product(q, key[:end], value[:end]) for q, end in halves])
+
+    def _product(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The last query sees every key, the one before it all but the last key, and so on."""
         q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))  # [1, heads, T_i, d]
-        gqa = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=gqa)
+        gqa, square, mask = q.shape[1] != k.shape[1], len(query) == len(key), None
+        if not square:
+            mask = query.new_ones(len(query), len(key), dtype=torch.bool).tril(len(key) - len(query))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=square, scale=self.scale, enable_gqa=gqa
+        )
         return out[0].transpose(0, 1)
 
 
-def local_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage and the norm after the last."""
+def local_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage, or of a virtual one, and the norm after the last."""
     pattern = config.moe_layer_freq if isinstance(config.moe_layer_freq, list) else [1] * config.num_layers
     kinds = [_layer_spec(config, None), _layer_spec(config, config.num_moe_experts)]
-    first = get_transformer_layer_offset(config)
-    here = pattern[first : first + get_num_layers_to_build(config)]
+    first = get_transformer_layer_offset(config, vp_stage)
+    here = pattern[first : first + get_num_layers_to_build(config, vp_stage)]
     return TransformerBlockSubmodules(layer_specs=[kinds[kind] for kind in here], layer_norm=RMSNorm)
 
 

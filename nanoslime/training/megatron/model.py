@@ -69,19 +69,30 @@ def transformer_config(shape: ModelShape, config: RunConfig, device: torch.devic
         expert_tensor_parallel_size=training.etp_size,
         sequence_parallel=training.sequence_parallel and training.tp_size > 1,
     )  # fmt: skip
+    if training.vpp_size > 1:  # how megatron-core's own training sends between virtual stages
+        options |= dict(overlap_p2p_comm=True, batch_p2p_comm=False)
     if training.recompute:
         options |= dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     return model_config(shape, getattr(torch, config.model.dtype), device, **options | training.megatron)
 
 
 def gpt_model(
-    shape: ModelShape, settings: TransformerConfig, device: torch.device, *, first: bool, last: bool
+    shape: ModelShape,
+    settings: TransformerConfig,
+    device: torch.device,
+    *,
+    first: bool,
+    last: bool,
+    vp_stage: int | None = None,
 ) -> GPTModel:
-    """This rank's part of the model with uninitialized weights; first, last: at that end of the pipeline."""
+    """This rank's part of the model with uninitialized weights; first, last: at that end of the pipeline.
+
+    `vp_stage`: which of this rank's pieces, where it has several.
+    """
     if _has_transformer_engine(device):
-        spec = get_gpt_decoder_block_spec(settings, use_transformer_engine=True)
+        spec = get_gpt_decoder_block_spec(settings, use_transformer_engine=True, vp_stage=vp_stage)
     else:
-        spec = local_block_spec(settings)
+        spec = local_block_spec(settings, vp_stage)
     with cuda_names():
         return GPTModel(
             settings, spec, padded_vocab_size(shape, settings.tensor_model_parallel_size),
@@ -89,30 +100,35 @@ def gpt_model(
             share_embeddings_and_output_weights=shape.tie_word_embeddings, position_embedding_type="rope",
             rotary_percent=shape.rotary_fraction, rotary_base=shape.rope_theta,
             rope_scaling=shape.rope_scaling_factor is not None,
-            rope_scaling_factor=shape.rope_scaling_factor or 1.0,
+            rope_scaling_factor=shape.rope_scaling_factor or 1.0, vp_stage=vp_stage,
         ).to(device)  # fmt: skip
 
 
-def build(shape: ModelShape, config: RunConfig, ranks: Ranks, device: torch.device) -> DDP:
-    """This rank's part of the model for training, in gradient buffers of float32."""
+def build(shape: ModelShape, config: RunConfig, ranks: Ranks, device: torch.device) -> list[DDP]:
+    """This rank's pieces of the model for training, in gradient buffers of float32."""
     settings = transformer_config(shape, config, device)
-    first, last = ranks.is_first_stage, ranks.is_last_stage
-    model: torch.nn.Module = gpt_model(shape, settings, device, first=first, last=last)
-    if settings.bf16:
-        model = Float16Module(settings, model)
-        for router in (module for module in model.modules() if isinstance(module, TopKRouter)):
-            router._maintain_float32_expert_bias()  # else only at the first forward, after loading
-    for name, parameter in model.named_parameters():
-        if ".mlp.experts." in name:
-            # megatron-core does so with expert parallelism only: gradients are summed over the ranks that have
-            # the same experts, by an optimizer of their own, so that all its states are alike; and each rank's
-            # part counts in the norm
-            parameter.allreduce, parameter.tensor_model_parallel = False, True
+    settings.finalize_model_grads_func = _finalize_grads
     buffers = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=config.training.distributed_optimizer
     )
-    settings.finalize_model_grads_func = _finalize_grads
-    return DDP(settings, buffers, model)
+    pieces: list[DDP] = []
+    for number, part in enumerate(ranks.parts(shape)):
+        vp_stage = number if ranks.vpp_size > 1 else None
+        model: torch.nn.Module = gpt_model(
+            shape, settings, device, first=part.first, last=part.last, vp_stage=vp_stage
+        )
+        if settings.bf16:
+            model = Float16Module(settings, model)
+            for router in (module for module in model.modules() if isinstance(module, TopKRouter)):
+                router._maintain_float32_expert_bias()  # else only at the first forward, after loading
+        for name, parameter in model.named_parameters():
+            if ".mlp.experts." in name:
+                # megatron-core does so with expert parallelism only: gradients are summed over the ranks that
+                # have the same experts, by an optimizer of their own, so that all its states are alike; and
+                # each rank's part counts in the norm
+                parameter.allreduce, parameter.tensor_model_parallel = False, True
+        pieces.append(DDP(settings, buffers, model))
+    return pieces
 
 
 def _expert_fields(moe: MoE, num_layers: int, *, grouped: bool) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from nanoslime.config import RunConfig
 from nanoslime.training.megatron.cpu_compat import cuda_names
 
 
-def build(model: DDP, config: RunConfig) -> ChainedOptimizer:
-    """AdamW over `model`, whose weights must be loaded: it copies them to float32 main parameters."""
+def build(pieces: list[DDP], config: RunConfig) -> ChainedOptimizer:
+    """AdamW over the model's `pieces`, whose weights must be loaded: it copies them to float32."""
     training, dtype = config.training, getattr(torch, config.model.dtype)
     settings = OptimizerConfig(
         optimizer="adam",
@@ -29,7 +29,7 @@ def build(model: DDP, config: RunConfig) -> ChainedOptimizer:
         use_distributed_optimizer=training.distributed_optimizer,
     )
     with cuda_names():
-        return get_megatron_optimizer(settings, [model], get_standard_config_overrides(settings))
+        return get_megatron_optimizer(settings, pieces, get_standard_config_overrides(settings))
 
 
 def set_rates(optimizer: ChainedOptimizer, lr: float, weight_decay: float) -> None:

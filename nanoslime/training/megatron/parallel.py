@@ -67,16 +67,18 @@ class Ranks:
 
 def check(config: TrainingConfig, shape: ModelShape, world_size: int) -> None:
     """Raises ValueError for a layout that this model, this number of ranks or this backend does not have."""
-    for name in ("cp_size", "vpp_size"):
-        if getattr(config, name) > 1:
-            raise ValueError(f"training.{name}={getattr(config, name)} is not supported yet; set it to 1")
     check_tp_size(shape, config.tp_size, 1)
-    if shape.num_layers % config.pp_size:
+    stages, sizes = config.pp_size, f"training.pp_size={config.pp_size}"
+    if config.vpp_size > 1:
+        stages, sizes = stages * config.vpp_size, f"{sizes} x training.vpp_size={config.vpp_size}"
+        if config.pp_size == 1:
+            raise ValueError(f"training.vpp_size={config.vpp_size} needs training.pp_size of 2 or more")
+    if shape.num_layers % stages:
         fit = [n for n in range(1, shape.num_layers + 1) if shape.num_layers % n == 0]
-        problem = f"training.pp_size={config.pp_size} does not divide num_hidden_layers={shape.num_layers}"
+        problem = f"{sizes} does not divide num_hidden_layers={shape.num_layers}"
         raise ValueError(f"{problem}; choose one of {fit}")
-    if world_size % (config.tp_size * config.pp_size):
-        sizes = f"training.tp_size={config.tp_size} x training.pp_size={config.pp_size}"
+    if world_size % (config.tp_size * config.cp_size * config.pp_size):
+        sizes = " x ".join(f"training.{n}={getattr(config, n)}" for n in ("tp_size", "cp_size", "pp_size"))
         raise ValueError(f"{world_size} trainer ranks are not a multiple of {sizes}")
     check_experts(shape, config, world_size // config.pp_size)
 

@@ -1,6 +1,9 @@
 """Packed micro-batches through Megatron's pipeline schedules: logprobs, and the gradient of a loss.
 
 TrainBatch -> MicroBatch [T] -> GPTModel (thd) -> hidden [T, H] -> logprobs [T] -> loss / denominator
+
+Under context parallelism a rank has a part of each sequence, from its tokens to their logprobs; these come
+together before the loss, which is the same on all ranks of the group.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel as DDP
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -21,18 +23,21 @@ from nanoslime.batch import MicroBatch, TrainBatch
 from nanoslime.models.rules import padded_vocab_size
 from nanoslime.models.shape import ModelShape
 from nanoslime.training.backend import Algorithm
-from nanoslime.training.logprobs import token_logprobs
+from nanoslime.training.logprobs import linear_logprobs
+from nanoslime.training.megatron.context_parallel import Spread
 from nanoslime.training.megatron.model import unwrap
 from nanoslime.training.megatron.parallel import Ranks
 from nanoslime.training.metrics import MetricSums
 
 
 class Pipeline:
-    """This rank's stage of the model, driven over the micro-batches of a TrainBatch."""
+    """This rank's pieces of the model, driven over the micro-batches of a TrainBatch."""
 
-    def __init__(self, model: DDP, shape: ModelShape, ranks: Ranks, device: torch.device) -> None:
-        self.model, self._shape, self._ranks, self._device = model, shape, ranks, device
-        self._pad_to = ranks.tp_size if model.config.sequence_parallel else 1
+    def __init__(self, pieces: list[DDP], shape: ModelShape, ranks: Ranks, device: torch.device) -> None:
+        self._pieces, self._shape, self._ranks, self._device = pieces, shape, ranks, device
+        self._multiple = ranks.tp_size if pieces[0].config.sequence_parallel else 1  # of tokens on a rank
+        if ranks.cp_size > 1:
+            self._multiple *= 2 * ranks.cp_size
 
     def logprobs(self, shard: TrainBatch) -> list[Tensor]:
         """[T] per micro-batch of `shard` on the last stage, on the CPU; empty elsewhere."""
@@ -53,7 +58,8 @@ class Pipeline:
             num_tokens = torch.zeros([], dtype=torch.int, device=hidden.device)
             return loss / batch.denominator, num_tokens, None
 
-        self.model.zero_grad_buffer()
+        for piece in self._pieces:
+            piece.zero_grad_buffer()
         self._run(shard, finish, forward_only=False)
         if not self._ranks.is_last_stage:
             return None
@@ -67,10 +73,12 @@ class Pipeline:
             with _without_output_layer(unwrap(model)):
                 return model(**self._inputs(batch)), partial(finish, batch)
 
+        interleaved = len(self._pieces) > 1
+        data = [(shard.microbatch(i).to(self._device) for i in shard.microbatches) for _ in self._pieces]
         return get_forward_backward_func()(
             forward_step_func=forward,
-            data_iterator=(shard.microbatch(i).to(self._device) for i in shard.microbatches),
-            model=self.model,
+            data_iterator=data if interleaved else data[0],
+            model=self._pieces if interleaved else self._pieces[0],
             num_microbatches=len(shard.microbatches),
             seq_length=1,  # the stages tell one another the shapes (variable_seq_lengths)
             micro_batch_size=1,
@@ -78,35 +86,36 @@ class Pipeline:
         )
 
     def _inputs(self, batch: MicroBatch) -> dict[str, Any]:
-        """The pack as one row [1, T] of thd sequences; with sequence parallelism tp_size divides T."""
-        tokens, positions, bounds = batch.token_ids, batch.positions, batch.cu_seqlens
-        padding = -len(tokens) % self._pad_to
-        if padding:  # one more sequence, which nobody reads
-            tokens, positions = F.pad(tokens, (0, padding)), F.pad(positions, (0, padding))
-            bounds = torch.cat([bounds, bounds[-1:] + padding])
-        return packed_inputs(tokens, positions, bounds)
+        """This rank's tokens as one row [1, P / cp] of thd sequences; under SP tp_size divides that."""
+        spread = self._spread(batch)
+        return packed_inputs(spread.here(batch.token_ids), spread.here(batch.positions), spread.bounds)
+
+    def _spread(self, batch: MicroBatch) -> Spread:
+        return Spread(batch.cu_seqlens, batch.positions, self._ranks.cp_group, self._multiple)
 
     def _token_logprobs(
         self, batch: MicroBatch, hidden: Tensor, *, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """[T] each, from the hidden states [T / tp or T, 1, H] of the last layer."""
-        gpt = unwrap(self.model)
+        """[T] each, as logprobs.token_logprobs, from hidden states [P / cp or P / cp / tp, 1, H]."""
+        gpt, spread = unwrap(self._pieces[-1]), self._spread(batch)
         if gpt.config.sequence_parallel:  # the gradient is whole on each rank, which takes its part of it
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         tied = gpt.share_embeddings_and_output_weights
         weight = gpt.shared_embedding_or_output_weight() if tied else gpt.output_layer.weight
         columns = padded_vocab_size(self._shape, self._ranks.tp_size) // self._ranks.tp_size
-        return token_logprobs(
-            hidden[: len(batch.token_ids), 0].to(weight.dtype),  # Float16Module returns float32
+        found = linear_logprobs(
+            hidden[:, 0].to(weight.dtype),  # Float16Module returns float32
             weight,
-            batch.token_ids,
-            batch.cu_seqlens,
+            spread.here(batch.token_ids.roll(-1)),  # row t speaks of token t + 1
             temperature=batch.temperature,
             vocab_size=self._shape.vocab_size,
             vocab_start=self._ranks.tp_rank * columns,
             tp_group=self._ranks.tp_group if self._ranks.tp_size > 1 else None,
             with_entropy=with_entropy,
         )
+        first = batch.positions == 0
+        logprobs, *entropy = (spread.whole(x).roll(1).masked_fill(first, 0.0) for x in found if x is not None)
+        return logprobs, entropy[0] if entropy else None
 
 
 @contextmanager

@@ -18,7 +18,7 @@ def interrupted(
 ) -> dict[str, Any]:
     """A step, save, a step; then a new backend that has done two steps of its own: load, the same step."""
     first = make_backend(layout, model_dir, rank, tmp / "rendezvous")
-    batches = [train_batch(step, first.dp_rank, first.dp_size) for step in steps]
+    batches = [train_batch(step, first.dp_rank, first.dp_size, layout.sequences) for step in steps]
     first.train_step(batches[0], GRPO(KL))
     path = tmp / "checkpoint"
     _directory(path, rank)
@@ -47,7 +47,7 @@ def reshard(
 ) -> dict[str, Any]:
     """A step, save, a step in `layout`; rank 0 alone then loads and does the second step for all."""
     first = make_backend(layout, model_dir, rank, tmp / "rendezvous")
-    batches = [train_batch(step, first.dp_rank, first.dp_size) for step in steps]
+    batches = [train_batch(step, first.dp_rank, first.dp_size, layout.sequences) for step in steps]
     first.train_step(batches[0], GRPO(KL))
     path = tmp / "checkpoint"
     _directory(path, rank)

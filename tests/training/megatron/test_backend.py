@@ -148,7 +148,6 @@ def test_a_damaged_or_foreign_megatron_checkpoint_is_named(start, steps, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "world_size", "message"),
     [
-        ({"cp_size": 2}, 2, "training.cp_size=2 is not supported yet"),
         ({"ep_size": 2}, 2, "training.ep_size=2 must divide a qwen3, which has no experts"),
         ({"tp_size": 4}, 4, "tp_size=4 does not divide num_key_value_heads=2"),
         ({"pp_size": 3}, 3, r"pp_size=3 does not divide num_hidden_layers=4; choose one of \[1, 2, 4\]"),
