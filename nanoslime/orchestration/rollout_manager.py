@@ -36,7 +36,7 @@ class RolloutManager:
         trust = config.model.trust_remote_code
         self._tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust)
         self._reward = resolve(config.data.reward, REWARDS, "data.reward")
-        self._algorithm = algorithms.make(config.algorithm)
+        self._algorithm = algorithms.make(config.algorithm, config.rollout.max_new_tokens)
         self._router = LeastInflightRouter(self.engines)
         data = config.data
         prompts = load_prompts(Path(data.prompts), self._tokenizer, data)

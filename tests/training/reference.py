@@ -145,11 +145,14 @@ def _metrics(step: dict[str, Any], logprobs: list[Tensor], algorithm: GRPO) -> d
     batch = train_batch(step)
     whole = batch.microbatch(range(len(LENGTHS)))
     _, sums = algorithm.loss(torch.cat(logprobs).detach(), None, whole)
-    values = {
-        name.removeprefix("max:"): float(value)
-        if name.startswith("max:")
-        else float(value) / batch.denominator
-        for name, value in sums.items()
+    over = {"max": 1.0, "mean": batch.num_tokens, "": batch.denominator}
+    parted = {name: name.rpartition(":") for name in sums}
+    values = {parted[name][2]: float(value) / over[parted[name][0]] for name, value in sums.items()}
+    gap = (torch.cat(step["old_logprobs"]) - whole.rollout_logprobs)[whole.loss_mask].double()
+    w = gap.exp()
+    return values | {
+        "train/logprob_gap_mean": float(gap.abs().mean()),
+        "train/logprob_gap_max": float(gap.abs().max()),
+        "train/rollout_kl": float((w - 1 - gap).mean()),
+        "train/ess_ratio": float(w.sum() ** 2 / (len(w) * w.square().sum())),
     }
-    gaps = (torch.cat(logprobs).detach() - whole.rollout_logprobs).abs()[whole.loss_mask]
-    return values | {"train/logprob_gap_mean": float(gaps.mean()), "train/logprob_gap_max": float(gaps.max())}
