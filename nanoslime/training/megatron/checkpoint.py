@@ -89,16 +89,21 @@ def _sharded_state(
     model: GPTModel, optimizer: ChainedOptimizer, ranks: Ranks, *, is_loading: bool
 ) -> dict[str, Any]:
     weights = model.sharded_state_dict(metadata=dict(_CONTENT))
+    options = {"is_loading": is_loading, "metadata": dict(_CONTENT)}
     grid, place = (ranks.pp_size, ranks.dp_size, ranks.tp_size), (ranks.pp_rank, ranks.dp_rank, ranks.tp_rank)
     return {
         "model": weights,
-        "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(_CONTENT)),
+        "optimizer": {
+            number: inner.sharded_state_dict(weights, **options) if inner.get_parameters() else {}
+            for number, inner in enumerate(optimizer.chained_optimizers)
+        },
         "random": ShardedObject("random", _get_all_rng_states(), grid, place),
     }
 
 
 def _layout(ranks: Ranks) -> str:
-    return f"tp{ranks.tp_size} pp{ranks.pp_size} dp{ranks.dp_size}"
+    experts = f" ep{ranks.ep_size} etp{ranks.etp_size}" if ranks.ep_size * ranks.etp_size > 1 else ""
+    return f"tp{ranks.tp_size} pp{ranks.pp_size} dp{ranks.dp_size}{experts}"
 
 
 def _make_state(optimizer: ChainedOptimizer) -> None:
@@ -110,18 +115,34 @@ def _make_state(optimizer: ChainedOptimizer) -> None:
                 state.setdefault("step", torch.tensor(0.0))
 
 
-def _load_optimizer(optimizer: ChainedOptimizer, loaded: dict[str, Any]) -> None:
-    (inner,) = optimizer.chained_optimizers
-    if not isinstance(inner, DistributedOptimizer):
-        inner.load_state_dict(loaded)
-        return
+def _load_optimizer(optimizer: ChainedOptimizer, loaded: dict[int, Any]) -> None:
+    """Moments, main parameters and the step; the settings remain those of this run.
+
+    Experts have the second optimizer, which may have nothing in a pipeline stage, then without a step.
+    """
+    for number, inner in enumerate(optimizer.chained_optimizers):
+        groups = inner.optimizer.state_dict()["param_groups"]
+        if not inner.get_parameters():
+            continue
+        if isinstance(inner, DistributedOptimizer):
+            step = loaded[0]["optimizer"]["param_groups"][0].get("step", 0)
+            _load_distributed(inner, [group | {"step": step} for group in groups], loaded[number])
+            continue
+        first, own = (part.get("optimizer", part) for part in (loaded[0], loaded[number]))
+        own["state"]["common_step"] = first["state"].get("common_step", torch.tensor(0.0))
+        own["param_groups"] = groups
+        inner.load_state_dict(loaded[number])
+
+
+def _load_distributed(
+    optimizer: DistributedOptimizer, groups: list[dict[str, Any]], loaded: dict[str, Any]
+) -> None:
     # megatron-core 0.16.1 with torch's AdamW: it hands one step tensor to all parameters, which would then
     # be counted once for each of them, and it looks for "step" among the sharded tensors, where it is not
-    moments = loaded.pop("param_state")
-    inner.load_state_dict(loaded)
-    states = inner.optimizer.state
+    optimizer.load_state_dict({"optimizer": {"param_groups": groups}})
+    states = optimizer.optimizer.state
     steps = {key: state.pop("step").clone() for key, state in states.items() if "step" in state}
     with torch.no_grad():
-        inner.load_parameter_state_from_fully_reshardable(moments)
+        optimizer.load_parameter_state_from_fully_reshardable(loaded["param_state"])
     for key, step in steps.items():
         states[key]["step"] = step
