@@ -120,17 +120,20 @@ def _load_optimizer(optimizer: ChainedOptimizer, loaded: dict[int, Any]) -> None
 
     Experts have the second optimizer, which may have nothing in a pipeline stage, then without a step.
     """
+    common = loaded[0].get("optimizer", loaded[0])
+    of_group = {key: value for key, value in common["param_groups"][0].items() if key == "step"}
+    of_parameters = common.get("state", {}).get("common_step", torch.tensor(0.0))  # torch's AdamW alone
     for number, inner in enumerate(optimizer.chained_optimizers):
-        groups = inner.optimizer.state_dict()["param_groups"]
         if not inner.get_parameters():
             continue
+        groups = [group | of_group for group in inner.optimizer.state_dict()["param_groups"]]
         if isinstance(inner, DistributedOptimizer):
-            step = loaded[0]["optimizer"]["param_groups"][0].get("step", 0)
-            _load_distributed(inner, [group | {"step": step} for group in groups], loaded[number])
+            _load_distributed(inner, groups, loaded[number])
             continue
-        first, own = (part.get("optimizer", part) for part in (loaded[0], loaded[number]))
-        own["state"]["common_step"] = first["state"].get("common_step", torch.tensor(0.0))
+        own = loaded[number].get("optimizer", loaded[number])
         own["param_groups"] = groups
+        if not of_group:
+            own["state"]["common_step"] = of_parameters
         inner.load_state_dict(loaded[number])
 
 
