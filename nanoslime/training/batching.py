@@ -22,14 +22,16 @@ _DUMMY_TOKENS = 2
 def plan(
     groups: Sequence[SampleGroup], *, num_steps: int, dp_size: int, max_tokens: int,
     denominator: Literal["tokens", "sequences"], temperature: float, parity_tokens: float = 24_576,
+    microbatch_multiple: int = 1,
 ) -> list[list[TrainBatch]]:  # fmt: skip
     """[optimizer step][data-parallel rank]: each sample once, in micro-batches of at most `max_tokens`.
 
-    A longer sequence goes alone. Ranks of a step have equally many micro-batches; where sequences do not
-    suffice, one of a masked-out dummy sequence fills the gap. `denominator`: "tokens", the step's loss is the
-    mean over its tokens; "sequences", the mean over its rollouts of the mean over each rollout's tokens
-    (siblings together). `parity_tokens`, for the balance: see ModelShape.attention_parity_tokens. With fewer
-    groups than `num_steps` there are fewer steps, with none an empty list.
+    A longer sequence goes alone. Ranks of a step have equally many micro-batches, a multiple of
+    `microbatch_multiple`; where sequences do not suffice, one of a masked-out dummy sequence fills the gap.
+    `denominator`: "tokens", the step's loss is the mean over its tokens; "sequences", the mean over its
+    rollouts of the mean over each rollout's tokens (siblings together). `parity_tokens`, for the balance: see
+    ModelShape.attention_parity_tokens. With fewer groups than `num_steps` there are fewer steps, with none an
+    empty list.
     Raises ValueError for a sample without an advantage, or with token 0 in the loss.
     """
     by_id: dict[int, list[Sample]] = {}
@@ -39,7 +41,7 @@ def plan(
     whole_groups, bounds = list(by_id.values()), [len(by_id) * i // num_steps for i in range(num_steps + 1)]
     steps = [[s for group in whole_groups[a:b] for s in group] for a, b in pairwise(bounds)]
     return [
-        _plan_step(step, dp_size, max_tokens, parity_tokens, denominator, temperature)
+        _plan_step(step, dp_size, max_tokens, parity_tokens, microbatch_multiple, denominator, temperature)
         for step in steps
         if step
     ]
@@ -50,6 +52,7 @@ def _plan_step(
     dp_size: int,
     max_tokens: int,
     parity_tokens: float,
+    multiple: int,
     denominator: str,
     temperature: float,
 ) -> list[TrainBatch]:
@@ -64,7 +67,9 @@ def _plan_step(
         return 1 / max(size, 1)
 
     lengths = [sample.num_tokens for sample in samples]
-    ranks = pack(lengths, num_ranks=dp_size, max_tokens=max_tokens, parity_tokens=parity_tokens)
+    ranks = pack(
+        lengths, num_ranks=dp_size, max_tokens=max_tokens, parity_tokens=parity_tokens, multiple=multiple
+    )
     return [
         _shard(
             [samples[i] for i in indices],

@@ -28,6 +28,7 @@ from nanoslime.batch import StepMetrics, TrainBatch, WeightShard
 from nanoslime.config import GRPOConfig, ModelConfig, RolloutConfig, RunConfig, TrainingConfig
 from nanoslime.plugins import resolve
 from nanoslime.training.backend import RankEnv
+from nanoslime.weight_sync.assemble import make_plan
 
 BACKENDS = {
     "megatron": "nanoslime.training.megatron.backend:MegatronBackend",
@@ -184,7 +185,12 @@ def collect(results: list[dict[str, Any]], layout: Layout) -> Outcome:
         params=assemble(s for r in results for s in r["params"]),
     )
     outcome.logprobs = _by_sequence(results, "logprobs", layout.dp_size)
+    owned = [
+        [(n, shape, tuple((s.start, s.stop) for s in box)) for n, shape, box, _ in r["initial"]]
+        for r in results
+    ]
     outcome.extra = {
+        "plan": make_plan(owned),
         "initial": assemble(s for r in results for s in r["initial"]),
         "ref_logprobs": _by_sequence(results, "ref_logprobs", layout.dp_size),
         "params_after_ref": assemble(s for r in results for s in r["params_after_ref"]),

@@ -25,10 +25,12 @@ TP2_PP2_DISTRIBUTED = Layout(tp_size=2, pp_size=2, options=DISTRIBUTED)
 DP2_DISTRIBUTED = Layout(dp_size=2, options=DISTRIBUTED)
 TP2_DP2_DISTRIBUTED = Layout(tp_size=2, dp_size=2, options=DISTRIBUTED)
 PP2_DP2 = Layout(pp_size=2, dp_size=2)
+CP2, VPP2 = Layout(cp_size=2), Layout(pp_size=2, vpp_size=2, sequences=2)
+CP2_DISTRIBUTED = Layout(cp_size=2, options=DISTRIBUTED)
 SEQUENCE_PARALLEL = (("sequence_parallel", True),)
 RECOMPUTE = (("recompute", True),)
 
-# Each mechanism once: tied and untied embeddings, biases, qk norm. The vocabulary of 250 is padded in all.
+# Each mechanism once, with embeddings tied and not, biases, qk norm. The vocabulary of 250 is padded in all.
 ONCE = [
     ("llama", ALONE),
     ("llama", TP2),
@@ -36,6 +38,9 @@ ONCE = [
     ("qwen3", DP2),
     ("qwen3", DP2_DISTRIBUTED),
     ("qwen3", TP2_PP2),
+    ("qwen2", CP2),
+    ("qwen3", VPP2),
+    ("llama", Layout(tp_size=2, cp_size=2, options=SEQUENCE_PARALLEL)),
     ("qwen3", Layout(backend="fsdp")),
     ("qwen3", Layout(backend="fsdp", dp_size=2)),
 ]
@@ -83,8 +88,9 @@ def run_all(cases: list[tuple[str, Layout]], tmp: Path, more: list[Any], deadlin
 
 @pytest.fixture(scope="module")
 def once(tmp_path_factory):
-    resumes = [("qwen3", TP2_PP2, interrupted), ("qwen3", DP2_DISTRIBUTED, interrupted)]
-    return run_all(ONCE, tmp_path_factory.mktemp("parity"), resumes, deadline_s=240)
+    resumes = [("qwen3", layout, interrupted) for layout in (TP2_PP2, DP2_DISTRIBUTED, VPP2)]
+    others = [("qwen3", layout, reshard) for layout in (VPP2, CP2_DISTRIBUTED)]
+    return run_all(ONCE, tmp_path_factory.mktemp("parity"), resumes + others, deadline_s=240)
 
 
 @pytest.mark.parametrize("case", ONCE, ids=lambda case: f"{case[0]}-{case[1]}")
@@ -98,7 +104,7 @@ def test_weight_shards_are_the_checkpoint_bit_for_bit(once, case):
     problems, outcomes, _ = once
     saved = load_file(problems[case[0]].model_dir / "model.safetensors")
     initial = outcomes[case].extra["initial"]
-    assert initial.keys() == saved.keys()
+    assert initial.keys() == saved.keys() == {tensor.name for tensor in outcomes[case].extra["plan"]}
     assert all(torch.equal(initial[name], saved[name]) for name in saved)
 
 
@@ -112,7 +118,7 @@ def test_reference_logprobs_are_those_of_the_initial_weights_and_leave_the_polic
     assert all(torch.equal(after[name], value) for name, value in outcome.params.items())
 
 
-@pytest.mark.parametrize("index", [0, 1], ids=["tp2-pp2", "dp2-distributed"])
+@pytest.mark.parametrize("index", range(3), ids=["tp2-pp2", "dp2-distributed", "vpp2"])
 def test_a_resumed_run_continues_bit_for_bit(once, index):
     for rank in once[2][index]:
         assert rank["resumed"]["step"] == rank["uninterrupted"]["step"]
@@ -120,6 +126,11 @@ def test_a_resumed_run_continues_bit_for_bit(once, index):
         for name, value in rank["uninterrupted"]["state"].items():
             assert torch.equal(rank["resumed"]["state"][name], value), name
         assert rank["children_after_save"] == []
+
+
+@pytest.mark.parametrize("index", [3, 4], ids=["vpp2", "cp2-distributed"])
+def test_a_checkpoint_of_either_mechanism_loads_into_one_rank(once, index):
+    assert max(rank["difference"] for rank in once[2][index]) <= parity.ABSOLUTE
 
 
 @pytest.fixture(scope="module")
