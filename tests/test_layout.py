@@ -7,7 +7,7 @@ import pytest
 
 from nanoslime.config.load import load
 from nanoslime.layout import Layout, ParallelDims, check_kernels, describe, memory, plan
-from nanoslime.models.shape import ModelShape, MoE
+from nanoslime.models.shape import ModelShape
 from nanoslime.types import RunError
 from tests.models.published import CONFIGS
 
