@@ -14,10 +14,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from nanoslime.config import RunConfig
+from nanoslime.config import RunConfig, TrainingConfig
 from nanoslime.models.rules import check_experts
 from nanoslime.models.shape import ModelShape
 from nanoslime.types import RunError
@@ -103,6 +105,8 @@ def plan(config: RunConfig, shape: ModelShape) -> Layout:
     trainer_slots = _trainer_slots(config, slots)
     places = [(node, slot) for node, count in enumerate(trainer_slots) for slot in range(count)]
     parallel = _parallel(config, shape, len(places), slots)
+    if cluster.device == "cuda":
+        check_kernels(config.training, shape, transformer_engine=_has_transformer_engine(config))
     _check_engine_size(config, shape, slots)
     layout = Layout(
         num_nodes=cluster.nodes,
@@ -178,24 +182,24 @@ def _one_node_trainer_slots(config: RunConfig, slots: int) -> int:
 
 def _parallel(config: RunConfig, shape: ModelShape, ranks: int, slots: int) -> ParallelDims:
     t = config.training
-    if t.cp_size != 1:
-        raise RunError(f"training.cp_size={t.cp_size} is not supported yet; set 1")
     what = f"training.backend={t.backend} cannot train this {shape.model_type}"
     if t.backend == "megatron" and shape.megatron_lacks:
         raise RunError(f"{what}: {', '.join(shape.megatron_lacks)}")
     if t.backend == "fsdp" and shape.moe:
         raise RunError(f"{what}, which has experts; use --backend megatron")
-    for name, size in (("tp_size", t.tp_size), ("pp_size", t.pp_size)):
-        if t.backend == "fsdp" and size != 1:
-            raise RunError(f"training.{name}={size} needs --backend megatron; with fsdp set 1")
-    tp_choices, pp_choices = _check_tp(t.tp_size, shape, slots), _divisors(shape.num_layers)
-    if t.pp_size not in pp_choices:
-        place = f"training.pp_size={t.pp_size} does not divide num_layers={shape.num_layers}"
-        raise RunError(f"{place}; choose {_words(pp_choices)}")
-    model_ranks = t.tp_size * t.pp_size
+    for name in ("tp_size", "pp_size", "vpp_size", "cp_size"):
+        if t.backend == "fsdp" and getattr(t, name) != 1:
+            raise RunError(f"training.{name}={getattr(t, name)} needs --backend megatron; with fsdp set 1")
+    tp_choices, pp_choices = _check_tp(t.tp_size, shape, slots), _check_pp(t.pp_size, t.vpp_size, shape)
+    if ranks % t.cp_size:
+        place = f"training.cp_size={t.cp_size} does not divide the {ranks} trainer {_slot_name(config)}s"
+        raise RunError(f"{place}; choose {_words(_divisors(ranks))}")
+    model_ranks = t.tp_size * t.cp_size * t.pp_size
     if ranks % model_ranks:
-        pairs = [f"{tp} x {pp}" for tp in tp_choices for pp in pp_choices if ranks % (tp * pp) == 0]
-        product = f"training.tp_size={t.tp_size} x training.pp_size={t.pp_size} = {model_ranks}"
+        groups = ranks // t.cp_size
+        pairs = [f"{tp} x {pp}" for tp in tp_choices for pp in pp_choices if groups % (tp * pp) == 0]
+        sizes = ["tp_size", "cp_size", "pp_size"] if t.cp_size > 1 else ["tp_size", "pp_size"]
+        product = " x ".join(f"training.{name}={getattr(t, name)}" for name in sizes) + f" = {model_ranks}"
         raise RunError(
             f"{product} does not divide the {ranks} trainer {_slot_name(config)}s; "
             f"choose TP x PP {_words(pairs)}, or change cluster.nodes"
@@ -229,6 +233,41 @@ def _check_tp(tp: int, shape: ModelShape, slots: int) -> list[int]:
         rule = f"a tensor-parallel group must lie in one node, and {tp} does not divide its {slots} slots"
         raise RunError(f"training.tp_size={tp}: {rule}; choose {_words(choices)}")
     return choices
+
+
+def _check_pp(pp: int, vpp: int, shape: ModelShape) -> list[int]:
+    """All sizes that pipeline parallelism may have; RunError where `pp` is none, or `vpp` does not fit it."""
+    choices = _divisors(shape.num_layers)
+    if pp not in choices:
+        place = f"training.pp_size={pp} does not divide num_layers={shape.num_layers}"
+        raise RunError(f"{place}; choose {_words(choices)}")
+    virtual = _divisors(shape.num_layers // pp) if pp > 1 else [1]
+    if vpp not in virtual:
+        layers = f"the {shape.num_layers // pp} layers of a rank with training.pp_size={pp}"
+        why = f"does not divide {layers}" if pp > 1 else "needs training.pp_size of 2 or more"
+        raise RunError(f"training.vpp_size={vpp} {why}; choose {_words(virtual)}")
+    return choices
+
+
+def check_kernels(training: TrainingConfig, shape: ModelShape, *, transformer_engine: bool) -> None:
+    """For trainers on GPUs. Raises RunError for what is slow without Transformer Engine, unless allowed."""
+    if transformer_engine or training.allow_slow or training.backend != "megatron":
+        return
+    way_out = "install transformer_engine in the environment of the job, or allow that by --allow-slow"
+    if training.cp_size > 1:
+        slow = "each rank gathers the keys and values of all in every layer"
+        raise RunError(f"training.cp_size={training.cp_size}: without Transformer Engine {slow}; {way_out}")
+    if shape.moe:
+        slow = "experts are multiplied one after the other"
+        raise RunError(f"{shape.model_type}: without Transformer Engine {slow}; {way_out}")
+
+
+def _has_transformer_engine(config: RunConfig) -> bool:
+    """In the environment of the job; taken to be there where this machine cannot see that environment."""
+    venv = Path(config.cluster.venv)
+    if not config.cluster.venv:
+        return find_spec("transformer_engine") is not None
+    return not venv.is_dir() or any(venv.glob("lib/python*/site-packages/transformer_engine"))
 
 
 def _check_engine_size(config: RunConfig, shape: ModelShape, slots: int) -> None:
@@ -286,11 +325,12 @@ def memory(config: RunConfig, shape: ModelShape, layout: Layout) -> Memory:
     """What a trainer GPU and an engine GPU must hold.
 
     Activations count what the backward pass of a layer keeps (as arXiv 2205.05198 section 4 does, for gated
-    MLPs and an attention that keeps no scores); the first pipeline stage holds them for `pp` micro-batches.
+    MLPs and an attention that keeps no scores); the first pipeline stage holds them for `pp` micro-batches,
+    interleaved for (pp - 1) / vpp more. With context parallelism each rank has its part of a micro-batch.
     """
     t, p, width = config.training, layout.parallel, 2 if config.model.dtype == "bfloat16" else 4
     if layout.backend == "megatron":
-        sizes = (p.tp, p.pp, p.dp, p.ep * t.etp_size)
+        sizes = (p.tp, p.pp, p.dp * p.cp, p.ep * t.etp_size)
         states = shape.training_bytes(*sizes, distributed_optimizer=t.distributed_optimizer)
         reference = width * sum(shape.rank_parameters(p.tp, p.pp, p.ep * t.etp_size))
     else:  # all sharded over DP, but for the largest block that is gathered, and the next one
@@ -304,8 +344,10 @@ def memory(config: RunConfig, shape: ModelShape, layout: Layout) -> Memory:
         sent = moe.num_experts_per_token * (2 * shape.hidden_size + 3 * moe.intermediate_size)
         mlp = max(mlp, sent + 3 * moe.shared_intermediate_size)
     split = (2 * heads + 2 * groups + mlp) // p.tp
-    layer, layers = (whole + split) * width, shape.num_layers // p.pp
-    kept = layers * p.pp * layer if not t.recompute else layers * p.pp * shape.hidden_size * width + layer
+    layer, at_once = (whole + split) * width, shape.num_layers  # of a stage, times its micro-batches
+    if t.vpp_size > 1:
+        at_once += shape.num_layers * (p.pp - 1) // (p.pp * t.vpp_size)
+    kept = at_once * layer if not t.recompute else at_once * shape.hidden_size * width + layer
     engine_tp = config.rollout.engine_tp_size
     engine_groups = -(-shape.num_key_value_heads // engine_tp)
     logit_bytes = 4 + width  # in float32, and their gradient
@@ -352,11 +394,12 @@ def describe(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
     backend = "Megatron" if layout.backend == "megatron" else "FSDP2"
     if layout.backend == "fsdp" and layout.num_nodes == 1:
         backend += " (what one node gets without --backend)"
+    interleaved = f" (interleaved by {config.training.vpp_size})" if config.training.vpp_size > 1 else ""
     engines = f"SGLang: {len(layout.engines)} of {config.rollout.engine_tp_size} {slot}(s) each"
     return "\n".join([
         f"nodes     {nodes}",
         f"model     {shape.model_type}, {shape.num_parameters:,} parameters, {config.model.dtype}",
-        f"trainers  {backend}: TP={p.tp} CP={p.cp} PP={p.pp} DP={p.dp}",
+        f"trainers  {backend}: TP={p.tp} CP={p.cp} PP={p.pp}{interleaved} DP={p.dp}",
         f"engines   {engines if layout.engines else 'embedded, in the driver'}",
         *_memory_lines(config, shape, layout),
         "",

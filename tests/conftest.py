@@ -1,5 +1,6 @@
 """What every test shares: environment, `--require-slurm`, a real SLURM, free ports, no leftovers."""
 
+import math
 import os
 import shutil
 import socket
@@ -66,6 +67,25 @@ def pytest_terminal_summary(terminalreporter) -> None:
     skipped = [r for r in terminalreporter.stats.get("skipped", []) if _NO_SLURM in str(r.longrepr)]
     if skipped:
         terminalreporter.write_line(f"{len(skipped)} SLURM tests skipped: {_NO_SLURM}", yellow=True)
+    _parity_table(terminalreporter)
+
+
+def _parity_table(terminalreporter) -> None:
+    """What tests recorded as "parity", (a layout, differences by quantity): the largest of each layout."""
+    reports = [r for outcome in ("passed", "failed") for r in terminalreporter.stats.get(outcome, [])]
+    recorded = [value for r in reports for name, value in r.user_properties if name == "parity"]
+    rows: dict[str, list[dict[str, float]]] = {}
+    for layout, differences in recorded:
+        rows.setdefault(layout, []).append(differences)
+    for number, (layout, runs) in enumerate(rows.items()):
+        if not number:
+            names = list(runs[0])
+            terminalreporter.write_line(
+                f"| layout (runs) | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}"
+            )
+        largest = [max(run[name] for run in runs) for name in names]
+        cells = ["-" if math.isnan(value) else f"{value:.1e}".replace("e-0", "e-") for value in largest]
+        terminalreporter.write_line(f"| {layout} ({len(runs)}) | {' | '.join(cells)} |")
 
 
 @pytest.fixture(scope="session")

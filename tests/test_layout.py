@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 
 from nanoslime.config.load import load
-from nanoslime.layout import Layout, ParallelDims, describe, memory, plan
+from nanoslime.layout import Layout, ParallelDims, check_kernels, describe, memory, plan
 from nanoslime.models.shape import ModelShape
 from nanoslime.types import RunError
 from tests.models.published import CONFIGS
@@ -168,7 +168,21 @@ def test_the_embedded_engine_takes_no_node():
         ),
         ("--nodes 4 --num-gpus 3", r"2 x 8 = 16 trainer ranks; leave it out"),
         ("--nodes 1 --cluster.gpus-per-node 1", "has no room for an SGLang engine .* use --engine embedded"),
-        ("--nodes 4 --cp-size 2", "training.cp_size=2 is not supported yet; set 1"),
+        (
+            "--nodes 4 --cp-size 3",
+            "training.cp_size=3 does not divide the 16 trainer .*; choose 1, 2, 4, 8 or 16",
+        ),
+        (
+            "--nodes 4 --tp-size 8 --cp-size 2 --pp-size 3",
+            "tp_size=8 x training.cp_size=2 x training.pp_size=3 = 48 does not divide the 16 .* 8 x 1,",
+        ),
+        ("--nodes 4 --vpp-size 2", "training.vpp_size=2 needs training.pp_size of 2 or more; choose 1"),
+        (
+            "--nodes 4 --pp-size 4 --vpp-size 2",
+            "vpp_size=2 does not divide the 9 layers of a rank with training.pp_size=4; choose 1, 3 or 9",
+        ),
+        ("--nodes 4 --backend fsdp --cp-size 2", "training.cp_size=2 needs --backend megatron"),
+        ("--nodes 4 --backend fsdp --vpp-size 2", "training.vpp_size=2 needs --backend megatron"),
         (
             "--nodes 4 --ep-size 2",
             r"training.ep_size=2 must divide a qwen3, which has no experts, .*; choose one of \[1\]",
@@ -242,7 +256,8 @@ def test_experts_that_do_not_fit_are_refused_with_the_way_out(flags, says):
 
 def test_experts_may_be_spread_over_all_ranks_of_a_pipeline_stage():
     layout = make(
-        f"--nodes 4 {H200} --tp-size 4 --sequence-parallel --pp-size 2 --ep-size 4 --etp-size 2", A3B
+        f"--nodes 4 {H200} --tp-size 4 --sequence-parallel --pp-size 2 --ep-size 4 --etp-size 2 --allow-slow",
+        A3B,
     )
     assert (layout.parallel.ep, layout.parallel.dp) == (4, 2)
 
@@ -292,6 +307,50 @@ def test_memory_of_a_model_worked_out_by_hand():
     assert need.activations == 8192 * 2 * 1 * 2 * (4 * 64 + (2 * 64 + 2 * 32 + 3 * 128) // 2)
     with_reference = replace(config, algorithm=replace(config.algorithm, kl_coef=0.1))
     assert memory(with_reference, TINY, plan(config, TINY)).states == need.states + 2 * rank
+
+
+def test_context_parallel_ranks_share_the_optimizer_state_and_interleaving_keeps_more_activations():
+    def need(sizes):
+        config = load(None, None, f"--nodes 4 --cluster.slots-per-node 8 --tp-size 2 {sizes}".split())
+        return memory(config, QWEN3_4B, plan(config, QWEN3_4B))
+
+    plain, spread = need("--pp-size 2"), need("--pp-size 2 --cp-size 2")
+    assert (plain.states, plain.activations) == (spread.states, spread.activations)
+    interleaved = need("--pp-size 2 --vpp-size 3")
+    assert interleaved.activations * 6 == plain.activations * 7  # (pp - 1) / (pp vpp) more
+    assert interleaved.states == plain.states
+
+
+def test_the_description_shows_context_parallelism_and_interleaving():
+    flags = f"--nodes 4 {H200} --tp-size 2 --cp-size 2 --pp-size 2 --vpp-size 9 --allow-slow"
+    config = load(None, None, flags.split())
+    layout = plan(config, QWEN3_4B)
+    assert layout.parallel == ParallelDims(tp=2, pp=2, cp=2, ep=1, dp=2)
+    assert "Megatron: TP=2 CP=2 PP=2 (interleaved by 9) DP=2" in describe(config, QWEN3_4B, layout)
+    assert [line.split()[3:7] for line in layout.table().splitlines()[1:3]] == [
+        ["0-1", "0-1", "0-1", "0"],
+        ["0-1", "0-1", "0-1", "1"],
+    ]
+
+
+def test_what_is_slow_without_transformer_engine_needs_to_be_allowed_on_gpus(tmp_path):
+    flags = f"--nodes 4 {H200} --cp-size 2 --cluster.venv {tmp_path}"
+    with pytest.raises(RunError, match=r"cp_size=2: without Transformer Engine .* by --allow-slow"):
+        make(flags, QWEN3_4B)
+    assert make(f"{flags} --allow-slow", QWEN3_4B).parallel.cp == 2
+    assert make("--nodes 4 --cp-size 2").parallel.cp == 2  # no GPUs
+    assert make(f"{flags}/elsewhere", QWEN3_4B).parallel.cp == 2  # the nodes will say
+    (tmp_path / "lib/python3.11/site-packages/transformer_engine").mkdir(parents=True)
+    assert make(flags, QWEN3_4B).parallel.cp == 2
+
+
+def test_experts_without_transformer_engine_need_to_be_allowed():
+    training = load(None, None, ["--backend", "megatron"]).training
+    with pytest.raises(RunError, match="qwen3_moe: without Transformer Engine experts .* by --allow-slow"):
+        check_kernels(training, A3B, transformer_engine=False)
+    check_kernels(replace(training, allow_slow=True), A3B, transformer_engine=False)
+    check_kernels(training, A3B, transformer_engine=True)
+    check_kernels(training, QWEN3_4B, transformer_engine=False)
 
 
 def test_the_description_says_what_a_person_needs_to_know():

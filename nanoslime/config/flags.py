@@ -21,8 +21,8 @@ from nanoslime.types import RunError
 
 _SHORT = {
     "model": "hf-checkpoint dtype",
-    "training": "backend num-gpus tp-size pp-size cp-size ep-size etp-size sequence-parallel lr "
-    "num-steps-per-rollout max-tokens-per-microbatch",
+    "training": "backend num-gpus tp-size pp-size vpp-size cp-size ep-size etp-size sequence-parallel "
+    "allow-slow lr num-steps-per-rollout max-tokens-per-microbatch",
     "rollout": "num-rollout rollout-batch-size n-samples-per-prompt max-new-tokens temperature top-p top-k "
     "engine engine-tp-size",
     "algorithm": "eps-clip eps-clip-high eps-clip-c kl-coef use-kl-loss kl-loss-coef kl-loss-type "

@@ -21,7 +21,7 @@ from nanoslime.config.run import RunConfig
 from nanoslime.types import RunError
 
 _HELP = {"-h", "--help"}
-_PARALLEL = [f"training.{name}_size" for name in ("tp", "pp", "cp", "ep", "etp")]
+_PARALLEL = [f"{name}_size" for name in ("tp", "pp", "vpp", "cp", "ep", "etp")]  # of training
 
 
 def load(recipe: Path | None, cluster: Path | None, flags: Sequence[str]) -> RunConfig:
@@ -153,8 +153,9 @@ def _one_node_means_fsdp(config: RunConfig, sources: dict[str, str]) -> RunConfi
 
     A flag for a parallel size asks for Megatron.
     """
-    asked = [field for field in _PARALLEL if sources.get(field, "").startswith("flag ")]
+    asked = [name for name in _PARALLEL if sources.get(f"training.{name}", "").startswith("flag ")]
     if asked or "training.backend" in sources or config.cluster.nodes > 1:
         return config
-    alone: dict[str, Any] = {field.removeprefix("training."): 1 for field in _PARALLEL}
-    return replace(config, training=replace(config.training, backend="fsdp", **alone))
+    sizes: dict[str, Any] = dict.fromkeys(_PARALLEL, 1)
+    alone = replace(config.training, backend="fsdp", **sizes)
+    return replace(config, training=alone)

@@ -15,12 +15,15 @@ class TrainingConfig:
     tp_size: int = Field(default=1, ge=1)
     pp_size: int = Field(default=1, ge=1)
     cp_size: int = Field(default=1, ge=1)
+    """Ranks that share each sequence; a micro-batch then holds cp_size times the token budget."""
     ep_size: int = Field(default=1, ge=1)
     etp_size: int = Field(default=1, ge=1)
     """Tensor parallel size within an expert."""
     vpp_size: int = Field(default=1, ge=1)
     """Pieces of the model on each pipeline rank; above 1 the schedule is interleaved (arXiv 2104.04473)."""
     sequence_parallel: bool = False
+    allow_slow: bool = False
+    """On GPUs without Transformer Engine, context parallelism and experts all the same."""
     lr: float = Field(default=1e-6, ge=0)
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     lr_warmup_steps: int = Field(default=0, ge=0)
@@ -34,7 +37,7 @@ class TrainingConfig:
     num_steps_per_rollout: int = Field(default=1, ge=1)
     """Optimizer steps per rollout, each over its share of the groups."""
     max_tokens_per_microbatch: int = Field(default=8192, ge=1)
-    """Token budget of a packed micro-batch; a longer sequence goes alone."""
+    """Token budget of a packed micro-batch, per rank of cp_size; a longer sequence goes alone."""
     recompute: bool = False
     distributed_optimizer: bool = True
     megatron: dict[str, Any] = Field(default_factory=dict)

@@ -37,9 +37,11 @@ class TrainGroup(ABC):
 
     def train(self, groups: list[SampleGroup]) -> dict[str, float]:
         """The optimizer steps of one rollout; metrics of the row, empty where every group was dropped."""
+        training = self.config.training
         steps = plan(
-            groups, num_steps=self.config.training.num_steps_per_rollout, dp_size=self.dp_size,
-            max_tokens=self.config.training.max_tokens_per_microbatch,
+            groups, num_steps=training.num_steps_per_rollout, dp_size=self.dp_size,
+            max_tokens=training.max_tokens_per_microbatch * training.cp_size,
+            microbatch_multiple=training.pp_size if training.vpp_size > 1 else 1,
             denominator=self.config.algorithm.denominator, temperature=self.config.rollout.temperature,
             fixed_length=self.config.rollout.max_new_tokens, parity_tokens=self._parity_tokens,
         )  # fmt: skip

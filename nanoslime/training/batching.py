@@ -22,16 +22,16 @@ _DUMMY_TOKENS = 2
 def plan(
     groups: Sequence[SampleGroup], *, num_steps: int, dp_size: int, max_tokens: int,
     denominator: Literal["tokens", "sequences", "fixed"], temperature: float, fixed_length: int = 1,
-    parity_tokens: float = 24_576,
+    parity_tokens: float = 24_576, microbatch_multiple: int = 1,
 ) -> list[list[TrainBatch]]:  # fmt: skip
     """[optimizer step][data-parallel rank]: each sample once, in micro-batches of at most `max_tokens`.
 
-    A longer sequence goes alone. Ranks of a step have equally many micro-batches; where sequences do not
-    suffice, one of a masked-out dummy sequence fills the gap. `denominator`: "tokens", the step's loss is the
-    mean over its tokens; "sequences", the mean over its rollouts of the mean over each rollout's tokens
-    (siblings together); "fixed", over its rollouts of their sum over `fixed_length`. `parity_tokens`, for the
-    balance: see ModelShape.attention_parity_tokens. With fewer groups than `num_steps` there are fewer steps,
-    with none an empty list.
+    A longer sequence goes alone. Ranks of a step have equally many micro-batches, a multiple of
+    `microbatch_multiple`; where sequences do not suffice, one of a masked-out dummy sequence fills the gap.
+    `denominator`: "tokens", the step's loss is the mean over its tokens; "sequences", the mean over its
+    rollouts of the mean over each rollout's tokens (siblings together); "fixed", over its rollouts of their
+    sum over `fixed_length`. `parity_tokens`, for the balance: see ModelShape.attention_parity_tokens. With
+    fewer groups than `num_steps` there are fewer steps, with none an empty list.
     Raises ValueError for a sample without an advantage, or with token 0 in the loss.
     """
     by_id: dict[int, list[Sample]] = {}
@@ -40,7 +40,7 @@ def plan(
             by_id.setdefault(sample.group_id, []).append(sample)
     whole_groups, bounds = list(by_id.values()), [len(by_id) * i // num_steps for i in range(num_steps + 1)]
     steps = [[s for group in whole_groups[a:b] for s in group] for a, b in pairwise(bounds)]
-    options = dp_size, max_tokens, parity_tokens, denominator, temperature, fixed_length
+    options = dp_size, max_tokens, parity_tokens, microbatch_multiple, denominator, temperature, fixed_length
     return [_plan_step(step, *options) for step in steps if step]
 
 
@@ -49,6 +49,7 @@ def _plan_step(
     dp_size: int,
     max_tokens: int,
     parity_tokens: float,
+    multiple: int,
     denominator: str,
     temperature: float,
     fixed_length: int,
@@ -66,7 +67,9 @@ def _plan_step(
     per_rollout = fixed_length if denominator == "fixed" else 1
     total = max(num_tokens, 1) if denominator == "tokens" else per_rollout * len(tokens_of_rollout)
     lengths = [sample.num_tokens for sample in samples]
-    ranks = pack(lengths, num_ranks=dp_size, max_tokens=max_tokens, parity_tokens=parity_tokens)
+    ranks = pack(
+        lengths, num_ranks=dp_size, max_tokens=max_tokens, parity_tokens=parity_tokens, multiple=multiple
+    )
     return [
         _shard(
             [samples[i] for i in indices],

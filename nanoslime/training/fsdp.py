@@ -123,7 +123,7 @@ class FSDPBackend(TrainBackend):
 
 
 def _refuse_other_dimensions(config: TrainingConfig) -> None:
-    for field in ("tp_size", "pp_size", "cp_size", "ep_size"):
+    for field in (f"{name}_size" for name in ("tp", "pp", "vpp", "cp", "ep", "etp")):
         if (size := getattr(config, field)) != 1:
             what = f"training.{field}={size}: the fsdp backend has data parallelism only"
             raise ValueError(f"{what}; set it to 1 or use training.backend=megatron")

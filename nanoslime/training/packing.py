@@ -23,12 +23,13 @@ def sequence_costs(lengths: Sequence[int], parity_tokens: float) -> list[float]:
 
 
 def pack(
-    lengths: Sequence[int], *, num_ranks: int, max_tokens: int, parity_tokens: float
+    lengths: Sequence[int], *, num_ranks: int, max_tokens: int, parity_tokens: float, multiple: int = 1
 ) -> list[list[list[int]]]:
     """[rank][micro-batch]: indices of sequences, each once, in micro-batches of at most `max_tokens`.
 
-    Ranks have equally many micro-batches, the costliest first; a longer sequence has one for itself. None is
-    empty unless there are fewer sequences than the micro-batches that the longest ones and the ranks ask for.
+    Ranks have equally many micro-batches, a multiple of `multiple`, the costliest first; a longer sequence
+    has one for itself. None is empty unless there are fewer sequences than the micro-batches that the longest
+    ones, the ranks and `multiple` ask for.
     """
     costs = sequence_costs(lengths, parity_tokens)
     sizes = [min(n, max_tokens) for n in lengths]
@@ -36,7 +37,7 @@ def pack(
     least = max(-(-sum(sizes) // (max_tokens * num_ranks)), 1)
     bins = next(
         found
-        for per_rank in count(least)
+        for per_rank in count(-(-least // multiple) * multiple, multiple)
         for fill in (_fill_evenly, _fill_tightly)
         if (found := fill(order, sizes, costs, per_rank * num_ranks, max_tokens)) is not None
     )

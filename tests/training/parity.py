@@ -23,11 +23,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanoslime.algorithms.grpo import GRPO
+from nanoslime import algorithms
 from nanoslime.batch import StepMetrics, TrainBatch, WeightShard
 from nanoslime.config import GRPOConfig, ModelConfig, RolloutConfig, RunConfig, TrainingConfig
 from nanoslime.plugins import resolve
 from nanoslime.training.backend import RankEnv
+from nanoslime.weight_sync.assemble import make_plan
 
 BACKENDS = {
     "megatron": "nanoslime.training.megatron.backend:MegatronBackend",
@@ -39,6 +40,9 @@ NUM_STEPS = 2
 LENGTHS = [17, 9, 24, 5, 12, 21, 8, 15]
 TEMPERATURE = 0.7
 KL = GRPOConfig(use_kl_loss=True, kl_loss_coef=0.1)
+ALGORITHMS = {  # each with a KL term, in the loss or in the reward
+    "grpo": KL,
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Layout:
     dp_size: int = 1
     cp_size: int = 1
     vpp_size: int = 1
+    algorithm: str = "grpo"
     sequences: int | None = None  # in each micro-batch; None: see train_batch
     options: tuple[tuple[str, Any], ...] = ()  # further fields of TrainingConfig
 
@@ -83,7 +88,7 @@ class Layout:
         return RunConfig(
             seed=1,
             model=ModelConfig(dtype="float32"),
-            algorithm=KL,
+            algorithm=ALGORITHMS[self.algorithm],
             rollout=RolloutConfig(num_rollout=5, rollout_batch_size=8),
             training=TrainingConfig(**settings | dict(self.options) | changes),
         )
@@ -158,13 +163,15 @@ def train(
 ) -> dict[str, Any]:
     """NUM_STEPS steps on this rank; what the parent assembles."""
     backend = make_backend(layout, model_dir, rank, tmp / "rendezvous")
-    algorithm = GRPO(KL)
+    algorithm = algorithms.make(layout.config().algorithm)
     batches = [train_batch(step, backend.dp_rank, backend.dp_size, layout.sequences) for step in steps]
     result: dict[str, Any] = dict(
         dp_rank=backend.dp_rank, initial=copied(backend.weight_shards()), grads=[], steps=[]
     )
     result["logprobs"] = backend.logprobs(batches[0], "policy")
     for batch in batches:
+        if backend.is_last_stage:
+            batch.token_advantages = algorithm.token_advantages(batch, backend.all_sum)
         result["steps"].append(backend.train_step(batch, algorithm))
         if not layout.config().training.distributed_optimizer:
             result["grads"].append(copied(backend.grad_shards()))
@@ -184,7 +191,12 @@ def collect(results: list[dict[str, Any]], layout: Layout) -> Outcome:
         params=assemble(s for r in results for s in r["params"]),
     )
     outcome.logprobs = _by_sequence(results, "logprobs", layout.dp_size)
+    owned = [
+        [(n, shape, tuple((s.start, s.stop) for s in box)) for n, shape, box, _ in r["initial"]]
+        for r in results
+    ]
     outcome.extra = {
+        "plan": make_plan(owned),
         "initial": assemble(s for r in results for s in r["initial"]),
         "ref_logprobs": _by_sequence(results, "ref_logprobs", layout.dp_size),
         "params_after_ref": assemble(s for r in results for s in r["params_after_ref"]),

@@ -14,11 +14,12 @@ import transformers
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from nanoslime.algorithms.grpo import GRPO
+from nanoslime import algorithms
 from nanoslime.batch import StepMetrics
 from tests.training.parity import LENGTHS, TEMPERATURE, Layout, Outcome, train_batch
 
 TIE = 1e-5  # float32 makes scores of up to 1 differ by some 1e-7 between two ways of computing them
+CLIP = {"grpo": (0.8, 1.2), "gspo": (0.9, 1.1), "cispo": (0.0, 1.2), "reinforce_plus_plus": (0.8, 1.2)}
 
 
 def make_step(model_dir: Path, step: int) -> dict[str, Any]:
@@ -67,17 +68,25 @@ def sequence_logprobs(model: transformers.PreTrainedModel, tokens: list[Tensor])
     return found
 
 
-def grpo_loss(step: dict[str, Any], logprobs: list[Tensor]) -> Tensor:
-    """The loss written out: clipped policy loss plus 0.1 k3 to the reference, weighted mean over the
-    batch.
+def written_out(algorithm: str, step: dict[str, Any], logprobs: list[Tensor]) -> Tensor:
+    """The loss of parity.ALGORITHMS: a weighted mean over the batch of clipped policy losses.
+
+    Plus 0.1 k3 to the reference in the loss, or minus that in the reward.
     """
-    total = torch.zeros(())
+    total, returns = torch.zeros(()), whitened_returns(step)
     for i, new in enumerate(logprobs):
-        old, ref, advantage = step["old_logprobs"][i], step["ref_logprobs"][i], step["advantages"][i]
-        ratio = torch.exp(new - old)
-        policy = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
-        k3 = torch.exp(ref - new) - 1 - (ref - new)
-        total = total + ((policy + 0.1 * k3) * step["loss_mask"][i]).sum() * step["token_weights"][i]
+        mask, log_ratio = step["loss_mask"][i], new - step["old_logprobs"][i]
+        if not mask.any():
+            continue
+        advantage = returns[i] if algorithm == "reinforce_plus_plus" else step["advantages"][i]
+        ratio = torch.exp(log_ratio[mask].mean() if algorithm == "gspo" else log_ratio)
+        clipped = ratio.clamp(*CLIP[algorithm])
+        terms = -torch.minimum(ratio * advantage, clipped * advantage) + torch.zeros_like(new)
+        if algorithm == "cispo":
+            terms = -clipped.detach() * advantage * new
+        if algorithm != "reinforce_plus_plus":
+            terms = terms + 0.1 * k3(new, step["ref_logprobs"][i])
+        total = total + terms[mask].sum() * step["token_weights"][i]
     return total / train_batch(step).denominator
 
 
@@ -95,15 +104,36 @@ class Closest(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
-def reference(model_dir: Path, steps: list[dict[str, Any]]) -> Outcome:
-    """Trains on `steps`, whose masks it may thin out a little: see _stay_clear_of_clip_edges.
+def k3(logprobs: Tensor, ref: Tensor) -> Tensor:
+    return torch.exp(ref - logprobs) - 1 - (ref - logprobs)
 
-    No token is near a tie between experts, which rounding could send another way.
+
+def whitened_returns(step: dict[str, Any], gamma: float = 0.98) -> list[Tensor]:
+    """REINFORCE++'s advantages, token by token: the reward comes with the last token of the loss."""
+    found = []
+    for i, mask in enumerate(step["loss_mask"]):
+        penalty = 0.1 * k3(step["old_logprobs"][i], step["ref_logprobs"][i])
+        value, returns, pending = 0.0, torch.zeros(len(mask), dtype=torch.float64), step["advantages"][i]
+        for t in reversed(range(len(mask))):
+            value *= gamma
+            if mask[t]:
+                value, pending = value + pending - float(penalty[t]), 0.0
+            returns[t] = value
+        found.append(returns)
+    every = torch.cat([x[mask] for x, mask in zip(found, step["loss_mask"], strict=True)])
+    return [((x - every.mean()) / (every.var() + 1e-8).sqrt()).float() for x in found]
+
+
+def reference(model_dir: Path, steps: list[dict[str, Any]], name: str = "grpo") -> Outcome:
+    """Trains by the algorithm `name` on `steps`.
+
+    It may thin out their masks a little: see _stay_clear_of_clip_edges. No token is near a tie between
+    experts, which rounding could send another way.
     """
     torch.manual_seed(0)
     model = load_hf(model_dir)
-    config = Layout().config()
-    training, algorithm = config.training, GRPO(config.algorithm)
+    config = Layout(algorithm=name).config()
+    training, algorithm = config.training, algorithms.make(config.algorithm)
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
@@ -120,8 +150,8 @@ def reference(model_dir: Path, steps: list[dict[str, Any]]) -> Outcome:
         with Closest() as closest:
             logprobs = sequence_logprobs(model, step["token_ids"])
         assert closest.gap > TIE, f"step {number}: two experts' scores differ by {closest.gap:.1e} only"
-        _stay_clear_of_clip_edges(step, logprobs)
-        loss = grpo_loss(step, logprobs)
+        _stay_clear_of_clip_edges(name, step, logprobs)
+        loss = written_out(name, step, logprobs)
         loss.backward()
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_grad))
         outcome.grads.append(as_in_files((name, p.grad.clone()) for name, p in model.named_parameters()))
@@ -156,16 +186,20 @@ def as_in_files(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     return found
 
 
-def _stay_clear_of_clip_edges(step: dict[str, Any], logprobs: list[Tensor]) -> None:
+def _stay_clear_of_clip_edges(name: str, step: dict[str, Any], logprobs: list[Tensor]) -> None:
     """A ratio at an edge may fall on either side of it, with another gradient: such tokens leave the loss."""
+    edges = torch.tensor(CLIP[name])
     for new, old, mask in zip(logprobs, step["old_logprobs"], step["loss_mask"], strict=True):
-        ratios = torch.exp(new.detach() - old)
-        for edge in (0.8, 1.2):
-            mask &= (ratios - edge).abs() > 1e-3
+        log_ratio = new.detach() - old
+        while name == "gspo" and ((log_ratio[mask].mean().exp() - edges).abs() <= 1e-3).any():
+            mask[mask.nonzero()[0]] = False
+        if name != "gspo":
+            mask &= ((log_ratio.exp()[:, None] - edges).abs() > 1e-3).all(1)
 
 
-def _metrics(step: dict[str, Any], logprobs: list[Tensor], algorithm: GRPO) -> dict[str, float]:
+def _metrics(step: dict[str, Any], logprobs: list[Tensor], algorithm: Any) -> dict[str, float]:
     batch = train_batch(step)
+    batch.token_advantages = algorithm.token_advantages(batch, lambda value: value)
     whole = batch.microbatch(range(len(LENGTHS)))
     _, sums = algorithm.loss(torch.cat(logprobs).detach(), None, whole)
     over = {"max": 1.0, "mean": batch.num_tokens, "": batch.denominator}

@@ -92,6 +92,15 @@ def test_every_sequence_once_within_the_budget_and_equally_many_microbatches(
             assert len(indices) == 1 or sum(len(of_rank.token_ids[i]) for i in indices) <= max_tokens
 
 
+def test_micro_batches_come_in_multiples_with_dummies_where_sequences_do_not_suffice():
+    groups = random_groups(0)
+    [step] = planned(groups, max_tokens=10**6, microbatch_multiple=4)
+    assert [len(shard.microbatches) for shard in step] == [4, 4]
+    assert summed_loss([step]) == pytest.approx(summed_loss(planned(groups)), rel=1e-6)
+    [[shard]] = planned([SampleGroup(0, [sample(0, 1, 5, 4)])], dp_size=1, microbatch_multiple=2)
+    assert shard.microbatches == [[0], [1]] and not shard.loss_mask[1].any()
+
+
 @pytest.mark.parametrize("denominator", ["tokens", "sequences", "fixed"])
 @pytest.mark.parametrize("seed", range(5))
 def test_layout_does_not_change_the_loss(denominator, seed):

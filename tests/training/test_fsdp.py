@@ -357,7 +357,7 @@ def test_reference_logprobs_need_a_reference(model_dir, one_rank):
         one_rank(reference_not_kept, run_config(algorithm={}), model_dir, steps(1))
 
 
-@pytest.mark.parametrize("field", ["tp_size", "pp_size", "cp_size", "ep_size"])
+@pytest.mark.parametrize("field", ["tp_size", "pp_size", "vpp_size", "cp_size", "ep_size", "etp_size"])
 def test_other_parallel_dimensions_are_refused(field, model_dir):
     with pytest.raises(ValueError, match=f"{field}=2.*set it to 1 or use training.backend=megatron"):
         FSDPBackend(run_config(training={field: 2}), model_dir, None)

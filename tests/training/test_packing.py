@@ -46,6 +46,16 @@ def test_eight_thousand_sequences_take_seconds_at_most():
     assert time.monotonic() - started < 20  # 0.4 s on a quiet machine
 
 
+@pytest.mark.parametrize("multiple", [2, 3, 4])
+def test_ranks_have_a_multiple_of_so_many_micro_batches_and_no_more(multiple):
+    lengths = trace(0, 2048)
+    ranks = pack(lengths, num_ranks=8, max_tokens=16_384, parity_tokens=PARITY, multiple=multiple)
+    least = len(packed(lengths)[0])
+    assert {len(rank) for rank in ranks} == {-(-least // multiple) * multiple}
+    assert sorted(i for rank in ranks for m in rank for i in m) == list(range(len(lengths)))
+    assert all(m for rank in ranks for m in rank)
+
+
 def test_costs_by_hand():
     assert sequence_costs([100, 50], parity_tokens=100) == [200, 75]
 

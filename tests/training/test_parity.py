@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from tests.training import parity
 from tests.training.megatron.resume import grow, interrupted, reshard
 from tests.training.megatron.test_architectures import changes
 from tests.training.megatron.test_backend import rewrite
-from tests.training.parity import NUM_STEPS, Layout, Outcome, assert_parity, collect, train
+from tests.training.parity import LENGTHS, NUM_STEPS, Layout, Outcome, assert_parity, collect, train
 from tests.training.reference import make_step, reference
 
 pytestmark = pytest.mark.megatron
@@ -27,6 +27,9 @@ TP2_PP2_DISTRIBUTED = Layout(tp_size=2, pp_size=2, options=DISTRIBUTED)
 DP2_DISTRIBUTED = Layout(dp_size=2, options=DISTRIBUTED)
 TP2_DP2_DISTRIBUTED = Layout(tp_size=2, dp_size=2, options=DISTRIBUTED)
 PP2_DP2 = Layout(pp_size=2, dp_size=2)
+CP2, VPP2 = Layout(cp_size=2), Layout(pp_size=2, vpp_size=2, sequences=2)
+TP2_DP2, TP2_CP2 = Layout(tp_size=2, dp_size=2), Layout(tp_size=2, cp_size=2)
+CP2_DISTRIBUTED = Layout(cp_size=2, options=DISTRIBUTED)
 SEQUENCE_PARALLEL = (("sequence_parallel", True),)
 RECOMPUTE = (("recompute", True),)
 EP2, ETP2 = (("ep_size", 2),), (("etp_size", 2),)
@@ -47,7 +50,7 @@ EXPERTS = [
     Layout(dp_size=4, options=(("ep_size", 4),)),
 ]
 
-# Each mechanism once: tied and untied embeddings, biases, qk norm. The vocabulary of 250 is padded in all.
+# Each mechanism once, with embeddings tied and not, biases, qk norm. The vocabulary of 250 is padded in all.
 ONCE = [
     ("llama", ALONE),
     ("llama", TP2),
@@ -56,26 +59,48 @@ ONCE = [
     ("qwen3", DP2_DISTRIBUTED),
     ("qwen3", TP2_PP2),
     ("qwen3_moe", Layout(dp_size=2, options=EP2)),
+    ("qwen2", CP2),
+    ("qwen3", VPP2),
+    ("llama", replace(TP2_CP2, options=SEQUENCE_PARALLEL)),
     ("qwen3", Layout(backend="fsdp")),
     ("qwen3", Layout(backend="fsdp", dp_size=2)),
 ]
+# Each layout under each algorithm, and by families of models under one.
+LAYOUTS = [
+    *(Layout(backend="fsdp", dp_size=size) for size in (1, 2, 4)),
+    *(Layout(backend="fsdp", dp_size=2, sequences=n) for n in (1, len(LENGTHS))),
+    Layout(backend="fsdp", dp_size=2, options=RECOMPUTE),
+    *(ALONE, TP2, PP2, VPP2, DP2, CP2, TP2_PP2),
+    *(replace(layout, options=SEQUENCE_PARALLEL) for layout in (TP2, TP2_PP2, TP2_CP2)),
+    *(replace(layout, options=DISTRIBUTED) for layout in (DP2, CP2, VPP2, TP2_DP2)),
+    *(replace(layout, options=RECOMPUTE) for layout in (TP2, PP2, VPP2, CP2)),
+    *(replace(layout, sequences=n) for layout in (ALONE, TP2, CP2) for n in (1, len(LENGTHS))),
+    *(replace(layout, sequences=1) for layout in (PP2, VPP2)),
+    *(
+        TP2_CP2,
+        TP2_DP2,
+        PP2_DP2,
+        Layout(pp_size=4),
+        Layout(cp_size=4),
+        Layout(dp_size=4, options=DISTRIBUTED),
+    ),
+    Layout(cp_size=2, pp_size=2, vpp_size=2, sequences=2, options=DISTRIBUTED),
+    Layout(cp_size=2, dp_size=2, options=DISTRIBUTED),
+    Layout(tp_size=2, pp_size=2, vpp_size=2, sequences=2, options=SEQUENCE_PARALLEL + RECOMPUTE),
+]
 MATRIX = [
+    *(("qwen3", replace(layout, algorithm=name)) for name in parity.ALGORITHMS for layout in LAYOUTS),
     *(
         (f, layout)
-        for f in ("llama", "qwen2", "qwen3", "qwen3_untied")
-        for layout in (ALONE, TP2, PP2, TP2_PP2)
+        for f in ("llama", "qwen2", "qwen3_untied")
+        for layout in (ALONE, TP2, PP2, VPP2, CP2, TP2_PP2)
     ),
     *(
         (f, layout)
         for f in ("llama", "qwen2")
         for layout in (DP2, DP2_DISTRIBUTED, TP2_DP2_DISTRIBUTED, PP2_DP2)
     ),
-    ("llama3", ALONE),
-    ("qwen3", TP2_DP2_DISTRIBUTED),
-    ("qwen3", Layout(tp_size=2, pp_size=2, options=SEQUENCE_PARALLEL)),
-    ("qwen3", Layout(tp_size=2, options=RECOMPUTE)),
-    ("qwen3", Layout(pp_size=4)),
-    ("qwen3", Layout(dp_size=4, options=DISTRIBUTED)),
+    *(("llama3", layout) for layout in (ALONE, CP2)),
     *((family, layout) for family in ("qwen3_moe", "glm4_moe") for layout in EXPERTS),
     ("deepseek_v3", Layout(tp_size=2, options=SEQUENCE_PARALLEL + EP2)),
     ("qwen2_moe", Layout(tp_size=2, options=SEQUENCE_PARALLEL + EP2)),
@@ -85,6 +110,9 @@ MATRIX = [
 RESHARDED: list[tuple[str, Layout, Any]] = [  # into one rank, or from one
     ("qwen3", TP2_PP2_DISTRIBUTED, reshard),
     ("qwen3", TP2_DP2_DISTRIBUTED, reshard),
+    ("qwen3", CP2, reshard),
+    ("qwen3", replace(VPP2, options=DISTRIBUTED), reshard),
+    ("qwen3", replace(TP2_CP2, options=DISTRIBUTED), reshard),
     ("qwen3_moe", EP2_DISTRIBUTED, reshard),
     ("qwen3_moe", EP2_DISTRIBUTED, grow),
     ("qwen3_moe", Layout(dp_size=2, options=EP2), reshard),
@@ -108,42 +136,48 @@ class Problem:
     reference: Outcome
 
     @classmethod
-    def make(cls, family: str, directory: Path) -> Problem:
+    def make(cls, family: str, algorithm: str, directory: Path) -> Problem:
         kind = family.removesuffix("_idle")
-        model_dir = save_model(directory / family, kind, **changes(kind))
+        model_dir = save_model(directory / f"{family}-{algorithm}", kind, **changes(kind))
         if family == IDLE:
             rewrite(model_dir / "model.safetensors", unwanted)
         steps = [make_step(model_dir, number) for number in range(NUM_STEPS)]
-        return cls(model_dir, steps, reference(model_dir, steps))
+        return cls(model_dir, steps, reference(model_dir, steps, algorithm))
 
 
 def run_all(cases: list[tuple[str, Layout]], tmp: Path, more: list[Any], deadline_s: float) -> Any:
-    problems = {family: Problem.make(family, tmp) for family in sorted({f for f, _ in cases})}
-    jobs = [(layout, problems[f].model_dir, train, problems[f].steps) for f, layout in cases]
-    jobs += [(layout, problems[f].model_dir, function, problems[f].steps) for f, layout, function in more]
-    results = parity.run(jobs, tmp, deadline_s)
+    """The problem and the outcome of each case, and what the functions of `more` returned by rank."""
+    jobs = [(*case, train) for case in cases] + more
+    made = {key: Problem.make(*key, tmp) for key in sorted({(f, layout.algorithm) for f, layout, _ in jobs})}
+    problems = [made[family, layout.algorithm] for family, layout, _ in jobs]
+    results = parity.run(
+        [(job[1], p.model_dir, job[2], p.steps) for job, p in zip(jobs, problems, strict=True)],
+        tmp,
+        deadline_s,
+    )
     outcomes = {case: collect(r, case[1]) for case, r in zip(cases, results, strict=False)}
-    return problems, outcomes, results[len(cases) :]
+    return dict(zip(cases, problems, strict=False)), outcomes, results[len(cases) :]
 
 
 @pytest.fixture(scope="module")
 def once(tmp_path_factory):
-    resumes = [("qwen3", TP2_PP2, interrupted), ("qwen3", DP2_DISTRIBUTED, interrupted)]
-    return run_all(ONCE, tmp_path_factory.mktemp("parity"), resumes, deadline_s=240)
+    resumes = [("qwen3", layout, interrupted) for layout in (TP2_PP2, DP2_DISTRIBUTED, VPP2)]
+    others = [("qwen3", layout, reshard) for layout in (VPP2, CP2_DISTRIBUTED)]
+    return run_all(ONCE, tmp_path_factory.mktemp("parity"), resumes + others, deadline_s=240)
 
 
 @pytest.mark.parametrize("case", ONCE, ids=lambda case: f"{case[0]}-{case[1]}")
 def test_training_equals_plain_pytorch(once, case):
     problems, outcomes, _ = once
-    assert_parity(outcomes[case], problems[case[0]].reference, case[1])
+    assert_parity(outcomes[case], problems[case].reference, case[1])
 
 
 @pytest.mark.parametrize("case", ONCE, ids=lambda case: f"{case[0]}-{case[1]}")
 def test_weight_shards_are_the_checkpoint_bit_for_bit(once, case):
     problems, outcomes, _ = once
-    saved = load_file(problems[case[0]].model_dir / "model.safetensors")
+    saved = load_file(problems[case].model_dir / "model.safetensors")
     initial = outcomes[case].extra["initial"]
-    assert initial.keys() == saved.keys()
+    assert initial.keys() == saved.keys() == {tensor.name for tensor in outcomes[case].extra["plan"]}
     assert all(torch.equal(initial[name], saved[name]) for name in saved)
 
 
@@ -157,7 +191,7 @@ def test_reference_logprobs_are_those_of_the_initial_weights_and_leave_the_polic
     assert all(torch.equal(after[name], value) for name, value in outcome.params.items())
 
 
-@pytest.mark.parametrize("index", [0, 1], ids=["tp2-pp2", "dp2-distributed"])
+@pytest.mark.parametrize("index", range(3), ids=["tp2-pp2", "dp2-distributed", "vpp2"])
 def test_a_resumed_run_continues_bit_for_bit(once, index):
     check_resumed(once[2][index])
 
@@ -171,6 +205,11 @@ def check_resumed(ranks: list[dict[str, Any]]) -> None:
         assert rank["children_after_save"] == []
 
 
+@pytest.mark.parametrize("index", [3, 4], ids=["vpp2", "cp2-distributed"])
+def test_a_checkpoint_of_either_mechanism_loads_into_one_rank(once, index):
+    assert max(rank["difference"] for rank in once[2][index]) <= parity.ABSOLUTE
+
+
 @pytest.fixture(scope="module")
 def matrix(tmp_path_factory):
     more = [*RESHARDED, ("qwen3_moe", EP2_DISTRIBUTED, interrupted)]
@@ -182,8 +221,9 @@ def matrix(tmp_path_factory):
 @pytest.mark.parametrize("case", MATRIX, ids=lambda case: f"{case[0]}-{case[1]}")
 def test_matrix_equals_plain_pytorch(matrix, case, record_property):
     problems, outcomes, _ = matrix
-    record_property("parity", parity.compare(outcomes[case], problems[case[0]].reference))
-    assert_parity(outcomes[case], problems[case[0]].reference, case[1])
+    differences = parity.compare(outcomes[case], problems[case].reference)
+    record_property("parity", (str(replace(case[1], algorithm="grpo")), differences))
+    assert_parity(outcomes[case], problems[case].reference, case[1])
 
 
 @pytest.mark.matrix

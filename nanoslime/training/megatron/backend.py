@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nanoslime.batch import TrainBatch, WeightShard
 from nanoslime.config import RunConfig
+from nanoslime.layout import check_kernels
 from nanoslime.models.shape import ModelShape
 from nanoslime.storage.safetensors_file import SIDE, copy_other_files
 from nanoslime.training.backend import Algorithm, RankEnv, TrainBackend
@@ -20,6 +21,9 @@ class MegatronBackend(TrainBackend):
         super().__init__(config, env)
         self._shape, self._model_dir = ModelShape.read(model_dir), model_dir
         parallel.check(config.training, self._shape, env.world_size)
+        if env.device == "cuda":
+            found = model.has_transformer_engine(self._device)
+            check_kernels(config.training, self._shape, transformer_engine=found)
         cpu_compat.install()
         self._ranks = ranks = parallel.initialize(config.training, env, config.seed)
         self.dp_rank, self.dp_size = ranks.dp_rank, ranks.dp_size

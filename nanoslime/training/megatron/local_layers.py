@@ -63,35 +63,22 @@ class PackedAttention(MegatronModule):
         **__: Any,
     ) -> Tensor:
         """query [T, heads, d], key [T, groups, d], value [T, groups, v] -> [T, heads * v]."""
-        bounds, group, sizes = (
-            packed_seq_params.cu_seqlens_q,
-            self._cp_group,
-            [key.shape[-1], value.shape[-1]],
-        )
-        both = context_parallel.gather(torch.cat([key, value], -1), bounds, group, sum_gradients=True)
-        lengths = bounds.diff().tolist()
-        queries = query.split([n // group.size() for n in lengths])
-        parts = zip(queries, *(x.split(lengths) for x in both.split(sizes, -1)), strict=True)
+        bounds, group = packed_seq_params.cu_seqlens_q, self._cp_group
+        key, value = (context_parallel.gather(x, bounds, group, sum_gradients=True) for x in (key, value))
+        lengths, local = bounds.diff(), bounds.diff() // group.size()
+        sizes = zip((query, key, value), (local, lengths, lengths), strict=True)
+        parts = zip(*(x.split(n.tolist()) for x, n in sizes), strict=True)
         return torch.cat([self._attend(q, k, v) for q, k, v in parts]).flatten(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Of one sequence: the queries of this rank, the keys and values of all."""
-        cp_size, rank = self._cp_group.size(), self._cp_group.rank()
-        if cp_size == 1:
-            return self._product(query, key, value)
-        chunk = len(query) // 2
-        ends = (chunk * (rank + 1), chunk * (2 * cp_size - rank))  # what its two chunks can see
-        halves = zip(query.split(chunk), ends, strict=True)
-        return torch.cat([self._product(q, key[:end], value[:end]) for q, end in halves])
-
-    def _product(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The last query sees every key, the one before it all but the last key, and so on."""
         q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))  # [1, heads, T_i, d]
-        gqa, square, mask = q.shape[1] != k.shape[1], len(query) == len(key), None
-        if not square:
-            mask = query.new_ones(len(query), len(key), dtype=torch.bool).tril(len(key) - len(query))
+        gqa, mask, rank = q.shape[1] != k.shape[1], None, self._cp_group.rank()
+        if self._cp_group.size() > 1:
+            places = torch.arange(len(key), device=key.device)
+            mask = places <= places.view(2 * self._cp_group.size(), -1)[[rank, -1 - rank]].view(-1, 1)
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=square, scale=self.scale, enable_gqa=gqa
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=gqa
         )
         return out[0].transpose(0, 1)
 

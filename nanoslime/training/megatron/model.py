@@ -50,7 +50,7 @@ def model_config(
         batch_p2p_sync=False,
     )  # fmt: skip
     if shape.moe:
-        values |= _expert_fields(shape.moe, shape.num_layers, grouped=_has_transformer_engine(device))
+        values |= _expert_fields(shape.moe, shape.num_layers, grouped=has_transformer_engine(device))
     if shape.mla:
         values |= _latent_fields(shape.mla, shape)
     kind = MLATransformerConfig if shape.mla else TransformerConfig
@@ -77,19 +77,14 @@ def transformer_config(shape: ModelShape, config: RunConfig, device: torch.devic
 
 
 def gpt_model(
-    shape: ModelShape,
-    settings: TransformerConfig,
-    device: torch.device,
-    *,
-    first: bool,
-    last: bool,
+    shape: ModelShape, settings: TransformerConfig, device: torch.device, *, first: bool, last: bool,
     vp_stage: int | None = None,
-) -> GPTModel:
+) -> GPTModel:  # fmt: skip
     """This rank's part of the model with uninitialized weights; first, last: at that end of the pipeline.
 
     `vp_stage`: which of this rank's pieces, where it has several.
     """
-    if _has_transformer_engine(device):
+    if has_transformer_engine(device):
         spec = get_gpt_decoder_block_spec(settings, use_transformer_engine=True, vp_stage=vp_stage)
     else:
         spec = local_block_spec(settings, vp_stage)
@@ -160,7 +155,7 @@ def _latent_fields(mla: MLA, shape: ModelShape) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def _has_transformer_engine(device: torch.device) -> bool:
+def has_transformer_engine(device: torch.device) -> bool:
     return device.type == "cuda" and find_spec("transformer_engine") is not None
 
 

@@ -71,8 +71,6 @@ def check(config: TrainingConfig, shape: ModelShape, world_size: int) -> None:
     stages, sizes = config.pp_size, f"training.pp_size={config.pp_size}"
     if config.vpp_size > 1:
         stages, sizes = stages * config.vpp_size, f"{sizes} x training.vpp_size={config.vpp_size}"
-        if config.pp_size == 1:
-            raise ValueError(f"training.vpp_size={config.vpp_size} needs training.pp_size of 2 or more")
     if shape.num_layers % stages:
         fit = [n for n in range(1, shape.num_layers + 1) if shape.num_layers % n == 0]
         problem = f"{sizes} does not divide num_hidden_layers={shape.num_layers}"

@@ -148,6 +148,12 @@ def test_a_damaged_or_foreign_megatron_checkpoint_is_named(start, steps, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "world_size", "message"),
     [
+        (
+            {"tp_size": 2, "cp_size": 2},
+            6,
+            "6 trainer ranks are not a multiple of training.tp_size=2 x training.cp_size=2 x",
+        ),
+        ({"pp_size": 2, "vpp_size": 4}, 2, "pp_size=2 x training.vpp_size=4 does not divide num_hidden_la"),
         ({"ep_size": 2}, 2, "training.ep_size=2 must divide a qwen3, which has no experts"),
         ({"tp_size": 4}, 4, "tp_size=4 does not divide num_key_value_heads=2"),
         ({"pp_size": 3}, 3, r"pp_size=3 does not divide num_hidden_layers=4; choose one of \[1, 2, 4\]"),
