@@ -61,10 +61,10 @@ class SGLangServer:
     def __post_init__(self) -> None:
         place = {"model_path": self.model_path, "host": self.host, "port": self.port, "device": self.device}
         ours = place | {"tp_size": self.config.engine_tp_size, "weight_version": "0"}
+        ours["enable_return_routed_experts"] = self.routed_experts
         if taken := sorted(ours.keys() & self.config.sglang):
             raise RunError(f"rollout.sglang.{taken[0]} is set by nanoslime itself; remove it")
         options = ours | {"dtype": self.dtype, "random_seed": self.seed}
-        options["enable_return_routed_experts"] = self.routed_experts
         self.env = os.environ | {"NO_PROXY": "*", "no_proxy": "*"}  # SGLang calls itself over HTTP to warm up
         if self.device == "cpu":
             options |= _CPU_OPTIONS

@@ -113,11 +113,9 @@ def _experts(sample: Sample, size: tuple[int, ...]) -> Tensor:
     """int16 [T, *size]; -1 for what the engine did not run: the last token, and a sample without response."""
     experts = torch.full((sample.num_tokens, *size), -1, dtype=torch.int16)
     if sample.routed_experts is not None:
-        experts[:-1] = torch.from_numpy(sample.routed_experts)
+        experts[:-1] = torch.tensor(sample.routed_experts)
     elif sample.num_response_tokens:
-        raise ValueError(
-            f"a sample of group {sample.group_id} lacks routed_experts; others of its step do not"
-        )
+        raise ValueError(f"a sample of group {sample.group_id} lacks routed_experts, which others have")
     return experts
 
 

@@ -29,7 +29,7 @@ def engine(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     log = tmp_path_factory.mktemp("sglang") / "engine.log"
     server = make_server(model_dir, log, pick_port(), skip_tokenizer_init=True)
     server = replace(server, routed_experts=True)
-    yield server.start(deadline_s=280)
+    yield server.start(deadline_s=500)
     server.close()
 
 

@@ -245,3 +245,23 @@ def check_r3(start: Any, batch: TrainBatch) -> None:
 def test_r3_holds_the_engines_experts_whatever_the_routers_say(start, model_dir):
     engine = EmbeddedEngine(str(model_dir), "float32", "cpu", seed=0)
     check_r3(start, sampled(engine))
+
+
+def test_a_batch_without_experts_is_refused(start, step):
+    with pytest.raises(ValueError, match="routing_replay=R3: no routed experts; the samples hold none"):
+        start(routing_replay="R3").train_step(train_batch(step), GRPO(KL))
+    with pytest.raises(ValueError, match="routing_replay=R2: no routed experts; logprobs were not computed"):
+        start(routing_replay="R2").train_step(train_batch(step), GRPO(KL))
+
+
+def test_routers_that_do_not_ask_are_refused(start):
+    with pytest.raises(ValueError, match="excludes .* sinkhorn"):
+        start(routing_replay="R2", megatron={"moe_router_load_balancing_type": "sinkhorn"})
+
+
+def test_without_replay_the_engines_experts_are_ignored(start, step):
+    batch = train_batch(step)
+    batch.routed_experts = [torch.zeros(len(ids), 4, 2, dtype=torch.int16) for ids in batch.token_ids]
+    backend = start()
+    free = chosen(backend, lambda: backend.logprobs(batch, "policy"))
+    assert free.float().std() > 1
