@@ -37,6 +37,7 @@ class TrainBatch:
     old_logprobs: list[Tensor] | None = None
     ref_logprobs: list[Tensor] | None = None
     token_advantages: list[Tensor] | None = None
+    routed_experts: list[Tensor] | None = None  # int16 [T_i, num_moe_layers, topk], -1: as the router likes
 
     def microbatch(self, indices: Sequence[int]) -> MicroBatch:
         """The given sequences, packed. Raises ValueError where there are none."""
@@ -63,6 +64,7 @@ class TrainBatch:
             ref_logprobs=None if self.ref_logprobs is None else packed(self.ref_logprobs),
             temperature=self.temperature,
             denominator=self.denominator,
+            routed_experts=None if self.routed_experts is None else packed(self.routed_experts),
         )
 
 
@@ -81,6 +83,7 @@ class MicroBatch:
     ref_logprobs: Tensor | None
     temperature: float
     denominator: float
+    routed_experts: Tensor | None = None  # int16 [T, num_moe_layers, topk], -1: as the router likes
 
     def to(self, device: torch.device) -> MicroBatch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -187,6 +187,8 @@ def _parallel(config: RunConfig, shape: ModelShape, ranks: int, slots: int) -> P
         raise RunError(f"{what}: {', '.join(shape.megatron_lacks)}")
     if t.backend == "fsdp" and shape.moe:
         raise RunError(f"{what}, which has experts; use --backend megatron")
+    if t.routing_replay != "none" and not shape.moe_layers:
+        raise RunError(f"training.routing_replay={t.routing_replay}: {shape.model_type} has no experts")
     for name in ("tp_size", "pp_size", "vpp_size", "cp_size"):
         if t.backend == "fsdp" and getattr(t, name) != 1:
             raise RunError(f"training.{name}={getattr(t, name)} needs --backend megatron; with fsdp set 1")

@@ -55,7 +55,9 @@ class Sample:
     label: Any = None
     metadata: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
-    routed_experts: np.ndarray | None = None  # [T-1, num_moe_layers, topk]; uint8 to 256 experts, else int16
+    routed_experts: np.ndarray | None = None
+    """[T-1, num_moe_layers, topk], uint8 up to 256 experts, else int16: those that token t went to, by layer
+    that has experts; the engine never runs the last token."""
     reward: float | None = None  # set once, by the reward
     advantage: float | None = None  # set once, by the algorithm, one scalar; never stored in `reward`
 
@@ -115,6 +117,7 @@ class Generation:
     status: Status
     versions: list[tuple[int, int]]  # (first response token, policy version) spans
     error: str | None = None
+    routed_experts: np.ndarray | None = None  # [P+R-1, ...] as in Sample, where the engine was to report them
 
 
 @runtime_checkable

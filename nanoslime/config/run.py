@@ -34,6 +34,11 @@ class RunConfig:
         if self.rehearsal.enabled and self.model.hf_checkpoint:
             given = f"model.hf_checkpoint={self.model.hf_checkpoint!r}"
             raise ValueError(f"rehearsal.enabled makes its own model; {given} needs --rehearsal.no-enabled")
+        asked = f"training.routing_replay={self.training.routing_replay}"
+        if not asked.endswith("none") and self.training.backend != "megatron":
+            raise ValueError(f"{asked} needs training.backend=megatron")
+        if asked.endswith("R2") and self.algorithm.use_rollout_logprobs:
+            raise ValueError(f"{asked} needs a pass for old logprobs: no use_rollout_logprobs, or set R3")
         steps, prompts = self.training.num_steps_per_rollout, self.rollout.rollout_batch_size
         if prompts % steps:
             name = f"training.num_steps_per_rollout={steps}"

@@ -39,6 +39,9 @@ class TrainingConfig:
     max_tokens_per_microbatch: int = Field(default=8192, ge=1)
     """Token budget of a packed micro-batch, per rank of cp_size; a longer sequence goes alone."""
     recompute: bool = False
+    routing_replay: Literal["none", "R2", "R3"] = "none"
+    """The training pass of an MoE model takes the experts that the pass for old logprobs chose (R2, arXiv
+    2507.18071 section 5.3) or that the engine ran (R3, arXiv 2510.11370)."""
     distributed_optimizer: bool = True
     megatron: dict[str, Any] = Field(default_factory=dict)
     """Fields of megatron-core's TransformerConfig as written there."""

@@ -111,6 +111,7 @@ def engine_server(
         name=f"engine-{index}", model_path=str(model_dir), config=config.rollout, dtype=config.model.dtype,
         device=device, host=host, port=free_port(host), log=log, seed=config.seed * 1000 + index,
         cpu_core=cores[-1 - index % len(cores)], gpu_ids=gpu_ids,
+        routed_experts=config.training.routing_replay == "R3",
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ SGLangEngine calls it: generate, pause, weight updates. It is a picklable value,
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import json
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import aiohttp
+import numpy as np
 import requests
 
 from nanoslime.config.rollout import RolloutConfig
@@ -53,11 +55,13 @@ class SGLangServer:
     seed: int
     cpu_core: int | None = None  # where the one thread of a CPU engine computes
     gpu_ids: Sequence[int] = ()  # the GPUs that it sees
+    routed_experts: bool = False  # whether its engine reports them
     process: ChildProcess | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         place = {"model_path": self.model_path, "host": self.host, "port": self.port, "device": self.device}
         ours = place | {"tp_size": self.config.engine_tp_size, "weight_version": "0"}
+        ours["enable_return_routed_experts"] = self.routed_experts
         if taken := sorted(ours.keys() & self.config.sglang):
             raise RunError(f"rollout.sglang.{taken[0]} is set by nanoslime itself; remove it")
         options = ours | {"dtype": self.dtype, "random_seed": self.seed}
@@ -74,10 +78,11 @@ class SGLangServer:
     def start(self, deadline_s: float) -> SGLangEngine:
         """Start the process and wait until it generates. RunError names engine, what was awaited and log."""
         require_free_port(self.host, self.port, f"engine {self.name}")
+        shape = ModelShape.read(self.model_path)
         engine = SGLangEngine(
             name=self.name, url=f"http://{self.host}:{self.port}", log=str(self.log),
-            vocab_size=ModelShape.read(self.model_path).vocab_size, world_size=self.config.engine_tp_size,
-            request_deadline_s=self.config.request_deadline_s,
+            vocab_size=shape.vocab_size, experts_of=shape if self.routed_experts else None,
+            world_size=self.config.engine_tp_size, request_deadline_s=self.config.request_deadline_s,
         )  # fmt: skip
         self.process = ChildProcess(f"engine {self.name}", self.command, self.env, self.log)
         self.process.wait_until(engine.health, f"200 from {engine.url}/health", deadline_s)
@@ -97,6 +102,7 @@ class SGLangEngine:
     log: str
     vocab_size: int
     world_size: int = 1
+    experts_of: ModelShape | None = None  # the model, where the experts of each token are asked for
     request_deadline_s: float = 1800.0
     control_deadline_s: float = 300.0
 
@@ -110,6 +116,7 @@ class SGLangEngine:
         sampling = {**asdict(request), "skip_special_tokens": False}  # the fields have SGLang's own names
         token_ids, _ = [int(token) for token in sampling.pop("token_ids")], sampling.pop("seed")
         body = {"input_ids": token_ids, "sampling_params": sampling, "return_logprob": True}
+        body["return_routed_experts"] = self.experts_of is not None
         timeout = aiohttp.ClientTimeout(total=self.request_deadline_s)
         try:
             # A session per request: event loops come and go, and a closed connection makes SGLang abort it.
@@ -128,7 +135,8 @@ class SGLangEngine:
             return [Generation([], [], Status.ERROR, [], error=error) for _ in range(request.n)]
         if response.status != 200:
             raise self._error(f"/generate answered {response.status}: {str(answer)[:300]}", EngineLost)
-        return [_generation(item) for item in (answer if isinstance(answer, list) else [answer])]
+        answers = answer if isinstance(answer, list) else [answer]
+        return [_generation(item, len(token_ids), self.experts_of) for item in answers]
 
     def health(self) -> bool:
         """Whether the server generates. False while it starts, is paused, or is gone."""
@@ -224,7 +232,7 @@ class SGLangEngine:
         return kind(f"engine {self.name} at {self.url}: {what}; log: {self.log}; last line: {line}")
 
 
-def _generation(answer: dict[str, Any]) -> Generation:
+def _generation(answer: dict[str, Any], num_prompt: int, shape: ModelShape | None) -> Generation:
     meta = answer["meta_info"]
     logprobs = [entry[0] for entry in meta["output_token_logprobs"]]
     token_ids = list(answer["output_ids"])
@@ -234,7 +242,12 @@ def _generation(answer: dict[str, Any]) -> Generation:
         raise RunError(f"SGLang returned {counts} (request {meta['id']})")
     spans = meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0}]
     versions = [(int(span["start"]), int(span["version"])) for span in spans]
-    return Generation(token_ids, logprobs, _STATUS[reason["type"]], versions, error=reason.get("message"))
+    experts = None
+    if shape and (moe := shape.moe) and token_ids:  # a request that was ended before it ran has none
+        size = (num_prompt + len(token_ids) - 1, shape.num_layers, moe.num_experts_per_token)
+        numbers = np.frombuffer(base64.b64decode(meta["routed_experts"]), dtype=np.int32).reshape(size)
+        experts = numbers[:, list(shape.moe_layers)].astype(np.uint8 if moe.num_experts <= 256 else np.int16)
+    return Generation(token_ids, logprobs, _STATUS[reason["type"]], versions, reason.get("message"), experts)
 
 
 # Defaults of an engine on CPU, with a model of some megabytes in mind.

@@ -5,6 +5,8 @@ notice missing ones. With this plug-in the tensors of an update, by disk or broa
 checkpoint that the server was started from: an unknown or repeated name, or another shape, is refused before
 anything is loaded, and a session (begin ... end) or a directory that lacks one is refused with the names. A
 refusal is an error response (success false); the server goes on.
+
+On a machine without CUDA it also lets SGLang keep the experts that its routers choose in ordinary memory.
 """
 
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from nanoslime.rollout.weight_check import Shapes, checkpoint_shapes, first_prob
 from nanoslime.types import RunError
 
 _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
+_PIN_MEMORY = "sglang.srt.mem_cache.pool_host.common._cuda_host_register"
 _MANAGER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 
 Result = tuple[bool, str]
@@ -34,6 +37,8 @@ def register() -> None:
         (f"{_MANAGER}.end_weight_update", guard.answer_end),
     ):
         HookRegistry.register(target, hook, HookType.AROUND)
+    if not torch.cuda.is_available():  # the host's buffer for routed experts is pinned by a call of CUDA
+        HookRegistry.register(_PIN_MEMORY, lambda *_: None, HookType.REPLACE)
 
 
 class WeightGuard:

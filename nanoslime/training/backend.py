@@ -69,10 +69,12 @@ class TrainBackend(ABC):
     def logprobs(self, shard: TrainBatch, weights: Literal["policy", "ref"]) -> list[Tensor] | None:
         """[T_i] float32 per sequence of `shard.token_ids`, in order, on the CPU; on the last pipeline stage.
 
-        None elsewhere. Raises ValueError for "ref" where the algorithm was configured without one.
+        None elsewhere. Under training.routing_replay=R2 the policy's choice of experts is put into `shard`;
+        the reference makes its own in any case.
+        Raises ValueError for "ref" where the algorithm was configured without one.
         """
         with torch.no_grad(), self._weights(weights):
-            packs = self._packed_logprobs(shard)
+            packs = self._packed_logprobs(shard, weights)
         if not self.is_last_stage:
             return None
         found: dict[int, Tensor] = {}
@@ -121,8 +123,8 @@ class TrainBackend(ABC):
 
     # What a backend does in its own way. `_backward` fills gradients summed over ranks and returns metrics
     # with train/loss on every rank; `_grad_norm`, `_grads` and `_update` come after it, in this order.
-    @abstractmethod
-    def _packed_logprobs(self, shard: TrainBatch) -> list[Tensor]: ...  # [T] per micro-batch, last stage only
+    @abstractmethod  # [T] per micro-batch, last stage only; the weights are those asked for
+    def _packed_logprobs(self, shard: TrainBatch, weights: Literal["policy", "ref"]) -> list[Tensor]: ...
     @abstractmethod
     def _backward(self, shard: TrainBatch, algorithm: Algorithm) -> dict[str, float]: ...
     @abstractmethod

@@ -6,7 +6,7 @@ files -> shards (fsdp_model) -> packed forward to logprobs -> loss, a sum -> sum
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -65,7 +65,7 @@ class FSDPBackend(TrainBackend):
             if name in state:
                 generator.set_state(state[name])
 
-    def _packed_logprobs(self, shard: TrainBatch) -> list[Tensor]:
+    def _packed_logprobs(self, shard: TrainBatch, weights: Literal["policy", "ref"]) -> list[Tensor]:
         return [self._policy(shard.microbatch(i).to(self._device))[0].cpu() for i in shard.microbatches]
 
     def _backward(self, shard: TrainBatch, algorithm: Algorithm) -> dict[str, float]:

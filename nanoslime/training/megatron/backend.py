@@ -1,8 +1,11 @@
 """The Megatron trainer rank: TrainBackend on GPTModel."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -13,6 +16,7 @@ from nanoslime.models.shape import ModelShape
 from nanoslime.storage.safetensors_file import SIDE, copy_other_files
 from nanoslime.training.backend import Algorithm, RankEnv, TrainBackend
 from nanoslime.training.megatron import checkpoint, cpu_compat, model, optimizer, parallel, weights
+from nanoslime.training.megatron.routing_replay import install_replay
 from nanoslime.training.megatron.step import Pipeline
 
 
@@ -34,6 +38,9 @@ class MegatronBackend(TrainBackend):
         self._weights_here = [b for piece, part in here for b in weights.bind(piece, self._shape, part)]
         weights.load(self._weights_here, self._shape, model_dir)
         self._optimizer = optimizer.build(distributed, config)
+        self._replay = config.training.routing_replay
+        if self._replay != "none":
+            install_replay(self._pieces, self._shape)
         self._pipeline = Pipeline(distributed, self._shape, ranks, self._device)
         self._keep_reference()
 
@@ -56,10 +63,19 @@ class MegatronBackend(TrainBackend):
     def load(self, path: Path) -> None:
         self._step = checkpoint.load(path, self._pieces, self._optimizer, self._ranks)
 
-    def _packed_logprobs(self, shard: TrainBatch) -> list[Tensor]:
+    def _packed_logprobs(self, shard: TrainBatch, weights: Literal["policy", "ref"]) -> list[Tensor]:
+        if weights == "ref":
+            shard = replace(shard, routed_experts=None)
+        elif self._replay == "R2" and (moe := self._shape.moe):
+            size = (len(self._shape.moe_layers), moe.num_experts_per_token)
+            free = [torch.full((len(ids), *size), -1, dtype=torch.int16) for ids in shard.token_ids]
+            shard.routed_experts = free  # the pass fills in what this rank's routers choose
         return self._pipeline.logprobs(shard)
 
     def _backward(self, shard: TrainBatch, algorithm: Algorithm) -> dict[str, float]:
+        if self._replay != "none" and shard.routed_experts is None:
+            source = "the samples hold none" if self._replay == "R3" else "logprobs were not computed before"
+            raise ValueError(f"training.routing_replay={self._replay}: no routed experts; {source}")
         self._optimizer.zero_grad()
         return parallel.from_last_stage(self._pipeline.gradients(shard, algorithm), self._ranks)
 
