@@ -22,7 +22,7 @@ _SHORT = {
     "training": "backend num-gpus tp-size pp-size cp-size ep-size lr num-steps-per-rollout "
     "max-tokens-per-microbatch",
     "rollout": "num-rollout rollout-batch-size n-samples-per-prompt max-new-tokens temperature top-p top-k "
-    "engine engine-tp-size",
+    "engine engine-tp-size load-rollouts rollout-only",
     "algorithm": "eps-clip eps-clip-high kl-coef use-kl-loss kl-loss-coef kl-loss-type use-unbiased-kl "
     "use-rollout-logprobs",
     "data": "prompts eval-prompts reward chat-template",
