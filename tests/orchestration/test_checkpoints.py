@@ -3,12 +3,15 @@
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from nanoslime import train
 from nanoslime.run_dir import DONE, FAILED, RunDir
+from tests import processes
 from tests.orchestration import test_loop
 from tests.orchestration.test_loop import rows, run_dir
 
@@ -93,3 +96,34 @@ def test_a_run_without_any_checkpoint_begins(run):
     run.checkpoints.mkdir()
     assert train.main(["--resume", str(run.path), "--num-rollout", "1"]) == DONE
     assert [row["step"] for row in rows(run)] == [0]
+
+
+@pytest.mark.parametrize(
+    "backend", ["fsdp", pytest.param("megatron", marks=[pytest.mark.megatron, pytest.mark.matrix])]
+)
+def test_a_killed_run_resumes_exactly(tmp_path, model, backend, no_leftovers):
+    """SIGKILL somewhere after the second of eight checkpoints; then all metrics of an uninterrupted run, with
+    a learning rate that warms up and decays, two steps a rollout, and an evaluation after each.
+    """
+    schedule = (
+        "--training.lr-schedule cosine --training.lr-warmup-steps 3 --lr 1e-3 --num-steps-per-rollout 2"
+    )
+    more = f"--backend {backend} --num-rollout 8 --save-interval 1 --eval-interval 1 {schedule}"
+    flags = run_dir(tmp_path, "straight", model, f"{more} --use-kl-loss --kl-loss-coef 0.01")
+    assert train.main(flags) == DONE
+    flags[flags.index("straight")] = "killed"
+    command = [sys.executable, "-W", "ignore", "-m", "nanoslime.train", *flags]
+    with (tmp_path / "log").open("w") as log:
+        root = Path(train.__file__).parents[1]
+        process = subprocess.Popen(command, cwd=root, stdout=log, stderr=log)
+        checkpoint = tmp_path / "killed" / "checkpoints" / "step_2"
+        seen = processes.wait_for(lambda: checkpoint.is_dir() or process.poll() is not None, 240)
+        process.kill()
+        process.wait(30)
+    assert seen and process.returncode < 0, (tmp_path / "log").read_text()
+    straight, killed = RunDir.open(tmp_path / "straight"), RunDir.open(tmp_path / "killed")
+    assert len(untimed(killed)) < 8
+    assert train.main(["--resume", str(killed.path)]) == DONE
+    assert untimed(killed) == untimed(straight)
+    exported = [(run.hf(8) / "model.safetensors").read_bytes() for run in (killed, straight)]
+    assert exported[0] == exported[1]
