@@ -6,7 +6,8 @@
     node 3   engine ...
 
 A slot is a GPU of a node, or a share of its cores where it has no GPUs. On one node trainers take the first
-slots, engines the last. The embedded engine lives in the driver and takes no slot.
+slots, engines the last. The embedded engine lives in the driver and takes no slot, recorded rollouts need no
+engine: trainers then have all. With rollout_only engines have all.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ class Layout:
     device: str  # cuda or cpu
     backend: str  # megatron or fsdp
     parallel: ParallelDims
-    trainers: tuple[TrainerPlace, ...]  # by rank
-    engines: tuple[EnginePlace, ...]  # by index; none with the embedded engine
+    trainers: tuple[TrainerPlace, ...]  # by rank; none with rollout_only
+    engines: tuple[EnginePlace, ...]  # by index; none with the embedded engine or recorded rollouts
 
     def roles(self, node: int) -> str:
         """trainer, engine or trainer+engine."""
@@ -104,8 +105,9 @@ def plan(config: RunConfig, shape: ModelShape) -> Layout:
     cluster, slots = config.cluster, _slots(config)
     trainer_slots = _trainer_slots(config, slots)
     places = [(node, slot) for node, count in enumerate(trainer_slots) for slot in range(count)]
-    parallel = _parallel(config, shape, len(places), slots)
-    if cluster.device == "cuda":
+    alone = ParallelDims(tp=1, pp=1, cp=1, ep=1, dp=1)
+    parallel = _parallel(config, shape, len(places), slots) if places else alone
+    if cluster.device == "cuda" and places:
         check_kernels(config.training, shape, transformer_engine=_has_transformer_engine(config))
     _check_engine_size(config, shape, slots)
     layout = Layout(
@@ -126,14 +128,16 @@ def _slots(config: RunConfig) -> int:
     cluster, ranks = config.cluster, config.training.num_gpus
     if cluster.nodes > 1 or cluster.device == "cuda" or ranks is None:
         return cluster.slots
-    engine = 0 if config.rollout.engine == "embedded" else config.rollout.engine_tp_size
+    engine = config.rollout.engine_tp_size if config.rollout.takes_slots else 0
     return max(cluster.slots, ranks + engine)
 
 
 def _trainer_slots(config: RunConfig, slots: int) -> list[int]:
     """Slots of each node that trainers take: all of the first nodes, or a part of the only one."""
-    nodes, embedded = config.cluster.nodes, config.rollout.engine == "embedded"
+    nodes, embedded = config.cluster.nodes, not config.rollout.takes_slots
     rollout_nodes = config.cluster.rollout_nodes
+    if config.rollout.rollout_only:
+        return [0] * nodes
     if rollout_nodes is None:
         rollout_nodes = 0 if embedded else nodes // 2
     if embedded and rollout_nodes:
@@ -158,7 +162,7 @@ def _trainer_slots(config: RunConfig, slots: int) -> list[int]:
 
 
 def _one_node_trainer_slots(config: RunConfig, slots: int) -> int:
-    embedded, ranks, slot = config.rollout.engine == "embedded", config.training.num_gpus, _slot_name(config)
+    embedded, ranks, slot = not config.rollout.takes_slots, config.training.num_gpus, _slot_name(config)
     given = engine = config.cluster.engine_gpus
     if embedded and engine:
         raise RunError(f"cluster.engine_gpus={engine}: the embedded engine takes no GPU of its own; set 0")
@@ -273,7 +277,7 @@ def _has_transformer_engine(config: RunConfig) -> bool:
 
 
 def _check_engine_size(config: RunConfig, shape: ModelShape, slots: int) -> None:
-    if config.rollout.engine == "embedded":
+    if not config.rollout.takes_slots:
         return
     tp, groups = config.rollout.engine_tp_size, shape.num_key_value_heads
     divisors = [n for n in _divisors(shape.num_attention_heads) if n <= slots]
@@ -287,7 +291,7 @@ def _check_engine_size(config: RunConfig, shape: ModelShape, slots: int) -> None
 
 def _engines(config: RunConfig, slots: int, trainer_slots: list[int]) -> tuple[EnginePlace, ...]:
     """Engines fill what trainers leave, from the end of each node."""
-    if config.rollout.engine == "embedded":
+    if not config.rollout.takes_slots:
         return ()
     tp, engines = config.rollout.engine_tp_size, list[EnginePlace]()
     for node, taken in enumerate(trainer_slots):
@@ -368,7 +372,7 @@ def _check_memory(config: RunConfig, shape: ModelShape, layout: Layout) -> None:
         return
     need, have = memory(config, shape, layout), config.cluster.gpu_memory_gib * _GIB
     limit = f"cluster.gpu_memory_gib={config.cluster.gpu_memory_gib:g}"
-    if need.states > have:
+    if layout.trainers and need.states > have:
         more = "training.tp_size, training.pp_size or the nodes"
         raise RunError(
             f"weights, gradients and optimizer state take {need.states / _GIB:.0f} GiB of each trainer GPU, "
@@ -397,12 +401,17 @@ def describe(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
     if layout.backend == "fsdp" and layout.num_nodes == 1:
         backend += " (what one node gets without --backend)"
     interleaved = f" (interleaved by {config.training.vpp_size})" if config.training.vpp_size > 1 else ""
-    engines = f"SGLang: {len(layout.engines)} of {config.rollout.engine_tp_size} {slot}(s) each"
+    trainers = (
+        f"{backend}: TP={p.tp} CP={p.cp} PP={p.pp}{interleaved} DP={p.dp}" if layout.trainers else "none"
+    )
+    engines = "none: recorded rollouts" if config.rollout.load_rollouts else "embedded, in the driver"
+    if layout.engines:
+        engines = f"SGLang: {len(layout.engines)} of {config.rollout.engine_tp_size} {slot}(s) each"
     return "\n".join([
         f"nodes     {nodes}",
         f"model     {shape.model_type}, {shape.num_parameters:,} parameters, {config.model.dtype}",
-        f"trainers  {backend}: TP={p.tp} CP={p.cp} PP={p.pp}{interleaved} DP={p.dp}",
-        f"engines   {engines if layout.engines else 'embedded, in the driver'}",
+        f"trainers  {trainers}",
+        f"engines   {engines}",
         *_memory_lines(config, shape, layout),
         "",
         layout.table(),
@@ -420,7 +429,8 @@ def _memory_lines(config: RunConfig, shape: ModelShape, layout: Layout) -> list[
         engine += f", room for about {tokens:,.0f} tokens of KV cache"
     if gpu and need.trainer > have * _GIB:
         trainer += "; MAY NOT FIT: lower training.max_tokens_per_microbatch, or set training.recompute"
-    return [f"memory    {trainer}"] + ([f"          {engine}"] if layout.engines else [])
+    lines = [trainer] * bool(layout.trainers) + [engine] * bool(layout.engines)
+    return [f"{'' if i else 'memory':10}{line}" for i, line in enumerate(lines)]
 
 
 def _size(num_bytes: int) -> str:

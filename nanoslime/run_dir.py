@@ -20,6 +20,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,20 @@ class Attempt:
 
     def _publish(self, name: str, **facts: Any) -> None:
         publish_json(self.path / f"{name}.json", {**facts, "time": time.time()})
+
+
+def recorded_rollouts(directory: str, num_rollout: int) -> str:
+    """The absolute directory of the rollouts recorded in `directory` (a run's, or the rollouts/ in it).
+
+    Raises RunError where it does not hold rollouts 0 to num_rollout - 1.
+    """
+    path = Path(directory).expanduser().absolute()
+    path = path / "rollouts" if (path / "rollouts").is_dir() else path
+    found = sum(1 for _ in takewhile(Path.exists, (path / f"step_{i}.npz" for i in range(num_rollout))))
+    if found < num_rollout:
+        holds = f"rollout.load_rollouts={directory!r} holds {found} rollouts (step_<k>.npz, from 0 on)"
+        raise RunError(f"{holds}, rollout.num_rollout={num_rollout} asks for more; lower it or record more")
+    return str(path)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -90,6 +90,30 @@ def test_one_node_falls_back_to_fsdp_with_engines_on_half_of_its_gpus():
     assert layout.roles(0) == "trainer+engine"
 
 
+def test_recorded_rollouts_leave_all_slots_to_trainers():
+    flags = f"--nodes 2 {H200} --tp-size 2 --load-rollouts runs/x"
+    layout = make(flags, QWEN3_4B)
+    assert (layout.engines, layout.parallel.dp) == ((), 8)
+    assert [layout.roles(n) for n in range(2)] == ["trainer", "trainer"]
+    text = describe(load(None, None, flags.split()), QWEN3_4B, layout)
+    assert "engines   none: recorded rollouts" in text and "engine:" not in text
+    assert [t.slot for t in make("--nodes 1 --cluster.slots-per-node 1 --load-rollouts r").trainers] == [0]
+    assert len(make("--nodes 1 --num-gpus 3 --load-rollouts runs/x").trainers) == 3
+
+
+def test_rollout_only_leaves_all_slots_to_engines():
+    flags = (
+        f"--nodes 2 {H200} --tp-size 3 --engine-tp-size 2 --rollout-only"  # the trainer's TP does not matter
+    )
+    layout = make(flags, QWEN3_4B)
+    assert (layout.trainers, len(layout.engines), nodes_of(layout.engines)) == ((), 8, [0, 1])
+    text = describe(load(None, None, flags.split()), QWEN3_4B, layout)
+    assert "trainers  none" in text and "memory    engine:" in text and "trainer:" not in text
+    assert Layout.from_json(layout.to_json()) == layout
+    assert make("--nodes 1 --cluster.slots-per-node 1 --rollout-only").engines[0].slots == (0,)
+    assert make("--nodes 1 --rollout-only --engine embedded").engines == ()
+
+
 @pytest.mark.parametrize(
     ("flags", "trainers", "engine_slots"),
     [

@@ -27,10 +27,19 @@ class RolloutConfig:
     """GPUs per engine."""
     engines_per_node: int | None = Field(default=None, ge=1)
     """Engines on a node that has them; default: as many as its free GPUs (or slots) hold."""
+    load_rollouts: str = ""
+    """Train on the rollouts that a run recorded (its directory, or the rollouts/ in it), without engines."""
+    rollout_only: bool = False
+    """Generate, score and record without a trainer: engines serve model.hf_checkpoint on all GPUs."""
     sglang: dict[str, Any] = Field(default_factory=dict)
     """SGLang server options as written there (mem_fraction_static: 0.8)."""
     start_deadline_s: float = Field(default=600.0, gt=0)
     request_deadline_s: float = Field(default=1800.0, gt=0)
+
+    @property
+    def takes_slots(self) -> bool:
+        """Whether there are engines with GPUs (or slots) of their own."""
+        return self.engine == "sglang" and not self.load_rollouts
 
 
 @knobs

@@ -19,6 +19,7 @@ class TrainGroup(ABC):
     """All trainer ranks. A call returns when all are done, or raises RunError naming who is not."""
 
     dp_size: int
+    address = "127.0.0.1"  # of rank 0
 
     def __init__(self, config: RunConfig, run: RunDir, model_dir: Path, transport: str):
         self.config, self.run, self.transport = config, run, transport
@@ -72,7 +73,9 @@ class TrainGroup(ABC):
     def sync_weights(self, rollout: Rollout, version: int) -> float:
         """The current weights into every engine, labelled `version`; returns the seconds it took."""
         start = time.monotonic()
-        if self.transport == "disk":
+        if self.transport == "none":
+            rollout.update_weights(lambda: None, version)
+        elif self.transport == "disk":
             path = self.run.weights / f"version_{version}"
             self.export_hf(path)
             rollout.update_weights(lambda: rollout.load_from_disk(path, version), version)
@@ -82,9 +85,31 @@ class TrainGroup(ABC):
         return time.monotonic() - start
 
 
+class NoTrainer(TrainGroup):
+    """Rollout only: the engines keep the checkpoint's weights, which are version 0."""
+
+    def train(self, groups: list[SampleGroup]) -> dict[str, float]:
+        return {}
+
+    def _train(self, shards: list[list[TrainBatch]]) -> dict[str, float]:
+        return {}
+
+    def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> None: ...
+
+    def sync_weights(self, rollout: Rollout, version: int) -> float:
+        return super().sync_weights(rollout, version=0)
+
+    def close(self) -> None: ...
+
+
 def resolve_transport(config: RunConfig, *, same_process: bool) -> str:
-    """weight_sync.transport with "auto" decided; `same_process`: one trainer rank beside its engine."""
+    """weight_sync.transport with "auto" decided; `same_process`: one trainer rank beside its engine.
+
+    "none" where there is no engine or no trainer.
+    """
     transport, engine = config.weight_sync.transport, config.rollout.engine
+    if config.rollout.load_rollouts or config.rollout.rollout_only:
+        return "none"
     if transport == "auto":
         return "broadcast" if engine == "sglang" else "in_process" if same_process else "disk"
     if transport == "broadcast" and engine == "embedded":

@@ -208,7 +208,7 @@ class RayTrainGroup(TrainGroup):
         places, deadline_s = [(p.rank, p.node, 1) for p in layout.trainers], config.training.start_deadline_s
         self._ranks = _Actors(RankActor, "trainer rank", places, config, attempt, layout, model_dir)
         [meet] = self._ranks.gather([self._ranks.actors[0].address.remote()], "start", deadline_s)
-        self.address: str = meet[0]  # of rank 0
+        self.address = meet[0]
         dp = self._ranks.gather(self._ranks.each("setup", len(places), meet), "load the model", deadline_s)
         self._dp_ranks, self.dp_size = [rank for rank, _ in dp], dp[0][1]
         self._deadline_s = config.training.collective_deadline_s

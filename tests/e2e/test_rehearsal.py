@@ -112,6 +112,27 @@ def test_one_node_falls_back_to_fsdp(start):
     assert json.loads(rehearsal.run.summary.read_text())["logprob_gap_max"] < 1e-4
 
 
+@pytest.mark.sglang
+def test_half_a_run_each_from_its_recipe(start, tmp_path):
+    """SGLang without a trainer, then two FSDP ranks without an engine, on what was recorded."""
+    rollouts = start("--recipe", "rollout_only", "--num-rollout", "2", "--eval.max-prompts", "20")
+    assert rollouts.wait(280) == 0, "".join(rollouts.lines)
+    first = RunDir.open(tmp_path / "rollout-only")
+    flags = ["--recipe", "train_only", "--num-rollout", "2", "--load-rollouts", str(first.path)]
+    training = start(*flags)
+    assert training.wait(280) == 0, "".join(training.lines)
+    second = RunDir.open(tmp_path / "train-only")
+    logs = [{path.name for path in (run.attempts / "1" / "logs").iterdir()} for run in (first, second)]
+    assert "sglang-0.log" in logs[0] and {"trainer-0.log", "trainer-1.log"} <= logs[1]
+    assert not any(n.startswith("trainer") for n in logs[0])
+    assert not any(n.startswith(("sglang", "engine")) for n in logs[1])
+    sampled, trained = (
+        [json.loads(line) for line in run.metrics.read_text().splitlines()] for run in (first, second)
+    )
+    assert [r["rollout/reward_mean"] for r in sampled] == [r["rollout/reward_mean"] for r in trained]
+    assert trained[0]["train/logprob_gap_max"] < 1e-4 < trained[1]["train/logprob_gap_max"]
+
+
 def test_a_killed_trainer_rank_ends_the_run_with_its_name(start):
     flags = ["--nodes", "2", "--pp-size", "1", "--engine", "embedded", "--num-rollout", "1000"]
     rehearsal = start(*flags, "--eval.max-prompts", "8")

@@ -409,3 +409,23 @@ def test_summary_table_shows_what_came_out(tmp_path):
         "steps": "80",
         "summary": str(run.summary),
     }
+
+
+def test_half_a_run_is_planned_from_its_recipe(machine):
+    code, out, _ = machine.submit("--recipe", "rollout_only", "--dry-run", "--local")
+    assert code == 0 and "trainers  none" in out and "SGLang: 1 of 1 CPU slot(s) each" in out
+    said = machine.refusal("--recipe", "train_only", "--local")
+    assert "rollout.load_rollouts='runs/rollout-only' holds 0 rollouts" in said and "num_rollout=4" in said
+
+
+def test_training_on_recorded_rollouts_needs_neither_prompts_nor_a_tokenizer(machine, model):
+    (model / "tokenizer.json").unlink()
+    (machine.root / "old" / "rollouts").mkdir(parents=True)
+    for step in range(2):
+        (machine.root / "old" / "rollouts" / f"step_{step}.npz").touch()
+    flags = ["--hf-checkpoint", model, "--nodes", 1, "--load-rollouts", "old", "--local", "--dry-run"]
+    code, out, _ = machine.submit(*flags, "--num-rollout", 2)
+    assert code == 0 and "engines   none: recorded rollouts" in out
+    assert f"load_rollouts: {machine.root}/old/rollouts\n" in out
+    said = machine.refusal(*flags, "--num-rollout", 3)
+    assert "load_rollouts='old' holds 2 rollouts" in said and "num_rollout=3" in said

@@ -103,21 +103,6 @@ def train_attribute(path: str):
     return getattr(sys.modules[module].RolloutManager, rest)
 
 
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(tmp_path, model, caplog):
-    flags = [*run_dir(tmp_path, "damaged", model), "--num-rollout", "2", "--save-interval", "1"]
-    assert train.main(flags) == DONE
-    run = RunDir.open(tmp_path / "damaged")
-    [newest] = [p for p in (run.checkpoints / "step_2" / "trainer").iterdir() if p.suffix == ".distcp"]
-    data = bytearray(newest.read_bytes())
-    data[len(data) // 2] ^= 1
-    newest.write_bytes(data)
-    with caplog.at_level(logging.INFO):
-        assert train.main(["--resume", str(run.path), "--num-rollout", "2"]) == DONE
-    assert (
-        "refused" in caplog.text and newest.name in caplog.text and "resumed after 1 rollouts" in caplog.text
-    )
-
-
 def test_old_logprobs_are_taken_before_the_first_step(tmp_path, model):
     """Two optimizer steps per rollout: the first is on-policy, the second is not, unless old logprobs follow
     the steps.
