@@ -43,6 +43,9 @@ class TrainingConfig:
     start_deadline_s: float = Field(default=600.0, gt=0)
 
 
+    skip_grad_norm_above: float | None = Field(default=None, gt=1)
+    """Leave out a step whose gradient norm is above so many times the median of the last 128 norms of steps that
+    were made, once there are 16; the run directory keeps its batch, under skipped/."""
 @knobs
 class CheckpointConfig:
     interval: int = Field(default=0, ge=0)

@@ -95,7 +95,7 @@ def open_local(config: RunConfig, attempt: Attempt, env: RankEnv, phase: Phase) 
         dist.barrier()
         config, model_dir = prepare_model(config, attempt.run)  # made by rank 0: only reads where it lies
         phase("start")
-        worker = TrainWorker(config, model_dir, env)
+        worker = TrainWorker(config, model_dir, env, attempt.run.skipped)
         engines = [_local_engine(config, attempt, model_dir, env, resources)] if leads else []
         transport = resolve_transport(config, same_process=env.world_size == 1)
         trainer = LocalTrainGroup(attempt.run, model_dir, transport, worker, engines)

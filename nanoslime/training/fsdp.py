@@ -60,7 +60,7 @@ class FSDPBackend(TrainBackend):
         # fewer ranks leave fewer generators' states
         state = {k: v for k, v in self._state().items() if k in stored or not k.startswith("rng.")}
         dcp.load(state, checkpoint_id=path)
-        self._step = state["step"]
+        self._restore(state["progress"])
         for name, generator in self._generators().items():
             if name in state:
                 generator.set_state(state[name])
@@ -104,7 +104,7 @@ class FSDPBackend(TrainBackend):
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds, by flat names. Tensors are the live ones: loading fills them in place."""
-        state: dict[str, Any] = {"step": self._step}
+        state: dict[str, Any] = {"progress": self._progress()}
         for name, param in self._model.named_parameters():
             moments = self._optimizer.state[param]
             if not moments:  # before the first step

@@ -54,16 +54,21 @@ class _InProcessWriter(TorchDistSaveShardedStrategy):
         )
 
 
-def save(path: Path, pieces: list[GPTModel], optimizer: ChainedOptimizer, step: int, ranks: Ranks) -> None:
-    """Writes the model's pieces on this rank into the existing empty directory `path`; collective."""
+def save(
+    path: Path, pieces: list[GPTModel], optimizer: ChainedOptimizer, progress: dict[str, Any], ranks: Ranks
+) -> None:
+    """Writes the model's pieces on this rank into the existing empty directory `path`; collective.
+
+    `progress` is alike on all ranks.
+    """
     _make_state(optimizer)
     state = _sharded_state(pieces, optimizer, ranks, is_loading=False)
-    state |= {"step": step, "layout": _layout(ranks)}
+    state |= {"progress": progress, "layout": _layout(ranks)}
     dist_checkpointing.save(state, str(path), _InProcessWriter(), content_metadata=_CONTENT)
 
 
-def load(path: Path, pieces: list[GPTModel], optimizer: ChainedOptimizer, ranks: Ranks) -> int:
-    """Restores what `save` wrote and returns the step; collective.
+def load(path: Path, pieces: list[GPTModel], optimizer: ChainedOptimizer, ranks: Ranks) -> dict[str, Any]:
+    """Restores what `save` wrote and returns the progress; collective.
 
     The random state belongs to a rank, so it is left as it is under another layout than the one that saved.
     Raises RunError for a checkpoint that is damaged or of another model.
@@ -83,7 +88,7 @@ def load(path: Path, pieces: list[GPTModel], optimizer: ChainedOptimizer, ranks:
     _load_optimizer(optimizer, loaded["optimizer"])
     if "random" in loaded:
         _set_all_rng_states(*loaded["random"])
-    return int(loaded["step"])
+    return dict(loaded["progress"])
 
 
 def _sharded_state(
