@@ -35,8 +35,9 @@ def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tens
 
 
 def nanoslime(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    options = dict(temperature=TEMPERATURE, vocab_size=len(weight), with_entropy=True)
-    logprobs, entropy = linear_logprobs(hidden, weight, targets, **options)
+    logprobs, entropy = linear_logprobs(
+        hidden, weight, targets, temperature=TEMPERATURE, vocab_size=len(weight), with_entropy=True
+    )
     assert entropy is not None
     return logprobs, entropy
 

@@ -85,7 +85,7 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, with_entropy: bool, options: _Options
     ) -> tuple[Tensor, Tensor | None]:
         blocks = _Blocks(hidden, weight, targets, options)
-        # of the logits so far: the highest, the target's; with the highest taken off, sums of exp(x) and exp(x) x
+        # of the logits so far: the highest, the target's; sums of exp(x) and exp(x) x, x = logit - highest
         highest, target, total, moment = sums = blocks.new(4, len(hidden)).zero_()
         highest.fill_(_LOWEST)
         for rows, columns, logits, _ in blocks:
