@@ -103,15 +103,17 @@ class TrainBackend(ABC):
         accepted = self._guard.accepts(norm)
         if accepted:
             scale = self._training.clip_grad / (norm + 1e-6)
-            if 0 < scale < 1:
-                torch._foreach_mul_(self._grads(), scale)
+            if 0 < scale < 1 and (grads := self._grads()):  # a stage may have nothing to train
+                torch._foreach_mul_(grads, scale)
             self._update(lr)
         elif self.skipped_dir and self._guard.num_skipped <= MAX_KEPT:
             logger.warning("step %d skipped: gradient norm %g; see %s", self._step, norm, self.skipped_dir)
             shard.save(self.skipped_dir / f"step_{self._step}" / f"rank_{dist.get_rank()}.pt")
         self._step += 1
-        counts = {"skipped": not accepted, "num_skipped": self._guard.num_skipped}
-        return StepMetrics(loss=values.pop("train/loss"), grad_norm=norm, lr=lr, **counts, values=values)
+        return StepMetrics(
+            loss=values.pop("train/loss"), grad_norm=norm, lr=lr, values=values,
+            skipped=not accepted, num_skipped=self._guard.num_skipped,
+        )  # fmt: skip
 
     @abstractmethod
     def all_sum(self, value: Tensor) -> Tensor:
