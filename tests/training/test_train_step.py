@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from nanoslime.algorithms.grpo import GRPO
 from nanoslime.batch import TrainBatch
 from nanoslime.training import backend as backend_module
 from nanoslime.training import skipping
+from nanoslime.training.megatron.optimizer import optimizer_config
 from tests.models.hf import save_model
 from tests.training.parity import KL, LENGTHS, Layout, assemble, copied, make_backend, train_batch
 from tests.training.reference import make_step
@@ -163,3 +165,30 @@ def test_patterns_without_sense_are_refused(start, patterns, message):
 def test_a_pattern_that_is_no_regular_expression_is_refused():
     with pytest.raises(ValueError, match=r"'mlp\(' is not a regular expression"):
         Layout().config(freeze=["mlp("])
+
+
+def test_an_offloaded_fsdp_optimizer_makes_the_same_steps(start, batches, tmp_path, request):
+    if request.node.callspec.params["start"] == "megatron":
+        with pytest.raises(ValueError, match="optimizer_offload=true: megatron-core offloads from CUDA only"):
+            start(optimizer_offload=True)
+        return
+    backend = start()
+    expected = [backend.train_step(batch, GRPO(KL)) for batch in batches], parameters(backend)
+    offloaded = start(optimizer_offload=True)
+    steps = [offloaded.train_step(batches[0], GRPO(KL))]
+    (tmp_path / "saved").mkdir()
+    offloaded.save(tmp_path / "saved")
+    again = start(optimizer_offload=True)
+    again.load(tmp_path / "saved")
+    steps.append(again.train_step(batches[1], GRPO(KL)))
+    assert steps == expected[0] and same(parameters(again), expected[1])
+
+
+def test_an_offloaded_megatron_optimizer_is_configured_as_megatron_core_wants_it():
+    options = optimizer_config(Layout().config(optimizer_offload=True, distributed_optimizer=True))
+    assert options.optimizer_cpu_offload and options.optimizer_offload_fraction == 1.0
+    assert options.overlap_cpu_optimizer_d2h_h2d
+    assert options.use_precision_aware_optimizer == bool(find_spec("transformer_engine"))
+    assert not optimizer_config(Layout().config()).optimizer_cpu_offload
+    with pytest.raises(ValueError, match="needs training.distributed_optimizer=true"):
+        optimizer_config(Layout().config(optimizer_offload=True))

@@ -65,7 +65,8 @@ class MegatronBackend(TrainBackend):
 
     def _grads(self) -> list[Tensor]:
         parameters = (p for inner in self._optimizer.chained_optimizers for p in inner.get_parameters())
-        return [p.grad for p in parameters if p.grad is not None]
+        grads = (getattr(p, "decoupled_grad", p.grad) for p in parameters)  # the former when it is offloaded
+        return [grad for grad in grads if grad is not None]
 
     def _update(self, lr: float) -> None:
         optimizer.set_rates(self._optimizer, lr, self._training.weight_decay)

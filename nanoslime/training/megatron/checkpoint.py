@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel.random import _get_all_rng_states, _set_all_rng_states
 
@@ -112,6 +113,14 @@ def _layout(ranks: Ranks) -> str:
 def _make_state(optimizer: ChainedOptimizer) -> None:
     """Moments and step before the first update, which the distributed optimizer does not make by itself."""
     for inner in optimizer.chained_optimizers:
+        if isinstance(inner.optimizer, HybridDeviceOptimizer):  # it has a step with random gradients for this
+            for one in inner.optimizer.sub_optimizers:
+                for parameter in (p for group in one.param_groups for p in group["params"]):
+                    one.state[parameter].setdefault("step", torch.tensor(0.0))
+                    one.state[parameter].setdefault("exp_avg", torch.zeros_like(parameter))
+                    one.state[parameter].setdefault("exp_avg_sq", torch.zeros_like(parameter))
+            inner.optimizer._sync_sub_optimizers_state_to_hdo()
+            continue
         inner.init_state_fn(inner.optimizer, inner.config)
         if isinstance(inner.optimizer, torch.optim.AdamW):
             for state in inner.optimizer.state.values():
