@@ -35,15 +35,21 @@ def start(request, model_dir, tmp_path):
     """Makes backends of one rank, one after the other; the process group ends with the test."""
     made = []
 
-    def make(**changes):
+    def make(layout=Layout, **changes):
         if dist.is_initialized():
             dist.destroy_process_group()
         made.append(tmp_path / f"rendezvous-{len(made)}")
-        return make_backend(Layout(backend=request.param), model_dir, 0, made[-1], **changes)
+        return make_backend(layout(backend=request.param), model_dir, 0, made[-1], **changes)
 
     yield make
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+class Half(Layout):
+    def config(self, **changes):
+        config = super().config(**changes)
+        return replace(config, model=replace(config.model, dtype="bfloat16"))
 
 
 def parameters(backend):
@@ -192,3 +198,23 @@ def test_an_offloaded_megatron_optimizer_is_configured_as_megatron_core_wants_it
     assert not optimizer_config(Layout().config()).optimizer_cpu_offload
     with pytest.raises(ValueError, match="needs training.distributed_optimizer=true"):
         optimizer_config(Layout().config(optimizer_offload=True))
+
+
+def cosine(a, b):
+    x, y = (torch.cat([tensors[name].flatten() for name in sorted(tensors)]).double() for tensors in (a, b))
+    return float(torch.nn.functional.cosine_similarity(x, y, dim=0))
+
+
+@pytest.mark.parametrize("options", [{}, {"distributed_optimizer": True}, {"recompute": True}], ids=str)
+def test_bfloat16_sums_gradients_in_float32_and_steps_as_float32_does(start, batches, options):
+    gradients, updates, norms = [], [], []
+    for layout in (Layout, Half):
+        backend = start(layout, **options | {"lr": 0.1})
+        before = parameters(backend)
+        norms.append([backend.train_step(batch, GRPO(KL)).grad_norm for batch in batches][0])
+        shards = list(backend.grad_shards())
+        assert {shard.tensor.dtype for shard in shards} == {torch.float32}
+        gradients.append(assemble(copied(shards)))
+        updates.append({name: value - before[name] for name, value in parameters(backend).items()})
+    assert norms[1] == pytest.approx(norms[0], rel=0.05) and norms[1] != norms[0]
+    assert cosine(*gradients) > 0.95 and cosine(*updates) > 0.95
