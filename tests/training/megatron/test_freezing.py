@@ -1,5 +1,7 @@
 """Frozen parameters where the model lies on several ranks: the same step as FSDP on one rank."""
 
+import re
+
 import pytest
 import torch
 
@@ -26,7 +28,8 @@ def frozen_step(env, layout, model_dir, step, patterns):
     make = resolve(layout.backend, BACKENDS, "backend")
     backend = make(layout.config(freeze=list(patterns)), model_dir, env)
     before = copied(backend.weight_shards())
-    metrics = backend.train_step(train_batch(step, backend.dp_rank, backend.dp_size), GRPO(KL))
+    batch = train_batch(step, backend.dp_rank, backend.dp_size, layout.sequences)
+    metrics = backend.train_step(batch, GRPO(KL))
     return before, metrics, copied(backend.weight_shards())
 
 
@@ -45,6 +48,7 @@ def together(pool, *arguments):
         (SOME, Layout(backend="fsdp", dp_size=2)),
         (FIRST_STAGE, Layout(pp_size=2)),  # nothing to train on a stage
         (FIRST_STAGE, Layout(pp_size=2, options=RECOMPUTE)),
+        (FIRST_STAGE, Layout(pp_size=2, vpp_size=2, sequences=1)),
         (FIRST_STAGE, Layout(pp_size=2, dp_size=2, options=DISTRIBUTED)),
     ],
     ids=str,
@@ -67,3 +71,17 @@ def test_a_megatron_tensor_frozen_in_part_is_refused_by_name(model_dir, one_rank
     left = "self_attn.k_proj.weight.* in one tensor, decoder.layers.0.self_attention.linear_qkv.weight"
     with pytest.raises(AssertionError, match=rf"{left}; freeze .*k_proj.weight, .*v_proj.weight as well"):
         one_rank(frozen_step, Layout(), model_dir, make_step(model_dir, 0), ["q_proj"])
+
+
+@pytest.mark.parametrize("frozen", [r"mlp\.gate\.", r"\.experts\.", r"layers\.[01]\..*experts"])
+def test_experts_and_their_routers_can_be_frozen(frozen, two_ranks, one_rank, tmp_path):
+    model_dir = save_model(tmp_path, "qwen3_moe")
+    split = Layout(dp_size=2, options=(("ep_size", 2), *DISTRIBUTED))
+    step = make_step(model_dir, 0)
+    before, after, metrics = together(two_ranks, split, model_dir, step, [frozen])
+    still = {name for name in before if torch.equal(before[name], after[name])}
+    assert still == {name for name in before if re.search(frozen, name)} and still
+    _, expected, alone = together(one_rank, Layout(), model_dir, step, [frozen])
+    assert metrics.grad_norm == pytest.approx(alone.grad_norm, rel=1e-5)
+    for name in before:
+        torch.testing.assert_close(after[name], expected[name], rtol=0, atol=1e-5)
