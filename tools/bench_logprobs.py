@@ -11,7 +11,6 @@ the gradients given) and less what both return: logprobs, entropy, the gradients
 
 import argparse
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -26,7 +25,6 @@ from torch import Tensor
 from nanoslime.training.logprobs import linear_logprobs
 
 TEMPERATURE, WAYS = 0.8, ("naive", "nanoslime")
-OUTPUTS = ("logprobs", "entropy", "hidden gradient", "weight gradient")
 
 
 def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,18 +42,13 @@ def nanoslime(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, 
 
 def both_ways(way: str, inputs: list[Tensor], upstream: Tensor, entropy_too: bool) -> list[Tensor]:
     """Logprobs [T], entropy [T] and the gradients of hidden [T, H] and weight [V, H]."""
-    hidden, weight, targets = inputs
-    results = (naive if way == "naive" else nanoslime)(hidden, weight, targets)
-    used = 2 if entropy_too else 1
-    gradients = torch.autograd.grad(results[:used], [hidden, weight], list(upstream[:used]))
+    results, used = (naive if way == "naive" else nanoslime)(*inputs), 2 if entropy_too else 1
+    gradients = torch.autograd.grad(results[:used], inputs[:2], list(upstream[:used]))
     return [*(result.detach() for result in results), *gradients]
 
 
 def measure(options: argparse.Namespace, results: Path | None) -> dict[str, float]:
-    """In this process: seconds and extra bytes of one call, after a small one that loads what is loaded once.
-
-    Writes what it computed to `results`.
-    """
+    """In this process: seconds and extra bytes of one call, whose results go to the file `results`."""
     torch.manual_seed(0)
     where = {"device": options.device, "dtype": getattr(torch, options.dtype)}
     hidden = torch.randn(options.tokens, options.hidden, **where).requires_grad_()
@@ -63,7 +56,8 @@ def measure(options: argparse.Namespace, results: Path | None) -> dict[str, floa
     targets = torch.randint(options.vocab, (options.tokens,), device=options.device)
     upstream = torch.randn(2, options.tokens, device=options.device) / options.tokens
     entropy_too = options.gradient == "both"
-    both_ways(options.measure, [hidden[:16], weight[:512], targets[:16] % 512], upstream[:, :16], entropy_too)
+    small = [hidden[:16], weight[:512], targets[:16] % 512]  # loads what is loaded once
+    both_ways(options.measure, small, upstream[:, :16], entropy_too)
     before = memory(options.device)
     start = time.perf_counter()
     found = both_ways(options.measure, [hidden, weight, targets], upstream, entropy_too)
@@ -85,9 +79,7 @@ def memory(device: str, *, peak: bool = False) -> int:
     if not peak:
         Path("/proc/self/clear_refs").write_text("5")
     name = "VmHWM" if peak else "VmRSS"
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return int(found[1]) * 1024
+    return int(re.findall(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024
 
 
 def main(argv: list[str]) -> int:
@@ -118,17 +110,16 @@ def main(argv: list[str]) -> int:
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                 found[way].append(json.loads(done.stdout))
         tensors = [torch.load(f"{directory}/{way}", map_location="cpu", mmap=True) for way in ways]
-    threads = os.environ.get("OMP_NUM_THREADS", "all")
     sizes = f"[{options.tokens}, {options.hidden}] x [{options.vocab}, {options.hidden}]"
-    print(f"{sizes}, {options.dtype}, gradient of {options.gradient}, {options.device}, {threads} threads\n")
+    print(f"{sizes}, {options.dtype}, gradient of {options.gradient}, {options.device}\n")
     print("| | median s | extra memory, GB |\n|---|---|---|")
     s, gb = ([statistics.median(r[key] for r in found[way]) for way in ways] for key in ("s", "bytes"))
     for i, way in enumerate(ways):
         print(f"| {way} | {s[i]:.2f} | {gb[i] / 1e9:.3f} |")
     if len(ways) == 2:
         print(f"| nanoslime / naive | {s[1] / s[0]:.2f} | 1/{gb[0] / gb[1]:.1f} |\n")
-        pairs = zip(OUTPUTS, *tensors, strict=True)
-        print("max |difference|:", ", ".join(f"{n} {(a - b).abs().max():.1e}" for n, a, b in pairs))
+        differences = [f"{(a - b).abs().max():.1e}" for a, b in zip(*tensors, strict=True)]
+        print("max |difference| of logprobs, entropy, hidden gradient, weight gradient:", *differences)
     return 0
 
 

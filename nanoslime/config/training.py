@@ -10,10 +10,9 @@ from nanoslime.config.base import knobs
 
 def _is_regex(pattern: str) -> str:
     try:
-        re.compile(pattern)
+        return re.compile(pattern).pattern
     except re.error as e:
         raise ValueError(f"{pattern!r} is not a regular expression: {e}") from e
-    return pattern
 
 
 Regex = Annotated[str, AfterValidator(_is_regex)]

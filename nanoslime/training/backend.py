@@ -1,13 +1,12 @@
 """One trainer rank as the rest of the program sees it, and what all backends do alike."""
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,10 +16,8 @@ from nanoslime.batch import MicroBatch, StepMetrics, TrainBatch, WeightShard
 from nanoslime.config import RunConfig
 from nanoslime.config.training import TrainingConfig
 from nanoslime.training.schedule import lr_at
-from nanoslime.training.skipping import StepGuard
+from nanoslime.training.skipping import Progress
 from nanoslime.types import RunError
-
-logger = logging.getLogger(__name__)
 
 MAX_KEPT = 16  # batches of skipped steps in a run: a run that skips all of them shall not fill the disk
 
@@ -66,12 +63,12 @@ class TrainBackend(ABC):
     dp_size: int
     is_last_stage: bool  # of the pipeline: logprobs exist here
     skipped_dir: Path | None = None
-    """Where the batches of the first skipped steps are kept: step_<k>/rank_<r>.pt, for TrainBatch.load."""
+    """Where the batches of the first skipped steps are kept: step_<k>/rank_<r>.pt, for TrainBatch.load;
+    with the weights of that time a step on them has the same gradient norm."""
 
     def __init__(self, config: RunConfig, env: RankEnv) -> None:
         self._config, self._training, self._device = config, config.training, env.torch_device
-        self._step = 0  # of the optimizer, skipped ones included
-        self._guard = StepGuard(self._training.skip_grad_norm_above)
+        self._past = Progress()
         self._reference: list[Tensor] = []
 
     def logprobs(self, shard: TrainBatch, weights: Literal["policy", "ref"]) -> list[Tensor] | None:
@@ -92,28 +89,23 @@ class TrainBackend(ABC):
     def train_step(self, shard: TrainBatch, algorithm: Algorithm) -> StepMetrics:
         """Forward, backward and optimizer step over the shard's micro-batches; the same result on every rank.
 
-        The gradient is clipped to a global norm of clip_grad. A norm that is not finite, or one that
-        skip_grad_norm_above refuses, skips the update, but counts in the schedule of the learning rate; with
-        the same weights and the batch that is kept then, the step shows the same norm again.
+        The gradient is clipped to a global norm of clip_grad. A norm that is not finite, or that
+        skip_grad_norm_above refuses, skips the update, but counts in the schedule of the learning rate.
         """
         total_steps = self._config.rollout.num_rollout * self._training.num_steps_per_rollout
-        lr = lr_at(self._step, config=self._training, total_steps=total_steps)
+        lr = lr_at(self._past.step, config=self._training, total_steps=total_steps)
         values = self._backward(shard, algorithm)
         norm = self._grad_norm()
-        accepted = self._guard.accepts(norm)
+        accepted = self._past.accepts(norm, self._training.skip_grad_norm_above)
         if accepted:
             scale = self._training.clip_grad / (norm + 1e-6)
             if 0 < scale < 1 and (grads := self._grads()):  # a stage may have nothing to train
                 torch._foreach_mul_(grads, scale)
             self._update(lr)
-        elif self.skipped_dir and self._guard.num_skipped <= MAX_KEPT:
-            logger.warning("step %d skipped: gradient norm %g; see %s", self._step, norm, self.skipped_dir)
-            shard.save(self.skipped_dir / f"step_{self._step}" / f"rank_{dist.get_rank()}.pt")
-        self._step += 1
-        return StepMetrics(
-            loss=values.pop("train/loss"), grad_norm=norm, lr=lr, values=values,
-            skipped=not accepted, num_skipped=self._guard.num_skipped,
-        )  # fmt: skip
+        elif self.skipped_dir and self._past.num_skipped <= MAX_KEPT:
+            shard.save(self.skipped_dir / f"step_{self._past.step}" / f"rank_{dist.get_rank()}.pt")
+        self._past.step += 1
+        return StepMetrics(values.pop("train/loss"), norm, lr, not accepted, values, self._past.num_skipped)
 
     @abstractmethod
     def all_sum(self, value: Tensor) -> Tensor:
@@ -148,14 +140,6 @@ class TrainBackend(ABC):
     def _update(self, lr: float) -> None: ...
     @abstractmethod
     def _parameters(self) -> list[Tensor]: ...  # the live tensors of this rank
-
-    def _progress(self) -> dict[str, Any]:
-        """What a checkpoint holds beside tensors and random state."""
-        return {"step": self._step, "guard": self._guard.state()}
-
-    def _restore(self, progress: dict[str, Any]) -> None:
-        self._step = progress["step"]
-        self._guard.restore(progress["guard"])
 
     def _keep_reference(self) -> None:
         """The weights as they are now, on the CPU, where the algorithm needs a reference."""

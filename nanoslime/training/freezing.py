@@ -11,8 +11,7 @@ def frozen_names(patterns: Sequence[str], names: Iterable[str]) -> set[str]:
 
     Raises ValueError for a pattern that is found in none of them, and where none is left to train.
     """
-    names = list(names)
-    found = set[str]()
+    names, found = list(names), set[str]()
     for pattern in patterns:
         matches = {name for name in names if re.search(pattern, name)}
         if not matches:

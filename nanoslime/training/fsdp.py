@@ -5,6 +5,7 @@ files -> shards (fsdp_model) -> packed forward to logprobs -> loss, a sum -> sum
 
 import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from nanoslime.config.training import TrainingConfig
 from nanoslime.training.backend import Algorithm, RankEnv, TrainBackend, init_process_group
 from nanoslime.training.fsdp_model import build_sharded, local_rows
 from nanoslime.training.metrics import MetricSums
+from nanoslime.training.skipping import Progress
 
 
 class FSDPBackend(TrainBackend):
@@ -59,7 +61,7 @@ class FSDPBackend(TrainBackend):
         # fewer ranks leave fewer generators' states
         state = {k: v for k, v in self._state().items() if k in stored or not k.startswith("rng.")}
         dcp.load(state, checkpoint_id=path)
-        self._restore(state["progress"])
+        self._past = Progress(**state["progress"])
         for name, generator in self._generators().items():
             if name in state:
                 generator.set_state(state[name])
@@ -103,7 +105,7 @@ class FSDPBackend(TrainBackend):
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds, by flat names. Tensors are the live ones: loading fills them in place."""
-        state: dict[str, Any] = {"progress": self._progress()}
+        state: dict[str, Any] = {"progress": asdict(self._past)}
         for name, param in self._model.named_parameters():
             moments = self._optimizer.state[param] if param.requires_grad else {}
             if param.requires_grad and not moments:  # before the first step

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-CHUNK_TOKENS, CHUNK_COLUMNS = 1024, 4096
+CHUNK_TOKENS, CHUNK_COLUMNS = 2048, 4096
 _LOWEST = torch.finfo(torch.float32).min  # of a rank without a column; -inf would make NaN of 0 x inf
 
 
@@ -94,7 +94,7 @@ class _LinearLogprobs(torch.autograd.Function):
             _move(total[rows], moment[rows], before - highest[rows])
             at, ours = blocks.targets(rows, columns)
             target[rows] += torch.where(ours, logits.gather(1, at).squeeze(1), 0.0) * options.scale
-            shifted = _scale_and_add(logits, options.scale, -highest[rows])
+            shifted = torch.add(-highest[rows, None], logits, alpha=options.scale, out=logits)
             probs = blocks.exp(shifted) if with_entropy else shifted.exp_()
             total[rows] += probs.sum(dim=1)
             if with_entropy:
@@ -120,7 +120,7 @@ class _LinearLogprobs(torch.autograd.Function):
         d_weight, d_columns = torch.zeros_like(weight), torch.empty(0)
         d_target = torch.zeros_like(log_norm) if d_logprobs is None else d_logprobs * options.scale
         for rows, columns, logits, block in blocks:
-            logs = _scale_and_add(logits, options.scale, -log_norm[rows])
+            logs = torch.add(-log_norm[rows, None], logits, alpha=options.scale, out=logits)
             if d_entropy is None:
                 d_logits = logs.exp_().mul_(-d_target[rows, None])
             else:  # d entropy / d logits = -p (log p + entropy), at temperature 1
@@ -149,9 +149,8 @@ class _Blocks:
 
     def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, options: _Options) -> None:
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
-        self._type = (
-            hidden.dtype if hidden.is_cuda else self.dtype
-        )  # only there bfloat16 multiplies into float32
+        # only there torch multiplies bfloat16 into float32
+        self._type = hidden.dtype if hidden.is_cuda else self.dtype
         self.hidden, self._weight = hidden.to(self._type), weight[: options.num_columns]
         self._targets, self._chunk_tokens = targets - options.vocab_start, options.chunk_tokens
         self._spare = self.new(0)
@@ -167,8 +166,7 @@ class _Blocks:
 
     def targets(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
         """[C, 1]: the places of the rows' targets in the block; [C]: whether they are in it at all."""
-        at = self._targets[rows] - columns.start
-        width = columns.stop - columns.start
+        at, width = self._targets[rows] - columns.start, columns.stop - columns.start
         return at.clamp(0, width - 1)[:, None], (at >= 0) & (at < width)
 
     def __iter__(self) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
@@ -178,7 +176,7 @@ class _Blocks:
             for rows in _slices(len(self.hidden), self._chunk_tokens):
                 size = (rows.stop - rows.start, len(block))
                 logits = buffer[: size[0] * size[1]].view(size)
-                yield rows, columns, _product(self.hidden[rows], block.T, logits), block
+                yield rows, columns, _add_product(logits, self.hidden[rows], block.T, beta=0.0), block
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:
@@ -192,21 +190,7 @@ def _move(total: Tensor, moment: Tensor, down: Tensor) -> None:
     total.mul_(factor)
 
 
-def _scale_and_add(matrix: Tensor, scale: float, column: Tensor) -> Tensor:
-    """matrix [C, B] * scale + column [C], in place."""
-    return torch.add(column[:, None], matrix, alpha=scale, out=matrix)
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """a b, summed and returned in float32 also where these are of half precision."""
-    if a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out_dtype=torch.float32, out=out)
-    return torch.mm(a, b, out=out)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, in float32 as in _product."""
-    if a.dtype in (torch.bfloat16, torch.float16):
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        total.addmm_(a, b)
+def _add_product(total: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0) -> Tensor:
+    """total = beta total + a b, summed in float32 also where a and b are of half precision."""
+    options = {"out_dtype": torch.float32} if a.dtype in (torch.bfloat16, torch.float16) else {}
+    return torch.addmm(total, a, b, beta=beta, out=total, **options)

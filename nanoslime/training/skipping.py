@@ -1,39 +1,29 @@
 """Which optimizer steps are left out, by the gradient norms of those before them."""
 
 import math
-from collections import deque
+from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
 
 WINDOW, LEAST = 128, 16
 
 
-class StepGuard:
-    """Judges gradient norms. One that is not finite is never accepted.
+@dataclass
+class Progress:
+    """What a checkpoint holds of a rank's past beside tensors and random state."""
 
-    Nor, with a `limit`, is one above `limit` times the median of the last WINDOW accepted norms, once there
-    are LEAST of them.
-    """
+    step: int = 0  # of the optimizer, skipped ones included
+    num_skipped: int = 0
+    norms: list[float] = field(default_factory=list)  # the last WINDOW accepted ones
 
-    def __init__(self, limit: float | None) -> None:
-        self._limit = math.inf if limit is None else limit
-        self._norms: deque[float] = deque(maxlen=WINDOW)
-        self.num_skipped = 0
+    def accepts(self, norm: float, limit: float | None) -> bool:
+        """Whether to make the step of this gradient norm, which is counted or remembered.
 
-    def accepts(self, norm: float) -> bool:
-        """Whether to make the step of this gradient norm; remembers norm and answer."""
-        most = self._limit * median(self._norms) if len(self._norms) >= LEAST else math.inf
-        if (
-            math.isfinite(norm) and not norm > most
-        ):  # where all norms are 0 and there is no limit, most is nan
-            self._norms.append(norm)
-            return True
-        self.num_skipped += 1
-        return False
-
-    def state(self) -> dict[str, Any]:
-        """What belongs in a checkpoint."""
-        return {"num_skipped": self.num_skipped, "norms": list(self._norms)}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.num_skipped, self._norms = state["num_skipped"], deque(state["norms"], WINDOW)
+        Not if it is not finite; nor, with a `limit`, if it is above `limit` x the median of `norms`, once
+        there are LEAST of them.
+        """
+        most = limit * median(self.norms) if limit and len(self.norms) >= LEAST else math.inf
+        accepted = math.isfinite(norm) and norm <= most
+        if accepted:
+            self.norms = [*self.norms, norm][-WINDOW:]
+        self.num_skipped += not accepted
+        return accepted

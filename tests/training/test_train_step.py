@@ -175,7 +175,7 @@ def test_a_pattern_that_is_no_regular_expression_is_refused():
 
 def test_an_offloaded_fsdp_optimizer_makes_the_same_steps(start, batches, tmp_path, request):
     if request.node.callspec.params["start"] == "megatron":
-        with pytest.raises(ValueError, match="optimizer_offload=true: megatron-core offloads from CUDA only"):
+        with pytest.raises(ValueError, match="optimizer_offload=true: Megatron's needs CUDA"):
             start(optimizer_offload=True)
         return
     backend = start()
@@ -193,11 +193,8 @@ def test_an_offloaded_fsdp_optimizer_makes_the_same_steps(start, batches, tmp_pa
 def test_an_offloaded_megatron_optimizer_is_configured_as_megatron_core_wants_it():
     options = optimizer_config(Layout().config(optimizer_offload=True, distributed_optimizer=True))
     assert options.optimizer_cpu_offload and options.optimizer_offload_fraction == 1.0
-    assert options.overlap_cpu_optimizer_d2h_h2d
     assert options.use_precision_aware_optimizer == bool(find_spec("transformer_engine"))
     assert not optimizer_config(Layout().config()).optimizer_cpu_offload
-    with pytest.raises(ValueError, match="needs training.distributed_optimizer=true"):
-        optimizer_config(Layout().config(optimizer_offload=True))
 
 
 def cosine(a, b):

@@ -45,12 +45,12 @@ class MegatronBackend(TrainBackend):
         return weights.shards(self._weights_here, "main_grad")
 
     def save(self, path: Path) -> None:
-        checkpoint.save(path, self._pieces, self._optimizer, self._progress(), self._ranks)
+        checkpoint.save(path, self._pieces, self._optimizer, self._past, self._ranks)
         if dist.get_rank() == 0:  # with these it converts back to Hugging Face's format
             copy_other_files(self._model_dir, path / SIDE)
 
     def load(self, path: Path) -> None:
-        self._restore(checkpoint.load(path, self._pieces, self._optimizer, self._ranks))
+        self._past = checkpoint.load(path, self._pieces, self._optimizer, self._ranks)
 
     def _packed_logprobs(self, shard: TrainBatch) -> list[Tensor]:
         return self._pipeline.logprobs(shard)

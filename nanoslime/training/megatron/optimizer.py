@@ -17,21 +17,17 @@ from nanoslime.training.megatron.cpu_compat import cuda_names
 
 def build(pieces: list[DDP], config: RunConfig) -> ChainedOptimizer:
     """AdamW over the model's `pieces`, whose weights must be loaded: it copies them to float32."""
-    if config.training.optimizer_offload and not next(pieces[0].parameters()).is_cuda:
-        why = "megatron-core offloads from CUDA only"
-        raise ValueError(
-            f"training.optimizer_offload=true: {why}; on a CPU leave it off, or use backend=fsdp"
-        )
+    possible = next(pieces[0].parameters()).is_cuda and config.training.distributed_optimizer
+    if config.training.optimizer_offload and not possible:
+        needs = "Megatron's needs CUDA and distributed_optimizer=true; backend=fsdp does not"
+        raise ValueError(f"training.optimizer_offload=true: {needs}")
     settings = optimizer_config(config)
     with cuda_names():
         return get_megatron_optimizer(settings, pieces, get_standard_config_overrides(settings))
 
 
 def optimizer_config(config: RunConfig) -> OptimizerConfig:
-    """Raises ValueError for training.optimizer_offload without the distributed optimizer."""
     training, dtype = config.training, getattr(torch, config.model.dtype)
-    if training.optimizer_offload and not training.distributed_optimizer:
-        raise ValueError("training.optimizer_offload=true needs training.distributed_optimizer=true")
     return OptimizerConfig(
         optimizer="adam",
         lr=training.lr,
@@ -45,7 +41,6 @@ def optimizer_config(config: RunConfig) -> OptimizerConfig:
         use_distributed_optimizer=training.distributed_optimizer,
         optimizer_cpu_offload=training.optimizer_offload,
         optimizer_offload_fraction=1.0,
-        overlap_cpu_optimizer_d2h_h2d=True,
         # then the main parameters leave the GPU too; megatron-core 0.16.1 cannot do it without that package
         use_precision_aware_optimizer=training.optimizer_offload and bool(find_spec("transformer_engine")),
     )

@@ -3,6 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -76,10 +77,8 @@ def freeze(model: GPTModel, bound: Bound, shape: ModelShape, patterns: Sequence[
     Raises ValueError as frozen_names does, and for a Megatron tensor of which a part only would be frozen.
     """
     frozen = frozen_names(patterns, tensors(shape))
-    together: dict[str, set[str]] = defaultdict(set)
-    for piece in pieces(shape):
-        together[piece.megatron].add(piece.hf)
-    for megatron, names in together.items():
+    for megatron, together in groupby(pieces(shape), key=lambda piece: piece.megatron):
+        names = {piece.hf for piece in together}
         if names & frozen and (left := sorted(names - frozen)):
             one = f"Megatron keeps {', '.join(sorted(names))} in one tensor, {megatron}"
             raise ValueError(f"training.freeze selects a part only: {one}; freeze {', '.join(left)} as well")
