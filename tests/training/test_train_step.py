@@ -215,3 +215,20 @@ def test_bfloat16_sums_gradients_in_float32_and_steps_as_float32_does(start, bat
         updates.append({name: value - before[name] for name, value in parameters(backend).items()})
     assert norms[1] == pytest.approx(norms[0], rel=0.05) and norms[1] != norms[0]
     assert cosine(*gradients) > 0.95 and cosine(*updates) > 0.95
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+@pytest.mark.parametrize("layout", [Layout, Half])
+def test_a_checkpoint_from_before_the_first_step_takes_back_all_progress(
+    start, batches, tmp_path, layout, distributed
+):
+    options = {"layout": layout, "distributed_optimizer": distributed}
+    backend = start(**options)
+    (tmp_path / "saved").mkdir()
+    backend.save(tmp_path / "saved")
+    expected, after = backend.train_step(batches[0], GRPO(KL)), parameters(backend)
+    again = start(**options)
+    again.train_step(batches[1], GRPO(KL))
+    again.load(tmp_path / "saved")
+    assert again._past == skipping.Progress()
+    assert again.train_step(batches[0], GRPO(KL)) == expected and same(parameters(again), after)

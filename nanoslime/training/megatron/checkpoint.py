@@ -127,7 +127,8 @@ def _make_state(optimizer: ChainedOptimizer) -> None:
 
 def _load_optimizer(optimizer: ChainedOptimizer, loaded: dict[str, Any]) -> None:
     (inner,) = optimizer.chained_optimizers
-    if not isinstance(inner, DistributedOptimizer):
+    if not isinstance(inner, DistributedOptimizer):  # megatron-core 0.16.1 does not write a step that is 0
+        loaded.get("optimizer", loaded)["state"].setdefault("common_step", torch.tensor(0.0))
         inner.load_state_dict(loaded)
         return
     # megatron-core 0.16.1 with torch's AdamW: it hands one step tensor to all parameters, which would then
