@@ -3,7 +3,7 @@
     hidden [T, H], weight [V_local, H] -> logits of a block [C, B] -> logprobs [T], entropies [T]
 
 Logits exist for a block of tokens and vocabulary at a time, in float32 and small enough for a CPU's cache.
-The backward pass computes them again, so that the price of the memory is one more product with the weight.
+The backward pass computes what is over KEPT_BYTES of them again: one more product with the weight.
 The vocabulary may be split over tensor-parallel ranks: four numbers per token pass between them in the
 forward pass, the gradient of hidden in the backward.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 CHUNK_TOKENS, CHUNK_COLUMNS = 2048, 4096
+KEPT_BYTES = 1 << 30  # of logits, from the forward to the backward pass
 _LOWEST = torch.finfo(torch.float32).min  # of a rank without a column; -inf would make NaN of 0 x inf
 
 
@@ -28,6 +29,8 @@ class _Options(NamedTuple):
     num_columns: int  # rows of the weight that are tokens, from the first; the others are padding
     group: ProcessGroup | None
     chunk_tokens: int
+    kept: dict[tuple[int, int], Tensor]  # logits of blocks, by their first row and column
+    room: int  # for them, in bytes
 
 
 def token_logprobs(
@@ -74,7 +77,8 @@ def linear_logprobs(
     if int(targets.max()) >= vocab_size:
         raise ValueError(f"token id {int(targets.max())} is outside the vocabulary of {vocab_size} tokens")
     num_columns = min(max(vocab_size - vocab_start, 0), len(weight))
-    options = _Options(1.0 / temperature, vocab_start, num_columns, tp_group, chunk_tokens)
+    room = KEPT_BYTES if torch.is_grad_enabled() else 0
+    options = _Options(1.0 / temperature, vocab_start, num_columns, tp_group, chunk_tokens, {}, room)
     logprobs, entropy = _LinearLogprobs.apply(hidden, weight, targets, with_entropy, options)
     return logprobs, entropy
 
@@ -114,7 +118,7 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_logprobs: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, log_norm, entropy = ctx.saved_tensors
-        options: _Options = ctx.options
+        options: _Options = ctx.options._replace(room=0)
         blocks = _Blocks(hidden, weight, targets, options)
         d_hidden = torch.zeros_like(hidden, dtype=blocks.dtype)
         d_weight, d_columns = torch.zeros_like(weight), torch.empty(0)
@@ -152,7 +156,7 @@ class _Blocks:
         # only there torch multiplies bfloat16 into float32
         self._type = hidden.dtype if hidden.is_cuda else self.dtype
         self.hidden, self._weight = hidden.to(self._type), weight[: options.num_columns]
-        self._targets, self._chunk_tokens = targets - options.vocab_start, options.chunk_tokens
+        self._targets, self._options = targets - options.vocab_start, options
         self._spare = self.new(0)
 
     def new(self, *shape: int) -> Tensor:
@@ -170,13 +174,19 @@ class _Blocks:
         return at.clamp(0, width - 1)[:, None], (at >= 0) & (at < width)
 
     def __iter__(self) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-        buffer = self.new(min(self._chunk_tokens, len(self.hidden)) * min(CHUNK_COLUMNS, len(self._weight)))
+        chunk_tokens, kept = self._options.chunk_tokens, self._options.kept
+        buffer = self.new(min(chunk_tokens, len(self.hidden)) * min(CHUNK_COLUMNS, len(self._weight)))
         for columns in _slices(len(self._weight), CHUNK_COLUMNS):
             block = self._weight[columns].to(self._type)
-            for rows in _slices(len(self.hidden), self._chunk_tokens):
+            for rows in _slices(len(self.hidden), chunk_tokens):
                 size = (rows.stop - rows.start, len(block))
-                logits = buffer[: size[0] * size[1]].view(size)
-                yield rows, columns, _add_product(logits, self.hidden[rows], block.T, beta=0.0), block
+                logits = kept.pop((rows.start, columns.start), None)
+                if logits is None:
+                    logits = buffer[: size[0] * size[1]].view(size)
+                    _add_product(logits, self.hidden[rows], block.T, beta=0.0)
+                    if logits.nbytes * (len(kept) + 1) <= self._options.room:
+                        kept[rows.start, columns.start] = logits.clone()
+                yield rows, columns, logits, block
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:
@@ -185,9 +195,8 @@ def _slices(length: int, step: int) -> Iterator[slice]:
 
 def _move(total: Tensor, moment: Tensor, down: Tensor) -> None:
     """Sums of exp(x) and of exp(x) x become those of x + down, in place."""
-    factor = down.exp()
-    moment.add_(down * total).mul_(factor)
-    total.mul_(factor)
+    moment.add_(down * total).mul_(down.exp())
+    total.mul_(down.exp())
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0) -> Tensor:

@@ -72,7 +72,7 @@ def load(bound: Bound, shape: ModelShape, directory: Path) -> None:
 
 
 def freeze(model: GPTModel, bound: Bound, shape: ModelShape, patterns: Sequence[str]) -> None:
-    """Takes the parameters that hold what training.freeze names out of training; before DDP wraps the model.
+    """Takes what training.freeze names out of training, before DDP wraps the model.
 
     Raises ValueError as frozen_names does, and for a Megatron tensor of which a part only would be frozen.
     """
