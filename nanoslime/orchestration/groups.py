@@ -41,7 +41,7 @@ class TrainGroup(ABC):
             groups, num_steps=self.config.training.num_steps_per_rollout, dp_size=self.dp_size,
             max_tokens=self.config.training.max_tokens_per_microbatch,
             denominator=self.config.algorithm.denominator, temperature=self.config.rollout.temperature,
-            parity_tokens=self._parity_tokens,
+            fixed_length=self.config.rollout.max_new_tokens, parity_tokens=self._parity_tokens,
         )  # fmt: skip
         return self._train([[step[dp] for step in steps] for dp in range(self.dp_size)])
 

@@ -92,13 +92,14 @@ def test_every_sequence_once_within_the_budget_and_equally_many_microbatches(
             assert len(indices) == 1 or sum(len(of_rank.token_ids[i]) for i in indices) <= max_tokens
 
 
-@pytest.mark.parametrize("denominator", ["tokens", "sequences"])
+@pytest.mark.parametrize("denominator", ["tokens", "sequences", "fixed"])
 @pytest.mark.parametrize("seed", range(5))
 def test_layout_does_not_change_the_loss(denominator, seed):
     groups = random_groups(seed)
 
     def losses(dp_size, max_tokens):
         options = dict(dp_size=dp_size, max_tokens=max_tokens, num_steps=2, denominator=denominator)
+        options |= dict(fixed_length=30)
         return summed_loss(planned(groups, **options))
 
     reference = losses(*LAYOUTS[0])
@@ -113,6 +114,8 @@ def test_denominators_by_hand():
     (step,) = planned(groups, dp_size=1, denominator="sequences")
     assert step[0].denominator == 2 and step[0].num_sequences == 3  # two rollouts, one of two siblings
     assert step[0].token_weights == [1 / 4, 1 / 5, 1 / 5]
+    (step,) = planned(groups, dp_size=1, denominator="fixed", fixed_length=10)
+    assert step[0].denominator == 20 and step[0].token_weights == [1, 1, 1]  # two rollouts of ten
 
 
 def test_groups_go_to_steps_in_order_and_stay_whole():
