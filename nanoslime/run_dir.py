@@ -2,6 +2,7 @@
 
     config.yaml plan.json provenance.json status.json summary.json metrics.jsonl tensorboard/ rollouts/
     checkpoints/step_<k>/  hf/step_<k>/  model/ (what a rehearsal makes)  weights/ (weight sync by disk)
+    skipped/step_<k>/ (batches of steps left out)
     attempts/<n>/  logs/<role>-<rank>.log  nodes/ heartbeat/<node>.json  stop.json end.json;  attempts/latest
 
 An attempt is one life of the job: every requeue is a new one. Files are published by rename and read with
@@ -49,6 +50,7 @@ class RunDir:
     evals = _at("evals.jsonl")
     tensorboard = _at("tensorboard")
     rollouts = _at("rollouts")
+    skipped = _at("skipped")
     checkpoints = _at("checkpoints")
     model = _at("model")
     weights = _at("weights")

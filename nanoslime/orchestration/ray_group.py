@@ -88,13 +88,13 @@ class RankActor:
         ip = ray.util.get_node_ip_address()
         return ip, free_port(ip)
 
-    def setup(self, world_size: int, meet: tuple[str, int]) -> tuple[int, int]:
+    def setup(self, world_size: int, meet: tuple[str, int], skipped_dir: Path) -> tuple[int, int]:
         """Builds the worker; returns (dp_rank, dp_size)."""
         meet_at = f"tcp://{meet[0]}:{meet[1]}"
         env = RankEnv(self._rank, world_size, local_rank=0, device=self._device, init_method=meet_at)
         here = ray.util.get_node_ip_address()
         logger.info("trainer rank %d of %d on %s, pid %d", self._rank, world_size, here, os.getpid())
-        self._worker = TrainWorker(self._config, self._model_dir, env)
+        self._worker = TrainWorker(self._config, self._model_dir, env, skipped_dir)
         return self._worker.dp_rank, self._worker.dp_size
 
     def call(self, method: str, *args: Any) -> Any:
@@ -209,7 +209,8 @@ class RayTrainGroup(TrainGroup):
         self._ranks = _Actors(RankActor, "trainer rank", places, config, attempt, layout, model_dir)
         [meet] = self._ranks.gather([self._ranks.actors[0].address.remote()], "start", deadline_s)
         self.address = meet[0]
-        dp = self._ranks.gather(self._ranks.each("setup", len(places), meet), "load the model", deadline_s)
+        begun = self._ranks.each("setup", len(places), meet, attempt.run.skipped)
+        dp = self._ranks.gather(begun, "load the model", deadline_s)
         self._dp_ranks, self.dp_size = [rank for rank, _ in dp], dp[0][1]
         self._deadline_s = config.training.collective_deadline_s
 

@@ -97,7 +97,9 @@ def open_local(config: RunConfig, attempt: Attempt, env: RankEnv, phase: Phase) 
         dist.barrier()
         config, model_dir = prepare_model(config, attempt.run)  # made by rank 0: only reads where it lies
         phase("start")
-        worker = None if config.rollout.rollout_only else TrainWorker(config, model_dir, env)
+        worker = (
+            None if config.rollout.rollout_only else TrainWorker(config, model_dir, env, attempt.run.skipped)
+        )
         has_engine = leads and not config.rollout.load_rollouts
         engines = [_local_engine(config, attempt, model_dir, env, resources)] if has_engine else []
         transport = resolve_transport(config, same_process=env.world_size == 1)

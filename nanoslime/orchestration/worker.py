@@ -20,7 +20,7 @@ from nanoslime.weight_sync.disk import write_checkpoint
 class TrainWorker:
     """Every method is collective: all ranks call it, in the same order."""
 
-    def __init__(self, config: RunConfig, model_dir: Path, env: RankEnv):
+    def __init__(self, config: RunConfig, model_dir: Path, env: RankEnv, skipped_dir: Path | None = None):
         if env.device == "cuda" and not torch.cuda.is_available():
             raise RunError(
                 f"trainer rank {env.rank}: torch {torch.__version__} sees no CUDA on a node that has GPUs; "
@@ -29,6 +29,7 @@ class TrainWorker:
         self.config, self.model_dir, self.env = config, model_dir, env
         backend = resolve(config.training.backend, BACKENDS, "training.backend")
         self.backend: TrainBackend = backend(config, model_dir, env)
+        self.backend.skipped_dir = skipped_dir
         self.dp_rank, self.dp_size = self.backend.dp_rank, self.backend.dp_size
         self.algorithm = algorithms.make(config.algorithm, config.rollout.max_new_tokens)
         dtype, shards = getattr(torch, config.model.dtype), self.backend.weight_shards
@@ -106,4 +107,4 @@ def metrics_row(steps: list[StepMetrics]) -> dict[str, float]:
     for name in dict.fromkeys(name for r in rows for name in r):
         values = [r[name] for r in rows if name in r]
         row[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
-    return row
+    return row | {"train/num_skipped": float(steps[-1].num_skipped)}

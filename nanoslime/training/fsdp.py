@@ -5,6 +5,7 @@ files -> shards (fsdp_model) -> packed forward to logprobs -> loss, a sum -> sum
 
 import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from nanoslime.config.training import TrainingConfig
 from nanoslime.training.backend import Algorithm, RankEnv, TrainBackend, init_process_group
 from nanoslime.training.fsdp_model import build_sharded, local_rows
 from nanoslime.training.metrics import MetricSums
+from nanoslime.training.skipping import Progress
 
 
 class FSDPBackend(TrainBackend):
@@ -33,8 +35,7 @@ class FSDPBackend(TrainBackend):
         init_process_group(env, config.training)
         self.dp_rank, self.dp_size = env.rank, env.world_size
         mesh = init_device_mesh(env.device, (env.world_size,))
-        recompute = config.training.recompute
-        self._policy = build_sharded(model_dir, config.model, mesh, self._device, recompute=recompute)
+        self._policy = build_sharded(model_dir, config, mesh, self._device)
         self._model = self._policy.causal_lm
         self._optimizer = _make_optimizer(self._model, config.training)
         self._keep_reference()
@@ -60,7 +61,7 @@ class FSDPBackend(TrainBackend):
         # fewer ranks leave fewer generators' states
         state = {k: v for k, v in self._state().items() if k in stored or not k.startswith("rng.")}
         dcp.load(state, checkpoint_id=path)
-        self._step = state["step"]
+        self._past = Progress(**state["progress"])
         for name, generator in self._generators().items():
             if name in state:
                 generator.set_state(state[name])
@@ -104,10 +105,10 @@ class FSDPBackend(TrainBackend):
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds, by flat names. Tensors are the live ones: loading fills them in place."""
-        state: dict[str, Any] = {"step": self._step}
+        state: dict[str, Any] = {"progress": asdict(self._past)}
         for name, param in self._model.named_parameters():
-            moments = self._optimizer.state[param]
-            if not moments:  # before the first step
+            moments = self._optimizer.state[param] if param.requires_grad else {}
+            if param.requires_grad and not moments:  # before the first step
                 moments["step"] = torch.tensor(0.0)
                 moments["exp_avg"] = torch.zeros_like(param)
                 moments["exp_avg_sq"] = torch.zeros_like(param)
@@ -131,8 +132,9 @@ def _refuse_other_dimensions(config: TrainingConfig) -> None:
 
 def _make_optimizer(model: torch.nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     """AdamW (arXiv 1711.05101) without decay of vectors (norms, biases)."""
-    decayed = [p for p in model.parameters() if p.dim() >= 2]
-    others = {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.dim() >= 2]
+    others = {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, others]
     betas = (config.adam_beta1, config.adam_beta2)
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.adam_eps)

@@ -4,6 +4,7 @@ refuses.
 
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from pathlib import Path
 import pytest
 
 from nanoslime import rehearsal, train
+from nanoslime.batch import TrainBatch
 from nanoslime.config.model import RehearsalConfig
 from nanoslime.orchestration.launch import Launch, parse
 from nanoslime.run_dir import DONE, FAILED, STOPPED, RunDir
+from nanoslime.training.fsdp import FSDPBackend
 
 SMALL = [
     "--rollout-batch-size",
@@ -196,3 +199,13 @@ def test_the_gsm8k_recipe_trains_on_its_real_file(tmp_path, tiny_model):
     assert row["rollout/num_samples"] == 8 and row["train/logprob_gap_max"] < 1e-4
     sample = json.loads((run.rollouts / "step_0.jsonl").read_text().splitlines()[0])
     assert "####" in sample["label"] and sample["reward"] in (0.0, 1.0)
+
+
+def test_a_skipped_step_is_counted_and_its_batch_kept(tmp_path, model, monkeypatch):
+    norms, measured = iter([math.inf]), FSDPBackend._grad_norm
+    monkeypatch.setattr(FSDPBackend, "_grad_norm", lambda backend: next(norms, 0.0) or measured(backend))
+    assert train.main(run_dir(tmp_path, "skips", model, "--num-rollout 2 --backend fsdp")) == DONE
+    run = RunDir.open(tmp_path / "skips")
+    assert [(r["train/skipped"], r["train/num_skipped"]) for r in rows(run)] == [(1.0, 1.0), (0.0, 1.0)]
+    [file] = run.skipped.rglob("*.pt")
+    assert file == run.skipped / "step_0" / "rank_0.pt" and TrainBatch.load(file).num_tokens > 0

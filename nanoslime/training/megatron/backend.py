@@ -56,12 +56,12 @@ class MegatronBackend(TrainBackend):
         return weights.shards(self._weights_here, "main_grad")
 
     def save(self, path: Path) -> None:
-        checkpoint.save(path, self._pieces, self._optimizer, self._step, self._ranks)
+        checkpoint.save(path, self._pieces, self._optimizer, self._past, self._ranks)
         if dist.get_rank() == 0:  # with these it converts back to Hugging Face's format
             copy_other_files(self._model_dir, path / SIDE)
 
     def load(self, path: Path) -> None:
-        self._step = checkpoint.load(path, self._pieces, self._optimizer, self._ranks)
+        self._past = checkpoint.load(path, self._pieces, self._optimizer, self._ranks)
 
     def _packed_logprobs(self, shard: TrainBatch, weights: Literal["policy", "ref"]) -> list[Tensor]:
         if weights == "ref":
@@ -85,7 +85,8 @@ class MegatronBackend(TrainBackend):
 
     def _grads(self) -> list[Tensor]:
         parameters = (p for inner in self._optimizer.chained_optimizers for p in inner.get_parameters())
-        return [p.grad for p in parameters if p.grad is not None]
+        grads = (getattr(p, "decoupled_grad", p.grad) for p in parameters)  # the former when it is offloaded
+        return [grad for grad in grads if grad is not None]
 
     def _update(self, lr: float) -> None:
         optimizer.set_rates(self._optimizer, lr, self._training.weight_decay)
