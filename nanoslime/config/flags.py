@@ -27,7 +27,7 @@ _SHORT = {
     "use-rollout-logprobs",
     "data": "prompts eval-prompts reward chat-template",
     "tracking": "use-tensorboard use-wandb",
-    "cluster": "nodes rollout-nodes engine-gpus time-limit-min run-root partition account submit",
+    "cluster": "nodes rollout-nodes engine-gpus colocate time-limit-min run-root partition account submit",
 }
 ALIASES = {"eval-interval": "eval.interval", "save-interval": "checkpoint.interval"}
 ALIASES |= {n: f"{section}.{n.replace('-', '_')}" for section, names in _SHORT.items() for n in names.split()}
