@@ -33,6 +33,11 @@ def small(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def experts(tmp_path_factory) -> Path:
+    return save_model(tmp_path_factory.mktemp("experts"), "qwen3_moe")
+
+
+@pytest.fixture(scope="module")
 def large(tmp_path_factory) -> Path:
     """27 million parameters: 103 MiB in float32."""
     sizes = dict(hidden_size=320, vocab_size=40_000, intermediate_size=640)
@@ -67,13 +72,13 @@ def life(env, layout: Layout, model_dir, steps, sleeps: int) -> tuple[list, list
     backend = resolve(layout.backend, BACKENDS, "backend")(layout.config(), model_dir, env)
     metrics, same = [], True
     for step in steps:
+        batch = train_batch(step, backend.dp_rank, backend.dp_size, layout.sequences)
         for _ in range(sleeps):
             before = state(backend)
             backend.sleep()
             backend.wake()
             same &= all(a.equal(b) for a, b in zip(before, state(backend), strict=True))
-            backend.logprobs(train_batch(step, backend.dp_rank, backend.dp_size), "policy")
-        batch = train_batch(step, backend.dp_rank, backend.dp_size)
+            backend.logprobs(batch, "policy")
         metrics.append(backend.train_step(batch, GRPO(KL)))
     return metrics, state(backend), same
 
@@ -89,12 +94,15 @@ DISTRIBUTED = (("distributed_optimizer", True),)
         pytest.param(Layout("megatron", dp_size=2, options=DISTRIBUTED), marks=megatron),
         pytest.param(Half("megatron", pp_size=2), marks=megatron),
         pytest.param(Half("megatron", dp_size=2, options=DISTRIBUTED), marks=megatron),
+        pytest.param(Layout("megatron", pp_size=2, vpp_size=2, sequences=2), marks=megatron),
+        pytest.param(Half("megatron", dp_size=2, options=(*DISTRIBUTED, ("ep_size", 2))), marks=megatron),
     ],
     ids=lambda layout: f"{layout}{'-bf16' * isinstance(layout, Half)}",
 )
-def test_sleep_changes_no_bit_and_no_later_step(ranks, small, layout):
-    steps = [make_step(small, number) for number in range(2)]
-    plain, slept = (ranks(life, layout, small, steps, sleeps) for sleeps in (0, 2))
+def test_sleep_changes_no_bit_and_no_later_step(ranks, small, experts, layout):
+    model = experts if ("ep_size", 2) in layout.options else small
+    steps = [make_step(model, number) for number in range(2)]
+    plain, slept = (ranks(life, layout, model, steps, sleeps) for sleeps in (0, 2))
     for (metrics, end, _), (metrics_slept, end_slept, same) in zip(plain, slept, strict=True):
         assert same and metrics_slept == metrics
         assert len(end) > 10 and all(a.equal(b) for a, b in zip(end, end_slept, strict=True))
