@@ -199,7 +199,7 @@ def test_what_cannot_be_resumed_is_refused(machine):
         (["--tp-size", "3"], "training.tp_size=3 does not divide num_attention_heads=4; choose 1 or 2"),
         (
             ["--recipe", "nothere"],
-            "nothere: no such file, and not one of gsm8k, mock, qwen3_4b_h200, rehearsal",
+            "nothere: no such file, and not one of colocate, gsm8k, mock, qwen3_4b_h200, rehearsal",
         ),
         (["--cluster", "nothere"], "not one of h200"),
         (["--recipe", "gsm8k"], "model.hf_checkpoint is not set"),
@@ -374,7 +374,7 @@ def test_help_explains_the_command_the_short_flags_and_every_field(machine, caps
     shown = capsys.readouterr().out
     for text in (
         "--dry-run",
-        "one of colocate, gsm8k, mock",
+        "colocate, gsm8k, mock",
         "--tp-size ",
         "--training.tp-size INT",
         "(default: embedded)",
