@@ -7,7 +7,8 @@
 
 A slot is a GPU of a node, or a share of its cores where it has no GPUs. On one node trainers take the first
 slots, engines the last. The embedded engine lives in the driver and takes no slot, recorded rollouts need no
-engine: trainers then have all. With rollout_only engines have all.
+engine: trainers then have all. With rollout_only engines have all; with cluster.colocate every node has both
+on the same slots.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from nanoslime.types import RunError
 
 _GIB = 1 << 30
 _SGLANG_MEM_FRACTION = 0.85  # about what SGLang chooses by itself; it depends on the GPU
+COLOCATED_MEM_FRACTION = 0.7  # a sleeping trainer keeps its CUDA context, NCCL's buffers and fragments
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,11 @@ class Layout:
         nodes = {"trainer": {t.node for t in self.trainers}, "engine": {e.node for e in self.engines}}
         return "+".join(role for role in nodes if node in nodes[role])
 
+    def ranks_at(self, engine: EnginePlace) -> list[int]:
+        """The trainer ranks on the engine's slots, in their order; none unless they are colocated."""
+        places = {(t.node, t.slot): t.rank for t in self.trainers}
+        return [rank for slot in engine.slots if (rank := places.get((engine.node, slot))) is not None]
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
 
@@ -110,15 +117,13 @@ def plan(config: RunConfig, shape: ModelShape) -> Layout:
     if cluster.device == "cuda" and places:
         check_kernels(config.training, shape, transformer_engine=_has_transformer_engine(config))
     _check_engine_size(config, shape, slots)
+    colocated = (trainer_slots[0], [0] * cluster.nodes)  # as if there were no trainers, on their slots
+    trainers = tuple(TrainerPlace(rank, node, slot) for rank, (node, slot) in enumerate(places))
     layout = Layout(
-        num_nodes=cluster.nodes,
-        slots_per_node=slots,
-        device=cluster.device,
-        backend=config.training.backend,
-        parallel=parallel,
-        trainers=tuple(TrainerPlace(rank, node, slot) for rank, (node, slot) in enumerate(places)),
-        engines=_engines(config, slots, trainer_slots),
-    )
+        num_nodes=cluster.nodes, slots_per_node=slots, device=cluster.device,
+        backend=config.training.backend, parallel=parallel, trainers=trainers,
+        engines=_engines(config, *(colocated if cluster.colocate else (slots, trainer_slots))),
+    )  # fmt: skip
     _check_memory(config, shape, layout)
     return layout
 
@@ -128,7 +133,7 @@ def _slots(config: RunConfig) -> int:
     cluster, ranks = config.cluster, config.training.num_gpus
     if cluster.nodes > 1 or cluster.device == "cuda" or ranks is None:
         return cluster.slots
-    engine = config.rollout.engine_tp_size if config.rollout.takes_slots else 0
+    engine = config.rollout.engine_tp_size if _apart(config) else 0
     return max(cluster.slots, ranks + engine)
 
 
@@ -138,8 +143,10 @@ def _trainer_slots(config: RunConfig, slots: int) -> list[int]:
     rollout_nodes = config.cluster.rollout_nodes
     if config.rollout.rollout_only:
         return [0] * nodes
+    if config.cluster.colocate:
+        _check_colocated(config)
     if rollout_nodes is None:
-        rollout_nodes = 0 if embedded else nodes // 2
+        rollout_nodes = nodes // 2 if _apart(config) else 0
     if embedded and rollout_nodes:
         raise RunError(f"cluster.rollout_nodes={rollout_nodes}: the embedded engine needs no nodes; set 0")
     if nodes == 1 and not rollout_nodes:
@@ -149,7 +156,7 @@ def _trainer_slots(config: RunConfig, slots: int) -> list[int]:
         choices = "with one node engines share it (cluster.engine_gpus); leave it out"
     if rollout_nodes >= nodes:
         raise RunError(f"cluster.rollout_nodes={rollout_nodes} of cluster.nodes={nodes}: {choices}")
-    if not embedded and rollout_nodes == 0:
+    if _apart(config) and rollout_nodes == 0:
         raise RunError(f"cluster.rollout_nodes=0: SGLang engines need nodes; {choices}")
     trainer_nodes, asked = nodes - rollout_nodes, config.training.num_gpus
     if asked not in (None, trainer_nodes * slots):
@@ -161,26 +168,39 @@ def _trainer_slots(config: RunConfig, slots: int) -> list[int]:
     return [slots] * trainer_nodes + [0] * rollout_nodes
 
 
+def _check_colocated(config: RunConfig) -> None:
+    for name in ("rollout_nodes", "engine_gpus"):
+        if (value := getattr(config.cluster, name)) is not None:
+            share = "engines then share the trainers' slots, on every node"
+            raise RunError(f"cluster.{name}={value} with cluster.colocate: {share}; leave one of them out")
+    if config.rollout.engine == "embedded":
+        what = "it has nothing to share with several ranks"
+        raise RunError(f"cluster.colocate with rollout.engine=embedded: {what}; leave one of them out")
+
+
+def _apart(config: RunConfig) -> bool:
+    """Whether engines have slots of their own."""
+    return config.rollout.takes_slots and not config.cluster.colocate
+
+
 def _one_node_trainer_slots(config: RunConfig, slots: int) -> int:
-    embedded, ranks, slot = not config.rollout.takes_slots, config.training.num_gpus, _slot_name(config)
+    apart, ranks, slot = _apart(config), config.training.num_gpus, _slot_name(config)
     given = engine = config.cluster.engine_gpus
-    if embedded and engine:
+    if not apart and engine:
         raise RunError(f"cluster.engine_gpus={engine}: the embedded engine takes no GPU of its own; set 0")
-    if not embedded and slots == 1:
+    if apart and slots == 1:
         field = "cluster.gpus_per_node" if config.cluster.device == "cuda" else "cluster.slots_per_node"
         room = f"one node with one {slot} has no room for an SGLang engine beside the trainer"
-        raise RunError(f"{field}=1: {room}; use --engine embedded")
-    if not embedded and given is not None and not 1 <= given < slots:
+        raise RunError(f"{field}=1: {room}; use --colocate or --engine embedded")
+    if apart and given is not None and not 1 <= given < slots:
         choices = _span(range(1, slots))
         raise RunError(f"cluster.engine_gpus={given} of {slots} {slot}s; choose {choices}")
     if engine is None:
-        engine = 0 if embedded else max(1, slots - ranks if ranks else slots // 2)
+        engine = max(1, slots - ranks if ranks else slots // 2) if apart else 0
     trainers = ranks or slots - engine
     if trainers + engine > slots:
-        raise RunError(
-            f"training.num_gpus={trainers}: of the node's {slots} {slot}s {engine} or more are for engines; "
-            f"choose at most {slots - engine}"
-        )
+        taken = f"of the node's {slots} {slot}s {engine} or more are for engines"
+        raise RunError(f"training.num_gpus={trainers}: {taken}; choose at most {slots - engine}")
     return trainers
 
 
@@ -378,6 +398,14 @@ def _check_memory(config: RunConfig, shape: ModelShape, layout: Layout) -> None:
             f"weights, gradients and optimizer state take {need.states / _GIB:.0f} GiB of each trainer GPU, "
             f"which has {limit}; raise {more if layout.backend == 'megatron' else 'the trainer GPUs'}"
         )
+    both = need.states + need.engine_weights
+    if config.cluster.colocate and both > have:
+        share = (
+            f"a GPU holds {both / _GIB:.0f} GiB, trainer's states and engine's weights, while these are sent"
+        )
+        raise RunError(
+            f"cluster.colocate: {share}; it has {limit}; raise rollout.engine_tp_size or the nodes"
+        )
     if layout.engines and need.engine_weights > have * _mem_fraction(config):
         raise RunError(
             f"rollout.engine_tp_size={config.rollout.engine_tp_size}: the weights take "
@@ -387,7 +415,8 @@ def _check_memory(config: RunConfig, shape: ModelShape, layout: Layout) -> None:
 
 
 def _mem_fraction(config: RunConfig) -> float:
-    return float(config.rollout.sglang.get("mem_fraction_static") or _SGLANG_MEM_FRACTION)
+    default = COLOCATED_MEM_FRACTION if config.cluster.colocate else _SGLANG_MEM_FRACTION
+    return float(config.rollout.sglang.get("mem_fraction_static") or default)
 
 
 def describe(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
@@ -407,6 +436,8 @@ def describe(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
     engines = "none: recorded rollouts" if config.rollout.load_rollouts else "embedded, in the driver"
     if layout.engines:
         engines = f"SGLang: {len(layout.engines)} of {config.rollout.engine_tp_size} {slot}(s) each"
+    if config.cluster.colocate:
+        engines += ", the trainers' own; one of the two sleeps"
     return "\n".join([
         f"nodes     {nodes}",
         f"model     {shape.model_type}, {shape.num_parameters:,} parameters, {config.model.dtype}",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:  # what the login node loads is quick without it
     import numpy as np
@@ -120,6 +120,9 @@ class Generation:
     routed_experts: np.ndarray | None = None  # [P+R-1, ...] as in Sample, where the engine was to report them
 
 
+MemoryPart = Literal["weights", "cache"]  # of an engine: with the weights alone it can be sent new ones
+
+
 @runtime_checkable
 class Engine(Protocol):
     """What samples tokens. SGLang over HTTP and the embedded transformers engine look the same from outside.
@@ -136,11 +139,14 @@ class Engine(Protocol):
     def flush(self) -> None: ...
     def policy_version(self) -> int: ...
     def update_weights_from_disk(self, path: str, version: int) -> None: ...
+    def release_memory(self) -> None: ...  # of the device, weights and cache; nothing may be running
+    def resume_memory(self, part: MemoryPart) -> None: ...  # contents undefined: weights have to be sent anew
 
 
 @runtime_checkable
 class BroadcastEngine(Engine, Protocol):
-    """An engine that receives weights through a process group, which `world_size` ranks of it join."""
+    """An engine of `world_size` ranks that receives weights through a process group, which they join, or from
+    processes on its devices, one payload for each rank."""
 
     world_size: int
 
@@ -151,5 +157,6 @@ class BroadcastEngine(Engine, Protocol):
     def receive_bucket(
         self, *, names: list[str], dtypes: list[str], shapes: list[list[int]], group: str
     ) -> None: ...
+    def receive_payloads(self, payloads: list[bytes]) -> None: ...
     def end_update(self, version: int) -> None: ...
     def destroy_weight_group(self, group: str) -> None: ...

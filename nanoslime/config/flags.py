@@ -30,7 +30,7 @@ _SHORT = {
     "algorithm.correction": "use-tis tis-clip tis-clip-low tis-level use-opsm opsm-delta",
     "data": "prompts eval-prompts reward chat-template",
     "tracking": "use-tensorboard use-wandb",
-    "cluster": "nodes rollout-nodes engine-gpus time-limit-min run-root partition account submit",
+    "cluster": "nodes rollout-nodes engine-gpus colocate time-limit-min run-root partition account submit",
 }
 ALIASES = {
     "eval-interval": "eval.interval",

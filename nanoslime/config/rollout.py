@@ -44,8 +44,9 @@ class RolloutConfig:
 
 @knobs
 class WeightSyncConfig:
-    transport: Literal["auto", "broadcast", "disk", "in_process"] = "auto"
-    """auto: in_process for an embedded engine beside one rank, disk for other such, else broadcast."""
+    transport: Literal["auto", "broadcast", "tensor", "disk", "in_process"] = "auto"
+    """auto: in_process for an embedded engine beside one rank, disk for other such; SGLang takes broadcast,
+    and with cluster.colocate tensor (handles of the trainer's GPU memory)."""
     bucket_bytes: int = Field(default=512 << 20, ge=1)
     deadline_s: float = Field(default=300.0, gt=0)
 

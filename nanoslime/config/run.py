@@ -60,6 +60,7 @@ class RunConfig:
             "weight_sync.transport": None if transport == "auto" else transport,
             "cluster.rollout_nodes": self.cluster.rollout_nodes,
             "cluster.engine_gpus": self.cluster.engine_gpus,
+            "cluster.colocate": self.cluster.colocate or None,
             "training.num_gpus": self.training.num_gpus if rollout.rollout_only else None,
         }
         for field, value in given.items():

@@ -93,18 +93,20 @@ class RolloutManager:
 
     def update_weights(self, send: Callable[[], object], version: int) -> None:
         """Pauses the engines, runs `send`, flushes their caches, resumes, and checks each one's version."""
-        self._each(lambda e: e.pause())
+        self.each("pause")
         send()
-        self._each(lambda e: e.flush())
-        self._each(lambda e: e.resume())
-        for engine, reported in zip(self.engines, self._each(lambda e: e.policy_version()), strict=True):
+        self.each("flush")
+        self.each("resume")
+        for engine, reported in zip(self.engines, self.each("policy_version"), strict=True):
             if reported != version:
                 reports = f"engine {engine.name} reports policy version {reported}"
                 raise RunError(f"{reports} after the sync of {version}")
         self.version = version
 
-    def load_from_disk(self, path: Path, version: int) -> None:
-        self._each(lambda e: e.update_weights_from_disk(str(path), version))
+    def each(self, method: str, *args: Any) -> list[Any]:
+        """A method of every engine, side by side; the results in order."""
+        calls = [self._threads.submit(getattr(e, method), *args) for e in self.engines]
+        return [call.result() for call in calls]
 
     def state_dict(self) -> dict[str, Any]:
         return {"prompts": self._source.state_dict(), "version": self.version}
@@ -133,9 +135,6 @@ class RolloutManager:
             if stale:
                 sampled = f"group {sample.group_id} was sampled by policy version {stale[0]}"
                 raise RunError(f"{sampled}, the trainer is at {self.version}")
-
-    def _each(self, call: Callable[[Engine], Any]) -> list[Any]:
-        return [future.result() for future in [self._threads.submit(call, e) for e in self.engines]]
 
 
 class Replay:
@@ -209,7 +208,8 @@ class Rollout:
         else:
             send()
 
-    def load_from_disk(self, path: Path, version: int) -> None:
+    def tell_engines(self, method: str, *args: Any) -> None:
+        """Has all of them do it, before any rank goes on."""
         if self.manager:
-            self.manager.load_from_disk(path, version)
-        from_rank_0(None)  # nobody removes the files before they were read
+            self.manager.each(method, *args)
+        from_rank_0(None)

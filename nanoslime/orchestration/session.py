@@ -67,19 +67,26 @@ def open_ray(
         else:
             ray_group.connect(read_json(attempt.head), layout.num_nodes, config.cluster.node_join_deadline_s)
         resources.callback(ray_group.disconnect)
-        servers = None
+        servers, colocate = None, config.cluster.colocate
         if layout.engines and config.rollout.engine == "sglang":
             servers = ray_group.RayEngines(config, attempt, layout, model_dir)
             resources.callback(servers.close)
+            if not colocate:
+                servers.start()
         transport = resolve_transport(config, same_process=False)
         trainer: TrainGroup = NoTrainer(config, attempt.run, model_dir, transport)
         if layout.trainers:
             trainer = ray_group.RayTrainGroup(config, attempt, layout, model_dir, transport)
         resources.callback(trainer.close)
+        if servers is not None and colocate:  # the engines measure the free memory: they come first
+            servers.start(trainer.gpu_ids)
+            for engine in servers.wait():
+                engine.release_memory()
+        trainer.setup()
         engines: list[Engine] = []
         if servers is not None:
             engines = list(servers.wait())
-            trainer.connect(engines, trainer.address)
+            trainer.connect(engines, trainer.address, [layout.ranks_at(e) for e in layout.engines])
         elif not config.rollout.load_rollouts:
             engines = [EmbeddedEngine(str(model_dir), config.model.dtype, "cpu", config.seed)]
         yield _session(config, attempt, model_dir, trainer, engines, resources, leads=True)
@@ -97,17 +104,19 @@ def open_local(config: RunConfig, attempt: Attempt, env: RankEnv, phase: Phase) 
         dist.barrier()
         config, model_dir = prepare_model(config, attempt.run)  # made by rank 0: only reads where it lies
         phase("start")
-        worker = (
-            None if config.rollout.rollout_only else TrainWorker(config, model_dir, env, attempt.run.skipped)
-        )
+        transport = resolve_transport(config, same_process=env.world_size == 1)
         has_engine = leads and not config.rollout.load_rollouts
         engines = [_local_engine(config, attempt, model_dir, env, resources)] if has_engine else []
-        transport = resolve_transport(config, same_process=env.world_size == 1)
+        if config.cluster.colocate:
+            for engine in engines:
+                engine.release_memory()
+            dist.barrier()
         trainer: TrainGroup = NoTrainer(config, attempt.run, model_dir, transport)
-        if worker:
+        if not config.rollout.rollout_only:
+            worker = TrainWorker(config, model_dir, env, attempt.run.skipped)
             trainer = LocalTrainGroup(attempt.run, model_dir, transport, worker, engines)
         resources.callback(trainer.close)
-        trainer.connect(engines, trainer.address)
+        trainer.connect(engines, trainer.address, [[0]])
         yield _session(config, attempt, model_dir, trainer, engines, resources, leads=leads)
 
 

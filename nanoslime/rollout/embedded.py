@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from nanoslime.models.shape import ModelShape
 from nanoslime.rollout.weight_check import checkpoint_shapes, first_problem, missing
 from nanoslime.storage.safetensors_file import read_headers
-from nanoslime.types import GenerateRequest, Generation, RunError, Status
+from nanoslime.types import GenerateRequest, Generation, MemoryPart, RunError, Status
 
 _MAX_ROWS = 1024  # sequences of one forward
 _DEADLINE_S = 300.0  # for a batch or a weight update to end
@@ -55,6 +55,7 @@ class EmbeddedEngine:
         self._paused = False
         self._busy = threading.Lock()
         self._waiting: list[_Job] = []
+        self._released: list[torch.Size] = []
 
     async def generate(self, request: GenerateRequest) -> list[Generation]:
         """`request.n` continuations. A prompt that leaves no room for a token gives status error.
@@ -105,6 +106,18 @@ class EmbeddedEngine:
         with self._alone("the running batch"):
             self._copy(tensors)
             self._version = version
+
+    def release_memory(self) -> None:
+        with self._alone("the running batch"):
+            for parameter in self._model.parameters():
+                self._released.append(parameter.shape)
+                parameter.data = parameter.data.new_empty(0)
+
+    def resume_memory(self, part: MemoryPart) -> None:
+        if part == "weights":  # a cache lives only as long as its batch
+            for parameter, shape in zip(self._model.parameters(), self._released, strict=True):
+                parameter.data = parameter.data.new_empty(shape)
+            self._released.clear()
 
     @contextmanager
     def _alone(self, other: str) -> Iterator[None]:

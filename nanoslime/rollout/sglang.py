@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,9 +23,10 @@ import numpy as np
 import requests
 
 from nanoslime.config.rollout import RolloutConfig
+from nanoslime.layout import COLOCATED_MEM_FRACTION
 from nanoslime.models.shape import ModelShape
 from nanoslime.rollout.child_process import ChildProcess, last_line, require_free_port
-from nanoslime.types import GenerateRequest, Generation, RunError, Status
+from nanoslime.types import GenerateRequest, Generation, MemoryPart, RunError, Status
 
 PauseMode = Literal["retract", "in_place", "abort"]
 
@@ -56,6 +58,7 @@ class SGLangServer:
     cpu_core: int | None = None  # where the one thread of a CPU engine computes
     gpu_ids: Sequence[int] = ()  # the GPUs that it sees
     routed_experts: bool = False  # whether its engine reports them
+    colocated: bool = False  # gives its memory to trainers on the same GPUs and takes it back
     process: ChildProcess | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -72,6 +75,8 @@ class SGLangServer:
             self.env |= _cpu_environment(self.model_path, core)
         elif self.gpu_ids:
             self.env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpu_ids))
+        if self.device == "cuda" and self.colocated:
+            options |= {"enable_memory_saver": True, "mem_fraction_static": COLOCATED_MEM_FRACTION}
         flags = _flags(options | self.config.sglang)
         self.command = [sys.executable, "-m", "sglang.launch_server", *flags]
 
@@ -199,6 +204,22 @@ class SGLangEngine:
         self._post("/end_weight_update")
         self.flush()
         self._post("/update_weight_version", new_version=str(version), abort_all_requests=False)
+
+    def receive_payloads(self, payloads: list[bytes]) -> None:
+        """One bucket, serialized for each rank by weight_sync/colocated.py; refused as a broadcast is."""
+        encoded = [b64encode(payload).decode() for payload in payloads]
+        body = {"serialized_named_tensors": encoded, "load_format": "flattened_bucket", "flush_cache": False}
+        self._post("/update_weights_from_tensor", **body)
+
+    def release_memory(self) -> None:
+        """Free weights, KV cache and CUDA graphs; on a CPU, SGLang keeps them. Waits until nothing runs."""
+        self.flush()  # SGLang dies when asked to release while a request is on its way out
+        self._post("/release_memory_occupation")
+
+    def resume_memory(self, part: MemoryPart) -> None:
+        """Each part once after `release_memory`; SGLang dies of another order."""
+        tags = ["weights"] if part == "weights" else ["kv_cache", "cuda_graph"]
+        self._post("/resume_memory_occupation", tags=tags)
 
     def destroy_weight_group(self, group: str) -> None:
         self._post("/destroy_weights_update_group", group_name=group)

@@ -17,6 +17,7 @@ from nanoslime.config import RunConfig
 from nanoslime.config.training import TrainingConfig
 from nanoslime.training.schedule import lr_at
 from nanoslime.training.skipping import Progress
+from nanoslime.training.sleep import DeviceMemory
 from nanoslime.types import RunError
 
 MAX_KEPT = 16  # batches of skipped steps in a run: a run that skips all of them shall not fill the disk
@@ -70,6 +71,7 @@ class TrainBackend(ABC):
         self._config, self._training, self._device = config, config.training, env.torch_device
         self._past = Progress()
         self._reference: list[Tensor] = []
+        self._memory = DeviceMemory(self._device)
 
     def logprobs(self, shard: TrainBatch, weights: Literal["policy", "ref"]) -> list[Tensor] | None:
         """[T_i] float32 per sequence of `shard.token_ids`, in order, on the CPU; on the last pipeline stage.
@@ -109,6 +111,18 @@ class TrainBackend(ABC):
         self._past.step += 1
         return StepMetrics(values.pop("train/loss"), norm, lr, not accepted, values, self._past.num_skipped)
 
+    def sleep(self) -> None:
+        """Frees the memory of weights, gradients and optimizer state until `wake`; no collective.
+
+        Weights and optimizer state are the same bits afterwards; gradients are zeros, or none, since each
+        step begins by clearing them. In between the rank can do nothing else.
+        """
+        self._memory.release(*self._live_tensors())
+
+    def wake(self) -> None:
+        """Takes the memory again; all tensors are where they were."""
+        self._memory.restore()
+
     @abstractmethod
     def all_sum(self, value: Tensor) -> Tensor:
         """Sum over the data-parallel ranks, in a new tensor."""
@@ -142,6 +156,8 @@ class TrainBackend(ABC):
     def _update(self, lr: float) -> None: ...
     @abstractmethod
     def _parameters(self) -> list[Tensor]: ...  # the live tensors of this rank
+    @abstractmethod
+    def _live_tensors(self) -> tuple[list[Tensor], list[Tensor]]: ...  # to keep asleep, and gradient buffers
 
     def _keep_reference(self) -> None:
         """The weights as they are now, on the CPU, where the algorithm needs a reference."""

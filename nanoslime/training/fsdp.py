@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from nanoslime.batch import TrainBatch, WeightShard
 from nanoslime.config.run import RunConfig
@@ -94,6 +95,12 @@ class FSDPBackend(TrainBackend):
 
     def _parameters(self) -> list[Tensor]:
         return [p.detach().to_local() for p in self._model.parameters()]
+
+    def _live_tensors(self) -> tuple[list[Tensor], list[Tensor]]:
+        self._optimizer.zero_grad()
+        states = [value for state in self._optimizer.state.values() for value in state.values()]
+        moments = [value.to_local() for value in states if isinstance(value, DTensor)]
+        return [*self._parameters(), *self._model.buffers(), *moments], []
 
     def _shards(self, *, of_gradients: bool) -> Iterator[WeightShard]:
         for name, param in self._model.named_parameters():

@@ -102,6 +102,24 @@ def test_the_main_job_on_four_simulated_nodes(start):
     AutoModelForCausalLM.from_pretrained(summary["hf_export"])
 
 
+@pytest.mark.sglang
+def test_trainers_and_engines_share_two_nodes(start):
+    """Four Megatron ranks and two SGLang engines on the same slots, in turns, a checkpoint in between."""
+    flags = ["--nodes", "2", "--colocate", "--num-rollout", "3", "--save-interval", "2"]
+    rehearsal = start(*flags, "--eval.max-prompts", "20")
+    assert rehearsal.wait(280) == 0, "".join(rehearsal.lines)
+    run, text = rehearsal.run, "".join(rehearsal.lines)
+    assert "one of the two sleeps" in text and text.count("trainer+engine") == 2
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    for row in rows:
+        assert row["time/sleep_s"] > 0 and row["time/wake_s"] > 0 and row["train/logprob_gap_max"] < 1e-4
+        assert 0.2 < row["rollout/reward_mean"] < 0.8
+    summary = json.loads(run.summary.read_text())
+    assert summary["reward_before"] is not None and summary["reward_after"] is not None
+    assert load_file(Path(summary["hf_export"]) / "model.safetensors")
+
+
 def test_one_node_falls_back_to_fsdp(start):
     """FSDP2 on the node's slots; the embedded engine leaves all of them to trainers."""
     rehearsal = start(

@@ -16,7 +16,9 @@ from nanoslime import rehearsal, train
 from nanoslime.batch import TrainBatch
 from nanoslime.config.model import RehearsalConfig
 from nanoslime.orchestration.launch import Launch, parse
+from nanoslime.rollout.embedded import EmbeddedEngine
 from nanoslime.run_dir import DONE, FAILED, STOPPED, RunDir
+from nanoslime.training.backend import TrainBackend
 from nanoslime.training.fsdp import FSDPBackend
 
 SMALL = [
@@ -85,6 +87,41 @@ def test_a_stopped_run_resumes_exactly(tmp_path, model, backend, monkeypatch):
     assert losses(stopped) == losses(RunDir.open(tmp_path / "straight"))
     assert [r["step"] for r in rows(stopped)] == [0, 1, 2, 3]
     assert json.loads(stopped.summary.read_text())["reward_before"] is not None
+
+
+@pytest.mark.parametrize("backend", ["fsdp", pytest.param("megatron", marks=pytest.mark.megatron)])
+def test_a_colocated_run_is_the_same_run(tmp_path, model, backend, monkeypatch):
+    """Trainer and engine take turns, also for checkpoints: every number is that of a run without sleep."""
+    flags = run_dir(tmp_path, "awake", model, f"--backend {backend} --num-rollout 2 --save-interval 1")
+    assert train.main(flags) == DONE
+    flags[flags.index("awake")] = "turns"
+    calls = record_turns(monkeypatch)
+    assert train.main([*flags, "--colocate"]) == DONE
+    awake, turns = (RunDir.open(tmp_path / name) for name in ("awake", "turns"))
+    assert losses(turns) == losses(awake) and turns.evals.read_text() == awake.evals.read_text()
+    assert all(row["time/sleep_s"] > 0 and row["time/wake_s"] > 0 for row in rows(turns))
+    turn = ["release", "wake", "resume weights", "sleep", "resume cache"]
+    assert calls == ["release", *turn[2:], *(turn * 5)], "2 x (train, checkpoint) and the export"
+
+
+def record_turns(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the engine and the trainer are told about memory, in order."""
+    calls = []
+
+    def recorded(cls, method, name):
+        original = getattr(cls, method)
+
+        def call(self, *args):
+            calls.append(" ".join([name, *args]))
+            return original(self, *args)
+
+        monkeypatch.setattr(cls, method, call)
+
+    for method, name in (("release_memory", "release"), ("resume_memory", "resume")):
+        recorded(EmbeddedEngine, method, name)
+    recorded(TrainBackend, "sleep", "sleep")
+    recorded(TrainBackend, "wake", "wake")
+    return calls
 
 
 def stop_after(rollouts: int, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:

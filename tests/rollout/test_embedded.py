@@ -41,6 +41,21 @@ def test_is_an_engine(engine: EmbeddedEngine) -> None:
     assert engine.policy_version() == 0
 
 
+def test_released_memory_comes_back_with_the_weights_that_are_sent(
+    tiny_model: Path, other_model: Path
+) -> None:
+    engine = make_engine(other_model)
+    for version in (3, 4):
+        engine.release_memory()
+        assert sum(p.untyped_storage().nbytes() for p in engine._model.parameters()) == 0
+        engine.resume_memory("weights")
+        engine.update_weights_from_disk(str(tiny_model), version)
+        engine.resume_memory("cache")
+    [[answer]] = generate(engine, request([7, 8], n=1))
+    reference = reference_logprobs(tiny_model, [7, 8], answer.token_ids, 1.0)
+    assert (reference - torch.tensor(answer.logprobs)).abs().max() < 1e-5
+
+
 def test_logprobs_of_a_padded_batch_are_those_of_each_sequence_alone(
     engine: EmbeddedEngine, tiny_model: Path
 ) -> None:

@@ -94,3 +94,9 @@ class MegatronBackend(TrainBackend):
 
     def _parameters(self) -> list[Tensor]:
         return [p.detach() for piece in self._pieces for p in piece.parameters()]
+
+    def _live_tensors(self) -> tuple[list[Tensor], list[Tensor]]:
+        self._optimizer.zero_grad()
+        buffers = [buffer for piece in self._pieces for buffer in piece.buffers()]
+        grads = [p.main_grad for piece in self._pieces for p in piece.parameters() if p.requires_grad]
+        return [*self._parameters(), *buffers, *optimizer.tensors(self._optimizer)], grads

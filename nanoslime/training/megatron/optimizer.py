@@ -10,6 +10,7 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
+from torch import Tensor
 
 from nanoslime.config import RunConfig
 from nanoslime.training.megatron.cpu_compat import cuda_names
@@ -51,3 +52,11 @@ def set_rates(optimizer: ChainedOptimizer, lr: float, weight_decay: float) -> No
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_mult"]
         group["weight_decay"] = weight_decay * group["wd_mult"]
+
+
+def tensors(optimizer: ChainedOptimizer) -> list[Tensor]:
+    """This rank's main parameters and their moments."""
+    inner = [each.optimizer for each in optimizer.chained_optimizers if each.optimizer is not None]
+    states = [state for each in inner for state in each.state.values()]
+    parameters = [p.detach() for each in inner for group in each.param_groups for p in group["params"]]
+    return parameters + [v for state in states for v in state.values() if isinstance(v, Tensor)]
