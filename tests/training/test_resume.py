@@ -36,7 +36,7 @@ SCHEDULE = (("lr_schedule", "cosine"), ("lr_warmup_steps", 3), ("min_lr", 1e-4),
 
 
 def layout(backend: str = "megatron", tp: int = 1, pp: int = 1, dp: int = 1, **options: Any) -> Layout:
-    return Layout(backend, tp, pp, dp, (*SCHEDULE, *options.items()))
+    return Layout(backend, tp, pp, dp, options=(*SCHEDULE, *options.items()))
 
 
 TP1, TP2, PP2, TP2_PP2 = layout(), layout(tp=2), layout(pp=2), layout(tp=2, pp=2)
