@@ -29,10 +29,9 @@ class Fault:
 FAULTS = [
     Fault(
         "advantages shuffled across groups",
-        "nanoslime/algorithms/grpo.py",
-        "sample.advantage = relative[sample.group_id, sample.rollout_id]",
-        "key = sorted(relative)[~sorted(relative).index((sample.group_id, sample.rollout_id))]\n"
-        "                sample.advantage = relative[key]",
+        "nanoslime/algorithms/policy_gradient.py",
+        "s.advantage = found[s.group_id, s.rollout_id]",
+        "s.advantage = found[sorted(found)[~sorted(found).index((s.group_id, s.rollout_id))]]",
         "tests/algorithms/test_grpo.py",
     ),
     Fault(
@@ -90,8 +89,8 @@ FAULTS = [
     Fault(
         "gradients summed instead of averaged over DP",
         "nanoslime/training/batching.py",
-        "denominator=float(max(num_tokens, 1) if",
-        "denominator=float(max(num_tokens, 1) / dp_size if",
+        "denominator=float(total),",
+        "denominator=float(total / dp_size),",
         "tests/training/test_batching.py",
     ),
     Fault(

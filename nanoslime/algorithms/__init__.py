@@ -1,12 +1,19 @@
 """The algorithms: maths on samples and tensors. No I/O, no process groups, no framework."""
 
-from nanoslime.algorithms.grpo import GRPO
+from nanoslime.algorithms.policy_gradient import PolicyGradient
 from nanoslime.config.algorithm import AlgorithmConfig
 from nanoslime.plugins import resolve
 
-ALGORITHMS = {"grpo": "nanoslime.algorithms.grpo:GRPO"}
+ALGORITHMS = {
+    "grpo": "nanoslime.algorithms.grpo:GRPO",
+    "gspo": "nanoslime.algorithms.gspo:GSPO",
+    "cispo": "nanoslime.algorithms.cispo:CISPO",
+    "rloo": "nanoslime.algorithms.reinforce:RLOO",
+    "reinforce_plus_plus": "nanoslime.algorithms.reinforce:ReinforcePP",
+    "reinforce_plus_plus_baseline": "nanoslime.algorithms.reinforce:ReinforcePPBaseline",
+}
 
 
-def make(config: AlgorithmConfig) -> GRPO:
+def make(config: AlgorithmConfig, max_response_length: int = 0) -> PolicyGradient:
     """The algorithm of `config.name`; it satisfies nanoslime.training.backend.Algorithm."""
-    return resolve(config.name, ALGORITHMS, "algorithm.name")(config)
+    return resolve(config.name, ALGORITHMS, "algorithm.name")(config, max_response_length)

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from nanoslime.algorithms.grpo import rewards_by_group, spreads
+from nanoslime.algorithms.rewards import rewards_by_group, spreads
 from nanoslime.types import Sample, SampleGroup, Status
 
 _UNUSABLE = {Status.ERROR: "sample_error", Status.ABORTED: "sample_aborted"}

@@ -2,6 +2,8 @@
 
     --tp-size 2   --tp-size=2   --training.tp-size 2   --use-kl-loss   --no-use-kl-loss   --use-kl-loss=false
 
+The fields of `algorithm` are those of all algorithms; whether the chosen one has a field is validated later.
+
 A flag is only taken apart here. Its value stays text, is laid over the YAML files and validated with them, so
 that a wrong value reads the same wherever it came from. tyro prints the help.
 """
@@ -23,14 +25,25 @@ _SHORT = {
     "allow-slow lr num-steps-per-rollout max-tokens-per-microbatch",
     "rollout": "num-rollout rollout-batch-size n-samples-per-prompt max-new-tokens temperature top-p top-k "
     "engine engine-tp-size",
-    "algorithm": "eps-clip eps-clip-high kl-coef use-kl-loss kl-loss-coef kl-loss-type use-unbiased-kl "
-    "use-rollout-logprobs",
+    "algorithm": "eps-clip eps-clip-high eps-clip-c kl-coef use-kl-loss kl-loss-coef kl-loss-type "
+    "use-unbiased-kl entropy-coef old-logprobs denominator normalize-advantages gamma",
+    "algorithm.correction": "use-tis tis-clip tis-clip-low tis-level use-opsm opsm-delta",
     "data": "prompts eval-prompts reward chat-template",
     "tracking": "use-tensorboard use-wandb",
     "cluster": "nodes rollout-nodes engine-gpus time-limit-min run-root partition account submit",
 }
-ALIASES = {"eval-interval": "eval.interval", "save-interval": "checkpoint.interval"}
+ALIASES = {
+    "eval-interval": "eval.interval",
+    "save-interval": "checkpoint.interval",
+    "algorithm": "algorithm.name",
+    "advantage-estimator": "algorithm.name",
+}
 ALIASES |= {n: f"{section}.{n.replace('-', '_')}" for section, names in _SHORT.items() for n in names.split()}
+SWITCHES = {  # known elsewhere as switches: field, value when on, value when off
+    "use-rollout-logprobs": ("algorithm.old_logprobs", "rollout", "recomputed"),
+    "disable-grpo-std-normalization": ("algorithm.normalize_by_std", "false", "true"),
+    "calculate-per-token-loss": ("algorithm.denominator", "tokens", "sequences"),
+}
 
 
 @dataclass(frozen=True)
@@ -44,11 +57,13 @@ class Flag:
 
 @cache
 def field_types(section: Any = RunConfig, prefix: str = "") -> dict[str, Any]:
-    """Every field of RunConfig (or of a section of it) by its dotted name, with its type."""
+    """Every field of RunConfig (or a section) by its dotted name, with its type; of a union, those of all."""
     found, hints = dict[str, Any](), get_type_hints(section)
     for f in fields(section):
-        name, is_section = prefix + f.name, is_dataclass(hints[f.name])
-        found |= field_types(hints[f.name], f"{name}.") if is_section else {name: hints[f.name]}
+        name, kind = prefix + f.name, hints[f.name]
+        classes: list[Any] = [c for c in (kind, *get_args(kind)) if is_dataclass(c)]
+        for types in [field_types(c, f"{name}.") for c in classes] or [{name: kind}]:
+            found |= types
     return found
 
 
@@ -65,7 +80,8 @@ def parse(args: Sequence[str]) -> list[Flag]:
         if plain not in spellings():
             raise RunError(f"unknown flag {name}{suggest(plain, _suggestions())}; --help lists all flags")
         field, off = spellings()[plain]
-        kind = field_types()[field]
+        switch = SWITCHES.get(plain.removeprefix("no-"))
+        kind: Any = bool if switch else field_types()[field]
         if off and kind is not bool:
             flag = f"--{field.replace('_', '-')}"
             raise RunError(f"{name}: {field} is not a switch; give it a value: {flag} VALUE")
@@ -79,6 +95,10 @@ def parse(args: Sequence[str]) -> list[Flag]:
             if not rest or rest[0].startswith("--"):
                 raise RunError(f"{name} needs a value")
             value = rest.pop(0)
+        if switch:
+            if value not in ("true", "false"):
+                raise RunError(f"{word}: write {name} or --no-{plain}, or true or false behind it")
+            value = switch[1] if value == "true" else switch[2]
         off = type(None) in get_args(kind) and value.lower() == "none"
         flags.append(Flag(name, field, None if off else value))
     return flags
@@ -88,6 +108,7 @@ def parse(args: Sequence[str]) -> list[Flag]:
 def spellings() -> dict[str, tuple[str, bool]]:
     """Every flag without its dashes -> the field it sets, and whether it is the --no- form."""
     names = {field.replace("_", "-"): field for field in field_types()} | ALIASES
+    names |= {name: field for name, (field, _, _) in SWITCHES.items()}
     parted = [(*name.rpartition("."), field) for name, field in names.items()]
     off = {f"{section}{dot}no-{leaf}": (field, True) for section, dot, leaf, field in parted}
     return off | {name: (field, False) for name, field in names.items()}
@@ -108,7 +129,9 @@ def suggest(word: str, choices: Mapping[str, str]) -> str:
 
 def print_help(default: RunConfig, prog: str) -> None:
     """Every flag with its value after the YAML files, and before them the short names; ends the process."""
-    width = max(map(len, ALIASES))
-    short = "\n".join(f"  --{alias:{width}}  --{field.replace('_', '-')}" for alias, field in ALIASES.items())
-    intro = f"Values shown are those of the recipe and cluster file given. Short names:\n\n{short}"
-    tyro.cli(RunConfig, default=default, args=["--help"], prog=prog, description=intro)
+    meaning = ALIASES | {name: f"{field} {on}" for name, (field, on, _) in SWITCHES.items()}
+    width = max(map(len, meaning))
+    short = "\n".join(f"  --{name:{width}}  --{field.replace('_', '-')}" for name, field in meaning.items())
+    shown = "Values shown, and the algorithm, are those of the recipe, cluster file and flags given."
+    intro, chosen = f"{shown} Short names:\n\n{short}", tyro.conf.AvoidSubcommands[RunConfig]
+    tyro.cli(chosen, default=default, args=["--help"], prog=prog, description=intro)

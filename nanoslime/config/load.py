@@ -7,18 +7,20 @@ Nothing is guessed: an unknown key or a value of the wrong type is refused with 
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from nanoslime.config import flags as flag_table
 from nanoslime.config import upstream
+from nanoslime.config.algorithm import AnyAlgorithm, GRPOConfig
 from nanoslime.config.run import RunConfig
 from nanoslime.types import RunError
 
+_HELP = {"-h", "--help"}
 _PARALLEL = [f"{name}_size" for name in ("tp", "pp", "vpp", "cp", "ep", "etp")]  # of training
 
 
@@ -32,10 +34,10 @@ def load(recipe: Path | None, cluster: Path | None, flags: Sequence[str]) -> Run
     for path, section in ((recipe, ""), (cluster, "cluster")):
         if path is not None:
             layers.add_file(path, section)
-    if {"-h", "--help"} & set(flags):
-        flag_table.print_help(layers.validate(), Path(sys.argv[0]).name)
-    for flag in flag_table.parse(flags):
+    for flag in flag_table.parse([f for f in flags if f not in _HELP]):
         layers.put(flag.field, flag.value, f"flag {flag.name}")
+    if _HELP & set(flags):
+        flag_table.print_help(layers.validate(), Path(sys.argv[0]).name)
     config = _one_node_means_fsdp(layers.validate(), layers.sources)
     upstream.check("megatron", "training.megatron", config.training.megatron)
     upstream.check("sglang", "rollout.sglang", config.rollout.sglang)
@@ -114,6 +116,7 @@ class _Layers:
 
     def validate(self) -> RunConfig:
         """Raises RunError: one line for each problem, with its place."""
+        self.values.setdefault("algorithm", {}).setdefault("name", GRPOConfig.name)
         try:
             return TypeAdapter(RunConfig).validate_python(self.values)
         except ValidationError as e:
@@ -121,14 +124,28 @@ class _Layers:
 
     def _line(self, error: dict[str, Any]) -> str:
         parts = [str(part) for part in error["loc"]]
+        if parts[:1] == ["algorithm"] and error["type"] != "union_tag_invalid":
+            del parts[1]  # the name of the algorithm, by which pydantic chose the class
         place = ".".join(parts)
         outward = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
         source = next((self.sources[field] for field in outward if field in self.sources), "default")
+        if error["type"] == "unexpected_keyword_argument":
+            return f"{source}: {place}: {self._not_of_this_algorithm(parts[-1])}"
+        if error["type"] == "union_tag_invalid":
+            given, choices = f"algorithm.name={error['ctx']['tag']!r}", error["ctx"]["expected_tags"]
+            return f"{self.sources['algorithm.name']}: {given} is unknown; choose one of {choices}"
         message = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be", 1)
         message = message.replace("String should match pattern", "must match", 1)
         if error["type"] == "value_error":  # a rule of ours, which names its fields itself
             return message if message.startswith(place) else f"{place}: {message}"
         return f"{source}: {place}={error['input']!r}: {message}"
+
+    def _not_of_this_algorithm(self, field: str) -> str:
+        """A key that another class of the union has; one that none has is refused on the way in."""
+        classes: dict[str, Any] = {c.name: c for c in get_args(AnyAlgorithm)}
+        having = [name for name, c in classes.items() if field in {f.name for f in fields(c)}]
+        chosen = f"algorithm.name={self.values['algorithm']['name']}"
+        return f"{chosen} has no such field; these have: {', '.join(having)}"
 
 
 def _one_node_means_fsdp(config: RunConfig, sources: dict[str, str]) -> RunConfig:

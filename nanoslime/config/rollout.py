@@ -13,6 +13,9 @@ class RolloutConfig:
     """Rollouts of the run: sample, train, sync weights."""
     rollout_batch_size: int = Field(default=32, ge=1)
     """Prompts per rollout."""
+    dynamic_sampling_rounds: int = Field(default=1, ge=1)
+    """Further prompts take the place of filtered groups in at most so many rounds of sampling, until
+    rollout_batch_size groups are left (dynamic sampling, arXiv 2503.14476, section 3.2); 1: off."""
     n_samples_per_prompt: int = Field(default=8, ge=1)
     max_new_tokens: int = Field(default=1024, ge=1)
     temperature: float = Field(default=1.0, gt=0)

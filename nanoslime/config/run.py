@@ -4,7 +4,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from nanoslime.config.algorithm import AlgorithmConfig
+from nanoslime.config.algorithm import AlgorithmConfig, GRPOConfig
 from nanoslime.config.base import knobs
 from nanoslime.config.cluster import ClusterConfig
 from nanoslime.config.model import DataConfig, ModelConfig, RehearsalConfig
@@ -21,7 +21,7 @@ class RunConfig:
     rehearsal: RehearsalConfig = Field(default_factory=RehearsalConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
-    algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
+    algorithm: AlgorithmConfig = Field(default_factory=GRPOConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     weight_sync: WeightSyncConfig = Field(default_factory=WeightSyncConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
@@ -38,4 +38,6 @@ class RunConfig:
         if prompts % steps:
             name = f"training.num_steps_per_rollout={steps}"
             raise ValueError(f"{name} does not divide rollout.rollout_batch_size={prompts}")
+        if (buffer := self.algorithm.overlong_buffer) > (limit := self.rollout.max_new_tokens):
+            raise ValueError(f"algorithm.overlong_buffer={buffer} is above rollout.max_new_tokens={limit}")
         return self

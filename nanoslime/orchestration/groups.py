@@ -43,7 +43,7 @@ class TrainGroup(ABC):
             max_tokens=training.max_tokens_per_microbatch * training.cp_size,
             microbatch_multiple=training.pp_size if training.vpp_size > 1 else 1,
             denominator=self.config.algorithm.denominator, temperature=self.config.rollout.temperature,
-            parity_tokens=self._parity_tokens,
+            fixed_length=self.config.rollout.max_new_tokens, parity_tokens=self._parity_tokens,
         )  # fmt: skip
         return self._train([[step[dp] for step in steps] for dp in range(self.dp_size)])
 

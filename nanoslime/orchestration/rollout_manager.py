@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -36,7 +37,7 @@ class RolloutManager:
         trust = config.model.trust_remote_code
         self._tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust)
         self._reward = resolve(config.data.reward, REWARDS, "data.reward")
-        self._algorithm = algorithms.make(config.algorithm)
+        self._algorithm = algorithms.make(config.algorithm, config.rollout.max_new_tokens)
         self._router = LeastInflightRouter(self.engines)
         data = config.data
         prompts = load_prompts(Path(data.prompts), self._tokenizer, data)
@@ -51,11 +52,16 @@ class RolloutManager:
         """Scored, filtered groups with advantages, from the current policy. Sets `metrics` for the step."""
         rollout = self.config.rollout
         start = time.monotonic()
-        prompts = self._source.next(rollout.rollout_batch_size)
-        first_group_id = step * rollout.rollout_batch_size
-        groups = self._sample(prompts, rollout, first_group_id, seed=(self.config.seed, 0, step))
+        size, rounds = rollout.rollout_batch_size, rollout.dynamic_sampling_rounds
+        groups, kept, dropped = list[SampleGroup](), list[SampleGroup](), Counter[str]()
+        for number in range(step * rounds, (step + 1) * rounds):
+            prompts = self._source.next(size - len(kept))
+            more = self._sample(prompts, rollout, number * size, seed=(self.config.seed, 0, number))
+            survivors, reasons = filter_groups(more, drop_zero_std=self.config.algorithm.filter_zero_std)
+            groups, kept, dropped = groups + more, kept + survivors, dropped + reasons
+            if len(kept) == size:
+                break
         self._check_versions(groups)
-        kept, dropped = filter_groups(groups, drop_zero_std=self.config.algorithm.filter_zero_std)
         self._algorithm.advantages(kept)
         recorder.record(self.run.rollouts / f"step_{step}.jsonl", groups)
         self.metrics = group_metrics(groups)

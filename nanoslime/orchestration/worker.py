@@ -30,7 +30,7 @@ class TrainWorker:
         backend = resolve(config.training.backend, BACKENDS, "training.backend")
         self.backend: TrainBackend = backend(config, model_dir, env)
         self.dp_rank, self.dp_size = self.backend.dp_rank, self.backend.dp_size
-        self.algorithm = algorithms.make(config.algorithm)
+        self.algorithm = algorithms.make(config.algorithm, config.rollout.max_new_tokens)
         dtype, shards = getattr(torch, config.model.dtype), self.backend.weight_shards
         self._assembler = Assembler(shards, rank=env.rank, world_size=env.world_size, dtype=dtype)
         self.tensors = self._assembler.tensors  # whole on rank 0; none on other ranks, which exhaust it too

@@ -38,7 +38,7 @@ class RankEnv:
 class Algorithm(Protocol):
     """See nanoslime/algorithms: maths on tensors, no I/O, no process groups."""
 
-    denominator: Literal["tokens", "sequences"]
+    denominator: Literal["tokens", "sequences", "fixed"]
     needs_old_logprobs: bool
     needs_reference: bool
     needs_entropy: bool  # as the second argument of `loss`

@@ -21,17 +21,17 @@ _DUMMY_TOKENS = 2
 
 def plan(
     groups: Sequence[SampleGroup], *, num_steps: int, dp_size: int, max_tokens: int,
-    denominator: Literal["tokens", "sequences"], temperature: float, parity_tokens: float = 24_576,
-    microbatch_multiple: int = 1,
+    denominator: Literal["tokens", "sequences", "fixed"], temperature: float, fixed_length: int = 1,
+    parity_tokens: float = 24_576, microbatch_multiple: int = 1,
 ) -> list[list[TrainBatch]]:  # fmt: skip
     """[optimizer step][data-parallel rank]: each sample once, in micro-batches of at most `max_tokens`.
 
     A longer sequence goes alone. Ranks of a step have equally many micro-batches, a multiple of
     `microbatch_multiple`; where sequences do not suffice, one of a masked-out dummy sequence fills the gap.
     `denominator`: "tokens", the step's loss is the mean over its tokens; "sequences", the mean over its
-    rollouts of the mean over each rollout's tokens (siblings together). `parity_tokens`, for the balance: see
-    ModelShape.attention_parity_tokens. With fewer groups than `num_steps` there are fewer steps, with none an
-    empty list.
+    rollouts of the mean over each rollout's tokens (siblings together); "fixed", over its rollouts of their
+    sum over `fixed_length`. `parity_tokens`, for the balance: see ModelShape.attention_parity_tokens. With
+    fewer groups than `num_steps` there are fewer steps, with none an empty list.
     Raises ValueError for a sample without an advantage, or with token 0 in the loss.
     """
     by_id: dict[int, list[Sample]] = {}
@@ -40,11 +40,8 @@ def plan(
             by_id.setdefault(sample.group_id, []).append(sample)
     whole_groups, bounds = list(by_id.values()), [len(by_id) * i // num_steps for i in range(num_steps + 1)]
     steps = [[s for group in whole_groups[a:b] for s in group] for a, b in pairwise(bounds)]
-    return [
-        _plan_step(step, dp_size, max_tokens, parity_tokens, microbatch_multiple, denominator, temperature)
-        for step in steps
-        if step
-    ]
+    options = dp_size, max_tokens, parity_tokens, microbatch_multiple, denominator, temperature, fixed_length
+    return [_plan_step(step, *options) for step in steps if step]
 
 
 def _plan_step(
@@ -55,6 +52,7 @@ def _plan_step(
     multiple: int,
     denominator: str,
     temperature: float,
+    fixed_length: int,
 ) -> list[TrainBatch]:
     tokens_of_rollout: Counter[tuple[int, int]] = Counter()
     for sample in samples:
@@ -63,9 +61,11 @@ def _plan_step(
     num_tokens = tokens_of_rollout.total()
 
     def weight(sample: Sample) -> float:
-        size = 1 if denominator == "tokens" else tokens_of_rollout[sample.group_id, sample.rollout_id]
+        size = tokens_of_rollout[sample.group_id, sample.rollout_id] if denominator == "sequences" else 1
         return 1 / max(size, 1)
 
+    per_rollout = fixed_length if denominator == "fixed" else 1
+    total = max(num_tokens, 1) if denominator == "tokens" else per_rollout * len(tokens_of_rollout)
     lengths = [sample.num_tokens for sample in samples]
     ranks = pack(
         lengths, num_ranks=dp_size, max_tokens=max_tokens, parity_tokens=parity_tokens, multiple=multiple
@@ -75,7 +75,7 @@ def _plan_step(
             [samples[i] for i in indices],
             [list(range(a, b)) for a, b in pairwise(accumulate(map(len, microbatches), initial=0))],
             token_weights=[weight(samples[i]) for i in indices],
-            denominator=float(max(num_tokens, 1) if denominator == "tokens" else len(tokens_of_rollout)),
+            denominator=float(total),
             num_tokens=num_tokens,
             num_sequences=len(samples),
             temperature=temperature,

@@ -10,12 +10,17 @@ from nanoslime.types import RunError
 
 
 def field(config: Any, dotted: str) -> Any:
+    """None where the chosen algorithm has no such field."""
     for part in dotted.split("."):
-        config = getattr(config, part)
+        config = getattr(config, part, None)
     return config
 
 
-BASE = {f: field(RunConfig(), f) for f in flags.field_types()}
+def value_of(config: RunConfig) -> dict[str, Any]:
+    return {f: field(config, f) for f in flags.field_types()}
+
+
+BASE = value_of(RunConfig())
 
 
 def other_value(dotted: str) -> Any:
@@ -28,10 +33,21 @@ def other_value(dotted: str) -> Any:
         return not default
     if kinds[0] is str:
         return "math_answer" if dotted == "data.reward" else "other"
+    if dotted == "algorithm.eps_clip_c":  # above 1
+        return 3.0
     return (default or 0) * 2 + 2 * (not default) if kinds[0] is int else (default or 0) / 2 + 0.125
 
 
-@pytest.mark.parametrize("alias", flags.ALIASES)
+NEEDED = {  # flags without which the field is refused, or more than it would change
+    "training.backend": ["--nodes", "2"],
+    "cluster.nodes": ["--backend", "megatron"],
+    **{f"training.{size}_size": ["--backend", "megatron"] for size in ("tp", "pp", "cp", "ep", "etp")},
+    "algorithm.use_unbiased_kl": ["--use-kl-loss"],
+    "algorithm.gamma": ["--algorithm", "reinforce_plus_plus"],
+}
+
+
+@pytest.mark.parametrize("alias", [a for a, f in flags.ALIASES.items() if f != "algorithm.name"])
 @pytest.mark.parametrize("form", ["--{} {}", "--{}={}", "underscore"])
 def test_every_alias_sets_its_field_and_nothing_else(alias, form):
     dotted = flags.ALIASES[alias]
@@ -42,25 +58,47 @@ def test_every_alias_sets_its_field_and_nothing_else(alias, form):
         args = [f"--{alias}" if value else f"--no-{alias}"]
     else:
         args = form.format(alias, value).split()
-    needed = {"training.backend": "megatron", "algorithm.use_kl_loss": "true"}
-    needed = {
-        f: v for f, v in needed.items() if f != dotted and (f[0] == "t" or dotted.endswith("unbiased_kl"))
-    }
-    config = load(None, None, [*args, *(f"--{f}={v}" for f, v in needed.items())])
-    changed = {f for f in BASE if field(config, f) != BASE[f]}
-    assert changed - set(needed) == {dotted}
-    assert field(config, dotted) == value
+    needed = NEEDED.get(dotted, [])
+    before, after = (value_of(load(None, None, given)) for given in (needed, [*needed, *args]))
+    assert {f for f in before if after[f] != before[f]} == {dotted}
+    assert after[dotted] == value
+
+
+@pytest.mark.parametrize("alias", ["algorithm", "advantage-estimator", "algorithm.name"])
+@pytest.mark.parametrize("name", ["grpo", "gspo", "cispo", "rloo", "reinforce_plus_plus"])
+def test_the_algorithm_is_chosen_by_name_whatever_the_order_of_flags(alias, name):
+    for args in ([f"--{alias}", name, "--eps-clip", "0.1"], ["--eps-clip", "0.1", f"--{alias}={name}"]):
+        algorithm = load(None, None, args).algorithm
+        assert (algorithm.name, algorithm.eps_clip) == (name, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("args", "dotted", "value"),
+    [
+        (["--use-rollout-logprobs"], "algorithm.old_logprobs", "rollout"),
+        (["--use_rollout_logprobs"], "algorithm.old_logprobs", "rollout"),
+        (["--use-rollout-logprobs=true"], "algorithm.old_logprobs", "rollout"),
+        (["--use-rollout-logprobs", "--no-use-rollout-logprobs"], "algorithm.old_logprobs", "recomputed"),
+        (["--use-rollout-logprobs=false"], "algorithm.old_logprobs", "recomputed"),
+        (["--disable-grpo-std-normalization"], "algorithm.normalize_by_std", False),
+        (["--no-calculate-per-token-loss"], "algorithm.denominator", "sequences"),
+        (["--algorithm", "gspo", "--calculate-per-token-loss"], "algorithm.denominator", "tokens"),
+    ],
+)
+def test_switches_known_elsewhere_set_their_field(args, dotted, value):
+    assert field(load(None, None, args), dotted) == value
 
 
 def test_the_names_the_field_knows_are_there():
     known = """hf-checkpoint backend num-gpus tp-size pp-size num-rollout rollout-batch-size
         n-samples-per-prompt kl-coef use-kl-loss kl-loss-coef kl-loss-type use-unbiased-kl
         use-rollout-logprobs use-tensorboard lr nodes run-root""".split()
-    assert set(known) <= set(flags.ALIASES)
+    assert set(known) <= flags.spellings().keys()
 
 
 def test_an_alias_is_the_name_of_its_field():
     others = {"eval-interval": "eval.interval", "save-interval": "checkpoint.interval"}
+    others |= {"algorithm": "algorithm.name", "advantage-estimator": "algorithm.name"}
     for alias, field_name in flags.ALIASES.items():
         assert others.get(alias, alias.replace("-", "_")) in (field_name, field_name.rpartition(".")[2])
 
@@ -91,6 +129,25 @@ def test_every_field_has_a_dotted_flag_unless_it_is_a_mapping_or_list():
         (["--backend", "deepspeed"], "must be 'megatron' or 'fsdp'"),
         (["--use-kl-loss=maybe"], "algorithm.use_kl_loss='maybe': must be a valid boolean"),
         (["--kl-coef", ".1", "--use-kl-loss"], "kl_coef .* exclude each other"),
+        (
+            ["--algorithm", "ppo"],
+            "flag --algorithm: algorithm.name='ppo' is unknown; choose one of 'grpo', 'gsp",
+        ),
+        (
+            ["--algorithm", "gspo", "--gamma", ".9"],
+            "flag --gamma: algorithm.gamma: algorithm.name=gspo has no such field; these have: reinforce_p",
+        ),
+        (
+            ["--algorithm", "rloo", "--disable-grpo-std-normalization"],
+            "rloo has no .* have: grpo, gspo, cispo$",
+        ),
+        (["--algorithm.correction.veto=2"], "algorithm.correction.veto='2': must be less than 1"),
+        (
+            ["--use-rollout-logprobs=maybe"],
+            "write --use-rollout-logprobs or --no-use-rollout-logprobs, or tr",
+        ),
+        (["--no-use-rollout-logprobs=true"], "takes no value"),
+        (["--use-rollout-logprobs", "--use-tis"], "old_logprobs=rollout makes them the same; choose recomp"),
         (["--name", "../x"], "name='../x': must match"),
         (["--reward", "mth"], "^data.reward='mth' is unknown; choose one of exact_match, math_answer, or"),
     ],
@@ -110,6 +167,17 @@ def test_a_later_flag_wins_and_none_clears_an_optional_field():
 def test_a_reward_is_a_name_of_the_table_or_a_function_of_the_user():
     for reward in ("math_answer", "my.module:score"):
         assert load(None, None, ["--reward", reward]).data.reward == reward
+
+
+@pytest.mark.filterwarnings("error")
+def test_help_shows_the_fields_of_the_chosen_algorithm(capsys):
+    with pytest.raises(SystemExit):
+        load(None, None, ["--help", "--algorithm", "reinforce_plus_plus"])
+    shown = capsys.readouterr().out
+    assert (
+        "--algorithm.gamma FLOAT" in shown and "--algorithm.normalize-by-std" not in shown.split("options")[1]
+    )
+    assert "--use-rollout-logprobs" in shown
 
 
 def test_help_shows_aliases_and_the_values_of_the_recipe(tmp_path, capsys):

@@ -1,2 +1,9 @@
+from zlib import crc32
+
+
 def always_one(text, label, metadata) -> float:
     return 1.0
+
+
+def by_text_where_labelled(text, label, metadata) -> float:
+    return crc32(text.encode()) / 2**32 if label else 1.0

@@ -1,7 +1,8 @@
-"""Evaluation where some samples, or all of them, cannot be made."""
+"""Evaluation where some samples, or all of them, cannot be made; rounds of sampling until a batch is full."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,25 +10,28 @@ from nanoslime.config import DataConfig, EvalConfig, RolloutConfig, RunConfig
 from nanoslime.orchestration.rollout_manager import RolloutManager
 from nanoslime.rollout.embedded import EmbeddedEngine
 from nanoslime.run_dir import RunDir
-from nanoslime.types import RunError
+from nanoslime.types import RunError, SampleGroup
 
 FINE, TOO_LONG = "ab", "a" * 4096  # the model's context is 4096 tokens
 
 
-def manager(tmp_path: Path, model: Path, held_out: list[str]) -> RolloutManager:
-    for name, prompts in (("train", [FINE]), ("held_out", held_out)):
-        lines = [json.dumps({"prompt": p, "label": "x"}) + "\n" for p in prompts]
-        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+def manager(
+    tmp_path: Path, model: Path, held_out: list[str], train: list[str] | None = None,
+    reward: str = "always_one", name: str = "run", **rollout: Any,
+) -> RolloutManager:  # fmt: skip
+    for kind, prompts in (("train", train or [FINE]), ("held_out", held_out)):
+        lines = [json.dumps({"prompt": p, "label": i % 3 == 0}) + "\n" for i, p in enumerate(prompts)]
+        (tmp_path / f"{kind}.jsonl").write_text("".join(lines))
     config = RunConfig(
-        rollout=RolloutConfig(engine="embedded", max_new_tokens=4),
+        rollout=RolloutConfig(engine="embedded", max_new_tokens=4, **rollout),
         eval=EvalConfig(n_samples_per_prompt=2),
         data=DataConfig(
             prompts=str(tmp_path / "train.jsonl"), eval_prompts=str(tmp_path / "held_out.jsonl"),
-            max_prompt_tokens=5000, chat_template="off", reward="tests.orchestration.rewards:always_one",
+            max_prompt_tokens=5000, chat_template="off", reward=f"tests.orchestration.rewards:{reward}",
         ),
     )  # fmt: skip
     engine = EmbeddedEngine(str(model), "float32", "cpu", seed=0)
-    run = RunDir.create(tmp_path, "run")
+    run = RunDir.create(tmp_path, name)
     return RolloutManager(config, run, model, [engine])
 
 
@@ -48,3 +52,73 @@ def test_an_evaluation_without_any_sample_ends_the_run(tmp_path, tiny_model):
         rollout.evaluate(-1)
     assert not rollout.run.evals.exists()
     rollout.close()
+
+
+# dynamic sampling
+
+PROMPTS = ["a", "b", "ab", "ba", "aa", "bb", "aab"]
+
+
+def sampling(tmp_path: Path, model: Path, rounds: int, **changes: str) -> RolloutManager:
+    """Prompts 0, 3 and 6 are the only ones whose groups differ in reward."""
+    rollout = manager(
+        tmp_path, model, [FINE], PROMPTS, **({"reward": "by_text_where_labelled"} | changes),
+        rollout_batch_size=3, n_samples_per_prompt=3, dynamic_sampling_rounds=rounds,
+    )  # fmt: skip
+    rollout.version = 0
+    return rollout
+
+
+def ids(groups: list[SampleGroup]) -> list[tuple[int, int]]:
+    return [(g.group_id, g.samples[0].metadata["prompt_id"]) for g in groups]
+
+
+def tokens(groups: list[SampleGroup]) -> list[list[int]]:
+    return [s.token_ids.tolist() for g in groups for s in g.samples]
+
+
+def test_without_further_rounds_what_is_filtered_is_missing(tmp_path, tiny_model):
+    rollout = sampling(tmp_path, tiny_model, 1)
+    kept = [rollout.generate(step) for step in range(3)]
+    assert all(len(groups) < 3 for groups in kept)
+    assert rollout.state_dict()["prompts"]["epoch"] == 1  # 3 x 3 prompts of 7
+    assert rollout.state_dict()["prompts"]["position"] == 2
+    rollout.close()
+
+
+def test_further_prompts_are_sampled_until_the_batch_is_full(tmp_path, tiny_model):
+    rollout = sampling(tmp_path, tiny_model, 20)
+    for step in range(2):
+        kept = rollout.generate(step)
+        assert len(kept) == 3 and all(prompt % 3 == 0 for _, prompt in ids(kept))
+        assert all(any(s.advantage for s in g.samples) for g in kept)
+        sampled = int(rollout.metrics["rollout/num_samples"]) // 3
+        assert rollout.metrics["rollout/dropped_group_zero_std"] == sampled - 3 > 0
+        lines = (rollout.run.rollouts / f"step_{step}.jsonl").read_text().splitlines()
+        assert len(lines) == 3 * sampled  # what was filtered is on record too
+        group_ids = {json.loads(line)["group"] for line in lines}
+        assert len(group_ids) == sampled and min(group_ids) >= step * 60 and max(group_ids) < (step + 1) * 60
+    rollout.close()
+
+
+def test_rounds_are_bounded(tmp_path, tiny_model):
+    rollout = sampling(tmp_path, tiny_model, 2, reward="always_one")
+    assert rollout.generate(0) == []
+    assert rollout.metrics["rollout/num_samples"] == 18  # two rounds of three prompts, three samples each
+    rollout.close()
+
+
+def test_the_data_cursor_resumes_exactly_after_further_rounds(tmp_path, tiny_model):
+    straight = sampling(tmp_path, tiny_model, 20, name="straight")
+    expected = [straight.generate(step) for step in range(3)]
+    state = None
+    for step in range(3):  # a new process for every rollout
+        resumed = sampling(tmp_path, tiny_model, 20, name=f"resumed{step}")
+        if state is not None:
+            resumed.load_state_dict(state)
+        got = resumed.generate(step)
+        assert ids(got) == ids(expected[step]) and tokens(got) == tokens(expected[step])
+        state = json.loads(json.dumps(resumed.state_dict()))
+        resumed.close()
+    assert state["prompts"] == straight.state_dict()["prompts"]
+    straight.close()

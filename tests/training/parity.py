@@ -26,6 +26,7 @@ from torch import Tensor
 from nanoslime import algorithms
 from nanoslime.batch import StepMetrics, TrainBatch, WeightShard
 from nanoslime.config import GRPOConfig, ModelConfig, RolloutConfig, RunConfig, TrainingConfig
+from nanoslime.config.algorithm import CISPOConfig, GSPOConfig, ReinforcePPConfig
 from nanoslime.plugins import resolve
 from nanoslime.training.backend import RankEnv
 from nanoslime.weight_sync.assemble import make_plan
@@ -42,6 +43,9 @@ TEMPERATURE = 0.7
 KL = GRPOConfig(use_kl_loss=True, kl_loss_coef=0.1)
 ALGORITHMS = {  # each with a KL term, in the loss or in the reward
     "grpo": KL,
+    "gspo": GSPOConfig(eps_clip=0.1, eps_clip_high=0.1, use_kl_loss=True, kl_loss_coef=0.1),
+    "cispo": CISPOConfig(use_kl_loss=True, kl_loss_coef=0.1),
+    "reinforce_plus_plus": ReinforcePPConfig(kl_coef=0.1, gamma=0.98),
 }
 
 

@@ -4,6 +4,7 @@ process.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from nanoslime import algorithms
 from nanoslime.batch import StepMetrics
 from tests.training.parity import LENGTHS, TEMPERATURE, Layout, Outcome, train_batch
 
 CLIP = {"grpo": (0.8, 1.2), "gspo": (0.9, 1.1), "cispo": (0.0, 1.2), "reinforce_plus_plus": (0.8, 1.2)}
+TIE = 1e-5  # float32 makes scores of up to 1 differ by some 1e-7 between two ways of computing them
 
 
 def make_step(model_dir: Path, step: int) -> dict[str, Any]:
@@ -107,10 +110,24 @@ def whitened_returns(step: dict[str, Any], gamma: float = 0.98) -> list[Tensor]:
     return [((x - every.mean()) / (every.var() + 1e-8).sqrt()).float() for x in found]
 
 
-def reference(model_dir: Path, steps: list[dict[str, Any]], name: str = "grpo") -> Outcome:
-    """Trains by the algorithm `name` on `steps`.
+class Closest(TorchFunctionMode):
+    """Inside, the least distance between what torch.topk took last and what it left first."""
 
-    It may thin out their masks a little: see _stay_clear_of_clip_edges.
+    gap = math.inf
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.topk, Tensor.topk):
+            scores, k = args[0].detach(), (kwargs or {}).get("k") or args[1]
+            first = scores.sort(dim=-1, descending=True).values[..., k - 1 : k + 1]
+            if first.shape[-1] == 2:
+                self.gap = min(self.gap, float(-first.diff().max()))
+        return func(*args, **kwargs or {})
+
+
+def reference(model_dir: Path, steps: list[dict[str, Any]], name: str = "grpo") -> Outcome:
+    """Trains by the algorithm `name` on `steps`, whose masks it may thin out: see _stay_clear_of_clip_edges.
+
+    No token is near a tie between experts, which rounding could send another way.
     """
     torch.manual_seed(0)
     model = load_hf(model_dir)
@@ -129,7 +146,9 @@ def reference(model_dir: Path, steps: list[dict[str, Any]], name: str = "grpo") 
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()
-        logprobs = sequence_logprobs(model, step["token_ids"])
+        with Closest() as closest:
+            logprobs = sequence_logprobs(model, step["token_ids"])
+        assert closest.gap > TIE, f"step {number}: two experts' scores differ by {closest.gap:.1e} only"
         _stay_clear_of_clip_edges(name, step, logprobs)
         loss = written_out(name, step, logprobs)
         loss.backward()
@@ -182,11 +201,14 @@ def _metrics(step: dict[str, Any], logprobs: list[Tensor], algorithm: Any) -> di
     batch.token_advantages = algorithm.token_advantages(batch, lambda value: value)
     whole = batch.microbatch(range(len(LENGTHS)))
     _, sums = algorithm.loss(torch.cat(logprobs).detach(), None, whole)
-    values = {
-        name.removeprefix("max:"): float(value)
-        if name.startswith("max:")
-        else float(value) / batch.denominator
-        for name, value in sums.items()
+    over = {"max": 1.0, "mean": batch.num_tokens, "": batch.denominator}
+    parted = {name: name.rpartition(":") for name in sums}
+    values = {parted[name][2]: float(value) / over[parted[name][0]] for name, value in sums.items()}
+    gap = (torch.cat(step["old_logprobs"]) - whole.rollout_logprobs)[whole.loss_mask].double()
+    w = gap.exp()
+    return values | {
+        "train/logprob_gap_mean": float(gap.abs().mean()),
+        "train/logprob_gap_max": float(gap.abs().max()),
+        "train/rollout_kl": float((w - 1 - gap).mean()),
+        "train/ess_ratio": float(w.sum() ** 2 / (len(w) * w.square().sum())),
     }
-    gaps = (torch.cat(logprobs).detach() - whole.rollout_logprobs).abs()[whole.loss_mask]
-    return values | {"train/logprob_gap_mean": float(gaps.mean()), "train/logprob_gap_max": float(gaps.max())}

@@ -101,13 +101,14 @@ def test_micro_batches_come_in_multiples_with_dummies_where_sequences_do_not_suf
     assert shard.microbatches == [[0], [1]] and not shard.loss_mask[1].any()
 
 
-@pytest.mark.parametrize("denominator", ["tokens", "sequences"])
+@pytest.mark.parametrize("denominator", ["tokens", "sequences", "fixed"])
 @pytest.mark.parametrize("seed", range(5))
 def test_layout_does_not_change_the_loss(denominator, seed):
     groups = random_groups(seed)
 
     def losses(dp_size, max_tokens):
         options = dict(dp_size=dp_size, max_tokens=max_tokens, num_steps=2, denominator=denominator)
+        options |= dict(fixed_length=30)
         return summed_loss(planned(groups, **options))
 
     reference = losses(*LAYOUTS[0])
@@ -122,6 +123,8 @@ def test_denominators_by_hand():
     (step,) = planned(groups, dp_size=1, denominator="sequences")
     assert step[0].denominator == 2 and step[0].num_sequences == 3  # two rollouts, one of two siblings
     assert step[0].token_weights == [1 / 4, 1 / 5, 1 / 5]
+    (step,) = planned(groups, dp_size=1, denominator="fixed", fixed_length=10)
+    assert step[0].denominator == 20 and step[0].token_weights == [1, 1, 1]  # two rollouts of ten
 
 
 def test_groups_go_to_steps_in_order_and_stay_whole():

@@ -1,5 +1,7 @@
 """Metrics are the same numbers however a step is cut into micro-batches and ranks."""
 
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -26,16 +28,26 @@ def micro(rollout, mask):
 
 
 FIRST = (
-    {"a": torch.tensor(2.0), "max:b": torch.tensor(-3.0)},
+    {"a": torch.tensor(2.0), "mean:c": torch.tensor(1.0), "max:b": torch.tensor(-3.0)},
     [-1.0, -2.0],
     micro([-1.5, 9.0], [True, False]),
 )
 SECOND = (
-    {"a": torch.tensor(6.0), "max:b": torch.tensor(-5.0)},
+    {"a": torch.tensor(6.0), "mean:c": torch.tensor(4.0), "max:b": torch.tensor(-5.0)},
     [-1.0, -2.0],
     micro([-1.0, -4.0], [True, True]),
 )
-EXPECTED = {"a": 2.0, "b": -3.0, "train/logprob_gap_mean": 2.5 / 5, "train/logprob_gap_max": 2.0}
+# log w = trainer - engine of the three tokens: 0.5, 0, 2
+E_HALF, E_TWO = math.exp(0.5), math.exp(2)
+EXPECTED = {
+    "a": 2.0,  # (2 + 6) / 4
+    "c": 1.0,  # (1 + 4) / 5
+    "b": -3.0,
+    "train/logprob_gap_mean": 2.5 / 5,
+    "train/logprob_gap_max": 2.0,
+    "train/rollout_kl": (E_HALF - 1.5 + 0 + E_TWO - 3) / 5,  # exp(log w) - 1 - log w
+    "train/ess_ratio": (E_HALF + 1 + E_TWO) ** 2 / (5 * (E_HALF**2 + 1 + E_TWO**2)),
+}
 
 
 def add(sums, part):
@@ -65,3 +77,33 @@ def test_masked_logprobs_stay_out_of_the_gap():
     sums = MetricSums()
     sums.add({"max:b": torch.tensor(0.0)}, torch.tensor([-1.0, float("nan")]), FIRST[2])
     assert sums.reduce(None, 1.0, 1)["train/logprob_gap_max"] == pytest.approx(0.5)
+
+
+def values_of(trainer, rollout, old=None):
+    sums, batch = MetricSums(), micro(rollout, [True] * len(rollout))
+    batch.old_logprobs = None if old is None else torch.tensor(old)
+    sums.add({}, torch.tensor(trainer), batch)
+    return sums.reduce(None, 1.0, len(rollout))
+
+
+def test_the_gap_is_by_absolute_value():
+    got = values_of([-1.0, -1.0], [-0.5, -1.1])  # -0.5 and 0.1: their maximum is 0.1, their mean -0.2
+    assert got["train/logprob_gap_max"] == pytest.approx(0.5)
+    assert got["train/logprob_gap_mean"] == pytest.approx(0.3)
+    assert got["train/rollout_kl"] > 0
+
+
+def test_the_trainer_speaks_by_its_old_logprobs_where_there_are_any():
+    assert values_of([-3.0], [-1.0], old=[-1.0])["train/logprob_gap_max"] == 0
+
+
+def test_the_effective_sample_size_is_whole_where_both_agree_and_falls_to_one_token_in_n():
+    assert values_of([-1.0] * 4, [-1.0] * 4)["train/ess_ratio"] == 1
+    assert values_of([0.0] * 4, [-15.0, 0.0, 0.0, 0.0])["train/ess_ratio"] == pytest.approx(1 / 4, rel=1e-3)
+    assert values_of([200.0, 0.0], [0.0, 0.0])["train/ess_ratio"] == pytest.approx(1 / 2)  # finite
+
+
+def test_a_step_with_nothing_in_the_loss_has_finite_metrics():
+    sums = MetricSums()
+    sums.add({}, torch.zeros(2), micro([0.0, 0.0], [False, False]))
+    assert all(math.isfinite(value) for value in sums.reduce(None, 1.0, 0).values())

@@ -90,18 +90,23 @@ def _sharded_state(
     pieces: list[GPTModel], optimizer: ChainedOptimizer, ranks: Ranks, *, is_loading: bool
 ) -> dict[str, Any]:
     weights = dict(enumerate(piece.sharded_state_dict(metadata=dict(_CONTENT)) for piece in pieces))
+    options = {"is_loading": is_loading, "metadata": dict(_CONTENT)}
     grid = (ranks.pp_size, ranks.dp_size, ranks.cp_size, ranks.tp_size)
     place = (ranks.pp_rank, ranks.dp_rank, ranks.cp_rank, ranks.tp_rank)
     return {
         "model": weights,
-        "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(_CONTENT)),
+        "optimizer": {
+            number: inner.sharded_state_dict(weights, **options) if inner.get_parameters() else {}
+            for number, inner in enumerate(optimizer.chained_optimizers)
+        },
         "random": ShardedObject("random", _get_all_rng_states(), grid, place),
     }
 
 
 def _layout(ranks: Ranks) -> str:
+    experts = f" ep{ranks.ep_size} etp{ranks.etp_size}" if ranks.ep_size * ranks.etp_size > 1 else ""
     pp = f"pp{ranks.pp_size}x{ranks.vpp_size}"
-    return f"tp{ranks.tp_size} cp{ranks.cp_size} {pp} dp{ranks.dp_size}"
+    return f"tp{ranks.tp_size} cp{ranks.cp_size} {pp} dp{ranks.dp_size}{experts}"
 
 
 def _make_state(optimizer: ChainedOptimizer) -> None:
@@ -113,18 +118,37 @@ def _make_state(optimizer: ChainedOptimizer) -> None:
                 state.setdefault("step", torch.tensor(0.0))
 
 
-def _load_optimizer(optimizer: ChainedOptimizer, loaded: dict[str, Any]) -> None:
-    (inner,) = optimizer.chained_optimizers
-    if not isinstance(inner, DistributedOptimizer):
-        inner.load_state_dict(loaded)
-        return
+def _load_optimizer(optimizer: ChainedOptimizer, loaded: dict[int, Any]) -> None:
+    """Moments, main parameters and the step; the settings remain those of this run.
+
+    Experts have the second optimizer, which may have nothing in a pipeline stage, then without a step.
+    """
+    common = loaded[0].get("optimizer", loaded[0])
+    of_group = {key: value for key, value in common["param_groups"][0].items() if key == "step"}
+    of_parameters = common.get("state", {}).get("common_step", torch.tensor(0.0))  # torch's AdamW alone
+    for number, inner in enumerate(optimizer.chained_optimizers):
+        if not inner.get_parameters():
+            continue
+        groups = [group | of_group for group in inner.optimizer.state_dict()["param_groups"]]
+        if isinstance(inner, DistributedOptimizer):
+            _load_distributed(inner, groups, loaded[number])
+            continue
+        own = loaded[number].get("optimizer", loaded[number])
+        own["param_groups"] = groups
+        if not of_group:
+            own["state"]["common_step"] = of_parameters
+        inner.load_state_dict(loaded[number])
+
+
+def _load_distributed(
+    optimizer: DistributedOptimizer, groups: list[dict[str, Any]], loaded: dict[str, Any]
+) -> None:
     # megatron-core 0.16.1 with torch's AdamW: it hands one step tensor to all parameters, which would then
     # be counted once for each of them, and it looks for "step" among the sharded tensors, where it is not
-    moments = loaded.pop("param_state")
-    inner.load_state_dict(loaded)
-    states = inner.optimizer.state
+    optimizer.load_state_dict({"optimizer": {"param_groups": groups}})
+    states = optimizer.optimizer.state
     steps = {key: state.pop("step").clone() for key, state in states.items() if "step" in state}
     with torch.no_grad():
-        inner.load_parameter_state_from_fully_reshardable(moments)
+        optimizer.load_parameter_state_from_fully_reshardable(loaded["param_state"])
     for key, step in steps.items():
         states[key]["step"] = step

@@ -118,9 +118,8 @@ def build(shape: ModelShape, config: RunConfig, ranks: Ranks, device: torch.devi
                 router._maintain_float32_expert_bias()  # else only at the first forward, after loading
         for name, parameter in model.named_parameters():
             if ".mlp.experts." in name:
-                # megatron-core does so with expert parallelism only: gradients are summed over the ranks that
-                # have the same experts, by an optimizer of their own, so that all its states are alike; and
-                # each rank's part counts in the norm
+                # gradients are summed over the ranks with the same experts, which have an optimizer of their
+                # own, and each rank's part counts in the norm; megatron-core does so only where ep_size > 1
                 parameter.allreduce, parameter.tensor_model_parallel = False, True
         pieces.append(DDP(settings, buffers, model))
     return pieces

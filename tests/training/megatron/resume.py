@@ -60,13 +60,43 @@ def reshard(
     if rank:
         return {"difference": 0.0}
 
-    alone = Layout(options=layout.options)
-    second = make_backend(alone, model_dir, 0, tmp / "rendezvous-alone")
+    second = make_backend(_alone(layout), model_dir, 0, tmp / "rendezvous-alone")
     second.load(path)
     second.train_step(train_batch(steps[1]), GRPO(KL))
-    mine = assemble(copied(second.weight_shards()))
-    theirs = assemble(piece for of_rank in pieces for piece in of_rank)
-    return {"difference": max(float((mine[name] - theirs[name]).abs().max()) for name in theirs)}
+    return {"difference": _difference(copied(second.weight_shards()), pieces)}
+
+
+def grow(
+    layout: Layout, model_dir: Path, rank: int, tmp: Path, steps: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The other way: rank 0 alone does a step, saves, does a step; all then load and do the second step."""
+    path, expected = tmp / "checkpoint", []
+    if rank == 0:
+        first = make_backend(_alone(layout), model_dir, 0, tmp / "rendezvous-alone")
+        first.train_step(train_batch(steps[0]), GRPO(KL))
+        path.mkdir()
+        first.save(path)
+        first.train_step(train_batch(steps[1]), GRPO(KL))
+        expected = copied(first.weight_shards())
+        dist.destroy_process_group()
+    second = make_backend(layout, model_dir, rank, tmp / "rendezvous")
+    second.load(path)
+    batch = train_batch(steps[1], second.dp_rank, second.dp_size, layout.sequences)
+    second.train_step(batch, GRPO(KL))
+    pieces: list[Any] = [None] * layout.world_size
+    dist.all_gather_object(pieces, copied(second.weight_shards()))
+    return {"difference": 0.0 if rank else _difference(expected, pieces)}
+
+
+def _alone(layout: Layout) -> Layout:
+    """One rank with the same optimizer."""
+    return Layout(options=tuple(item for item in layout.options if item[0] == "distributed_optimizer"))
+
+
+def _difference(mine: list[Any], by_rank: list[Any]) -> float:
+    whole, theirs = assemble(mine), assemble(piece for of_rank in by_rank for piece in of_rank)
+    assert whole.keys() == theirs.keys()
+    return max(float((whole[name] - theirs[name]).abs().max()) for name in theirs)
 
 
 def _directory(path: Path, rank: int) -> None:
