@@ -13,7 +13,7 @@ from nanoslime.config import DataConfig, RunConfig
 from nanoslime.models.shape import ModelShape
 from nanoslime.models.tiny import tiny_qwen3_config
 from nanoslime.plugins import resolve as resolve_name
-from nanoslime.run_dir import RunDir
+from nanoslime.run_dir import RunDir, recorded_rollouts
 from nanoslime.storage.safetensors_file import read_headers
 from nanoslime.types import RunError
 
@@ -34,6 +34,10 @@ def resolve(config: RunConfig, *, download: bool) -> tuple[RunConfig, ModelShape
     venv, run_root = config.cluster.venv, _absolute(config.cluster.run_root or "runs")
     cluster = replace(config.cluster, run_root=str(run_root), venv=str(_absolute(venv)) if venv else "")
     config = replace(config, cluster=cluster)
+    replays = config.rollout.load_rollouts
+    if replays:
+        recorded = recorded_rollouts(replays, config.rollout.num_rollout)
+        config = replace(config, rollout=replace(config.rollout, load_rollouts=recorded))
     if config.rehearsal.enabled:
         return config, ModelShape.from_config(tiny_qwen3_config())
     config = _with_local_checkpoint(config, download)
@@ -41,6 +45,8 @@ def resolve(config: RunConfig, *, download: bool) -> tuple[RunConfig, ModelShape
         shape = ModelShape.read(config.model.hf_checkpoint)
     except ValueError as e:
         raise RunError(str(e)) from e
+    if replays:
+        return config, shape
     prompts, held_out = _prompt_file(config, "prompts"), _prompt_file(config, "eval_prompts")
     return replace(config, data=replace(config.data, prompts=prompts, eval_prompts=held_out)), shape
 
@@ -59,7 +65,8 @@ def _with_local_checkpoint(config: RunConfig, download: bool) -> RunConfig:
         revision = directory.name
     if download or not from_hub:
         read_headers(directory)
-        if not any((directory / file).exists() for file in _TOKENIZER_FILES):
+        has_tokenizer = any((directory / file).exists() for file in _TOKENIZER_FILES)
+        if not has_tokenizer and not config.rollout.load_rollouts:
             raise RunError(f"{directory} holds no tokenizer: none of {', '.join(_TOKENIZER_FILES)}")
     return replace(config, model=replace(config.model, hf_checkpoint=str(directory), revision=revision))
 

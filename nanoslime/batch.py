@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,16 @@ class TrainBatch:
     old_logprobs: list[Tensor] | None = None
     ref_logprobs: list[Tensor] | None = None
     token_advantages: list[Tensor] | None = None
+    routed_experts: list[Tensor] | None = None  # int16 [T_i, num_moe_layers, topk], -1: as the router likes
+
+    def save(self, path: Path) -> None:
+        """As a file for `load`, whose directory is made."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({f.name: getattr(self, f.name) for f in fields(self)}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> TrainBatch:
+        return cls(**torch.load(path, weights_only=True))
 
     def microbatch(self, indices: Sequence[int]) -> MicroBatch:
         """The given sequences, packed. Raises ValueError where there are none."""
@@ -63,6 +74,7 @@ class TrainBatch:
             ref_logprobs=None if self.ref_logprobs is None else packed(self.ref_logprobs),
             temperature=self.temperature,
             denominator=self.denominator,
+            routed_experts=None if self.routed_experts is None else packed(self.routed_experts),
         )
 
 
@@ -81,6 +93,7 @@ class MicroBatch:
     ref_logprobs: Tensor | None
     temperature: float
     denominator: float
+    routed_experts: Tensor | None = None  # int16 [T, num_moe_layers, topk], -1: as the router likes
 
     def to(self, device: torch.device) -> MicroBatch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -108,5 +121,6 @@ class StepMetrics:
     loss: float
     grad_norm: float  # before clipping
     lr: float
-    skipped: bool  # a non-finite gradient: no update was made
+    skipped: bool  # a gradient that is not finite or unusually large: no update was made
     values: dict[str, float]  # the algorithm's, named area/what_unit; train/logprob_gap_mean and _max
+    num_skipped: int = 0  # so far, also before a resume

@@ -6,7 +6,9 @@
     node 3   engine ...
 
 A slot is a GPU of a node, or a share of its cores where it has no GPUs. On one node trainers take the first
-slots, engines the last. The embedded engine lives in the driver and takes no slot.
+slots, engines the last. The embedded engine lives in the driver and takes no slot, recorded rollouts need no
+engine: trainers then have all. With rollout_only engines have all; with cluster.colocate every node has both
+on the same slots.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from nanoslime.types import RunError
 
 _GIB = 1 << 30
 _SGLANG_MEM_FRACTION = 0.85  # about what SGLang chooses by itself; it depends on the GPU
+COLOCATED_MEM_FRACTION = 0.7  # a sleeping trainer keeps its CUDA context, NCCL's buffers and fragments
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +72,18 @@ class Layout:
     device: str  # cuda or cpu
     backend: str  # megatron or fsdp
     parallel: ParallelDims
-    trainers: tuple[TrainerPlace, ...]  # by rank
-    engines: tuple[EnginePlace, ...]  # by index; none with the embedded engine
+    trainers: tuple[TrainerPlace, ...]  # by rank; none with rollout_only
+    engines: tuple[EnginePlace, ...]  # by index; none with the embedded engine or recorded rollouts
 
     def roles(self, node: int) -> str:
         """trainer, engine or trainer+engine."""
         nodes = {"trainer": {t.node for t in self.trainers}, "engine": {e.node for e in self.engines}}
         return "+".join(role for role in nodes if node in nodes[role])
+
+    def ranks_at(self, engine: EnginePlace) -> list[int]:
+        """The trainer ranks on the engine's slots, in their order; none unless they are colocated."""
+        places = {(t.node, t.slot): t.rank for t in self.trainers}
+        return [rank for slot in engine.slots if (rank := places.get((engine.node, slot))) is not None]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -104,19 +112,18 @@ def plan(config: RunConfig, shape: ModelShape) -> Layout:
     cluster, slots = config.cluster, _slots(config)
     trainer_slots = _trainer_slots(config, slots)
     places = [(node, slot) for node, count in enumerate(trainer_slots) for slot in range(count)]
-    parallel = _parallel(config, shape, len(places), slots)
-    if cluster.device == "cuda":
+    alone = ParallelDims(tp=1, pp=1, cp=1, ep=1, dp=1)
+    parallel = _parallel(config, shape, len(places), slots) if places else alone
+    if cluster.device == "cuda" and places:
         check_kernels(config.training, shape, transformer_engine=_has_transformer_engine(config))
     _check_engine_size(config, shape, slots)
+    colocated = (trainer_slots[0], [0] * cluster.nodes)  # as if there were no trainers, on their slots
+    trainers = tuple(TrainerPlace(rank, node, slot) for rank, (node, slot) in enumerate(places))
     layout = Layout(
-        num_nodes=cluster.nodes,
-        slots_per_node=slots,
-        device=cluster.device,
-        backend=config.training.backend,
-        parallel=parallel,
-        trainers=tuple(TrainerPlace(rank, node, slot) for rank, (node, slot) in enumerate(places)),
-        engines=_engines(config, slots, trainer_slots),
-    )
+        num_nodes=cluster.nodes, slots_per_node=slots, device=cluster.device,
+        backend=config.training.backend, parallel=parallel, trainers=trainers,
+        engines=_engines(config, *(colocated if cluster.colocate else (slots, trainer_slots))),
+    )  # fmt: skip
     _check_memory(config, shape, layout)
     return layout
 
@@ -126,16 +133,20 @@ def _slots(config: RunConfig) -> int:
     cluster, ranks = config.cluster, config.training.num_gpus
     if cluster.nodes > 1 or cluster.device == "cuda" or ranks is None:
         return cluster.slots
-    engine = 0 if config.rollout.engine == "embedded" else config.rollout.engine_tp_size
+    engine = config.rollout.engine_tp_size if _apart(config) else 0
     return max(cluster.slots, ranks + engine)
 
 
 def _trainer_slots(config: RunConfig, slots: int) -> list[int]:
     """Slots of each node that trainers take: all of the first nodes, or a part of the only one."""
-    nodes, embedded = config.cluster.nodes, config.rollout.engine == "embedded"
+    nodes, embedded = config.cluster.nodes, not config.rollout.takes_slots
     rollout_nodes = config.cluster.rollout_nodes
+    if config.rollout.rollout_only:
+        return [0] * nodes
+    if config.cluster.colocate:
+        _check_colocated(config)
     if rollout_nodes is None:
-        rollout_nodes = 0 if embedded else nodes // 2
+        rollout_nodes = nodes // 2 if _apart(config) else 0
     if embedded and rollout_nodes:
         raise RunError(f"cluster.rollout_nodes={rollout_nodes}: the embedded engine needs no nodes; set 0")
     if nodes == 1 and not rollout_nodes:
@@ -145,7 +156,7 @@ def _trainer_slots(config: RunConfig, slots: int) -> list[int]:
         choices = "with one node engines share it (cluster.engine_gpus); leave it out"
     if rollout_nodes >= nodes:
         raise RunError(f"cluster.rollout_nodes={rollout_nodes} of cluster.nodes={nodes}: {choices}")
-    if not embedded and rollout_nodes == 0:
+    if _apart(config) and rollout_nodes == 0:
         raise RunError(f"cluster.rollout_nodes=0: SGLang engines need nodes; {choices}")
     trainer_nodes, asked = nodes - rollout_nodes, config.training.num_gpus
     if asked not in (None, trainer_nodes * slots):
@@ -157,26 +168,39 @@ def _trainer_slots(config: RunConfig, slots: int) -> list[int]:
     return [slots] * trainer_nodes + [0] * rollout_nodes
 
 
+def _check_colocated(config: RunConfig) -> None:
+    for name in ("rollout_nodes", "engine_gpus"):
+        if (value := getattr(config.cluster, name)) is not None:
+            share = "engines then share the trainers' slots, on every node"
+            raise RunError(f"cluster.{name}={value} with cluster.colocate: {share}; leave one of them out")
+    if config.rollout.engine == "embedded":
+        what = "it has nothing to share with several ranks"
+        raise RunError(f"cluster.colocate with rollout.engine=embedded: {what}; leave one of them out")
+
+
+def _apart(config: RunConfig) -> bool:
+    """Whether engines have slots of their own."""
+    return config.rollout.takes_slots and not config.cluster.colocate
+
+
 def _one_node_trainer_slots(config: RunConfig, slots: int) -> int:
-    embedded, ranks, slot = config.rollout.engine == "embedded", config.training.num_gpus, _slot_name(config)
+    apart, ranks, slot = _apart(config), config.training.num_gpus, _slot_name(config)
     given = engine = config.cluster.engine_gpus
-    if embedded and engine:
+    if not apart and engine:
         raise RunError(f"cluster.engine_gpus={engine}: the embedded engine takes no GPU of its own; set 0")
-    if not embedded and slots == 1:
+    if apart and slots == 1:
         field = "cluster.gpus_per_node" if config.cluster.device == "cuda" else "cluster.slots_per_node"
         room = f"one node with one {slot} has no room for an SGLang engine beside the trainer"
-        raise RunError(f"{field}=1: {room}; use --engine embedded")
-    if not embedded and given is not None and not 1 <= given < slots:
+        raise RunError(f"{field}=1: {room}; use --colocate or --engine embedded")
+    if apart and given is not None and not 1 <= given < slots:
         choices = _span(range(1, slots))
         raise RunError(f"cluster.engine_gpus={given} of {slots} {slot}s; choose {choices}")
     if engine is None:
-        engine = 0 if embedded else max(1, slots - ranks if ranks else slots // 2)
+        engine = max(1, slots - ranks if ranks else slots // 2) if apart else 0
     trainers = ranks or slots - engine
     if trainers + engine > slots:
-        raise RunError(
-            f"training.num_gpus={trainers}: of the node's {slots} {slot}s {engine} or more are for engines; "
-            f"choose at most {slots - engine}"
-        )
+        taken = f"of the node's {slots} {slot}s {engine} or more are for engines"
+        raise RunError(f"training.num_gpus={trainers}: {taken}; choose at most {slots - engine}")
     return trainers
 
 
@@ -187,6 +211,8 @@ def _parallel(config: RunConfig, shape: ModelShape, ranks: int, slots: int) -> P
         raise RunError(f"{what}: {', '.join(shape.megatron_lacks)}")
     if t.backend == "fsdp" and shape.moe:
         raise RunError(f"{what}, which has experts; use --backend megatron")
+    if t.routing_replay != "none" and not shape.moe_layers:
+        raise RunError(f"training.routing_replay={t.routing_replay}: {shape.model_type} has no experts")
     for name in ("tp_size", "pp_size", "vpp_size", "cp_size"):
         if t.backend == "fsdp" and getattr(t, name) != 1:
             raise RunError(f"training.{name}={getattr(t, name)} needs --backend megatron; with fsdp set 1")
@@ -271,7 +297,7 @@ def _has_transformer_engine(config: RunConfig) -> bool:
 
 
 def _check_engine_size(config: RunConfig, shape: ModelShape, slots: int) -> None:
-    if config.rollout.engine == "embedded":
+    if not config.rollout.takes_slots:
         return
     tp, groups = config.rollout.engine_tp_size, shape.num_key_value_heads
     divisors = [n for n in _divisors(shape.num_attention_heads) if n <= slots]
@@ -285,7 +311,7 @@ def _check_engine_size(config: RunConfig, shape: ModelShape, slots: int) -> None
 
 def _engines(config: RunConfig, slots: int, trainer_slots: list[int]) -> tuple[EnginePlace, ...]:
     """Engines fill what trainers leave, from the end of each node."""
-    if config.rollout.engine == "embedded":
+    if not config.rollout.takes_slots:
         return ()
     tp, engines = config.rollout.engine_tp_size, list[EnginePlace]()
     for node, taken in enumerate(trainer_slots):
@@ -366,11 +392,19 @@ def _check_memory(config: RunConfig, shape: ModelShape, layout: Layout) -> None:
         return
     need, have = memory(config, shape, layout), config.cluster.gpu_memory_gib * _GIB
     limit = f"cluster.gpu_memory_gib={config.cluster.gpu_memory_gib:g}"
-    if need.states > have:
+    if layout.trainers and need.states > have:
         more = "training.tp_size, training.pp_size or the nodes"
         raise RunError(
             f"weights, gradients and optimizer state take {need.states / _GIB:.0f} GiB of each trainer GPU, "
             f"which has {limit}; raise {more if layout.backend == 'megatron' else 'the trainer GPUs'}"
+        )
+    both = need.states + need.engine_weights
+    if config.cluster.colocate and both > have:
+        share = (
+            f"a GPU holds {both / _GIB:.0f} GiB, trainer's states and engine's weights, while these are sent"
+        )
+        raise RunError(
+            f"cluster.colocate: {share}; it has {limit}; raise rollout.engine_tp_size or the nodes"
         )
     if layout.engines and need.engine_weights > have * _mem_fraction(config):
         raise RunError(
@@ -381,7 +415,8 @@ def _check_memory(config: RunConfig, shape: ModelShape, layout: Layout) -> None:
 
 
 def _mem_fraction(config: RunConfig) -> float:
-    return float(config.rollout.sglang.get("mem_fraction_static") or _SGLANG_MEM_FRACTION)
+    default = COLOCATED_MEM_FRACTION if config.cluster.colocate else _SGLANG_MEM_FRACTION
+    return float(config.rollout.sglang.get("mem_fraction_static") or default)
 
 
 def describe(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
@@ -395,12 +430,19 @@ def describe(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
     if layout.backend == "fsdp" and layout.num_nodes == 1:
         backend += " (what one node gets without --backend)"
     interleaved = f" (interleaved by {config.training.vpp_size})" if config.training.vpp_size > 1 else ""
-    engines = f"SGLang: {len(layout.engines)} of {config.rollout.engine_tp_size} {slot}(s) each"
+    trainers = (
+        f"{backend}: TP={p.tp} CP={p.cp} PP={p.pp}{interleaved} DP={p.dp}" if layout.trainers else "none"
+    )
+    engines = "none: recorded rollouts" if config.rollout.load_rollouts else "embedded, in the driver"
+    if layout.engines:
+        engines = f"SGLang: {len(layout.engines)} of {config.rollout.engine_tp_size} {slot}(s) each"
+    if config.cluster.colocate:
+        engines += ", the trainers' own; one of the two sleeps"
     return "\n".join([
         f"nodes     {nodes}",
         f"model     {shape.model_type}, {shape.num_parameters:,} parameters, {config.model.dtype}",
-        f"trainers  {backend}: TP={p.tp} CP={p.cp} PP={p.pp}{interleaved} DP={p.dp}",
-        f"engines   {engines if layout.engines else 'embedded, in the driver'}",
+        f"trainers  {trainers}",
+        f"engines   {engines}",
         *_memory_lines(config, shape, layout),
         "",
         layout.table(),
@@ -418,7 +460,8 @@ def _memory_lines(config: RunConfig, shape: ModelShape, layout: Layout) -> list[
         engine += f", room for about {tokens:,.0f} tokens of KV cache"
     if gpu and need.trainer > have * _GIB:
         trainer += "; MAY NOT FIT: lower training.max_tokens_per_microbatch, or set training.recompute"
-    return [f"memory    {trainer}"] + ([f"          {engine}"] if layout.engines else [])
+    lines = [trainer] * bool(layout.trainers) + [engine] * bool(layout.engines)
+    return [f"{'' if i else 'memory':10}{line}" for i, line in enumerate(lines)]
 
 
 def _size(num_bytes: int) -> str:

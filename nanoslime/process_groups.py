@@ -3,6 +3,7 @@
 import random
 import socket
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
@@ -42,14 +43,8 @@ def join_group(
     SGLang's own /init_weights_update_group (a TCP store, a prefix that is the group's name, torch's helper),
     so that the two meet. Raises RuntimeError where the others do not come in time.
     """
-    group, _ = c10d._new_process_group_helper(
-        world_size,
-        rank,
-        [],
-        dist.Backend(backend),
-        dist.PrefixStore(name, store),
-        group_name=c10d.GroupName(name),
-        timeout=timedelta(seconds=timeout_s),
-    )
+    there, kind = dist.PrefixStore(name, store), dist.Backend(backend)
+    options: dict[str, Any] = {"group_name": c10d.GroupName(name), "timeout": timedelta(seconds=timeout_s)}
+    group, _ = c10d._new_process_group_helper(world_size, rank, [], kind, there, **options)
     c10d._world.pg_group_ranks[group] = {i: i for i in range(world_size)}
     return group

@@ -2,6 +2,7 @@
 
     config.yaml plan.json provenance.json status.json summary.json metrics.jsonl tensorboard/ rollouts/
     checkpoints/step_<k>/  hf/step_<k>/  model/ (what a rehearsal makes)  weights/ (weight sync by disk)
+    skipped/step_<k>/ (batches of steps left out)
     attempts/<n>/  logs/<role>-<rank>.log  nodes/ heartbeat/<node>.json  stop.json end.json;  attempts/latest
 
 An attempt is one life of the job: every requeue is a new one. Files are published by rename and read with
@@ -20,6 +21,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ class RunDir:
     evals = _at("evals.jsonl")
     tensorboard = _at("tensorboard")
     rollouts = _at("rollouts")
+    skipped = _at("skipped")
     checkpoints = _at("checkpoints")
     model = _at("model")
     weights = _at("weights")
@@ -224,6 +227,20 @@ class Attempt:
 
     def _publish(self, name: str, **facts: Any) -> None:
         publish_json(self.path / f"{name}.json", {**facts, "time": time.time()})
+
+
+def recorded_rollouts(directory: str, num_rollout: int) -> str:
+    """The absolute directory of the rollouts recorded in `directory` (a run's, or the rollouts/ in it).
+
+    Raises RunError where it does not hold rollouts 0 to num_rollout - 1.
+    """
+    path = Path(directory).expanduser().absolute()
+    path = path / "rollouts" if (path / "rollouts").is_dir() else path
+    found = sum(1 for _ in takewhile(Path.exists, (path / f"step_{i}.npz" for i in range(num_rollout))))
+    if found < num_rollout:
+        holds = f"rollout.load_rollouts={directory!r} holds {found} rollouts (step_<k>.npz, from 0 on)"
+        raise RunError(f"{holds}, rollout.num_rollout={num_rollout} asks for more; lower it or record more")
+    return str(path)
 
 
 def _read(path: Path) -> dict[str, Any]:

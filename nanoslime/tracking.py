@@ -71,7 +71,7 @@ def console_line(step: int, num_rollout: int, metrics: dict[str, float]) -> str:
     ]
     parts = [f"{label} {metrics[name]:{form}}" for label, name, form in shown if name in metrics]
     if metrics.get("train/skipped"):
-        parts.append("SKIPPED: non-finite gradient")
+        parts.append("SKIPPED: gradient not finite or too large")
     phases = {name: seconds for name, seconds in metrics.items() if name.startswith("time/")}
     parts += [f"{name[len('time/') :].removesuffix('_s')} {s:.1f}s" for name, s in phases.items()]
     return "  ".join([f"step {step + 1}/{num_rollout}", *parts])

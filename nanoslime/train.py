@@ -38,7 +38,7 @@ def train(session: Session, tracker: Tracker, clock: Clock, start: int) -> int:
         clock("train")
         metrics = rollout.metrics | trainer.train(groups)
         clock("weight_sync")
-        metrics["time/weight_sync_s"] = trainer.sync_weights(rollout, version=step + 1)
+        metrics |= trainer.sync_weights(rollout, version=step + 1)
         clock.step = step + 1
         reward = None
         if config.eval.due(step, num_rollout):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:  # what the login node loads is quick without it
     import numpy as np
@@ -55,7 +55,9 @@ class Sample:
     label: Any = None
     metadata: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
-    routed_experts: np.ndarray | None = None  # [T-1, num_moe_layers, topk]; uint8 to 256 experts, else int16
+    routed_experts: np.ndarray | None = None
+    """[T-1, num_moe_layers, topk], uint8 up to 256 experts, else int16: those that token t went to, by layer
+    that has experts; the engine never runs the last token."""
     reward: float | None = None  # set once, by the reward
     advantage: float | None = None  # set once, by the algorithm, one scalar; never stored in `reward`
 
@@ -115,6 +117,10 @@ class Generation:
     status: Status
     versions: list[tuple[int, int]]  # (first response token, policy version) spans
     error: str | None = None
+    routed_experts: np.ndarray | None = None  # [P+R-1, ...] as in Sample, where the engine was to report them
+
+
+MemoryPart = Literal["weights", "cache"]  # of an engine: with the weights alone it can be sent new ones
 
 
 @runtime_checkable
@@ -133,11 +139,14 @@ class Engine(Protocol):
     def flush(self) -> None: ...
     def policy_version(self) -> int: ...
     def update_weights_from_disk(self, path: str, version: int) -> None: ...
+    def release_memory(self) -> None: ...  # of the device, weights and cache; nothing may be running
+    def resume_memory(self, part: MemoryPart) -> None: ...  # contents undefined: weights have to be sent anew
 
 
 @runtime_checkable
 class BroadcastEngine(Engine, Protocol):
-    """An engine that receives weights through a process group, which `world_size` ranks of it join."""
+    """An engine of `world_size` ranks that receives weights through a process group, which they join, or from
+    processes on its devices, one payload for each rank."""
 
     world_size: int
 
@@ -148,5 +157,6 @@ class BroadcastEngine(Engine, Protocol):
     def receive_bucket(
         self, *, names: list[str], dtypes: list[str], shapes: list[list[int]], group: str
     ) -> None: ...
+    def receive_payloads(self, payloads: list[bytes]) -> None: ...
     def end_update(self, version: int) -> None: ...
     def destroy_weight_group(self, group: str) -> None: ...

@@ -1,5 +1,6 @@
 """Which slot does what: the plans that are promised, what is refused and how; no slot is used twice."""
 
+import re
 from dataclasses import replace
 from itertools import product
 
@@ -90,6 +91,30 @@ def test_one_node_falls_back_to_fsdp_with_engines_on_half_of_its_gpus():
     assert layout.roles(0) == "trainer+engine"
 
 
+def test_recorded_rollouts_leave_all_slots_to_trainers():
+    flags = f"--nodes 2 {H200} --tp-size 2 --load-rollouts runs/x"
+    layout = make(flags, QWEN3_4B)
+    assert (layout.engines, layout.parallel.dp) == ((), 8)
+    assert [layout.roles(n) for n in range(2)] == ["trainer", "trainer"]
+    text = describe(load(None, None, flags.split()), QWEN3_4B, layout)
+    assert "engines   none: recorded rollouts" in text and "engine:" not in text
+    assert [t.slot for t in make("--nodes 1 --cluster.slots-per-node 1 --load-rollouts r").trainers] == [0]
+    assert len(make("--nodes 1 --num-gpus 3 --load-rollouts runs/x").trainers) == 3
+
+
+def test_rollout_only_leaves_all_slots_to_engines():
+    flags = (
+        f"--nodes 2 {H200} --tp-size 3 --engine-tp-size 2 --rollout-only"  # the trainer's TP does not matter
+    )
+    layout = make(flags, QWEN3_4B)
+    assert (layout.trainers, len(layout.engines), nodes_of(layout.engines)) == ((), 8, [0, 1])
+    text = describe(load(None, None, flags.split()), QWEN3_4B, layout)
+    assert "trainers  none" in text and "memory    engine:" in text and "trainer:" not in text
+    assert Layout.from_json(layout.to_json()) == layout
+    assert make("--nodes 1 --cluster.slots-per-node 1 --rollout-only").engines[0].slots == (0,)
+    assert make("--nodes 1 --rollout-only --engine embedded").engines == ()
+
+
 @pytest.mark.parametrize(
     ("flags", "trainers", "engine_slots"),
     [
@@ -106,6 +131,36 @@ def test_one_node_is_shared_as_asked(flags, trainers, engine_slots):
     layout = make(flags, QWEN3_4B)
     assert [t.slot for t in layout.trainers] == trainers
     assert [slot for e in layout.engines for slot in e.slots] == engine_slots
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks"),
+    [
+        (f"--nodes 2 {H200} --tp-size 2", [[i] for i in range(16)]),
+        (
+            f"--nodes 2 {H200} --engine-tp-size 4",
+            [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]],
+        ),
+        ("--nodes 2 --rollout.engines-per-node 1", [[0], [2]]),
+        ("--nodes 1 --num-gpus 2", [[0], [1]]),
+        (f"--nodes 1 {H200} --num-gpus 4 --engine-tp-size 2", [[0, 1], [2, 3]]),
+    ],
+)
+def test_colocated_engines_take_the_slots_of_trainers(flags, ranks):
+    layout = make(f"{flags} --colocate", QWEN3_4B)
+    assert [layout.ranks_at(engine) for engine in layout.engines] == ranks
+    assert all(layout.roles(node) == "trainer+engine" for node in range(layout.num_nodes))
+    assert len(layout.trainers) == layout.parallel.world_size > len(layout.engines) or len(ranks[0]) == 1
+
+
+def test_a_colocated_plan_shows_it_and_leaves_memory_to_the_sleeping_trainer():
+    def tokens(flags: str) -> int:
+        config = load(None, None, f"--nodes 2 {H200} --tp-size 2 {flags}".split())
+        text = describe(config, QWEN3_4B, plan(config, QWEN3_4B))
+        assert ("one of the two sleeps" in text) == ("--colocate" in flags)
+        return int(re.findall(r"about ([\d,]+) tokens of KV", text)[0].replace(",", ""))
+
+    assert 0.7 < tokens("--colocate") / tokens("") < 0.85
 
 
 def test_the_embedded_engine_takes_no_node():
@@ -166,8 +221,29 @@ def test_the_embedded_engine_takes_no_node():
             "--nodes 1 --num-gpus 8",
             "num_gpus=8: of the node's 8 GPUs 1 or more are for engines; choose at most 7",
         ),
+        (
+            "--nodes 2 --colocate --rollout-nodes 1",
+            "rollout_nodes=1 with cluster.colocate: engines then share the",
+        ),
+        (
+            "--nodes 1 --colocate --engine-gpus 1",
+            "engine_gpus=1 with cluster.colocate: engines then share the",
+        ),
+        (
+            "--nodes 2 --colocate --engine embedded",
+            "colocate with rollout.engine=embedded: it has nothing to share",
+        ),
+        ("--nodes 2 --colocate --num-gpus 3", "num_gpus=3: a job of 2 nodes has 2 x 8 = 16 trainer ranks"),
+        ("--nodes 1 --colocate --num-gpus 9", "num_gpus=9: of the node's 8 GPUs 0 or .*; choose at most 8"),
+        (
+            "--nodes 1 --colocate --cluster.gpu-memory-gib 12 --tp-size 8",
+            "a GPU holds 16 GiB, .* raise rollout.engine_tp_size",
+        ),
         ("--nodes 4 --num-gpus 3", r"2 x 8 = 16 trainer ranks; leave it out"),
-        ("--nodes 1 --cluster.gpus-per-node 1", "has no room for an SGLang engine .* use --engine embedded"),
+        (
+            "--nodes 1 --cluster.gpus-per-node 1",
+            "has no room for an SGLang engine .* use --colocate or --engine embedded",
+        ),
         (
             "--nodes 4 --cp-size 3",
             "training.cp_size=3 does not divide the 16 trainer .*; choose 1, 2, 4, 8 or 16",

@@ -2,9 +2,10 @@
 
     python tools/bench_packing.py [--gsm8k DIR] [--seeds 20]
 
-Per plan: tokens over (micro-batches x budget), the most that any plan with equally many micro-batches per rank
-can have, the slowest rank's cost over the mean, and the time. The traces: prompts and answers of GSM8K at four
-characters to a token, and log-normal lengths, exp(Normal(ln median, 1)), cut at the budget.
+Per plan: tokens over (micro-batches x budget), the most that any plan with equally many micro-batches per
+rank can have, the slowest rank's cost over the mean, and the time. The traces: prompts and answers of GSM8K
+at four characters to a token, each once and eight times, and log-normal lengths, exp(Normal(ln median, 1)),
+cut at the budget.
 """
 
 import argparse
@@ -83,7 +84,7 @@ def first_fit_decreasing(indices: list[int] | range, lengths: list[int]) -> list
 
 
 def measure(planner: Planner, lengths: list[int]) -> tuple[float, float, float, float]:
-    """Fill, the most that it can be, slowest rank over mean, seconds; every rank runs as many micro-batches."""
+    """Fill, the most it can be, slowest rank over mean, seconds; ranks run equally many micro-batches."""
     started = time.perf_counter()
     plan = planner(lengths)
     seconds = time.perf_counter() - started
@@ -101,10 +102,12 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--gsm8k", type=Path, default=GSM8K, help="directory with train.jsonl (%(default)s)")
     parser.add_argument("--seeds", type=int, default=20, help="long-tail traces of each kind (%(default)s)")
-    parser.add_argument("--median", type=float, default=4096, help="of the long tail, in tokens (%(default)s)")
+    parser.add_argument(
+        "--median", type=float, default=4096, help="of the long tail, in tokens (%(default)s)"
+    )
     arguments = parser.parse_args(argv)
     name, lengths = gsm8k(arguments.gsm8k, 7473)
-    traces = {f"{name}, {len(lengths)}": [lengths]}
+    traces = {f"{name}, {len(lengths)}{times}": [lengths * n] for n, times in ((1, ""), (8, " x 8"))}
     for number, median in ((512, arguments.median), (512, 2048.0), (8192, 2048.0)):
         seeds = range(arguments.seeds if number == 512 else 1)
         traces[f"log-normal, median {median:g}, {number}, seed 0"] = [long_tail(0, median, number)]

@@ -19,6 +19,8 @@ class ClusterConfig:
     """Ranks or engines per node where there are no GPUs."""
     engine_gpus: int | None = Field(default=None, ge=0)
     """With one node: GPUs (or slots) of it that the engines take; default half, 0 for the embedded engine."""
+    colocate: bool = False
+    """Engines on the trainers' own GPUs, on all nodes: one of the two sleeps while the other is at work."""
     gpu_memory_gib: float = Field(default=80.0, gt=0)
     cpus_per_node: int | None = Field(default=None, ge=1)
     memory_per_node: str = ""

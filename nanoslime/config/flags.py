@@ -24,13 +24,13 @@ _SHORT = {
     "training": "backend num-gpus tp-size pp-size vpp-size cp-size ep-size etp-size sequence-parallel "
     "allow-slow lr num-steps-per-rollout max-tokens-per-microbatch",
     "rollout": "num-rollout rollout-batch-size n-samples-per-prompt max-new-tokens temperature top-p top-k "
-    "engine engine-tp-size",
+    "engine engine-tp-size load-rollouts rollout-only",
     "algorithm": "eps-clip eps-clip-high eps-clip-c kl-coef use-kl-loss kl-loss-coef kl-loss-type "
     "use-unbiased-kl entropy-coef old-logprobs denominator normalize-advantages gamma",
     "algorithm.correction": "use-tis tis-clip tis-clip-low tis-level use-opsm opsm-delta",
     "data": "prompts eval-prompts reward chat-template",
     "tracking": "use-tensorboard use-wandb",
-    "cluster": "nodes rollout-nodes engine-gpus time-limit-min run-root partition account submit",
+    "cluster": "nodes rollout-nodes engine-gpus colocate time-limit-min run-root partition account submit",
 }
 ALIASES = {
     "eval-interval": "eval.interval",

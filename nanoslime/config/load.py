@@ -151,9 +151,10 @@ class _Layers:
 def _one_node_means_fsdp(config: RunConfig, sources: dict[str, str]) -> RunConfig:
     """FSDP2 where nobody named a backend and there is one node; a recipe's parallel sizes then do not apply.
 
-    A flag for a parallel size asks for Megatron.
+    A flag for a parallel size asks for Megatron, and so does routing replay.
     """
     asked = [name for name in _PARALLEL if sources.get(f"training.{name}", "").startswith("flag ")]
+    asked += [] if config.training.routing_replay == "none" else ["training.routing_replay"]
     if asked or "training.backend" in sources or config.cluster.nodes > 1:
         return config
     sizes: dict[str, Any] = dict.fromkeys(_PARALLEL, 1)

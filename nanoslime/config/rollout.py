@@ -27,16 +27,26 @@ class RolloutConfig:
     """GPUs per engine."""
     engines_per_node: int | None = Field(default=None, ge=1)
     """Engines on a node that has them; default: as many as its free GPUs (or slots) hold."""
+    load_rollouts: str = ""
+    """Train on the rollouts that a run recorded (its directory, or the rollouts/ in it), without engines."""
+    rollout_only: bool = False
+    """Generate, score and record without a trainer: engines serve model.hf_checkpoint on all GPUs."""
     sglang: dict[str, Any] = Field(default_factory=dict)
     """SGLang server options as written there (mem_fraction_static: 0.8)."""
     start_deadline_s: float = Field(default=600.0, gt=0)
     request_deadline_s: float = Field(default=1800.0, gt=0)
 
+    @property
+    def takes_slots(self) -> bool:
+        """Whether there are engines with GPUs (or slots) of their own."""
+        return self.engine == "sglang" and not self.load_rollouts
+
 
 @knobs
 class WeightSyncConfig:
-    transport: Literal["auto", "broadcast", "disk", "in_process"] = "auto"
-    """auto: in_process for an embedded engine beside one rank, disk for other such, else broadcast."""
+    transport: Literal["auto", "broadcast", "tensor", "disk", "in_process"] = "auto"
+    """auto: in_process for an embedded engine beside one rank, disk for other such; SGLang takes broadcast,
+    and with cluster.colocate tensor (handles of the trainer's GPU memory)."""
     bucket_bytes: int = Field(default=512 << 20, ge=1)
     deadline_s: float = Field(default=300.0, gt=0)
 

@@ -34,10 +34,35 @@ class RunConfig:
         if self.rehearsal.enabled and self.model.hf_checkpoint:
             given = f"model.hf_checkpoint={self.model.hf_checkpoint!r}"
             raise ValueError(f"rehearsal.enabled makes its own model; {given} needs --rehearsal.no-enabled")
+        asked = f"training.routing_replay={self.training.routing_replay}"
+        if not asked.endswith("none") and self.training.backend != "megatron":
+            raise ValueError(f"{asked} needs training.backend=megatron")
+        if asked.endswith("R2") and self.algorithm.old_logprobs != "recomputed":
+            raise ValueError(f"{asked} needs algorithm.old_logprobs=recomputed, a pass to record; or set R3")
         steps, prompts = self.training.num_steps_per_rollout, self.rollout.rollout_batch_size
         if prompts % steps:
             name = f"training.num_steps_per_rollout={steps}"
             raise ValueError(f"{name} does not divide rollout.rollout_batch_size={prompts}")
         if (buffer := self.algorithm.overlong_buffer) > (limit := self.rollout.max_new_tokens):
             raise ValueError(f"algorithm.overlong_buffer={buffer} is above rollout.max_new_tokens={limit}")
+        self._check_half_a_run()
         return self
+
+    def _check_half_a_run(self) -> None:
+        """A replay has no engines, rollout-only has no trainer: refuses what speaks of what is not there."""
+        rollout, transport = self.rollout, self.weight_sync.transport
+        if not (rollout.load_rollouts or rollout.rollout_only):
+            return
+        if rollout.load_rollouts and rollout.rollout_only:
+            raise ValueError("rollout.load_rollouts and rollout.rollout_only exclude each other; set one")
+        mode = "rollout.load_rollouts" if rollout.load_rollouts else "rollout.rollout_only"
+        given = {
+            "weight_sync.transport": None if transport == "auto" else transport,
+            "cluster.rollout_nodes": self.cluster.rollout_nodes,
+            "cluster.engine_gpus": self.cluster.engine_gpus,
+            "cluster.colocate": self.cluster.colocate or None,
+            "training.num_gpus": self.training.num_gpus if rollout.rollout_only else None,
+        }
+        for field, value in given.items():
+            if value is not None:
+                raise ValueError(f"{field}={value} makes no sense with {mode}; leave it out")

@@ -1,10 +1,21 @@
 """Trainer knobs: backend, parallel sizes, optimizer, micro-batches, checkpoints."""
 
-from typing import Any, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from nanoslime.config.base import knobs
+
+
+def _is_regex(pattern: str) -> str:
+    try:
+        return re.compile(pattern).pattern
+    except re.error as e:
+        raise ValueError(f"{pattern!r} is not a regular expression: {e}") from e
+
+
+Regex = Annotated[str, AfterValidator(_is_regex)]
 
 
 @knobs
@@ -34,11 +45,21 @@ class TrainingConfig:
     weight_decay: float = Field(default=0.0, ge=0)
     clip_grad: float = Field(default=1.0, ge=0)
     """Global gradient norm; 0: no clipping."""
+    skip_grad_norm_above: float | None = Field(default=None, gt=1)
+    """Leave out a step whose gradient norm is above so many times the median of the last 128 norms of steps
+    that were made, once there are 16; the run directory keeps its batch, under skipped/."""
     num_steps_per_rollout: int = Field(default=1, ge=1)
     """Optimizer steps per rollout, each over its share of the groups."""
     max_tokens_per_microbatch: int = Field(default=8192, ge=1)
     """Token budget of a packed micro-batch, per rank of cp_size; a longer sequence goes alone."""
     recompute: bool = False
+    routing_replay: Literal["none", "R2", "R3"] = "none"
+    """The training pass of an MoE model takes the experts that the pass for old logprobs chose (R2, arXiv
+    2507.18071 section 5.3) or that the engine ran (R3, arXiv 2510.11370)."""
+    freeze: list[Regex] = Field(default_factory=list)
+    """Regular expressions, found anywhere in a tensor's Hugging Face name, of what is not trained."""
+    optimizer_offload: bool = False
+    """Adam's state and step on the CPU; with fsdp, the weights between uses too."""
     distributed_optimizer: bool = True
     megatron: dict[str, Any] = Field(default_factory=dict)
     """Fields of megatron-core's TransformerConfig as written there."""

@@ -135,6 +135,11 @@ class ModelShape:
         return 2 * active / (self.num_layers * self.num_attention_heads * dims)
 
     @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The decoder layers that have experts; without those of multi-token prediction."""
+        return tuple(layer for layer in self.moe.layers if layer < self.num_layers) if self.moe else ()
+
+    @property
     def num_expert_parameters(self) -> int:
         """Parameters of the experts that tokens choose from, of all layers."""
         return sum(rule.num_elements(self) for rule in self.architecture.rules(self) if rule.num_experts)

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 
 from nanoslime.config import RunConfig
 from nanoslime.orchestration.groups import TrainGroup
-from nanoslime.orchestration.rollout_manager import RolloutManager
+from nanoslime.orchestration.rollout_manager import Replay, RolloutManager
 from nanoslime.run_dir import RunDir
-from nanoslime.storage.commit import commit, complete_checkpoints, partial_dir, partial_path, retain
+from nanoslime.storage.commit import checkpoints, commit, partial_dir, partial_path, retain
 from nanoslime.storage.manifest import DamagedError, verify
+from nanoslime.types import RunError
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +27,17 @@ class Checkpoints:
     config: RunConfig
     run: RunDir
     trainer: TrainGroup
-    rollout: RolloutManager | None  # None on a rank that follows: it neither commits nor reports
+    rollout: RolloutManager | Replay | None  # None on a rank that follows: it neither commits nor reports
     _best: tuple[float, int] | None = field(default=None, init=False)  # reward, rollouts
 
     def resume(self) -> int:
-        """Loads the newest checkpoint that verifies; returns its number of rollouts, 0 where none is."""
+        """Loads the newest checkpoint that verifies; returns its number of rollouts, 0 before the first.
+
+        Raises RunError where there are checkpoints, but none that verifies.
+        """
         rollouts = self.trainer.agree(self._newest_good() if self.rollout else 0)
+        if isinstance(rollouts, str):
+            raise RunError(rollouts)
         if rollouts:
             path = self.run.checkpoint(rollouts)
             driver = json.loads((path / "driver.json").read_text())
@@ -64,11 +70,17 @@ class Checkpoints:
         best = self._best[1] if keep.keep_best and self._best else None
         retain(self.run.checkpoints, keep_last=keep.keep_last, keep_every=keep.keep_every, best=best)
 
-    def _newest_good(self) -> int:
-        for step, path in reversed(complete_checkpoints(self.run.checkpoints)):
+    def _newest_good(self) -> int | str:
+        """Its number of rollouts, 0 where there is none at all; what is wrong, where all are damaged."""
+        refused = []
+        for step, path in reversed(checkpoints(self.run.checkpoints)):
             try:
                 verify(path)
-                return step
             except DamagedError as e:
-                logger.warning("checkpoint refused, trying the one before: %s", e)
-        return 0
+                refused.append(f"checkpoint {path.name} is refused: {e}")
+                continue
+            for reason in refused:
+                logger.warning("%s; %s is used instead", reason, path.name)
+            return step
+        way_out = f"put one back, or empty {self.run.checkpoints} to begin anew"
+        return "; ".join([*refused, f"no other is left: {way_out}"]) if refused else 0

@@ -3,6 +3,8 @@
 import shutil
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,13 @@ class TrainGroup(ABC):
     """All trainer ranks. A call returns when all are done, or raises RunError naming who is not."""
 
     dp_size: int
+    address = "127.0.0.1"  # of rank 0
+    gpu_ids: Sequence[int] = ()  # by rank; none on a CPU
 
     def __init__(self, config: RunConfig, run: RunDir, model_dir: Path, transport: str):
         self.config, self.run, self.transport = config, run, transport
+        self._engines_turn: Rollout | None = None  # whose engines have the device, the trainer asleep
+        self._version = 0  # of the weights that the engines have
         self._parity_tokens = ModelShape.read(model_dir).attention_parity_tokens
 
     @abstractmethod
@@ -35,8 +41,12 @@ class TrainGroup(ABC):
     @abstractmethod
     def close(self) -> None: ...
 
+    def setup(self) -> None:  # noqa: B027
+        """Builds what construction has only reserved, if anything."""
+
     def train(self, groups: list[SampleGroup]) -> dict[str, float]:
-        """The optimizer steps of one rollout; metrics of the row, empty where every group was dropped."""
+        """The optimizer steps of one rollout; metrics of the row, few where every group was dropped."""
+        times = self._wake()
         training = self.config.training
         steps = plan(
             groups, num_steps=training.num_steps_per_rollout, dp_size=self.dp_size,
@@ -45,22 +55,26 @@ class TrainGroup(ABC):
             denominator=self.config.algorithm.denominator, temperature=self.config.rollout.temperature,
             fixed_length=self.config.rollout.max_new_tokens, parity_tokens=self._parity_tokens,
         )  # fmt: skip
-        return self._train([[step[dp] for step in steps] for dp in range(self.dp_size)])
+        return times | self._train([[step[dp] for step in steps] for dp in range(self.dp_size)])
 
-    def connect(self, engines: list[Any], address: str) -> None:
-        """The weight group of rank 0, at `address`, with the engines, where the transport has one."""
-        if self.transport == "broadcast":
-            self.call("connect", engines, address, what="join the weight group")
+    def connect(self, engines: list[Any], address: str, ranks_by_engine: list[list[int]]) -> None:
+        """The way of weights to the engines: a group of rank 0 at `address` with them, or with `tensor` from
+        the trainer ranks on each engine's devices."""
+        if self.transport in ("broadcast", "tensor"):
+            shared = ranks_by_engine if self.transport == "tensor" else None
+            self.call("connect", engines, address, shared, what="open the way of weights")
 
     def broadcast(self, version: int) -> None:
         deadline_s = self.config.weight_sync.deadline_s
         self.call("broadcast", version, what=f"send the weights of version {version}", deadline_s=deadline_s)
 
     def export_hf(self, path: Path) -> None:
-        self.call("write_hf", path, what=f"write {path}")
+        with self._awake():
+            self.call("write_hf", path, what=f"write {path}")
 
     def save(self, path: Path) -> None:
-        self.call("save", path, what=f"save {path}")
+        with self._awake():
+            self.call("save", path, what=f"save {path}")
 
     def load(self, path: Path) -> None:
         self.call("load", path, what=f"load {path}")
@@ -69,24 +83,89 @@ class TrainGroup(ABC):
         """Rank 0's word on every rank that runs the loop."""
         return from_rank_0(value)
 
-    def sync_weights(self, rollout: Rollout, version: int) -> float:
-        """The current weights into every engine, labelled `version`; returns the seconds it took."""
-        start = time.monotonic()
+    def sync_weights(self, rollout: Rollout, version: int) -> dict[str, float]:
+        """The current weights into every engine, labelled `version`; returns the seconds that it took.
+
+        Colocated, the engines have the device afterwards, and the trainer sleeps until it is needed.
+        """
+        start, self._version, times = time.monotonic(), version, dict[str, float]()
+        path = self.run.weights / f"version_{version}"
         if self.transport == "disk":
-            path = self.run.weights / f"version_{version}"
             self.export_hf(path)
-            rollout.update_weights(lambda: rollout.load_from_disk(path, version), version)
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            rollout.update_weights(lambda: self.broadcast(version), version)
+
+        def send() -> None:
+            if self.config.cluster.colocate:
+                rollout.tell_engines("resume_memory", "weights")
+            if self.transport == "disk":
+                rollout.tell_engines("update_weights_from_disk", str(path), version)
+            elif self.transport != "none":
+                self.broadcast(version)
+            if self.config.cluster.colocate:
+                times["time/sleep_s"] = self._timed("sleep")
+                rollout.tell_engines("resume_memory", "cache")
+                self._engines_turn = rollout
+
+        rollout.update_weights(send, version)
+        shutil.rmtree(path, ignore_errors=True)
+        return {"time/weight_sync_s": time.monotonic() - start, **times}
+
+    def _wake(self) -> dict[str, float]:
+        """Takes the device where the engines have it; they lose their weights."""
+        if self._engines_turn is None:
+            return {}
+        self._engines_turn.tell_engines("release_memory")
+        self._engines_turn = None
+        return {"time/wake_s": self._timed("wake")}
+
+    @contextmanager
+    def _awake(self) -> Iterator[None]:
+        """Has the device inside; afterwards engines that had it have it again, with their weights."""
+        rollout = self._engines_turn
+        self._wake()
+        yield
+        if rollout is not None:
+            self.sync_weights(rollout, self._version)
+
+    def _timed(self, method: str) -> float:
+        start = time.monotonic()
+        self.call(method, what=method)
         return time.monotonic() - start
 
 
+class NoTrainer(TrainGroup):
+    """Rollout only: the engines keep the checkpoint's weights, which are version 0."""
+
+    def train(self, groups: list[SampleGroup]) -> dict[str, float]:
+        return {}
+
+    def _train(self, shards: list[list[TrainBatch]]) -> dict[str, float]:
+        return {}
+
+    def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> None: ...
+
+    def sync_weights(self, rollout: Rollout, version: int) -> dict[str, float]:
+        return super().sync_weights(rollout, version=0)
+
+    def close(self) -> None: ...
+
+
 def resolve_transport(config: RunConfig, *, same_process: bool) -> str:
-    """weight_sync.transport with "auto" decided; `same_process`: one trainer rank beside its engine."""
-    transport, engine = config.weight_sync.transport, config.rollout.engine
+    """weight_sync.transport with "auto" decided; `same_process`: one trainer rank beside its engine.
+
+    "none" where there is no engine or no trainer.
+    """
+    transport, engine, colocate = config.weight_sync.transport, config.rollout.engine, config.cluster.colocate
+    if config.rollout.load_rollouts or config.rollout.rollout_only:
+        return "none"
+    if transport == "auto" and engine == "sglang":
+        return "tensor" if colocate else "broadcast"
     if transport == "auto":
-        return "broadcast" if engine == "sglang" else "in_process" if same_process else "disk"
+        return "in_process" if same_process else "disk"
+    if transport == "tensor" and not (engine == "sglang" and colocate):
+        raise ValueError("weight_sync.transport=tensor needs SGLang and --colocate; choose auto")
+    if transport == "broadcast" and colocate and config.cluster.device == "cuda":
+        why = "NCCL refuses two ranks on one GPU, as with --colocate"
+        raise ValueError(f"weight_sync.transport=broadcast: {why}; choose tensor, disk or auto")
     if transport == "broadcast" and engine == "embedded":
         raise ValueError("weight_sync.transport=broadcast needs rollout.engine=sglang; choose disk or auto")
     if transport == "in_process" and not (engine == "embedded" and same_process):

@@ -17,7 +17,7 @@ from nanoslime.models.tiny import tiny_qwen3_config
 from nanoslime.orchestration.rollout_manager import from_rank_0
 from nanoslime.orchestration.session import Phase, Session, open_local, open_ray
 from nanoslime.process_groups import free_port
-from nanoslime.run_dir import Attempt, RunDir
+from nanoslime.run_dir import Attempt, RunDir, recorded_rollouts
 from nanoslime.storage.safetensors_file import read_headers
 from nanoslime.training.backend import RankEnv, init_process_group
 from nanoslime.types import RunError
@@ -71,7 +71,14 @@ def _with_local_checkpoint(config: RunConfig) -> tuple[RunConfig, ModelShape]:
 def _on_this_machine(config: RunConfig, run: RunDir | None) -> Launch:
     """`run`: goes on with an existing run."""
     config, shape = _with_local_checkpoint(config)
-    if config.training.num_gpus and "RANK" not in os.environ:
+    rollout = config.rollout
+    if rollout.load_rollouts:
+        recorded = recorded_rollouts(rollout.load_rollouts, rollout.num_rollout)
+        config = replace(config, rollout=replace(rollout, load_rollouts=recorded))
+    if rollout.rollout_only and "RANK" in os.environ:
+        raise RunError("rollout.rollout_only has no trainer ranks; start it without torchrun")
+    has_servers_only = rollout.rollout_only and rollout.takes_slots
+    if has_servers_only or config.training.num_gpus and "RANK" not in os.environ:
         plan = layout.plan(config, shape)
         attempt = _new_attempt(config, run)
         attempt.run.plan.write_text(plan.to_json())

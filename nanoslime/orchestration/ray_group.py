@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,23 +79,24 @@ def _log_to(path: Path) -> None:
 
 @ray.remote
 class RankActor:
-    """One trainer rank. `address` comes first, so that rank 0 can tell the others where to meet."""
+    """One trainer rank. `place` comes first, so that rank 0 can tell the others where to meet."""
 
     def __init__(self, rank: int, config: RunConfig, model_dir: Path, device: str, log: Path):
         _log_to(log)
         self._rank, self._config, self._model_dir, self._device = rank, config, model_dir, device
 
-    def address(self) -> tuple[str, int]:
+    def place(self) -> tuple[tuple[str, int], list[int]]:
+        """An address to meet at, and the node's numbers of the GPUs that Ray gave."""
         ip = ray.util.get_node_ip_address()
-        return ip, free_port(ip)
+        return (ip, free_port(ip)), [int(i) for i in ray.get_gpu_ids()]
 
-    def setup(self, world_size: int, meet: tuple[str, int]) -> tuple[int, int]:
+    def setup(self, world_size: int, meet: tuple[str, int], skipped_dir: Path) -> tuple[int, int]:
         """Builds the worker; returns (dp_rank, dp_size)."""
         meet_at = f"tcp://{meet[0]}:{meet[1]}"
         env = RankEnv(self._rank, world_size, local_rank=0, device=self._device, init_method=meet_at)
         here = ray.util.get_node_ip_address()
         logger.info("trainer rank %d of %d on %s, pid %d", self._rank, world_size, here, os.getpid())
-        self._worker = TrainWorker(self._config, self._model_dir, env)
+        self._worker = TrainWorker(self._config, self._model_dir, env, skipped_dir)
         return self._worker.dp_rank, self._worker.dp_size
 
     def call(self, method: str, *args: Any) -> Any:
@@ -110,7 +112,8 @@ def engine_server(
     return SGLangServer(
         name=f"engine-{index}", model_path=str(model_dir), config=config.rollout, dtype=config.model.dtype,
         device=device, host=host, port=free_port(host), log=log, seed=config.seed * 1000 + index,
-        cpu_core=cores[-1 - index % len(cores)], gpu_ids=gpu_ids,
+        cpu_core=cores[-1 - index % len(cores)], gpu_ids=gpu_ids, colocated=config.cluster.colocate,
+        routed_experts=config.training.routing_replay == "R3",
     )  # fmt: skip
 
 
@@ -123,8 +126,9 @@ class EngineActor:
         self._server: SGLangServer | None = None
         self._where = (config, index, model_dir, device, log.with_name(f"sglang-{index}.log"))
 
-    def start(self, deadline_s: float) -> SGLangEngine:
-        gpu_ids = [int(i) for i in ray.get_gpu_ids()]
+    def start(self, deadline_s: float, gpu_ids: list[int] | None) -> SGLangEngine:
+        """`gpu_ids`: of the trainers that it shares them with; None: those that Ray gave."""
+        gpu_ids = [int(i) for i in ray.get_gpu_ids()] if gpu_ids is None else gpu_ids
         self._server = engine_server(*self._where, ray.util.get_node_ip_address(), gpu_ids)
         return self._server.start(deadline_s)
 
@@ -206,11 +210,18 @@ class RayTrainGroup(TrainGroup):
         super().__init__(config, attempt.run, model_dir, transport)
         places, deadline_s = [(p.rank, p.node, 1) for p in layout.trainers], config.training.start_deadline_s
         self._ranks = _Actors(RankActor, "trainer rank", places, config, attempt, layout, model_dir)
-        [meet] = self._ranks.gather([self._ranks.actors[0].address.remote()], "start", deadline_s)
-        self.address: str = meet[0]  # of rank 0
-        dp = self._ranks.gather(self._ranks.each("setup", len(places), meet), "load the model", deadline_s)
-        self._dp_ranks, self.dp_size = [rank for rank, _ in dp], dp[0][1]
+        found = self._ranks.gather(self._ranks.each("place"), "start", deadline_s)
+        self._meet: tuple[str, int] = found[0][0]
+        self.address = self._meet[0]  # of rank 0
+        self.gpu_ids = [gpu for _, gpus in found for gpu in gpus]  # by rank; none on a CPU
         self._deadline_s = config.training.collective_deadline_s
+
+    def setup(self) -> None:
+        """Builds the ranks' models; before it they are processes that hold a place."""
+        num_ranks, deadline_s = len(self._ranks.actors), self.config.training.start_deadline_s
+        refs = self._ranks.each("setup", num_ranks, self._meet, self.run.skipped)
+        dp = self._ranks.gather(refs, "load the model", deadline_s)
+        self._dp_ranks, self.dp_size = [rank for rank, _ in dp], dp[0][1]
 
     def _train(self, shards: list[list[TrainBatch]]) -> dict[str, float]:
         stored = [ray.put(of_rank) for of_rank in shards]
@@ -226,13 +237,20 @@ class RayTrainGroup(TrainGroup):
 
 
 class RayEngines:
-    """The engine servers of a run, started side by side; `wait` gives their HTTP clients."""
+    """The engine servers of a run; `start` starts them side by side, `wait` gives their HTTP clients."""
 
     def __init__(self, config: RunConfig, attempt: Attempt, layout: Layout, model_dir: Path):
-        places = [(p.index, p.node, len(p.slots)) for p in layout.engines]
+        self._layout, shared = layout, config.cluster.colocate  # then the trainers hold the slots
+        places = [(p.index, p.node, 0 if shared else len(p.slots)) for p in layout.engines]
         self._actors = _Actors(EngineActor, "engine", places, config, attempt, layout, model_dir)
         self._deadline_s = config.rollout.start_deadline_s
-        self._starting = self._actors.each("start", self._deadline_s)
+        self._starting: list[Any] = []
+
+    def start(self, gpus_by_rank: Sequence[int] | None = None) -> None:
+        """`gpus_by_rank`: of the trainers, where engines share theirs; none: the engines have their own."""
+        for actor, place in zip(self._actors.actors, self._layout.engines, strict=True):
+            gpus = [gpus_by_rank[rank] for rank in self._layout.ranks_at(place)] if gpus_by_rank else None
+            self._starting.append(actor.start.remote(self._deadline_s, gpus))
 
     def wait(self) -> list[SGLangEngine]:
         """The engines, once every server answers its health check."""

@@ -4,7 +4,6 @@ import asyncio
 import json
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,7 +15,7 @@ from transformers import AutoTokenizer
 
 from nanoslime import algorithms
 from nanoslime.algorithms.filters import filter_groups
-from nanoslime.config import RolloutConfig, RunConfig
+from nanoslime.config import AlgorithmConfig, RolloutConfig, RunConfig
 from nanoslime.plugins import resolve
 from nanoslime.rollout import recorder
 from nanoslime.rollout.generate import group_metrics, sample_groups
@@ -53,19 +52,15 @@ class RolloutManager:
         rollout = self.config.rollout
         start = time.monotonic()
         size, rounds = rollout.rollout_batch_size, rollout.dynamic_sampling_rounds
-        groups, kept, dropped = list[SampleGroup](), list[SampleGroup](), Counter[str]()
+        groups, kept = list[SampleGroup](), list[SampleGroup]()
         for number in range(step * rounds, (step + 1) * rounds):
             prompts = self._source.next(size - len(kept))
-            more = self._sample(prompts, rollout, number * size, seed=(self.config.seed, 0, number))
-            survivors, reasons = filter_groups(more, drop_zero_std=self.config.algorithm.filter_zero_std)
-            groups, kept, dropped = groups + more, kept + survivors, dropped + reasons
+            groups += self._sample(prompts, rollout, number * size, seed=(self.config.seed, 0, number))
+            kept, self.metrics = prepare(groups, self.config.algorithm, self._algorithm)
             if len(kept) == size:
                 break
         self._check_versions(groups)
-        self._algorithm.advantages(kept)
-        recorder.record(self.run.rollouts / f"step_{step}.jsonl", groups)
-        self.metrics = group_metrics(groups)
-        self.metrics |= {f"rollout/dropped_{reason}": float(n) for reason, n in dropped.items()}
+        recorder.record(self.run.rollouts, step, groups)
         self.metrics["time/generate_s"] = time.monotonic() - start
         return kept
 
@@ -98,23 +93,28 @@ class RolloutManager:
 
     def update_weights(self, send: Callable[[], object], version: int) -> None:
         """Pauses the engines, runs `send`, flushes their caches, resumes, and checks each one's version."""
-        self._each(lambda e: e.pause())
+        self.each("pause")
         send()
-        self._each(lambda e: e.flush())
-        self._each(lambda e: e.resume())
-        for engine, reported in zip(self.engines, self._each(lambda e: e.policy_version()), strict=True):
+        self.each("flush")
+        self.each("resume")
+        for engine, reported in zip(self.engines, self.each("policy_version"), strict=True):
             if reported != version:
                 reports = f"engine {engine.name} reports policy version {reported}"
                 raise RunError(f"{reports} after the sync of {version}")
         self.version = version
 
-    def load_from_disk(self, path: Path, version: int) -> None:
-        self._each(lambda e: e.update_weights_from_disk(str(path), version))
+    def each(self, method: str, *args: Any) -> list[Any]:
+        """A method of every engine, side by side; the results in order."""
+        calls = [self._threads.submit(getattr(e, method), *args) for e in self.engines]
+        return [call.result() for call in calls]
 
     def state_dict(self) -> dict[str, Any]:
         return {"prompts": self._source.state_dict(), "version": self.version}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if "prompts" not in state:
+            what = "the checkpoint is of a run with rollout.load_rollouts, which has no data cursor"
+            raise RunError(f"{what}; go on with --load-rollouts, or start a new run from its hf/ export")
         self._source.load_state_dict(state["prompts"])
 
     def close(self) -> None:
@@ -136,8 +136,47 @@ class RolloutManager:
                 sampled = f"group {sample.group_id} was sampled by policy version {stale[0]}"
                 raise RunError(f"{sampled}, the trainer is at {self.version}")
 
-    def _each(self, call: Callable[[Engine], Any]) -> list[Any]:
-        return [future.result() for future in [self._threads.submit(call, e) for e in self.engines]]
+
+class Replay:
+    """Recorded rollouts in place of engines, prompts and rewards: rollout k of the run is the recorded one.
+
+    Policy versions are those of the recording, whatever the trainer's is.
+    """
+
+    def __init__(self, config: RunConfig):
+        self.config, self.metrics, self.version = config, dict[str, float](), -1
+        self._algorithm = algorithms.make(config.algorithm, config.rollout.max_new_tokens)
+        if config.data.eval_prompts:
+            logger.warning("rollout.load_rollouts: there is no engine, so evaluations are skipped")
+
+    def generate(self, step: int) -> list[SampleGroup]:
+        start = time.monotonic()
+        groups = recorder.load(Path(self.config.rollout.load_rollouts), step)
+        kept, self.metrics = prepare(groups, self.config.algorithm, self._algorithm)
+        self.metrics["time/generate_s"] = time.monotonic() - start
+        return kept
+
+    def evaluate(self, step: int) -> None: ...
+
+    def update_weights(self, send: Callable[[], object], version: int) -> None:
+        self.version = version
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"version": self.version}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def prepare(
+    groups: list[SampleGroup], config: AlgorithmConfig, algorithm: algorithms.PolicyGradient
+) -> tuple[list[SampleGroup], dict[str, float]]:
+    """The groups to train on, with advantages, and what all of `groups` look like."""
+    kept, dropped = filter_groups(groups, drop_zero_std=config.filter_zero_std)
+    algorithm.advantages(kept)
+    metrics = {f"rollout/dropped_{reason}": float(n) for reason, n in dropped.items()}
+    return kept, group_metrics(groups) | metrics
 
 
 def from_rank_0(value: Any) -> Any:
@@ -151,7 +190,7 @@ def from_rank_0(value: Any) -> Any:
 class Rollout:
     """The rollout on a rank that runs the loop: the manager's where there is one, else what rank 0 tells."""
 
-    def __init__(self, manager: RolloutManager | None):
+    def __init__(self, manager: RolloutManager | Replay | None):
         self.manager = manager
         self.metrics: dict[str, float] = {}
 
@@ -169,7 +208,8 @@ class Rollout:
         else:
             send()
 
-    def load_from_disk(self, path: Path, version: int) -> None:
+    def tell_engines(self, method: str, *args: Any) -> None:
+        """Has all of them do it, before any rank goes on."""
         if self.manager:
-            self.manager.load_from_disk(path, version)
-        from_rank_0(None)  # nobody removes the files before they were read
+            self.manager.each(method, *args)
+        from_rank_0(None)

@@ -20,9 +20,9 @@ from nanoslime.config import RunConfig
 from nanoslime.layout import Layout
 from nanoslime.orchestration import ray_group
 from nanoslime.orchestration.checkpoints import Checkpoints
-from nanoslime.orchestration.groups import TrainGroup, resolve_transport
+from nanoslime.orchestration.groups import NoTrainer, TrainGroup, resolve_transport
 from nanoslime.orchestration.local_group import LocalTrainGroup
-from nanoslime.orchestration.rollout_manager import Rollout, RolloutManager
+from nanoslime.orchestration.rollout_manager import Replay, Rollout, RolloutManager
 from nanoslime.orchestration.worker import TrainWorker
 from nanoslime.rollout.embedded import EmbeddedEngine
 from nanoslime.run_dir import Attempt, RunDir
@@ -67,20 +67,29 @@ def open_ray(
         else:
             ray_group.connect(read_json(attempt.head), layout.num_nodes, config.cluster.node_join_deadline_s)
         resources.callback(ray_group.disconnect)
-        servers = None
+        servers, colocate = None, config.cluster.colocate
         if layout.engines and config.rollout.engine == "sglang":
             servers = ray_group.RayEngines(config, attempt, layout, model_dir)
             resources.callback(servers.close)
+            if not colocate:
+                servers.start()
         transport = resolve_transport(config, same_process=False)
-        trainer = ray_group.RayTrainGroup(config, attempt, layout, model_dir, transport)
+        trainer: TrainGroup = NoTrainer(config, attempt.run, model_dir, transport)
+        if layout.trainers:
+            trainer = ray_group.RayTrainGroup(config, attempt, layout, model_dir, transport)
         resources.callback(trainer.close)
-        engines: list[Engine]
+        if servers is not None and colocate:  # the engines measure the free memory: they come first
+            servers.start(trainer.gpu_ids)
+            for engine in servers.wait():
+                engine.release_memory()
+        trainer.setup()
+        engines: list[Engine] = []
         if servers is not None:
             engines = list(servers.wait())
-            trainer.connect(engines, trainer.address)
-        else:
+            trainer.connect(engines, trainer.address, [layout.ranks_at(e) for e in layout.engines])
+        elif not config.rollout.load_rollouts:
             engines = [EmbeddedEngine(str(model_dir), config.model.dtype, "cpu", config.seed)]
-        yield _session(config, attempt, model_dir, trainer, engines, resources)
+        yield _session(config, attempt, model_dir, trainer, engines, resources, leads=True)
 
 
 @contextmanager
@@ -95,13 +104,20 @@ def open_local(config: RunConfig, attempt: Attempt, env: RankEnv, phase: Phase) 
         dist.barrier()
         config, model_dir = prepare_model(config, attempt.run)  # made by rank 0: only reads where it lies
         phase("start")
-        worker = TrainWorker(config, model_dir, env)
-        engines = [_local_engine(config, attempt, model_dir, env, resources)] if leads else []
         transport = resolve_transport(config, same_process=env.world_size == 1)
-        trainer = LocalTrainGroup(attempt.run, model_dir, transport, worker, engines)
+        has_engine = leads and not config.rollout.load_rollouts
+        engines = [_local_engine(config, attempt, model_dir, env, resources)] if has_engine else []
+        if config.cluster.colocate:
+            for engine in engines:
+                engine.release_memory()
+            dist.barrier()
+        trainer: TrainGroup = NoTrainer(config, attempt.run, model_dir, transport)
+        if not config.rollout.rollout_only:
+            worker = TrainWorker(config, model_dir, env, attempt.run.skipped)
+            trainer = LocalTrainGroup(attempt.run, model_dir, transport, worker, engines)
         resources.callback(trainer.close)
-        trainer.connect(engines, "127.0.0.1")
-        yield _session(config, attempt, model_dir, trainer, engines, resources)
+        trainer.connect(engines, trainer.address, [[0]])
+        yield _session(config, attempt, model_dir, trainer, engines, resources, leads=leads)
 
 
 def _local_engine(
@@ -117,12 +133,13 @@ def _local_engine(
 
 def _session(
     config: RunConfig, attempt: Attempt, model_dir: Path, trainer: TrainGroup, engines: list[Engine],
-    resources: ExitStack,
+    resources: ExitStack, *, leads: bool,
 ) -> Session:  # fmt: skip
-    """`engines`: none on a rank that follows."""
-    run, manager = attempt.run, None
-    if engines:
-        manager = RolloutManager(config, run, model_dir, engines)
+    run = attempt.run
+    manager: RolloutManager | Replay | None = None
+    if leads:
+        replays = bool(config.rollout.load_rollouts)
+        manager = Replay(config) if replays else RolloutManager(config, run, model_dir, engines)
         resources.callback(manager.close)
         remove_leftovers(run.checkpoints)
     return Session(

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from nanoslime.weight_sync.disk import write_checkpoint
 class TrainWorker:
     """Every method is collective: all ranks call it, in the same order."""
 
-    def __init__(self, config: RunConfig, model_dir: Path, env: RankEnv):
+    def __init__(self, config: RunConfig, model_dir: Path, env: RankEnv, skipped_dir: Path | None = None):
         if env.device == "cuda" and not torch.cuda.is_available():
             raise RunError(
                 f"trainer rank {env.rank}: torch {torch.__version__} sees no CUDA on a node that has GPUs; "
@@ -29,13 +30,16 @@ class TrainWorker:
         self.config, self.model_dir, self.env = config, model_dir, env
         backend = resolve(config.training.backend, BACKENDS, "training.backend")
         self.backend: TrainBackend = backend(config, model_dir, env)
+        self.backend.skipped_dir = skipped_dir
         self.dp_rank, self.dp_size = self.backend.dp_rank, self.backend.dp_size
         self.algorithm = algorithms.make(config.algorithm, config.rollout.max_new_tokens)
         dtype, shards = getattr(torch, config.model.dtype), self.backend.weight_shards
         self._assembler = Assembler(shards, rank=env.rank, world_size=env.world_size, dtype=dtype)
         self.tensors = self._assembler.tensors  # whole on rank 0; none on other ranks, which exhaust it too
         self.save, self.load = self.backend.save, self.backend.load
+        self.sleep, self.wake = self.backend.sleep, self.backend.wake
         self._broadcaster: Broadcaster | None = None
+        self._sender: Any = None  # a TensorSender
 
     def train(self, batches: list[TrainBatch]) -> dict[str, float]:
         """One optimizer step per batch; old and reference logprobs of all are taken before the first step.
@@ -60,17 +64,26 @@ class TrainWorker:
             batch.token_advantages = self.algorithm.token_advantages(batch, self.backend.all_sum)
         return self.backend.train_step(batch, self.algorithm)
 
-    def connect(self, engines: list[BroadcastEngine], address: str) -> None:
-        """Rank 0 opens the weight group with the engines; the other ranks have nothing to do."""
-        if self.env.rank == 0:
-            sync = self.config.weight_sync
+    def connect(
+        self, engines: list[BroadcastEngine], address: str, ranks_by_engine: list[list[int]] | None = None
+    ) -> None:
+        """Rank 0 opens the weight group with the engines; or, where `ranks_by_engine` says which ranks are on
+        each engine's devices, every rank a way to its own."""
+        sync = self.config.weight_sync
+        if ranks_by_engine is not None:
+            sender = resolve("nanoslime.weight_sync.colocated:TensorSender", {}, "weight_sync.transport")
+            own = (self.env.rank, self.env.torch_device, sync.bucket_bytes)
+            self._sender = sender(self._assembler, engines, ranks_by_engine, *own)
+        elif self.env.rank == 0:
             self._broadcaster = Broadcaster(
                 engines, address=address, device=self.env.device,
                 bucket_bytes=sync.bucket_bytes, deadline_s=sync.deadline_s,
             )  # fmt: skip
 
     def broadcast(self, version: int) -> int:
-        """Sends the current weights to the engines as `version`; returns the bytes sent (0 but on rank 0)."""
+        """Sends the current weights to the engines as `version`; returns the bytes that this rank sent."""
+        if self._sender is not None:
+            return self._sender.send(version)
         if self.env.rank == 0:
             if self._broadcaster is None:
                 raise RuntimeError("connect() comes before broadcast()")
@@ -106,4 +119,4 @@ def metrics_row(steps: list[StepMetrics]) -> dict[str, float]:
     for name in dict.fromkeys(name for r in rows for name in r):
         values = [r[name] for r in rows if name in r]
         row[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
-    return row
+    return row | {"train/num_skipped": float(steps[-1].num_skipped)}

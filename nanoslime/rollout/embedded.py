@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from nanoslime.models.shape import ModelShape
 from nanoslime.rollout.weight_check import checkpoint_shapes, first_problem, missing
 from nanoslime.storage.safetensors_file import read_headers
-from nanoslime.types import GenerateRequest, Generation, RunError, Status
+from nanoslime.types import GenerateRequest, Generation, MemoryPart, RunError, Status
 
 _MAX_ROWS = 1024  # sequences of one forward
 _DEADLINE_S = 300.0  # for a batch or a weight update to end
@@ -43,11 +44,18 @@ class EmbeddedEngine:
         self._expected = checkpoint_shapes(model_path)
         self._model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype))
         self._model.to(device).eval()
+        self._routed: list[Tensor] = []  # experts [tokens, topk] of each layer that has some, in one forward
+        if moe := (shape := ModelShape.read(model_path)).moe:
+            number = torch.uint8 if moe.num_experts <= 256 else torch.int16
+            for layer in shape.moe_layers:
+                experts = self._model.get_submodule(f"model.layers.{layer}.mlp.experts")
+                experts.register_forward_pre_hook(lambda _, args: self._routed.append(args[1].to(number)))
         self._seeds = torch.Generator().manual_seed(seed)
         self._version = 0
         self._paused = False
         self._busy = threading.Lock()
         self._waiting: list[_Job] = []
+        self._released: list[torch.Size] = []
 
     async def generate(self, request: GenerateRequest) -> list[Generation]:
         """`request.n` continuations. A prompt that leaves no room for a token gives status error.
@@ -99,6 +107,18 @@ class EmbeddedEngine:
             self._copy(tensors)
             self._version = version
 
+    def release_memory(self) -> None:
+        with self._alone("the running batch"):
+            for parameter in self._model.parameters():
+                self._released.append(parameter.shape)
+                parameter.data = parameter.data.new_empty(0)
+
+    def resume_memory(self, part: MemoryPart) -> None:
+        if part == "weights":  # a cache lives only as long as its batch
+            for parameter, shape in zip(self._model.parameters(), self._released, strict=True):
+                parameter.data = parameter.data.new_empty(shape)
+            self._released.clear()
+
     @contextmanager
     def _alone(self, other: str) -> Iterator[None]:
         if not self._busy.acquire(timeout=_DEADLINE_S):
@@ -125,7 +145,7 @@ class EmbeddedEngine:
         rows = [row for rows in rows_of.values() for row in rows if row.limit > 0]
         with self._alone("a weight update"):
             for first in range(0, len(rows), _MAX_ROWS):
-                _sample(self._model, rows[first : first + _MAX_ROWS])
+                _sample(self._model, rows[first : first + _MAX_ROWS], self._routed)
             for job, own in rows_of.items():
                 job.answer = [row.generation(self._version) for row in own]
 
@@ -151,6 +171,7 @@ class _Row:
     randoms: Tensor  # float64 [limit] in [0, 1): its own, so that other rows do not change its samples
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    experts: list[Tensor] = field(default_factory=list)  # [tokens, num_moe_layers, topk] of each forward
 
     @property
     def stopped(self) -> bool:
@@ -165,12 +186,13 @@ class _Row:
             error = f"a prompt of {len(self.request.token_ids)} tokens fills the model's context"
             return Generation([], [], Status.ERROR, [], error=error)
         status = Status.COMPLETED if self.stopped else Status.TRUNCATED
-        return Generation(self.token_ids, self.logprobs, status, [(0, version)])
+        experts = torch.cat(self.experts).numpy() if self.experts else None
+        return Generation(self.token_ids, self.logprobs, status, [(0, version)], routed_experts=experts)
 
 
 @torch.inference_mode()
-def _sample(model: PreTrainedModel, rows: Sequence[_Row]) -> None:
-    """Fill in the rows' tokens and logprobs, one token of each per forward."""
+def _sample(model: PreTrainedModel, rows: Sequence[_Row], routed: list[Tensor]) -> None:
+    """Fill in the rows' tokens, logprobs and experts, one token of each per forward, which fills `routed`."""
     device = model.device
     prompts = [torch.tensor(row.request.token_ids) for row in rows]
     tokens = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)  # [B, P]
@@ -182,8 +204,13 @@ def _sample(model: PreTrainedModel, rows: Sequence[_Row]) -> None:
     cache = None
     for step in range(randoms.shape[1]):
         inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
+        routed.clear()
         output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = output.past_key_values
+        if routed:
+            experts = torch.stack(routed, 1).unflatten(0, (len(rows), -1)).cpu()  # [B, P or 1, layers, topk]
+            for row, own in zip(rows, experts, strict=True):
+                row.experts += [] if row.done else [own[-len(row.request.token_ids) :]]
         logprobs = torch.log_softmax(output.logits[:, -1].float() / temperatures[:, None], -1)  # [B, V]
         chosen = pick(_filtered(logprobs, rows), randoms[:, step])[:, None]  # [B, 1]
         picked = logprobs.gather(1, chosen)

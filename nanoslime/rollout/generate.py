@@ -62,7 +62,7 @@ def make_sample(
         loss_mask=np.arange(num_prompt + num_response) >= num_prompt,
         policy_versions=[(num_prompt + first, version) for first, version in generation.versions],
         text=tokenizer.decode(generation.token_ids, skip_special_tokens=True),
-        status=generation.status, error=generation.error,
+        status=generation.status, error=generation.error, routed_experts=generation.routed_experts,
         label=prompt.label, metadata=prompt.metadata | {"prompt_id": prompt.prompt_id},
     )  # fmt: skip
 

@@ -6,23 +6,27 @@ SGLangEngine calls it: generate, pause, weight updates. It is a picklable value,
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import json
 import os
 import sys
 import time
+from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import aiohttp
+import numpy as np
 import requests
 
 from nanoslime.config.rollout import RolloutConfig
+from nanoslime.layout import COLOCATED_MEM_FRACTION
 from nanoslime.models.shape import ModelShape
 from nanoslime.rollout.child_process import ChildProcess, last_line, require_free_port
-from nanoslime.types import GenerateRequest, Generation, RunError, Status
+from nanoslime.types import GenerateRequest, Generation, MemoryPart, RunError, Status
 
 PauseMode = Literal["retract", "in_place", "abort"]
 
@@ -53,11 +57,14 @@ class SGLangServer:
     seed: int
     cpu_core: int | None = None  # where the one thread of a CPU engine computes
     gpu_ids: Sequence[int] = ()  # the GPUs that it sees
+    routed_experts: bool = False  # whether its engine reports them
+    colocated: bool = False  # gives its memory to trainers on the same GPUs and takes it back
     process: ChildProcess | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         place = {"model_path": self.model_path, "host": self.host, "port": self.port, "device": self.device}
         ours = place | {"tp_size": self.config.engine_tp_size, "weight_version": "0"}
+        ours["enable_return_routed_experts"] = self.routed_experts
         if taken := sorted(ours.keys() & self.config.sglang):
             raise RunError(f"rollout.sglang.{taken[0]} is set by nanoslime itself; remove it")
         options = ours | {"dtype": self.dtype, "random_seed": self.seed}
@@ -68,16 +75,19 @@ class SGLangServer:
             self.env |= _cpu_environment(self.model_path, core)
         elif self.gpu_ids:
             self.env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpu_ids))
+        if self.device == "cuda" and self.colocated:
+            options |= {"enable_memory_saver": True, "mem_fraction_static": COLOCATED_MEM_FRACTION}
         flags = _flags(options | self.config.sglang)
         self.command = [sys.executable, "-m", "sglang.launch_server", *flags]
 
     def start(self, deadline_s: float) -> SGLangEngine:
         """Start the process and wait until it generates. RunError names engine, what was awaited and log."""
         require_free_port(self.host, self.port, f"engine {self.name}")
+        shape = ModelShape.read(self.model_path)
         engine = SGLangEngine(
             name=self.name, url=f"http://{self.host}:{self.port}", log=str(self.log),
-            vocab_size=ModelShape.read(self.model_path).vocab_size, world_size=self.config.engine_tp_size,
-            request_deadline_s=self.config.request_deadline_s,
+            vocab_size=shape.vocab_size, experts_of=shape if self.routed_experts else None,
+            world_size=self.config.engine_tp_size, request_deadline_s=self.config.request_deadline_s,
         )  # fmt: skip
         self.process = ChildProcess(f"engine {self.name}", self.command, self.env, self.log)
         self.process.wait_until(engine.health, f"200 from {engine.url}/health", deadline_s)
@@ -97,6 +107,7 @@ class SGLangEngine:
     log: str
     vocab_size: int
     world_size: int = 1
+    experts_of: ModelShape | None = None  # the model, where the experts of each token are asked for
     request_deadline_s: float = 1800.0
     control_deadline_s: float = 300.0
 
@@ -110,6 +121,7 @@ class SGLangEngine:
         sampling = {**asdict(request), "skip_special_tokens": False}  # the fields have SGLang's own names
         token_ids, _ = [int(token) for token in sampling.pop("token_ids")], sampling.pop("seed")
         body = {"input_ids": token_ids, "sampling_params": sampling, "return_logprob": True}
+        body["return_routed_experts"] = self.experts_of is not None
         timeout = aiohttp.ClientTimeout(total=self.request_deadline_s)
         try:
             # A session per request: event loops come and go, and a closed connection makes SGLang abort it.
@@ -128,7 +140,8 @@ class SGLangEngine:
             return [Generation([], [], Status.ERROR, [], error=error) for _ in range(request.n)]
         if response.status != 200:
             raise self._error(f"/generate answered {response.status}: {str(answer)[:300]}", EngineLost)
-        return [_generation(item) for item in (answer if isinstance(answer, list) else [answer])]
+        answers = answer if isinstance(answer, list) else [answer]
+        return [_generation(item, len(token_ids), self.experts_of) for item in answers]
 
     def health(self) -> bool:
         """Whether the server generates. False while it starts, is paused, or is gone."""
@@ -192,6 +205,22 @@ class SGLangEngine:
         self.flush()
         self._post("/update_weight_version", new_version=str(version), abort_all_requests=False)
 
+    def receive_payloads(self, payloads: list[bytes]) -> None:
+        """One bucket, serialized for each rank by weight_sync/colocated.py; refused as a broadcast is."""
+        encoded = [b64encode(payload).decode() for payload in payloads]
+        body = {"serialized_named_tensors": encoded, "load_format": "flattened_bucket", "flush_cache": False}
+        self._post("/update_weights_from_tensor", **body)
+
+    def release_memory(self) -> None:
+        """Free weights, KV cache and CUDA graphs; on a CPU, SGLang keeps them. Waits until nothing runs."""
+        self.flush()  # SGLang dies when asked to release while a request is on its way out
+        self._post("/release_memory_occupation")
+
+    def resume_memory(self, part: MemoryPart) -> None:
+        """Each part once after `release_memory`; SGLang dies of another order."""
+        tags = ["weights"] if part == "weights" else ["kv_cache", "cuda_graph"]
+        self._post("/resume_memory_occupation", tags=tags)
+
     def destroy_weight_group(self, group: str) -> None:
         self._post("/destroy_weights_update_group", group_name=group)
 
@@ -224,7 +253,7 @@ class SGLangEngine:
         return kind(f"engine {self.name} at {self.url}: {what}; log: {self.log}; last line: {line}")
 
 
-def _generation(answer: dict[str, Any]) -> Generation:
+def _generation(answer: dict[str, Any], num_prompt: int, shape: ModelShape | None) -> Generation:
     meta = answer["meta_info"]
     logprobs = [entry[0] for entry in meta["output_token_logprobs"]]
     token_ids = list(answer["output_ids"])
@@ -234,7 +263,12 @@ def _generation(answer: dict[str, Any]) -> Generation:
         raise RunError(f"SGLang returned {counts} (request {meta['id']})")
     spans = meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0}]
     versions = [(int(span["start"]), int(span["version"])) for span in spans]
-    return Generation(token_ids, logprobs, _STATUS[reason["type"]], versions, error=reason.get("message"))
+    experts = None
+    if shape and (moe := shape.moe) and token_ids:  # a request that was ended before it ran has none
+        size = (num_prompt + len(token_ids) - 1, shape.num_layers, moe.num_experts_per_token)
+        numbers = np.frombuffer(base64.b64decode(meta["routed_experts"]), dtype=np.int32).reshape(size)
+        experts = numbers[:, list(shape.moe_layers)].astype(np.uint8 if moe.num_experts <= 256 else np.int16)
+    return Generation(token_ids, logprobs, _STATUS[reason["type"]], versions, reason.get("message"), experts)
 
 
 # Defaults of an engine on CPU, with a model of some megabytes in mind.

@@ -1,10 +1,12 @@
 """Runs inside SGLang's own processes (its entry point group `sglang.srt.plugins`), never in ours.
 
 Stock SGLang 0.5.23 answers success to a weight update with unknown names, loading nothing, and does not
-notice missing ones. With this plug-in the tensors of an update, by disk or broadcast, are those of the
+notice missing ones. With this plug-in the tensors of an update, however they come, are those of the
 checkpoint that the server was started from: an unknown or repeated name, or another shape, is refused before
 anything is loaded, and a session (begin ... end) or a directory that lacks one is refused with the names. A
 refusal is an error response (success false); the server goes on.
+
+On a machine without CUDA it also lets SGLang keep the experts that its routers choose in ordinary memory.
 """
 
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from nanoslime.rollout.weight_check import Shapes, checkpoint_shapes, first_prob
 from nanoslime.types import RunError
 
 _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
+_PIN_MEMORY = "sglang.srt.mem_cache.pool_host.common._cuda_host_register"
 _MANAGER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 
 Result = tuple[bool, str]
@@ -28,12 +31,15 @@ def register() -> None:
     guard = WeightGuard()
     for target, hook in (
         (f"{_UPDATER}.update_weights_from_disk", guard.disk),
-        (f"{_UPDATER}.load_weights_from_distributed", guard.distributed),
+        (f"{_UPDATER}.load_weights_from_distributed", guard.bucket),
+        (f"{_UPDATER}.update_weights_from_tensor", guard.bucket),
         (f"{_UPDATER}.begin_weight_update", guard.begin),
         (f"{_MANAGER}.begin_weight_update", guard.answer_begin),
         (f"{_MANAGER}.end_weight_update", guard.answer_end),
     ):
         HookRegistry.register(target, hook, HookType.AROUND)
+    if not torch.cuda.is_available():  # the host's buffer for routed experts is pinned by a call of CUDA
+        HookRegistry.register(_PIN_MEMORY, lambda *_: None, HookType.REPLACE)
 
 
 class WeightGuard:
@@ -58,19 +64,22 @@ class WeightGuard:
             answer.message = f"{expected} tensors expected"
         return answer
 
-    def distributed(
-        self, original: Callable[..., Result], updater: Any, named_tensors: list[tuple[str, torch.Tensor]]
+    def bucket(
+        self, original: Callable[..., Result], updater: Any, named_tensors: Any, **options: Any
     ) -> Result:
-        """Load one bucket of the session, or refuse the whole of it.
+        """Load one bucket of the session (named tensors, or flat with metadata), or refuse the whole of it.
 
         Called after the broadcasts were received, so that a refusal does not leave their sender waiting.
         """
-        received = [(name, tuple(tensor.shape)) for name, tensor in named_tensors]
+        if isinstance(named_tensors, dict):
+            received = [(meta.name, tuple(meta.shape)) for meta in named_tensors["metadata"]]
+        else:
+            received = [(name, tuple(tensor.shape)) for name, tensor in named_tensors]
         seen = self._received.setdefault(id(updater), set())
         if problem := first_problem(received, self._expect(updater), seen):
             return False, f"refused: {problem}"
         try:
-            success, message = original(updater, named_tensors)
+            success, message = original(updater, named_tensors, **options)
         except Exception as e:  # whatever a loader raises would end the scheduler process
             return False, f"the weights are a mixture of two versions: {type(e).__name__}: {e}"
         if success:

@@ -46,12 +46,17 @@ def put_in_place(partial: Path, final: Path) -> None:
         shutil.rmtree(doomed)
 
 
-def complete_checkpoints(directory: Path) -> list[tuple[int, Path]]:
-    """(step, path) of every committed checkpoint, oldest first; manifest.verify checks the contents."""
+def checkpoints(directory: Path) -> list[tuple[int, Path]]:
+    """(step, path) of what was committed, oldest first, damaged or not; manifest.verify tells."""
     if not directory.is_dir():
         return []
     named = [(_STEP.fullmatch(path.name), path) for path in directory.iterdir()]
-    return sorted((int(m[1]), path) for m, path in named if m and (path / manifest.NAME).is_file())
+    return sorted((int(m[1]), path) for m, path in named if m)
+
+
+def complete_checkpoints(directory: Path) -> list[tuple[int, Path]]:
+    """Those of `checkpoints` that have a manifest."""
+    return [(step, path) for step, path in checkpoints(directory) if (path / manifest.NAME).is_file()]
 
 
 def retain(directory: Path, keep_last: int, keep_every: int = 0, best: int | None = None) -> list[int]:

@@ -29,9 +29,12 @@ def write(directory: Path, known: Mapping[str, str] | None = None) -> None:
 def verify(directory: Path) -> None:
     """Raise DamagedError for a file that is missing, truncated, altered or not in the manifest."""
     try:
-        expected = read_json(directory / NAME)["files"]
+        entries = read_json(directory / NAME)["files"]
+        expected = {name: {key: e[key] for key in ("bytes", "xxh3_128")} for name, e in entries.items()}
     except FileNotFoundError as error:
-        raise DamagedError(f"{directory} has no {NAME}: it was never completed") from error
+        raise DamagedError(f"{directory} has no {NAME}: it was never completed, or lost it") from error
+    except (RunError, LookupError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{directory / NAME} is not a manifest: {error}") from error
     present = set(_files(directory))
     for name, entry in sorted(expected.items()):
         if name not in present:

@@ -1,6 +1,5 @@
 """One trainer rank as the rest of the program sees it, and what all backends do alike."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,11 @@ from nanoslime.batch import MicroBatch, StepMetrics, TrainBatch, WeightShard
 from nanoslime.config import RunConfig
 from nanoslime.config.training import TrainingConfig
 from nanoslime.training.schedule import lr_at
+from nanoslime.training.skipping import Progress
+from nanoslime.training.sleep import DeviceMemory
 from nanoslime.types import RunError
+
+MAX_KEPT = 16  # batches of skipped steps in a run: a run that skips all of them shall not fill the disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,19 +63,25 @@ class TrainBackend(ABC):
     dp_rank: int
     dp_size: int
     is_last_stage: bool  # of the pipeline: logprobs exist here
+    skipped_dir: Path | None = None
+    """Where the batches of the first skipped steps are kept: step_<k>/rank_<r>.pt, for TrainBatch.load;
+    with the weights of that time a step on them has the same gradient norm."""
 
     def __init__(self, config: RunConfig, env: RankEnv) -> None:
         self._config, self._training, self._device = config, config.training, env.torch_device
-        self._step = 0  # of the optimizer, skipped ones included
+        self._past = Progress()
         self._reference: list[Tensor] = []
+        self._memory = DeviceMemory(self._device)
 
     def logprobs(self, shard: TrainBatch, weights: Literal["policy", "ref"]) -> list[Tensor] | None:
         """[T_i] float32 per sequence of `shard.token_ids`, in order, on the CPU; on the last pipeline stage.
 
-        None elsewhere. Raises ValueError for "ref" where the algorithm was configured without one.
+        None elsewhere. Under training.routing_replay=R2 the policy's choice of experts is put into `shard`;
+        the reference makes its own in any case.
+        Raises ValueError for "ref" where the algorithm was configured without one.
         """
         with torch.no_grad(), self._weights(weights):
-            packs = self._packed_logprobs(shard)
+            packs = self._packed_logprobs(shard, weights)
         if not self.is_last_stage:
             return None
         found: dict[int, Tensor] = {}
@@ -84,21 +93,35 @@ class TrainBackend(ABC):
     def train_step(self, shard: TrainBatch, algorithm: Algorithm) -> StepMetrics:
         """Forward, backward and optimizer step over the shard's micro-batches; the same result on every rank.
 
-        The gradient is clipped to a global norm of clip_grad. A norm that is not finite skips the update, but
-        counts in the schedule of the learning rate.
+        The gradient is clipped to a global norm of clip_grad. A norm that is not finite, or that
+        skip_grad_norm_above refuses, skips the update, but counts in the schedule of the learning rate.
         """
         total_steps = self._config.rollout.num_rollout * self._training.num_steps_per_rollout
-        lr = lr_at(self._step, config=self._training, total_steps=total_steps)
+        lr = lr_at(self._past.step, config=self._training, total_steps=total_steps)
         values = self._backward(shard, algorithm)
         norm = self._grad_norm()
-        if math.isfinite(norm):
+        accepted = self._past.accepts(norm, self._training.skip_grad_norm_above)
+        if accepted:
             scale = self._training.clip_grad / (norm + 1e-6)
-            if 0 < scale < 1:
-                torch._foreach_mul_(self._grads(), scale)
+            if 0 < scale < 1 and (grads := self._grads()):  # a stage may have nothing to train
+                torch._foreach_mul_(grads, scale)
             self._update(lr)
-        self._step += 1
-        loss, skipped = values.pop("train/loss"), not math.isfinite(norm)
-        return StepMetrics(loss=loss, grad_norm=norm, lr=lr, skipped=skipped, values=values)
+        elif self.skipped_dir and self._past.num_skipped <= MAX_KEPT:
+            shard.save(self.skipped_dir / f"step_{self._past.step}" / f"rank_{dist.get_rank()}.pt")
+        self._past.step += 1
+        return StepMetrics(values.pop("train/loss"), norm, lr, not accepted, values, self._past.num_skipped)
+
+    def sleep(self) -> None:
+        """Frees the memory of weights, gradients and optimizer state until `wake`; no collective.
+
+        Weights and optimizer state are the same bits afterwards; gradients are zeros, or none, since each
+        step begins by clearing them. In between the rank can do nothing else.
+        """
+        self._memory.release(*self._live_tensors())
+
+    def wake(self) -> None:
+        """Takes the memory again; all tensors are where they were."""
+        self._memory.restore()
 
     @abstractmethod
     def all_sum(self, value: Tensor) -> Tensor:
@@ -121,8 +144,8 @@ class TrainBackend(ABC):
 
     # What a backend does in its own way. `_backward` fills gradients summed over ranks and returns metrics
     # with train/loss on every rank; `_grad_norm`, `_grads` and `_update` come after it, in this order.
-    @abstractmethod
-    def _packed_logprobs(self, shard: TrainBatch) -> list[Tensor]: ...  # [T] per micro-batch, last stage only
+    @abstractmethod  # [T] per micro-batch, last stage only; the weights are those asked for
+    def _packed_logprobs(self, shard: TrainBatch, weights: Literal["policy", "ref"]) -> list[Tensor]: ...
     @abstractmethod
     def _backward(self, shard: TrainBatch, algorithm: Algorithm) -> dict[str, float]: ...
     @abstractmethod
@@ -133,6 +156,8 @@ class TrainBackend(ABC):
     def _update(self, lr: float) -> None: ...
     @abstractmethod
     def _parameters(self) -> list[Tensor]: ...  # the live tensors of this rank
+    @abstractmethod
+    def _live_tensors(self) -> tuple[list[Tensor], list[Tensor]]: ...  # to keep asleep, and gradient buffers
 
     def _keep_reference(self) -> None:
         """The weights as they are now, on the CPU, where the algorithm needs a reference."""

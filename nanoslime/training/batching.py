@@ -11,6 +11,7 @@ from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from nanoslime.batch import TrainBatch
 from nanoslime.training.packing import pack
@@ -59,6 +60,7 @@ def _plan_step(
         _check(sample)
         tokens_of_rollout[sample.group_id, sample.rollout_id] += sample.num_response_tokens
     num_tokens = tokens_of_rollout.total()
+    experts = next((s.routed_experts.shape[1:] for s in samples if s.routed_experts is not None), None)
 
     def weight(sample: Sample) -> float:
         size = tokens_of_rollout[sample.group_id, sample.rollout_id] if denominator == "sequences" else 1
@@ -74,6 +76,7 @@ def _plan_step(
         _shard(
             [samples[i] for i in indices],
             [list(range(a, b)) for a, b in pairwise(accumulate(map(len, microbatches), initial=0))],
+            experts,
             token_weights=[weight(samples[i]) for i in indices],
             denominator=float(total),
             num_tokens=num_tokens,
@@ -85,14 +88,18 @@ def _plan_step(
     ]
 
 
-def _shard(samples: list[Sample], microbatches: list[list[int]], **of_the_step: Any) -> TrainBatch:
-    """The tensors of one rank; each empty micro-batch gets a dummy sequence, which is not in the loss."""
+def _shard(
+    samples: list[Sample], microbatches: list[list[int]], experts: tuple[int, ...] | None, **of_the_step: Any
+) -> TrainBatch:
+    """The tensors of one rank; each empty micro-batch gets a dummy sequence, which is not in the loss.
+    `experts`: (num_moe_layers, topk), where samples of the step hold routed experts."""
     batch = TrainBatch(
         token_ids=[torch.tensor(s.token_ids, dtype=torch.long) for s in samples],
         loss_mask=[torch.tensor(s.loss_mask, dtype=torch.bool) for s in samples],
         rollout_logprobs=[torch.tensor(s.rollout_logprobs, dtype=torch.float32) for s in samples],
         advantages=[float(s.advantage) for s in samples if s.advantage is not None],
         microbatches=microbatches,
+        routed_experts=[_experts(s, experts) for s in samples] if experts else None,
         **of_the_step,
     )
     for empty in (m for m in microbatches if not m):
@@ -100,9 +107,21 @@ def _shard(samples: list[Sample], microbatches: list[list[int]], **of_the_step: 
         batch.token_ids.append(torch.zeros(_DUMMY_TOKENS, dtype=torch.long))
         batch.loss_mask.append(torch.zeros(_DUMMY_TOKENS, dtype=torch.bool))
         batch.rollout_logprobs.append(torch.zeros(_DUMMY_TOKENS))
+        if experts and batch.routed_experts is not None:
+            batch.routed_experts.append(torch.full((_DUMMY_TOKENS, *experts), -1, dtype=torch.int16))
         batch.advantages.append(0.0)
         batch.token_weights.append(0.0)
     return batch
+
+
+def _experts(sample: Sample, size: tuple[int, ...]) -> Tensor:
+    """int16 [T, *size]; -1 for what the engine did not run: the last token, and a sample without response."""
+    experts = torch.full((sample.num_tokens, *size), -1, dtype=torch.int16)
+    if sample.routed_experts is not None:
+        experts[:-1] = torch.tensor(sample.routed_experts)
+    elif sample.num_response_tokens:
+        raise ValueError(f"a sample of group {sample.group_id} lacks routed_experts, which others have")
+    return experts
 
 
 def _check(sample: Sample) -> None:

@@ -5,14 +5,16 @@ files -> shards (fsdp_model) -> packed forward to logprobs -> loss, a sum -> sum
 
 import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from nanoslime.batch import TrainBatch, WeightShard
 from nanoslime.config.run import RunConfig
@@ -20,6 +22,7 @@ from nanoslime.config.training import TrainingConfig
 from nanoslime.training.backend import Algorithm, RankEnv, TrainBackend, init_process_group
 from nanoslime.training.fsdp_model import build_sharded, local_rows
 from nanoslime.training.metrics import MetricSums
+from nanoslime.training.skipping import Progress
 
 
 class FSDPBackend(TrainBackend):
@@ -33,8 +36,7 @@ class FSDPBackend(TrainBackend):
         init_process_group(env, config.training)
         self.dp_rank, self.dp_size = env.rank, env.world_size
         mesh = init_device_mesh(env.device, (env.world_size,))
-        recompute = config.training.recompute
-        self._policy = build_sharded(model_dir, config.model, mesh, self._device, recompute=recompute)
+        self._policy = build_sharded(model_dir, config, mesh, self._device)
         self._model = self._policy.causal_lm
         self._optimizer = _make_optimizer(self._model, config.training)
         self._keep_reference()
@@ -60,12 +62,12 @@ class FSDPBackend(TrainBackend):
         # fewer ranks leave fewer generators' states
         state = {k: v for k, v in self._state().items() if k in stored or not k.startswith("rng.")}
         dcp.load(state, checkpoint_id=path)
-        self._step = state["step"]
+        self._past = Progress(**state["progress"])
         for name, generator in self._generators().items():
             if name in state:
                 generator.set_state(state[name])
 
-    def _packed_logprobs(self, shard: TrainBatch) -> list[Tensor]:
+    def _packed_logprobs(self, shard: TrainBatch, weights: Literal["policy", "ref"]) -> list[Tensor]:
         return [self._policy(shard.microbatch(i).to(self._device))[0].cpu() for i in shard.microbatches]
 
     def _backward(self, shard: TrainBatch, algorithm: Algorithm) -> dict[str, float]:
@@ -94,6 +96,12 @@ class FSDPBackend(TrainBackend):
     def _parameters(self) -> list[Tensor]:
         return [p.detach().to_local() for p in self._model.parameters()]
 
+    def _live_tensors(self) -> tuple[list[Tensor], list[Tensor]]:
+        self._optimizer.zero_grad()
+        states = [value for state in self._optimizer.state.values() for value in state.values()]
+        moments = [value.to_local() for value in states if isinstance(value, DTensor)]
+        return [*self._parameters(), *self._model.buffers(), *moments], []
+
     def _shards(self, *, of_gradients: bool) -> Iterator[WeightShard]:
         for name, param in self._model.named_parameters():
             rows = local_rows(param)
@@ -104,10 +112,10 @@ class FSDPBackend(TrainBackend):
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds, by flat names. Tensors are the live ones: loading fills them in place."""
-        state: dict[str, Any] = {"step": self._step}
+        state: dict[str, Any] = {"progress": asdict(self._past)}
         for name, param in self._model.named_parameters():
-            moments = self._optimizer.state[param]
-            if not moments:  # before the first step
+            moments = self._optimizer.state[param] if param.requires_grad else {}
+            if param.requires_grad and not moments:  # before the first step
                 moments["step"] = torch.tensor(0.0)
                 moments["exp_avg"] = torch.zeros_like(param)
                 moments["exp_avg_sq"] = torch.zeros_like(param)
@@ -131,8 +139,9 @@ def _refuse_other_dimensions(config: TrainingConfig) -> None:
 
 def _make_optimizer(model: torch.nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     """AdamW (arXiv 1711.05101) without decay of vectors (norms, biases)."""
-    decayed = [p for p in model.parameters() if p.dim() >= 2]
-    others = {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.dim() >= 2]
+    others = {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, others]
     betas = (config.adam_beta1, config.adam_beta2)
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.adam_eps)

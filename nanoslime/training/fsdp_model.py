@@ -2,19 +2,21 @@
 
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from nanoslime.batch import MicroBatch
-from nanoslime.config.model import ModelConfig
+from nanoslime.config.run import RunConfig
 from nanoslime.storage.safetensors_file import read_headers
+from nanoslime.training.freezing import frozen_names
 from nanoslime.training.logprobs import token_logprobs
 from nanoslime.types import RunError
 
@@ -46,17 +48,15 @@ class Policy(torch.nn.Module):
         )  # fmt: skip
 
 
-def build_sharded(
-    model_dir: Path, config: ModelConfig, mesh: DeviceMesh, device: torch.device, *, recompute: bool
-) -> Policy:
+def build_sharded(model_dir: Path, config: RunConfig, mesh: DeviceMesh, device: torch.device) -> Policy:
     """The model of `model_dir`, sharded over `mesh` by decoder layer, with float32 parameters from its files.
 
     Gradients are summed over the mesh, not averaged: losses are divided by global denominators beforehand.
-    Raises RunError where tensors of model and files differ in name or shape.
+    Raises RunError where tensors of model and files differ in name or shape, ValueError for training.freeze.
     """
-    half = config.dtype == "bfloat16"
+    half, trusted = config.model.dtype == "bfloat16", config.model.trust_remote_code
     flash = half and device.type == "cuda" and is_flash_attn_2_available()
-    hf_config = AutoConfig.from_pretrained(model_dir, trust_remote_code=config.trust_remote_code)
+    hf_config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trusted)
     if getattr(hf_config, "attention_dropout", 0):
         hf_config.attention_dropout = 0.0  # old and current logprobs must come from the same function
     with torch.device("meta"):
@@ -64,18 +64,26 @@ def build_sharded(
             hf_config,
             dtype=torch.float32,
             attn_implementation="flash_attention_2" if flash else "sdpa",
-            trust_remote_code=config.trust_remote_code,
+            trust_remote_code=trusted,
         )
     model.eval()
-    if recompute:
+    if config.training.recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()  # transformers recomputes in training mode only
-    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
-    policy = Policy(model)
-    _shard(policy, mesh, precision)
-    model.to_empty(device=device)
+    parameters = dict(model.named_parameters())
+    for name in frozen_names(config.training.freeze, parameters):
+        parameters[name].requires_grad_(False)
+    policy, home = Policy(model), device
+    options = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)} if half else {}
+    if config.training.optimizer_offload:
+        home = torch.device("cpu")
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    _shard(policy, mesh, options)
+    model.to_empty(device=home)
     _fill_buffers(model)
     _load_weights(model, model_dir)
+    for buffer in model.buffers():  # they are whole on each rank, and stay on the device
+        buffer.data = buffer.to(device)
     return policy
 
 
@@ -87,10 +95,10 @@ def local_rows(param: DTensor) -> slice:
     return slice(start, min(start + rows_per_rank, size))
 
 
-def _shard(policy: Policy, mesh: DeviceMesh, precision: MixedPrecisionPolicy) -> None:
+def _shard(policy: Policy, mesh: DeviceMesh, options: dict[str, Any]) -> None:
     # The root reshards too: parameters left whole after a forward would hide a swap to the reference weights.
     for module in (*policy.causal_lm.get_decoder().layers, policy):
-        fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, **options)
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

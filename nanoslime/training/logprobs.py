@@ -1,10 +1,11 @@
 """Logprobs and entropies of tokens from hidden states and the output weight, without logits of all tokens.
 
-    hidden [T, H], weight [V_local, H] -> logits of a chunk [C, V_local] -> logprobs [T], entropies [T]
+    hidden [T, H], weight [V_local, H] -> logits of a block [C, B] -> logprobs [T], entropies [T]
 
-Logits exist for one chunk of tokens at a time, in float32; the backward pass computes them again, so that the
-price of the memory is one more product with the weight. The vocabulary may be split over tensor-parallel
-ranks: three numbers per token pass between them in the forward pass, the gradient of hidden in the backward.
+Logits exist for a block of tokens and vocabulary at a time, in float32 and small enough for a CPU's cache.
+The backward pass computes what is over KEPT_BYTES of them again: one more product with the weight.
+The vocabulary may be split over tensor-parallel ranks: four numbers per token pass between them in the
+forward pass, the gradient of hidden in the backward.
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-CHUNK_TOKENS = 1024
+CHUNK_TOKENS, CHUNK_COLUMNS = 2048, 4096
+KEPT_BYTES = 1 << 30  # of logits, from the forward to the backward pass
 _LOWEST = torch.finfo(torch.float32).min  # of a rank without a column; -inf would make NaN of 0 x inf
 
 
@@ -27,6 +29,8 @@ class _Options(NamedTuple):
     num_columns: int  # rows of the weight that are tokens, from the first; the others are padding
     group: ProcessGroup | None
     chunk_tokens: int
+    kept: dict[tuple[int, int], Tensor]  # logits of blocks, by their first row and column
+    room: int  # for them, in bytes
 
 
 def token_logprobs(
@@ -73,7 +77,8 @@ def linear_logprobs(
     if int(targets.max()) >= vocab_size:
         raise ValueError(f"token id {int(targets.max())} is outside the vocabulary of {vocab_size} tokens")
     num_columns = min(max(vocab_size - vocab_start, 0), len(weight))
-    options = _Options(1.0 / temperature, vocab_start, num_columns, tp_group, chunk_tokens)
+    room = KEPT_BYTES if torch.is_grad_enabled() else 0
+    options = _Options(1.0 / temperature, vocab_start, num_columns, tp_group, chunk_tokens, {}, room)
     logprobs, entropy = _LinearLogprobs.apply(hidden, weight, targets, with_entropy, options)
     return logprobs, entropy
 
@@ -83,112 +88,118 @@ class _LinearLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, with_entropy: bool, options: _Options
     ) -> tuple[Tensor, Tensor | None]:
-        chunks = _Chunks(hidden, weight, targets, options)
-        # of the logits less the highest: that highest; the sum of exp, of exp times them, the target's
-        highest = chunks.new(len(hidden)).fill_(_LOWEST)
-        total, moment, target = sums = chunks.new(3, len(hidden)).zero_()
-        for rows, logits in chunks:
-            highest[rows] = logits.amax(dim=1) * options.scale
-            shifted = _scale_and_add(logits, options.scale, -highest[rows])
-            picked = shifted.gather(1, chunks.columns[rows]).squeeze(1)
-            target[rows] = torch.where(chunks.ours[rows], picked, 0.0)
-            probs = chunks.exp(shifted) if with_entropy else shifted.exp_()
-            total[rows] = probs.sum(dim=1)
+        blocks = _Blocks(hidden, weight, targets, options)
+        # of the logits so far: the highest, the target's; sums of exp(x) and exp(x) x, x = logit - highest
+        highest, target, total, moment = sums = blocks.new(4, len(hidden)).zero_()
+        highest.fill_(_LOWEST)
+        for rows, columns, logits, _ in blocks:
+            before = highest[rows].clone()
+            highest[rows] = torch.maximum(before, logits.amax(dim=1) * options.scale)
+            _move(total[rows], moment[rows], before - highest[rows])
+            at, ours = blocks.targets(rows, columns)
+            target[rows] += torch.where(ours, logits.gather(1, at).squeeze(1), 0.0) * options.scale
+            shifted = torch.add(-highest[rows, None], logits, alpha=options.scale, out=logits)
+            probs = blocks.exp(shifted) if with_entropy else shifted.exp_()
+            total[rows] += probs.sum(dim=1)
             if with_entropy:
-                moment[rows] = probs.mul_(shifted).sum(dim=1)
+                moment[rows] += probs.mul_(shifted).sum(dim=1)
         if options.group is not None:
-            _sum_over_ranks(highest, sums, chunks.ours, options.group)
+            local = highest.clone()
+            dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=options.group)
+            _move(total, moment, local - highest)
+            dist.all_reduce(sums[1:], group=options.group)
         log_total = total.log()
         entropy = log_total - moment / total if with_entropy else None
         ctx.save_for_backward(hidden, weight, targets, highest + log_total, entropy)
         ctx.options = options
         ctx.set_materialize_grads(False)
-        return target - log_total, entropy
+        return target - highest - log_total, entropy
 
     @staticmethod
     def backward(ctx: Any, d_logprobs: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, log_norm, entropy = ctx.saved_tensors
-        options: _Options = ctx.options
-        chunks = _Chunks(hidden, weight, targets, options)
-        d_hidden = torch.zeros_like(hidden, dtype=chunks.dtype)
-        d_weight = torch.zeros_like(weight, dtype=chunks.dtype)
+        options: _Options = ctx.options._replace(room=0)
+        blocks = _Blocks(hidden, weight, targets, options)
+        d_hidden = torch.zeros_like(hidden, dtype=blocks.dtype)
+        d_weight, d_columns = torch.zeros_like(weight), torch.empty(0)
         d_target = torch.zeros_like(log_norm) if d_logprobs is None else d_logprobs * options.scale
-        for rows, logits in chunks:
-            logs = _scale_and_add(logits, options.scale, -log_norm[rows])
+        for rows, columns, logits, block in blocks:
+            logs = torch.add(-log_norm[rows, None], logits, alpha=options.scale, out=logits)
             if d_entropy is None:
                 d_logits = logs.exp_().mul_(-d_target[rows, None])
             else:  # d entropy / d logits = -p (log p + entropy), at temperature 1
                 of_entropy = d_entropy[rows] * options.scale
-                probs, even = chunks.exp(logs), d_target[rows] + of_entropy * entropy[rows]
+                probs, even = blocks.exp(logs), d_target[rows] + of_entropy * entropy[rows]
                 d_logits = logs.mul_(-of_entropy[:, None]).sub_(even[:, None]).mul_(probs)
-            at_target = torch.where(chunks.ours[rows], d_target[rows], 0.0)
-            d_logits = d_logits.scatter_add_(1, chunks.columns[rows], at_target[:, None])
-            d_logits = d_logits.to(chunks.weight.dtype)
-            d_hidden[rows] = _product(d_logits, chunks.weight)
-            _add_product(d_weight[: options.num_columns], d_logits.T, chunks.hidden[rows])
+            at, ours = blocks.targets(rows, columns)
+            d_logits.scatter_add_(1, at, torch.where(ours, d_target[rows], 0.0)[:, None])
+            d_logits = d_logits.to(block.dtype)
+            _add_product(d_hidden[rows], d_logits, block)
+            if rows.start == 0:
+                d_columns = d_weight[columns].to(blocks.dtype)  # zeros: a view where the types are one
+            _add_product(d_columns, d_logits.T, blocks.hidden[rows])
+            if rows.stop == len(hidden):
+                d_weight[columns] = d_columns
         if options.group is not None:
             dist.all_reduce(d_hidden, group=options.group)
-        return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), None, None, None
+        return d_hidden.to(hidden.dtype), d_weight, None, None, None
 
 
-class _Chunks:
-    """Iterates over (rows, their logits [C, num_columns]); the next logits lie where the last ones did."""
+class _Blocks:
+    """Iterates over (rows, columns, their logits [C, B], those rows of the weight [B, H]), columns slowest.
+
+    The next logits lie where the last ones did.
+    """
 
     def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, options: _Options) -> None:
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
-        if not hidden.is_cuda:  # elsewhere torch does not multiply bfloat16 into float32
-            hidden, weight = hidden.to(self.dtype), weight.to(self.dtype)
-        self.hidden, self.weight = hidden, weight[: options.num_columns]
-        targets = targets - options.vocab_start
-        self.ours = (targets >= 0) & (targets < options.num_columns)  # [T]: the target is a column here
-        self.columns = targets.clamp(0, max(options.num_columns - 1, 0))[:, None]  # [T, 1]
-        self._chunk_tokens = min(options.chunk_tokens, len(hidden))
-        self._spare: Tensor | None = None
+        # only there torch multiplies bfloat16 into float32
+        self._type = hidden.dtype if hidden.is_cuda else self.dtype
+        self.hidden, self._weight = hidden.to(self._type), weight[: options.num_columns]
+        self._targets, self._options = targets - options.vocab_start, options
+        self._spare = self.new(0)
 
     def new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.hidden.device)
 
     def exp(self, logits: Tensor) -> Tensor:
-        """In memory of its own, the same for each chunk."""
-        if self._spare is None:
-            self._spare = torch.empty_like(logits)  # the first chunk is the largest
-        return torch.exp(logits, out=self._spare[: len(logits)])
+        """In memory of its own, the same for each block."""
+        if not len(self._spare):
+            self._spare = torch.empty_like(logits).view(-1)  # the first block is the largest
+        return torch.exp(logits, out=self._spare[: logits.numel()].view_as(logits))
 
-    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
-        if not len(self.weight):  # nothing but padding
-            return
-        buffer = self.new(self._chunk_tokens, len(self.weight))
-        for start in range(0, len(self.hidden), self._chunk_tokens):
-            rows = slice(start, min(start + self._chunk_tokens, len(self.hidden)))
-            yield rows, _product(self.hidden[rows], self.weight.T, buffer[: rows.stop - start])
+    def targets(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
+        """[C, 1]: the places of the rows' targets in the block; [C]: whether they are in it at all."""
+        at, width = self._targets[rows] - columns.start, columns.stop - columns.start
+        return at.clamp(0, width - 1)[:, None], (at >= 0) & (at < width)
+
+    def __iter__(self) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+        chunk_tokens, kept = self._options.chunk_tokens, self._options.kept
+        buffer = self.new(min(chunk_tokens, len(self.hidden)) * min(CHUNK_COLUMNS, len(self._weight)))
+        for columns in _slices(len(self._weight), CHUNK_COLUMNS):
+            block = self._weight[columns].to(self._type)
+            for rows in _slices(len(self.hidden), chunk_tokens):
+                size = (rows.stop - rows.start, len(block))
+                logits = kept.pop((rows.start, columns.start), None)
+                if logits is None:
+                    logits = buffer[: size[0] * size[1]].view(size)
+                    _add_product(logits, self.hidden[rows], block.T, beta=0.0)
+                    if logits.nbytes * (len(kept) + 1) <= self._options.room:
+                        kept[rows.start, columns.start] = logits.clone()
+                yield rows, columns, logits, block
 
 
-def _sum_over_ranks(highest: Tensor, sums: Tensor, ours: Tensor, group: ProcessGroup) -> None:
-    """Makes `highest` and the sums less it those of the whole vocabulary, in place."""
-    local = highest.clone()
-    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-    down, (total, moment, target) = local - highest, sums
+def _slices(length: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+
+def _move(total: Tensor, moment: Tensor, down: Tensor) -> None:
+    """Sums of exp(x) and of exp(x) x become those of x + down, in place."""
     moment.add_(down * total).mul_(down.exp())
     total.mul_(down.exp())
-    target.add_(torch.where(ours, down, 0.0))
-    dist.all_reduce(sums, group=group)
 
 
-def _scale_and_add(matrix: Tensor, scale: float, column: Tensor) -> Tensor:
-    """matrix [C, V] * scale + column [C], in place."""
-    return torch.add(column[:, None], matrix, alpha=scale, out=matrix)
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a b, summed and returned in float32 also where these are of half precision."""
-    if a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out_dtype=torch.float32, out=out)
-    return torch.mm(a, b, out=out)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, in float32 as in _product."""
-    if a.dtype in (torch.bfloat16, torch.float16):
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        total.addmm_(a, b)
+def _add_product(total: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0) -> Tensor:
+    """total = beta total + a b, summed in float32 also where a and b are of half precision."""
+    options = {"out_dtype": torch.float32} if a.dtype in (torch.bfloat16, torch.float16) else {}
+    return torch.addmm(total, a, b, beta=beta, out=total, **options)

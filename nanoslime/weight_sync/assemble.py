@@ -10,7 +10,7 @@ One tensor is in flight at a time, so that rank 0 needs memory for the largest t
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -47,11 +47,9 @@ def _overlap(a: Piece, b: Piece) -> bool:
 def make_plan(
     per_rank: list[list[tuple[str, tuple[int, ...], tuple[tuple[int, int], ...]]]],
 ) -> list[TensorPlan]:
-    """The plan for the shards (name, full shape, box) that each rank owns. Replicated pieces are taken from
-    the lowest rank.
+    """The plan for the shards (name, full shape, box) of each rank; of replicas the lowest rank's is taken.
 
-    Raises ValueError naming the tensor where shapes disagree, pieces overlap, or a part of a tensor belongs
-    to nobody.
+    Raises ValueError naming the tensor where shapes disagree, pieces overlap, or a part has no owner.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     pieces: dict[str, dict[tuple[tuple[int, int], ...], Piece]] = {}
@@ -84,7 +82,7 @@ class Assembler:
     def __init__(
         self, shards: Callable[[], Iterable[WeightShard]], *, rank: int, world_size: int, dtype: torch.dtype
     ):
-        self._shards, self._rank, self._dtype = shards, rank, dtype
+        self._shards, self._rank, self.dtype = shards, rank, dtype
         own = [(s.name, s.full_shape, tuple((x.start, x.stop) for x in s.slices)) for s in shards()]
         everyone: list = [own]
         if world_size > 1:
@@ -95,33 +93,31 @@ class Assembler:
     @property
     def specs(self) -> list[tuple[str, str, tuple[int, ...]]]:
         """(name, safetensors dtype, shape) of every tensor, in the order in which they come."""
-        return [(t.name, SAFETENSORS_DTYPES[self._dtype], t.shape) for t in self.plan]
+        return [(t.name, SAFETENSORS_DTYPES[self.dtype], t.shape) for t in self.plan]
 
     @torch.no_grad()
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Rank 0: each (name, whole tensor in the sync dtype), in plan order. Other ranks: sends, yields
-        nothing.
-        """
+    def tensors(self, only: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Rank 0: each (name, whole tensor in the sync dtype), in plan order, `only` with these names.
+        Other ranks: sends, yields nothing."""
         shards = list(self._shards())
-        for tensor in self.plan:
+        for tensor in (t for t in self.plan if only is None or t.name in only):
             if self._rank == 0:
                 yield tensor.name, self._receive(tensor, shards)
             else:
                 for piece in tensor.pieces:
                     if piece.rank == self._rank:
-                        dist.send(shards[piece.index].tensor.detach().to(self._dtype).contiguous(), dst=0)
+                        dist.send(shards[piece.index].tensor.detach().to(self.dtype).contiguous(), dst=0)
 
     def _receive(self, tensor: TensorPlan, shards: list[WeightShard]) -> Tensor:
         device = shards[0].tensor.device
-        full = torch.empty(tensor.shape, dtype=self._dtype, device=device)
+        full = torch.empty(tensor.shape, dtype=self.dtype, device=device)
         for piece in tensor.pieces:
             where = tuple(slice(start, stop) for start, stop in piece.box)
             if piece.rank == 0:
-                full[where] = shards[piece.index].tensor.to(self._dtype)
+                full[where] = shards[piece.index].tensor.to(self.dtype)
             else:
-                part = torch.empty(
-                    [stop - start for start, stop in piece.box], dtype=self._dtype, device=device
-                )
+                sizes = [stop - start for start, stop in piece.box]
+                part = torch.empty(sizes, dtype=self.dtype, device=device)
                 dist.recv(part, src=piece.rank)
                 full[where] = part
         return full

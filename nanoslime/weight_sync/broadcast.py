@@ -40,66 +40,39 @@ class Broadcaster:
     GROUP = "nanoslime-weights"
 
     def __init__(
-        self,
-        engines: list[BroadcastEngine],
-        *,
-        address: str,
-        device: str,
-        bucket_bytes: int,
-        deadline_s: float,
-    ):
+        self, engines: list[BroadcastEngine], *,
+        address: str, device: str, bucket_bytes: int, deadline_s: float,
+    ):  # fmt: skip
         self._engines, self._bucket_bytes, self._deadline_s = engines, bucket_bytes, deadline_s
         self._threads = ThreadPoolExecutor(max_workers=max(1, len(engines)), thread_name_prefix="weight-sync")
         world_size = 1 + sum(e.world_size for e in engines)
         store, backend = listen(address, deadline_s), "nccl" if device == "cuda" else "gloo"
         offsets = [1 + sum(e.world_size for e in engines[:i]) for i in range(len(engines))]
+        meet: dict[str, Any] = {"address": address, "port": store.port, "group": self.GROUP}
+        ranks: dict[str, Any] = {"world_size": world_size, "backend": backend}
         joins = [
-            self._threads.submit(
-                e.init_weight_group,
-                address=address,
-                port=store.port,
-                rank_offset=offset,
-                world_size=world_size,
-                group=self.GROUP,
-                backend=backend,
-            )
+            self._threads.submit(e.init_weight_group, rank_offset=offset, **meet, **ranks)
             for e, offset in zip(engines, offsets, strict=True)
         ]
         try:
-            self._group = join_group(
-                store,
-                rank=0,
-                world_size=world_size,
-                name=self.GROUP,
-                backend=backend,
-                timeout_s=deadline_s,
-            )
+            self._group = join_group(store, rank=0, name=self.GROUP, timeout_s=deadline_s, **ranks)
         except RuntimeError as e:
             failed = [str(j.exception()) for j in joins if j.done() and j.exception()]
-            raise RunError(
-                f"trainer rank 0: no weight group at {address}:{store.port} within {deadline_s:.0f}s: "
-                f"{'; '.join(failed) or e}"
-            ) from e
+            where = f"trainer rank 0: no weight group at {address}:{store.port} within {deadline_s:.0f}s"
+            raise RunError(f"{where}: {'; '.join(failed) or e}") from e
         self._collect(joins, "join the weight group")
         logger.info("weight group of %d ranks at %s:%d over %s", world_size, address, store.port, backend)
 
     def send(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> int:
-        """Sends every tensor and labels the engines with `version`; returns the bytes sent. Raises RunError
-        naming an engine.
-        """
+        """Sends all, labels the engines with `version`; returns the bytes. RunError names an engine."""
         sent = 0
         self._each("begin_update")
         for bucket in buckets(tensors, self._bucket_bytes):
-            announced = [
-                self._threads.submit(
-                    e.receive_bucket,
-                    names=[name for name, _ in bucket],
-                    dtypes=[str(t.dtype).removeprefix("torch.") for _, t in bucket],
-                    shapes=[list(t.shape) for _, t in bucket],
-                    group=self.GROUP,
-                )
-                for e in self._engines
-            ]
+            content: dict[str, Any] = {
+                "names": [name for name, _ in bucket], "shapes": [list(t.shape) for _, t in bucket],
+                "dtypes": [str(t.dtype).removeprefix("torch.") for _, t in bucket], "group": self.GROUP,
+            }  # fmt: skip
+            announced = [self._threads.submit(e.receive_bucket, **content) for e in self._engines]
             works = [dist.broadcast(t, src=0, group=self._group, async_op=True) for _, t in bucket]
             self._collect(announced, f"receive weights of version {version}", works)
             sent += sum(t.nbytes for _, t in bucket)
@@ -111,14 +84,11 @@ class Broadcaster:
         self._threads.shutdown()
 
     def _each(self, method: str, *args: Any) -> None:
-        self._collect(
-            [self._threads.submit(getattr(e, method), *args) for e in self._engines], method.replace("_", " ")
-        )
+        calls = [self._threads.submit(getattr(e, method), *args) for e in self._engines]
+        self._collect(calls, method.replace("_", " "))
 
     def _collect(self, futures: list[Future], what: str, works: Iterable[dist.Work] = ()) -> None:
-        """Takes every result; the first engine that failed is named. Then waits for the broadcasts
-        themselves.
-        """
+        """Takes every result, naming the first engine that failed; then waits for the broadcasts."""
         for engine, future in zip(self._engines, futures, strict=True):
             try:
                 future.result(timeout=self._deadline_s)

@@ -1,6 +1,4 @@
-"""A Hugging Face checkpoint from assembled tensors: the disk transport of weight sync, and the export at the
-end of a run.
-"""
+"""A Hugging Face checkpoint from assembled tensors: the disk transport of weight sync, and a run's export."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,18 +11,11 @@ from nanoslime.storage.safetensors_file import copy_other_files, write_files
 
 
 def write_checkpoint(
-    tensors: Iterable[tuple[str, Tensor]],
-    specs: list[tuple[str, str, tuple[int, ...]]],
-    destination: Path,
-    *,
-    like: Path,
-    max_shard_bytes: int = 4 << 30,
-) -> Path:
-    """Writes `tensors`, declared by `specs` (name, safetensors dtype, shape) in order, and the other files
-    of `like`.
-
-    Streams tensor by tensor; the directory appears whole or not at all, in place of an earlier one.
-    """
+    tensors: Iterable[tuple[str, Tensor]], specs: list[tuple[str, str, tuple[int, ...]]], destination: Path,
+    *, like: Path, max_shard_bytes: int = 4 << 30,
+) -> Path:  # fmt: skip
+    """Writes `tensors`, declared by `specs` (name, safetensors dtype, shape) in order, and the other files of
+    `like`; tensor by tensor. The directory appears whole or not at all, in place of an earlier one."""
     partial = partial_dir(destination)
     copy_other_files(like, partial)
     buffers = ((name, t.cpu().contiguous().view(torch.uint8).numpy().reshape(-1)) for name, t in tensors)

@@ -149,6 +149,23 @@ def test_every_field_has_a_dotted_flag_unless_it_is_a_mapping_or_list():
         (["--no-use-rollout-logprobs=true"], "takes no value"),
         (["--use-rollout-logprobs", "--use-tis"], "old_logprobs=rollout makes them the same; choose recomp"),
         (["--name", "../x"], "name='../x': must match"),
+        (
+            ["--load-rollouts", "r", "--rollout-only"],
+            "load_rollouts and rollout.rollout_only exclude each other",
+        ),
+        (
+            ["--load-rollouts", "r", "--engine-gpus", "1"],
+            "cluster.engine_gpus=1 makes no sense with rollout.lo",
+        ),
+        (["--load-rollouts", "r", "--rollout-nodes", "0"], "cluster.rollout_nodes=0 makes no sense with"),
+        (
+            ["--rollout-only", "--weight-sync.transport=disk"],
+            "transport=disk makes no sense with rollout.rollo",
+        ),
+        (
+            ["--rollout-only", "--num-gpus", "2"],
+            "training.num_gpus=2 makes no sense with rollout.rollout_only",
+        ),
         (["--reward", "mth"], "^data.reward='mth' is unknown; choose one of exact_match, math_answer, or"),
     ],
 )

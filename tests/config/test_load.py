@@ -122,3 +122,12 @@ def test_a_key_that_stands_twice_is_refused(tmp_path):
     file.write_text("eval:\n  interval: 1\neval:\n  interval: 2\n")
     with pytest.raises(RunError, match="twice.yaml is not YAML: key 'eval' stands twice.*line 1"):
         load(file, None, [])
+
+
+def test_routing_replay_asks_for_megatron_and_r2_for_a_pass_to_record():
+    assert load(None, None, ["--training.routing-replay", "R3"]).training.backend == "megatron"
+    with pytest.raises(RunError, match="training.routing_replay=R3 needs training.backend=megatron"):
+        load(None, None, ["--training.routing-replay", "R3", "--backend", "fsdp"])
+    engine_logprobs = ["--training.routing-replay", "R2", "--use-rollout-logprobs"]
+    with pytest.raises(RunError, match="training.routing_replay=R2 needs a pass for old logprobs"):
+        load(None, None, engine_logprobs)

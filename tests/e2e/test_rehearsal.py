@@ -102,6 +102,24 @@ def test_the_main_job_on_four_simulated_nodes(start):
     AutoModelForCausalLM.from_pretrained(summary["hf_export"])
 
 
+@pytest.mark.sglang
+def test_trainers_and_engines_share_two_nodes(start):
+    """Four Megatron ranks and two SGLang engines on the same slots, in turns, a checkpoint in between."""
+    flags = ["--nodes", "2", "--colocate", "--num-rollout", "3", "--save-interval", "2"]
+    rehearsal = start(*flags, "--eval.max-prompts", "20")
+    assert rehearsal.wait(280) == 0, "".join(rehearsal.lines)
+    run, text = rehearsal.run, "".join(rehearsal.lines)
+    assert "one of the two sleeps" in text and text.count("trainer+engine") == 2
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    for row in rows:
+        assert row["time/sleep_s"] > 0 and row["time/wake_s"] > 0 and row["train/logprob_gap_max"] < 1e-4
+        assert 0.2 < row["rollout/reward_mean"] < 0.8
+    summary = json.loads(run.summary.read_text())
+    assert summary["reward_before"] is not None and summary["reward_after"] is not None
+    assert load_file(Path(summary["hf_export"]) / "model.safetensors")
+
+
 def test_one_node_falls_back_to_fsdp(start):
     """FSDP2 on the node's slots; the embedded engine leaves all of them to trainers."""
     rehearsal = start(
@@ -110,6 +128,27 @@ def test_one_node_falls_back_to_fsdp(start):
     assert rehearsal.wait() == 0, "".join(rehearsal.lines)
     assert "FSDP" in "".join(rehearsal.lines)
     assert json.loads(rehearsal.run.summary.read_text())["logprob_gap_max"] < 1e-4
+
+
+@pytest.mark.sglang
+def test_half_a_run_each_from_its_recipe(start, tmp_path):
+    """SGLang without a trainer, then two FSDP ranks without an engine, on what was recorded."""
+    rollouts = start("--recipe", "rollout_only", "--num-rollout", "2", "--eval.max-prompts", "20")
+    assert rollouts.wait(280) == 0, "".join(rollouts.lines)
+    first = RunDir.open(tmp_path / "rollout-only")
+    flags = ["--recipe", "train_only", "--num-rollout", "2", "--load-rollouts", str(first.path)]
+    training = start(*flags)
+    assert training.wait(280) == 0, "".join(training.lines)
+    second = RunDir.open(tmp_path / "train-only")
+    logs = [{path.name for path in (run.attempts / "1" / "logs").iterdir()} for run in (first, second)]
+    assert "sglang-0.log" in logs[0] and {"trainer-0.log", "trainer-1.log"} <= logs[1]
+    assert not any(n.startswith("trainer") for n in logs[0])
+    assert not any(n.startswith(("sglang", "engine")) for n in logs[1])
+    sampled, trained = (
+        [json.loads(line) for line in run.metrics.read_text().splitlines()] for run in (first, second)
+    )
+    assert [r["rollout/reward_mean"] for r in sampled] == [r["rollout/reward_mean"] for r in trained]
+    assert trained[0]["train/logprob_gap_max"] < 1e-4 < trained[1]["train/logprob_gap_max"]
 
 
 def test_a_killed_trainer_rank_ends_the_run_with_its_name(start):

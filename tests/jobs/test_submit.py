@@ -199,7 +199,7 @@ def test_what_cannot_be_resumed_is_refused(machine):
         (["--tp-size", "3"], "training.tp_size=3 does not divide num_attention_heads=4; choose 1 or 2"),
         (
             ["--recipe", "nothere"],
-            "nothere: no such file, and not one of gsm8k, mock, qwen3_4b_h200, rehearsal",
+            "nothere: no such file, and not one of colocate, gsm8k, mock, qwen3_4b_h200, rehearsal",
         ),
         (["--cluster", "nothere"], "not one of h200"),
         (["--recipe", "gsm8k"], "model.hf_checkpoint is not set"),
@@ -371,10 +371,10 @@ def test_help_explains_the_command_the_short_flags_and_every_field(machine, caps
     with pytest.raises(SystemExit) as ended:
         machine.submit("--help", "--recipe", "mock")
     assert ended.value.code == 0
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
     for text in (
         "--dry-run",
-        "one of gsm8k, mock",
+        "colocate, gsm8k, mock",
         "--tp-size ",
         "--training.tp-size INT",
         "(default: embedded)",
@@ -389,7 +389,7 @@ def test_recipes_that_need_nothing_are_planned(machine, recipe):
 
 def test_recipes_for_a_checkpoint_are_planned_on_the_example_cluster(machine, model, prompts):
     prompts.write_text('{"question": "1+1?", "answer": "#### 2"}')
-    for recipe in ("gsm8k", "qwen3_4b_h200"):
+    for recipe in ("gsm8k", "qwen3_4b_h200", "colocate"):
         given = ["--recipe", recipe, "--cluster", "h200", "--hf-checkpoint", model, "--prompts", prompts]
         code, out, _ = machine.submit(*given, "--dry-run")
         assert code == 2 and "would be refused: there is no usable sbatch" in out
@@ -409,3 +409,23 @@ def test_summary_table_shows_what_came_out(tmp_path):
         "steps": "80",
         "summary": str(run.summary),
     }
+
+
+def test_half_a_run_is_planned_from_its_recipe(machine):
+    code, out, _ = machine.submit("--recipe", "rollout_only", "--dry-run", "--local")
+    assert code == 0 and "trainers  none" in out and "SGLang: 1 of 1 CPU slot(s) each" in out
+    said = machine.refusal("--recipe", "train_only", "--local")
+    assert "rollout.load_rollouts='runs/rollout-only' holds 0 rollouts" in said and "num_rollout=4" in said
+
+
+def test_training_on_recorded_rollouts_needs_neither_prompts_nor_a_tokenizer(machine, model):
+    (model / "tokenizer.json").unlink()
+    (machine.root / "old" / "rollouts").mkdir(parents=True)
+    for step in range(2):
+        (machine.root / "old" / "rollouts" / f"step_{step}.npz").touch()
+    flags = ["--hf-checkpoint", model, "--nodes", 1, "--load-rollouts", "old", "--local", "--dry-run"]
+    code, out, _ = machine.submit(*flags, "--num-rollout", 2)
+    assert code == 0 and "engines   none: recorded rollouts" in out
+    assert f"load_rollouts: {machine.root}/old/rollouts\n" in out
+    said = machine.refusal(*flags, "--num-rollout", 3)
+    assert "load_rollouts='old' holds 2 rollouts" in said and "num_rollout=3" in said

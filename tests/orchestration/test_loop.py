@@ -4,6 +4,7 @@ refuses.
 
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -12,9 +13,13 @@ from pathlib import Path
 import pytest
 
 from nanoslime import rehearsal, train
+from nanoslime.batch import TrainBatch
 from nanoslime.config.model import RehearsalConfig
 from nanoslime.orchestration.launch import Launch, parse
+from nanoslime.rollout.embedded import EmbeddedEngine
 from nanoslime.run_dir import DONE, FAILED, STOPPED, RunDir
+from nanoslime.training.backend import TrainBackend
+from nanoslime.training.fsdp import FSDPBackend
 
 SMALL = [
     "--rollout-batch-size",
@@ -84,6 +89,41 @@ def test_a_stopped_run_resumes_exactly(tmp_path, model, backend, monkeypatch):
     assert json.loads(stopped.summary.read_text())["reward_before"] is not None
 
 
+@pytest.mark.parametrize("backend", ["fsdp", pytest.param("megatron", marks=pytest.mark.megatron)])
+def test_a_colocated_run_is_the_same_run(tmp_path, model, backend, monkeypatch):
+    """Trainer and engine take turns, also for checkpoints: every number is that of a run without sleep."""
+    flags = run_dir(tmp_path, "awake", model, f"--backend {backend} --num-rollout 2 --save-interval 1")
+    assert train.main(flags) == DONE
+    flags[flags.index("awake")] = "turns"
+    calls = record_turns(monkeypatch)
+    assert train.main([*flags, "--colocate"]) == DONE
+    awake, turns = (RunDir.open(tmp_path / name) for name in ("awake", "turns"))
+    assert losses(turns) == losses(awake) and turns.evals.read_text() == awake.evals.read_text()
+    assert all(row["time/sleep_s"] > 0 and row["time/wake_s"] > 0 for row in rows(turns))
+    turn = ["release", "wake", "resume weights", "sleep", "resume cache"]
+    assert calls == ["release", *turn[2:], *(turn * 5)], "2 x (train, checkpoint) and the export"
+
+
+def record_turns(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the engine and the trainer are told about memory, in order."""
+    calls = []
+
+    def recorded(cls, method, name):
+        original = getattr(cls, method)
+
+        def call(self, *args):
+            calls.append(" ".join([name, *args]))
+            return original(self, *args)
+
+        monkeypatch.setattr(cls, method, call)
+
+    for method, name in (("release_memory", "release"), ("resume_memory", "resume")):
+        recorded(EmbeddedEngine, method, name)
+    recorded(TrainBackend, "sleep", "sleep")
+    recorded(TrainBackend, "wake", "wake")
+    return calls
+
+
 def stop_after(rollouts: int, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asks for a stop, as an agent does on a signal, while that rollout is generated."""
     attempt = launch.attempt
@@ -101,21 +141,6 @@ def stop_after(rollouts: int, launch: Launch, monkeypatch: pytest.MonkeyPatch) -
 def train_attribute(path: str):
     module, _, rest = path.rpartition(".RolloutManager.")
     return getattr(sys.modules[module].RolloutManager, rest)
-
-
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(tmp_path, model, caplog):
-    flags = [*run_dir(tmp_path, "damaged", model), "--num-rollout", "2", "--save-interval", "1"]
-    assert train.main(flags) == DONE
-    run = RunDir.open(tmp_path / "damaged")
-    [newest] = [p for p in (run.checkpoints / "step_2" / "trainer").iterdir() if p.suffix == ".distcp"]
-    data = bytearray(newest.read_bytes())
-    data[len(data) // 2] ^= 1
-    newest.write_bytes(data)
-    with caplog.at_level(logging.INFO):
-        assert train.main(["--resume", str(run.path), "--num-rollout", "2"]) == DONE
-    assert (
-        "refused" in caplog.text and newest.name in caplog.text and "resumed after 1 rollouts" in caplog.text
-    )
 
 
 def test_old_logprobs_are_taken_before_the_first_step(tmp_path, model):
@@ -211,3 +236,13 @@ def test_the_gsm8k_recipe_trains_on_its_real_file(tmp_path, tiny_model):
     assert row["rollout/num_samples"] == 8 and row["train/logprob_gap_max"] < 1e-4
     sample = json.loads((run.rollouts / "step_0.jsonl").read_text().splitlines()[0])
     assert "####" in sample["label"] and sample["reward"] in (0.0, 1.0)
+
+
+def test_a_skipped_step_is_counted_and_its_batch_kept(tmp_path, model, monkeypatch):
+    norms, measured = iter([math.inf]), FSDPBackend._grad_norm
+    monkeypatch.setattr(FSDPBackend, "_grad_norm", lambda backend: next(norms, 0.0) or measured(backend))
+    assert train.main(run_dir(tmp_path, "skips", model, "--num-rollout 2 --backend fsdp")) == DONE
+    run = RunDir.open(tmp_path / "skips")
+    assert [(r["train/skipped"], r["train/num_skipped"]) for r in rows(run)] == [(1.0, 1.0), (0.0, 1.0)]
+    [file] = run.skipped.rglob("*.pt")
+    assert file == run.skipped / "step_0" / "rank_0.pt" and TrainBatch.load(file).num_tokens > 0

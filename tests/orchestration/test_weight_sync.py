@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from nanoslime.batch import TrainBatch
 from nanoslime.config import AlgorithmConfig, ModelConfig, RolloutConfig, RunConfig, TrainingConfig
+from nanoslime.config.rollout import WeightSyncConfig
 from nanoslime.orchestration.worker import TrainWorker
 from nanoslime.rollout.sglang import SGLangEngine
 from nanoslime.training.backend import RankEnv
@@ -33,6 +34,7 @@ def run_config(backend: str) -> RunConfig:
         rollout=RolloutConfig(num_rollout=10, temperature=TEMPERATURE, rollout_batch_size=4),
         algorithm=AlgorithmConfig(),
         training=TrainingConfig(backend=backend, tp_size=2 if backend == "megatron" else 1, lr=5e-3),
+        weight_sync=WeightSyncConfig(bucket_bytes=200_000),
     )
 
 
@@ -95,10 +97,12 @@ def train_once(worker: TrainWorker, groups: list[SampleGroup]) -> None:
 _worker: dict[str, TrainWorker] = {}  # of the rank's own process, between the calls of one test
 
 
-def open_worker(env: RankEnv, backend: str, model: Path, engine: SGLangEngine | None) -> None:
+def open_worker(
+    env: RankEnv, backend: str, model: Path, engine: SGLangEngine | None, *ranks_by_engine: list[list[int]]
+) -> None:
     _worker["it"] = TrainWorker(run_config(backend), model, env)
     if engine is not None:
-        _worker["it"].connect([engine], "127.0.0.1")
+        _worker["it"].connect([engine], "127.0.0.1", *ranks_by_engine)
 
 
 def step(env: RankEnv, groups: list[SampleGroup]) -> float:
@@ -168,6 +172,35 @@ def test_broadcast_from_fsdp_dp2(two_ranks, sglang_engine, tiny_model):
     assert sglang_engine.policy_version() == 1
     assert max(two_ranks(measure, sample(sglang_engine, seed=9))) < 1e-4
     two_ranks(close_worker)
+
+
+def rest(env: RankEnv, asleep: bool) -> None:
+    worker = _worker["it"]
+    (worker.sleep if asleep else worker.wake)()
+
+
+@pytest.mark.parametrize("backend", ["fsdp", pytest.param("megatron", marks=pytest.mark.megatron)])
+def test_colocated_ranks_and_an_engine_take_turns(ranks, sglang_engine, tiny_model, backend):
+    """Tensors from the second rank, whose device the engine shares, in several buckets; two turns."""
+    ranks(open_worker, backend, tiny_model, sglang_engine, [[1]])
+    for version in (1, 2):
+        groups = sample(sglang_engine, seed=20 + version)
+        sglang_engine.release_memory()
+        if version > 1:
+            ranks(rest, False)
+        assert max(ranks(step, groups)) > 1e-2
+        sglang_engine.pause()
+        sglang_engine.resume_memory("weights")
+        assert min(ranks(broadcast, version)) > 400_000
+        ranks(rest, True)
+        sglang_engine.resume_memory("cache")
+        sglang_engine.flush()
+        sglang_engine.resume()
+        assert sglang_engine.policy_version() == version
+    fresh = sample(sglang_engine, seed=30)
+    ranks(rest, False)
+    assert max(ranks(measure, fresh)) < 1e-4
+    ranks(close_worker)
 
 
 def test_an_engine_with_another_model_is_not_silently_updated(two_ranks, sglang_engine, tiny_model, tmp_path):

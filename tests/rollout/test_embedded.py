@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from nanoslime.rollout.embedded import EmbeddedEngine, pick
 from nanoslime.types import Engine, GenerateRequest, Generation, RunError, Status
+from tests.models.hf import save_model
 from tests.serving import VOCAB_SIZE, reference_logprobs, save_tiny_model
 
 
@@ -38,6 +39,21 @@ def generate(engine: EmbeddedEngine, *requests: GenerateRequest) -> list[list[Ge
 def test_is_an_engine(engine: EmbeddedEngine) -> None:
     assert isinstance(engine, Engine)
     assert engine.policy_version() == 0
+
+
+def test_released_memory_comes_back_with_the_weights_that_are_sent(
+    tiny_model: Path, other_model: Path
+) -> None:
+    engine = make_engine(other_model)
+    for version in (3, 4):
+        engine.release_memory()
+        assert sum(p.untyped_storage().nbytes() for p in engine._model.parameters()) == 0
+        engine.resume_memory("weights")
+        engine.update_weights_from_disk(str(tiny_model), version)
+        engine.resume_memory("cache")
+    [[answer]] = generate(engine, request([7, 8], n=1))
+    reference = reference_logprobs(tiny_model, [7, 8], answer.token_ids, 1.0)
+    assert (reference - torch.tensor(answer.logprobs)).abs().max() < 1e-5
 
 
 def test_logprobs_of_a_padded_batch_are_those_of_each_sequence_alone(
@@ -218,3 +234,32 @@ def test_mixture_of_experts_takes_checkpoint_names(tmp_path: Path) -> None:
     ((answer, _),) = generate(engine, request([5, 6]))
     reference = reference_logprobs(tmp_path / "b", [5, 6], answer.token_ids, 1.0)
     assert (reference - torch.tensor(answer.logprobs)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "mixtral", "glm4_moe", "deepseek_v3"])
+def test_reports_the_experts_of_every_token_but_the_last(family: str, tmp_path: Path) -> None:
+    """In a padded batch, with rows that end at different steps, as transformers runs each sequence alone."""
+    more = {"num_key_value_heads": 4} if family == "deepseek_v3" else {}
+    path = save_model(tmp_path, family, **more)
+    stop = tuple(range(0, 250, 9))
+    requests = [request([7, 8], stop_token_ids=stop), request([5, 6, 7, 8, 9, 10, 11], max_new_tokens=12)]
+    for asked, answers in zip(requests, generate(make_engine(path), *requests), strict=True):
+        for answer in answers:
+            experts = routed_experts(path, [*asked.token_ids, *answer.token_ids[:-1]])
+            assert answer.routed_experts is not None and answer.routed_experts.dtype == "uint8"
+            assert torch.equal(torch.from_numpy(answer.routed_experts).long(), experts)
+
+
+def routed_experts(path: Path, token_ids: list[int]) -> torch.Tensor:
+    """[T, layers with experts, topk] by plain transformers, from what its routers hand to the experts."""
+    model, chosen = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), []
+    for name, module in model.named_modules():
+        if name.endswith(".experts"):
+            module.register_forward_pre_hook(lambda _, args: chosen.append(args[1]))
+    with torch.no_grad():
+        model(torch.tensor([token_ids]))
+    return torch.stack(chosen, 1)
+
+
+def test_a_dense_model_has_no_experts_to_report(engine: EmbeddedEngine) -> None:
+    assert generate(engine, request([7]))[0][0].routed_experts is None

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 
 from nanoslime.process_groups import join_group, listen
 from nanoslime.rollout.sglang import SGLangEngine
@@ -225,6 +226,45 @@ def test_distributed_update_in_buckets(sglang_engine: SGLangEngine, other_model:
     assert sglang_engine.policy_version() == 5
     assert_serves(sglang_engine, other_model)
     assert generate(sglang_engine, tokens=2)[0].versions == [(0, 5)]
+
+
+def send_tensors(engine: SGLangEngine, tensors: dict[str, torch.Tensor]) -> None:
+    bucket = FlattenedTensorBucket(named_tensors=list(tensors.items()))
+    content = {"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}
+    engine.receive_payloads([pickle.dumps(content)])
+
+
+def test_tensor_update_refuses_wrong_names_and_goes_on(
+    sglang_engine: SGLangEngine, tiny_model: Path, other_model: Path
+) -> None:
+    tensors = load_file(other_model / "model.safetensors")
+    norm = {"model.norm.weight": tensors.pop("model.norm.weight")}
+    sglang_engine.begin_update()
+    with pytest.raises(RunError, match="unknown tensor 'model.norm.wait'"):
+        send_tensors(sglang_engine, {"model.norm.wait": norm["model.norm.weight"]})
+    assert_serves(sglang_engine, tiny_model)
+    send_tensors(sglang_engine, tensors)
+    with pytest.raises(RunError, match="1 of 25 tensors missing: model.norm.weight"):
+        sglang_engine.end_update(3)
+    sglang_engine.begin_update()
+    send_tensors(sglang_engine, tensors | norm)
+    sglang_engine.end_update(3)
+    assert sglang_engine.policy_version() == 3
+    assert_serves(sglang_engine, other_model)
+
+
+def test_memory_is_released_only_once_no_request_runs(sglang_engine: SGLangEngine, tiny_model: Path) -> None:
+    request = GenerateRequest(PROMPT, n=2, max_new_tokens=200, temperature=1.0)
+    answers: list[Generation] = []
+    thread = threading.Thread(target=lambda: answers.extend(asyncio.run(sglang_engine.generate(request))))
+    thread.start()
+    time.sleep(0.3)
+    sglang_engine.release_memory()
+    thread.join(60)
+    assert [len(answer.token_ids) for answer in answers] == [200, 200]
+    sglang_engine.resume_memory("weights")
+    sglang_engine.resume_memory("cache")
+    assert_serves(sglang_engine, tiny_model)
 
 
 def test_distributed_update_refuses_wrong_names_and_goes_on(

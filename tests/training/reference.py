@@ -18,8 +18,8 @@ from nanoslime import algorithms
 from nanoslime.batch import StepMetrics
 from tests.training.parity import LENGTHS, TEMPERATURE, Layout, Outcome, train_batch
 
-CLIP = {"grpo": (0.8, 1.2), "gspo": (0.9, 1.1), "cispo": (0.0, 1.2), "reinforce_plus_plus": (0.8, 1.2)}
 TIE = 1e-5  # float32 makes scores of up to 1 differ by some 1e-7 between two ways of computing them
+CLIP = {"grpo": (0.8, 1.2), "gspo": (0.9, 1.1), "cispo": (0.0, 1.2), "reinforce_plus_plus": (0.8, 1.2)}
 
 
 def make_step(model_dir: Path, step: int) -> dict[str, Any]:
@@ -90,6 +90,20 @@ def written_out(algorithm: str, step: dict[str, Any], logprobs: list[Tensor]) ->
     return total / train_batch(step).denominator
 
 
+class Closest(TorchFunctionMode):
+    """Inside, the least distance between what torch.topk took last and what it left first."""
+
+    gap = math.inf
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.topk, Tensor.topk):
+            scores, k = args[0].detach(), (kwargs or {}).get("k") or args[1]
+            first = scores.sort(dim=-1, descending=True).values[..., k - 1 : k + 1]
+            if first.shape[-1] == 2:
+                self.gap = min(self.gap, float(-first.diff().max()))
+        return func(*args, **kwargs or {})
+
+
 def k3(logprobs: Tensor, ref: Tensor) -> Tensor:
     return torch.exp(ref - logprobs) - 1 - (ref - logprobs)
 
@@ -110,24 +124,11 @@ def whitened_returns(step: dict[str, Any], gamma: float = 0.98) -> list[Tensor]:
     return [((x - every.mean()) / (every.var() + 1e-8).sqrt()).float() for x in found]
 
 
-class Closest(TorchFunctionMode):
-    """Inside, the least distance between what torch.topk took last and what it left first."""
-
-    gap = math.inf
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.topk, Tensor.topk):
-            scores, k = args[0].detach(), (kwargs or {}).get("k") or args[1]
-            first = scores.sort(dim=-1, descending=True).values[..., k - 1 : k + 1]
-            if first.shape[-1] == 2:
-                self.gap = min(self.gap, float(-first.diff().max()))
-        return func(*args, **kwargs or {})
-
-
 def reference(model_dir: Path, steps: list[dict[str, Any]], name: str = "grpo") -> Outcome:
-    """Trains by the algorithm `name` on `steps`, whose masks it may thin out: see _stay_clear_of_clip_edges.
+    """Trains by the algorithm `name` on `steps`.
 
-    No token is near a tie between experts, which rounding could send another way.
+    It may thin out their masks a little: see _stay_clear_of_clip_edges. No token is near a tie between
+    experts, which rounding could send another way.
     """
     torch.manual_seed(0)
     model = load_hf(model_dir)

@@ -196,3 +196,34 @@ def test_no_two_ranks_differ_by_much_however_the_lengths_are_spread():
     (step,) = planned(groups, dp_size=4, max_tokens=1000, parity_tokens=500.0)
     costs = [sum(n * (1 + n / 500) for _, n in real_sequences(shard)) for shard in step]
     assert max(costs) <= 1.01 * np.mean(costs)
+
+
+def with_experts(groups):
+    """Token t of rollout r went to experts r + t of every layer; what has no response has none."""
+    for s in (s for group in groups for s in group.samples if s.num_response_tokens):
+        s.routed_experts = np.zeros((s.num_tokens - 1, 3, 2), np.uint8)
+        s.routed_experts[:] = (s.token_ids[0] + np.arange(s.num_tokens - 1))[:, None, None]
+    return groups
+
+
+def test_routed_experts_stay_with_their_tokens_and_unknown_ones_are_minus_one():
+    for shard in itertools.chain(*planned(with_experts(random_groups(0)), dp_size=4, num_steps=2)):
+        for ids, mask, experts in zip(shard.token_ids, shard.loss_mask, shard.routed_experts, strict=True):
+            assert (experts.shape, experts.dtype) == ((len(ids), 3, 2), torch.int16)
+            known = int(ids[0]) + torch.arange(len(ids) - 1) if mask.any() else torch.tensor(-1)
+            assert (experts[:-1] == known.view(-1, 1, 1)).all() and (experts[-1] == -1).all()
+        packed = shard.microbatch(shard.microbatches[0]).routed_experts
+        assert torch.equal(packed, torch.cat([shard.routed_experts[i] for i in shard.microbatches[0]]))
+
+
+def test_a_rank_of_dummies_knows_the_size_of_the_experts():
+    only = SampleGroup(0, [sample(0, 1, 5, 3)])
+    shards = planned(with_experts([only]))[0]
+    assert [[len(e) for e in shard.routed_experts] for shard in shards] in ([[5], [2]], [[2], [5]])
+
+
+def test_a_sample_of_the_loss_without_experts_is_named():
+    groups = with_experts([SampleGroup(i, [sample(i, i + 1, 5, 3)]) for i in range(2)])
+    groups[1].samples[0].routed_experts = None
+    with pytest.raises(ValueError, match="a sample of group 1 lacks routed_experts, which others have"):
+        planned(groups)

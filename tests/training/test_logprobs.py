@@ -3,12 +3,23 @@ in chunks, with the vocabulary split.
 """
 
 import itertools
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from nanoslime.training import logprobs
 from nanoslime.training.logprobs import linear_logprobs, token_logprobs
+
+
+@pytest.fixture(params=[(1, 0), (4, 0), (4, 300), (8192, 1 << 30)], ids=str)
+def columns(request, monkeypatch):
+    """Of a block, with no logits kept for the backward pass, some or all."""
+    monkeypatch.setattr(logprobs, "CHUNK_COLUMNS", request.param[0])
+    monkeypatch.setattr(logprobs, "KEPT_BYTES", request.param[1])
+    return request.param[0]
+
 
 CU_SEQLENS = torch.tensor([0, 3, 4, 9], dtype=torch.int32)
 TOKENS, HIDDEN, VOCAB, PADDED = 9, 6, 11, 16
@@ -49,7 +60,7 @@ def results(function, hidden, weight, targets, upstream, **options):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 9, 1024])
-def test_values_and_gradients_are_those_of_log_softmax(temperature, chunk_tokens):
+def test_values_and_gradients_are_those_of_log_softmax(temperature, chunk_tokens, columns):
     case = problem()
     options = dict(temperature=temperature, vocab_size=VOCAB, with_entropy=True, chunk_tokens=chunk_tokens)
     got = results(linear_logprobs, *case, **options)
@@ -60,7 +71,7 @@ def test_values_and_gradients_are_those_of_log_softmax(temperature, chunk_tokens
     assert got[3][VOCAB:].abs().max() == 0  # padding gets no gradient
 
 
-def test_without_entropy_the_rest_is_the_same():
+def test_without_entropy_the_rest_is_the_same(columns):
     case, options = problem(), dict(temperature=0.7, vocab_size=VOCAB, chunk_tokens=4)
     logprobs, entropy, d_hidden, d_weight = results(linear_logprobs, *case, **options)
     hidden, weight, targets, upstream = case
@@ -70,7 +81,7 @@ def test_without_entropy_the_rest_is_the_same():
     torch.testing.assert_close((d_hidden, d_weight), with_entropy[2:])
 
 
-def test_gradients_pass_gradcheck_in_float64():
+def test_gradients_pass_gradcheck_in_float64(columns):
     hidden, weight, targets, _ = problem(torch.float64)
 
     def both(hidden, weight):
@@ -80,7 +91,7 @@ def test_gradients_pass_gradcheck_in_float64():
     assert torch.autograd.gradcheck(both, (hidden.requires_grad_(), weight.requires_grad_()))
 
 
-def test_bfloat16_is_multiplied_into_float32():
+def test_bfloat16_is_multiplied_into_float32(columns):
     case = [x.bfloat16() if x.is_floating_point() else x for x in problem()[:3]] + [problem()[3]]
     options = dict(temperature=0.5, vocab_size=VOCAB, with_entropy=True, chunk_tokens=4)
     got, expected = results(linear_logprobs, *case, **options), results(reference, *case, temperature=0.5)
@@ -90,8 +101,9 @@ def test_bfloat16_is_multiplied_into_float32():
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)  # one rounding of the sum apart
 
 
-def test_no_tensor_has_all_tokens_and_the_whole_vocabulary():
-    """The largest allocation of forward and backward is a chunk of logits, or the weight's gradient."""
+def test_no_tensor_has_all_tokens_and_the_whole_vocabulary(monkeypatch):
+    """Where none are kept, the largest allocation is a block of logits, or the weight's gradient."""
+    monkeypatch.setattr(logprobs, "KEPT_BYTES", 0)
     hidden, weight = torch.randn(512, 8), torch.randn(4000, 8)
     targets = torch.randint(0, 4000, (512,))
     with torch.profiler.profile(profile_memory=True, record_shapes=True) as profile:
@@ -125,24 +137,39 @@ def test_unusable_input_is_refused():
         token_logprobs(hidden, weight, token_ids, CU_SEQLENS, temperature=1, vocab_size=3)
 
 
-def split_over_ranks(env, vocab_size, with_entropy):
+def split_over_ranks(env, vocab_size, with_entropy, columns):
     hidden, weight, targets, upstream = problem()
     width = PADDED // env.world_size
     options = dict(temperature=0.7, vocab_size=vocab_size, with_entropy=with_entropy, chunk_tokens=4)
     place = dict(vocab_start=env.rank * width, tp_group=dist.group.WORLD)
     rows = weight[env.rank * width :][:width]
-    return results(linear_logprobs, hidden, rows, targets % vocab_size, upstream, **options, **place)
+    with mock.patch.object(logprobs, "CHUNK_COLUMNS", columns):
+        return results(linear_logprobs, hidden, rows, targets % vocab_size, upstream, **options, **place)
 
 
 @pytest.mark.parametrize("vocab_size", [VOCAB, 7])  # 7: the second rank holds nothing but padding
 @pytest.mark.parametrize("with_entropy", [False, True])
-def test_vocabulary_split_over_two_ranks_changes_nothing(two_ranks, vocab_size, with_entropy):
+def test_vocabulary_split_over_two_ranks_changes_nothing(two_ranks, vocab_size, with_entropy, columns):
     hidden, weight, targets, upstream = problem()
     options = dict(temperature=0.7, vocab_size=vocab_size, with_entropy=with_entropy)
     whole = results(linear_logprobs, hidden, weight, targets % vocab_size, upstream, **options)
-    by_rank = two_ranks(split_over_ranks, vocab_size, with_entropy)
-    for logprobs, entropy, d_hidden, _ in by_rank:
-        torch.testing.assert_close((logprobs, d_hidden), (whole[0], whole[2]))
+    by_rank = two_ranks(split_over_ranks, vocab_size, with_entropy, columns)
+    for values, entropy, d_hidden, _ in by_rank:
+        torch.testing.assert_close((values, d_hidden), (whole[0], whole[2]))
         torch.testing.assert_close(entropy, whole[1])
     assert torch.equal(by_rank[0][2], by_rank[1][2])
     torch.testing.assert_close(torch.cat([d_weight for *_, d_weight in by_rank]), whole[3])
+
+
+def test_logits_are_kept_for_a_backward_pass_only_and_no_more_than_the_limit(monkeypatch):
+    monkeypatch.setattr(logprobs, "CHUNK_COLUMNS", 4)
+    monkeypatch.setattr(logprobs, "KEPT_BYTES", 300)
+    hidden, weight, targets, _ = problem()
+    hidden.requires_grad_()
+    options = dict(temperature=1.0, vocab_size=VOCAB, chunk_tokens=4)
+    found, _ = linear_logprobs(hidden, weight, targets, **options)
+    assert 0 < sum(logits.nbytes for logits in found.grad_fn.options.kept.values()) <= 300
+    found.sum().backward()
+    assert not found.grad_fn.options.kept
+    with torch.no_grad(), mock.patch.object(logprobs, "KEPT_BYTES", "not looked at"):
+        linear_logprobs(hidden, weight, targets, **options)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests.models.hf import save_model
 from tests.training import parity
-from tests.training.megatron.resume import grow, interrupted, reshard
+from tests.training.megatron.resume import grow, interrupted, reshard, sent
 from tests.training.megatron.test_architectures import changes
 from tests.training.megatron.test_backend import rewrite
 from tests.training.parity import LENGTHS, NUM_STEPS, Layout, Outcome, assert_parity, collect, train
@@ -58,10 +58,10 @@ ONCE = [
     ("qwen3", DP2),
     ("qwen3", DP2_DISTRIBUTED),
     ("qwen3", TP2_PP2),
+    ("qwen3_moe", Layout(dp_size=2, options=EP2)),
     ("qwen2", CP2),
     ("qwen3", VPP2),
     ("llama", replace(TP2_CP2, options=SEQUENCE_PARALLEL)),
-    ("qwen3_moe", Layout(dp_size=2, options=EP2)),
     ("qwen3", Layout(backend="fsdp")),
     ("qwen3", Layout(backend="fsdp", dp_size=2)),
 ]
@@ -112,8 +112,9 @@ RESHARDED: list[tuple[str, Layout, Any]] = [  # into one rank, or from one
     ("qwen3", TP2_PP2_DISTRIBUTED, reshard),
     ("qwen3", TP2_DP2_DISTRIBUTED, reshard),
     ("qwen3", CP2, reshard),
-    ("qwen3", replace(TP2_CP2, options=DISTRIBUTED), reshard),
+    ("qwen3", replace(VPP2, options=DISTRIBUTED), reshard),
     ("qwen3", replace(VPP2, options=DISTRIBUTED), grow),
+    ("qwen3", replace(TP2_CP2, options=DISTRIBUTED), reshard),
     ("qwen3_moe", EP2_DISTRIBUTED, reshard),
     ("qwen3_moe", EP2_DISTRIBUTED, grow),
     ("qwen3_moe", Layout(dp_size=2, options=EP2), reshard),
@@ -213,7 +214,8 @@ def test_a_checkpoint_of_either_mechanism_loads_into_one_rank(once, index):
 
 @pytest.fixture(scope="module")
 def matrix(tmp_path_factory):
-    more = [*RESHARDED, ("qwen3_moe", EP2_DISTRIBUTED, interrupted)]
+    both = Layout(tp_size=2, dp_size=2, options=SEQUENCE_PARALLEL + EP2 + ETP2)
+    more = [*RESHARDED, ("qwen3_moe", both, sent), ("qwen3_moe", EP2_DISTRIBUTED, interrupted)]
     return run_all(MATRIX, tmp_path_factory.mktemp("matrix"), more, deadline_s=3000)
 
 
@@ -239,3 +241,12 @@ def test_a_checkpoint_loads_into_another_layout(matrix, index):
 @pytest.mark.timeout(3100)
 def test_a_resumed_run_with_experts_continues_bit_for_bit(matrix):
     check_resumed(matrix[2][-1])
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(3100)
+def test_a_weight_sync_assembles_experts_bit_for_bit(matrix):
+    problems, _, more = matrix
+    saved, [found, *others] = load_file(problems["qwen3_moe"].model_dir / "model.safetensors"), more[-2]
+    assert found.keys() == saved.keys() and not any(others)
+    assert all(torch.equal(found[name], saved[name]) for name in saved)

@@ -4,6 +4,7 @@ Optimizer state is written in its fully reshardable form, gathered on data-paral
 """
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel.random import _get_all_rng_states, _set_all_rng_states
 
 from nanoslime.training.megatron.parallel import Ranks
+from nanoslime.training.skipping import Progress
 from nanoslime.types import RunError
 
 logger = logging.getLogger(__name__)
@@ -54,16 +57,18 @@ class _InProcessWriter(TorchDistSaveShardedStrategy):
         )
 
 
-def save(path: Path, pieces: list[GPTModel], optimizer: ChainedOptimizer, step: int, ranks: Ranks) -> None:
+def save(
+    path: Path, pieces: list[GPTModel], optimizer: ChainedOptimizer, past: Progress, ranks: Ranks
+) -> None:
     """Writes the model's pieces on this rank into the existing empty directory `path`; collective."""
     _make_state(optimizer)
     state = _sharded_state(pieces, optimizer, ranks, is_loading=False)
-    state |= {"step": step, "layout": _layout(ranks)}
+    state |= {"progress": asdict(past), "layout": _layout(ranks)}
     dist_checkpointing.save(state, str(path), _InProcessWriter(), content_metadata=_CONTENT)
 
 
-def load(path: Path, pieces: list[GPTModel], optimizer: ChainedOptimizer, ranks: Ranks) -> int:
-    """Restores what `save` wrote and returns the step; collective.
+def load(path: Path, pieces: list[GPTModel], optimizer: ChainedOptimizer, ranks: Ranks) -> Progress:
+    """Restores what `save` wrote and returns the progress; collective.
 
     The random state belongs to a rank, so it is left as it is under another layout than the one that saved.
     Raises RunError for a checkpoint that is damaged or of another model.
@@ -83,7 +88,7 @@ def load(path: Path, pieces: list[GPTModel], optimizer: ChainedOptimizer, ranks:
     _load_optimizer(optimizer, loaded["optimizer"])
     if "random" in loaded:
         _set_all_rng_states(*loaded["random"])
-    return int(loaded["step"])
+    return Progress(**loaded["progress"])
 
 
 def _sharded_state(
@@ -112,6 +117,13 @@ def _layout(ranks: Ranks) -> str:
 def _make_state(optimizer: ChainedOptimizer) -> None:
     """Moments and step before the first update, which the distributed optimizer does not make by itself."""
     for inner in optimizer.chained_optimizers:
+        if isinstance(inner.optimizer, HybridDeviceOptimizer):  # its own way is a step with random gradients
+            for one in inner.optimizer.sub_optimizers:
+                for p in (p for group in one.param_groups for p in group["params"] if not one.state[p]):
+                    moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                    one.state[p] = {"step": torch.tensor(0.0), **moments}
+            inner.optimizer._sync_sub_optimizers_state_to_hdo()
+            continue
         inner.init_state_fn(inner.optimizer, inner.config)
         if isinstance(inner.optimizer, torch.optim.AdamW):
             for state in inner.optimizer.state.values():

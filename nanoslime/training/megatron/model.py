@@ -18,6 +18,7 @@ from torch import Tensor
 from nanoslime.config import RunConfig
 from nanoslime.models.rules import padded_vocab_size
 from nanoslime.models.shape import MLA, ModelShape, MoE
+from nanoslime.training.megatron import weights
 from nanoslime.training.megatron.cpu_compat import cuda_names
 from nanoslime.training.megatron.local_layers import local_block_spec
 from nanoslime.training.megatron.parallel import Ranks
@@ -109,11 +110,11 @@ def build(shape: ModelShape, config: RunConfig, ranks: Ranks, device: torch.devi
     pieces: list[DDP] = []
     for number, part in enumerate(ranks.parts(shape)):
         vp_stage = number if ranks.vpp_size > 1 else None
-        model: torch.nn.Module = gpt_model(
-            shape, settings, device, first=part.first, last=part.last, vp_stage=vp_stage
-        )
+        gpt = gpt_model(shape, settings, device, first=part.first, last=part.last, vp_stage=vp_stage)
+        weights.freeze(gpt, weights.bind(gpt, shape, part), shape, config.training.freeze)
+        model: torch.nn.Module = gpt
         if settings.bf16:
-            model = Float16Module(settings, model)
+            model = Float16Module(settings, gpt)
             for router in (module for module in model.modules() if isinstance(module, TopKRouter)):
                 router._maintain_float32_expert_bias()  # else only at the first forward, after loading
         for name, parameter in model.named_parameters():

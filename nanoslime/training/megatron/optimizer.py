@@ -1,5 +1,7 @@
 """AdamW on Megatron's gradient buffers."""
 
+from importlib.util import find_spec
+
 import torch
 from megatron.core.distributed import DistributedDataParallel as DDP
 from megatron.core.optimizer import (
@@ -8,6 +10,7 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
+from torch import Tensor
 
 from nanoslime.config import RunConfig
 from nanoslime.training.megatron.cpu_compat import cuda_names
@@ -15,8 +18,18 @@ from nanoslime.training.megatron.cpu_compat import cuda_names
 
 def build(pieces: list[DDP], config: RunConfig) -> ChainedOptimizer:
     """AdamW over the model's `pieces`, whose weights must be loaded: it copies them to float32."""
+    possible = next(pieces[0].parameters()).is_cuda and config.training.distributed_optimizer
+    if config.training.optimizer_offload and not possible:
+        needs = "Megatron's needs CUDA and distributed_optimizer=true; backend=fsdp does not"
+        raise ValueError(f"training.optimizer_offload=true: {needs}")
+    settings = optimizer_config(config)
+    with cuda_names():
+        return get_megatron_optimizer(settings, pieces, get_standard_config_overrides(settings))
+
+
+def optimizer_config(config: RunConfig) -> OptimizerConfig:
     training, dtype = config.training, getattr(torch, config.model.dtype)
-    settings = OptimizerConfig(
+    return OptimizerConfig(
         optimizer="adam",
         lr=training.lr,
         adam_beta1=training.adam_beta1,
@@ -27,9 +40,11 @@ def build(pieces: list[DDP], config: RunConfig) -> ChainedOptimizer:
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=training.distributed_optimizer,
+        optimizer_cpu_offload=training.optimizer_offload,
+        optimizer_offload_fraction=1.0,
+        # then the main parameters leave the GPU too; megatron-core 0.16.1 cannot do it without that package
+        use_precision_aware_optimizer=training.optimizer_offload and bool(find_spec("transformer_engine")),
     )
-    with cuda_names():
-        return get_megatron_optimizer(settings, pieces, get_standard_config_overrides(settings))
 
 
 def set_rates(optimizer: ChainedOptimizer, lr: float, weight_decay: float) -> None:
@@ -37,3 +52,11 @@ def set_rates(optimizer: ChainedOptimizer, lr: float, weight_decay: float) -> No
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_mult"]
         group["weight_decay"] = weight_decay * group["wd_mult"]
+
+
+def tensors(optimizer: ChainedOptimizer) -> list[Tensor]:
+    """This rank's main parameters and their moments."""
+    inner = [each.optimizer for each in optimizer.chained_optimizers if each.optimizer is not None]
+    states = [state for each in inner for state in each.state.values()]
+    parameters = [p.detach() for each in inner for group in each.param_groups for p in group["params"]]
+    return parameters + [v for state in states for v in state.values() if isinstance(v, Tensor)]

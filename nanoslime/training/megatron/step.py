@@ -7,7 +7,7 @@ together before the loss, which is the same on all ranks of the group.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from nanoslime.training.logprobs import linear_logprobs
 from nanoslime.training.megatron.context_parallel import Spread
 from nanoslime.training.megatron.model import unwrap
 from nanoslime.training.megatron.parallel import Ranks
+from nanoslime.training.megatron.routing_replay import replayed, routers, training_step
 from nanoslime.training.metrics import MetricSums
 
 
@@ -60,21 +61,28 @@ class Pipeline:
 
         for piece in self._pieces:
             piece.zero_grad_buffer()
-        self._run(shard, finish, forward_only=False)
+        routing, all_routers = dict[str, float](), [r for p in self._pieces for r in routers(unwrap(p))]
+        with training_step(all_routers, routing) if self._shape.moe else nullcontext():
+            self._run(shard, finish, forward_only=False)
         if not self._ranks.is_last_stage:
             return None
-        return sums.reduce(self._ranks.dp_group, shard.denominator, shard.num_tokens)
+        return sums.reduce(self._ranks.dp_group, shard.denominator, shard.num_tokens) | routing
 
     def _run(self, shard: TrainBatch, finish: Callable[..., Any], **options: Any) -> list[Any]:
         """What `finish(microbatch, hidden)` returned for each micro-batch, on the last stage."""
 
-        def forward(batches: Iterator[MicroBatch], model: DDP) -> tuple[Tensor, Callable[..., Any]]:
-            batch = next(batches)
-            with _without_output_layer(unwrap(model)):
-                return model(**self._inputs(batch)), partial(finish, batch)
+        def forward(batches: Iterator[Any], model: DDP) -> tuple[Tensor, Callable[..., Any]]:
+            indices, batch = next(batches)
+            with _without_output_layer(gpt := unwrap(model)), self._routed(gpt, batch):
+                hidden = model(**self._inputs(batch))
+            if shard.routed_experts and batch.routed_experts is not None and not torch.is_grad_enabled():
+                lengths = [len(shard.token_ids[i]) for i in indices]
+                for i, part in zip(indices, batch.routed_experts.cpu().split(lengths), strict=True):
+                    shard.routed_experts[i] = torch.maximum(shard.routed_experts[i], part)
+            return hidden, partial(finish, batch)
 
         interleaved = len(self._pieces) > 1
-        data = [(shard.microbatch(i).to(self._device) for i in shard.microbatches) for _ in self._pieces]
+        data = [((i, shard.microbatch(i).to(self._device)) for i in shard.microbatches) for _ in self._pieces]
         return get_forward_backward_func()(
             forward_step_func=forward,
             data_iterator=data if interleaved else data[0],
@@ -89,6 +97,21 @@ class Pipeline:
         """This rank's tokens as one row [1, P / cp] of thd sequences; under SP tp_size divides that."""
         spread = self._spread(batch)
         return packed_inputs(spread.here(batch.token_ids), spread.here(batch.positions), spread.bounds)
+
+    @contextmanager
+    def _routed(self, piece: GPTModel, batch: MicroBatch) -> Iterator[None]:
+        """The forward inside takes the experts of the batch, and adds what this rank's routers choose."""
+        if (experts := batch.routed_experts) is None:
+            yield
+            return
+        rows = self._spread(batch).here(torch.arange(1, len(experts) + 1, device=experts.device)) - 1
+        if unwrap(self._pieces[0]).config.sequence_parallel:
+            rows = rows.chunk(self._ranks.tp_size)[self._ranks.tp_rank]
+        here = experts[rows]
+        here[rows < 0] = -1  # padding
+        with replayed(routers(piece), here):
+            yield
+        experts[rows[rows >= 0]] = here[rows >= 0]
 
     def _spread(self, batch: MicroBatch) -> Spread:
         return Spread(batch.cu_seqlens, batch.positions, self._ranks.cp_group, self._multiple)

@@ -2,7 +2,8 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -10,9 +11,10 @@ from megatron.core.models.gpt import GPTModel
 from safetensors import SafetensorError, safe_open
 
 from nanoslime.batch import WeightShard
-from nanoslime.models.rules import Part, Piece, check_tensors, pieces
+from nanoslime.models.rules import Part, Piece, check_tensors, pieces, tensors
 from nanoslime.models.shape import ModelShape
 from nanoslime.storage.safetensors_file import TensorInfo, read_headers
+from nanoslime.training.freezing import frozen_names
 
 Bound = list[tuple[Piece, torch.Tensor]]
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
@@ -60,13 +62,32 @@ def load(bound: Bound, shape: ModelShape, directory: Path) -> None:
         by_file[found[piece.hf].file].append((piece, parameter))
     for file, content in by_file.items():
         try:
-            with safe_open(file, framework="pt") as tensors:
+            with safe_open(file, framework="pt") as opened:
                 for piece, parameter in content:
-                    parameter[piece.local] = tensors.get_slice(piece.hf)[piece.box].to(parameter)
+                    parameter[piece.local] = opened.get_slice(piece.hf)[piece.box].to(parameter)
         except (SafetensorError, OSError) as e:
             raise ValueError(f"{file} cannot be read: {e}") from e
     if shape.tie_word_embeddings and "lm_head.weight" in found:
         _check_tied_head(bound, found["lm_head.weight"])
+
+
+def freeze(model: GPTModel, bound: Bound, shape: ModelShape, patterns: Sequence[str]) -> None:
+    """Takes what training.freeze names out of training, before DDP wraps the model.
+
+    Raises ValueError as frozen_names does, and for a Megatron tensor of which a part only would be frozen.
+    """
+    frozen = frozen_names(patterns, tensors(shape))
+    for megatron, together in groupby(pieces(shape), key=lambda piece: piece.megatron):
+        names = {piece.hf for piece in together}
+        if names & frozen and (left := sorted(names - frozen)):
+            one = f"Megatron keeps {', '.join(sorted(names))} in one tensor, {megatron}"
+            raise ValueError(f"training.freeze selects a part only: {one}; freeze {', '.join(left)} as well")
+    for piece, parameter in bound:
+        if piece.hf in frozen:
+            parameter.requires_grad_(False)
+    if model.pre_process and not model.embedding.word_embeddings.weight.requires_grad:
+        # where nothing before them is trained, recomputed layers and pipeline stages would give no gradient
+        model.embedding.register_forward_hook(lambda module, inputs, hidden: hidden.requires_grad_())
 
 
 def shards(bound: Bound, attribute: str = "data") -> Iterator[WeightShard]:
@@ -78,8 +99,8 @@ def shards(bound: Bound, attribute: str = "data") -> Iterator[WeightShard]:
 
 
 def _check_tied_head(bound: Bound, head: TensorInfo) -> None:
-    with safe_open(head.file, framework="pt") as tensors:
-        rows = tensors.get_slice("lm_head.weight")
+    with safe_open(head.file, framework="pt") as opened:
+        rows = opened.get_slice("lm_head.weight")
         for piece, parameter in bound:
             mine = parameter[piece.local]
             if piece.hf == "model.embed_tokens.weight" and not torch.equal(rows[piece.box].to(mine), mine):

@@ -11,6 +11,7 @@ megatron-core's own writer, which forks and spawns and therefore needs a process
 
 from __future__ import annotations
 
+import gc
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,14 +64,21 @@ class Grid:
     def start(self) -> None:
         """Megatron's groups over all ranks, in place of an earlier grid's."""
         cpu_compat.install()
-        parallel_state.destroy_model_parallel()
-        for group in list(dist.distributed_c10d._world.pg_map):  # all ranks are done with an earlier grid's
-            if group is not dist.group.WORLD:  # each keeps threads of gloo that wake up
-                dist.destroy_process_group(group)
+        leave_groups()
         parallel_state.initialize_model_parallel(
             self.tp, self.pp, expert_model_parallel_size=self.ep, expert_tensor_parallel_size=self.etp
         )
         tensor_parallel.model_parallel_cuda_manual_seed(0, force_reset_rng=True)
+
+
+def leave_groups() -> None:
+    """Ends the groups of an earlier grid or backend: each keeps threads that wake up, hundreds in all."""
+    dist.barrier()  # all ranks are done with them
+    gc.collect()  # what still holds them
+    parallel_state.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def make(model_dir: Path, grid: Grid) -> tuple[GPTModel, weights.Bound]:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from nanoslime.algorithms.grpo import GRPO
+from nanoslime.weight_sync.assemble import Assembler
 from tests.training.parity import KL, Layout, assemble, copied, make_backend, train_batch
 
 
@@ -86,6 +87,15 @@ def grow(
     pieces: list[Any] = [None] * layout.world_size
     dist.all_gather_object(pieces, copied(second.weight_shards()))
     return {"difference": 0.0 if rank else _difference(expected, pieces)}
+
+
+def sent(
+    layout: Layout, model_dir: Path, rank: int, tmp: Path, steps: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Whole tensors on rank 0 as a weight sync assembles them, before any step."""
+    backend = make_backend(layout, model_dir, rank, tmp / "rendezvous")
+    place = {"rank": rank, "world_size": layout.world_size, "dtype": torch.float32}
+    return dict(Assembler(backend.weight_shards, **place).tensors())
 
 
 def _alone(layout: Layout) -> Layout:

@@ -1,0 +1,129 @@
+"""A damaged checkpoint of either backend is refused by name and the one before it used, or none at all."""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanoslime import train
+from nanoslime.run_dir import DONE, FAILED, RunDir
+from tests import processes
+from tests.orchestration import test_loop
+from tests.orchestration.test_loop import rows, run_dir
+
+model = test_loop.model  # the fixture
+
+
+def untimed(run: RunDir) -> list[dict]:
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows(run)]
+
+
+@pytest.fixture(scope="module", params=["fsdp", pytest.param("megatron", marks=pytest.mark.megatron)])
+def finished(request, tmp_path_factory, model) -> RunDir:
+    """Two rollouts with a checkpoint after each."""
+    root = tmp_path_factory.mktemp(request.param)
+    flags = ["--num-rollout", "2", "--save-interval", "1", "--backend", request.param]
+    assert train.main([*run_dir(root, "run", model), *flags]) == DONE
+    return RunDir.open(root / "run")
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> RunDir:
+    """A copy of it to damage."""
+    shutil.copytree(finished.path, tmp_path / "run", symlinks=True)
+    return RunDir.open(tmp_path / "run")
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def halve(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+DAMAGES = [
+    ("trainer/*.distcp", Path.unlink, "is missing"),
+    ("trainer/*.distcp", cut, "is truncated"),
+    ("trainer/*.distcp", flip, "was altered"),
+    ("trainer/.metadata", flip, "was altered"),
+    ("driver.json", flip, "was altered"),
+    ("manifest.json", Path.unlink, "has no manifest.json"),
+    ("manifest.json", halve, "is not a manifest"),
+]
+
+
+@pytest.mark.parametrize(("file", "damage", "what"), DAMAGES, ids=lambda v: getattr(v, "__name__", None))
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(
+    finished, run, caplog, file, damage, what
+):
+    """The second rollout is then the same again, bit for bit."""
+    found = next((run.checkpoints / "step_2").glob(file))
+    damage(found)
+    with caplog.at_level(logging.INFO):
+        assert train.main(["--resume", str(run.path)]) == DONE
+    [warning] = [r.getMessage() for r in caplog.records if "refused" in r.getMessage()]
+    assert warning.startswith("checkpoint step_2 is refused: ") and warning.endswith(
+        "; step_1 is used instead"
+    )
+    assert what in warning and (found.name in warning)
+    assert "resumed after 1 rollouts" in caplog.text
+    assert untimed(run) == untimed(finished)
+
+
+def test_without_a_whole_checkpoint_a_run_does_not_begin_anew(finished, run, caplog):
+    (run.checkpoints / "step_2" / "manifest.json").unlink()
+    flip(next((run.checkpoints / "step_1" / "trainer").glob("*.distcp")))
+    assert train.main(["--resume", str(run.path)]) == FAILED
+    [error] = [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
+    assert "step_2 is refused" in error and "step_1 is refused" in error and "was altered" in error
+    assert f"empty {run.checkpoints} to begin anew" in error and "\n" not in error
+    assert untimed(run) == untimed(finished) and run.status()["phase"] == "failed"
+
+
+def test_a_run_without_any_checkpoint_begins(run):
+    shutil.rmtree(run.checkpoints)
+    run.checkpoints.mkdir()
+    assert train.main(["--resume", str(run.path), "--num-rollout", "1"]) == DONE
+    assert [row["step"] for row in rows(run)] == [0]
+
+
+@pytest.mark.parametrize(
+    "backend", ["fsdp", pytest.param("megatron", marks=[pytest.mark.megatron, pytest.mark.matrix])]
+)
+def test_a_killed_run_resumes_exactly(tmp_path, model, backend, no_leftovers):
+    """SIGKILL somewhere after the second of eight checkpoints; then all metrics of an uninterrupted run, with
+    a learning rate that warms up and decays, two steps a rollout, and an evaluation after each.
+    """
+    schedule = (
+        "--training.lr-schedule cosine --training.lr-warmup-steps 3 --lr 1e-3 --num-steps-per-rollout 2"
+    )
+    more = f"--backend {backend} --num-rollout 8 --save-interval 1 --eval-interval 1 {schedule}"
+    flags = run_dir(tmp_path, "straight", model, f"{more} --use-kl-loss --kl-loss-coef 0.01")
+    assert train.main(flags) == DONE
+    flags[flags.index("straight")] = "killed"
+    command = [sys.executable, "-W", "ignore", "-m", "nanoslime.train", *flags]
+    with (tmp_path / "log").open("w") as log:
+        root = Path(train.__file__).parents[1]
+        process = subprocess.Popen(command, cwd=root, stdout=log, stderr=log)
+        checkpoint = tmp_path / "killed" / "checkpoints" / "step_2"
+        seen = processes.wait_for(lambda: checkpoint.is_dir() or process.poll() is not None, 240)
+        process.kill()
+        process.wait(30)
+    assert seen and process.returncode < 0, (tmp_path / "log").read_text()
+    straight, killed = RunDir.open(tmp_path / "straight"), RunDir.open(tmp_path / "killed")
+    assert len(untimed(killed)) < 8
+    assert train.main(["--resume", str(killed.path)]) == DONE
+    assert untimed(killed) == untimed(straight)
+    exported = [(run.hf(8) / "model.safetensors").read_bytes() for run in (killed, straight)]
+    assert exported[0] == exported[1]

@@ -1,0 +1,53 @@
+"""A real SGLang server reports the experts of every token, and a Megatron trainer replays them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from nanoslime.rollout.sglang import SGLangEngine
+from tests.models.hf import save_model
+from tests.serving import make_server, pick_port
+from tests.training.megatron.test_routing_replay import check_r3, sampled
+from tests.training.parity import Layout, make_backend
+
+pytestmark = [pytest.mark.sglang, pytest.mark.megatron]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Without dense layers: SGLang 0.5.23 takes every layer of a Qwen3-MoE for one with experts."""
+    return save_model(tmp_path_factory.mktemp("model"), "qwen3_moe", num_experts=8, norm_topk_prob=True)
+
+
+@pytest.fixture(scope="module")
+def engine(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangEngine]:
+    log = tmp_path_factory.mktemp("sglang") / "engine.log"
+    server = make_server(model_dir, log, pick_port(), skip_tokenizer_init=True)
+    server = replace(server, routed_experts=True)
+    yield server.start(deadline_s=500)
+    server.close()
+
+
+def test_the_trainer_replays_what_sglang_chose(engine: SGLangEngine, model_dir: Path, tmp_path: Path) -> None:
+    """For prompts in the prefix cache too: the second batch has the first one's."""
+    started = 0
+
+    def start(**options):
+        nonlocal started
+        started += 1
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return make_backend(Layout(), model_dir, 0, tmp_path / f"rendezvous-{started}", **options)
+
+    try:
+        first, cached = sampled(engine), sampled(engine)
+        assert [len(e) for e in first.routed_experts] == [len(ids) for ids in first.token_ids]
+        check_r3(start, cached)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

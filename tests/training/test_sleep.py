@@ -1,0 +1,146 @@
+"""A trainer rank that slept: its memory was really given back, and it trains on as if nothing had been."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanoslime.algorithms.grpo import GRPO
+from nanoslime.plugins import resolve
+from nanoslime.training.backend import TrainBackend
+from tests.models.hf import save_model
+from tests.training.parity import BACKENDS, KL, Layout, train_batch
+from tests.training.rank_pool import RankPool
+from tests.training.reference import make_step
+
+MIB = 1 << 20
+megatron = pytest.mark.megatron
+
+
+@dataclass(frozen=True)
+class Half(Layout):
+    def config(self, **changes):
+        config = super().config(**changes)
+        return replace(config, model=replace(config.model, dtype="bfloat16"))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    return save_model(tmp_path_factory.mktemp("small"), "qwen3")
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory) -> Path:
+    return save_model(tmp_path_factory.mktemp("experts"), "qwen3_moe")
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """27 million parameters: 103 MiB in float32."""
+    sizes = dict(hidden_size=320, vocab_size=40_000, intermediate_size=640)
+    return save_model(tmp_path_factory.mktemp("large"), "qwen3_untied", **sizes)
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[RankPool]:
+    pool = RankPool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[RankPool]:
+    pool = RankPool(1)
+    yield pool
+    pool.close()
+
+
+def rss_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / MIB
+
+
+def state(backend: TrainBackend) -> list[torch.Tensor]:
+    return [tensor.detach().clone() for tensor in backend._live_tensors()[0]]
+
+
+def life(env, layout: Layout, model_dir, steps, sleeps: int) -> tuple[list, list[torch.Tensor], bool]:
+    """Two steps, so many sleeps before each; metrics, the state at the end, whether no sleep changed it."""
+    backend = resolve(layout.backend, BACKENDS, "backend")(layout.config(), model_dir, env)
+    metrics, same = [], True
+    for step in steps:
+        batch = train_batch(step, backend.dp_rank, backend.dp_size, layout.sequences)
+        for _ in range(sleeps):
+            before = state(backend)
+            backend.sleep()
+            backend.wake()
+            same &= all(a.equal(b) for a, b in zip(before, state(backend), strict=True))
+            backend.logprobs(batch, "policy")
+        metrics.append(backend.train_step(batch, GRPO(KL)))
+    return metrics, state(backend), same
+
+
+DISTRIBUTED = (("distributed_optimizer", True),)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout("fsdp", dp_size=2),
+        pytest.param(Layout("megatron", tp_size=2), marks=megatron),
+        pytest.param(Layout("megatron", dp_size=2, options=DISTRIBUTED), marks=megatron),
+        pytest.param(Half("megatron", pp_size=2), marks=megatron),
+        pytest.param(Half("megatron", dp_size=2, options=DISTRIBUTED), marks=megatron),
+        pytest.param(Layout("megatron", pp_size=2, vpp_size=2, sequences=2), marks=megatron),
+        pytest.param(Half("megatron", dp_size=2, options=(*DISTRIBUTED, ("ep_size", 2))), marks=megatron),
+    ],
+    ids=lambda layout: f"{layout}{'-bf16' * isinstance(layout, Half)}",
+)
+def test_sleep_changes_no_bit_and_no_later_step(ranks, small, experts, layout):
+    model = experts if ("ep_size", 2) in layout.options else small
+    steps = [make_step(model, number) for number in range(2)]
+    plain, slept = (ranks(life, layout, model, steps, sleeps) for sleeps in (0, 2))
+    for (metrics, end, _), (metrics_slept, end_slept, same) in zip(plain, slept, strict=True):
+        assert same and metrics_slept == metrics
+        assert len(end) > 10 and all(a.equal(b) for a, b in zip(end, end_slept, strict=True))
+
+
+def resident(env, layout: Layout, model_dir, step) -> dict[str, float]:
+    """MiB of this process before, asleep and awake again, and of what is kept and cleared."""
+    backend = resolve(layout.backend, BACKENDS, "backend")(layout.config(), model_dir, env)
+    backend.train_step(train_batch(step), GRPO(KL))
+    found = {"before": rss_mib()}
+    backend.sleep()
+    found["asleep"] = rss_mib()
+    backend.wake()
+    backend.train_step(train_batch(step), GRPO(KL))
+    return found | {"awake": rss_mib()}
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout("fsdp"), pytest.param(Layout("megatron", options=DISTRIBUTED), marks=megatron)]
+)
+def test_memory_of_a_sleeping_rank_is_really_given_back(alone, large, layout):
+    """Weights, gradients and two moments are 4 x 103 MiB; the reference's weights remain."""
+    [mib] = alone(resident, layout, large, make_step(large, 0))
+    assert mib["asleep"] < mib["before"] - 0.9 * 4 * 103
+    assert mib["awake"] < mib["before"] + 50
+
+
+def twice(env, model_dir) -> tuple[str, str]:
+    layout = Layout("fsdp")
+    backend = resolve(layout.backend, BACKENDS, "backend")(layout.config(), model_dir, env)
+    with pytest.raises(RuntimeError) as too_early:
+        backend.wake()
+    backend.sleep()
+    with pytest.raises(RuntimeError) as twice:
+        backend.sleep()
+    return str(too_early.value), str(twice.value)
+
+
+def test_sleep_and_wake_alternate(alone, small):
+    [(too_early, again)] = alone(twice, small)
+    assert "not asleep" in too_early and "asleep already" in again
