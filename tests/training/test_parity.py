@@ -105,6 +105,7 @@ MATRIX = [
     ("deepseek_v3", Layout(tp_size=2, options=SEQUENCE_PARALLEL + EP2)),
     ("qwen2_moe", Layout(tp_size=2, options=SEQUENCE_PARALLEL + EP2)),
     ("qwen3_moe_mixed", Layout(pp_size=4)),  # two stages have no experts
+    *((family, layout) for family in ("qwen3_moe", "glm4_moe", "deepseek_v3") for layout in (CP2, VPP2)),
     (IDLE, Layout(dp_size=2, options=EP2)),
 ]
 RESHARDED: list[tuple[str, Layout, Any]] = [  # into one rank, or from one
@@ -112,6 +113,7 @@ RESHARDED: list[tuple[str, Layout, Any]] = [  # into one rank, or from one
     ("qwen3", TP2_DP2_DISTRIBUTED, reshard),
     ("qwen3", CP2, reshard),
     ("qwen3", replace(VPP2, options=DISTRIBUTED), reshard),
+    ("qwen3", replace(VPP2, options=DISTRIBUTED), grow),
     ("qwen3", replace(TP2_CP2, options=DISTRIBUTED), reshard),
     ("qwen3_moe", EP2_DISTRIBUTED, reshard),
     ("qwen3_moe", EP2_DISTRIBUTED, grow),

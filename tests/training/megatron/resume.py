@@ -82,7 +82,8 @@ def grow(
         dist.destroy_process_group()
     second = make_backend(layout, model_dir, rank, tmp / "rendezvous")
     second.load(path)
-    second.train_step(train_batch(steps[1], second.dp_rank, second.dp_size), GRPO(KL))
+    batch = train_batch(steps[1], second.dp_rank, second.dp_size, layout.sequences)
+    second.train_step(batch, GRPO(KL))
     pieces: list[Any] = [None] * layout.world_size
     dist.all_gather_object(pieces, copied(second.weight_shards()))
     return {"difference": 0.0 if rank else _difference(expected, pieces)}
