@@ -8,9 +8,11 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from nanoslime import rehearsal, train
 from nanoslime.batch import TrainBatch
@@ -20,6 +22,7 @@ from nanoslime.rollout.embedded import EmbeddedEngine
 from nanoslime.run_dir import DONE, FAILED, STOPPED, RunDir
 from nanoslime.training.backend import TrainBackend
 from nanoslime.training.fsdp import FSDPBackend
+from tests.models.hf import save_model
 
 SMALL = [
     "--rollout-batch-size",
@@ -246,3 +249,20 @@ def test_a_skipped_step_is_counted_and_its_batch_kept(tmp_path, model, monkeypat
     assert [(r["train/skipped"], r["train/num_skipped"]) for r in rows(run)] == [(1.0, 1.0), (0.0, 1.0)]
     [file] = run.skipped.rglob("*.pt")
     assert file == run.skipped / "step_0" / "rank_0.pt" and TrainBatch.load(file).num_tokens > 0
+
+
+@pytest.mark.megatron
+@pytest.mark.parametrize("replay", ["R2", "R3"])
+def test_a_model_with_experts_trains_with_its_routing_replayed(tmp_path, model, replay):
+    """R3: the experts go from the engine through samples and batches into the step; R2: from pass to pass."""
+    tokenizer = AutoTokenizer.from_pretrained(model.model)
+    moe = save_model(tmp_path / "model", "qwen3_moe", vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(moe)
+    flags = run_dir(
+        tmp_path, "moe", replace(model, model=moe), "--backend megatron --num-rollout 2 --lr 1e-2"
+    )
+    flags += ["--data.reward", "tests.orchestration.rewards:by_text_where_labelled"]
+    assert train.main([*flags, "--training.routing-replay", replay, "--num-steps-per-rollout", "2"]) == DONE
+    for row in rows(RunDir.open(tmp_path / "moe")):
+        assert row["train/logprob_gap_max"] < 1e-4 and row["train/grad_norm"] > 0
+        assert row["train/routing_mismatch_ratio"] >= 0.0
