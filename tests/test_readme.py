@@ -79,7 +79,17 @@ def test_every_path_exists():
 
 def test_every_flag_exists():
     """Those in the text, in backticks. Their values may be refused."""
-    own = {"dry-run", "logits", "mock", "require-slurm", "target", "help", "nproc-per-node", "section.field"}
+    own = {
+        "dry-run",
+        "logits",
+        "mock",
+        "require-slurm",
+        "target",
+        "help",
+        "nproc-per-node",
+        "section.field",
+        "cluster",
+    }
     code = " ".join(re.findall(r"`([^`]*)`", re.sub(r"```bash.*?```", "", README, flags=re.DOTALL)))
     named = set(re.findall(r"--([a-z][\w.-]+)", code))
     assert len(named) > 20
