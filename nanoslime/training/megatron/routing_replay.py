@@ -53,9 +53,8 @@ def install_replay(pieces: Sequence[GPTModel], shape: ModelShape) -> None:
     """Gives each router a RouterReplay. Raises ValueError where a choice cannot be replayed."""
     for router in (m for piece in pieces for m in piece.modules() if isinstance(m, TopKRouter)):
         if router.config.moe_router_fusion or router.routing_type == "sinkhorn":
-            raise ValueError(
-                "training.routing_replay excludes training.megatron's moe_router_fusion and sinkhorn"
-            )
+            excluded = "training.megatron's moe_router_fusion and sinkhorn"
+            raise ValueError(f"training.routing_replay excludes {excluded}")
         router.router_replay = RouterReplay(shape.moe_layers.index(router.layer_number - 1))
 
 
