@@ -41,7 +41,7 @@ def other_value(dotted: str) -> Any:
 NEEDED = {  # flags without which the field is refused, or more than it would change
     "training.backend": ["--nodes", "2"],
     "cluster.nodes": ["--backend", "megatron"],
-    **{f"training.{size}_size": ["--backend", "megatron"] for size in ("tp", "pp", "cp", "ep", "etp")},
+    **{f"training.{size}_size": ["--backend", "megatron"] for size in ("tp", "pp", "vpp", "cp", "ep", "etp")},
     "algorithm.use_unbiased_kl": ["--use-kl-loss"],
     "algorithm.gamma": ["--algorithm", "reinforce_plus_plus"],
 }

@@ -129,5 +129,5 @@ def test_routing_replay_asks_for_megatron_and_r2_for_a_pass_to_record():
     with pytest.raises(RunError, match="training.routing_replay=R3 needs training.backend=megatron"):
         load(None, None, ["--training.routing-replay", "R3", "--backend", "fsdp"])
     engine_logprobs = ["--training.routing-replay", "R2", "--use-rollout-logprobs"]
-    with pytest.raises(RunError, match="training.routing_replay=R2 needs a pass for old logprobs"):
+    with pytest.raises(RunError, match="training.routing_replay=R2 needs algorithm.old_logprobs=recomputed"):
         load(None, None, engine_logprobs)
