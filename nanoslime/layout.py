@@ -21,8 +21,9 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from nanoslime.config import RunConfig, TrainingConfig
-from nanoslime.models.rules import check_experts
+from nanoslime.config import RunConfig
+from nanoslime.config.training import PARALLEL_SIZES, TrainingConfig
+from nanoslime.models.rules import check_experts, check_tp_size, divisors, words
 from nanoslime.models.shape import ModelShape
 from nanoslime.types import RunError
 
@@ -161,10 +162,8 @@ def _trainer_slots(config: RunConfig, slots: int) -> list[int]:
     trainer_nodes, asked = nodes - rollout_nodes, config.training.num_gpus
     if asked not in (None, trainer_nodes * slots):
         ranks = f"{trainer_nodes} x {slots} = {trainer_nodes * slots} trainer ranks"
-        raise RunError(
-            f"training.num_gpus={asked}: a job of {nodes} nodes has {ranks}; leave it out, "
-            "or change cluster.nodes or cluster.rollout_nodes"
-        )
+        way_out = "leave it out, or change cluster.nodes or cluster.rollout_nodes"
+        raise RunError(f"training.num_gpus={asked}: a job of {nodes} nodes has {ranks}; {way_out}")
     return [slots] * trainer_nodes + [0] * rollout_nodes
 
 
@@ -204,8 +203,11 @@ def _one_node_trainer_slots(config: RunConfig, slots: int) -> int:
     return trainers
 
 
-def _parallel(config: RunConfig, shape: ModelShape, ranks: int, slots: int) -> ParallelDims:
-    t = config.training
+def check_parallel(t: TrainingConfig, shape: ModelShape, ranks: int, slots: int, slot: str = "rank") -> None:
+    """Raises RunError for a model that the backend lacks, and for sizes that do not fit it or its `ranks`.
+
+    `slots` of a node, each called a `slot`, hold whole tensor-parallel groups.
+    """
     what = f"training.backend={t.backend} cannot train this {shape.model_type}"
     if t.backend == "megatron" and shape.megatron_lacks:
         raise RunError(f"{what}: {', '.join(shape.megatron_lacks)}")
@@ -213,65 +215,54 @@ def _parallel(config: RunConfig, shape: ModelShape, ranks: int, slots: int) -> P
         raise RunError(f"{what}, which has experts; use --backend megatron")
     if t.routing_replay != "none" and not shape.moe_layers:
         raise RunError(f"training.routing_replay={t.routing_replay}: {shape.model_type} has no experts")
-    for name in ("tp_size", "pp_size", "vpp_size", "cp_size"):
-        if t.backend == "fsdp" and getattr(t, name) != 1:
-            raise RunError(f"training.{name}={getattr(t, name)} needs --backend megatron; with fsdp set 1")
-    tp_choices, pp_choices = _check_tp(t.tp_size, shape, slots), _check_pp(t.pp_size, t.vpp_size, shape)
+    if t.backend == "fsdp":
+        check_data_parallel_only(t)
+    tp_choices = check_tp_size(shape, t.tp_size, slots)
+    pp_choices = _check_pp(t.pp_size, t.vpp_size, shape)
     if ranks % t.cp_size:
-        place = f"training.cp_size={t.cp_size} does not divide the {ranks} trainer {_slot_name(config)}s"
-        raise RunError(f"{place}; choose {_words(_divisors(ranks))}")
+        place = f"training.cp_size={t.cp_size} does not divide the {ranks} trainer {slot}s"
+        raise RunError(f"{place}; choose {words(divisors(ranks))}")
     model_ranks = t.tp_size * t.cp_size * t.pp_size
     if ranks % model_ranks:
         groups = ranks // t.cp_size
         pairs = [f"{tp} x {pp}" for tp in tp_choices for pp in pp_choices if groups % (tp * pp) == 0]
         sizes = ["tp_size", "cp_size", "pp_size"] if t.cp_size > 1 else ["tp_size", "pp_size"]
         product = " x ".join(f"training.{name}={getattr(t, name)}" for name in sizes) + f" = {model_ranks}"
-        raise RunError(
-            f"{product} does not divide the {ranks} trainer {_slot_name(config)}s; "
-            f"choose TP x PP {_words(pairs)}, or change cluster.nodes"
-        )
-    try:
-        check_experts(shape, t, ranks // t.pp_size)
-    except ValueError as e:
-        raise RunError(str(e)) from e
-    dp, steps = ranks // model_ranks, t.num_steps_per_rollout
+        place = f"{product} does not divide the {ranks} trainer {slot}s"
+        raise RunError(f"{place}; choose TP x PP {words(pairs)}, or change cluster.nodes")
+    check_experts(shape, t, ranks // t.pp_size)
+
+
+def check_data_parallel_only(t: TrainingConfig) -> None:
+    for name in PARALLEL_SIZES:
+        if getattr(t, name) != 1:
+            raise RunError(f"training.{name}={getattr(t, name)} needs --backend megatron; with fsdp set 1")
+
+
+def _parallel(config: RunConfig, shape: ModelShape, ranks: int, slots: int) -> ParallelDims:
+    t, steps = config.training, config.training.num_steps_per_rollout
+    check_parallel(t, shape, ranks, slots, _slot_name(config))
+    dp = ranks // (t.tp_size * t.cp_size * t.pp_size)
     prompts, n = config.rollout.rollout_batch_size, config.rollout.n_samples_per_prompt
     samples = prompts // steps * n
     if samples < dp:
-        raise RunError(
-            f"rollout.rollout_batch_size={prompts} x rollout.n_samples_per_prompt={n} gives {samples} "
-            f"samples per optimizer step for DP={dp}; choose sizes with a product of at least {dp * steps}"
-        )
+        given = f"rollout.rollout_batch_size={prompts} x rollout.n_samples_per_prompt={n} gives {samples}"
+        way_out = f"choose sizes with a product of at least {dp * steps}"
+        raise RunError(f"{given} samples per optimizer step for DP={dp}; {way_out}")
     return ParallelDims(tp=t.tp_size, pp=t.pp_size, cp=t.cp_size, ep=t.ep_size, dp=dp)
-
-
-def _check_tp(tp: int, shape: ModelShape, slots: int) -> list[int]:
-    """All sizes that tensor parallelism may have; RunError where `tp` is none of them."""
-    names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-    limits = {name: getattr(shape, name) for name in names}
-    if shape.moe and shape.moe.shared_intermediate_size:
-        limits["shared_intermediate_size"] = shape.moe.shared_intermediate_size
-    choices = [n for n in _divisors(slots) if not any(value % n for value in limits.values())]
-    for name, value in limits.items():
-        if value % tp:
-            raise RunError(f"training.tp_size={tp} does not divide {name}={value}; choose {_words(choices)}")
-    if slots % tp:
-        rule = f"a tensor-parallel group must lie in one node, and {tp} does not divide its {slots} slots"
-        raise RunError(f"training.tp_size={tp}: {rule}; choose {_words(choices)}")
-    return choices
 
 
 def _check_pp(pp: int, vpp: int, shape: ModelShape) -> list[int]:
     """All sizes that pipeline parallelism may have; RunError where `pp` is none, or `vpp` does not fit it."""
-    choices = _divisors(shape.num_layers)
+    choices = divisors(shape.num_layers)
     if pp not in choices:
         place = f"training.pp_size={pp} does not divide num_layers={shape.num_layers}"
-        raise RunError(f"{place}; choose {_words(choices)}")
-    virtual = _divisors(shape.num_layers // pp) if pp > 1 else [1]
+        raise RunError(f"{place}; choose {words(choices)}")
+    virtual = divisors(shape.num_layers // pp) if pp > 1 else [1]
     if vpp not in virtual:
         layers = f"the {shape.num_layers // pp} layers of a rank with training.pp_size={pp}"
         why = f"does not divide {layers}" if pp > 1 else "needs training.pp_size of 2 or more"
-        raise RunError(f"training.vpp_size={vpp} {why}; choose {_words(virtual)}")
+        raise RunError(f"training.vpp_size={vpp} {why}; choose {words(virtual)}")
     return choices
 
 
@@ -300,13 +291,13 @@ def _check_engine_size(config: RunConfig, shape: ModelShape, slots: int) -> None
     if not config.rollout.takes_slots:
         return
     tp, groups = config.rollout.engine_tp_size, shape.num_key_value_heads
-    divisors = [n for n in _divisors(shape.num_attention_heads) if n <= slots]
-    fits = [n for n in divisors if groups % n == 0 or n % groups == 0]  # key-value heads may be copied
+    possible = [n for n in divisors(shape.num_attention_heads) if n <= slots]
+    fits = [n for n in possible if groups % n == 0 or n % groups == 0]  # key-value heads may be copied
     why = f"does not fit num_attention_heads={shape.num_attention_heads} and num_key_value_heads={groups}"
     if tp > slots:
         why = f"exceeds the {slots} slots of a node"
     if tp not in fits:
-        raise RunError(f"rollout.engine_tp_size={tp} {why}; choose {_words(fits)}")
+        raise RunError(f"rollout.engine_tp_size={tp} {why}; choose {words(fits)}")
 
 
 def _engines(config: RunConfig, slots: int, trainer_slots: list[int]) -> tuple[EnginePlace, ...]:
@@ -394,24 +385,18 @@ def _check_memory(config: RunConfig, shape: ModelShape, layout: Layout) -> None:
     limit = f"cluster.gpu_memory_gib={config.cluster.gpu_memory_gib:g}"
     if layout.trainers and need.states > have:
         more = "training.tp_size, training.pp_size or the nodes"
-        raise RunError(
-            f"weights, gradients and optimizer state take {need.states / _GIB:.0f} GiB of each trainer GPU, "
-            f"which has {limit}; raise {more if layout.backend == 'megatron' else 'the trainer GPUs'}"
-        )
+        way_out = f"raise {more if layout.backend == 'megatron' else 'the trainer GPUs'}"
+        share = f"{need.states / _GIB:.0f} GiB of each trainer GPU, which has {limit}"
+        raise RunError(f"weights, gradients and optimizer state take {share}; {way_out}")
     both = need.states + need.engine_weights
     if config.cluster.colocate and both > have:
-        share = (
-            f"a GPU holds {both / _GIB:.0f} GiB, trainer's states and engine's weights, while these are sent"
-        )
-        raise RunError(
-            f"cluster.colocate: {share}; it has {limit}; raise rollout.engine_tp_size or the nodes"
-        )
+        share = f"{both / _GIB:.0f} GiB, trainer's states and engine's weights, while these are sent"
+        way_out = f"it has {limit}; raise rollout.engine_tp_size or the nodes"
+        raise RunError(f"cluster.colocate: a GPU holds {share}; {way_out}")
     if layout.engines and need.engine_weights > have * _mem_fraction(config):
-        raise RunError(
-            f"rollout.engine_tp_size={config.rollout.engine_tp_size}: the weights take "
-            f"{need.engine_weights / _GIB:.0f} GiB of each engine GPU, more than SGLang's share of {limit}; "
-            "raise it"
-        )
+        given = f"rollout.engine_tp_size={config.rollout.engine_tp_size}"
+        share = f"{need.engine_weights / _GIB:.0f} GiB of each engine GPU"
+        raise RunError(f"{given}: the weights take {share}, more than SGLang's share of {limit}; raise it")
 
 
 def _mem_fraction(config: RunConfig) -> float:
@@ -430,9 +415,7 @@ def describe(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
     if layout.backend == "fsdp" and layout.num_nodes == 1:
         backend += " (what one node gets without --backend)"
     interleaved = f" (interleaved by {config.training.vpp_size})" if config.training.vpp_size > 1 else ""
-    trainers = (
-        f"{backend}: TP={p.tp} CP={p.cp} PP={p.pp}{interleaved} DP={p.dp}" if layout.trainers else "none"
-    )
+    sizes = f"TP={p.tp} CP={p.cp} PP={p.pp}{interleaved} DP={p.dp}"
     engines = "none: recorded rollouts" if config.rollout.load_rollouts else "embedded, in the driver"
     if layout.engines:
         engines = f"SGLang: {len(layout.engines)} of {config.rollout.engine_tp_size} {slot}(s) each"
@@ -441,7 +424,7 @@ def describe(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
     return "\n".join([
         f"nodes     {nodes}",
         f"model     {shape.model_type}, {shape.num_parameters:,} parameters, {config.model.dtype}",
-        f"trainers  {trainers}",
+        f"trainers  {f'{backend}: {sizes}' if layout.trainers else 'none'}",
         f"engines   {engines}",
         *_memory_lines(config, shape, layout),
         "",
@@ -470,15 +453,6 @@ def _size(num_bytes: int) -> str:
 
 def _slot_name(config: RunConfig) -> str:
     return "GPU" if config.cluster.device == "cuda" else "CPU slot"
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
-
-
-def _words(choices: Iterable[object]) -> str:
-    *others, last = [str(c) for c in choices]
-    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _span(numbers: Iterable[int]) -> str:

@@ -1,22 +1,13 @@
 """CISPO (MiniMax-M1, arXiv 2506.13585): REINFORCE under a clipped importance weight that has no gradient."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from nanoslime.algorithms.corrections import bounded_exp
 from nanoslime.algorithms.policy_gradient import PolicyGradient, Terms
-from nanoslime.algorithms.rewards import relative
 from nanoslime.batch import MicroBatch
-from nanoslime.config.algorithm import CISPOConfig
 
 
 class CISPO(PolicyGradient):
-    config: CISPOConfig
-
-    def rollout_advantages(self, rewards: Sequence[float]) -> list[float]:
-        return relative(rewards, by_std=self.config.normalize_by_std)
-
     def policy_terms(self, logp: Tensor, log_ratio: Tensor, advantages: Tensor, batch: MicroBatch) -> Terms:
         """-clip(ratio, 1 - eps_clip, 1 + eps_clip_high) A logprob, the first factor detached: equation 4,
         with the weight of equation 5. No token loses its gradient to the clip.

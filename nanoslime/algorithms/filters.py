@@ -22,10 +22,8 @@ def filter_groups(
     reasons: Counter[str] = Counter()
     left = []
     for group in groups:
-        dropped = [reason for sample in group.samples if (reason := _drop_reason(sample))]
-        reasons.update(dropped)
-        usable = [sample for sample in group.samples if not _drop_reason(sample)]
-        if usable:
+        reasons.update(reason for sample in group.samples if (reason := _drop_reason(sample)))
+        if usable := [sample for sample in group.samples if not _drop_reason(sample)]:
             left.append(SampleGroup(group.group_id, usable))
         else:
             reasons["group_empty"] += 1

@@ -1,33 +1,22 @@
 """Group-relative policy optimization (arXiv 2402.03300) and the variants that differ from it by a switch."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from nanoslime.algorithms.corrections import bounded_exp
 from nanoslime.algorithms.policy_gradient import PolicyGradient, Terms
-from nanoslime.algorithms.rewards import relative
 from nanoslime.batch import MicroBatch
-from nanoslime.config.algorithm import ClippedConfig, GRPOConfig
+from nanoslime.config.algorithm import ClippedConfig
 
 
-class Clipped(PolicyGradient):
+class GRPO(PolicyGradient):
     """One importance ratio per token, under PPO's clip (arXiv 2402.03300, equation 3)."""
 
     config: ClippedConfig
 
     def policy_terms(self, logp: Tensor, log_ratio: Tensor, advantages: Tensor, batch: MicroBatch) -> Terms:
-        c = self.config
-        bounds = c.eps_clip, c.clip_high, c.eps_clip_c
+        bounds = self.config.eps_clip, self.config.clip_high, self.config.eps_clip_c
         return clipped_policy_loss(bounded_exp(log_ratio), advantages, *bounds)
-
-
-class GRPO(Clipped):
-    config: GRPOConfig
-
-    def rollout_advantages(self, rewards: Sequence[float]) -> list[float]:
-        return relative(rewards, by_std=self.config.normalize_by_std)
 
 
 def clipped_policy_loss(

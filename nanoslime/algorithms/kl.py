@@ -29,7 +29,7 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor, limit: float = torch.inf) -> Tens
     return torch.expm1(d) - d
 
 
-Estimator = Callable[[Tensor, Tensor], Tensor]
+Estimator = Callable[..., Tensor]
 _ESTIMATORS: dict[str, Estimator] = {"k1": k1, "k2": k2, "k3": k3, "low_var_kl": partial(k3, limit=20.0)}
 
 
@@ -42,7 +42,5 @@ def approx_kl(logprobs: Tensor, ref_logprobs: Tensor, kind: KLType, ratio: Tenso
     """
     if kind not in _ESTIMATORS:
         raise ValueError(f"kl_loss_type={kind!r} is unknown; choose one of {', '.join(_ESTIMATORS)}")
-    kl = _ESTIMATORS[kind](logprobs, ref_logprobs)
-    if ratio is not None:
-        kl = kl * ratio
+    kl = _ESTIMATORS[kind](logprobs, ref_logprobs) * (1 if ratio is None else ratio)
     return kl.clamp(-10.0, 10.0) if kind == "low_var_kl" else kl

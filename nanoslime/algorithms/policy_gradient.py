@@ -34,8 +34,9 @@ class PolicyGradient(ABC):
         self.needs_entropy = config.entropy_coef > 0
 
     def rollout_advantages(self, rewards: Sequence[float]) -> list[float]:
-        """One advantage for each of the `rewards` of a group: the reward less their mean."""
-        return relative(rewards, by_std=False)
+        """One advantage for each of the `rewards` of a group: the reward less their mean, over their standard
+        deviation where the algorithm has normalize_by_std."""
+        return relative(rewards, by_std=getattr(self.config, "normalize_by_std", False))
 
     @abstractmethod
     def policy_terms(self, logp: Tensor, log_ratio: Tensor, advantages: Tensor, batch: MicroBatch) -> Terms:

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanoslime.algorithms.grpo import Clipped
+from nanoslime.algorithms.grpo import GRPO
 from nanoslime.config.algorithm import ReinforcePPConfig
 
 
-class RLOO(Clipped):
+class RLOO(GRPO):
     """arXiv 2402.14740; the loss is PPO's clipped one, the same as REINFORCE's with one step per rollout."""
 
     def rollout_advantages(self, rewards: Sequence[float]) -> list[float]:
@@ -19,11 +19,11 @@ class RLOO(Clipped):
         return [value * n / max(n - 1, 1) for value in super().rollout_advantages(rewards)]
 
 
-class ReinforcePPBaseline(Clipped):
+class ReinforcePPBaseline(GRPO):
     """arXiv 2501.03262: reward - mean of its group, whitened over the batch."""
 
 
-class ReinforcePP(Clipped):
+class ReinforcePP(GRPO):
     """arXiv 2501.03262: the reward itself, as a return of each token, whitened over the batch."""
 
     config: ReinforcePPConfig

@@ -18,10 +18,10 @@ from nanoslime.config import flags as flag_table
 from nanoslime.config import upstream
 from nanoslime.config.algorithm import AnyAlgorithm, GRPOConfig
 from nanoslime.config.run import RunConfig
+from nanoslime.config.training import PARALLEL_SIZES
 from nanoslime.types import RunError
 
 _HELP = {"-h", "--help"}
-_PARALLEL = [f"{name}_size" for name in ("tp", "pp", "vpp", "cp", "ep", "etp")]  # of training
 
 
 def load(recipe: Path | None, cluster: Path | None, flags: Sequence[str]) -> RunConfig:
@@ -153,10 +153,9 @@ def _one_node_means_fsdp(config: RunConfig, sources: dict[str, str]) -> RunConfi
 
     A flag for a parallel size asks for Megatron, and so does routing replay.
     """
-    asked = [name for name in _PARALLEL if sources.get(f"training.{name}", "").startswith("flag ")]
+    asked = [name for name in PARALLEL_SIZES if sources.get(f"training.{name}", "").startswith("flag ")]
     asked += [] if config.training.routing_replay == "none" else ["training.routing_replay"]
     if asked or "training.backend" in sources or config.cluster.nodes > 1:
         return config
-    sizes: dict[str, Any] = dict.fromkeys(_PARALLEL, 1)
-    alone = replace(config.training, backend="fsdp", **sizes)
-    return replace(config, training=alone)
+    sizes: dict[str, Any] = dict.fromkeys(PARALLEL_SIZES, 1)
+    return replace(config, training=replace(config.training, backend="fsdp", **sizes))

@@ -12,20 +12,13 @@ def _read(config: ConfigFile) -> ModelShape:
     config.refuse("moe_layer_freq", 1)
     config.refuse("scoring_func", "sigmoid")
     config.refuse("topk_method", "noaux_tc")
-    mla = MLA(
-        q_lora_rank=config.get("q_lora_rank", None),
-        kv_lora_rank=config["kv_lora_rank"],
-        qk_nope_head_dim=config["qk_nope_head_dim"],
-        qk_rope_head_dim=config["qk_rope_head_dim"],
-        v_head_dim=config["v_head_dim"],
-    )
+    own = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    mla = MLA(q_lora_rank=config.get("q_lora_rank", None), **{name: config[name] for name in own})
     return ModelShape(
         **config.sizes() | {"head_dim": mla.qk_nope_head_dim + mla.qk_rope_head_dim},
-        rotary_interleaved=config.get("rope_interleave", True),
-        mla=mla,
-        moe=config.sigmoid_moe(),
+        rotary_interleaved=config.get("rope_interleave", True), mla=mla, moe=config.sigmoid_moe(),
         num_mtp_layers=config.get("num_nextn_predict_layers", 0),
-    )
+    )  # fmt: skip
 
 
 def _rules(shape: ModelShape) -> list[Rule]:

@@ -23,12 +23,10 @@ def _rules(shape: ModelShape) -> list[Rule]:
 
 def _read_moe(config: ConfigFile) -> ModelShape:
     return ModelShape(
-        **config.sizes(rotary_fraction=0.5),
-        qkv_bias=config.get("attention_bias", False),
-        qk_norm=config.get("use_qk_norm", False),
-        moe=config.sigmoid_moe(),
+        **config.sizes(rotary_fraction=0.5), moe=config.sigmoid_moe(),
+        qkv_bias=config.get("attention_bias", False), qk_norm=config.get("use_qk_norm", False),
         num_mtp_layers=config.get("num_nextn_predict_layers", 0),
-    )
+    )  # fmt: skip
 
 
 def _moe_rules(shape: ModelShape) -> list[Rule]:

@@ -14,10 +14,9 @@ def _read_moe(config: ConfigFile) -> ModelShape:
     moe = MoE(
         layers=config.sparse_layers(),
         num_experts=config.get("num_experts", None) or config["num_local_experts"],
-        num_experts_per_token=config["num_experts_per_tok"],
+        num_experts_per_token=config["num_experts_per_tok"], normalized=config.get("norm_topk_prob", False),
         intermediate_size=config["moe_intermediate_size"],
-        normalized=config.get("norm_topk_prob", False),
-    )
+    )  # fmt: skip
     return ModelShape(**config.sizes(), qk_norm=True, moe=moe)
 
 

@@ -15,12 +15,11 @@ Loading, live weight sync, offline conversion and the tests all read these boxes
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from nanoslime.config import TrainingConfig
 from nanoslime.models.shape import ModelShape
-
-if TYPE_CHECKING:
-    from nanoslime.config import TrainingConfig
+from nanoslime.types import RunError
 
 Box = tuple[slice, ...]  # one slice per dimension, start and stop set
 Gated = tuple[str, str, str]  # the gate, up and down matrix of an MLP
@@ -94,14 +93,9 @@ class Layers:
         return self.stack(megatron, "copy", [hf], [full], tp_dim, local)
 
     def stack(
-        self,
-        megatron: str,
-        layout: Literal["copy", "cat", "halves", "qkv"],
-        hf: list[str],
-        full: list[tuple[int, ...]],
-        tp_dim: int | None = 0,
-        local: str | None = None,
-    ) -> Rule:
+        self, megatron: str, layout: Literal["copy", "cat", "halves", "qkv"], hf: list[str],
+        full: list[tuple[int, ...]], tp_dim: int | None = 0, local: str | None = None,
+    ) -> Rule:  # fmt: skip
         parts = tuple((self.hf + name, sizes) for name, sizes in zip(hf, full, strict=True))
         other = None if local is None else self.megatron + local
         return Rule(self.megatron + megatron, layout, parts, tp_dim, self.layers, self.num_experts, other)
@@ -140,10 +134,8 @@ def attention(shape: ModelShape) -> list[Rule]:
     ]  # fmt: skip
     if shape.qkv_bias:
         rules.append(layer.stack("self_attention.linear_qkv.bias", "qkv", bias, [(q,), (kv,), (kv,)]))
-    if shape.qk_norm:
-        rules += [
-            layer.copy(f"self_attention.{x}_layernorm.weight", f"self_attn.{x}_norm.weight", d) for x in "qk"
-        ]
+    for x in "qk" if shape.qk_norm else "":
+        rules.append(layer.copy(f"self_attention.{x}_layernorm.weight", f"self_attn.{x}_norm.weight", d))
     return rules
 
 
@@ -239,10 +231,10 @@ def pieces(shape: ModelShape, part: Part | None = None) -> list[Piece]:
     """Everything that `part` of the model (None: all of it) consists of, in a fixed order.
 
     A tied output layer is there only on a last stage that is not the first; it then repeats the embedding.
-    Raises ValueError where part's tensor-parallel sizes do not divide the model.
+    Raises RunError where part's tensor-parallel size does not divide the model.
     """
     part = part or Part()
-    check_tp_size(shape, part.tp_size, part.expert_tp and part.expert_tp[1])
+    check_tp_size(shape, part.tp_size)
     found: list[Piece] = []
     for rule in shape.architecture.rules(shape):
         if rule.layers is None and _is_here(rule, shape, part):
@@ -257,30 +249,38 @@ def pieces(shape: ModelShape, part: Part | None = None) -> list[Piece]:
     return found
 
 
-def check_tp_size(shape: ModelShape, tp_size: int, expert_tp_size: int | None = None) -> None:
-    """Raises ValueError where tensor parallelism does not divide the heads, query groups or MLPs it cuts."""
+def check_tp_size(shape: ModelShape, tp_size: int, slots: int | None = None) -> list[int]:
+    """All sizes that tensor parallelism may have, of those that divide the `slots` of a node where given.
+
+    Raises RunError where `tp_size` is none of them: it cuts heads, query groups and MLPs.
+    """
     moe = shape.moe
-    cuts = [
-        ("num_attention_heads", shape.num_attention_heads, tp_size),
-        ("num_key_value_heads", 0 if shape.mla else shape.num_key_value_heads, tp_size),
-        ("intermediate_size", shape.intermediate_size, tp_size),
-        ("shared_intermediate_size", moe.shared_intermediate_size if moe else 0, tp_size),
-        ("moe_intermediate_size", moe.intermediate_size if moe else 0, expert_tp_size or tp_size),
-    ]
-    for name, size, ways in cuts:
-        if size % ways:
-            fit = [n for n in range(1, ways) if not any(other % n for _, other, _ in cuts)]
-            raise ValueError(f"training.tp_size={ways} does not divide {name}={size}; choose one of {fit}")
+    cuts = {
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": 0 if shape.mla else shape.num_key_value_heads,
+        "intermediate_size": shape.intermediate_size,
+        "shared_intermediate_size": moe.shared_intermediate_size if moe else 0,
+    }
+    most = slots or shape.num_attention_heads
+    choices = [n for n in divisors(most) if not any(size % n for size in cuts.values())]
+    given = f"training.tp_size={tp_size}"
+    for name, size in cuts.items():
+        if size % tp_size:
+            raise RunError(f"{given} does not divide {name}={size}; choose {words(choices)}")
+    if most % tp_size:
+        rule = f"must lie in one node, and {tp_size} does not divide its {most} slots"
+        raise RunError(f"{given}: a tensor-parallel group {rule}; choose {words(choices)}")
+    return choices
 
 
-def check_experts(shape: ModelShape, config: "TrainingConfig", stage_ranks: int) -> None:
-    """Raises ValueError where the experts do not fit the sizes of `config` or the ranks of a pipeline stage.
+def check_experts(shape: ModelShape, config: TrainingConfig, stage_ranks: int) -> None:
+    """Raises RunError where the experts do not fit the sizes of `config` or the ranks of a pipeline stage.
 
     Those are a grid [tensor, context, data] for attention, and [data, ep, etp] for the experts.
     """
     tp, ep, etp, moe = config.tp_size, config.ep_size, config.etp_size, shape.moe
     if moe and tp > 1 and not config.sequence_parallel:
-        raise ValueError(f"training.tp_size={tp} of a model with experts needs --sequence-parallel")
+        raise RunError(f"training.tp_size={tp} of a model with experts needs --sequence-parallel")
     num_experts, width = (moe.num_experts, moe.intermediate_size) if moe else (1, 1)
     for name, size, other, what, whole in (
         ("etp_size", etp, ep, "moe_intermediate_size", width),
@@ -290,9 +290,16 @@ def check_experts(shape: ModelShape, config: "TrainingConfig", stage_ranks: int)
             fit = [n for n in range(1, whole + 1) if whole % n == stage_ranks % (n * other) == 0]
             rule = f"{what}={whole}" if moe else f"a {shape.model_type}, which has no experts"
             ranks = f"and training.ep_size x training.etp_size the {stage_ranks} ranks of a pipeline stage"
-            raise ValueError(
-                f"training.{name}={size} must divide {rule}, {ranks}; choose one of {fit or [1]}"
-            )
+            raise RunError(f"training.{name}={size} must divide {rule}, {ranks}; choose one of {fit or [1]}")
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def words(choices: Iterable[object]) -> str:
+    *others, last = [str(c) for c in choices]
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def padded_vocab_size(shape: ModelShape, tp_size: int) -> int:

@@ -85,19 +85,17 @@ class ModelShape:
         Raises ValueError for a missing or broken config.json, a key that is missing, and an architecture or a
         setting of it that nanoslime does not have.
         """
-        return cls._of(ConfigFile.open(Path(directory) / "config.json"))
+        path = Path(directory) / "config.json"
+        return cls.from_config(_read_object(path), path)
 
     @classmethod
-    def from_config(cls, values: dict[str, Any]) -> ModelShape:
+    def from_config(cls, values: dict[str, Any], path: Path = Path("config.json")) -> ModelShape:
         """The shape that this content of a config.json describes; raises as `read` does."""
-        return cls._of(ConfigFile(Path("config.json"), values))
-
-    @classmethod
-    def _of(cls, file: ConfigFile) -> ModelShape:
+        file = ConfigFile(path, values)
         model_type = file["model_type"]
         if model_type not in ARCHITECTURES:
             known = ", ".join(sorted(ARCHITECTURES))
-            raise ValueError(f"{file.path}: model_type={model_type!r} is not supported; known are {known}")
+            raise ValueError(f"{path}: model_type={model_type!r} is not supported; known are {known}")
         shape: ModelShape = resolve(model_type, ARCHITECTURES, "model_type").read(file)
         return replace(shape, megatron_lacks=(*shape.megatron_lacks, *_megatron_lacks(shape)))
 
@@ -179,24 +177,23 @@ def _megatron_lacks(shape: ModelShape) -> list[str]:
     return found
 
 
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError as e:
+        raise ValueError(f"{path} does not exist; a Hugging Face checkpoint directory has one") from e
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path} cannot be read as JSON: {e}") from e
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} should hold one JSON object, not {type(values).__name__}")
+    return values
+
+
 class ConfigFile:
     """A config.json whose errors name the file."""
 
     def __init__(self, path: Path, values: dict[str, Any]) -> None:
-        self.path = path
-        self._values = values
-
-    @classmethod
-    def open(cls, path: Path) -> ConfigFile:
-        try:
-            values = json.loads(path.read_text())
-        except FileNotFoundError as e:
-            raise ValueError(f"{path} does not exist; a Hugging Face checkpoint directory has one") from e
-        except (OSError, ValueError) as e:
-            raise ValueError(f"{path} cannot be read as JSON: {e}") from e
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} should hold one JSON object, not {type(values).__name__}")
-        return cls(path, values)
+        self.path, self._values = path, values
 
     def __getitem__(self, key: str) -> Any:
         if self._values.get(key) is None:
@@ -204,8 +201,7 @@ class ConfigFile:
         return self._values[key]
 
     def get(self, key: str, default: Any) -> Any:
-        value = self._values.get(key)
-        return default if value is None else value
+        return default if (value := self._values.get(key)) is None else value
 
     def refuse(self, key: str, allowed: Any) -> None:
         """Raises ValueError where `key` is present with another value than `allowed`."""
@@ -219,18 +215,12 @@ class ConfigFile:
             method = self["quantization_config"].get("quant_method")
             raise ValueError(f"{self.path}: {method} weights are not supported; dequantize them first")
         heads = self["num_attention_heads"]
-        return {
-            "model_type": self["model_type"],
+        own = ("model_type", "hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings")
+        return {name: self[name] for name in (*own, "num_attention_heads", "rms_norm_eps")} | {
             "num_layers": self["num_hidden_layers"],
-            "hidden_size": self["hidden_size"],
-            "intermediate_size": self["intermediate_size"],
-            "num_attention_heads": heads,
             "num_key_value_heads": self.get("num_key_value_heads", heads),
             "head_dim": self.get("head_dim", self["hidden_size"] // heads),
-            "vocab_size": self["vocab_size"],
-            "max_position_embeddings": self["max_position_embeddings"],
             "tie_word_embeddings": self.get("tie_word_embeddings", False),
-            "rms_norm_eps": self["rms_norm_eps"],
             **self._rope(rotary_fraction),
         }
 
@@ -245,17 +235,12 @@ class ConfigFile:
         num_layers = self["num_hidden_layers"] + self.get("num_nextn_predict_layers", 0)
         return MoE(
             layers=tuple(range(self.get("first_k_dense_replace", 0), num_layers)),
-            num_experts=self["n_routed_experts"],
-            num_experts_per_token=self["num_experts_per_tok"],
-            intermediate_size=size,
-            shared_intermediate_size=size * self.get("n_shared_experts", 0),
-            score="sigmoid",
-            score_bias=True,
-            normalized=self.get("norm_topk_prob", True),
+            num_experts=self["n_routed_experts"], num_experts_per_token=self["num_experts_per_tok"],
+            intermediate_size=size, shared_intermediate_size=size * self.get("n_shared_experts", 0),
+            score="sigmoid", score_bias=True, normalized=self.get("norm_topk_prob", True),
             scaling_factor=self.get("routed_scaling_factor", 1.0),
-            num_groups=self.get("n_group", 1),
-            num_groups_per_token=self.get("topk_group", 1),
-        )
+            num_groups=self.get("n_group", 1), num_groups_per_token=self.get("topk_group", 1),
+        )  # fmt: skip
 
     def _rope(self, fraction: float) -> dict[str, Any]:
         """The rotary fields: from `rope_parameters` of transformers 5, or the flat keys before it."""

@@ -46,15 +46,9 @@ def plan(
 
 
 def _plan_step(
-    samples: list[Sample],
-    dp_size: int,
-    max_tokens: int,
-    parity_tokens: float,
-    multiple: int,
-    denominator: str,
-    temperature: float,
-    fixed_length: int,
-) -> list[TrainBatch]:
+    samples: list[Sample], dp_size: int, max_tokens: int, parity_tokens: float, multiple: int,
+    denominator: str, temperature: float, fixed_length: int,
+) -> list[TrainBatch]:  # fmt: skip
     tokens_of_rollout: Counter[tuple[int, int]] = Counter()
     for sample in samples:
         _check(sample)
@@ -69,23 +63,18 @@ def _plan_step(
     per_rollout = fixed_length if denominator == "fixed" else 1
     total = max(num_tokens, 1) if denominator == "tokens" else per_rollout * len(tokens_of_rollout)
     lengths = [sample.num_tokens for sample in samples]
-    ranks = pack(
-        lengths, num_ranks=dp_size, max_tokens=max_tokens, parity_tokens=parity_tokens, multiple=multiple
-    )
+    limits = {"max_tokens": max_tokens, "parity_tokens": parity_tokens, "multiple": multiple}
+    ranks = pack(lengths, num_ranks=dp_size, **limits)
     return [
         _shard(
             [samples[i] for i in indices],
             [list(range(a, b)) for a, b in pairwise(accumulate(map(len, microbatches), initial=0))],
-            experts,
-            token_weights=[weight(samples[i]) for i in indices],
-            denominator=float(total),
-            num_tokens=num_tokens,
-            num_sequences=len(samples),
-            temperature=temperature,
+            experts, token_weights=[weight(samples[i]) for i in indices], denominator=float(total),
+            num_tokens=num_tokens, num_sequences=len(samples), temperature=temperature,
         )
         for microbatches in ranks
         for indices in [[i for microbatch in microbatches for i in microbatch]]
-    ]
+    ]  # fmt: skip
 
 
 def _shard(

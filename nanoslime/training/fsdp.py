@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from nanoslime.batch import TrainBatch, WeightShard
 from nanoslime.config.run import RunConfig
 from nanoslime.config.training import TrainingConfig
+from nanoslime.layout import check_data_parallel_only
 from nanoslime.training.backend import Algorithm, RankEnv, TrainBackend, init_process_group
 from nanoslime.training.fsdp_model import build_sharded, local_rows
 from nanoslime.training.metrics import MetricSums
@@ -31,7 +32,7 @@ class FSDPBackend(TrainBackend):
     is_last_stage = True
 
     def __init__(self, config: RunConfig, model_dir: Path, env: RankEnv) -> None:
-        _refuse_other_dimensions(config.training)
+        check_data_parallel_only(config.training)
         super().__init__(config, env)
         init_process_group(env, config.training)
         self.dp_rank, self.dp_size = env.rank, env.world_size
@@ -128,13 +129,6 @@ class FSDPBackend(TrainBackend):
         if self._device.type == "cuda":
             generators[f"rng.{self.dp_rank}.cuda"] = torch.cuda.default_generators[self._device.index]
         return generators
-
-
-def _refuse_other_dimensions(config: TrainingConfig) -> None:
-    for field in (f"{name}_size" for name in ("tp", "pp", "vpp", "cp", "ep", "etp")):
-        if (size := getattr(config, field)) != 1:
-            what = f"training.{field}={size}: the fsdp backend has data parallelism only"
-            raise ValueError(f"{what}; set it to 1 or use training.backend=megatron")
 
 
 def _make_optimizer(model: torch.nn.Module, config: TrainingConfig) -> torch.optim.AdamW:

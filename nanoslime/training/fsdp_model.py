@@ -61,11 +61,9 @@ def build_sharded(model_dir: Path, config: RunConfig, mesh: DeviceMesh, device: 
         hf_config.attention_dropout = 0.0  # old and current logprobs must come from the same function
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            hf_config,
-            dtype=torch.float32,
+            hf_config, dtype=torch.float32, trust_remote_code=trusted,
             attn_implementation="flash_attention_2" if flash else "sdpa",
-            trust_remote_code=trusted,
-        )
+        )  # fmt: skip
     model.eval()
     if config.training.recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -129,9 +127,8 @@ def _load_weights(model: PreTrainedModel, model_dir: Path) -> None:
         raise RunError(f"{model_dir} has no {missing[0]} ({len(missing)} missing) for {type(model).__name__}")
     if unexpected := sorted(tensors.keys() - params.keys() - tied):
         name = unexpected[0]
-        raise RunError(
-            f"{tensors[name].file} holds {name} ({len(unexpected)} such), unknown to {type(model).__name__}"
-        )
+        held = f"{tensors[name].file} holds {name} ({len(unexpected)} such)"
+        raise RunError(f"{held}, unknown to {type(model).__name__}")
     names_by_file: dict[Path, list[str]] = defaultdict(list)
     for name, param in params.items():
         if tensors[name].shape != tuple(param.shape):

@@ -51,17 +51,10 @@ def token_logprobs(
 
 
 def linear_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    temperature: float,
-    vocab_size: int,
-    vocab_start: int = 0,
-    tp_group: ProcessGroup | None = None,
-    with_entropy: bool = False,
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float, vocab_size: int,
+    vocab_start: int = 0, tp_group: ProcessGroup | None = None, with_entropy: bool = False,
     chunk_tokens: int = CHUNK_TOKENS,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """log softmax(hidden weight^T / temperature)[targets] and, where asked, the entropy; both [T] float32.
 
     `hidden` [T, H], `targets` [T]. `weight` [V_local, H] are the rows from `vocab_start` on of the output
@@ -79,8 +72,7 @@ def linear_logprobs(
     num_columns = min(max(vocab_size - vocab_start, 0), len(weight))
     room = KEPT_BYTES if torch.is_grad_enabled() else 0
     options = _Options(1.0 / temperature, vocab_start, num_columns, tp_group, chunk_tokens, {}, room)
-    logprobs, entropy = _LinearLogprobs.apply(hidden, weight, targets, with_entropy, options)
-    return logprobs, entropy
+    return _LinearLogprobs.apply(hidden, weight, targets, with_entropy, options)
 
 
 class _LinearLogprobs(torch.autograd.Function):

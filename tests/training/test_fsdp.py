@@ -19,7 +19,7 @@ from nanoslime.config.run import RunConfig
 from nanoslime.config.training import TrainingConfig
 from nanoslime.training.batching import plan
 from nanoslime.training.fsdp import FSDPBackend
-from nanoslime.types import Sample, SampleGroup, Status
+from nanoslime.types import RunError, Sample, SampleGroup, Status
 
 TEMPERATURE = 0.8
 VOCAB = 67  # odd, so that two ranks have unequal shares
@@ -359,5 +359,5 @@ def test_reference_logprobs_need_a_reference(model_dir, one_rank):
 
 @pytest.mark.parametrize("field", ["tp_size", "pp_size", "vpp_size", "cp_size", "ep_size", "etp_size"])
 def test_other_parallel_dimensions_are_refused(field, model_dir):
-    with pytest.raises(ValueError, match=f"{field}=2.*set it to 1 or use training.backend=megatron"):
+    with pytest.raises(RunError, match=f"training.{field}=2 needs --backend megatron; with fsdp set 1"):
         FSDPBackend(run_config(training={field: 2}), model_dir, None)

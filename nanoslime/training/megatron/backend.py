@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nanoslime.batch import TrainBatch, WeightShard
 from nanoslime.config import RunConfig
-from nanoslime.layout import check_kernels
+from nanoslime.layout import check_kernels, check_parallel
 from nanoslime.models.shape import ModelShape
 from nanoslime.storage.safetensors_file import SIDE, copy_other_files
 from nanoslime.training.backend import Algorithm, RankEnv, TrainBackend
@@ -24,7 +24,7 @@ class MegatronBackend(TrainBackend):
     def __init__(self, config: RunConfig, model_dir: Path, env: RankEnv) -> None:
         super().__init__(config, env)
         self._shape, self._model_dir = ModelShape.read(model_dir), model_dir
-        parallel.check(config.training, self._shape, env.world_size)
+        check_parallel(config.training, self._shape, env.world_size, slots=env.world_size)
         if env.device == "cuda":
             found = model.has_transformer_engine(self._device)
             check_kernels(config.training, self._shape, transformer_engine=found)

@@ -12,12 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
+from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
@@ -37,7 +32,7 @@ _CONTENT = {
 }
 
 
-class _InProcessWriter(TorchDistSaveShardedStrategy):
+class _InProcessWriter(torch_dist.TorchDistSaveShardedStrategy):
     """torch_dist files written by the rank itself.
 
     megatron-core 0.16.1 writes in forked processes and collects their results through a spawned
@@ -49,12 +44,12 @@ class _InProcessWriter(TorchDistSaveShardedStrategy):
         super().__init__("torch_dist", 1)
 
     def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
-        state = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)[0]
-        dcp.save(
-            mcore_to_pyt_state_dict(state, False),
-            storage_writer=dcp.FileSystemWriter(checkpoint_dir),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
+        rename = torch_dist._replace_state_dict_keys_with_sharded_keys
+        renamed = rename(sharded_state_dict, keep_only_main_replica=True)[0]
+        planner = torch_dist.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        writer = dcp.FileSystemWriter(checkpoint_dir)
+        state = torch_dist.mcore_to_pyt_state_dict(renamed, False)
+        dcp.save(state, storage_writer=writer, planner=planner)
 
 
 def save(

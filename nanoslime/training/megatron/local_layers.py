@@ -54,14 +54,9 @@ class PackedAttention(MegatronModule):
         self._cp_group = pg_collection.cp
 
     def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *_: Any,
-        packed_seq_params: PackedSeqParams,
-        **__: Any,
-    ) -> Tensor:
+        self, query: Tensor, key: Tensor, value: Tensor, *_: Any,
+        packed_seq_params: PackedSeqParams, **__: Any,
+    ) -> Tensor:  # fmt: skip
         """query [T, heads, d], key [T, groups, d], value [T, groups, v] -> [T, heads * v]."""
         bounds, group = packed_seq_params.cu_seqlens_q, self._cp_group
         key, value = (context_parallel.gather(x, bounds, group, sum_gradients=True) for x in (key, value))
@@ -77,10 +72,8 @@ class PackedAttention(MegatronModule):
         if self._cp_group.size() > 1:
             places = torch.arange(len(key), device=key.device)
             mask = places <= places.view(2 * self._cp_group.size(), -1)[[rank, -1 - rank]].view(-1, 1)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=gqa
-        )
-        return out[0].transpose(0, 1)
+        options = {"is_causal": mask is None, "scale": self.scale, "enable_gqa": gqa}
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)[0].transpose(0, 1)
 
 
 def local_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:

@@ -21,7 +21,7 @@ from nanoslime.models.shape import MLA, ModelShape, MoE
 from nanoslime.training.megatron import weights
 from nanoslime.training.megatron.cpu_compat import cuda_names
 from nanoslime.training.megatron.local_layers import local_block_spec
-from nanoslime.training.megatron.parallel import Ranks
+from nanoslime.training.megatron.parallel import Ranks, megatron_sizes
 
 
 def model_config(
@@ -63,13 +63,8 @@ def model_config(
 def transformer_config(shape: ModelShape, config: RunConfig, device: torch.device) -> TransformerConfig:
     """The configuration for training; `training.megatron` overrides single fields. Raises as model_config."""
     training = config.training
-    options: dict[str, Any] = dict(
-        tensor_model_parallel_size=training.tp_size, pipeline_model_parallel_size=training.pp_size,
-        virtual_pipeline_model_parallel_size=training.vpp_size if training.vpp_size > 1 else None,
-        context_parallel_size=training.cp_size, expert_model_parallel_size=training.ep_size,
-        expert_tensor_parallel_size=training.etp_size,
-        sequence_parallel=training.sequence_parallel and training.tp_size > 1,
-    )  # fmt: skip
+    options: dict[str, Any] = dict(sequence_parallel=training.sequence_parallel and training.tp_size > 1)
+    options |= megatron_sizes(training)
     if training.vpp_size > 1:  # how megatron-core's own training sends between virtual stages
         options |= dict(overlap_p2p_comm=True, batch_p2p_comm=False)
     if training.recompute:

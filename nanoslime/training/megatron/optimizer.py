@@ -30,21 +30,15 @@ def build(pieces: list[DDP], config: RunConfig) -> ChainedOptimizer:
 def optimizer_config(config: RunConfig) -> OptimizerConfig:
     training, dtype = config.training, getattr(torch, config.model.dtype)
     return OptimizerConfig(
-        optimizer="adam",
-        lr=training.lr,
-        adam_beta1=training.adam_beta1,
-        adam_beta2=training.adam_beta2,
-        adam_eps=training.adam_eps,
-        weight_decay=training.weight_decay,
+        optimizer="adam", lr=training.lr, weight_decay=training.weight_decay,
+        adam_beta1=training.adam_beta1, adam_beta2=training.adam_beta2, adam_eps=training.adam_eps,
         clip_grad=0.0,  # TrainBackend.train_step clips, and looks at the norm first
-        bf16=dtype == torch.bfloat16,
-        params_dtype=dtype,
+        params_dtype=dtype, bf16=dtype == torch.bfloat16,
         use_distributed_optimizer=training.distributed_optimizer,
-        optimizer_cpu_offload=training.optimizer_offload,
-        optimizer_offload_fraction=1.0,
+        optimizer_cpu_offload=training.optimizer_offload, optimizer_offload_fraction=1.0,
         # then the main parameters leave the GPU too; megatron-core 0.16.1 cannot do it without that package
         use_precision_aware_optimizer=training.optimizer_offload and bool(find_spec("transformer_engine")),
-    )
+    )  # fmt: skip
 
 
 def set_rates(optimizer: ChainedOptimizer, lr: float, weight_decay: float) -> None:

@@ -84,14 +84,11 @@ class Pipeline:
         interleaved = len(self._pieces) > 1
         data = [((i, shard.microbatch(i).to(self._device)) for i in shard.microbatches) for _ in self._pieces]
         return get_forward_backward_func()(
-            forward_step_func=forward,
-            data_iterator=data if interleaved else data[0],
-            model=self._pieces if interleaved else self._pieces[0],
-            num_microbatches=len(shard.microbatches),
+            forward_step_func=forward, data_iterator=data if interleaved else data[0],
+            model=self._pieces if interleaved else self._pieces[0], num_microbatches=len(shard.microbatches),
             seq_length=1,  # the stages tell one another the shapes (variable_seq_lengths)
-            micro_batch_size=1,
-            **options,
-        )
+            micro_batch_size=1, **options,
+        )  # fmt: skip
 
     def _inputs(self, batch: MicroBatch) -> dict[str, Any]:
         """This rank's tokens as one row [1, P / cp] of thd sequences; under SP tp_size divides that."""

@@ -40,9 +40,8 @@ def bind(model: GPTModel, shape: ModelShape, part: Part) -> Bound:
     for name, parameter in parameters.items():
         padded = name.startswith(("embedding.", "output_layer."))
         if covered[name] != parameter.numel() and not padded:
-            raise ValueError(
-                f"the weight map fills {covered[name]} of {parameter.numel()} elements of {name}"
-            )
+            filled = f"{covered[name]} of {parameter.numel()} elements of {name}"
+            raise ValueError(f"the weight map fills {filled}")
     return bound
 
 
@@ -104,10 +103,8 @@ def _check_tied_head(bound: Bound, head: TensorInfo) -> None:
         for piece, parameter in bound:
             mine = parameter[piece.local]
             if piece.hf == "model.embed_tokens.weight" and not torch.equal(rows[piece.box].to(mine), mine):
-                raise ValueError(
-                    f"{head.file}: lm_head.weight differs from the embedding, but config.json ties them; "
-                    "set tie_word_embeddings to false there"
-                )
+                problem = "lm_head.weight differs from the embedding, but config.json ties them"
+                raise ValueError(f"{head.file}: {problem}; set tie_word_embeddings to false there")
 
 
 def _parameters(model: GPTModel, first_expert: int) -> dict[str, torch.Tensor]:

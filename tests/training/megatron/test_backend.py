@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from nanoslime.algorithms.grpo import GRPO
 from nanoslime.config import GRPOConfig
+from nanoslime.layout import check_parallel
 from nanoslime.models.shape import ModelShape
-from nanoslime.training.megatron import parallel, weights
+from nanoslime.training.megatron import weights
 from nanoslime.training.megatron.model import transformer_config
 from nanoslime.types import RunError
 from tests.models.hf import save_model
@@ -151,19 +152,19 @@ def test_a_damaged_or_foreign_megatron_checkpoint_is_named(start, steps, tmp_pat
         (
             {"tp_size": 2, "cp_size": 2},
             6,
-            "6 trainer ranks are not a multiple of training.tp_size=2 x training.cp_size=2 x",
+            "tp_size=2 x training.cp_size=2 x training.pp_size=1 = 4 does not divide the 6 trainer ranks",
         ),
-        ({"pp_size": 2, "vpp_size": 4}, 2, "pp_size=2 x training.vpp_size=4 does not divide num_hidden_la"),
+        ({"pp_size": 2, "vpp_size": 4}, 2, "vpp_size=4 does not divide the 2 layers of a rank with"),
         ({"ep_size": 2}, 2, "training.ep_size=2 must divide a qwen3, which has no experts"),
         ({"tp_size": 4}, 4, "tp_size=4 does not divide num_key_value_heads=2"),
-        ({"pp_size": 3}, 3, r"pp_size=3 does not divide num_hidden_layers=4; choose one of \[1, 2, 4\]"),
-        ({"tp_size": 2, "pp_size": 2}, 6, "6 trainer ranks are not a multiple of training.tp_size=2 x"),
+        ({"pp_size": 3}, 3, "pp_size=3 does not divide num_layers=4; choose 1, 2 or 4"),
+        ({"tp_size": 2, "pp_size": 2}, 6, "training.pp_size=2 = 4 does not divide the 6 trainer"),
     ],
 )
 def test_impossible_layouts_are_refused(model_dir, changes, world_size, message):
     shape = ModelShape.read(model_dir)
-    with pytest.raises(ValueError, match=message):
-        parallel.check(Layout().config(**changes).training, shape, world_size)
+    with pytest.raises(RunError, match=message):
+        check_parallel(Layout().config(**changes).training, shape, world_size, slots=world_size)
 
 
 def test_megatron_fields_are_passed_through_and_unknown_ones_refused(model_dir):
