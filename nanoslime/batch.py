@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,28 +55,23 @@ class TrainBatch:
         if not indices:
             raise ValueError("a micro-batch needs at least one sequence; give empty ranks a masked-out one")
 
-        def packed(per_sequence: list[Tensor]) -> Tensor:
-            return torch.cat([per_sequence[i] for i in indices])
+        def packed(per_sequence: list[Tensor] | None) -> Any:
+            return None if per_sequence is None else torch.cat([per_sequence[i] for i in indices])
 
         def spread(per_sequence: list[float]) -> Tensor:
             return torch.tensor([per_sequence[i] for i in indices]).repeat_interleave(lengths)
 
         lengths = torch.tensor([len(self.token_ids[i]) for i in indices])
-        token_advantages = self.token_advantages
         return MicroBatch(
-            token_ids=packed(self.token_ids),
+            token_ids=packed(self.token_ids), loss_mask=packed(self.loss_mask),
             positions=torch.cat([torch.arange(n) for n in lengths.tolist()]),
             cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
-            loss_mask=packed(self.loss_mask),
-            token_weights=spread(self.token_weights),
-            advantages=spread(self.advantages) if token_advantages is None else packed(token_advantages),
-            rollout_logprobs=packed(self.rollout_logprobs),
-            old_logprobs=None if self.old_logprobs is None else packed(self.old_logprobs),
-            ref_logprobs=None if self.ref_logprobs is None else packed(self.ref_logprobs),
-            temperature=self.temperature,
-            denominator=self.denominator,
-            routed_experts=None if self.routed_experts is None else packed(self.routed_experts),
-        )
+            token_weights=spread(self.token_weights), rollout_logprobs=packed(self.rollout_logprobs),
+            advantages=packed(self.token_advantages) if self.token_advantages else spread(self.advantages),
+            old_logprobs=packed(self.old_logprobs), ref_logprobs=packed(self.ref_logprobs),
+            routed_experts=packed(self.routed_experts),
+            temperature=self.temperature, denominator=self.denominator,
+        )  # fmt: skip
 
 
 @dataclass(kw_only=True, slots=True)

@@ -10,8 +10,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from nanoslime.types import RunError
 
-_PORTS = range(10_000, 20_000)
-"""Below the ephemeral range (32768 and up), from which every outgoing connection of the host takes a port."""
+_PORTS = range(10_000, 20_000)  # below the ephemeral range (32768 and up): outgoing connections take those
 
 
 def free_port(address: str) -> int:

@@ -31,10 +31,8 @@ from nanoslime.types import RunError
 
 logger = logging.getLogger(__name__)
 
-NUM_CHECKED = 400
-"""Training problems that the warm start is not shown, but measured on."""
-TEACHER_LEAD = 1.1
-"""Demonstrations without any fault, over the target reward: imitation then does reach the target."""
+NUM_CHECKED = 400  # training problems that the warm start is not shown, but measured on
+TEACHER_LEAD = 1.1  # faultless demonstrations over the target reward: imitation then does reach the target
 MEASURE_EVERY, LOG_EVERY = 5, 50  # steps
 BATCH_SIZE, LR, WARMUP_STEPS = 128, 2e-3, 20
 SUMMARY = "rehearsal.json"
@@ -55,15 +53,11 @@ def make(directory: Path, knobs: RehearsalConfig, deadline_s: float = 120.0) -> 
     The same knobs make the same files. A directory made before with them is taken as it is, one made with
     others is replaced. Raises RunError when the warm start has not reached `target_reward` by `deadline_s`.
     """
+    files = RehearsalFiles(directory / "model", directory / "train.jsonl", directory / "held_out.jsonl")
     summary = directory / SUMMARY
     if summary.is_file() and read_json(summary)["knobs"] == asdict(knobs):
         logger.info("rehearsal: %s is there already", directory)
-    else:
-        _make(directory, knobs, deadline_s)
-    return RehearsalFiles(directory / "model", directory / "train.jsonl", directory / "held_out.jsonl")
-
-
-def _make(directory: Path, knobs: RehearsalConfig, deadline_s: float) -> None:
+        return files
     train, held_out = digit_problems(knobs.task, knobs.seed, knobs.num_held_out)
     tokenizer = build_tokenizer()
     with _one_thread():
@@ -72,10 +66,11 @@ def _make(directory: Path, knobs: RehearsalConfig, deadline_s: float) -> None:
     partial = commit.partial_dir(directory)
     model.save_pretrained(partial / "model")
     tokenizer.save_pretrained(partial / "model")
-    _write_rows(partial / "train.jsonl", train)
-    _write_rows(partial / "held_out.jsonl", held_out)
+    for file, rows in ((files.train, train), (files.held_out, held_out)):
+        _write_rows(partial / file.name, rows)
     publish_json(partial / SUMMARY, {"knobs": asdict(knobs), "warm_start": warm_start})
     commit.commit(partial, directory)
+    return files
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -85,9 +80,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
-    )
+    special = {f"{name}_token": f"<{name}>" for name in ("pad", "bos", "eos", "unk")}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def _warm_start(

@@ -21,7 +21,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +42,11 @@ def _at(name: str) -> property:
 class RunDir:
     path: Path
 
-    config = _at("config.yaml")
-    plan = _at("plan.json")
-    provenance = _at("provenance.json")
-    summary = _at("summary.json")
-    metrics = _at("metrics.jsonl")
-    evals = _at("evals.jsonl")
-    tensorboard = _at("tensorboard")
-    rollouts = _at("rollouts")
-    skipped = _at("skipped")
-    checkpoints = _at("checkpoints")
-    model = _at("model")
-    weights = _at("weights")
-    attempts = _at("attempts")
+    config, plan = _at("config.yaml"), _at("plan.json")
+    provenance, summary = _at("provenance.json"), _at("summary.json")
+    metrics, evals, tensorboard = _at("metrics.jsonl"), _at("evals.jsonl"), _at("tensorboard")
+    rollouts, skipped, checkpoints = _at("rollouts"), _at("skipped"), _at("checkpoints")
+    model, weights, attempts = _at("model"), _at("weights"), _at("attempts")
 
     @classmethod
     def create(cls, run_root: Path, name: str) -> RunDir:
@@ -98,15 +90,13 @@ class RunDir:
             (staged / folder).mkdir(parents=True)
         record = {"key": key, "started": time.time(), "host": socket.gethostname()}
         publish_json(staged / "attempt.json", record)
-        number = max(self._numbers(), default=0) + 1
-        while True:
+        for number in count(max(self._numbers(), default=0) + 1):
             try:
                 os.rename(staged, self.attempts / str(number))
                 break
             except OSError:  # taken meanwhile: a non-empty directory is never replaced
                 if not (self.attempts / str(number)).exists():
                     raise
-                number += 1
         link = self.attempts / f".latest-{uuid.uuid4().hex}"
         link.symlink_to(str(number))
         os.replace(link, self.attempts / "latest")
@@ -147,14 +137,10 @@ class RunDir:
             except importlib.metadata.PackageNotFoundError:
                 versions[name] = "not installed"
         record = {
-            "argv": list(argv),
-            "git_commit": _git("rev-parse", "HEAD").strip(),
-            "git_diff": _git("diff", "HEAD")[:1_000_000],
-            "python": sys.version.split()[0],
-            "versions": versions,
-            "host": socket.gethostname(),
-            "time": time.time(),
-        }
+            "argv": list(argv), "python": sys.version.split()[0], "versions": versions,
+            "git_commit": _git("rev-parse", "HEAD").strip(), "git_diff": _git("diff", "HEAD")[:1_000_000],
+            "host": socket.gethostname(), "time": time.time(),
+        }  # fmt: skip
         publish_json(self.provenance, record)
 
     def _numbers(self) -> list[int]:
@@ -168,8 +154,7 @@ class Attempt:
     run: RunDir
     number: int
 
-    head = _at("head.json")
-    """How to reach Ray: {ray_address, node_ip, token_path, nodes}."""
+    head = _at("head.json")  # how to reach Ray: {ray_address, node_ip, token_path, nodes}
 
     @property
     def path(self) -> Path:
@@ -193,9 +178,7 @@ class Attempt:
 
     def heartbeats(self) -> dict[str, dict[str, Any]]:
         """By node: the last count, that node's clock, or that it has left."""
-        folder = self.path / "heartbeat"
-        names = [name for name in os.listdir(folder) if name.endswith(".json")]
-        return {name.removesuffix(".json"): read_json(folder / name) for name in sorted(names)}
+        return {path.stem: read_json(path) for path in sorted((self.path / "heartbeat").glob("*.json"))}
 
     def request_stop(self, reason: str, *, requeue: bool = False) -> None:
         """Ask the driver to commit a checkpoint and end with STOPPED. The first reason stays.

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,27 +18,20 @@ logger = logging.getLogger(__name__)
 WRITERS = {"tensorboard": "torch.utils.tensorboard:SummaryWriter", "wandb": "wandb:init"}
 
 
-class Sink:
-    """Where numbers go. What a sink leaves out does nothing."""
-
-    def log(self, step: int, metrics: dict[str, float]) -> None: ...
-    def close(self) -> None: ...
+Sink = Callable[[int, dict[str, float]], object]  # takes a step and its metrics
 
 
-class Tracker(AbstractContextManager["Tracker"]):
+class Tracker(ExitStack):
     """Sends each step's metrics to its sinks; with none it is silent. Leaving it closes them."""
 
-    def __init__(self, sinks: Sequence[Sink]) -> None:
-        self._sinks = sinks
+    def __init__(self) -> None:
+        super().__init__()
+        self.sinks: list[Sink] = []
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """`metrics` of rollout `step`, named area/what_unit; steps come in rising order."""
-        for sink in self._sinks:
-            sink.log(step, metrics)
-
-    def __exit__(self, *_: object) -> None:
-        for sink in self._sinks:
-            sink.close()
+        for sink in self.sinks:
+            sink(step, metrics)
 
 
 def make_tracker(config: RunConfig, run: RunDir, start: int, *, leads: bool = True) -> Tracker:
@@ -47,28 +40,27 @@ def make_tracker(config: RunConfig, run: RunDir, start: int, *, leads: bool = Tr
     The run goes on at step `start`; what was logged from there on is void. Raises ValueError where a sink was
     asked for that is not installed.
     """
+    tracker, num_rollout = Tracker(), config.rollout.num_rollout
     if not leads:
-        return Tracker([])
+        return tracker
     if start:
-        logger.info("resuming after step %d/%d", start, config.rollout.num_rollout)
-    sinks: list[Sink] = [_Console(config.rollout.num_rollout), _JSONLines(run.metrics, start)]
+        logger.info("resuming after step %d/%d", start, num_rollout)
+    tracker.sinks += [_console(num_rollout), _json_lines(run.metrics, start)]
     if config.tracking.use_tensorboard:
-        sinks.append(_TensorBoard(run.tensorboard, start))
+        tracker.sinks.append(_tensorboard(run.tensorboard, start, tracker))
     if config.tracking.use_wandb:
-        sinks.append(_WandB(config, run))
-    return Tracker(sinks)
+        tracker.sinks.append(_wandb(config, run, tracker))
+    return tracker
 
 
 def console_line(step: int, num_rollout: int, metrics: dict[str, float]) -> str:
     """`step` of `num_rollout`: rewards, KL, logprob gap between engine and trainer, seconds per phase."""
     kl = "train/ref_kl" if "train/ref_kl" in metrics else "train/ppo_kl_abs"
     shown = [
-        ("reward", "rollout/reward_mean", ".3f"),
-        ("eval", "eval/reward_mean", ".3f"),
-        (kl.removeprefix("train/"), kl, ".1e"),
-        ("gap", "train/logprob_gap_mean", ".1e"),
+        ("reward", "rollout/reward_mean", ".3f"), ("eval", "eval/reward_mean", ".3f"),
+        (kl.removeprefix("train/"), kl, ".1e"), ("gap", "train/logprob_gap_mean", ".1e"),
         ("gap_max", "train/logprob_gap_max", ".1e"),
-    ]
+    ]  # fmt: skip
     parts = [f"{label} {metrics[name]:{form}}" for label, name, form in shown if name in metrics]
     if metrics.get("train/skipped"):
         parts.append("SKIPPED: gradient not finite or too large")
@@ -77,59 +69,43 @@ def console_line(step: int, num_rollout: int, metrics: dict[str, float]) -> str:
     return "  ".join([f"step {step + 1}/{num_rollout}", *parts])
 
 
-class _Console(Sink):
-    def __init__(self, num_rollout: int) -> None:
-        self._num_rollout = num_rollout
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        logger.info("%s", console_line(step, self._num_rollout, metrics))
+def _console(num_rollout: int) -> Sink:
+    return lambda step, metrics: logger.info("%s", console_line(step, num_rollout, metrics))
 
 
-class _JSONLines(Sink):
-    """One JSON object a step, on the file system when `log` returns."""
+def _json_lines(path: Path, start: int) -> Sink:
+    """One JSON object a step, on the file system when the sink returns."""
+    if path.exists():
+        # a line without its end was cut short when the run was killed
+        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        publish(path, "".join(line for line in lines if json.loads(line)["step"] < start).encode())
 
-    def __init__(self, path: Path, start: int) -> None:
-        self._path = path
-        if path.exists():
-            # a line without its end was cut short when the run was killed
-            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            publish(path, "".join(line for line in lines if json.loads(line)["step"] < start).encode())
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        with open(self._path, "a") as file:
+    def log(step: int, metrics: dict[str, float]) -> None:
+        with open(path, "a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
 
+    return log
 
-class _TensorBoard(Sink):
-    def __init__(self, directory: Path, start: int) -> None:
-        make = resolve("tensorboard", WRITERS, "tracking.use_tensorboard=true, writer")
-        self._writer = make(log_dir=str(directory), purge_step=start)
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
+def _tensorboard(directory: Path, start: int, closed_by: ExitStack) -> Sink:
+    make = resolve("tensorboard", WRITERS, "tracking.use_tensorboard=true, writer")
+    writer = make(log_dir=str(directory), purge_step=start)
+    closed_by.callback(writer.close)
+
+    def log(step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+            writer.add_scalar(name, value, step)
+        writer.flush()
 
-    def close(self) -> None:
-        self._writer.close()
+    return log
 
 
-class _WandB(Sink):
+def _wandb(config: RunConfig, run: RunDir, closed_by: ExitStack) -> Sink:
     """One W&B run per run directory; W&B itself ignores steps that it has already seen."""
-
-    def __init__(self, config: RunConfig, run: RunDir) -> None:
-        self._run = resolve("wandb", WRITERS, "tracking.use_wandb=true, writer")(
-            project=config.tracking.wandb_project,
-            name=run.name,
-            id=hashlib.sha256(str(run.path).encode()).hexdigest()[:16],  # other run roots may hold this name
-            resume="allow",
-            mode=config.tracking.wandb_mode,
-            dir=str(run.path),
-            config=asdict(config),  # a pydantic dataclass is a dataclass
-        )
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        self._run.log(metrics, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+    wandb_run = resolve("wandb", WRITERS, "tracking.use_wandb=true, writer")(
+        project=config.tracking.wandb_project, mode=config.tracking.wandb_mode, resume="allow",
+        id=hashlib.sha256(str(run.path).encode()).hexdigest()[:16],  # other run roots may hold this name
+        name=run.name, dir=str(run.path), config=asdict(config),  # a pydantic dataclass is a dataclass
+    )  # fmt: skip
+    closed_by.callback(wandb_run.finish)
+    return lambda step, metrics: wandb_run.log(metrics, step=step)

@@ -16,6 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from nanoslime.orchestration.launch import Launch, parse
 from nanoslime.orchestration.report import Clock, write_summary
+from nanoslime.orchestration.rollout_manager import from_rank_0
 from nanoslime.orchestration.session import Session
 from nanoslime.run_dir import DONE, FAILED, STOPPED
 from nanoslime.tracking import Tracker, make_tracker
@@ -45,7 +46,7 @@ def train(session: Session, tracker: Tracker, clock: Clock, start: int) -> int:
             clock("evaluate")
             reward = rollout.evaluate(step)
         tracker.log(step, metrics if reward is None else metrics | {"eval/reward_mean": reward})
-        stop = trainer.agree(session.attempt.must_stop())
+        stop = from_rank_0(session.attempt.must_stop())
         if stop or config.checkpoint.due(step, num_rollout):
             clock("checkpoint")
             checkpoints.commit(step + 1, reward)
@@ -54,7 +55,7 @@ def train(session: Session, tracker: Tracker, clock: Clock, start: int) -> int:
             return STOPPED
     if config.checkpoint.export_hf:
         clock("export")
-        trainer.export_hf(session.run.hf(num_rollout))
+        trainer.export_hf(session.attempt.run.hf(num_rollout))
     clock("end")
     return DONE
 
@@ -66,7 +67,7 @@ def run(launch: Launch) -> int:
     try:
         with launch.open(clock) as session:
             start = clock.step = session.checkpoints.resume()
-            with make_tracker(session.config, session.run, start, leads=leads) as tracker:
+            with make_tracker(session.config, session.attempt.run, start, leads=leads) as tracker:
                 code = train(session, tracker, clock, start)
             if code == DONE and leads:
                 write_summary(session, clock, time.monotonic() - started)

@@ -102,10 +102,9 @@ class GenerateRequest:
         """Raises RunError for a token id outside the vocabulary (it would kill a server)."""
         for position, token in enumerate(self.token_ids):
             if not 0 <= token < vocab_size:
-                raise RunError(
-                    f"engine {engine}: token id {token} at position {position} of a prompt is not in the "
-                    f"vocabulary of {vocab_size}; is the tokenizer the checkpoint's own?"
-                )
+                what = f"token id {token} at position {position} of a prompt is not in the vocabulary"
+                question = "is the tokenizer the checkpoint's own?"
+                raise RunError(f"engine {engine}: {what} of {vocab_size}; {question}")
 
 
 @dataclass(frozen=True, slots=True)

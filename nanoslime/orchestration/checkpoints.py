@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from nanoslime.config import RunConfig
 from nanoslime.orchestration.groups import TrainGroup
-from nanoslime.orchestration.rollout_manager import Replay, RolloutManager
+from nanoslime.orchestration.rollout_manager import Replay, RolloutManager, from_rank_0
 from nanoslime.run_dir import RunDir
 from nanoslime.storage.commit import checkpoints, commit, partial_dir, partial_path, retain
 from nanoslime.storage.manifest import DamagedError, verify
@@ -35,7 +35,7 @@ class Checkpoints:
 
         Raises RunError where there are checkpoints, but none that verifies.
         """
-        rollouts = self.trainer.agree(self._newest_good() if self.rollout else 0)
+        rollouts = from_rank_0(self._newest_good() if self.rollout else 0)
         if isinstance(rollouts, str):
             raise RunError(rollouts)
         if rollouts:
@@ -58,7 +58,7 @@ class Checkpoints:
         final = self.run.checkpoint(rollouts)
         if self.rollout:
             (partial_dir(final) / "trainer").mkdir()
-        self.trainer.agree(None)  # the directory exists on every rank from here on
+        from_rank_0(None)  # the directory exists on every rank from here on
         partial = partial_path(final)
         self.trainer.save(partial / "trainer")
         if self.rollout is None:

@@ -11,7 +11,7 @@ from typing import Any
 from nanoslime.batch import TrainBatch
 from nanoslime.config import RunConfig
 from nanoslime.models.shape import ModelShape
-from nanoslime.orchestration.rollout_manager import Rollout, from_rank_0
+from nanoslime.orchestration.rollout_manager import Rollout
 from nanoslime.run_dir import RunDir
 from nanoslime.training.batching import plan
 from nanoslime.types import SampleGroup
@@ -46,7 +46,6 @@ class TrainGroup(ABC):
 
     def train(self, groups: list[SampleGroup]) -> dict[str, float]:
         """The optimizer steps of one rollout; metrics of the row, few where every group was dropped."""
-        times = self._wake()
         training = self.config.training
         steps = plan(
             groups, num_steps=training.num_steps_per_rollout, dp_size=self.dp_size,
@@ -55,7 +54,7 @@ class TrainGroup(ABC):
             denominator=self.config.algorithm.denominator, temperature=self.config.rollout.temperature,
             fixed_length=self.config.rollout.max_new_tokens, parity_tokens=self._parity_tokens,
         )  # fmt: skip
-        return times | self._train([[step[dp] for step in steps] for dp in range(self.dp_size)])
+        return self._wake() | self._train([[step[dp] for step in steps] for dp in range(self.dp_size)])
 
     def connect(self, engines: list[Any], address: str, ranks_by_engine: list[list[int]]) -> None:
         """The way of weights to the engines: a group of rank 0 at `address` with them, or with `tensor` from
@@ -78,10 +77,6 @@ class TrainGroup(ABC):
 
     def load(self, path: Path) -> None:
         self.call("load", path, what=f"load {path}")
-
-    def agree(self, value: Any) -> Any:
-        """Rank 0's word on every rank that runs the loop."""
-        return from_rank_0(value)
 
     def sync_weights(self, rollout: Rollout, version: int) -> dict[str, float]:
         """The current weights into every engine, labelled `version`; returns the seconds that it took.

@@ -91,13 +91,10 @@ def _on_this_machine(config: RunConfig, run: RunDir | None) -> Launch:
 
 def _rank_env(config: RunConfig) -> RankEnv:
     """From torchrun's variables where they are set, else the only rank."""
-    return RankEnv(
-        rank=int(os.environ.get("RANK", 0)),
-        world_size=int(os.environ.get("WORLD_SIZE", 1)),
-        local_rank=int(os.environ.get("LOCAL_RANK", 0)),
-        device=config.cluster.device,
-        init_method="env://" if "RANK" in os.environ else f"tcp://127.0.0.1:{free_port('127.0.0.1')}",
-    )
+    defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    place = [int(os.environ.get(name, default)) for name, default in defaults.items()]
+    meet_at = "env://" if "RANK" in os.environ else f"tcp://127.0.0.1:{free_port('127.0.0.1')}"
+    return RankEnv(*place, config.cluster.device, meet_at)
 
 
 def _new_attempt(config: RunConfig, run: RunDir | None) -> Attempt:

@@ -1,8 +1,7 @@
 """Trainer ranks without Ray: this process alone, or this process as one of torchrun's ranks.
 
 Under torchrun every rank runs the same loop. Rank 0 owns engines, prompts and rewards and broadcasts each
-batch; on the other ranks the rollout is a follower that receives it and takes part in the collectives of
-weight sync and checkpoints.
+batch; the others receive it and take part in the collectives of weight sync and checkpoints.
 """
 
 from pathlib import Path

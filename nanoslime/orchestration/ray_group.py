@@ -58,8 +58,7 @@ def _init(**options: Any) -> None:
     ray.init(logging_level=logging.WARNING, log_to_driver=False, namespace="nanoslime", **options)
 
 
-def disconnect() -> None:
-    ray.shutdown()
+disconnect = ray.shutdown
 
 
 def _slots(num: int, device: str) -> dict[str, Any]:
@@ -69,10 +68,9 @@ def _slots(num: int, device: str) -> dict[str, Any]:
 
 def _log_to(path: Path) -> None:
     """Sends this actor process's output to its own log of the attempt."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(fd, sys.stdout.fileno())
-    os.dup2(fd, sys.stderr.fileno())
-    os.close(fd)
+    with path.open("ab") as log:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
     line = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(level=logging.INFO, format=line, stream=sys.stderr, force=True)
 
@@ -92,8 +90,7 @@ class RankActor:
 
     def setup(self, world_size: int, meet: tuple[str, int], skipped_dir: Path) -> tuple[int, int]:
         """Builds the worker; returns (dp_rank, dp_size)."""
-        meet_at = f"tcp://{meet[0]}:{meet[1]}"
-        env = RankEnv(self._rank, world_size, local_rank=0, device=self._device, init_method=meet_at)
+        env = RankEnv(self._rank, world_size, 0, self._device, f"tcp://{meet[0]}:{meet[1]}")
         here = ray.util.get_node_ip_address()
         logger.info("trainer rank %d of %d on %s, pid %d", self._rank, world_size, here, os.getpid())
         self._worker = TrainWorker(self._config, self._model_dir, env, skipped_dir)
@@ -218,9 +215,8 @@ class RayTrainGroup(TrainGroup):
 
     def setup(self) -> None:
         """Builds the ranks' models; before it they are processes that hold a place."""
-        num_ranks, deadline_s = len(self._ranks.actors), self.config.training.start_deadline_s
-        refs = self._ranks.each("setup", num_ranks, self._meet, self.run.skipped)
-        dp = self._ranks.gather(refs, "load the model", deadline_s)
+        refs = self._ranks.each("setup", len(self._ranks.actors), self._meet, self.run.skipped)
+        dp = self._ranks.gather(refs, "load the model", self.config.training.start_deadline_s)
         self._dp_ranks, self.dp_size = [rank for rank, _ in dp], dp[0][1]
 
     def _train(self, shards: list[list[TrainBatch]]) -> dict[str, float]:
@@ -237,7 +233,7 @@ class RayTrainGroup(TrainGroup):
 
 
 class RayEngines:
-    """The engine servers of a run; `start` starts them side by side, `wait` gives their HTTP clients."""
+    """The engine servers of a run; `start` starts them side by side, `wait` gives their clients once up."""
 
     def __init__(self, config: RunConfig, attempt: Attempt, layout: Layout, model_dir: Path):
         self._layout, shared = layout, config.cluster.colocate  # then the trainers hold the slots
@@ -253,7 +249,6 @@ class RayEngines:
             self._starting.append(actor.start.remote(self._deadline_s, gpus))
 
     def wait(self) -> list[SGLangEngine]:
-        """The engines, once every server answers its health check."""
         return self._actors.gather(self._starting, "start its SGLang server", self._deadline_s + 30)
 
     def close(self) -> None:

@@ -55,7 +55,8 @@ class RolloutManager:
         groups, kept = list[SampleGroup](), list[SampleGroup]()
         for number in range(step * rounds, (step + 1) * rounds):
             prompts = self._source.next(size - len(kept))
-            groups += self._sample(prompts, rollout, number * size, seed=(self.config.seed, 0, number))
+            seed = (self.config.seed, 0, number)
+            groups += self._sample(prompts, rollout, first_group_id=number * size, seed=seed)
             kept, self.metrics = prepare(groups, self.config.algorithm, self._algorithm)
             if len(kept) == size:
                 break
@@ -72,11 +73,9 @@ class RolloutManager:
         if not self._held_out:
             return None
         knobs = self.config.eval
-        sampling = replace(
-            self.config.rollout, n_samples_per_prompt=knobs.n_samples_per_prompt,
-            temperature=knobs.temperature, top_p=1.0, top_k=-1,
-        )  # fmt: skip
-        groups = self._sample(self._held_out, sampling, 0, seed=(knobs.seed, 1, step))
+        own = {"n_samples_per_prompt": knobs.n_samples_per_prompt, "temperature": knobs.temperature}
+        sampling = replace(self.config.rollout, **own, top_p=1.0, top_k=-1)
+        groups = self._sample(self._held_out, sampling, first_group_id=0, seed=(knobs.seed, 1, step))
         samples = [s for g in groups for s in g.samples]
         if errors := [s for s in samples if s.reward is None]:
             failed = f"evaluation: {len(errors)} of {len(samples)} samples could not be made"
@@ -120,20 +119,15 @@ class RolloutManager:
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _sample(
-        self, prompts: list[Prompt], rollout: RolloutConfig, first_group_id: int, seed: tuple[int, ...]
-    ) -> list[SampleGroup]:
-        sampling = sample_groups(
-            prompts, self._router, self._tokenizer, rollout, self._reward,
-            first_group_id=first_group_id, seed=seed,
-        )  # fmt: skip
-        return asyncio.run(sampling)
+    def _sample(self, prompts: list[Prompt], rollout: RolloutConfig, **options: Any) -> list[SampleGroup]:
+        groups = sample_groups(prompts, self._router, self._tokenizer, rollout, self._reward, **options)
+        return asyncio.run(groups)
 
     def _check_versions(self, groups: list[SampleGroup]) -> None:
-        for sample in (s for g in groups for s in g.samples):
-            stale = [v for _, v in sample.policy_versions if v != self.version]
-            if stale:
-                sampled = f"group {sample.group_id} was sampled by policy version {stale[0]}"
+        spans = ((s, version) for g in groups for s in g.samples for _, version in s.policy_versions)
+        for sample, version in spans:
+            if version != self.version:
+                sampled = f"group {sample.group_id} was sampled by policy version {version}"
                 raise RunError(f"{sampled}, the trainer is at {self.version}")
 
 

@@ -37,7 +37,6 @@ Phase = Callable[[str], None]  # called with the name of what starts now
 @dataclass(frozen=True, slots=True)
 class Session:
     config: RunConfig
-    run: RunDir
     attempt: Attempt
     trainer: TrainGroup
     rollout: Rollout
@@ -142,6 +141,4 @@ def _session(
         manager = Replay(config) if replays else RolloutManager(config, run, model_dir, engines)
         resources.callback(manager.close)
         remove_leftovers(run.checkpoints)
-    return Session(
-        config, run, attempt, trainer, Rollout(manager), Checkpoints(config, run, trainer, manager)
-    )
+    return Session(config, attempt, trainer, Rollout(manager), Checkpoints(config, run, trainer, manager))

@@ -75,10 +75,8 @@ class TrainWorker:
             own = (self.env.rank, self.env.torch_device, sync.bucket_bytes)
             self._sender = sender(self._assembler, engines, ranks_by_engine, *own)
         elif self.env.rank == 0:
-            self._broadcaster = Broadcaster(
-                engines, address=address, device=self.env.device,
-                bucket_bytes=sync.bucket_bytes, deadline_s=sync.deadline_s,
-            )  # fmt: skip
+            limits: dict[str, Any] = {"bucket_bytes": sync.bucket_bytes, "deadline_s": sync.deadline_s}
+            self._broadcaster = Broadcaster(engines, address=address, device=self.env.device, **limits)
 
     def broadcast(self, version: int) -> int:
         """Sends the current weights to the engines as `version`; returns the bytes that this rank sent."""

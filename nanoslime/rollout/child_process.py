@@ -113,6 +113,5 @@ def require_free_port(host: str, port: int, who: str) -> None:
         try:
             probe.bind((host, port))
         except OSError as e:
-            problem = f"port {port} on {host} cannot be used ({e.strerror})"
-            way_out = "give it another port or end the process that holds this one"
-            raise RunError(f"{who}: {problem}; {way_out}") from e
+            problem = f"{who}: port {port} on {host} cannot be used ({e.strerror})"
+            raise RunError(f"{problem}; give it another port or end the process that holds this one") from e

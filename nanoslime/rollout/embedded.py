@@ -51,8 +51,7 @@ class EmbeddedEngine:
                 experts = self._model.get_submodule(f"model.layers.{layer}.mlp.experts")
                 experts.register_forward_pre_hook(lambda _, args: self._routed.append(args[1].to(number)))
         self._seeds = torch.Generator().manual_seed(seed)
-        self._version = 0
-        self._paused = False
+        self._version, self._paused = 0, False
         self._busy = threading.Lock()
         self._waiting: list[_Job] = []
         self._released: list[torch.Size] = []
@@ -129,13 +128,12 @@ class EmbeddedEngine:
             self._busy.release()
 
     def _copy(self, tensors: dict[str, Tensor]) -> None:
-        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        parameters = dict((model := self._model).named_parameters(remove_duplicate=False))
         if not tensors.keys() <= parameters.keys():
             # transformers 5 holds the experts of a layer fused, under other names
-            fresh = type(self._model).from_pretrained(
-                None, config=self._model.config, state_dict=tensors, dtype=self._model.dtype
-            )
-            tensors, parameters = dict(fresh.named_parameters()), dict(self._model.named_parameters())
+            like = {"config": model.config, "dtype": model.dtype}
+            fresh = type(model).from_pretrained(None, state_dict=tensors, **like)
+            tensors, parameters = dict(fresh.named_parameters()), dict(model.named_parameters())
         with torch.no_grad():
             for name, tensor in tensors.items():
                 parameters[name].copy_(tensor)

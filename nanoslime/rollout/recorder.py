@@ -23,8 +23,7 @@ _ARRAYS = ("token_ids", "loss_mask", "rollout_logprobs", "routed_experts")
 def record(directory: Path, step: int, groups: Sequence[SampleGroup]) -> None:
     """Writes rollout `step`; each file whole or not at all."""
     samples = [sample for group in groups for sample in group.samples]
-    entries = (json.dumps(_entry(s), ensure_ascii=False, default=str) + "\n" for s in samples)
-    lines = "".join(entries).encode()
+    lines = "".join(json.dumps(_entry(s), ensure_ascii=False, default=str) + "\n" for s in samples).encode()
     arrays: dict[str, Any] = {"samples": np.frombuffer(lines, np.uint8)}
     for name in _ARRAYS:
         if parts := [part for s in samples if (part := getattr(s, name)) is not None]:

@@ -1,18 +1,13 @@
-"""SGLang as a server process, and a client of it that speaks HTTP only. The same code on CPU and CUDA.
-
-SGLangServer owns the process: command, environment, start with a deadline, end. It lives in one place.
-SGLangEngine calls it: generate, pause, weight updates. It is a picklable value, used from anywhere.
-"""
+"""SGLang as a server process, and a client of it that speaks HTTP only. The same code on CPU and CUDA."""
 
 from __future__ import annotations
 
-import base64
 import importlib.util
 import json
 import os
 import sys
 import time
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -77,8 +72,7 @@ class SGLangServer:
             self.env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpu_ids))
         if self.device == "cuda" and self.colocated:
             options |= {"enable_memory_saver": True, "mem_fraction_static": COLOCATED_MEM_FRACTION}
-        flags = _flags(options | self.config.sglang)
-        self.command = [sys.executable, "-m", "sglang.launch_server", *flags]
+        self.command = [sys.executable, "-m", "sglang.launch_server", *_flags(options | self.config.sglang)]
 
     def start(self, deadline_s: float) -> SGLangEngine:
         """Start the process and wait until it generates. RunError names engine, what was awaited and log."""
@@ -100,7 +94,7 @@ class SGLangServer:
 
 @dataclass(frozen=True, slots=True)
 class SGLangEngine:
-    """Client of one server: an `Engine` and a `BroadcastEngine`. Ignores the environment's proxies."""
+    """Client of one server, picklable: an `Engine` and a `BroadcastEngine`. Ignores proxy variables."""
 
     name: str
     url: str
@@ -136,8 +130,7 @@ class SGLangEngine:
         except (aiohttp.ClientError, OSError, json.JSONDecodeError) as e:
             raise self._error(f"/generate failed: {type(e).__name__}: {e}", EngineLost) from e
         if response.status == 400:
-            error = str(answer.get("error", answer))
-            return [Generation([], [], Status.ERROR, [], error=error) for _ in range(request.n)]
+            return [Generation([], [], Status.ERROR, [], str(answer.get("error", answer)))] * request.n
         if response.status != 200:
             raise self._error(f"/generate answered {response.status}: {str(answer)[:300]}", EngineLost)
         answers = answer if isinstance(answer, list) else [answer]
@@ -259,49 +252,42 @@ def _generation(answer: dict[str, Any], num_prompt: int, shape: ModelShape | Non
     token_ids = list(answer["output_ids"])
     reason = meta["finish_reason"]
     if len(logprobs) != len(token_ids):
-        counts = f"{len(token_ids)} tokens with {len(logprobs)} logprobs"
-        raise RunError(f"SGLang returned {counts} (request {meta['id']})")
+        raise RunError(
+            f"SGLang gave {len(token_ids)} tokens, {len(logprobs)} logprobs (request {meta['id']})"
+        )
     spans = meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0}]
     versions = [(int(span["start"]), int(span["version"])) for span in spans]
     experts = None
     if shape and (moe := shape.moe) and token_ids:  # a request that was ended before it ran has none
         size = (num_prompt + len(token_ids) - 1, shape.num_layers, moe.num_experts_per_token)
-        numbers = np.frombuffer(base64.b64decode(meta["routed_experts"]), dtype=np.int32).reshape(size)
+        numbers = np.frombuffer(b64decode(meta["routed_experts"]), dtype=np.int32).reshape(size)
         experts = numbers[:, list(shape.moe_layers)].astype(np.uint8 if moe.num_experts <= 256 else np.int16)
     return Generation(token_ids, logprobs, _STATUS[reason["type"]], versions, reason.get("message"), experts)
 
 
 # Defaults of an engine on CPU, with a model of some megabytes in mind.
 _CPU_OPTIONS = {
-    "attention_backend": "torch_native",
-    "sampling_backend": "pytorch",
-    "cuda_graph_backend_decode": "disabled",
-    "cuda_graph_backend_prefill": "disabled",
-    "disable_overlap_schedule": True,
+    "attention_backend": "torch_native", "sampling_backend": "pytorch", "disable_overlap_schedule": True,
+    "cuda_graph_backend_decode": "disabled", "cuda_graph_backend_prefill": "disabled",
+    "max_total_tokens": 65536, "max_running_requests": 256,
     "sleep_on_idle": True,  # an idle scheduler otherwise spins on its core
-    "max_total_tokens": 65536,
-    "max_running_requests": 256,
-}
+}  # fmt: skip
 
 
 def _cpu_environment(model_path: str, core: int) -> dict[str, str]:
     stubs = Path(__file__).with_name("sglang_stubs")
     return {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(stubs), os.environ.get("PYTHONPATH")])),
-        "SGLANG_USE_CPU_ENGINE": "1",
-        "SGLANG_CPU_OMP_THREADS_BIND": str(core),
-        "OMP_NUM_THREADS": "1",
         "SGLANG_DISABLED_MODEL_ARCHS": ",".join(_model_files_to_skip(model_path)),
-    }
+        "SGLANG_USE_CPU_ENGINE": "1", "SGLANG_CPU_OMP_THREADS_BIND": str(core), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
 
 
 def _model_files_to_skip(model_path: str) -> list[str]:
     """Architecture files that SGLang need not import; none for an architecture that is not in our list."""
     spec = importlib.util.find_spec("sglang")
     if spec is None or not spec.submodule_search_locations:
-        raise RunError(
-            "rollout.engine=sglang, but sglang is not installed; install it or use engine=embedded"
-        )
+        raise RunError("rollout.engine=sglang: sglang is not installed; install it or use engine=embedded")
     if json.loads((Path(model_path) / "config.json").read_text()).get("model_type") not in _MODEL_FILES:
         return []
     files = Path(spec.submodule_search_locations[0], "srt", "models").glob("*.py")

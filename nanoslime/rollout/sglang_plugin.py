@@ -23,7 +23,8 @@ _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.Wei
 _PIN_MEMORY = "sglang.srt.mem_cache.pool_host.common._cuda_host_register"
 _MANAGER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 
-Result = tuple[bool, str]
+Result = tuple[bool, str]  # success, message
+Original = Callable[..., Any]  # what a hook stands in for: it returns the same
 
 
 def register() -> None:
@@ -49,24 +50,21 @@ class WeightGuard:
         self._expected: dict[int, Shapes] = {}
         self._received: dict[int, set[str]] = {}
 
-    def begin(self, original: Callable[..., None], updater: Any) -> None:
+    def begin(self, original: Original, updater: Any) -> None:
         self._expect(updater)
         self._received[id(updater)] = set()
         original(updater)
 
-    def answer_begin(self, original: Callable[..., Any], manager: Any, request: Any) -> Any:
+    def answer_begin(self, original: Original, manager: Any, request: Any) -> Any:
         try:
             answer = original(manager, request)
         except (OSError, ValueError, RunError) as e:
             return BeginWeightUpdateReqOutput(success=False, message=f"tensor names cannot be checked: {e}")
         if answer.success:
-            expected = sum(len(self._expected[updater]) for updater in self._received)
-            answer.message = f"{expected} tensors expected"
+            answer.message = f"{sum(len(self._expected[u]) for u in self._received)} tensors expected"
         return answer
 
-    def bucket(
-        self, original: Callable[..., Result], updater: Any, named_tensors: Any, **options: Any
-    ) -> Result:
+    def bucket(self, original: Original, updater: Any, named_tensors: Any, **options: Any) -> Result:
         """Load one bucket of the session (named tensors, or flat with metadata), or refuse the whole of it.
 
         Called after the broadcasts were received, so that a refusal does not leave their sender waiting.
@@ -86,9 +84,7 @@ class WeightGuard:
             seen.update(name for name, _ in received)
         return success, message
 
-    def disk(
-        self, original: Callable[..., Result], updater: Any, model_path: str, *args: Any, **kwargs: Any
-    ) -> Result:
+    def disk(self, original: Original, updater: Any, model_path: str, *args: Any, **kwargs: Any) -> Result:
         try:
             expected, found = self._expect(updater), checkpoint_shapes(model_path)
         except (OSError, ValueError, RunError) as e:
@@ -98,7 +94,7 @@ class WeightGuard:
         success, message = original(updater, model_path, *args, **kwargs)
         return success, f"{message} {len(found)} tensors checked." if success else message
 
-    def answer_end(self, original: Callable[..., Any], manager: Any, request: Any) -> Any:
+    def answer_end(self, original: Original, manager: Any, request: Any) -> Any:
         answer = original(manager, request)
         sessions, self._received = self._received, {}
         for updater, received in sessions.items() if answer.success else ():

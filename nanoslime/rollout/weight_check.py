@@ -6,6 +6,7 @@ from pathlib import Path
 from nanoslime.storage.safetensors_file import read_headers
 
 Shapes = dict[str, tuple[int, ...]]
+Named = tuple[str, tuple[int, ...]]  # a tensor's name and shape
 
 
 def checkpoint_shapes(path: str) -> Shapes:
@@ -13,9 +14,7 @@ def checkpoint_shapes(path: str) -> Shapes:
     return {name: info.shape for name, info in read_headers(Path(path)).items()}
 
 
-def first_problem(
-    received: Iterable[tuple[str, tuple[int, ...]]], expected: Shapes, seen: Collection[str] = ()
-) -> str | None:
+def first_problem(received: Iterable[Named], expected: Shapes, seen: Collection[str] = ()) -> str | None:
     """The first tensor that is unknown, came before (also in `seen`) or has another shape; None: no such."""
     names = set(seen)
     for name, shape in received:

@@ -1,5 +1,6 @@
 """manifest.json of a directory: size and XXH3-128 of every file in it, and the check against it."""
 
+import hashlib
 import os
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,6 @@ from nanoslime.storage.shared_files import publish_json, read_json
 from nanoslime.types import RunError
 
 NAME = "manifest.json"
-_BLOCK_BYTES = 1 << 20
 
 
 class DamagedError(RunError):
@@ -39,8 +39,7 @@ def verify(directory: Path) -> None:
     for name, entry in sorted(expected.items()):
         if name not in present:
             raise DamagedError(f"{directory / name} is missing; {NAME} lists it with {entry['bytes']} bytes")
-        size = (directory / name).stat().st_size
-        if size != entry["bytes"]:
+        if (size := (directory / name).stat().st_size) != entry["bytes"]:
             kind = "truncated" if size < entry["bytes"] else "too long"
             raise DamagedError(f"{directory / name} is {kind}: {size} bytes, {NAME} says {entry['bytes']}")
     for name in sorted(present - set(expected)):
@@ -57,11 +56,8 @@ def _files(directory: Path) -> list[str]:
 
 def _hashes(directory: Path, names: Collection[str]) -> dict[str, str]:
     def digest(name: str) -> str:
-        state, buffer = xxhash.xxh3_128(), memoryview(bytearray(_BLOCK_BYTES))
         with open(directory / name, "rb", buffering=0) as file:
-            while size := file.readinto(buffer):
-                state.update(buffer[:size])
-        return state.hexdigest()
+            return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return dict(zip(names, pool.map(digest, names), strict=True))

@@ -25,6 +25,7 @@ DTYPE_BYTES = {
 }  # fmt: skip
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth")
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+Spec = tuple[str, str, tuple[int, ...]]  # of a tensor: its name, dtype as safetensors names it, shape
 
 
 class SafetensorsError(RunError):
@@ -88,9 +89,7 @@ def read_head(path: Path) -> bytes:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
         if not 0 < length <= min(size - 8, _MAX_HEADER_BYTES):
-            raise SafetensorsError(
-                f"{path} is truncated or no safetensors file: {size} bytes, header {length}"
-            )
+            raise SafetensorsError(f"{path} is truncated or not safetensors: {size} bytes, header {length}")
         return prefix + file.read(length)
 
 
@@ -106,9 +105,7 @@ def parse_head(path: Path, head: bytes) -> dict[str, TensorInfo]:
     position = len(head)
     for name, info in ordered:
         if info.start != position:
-            raise SafetensorsError(
-                f"{path}: {name} starts at byte {info.start}, not {position}: overlap or hole"
-            )
+            raise SafetensorsError(f"{path}: {name} is at byte {info.start}, not {position}: overlap or hole")
         size_bytes = info.stop - info.start
         if size_bytes != math.prod(info.shape) * DTYPE_BYTES[info.dtype]:
             raise SafetensorsError(f"{path}: {name} is {info.dtype} {list(info.shape)} in {size_bytes} bytes")
@@ -124,10 +121,10 @@ def _info(path: Path, entry: dict[str, Any], data_start: int) -> TensorInfo:
 
 
 def plan_files(
-    tensors: Iterable[tuple[str, str, tuple[int, ...]]], max_shard_bytes: int = 5_000_000_000
+    tensors: Iterable[Spec], max_shard_bytes: int = 5_000_000_000
 ) -> tuple[dict[str, bytes], dict[str, Any] | None]:
-    """File name -> its first bytes, for (name, safetensors dtype, shape) in order; and the content of the
-    index, None for a single file. A file has at most `max_shard_bytes`, or one larger tensor.
+    """File name -> its first bytes, for the tensors in order; and the content of the index, None for a single
+    file. A file has at most `max_shard_bytes`, or one larger tensor.
 
     Raises ValueError for an unknown dtype, a name that stands twice, and no tensors at all.
     """
@@ -148,10 +145,9 @@ def plan_files(
         shard_of[name] = len(shards)
     if not shard_of:
         raise ValueError("a checkpoint without tensors")
-    count = len(shards)
-    if count == 1:
+    if len(shards) == 1:
         return {SINGLE_FILE: _head(shards[0])}, None
-    files = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     weight_map = {name: files[shard - 1] for name, shard in shard_of.items()}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     return {file: _head(shard) for file, shard in zip(files, shards, strict=True)}, index
@@ -164,11 +160,9 @@ def _head(tensors: dict[str, Any]) -> bytes:
 
 
 def write_files(
-    directory: Path,
-    specs: Iterable[tuple[str, str, tuple[int, ...]]],
-    tensors: Iterable[tuple[str, Any]],
+    directory: Path, specs: Iterable[Spec], tensors: Iterable[tuple[str, Any]],
     max_shard_bytes: int = 5_000_000_000,
-) -> None:
+) -> None:  # fmt: skip
     """Stream (name, contiguous buffer), in the order of `specs` (see plan_files), into safetensors files.
 
     At most one tensor is in memory: the caller's. Raises ValueError for one that is missing or not declared.
@@ -185,9 +179,7 @@ def write_files(
                     raise ValueError(f"{name} was handed over where {expected} is next in the declared order")
                 data, size = memoryview(buffer), info.stop - info.start
                 if data.nbytes != size:
-                    raise ValueError(
-                        f"{name}: {data.nbytes} bytes handed over, dtype and shape declare {size}"
-                    )
+                    raise ValueError(f"{name}: {data.nbytes} bytes came, its dtype and shape declare {size}")
                 if size:
                     file.write(data.cast("B"))
     if extra := next(incoming, None):

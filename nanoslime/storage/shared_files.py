@@ -17,9 +17,8 @@ from nanoslime.types import RunError
 def publish(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Write `data` aside and rename it to `path`; `mode` holds from the first byte."""
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -1,3 +1,1 @@
-"""From trainer weights to engines and files: assemble whole Hugging Face tensors from the ranks' pieces,
-then send them.
-"""
+"""Trainer weights to engines and files: whole Hugging Face tensors from ranks' pieces, then sent."""

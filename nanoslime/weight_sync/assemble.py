@@ -12,13 +12,16 @@ One tensor is in flight at a time, so that rank 0 needs memory for the largest t
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from nanoslime.batch import WeightShard
+from nanoslime.storage.safetensors_file import Spec
 
+Box = tuple[tuple[int, int], ...]  # (start, stop) per dimension of a full tensor
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -26,7 +29,7 @@ SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float1
 class Piece:
     rank: int
     index: int  # in the rank's own list of shards
-    box: tuple[tuple[int, int], ...]  # (start, stop) per dimension of the full tensor
+    box: Box
 
     @property
     def numel(self) -> int:
@@ -40,19 +43,13 @@ class TensorPlan:
     pieces: tuple[Piece, ...]
 
 
-def _overlap(a: Piece, b: Piece) -> bool:
-    return all(max(x[0], y[0]) < min(x[1], y[1]) for x, y in zip(a.box, b.box, strict=True))
-
-
-def make_plan(
-    per_rank: list[list[tuple[str, tuple[int, ...], tuple[tuple[int, int], ...]]]],
-) -> list[TensorPlan]:
+def make_plan(per_rank: list[list[tuple[str, tuple[int, ...], Box]]]) -> list[TensorPlan]:
     """The plan for the shards (name, full shape, box) of each rank; of replicas the lowest rank's is taken.
 
     Raises ValueError naming the tensor where shapes disagree, pieces overlap, or a part has no owner.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    pieces: dict[str, dict[tuple[tuple[int, int], ...], Piece]] = {}
+    pieces: dict[str, dict[Box, Piece]] = {}
     for rank, shards in enumerate(per_rank):
         for index, (name, shape, box) in enumerate(shards):
             if shapes.setdefault(name, shape) != shape:
@@ -61,10 +58,9 @@ def make_plan(
     plan = []
     for name, shape in shapes.items():
         parts = [p for p in pieces[name].values() if p.numel]
-        clash = next(((a, b) for i, a in enumerate(parts) for b in parts[:i] if _overlap(a, b)), None)
-        if clash:
-            a, b = clash
-            raise ValueError(f"{name}: ranks {b.rank} and {a.rank} hold overlapping parts {b.box}, {a.box}")
+        for a, b in combinations(parts, 2):
+            if all(max(x[0], y[0]) < min(x[1], y[1]) for x, y in zip(a.box, b.box, strict=True)):
+                raise ValueError(f"{name}: ranks {a.rank} and {b.rank} hold overlapping {a.box}, {b.box}")
         covered = sum(p.numel for p in parts)
         if covered != math.prod(shape):
             raise ValueError(f"{name}: the ranks' pieces cover {covered} of {math.prod(shape)} elements")
@@ -84,15 +80,14 @@ class Assembler:
     ):
         self._shards, self._rank, self.dtype = shards, rank, dtype
         own = [(s.name, s.full_shape, tuple((x.start, x.stop) for x in s.slices)) for s in shards()]
-        everyone: list = [own]
+        everyone = [own] * world_size
         if world_size > 1:
-            everyone = [None] * world_size
             dist.all_gather_object(everyone, own)
         self.plan = make_plan(everyone)
 
     @property
-    def specs(self) -> list[tuple[str, str, tuple[int, ...]]]:
-        """(name, safetensors dtype, shape) of every tensor, in the order in which they come."""
+    def specs(self) -> list[Spec]:
+        """Of every tensor, in the order in which they come."""
         return [(t.name, SAFETENSORS_DTYPES[self.dtype], t.shape) for t in self.plan]
 
     @torch.no_grad()
@@ -109,15 +104,13 @@ class Assembler:
                         dist.send(shards[piece.index].tensor.detach().to(self.dtype).contiguous(), dst=0)
 
     def _receive(self, tensor: TensorPlan, shards: list[WeightShard]) -> Tensor:
-        device = shards[0].tensor.device
-        full = torch.empty(tensor.shape, dtype=self.dtype, device=device)
+        full = torch.empty(tensor.shape, dtype=self.dtype, device=shards[0].tensor.device)
         for piece in tensor.pieces:
             where = tuple(slice(start, stop) for start, stop in piece.box)
             if piece.rank == 0:
                 full[where] = shards[piece.index].tensor.to(self.dtype)
             else:
-                sizes = [stop - start for start, stop in piece.box]
-                part = torch.empty(sizes, dtype=self.dtype, device=device)
+                part = torch.empty_like(full[where], memory_format=torch.contiguous_format)
                 dist.recv(part, src=piece.rank)
                 full[where] = part
         return full

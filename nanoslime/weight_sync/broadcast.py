@@ -9,6 +9,7 @@ The caller pauses the engines around `send`; an engine where it failed keeps its
 import logging
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate
 from typing import Any
 
 import torch.distributed as dist
@@ -45,9 +46,8 @@ class Broadcaster:
     ):  # fmt: skip
         self._engines, self._bucket_bytes, self._deadline_s = engines, bucket_bytes, deadline_s
         self._threads = ThreadPoolExecutor(max_workers=max(1, len(engines)), thread_name_prefix="weight-sync")
-        world_size = 1 + sum(e.world_size for e in engines)
+        *offsets, world_size = accumulate((e.world_size for e in engines), initial=1)
         store, backend = listen(address, deadline_s), "nccl" if device == "cuda" else "gloo"
-        offsets = [1 + sum(e.world_size for e in engines[:i]) for i in range(len(engines))]
         meet: dict[str, Any] = {"address": address, "port": store.port, "group": self.GROUP}
         ranks: dict[str, Any] = {"world_size": world_size, "backend": backend}
         joins = [

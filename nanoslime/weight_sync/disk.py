@@ -7,18 +7,16 @@ import torch
 from torch import Tensor
 
 from nanoslime.storage.commit import commit, partial_dir
-from nanoslime.storage.safetensors_file import copy_other_files, write_files
+from nanoslime.storage.safetensors_file import Spec, copy_other_files, write_files
 
 
 def write_checkpoint(
-    tensors: Iterable[tuple[str, Tensor]], specs: list[tuple[str, str, tuple[int, ...]]], destination: Path,
-    *, like: Path, max_shard_bytes: int = 4 << 30,
-) -> Path:  # fmt: skip
-    """Writes `tensors`, declared by `specs` (name, safetensors dtype, shape) in order, and the other files of
-    `like`; tensor by tensor. The directory appears whole or not at all, in place of an earlier one."""
+    tensors: Iterable[tuple[str, Tensor]], specs: list[Spec], destination: Path, *, like: Path
+) -> None:
+    """Writes `tensors`, declared by `specs` in order, and the other files of `like`; tensor by tensor. The
+    directory appears whole or not at all, in place of an earlier one."""
     partial = partial_dir(destination)
     copy_other_files(like, partial)
     buffers = ((name, t.cpu().contiguous().view(torch.uint8).numpy().reshape(-1)) for name, t in tensors)
-    write_files(partial, specs, buffers, max_shard_bytes)
+    write_files(partial, specs, buffers, max_shard_bytes=4 << 30)
     commit(partial, destination)
-    return destination

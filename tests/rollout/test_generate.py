@@ -127,14 +127,14 @@ def test_metrics_and_record_by_hand(tmp_path: Path) -> None:
         "rollout/error_ratio": 0.2,
         "rollout/num_samples": 5.0,
     }
-    record(tmp_path / "rollouts" / "step_3.jsonl", groups)
+    record(tmp_path / "rollouts", 3, groups)
     lines = [json.loads(line) for line in (tmp_path / "rollouts" / "step_3.jsonl").read_text().splitlines()]
     assert [line["reward"] for line in lines] == [1.0, 0.0, 0.0, 1.0, None]
     assert (
-        lines[1] | {"status": "truncated", "text": "é", "tokens": [4, 2], "prompt": 3, "versions": [0]}
+        lines[1] | {"status": "truncated", "text": "é", "tokens": [4, 2], "prompt": 3, "versions": [[2, 0]]}
         == lines[1]
     )
-    assert [p.name for p in (tmp_path / "rollouts").iterdir()] == ["step_3.jsonl"]
+    assert {p.name for p in (tmp_path / "rollouts").iterdir()} == {"step_3.jsonl", "step_3.npz"}
 
 
 class Scripted:

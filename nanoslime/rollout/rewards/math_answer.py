@@ -24,8 +24,7 @@ def final_answer(text: str) -> str | None:
         line = (text.rpartition("####")[2].strip().splitlines() or [""])[0].strip()
         number = _NUMBER.match(line.lstrip("$ "))
         return number.group() if number else line or None
-    start = text.rfind("\\boxed{")
-    if start >= 0:
+    if (start := text.rfind("\\boxed{")) >= 0:
         return _balanced(text[start + len("\\boxed{") :])
     numbers = _NUMBER.findall(text)
     return numbers[-1] if numbers else text.strip() or None
@@ -51,8 +50,7 @@ def _equal(left: str, right: str) -> bool:
 
 def _normal(text: str) -> str:
     """Without LaTeX spacing, currency and percent signs, thousands separators, \\text and a full stop."""
-    text = _FRACTION.sub(r"\1/\2", text)
-    text = _NOISE.sub("", text).rstrip(".")
+    text = _NOISE.sub("", _FRACTION.sub(r"\1/\2", text)).rstrip(".")
     return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
 
 
