@@ -3,7 +3,7 @@
     hidden [T, H], weight [V_local, H] -> logits of a block [C, B] -> logprobs [T], entropies [T]
 
 Logits exist for a block of tokens and vocabulary at a time, in float32 and small enough for a CPU's cache.
-The backward pass computes what is over KEPT_BYTES of them again: one more product with the weight.
+The backward pass computes them again: one more product with the weight.
 The vocabulary may be split over tensor-parallel ranks: four numbers per token pass between them in the
 forward pass, the gradient of hidden in the backward.
 """
@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 CHUNK_TOKENS, CHUNK_COLUMNS = 2048, 4096
-KEPT_BYTES = 1 << 30  # of logits, from the forward to the backward pass
 _LOWEST = torch.finfo(torch.float32).min  # of a rank without a column; -inf would make NaN of 0 x inf
 
 
@@ -29,8 +28,6 @@ class _Options(NamedTuple):
     num_columns: int  # rows of the weight that are tokens, from the first; the others are padding
     group: ProcessGroup | None
     chunk_tokens: int
-    kept: dict[tuple[int, int], Tensor]  # logits of blocks, by their first row and column
-    room: int  # for them, in bytes
 
 
 def token_logprobs(
@@ -70,8 +67,7 @@ def linear_logprobs(
     if int(targets.max()) >= vocab_size:
         raise ValueError(f"token id {int(targets.max())} is outside the vocabulary of {vocab_size} tokens")
     num_columns = min(max(vocab_size - vocab_start, 0), len(weight))
-    room = KEPT_BYTES if torch.is_grad_enabled() else 0
-    options = _Options(1.0 / temperature, vocab_start, num_columns, tp_group, chunk_tokens, {}, room)
+    options = _Options(1.0 / temperature, vocab_start, num_columns, tp_group, chunk_tokens)
     return _LinearLogprobs.apply(hidden, weight, targets, with_entropy, options)
 
 
@@ -110,7 +106,7 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_logprobs: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, log_norm, entropy = ctx.saved_tensors
-        options: _Options = ctx.options._replace(room=0)
+        options: _Options = ctx.options
         blocks = _Blocks(hidden, weight, targets, options)
         d_hidden = torch.zeros_like(hidden, dtype=blocks.dtype)
         d_weight, d_columns = torch.zeros_like(weight), torch.empty(0)
@@ -166,18 +162,14 @@ class _Blocks:
         return at.clamp(0, width - 1)[:, None], (at >= 0) & (at < width)
 
     def __iter__(self) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-        chunk_tokens, kept = self._options.chunk_tokens, self._options.kept
+        chunk_tokens = self._options.chunk_tokens
         buffer = self.new(min(chunk_tokens, len(self.hidden)) * min(CHUNK_COLUMNS, len(self._weight)))
         for columns in _slices(len(self._weight), CHUNK_COLUMNS):
             block = self._weight[columns].to(self._type)
             for rows in _slices(len(self.hidden), chunk_tokens):
                 size = (rows.stop - rows.start, len(block))
-                logits = kept.pop((rows.start, columns.start), None)
-                if logits is None:
-                    logits = buffer[: size[0] * size[1]].view(size)
-                    _add_product(logits, self.hidden[rows], block.T, beta=0.0)
-                    if logits.nbytes * (len(kept) + 1) <= self._options.room:
-                        kept[rows.start, columns.start] = logits.clone()
+                logits = buffer[: size[0] * size[1]].view(size)
+                _add_product(logits, self.hidden[rows], block.T, beta=0.0)
                 yield rows, columns, logits, block
 
 
