@@ -63,15 +63,12 @@ class ClusterEnv:
         names = tuple(_output("scontrol", "show", "hostnames", nodes).split() or expand_nodelist(nodes))
         index = int(environ["SLURM_NODEID"])
         return cls(
-            node_index=index,
-            num_nodes=len(names),
+            node_index=index, num_nodes=len(names), node_names=names, job_id=environ["SLURM_JOB_ID"],
             node_name=environ.get("SLURMD_NODENAME", names[index]),
-            node_names=names,
             address=_address(names, index, network_interface),
-            job_id=environ["SLURM_JOB_ID"],
             restart_count=int(environ.get("SLURM_RESTART_COUNT", "0")),
             cpus=int(environ.get("SLURM_CPUS_PER_TASK") or environ.get("SLURM_CPUS_ON_NODE", "0")),
-        )
+        )  # fmt: skip
 
     @classmethod
     def for_local(cls, index: int, num_nodes: int, job_id: str, cpus: int = 0) -> ClusterEnv:

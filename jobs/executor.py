@@ -8,12 +8,14 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 from jobs import children
 from jobs.cluster_env import ClusterEnv
 from jobs.node import ROOT, handled, remove_scratch, start_agent
+from nanoslime.config.cluster import ClusterConfig
 from nanoslime.config.run import RunConfig
 from nanoslime.layout import Layout
 from nanoslime.run_dir import FAILED, STOPPED, Attempt, RunDir
@@ -30,23 +32,22 @@ def cpus_per_node(config: RunConfig, layout: Layout) -> int:
     return config.cluster.cpus_per_node or layout.slots_per_node * per_slot
 
 
+def common_options(cluster: ClusterConfig, name: str, cpus: int) -> dict[str, str | bool]:
+    """What every job asks for, as sbatch's long options; True is an option without a value."""
+    options: dict[str, str | bool] = {"job-name": name, "cpus-per-task": str(cpus)}
+    options |= {"time": str(cluster.time_limit_min), "requeue": True, "open-mode": "append"}
+    named = ("account", "constraint", "partition", "qos", "reservation")
+    return options | {name: getattr(cluster, name) for name in named if getattr(cluster, name)}
+
+
 def sbatch_options(config: RunConfig, layout: Layout) -> dict[str, str | bool]:
-    """What the job asks for, as sbatch's long options; True is an option without a value."""
+    """What the job of a run asks for."""
     cluster = config.cluster
-    options: dict[str, str | bool] = {
-        "job-name": config.name,
-        "nodes": str(layout.num_nodes),
-        "ntasks-per-node": "1",
-        "cpus-per-task": str(cpus_per_node(config, layout)),
-        "time": str(cluster.time_limit_min),
-        "signal": f"USR2@{cluster.signal_lead_s}",
-        "requeue": True,
-        "open-mode": "append",
-    }
+    options = common_options(cluster, config.name, cpus_per_node(config, layout))
+    options |= {"nodes": str(layout.num_nodes), "ntasks-per-node": "1"}
+    options["signal"] = f"USR2@{cluster.signal_lead_s}"
     if layout.device == "cuda":
         options["gpus-per-node"] = str(layout.slots_per_node)
-    named = {"partition", "account", "qos", "constraint", "reservation"}
-    options |= {name: getattr(cluster, name) for name in sorted(named) if getattr(cluster, name)}
     if cluster.memory_per_node:
         options["mem"] = cluster.memory_per_node
     return options | cluster.extra_sbatch
@@ -77,26 +78,34 @@ def python_of(config: RunConfig) -> str:
     return str(Path(venv).expanduser() / "bin" / "python") if venv else sys.executable
 
 
+def batch_script(options: Mapping[str, str | bool], config: RunConfig, *lines: str) -> str:
+    """A batch script that sets up the job and goes on with `lines`. Pure; the options' values are quoted."""
+    asked = [f"--{k}" if v in (True, "") else f"--{k}={shlex.quote(str(v))}" for k, v in options.items()]
+    head = ["#!/bin/bash", *(f"#SBATCH {option}" for option in asked), ""]
+    return "\n".join([*head, *setup_lines(config), *lines]) + "\n"
+
+
 def sbatch_text(config: RunConfig, layout: Layout, run_dir: Path, driver: str = "") -> str:
-    """The batch script of the job. Pure; any path is quoted."""
-    options = sbatch_options(config, layout)
-    options["output"] = str(run_dir).replace("%", "%%") + "/slurm-%j.out"
-    asked = [f"--{k}" if v is True else f"--{k}={shlex.quote(str(v))}" for k, v in options.items()]
+    """The batch script of a run's job. Pure; any path is quoted."""
+    output = str(run_dir).replace("%", "%%") + "/slurm-%j.out"
     task = [python_of(config), "-m", "jobs.node", str(run_dir), *(["--driver", driver] if driver else [])]
-    lines = [
-        "#!/bin/bash",
-        *(f"#SBATCH {option}" for option in asked),
-        "",
-        *setup_lines(config),
-        "",
+    return batch_script(
+        sbatch_options(config, layout) | {"output": output}, config, "",
         shlex.join(["srun", "--unbuffered", *step_options(config, layout), *task]),
         "code=$?",
         f'if [ "$code" -eq {STOPPED} ]; then  # stopped in time: committed, to go on in a new attempt',
         '    scontrol requeue "$SLURM_JOB_ID" && exit 0',
         "fi",
         'exit "$code"',
-    ]
-    return "\n".join(lines) + "\n"
+    )  # fmt: skip
+
+
+def submitted(job: str, log: str, resume: str) -> str:
+    """What to tell the user of a job that SLURM has taken."""
+    ways = {"state": f"squeue -j {job}", "follow": f"tail -F {log}", "stop": f"scancel {job}"}
+    ways |= {"resume": resume} if resume else {}
+    told = [f"  {what:7} {command}" for what, command in ways.items()]
+    return "\n".join([f"submitted job {job}", *told])
 
 
 def run_local(config: RunConfig, layout: Layout, run: RunDir, driver: str = "") -> int:
@@ -154,11 +163,9 @@ def _supervise(attempt: Attempt, agents: list[children.Child], signals: list[sig
 
 def _copy_new_lines(log: Path, stream: BinaryIO | None) -> BinaryIO | None:
     """Copy what was appended to `log` to stdout; returns the open file, None while there is none."""
-    if stream is None:
-        if not seen(log):
-            return None
+    if stream is None and seen(log):
         stream = open(log, "rb")
-    while block := stream.read(65536):
+    while stream and (block := stream.read(65536)):
         sys.stdout.write(block.decode(errors="replace"))
     sys.stdout.flush()
     return stream

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from jobs.node import ROOT
 from nanoslime.config import DataConfig, RunConfig
 from nanoslime.models.shape import ModelShape
 from nanoslime.models.tiny import tiny_qwen3_config
@@ -17,7 +18,6 @@ from nanoslime.run_dir import RunDir, recorded_rollouts
 from nanoslime.storage.safetensors_file import read_headers
 from nanoslime.types import RunError
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB = {"hub": "huggingface_hub:snapshot_download"}  # imported on need only: as slow as planning a run
 _HUB_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
@@ -123,13 +123,12 @@ def refuse_if_running(run: RunDir) -> None:
     for node, beat in attempt.heartbeats().items():
         age_s = time.time() - float(beat["time"])
         if "left" not in beat and age_s < _ALIVE_S:
-            raise RunError(
-                f"{run.path} is running: node {node} of attempt {attempt.number} was alive {age_s:.0f} s "
-                f"ago; stop it first, or wait {_ALIVE_S} s if it was killed"
-            )
+            alive = f"node {node} of attempt {attempt.number} was alive {age_s:.0f} s ago"
+            way_out = f"stop it first, or wait {_ALIVE_S} s if it was killed"
+            raise RunError(f"{run.path} is running: {alive}; {way_out}")
 
 
-def check_environment(config: RunConfig, repository: Path = REPOSITORY) -> None:
+def check_environment(config: RunConfig, repository: Path = ROOT) -> None:
     """Refuse GPU nodes whose environment was not made from the CUDA lock as it is now."""
     if config.cluster.device != "cuda":
         return
@@ -142,11 +141,10 @@ def check_environment(config: RunConfig, repository: Path = REPOSITORY) -> None:
     made = dict(line.split("=", 1) for line in lines if "=" in line)
     if wanted.items() <= made.items():
         return
+    found = "was not made by env/run.sh" if venv.is_dir() else "does not exist"
     if made:
         older = " as it was before" if made.get("target") == "cuda" else ""
         found = f"was made from env/{made.get('target')}.lock{older}"
-    else:
-        found = "was not made by env/run.sh" if venv.is_dir() else "does not exist"
     place = "cluster.venv" if config.cluster.venv else "the environment that submits"
     raise RunError(
         f"cluster {config.cluster.name!r} has GPUs, but {place} ({venv}) {found}. Make it with\n"

@@ -327,10 +327,14 @@ def start_agent(attempt: Attempt, config: RunConfig, env: ClusterEnv, driver: st
     command = [sys.executable, "-m", "jobs.node", str(attempt.run.path), "--attempt", str(attempt.number)]
     command += ["--local-node", str(env.node_index)] if env.local else []
     command += ["--driver", driver] if driver else []
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environ = {**os.environ, **config.cluster.env, "PYTHONPATH": path}
-    log = attempt.log("agent", env.node_index)
+    log, environ = attempt.log("agent", env.node_index), environment(**config.cluster.env)
     return children.start(f"the agent of {env.node_name}", command, log, environ, signal.SIGTERM)
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Ours with `more`, and with this code first in PYTHONPATH."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, **more, "PYTHONPATH": path}
 
 
 @contextmanager
@@ -351,12 +355,11 @@ def handled(action: Callable[[signal.Signals], object]) -> Iterator[None]:
 
 def check_cores(env: ClusterEnv) -> None:
     """RunError where this process may use fewer cores than it was given: a forgotten --cpus-per-task."""
-    allowed, there = len(os.sched_getaffinity(0)), os.cpu_count() or 1
-    if allowed < min(env.cpus, there):
-        raise RunError(
-            f"the agent of {env.node_name} is pinned to {allowed} of the {min(env.cpus, there)} cores it was "
-            f"given; start it with srun --cpus-per-task={env.cpus}, without taskset or --cpu-bind"
-        )
+    allowed, given = len(os.sched_getaffinity(0)), min(env.cpus, os.cpu_count() or 1)
+    if allowed < given:
+        pinned = f"the agent of {env.node_name} is pinned to {allowed} of the {given} cores it was given"
+        way_out = f"start it with srun --cpus-per-task={env.cpus}, without taskset or --cpu-bind"
+        raise RunError(f"{pinned}; {way_out}")
 
 
 def check_gpus(env: ClusterEnv, needed: int) -> None:

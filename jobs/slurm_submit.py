@@ -36,21 +36,15 @@ def submit_submitit(config: RunConfig, layout: Layout, run: RunDir, driver: str 
     options = sbatch_options(config, layout)
     folder = run.path / "slurm"
     folder.mkdir(mode=0o700, exist_ok=True)
-    executor = submitit.SlurmExecutor(
-        folder, max_num_timeout=config.cluster.max_requeues, python=shlex.quote(python_of(config))
-    )
+    python, requeues = shlex.quote(python_of(config)), config.cluster.max_requeues
+    executor = submitit.SlurmExecutor(folder, max_num_timeout=requeues, python=python)
     executor.update_parameters(
-        job_name=str(options.pop("job-name")),
-        nodes=layout.num_nodes,
-        ntasks_per_node=1,
-        time=config.cluster.time_limit_min,
-        signal_delay_s=config.cluster.signal_lead_s,
-        setup=setup_lines(config),
-        srun_args=step_options(config, layout),
-        stderr_to_stdout=True,
+        job_name=str(options.pop("job-name")), nodes=layout.num_nodes, ntasks_per_node=1,
+        time=config.cluster.time_limit_min, signal_delay_s=config.cluster.signal_lead_s,
+        setup=setup_lines(config), srun_args=step_options(config, layout), stderr_to_stdout=True,
         wckey=None,  # sites that track workload keys refuse submitit's own
         additional_parameters={k: v for k, v in options.items() if k not in ("nodes", "ntasks-per-node")},
-    )
+    )  # fmt: skip
     try:
         job = executor.submit(SubmittedJob(str(run.path), driver))
     except FailedJobError as error:

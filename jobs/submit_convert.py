@@ -18,18 +18,18 @@ from tempfile import TemporaryFile
 
 from jobs import where
 from jobs.children import ask
-from jobs.executor import python_of, setup_lines
-from jobs.inputs import REPOSITORY
+from jobs.executor import batch_script, common_options, python_of, submitted
+from jobs.node import ROOT, environment
 from jobs.submit_grpo import CLUSTERS, yaml_file
 from nanoslime.config import RunConfig
 from nanoslime.config.load import load
 from nanoslime.types import RunError
 
-CONVERSIONS = {"hf-to-megatron": "HF_DIR OUT", "megatron-to-hf": "MEGATRON_DIR OUT"}
-TOOLS = CONVERSIONS | {
-    "verify-checkpoint": "A B",
-    "inspect-checkpoint": "DIR",
-}  # and the directories they take
+CONVERSIONS = {
+    "hf-to-megatron": "HF_DIR OUT",
+    "megatron-to-hf": "MEGATRON_DIR OUT",
+}  # and what they take
+TOOLS = CONVERSIONS | {"verify-checkpoint": "A B", "inspect-checkpoint": "DIR"}
 _DEADLINE_S = 120.0  # of a plan, which reads the headers of all files, and of sbatch
 _MAX_CPUS = 8
 
@@ -47,9 +47,8 @@ def main(argv: list[str], environ: Mapping[str, str] = os.environ, root: Path = 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """What is to run and how it is submitted; what this command does not know is the tool's (`options`)."""
-    parser = argparse.ArgumentParser(
-        prog="submit_convert.py", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
-    )
+    what = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser("submit_convert.py", description=what, allow_abbrev=False)
     add = parser.add_argument
     add("tool", choices=TOOLS, metavar="TOOL", help=", ".join(f"{t} {dirs}" for t, dirs in TOOLS.items()))
     add("paths", nargs="+", type=Path, metavar="DIR", help="what the tool takes; then its own options")
@@ -75,7 +74,7 @@ def run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> i
     here = f"LOCAL, nothing is submitted: {command.tool} runs on this machine"
     if not command.dry_run and not slurm.has_slurm(local=command.local):
         print(here, flush=True)
-        os.execve(sys.executable, tool_words(command, sys.executable, command.cpus), _environment())
+        os.execve(sys.executable, tool_words(command, sys.executable, command.cpus), environment())
     plan = check(command)
     log = f"{command.paths[-1] if command.tool in CONVERSIONS else Path.cwd() / command.tool}.slurm-"
     script = sbatch_text(command, config, log, Path.cwd())
@@ -89,12 +88,8 @@ def run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> i
         print(where.test_only(slurm.sbatch, script))
         return 0
     job = submit(slurm.sbatch, script, Path(log).parent)
-    print(f"submitted job {job}")
-    print(f"  state   squeue -j {job}")
-    print(f"  follow  tail -F {shlex.quote(f'{log}{job}.out')}")
-    print(f"  stop    scancel {job}")
-    if command.tool in CONVERSIONS:
-        print("  resume  the same command; what is written already is kept")
+    resume = "the same command; what is written already is kept" if command.tool in CONVERSIONS else ""
+    print(submitted(job, shlex.quote(f"{log}{job}.out"), resume))
     return 0
 
 
@@ -102,7 +97,7 @@ def check(command: argparse.Namespace) -> str:
     """The conversion's own plan. Raises RunError with what the tool refuses, or for a missing directory."""
     if command.tool in CONVERSIONS:
         words = [*tool_words(command, sys.executable, None), "--dry-run"]
-        done = ask(words, _DEADLINE_S, env=_environment())
+        done = ask(words, _DEADLINE_S, env=environment())
         if done.returncode:
             raise RunError(done.stderr.strip())
         return done.stdout
@@ -127,7 +122,7 @@ def submit(sbatch: Path, script: str, log_folder: Path) -> str:
 def tool_words(command: argparse.Namespace, python: str, threads: int | None) -> list[str]:
     """The tool as a command; of two --threads it takes the last, a user's own."""
     more = ["--threads", str(threads)] if threads and command.tool in CONVERSIONS else []
-    script = REPOSITORY / "tools" / f"{command.tool.replace('-', '_')}.py"
+    script = ROOT / "tools" / f"{command.tool.replace('-', '_')}.py"
     return [python, str(script), *map(str, command.paths), *more, *command.options]
 
 
@@ -137,20 +132,10 @@ def sbatch_text(command: argparse.Namespace, config: RunConfig, log: str, folder
         raise RunError(f"{log!r}: SLURM writes no log to a path with a line break or a backslash")
     cluster = config.cluster
     cpus = command.cpus or min(_MAX_CPUS, cluster.cpus_per_node or _MAX_CPUS)
-    options = {"job-name": command.tool, "nodes": "1", "ntasks": "1", "cpus-per-task": str(cpus)}
-    options |= {"time": str(cluster.time_limit_min), "requeue": "", "open-mode": "append"}
-    named = ("partition", "account", "qos", "constraint", "reservation")
-    options |= {name: getattr(cluster, name) for name in named if getattr(cluster, name)}
+    options = common_options(cluster, command.tool, cpus) | {"nodes": "1", "ntasks": "1"}
     options |= cluster.extra_sbatch | {"output": f"{log.replace('%', '%%')}%j.out"}
-    asked = [f"#SBATCH --{name}" + (f"={shlex.quote(v)}" if v else "") for name, v in options.items()]
     task = shlex.join(tool_words(command, os.path.abspath(python_of(config)), cpus))
-    lines = ["#!/bin/bash", *asked, "", *setup_lines(config), f"cd {shlex.quote(str(folder))}"]
-    return "\n".join([*lines, f"exec {task}"]) + "\n"
-
-
-def _environment() -> dict[str, str]:
-    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path}
+    return batch_script(options, config, f"cd {shlex.quote(str(folder))}", f"exec {task}")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from nanoslime.run_dir import RunDir
 from nanoslime.storage.shared_files import publish, read_json
 from nanoslime.types import RunError
 
-RECIPES = inputs.REPOSITORY / "jobs" / "recipes"
-CLUSTERS = inputs.REPOSITORY / "env" / "clusters"
+RECIPES = executor.ROOT / "jobs" / "recipes"
+CLUSTERS = executor.ROOT / "env" / "clusters"
 SUBMITTERS = {"submitit": "jobs.slurm_submit:submit_submitit", "sbatch": "jobs.slurm_submit:submit_sbatch"}
 _HELP = {"-h", "--help"}
 
@@ -68,9 +68,8 @@ def run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> i
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """What this command takes, and the flags that set configuration fields."""
-    parser = argparse.ArgumentParser(
-        prog="submit_grpo.py", description=(__doc__ or "").splitlines()[0], add_help=False, allow_abbrev=False
-    )
+    what = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser("submit_grpo.py", description=what, add_help=False, allow_abbrev=False)
     add = parser.add_argument
     add("--recipe", metavar="FILE|NAME", help=f"an experiment: a YAML file, or one of {_names(RECIPES)}")
     add("--cluster", metavar="FILE|NAME", help=f"a cluster: a YAML file, or one of {_names(CLUSTERS)}")
@@ -98,10 +97,9 @@ def configure(command: argparse.Namespace, flags: list[str]) -> RunConfig:
 
 def check_target(config: RunConfig, submits: bool) -> None:
     if not submits and config.cluster.device == "cuda":
-        raise RunError(
-            f"cluster.gpus_per_node={config.cluster.gpus_per_node}: a rehearsal takes no GPUs; leave out the "
-            "cluster file. One machine with GPUs runs `python -m nanoslime.train`"
-        )
+        given = f"cluster.gpus_per_node={config.cluster.gpus_per_node}: a rehearsal takes no GPUs"
+        way_out = "leave out the cluster file. One machine with GPUs runs `python -m nanoslime.train`"
+        raise RunError(f"{given}; {way_out}")
 
 
 def rehearsal_line(config: RunConfig) -> str:
@@ -125,11 +123,8 @@ def open_run(command: argparse.Namespace, config: RunConfig, layout: Layout) -> 
 
 def submit(config: RunConfig, layout: Layout, run: RunDir) -> int:
     job = resolve(config.cluster.submit, SUBMITTERS, "cluster.submit")(config, layout, run)
-    print(f"submitted job {job}")
-    print(f"  state   squeue -j {job}")
-    print(f"  follow  tail -F {run.path}/attempts/latest/logs/driver-0.log")
-    print(f"  stop    scancel {job}")
-    print(f"  resume  python jobs/submit_grpo.py --resume {run.path}")
+    log = f"{run.path}/attempts/latest/logs/driver-0.log"
+    print(executor.submitted(job, log, f"python jobs/submit_grpo.py --resume {run.path}"))
     return 0
 
 

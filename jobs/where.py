@@ -38,9 +38,7 @@ class Where:
         return True
 
 
-def detect(
-    path: str, environ: Mapping[str, str], root: Path = Path("/"), cluster_file: Path | None = None
-) -> Where:
+def detect(path: str, environ: Mapping[str, str], root: Path, cluster_file: Path | None) -> Where:
     """What of SLURM is below `root`, in PATH and in the environment, and whether sbatch answers."""
     commands = [command for command in _COMMANDS if shutil.which(command, path=path)]
     traces = [f"{', '.join(commands)} in PATH"] if commands else []

@@ -6,7 +6,6 @@ Makes random Llama models, then per round and in turn: cp + sync of the source's
 without checksums; both ways. Every run is a process of its own, start included, until its output is on disk.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -17,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from concurrent.futures import ProcessPoolExecutor
 from math import prod
 from pathlib import Path
@@ -71,8 +71,9 @@ def copy(source: Path, target: Path) -> Run:
     return timed(["cp", "-r", "--reflink=never", str(source), str(target)], ["sync", *files])
 
 
-def convert(tool: str, source: Path, target: Path, *options: str) -> Run:
-    return timed([sys.executable, str(TOOLS / tool), str(source), str(target), *options])
+def convert(command: str, source: Path, target: Path) -> Run:
+    tool, *options = command.split()
+    return timed([sys.executable, str(TOOLS / f"{tool}.py"), str(source), str(target), *options])
 
 
 def one_size(work: Path, gigabytes: float, rounds: int) -> dict[str, list[Run]]:
@@ -80,29 +81,25 @@ def one_size(work: Path, gigabytes: float, rounds: int) -> dict[str, list[Run]]:
     hf, megatron, out = work / "hf", work / "megatron", work / "out"
     with ProcessPoolExecutor(1) as pool:  # a child begins with the memory of its parent
         size = pool.submit(make_model, hf, gigabytes).result()
-    convert("hf_to_megatron.py", hf, megatron)
-    kinds = {
-        "cp + sync of the Hugging Face files": lambda: copy(hf, out),
-        "hf_to_megatron": lambda: convert("hf_to_megatron.py", hf, out),
-        "hf_to_megatron --no-checksums": lambda: convert("hf_to_megatron.py", hf, out, "--no-checksums"),
-        "cp + sync of the Megatron files": lambda: copy(megatron, out),
-        "megatron_to_hf": lambda: convert("megatron_to_hf.py", megatron, out),
-        "megatron_to_hf --no-checksums": lambda: convert(
-            "megatron_to_hf.py", megatron, out, "--no-checksums"
-        ),
-    }
-    runs: dict[str, list[Run]] = {kind: [] for kind in kinds}
+    convert("hf_to_megatron", hf, megatron)
+    sources = {
+        "cp + sync of the Hugging Face files": hf, "hf_to_megatron": hf, "hf_to_megatron --no-checksums": hf,
+        "cp + sync of the Megatron files": megatron, "megatron_to_hf": megatron,
+        "megatron_to_hf --no-checksums": megatron,
+    }  # fmt: skip
+    runs: dict[str, list[Run]] = {kind: [] for kind in sources}
     for number in range(rounds):
-        order = list(kinds)
+        order = list(sources)
         random.Random(number).shuffle(order)
         for kind in order:
             subprocess.run(["sync"], check=True)  # what earlier runs left to be written is not this one's
-            runs[kind].append(kinds[kind]())
+            source = sources[kind]
+            runs[kind].append(copy(source, out) if kind.startswith("cp") else convert(kind, source, out))
             shutil.rmtree(out)
     print(f"\n{size / 1e9:.3f} GB, {rounds} rounds\n")
     print("| | median s | least s | of cp + sync: median | least | peak MB |\n|---|---|---|---|---|---|")
     for kind, done in runs.items():
-        base = runs[[k for k in runs if k.startswith("cp")][0 if "hf_to" in kind or "Hugging" in kind else 1]]
+        base = next(runs[first] for first in sources if sources[first] == sources[kind])  # cp + sync
         median, least = (pick([run.seconds for run in done]) for pick in (statistics.median, min))
         of_median = median / statistics.median(run.seconds for run in base)
         of_least = least / min(run.seconds for run in base)
@@ -112,9 +109,7 @@ def one_size(work: Path, gigabytes: float, rounds: int) -> dict[str, list[Run]]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="bench_convert.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=float, nargs="*", default=[1.0, 4.0], help="GB, timed (%(default)s)")
     parser.add_argument("--memory-sizes", type=float, nargs="*", default=[0.25], help="GB, memory only")
     parser.add_argument("--rounds", type=int, default=5)
@@ -122,9 +117,8 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", end="")
     peaks: dict[float, float] = {}
-    for size, rounds in [(s, arguments.rounds) for s in arguments.sizes] + [
-        (s, 1) for s in arguments.memory_sizes
-    ]:
+    timed_sizes = [(size, arguments.rounds) for size in arguments.sizes]
+    for size, rounds in timed_sizes + [(size, 1) for size in arguments.memory_sizes]:
         with tempfile.TemporaryDirectory(dir=arguments.dir) as work:
             runs = one_size(Path(work), size, rounds)
         peaks[size] = max(run.peak_mb for kind, done in runs.items() if "cp" not in kind for run in done)

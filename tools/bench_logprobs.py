@@ -9,7 +9,6 @@ Every measurement is a process of its own, the two in turn; medians. Extra memor
 the gradients given) and less what both return: logprobs, entropy, the gradients of hidden and weight.
 """
 
-import argparse
 import json
 import re
 import statistics
@@ -17,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
@@ -32,12 +32,9 @@ def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tens
     return logs.gather(1, targets[:, None]).squeeze(1), -(logs.exp() * logs).sum(dim=-1)
 
 
-def nanoslime(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    logprobs, entropy = linear_logprobs(
-        hidden, weight, targets, temperature=TEMPERATURE, vocab_size=len(weight), with_entropy=True
-    )
-    assert entropy is not None
-    return logprobs, entropy
+def nanoslime(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+    sizes = {"temperature": TEMPERATURE, "vocab_size": len(weight)}
+    return linear_logprobs(hidden, weight, targets, **sizes, with_entropy=True)
 
 
 def both_ways(way: str, inputs: list[Tensor], upstream: Tensor, entropy_too: bool) -> list[Tensor]:
@@ -47,7 +44,7 @@ def both_ways(way: str, inputs: list[Tensor], upstream: Tensor, entropy_too: boo
     return [*(result.detach() for result in results), *gradients]
 
 
-def measure(options: argparse.Namespace, results: Path | None) -> dict[str, float]:
+def measure(options: Namespace, results: Path | None) -> dict[str, float]:
     """In this process: seconds and extra bytes of one call, whose results go to the file `results`."""
     torch.manual_seed(0)
     where = {"device": options.device, "dtype": getattr(torch, options.dtype)}
@@ -63,10 +60,9 @@ def measure(options: argparse.Namespace, results: Path | None) -> dict[str, floa
     found = both_ways(options.measure, [hidden, weight, targets], upstream, entropy_too)
     peak = memory(options.device, peak=True)  # waits for the device
     seconds = time.perf_counter() - start
-    returned = sum(tensor.nbytes for tensor in found)
     if results:
         torch.save(found, results)
-    return {"s": seconds, "bytes": peak - before - returned}
+    return {"s": seconds, "bytes": peak - before - sum(tensor.nbytes for tensor in found)}
 
 
 def memory(device: str, *, peak: bool = False) -> int:
@@ -83,19 +79,16 @@ def memory(device: str, *, peak: bool = False) -> int:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    add = parser.add_argument
     for name, default in (("tokens", 8192), ("hidden", 1024), ("vocab", 151_936), ("rounds", 3)):
-        parser.add_argument(f"--{name}", type=int, default=default, help="%(default)s")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the inputs")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument(
-        "--gradient", choices=("both", "logprobs"), default="both", help="what it is taken of"
-    )
-    parser.add_argument("--only", choices=WAYS, help="where there is no memory for the other")
-    parser.add_argument("--measure", choices=WAYS, help=argparse.SUPPRESS)
-    parser.add_argument("--results", type=Path, help=argparse.SUPPRESS)
+        add(f"--{name}", type=int, default=default, help="%(default)s")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the inputs")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--gradient", choices=("both", "logprobs"), default="both", help="what it is taken of")
+    add("--only", choices=WAYS, help="where there is no memory for the other")
+    add("--measure", choices=WAYS, help=SUPPRESS)
+    add("--results", type=Path, help=SUPPRESS)
     options = parser.parse_args(argv)
     if options.measure:
         print(json.dumps(measure(options, options.results)))

@@ -8,11 +8,11 @@ at four characters to a token, each once and eight times, and log-normal lengths
 cut at the budget.
 """
 
-import argparse
 import heapq
 import json
 import sys
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,11 +39,8 @@ def gsm8k(directory: Path, number: int) -> tuple[str, list[int]]:
         texts = [row["question"] + row["answer"] for row in rows[:number]]
         return "GSM8K", [len(text) // 4 + 1 for text in texts]
     print(f"{file} does not exist: lengths are exp(Normal(ln 124, 0.42)) instead, near those of GSM8K")
-    return "GSM8K, by formula", long_tail_like(number)
-
-
-def long_tail_like(number: int) -> list[int]:
-    return np.random.default_rng(0).lognormal(np.log(124), 0.42, number).astype(int).tolist()
+    lengths = np.random.default_rng(0).lognormal(np.log(124), 0.42, number)
+    return "GSM8K, by formula", lengths.astype(int).tolist()
 
 
 def nanoslime(lengths: list[int]) -> Plan:
@@ -97,14 +94,11 @@ def measure(planner: Planner, lengths: list[int]) -> tuple[float, float, float, 
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="bench_packing.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--gsm8k", type=Path, default=GSM8K, help="directory with train.jsonl (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=20, help="long-tail traces of each kind (%(default)s)")
-    parser.add_argument(
-        "--median", type=float, default=4096, help="of the long tail, in tokens (%(default)s)"
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--gsm8k", type=Path, default=GSM8K, help="directory with train.jsonl (%(default)s)")
+    add("--seeds", type=int, default=20, help="long-tail traces of each kind (%(default)s)")
+    add("--median", type=float, default=4096, help="of the long tail, in tokens (%(default)s)")
     arguments = parser.parse_args(argv)
     name, lengths = gsm8k(arguments.gsm8k, 7473)
     traces = {f"{name}, {len(lengths)}{times}": [lengths * n] for n, times in ((1, ""), (8, " x 8"))}

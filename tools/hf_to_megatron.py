@@ -9,15 +9,12 @@ An interrupted conversion is continued by the same command.
 
 import sys
 
-from tools.conversion.checkpoint import open_checkpoint
 from tools.conversion.command import convert, finish, parser
 from tools.conversion.plan import to_megatron
 
 
 def main(argv: list[str]) -> int:
-    arguments = parser(__doc__, "hf_to_megatron.py", "HF_DIR").parse_args(argv)
-    verify = not arguments.no_checksums and not arguments.dry_run
-    convert(arguments, lambda: to_megatron(open_checkpoint(arguments.source, verify=verify)))
+    convert(parser(__doc__, "hf_to_megatron.py", "HF_DIR").parse_args(argv), to_megatron)
     return 0
 
 

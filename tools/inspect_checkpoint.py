@@ -5,32 +5,23 @@
 Reads headers only, except with --verify, which compares the checksums of the manifest.
 """
 
-import argparse
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
-from math import prod
 from pathlib import Path
 
-from nanoslime.storage.safetensors_file import DTYPE_BYTES
 from tools.conversion import keys, torch_dist
 from tools.conversion.checkpoint import open_checkpoint, torch_dist_directory
 from tools.conversion.command import finish, notes
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="inspect_checkpoint.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("directory", type=Path, metavar="DIR")
-    parser.add_argument(
-        "--hf-checkpoint", type=Path, metavar="DIR", help="the model, for Megatron without hf/"
-    )
-    parser.add_argument(
-        "--tensors", action="store_true", help="list every tensor: name, dtype, shape, chunks"
-    )
-    parser.add_argument("--verify", action="store_true", help="compare the checksums of its manifest")
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("directory", type=Path, metavar="DIR")
+    add("--hf-checkpoint", type=Path, metavar="DIR", help="the model, for Megatron without hf/")
+    add("--tensors", action="store_true", help="list every tensor: name, dtype, shape, chunks")
+    add("--verify", action="store_true", help="compare the checksums of its manifest")
     arguments = parser.parse_args(argv)
     data = torch_dist_directory(arguments.directory) if arguments.directory.is_dir() else None
     if data:
@@ -39,7 +30,7 @@ def main(argv: list[str]) -> int:
     shape, rows = checkpoint.shape, checkpoint.tensors.items()
     dtypes = Counter({dtype: 0 for dtype in sorted({t.dtype for _, t in rows})})
     for _, tensor in rows:
-        dtypes[tensor.dtype] += prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]
+        dtypes[tensor.dtype] += tensor.num_bytes
     print(f"weights   {checkpoint.format}: {len(rows)} tensors, {checkpoint.num_bytes:,} bytes")
     print("dtypes    " + ", ".join(f"{dtype} {count:,} bytes" for dtype, count in dtypes.items()))
     print(f"model     {shape.model_type}, {shape.num_parameters:,} parameters, {shape.num_layers} layers")
@@ -47,10 +38,8 @@ def main(argv: list[str]) -> int:
     if moe := shape.moe:
         print(f"          {moe.num_experts} experts, {moe.num_experts_per_token} a token")
     print(f"          multi-token prediction: {'yes' if checkpoint.mtp else 'no'}")
-    state = (
-        "none" if checkpoint.manifest is None else "compared, good" if arguments.verify else "not compared"
-    )
-    print(f"checksums {state}")
+    compared = "compared, good" if arguments.verify else "not compared"
+    print(f"checksums {compared if checkpoint.manifest else 'none'}")
     for line in notes(checkpoint):
         print(line)
     if arguments.tensors:
@@ -63,12 +52,10 @@ def main(argv: list[str]) -> int:
 
 def _training_state(data: Path) -> list[str]:
     """What a torch_dist directory holds beside the weights."""
-    tensors, objects = torch_dist.read(data, lambda key: True)
+    tensors, objects = torch_dist.read(data)
     weights = [key for key in tensors if keys.is_weight(key)]
     common = torch_dist.read_common(data)
-    others = sum(
-        prod(t.shape) * DTYPE_BYTES[t.dtype] for key, t in tensors.items() if not keys.is_weight(key)
-    )
+    others = sum(tensor.num_bytes for key, tensor in tensors.items() if not keys.is_weight(key))
     lines = [f"torch_dist {data}, layout {keys.layout(weights)}"]
     lines.append(f"state     {len(tensors) - len(weights)} tensors besides the weights, {others:,} bytes")
     lines.append(f"          {len(objects)} objects; common: {', '.join(sorted(map(str, common)))}")

@@ -7,9 +7,9 @@ Megatron-LM or slime, of any TP, PP and EP layout. Optimizer state is left out.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
-from tools.conversion.checkpoint import open_checkpoint
 from tools.conversion.command import convert, finish, parser
 from tools.conversion.plan import to_huggingface
 
@@ -23,13 +23,7 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     made.add_argument("--dtype", choices=("BF16", "F16", "F32"), help="of all tensors; left out: as they are")
     arguments = made.parse_args(argv)
-    verify = not arguments.no_checksums and not arguments.dry_run
-    convert(
-        arguments,
-        lambda: to_huggingface(
-            open_checkpoint(arguments.source, arguments.hf_checkpoint, verify=verify), arguments.dtype
-        ),
-    )
+    convert(arguments, partial(to_huggingface, dtype=arguments.dtype), arguments.hf_checkpoint)
     return 0
 
 

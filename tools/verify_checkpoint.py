@@ -7,11 +7,10 @@
 on random tokens; it needs the whole model in memory, as float32. Exit code: 0 equal, 1 different, 2 refused.
 """
 
-import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,27 +18,24 @@ from nanoslime.plugins import resolve
 from nanoslime.types import RunError
 from tools.conversion.checkpoint import Checkpoint, Tensor, open_checkpoint
 from tools.conversion.command import bar, finish, notes, summary
-from tools.conversion.tensor_copy import fill, same
+from tools.conversion.tensor_copy import Progress, fill, same
 
 _LOGITS = "tools.conversion.logits:logits"  # torch, transformers and megatron-core
 _SHOWN = 20
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="verify_checkpoint.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    add, how_far = (
+        parser.add_argument,
+        "of the largest logit, that the largest difference may be (%(default)s)",
     )
-    parser.add_argument("a", type=Path, metavar="A")
-    parser.add_argument("b", type=Path, metavar="B")
-    parser.add_argument(
-        "--hf-checkpoint", type=Path, metavar="DIR", help="the model, for Megatron without hf/"
-    )
-    parser.add_argument("--logits", action="store_true", help="compare what both compute, not their bits")
-    parser.add_argument("--tokens", type=int, default=64, help="of the random sequence (%(default)s)")
-    parser.add_argument(
-        "--tolerance", type=float, default=1e-4,
-        help="of the largest logit, that the largest difference may be (%(default)s)",
-    )  # fmt: skip
+    add("a", type=Path, metavar="A")
+    add("b", type=Path, metavar="B")
+    add("--hf-checkpoint", type=Path, metavar="DIR", help="the model, for Megatron without hf/")
+    add("--logits", action="store_true", help="compare what both compute, not their bits")
+    add("--tokens", type=int, default=64, help="of the random sequence (%(default)s)")
+    add("--tolerance", type=float, default=1e-4, help=how_far)
     arguments = parser.parse_args(argv)
     a, b = (open_checkpoint(path, arguments.hf_checkpoint) for path in (arguments.a, arguments.b))
     if a.shape.model_type != b.shape.model_type:
@@ -68,7 +64,7 @@ def compare_bits(a: Checkpoint, b: Checkpoint) -> int:
     return 1 if wrong else 0
 
 
-def difference(a: Tensor | None, b: Tensor | None, progress: Callable[[int], object]) -> str:
+def difference(a: Tensor | None, b: Tensor | None, progress: Progress) -> str:
     """In what two tensors differ; empty if in nothing."""
     if a is None or b is None:
         return f"only in {'B' if a is None else 'A'}"

@@ -75,8 +75,8 @@ def write(
             stored[key] = StoredTensor(name, shape, tuple(chunks))
         places = {}
         for key in objects:
-            places[key] = (file.name, out.tell(), len(torch_dist.OBJECT_STUB))
-            out.write(torch_dist.OBJECT_STUB)
+            places[key] = (file.name, out.tell(), len(torch_pickle.OBJECT_STUB))
+            out.write(torch_pickle.OBJECT_STUB)
     torch_dist.write_metadata(directory, stored, places)
     torch_dist.write_common(directory, {"iteration": 7, "nested": {"a": [1.5, None, True, "x" * 300]}})
     return stored
@@ -191,7 +191,7 @@ def test_a_container_is_what_torch_saves(dtype: str, shape: tuple[int, ...]) -> 
 
 
 def test_an_object_stub_is_what_megatron_core_saves_for_none() -> None:
-    assert torch.load(io.BytesIO(torch_dist.OBJECT_STUB), weights_only=True) == [None]
+    assert torch.load(io.BytesIO(torch_pickle.OBJECT_STUB), weights_only=True) == [None]
 
 
 def test_a_round_trip_through_torch_is_bit_exact(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from tests.tools.checkpoints import (
     to_huggingface,
     to_megatron,
 )
-from tools.conversion import keys, torch_dist
+from tools.conversion import keys, torch_dist, torch_pickle
 
 WIDE = dict(
     hidden_size=64, intermediate_size=96, num_attention_heads=16, num_key_value_heads=8, head_dim=8,
@@ -102,7 +102,7 @@ def test_torch_reads_what_is_written_bit_for_bit(tmp_path, family):
         if index.fqn in stubs:
             with open(tmp_path / "megatron/release" / place.relative_path, "rb") as file:
                 file.seek(place.offset)
-                assert file.read(place.length) == torch_dist.OBJECT_STUB
+                assert file.read(place.length) == torch_pickle.OBJECT_STUB
 
 
 @pytest.mark.parametrize("tp_size", [2, 8])

@@ -2,20 +2,21 @@
 
 import json
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Literal
 
 from nanoslime.models.rules import Part, Piece, check_tensors, has_mtp, pieces, repeats
 from nanoslime.models.shape import ModelShape
 from nanoslime.storage import manifest
-from nanoslime.storage.safetensors_file import DTYPE_BYTES, INDEX_FILE, SIDE, SINGLE_FILE, read_headers
+from nanoslime.storage.safetensors_file import INDEX_FILE, SIDE, SINGLE_FILE, read_head, read_headers
+from nanoslime.storage.shared_files import read_json
 from nanoslime.types import RunError
 from tools.conversion import keys, torch_dist
 from tools.conversion.tensor_copy import Fill, Link, fill, same
 from tools.conversion.torch_dist import Chunk, StoredTensor
 
 LATEST = "latest_checkpointed_iteration.txt"  # Megatron-LM's and slime's
+HEADERS = "safetensors_headers.json"  # in the side directory: the first bytes of the original files
 
 
 @dataclass(slots=True)
@@ -42,7 +43,7 @@ class Checkpoint:
 
     @property
     def num_bytes(self) -> int:
-        return sum(prod(t.shape) * DTYPE_BYTES[t.dtype] for t in self.tensors.values())
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
 
     def pieces(self) -> list[Piece]:
         return pieces(self.shape, Part(mtp=self.mtp))
@@ -117,6 +118,17 @@ def torch_dist_directory(path: Path) -> Path | None:
     raise RunError(f"{path} is no checkpoint: neither {files} nor {LATEST} is in it")
 
 
+def original_heads(side: Path) -> dict[str, bytes] | None:
+    """The first bytes of the original safetensors files: kept in `side`, or of the files there, or None."""
+    if (side / HEADERS).exists():
+        heads = {name: head.encode("latin-1") for name, head in read_json(side / HEADERS).items()}
+        if wrong := [name for name in heads if Path(name).name != name]:
+            raise RunError(f"{side / HEADERS} names {wrong[0]!r}, which is no file of that directory")
+        return heads
+    headers = read_headers(side) if any(side.glob("*.safetensors")) else {}
+    return {file.name: read_head(file) for file in sorted({info.file for info in headers.values()})} or None
+
+
 def _verify(data: Path, verify: bool) -> Path | None:
     """Compares the checksums of the manifest of `data` or of the directory above it; that directory."""
     for place in (data, data.parent):
@@ -147,9 +159,8 @@ def _open_huggingface(path: Path, checked: Path | None) -> Checkpoint:
     _check_dtypes(tensors)
     for name, of in repeats(shape).items():
         if name in tensors and not same(_fill(tensors[name]), _fill(tensors[of])):
-            hint = (
-                "set tie_word_embeddings to false in config.json" if name == "lm_head.weight" else "retrain"
-            )
+            tied = name == "lm_head.weight"
+            hint = "set tie_word_embeddings to false in config.json" if tied else "retrain"
             raise RunError(f"{_file(tensors[name])}: {name} has to repeat {of}, but differs; {hint}")
     return Checkpoint(path, "Hugging Face", shape, path, tensors, has_mtp(shape, tensors), (), checked)
 
@@ -170,9 +181,8 @@ def _open_torch_dist(path: Path, side: Path, checked: Path | None) -> Checkpoint
         if tensor and twin and tensor != twin and not same(_fill(tensor), _fill(twin)):
             raise RunError(f"{_file(twin)}: {piece.other} has to repeat {name}, but differs")
         if tensor is None:
-            raise RunError(
-                f"{path / torch_dist.METADATA} has no {name} {extent}, part of every {shape.model_type}"
-            )
+            lack = f"no {name} {extent}, part of every {shape.model_type}"
+            raise RunError(f"{path / torch_dist.METADATA} has {lack}")
         padded = piece.rule.layout == "vocab" and len(tensor.shape) == 2 and tensor.shape[0] >= extent[0]
         if tensor.shape != tuple(extent) and not (padded and tensor.shape[1] == extent[1]):
             where = f"{_file(tensor)}: {name}"

@@ -1,66 +1,54 @@
 """What the conversion commands share: arguments, the printed plan, progress and the final line."""
 
-import argparse
 import os
 import resource
 import sys
 import time
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from nanoslime.plugins import resolve
 from nanoslime.types import RunError
-from tools.conversion.checkpoint import Checkpoint
+from tools.conversion.checkpoint import Checkpoint, open_checkpoint
 from tools.conversion.plan import Plan
 from tools.conversion.run import check_output, run
-from tools.conversion.tensor_copy import Fill
+from tools.conversion.tensor_copy import Fill, Progress
 
 
-def parser(doc: str | None, name: str, source: str) -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog=name, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    made.add_argument("source", type=Path, metavar=source)
-    made.add_argument("out", type=Path, metavar="OUT", help="a directory that does not exist yet")
-    made.add_argument("--dry-run", action="store_true", help="print the plan and the bytes; write nothing")
-    made.add_argument("--force", action="store_true", help="replace OUT, once the new one is complete")
-    made.add_argument(
-        "--threads",
-        type=int,
-        default=min(8, 2 * (os.cpu_count() or 1)),
-        help="files written at a time (%(default)s)",
-    )
-    made.add_argument(
-        "--no-checksums", action="store_true", help="neither compare the source's manifest nor write one"
-    )
+def parser(doc: str | None, name: str, source: str) -> ArgumentParser:
+    kind = RawDescriptionHelpFormatter
+    made = ArgumentParser(name, description=doc, formatter_class=kind, allow_abbrev=False)
+    add, threads = made.add_argument, min(8, 2 * (os.cpu_count() or 1))
+    add("source", type=Path, metavar=source)
+    add("out", type=Path, metavar="OUT", help="a directory that does not exist yet")
+    add("--dry-run", action="store_true", help="print the plan and the bytes; write nothing")
+    add("--force", action="store_true", help="replace OUT, once the new one is complete")
+    add("--threads", type=int, default=threads, help="files written at a time (%(default)s)")
+    add("--no-checksums", action="store_true", help="neither compare the source's manifest nor write one")
     return made
 
 
-def convert(arguments: argparse.Namespace, make: Callable[[], Plan]) -> None:
-    """From the plan to the last line."""
-    started = time.monotonic()
-    plan = make()
+def convert(arguments: Namespace, plan_of: Callable[[Checkpoint], Plan], side: Path | None = None) -> None:
+    """From the checkpoint, with its configuration in `side` if not beside it, to the last line."""
+    started, checksums = time.monotonic(), not arguments.no_checksums
+    verify = checksums and not arguments.dry_run
+    plan = plan_of(open_checkpoint(arguments.source, side, verify=verify))
     if arguments.dry_run:
         check_output(plan, arguments.out, arguments.force)
         print(describe(plan, arguments.out))
         return
     for line in notes(plan.source):
         print(line, file=sys.stderr)
+    threads = max(1, arguments.threads)
     with bar(plan.num_bytes) as progress:
-        run(
-            plan,
-            arguments.out,
-            force=arguments.force,
-            threads=max(1, arguments.threads),
-            checksums=not arguments.no_checksums,
-            progress=progress,
-        )
+        run(plan, arguments.out, arguments.force, threads=threads, checksums=checksums, progress=progress)
     print(f"{arguments.out}: {summary(plan.num_bytes, time.monotonic() - started)}")
 
 
 @contextmanager
-def bar(num_bytes: int) -> Iterator[Callable[[int], object]]:
+def bar(num_bytes: int) -> Iterator[Progress]:
     """A function that takes bytes done; where a person watches, it moves a bar with bytes and rate."""
     if not sys.stderr.isatty():
         yield lambda count: None

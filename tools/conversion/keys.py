@@ -24,11 +24,7 @@ _GATE_OR_UP = re.compile(r"^(.*\.linear_fc1\.weight)_([wv])$")
 _NOT_WEIGHTS = re.compile(
     r"^(optimizer|chained_\d+|opt_param_scheduler|rng_state|random|rerun_state|args)\b|_extra_state"
 )
-_TE_MODULES = (
-    "layernorm",
-    "core_attention",
-    "eh_proj",
-)  # Transformer Engine's, which have an extra state too
+_TE_MODULES = ("layernorm", "core_attention", "eh_proj")  # Transformer Engine's, with an extra state too
 
 
 def is_weight(key: str) -> bool:
@@ -102,11 +98,8 @@ def _rows(tensor: StoredTensor) -> list[StoredTensor]:
     """The tensors along the first dimension."""
     chunks: list[list[Chunk]] = [[] for _ in range(tensor.shape[0])]
     for chunk in tensor.chunks:
-        start, shape, size = (
-            chunk.start[1:],
-            chunk.shape[1:],
-            prod(chunk.shape[1:]) * DTYPE_BYTES[tensor.dtype],
-        )
+        start, shape = chunk.start[1:], chunk.shape[1:]
+        size = prod(shape) * DTYPE_BYTES[tensor.dtype]
         for row in range(chunk.shape[0]):
             chunks[chunk.start[0] + row].append(Chunk(start, shape, chunk.file, chunk.offset + row * size))
     return [StoredTensor(tensor.dtype, tensor.shape[1:], tuple(found)) for found in chunks]

@@ -10,24 +10,15 @@ from math import prod
 from pathlib import Path
 
 from nanoslime.models.rules import Piece
-from nanoslime.storage.safetensors_file import (
-    INDEX_FILE,
-    SIDE,
-    copy_other_files,
-    parse_head,
-    plan_files,
-    read_head,
-    read_headers,
-)
+from nanoslime.storage.safetensors_file import INDEX_FILE, SIDE, copy_other_files, parse_head, plan_files
 from nanoslime.storage.shared_files import publish_json, read_json
 from nanoslime.types import RunError
 from tools.conversion import keys, torch_dist
-from tools.conversion.checkpoint import LATEST, Checkpoint
+from tools.conversion.checkpoint import HEADERS, LATEST, Checkpoint, original_heads
 from tools.conversion.tensor_copy import PAGE_BYTES, Fill, TargetFile, fill
-from tools.conversion.torch_dist import OBJECT_STUB, Chunk, StoredTensor, container
-from tools.conversion.torch_pickle import DTYPES
+from tools.conversion.torch_dist import Chunk, StoredTensor
+from tools.conversion.torch_pickle import DTYPES, OBJECT_STUB, container
 
-HEADERS = "safetensors_headers.json"  # in the side directory: the first bytes of the original files
 RELEASE = "release"  # the directory of a torch_dist checkpoint that belongs to no iteration
 _MAX_ROW_CHUNKS = 8  # of what tensor parallelism splits: a rank of TP=8 reads its own rows
 _MIN_CHUNK_ELEMENTS = 1 << 12
@@ -67,10 +58,8 @@ def to_megatron(source: Checkpoint) -> Plan:
         full = (*(num_experts for _ in outer), *tensor.shape)
         dtype, _, chunks = stored.setdefault(key, (tensor.dtype, full, []))
         if dtype != tensor.dtype:
-            where = tensor.links[0][0].chunks[0].file
-            raise RunError(
-                f"{where}: {piece.hf} is {tensor.dtype}, but of other experts {dtype}; {key} has both"
-            )
+            where = f"{tensor.links[0][0].chunks[0].file}: {piece.hf}"
+            raise RunError(f"{where} is {tensor.dtype}, but of other experts {dtype}; {key} has both")
         for start, shape in _row_chunks(piece, tensor.shape, source.shape.num_key_value_heads):
             box = (*(1 for _ in outer), *shape)
             head, tail = container(tensor.dtype, box)
@@ -107,10 +96,8 @@ def to_huggingface(source: Checkpoint, dtype: str | None = None) -> Plan:
     own = {piece.hf for piece in source.pieces()}
     original = None if dtype else original_heads(source.side)
     if (heads := original) is None:
-        specs = [
-            (name, dtype or available[name].dtype, available[name].shape) for name in sorted(own, key=_layer)
-        ]
-        heads, index = plan_files(specs)
+        wanted = [(name, available[name]) for name in sorted(own, key=_layer)]
+        heads, index = plan_files((name, dtype or tensor.dtype, tensor.shape) for name, tensor in wanted)
     files = []
     for name, head in heads.items():
         content: list[bytes | Fill] = [head]
@@ -137,19 +124,6 @@ def to_huggingface(source: Checkpoint, dtype: str | None = None) -> Plan:
             shutil.copy2(source.side / INDEX_FILE, directory)
 
     return Plan(source, tuple(files), finish)
-
-
-def original_heads(side: Path) -> dict[str, bytes] | None:
-    """The first bytes of the original safetensors files: kept in `side`, or of the files there, or None."""
-    if (side / HEADERS).exists():
-        heads = {name: head.encode("latin-1") for name, head in read_json(side / HEADERS).items()}
-        if wrong := [name for name in heads if Path(name).name != name]:
-            raise RunError(f"{side / HEADERS} names {wrong[0]!r}, which is no file of that directory")
-        return heads
-    files = (
-        sorted({info.file for info in read_headers(side).values()}) if any(side.glob("*.safetensors")) else []
-    )
-    return {file.name: read_head(file) for file in files} or None
 
 
 class _Appender:

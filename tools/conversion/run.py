@@ -11,7 +11,7 @@ import fcntl
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from nanoslime.storage.commit import partial_path, put_in_place
 from nanoslime.storage.shared_files import publish_json, read_json
 from nanoslime.types import RunError
 from tools.conversion.plan import Plan
-from tools.conversion.tensor_copy import Fill, TargetFile, write
+from tools.conversion.tensor_copy import Fill, Progress, TargetFile, write
 
 PROGRESS = "progress.json"
 
@@ -57,10 +57,8 @@ class _Journal:
             publish_json(self.directory / PROGRESS, {"plan": self.plan, "done": self.done})
 
 
-def run(
-    plan: Plan, out: Path, *, force: bool, threads: int, checksums: bool, progress: Callable[[int], object]
-) -> None:
-    """Write `plan` to `out`, with a manifest unless `checksums` is off. progress: called with bytes done.
+def run(plan: Plan, out: Path, force: bool, *, threads: int, checksums: bool, progress: Progress) -> None:
+    """Write `plan` to `out`, with a manifest unless `checksums` is off.
 
     Raises RunError where `out` exists without `force`, another conversion writes it, or the disk is full.
     Whatever fails ends everything, leaves `out` and the source as they were; running it again continues.
@@ -82,7 +80,7 @@ def run(
         for folder in {(partial / file.name).parent for file in plan.files}:
             folder.mkdir(exist_ok=True)
         try:
-            _write_all(todo, partial, journal, threads, checksums, progress)
+            _write_all(todo, journal, threads, checksums, progress)
             plan.finish(partial)
             (partial / PROGRESS).unlink(missing_ok=True)
             if checksums:
@@ -124,12 +122,7 @@ def _alone(directory: Path) -> Iterator[None]:
 
 
 def _write_all(
-    todo: list[TargetFile],
-    directory: Path,
-    journal: _Journal,
-    threads: int,
-    checksums: bool,
-    progress: Callable[[int], object],
+    todo: list[TargetFile], journal: _Journal, threads: int, checksums: bool, progress: Progress
 ) -> None:
     failed = threading.Event()
 
@@ -141,7 +134,7 @@ def _write_all(
     def one(file: TargetFile) -> None:
         try:
             watched(0)
-            journal.add(file.name, write(file, directory, checksum=checksums, progress=watched))
+            journal.add(file.name, write(file, journal.directory, checksum=checksums, progress=watched))
         except BaseException:
             failed.set()
             raise
@@ -159,11 +152,9 @@ def _write_all(
 
 
 def _check_space(num_bytes: int, directory: Path) -> None:
-    free = shutil.disk_usage(directory).free
-    if free < num_bytes:
-        raise RunError(
-            f"{directory}: {num_bytes / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free"
-        )
+    if (free := shutil.disk_usage(directory).free) < num_bytes:
+        wanted = f"{num_bytes / 1e9:.2f} GB are to be written"
+        raise RunError(f"{directory}: {wanted}, {free / 1e9:.2f} GB are free")
 
 
 def _fingerprint(plan: Plan, checksums: bool) -> str:

@@ -14,7 +14,7 @@ from nanoslime.types import RunError
 if TYPE_CHECKING:
     from tools.conversion.tensor_copy import Files, Fill, Source
 
-_FLOATS = {"F32": np.float32, "F16": np.float16}
+_FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": np.float32}  # BF16: the upper half of one
 
 
 def blocks(item: Fill, files: Files, block_bytes: int) -> Iterator[memoryview]:
@@ -51,18 +51,14 @@ def cast(values: np.ndarray, source: str, target: str) -> np.ndarray:
     """
     if source == target:
         return values
-    if source == "BF16":
-        numbers = (values.astype(np.uint32) << 16).view(np.float32)
-    else:
-        numbers = np.ascontiguousarray(values).view(_FLOATS[source])
+    wide = values.astype(np.uint32) << 16 if source == "BF16" else np.ascontiguousarray(values)
+    numbers = wide.view(_FLOATS[source])
     if target != "BF16":
         try:
             with np.errstate(over="raise"):
                 return numbers.astype(_FLOATS[target]).view(_raw(target))
-        except FloatingPointError as error:
-            raise RunError(
-                f"a {source} number is beyond the range of {target}; choose BF16 or F32"
-            ) from error
+        except FloatingPointError as e:
+            raise RunError(f"a {source} number is beyond the range of {target}; choose BF16 or F32") from e
     bits = numbers.astype(np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
     return np.where(np.isnan(numbers), bits >> 16 | 0x40, rounded).astype(np.uint16)

@@ -30,6 +30,7 @@ CAST = {"F32", "F16", "BF16"}  # dtypes that become one another
 _KERNEL_BYTES = 64 << 20
 PAGE_BYTES = 4096  # inside the kernel, a copy between other places in the page costs half as much again
 Box = tuple[slice, ...]  # one slice per dimension, start and stop set
+Progress = Callable[[int], object]  # is called with the number of bytes done, often
 Link = tuple[StoredTensor, Box, Box]  # a box of a stored tensor, and the same box of the target tensor
 _BLOCKS = "tools.conversion.tensor_blocks:blocks"  # numpy, which takes longer to import than 100 MB to copy
 _NO_COPY_RANGE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}  # of this pair of filesystems
@@ -59,14 +60,11 @@ class Fill:
 
     def ranges(self) -> list[tuple[Path, int, int]] | None:
         """(file, first byte, number of bytes) in the order of the target; None if rows do not move whole."""
-        found = []
+        found, row = [], prod(self.shape[1:]) * DTYPE_BYTES[self.dtype]
         for source in sorted(self.sources, key=lambda s: s.to[0].start if s.to else 0):
-            whole = all(
-                b.stop - b.start == n for b, n in zip(source.box[1:], source.chunk.shape[1:], strict=True)
-            )
-            if source.dtype != self.dtype or not whole or source.chunk.shape[1:] != self.shape[1:]:
+            sides = tuple(side.stop - side.start for side in source.box[1:])
+            if source.dtype != self.dtype or not sides == source.chunk.shape[1:] == self.shape[1:]:
                 return None
-            row = prod(self.shape[1:]) * DTYPE_BYTES[self.dtype]
             first, stop = (source.box[0].start, source.box[0].stop) if source.box else (0, 1)
             found.append((source.chunk.file, source.chunk.offset + first * row, (stop - first) * row))
         return found
@@ -87,15 +85,13 @@ def fill(what: str, dtype: str, start: Sequence[int], shape: Sequence[int], link
 
     Raises RunError naming `what` where they do not cover it.
     """
-    found = []
+    found: list[Source] = []
     for stored, box, to in links:
         if stored.dtype != dtype and not {stored.dtype, dtype} <= CAST:
             file = stored.chunks[0].file
             raise RunError(f"{file}: {what} is {stored.dtype}; {dtype} is made of {sorted(CAST)} only")
-        for chunk in stored.chunks:
-            source = _overlap(stored.dtype, chunk, box, to, start, shape)
-            if source:
-                found.append(source)
+        overlaps = (_overlap(stored.dtype, chunk, box, to, start, shape) for chunk in stored.chunks)
+        found += filter(None, overlaps)
     covered = sum(prod(side.stop - side.start for side in source.to) for source in found)
     if covered != prod(shape):
         raise RunError(f"{what}: {covered} of its {prod(shape)} elements have a source")
@@ -117,21 +113,16 @@ def _overlap(
     return Source(chunk, dtype, tuple(inside), tuple(out))
 
 
-class Files:
+class Files(ExitStack):
     """Source files, each opened once; close it, or use it as a context manager."""
 
     def __init__(self) -> None:
-        self._stack, self._open = ExitStack(), dict[Path, int]()
-
-    def __enter__(self) -> Files:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        super().__init__()
+        self._open = dict[Path, int]()
 
     def descriptor(self, path: Path) -> int:
         if path not in self._open:
-            self._open[path] = self._stack.enter_context(open(path, "rb", buffering=0)).fileno()
+            self._open[path] = self.enter_context(open(path, "rb", buffering=0)).fileno()
         return self._open[path]
 
     def read(self, path: Path, offset: int, view: memoryview) -> None:
@@ -176,12 +167,10 @@ def same(one: Fill, other: Fill) -> bool:
         return True
 
 
-def write(
-    target: TargetFile, directory: Path, *, checksum: bool, progress: Callable[[int], object]
-) -> str | None:
+def write(target: TargetFile, directory: Path, *, checksum: bool, progress: Progress) -> str | None:
     """Write the file, force it to disk, and return its XXH3-128 (None without `checksum`).
 
-    progress: called with the number of bytes done, often; an exception of it ends the copy.
+    An exception of `progress` ends the copy.
     """
     digest = xxhash.xxh3_128() if checksum else None
     with Files() as files, open(directory / target.name, "wb", buffering=0) as out:
@@ -208,7 +197,7 @@ def write(
     return digest.hexdigest() if digest is not None else None
 
 
-def _copy_rows(item: Fill, files: Files, out: int, position: int, progress: Callable[[int], object]) -> None:
+def _copy_rows(item: Fill, files: Files, out: int, position: int, progress: Progress) -> None:
     """Copy whole rows within the kernel, and through memory where these filesystems do not let it."""
     for path, offset, size in item.ranges() or ():
         stop = position + size

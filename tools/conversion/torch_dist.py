@@ -18,10 +18,7 @@ from typing import Any
 from nanoslime.storage.safetensors_file import DTYPE_BYTES
 from nanoslime.storage.shared_files import publish, publish_json, read_json
 from tools.conversion import torch_pickle
-from tools.conversion.torch_pickle import OBJECT_STUB, Foreign, TorchDistError, container, foreign, naming
-
-__all__ = ["OBJECT_STUB", "Chunk", "StoredTensor", "TorchDistError", "container", "read", "read_common"]
-__all__ += ["write_common", "write_metadata"]
+from tools.conversion.torch_pickle import Foreign, TorchDistError, container, foreign, naming
 
 METADATA, COMMON, CONFIG = ".metadata", "common.pt", "metadata.json"
 _BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -58,6 +55,10 @@ class StoredTensor:
     dtype: str  # as safetensors names it: F32, BF16 ...
     shape: tuple[int, ...]
     chunks: tuple[Chunk, ...]  # by start; none is empty
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 # A container: key, dtype (empty: an object), start and shape of the chunk, offset in the file, length.
@@ -174,9 +175,8 @@ def read_common(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise TorchDistError(f"{path} is missing: {directory} is no whole torch_dist checkpoint")
     with naming(path), open(path, "rb", buffering=0) as file:
-        values = torch_pickle.load(
-            torch_pickle.Container(file.fileno(), 0, path.stat().st_size).content("data.pkl"), None
-        )
+        stored = torch_pickle.Container(file.fileno(), 0, path.stat().st_size)
+        values = torch_pickle.load(stored.content("data.pkl"), None)
         if not isinstance(values, dict):
             raise TorchDistError(f"it holds a {type(values).__name__}, not a dictionary")
     return values
@@ -207,9 +207,8 @@ def write_metadata(
             head, tail = container(tensor.dtype, chunk.shape)
             length = len(head) + math.prod(chunk.shape) * DTYPE_BYTES[tensor.dtype] + len(tail)
             place(key, chunk.file.name, chunk.offset - len(head), length, {"offset": start})
-        properties = torch_pickle.made(
-            f"{_DCP}.metadata.TensorProperties", (dtype, layout, False, memory_format, False)
-        )
+        state = (dtype, layout, False, memory_format, False)
+        properties = torch_pickle.made(f"{_DCP}.metadata.TensorProperties", state)
         shape = size(tensor.shape)
         entries[key] = _made("TensorStorageMetadata", properties=properties, size=shape, chunks=boxes)
     for key, where in objects.items():

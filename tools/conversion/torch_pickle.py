@@ -123,8 +123,7 @@ def load(pickled: bytes, allowed: Collection[str] | None) -> Any:
     """The value with Foreign in place of everything that is not Python's own, so that nothing is executed.
 
     allowed: paths of the classes and functions that it may name (TorchDistError for another); None for any
-    that does not serve to execute something.
-    A damaged pickle raises anything.
+    that does not serve to execute something. A damaged pickle raises anything.
     """
     return _Unpickler(pickled, allowed).load()
 
