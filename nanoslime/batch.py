@@ -63,14 +63,13 @@ class TrainBatch:
 
         lengths = torch.tensor([len(self.token_ids[i]) for i in indices])
         return MicroBatch(
-            token_ids=packed(self.token_ids), loss_mask=packed(self.loss_mask),
+            token_ids=packed(self.token_ids), loss_mask=packed(self.loss_mask), temperature=self.temperature,
             positions=torch.cat([torch.arange(n) for n in lengths.tolist()]),
             cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
             token_weights=spread(self.token_weights), rollout_logprobs=packed(self.rollout_logprobs),
             advantages=packed(self.token_advantages) if self.token_advantages else spread(self.advantages),
             old_logprobs=packed(self.old_logprobs), ref_logprobs=packed(self.ref_logprobs),
-            routed_experts=packed(self.routed_experts),
-            temperature=self.temperature, denominator=self.denominator,
+            routed_experts=packed(self.routed_experts), denominator=self.denominator,
         )  # fmt: skip
 
 

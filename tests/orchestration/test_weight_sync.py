@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from nanoslime.batch import TrainBatch
-from nanoslime.config import AlgorithmConfig, ModelConfig, RolloutConfig, RunConfig, TrainingConfig
+from nanoslime.config import GRPOConfig, ModelConfig, RolloutConfig, RunConfig, TrainingConfig
 from nanoslime.config.rollout import WeightSyncConfig
 from nanoslime.orchestration.worker import TrainWorker
 from nanoslime.rollout.sglang import SGLangEngine
@@ -32,7 +32,7 @@ def run_config(backend: str) -> RunConfig:
     return RunConfig(
         model=ModelConfig(dtype="float32"),
         rollout=RolloutConfig(num_rollout=10, temperature=TEMPERATURE, rollout_batch_size=4),
-        algorithm=AlgorithmConfig(),
+        algorithm=GRPOConfig(),
         training=TrainingConfig(backend=backend, tp_size=2 if backend == "megatron" else 1, lr=5e-3),
         weight_sync=WeightSyncConfig(bucket_bytes=200_000),
     )
