@@ -325,17 +325,16 @@ def _engines(config: RunConfig, slots: int, trainer_slots: list[int]) -> tuple[E
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes on the fullest GPU of a kind; activations and logits are estimates of the largest micro-batch."""
+    """Bytes on the fullest GPU of a kind; activations are an estimate of the largest micro-batch."""
 
     states: int  # trainer: weights, gradients, optimizer state, reference weights
     activations: int
-    logits: int
     engine_weights: int
     kv_bytes_per_token: int
 
     @property
     def trainer(self) -> int:
-        return self.states + self.activations + self.logits
+        return self.states + self.activations
 
 
 def memory(config: RunConfig, shape: ModelShape, layout: Layout) -> Memory:
@@ -344,6 +343,7 @@ def memory(config: RunConfig, shape: ModelShape, layout: Layout) -> Memory:
     Activations count what the backward pass of a layer keeps (as arXiv 2205.05198 section 4 does, for gated
     MLPs and an attention that keeps no scores); the first pipeline stage holds them for `pp` micro-batches,
     interleaved for (pp - 1) / vpp more. With context parallelism each rank has its part of a micro-batch.
+    Logits exist for a block of some megabytes only (training/logprobs.py).
     """
     t, p, width = config.training, layout.parallel, 2 if config.model.dtype == "bfloat16" else 4
     if layout.backend == "megatron":
@@ -367,11 +367,9 @@ def memory(config: RunConfig, shape: ModelShape, layout: Layout) -> Memory:
     kept = at_once * layer if not t.recompute else at_once * shape.hidden_size * width + layer
     engine_tp = config.rollout.engine_tp_size
     engine_groups = -(-shape.num_key_value_heads // engine_tp)
-    logit_bytes = 4 + width  # in float32, and their gradient
     return Memory(
         states=states + (reference if config.algorithm.needs_reference else 0),
         activations=t.max_tokens_per_microbatch * kept,
-        logits=t.max_tokens_per_microbatch * (shape.vocab_size // p.tp) * logit_bytes,
         engine_weights=width * shape.num_parameters // engine_tp,
         kv_bytes_per_token=2 * shape.num_layers * engine_groups * shape.head_dim * width,
     )
@@ -434,8 +432,7 @@ def describe(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
 
 def _memory_lines(config: RunConfig, shape: ModelShape, layout: Layout) -> list[str]:
     need, have, gpu = memory(config, shape, layout), config.cluster.gpu_memory_gib, layout.device == "cuda"
-    states, activations, logits = (_size(n) for n in (need.states, need.activations, need.logits))
-    trainer = f"trainer: {states} states, about {activations} activations and {logits} logits"
+    trainer = f"trainer: {_size(need.states)} states, about {_size(need.activations)} activations"
     engine = f"engine: {_size(need.engine_weights)} weights"
     if gpu:
         tokens = (have * _GIB * _mem_fraction(config) - need.engine_weights) / need.kv_bytes_per_token

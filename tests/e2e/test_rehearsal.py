@@ -94,7 +94,7 @@ def test_the_main_job_on_four_simulated_nodes(start):
     assert not any("trainer-4" in name or "sglang-2" in name for name in logs)
     assert list(run.tensorboard.glob("events.out.tfevents.*"))
     rollouts = [json.loads(line) for line in (run.rollouts / "step_1.jsonl").read_text().splitlines()]
-    assert len(rollouts) == 64 * 8 and {v for r in rollouts for v in r["versions"]} == {1}
+    assert len(rollouts) == 64 * 8 and {v for r in rollouts for _, v in r["versions"]} == {1}
     exported = load_file(Path(summary["hf_export"]) / "model.safetensors")
     before = load_file(run.model / "model" / "model.safetensors")
     assert exported.keys() == before.keys()
