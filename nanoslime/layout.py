@@ -14,16 +14,18 @@ on the same slots.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 
 from pydantic import TypeAdapter
 
 from nanoslime.config import RunConfig
 from nanoslime.config.training import PARALLEL_SIZES, TrainingConfig
-from nanoslime.models.rules import check_experts, check_tp_size, divisors, words
+from nanoslime.models.rules import check_experts, check_tp_size, divisors, tensors, words
 from nanoslime.models.shape import ModelShape
 from nanoslime.types import RunError
 
@@ -327,7 +329,7 @@ def _engines(config: RunConfig, slots: int, trainer_slots: list[int]) -> tuple[E
 class Memory:
     """Bytes on the fullest GPU of a kind; activations are an estimate of the largest micro-batch."""
 
-    states: int  # trainer: weights, gradients, optimizer state, reference weights
+    states: int  # trainer: weights, gradients, optimizer state; reference weights wait on the CPU
     activations: int
     engine_weights: int
     kv_bytes_per_token: int
@@ -348,12 +350,14 @@ def memory(config: RunConfig, shape: ModelShape, layout: Layout) -> Memory:
     t, p, width = config.training, layout.parallel, 2 if config.model.dtype == "bfloat16" else 4
     if layout.backend == "megatron":
         sizes = (p.tp, p.pp, p.dp * p.cp, p.ep * t.etp_size)
-        states = shape.training_bytes(*sizes, distributed_optimizer=t.distributed_optimizer)
-        reference = width * sum(shape.rank_parameters(p.tp, p.pp, p.ep * t.etp_size))
+        kind = {"distributed_optimizer": t.distributed_optimizer, "offload": t.optimizer_offload}
+        states = shape.training_bytes(*sizes, **kind, trained=_trained(t.freeze, shape))
     else:  # all sharded over DP, but for the largest block that is gathered, and the next one
         largest = max(shape.num_layer_parameters, shape.num_embedding_parameters)
-        states = shape.training_bytes(1, 1, 1, distributed_optimizer=False) // p.dp + 2 * width * largest
-        reference = width * shape.num_parameters // p.dp
+        whole_states = shape.training_bytes(
+            1, 1, 1, distributed_optimizer=False, trained=_trained(t.freeze, shape)
+        )
+        states = (0 if t.optimizer_offload else whole_states // p.dp) + 2 * width * largest
     heads, groups = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     whole = 4 * shape.hidden_size // (p.tp if t.sequence_parallel else 1)  # inputs and outputs of two norms
     mlp, moe = 3 * shape.intermediate_size, shape.moe
@@ -366,13 +370,22 @@ def memory(config: RunConfig, shape: ModelShape, layout: Layout) -> Memory:
         at_once += shape.num_layers * (p.pp - 1) // (p.pp * t.vpp_size)
     kept = at_once * layer if not t.recompute else at_once * shape.hidden_size * width + layer
     engine_tp = config.rollout.engine_tp_size
-    engine_groups = -(-shape.num_key_value_heads // engine_tp)
+    cached = 2 * -(-shape.num_key_value_heads // engine_tp) * shape.head_dim  # keys and values
+    if shape.mla:  # one latent for all heads, on every rank
+        cached = shape.mla.kv_lora_rank + shape.mla.qk_rope_head_dim
     return Memory(
-        states=states + (reference if config.algorithm.needs_reference else 0),
+        states=states,
         activations=t.max_tokens_per_microbatch * kept,
         engine_weights=width * shape.num_parameters // engine_tp,
-        kv_bytes_per_token=2 * shape.num_layers * engine_groups * shape.head_dim * width,
+        kv_bytes_per_token=shape.num_layers * cached * width,
     )
+
+
+def _trained(freeze: Iterable[str], shape: ModelShape) -> float:
+    """The share of parameters that `freeze` leaves."""
+    sizes = {name: prod(full) for name, full in tensors(shape).items()} if freeze else {"": 1}
+    kept = sum(size for name, size in sizes.items() if not any(re.search(f, name) for f in freeze))
+    return kept / sum(sizes.values())
 
 
 def _check_memory(config: RunConfig, shape: ModelShape, layout: Layout) -> None:
@@ -413,7 +426,8 @@ def describe(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
     if layout.backend == "fsdp" and layout.num_nodes == 1:
         backend += " (what one node gets without --backend)"
     interleaved = f" (interleaved by {config.training.vpp_size})" if config.training.vpp_size > 1 else ""
-    sizes = f"TP={p.tp} CP={p.cp} PP={p.pp}{interleaved} DP={p.dp}"
+    experts = f" EP={p.ep} ETP={config.training.etp_size}" if shape.moe else ""
+    sizes = f"TP={p.tp} CP={p.cp} PP={p.pp}{interleaved} DP={p.dp}{experts}"
     engines = "none: recorded rollouts" if config.rollout.load_rollouts else "embedded, in the driver"
     if layout.engines:
         engines = f"SGLang: {len(layout.engines)} of {config.rollout.engine_tp_size} {slot}(s) each"

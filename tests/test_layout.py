@@ -381,7 +381,11 @@ def test_memory_of_a_model_worked_out_by_hand():
     )  # keys and values, layers, groups, head_dim, bfloat16
     assert need.activations == 8192 * 2 * 1 * 2 * (4 * 64 + (2 * 64 + 2 * 32 + 3 * 128) // 2)
     with_reference = replace(config, algorithm=replace(config.algorithm, kl_coef=0.1))
-    assert memory(with_reference, TINY, plan(config, TINY)).states == need.states + 2 * rank
+    assert memory(with_reference, TINY, plan(config, TINY)).states == need.states  # it waits on the CPU
+    offloaded = replace(config, training=replace(config.training, optimizer_offload=True))
+    assert memory(offloaded, TINY, plan(config, TINY)).states == pytest.approx(rank * 6, rel=1e-3)
+    frozen = replace(config, training=replace(config.training, freeze=["."]))
+    assert memory(frozen, TINY, plan(config, TINY)).states == pytest.approx(rank * 2, rel=1e-3)
 
 
 def test_context_parallel_ranks_share_the_optimizer_state_and_interleaving_keeps_more_activations():

@@ -153,16 +153,19 @@ class ModelShape:
         return -(-dense // tp_size), -(-layers * experts // expert_ways)
 
     def training_bytes(
-        self, tp_size: int, pp_size: int, dp_size: int, expert_ways: int = 1, *, distributed_optimizer: bool
-    ) -> int:
+        self, tp_size: int, pp_size: int, dp_size: int, expert_ways: int = 1, *, distributed_optimizer: bool,
+        offload: bool = False, trained: float = 1.0,
+    ) -> int:  # fmt: skip
         """Weights (2 bytes), float32 gradients (4), main parameters and two moments (12) of the fullest rank.
 
         Activations are not in it. The distributed optimizer spreads the 12 over data parallelism, for experts
-        over the ranks of a stage that have the same ones.
+        over the ranks of a stage that have the same ones; with `offload` they are elsewhere. Of a share
+        `trained` of the parameters below 1 the others have weights only.
         """
         here = self.rank_parameters(tp_size, pp_size, expert_ways)
         spread = (dp_size, tp_size * dp_size / expert_ways) if distributed_optimizer else (1, 1)
-        return int(sum(n * (6 + 12 / ranks) for n, ranks in zip(here, spread, strict=True)))
+        state = 0 if offload else 12
+        return int(sum(n * (2 + trained * (4 + state / r)) for n, r in zip(here, spread, strict=True)))
 
 
 def _megatron_lacks(shape: ModelShape) -> list[str]:
