@@ -83,6 +83,11 @@ def _on_this_machine(config: RunConfig, run: RunDir | None) -> Launch:
         attempt = _new_attempt(config, run)
         attempt.run.plan.write_text(plan.to_json())
         return Launch(attempt, lambda phase: open_ray(config, attempt, plan, phase, local=True), leads=True)
+    if config.cluster.device == "cuda" and rollout.takes_slots and not config.cluster.colocate:
+        ways_out = (
+            "share the trainer's by --colocate, give both their own by --num-gpus N, or --engine embedded"
+        )
+        raise RunError(f"rollout.engine=sglang has no GPU beside the trainer of this process: {ways_out}")
     env = _rank_env(config)
     init_process_group(env, config.training)
     attempt = from_rank_0(_new_attempt(config, run) if env.rank == 0 else None)

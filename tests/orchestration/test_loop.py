@@ -184,6 +184,7 @@ def test_all_groups_filtered_leaves_the_weights_and_goes_on(tmp_path, model):
         (["--hf-checkpoint", "nowhere"], "model.hf_checkpoint='nowhere'"),
         (["--reward", "no_such"], "data.reward='no_such' is unknown; choose one of exact_match"),
         (["--tp-size", "3"], "tp_size"),
+        (["--cluster.gpus-per-node", "1", "--engine", "sglang"], "no GPU beside the trainer"),
         (["--lrr", "1"], "--lr"),
     ],
 )
