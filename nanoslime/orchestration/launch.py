@@ -89,7 +89,9 @@ def _on_this_machine(config: RunConfig, run: RunDir | None) -> Launch:
         )
         raise RunError(f"rollout.engine=sglang has no GPU beside the trainer of this process: {ways_out}")
     env = _rank_env(config)
-    init_process_group(env, config.training)
+    # the other ranks wait in a collective while rank 0 starts its engine, samples and evaluates
+    longest = config.training.collective_deadline_s + rollout.start_deadline_s + rollout.request_deadline_s
+    init_process_group(env, replace(config.training, collective_deadline_s=longest))
     attempt = from_rank_0(_new_attempt(config, run) if env.rank == 0 else None)
     return Launch(attempt, lambda phase: open_local(config, attempt, env, phase), leads=env.rank == 0)
 
