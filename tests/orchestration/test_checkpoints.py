@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from nanoslime import train
 from nanoslime.run_dir import DONE, FAILED, RunDir
@@ -115,7 +116,8 @@ def test_a_killed_run_resumes_exactly(tmp_path, model, backend, no_leftovers):
     command = [sys.executable, "-W", "ignore", "-m", "nanoslime.train", *flags]
     with (tmp_path / "log").open("w") as log:
         root = Path(train.__file__).parents[1]
-        process = subprocess.Popen(command, cwd=root, stdout=log, stderr=log)
+        threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on it
+        process = subprocess.Popen(command, cwd=root, stdout=log, stderr=log, env=threads)
         checkpoint = tmp_path / "killed" / "checkpoints" / "step_2"
         seen = processes.wait_for(lambda: checkpoint.is_dir() or process.poll() is not None, 240)
         process.kill()

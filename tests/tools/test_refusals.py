@@ -202,7 +202,7 @@ def twice(directory: Path) -> None:
 NORM = "model.norm.weight"
 HF_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (lambda d: os.truncate(last_shard(d), last_shard(d).stat().st_size - 1), "is truncated"),
-    "header only": (lambda d: os.truncate(last_shard(d), 100), "truncated or no safetensors"),
+    "header only": (lambda d: os.truncate(last_shard(d), 100), "truncated or not safetensors"),
     "missing shard": (lambda d: last_shard(d).unlink(), r"model-\d+-of-\d+.safetensors is missing"),
     "absent file": (
         lambda d: change_index(d, lambda m: m.update({NORM: "model-x.safetensors"})),
