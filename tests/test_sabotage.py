@@ -32,7 +32,7 @@ FAULTS = [
         "nanoslime/algorithms/policy_gradient.py",
         "s.advantage = found[s.group_id, s.rollout_id]",
         "s.advantage = found[sorted(found)[~sorted(found).index((s.group_id, s.rollout_id))]]",
-        "tests/algorithms/test_grpo.py",
+        "tests/algorithms/test_rewards.py",
     ),
     Fault(
         "k3 with the wrong sign",
