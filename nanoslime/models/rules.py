@@ -24,6 +24,7 @@ from nanoslime.types import RunError
 Box = tuple[slice, ...]  # one slice per dimension, start and stop set
 Gated = tuple[str, str, str]  # the gate, up and down matrix of an MLP
 GATED: Gated = ("gate_proj", "up_proj", "down_proj")
+FLOAT32 = "gate.e_score_correction_bias"  # names ending so: float32 whatever the model's dtype, everywhere
 VOCAB_MULTIPLE = 8  # rows of the vocabulary per rank are a multiple of this, for the matrix kernels
 
 
@@ -172,8 +173,7 @@ def experts_mlp(
         *_gated(expert, "mlp.experts." + each, block + each, h, moe.intermediate_size, names),
     ]
     if moe.score_bias:
-        bias = block + "gate.e_score_correction_bias"
-        rules.append(layer.copy("mlp.router.expert_bias", bias, moe.num_experts))
+        rules.append(layer.copy("mlp.router.expert_bias", block + FLOAT32, moe.num_experts))
     if moe.shared_intermediate_size:
         rules += _gated(layer, "mlp.shared_experts.", shared, h, moe.shared_intermediate_size)
     if moe.shared_gate:

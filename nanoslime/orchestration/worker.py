@@ -33,8 +33,9 @@ class TrainWorker:
         self.backend.skipped_dir = skipped_dir
         self.dp_rank, self.dp_size = self.backend.dp_rank, self.backend.dp_size
         self.algorithm = algorithms.make(config.algorithm, config.rollout.max_new_tokens)
-        dtype, shards = getattr(torch, config.model.dtype), self.backend.weight_shards
-        self._assembler = Assembler(shards, rank=env.rank, world_size=env.world_size, dtype=dtype)
+        place: dict[str, Any] = dict(rank=env.rank, world_size=env.world_size, device=env.torch_device)
+        dtype = getattr(torch, config.model.dtype)
+        self._assembler = Assembler(self.backend.weight_shards, dtype=dtype, **place)
         self.tensors = self._assembler.tensors  # whole on rank 0; none on other ranks, which exhaust it too
         self.save, self.load = self.backend.save, self.backend.load
         self.sleep, self.wake = self.backend.sleep, self.backend.wake
@@ -72,7 +73,7 @@ class TrainWorker:
         sync = self.config.weight_sync
         if ranks_by_engine is not None:
             sender = resolve("nanoslime.weight_sync.colocated:TensorSender", {}, "weight_sync.transport")
-            own = (self.env.rank, self.env.torch_device, sync.bucket_bytes)
+            own = (self.env.rank, self.env.torch_device, sync.bucket_bytes, sync.deadline_s)
             self._sender = sender(self._assembler, engines, ranks_by_engine, *own)
         elif self.env.rank == 0:
             limits: dict[str, Any] = {"bucket_bytes": sync.bucket_bytes, "deadline_s": sync.deadline_s}

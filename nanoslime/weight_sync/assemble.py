@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanoslime.batch import WeightShard
+from nanoslime.models.rules import FLOAT32
 from nanoslime.storage.safetensors_file import Spec
 
 Box = tuple[tuple[int, int], ...]  # (start, stop) per dimension of a full tensor
@@ -71,28 +72,34 @@ def make_plan(per_rank: list[list[tuple[str, tuple[int, ...], Box]]]) -> list[Te
 class Assembler:
     """One rank's part in assembling. `shards` is called at each pass, so that it may return fresh views.
 
+    Pieces meet on `device`, where whole tensors come as `dtype`, those that are always float32 first.
     Needs the default process group when there is more than one rank. All ranks must call `tensors()` equally
     often and exhaust it: only rank 0 gets tensors from it.
     """
 
     def __init__(
-        self, shards: Callable[[], Iterable[WeightShard]], *, rank: int, world_size: int, dtype: torch.dtype
-    ):
-        self._shards, self._rank, self.dtype = shards, rank, dtype
+        self, shards: Callable[[], Iterable[WeightShard]], *,
+        rank: int, world_size: int, dtype: torch.dtype, device: torch.device,
+    ):  # fmt: skip
+        self._shards, self._rank, self._dtype, self._device = shards, rank, dtype, device
         own = [(s.name, s.full_shape, tuple((x.start, x.stop) for x in s.slices)) for s in shards()]
         everyone = [own] * world_size
         if world_size > 1:
             dist.all_gather_object(everyone, own)
-        self.plan = make_plan(everyone)
+        # so that in a bucket of several dtypes each tensor is aligned
+        self.plan = sorted(make_plan(everyone), key=lambda tensor: -self.dtype_of(tensor.name).itemsize)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return torch.float32 if name.endswith(FLOAT32) else self._dtype
 
     @property
     def specs(self) -> list[Spec]:
         """Of every tensor, in the order in which they come."""
-        return [(t.name, SAFETENSORS_DTYPES[self.dtype], t.shape) for t in self.plan]
+        return [(t.name, SAFETENSORS_DTYPES[self.dtype_of(t.name)], t.shape) for t in self.plan]
 
     @torch.no_grad()
     def tensors(self, only: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Rank 0: each (name, whole tensor in the sync dtype), in plan order, `only` with these names.
+        """Rank 0: each (name, whole tensor of its `dtype_of`), in plan order, `only` with these names.
         Other ranks: sends, yields nothing."""
         shards = list(self._shards())
         for tensor in (t for t in self.plan if only is None or t.name in only):
@@ -101,14 +108,15 @@ class Assembler:
             else:
                 for piece in tensor.pieces:
                     if piece.rank == self._rank:
-                        dist.send(shards[piece.index].tensor.detach().to(self.dtype).contiguous(), dst=0)
+                        part = shards[piece.index].tensor.to(self._device, self.dtype_of(tensor.name))
+                        dist.send(part.contiguous(), dst=0)
 
     def _receive(self, tensor: TensorPlan, shards: list[WeightShard]) -> Tensor:
-        full = torch.empty(tensor.shape, dtype=self.dtype, device=shards[0].tensor.device)
+        full = torch.empty(tensor.shape, dtype=self.dtype_of(tensor.name), device=self._device)
         for piece in tensor.pieces:
             where = tuple(slice(start, stop) for start, stop in piece.box)
             if piece.rank == 0:
-                full[where] = shards[piece.index].tensor.to(self.dtype)
+                full[where] = shards[piece.index].tensor.to(full)
             else:
                 part = torch.empty_like(full[where], memory_format=torch.contiguous_format)
                 dist.recv(part, src=piece.rank)

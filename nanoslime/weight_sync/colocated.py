@@ -6,6 +6,7 @@ the first  rank of an engine gathers the engine's payloads and posts them to it
 """
 
 import pickle
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -27,14 +28,14 @@ class TensorSender:
 
     def __init__(
         self, assembler: Assembler, engines: list[BroadcastEngine], ranks_by_engine: list[list[int]],
-        rank: int, device: torch.device, bucket_bytes: int,
+        rank: int, device: torch.device, bucket_bytes: int, deadline_s: float,
     ):  # fmt: skip
         self._assembler, self._device, self._bucket_bytes = assembler, device, bucket_bytes
         self._engine: BroadcastEngine | None = None  # of which this is the first rank
         self._ranks: list[int] = []  # of the engine that has part of this rank's device
         self._group: dist.ProcessGroup | None = None
         for i, ranks in enumerate(ranks_by_engine):
-            group = dist.new_group(ranks, backend="gloo")
+            group = dist.new_group(ranks, timedelta(seconds=deadline_s), backend="gloo")
             if rank in ranks:
                 self._ranks, self._group = ranks, group
                 self._engine = engines[i] if rank == ranks[0] else None
@@ -43,13 +44,14 @@ class TensorSender:
 
     def send(self, version: int) -> int:
         """The current weights to every engine, labelled `version`; returns the bytes of one copy."""
-        dtype, sent = self._assembler.dtype, 0
-        specs = [(t.name, torch.empty(t.shape, dtype=dtype, device="meta")) for t in self._assembler.plan]
+        sent, plan, dtype_of = 0, self._assembler.plan, self._assembler.dtype_of
+        specs = [(t.name, torch.empty(t.shape, dtype=dtype_of(t.name), device="meta")) for t in plan]
         if self._engine:
             self._engine.begin_update()
         for part in buckets(specs, self._bucket_bytes):
-            names, shapes = [name for name, _ in part], [spec.shape for _, spec in part]
-            bucket = FlattenedTensorBucket.empty(names, [dtype] * len(part), shapes, self._device)
+            names, of = [name for name, _ in part], [spec for _, spec in part]
+            kinds, shapes = [spec.dtype for spec in of], [spec.shape for spec in of]
+            bucket = FlattenedTensorBucket.empty(names, kinds, shapes, self._device)
             views = dict(bucket.reconstruct_tensors())
             for name, tensor in self._assembler.tensors(names):  # on rank 0; the others send their pieces
                 views[name].copy_(tensor)

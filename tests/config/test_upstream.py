@@ -1,13 +1,19 @@
 """The committed option names are those of the installed packages."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nanoslime.config import upstream
+from nanoslime.models.shape import ModelShape
+from nanoslime.training.megatron import model
 from nanoslime.types import RunError
+from tests.models.hf import save_model
 from tools import option_names
 
 
@@ -25,6 +31,43 @@ def test_a_known_option_passes_and_an_unknown_one_is_refused():
     upstream.check("sglang", "rollout.sglang", {"mem_fraction_static": 0.8})
     with pytest.raises(RunError, match="mem_fraction_statik: .* did you mean mem_fraction_static"):
         upstream.check("sglang", "rollout.sglang", {"mem_fraction_statik": 0.8})
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("calculate_per_token_loss", "algorithm.*"),
+        ("variable_seq_lengths", "nothing: packed sequences"),
+        ("moe_router_topk", "model.hf_checkpoint (its config.json)"),
+        ("moe_aux_loss_coeff", "algorithm.*"),
+        ("pipeline_dtype", "model.dtype"),
+    ],
+)
+def test_what_the_maths_rests_on_is_refused_with_what_to_set_instead(name, instead):
+    said = f"training.megatron.{name} is set by nanoslime; use {instead}"
+    with pytest.raises(RunError, match=re.escape(said)):
+        upstream.check("megatron", "training.megatron", {name: 1})
+
+
+FREE = {  # what nanoslime sets, and a user may set otherwise
+    "hidden_dropout", "attention_dropout", "moe_token_dispatcher_type", "deallocate_pipeline_outputs",
+    "batch_p2p_sync", "moe_grouped_gemm", "moe_router_dtype", "moe_router_load_balancing_type",
+}  # fmt: skip
+
+
+@pytest.mark.megatron
+def test_whatever_nanoslime_sets_is_refused_or_listed_as_free(tmp_path, monkeypatch):
+    given = {}
+
+    def keep(**values):
+        given.update(values)
+        return TransformerConfig(**values)
+
+    monkeypatch.setattr(model, "TransformerConfig", keep)
+    monkeypatch.setattr(model, "fields", lambda kind: [])
+    shape = ModelShape.read(save_model(tmp_path, "glm4_moe"))
+    model.model_config(shape, torch.float32, torch.device("cpu"))
+    assert set(given) - set(upstream.OURS["megatron"]) == FREE
 
 
 @pytest.mark.megatron

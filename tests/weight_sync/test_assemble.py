@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load_file
 
 from nanoslime.batch import WeightShard
 from nanoslime.weight_sync.assemble import Assembler, make_plan
 from nanoslime.weight_sync.broadcast import buckets
+from nanoslime.weight_sync.disk import write_checkpoint
 
 FULL = {
     "rows": torch.arange(24.0).reshape(6, 4),  # cut by rows, unevenly
@@ -66,7 +68,9 @@ def test_plan_refuses_overlapping_parts_and_disagreeing_shapes():
 
 def _rank(rank: int, rendezvous: str, failures) -> None:
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    assembler = Assembler(lambda: _shards(rank), rank=rank, world_size=2, dtype=torch.float32)
+    assembler = Assembler(
+        lambda: _shards(rank), rank=rank, world_size=2, dtype=torch.float32, device=torch.device("cpu")
+    )
     for _ in range(2):  # the plan serves every sync
         got = list(assembler.tensors())
         if rank == 0:
@@ -91,3 +95,39 @@ def test_buckets_keep_order_and_limit():
     got = [[name for name, _ in b] for b in buckets(named, limit_bytes=80)]
     assert got == [["0", "1"], ["2"], ["3", "4", "5"]]
     assert list(itertools.chain(*got)) == [name for name, _ in named]
+
+
+BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
+
+
+def half() -> Assembler:
+    odd = {"odd": torch.full((3,), 1 / 3), BIAS: torch.full((4,), 4 + 1 / 3), "even": torch.full((2,), 2 / 3)}
+    shards = [WeightShard(name, tuple(t.shape), (slice(0, len(t)),), t) for name, t in odd.items()]
+    place = {"rank": 0, "world_size": 1, "device": torch.device("cpu")}
+    return Assembler(lambda: shards, dtype=torch.bfloat16, **place)
+
+
+def test_a_bias_that_is_always_float32_keeps_its_bits():
+    got = dict(half().tensors())
+    assert torch.equal(got[BIAS], torch.full((4,), 4 + 1 / 3)) and got[BIAS].dtype == torch.float32
+    assert got["odd"].dtype == got["even"].dtype == torch.bfloat16
+    assert torch.equal(got["odd"], torch.full((3,), 1 / 3).bfloat16())
+    kinds = {name: (kind, shape) for name, kind, shape in half().specs}
+    assert kinds == {BIAS: ("F32", (4,)), "odd": ("BF16", (3,)), "even": ("BF16", (2,))}
+
+
+def test_the_export_has_it_in_float32(tmp_path):
+    assembler, like = half(), tmp_path / "like"
+    like.mkdir()
+    write_checkpoint(assembler.tensors(), assembler.specs, tmp_path / "out", like=like)
+    [file] = (tmp_path / "out").glob("*.safetensors")
+    found = load_file(file)
+    assert torch.equal(found[BIAS], torch.full((4,), 4 + 1 / 3)) and found["odd"].dtype == torch.bfloat16
+
+
+def test_tensors_meet_on_the_device_of_the_rank():
+    """Offloaded shards are on the CPU, the engines' NCCL group is not."""
+    held = [WeightShard("a", (4,), (slice(0, 4),), torch.ones(4))]
+    place = {"rank": 0, "world_size": 1, "device": torch.device("meta")}
+    [(_, tensor)] = Assembler(lambda: held, dtype=torch.float32, **place).tensors()
+    assert tensor.device.type == "meta"

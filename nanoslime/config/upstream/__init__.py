@@ -11,7 +11,18 @@ from typing import Any
 from nanoslime.config.flags import suggest
 from nanoslime.types import RunError
 
-_SHAPE = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
+_SHAPE = """
+    num_layers hidden_size num_attention_heads num_query_groups ffn_hidden_size kv_channels qk_layernorm
+    rotary_interleaved add_bias_linear add_qkv_bias normalization layernorm_epsilon gated_linear_unit
+    activation_func num_moe_experts moe_layer_freq moe_ffn_hidden_size moe_shared_expert_intermediate_size
+    moe_shared_expert_gate moe_router_topk moe_router_score_function moe_router_pre_softmax
+    moe_router_topk_scaling_factor moe_router_num_groups moe_router_group_topk moe_router_enable_expert_bias
+""".split()
+_LOSS = """
+    calculate_per_token_loss moe_aux_loss_coeff moe_z_loss_coeff moe_router_bias_update_rate mtp_num_layers
+    finalize_model_grads_func grad_scale_func no_sync_func
+""".split()
+_FIXED = "variable_seq_lengths use_cpu_initialization perform_initialization".split()
 OURS = {  # names that nanoslime sets itself, and what to set instead
     "megatron": {
         "tensor_model_parallel_size": "training.tp_size",
@@ -21,7 +32,9 @@ OURS = {  # names that nanoslime sets itself, and what to set instead
         "expert_tensor_parallel_size": "training.etp_size",
         "virtual_pipeline_model_parallel_size": "training.vpp_size",
         "sequence_parallel": "training.sequence_parallel",
-        **dict.fromkeys(("params_dtype", "bf16", "fp16"), "model.dtype"),
+        **dict.fromkeys(("params_dtype", "pipeline_dtype", "bf16", "fp16"), "model.dtype"),
+        **dict.fromkeys(_LOSS, "algorithm.*: gradients are those of its loss alone, divided once"),
+        **dict.fromkeys(_FIXED, "nothing: packed sequences and the weights' loading rest on it"),
         **dict.fromkeys(_SHAPE, "model.hf_checkpoint (its config.json)"),
     },
     "sglang": {

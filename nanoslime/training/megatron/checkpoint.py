@@ -12,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
+from megatron.core.dist_checkpointing.serialization import load_content_metadata
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import ChainedOptimizer
@@ -29,6 +30,7 @@ _CONTENT = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": True,
     "chained_optim_avoid_prefix": True,
+    "non_homogeneous_layers": True,  # layers apart: where one is frozen, others' optimizer state is not
 }
 
 
@@ -57,7 +59,7 @@ def save(
 ) -> None:
     """Writes the model's pieces on this rank into the existing empty directory `path`; collective."""
     _make_state(optimizer)
-    state = _sharded_state(pieces, optimizer, ranks, is_loading=False)
+    state = _sharded_state(pieces, optimizer, ranks, _CONTENT, is_loading=False)
     state |= {"progress": asdict(past), "layout": _layout(ranks)}
     dist_checkpointing.save(state, str(path), _InProcessWriter(), content_metadata=_CONTENT)
 
@@ -69,9 +71,10 @@ def load(path: Path, pieces: list[GPTModel], optimizer: ChainedOptimizer, ranks:
     Raises RunError for a checkpoint that is damaged or of another model.
     """
     _make_state(optimizer)
-    state = _sharded_state(pieces, optimizer, ranks, is_loading=True)
     try:
-        layout = dist_checkpointing.load_common_state_dict(str(path))["layout"]
+        common = dist_checkpointing.load_common_state_dict(str(path))
+        content, layout = load_content_metadata(preloaded_state_dict=common) or _CONTENT, common["layout"]
+        state = _sharded_state(pieces, optimizer, ranks, content, is_loading=True)
         if layout != _layout(ranks):
             logger.warning("random state not restored: saved by layout %s, now %s", layout, _layout(ranks))
             del state["random"]
@@ -80,17 +83,19 @@ def load(path: Path, pieces: list[GPTModel], optimizer: ChainedOptimizer, ranks:
         raise RunError(f"{path} cannot be loaded as a Megatron checkpoint of this model: {e}") from e
     for number, piece in enumerate(pieces):
         piece.load_state_dict(loaded["model"][number])
-    _load_optimizer(optimizer, loaded["optimizer"])
+    past = Progress(**loaded["progress"])
+    _load_optimizer(optimizer, loaded["optimizer"], past.step - past.num_skipped)
     if "random" in loaded:
         _set_all_rng_states(*loaded["random"])
-    return Progress(**loaded["progress"])
+    return past
 
 
 def _sharded_state(
-    pieces: list[GPTModel], optimizer: ChainedOptimizer, ranks: Ranks, *, is_loading: bool
-) -> dict[str, Any]:
-    weights = dict(enumerate(piece.sharded_state_dict(metadata=dict(_CONTENT)) for piece in pieces))
-    options = {"is_loading": is_loading, "metadata": dict(_CONTENT)}
+    pieces: list[GPTModel], optimizer: ChainedOptimizer, ranks: Ranks, content: dict[str, Any],
+    *, is_loading: bool,
+) -> dict[str, Any]:  # fmt: skip
+    weights = dict(enumerate(piece.sharded_state_dict(metadata=dict(content)) for piece in pieces))
+    options = {"is_loading": is_loading, "metadata": dict(content)}
     grid = (ranks.pp_size, ranks.dp_size, ranks.cp_size, ranks.tp_size)
     place = (ranks.pp_rank, ranks.dp_rank, ranks.cp_rank, ranks.tp_rank)
     return {
@@ -111,7 +116,7 @@ def _layout(ranks: Ranks) -> str:
 
 def _make_state(optimizer: ChainedOptimizer) -> None:
     """Moments and step before the first update, which the distributed optimizer does not make by itself."""
-    for inner in optimizer.chained_optimizers:
+    for inner in (each for each in optimizer.chained_optimizers if each.get_parameters()):
         if isinstance(inner.optimizer, HybridDeviceOptimizer):  # its own way is a step with random gradients
             for one in inner.optimizer.sub_optimizers:
                 for p in (p for group in one.param_groups for p in group["params"] if not one.state[p]):
@@ -125,17 +130,17 @@ def _make_state(optimizer: ChainedOptimizer) -> None:
                 state.setdefault("step", torch.tensor(0.0))
 
 
-def _load_optimizer(optimizer: ChainedOptimizer, loaded: dict[int, Any]) -> None:
-    """Moments, main parameters and the step; the settings remain those of this run.
+def _load_optimizer(optimizer: ChainedOptimizer, loaded: dict[int, Any], updates: int) -> None:
+    """Moments and main parameters; the settings remain those of this run.
 
-    Experts have the second optimizer, which may have nothing in a pipeline stage, then without a step.
+    The step is the number of `updates`: megatron-core keeps that of rank 0, which may have nothing to train,
+    as may each of the optimizers (the second is that of experts) on any rank.
     """
-    common = loaded[0].get("optimizer", loaded[0])
-    of_group = {key: value for key, value in common["param_groups"][0].items() if key == "step"}
-    of_parameters = common.get("state", {}).get("common_step", torch.tensor(0.0))  # torch's AdamW alone
     for number, inner in enumerate(optimizer.chained_optimizers):
         if not inner.get_parameters():
             continue
+        by_parameter = isinstance(inner.optimizer, torch.optim.AdamW)
+        of_group = {} if by_parameter and not isinstance(inner, DistributedOptimizer) else {"step": updates}
         groups = [group | of_group for group in inner.optimizer.state_dict()["param_groups"]]
         if isinstance(inner, DistributedOptimizer):
             _load_distributed(inner, groups, loaded[number])
@@ -143,7 +148,7 @@ def _load_optimizer(optimizer: ChainedOptimizer, loaded: dict[int, Any]) -> None
         own = loaded[number].get("optimizer", loaded[number])
         own["param_groups"] = groups
         if not of_group:
-            own["state"]["common_step"] = of_parameters
+            own["state"]["common_step"] = torch.tensor(float(updates))
         inner.load_state_dict(loaded[number])
 
 

@@ -14,13 +14,15 @@ from torch import Tensor
 
 from nanoslime.config import RunConfig
 from nanoslime.training.megatron.cpu_compat import cuda_names
+from nanoslime.training.megatron.model import has_transformer_engine
 
 
 def build(pieces: list[DDP], config: RunConfig) -> ChainedOptimizer:
     """AdamW over the model's `pieces`, whose weights must be loaded: it copies them to float32."""
-    possible = next(pieces[0].parameters()).is_cuda and config.training.distributed_optimizer
-    if config.training.optimizer_offload and not possible:
-        needs = "Megatron's needs CUDA and distributed_optimizer=true; backend=fsdp does not"
+    possible = has_transformer_engine(next(pieces[0].parameters()).device)
+    if config.training.optimizer_offload and not (possible and config.training.distributed_optimizer):
+        # megatron-core 0.16.1 would train without Transformer Engine, but not load what it has saved
+        needs = "Megatron's needs CUDA, Transformer Engine, distributed_optimizer=true; backend=fsdp does not"
         raise ValueError(f"training.optimizer_offload=true: {needs}")
     settings = optimizer_config(config)
     with cuda_names():
@@ -36,7 +38,7 @@ def optimizer_config(config: RunConfig) -> OptimizerConfig:
         params_dtype=dtype, bf16=dtype == torch.bfloat16,
         use_distributed_optimizer=training.distributed_optimizer,
         optimizer_cpu_offload=training.optimizer_offload, optimizer_offload_fraction=1.0,
-        # then the main parameters leave the GPU too; megatron-core 0.16.1 cannot do it without that package
+        # then the main parameters leave the GPU too; the class itself looks for that package
         use_precision_aware_optimizer=training.optimizer_offload and bool(find_spec("transformer_engine")),
     )  # fmt: skip
 

@@ -86,9 +86,11 @@ def training_step(routers: Sequence[RouterReplay], metrics: dict[str, float]) ->
     the share of replayed (token, layer) pairs for which a router would have chosen otherwise."""
     for router in routers:
         router.counts.zero_()
-    yield
-    for router in routers:
-        router.to_recompute.clear()  # none was taken where nothing is recomputed
+    try:
+        yield
+    finally:
+        for router in routers:
+            router.to_recompute.clear()  # none was taken where nothing is recomputed
     counts = sum((router.counts.cpu() for router in routers), torch.zeros(2).long())
     dist.all_reduce(counts)
     if counts[1]:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from nanoslime.algorithms.grpo import GRPO
 from nanoslime.weight_sync.assemble import Assembler
-from tests.training.parity import KL, Layout, assemble, copied, make_backend, train_batch
+from tests.training.parity import KL, Layout, assemble, copied, largest, make_backend, train_batch
 
 
 def interrupted(
@@ -94,8 +94,8 @@ def sent(
 ) -> dict[str, Any]:
     """Whole tensors on rank 0 as a weight sync assembles them, before any step."""
     backend = make_backend(layout, model_dir, rank, tmp / "rendezvous")
-    place = {"rank": rank, "world_size": layout.world_size, "dtype": torch.float32}
-    return dict(Assembler(backend.weight_shards, **place).tensors())
+    place = {"rank": rank, "world_size": layout.world_size, "device": torch.device("cpu")}
+    return dict(Assembler(backend.weight_shards, dtype=torch.float32, **place).tensors())
 
 
 def _alone(layout: Layout) -> Layout:
@@ -106,7 +106,7 @@ def _alone(layout: Layout) -> Layout:
 def _difference(mine: list[Any], by_rank: list[Any]) -> float:
     whole, theirs = assemble(mine), assemble(piece for of_rank in by_rank for piece in of_rank)
     assert whole.keys() == theirs.keys()
-    return max(float((whole[name] - theirs[name]).abs().max()) for name in theirs)
+    return largest(float((whole[name] - theirs[name]).abs().max()) for name in theirs)
 
 
 def _directory(path: Path, rank: int) -> None:

@@ -14,6 +14,7 @@ from nanoslime.algorithms.grpo import GRPO
 from nanoslime.models.shape import ModelShape
 from nanoslime.training.megatron.forward import logits
 from nanoslime.training.megatron.model import model_config
+from nanoslime.weight_sync.assemble import Assembler
 from tests.models.hf import FAMILIES, SIZES, save_model
 from tests.training.megatron.test_backend import Half
 from tests.training.parity import KL, RELATIVE, Layout, make_backend, train_batch
@@ -152,5 +153,10 @@ def test_in_bfloat16_the_bias_of_the_scores_stays_float32_and_as_it_was(tmp_path
         biases = [s for s in backend.weight_shards() if s.name.endswith("e_score_correction_bias")]
         assert len(biases) == 3 and all(torch.equal(s.tensor, files[s.name]) for s in biases)
         assert {s.tensor.dtype for s in biases} == {torch.float32}
+        place = {"rank": 0, "world_size": 1, "device": torch.device("cpu")}
+        sent = dict(Assembler(backend.weight_shards, dtype=torch.bfloat16, **place).tensors())
+        assert all(torch.equal(sent.pop(s.name), files[s.name]) for s in biases)
+        assert not all(torch.equal(s.tensor, s.tensor.bfloat16()) for s in biases), "the bits matter"
+        assert {tensor.dtype for tensor in sent.values()} == {torch.bfloat16}
     finally:
         dist.destroy_process_group()

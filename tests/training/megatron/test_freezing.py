@@ -1,6 +1,7 @@
 """Frozen parameters where the model lies on several ranks: the same step as FSDP on one rank."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,6 +72,47 @@ def test_a_megatron_tensor_frozen_in_part_is_refused_by_name(model_dir, one_rank
     left = "self_attn.k_proj.weight.* in one tensor, decoder.layers.0.self_attention.linear_qkv.weight"
     with pytest.raises(AssertionError, match=rf"{left}; freeze .*k_proj.weight, .*v_proj.weight as well"):
         one_rank(frozen_step, Layout(), model_dir, make_step(model_dir, 0), ["q_proj"])
+
+
+def resumed(env, layout, model_dir, tmp, patterns):
+    """On one rank, the weights after: a step, save, a step; and load of that in another backend, a step."""
+    make, results = resolve(layout.backend, BACKENDS, "backend"), []
+    for number in range(2):
+        backend = make(layout.config(freeze=patterns), model_dir, env)
+        batches = [train_batch(make_step(model_dir, i), backend.dp_rank, backend.dp_size) for i in range(2)]
+        if number:
+            backend.load(tmp)
+        else:
+            backend.train_step(batches[0], GRPO(KL))
+            backend.save(tmp)
+        metrics = backend.train_step(batches[1], GRPO(KL))
+        results.append((metrics, copied(backend.weight_shards())))
+    return results
+
+
+ALL_BUT_EXPERTS = r"^(?!.*\.experts\.)"
+
+
+@pytest.mark.parametrize("options", [(), DISTRIBUTED], ids=["whole", "distributed"])
+@pytest.mark.parametrize(
+    ("family", "layout", "patterns"),
+    [
+        ("qwen3_moe", Layout(), [ALL_BUT_EXPERTS]),
+        ("qwen3_moe", Layout(pp_size=2), [ALL_BUT_EXPERTS, r"layers\.[01]\."]),
+        ("qwen3", Layout(pp_size=2), FIRST_STAGE),
+        ("qwen3_untied", Layout(pp_size=2), (r"layers\.[23]\.", "model.norm", "lm_head")),
+    ],
+)
+def test_what_has_nothing_to_train_is_saved_and_loaded(
+    family, layout, patterns, options, one_rank, two_ranks, tmp_path
+):
+    model_dir, saved = save_model(tmp_path / "model", family), tmp_path / "saved"
+    saved.mkdir()
+    pool = two_ranks if layout.world_size > 1 else one_rank
+    results = pool(resumed, replace(layout, options=options), model_dir, saved, list(patterns))
+    for (metrics, expected), (again, found) in results:
+        assert again == metrics
+        assert all(torch.equal(a[3], b[3]) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("frozen", [r"mlp\.gate\.", r"\.experts\.", r"layers\.[01]\..*experts"])

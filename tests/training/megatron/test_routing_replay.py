@@ -16,7 +16,7 @@ from nanoslime.algorithms.grpo import GRPO
 from nanoslime.batch import TrainBatch
 from nanoslime.rollout.embedded import EmbeddedEngine
 from nanoslime.training.batching import plan
-from nanoslime.training.megatron.routing_replay import routers
+from nanoslime.training.megatron.routing_replay import RouterReplay, routers, training_step
 from nanoslime.types import GenerateRequest, Sample, SampleGroup, Status
 from tests.models.hf import save_model
 from tests.training import parity
@@ -83,7 +83,8 @@ def whole_grads(results: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    return max(float((found[n] - g).abs().max() / g.abs().max()) for n, g in expected.items() if g.any())
+    pairs = [(found[name], g) for name, g in expected.items() if g.any()]
+    return parity.largest(float((a - g).abs().max() / g.abs().max()) for a, g in pairs)
 
 
 LAYOUTS = [
@@ -250,6 +251,14 @@ def test_a_batch_without_experts_is_refused(start, step):
         start(routing_replay="R3").train_step(train_batch(step), GRPO(KL))
     with pytest.raises(ValueError, match="routing_replay=R2: no routed experts; logprobs were not computed"):
         start(routing_replay="R2").train_step(train_batch(step), GRPO(KL))
+
+
+def test_a_step_that_fails_leaves_nothing_to_recompute():
+    router = RouterReplay(0)
+    with pytest.raises(ZeroDivisionError), training_step([router], {}):
+        router.to_recompute.append(torch.zeros(1, 2))
+        raise ZeroDivisionError
+    assert not router.to_recompute
 
 
 def test_routers_that_do_not_ask_are_refused(start):
