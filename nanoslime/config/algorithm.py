@@ -24,8 +24,8 @@ class CorrectionConfig:
     tis_clip: float = Field(default=2.0, gt=0)
     tis_clip_low: float = Field(default=0.0, ge=0)
     reject: Literal["none", "token", "sequence", "geometric"] = "none"
-    """No gradient of what has w outside [reject_low, reject_high]. IcePop: token, with use_tis and tis_clip
-    not below reject_high; masked importance sampling: sequence or geometric."""
+    """No gradient of what has w outside [reject_low, reject_high]. IcePop: token, with use_tis and
+    tis_clip >= reject_high; masked importance sampling: sequence or geometric."""
     reject_low: float = Field(default=0.5, ge=0)
     reject_high: float = Field(default=2.0, gt=0)
     veto: float = Field(default=0.0, ge=0, lt=1)
