@@ -62,7 +62,7 @@ class SharedConfig:
     entropy_coef: float = Field(default=0.0, ge=0)
     """Bonus for entropy: subtracted from the loss."""
     normalize_advantages: bool = False
-    """Whiten the token advantages over the whole batch of an optimizer step."""
+    """Whiten the token advantages over all tokens of a rollout, on all ranks and of all its steps."""
     filter_zero_std: bool = True
     """Drop groups whose rewards, as given and not shaped for length, are all equal."""
     correction: CorrectionConfig = Field(default_factory=CorrectionConfig)
