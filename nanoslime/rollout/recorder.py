@@ -47,7 +47,7 @@ def load(directory: Path, step: int) -> list[SampleGroup]:
         lines = bytes(arrays.pop("samples")).splitlines()  # of bytes: at line feeds only
         used = dict.fromkeys(arrays, 0)
         samples = [_sample(json.loads(line), arrays, used) for line in lines]
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as e:
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile) as e:
         raise RunError(f"{path} is not a recorded rollout: {type(e).__name__}: {e}") from e
     return [SampleGroup(group_id, list(s)) for group_id, s in groupby(samples, lambda s: s.group_id)]
 

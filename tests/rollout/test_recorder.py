@@ -71,13 +71,20 @@ def test_float32_and_token_ids_take_their_own_bytes_only(tmp_path):
     assert (tmp_path / "step_0.npz").stat().st_size < 50_000 * 9 + 3_000
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "a flipped byte", "no zip"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "a flipped byte", "no zip", "method", "locked"])
 def test_a_damaged_file_is_refused_by_name(tmp_path, damage):
     recorder.record(tmp_path, 0, groups())
     path = tmp_path / "step_0.npz"
     data = bytearray(path.read_bytes())
-    data[data.index(groups()[0].samples[0].token_ids.tobytes())] ^= 1
-    damaged = {"missing": None, "truncated": data[:-100], "a flipped byte": data, "no zip": b"{}"}[damage]
+    place, change = data.index(groups()[0].samples[0].token_ids.tobytes()), 1
+    entry = data.index(b"PK\x01\x02")  # of the directory at the end
+    if damage == "method":  # of compression, one that does not exist
+        place, change = entry + 10, 77
+    elif damage == "locked":  # said to be encrypted
+        place, change = entry + 8, 1
+    data[place] ^= change
+    whole = {"missing": None, "truncated": data[:-100], "no zip": b"{}"}
+    damaged = whole.get(damage, data)
     path.unlink() if damaged is None else path.write_bytes(damaged)
     with pytest.raises(RunError, match=r"step_0\.npz is not a recorded rollout"):
         recorder.load(tmp_path, 0)
