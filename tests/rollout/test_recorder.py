@@ -35,8 +35,8 @@ def groups() -> list[SampleGroup]:
 
 
 def test_what_is_loaded_is_what_was_recorded(tmp_path):
-    recorder.record(tmp_path / "rollouts", 3, groups())
-    loaded = recorder.load(tmp_path / "rollouts", 3)
+    recorder.record(tmp_path / "rollouts", 3, groups(), temperature=0.7, max_new_tokens=4)
+    loaded = recorder.load(tmp_path / "rollouts", 3, temperature=0.7)
     assert [g.group_id for g in loaded] == [5, 6, 9]
     for mine, theirs in zip(groups(), loaded, strict=True):
         for a, b in zip(mine.samples, theirs.samples, strict=True):
@@ -55,6 +55,14 @@ def test_people_read_a_line_per_sample(tmp_path):
         (5, 10), (5, 11), (6, 12), (6, 12), (6, 13), (9, 20)
     ]  # fmt: skip
     assert lines[0]["tokens"] == [7, 4] and lines[5]["error"] == "engine-0: too long"
+
+
+def test_other_settings_than_those_asked_for_are_refused_with_both_values(tmp_path):
+    recorder.record(tmp_path, 0, groups(), temperature=0.7, max_new_tokens=4)
+    with pytest.raises(RunError, match=r"step_0\.npz has samples of rollout\.temperature=0\.7, not 1\.0"):
+        recorder.load(tmp_path, 0, temperature=1.0, max_new_tokens=4)
+    with pytest.raises(RunError, match=r"rollout\.max_new_tokens=4, not 5"):
+        recorder.load(tmp_path, 0, temperature=0.7, max_new_tokens=5)
 
 
 def test_a_rollout_without_samples_is_one(tmp_path):
