@@ -43,10 +43,7 @@ def make_tracker(config: RunConfig, run: RunDir, start: int, *, leads: bool = Tr
     tracker, num_rollout = Tracker(), config.rollout.num_rollout
     if not leads:
         return tracker
-    if start:
-        logger.info("resuming after step %d/%d", start, num_rollout)
-    for path in (run.metrics, run.evals):
-        _forget(path, start)
+    _forget(run, start)
     tracker.sinks += [_console(num_rollout), _json_lines(run.metrics)]
     if config.tracking.use_tensorboard:
         tracker.sinks.append(_tensorboard(run.tensorboard, start, tracker))
@@ -75,9 +72,9 @@ def _console(num_rollout: int) -> Sink:
     return lambda step, metrics: logger.info("%s", console_line(step, num_rollout, metrics))
 
 
-def _forget(path: Path, start: int) -> None:
+def _forget(run: RunDir, start: int) -> None:
     """Takes out the lines of steps that a run from `start` makes again: from 0, also the evaluation at -1."""
-    if path.exists():
+    for path in filter(Path.exists, (run.metrics, run.evals)):
         # a line without its end was cut short when the run was killed
         lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
         publish(path, "".join(line for line in lines if json.loads(line)["step"] < (start or -1)).encode())

@@ -87,9 +87,9 @@ class SharedConfig:
         compares = c.use_tis or c.reject != "none" or c.veto > 0
         same = "use_tis, reject and veto compare the trainer with the engine; old_logprobs=rollout makes them"
         none = "needs the old policy, which old_logprobs=current has not; choose recomputed"
-        values, known = vars(self) | vars(c), self.__pydantic_fields__ | c.__pydantic_fields__
+        values, defaults = vars(self) | vars(c), vars(SharedConfig) | vars(CorrectionConfig)
         off = [name for name, switch in _NEEDS.items() if values[switch] in (False, 0, "none")]
-        idle = {f"{n}={values[n]} needs {_NEEDS[n]}": values[n] != known[n].default for n in off}
+        idle = {f"{n}={values[n]} needs {_NEEDS[n]}": values[n] != defaults[n] for n in off}
         ppo_clip, eps = isinstance(self, ClippedConfig), (self.eps_clip, self.clip_high)
         problems = idle | {
             f"eps_clip and eps_clip_high {eps} must ascend; give both": ppo_clip and eps[0] > eps[1],

@@ -52,13 +52,10 @@ class RunConfig:
 
     def _check_half_a_run(self) -> None:
         """A replay has no engines, rollout-only has no trainer: refuses what speaks of what is not there."""
-        rollout, transport = self.rollout, self.weight_sync.transport
+        rollout, transport, name = self.rollout, self.weight_sync.transport, self.algorithm.name
         if not (rollout.load_rollouts or rollout.rollout_only):
-            if rollout.n_samples_per_prompt == 1 and self.algorithm.name != "reinforce_plus_plus":
-                name = f"algorithm.name={self.algorithm.name}"
-                raise ValueError(
-                    f"rollout.n_samples_per_prompt=1, but {name} compares samples; set 2 or more"
-                )
+            if rollout.n_samples_per_prompt == 1 and name != "reinforce_plus_plus":
+                raise ValueError(f"rollout.n_samples_per_prompt=1: {name} compares samples; set 2 or more")
             return
         if rollout.load_rollouts and rollout.rollout_only:
             raise ValueError("rollout.load_rollouts and rollout.rollout_only exclude each other; set one")

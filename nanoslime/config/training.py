@@ -66,8 +66,7 @@ class TrainingConfig:
     megatron: dict[str, Any] = Field(default_factory=dict)
     """Fields of megatron-core's TransformerConfig as written there."""
     collective_deadline_s: float = Field(default=600.0, gt=0)
-    """For one collective among the trainers, but also for the whole training on a rollout, all of its passes
-    and steps, and for writing a checkpoint: raise it where one of these takes long."""
+    """Of one collective, but also of a whole training on a rollout (all passes and steps) and of a save."""
     start_deadline_s: float = Field(default=600.0, gt=0)
 
 

@@ -118,9 +118,8 @@ def _joined(batches: list[TrainBatch]) -> TrainBatch:
 def metrics_row(steps: list[StepMetrics]) -> dict[str, float]:
     """One row from a rollout's optimizer steps: means, and maxima for names in _max."""
     rows = [
-        {"train/loss": s.loss, "train/grad_norm": s.grad_norm, "train/lr": s.lr,
-         "train/skipped": float(s.skipped), **s.values}
-        for s in steps
+        {"train/loss": s.loss, "train/grad_norm": s.grad_norm, "train/lr": s.lr, "train/skipped": s.skipped}
+        | s.values for s in steps
     ]  # fmt: skip
     row = {}
     for name in dict.fromkeys(name for r in rows for name in r):

@@ -69,9 +69,8 @@ class TrainBackend(ABC):
 
     def __init__(self, config: RunConfig, env: RankEnv) -> None:
         self._config, self._training, self._device = config, config.training, env.torch_device
-        self._past = Progress()
         self._reference, self._policy_aside = list[Tensor](), list[Tensor]()  # both on the host
-        self._memory = DeviceMemory(self._device)
+        self._past, self._memory = Progress(), DeviceMemory(self._device)
 
     def logprobs(self, shard: TrainBatch, weights: Literal["policy", "ref"]) -> list[Tensor] | None:
         """[T_i] float32 per sequence of `shard.token_ids`, in order, on the CPU; on the last pipeline stage.

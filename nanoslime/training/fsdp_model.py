@@ -70,9 +70,6 @@ def build_sharded(model_dir: Path, config: RunConfig, mesh: DeviceMesh, device: 
     if config.training.recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()  # transformers recomputes in training mode only
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0  # with a probability that no setting names
     parameters = dict(model.named_parameters())
     for name in frozen_names(config.training.freeze, parameters):
         parameters[name].requires_grad_(False)

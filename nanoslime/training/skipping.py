@@ -25,10 +25,9 @@ class Progress:
         most = limit * median(self.norms) if limit and len(self.norms) >= LEAST else math.inf
         accepted = math.isfinite(norm) and norm <= most
         if accepted:
-            self.norms, self.num_refused = [*self.norms, norm][-WINDOW:], 0
-        elif math.isfinite(norm):
-            self.num_refused += 1
-            if self.num_refused == MOST_REFUSED:
-                self.norms, self.num_refused = [], 0
+            self.norms = [*self.norms, norm][-WINDOW:]
+        self.num_refused = 0 if accepted else self.num_refused + math.isfinite(norm)
+        if self.num_refused == MOST_REFUSED:
+            self.norms, self.num_refused = [], 0
         self.num_skipped += not accepted
         return accepted

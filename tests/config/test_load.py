@@ -158,7 +158,7 @@ def test_settings_of_the_algorithm_with_effect_are_taken(tmp_path):
 @pytest.mark.parametrize("name", ["grpo", "gspo", "cispo", "rloo", "reinforce_plus_plus_baseline"])
 def test_one_sample_of_a_prompt_is_refused_where_samples_are_compared(name):
     flags = ["--algorithm.name", name, "--n-samples-per-prompt", "1"]
-    with pytest.raises(RunError, match=f"n_samples_per_prompt=1, but algorithm.name={name} compares"):
+    with pytest.raises(RunError, match=f"n_samples_per_prompt=1: {name} compares"):
         load(None, None, flags)
     for more in (["--rollout-only"], ["--load-rollouts", "x"], ["--algorithm.name", "reinforce_plus_plus"]):
         load(None, None, [*flags, *more])
