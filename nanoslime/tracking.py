@@ -43,9 +43,8 @@ def make_tracker(config: RunConfig, run: RunDir, start: int, *, leads: bool = Tr
     tracker, num_rollout = Tracker(), config.rollout.num_rollout
     if not leads:
         return tracker
-    if start:
-        logger.info("resuming after step %d/%d", start, num_rollout)
-    tracker.sinks += [_console(num_rollout), _json_lines(run.metrics, start)]
+    _forget(run, start)
+    tracker.sinks += [_console(num_rollout), _json_lines(run.metrics)]
     if config.tracking.use_tensorboard:
         tracker.sinks.append(_tensorboard(run.tensorboard, start, tracker))
     if config.tracking.use_wandb:
@@ -73,12 +72,16 @@ def _console(num_rollout: int) -> Sink:
     return lambda step, metrics: logger.info("%s", console_line(step, num_rollout, metrics))
 
 
-def _json_lines(path: Path, start: int) -> Sink:
-    """One JSON object a step, on the file system when the sink returns."""
-    if path.exists():
+def _forget(run: RunDir, start: int) -> None:
+    """Takes out the lines of steps that a run from `start` makes again: from 0, also the evaluation at -1."""
+    for path in filter(Path.exists, (run.metrics, run.evals)):
         # a line without its end was cut short when the run was killed
         lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        publish(path, "".join(line for line in lines if json.loads(line)["step"] < start).encode())
+        publish(path, "".join(line for line in lines if json.loads(line)["step"] < (start or -1)).encode())
+
+
+def _json_lines(path: Path) -> Sink:
+    """One JSON object a step, on the file system when the sink returns."""
 
     def log(step: int, metrics: dict[str, float]) -> None:
         with open(path, "a") as file:

@@ -68,6 +68,15 @@ def test_a_resumed_run_supersedes_later_steps_and_a_cut_line(run):
     assert rows(run) == [{"step": 0, "a": 0.0}, {"step": 1, "a": 1.0}, {"step": 2, "a": 20.0}]
 
 
+@pytest.mark.parametrize(("start", "left"), [(0, []), (1, [-1, 0]), (2, [-1, 0, 1])])
+def test_a_resumed_run_supersedes_later_evaluations_and_a_cut_line(run, start, left):
+    lines = [json.dumps({"step": step, "reward": 0.5}) + "\n" for step in (-1, 0, 1, 2)]
+    run.evals.write_text("".join(lines) + '{"step": 3, "rew')
+    with make_tracker(config(use_tensorboard=False), run, start):
+        kept = [json.loads(line)["step"] for line in run.evals.read_text().splitlines()]
+    assert kept == left
+
+
 def test_tensorboard_reads_it_and_resumed_steps_replace(run):
     for start, offset in ((0, 0.0), (2, 100.0)):
         with make_tracker(config(), run, start) as tracker:

@@ -71,8 +71,8 @@ class PolicyGradient(ABC):
             s.advantage = found[s.group_id, s.rollout_id]
 
     def token_advantages(self, shard: TrainBatch, all_sum: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """[T_i] float32 per sequence: its returns, with kl_coef times the KL of old policy to reference taken
-        off, whitened where that is asked for. Zero where loss_mask is False.
+        """[T_i] float32 per sequence of a rollout: its returns, with kl_coef times the KL of old policy to
+        reference taken off, whitened where that is asked for. Zero where loss_mask is False.
 
         Needs shard.ref_logprobs, and shard.old_logprobs unless the rollout's serve, when kl_coef > 0; raises
         ValueError without them. `all_sum` is called equally often whatever the shard.
@@ -147,7 +147,7 @@ def whitened(
 ) -> list[Tensor]:
     """(x - mean) / sqrt(var + 1e-8), var unbiased, over all tokens with `masks` on all ranks; 0 elsewhere.
 
-    Of the whole batch, as in arXiv 2501.03262. Float64, in two passes; exactly zero where nothing spreads.
+    Of the whole rollout, as in arXiv 2501.03262. Float64, in two passes; exactly zero where nothing spreads.
     """
     mine = torch.cat([x[mask] for x, mask in zip(values, masks, strict=True)]).double()
     total, count = all_sum(torch.stack([mine.sum(), torch.tensor(float(len(mine)), dtype=torch.float64)]))

@@ -8,6 +8,11 @@ from nanoslime.config.base import knobs
 
 Level = Literal["token", "sequence", "geometric"]
 Positive = Annotated[float, Field(gt=0)]
+_NEEDS = {  # what does nothing while the other is off
+    "kl_loss_coef": "use_kl_loss", "use_unbiased_kl": "use_kl_loss", "overlong_penalty": "overlong_buffer",
+    "tis_level": "use_tis", "tis_clip": "use_tis", "tis_clip_low": "use_tis",
+    "reject_low": "reject", "reject_high": "reject", "opsm_delta": "use_opsm",
+}  # fmt: skip
 
 
 @knobs
@@ -24,8 +29,8 @@ class CorrectionConfig:
     tis_clip: float = Field(default=2.0, gt=0)
     tis_clip_low: float = Field(default=0.0, ge=0)
     reject: Literal["none", "token", "sequence", "geometric"] = "none"
-    """No gradient of what has w outside [reject_low, reject_high]. IcePop: token, with use_tis and tis_clip
-    not below reject_high; masked importance sampling: sequence or geometric."""
+    """No gradient of what has w outside [reject_low, reject_high]. IcePop: token, with use_tis and
+    tis_clip >= reject_high; masked importance sampling: sequence or geometric."""
     reject_low: float = Field(default=0.5, ge=0)
     reject_high: float = Field(default=2.0, gt=0)
     veto: float = Field(default=0.0, ge=0, lt=1)
@@ -62,7 +67,7 @@ class SharedConfig:
     entropy_coef: float = Field(default=0.0, ge=0)
     """Bonus for entropy: subtracted from the loss."""
     normalize_advantages: bool = False
-    """Whiten the token advantages over the whole batch of an optimizer step."""
+    """Whiten the token advantages over all tokens of a rollout, on all ranks and of all its steps."""
     filter_zero_std: bool = True
     """Drop groups whose rewards, as given and not shaped for length, are all equal."""
     correction: CorrectionConfig = Field(default_factory=CorrectionConfig)
@@ -82,9 +87,13 @@ class SharedConfig:
         compares = c.use_tis or c.reject != "none" or c.veto > 0
         same = "use_tis, reject and veto compare the trainer with the engine; old_logprobs=rollout makes them"
         none = "needs the old policy, which old_logprobs=current has not; choose recomputed"
-        problems = {
+        values, defaults = vars(self) | vars(c), vars(SharedConfig) | vars(CorrectionConfig)
+        off = [name for name, switch in _NEEDS.items() if values[switch] in (False, 0, "none")]
+        idle = {f"{n}={values[n]} needs {_NEEDS[n]}": values[n] != defaults[n] for n in off}
+        ppo_clip, eps = isinstance(self, ClippedConfig), (self.eps_clip, self.clip_high)
+        problems = idle | {
+            f"eps_clip and eps_clip_high {eps} must ascend; give both": ppo_clip and eps[0] > eps[1],
             "kl_coef and use_kl_loss exclude each other; set one": self.kl_coef > 0 and self.use_kl_loss,
-            "use_unbiased_kl needs use_kl_loss": self.use_unbiased_kl and not self.use_kl_loss,
             f"correction.tis_clip_low and tis_clip {tis} must ascend": tis[0] > tis[1],
             f"correction.reject_low and reject_high {reject} must ascend": reject[0] > reject[1],
             f"{same} the same; choose recomputed or current": old == "rollout" and compares,

@@ -151,11 +151,13 @@ class _Layers:
 def _one_node_means_fsdp(config: RunConfig, sources: dict[str, str]) -> RunConfig:
     """FSDP2 where nobody named a backend and there is one node; a recipe's parallel sizes then do not apply.
 
-    A flag for a parallel size asks for Megatron, and so does routing replay.
+    A flag for parallelism asks for Megatron, and so do routing replay and options in training.megatron.
     """
-    asked = [name for name in PARALLEL_SIZES if sources.get(f"training.{name}", "").startswith("flag ")]
-    asked += [] if config.training.routing_replay == "none" else ["training.routing_replay"]
+    training = config.training
+    names = (*PARALLEL_SIZES, "sequence_parallel") if training.sequence_parallel else PARALLEL_SIZES
+    asked = any(sources.get(f"training.{name}", "").startswith("flag ") for name in names)
+    asked |= training.routing_replay != "none" or bool(training.megatron)
     if asked or "training.backend" in sources or config.cluster.nodes > 1:
         return config
-    sizes: dict[str, Any] = dict.fromkeys(PARALLEL_SIZES, 1)
-    return replace(config, training=replace(config.training, backend="fsdp", **sizes))
+    off: dict[str, Any] = dict.fromkeys(PARALLEL_SIZES, 1) | {"sequence_parallel": False}
+    return replace(config, training=replace(training, backend="fsdp", **off))

@@ -39,6 +39,8 @@ class RunConfig:
             raise ValueError(f"{asked} needs training.backend=megatron")
         if asked.endswith("R2") and self.algorithm.old_logprobs != "recomputed":
             raise ValueError(f"{asked} needs algorithm.old_logprobs=recomputed, a pass to record; or set R3")
+        if self.training.backend == "fsdp" and (self.training.sequence_parallel or self.training.megatron):
+            raise ValueError("training.sequence_parallel and training.megatron need backend=megatron")
         steps, prompts = self.training.num_steps_per_rollout, self.rollout.rollout_batch_size
         if prompts % steps:
             name = f"training.num_steps_per_rollout={steps}"
@@ -50,8 +52,10 @@ class RunConfig:
 
     def _check_half_a_run(self) -> None:
         """A replay has no engines, rollout-only has no trainer: refuses what speaks of what is not there."""
-        rollout, transport = self.rollout, self.weight_sync.transport
+        rollout, transport, name = self.rollout, self.weight_sync.transport, self.algorithm.name
         if not (rollout.load_rollouts or rollout.rollout_only):
+            if rollout.n_samples_per_prompt == 1 and name != "reinforce_plus_plus":
+                raise ValueError(f"rollout.n_samples_per_prompt=1: {name} compares samples; set 2 or more")
             return
         if rollout.load_rollouts and rollout.rollout_only:
             raise ValueError("rollout.load_rollouts and rollout.rollout_only exclude each other; set one")

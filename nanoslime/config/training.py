@@ -48,7 +48,8 @@ class TrainingConfig:
     """Global gradient norm; 0: no clipping."""
     skip_grad_norm_above: float | None = Field(default=None, gt=1)
     """Leave out a step whose gradient norm is above so many times the median of the last 128 norms of steps
-    that were made, once there are 16; the run directory keeps its batch, under skipped/."""
+    that were made, once there are 16; the run directory keeps its batch, under skipped/. After 8 left out
+    in a row those norms are forgotten and the next step is made; one that is not finite never is."""
     num_steps_per_rollout: int = Field(default=1, ge=1)
     """Optimizer steps per rollout, each over its share of the groups."""
     max_tokens_per_microbatch: int = Field(default=8192, ge=1)
@@ -65,6 +66,7 @@ class TrainingConfig:
     megatron: dict[str, Any] = Field(default_factory=dict)
     """Fields of megatron-core's TransformerConfig as written there."""
     collective_deadline_s: float = Field(default=600.0, gt=0)
+    """Of one collective, but also of a whole training on a rollout (all passes and steps) and of a save."""
     start_deadline_s: float = Field(default=600.0, gt=0)
 
 

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ class RolloutManager:
             if len(kept) == size:
                 break
         self._check_versions(groups)
-        recorder.record(self.run.rollouts, step, groups)
+        recorder.record(self.run.rollouts, step, groups, **asdict(rollout))
         self.metrics["time/generate_s"] = time.monotonic() - start
         return kept
 
@@ -145,8 +145,12 @@ class Replay:
 
     def generate(self, step: int) -> list[SampleGroup]:
         start = time.monotonic()
-        groups = recorder.load(Path(self.config.rollout.load_rollouts), step)
-        kept, self.metrics = prepare(groups, self.config.algorithm, self._algorithm)
+        algorithm, rollout = self.config.algorithm, self.config.rollout
+        drawn = {"temperature": rollout.temperature}
+        if algorithm.denominator == "fixed" or algorithm.overlong_buffer:
+            drawn["max_new_tokens"] = rollout.max_new_tokens
+        groups = recorder.load(Path(rollout.load_rollouts), step, **drawn)
+        kept, self.metrics = prepare(groups, algorithm, self._algorithm)
         self.metrics["time/generate_s"] = time.monotonic() - start
         return kept
 
@@ -168,6 +172,8 @@ def prepare(
 ) -> tuple[list[SampleGroup], dict[str, float]]:
     """The groups to train on, with advantages, and what all of `groups` look like."""
     kept, dropped = filter_groups(groups, drop_zero_std=config.filter_zero_std)
+    if groups and not kept:
+        logger.warning("no group of the rollout is left to train on, dropped for: %s", dict(dropped))
     algorithm.advantages(kept)
     metrics = {f"rollout/dropped_{reason}": float(n) for reason, n in dropped.items()}
     return kept, group_metrics(groups) | metrics

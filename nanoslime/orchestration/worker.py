@@ -1,6 +1,8 @@
 """One trainer rank at work: the backend, the algorithm and this rank's part in weight sync."""
 
 import time
+from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,8 @@ class TrainWorker:
         self._sender: Any = None  # a TensorSender
 
     def train(self, batches: list[TrainBatch]) -> dict[str, float]:
-        """One optimizer step per batch; old and reference logprobs of all are taken before the first step.
+        """One optimizer step per batch; before the first, old and reference logprobs are taken of all, and
+        token advantages, which may be whitened over the rollout.
 
         Returns the metrics of the rollout's row, none without batches.
         """
@@ -55,15 +58,14 @@ class TrainWorker:
                 batch.old_logprobs = self.backend.logprobs(batch, "policy")
             if self.algorithm.needs_reference:
                 batch.ref_logprobs = self.backend.logprobs(batch, "ref")
+        if self.backend.is_last_stage:
+            values = iter(self.algorithm.token_advantages(_joined(batches), self.backend.all_sum))
+            for batch in batches:
+                batch.token_advantages = list(islice(values, len(batch.token_ids)))
         middle = time.monotonic()
-        steps = [self._step(batch) for batch in batches]
+        steps = [self.backend.train_step(batch, self.algorithm) for batch in batches]
         times = {"time/logprobs_s": middle - begin, "time/train_s": time.monotonic() - middle}
         return times | metrics_row(steps)
-
-    def _step(self, batch: TrainBatch) -> StepMetrics:
-        if self.backend.is_last_stage:
-            batch.token_advantages = self.algorithm.token_advantages(batch, self.backend.all_sum)
-        return self.backend.train_step(batch, self.algorithm)
 
     def connect(
         self, engines: list[BroadcastEngine], address: str, ranks_by_engine: list[list[int]] | None = None
@@ -107,12 +109,18 @@ class TrainWorker:
             raise RuntimeError("only rank 0 assembles tensors")
 
 
+def _joined(batches: list[TrainBatch]) -> TrainBatch:
+    """The sequences of all, with what token advantages need."""
+    names = ("loss_mask", "advantages", "rollout_logprobs", "old_logprobs", "ref_logprobs")
+    parts = {name: [getattr(batch, name) for batch in batches] for name in names}
+    return replace(batches[0], **{name: [*chain(*of)] for name, of in parts.items() if of[0] is not None})
+
+
 def metrics_row(steps: list[StepMetrics]) -> dict[str, float]:
     """One row from a rollout's optimizer steps: means, and maxima for names in _max."""
     rows = [
-        {"train/loss": s.loss, "train/grad_norm": s.grad_norm, "train/lr": s.lr,
-         "train/skipped": float(s.skipped), **s.values}
-        for s in steps
+        {"train/loss": s.loss, "train/grad_norm": s.grad_norm, "train/lr": s.lr, "train/skipped": s.skipped}
+        | s.values for s in steps
     ]  # fmt: skip
     row = {}
     for name in dict.fromkeys(name for r in rows for name in r):

@@ -1,7 +1,7 @@
 """Keeps each rollout's samples: one JSON line per sample for people, and all that training needs in one file.
 
 step_<k>.jsonl   text, reward, status ... of each sample
-step_<k>.npz     the same lines as bytes (`samples`) and the per-token arrays of all samples, end to end
+step_<k>.npz     the same lines as bytes (`samples`), JSON `settings`, and the per-token arrays, end to end
 """
 
 import io
@@ -20,11 +20,12 @@ from nanoslime.types import RunError, Sample, SampleGroup, Status
 _ARRAYS = ("token_ids", "loss_mask", "rollout_logprobs", "routed_experts")
 
 
-def record(directory: Path, step: int, groups: Sequence[SampleGroup]) -> None:
-    """Writes rollout `step`; each file whole or not at all."""
+def record(directory: Path, step: int, groups: Sequence[SampleGroup], **settings: Any) -> None:
+    """Writes rollout `step` with `settings` of its RolloutConfig; each file whole or not at all."""
     samples = [sample for group in groups for sample in group.samples]
     lines = "".join(json.dumps(_entry(s), ensure_ascii=False, default=str) + "\n" for s in samples).encode()
-    arrays: dict[str, Any] = {"samples": np.frombuffer(lines, np.uint8)}
+    texts = {"samples": lines, "settings": json.dumps(settings, default=str).encode()}
+    arrays: dict[str, Any] = {name: np.frombuffer(text, np.uint8) for name, text in texts.items()}
     for name in _ARRAYS:
         if parts := [part for s in samples if (part := getattr(s, name)) is not None]:
             arrays[name] = np.concatenate(parts)
@@ -35,20 +36,24 @@ def record(directory: Path, step: int, groups: Sequence[SampleGroup]) -> None:
     publish(directory / f"step_{step}.npz", packed.getvalue())
 
 
-def load(directory: Path, step: int) -> list[SampleGroup]:
+def load(directory: Path, step: int, **settings: Any) -> list[SampleGroup]:
     """The groups that `record` was given, equal to them where labels and metadata are JSON.
 
-    Raises RunError for a file that is missing or damaged (zip checks each array's CRC-32).
+    Raises RunError for a file that is missing, damaged (each array has a CRC-32), or of other `settings`.
     """
     path = directory / f"step_{step}.npz"
     try:
         with np.load(path) as file:
             arrays = dict(file)
+        recorded = json.loads(bytes(arrays.pop("settings")))
         lines = bytes(arrays.pop("samples")).splitlines()  # of bytes: at line feeds only
         used = dict.fromkeys(arrays, 0)
         samples = [_sample(json.loads(line), arrays, used) for line in lines]
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as e:
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile) as e:
         raise RunError(f"{path} is not a recorded rollout: {type(e).__name__}: {e}") from e
+    for name, value in settings.items():
+        if (theirs := recorded.get(name)) != value:
+            raise RunError(f"{path} has samples of rollout.{name}={theirs}, not {value}; set the former")
     return [SampleGroup(group_id, list(s)) for group_id, s in groupby(samples, lambda s: s.group_id)]
 
 
@@ -56,8 +61,7 @@ def _entry(sample: Sample) -> dict[str, Any]:
     experts = sample.routed_experts
     return {
         "group": sample.group_id, "rollout": sample.rollout_id, "prompt": sample.metadata.get("prompt_id"),
-        "text": sample.text, "label": sample.label,
-        "reward": sample.reward, "advantage": sample.advantage,
+        "text": sample.text, "label": sample.label, "reward": sample.reward, "advantage": sample.advantage,
         "tokens": [sample.num_tokens, sample.num_response_tokens],
         "experts": None if experts is None else len(experts),
         "status": sample.status, "error": sample.error,

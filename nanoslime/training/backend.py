@@ -69,9 +69,8 @@ class TrainBackend(ABC):
 
     def __init__(self, config: RunConfig, env: RankEnv) -> None:
         self._config, self._training, self._device = config, config.training, env.torch_device
-        self._past = Progress()
-        self._reference: list[Tensor] = []
-        self._memory = DeviceMemory(self._device)
+        self._reference, self._policy_aside = list[Tensor](), list[Tensor]()  # both on the host
+        self._past, self._memory = Progress(), DeviceMemory(self._device)
 
     def logprobs(self, shard: TrainBatch, weights: Literal["policy", "ref"]) -> list[Tensor] | None:
         """[T_i] float32 per sequence of `shard.token_ids`, in order, on the CPU; on the last pipeline stage.
@@ -160,9 +159,11 @@ class TrainBackend(ABC):
     def _live_tensors(self) -> tuple[list[Tensor], list[Tensor]]: ...  # to keep asleep, and gradient buffers
 
     def _keep_reference(self) -> None:
-        """The weights as they are now, on the CPU, where the algorithm needs a reference."""
+        """On the CPU, where the algorithm needs a reference: the weights as they are, and room for others."""
         if self._config.algorithm.needs_reference:
-            self._reference = [p.detach().to("cpu", copy=True) for p in self._parameters()]
+            live = self._parameters()
+            self._reference = [p.detach().to("cpu", copy=True) for p in live]
+            self._policy_aside = [torch.empty_like(p, device="cpu", pin_memory=p.is_cuda) for p in live]
 
     @contextmanager
     def _weights(self, which: Literal["policy", "ref"]) -> Iterator[None]:
@@ -173,12 +174,12 @@ class TrainBackend(ABC):
         if not self._reference:
             raise ValueError("reference logprobs need kl_coef > 0 or use_kl_loss; no such weights are kept")
         live = self._parameters()
-        policy = [p.clone() for p in live]
+        torch._foreach_copy_(self._policy_aside, live)
         torch._foreach_copy_(live, self._reference)
         try:
             yield
         finally:
-            torch._foreach_copy_(live, policy)
+            torch._foreach_copy_(live, self._policy_aside)
 
 
 def init_process_group(env: RankEnv, config: TrainingConfig) -> None:

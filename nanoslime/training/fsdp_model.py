@@ -57,8 +57,10 @@ def build_sharded(model_dir: Path, config: RunConfig, mesh: DeviceMesh, device: 
     half, trusted = config.model.dtype == "bfloat16", config.model.trust_remote_code
     flash = half and device.type == "cuda" and is_flash_attn_2_available()
     hf_config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trusted)
-    if getattr(hf_config, "attention_dropout", 0):
-        hf_config.attention_dropout = 0.0  # old and current logprobs must come from the same function
+    text_config = hf_config.get_text_config()
+    for name, value in text_config.to_dict().items():  # old and current logprobs must be the same function
+        if ("drop" in name or "jitter" in name) and isinstance(value, float):
+            setattr(text_config, name, 0.0)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             hf_config, dtype=torch.float32, trust_remote_code=trusted,

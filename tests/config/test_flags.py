@@ -42,7 +42,12 @@ NEEDED = {  # flags without which the field is refused, or more than it would ch
     "training.backend": ["--nodes", "2"],
     "cluster.nodes": ["--backend", "megatron"],
     **{f"training.{size}_size": ["--backend", "megatron"] for size in ("tp", "pp", "vpp", "cp", "ep", "etp")},
+    "training.sequence_parallel": ["--backend", "megatron"],
     "algorithm.use_unbiased_kl": ["--use-kl-loss"],
+    "algorithm.kl_loss_coef": ["--use-kl-loss"],
+    "algorithm.eps_clip_high": ["--eps-clip", "0.1"],
+    **{f"algorithm.correction.tis_{name}": ["--use-tis"] for name in ("level", "clip", "clip_low")},
+    "algorithm.correction.opsm_delta": ["--use-opsm"],
     "algorithm.gamma": ["--algorithm", "reinforce_plus_plus"],
 }
 
@@ -67,9 +72,9 @@ def test_every_alias_sets_its_field_and_nothing_else(alias, form):
 @pytest.mark.parametrize("alias", ["algorithm", "advantage-estimator", "algorithm.name"])
 @pytest.mark.parametrize("name", ["grpo", "gspo", "cispo", "rloo", "reinforce_plus_plus"])
 def test_the_algorithm_is_chosen_by_name_whatever_the_order_of_flags(alias, name):
-    for args in ([f"--{alias}", name, "--eps-clip", "0.1"], ["--eps-clip", "0.1", f"--{alias}={name}"]):
+    for args in ([f"--{alias}", name, "--eps-clip", "1e-4"], ["--eps-clip", "1e-4", f"--{alias}={name}"]):
         algorithm = load(None, None, args).algorithm
-        assert (algorithm.name, algorithm.eps_clip) == (name, 0.1)
+        assert (algorithm.name, algorithm.eps_clip) == (name, 1e-4)
 
 
 @pytest.mark.parametrize(

@@ -100,11 +100,68 @@ def test_a_missing_file_is_named(tmp_path):
         (["--nodes", "1", "--backend", "megatron"], "megatron", 2),
         (["--nodes", "1", "--tp-size", "4"], "megatron", 4),
         (["--nodes", "4", "--backend", "fsdp"], "fsdp", 2),
+        (["--nodes", "1", "--sequence-parallel"], "megatron", 2),
+        (["--nodes", "1", "--no-sequence-parallel"], "fsdp", 1),
     ],
 )
 def test_one_node_means_fsdp_unless_megatron_is_asked_for(tmp_path, flags, backend, tp):
     training = load(write(tmp_path / "r.yaml", "training: {tp_size: 2}"), None, flags).training
     assert (training.backend, training.tp_size) == (backend, tp)
+
+
+def test_a_recipe_s_sequence_parallel_does_not_apply_to_fsdp(tmp_path):
+    recipe = write(tmp_path / "r.yaml", "training: {tp_size: 2, sequence_parallel: true}")
+    training = load(recipe, None, []).training
+    assert (training.backend, training.sequence_parallel) == ("fsdp", False)
+
+
+def test_options_of_megatron_ask_for_it(tmp_path):
+    recipe = write(tmp_path / "r.yaml", "training: {megatron: {recompute_granularity: full}}")
+    assert load(recipe, None, []).training.backend == "megatron"
+
+
+@pytest.mark.parametrize("knob", ["sequence_parallel: true", "megatron: {recompute_granularity: full}"])
+def test_fsdp_refuses_what_it_would_ignore(tmp_path, knob):
+    recipe = write(tmp_path / "r.yaml", f"training: {{backend: fsdp, {knob}}}")
+    with pytest.raises(RunError, match="training.sequence_parallel and training.megatron need"):
+        load(recipe, None, [])
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "says"),
+    [
+        ("kl_loss_coef: 0.1", "kl_loss_coef=0.1 needs use_kl_loss"),
+        ("use_unbiased_kl: true", "use_unbiased_kl=True needs use_kl_loss"),
+        ("overlong_penalty: 2", "overlong_penalty=2.0 needs overlong_buffer"),
+        ("correction: {tis_clip: 5}", "tis_clip=5.0 needs use_tis"),
+        ("correction: {tis_clip_low: 0.5}", "tis_clip_low=0.5 needs use_tis"),
+        ("correction: {tis_level: sequence}", "tis_level=sequence needs use_tis"),
+        ("correction: {reject_low: 0.1, use_tis: true}", "reject_low=0.1 needs reject"),
+        ("correction: {reject_high: 3}", "reject_high=3.0 needs reject"),
+        ("correction: {opsm_delta: 1}", "opsm_delta=1.0 needs use_opsm"),
+        ("name: gspo, eps_clip: 0.2", r"eps_clip and eps_clip_high \(0.2, 0.0004\) must ascend"),
+        ("eps_clip: 0.3, eps_clip_high: 0.2", r"eps_clip and eps_clip_high \(0.3, 0.2\) must ascend"),
+    ],
+)
+def test_settings_of_the_algorithm_without_effect_are_refused(tmp_path, algorithm, says):
+    with pytest.raises(RunError, match=f"^algorithm: {says}"):
+        load(write(tmp_path / "r.yaml", f"algorithm: {{{algorithm}}}"), None, [])
+
+
+def test_settings_of_the_algorithm_with_effect_are_taken(tmp_path):
+    correction = "use_tis: true, tis_clip: 5, reject: token, reject_low: 0.1, use_opsm: true, opsm_delta: 1"
+    rest = "use_kl_loss: true, kl_loss_coef: 0.1, overlong_buffer: 8, overlong_penalty: 2"
+    load(write(tmp_path / "r.yaml", f"algorithm: {{{rest}, correction: {{{correction}}}}}"), None, [])
+    load(write(tmp_path / "c.yaml", "algorithm: {name: cispo}"), None, [])  # its clips are no interval
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo", "cispo", "rloo", "reinforce_plus_plus_baseline"])
+def test_one_sample_of_a_prompt_is_refused_where_samples_are_compared(name):
+    flags = ["--algorithm.name", name, "--n-samples-per-prompt", "1"]
+    with pytest.raises(RunError, match=f"n_samples_per_prompt=1: {name} compares"):
+        load(None, None, flags)
+    for more in (["--rollout-only"], ["--load-rollouts", "x"], ["--algorithm.name", "reinforce_plus_plus"]):
+        load(None, None, [*flags, *more])
 
 
 def test_no_field_is_a_secret():

@@ -60,6 +60,22 @@ def test_a_replay_is_the_run_it_was_recorded_from(tmp_path, recorded, bare, capl
     assert "evaluations are skipped" not in caplog.text  # none were asked for
 
 
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ("--temperature 0.5", "rollout.temperature=1.0, not 0.5"),
+        ("--max-new-tokens 9 --algorithm.denominator fixed", "rollout.max_new_tokens=8, not 9"),
+        ("--max-new-tokens 9 --algorithm.overlong-buffer 2", "rollout.max_new_tokens=8, not 9"),
+        ("--max-new-tokens 9", ""),
+    ],
+)
+def test_a_replay_with_other_settings_of_sampling_is_refused(tmp_path, recorded, bare, caplog, more, says):
+    code = train.main(replay(tmp_path, bare, recorded.path, f"--num-rollout 1 {more}"))
+    errors = [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
+    assert (code, len(errors)) == ((FAILED, 1) if says else (DONE, 0))
+    assert says in "".join(errors)
+
+
 def test_a_replay_resumes(tmp_path, recorded, bare):
     assert train.main(replay(tmp_path, bare, recorded.rollouts, "--num-rollout 2")) == DONE
     run = RunDir.open(tmp_path / "replayed")

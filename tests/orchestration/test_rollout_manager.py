@@ -101,9 +101,10 @@ def test_further_prompts_are_sampled_until_the_batch_is_full(tmp_path, tiny_mode
     rollout.close()
 
 
-def test_rounds_are_bounded(tmp_path, tiny_model):
+def test_rounds_are_bounded(tmp_path, tiny_model, caplog):
     rollout = sampling(tmp_path, tiny_model, 2, reward="always_one")
     assert rollout.generate(0) == []
+    assert "left to train on, dropped for: {'group_zero_std': 6}" in caplog.text
     assert rollout.metrics["rollout/num_samples"] == 18  # two rounds of three prompts, three samples each
     rollout.close()
 

@@ -35,8 +35,8 @@ def groups() -> list[SampleGroup]:
 
 
 def test_what_is_loaded_is_what_was_recorded(tmp_path):
-    recorder.record(tmp_path / "rollouts", 3, groups())
-    loaded = recorder.load(tmp_path / "rollouts", 3)
+    recorder.record(tmp_path / "rollouts", 3, groups(), temperature=0.7, max_new_tokens=4)
+    loaded = recorder.load(tmp_path / "rollouts", 3, temperature=0.7)
     assert [g.group_id for g in loaded] == [5, 6, 9]
     for mine, theirs in zip(groups(), loaded, strict=True):
         for a, b in zip(mine.samples, theirs.samples, strict=True):
@@ -57,6 +57,14 @@ def test_people_read_a_line_per_sample(tmp_path):
     assert lines[0]["tokens"] == [7, 4] and lines[5]["error"] == "engine-0: too long"
 
 
+def test_other_settings_than_those_asked_for_are_refused_with_both_values(tmp_path):
+    recorder.record(tmp_path, 0, groups(), temperature=0.7, max_new_tokens=4)
+    with pytest.raises(RunError, match=r"step_0\.npz has samples of rollout\.temperature=0\.7, not 1\.0"):
+        recorder.load(tmp_path, 0, temperature=1.0, max_new_tokens=4)
+    with pytest.raises(RunError, match=r"rollout\.max_new_tokens=4, not 5"):
+        recorder.load(tmp_path, 0, temperature=0.7, max_new_tokens=5)
+
+
 def test_a_rollout_without_samples_is_one(tmp_path):
     recorder.record(tmp_path, 0, [])
     assert recorder.load(tmp_path, 0) == []
@@ -71,13 +79,20 @@ def test_float32_and_token_ids_take_their_own_bytes_only(tmp_path):
     assert (tmp_path / "step_0.npz").stat().st_size < 50_000 * 9 + 3_000
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "a flipped byte", "no zip"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "a flipped byte", "no zip", "method", "locked"])
 def test_a_damaged_file_is_refused_by_name(tmp_path, damage):
     recorder.record(tmp_path, 0, groups())
     path = tmp_path / "step_0.npz"
     data = bytearray(path.read_bytes())
-    data[data.index(groups()[0].samples[0].token_ids.tobytes())] ^= 1
-    damaged = {"missing": None, "truncated": data[:-100], "a flipped byte": data, "no zip": b"{}"}[damage]
+    place, change = data.index(groups()[0].samples[0].token_ids.tobytes()), 1
+    entry = data.index(b"PK\x01\x02")  # of the directory at the end
+    if damage == "method":  # of compression, one that does not exist
+        place, change = entry + 10, 77
+    elif damage == "locked":  # said to be encrypted
+        place, change = entry + 8, 1
+    data[place] ^= change
+    whole = {"missing": None, "truncated": data[:-100], "no zip": b"{}"}
+    damaged = whole.get(damage, data)
     path.unlink() if damaged is None else path.write_bytes(damaged)
     with pytest.raises(RunError, match=r"step_0\.npz is not a recorded rollout"):
         recorder.load(tmp_path, 0)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -306,6 +307,31 @@ def test_recompute_changes_nothing(model_dir, two_ranks):
     expected = whole([reports[0][3] for reports, _ in plain])
     for name, grad in whole([reports[0][3] for reports, _ in recomputed]).items():
         assert (grad - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max(), name
+
+
+def logprobs_twice(env, config, model_dir):
+    backend = backend_on(env, config, model_dir)
+    shard = steps(1, num_steps=1)[0][0]
+    return [backend.logprobs(shard, "policy") for _ in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("family", "dropout"),
+    [
+        ("StableLm", {"hidden_dropout": 0.5}),  # a module
+        ("Starcoder2", {"residual_dropout": 0.5, "embedding_dropout": 0.5}),  # a call of a function
+    ],
+)
+def test_recomputing_drops_nothing_out(family, dropout, tmp_path, one_rank):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2)
+    config = getattr(transformers, f"{family}Config")(**sizes, **heads, **dropout)
+    getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(tmp_path)
+    [plain] = one_rank(logprobs_twice, run_config(algorithm={}), tmp_path)
+    [recomputed] = one_rank(logprobs_twice, run_config({"recompute": True}, algorithm={}), tmp_path)
+    for values in zip(*plain, *recomputed, strict=True):
+        assert all(torch.equal(values[0], other) for other in values[1:])
 
 
 def test_bfloat16_computes_near_float32_with_float32_main_weights(model_dir, two_ranks):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanoslime.algorithms.grpo import GRPO
 from nanoslime.plugins import resolve
@@ -144,3 +145,53 @@ def twice(env, model_dir) -> tuple[str, str]:
 def test_sleep_and_wake_alternate(alone, small):
     [(too_early, again)] = alone(twice, small)
     assert "not asleep" in too_early and "asleep already" in again
+
+
+class Operations(TorchDispatchMode):
+    """Names of all operations inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def swaps(env, layout: Layout, model_dir, step) -> tuple[set[str], bool, bool]:
+    """Operations of taking the reference in and out again, before and after a sleep; whether the policy is
+    as it was, and whether it was the reference in between.
+    """
+    backend = resolve(layout.backend, BACKENDS, "backend")(layout.config(), model_dir, env)
+    first = [p.clone() for p in backend._parameters()]
+    backend.train_step(train_batch(step), GRPO(KL))
+    trained, operations = [p.clone() for p in backend._parameters()], Operations()
+    for _ in range(2):
+        with operations:
+            inside = backend._weights("ref")
+            inside.__enter__()
+        was_reference = all(a.equal(b) for a, b in zip(backend._parameters(), first, strict=True))
+        with operations:
+            inside.__exit__(None, None, None)
+        backend.sleep()
+        backend.wake()
+    same = all(a.equal(b) for a, b in zip(backend._parameters(), trained, strict=True))
+    return operations.names, same, was_reference and not all(map(torch.equal, first, trained))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout("fsdp"),
+        Layout("fsdp", options=(("optimizer_offload", True),)),
+        pytest.param(Layout("megatron", options=DISTRIBUTED), marks=megatron),
+    ],
+    ids=str,
+)
+def test_the_reference_takes_the_policys_place_without_new_tensors(alone, small, layout):
+    """The policy waits on the host, in memory that was taken once: a copy beside it would fill the device."""
+    [(names, same, was_reference)] = alone(swaps, layout, small, make_step(small, 0))
+    assert same and was_reference
+    assert "_foreach_copy_" in names or "copy_" in names
+    assert not [name for name in names if "clone" in name or "empty" in name or "_to_copy" in name]
