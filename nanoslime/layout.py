@@ -374,11 +374,10 @@ def memory(config: RunConfig, shape: ModelShape, layout: Layout) -> Memory:
     if shape.mla:  # one latent for all heads, on every rank
         cached = shape.mla.kv_lora_rank + shape.mla.qk_rope_head_dim
     return Memory(
-        states=states,
-        activations=t.max_tokens_per_microbatch * kept,
+        states=states, activations=t.max_tokens_per_microbatch * kept,
         engine_weights=width * shape.num_parameters // engine_tp,
         kv_bytes_per_token=shape.num_layers * cached * width,
-    )
+    )  # fmt: skip
 
 
 def _trained(freeze: Iterable[str], shape: ModelShape) -> float:
@@ -438,9 +437,7 @@ def describe(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
         f"model     {shape.model_type}, {shape.num_parameters:,} parameters, {config.model.dtype}",
         f"trainers  {f'{backend}: {sizes}' if layout.trainers else 'none'}",
         f"engines   {engines}",
-        *_memory_lines(config, shape, layout),
-        "",
-        layout.table(),
+        *_memory_lines(config, shape, layout), "", layout.table(),
     ])  # fmt: skip
 
 

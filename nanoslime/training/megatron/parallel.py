@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state as state
+from megatron.core import tensor_parallel
 from torch.distributed import ProcessGroup
 
 from nanoslime.config.training import PARALLEL_SIZES, TrainingConfig
@@ -73,24 +74,19 @@ def initialize(config: TrainingConfig, env: RankEnv, seed: int) -> Ranks:
     Every collective has training.collective_deadline_s.
     """
     init_process_group(env, config)
-    parallel_state.destroy_model_parallel()  # of an earlier backend in this process
+    state.destroy_model_parallel()  # of an earlier backend in this process
     minutes = config.collective_deadline_s / 60
-    parallel_state.initialize_model_parallel(**megatron_sizes(config), distributed_timeout_minutes=minutes)
+    state.initialize_model_parallel(**megatron_sizes(config), distributed_timeout_minutes=minutes)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return Ranks(
         **{name: getattr(config, name) for name in PARALLEL_SIZES},
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        cp_rank=parallel_state.get_context_parallel_rank(),
-        dp_rank=parallel_state.get_data_parallel_rank(),
-        dp_size=parallel_state.get_data_parallel_world_size(),
-        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        ep_rank=parallel_state.get_expert_model_parallel_rank(),
-        etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
-        tp_group=parallel_state.get_tensor_model_parallel_group(),
-        cp_group=parallel_state.get_context_parallel_group(),
-        dp_group=parallel_state.get_data_parallel_group(),
-        pp_group=parallel_state.get_pipeline_model_parallel_group(),
-    )
+        tp_rank=state.get_tensor_model_parallel_rank(), tp_group=state.get_tensor_model_parallel_group(),
+        cp_rank=state.get_context_parallel_rank(), cp_group=state.get_context_parallel_group(),
+        dp_rank=state.get_data_parallel_rank(), dp_group=state.get_data_parallel_group(),
+        pp_rank=state.get_pipeline_model_parallel_rank(), pp_group=state.get_pipeline_model_parallel_group(),
+        ep_rank=state.get_expert_model_parallel_rank(), etp_rank=state.get_expert_tensor_parallel_rank(),
+        dp_size=state.get_data_parallel_world_size(),
+    )  # fmt: skip
 
 
 def from_last_stage(value: Any, ranks: Ranks) -> Any:
