@@ -11,17 +11,13 @@ from typing import Any
 from nanoslime.config.flags import suggest
 from nanoslime.types import RunError
 
-_SHAPE = """
-    num_layers hidden_size num_attention_heads num_query_groups ffn_hidden_size kv_channels qk_layernorm
-    rotary_interleaved add_bias_linear add_qkv_bias normalization layernorm_epsilon gated_linear_unit
-    activation_func num_moe_experts moe_layer_freq moe_ffn_hidden_size moe_shared_expert_intermediate_size
-    moe_shared_expert_gate moe_router_topk moe_router_score_function moe_router_pre_softmax
-    moe_router_topk_scaling_factor moe_router_num_groups moe_router_group_topk moe_router_enable_expert_bias
-""".split()
-_LOSS = """
-    calculate_per_token_loss moe_aux_loss_coeff moe_z_loss_coeff moe_router_bias_update_rate mtp_num_layers
-    finalize_model_grads_func grad_scale_func no_sync_func
-""".split()
+_SHAPE = """num_layers hidden_size num_attention_heads num_query_groups ffn_hidden_size kv_channels
+    qk_layernorm rotary_interleaved add_bias_linear add_qkv_bias normalization layernorm_epsilon
+    gated_linear_unit activation_func num_moe_experts moe_layer_freq moe_ffn_hidden_size mtp_num_layers
+    moe_shared_expert_intermediate_size moe_shared_expert_gate moe_router_topk moe_router_score_function
+    moe_router_pre_softmax moe_router_topk_scaling_factor moe_router_num_groups moe_router_group_topk
+    moe_router_enable_expert_bias""".split()
+_LOSS = "calculate_per_token_loss moe_aux_loss_coeff moe_z_loss_coeff moe_router_bias_update_rate".split()
 _FIXED = "variable_seq_lengths use_cpu_initialization perform_initialization".split()
 OURS = {  # names that nanoslime sets itself, and what to set instead
     "megatron": {
