@@ -14,8 +14,7 @@ on the same slots.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from math import prod
@@ -25,6 +24,7 @@ from pydantic import TypeAdapter
 
 from nanoslime.config import RunConfig
 from nanoslime.config.training import PARALLEL_SIZES, TrainingConfig
+from nanoslime.models.freezing import frozen_names
 from nanoslime.models.rules import check_experts, check_tp_size, divisors, tensors, words
 from nanoslime.models.shape import ModelShape
 from nanoslime.types import RunError
@@ -119,7 +119,7 @@ def plan(config: RunConfig, shape: ModelShape) -> Layout:
     parallel = _parallel(config, shape, len(places), slots) if places else alone
     if cluster.device == "cuda" and places:
         check_kernels(config.training, shape, transformer_engine=_has_transformer_engine(config))
-    _check_engine_size(config, shape, slots)
+    _check_engine(config, shape, slots)
     colocated = (trainer_slots[0], [0] * cluster.nodes)  # as if there were no trainers, on their slots
     trainers = tuple(TrainerPlace(rank, node, slot) for rank, (node, slot) in enumerate(places))
     layout = Layout(
@@ -206,7 +206,8 @@ def _one_node_trainer_slots(config: RunConfig, slots: int) -> int:
 
 
 def check_parallel(t: TrainingConfig, shape: ModelShape, ranks: int, slots: int, slot: str = "rank") -> None:
-    """Raises RunError for a model that the backend lacks, and for sizes that do not fit it or its `ranks`.
+    """Raises RunError for a model that the backend lacks, for sizes that do not fit it or its `ranks`, and
+    as frozen_names does.
 
     `slots` of a node, each called a `slot`, hold whole tensor-parallel groups.
     """
@@ -217,6 +218,7 @@ def check_parallel(t: TrainingConfig, shape: ModelShape, ranks: int, slots: int,
         raise RunError(f"{what}, which has experts; use --backend megatron")
     if t.routing_replay != "none" and not shape.moe_layers:
         raise RunError(f"training.routing_replay={t.routing_replay}: {shape.model_type} has no experts")
+    frozen_names(t.freeze, tensors(shape))
     if t.backend == "fsdp":
         check_data_parallel_only(t)
     tp_choices = check_tp_size(shape, t.tp_size, slots)
@@ -289,9 +291,13 @@ def _has_transformer_engine(config: RunConfig) -> bool:
     return not venv.is_dir() or any(venv.glob("lib/python*/site-packages/transformer_engine"))
 
 
-def _check_engine_size(config: RunConfig, shape: ModelShape, slots: int) -> None:
+def _check_engine(config: RunConfig, shape: ModelShape, slots: int) -> None:
     if not config.rollout.takes_slots:
         return
+    sparse, layers = len(shape.moe_layers), shape.num_layers
+    if shape.model_type in ("qwen2_moe", "qwen3_moe") and sparse < layers:
+        what = f"SGLang 0.5.23 has experts in all of {layers} layers, this {shape.model_type} in {sparse}"
+        raise RunError(f"rollout.engine=sglang: {what}; use --engine embedded")
     tp, groups = config.rollout.engine_tp_size, shape.num_key_value_heads
     possible = [n for n in divisors(shape.num_attention_heads) if n <= slots]
     fits = [n for n in possible if groups % n == 0 or n % groups == 0]  # key-value heads may be copied
@@ -348,15 +354,14 @@ def memory(config: RunConfig, shape: ModelShape, layout: Layout) -> Memory:
     Logits exist for a block of some megabytes only (training/logprobs.py).
     """
     t, p, width = config.training, layout.parallel, 2 if config.model.dtype == "bfloat16" else 4
+    trained = _trained(t.freeze, shape)
     if layout.backend == "megatron":
         sizes = (p.tp, p.pp, p.dp * p.cp, p.ep * t.etp_size)
         kind = {"distributed_optimizer": t.distributed_optimizer, "offload": t.optimizer_offload}
-        states = shape.training_bytes(*sizes, **kind, trained=_trained(t.freeze, shape))
+        states = shape.training_bytes(*sizes, **kind, trained=trained)
     else:  # all sharded over DP, but for the largest block that is gathered, and the next one
         largest = max(shape.num_layer_parameters, shape.num_embedding_parameters)
-        whole_states = shape.training_bytes(
-            1, 1, 1, distributed_optimizer=False, trained=_trained(t.freeze, shape)
-        )
+        whole_states = shape.training_bytes(1, 1, 1, distributed_optimizer=False, trained=trained)
         states = (0 if t.optimizer_offload else whole_states // p.dp) + 2 * width * largest
     heads, groups = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     whole = 4 * shape.hidden_size // (p.tp if t.sequence_parallel else 1)  # inputs and outputs of two norms
@@ -380,11 +385,10 @@ def memory(config: RunConfig, shape: ModelShape, layout: Layout) -> Memory:
     )  # fmt: skip
 
 
-def _trained(freeze: Iterable[str], shape: ModelShape) -> float:
+def _trained(freeze: Sequence[str], shape: ModelShape) -> float:
     """The share of parameters that `freeze` leaves."""
     sizes = {name: prod(full) for name, full in tensors(shape).items()} if freeze else {"": 1}
-    kept = sum(size for name, size in sizes.items() if not any(re.search(f, name) for f in freeze))
-    return kept / sum(sizes.values())
+    return 1 - sum(sizes[name] for name in frozen_names(freeze, sizes)) / sum(sizes.values())
 
 
 def _check_memory(config: RunConfig, shape: ModelShape, layout: Layout) -> None:

@@ -330,6 +330,20 @@ def test_experts_that_do_not_fit_are_refused_with_the_way_out(flags, says):
         make(f"--nodes 4 {H200} {flags}", A3B)
 
 
+def test_a_pattern_of_frozen_tensors_that_matches_none_is_refused_before_submission():
+    config = load(None, None, f"--nodes 4 {H200} --tp-size 2".split())
+    frozen = replace(config, training=replace(config.training, freeze=["embed_token", "gate_porj"]))
+    with pytest.raises(RunError, match="'gate_porj' is found in no tensor of the model.*mlp.gate_proj"):
+        plan(frozen, QWEN3_4B)
+
+
+def test_layers_without_experts_are_refused_where_sglang_would_take_them_for_sparse():
+    shape = ModelShape.from_config(CONFIGS["Qwen3-30B-A3B"] | {"mlp_only_layers": [0, 5]})
+    with pytest.raises(RunError, match="experts in all of 48 layers, this qwen3_moe in 46; use --engine emb"):
+        make(f"--nodes 4 {H200} --ep-size 8 --allow-slow", shape)
+    make(f"--nodes 4 {H200} --ep-size 8 --allow-slow --engine embedded", shape)
+
+
 def test_experts_may_be_spread_over_all_ranks_of_a_pipeline_stage():
     layout = make(
         f"--nodes 4 {H200} --tp-size 4 --sequence-parallel --pp-size 2 --ep-size 4 --etp-size 2 --allow-slow",
@@ -384,8 +398,9 @@ def test_memory_of_a_model_worked_out_by_hand():
     assert memory(with_reference, TINY, plan(config, TINY)).states == need.states  # it waits on the CPU
     offloaded = replace(config, training=replace(config.training, optimizer_offload=True))
     assert memory(offloaded, TINY, plan(config, TINY)).states == pytest.approx(rank * 6, rel=1e-3)
-    frozen = replace(config, training=replace(config.training, freeze=["."]))
-    assert memory(frozen, TINY, plan(config, TINY)).states == pytest.approx(rank * 2, rel=1e-3)
+    frozen = replace(config, training=replace(config.training, freeze=["embed_tokens", "lm_head"]))
+    share = layer / (layer + embedding)
+    assert memory(frozen, TINY, plan(frozen, TINY)).states == pytest.approx(rank * (2 + 16 * share), rel=1e-3)
 
 
 def test_context_parallel_ranks_share_the_optimizer_state_and_interleaving_keeps_more_activations():

@@ -15,8 +15,8 @@ from transformers.utils import is_flash_attn_2_available
 
 from nanoslime.batch import MicroBatch
 from nanoslime.config.run import RunConfig
+from nanoslime.models.freezing import frozen_names
 from nanoslime.storage.safetensors_file import read_headers
-from nanoslime.training.freezing import frozen_names
 from nanoslime.training.logprobs import token_logprobs
 from nanoslime.types import RunError
 
@@ -52,7 +52,7 @@ def build_sharded(model_dir: Path, config: RunConfig, mesh: DeviceMesh, device: 
     """The model of `model_dir`, sharded over `mesh` by decoder layer, with float32 parameters from its files.
 
     Gradients are summed over the mesh, not averaged: losses are divided by global denominators beforehand.
-    Raises RunError where tensors of model and files differ in name or shape, ValueError for training.freeze.
+    Raises RunError where tensors of model and files differ in name or shape, and as frozen_names does.
     """
     half, trusted = config.model.dtype == "bfloat16", config.model.trust_remote_code
     flash = half and device.type == "cuda" and is_flash_attn_2_available()

@@ -13,6 +13,7 @@ from nanoslime.batch import TrainBatch
 from nanoslime.training import backend as backend_module
 from nanoslime.training import skipping
 from nanoslime.training.megatron.optimizer import optimizer_config
+from nanoslime.types import RunError
 from tests.models.hf import save_model
 from tests.training.parity import KL, LENGTHS, Layout, assemble, copied, make_backend, train_batch
 from tests.training.reference import make_step
@@ -164,7 +165,7 @@ def test_a_checkpoint_of_a_run_with_frozen_parameters_continues_exactly(start, b
     ],
 )
 def test_patterns_without_sense_are_refused(start, patterns, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RunError, match=message):
         start(freeze=patterns)
 
 

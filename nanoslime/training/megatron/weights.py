@@ -11,10 +11,11 @@ from megatron.core.models.gpt import GPTModel
 from safetensors import SafetensorError, safe_open
 
 from nanoslime.batch import WeightShard
+from nanoslime.models.freezing import frozen_names
 from nanoslime.models.rules import Part, Piece, check_tensors, pieces, tensors
 from nanoslime.models.shape import ModelShape
 from nanoslime.storage.safetensors_file import TensorInfo, read_headers
-from nanoslime.training.freezing import frozen_names
+from nanoslime.types import RunError
 
 Bound = list[tuple[Piece, torch.Tensor]]
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
@@ -73,14 +74,14 @@ def load(bound: Bound, shape: ModelShape, directory: Path) -> None:
 def freeze(model: GPTModel, bound: Bound, shape: ModelShape, patterns: Sequence[str]) -> None:
     """Takes what training.freeze names out of training, before DDP wraps the model.
 
-    Raises ValueError as frozen_names does, and for a Megatron tensor of which a part only would be frozen.
+    Raises RunError as frozen_names does, and for a Megatron tensor of which a part only would be frozen.
     """
     frozen = frozen_names(patterns, tensors(shape))
     for megatron, together in groupby(pieces(shape), key=lambda piece: piece.megatron):
         names = {piece.hf for piece in together}
         if names & frozen and (left := sorted(names - frozen)):
             one = f"Megatron keeps {', '.join(sorted(names))} in one tensor, {megatron}"
-            raise ValueError(f"training.freeze selects a part only: {one}; freeze {', '.join(left)} as well")
+            raise RunError(f"training.freeze selects a part only: {one}; freeze {', '.join(left)} as well")
     for piece, parameter in bound:
         if piece.hf in frozen:
             parameter.requires_grad_(False)
