@@ -173,7 +173,7 @@ def prepare(
     """The groups to train on, with advantages, and what all of `groups` look like."""
     kept, dropped = filter_groups(groups, drop_zero_std=config.filter_zero_std)
     if groups and not kept:
-        logger.warning("no group of the rollout is left to train on, dropped for: %s", dict(dropped))
+        logger.warning("none of %d groups is left to train on, dropped for: %s", len(groups), dict(dropped))
     algorithm.advantages(kept)
     metrics = {f"rollout/dropped_{reason}": float(n) for reason, n in dropped.items()}
     return kept, group_metrics(groups) | metrics

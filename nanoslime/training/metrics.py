@@ -5,6 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from nanoslime.algorithms.corrections import bounded_exp
 from nanoslime.algorithms.kl import k3
 from nanoslime.batch import MicroBatch
 
@@ -32,7 +33,7 @@ class MetricSums:
         trainer = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
         mask, zero = batch.loss_mask, torch.zeros_like(trainer)
         log_w = torch.where(mask, trainer - batch.rollout_logprobs, zero)
-        w = torch.where(mask, log_w.double().clamp(-20, 20).exp(), 0.0)
+        w = torch.where(mask, bounded_exp(log_w.double()), 0.0)
         metrics = {
             **metrics, f"{_MEAN}{_GAP}_mean": log_w.abs().sum(), f"{_MAX}{_GAP}_max": log_w.abs().max(),
             f"{_MEAN}train/rollout_kl": k3(zero, log_w).sum(), _W: w.sum(), _W2: w.square().sum(),

@@ -27,13 +27,14 @@ class Spread:
         lengths[-1] += -lengths.sum() % multiple
         self.bounds = torch.cat([cu_seqlens[:1], lengths.cumsum(0, dtype=cu_seqlens.dtype)])
         self._places = positions + self.bounds[:-1].repeat_interleave(cu_seqlens.diff())
+        self._held = held_by_ranks(self.bounds, group.size())[group.rank()]
         self._group = group
 
     def here(self, values: Tensor) -> Tensor:
         """[P / cp_size], this rank's share of `values` [T]; zero where there is padding."""
         padded = values.new_zeros(int(self.bounds[-1]))
         padded[self._places] = values
-        return padded[held_by_ranks(self.bounds, self._group.size())[self._group.rank()]]
+        return padded[self._held]
 
     def whole(self, here: Tensor) -> Tensor:
         """[T, ...] from what each rank has, [P / cp_size, ...]; all must go on with it in the same way."""

@@ -43,8 +43,8 @@ class Pipeline:
     def logprobs(self, shard: TrainBatch) -> list[Tensor]:
         """[T] per micro-batch of `shard` on the last stage, on the CPU; empty elsewhere."""
 
-        def finish(batch: MicroBatch, hidden: Tensor, non_loss_data: bool) -> Tensor:
-            return self._token_logprobs(batch, hidden)[0].cpu()
+        def finish(batch: MicroBatch, spread: Spread, hidden: Tensor, non_loss_data: bool) -> Tensor:
+            return self._token_logprobs(batch, spread, hidden)[0].cpu()
 
         return self._run(shard, finish, forward_only=True, collect_non_loss_data=True)
 
@@ -52,8 +52,9 @@ class Pipeline:
         """Fills the gradient buffers, summed over ranks; metrics with train/loss on the last stage."""
         sums = MetricSums()
 
-        def finish(batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, None]:
-            logprobs, entropy = self._token_logprobs(batch, hidden, with_entropy=algorithm.needs_entropy)
+        def finish(batch: MicroBatch, spread: Spread, hidden: Tensor) -> tuple[Tensor, Tensor, None]:
+            with_entropy = algorithm.needs_entropy
+            logprobs, entropy = self._token_logprobs(batch, spread, hidden, with_entropy=with_entropy)
             loss, metrics = algorithm.loss(logprobs, entropy, batch)
             sums.add({"train/loss": loss, **metrics}, logprobs, batch)
             num_tokens = torch.zeros([], dtype=torch.int, device=hidden.device)
@@ -62,24 +63,26 @@ class Pipeline:
         for piece in self._pieces:
             piece.zero_grad_buffer()
         routing, all_routers = dict[str, float](), [r for p in self._pieces for r in routers(unwrap(p))]
-        with training_step(all_routers, routing) if self._shape.moe else nullcontext():
+        with training_step(all_routers, routing) if shard.routed_experts else nullcontext():
             self._run(shard, finish, forward_only=False)
         if not self._ranks.is_last_stage:
             return None
         return sums.reduce(self._ranks.dp_group, shard.denominator, shard.num_tokens) | routing
 
     def _run(self, shard: TrainBatch, finish: Callable[..., Any], **options: Any) -> list[Any]:
-        """What `finish(microbatch, hidden)` returned for each micro-batch, on the last stage."""
+        """What `finish(microbatch, its spread, hidden)` returned for each of them, on the last stage."""
 
         def forward(batches: Iterator[Any], model: DDP) -> tuple[Tensor, Callable[..., Any]]:
             indices, batch = next(batches)
-            with _without_output_layer(gpt := unwrap(model)), self._routed(gpt, batch):
-                hidden = model(**self._inputs(batch))
+            spread = Spread(batch.cu_seqlens, batch.positions, self._ranks.cp_group, self._multiple)
+            tokens, positions = spread.here(batch.token_ids), spread.here(batch.positions)
+            with _without_output_layer(gpt := unwrap(model)), self._routed(gpt, batch, spread):
+                hidden = model(**packed_inputs(tokens, positions, spread.bounds))
             if shard.routed_experts and batch.routed_experts is not None and not torch.is_grad_enabled():
                 lengths = [len(shard.token_ids[i]) for i in indices]
                 for i, part in zip(indices, batch.routed_experts.cpu().split(lengths), strict=True):
                     shard.routed_experts[i] = torch.maximum(shard.routed_experts[i], part)
-            return hidden, partial(finish, batch)
+            return hidden, partial(finish, batch, spread)
 
         interleaved = len(self._pieces) > 1
         data = [((i, shard.microbatch(i).to(self._device)) for i in shard.microbatches) for _ in self._pieces]
@@ -90,18 +93,13 @@ class Pipeline:
             micro_batch_size=1, **options,
         )  # fmt: skip
 
-    def _inputs(self, batch: MicroBatch) -> dict[str, Any]:
-        """This rank's tokens as one row [1, P / cp] of thd sequences; under SP tp_size divides that."""
-        spread = self._spread(batch)
-        return packed_inputs(spread.here(batch.token_ids), spread.here(batch.positions), spread.bounds)
-
     @contextmanager
-    def _routed(self, piece: GPTModel, batch: MicroBatch) -> Iterator[None]:
+    def _routed(self, piece: GPTModel, batch: MicroBatch, spread: Spread) -> Iterator[None]:
         """The forward inside takes the experts of the batch, and adds what this rank's routers choose."""
         if (experts := batch.routed_experts) is None:
             yield
             return
-        rows = self._spread(batch).here(torch.arange(1, len(experts) + 1, device=experts.device)) - 1
+        rows = spread.here(torch.arange(1, len(experts) + 1, device=experts.device)) - 1
         if unwrap(self._pieces[0]).config.sequence_parallel:
             rows = rows.chunk(self._ranks.tp_size)[self._ranks.tp_rank]
         here = experts[rows]
@@ -110,14 +108,11 @@ class Pipeline:
             yield
         experts[rows[rows >= 0]] = here[rows >= 0]
 
-    def _spread(self, batch: MicroBatch) -> Spread:
-        return Spread(batch.cu_seqlens, batch.positions, self._ranks.cp_group, self._multiple)
-
     def _token_logprobs(
-        self, batch: MicroBatch, hidden: Tensor, *, with_entropy: bool = False
+        self, batch: MicroBatch, spread: Spread, hidden: Tensor, *, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """[T] each, as logprobs.token_logprobs, from hidden states [P / cp or P / cp / tp, 1, H]."""
-        gpt, spread = unwrap(self._pieces[-1]), self._spread(batch)
+        gpt = unwrap(self._pieces[-1])
         if gpt.config.sequence_parallel:  # the gradient is whole on each rank, which takes its part of it
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         tied = gpt.share_embeddings_and_output_weights
