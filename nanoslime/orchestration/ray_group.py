@@ -77,7 +77,7 @@ def _log_to(path: Path) -> None:
 
 @ray.remote
 class RankActor:
-    """One trainer rank. `place` comes first, so that rank 0 can tell the others where to meet."""
+    """One trainer rank. `place` of rank 0 comes right before `setup`, in which that rank listens there."""
 
     def __init__(self, rank: int, config: RunConfig, model_dir: Path, device: str, log: Path):
         _log_to(log)
@@ -208,14 +208,15 @@ class RayTrainGroup(TrainGroup):
         places, deadline_s = [(p.rank, p.node, 1) for p in layout.trainers], config.training.start_deadline_s
         self._ranks = _Actors(RankActor, "trainer rank", places, config, attempt, layout, model_dir)
         found = self._ranks.gather(self._ranks.each("place"), "start", deadline_s)
-        self._meet: tuple[str, int] = found[0][0]
-        self.address = self._meet[0]  # of rank 0
+        self.address: str = found[0][0][0]  # of rank 0
         self.gpu_ids = [gpu for _, gpus in found for gpu in gpus]  # by rank; none on a CPU
         self._deadline_s = config.training.collective_deadline_s
 
     def setup(self) -> None:
         """Builds the ranks' models; before it they are processes that hold a place."""
-        refs = self._ranks.each("setup", len(self._ranks.actors), self._meet, self.run.skipped)
+        first = [self._ranks.actors[0].place.remote()]  # again: engines have taken ports meanwhile
+        [(meet, _)] = self._ranks.gather(first, "choose a port", self._deadline_s)
+        refs = self._ranks.each("setup", len(self._ranks.actors), meet, self.run.skipped)
         dp = self._ranks.gather(refs, "load the model", self.config.training.start_deadline_s)
         self._dp_ranks, self.dp_size = [rank for rank, _ in dp], dp[0][1]
 
