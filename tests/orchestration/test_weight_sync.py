@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from nanoslime.batch import TrainBatch
@@ -87,7 +88,7 @@ def gap(worker: TrainWorker, groups: list[SampleGroup]) -> float:
     shard = own_share(worker, groups)
     logprobs = worker.backend.logprobs(shard, "policy")
     pairs = zip(logprobs, shard.rollout_logprobs, shard.loss_mask, strict=True)
-    return max(float((ours - theirs)[mask].abs().max()) for ours, theirs, mask in pairs if mask.any())
+    return float(torch.cat([(ours - theirs)[mask].abs() for ours, theirs, mask in pairs]).max())
 
 
 def train_once(worker: TrainWorker, groups: list[SampleGroup]) -> None:

@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -60,6 +60,8 @@ class Layout:
     algorithm: str = "grpo"
     sequences: int | None = None  # in each micro-batch; None: see train_batch
     options: tuple[tuple[str, Any], ...] = ()  # further fields of TrainingConfig
+    dtype: str = "float32"
+    device: Literal["cpu", "cuda"] = "cpu"
 
     @property
     def world_size(self) -> int:
@@ -71,7 +73,8 @@ class Layout:
         if self.sequences:
             sizes.append(f"{self.sequences} in a micro-batch")
         options = [name if value is True else f"{name}={value}" for name, value in self.options]
-        return " ".join([self.backend, *sizes, *options])
+        kinds = [kind for kind in (self.dtype, self.device) if kind not in ("float32", "cpu")]
+        return " ".join([self.backend, *sizes, *options, *kinds])
 
     def config(self, **changes: Any) -> RunConfig:
         settings = dict(
@@ -91,7 +94,7 @@ class Layout:
         )
         return RunConfig(
             seed=1,
-            model=ModelConfig(dtype="float32"),
+            model=ModelConfig(dtype=self.dtype),
             algorithm=ALGORITHMS[self.algorithm],
             rollout=RolloutConfig(num_rollout=5, rollout_batch_size=8),
             training=TrainingConfig(**settings | dict(self.options) | changes),
@@ -158,7 +161,7 @@ def copied(shards: Iterable[WeightShard]) -> list[tuple[str, tuple[int, ...], tu
 
 
 def make_backend(layout: Layout, model_dir: Path, rank: int, rendezvous: Path, **changes: Any) -> Any:
-    env = RankEnv(rank, layout.world_size, rank, "cpu", f"file://{rendezvous}")
+    env = RankEnv(rank, layout.world_size, rank, layout.device, f"file://{rendezvous}")
     return resolve(layout.backend, BACKENDS, "backend")(layout.config(**changes), model_dir, env)
 
 

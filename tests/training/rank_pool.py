@@ -1,9 +1,11 @@
 """Processes that are the ranks of one gloo group and run test functions together, for many tests."""
 
+import gc
 import socket
+import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -23,14 +25,18 @@ _PRELOAD = [
 ]
 
 
+_used: set["RankPool"] = set()  # by the test that runs
+
+
 class RankPool:
     """`pool(fn, *args)` calls fn(env, *args) on every rank and returns the results by rank.
 
-    `fn` is a module-level function. A rank that raises, dies or is late fails the call with its name.
+    `fn` is a module-level function. A rank that raises, dies or is late fails the call with its name. What a
+    backend leaves in a rank is good for the calls of one test: after it, its process groups end.
     """
 
-    def __init__(self, size: int) -> None:
-        self._size = size
+    def __init__(self, size: int, device: Literal["cpu", "cuda"] = "cpu") -> None:
+        self._size, self._device = size, device
         self._start()
 
     def _start(self) -> None:
@@ -43,7 +49,11 @@ class RankPool:
         for rank in range(self._size):
             ours, theirs = context.Pipe()
             env = RankEnv(
-                rank=rank, world_size=self._size, local_rank=rank, device="cpu", init_method=address
+                rank=rank,
+                world_size=self._size,
+                local_rank=rank,
+                device=self._device,
+                init_method=address,
             )
             process = context.Process(target=_serve, args=(env, theirs), daemon=True)
             process.start()
@@ -51,6 +61,7 @@ class RankPool:
             self._ranks.append((process, ours))
 
     def __call__(self, fn: Callable[..., Any], *args: Any) -> list[Any]:
+        _used.add(self)
         for _, pipe in self._ranks:
             pipe.send((fn, args))
         results = []
@@ -66,6 +77,7 @@ class RankPool:
         return [value for _, value in results]
 
     def close(self) -> None:
+        _used.discard(self)
         for _, pipe in self._ranks:
             pipe.close()
         for process, _ in self._ranks:
@@ -88,6 +100,29 @@ def _serve(env: RankEnv, pipe: Any) -> None:
             pipe.send((True, fn(env, *args)))
         except Exception:
             pipe.send((False, traceback.format_exc()))
+
+
+def leave_groups(env: RankEnv | None = None) -> None:
+    """Ends all groups but the default one: each of them keeps threads that wake up, hundreds in all."""
+    dist.barrier()  # all ranks are done with them
+    gc.collect()  # what still holds them
+    if megatron := sys.modules.get("megatron.core.parallel_state"):
+        megatron.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+
+
+@pytest.fixture(autouse=True)
+def _groups_end_with_the_test() -> Iterator[None]:
+    yield
+    for pool in list(_used):
+        try:
+            pool(leave_groups)
+        except Exception:  # after a test that failed, or stopped a rank
+            pool.close()
+            pool._start()
+    _used.clear()
 
 
 @pytest.fixture(scope="session")

@@ -24,8 +24,8 @@ from nanoslime.config import GRPOConfig
 from nanoslime.plugins import resolve
 from nanoslime.training.backend import RankEnv, TrainBackend
 from tests.models.hf import save_model
-from tests.training.megatron.gpt import leave_groups
 from tests.training.parity import ABSOLUTE, BACKENDS, RELATIVE, Layout, assemble, copied, train_batch
+from tests.training.rank_pool import leave_groups
 from tests.training.reference import make_step
 
 pytestmark = pytest.mark.megatron

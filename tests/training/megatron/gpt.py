@@ -11,7 +11,6 @@ megatron-core's own writer, which forks and spawns and therefore needs a process
 
 from __future__ import annotations
 
-import gc
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from nanoslime.training.megatron import cpu_compat, weights
 from nanoslime.training.megatron.checkpoint import _InProcessWriter
 from nanoslime.training.megatron.model import gpt_model, model_config
 from nanoslime.training.megatron.step import packed_inputs
+from tests.training.rank_pool import leave_groups
 
 LAYOUTS: dict[str, dict[str, Any]] = {  # how megatron-core names and cuts what it writes: "content metadata"
     "A": {},  # layers stacked, where all are alike
@@ -69,16 +69,6 @@ class Grid:
             self.tp, self.pp, expert_model_parallel_size=self.ep, expert_tensor_parallel_size=self.etp
         )
         tensor_parallel.model_parallel_cuda_manual_seed(0, force_reset_rng=True)
-
-
-def leave_groups() -> None:
-    """Ends the groups of an earlier grid or backend: each keeps threads that wake up, hundreds in all."""
-    dist.barrier()  # all ranks are done with them
-    gc.collect()  # what still holds them
-    parallel_state.destroy_model_parallel()
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
 
 
 def make(model_dir: Path, grid: Grid) -> tuple[GPTModel, weights.Bound]:

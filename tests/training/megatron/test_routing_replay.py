@@ -201,7 +201,7 @@ def to_sample(group_id, prompt, generation) -> Sample:
 
 def gap(batch: TrainBatch, logprobs: list[Tensor]) -> float:
     pairs = zip(logprobs, batch.rollout_logprobs, batch.loss_mask, strict=True)
-    return max(float((a - b).abs()[mask].max()) for a, b, mask in pairs)
+    return float(torch.cat([(a - b).abs()[mask] for a, b, mask in pairs]).max())
 
 
 def packed_experts(batch: TrainBatch) -> tuple[Tensor, Tensor]:
