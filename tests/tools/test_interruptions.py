@@ -21,6 +21,17 @@ from tools.conversion import run
 from tools.conversion.tensor_copy import TargetFile
 
 ROOT = Path(__file__).parents[2]
+SLOW_DISK = """
+import functools, os, runpy, sys, time
+
+def slow(read, *arguments):
+    time.sleep(0.005)
+    return read(*arguments)
+
+os.preadv, os.copy_file_range = (functools.partial(slow, f) for f in (os.preadv, os.copy_file_range))
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 TOOLS = {"hf_to_megatron": "hf", "megatron_to_hf": "megatron"}  # name -> what it reads
 
 
@@ -36,7 +47,8 @@ def big(tmp_path_factory) -> Iterator[Path]:
 
 
 def start(tool: str, *arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, ROOT / "tools" / f"{tool}.py", *map(str, arguments)]
+    """On a disk of some 200 MB/s: time enough to look at its files and send a signal."""
+    command = [sys.executable, "-c", SLOW_DISK, ROOT / "tools" / f"{tool}.py", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
