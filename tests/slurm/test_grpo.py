@@ -1,4 +1,4 @@
-"""The main job itself on a real SLURM of four nodes: submitted, preempted, requeued, completed."""
+"""The main job on a real SLURM: by its template on four nodes; submitted to two, preempted and requeued."""
 
 import json
 import os
@@ -30,8 +30,8 @@ def tails(run: RunDir) -> str:
     return "\n".join(f"--- {file}\n{file.read_text(errors='replace')[-1500:]}" for file in files)
 
 
-def check_outcome(run: RunDir, attempts: int) -> None:
-    """Three steps, each once and in order; trainers on nodes 0 and 1, engines on 2 and 3."""
+def check_outcome(run: RunDir, attempts: int, trainers: list[str], engines: list[str]) -> None:
+    """Three steps, each once and in order; trainer ranks and engines on the nodes of these addresses."""
     steps = [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()]
     assert steps == [0, 1, 2], tails(run)
     summary = json.loads(run.summary.read_text())
@@ -39,16 +39,17 @@ def check_outcome(run: RunDir, attempts: int) -> None:
     assert 0 < summary["reward_before"] < 1 and Path(summary["hf_export"], "model.safetensors").is_file()
     last = run.attempt(attempts)
     assert last.ended() == (DONE, ""), tails(run)
-    for rank, address in enumerate(["127.0.1.1", "127.0.1.1", "127.0.1.2", "127.0.1.2"]):
+    for rank, address in enumerate(trainers):
         log = last.log("trainer", rank).read_text()
-        assert f"trainer rank {rank} of 4 on {address}" in log
-    for index, address in enumerate(["127.0.1.3", "127.0.1.4"]):
+        assert f"trainer rank {rank} of {len(trainers)} on {address}" in log
+    for index, address in enumerate(engines):
         assert f"http://{address}:" in last.log("sglang", index).read_text()
 
 
 @pytest.mark.timeout(600)
 def test_a_submitted_job_is_preempted_requeued_and_completes_at_the_right_step(slurm, tmp_path):
-    command = [sys.executable, "jobs/submit_grpo.py", "--nodes", "4", "--run-root", str(tmp_path), *FLAGS]
+    sizes = ["--nodes", "2", "--tp-size", "2", "--pp-size", "1"]
+    command = [sys.executable, "jobs/submit_grpo.py", *sizes, "--run-root", str(tmp_path), *FLAGS]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ)
     assert shown.returncode == 0, shown.stderr
     [job_id] = [line.split()[-1] for line in shown.stdout.splitlines() if line.startswith("submitted job")]
@@ -62,7 +63,7 @@ def test_a_submitted_job_is_preempted_requeued_and_completes_at_the_right_step(s
     committed = [json.loads(line)["step"] for line in run.evals.read_text().splitlines()]
     assert committed[0] == -1 and committed[-1] == 2
     assert "resumed after" in run.attempt(2).log("driver", 0).read_text()
-    check_outcome(run, attempts=2)
+    check_outcome(run, 2, trainers=["127.0.1.1"] * 2, engines=["127.0.1.2"])
 
 
 @pytest.mark.timeout(400)
@@ -72,4 +73,5 @@ def test_the_template_runs_the_same_job(slurm, tmp_path):
         "--nodes=4", f"--output={output}", "jobs/templates/grpo.sbatch", "--run-root", str(tmp_path), *FLAGS
     )
     slurm.wait_state(job_id, "COMPLETED", timeout_s=280)
-    check_outcome(RunDir.open(tmp_path / "rehearsal"), attempts=1)
+    trainers = ["127.0.1.1", "127.0.1.1", "127.0.1.2", "127.0.1.2"]
+    check_outcome(RunDir.open(tmp_path / "rehearsal"), 1, trainers, engines=["127.0.1.3", "127.0.1.4"])

@@ -90,6 +90,7 @@ class RankPool:
 def _serve(env: RankEnv, pipe: Any) -> None:
     torch.set_num_threads(1)
     init_process_group(env, TrainingConfig(start_deadline_s=DEADLINE_S, collective_deadline_s=DEADLINE_S))
+    gc.freeze()  # what was imported: no collection need look at it
     while True:
         try:
             fn, args = pipe.recv()
@@ -105,12 +106,14 @@ def _serve(env: RankEnv, pipe: Any) -> None:
 def leave_groups(env: RankEnv | None = None) -> None:
     """Ends all groups but the default one: each of them keeps threads that wake up, hundreds in all."""
     dist.barrier()  # all ranks are done with them
-    gc.collect()  # what still holds them
+    groups = [group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]
+    if not groups:
+        return
     if megatron := sys.modules.get("megatron.core.parallel_state"):
         megatron.destroy_model_parallel()
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
+    gc.collect()  # what still holds them
+    for group in groups:
+        dist.destroy_process_group(group)
 
 
 @pytest.fixture(autouse=True)
