@@ -20,6 +20,7 @@ def run_inner(tmp_path: Path):
         file = tmp_path / "test_inner.py"
         file.write_text(textwrap.dedent(source))
         command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml")]
+        command += ["-o", "addopts=--import-mode=importlib"]  # without fixtures that import torch
         command += ["-p", "no:cacheprovider", "-p", "tests.conftest", *options, str(file)]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
