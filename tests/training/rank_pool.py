@@ -106,14 +106,17 @@ def _serve(env: RankEnv, pipe: Any) -> None:
 def leave_groups(env: RankEnv | None = None) -> None:
     """Ends all groups but the default one: each of them keeps threads that wake up, hundreds in all."""
     dist.barrier()  # all ranks are done with them
-    groups = [group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]
-    if not groups:
+    if not _groups():
         return
     if megatron := sys.modules.get("megatron.core.parallel_state"):
         megatron.destroy_model_parallel()
     gc.collect()  # what still holds them
-    for group in groups:
+    for group in _groups():  # megatron-core has ended some
         dist.destroy_process_group(group)
+
+
+def _groups() -> list[dist.ProcessGroup]:
+    return [group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]
 
 
 @pytest.fixture(autouse=True)
