@@ -67,13 +67,14 @@ def pytest_terminal_summary(terminalreporter) -> None:
     skipped = [r for r in terminalreporter.stats.get("skipped", []) if _NO_SLURM in str(r.longrepr)]
     if skipped:
         terminalreporter.write_line(f"{len(skipped)} SLURM tests skipped: {_NO_SLURM}", yellow=True)
-    _parity_table(terminalreporter)
+    for kind in ("parity", "resume"):
+        _differences(terminalreporter, kind)
 
 
-def _parity_table(terminalreporter) -> None:
-    """What tests recorded as "parity", (a layout, differences by quantity): the largest of each layout."""
+def _differences(terminalreporter, kind: str) -> None:
+    """What tests recorded as `kind`, (a layout, differences by quantity): the largest of each layout."""
     reports = [r for outcome in ("passed", "failed") for r in terminalreporter.stats.get(outcome, [])]
-    recorded = [value for r in reports for name, value in r.user_properties if name == "parity"]
+    recorded = [value for r in reports for name, value in r.user_properties if name == kind]
     rows: dict[str, list[dict[str, float]]] = {}
     for layout, differences in recorded:
         rows.setdefault(layout, []).append(differences)
@@ -81,7 +82,7 @@ def _parity_table(terminalreporter) -> None:
         if not number:
             names = list(runs[0])
             terminalreporter.write_line(
-                f"| layout (runs) | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}"
+                f"| {kind}: layout (runs) | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}"
             )
         largest = [max(run[name] for run in runs) for name in names]
         cells = ["-" if math.isnan(value) else f"{value:.1e}".replace("e-0", "e-") for value in largest]

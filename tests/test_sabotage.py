@@ -74,9 +74,11 @@ FAULTS = [
     Fault(
         "old logprobs taken after the step",
         "nanoslime/orchestration/worker.py",
-        "        return self.backend.train_step(batch, self.algorithm)",
-        "        batch.old_logprobs = self.backend.logprobs(batch, 'policy')\n"
-        "        return self.backend.train_step(batch, self.algorithm)",
+        "        steps = [self.backend.train_step(batch, self.algorithm) for batch in batches]\n",
+        "        steps = []\n"
+        "        for batch in batches:\n"
+        "            batch.old_logprobs = self.backend.logprobs(batch, 'policy')\n"
+        "            steps.append(self.backend.train_step(batch, self.algorithm))\n",
         "tests/orchestration/test_loop.py -k old_logprobs",
     ),
     Fault(

@@ -7,7 +7,6 @@ that the matrix prints belongs into tests/RESULTS.md.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,16 @@ from nanoslime.config import GRPOConfig
 from nanoslime.plugins import resolve
 from nanoslime.training.backend import RankEnv, TrainBackend
 from tests.models.hf import save_model
-from tests.training.parity import ABSOLUTE, BACKENDS, RELATIVE, Layout, assemble, copied, train_batch
+from tests.training.parity import (
+    ABSOLUTE,
+    BACKENDS,
+    RELATIVE,
+    Layout,
+    assemble,
+    copied,
+    largest,
+    train_batch,
+)
 from tests.training.rank_pool import leave_groups
 from tests.training.reference import make_step
 
@@ -155,9 +163,9 @@ def check(before: Layout, after: Layout, uninterrupted: Any, problem: Any, pool_
     assert [s.lr for s in again] == [s.lr for s in steps] and len({s.lr for s in steps}) > 1
     params, others = (assemble(p for *_, pieces in ranks for p in pieces) for ranks in (whole.by_rank, other))
     found = {
-        "loss": max(abs(a.loss - b.loss) / abs(b.loss) for a, b in zip(again, steps, strict=True)),
-        "norm": max(abs(a.grad_norm / b.grad_norm - 1) for a, b in zip(again, steps, strict=True)),
-        "params": max(float((others[name] - value).abs().max()) for name, value in params.items()),
+        "loss": largest(abs(a.loss - b.loss) / abs(b.loss) for a, b in zip(again, steps, strict=True)),
+        "norm": largest(abs(a.grad_norm / b.grad_norm - 1) for a, b in zip(again, steps, strict=True)),
+        "params": largest(float((others[name] - value).abs().max()) for name, value in params.items()),
     }
     if before == after:
         for (drawn, metrics, _), (drawn_again, metrics_again, _) in zip(whole.by_rank, other, strict=True):
@@ -174,13 +182,8 @@ def test_a_run_goes_on_from_its_checkpoint(before, after, uninterrupted, problem
     check(before, after, uninterrupted, problem, pool_of)
 
 
-ROWS = ["| saved by | resumed by | loss | norm | parameters |", "|---|---|---|---|---|"]
-
-
 @pytest.mark.matrix
 @pytest.mark.parametrize(("before", "after"), [*ONCE, *MATRIX], ids=label)
-def test_every_pair_of_layouts(before, after, uninterrupted, problem, pool_of):
+def test_every_pair_of_layouts(before, after, uninterrupted, problem, pool_of, record_property):
     found = check(before, after, uninterrupted, problem, pool_of)
-    values = " | ".join(f"{value:.1e}" if value else "0" for value in found.values())
-    ROWS.append(f"| {label(before)} | {label(after)} | {values} |")
-    print("\n".join(["", *ROWS]), file=sys.__stdout__, flush=True)
+    record_property("resume", (f"{label(before)}, then {label(after)}", found))
