@@ -18,8 +18,11 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from nanoslime.models.tiny import BOS, EOS, PAD, VOCAB_SIZE, digit_problems
+from nanoslime.rehearsal import build_tokenizer
 from nanoslime.run_dir import RunDir
 from tests import processes
+from tests.models.hf import save_model
 
 REPOSITORY = Path(__file__).parents[2]
 pytestmark = [pytest.mark.ray, pytest.mark.megatron]
@@ -149,6 +152,29 @@ def test_half_a_run_each_from_its_recipe(start, tmp_path):
     )
     assert [r["rollout/reward_mean"] for r in sampled] == [r["rollout/reward_mean"] for r in trained]
     assert trained[0]["train/logprob_gap_max"] < 1e-4 < trained[1]["train/logprob_gap_max"]
+
+
+@pytest.mark.matrix
+@pytest.mark.sglang
+def test_ranks_that_share_experts_replay_what_the_engines_chose(start, tmp_path):
+    """Qwen3-MoE over EP 2, two SGLang engines, R3; random weights are rewarded for nothing but entropy."""
+    model, prompts = tmp_path / "model", tmp_path / "prompts.jsonl"
+    ends = dict(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)
+    save_model(model, "qwen3_moe", vocab_size=VOCAB_SIZE, **ends)
+    build_tokenizer().save_pretrained(model)
+    problems, _ = digit_problems("reverse", seed=0, num_held_out=1)
+    prompts.write_text("".join(json.dumps(problem._asdict()) + "\n" for problem in problems))
+    flags = ["--hf-checkpoint", str(model), "--prompts", str(prompts), "--dtype", "float32", "--nodes", "2"]
+    flags += ["--tp-size", "1", "--pp-size", "1", "--ep-size", "2", "--training.routing-replay", "R3"]
+    flags += ["--num-rollout", "3", "--rollout-batch-size", "16", "--n-samples-per-prompt", "4"]
+    flags += ["--max-new-tokens", "16", "--algorithm.no-filter-zero-std", "--entropy-coef", "0.05"]
+    rehearsal = start(*flags, "--lr", "1e-3", "--name", "rehearsal")
+    assert rehearsal.wait(280) == 0, "".join(rehearsal.lines)
+    rows = [json.loads(line) for line in rehearsal.run.metrics.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    for row in rows:
+        assert row["train/logprob_gap_max"] < 1e-4 and row["train/grad_norm"] > 0
+        assert row["train/routing_mismatch_ratio"] < 0.01  # rounding may decide a tie
 
 
 def test_a_killed_trainer_rank_ends_the_run_with_its_name(start):

@@ -22,7 +22,9 @@ from tools.conversion.tensor_copy import TargetFile
 
 ROOT = Path(__file__).parents[2]
 SLOW_DISK = """
-import functools, os, runpy, sys, time
+import functools, os, runpy, signal, sys, time
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs the suite in background
 
 def slow(read, *arguments):
     time.sleep(0.005)
