@@ -294,10 +294,9 @@ def _has_transformer_engine(config: RunConfig) -> bool:
 def _check_engine(config: RunConfig, shape: ModelShape, slots: int) -> None:
     if not config.rollout.takes_slots:
         return
-    sparse, layers = len(shape.moe_layers), shape.num_layers
-    if shape.model_type in ("qwen2_moe", "qwen3_moe") and sparse < layers:
-        what = f"SGLang 0.5.23 has experts in all of {layers} layers, this {shape.model_type} in {sparse}"
-        raise RunError(f"rollout.engine=sglang: {what}; use --engine embedded")
+    if shape.model_type in ("qwen2_moe", "qwen3_moe") and len(shape.moe_layers) < shape.num_layers:
+        what = f"has experts in all layers of a {shape.model_type}, this one in {len(shape.moe_layers)}"
+        raise RunError(f"rollout.engine=sglang: SGLang 0.5.23 {what}; use --engine embedded")
     tp, groups = config.rollout.engine_tp_size, shape.num_key_value_heads
     possible = [n for n in divisors(shape.num_attention_heads) if n <= slots]
     fits = [n for n in possible if groups % n == 0 or n % groups == 0]  # key-value heads may be copied

@@ -3,7 +3,6 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -74,14 +73,16 @@ def load(bound: Bound, shape: ModelShape, directory: Path) -> None:
 def freeze(model: GPTModel, bound: Bound, shape: ModelShape, patterns: Sequence[str]) -> None:
     """Takes what training.freeze names out of training, before DDP wraps the model.
 
-    Raises RunError as frozen_names does, and for a Megatron tensor of which a part only would be frozen.
+    Raises RunError as frozen_names does, and where a tensor of Megatron's checkpoints would be so in part.
     """
     frozen = frozen_names(patterns, tensors(shape))
-    for megatron, together in groupby(pieces(shape), key=lambda piece: piece.megatron):
-        names = {piece.hf for piece in together}
+    saved_as = defaultdict[str, set[str]](set)
+    for piece in pieces(shape):  # the experts of a layer are saved as one
+        saved_as[re.sub(r"(experts\.experts)\.\d+", r"\1", piece.megatron)].add(piece.hf)
+    for megatron, names in saved_as.items():
         if names & frozen and (left := sorted(names - frozen)):
-            one = f"Megatron keeps {', '.join(sorted(names))} in one tensor, {megatron}"
-            raise RunError(f"training.freeze selects a part only: {one}; freeze {', '.join(left)} as well")
+            more = ", ".join(left[:4]) + " and so on" * (len(left) > 4)
+            raise RunError(f"training.freeze selects a part of Megatron's {megatron}; freeze {more} as well")
     for piece, parameter in bound:
         if piece.hf in frozen:
             parameter.requires_grad_(False)
