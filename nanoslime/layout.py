@@ -206,10 +206,9 @@ def _one_node_trainer_slots(config: RunConfig, slots: int) -> int:
 
 
 def check_parallel(t: TrainingConfig, shape: ModelShape, ranks: int, slots: int, slot: str = "rank") -> None:
-    """Raises RunError for a model that the backend lacks, for sizes that do not fit it or its `ranks`, and
-    as frozen_names does.
+    """Raises RunError as frozen_names does, and for a model that the backend lacks or sizes that do not fit.
 
-    `slots` of a node, each called a `slot`, hold whole tensor-parallel groups.
+    `ranks` are all; the `slots` of a node, each called a `slot`, hold whole tensor-parallel groups.
     """
     what = f"training.backend={t.backend} cannot train this {shape.model_type}"
     if t.backend == "megatron" and shape.megatron_lacks:
@@ -218,7 +217,8 @@ def check_parallel(t: TrainingConfig, shape: ModelShape, ranks: int, slots: int,
         raise RunError(f"{what}, which has experts; use --backend megatron")
     if t.routing_replay != "none" and not shape.moe_layers:
         raise RunError(f"training.routing_replay={t.routing_replay}: {shape.model_type} has no experts")
-    frozen_names(t.freeze, tensors(shape))
+    if t.freeze:  # of a model with many experts, naming the tensors takes half a second
+        frozen_names(t.freeze, tensors(shape))
     if t.backend == "fsdp":
         check_data_parallel_only(t)
     tp_choices = check_tp_size(shape, t.tp_size, slots)

@@ -77,7 +77,7 @@ def _log_to(path: Path) -> None:
 
 @ray.remote
 class RankActor:
-    """One trainer rank. `place` of rank 0 comes right before `setup`, in which that rank listens there."""
+    """One trainer rank. `setup` follows a `place` of rank 0, which then listens at the port found there."""
 
     def __init__(self, rank: int, config: RunConfig, model_dir: Path, device: str, log: Path):
         _log_to(log)

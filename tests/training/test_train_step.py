@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
@@ -47,10 +48,7 @@ def start(request, model_dir, tmp_path):
         dist.destroy_process_group()
 
 
-class Half(Layout):
-    def config(self, **changes):
-        config = super().config(**changes)
-        return replace(config, model=replace(config.model, dtype="bfloat16"))
+half = partial(Layout, dtype="bfloat16")
 
 
 def parameters(backend):
@@ -206,7 +204,7 @@ def cosine(a, b):
 @pytest.mark.parametrize("options", [{}, {"distributed_optimizer": True}, {"recompute": True}], ids=str)
 def test_bfloat16_sums_gradients_in_float32_and_steps_as_float32_does(start, batches, options):
     gradients, updates, norms = [], [], []
-    for layout in (Layout, Half):
+    for layout in (Layout, half):
         backend = start(layout, **options | {"lr": 0.1})
         before = parameters(backend)
         norms.append([backend.train_step(batch, GRPO(KL)).grad_norm for batch in batches][0])
@@ -219,7 +217,7 @@ def test_bfloat16_sums_gradients_in_float32_and_steps_as_float32_does(start, bat
 
 
 @pytest.mark.parametrize("distributed", [False, True])
-@pytest.mark.parametrize("layout", [Layout, Half])
+@pytest.mark.parametrize("layout", [Layout, half], ids=["float32", "bfloat16"])
 def test_a_checkpoint_from_before_the_first_step_takes_back_all_progress(
     start, batches, tmp_path, layout, distributed
 ):

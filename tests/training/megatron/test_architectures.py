@@ -16,7 +16,6 @@ from nanoslime.training.megatron.forward import logits
 from nanoslime.training.megatron.model import model_config
 from nanoslime.weight_sync.assemble import Assembler
 from tests.models.hf import FAMILIES, SIZES, save_model
-from tests.training.megatron.test_backend import Half
 from tests.training.parity import KL, RELATIVE, Layout, make_backend, train_batch
 from tests.training.reference import make_step, reference
 
@@ -146,7 +145,7 @@ def test_a_step_of_training_is_that_of_plain_pytorch(family, tmp_path):
 
 def test_in_bfloat16_the_bias_of_the_scores_stays_float32_and_as_it_was(tmp_path):
     directory = save_model(tmp_path, "glm4_moe", dtype=torch.bfloat16)
-    backend = make_backend(Half(), directory, 0, tmp_path / "rendezvous")
+    backend = make_backend(Layout(dtype="bfloat16"), directory, 0, tmp_path / "rendezvous")
     try:
         backend.train_step(train_batch(make_step(directory, 0)), GRPO(KL))
         files = load_file(directory / "model.safetensors")

@@ -87,16 +87,10 @@ def test_without_clipping_the_update_uses_the_whole_gradient(start, steps):
     assert math.sqrt(squares) == pytest.approx(step.grad_norm, rel=1e-4)
 
 
-class Half(Layout):
-    def config(self, **changes):
-        config = super().config(**changes)
-        return replace(config, model=replace(config.model, dtype="bfloat16"))
-
-
 def test_bfloat16_trains_near_float32_and_sends_bfloat16(model_dir, steps, tmp_path, start):
     exact = start().train_step(train_batch(steps[0]), GRPO(KL))
     dist.destroy_process_group()
-    backend = make_backend(Half(), model_dir, 0, tmp_path / "rendezvous-2")
+    backend = make_backend(Layout(dtype="bfloat16"), model_dir, 0, tmp_path / "rendezvous-2")
     step = backend.train_step(train_batch(steps[0]), GRPO(KL))
     assert step.loss == pytest.approx(exact.loss, abs=0.05)
     assert step.grad_norm == pytest.approx(exact.grad_norm, rel=0.1)
@@ -109,13 +103,13 @@ def test_a_bfloat16_run_resumes_from_its_float32_main_parameters(
 ):
     batches, path = [train_batch(step) for step in steps], tmp_path / "saved"
     options = {"distributed_optimizer": distributed}
-    first = make_backend(Half(), model_dir, 0, tmp_path / "rendezvous", **options)
+    first = make_backend(Layout(dtype="bfloat16"), model_dir, 0, tmp_path / "rendezvous", **options)
     first.train_step(batches[0], GRPO(KL))
     path.mkdir()
     first.save(path)
     expected = [first.train_step(batch, GRPO(KL)) for batch in batches]
     dist.destroy_process_group()
-    second = make_backend(Half(), model_dir, 0, tmp_path / "rendezvous-2", **options)
+    second = make_backend(Layout(dtype="bfloat16"), model_dir, 0, tmp_path / "rendezvous-2", **options)
     second.load(path)
     assert [second.train_step(batch, GRPO(KL)) for batch in batches] == expected
     after = parameters(second)
