@@ -33,7 +33,11 @@ class Child:
     def obituary(self) -> str:
         """One line on how it ended, with the end of its log."""
         code = self.process.returncode
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        how = (
+            f"was killed by {signal.Signals(-code).name}"
+            if code < 0
+            else f"ended with exit code {code}"
+        )
         last = last_line(self.log)
         return f"{self.name} {how}; see {self.log}" + (f": {last}" if last else "")
 
@@ -44,7 +48,9 @@ def adopt_orphans() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
-def start(name: str, command: Sequence[str], log: Path, env: Mapping[str, str], death_signal: int) -> Child:
+def start(
+    name: str, command: Sequence[str], log: Path, env: Mapping[str, str], death_signal: int
+) -> Child:
     """Start `command` in its own session, output appended to `log`; it gets `death_signal` when we die.
 
     SIGUSR1 and SIGUSR2 are ignored below it: proctrack/linuxproc delivers a job's signal to every process.
@@ -57,9 +63,14 @@ def start(name: str, command: Sequence[str], log: Path, env: Mapping[str, str], 
 
     with open(log, "ab") as output:
         process = subprocess.Popen(
-            command, env=dict(env), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            start_new_session=True, preexec_fn=before_exec,
-        )  # fmt: skip
+            command,
+            env=dict(env),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=before_exec,
+        )
     return Child(name, log, process)
 
 
@@ -68,9 +79,13 @@ def ask(
 ) -> subprocess.CompletedProcess[str]:
     """Run a command for its output. RunError if it does not answer in time, OSError if it cannot be run."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=deadline_s, **options)
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=deadline_s, **options
+        )
     except subprocess.TimeoutExpired as error:
-        raise RunError(f"{who or shlex.join(command)} did not answer within {deadline_s:g} s") from error
+        raise RunError(
+            f"{who or shlex.join(command)} did not answer within {deadline_s:g} s"
+        ) from error
 
 
 def end_descendants(spare: Collection[int] = (), grace_s: float = 3.0) -> None:
@@ -121,6 +136,10 @@ def _parent(pid: int) -> int:
     """Parent of a live process; 0 for one that is gone or a zombie."""
     try:
         process = psutil.Process(pid)
-        return process.ppid() if process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) else 0
+        return (
+            process.ppid()
+            if process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+            else 0
+        )
     except psutil.Error:
         return 0

@@ -58,17 +58,24 @@ class ClusterEnv:
     def from_slurm(cls, environ: Mapping[str, str], network_interface: str = "") -> ClusterEnv:
         """The facts of the task that has this environment; RunError where it is no SLURM task."""
         if "SLURM_JOB_ID" not in environ or "SLURM_NODEID" not in environ:
-            raise RunError("SLURM_JOB_ID and SLURM_NODEID are not set: start this with srun inside a job")
+            raise RunError(
+                "SLURM_JOB_ID and SLURM_NODEID are not set: start this with srun inside a job"
+            )
         nodes = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]
-        names = tuple(_output("scontrol", "show", "hostnames", nodes).split() or expand_nodelist(nodes))
+        names = tuple(
+            _output("scontrol", "show", "hostnames", nodes).split() or expand_nodelist(nodes)
+        )
         index = int(environ["SLURM_NODEID"])
         return cls(
-            node_index=index, num_nodes=len(names), node_names=names, job_id=environ["SLURM_JOB_ID"],
+            node_index=index,
+            num_nodes=len(names),
+            node_names=names,
+            job_id=environ["SLURM_JOB_ID"],
             node_name=environ.get("SLURMD_NODENAME", names[index]),
             address=_address(names, index, network_interface),
             restart_count=int(environ.get("SLURM_RESTART_COUNT", "0")),
             cpus=int(environ.get("SLURM_CPUS_PER_TASK") or environ.get("SLURM_CPUS_ON_NODE", "0")),
-        )  # fmt: skip
+        )
 
     @classmethod
     def for_local(cls, index: int, num_nodes: int, job_id: str, cpus: int = 0) -> ClusterEnv:

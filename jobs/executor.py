@@ -67,7 +67,9 @@ def step_options(config: RunConfig, layout: Layout) -> list[str]:
 
 def setup_lines(config: RunConfig) -> list[str]:
     """Shell lines before the step: the site's own, the job's environment, and where the code is."""
-    exports = [f"export {name}={shlex.quote(value)}" for name, value in sorted(config.cluster.env.items())]
+    exports = [
+        f"export {name}={shlex.quote(value)}" for name, value in sorted(config.cluster.env.items())
+    ]
     code = f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}"
     return [*config.cluster.setup, *exports, code]
 
@@ -80,7 +82,9 @@ def python_of(config: RunConfig) -> str:
 
 def batch_script(options: Mapping[str, str | bool], config: RunConfig, *lines: str) -> str:
     """A batch script that sets up the job and goes on with `lines`. Pure; the options' values are quoted."""
-    asked = [f"--{k}" if v in (True, "") else f"--{k}={shlex.quote(str(v))}" for k, v in options.items()]
+    asked = [
+        f"--{k}" if v in (True, "") else f"--{k}={shlex.quote(str(v))}" for k, v in options.items()
+    ]
     head = ["#!/bin/bash", *(f"#SBATCH {option}" for option in asked), ""]
     return "\n".join([*head, *setup_lines(config), *lines]) + "\n"
 
@@ -88,16 +92,24 @@ def batch_script(options: Mapping[str, str | bool], config: RunConfig, *lines: s
 def sbatch_text(config: RunConfig, layout: Layout, run_dir: Path, driver: str = "") -> str:
     """The batch script of a run's job. Pure; any path is quoted."""
     output = str(run_dir).replace("%", "%%") + "/slurm-%j.out"
-    task = [python_of(config), "-m", "jobs.node", str(run_dir), *(["--driver", driver] if driver else [])]
+    task = [
+        python_of(config),
+        "-m",
+        "jobs.node",
+        str(run_dir),
+        *(["--driver", driver] if driver else []),
+    ]
     return batch_script(
-        sbatch_options(config, layout) | {"output": output}, config, "",
+        sbatch_options(config, layout) | {"output": output},
+        config,
+        "",
         shlex.join(["srun", "--unbuffered", *step_options(config, layout), *task]),
         "code=$?",
         f'if [ "$code" -eq {STOPPED} ]; then  # stopped in time: committed, to go on in a new attempt',
         '    scontrol requeue "$SLURM_JOB_ID" && exit 0',
         "fi",
         'exit "$code"',
-    )  # fmt: skip
+    )
 
 
 def submitted(job: str, log: str, resume: str) -> str:
@@ -115,23 +127,32 @@ def run_local(config: RunConfig, layout: Layout, run: RunDir, driver: str = "") 
     """
     others = children.descendants(os.getpid())
     children.adopt_orphans()
-    nodes = [ClusterEnv.for_local(i, layout.num_nodes, f"l{os.getpid()}") for i in range(layout.num_nodes)]
+    nodes = [
+        ClusterEnv.for_local(i, layout.num_nodes, f"l{os.getpid()}")
+        for i in range(layout.num_nodes)
+    ]
     attempt = run.new_attempt(nodes[0].attempt_key)
     signals: list[signal.Signals] = []
     with handled(signals.append):
         try:
-            _supervise(attempt, [start_agent(attempt, config, env, driver) for env in nodes], signals)
+            _supervise(
+                attempt, [start_agent(attempt, config, env, driver) for env in nodes], signals
+            )
         finally:
             children.end_descendants(others)
             for env in nodes:
                 remove_scratch(env.scratch(attempt.path))
     code, reason = attempt.ended() or (FAILED, "the agents ended without saying why")
     if code:
-        print(f"{'stopped' if code == STOPPED else 'failed'}: {reason}", file=sys.stderr, flush=True)
+        print(
+            f"{'stopped' if code == STOPPED else 'failed'}: {reason}", file=sys.stderr, flush=True
+        )
     return code
 
 
-def _supervise(attempt: Attempt, agents: list[children.Child], signals: list[signal.Signals]) -> None:
+def _supervise(
+    attempt: Attempt, agents: list[children.Child], signals: list[signal.Signals]
+) -> None:
     """Until all agents have ended: show the driver's lines, hand signals on, report a killed agent."""
     stream: BinaryIO | None = None
     alive, asked, gone, leave_by = True, False, set[int](), float("inf")
@@ -145,7 +166,11 @@ def _supervise(attempt: Attempt, agents: list[children.Child], signals: list[sig
                     agent.process.terminate()
             else:
                 attempt.request_stop("Ctrl-C" if sig == signal.SIGINT else sig.name)
-                print("stopping after this step; once more ends it at once", file=sys.stderr, flush=True)
+                print(
+                    "stopping after this step; once more ends it at once",
+                    file=sys.stderr,
+                    flush=True,
+                )
             asked = True
         for node, agent in enumerate(agents):
             if agent.process.poll() and node not in gone:

@@ -19,7 +19,9 @@ from nanoslime.storage.safetensors_file import read_headers
 from nanoslime.types import RunError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HUB = {"hub": "huggingface_hub:snapshot_download"}  # imported on need only: as slow as planning a run
+_HUB = {
+    "hub": "huggingface_hub:snapshot_download"
+}  # imported on need only: as slow as planning a run
 _HUB_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _ALIVE_S = 60  # heartbeats come every few seconds
@@ -32,7 +34,9 @@ def resolve(config: RunConfig, *, download: bool) -> tuple[RunConfig, ModelShape
     download: a hub id is fetched whole; otherwise only its config.json. Raises RunError for what is missing.
     """
     venv, run_root = config.cluster.venv, _absolute(config.cluster.run_root or "runs")
-    cluster = replace(config.cluster, run_root=str(run_root), venv=str(_absolute(venv)) if venv else "")
+    cluster = replace(
+        config.cluster, run_root=str(run_root), venv=str(_absolute(venv)) if venv else ""
+    )
     config = replace(config, cluster=cluster)
     replays = config.rollout.load_rollouts
     if replays:
@@ -59,7 +63,9 @@ def _with_local_checkpoint(config: RunConfig, download: bool) -> RunConfig:
     directory, revision = _absolute(name), config.model.revision
     from_hub = not directory.is_dir()
     if from_hub and not _HUB_ID.fullmatch(name):
-        raise RunError(f"model.hf_checkpoint={name!r} is neither a directory nor a hub id (OWNER/NAME)")
+        raise RunError(
+            f"model.hf_checkpoint={name!r} is neither a directory nor a hub id (OWNER/NAME)"
+        )
     if from_hub:
         directory = _snapshot(name, revision, _HUB_FILES if download else ("config.json",))
         revision = directory.name
@@ -68,7 +74,9 @@ def _with_local_checkpoint(config: RunConfig, download: bool) -> RunConfig:
         has_tokenizer = any((directory / file).exists() for file in _TOKENIZER_FILES)
         if not has_tokenizer and not config.rollout.load_rollouts:
             raise RunError(f"{directory} holds no tokenizer: none of {', '.join(_TOKENIZER_FILES)}")
-    return replace(config, model=replace(config.model, hf_checkpoint=str(directory), revision=revision))
+    return replace(
+        config, model=replace(config.model, hf_checkpoint=str(directory), revision=revision)
+    )
 
 
 def _snapshot(name: str, revision: str, files: Sequence[str]) -> Path:
@@ -97,7 +105,9 @@ def _prompt_file(config: RunConfig, name: str) -> str:
     if not path.is_file():
         raise RunError(f"data.{name}={value!r}: no such file")
     if path.suffix not in _PROMPT_FILES:
-        raise RunError(f"data.{name}={value!r}: choose a file that ends in {' or '.join(_PROMPT_FILES)}")
+        raise RunError(
+            f"data.{name}={value!r}: choose a file that ends in {' or '.join(_PROMPT_FILES)}"
+        )
     if path.suffix == ".jsonl":
         with path.open(encoding="utf-8") as file:
             _check_line(path, next(filter(str.strip, file), ""), data)
@@ -136,7 +146,10 @@ def check_environment(config: RunConfig, repository: Path = ROOT) -> None:
     stamp = venv / ".nanoslime-target"
     locks = [repository / "env" / name for name in ("cuda.lock", "cuda.pinned.txt")]
     content = b"".join(lock.read_bytes() for lock in locks if lock.is_file())
-    wanted = {"target": "cuda", "lock_sha256": hashlib.sha256(content).hexdigest()}  # as env/run.sh writes it
+    wanted = {
+        "target": "cuda",
+        "lock_sha256": hashlib.sha256(content).hexdigest(),
+    }  # as env/run.sh writes it
     lines = stamp.read_text().splitlines() if stamp.is_file() else []
     made = dict(line.split("=", 1) for line in lines if "=" in line)
     if wanted.items() <= made.items():

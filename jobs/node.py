@@ -56,7 +56,9 @@ class _Over(Exception):
 class Agent:
     """One node's part of one attempt."""
 
-    def __init__(self, attempt: Attempt, config: RunConfig, layout: Layout, env: ClusterEnv, driver: str):
+    def __init__(
+        self, attempt: Attempt, config: RunConfig, layout: Layout, env: ClusterEnv, driver: str
+    ):
         self._attempt, self._config, self._layout, self._env = attempt, config, layout, env
         self._scratch = env.scratch(attempt.path)
         self._driver_command = shlex.split(driver) or [sys.executable, "-m", "nanoslime.train"]
@@ -94,7 +96,12 @@ class Agent:
         token = self._attempt.path / "ray_token"
         ray_address = self._start_head(token) if self._leads else self._start_worker(token)
         env = self._env
-        facts = {"index": env.node_index, "name": env.node_name, "address": env.address, "pid": os.getpid()}
+        facts = {
+            "index": env.node_index,
+            "name": env.node_name,
+            "address": env.address,
+            "pid": os.getpid(),
+        }
         publish_json(self._joined(env.node_index), facts)
         logger.info("%s has joined", env.node_name)
         if self._leads:
@@ -115,7 +122,9 @@ class Agent:
         options = ["--head", f"--port={ports[0]}", f"--ray-client-server-port={ports[1]}"]
         log = self._start_ray([*options, "--include-dashboard=false"], token)
         # the others may start as soon as the head's port answers: that is before `ray start` is done
-        self._wait_for_ray(lambda: answers(self._env.address, ports[0]), "the port of the Ray head", log)
+        self._wait_for_ray(
+            lambda: answers(self._env.address, ports[0]), "the port of the Ray head", log
+        )
         address = f"{self._env.address}:{ports[0]}"
         publish_json(self._attempt.path / "ray_head.json", {"ray_address": address})
         self._wait_until_started(log)
@@ -168,7 +177,9 @@ class Agent:
 
         self._wait(lambda: not missing(), deadline_s, late)
 
-    def _wait(self, condition: Callable[[], bool], deadline_s: float, late: Callable[[], str]) -> None:
+    def _wait(
+        self, condition: Callable[[], bool], deadline_s: float, late: Callable[[], str]
+    ) -> None:
         """Tick until `condition()`; RunError with what `late` says after `deadline_s`."""
         deadline = time.monotonic() + deadline_s
         while not condition():
@@ -200,7 +211,9 @@ class Agent:
             logger.warning("%s: the driver is told to stop", sig.name)
             self._attempt.request_stop(f"{sig.name} at {self._env.node_name}", requeue=again)
             if not again:  # SIGKILL follows, by SLURM after KillWait
-                self._kill_at = min(self._kill_at, time.monotonic() + max(1.0, self._env.kill_wait_s() * 0.6))
+                self._kill_at = min(
+                    self._kill_at, time.monotonic() + max(1.0, self._env.kill_wait_s() * 0.6)
+                )
 
     def _limit_stop(self) -> None:
         """Without a driver a stop is immediate; the driver has most of the signal lead to commit."""
@@ -241,7 +254,9 @@ class Agent:
                 self._heard[node] = (beat.get("count", 0), time.monotonic())
             elif time.monotonic() - since > _SILENCE_S and not beat.get("left"):
                 name, log = self._env.node_names[int(node)], self._attempt.log("agent", int(node))
-                raise RunError(f"no heartbeat from {name} (node {node}) for {_SILENCE_S:g} s; see {log}")
+                raise RunError(
+                    f"no heartbeat from {name} (node {node}) for {_SILENCE_S:g} s; see {log}"
+                )
 
     def _leave(self, end: _Over) -> int:
         """Publish the end, end every process, remove scratch, wait for the others if need be."""
@@ -269,7 +284,9 @@ class Agent:
         """The status of a run whose driver could not say how it ended."""
         run, (code, reason) = self._attempt.run, self._attempt.ended() or (FAILED, "unknown")
         status = run.status()
-        if code != DONE and not (status.get("attempt") == self._attempt.number and status.get("error")):
+        if code != DONE and not (
+            status.get("attempt") == self._attempt.number and status.get("error")
+        ):
             phase = "stopped" if code == STOPPED else "failed"
             run.write_status(phase, int(status.get("step", 0)), error=reason)
 
@@ -324,7 +341,14 @@ class NodeJob:
 
 def start_agent(attempt: Attempt, config: RunConfig, env: ClusterEnv, driver: str) -> Child:
     """A node's agent as a child, with the job's environment and this code; it ends when we do."""
-    command = [sys.executable, "-m", "jobs.node", str(attempt.run.path), "--attempt", str(attempt.number)]
+    command = [
+        sys.executable,
+        "-m",
+        "jobs.node",
+        str(attempt.run.path),
+        "--attempt",
+        str(attempt.number),
+    ]
     command += ["--local-node", str(env.node_index)] if env.local else []
     command += ["--driver", driver] if driver else []
     log, environ = attempt.log("agent", env.node_index), environment(**config.cluster.env)
@@ -357,7 +381,9 @@ def check_cores(env: ClusterEnv) -> None:
     """RunError where this process may use fewer cores than it was given: a forgotten --cpus-per-task."""
     allowed, given = len(os.sched_getaffinity(0)), min(env.cpus, os.cpu_count() or 1)
     if allowed < given:
-        pinned = f"the agent of {env.node_name} is pinned to {allowed} of the {given} cores it was given"
+        pinned = (
+            f"the agent of {env.node_name} is pinned to {allowed} of the {given} cores it was given"
+        )
         way_out = f"start it with srun --cpus-per-task={env.cpus}, without taskset or --cpu-bind"
         raise RunError(f"{pinned}; {way_out}")
 
@@ -368,13 +394,19 @@ def check_gpus(env: ClusterEnv, needed: int) -> None:
     done = children.ask([sys.executable, "-c", code], _CUDA_DEADLINE_S, f"torch on {env.node_name}")
     built, available, count = (done.stdout.split() or ["", "", "0"])[-3:]
     if available != "True":
-        why = f"it was built for CUDA {built}" if built not in ("None", "") else "it was built without CUDA"
+        why = (
+            f"it was built for CUDA {built}"
+            if built not in ("None", "")
+            else "it was built without CUDA"
+        )
         raise RunError(
             f"torch of {sys.executable} sees no CUDA on {env.node_name}: {why}. Make the environment with "
             f"`bash env/run.sh --target cuda true`, or look at nvidia-smi there. {done.stderr.strip()[-200:]}"
         )
     if int(count) != needed:
-        raise RunError(f"{env.node_name} shows {count} GPUs, the plan needs {needed}; check --gpus-per-node")
+        raise RunError(
+            f"{env.node_name} shows {count} GPUs, the plan needs {needed}; check --gpus-per-node"
+        )
 
 
 def remove_scratch(path: Path) -> None:
@@ -382,7 +414,9 @@ def remove_scratch(path: Path) -> None:
     if not path.exists():
         return
     if path.is_symlink() or path.stat().st_uid != os.getuid():
-        raise RunError(f"{path} belongs to another user; it is this job's scratch directory: remove it")
+        raise RunError(
+            f"{path} belongs to another user; it is this job's scratch directory: remove it"
+        )
     shutil.rmtree(path, ignore_errors=True)
 
 
@@ -400,10 +434,16 @@ def _attempt_of(run: RunDir, env: ClusterEnv, deadline_s: float) -> Attempt:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m jobs.node", description="The node agent of a run.")
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.node", description="The node agent of a run."
+    )
     add = parser.add_argument
     add("run_dir", type=Path)
-    add("--attempt", type=int, help="be the agent itself; without it, find the attempt and guard one")
+    add(
+        "--attempt",
+        type=int,
+        help="be the agent itself; without it, find the attempt and guard one",
+    )
     add("--local-node", type=int, help="this node of a rehearsal, rather than SLURM's")
     add("--driver", default="", help="command to start in place of `python -m nanoslime.train`")
     args = parser.parse_args(argv)
@@ -418,7 +458,9 @@ def main(argv: list[str] | None = None) -> int:
             env = ClusterEnv.from_slurm(os.environ, config.cluster.network_interface)
         else:
             job_id = attempt.key.rpartition("-")[0]
-            env = ClusterEnv.for_local(args.local_node, layout.num_nodes, job_id, layout.slots_per_node)
+            env = ClusterEnv.for_local(
+                args.local_node, layout.num_nodes, job_id, layout.slots_per_node
+            )
         return Agent(attempt, config, layout, env, args.driver).run()
     except RunError as error:
         logger.error("%s", error)

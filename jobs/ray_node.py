@@ -25,12 +25,15 @@ def environment(base: Mapping[str, str], token: Path) -> dict[str, str]:
     """For everything that talks to this Ray, `ray start` and the driver, and so for all that they start."""
     return {
         **base,
-        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_gcs_rpc_server_reconnect_timeout_s": "30",  # how long processes linger once the head is gone
         "PYTHONUNBUFFERED": "1",
         # compute nodes have no network: what submission did not find is an error, not a long wait
-        "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
-    }  # fmt: skip
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+    }
 
 
 def start_command(env: ClusterEnv, layout: Layout, scratch: Path, options: list[str]) -> list[str]:
@@ -38,12 +41,18 @@ def start_command(env: ClusterEnv, layout: Layout, scratch: Path, options: list[
     role, slots = layout.roles(env.node_index).replace("+", "_") or "idle", layout.slots_per_node
     on_cpu = ["--num-cpus=1", f"--object-store-memory={_CPU_OBJECT_STORE_BYTES}"]
     return [
-        os.fspath(Path(sys.executable).with_name("ray")), "start", "--block",
+        os.fspath(Path(sys.executable).with_name("ray")),
+        "start",
+        "--block",
         f"--node-ip-address={env.address}",
         *([f"--num-cpus={slots}", f"--num-gpus={slots}"] if layout.device == "cuda" else on_cpu),
         f"--resources={json.dumps({'slot': slots})}",
         f"--labels=nanoslime-node={env.node_index},nanoslime-role={role}",
         f"--temp-dir={scratch}",
-        "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0",
-        "--include-log-monitor=false", "--disable-usage-stats", *options,
-    ]  # fmt: skip
+        "--min-worker-port=0",
+        "--max-worker-port=0",
+        "--dashboard-agent-listen-port=0",
+        "--include-log-monitor=false",
+        "--disable-usage-stats",
+        *options,
+    ]

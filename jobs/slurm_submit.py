@@ -39,12 +39,19 @@ def submit_submitit(config: RunConfig, layout: Layout, run: RunDir, driver: str 
     python, requeues = shlex.quote(python_of(config)), config.cluster.max_requeues
     executor = submitit.SlurmExecutor(folder, max_num_timeout=requeues, python=python)
     executor.update_parameters(
-        job_name=str(options.pop("job-name")), nodes=layout.num_nodes, ntasks_per_node=1,
-        time=config.cluster.time_limit_min, signal_delay_s=config.cluster.signal_lead_s,
-        setup=setup_lines(config), srun_args=step_options(config, layout), stderr_to_stdout=True,
+        job_name=str(options.pop("job-name")),
+        nodes=layout.num_nodes,
+        ntasks_per_node=1,
+        time=config.cluster.time_limit_min,
+        signal_delay_s=config.cluster.signal_lead_s,
+        setup=setup_lines(config),
+        srun_args=step_options(config, layout),
+        stderr_to_stdout=True,
         wckey=None,  # sites that track workload keys refuse submitit's own
-        additional_parameters={k: v for k, v in options.items() if k not in ("nodes", "ntasks-per-node")},
-    )  # fmt: skip
+        additional_parameters={
+            k: v for k, v in options.items() if k not in ("nodes", "ntasks-per-node")
+        },
+    )
     try:
         job = executor.submit(SubmittedJob(str(run.path), driver))
     except FailedJobError as error:

@@ -39,7 +39,9 @@ def main(argv: list[str], environ: Mapping[str, str] = os.environ, root: Path = 
     try:
         command = parse(argv)
         config = load(None, command.cluster, command.flags)
-        return run(command, config, where.detect(environ.get("PATH", ""), environ, root, command.cluster))
+        return run(
+            command, config, where.detect(environ.get("PATH", ""), environ, root, command.cluster)
+        )
     except RunError as e:
         print(f"submit_convert: {e}", file=sys.stderr)
         return 2
@@ -50,14 +52,33 @@ def parse(argv: list[str]) -> argparse.Namespace:
     what = (__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser("submit_convert.py", description=what, allow_abbrev=False)
     add = parser.add_argument
-    add("tool", choices=TOOLS, metavar="TOOL", help=", ".join(f"{t} {dirs}" for t, dirs in TOOLS.items()))
-    add("paths", nargs="+", type=Path, metavar="DIR", help="what the tool takes; then its own options")
+    add(
+        "tool",
+        choices=TOOLS,
+        metavar="TOOL",
+        help=", ".join(f"{t} {dirs}" for t, dirs in TOOLS.items()),
+    )
+    add(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="DIR",
+        help="what the tool takes; then its own options",
+    )
     add("--cluster", metavar="FILE|NAME", help="a cluster: a YAML file, or one of env/clusters")
     add("--partition", help="in place of the cluster file's; a conversion needs no GPU")
     add("--time-limit-min", help="in place of the cluster file's")
-    add("--cpus", type=int, help=f"cores, and threads of a conversion (as the node has, up to {_MAX_CPUS})")
+    add(
+        "--cpus",
+        type=int,
+        help=f"cores, and threads of a conversion (as the node has, up to {_MAX_CPUS})",
+    )
     add("--local", action="store_true", help="run on this machine, whatever SLURM there is")
-    add("--dry-run", action="store_true", help="print the tool's plan and the batch script; submit nothing")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print the tool's plan and the batch script; submit nothing",
+    )
     command, options = parser.parse_known_args(argv)
     command.options = options
     if len(command.paths) != len(TOOLS[command.tool].split()):
@@ -76,9 +97,14 @@ def run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> i
         print(here, flush=True)
         os.execve(sys.executable, tool_words(command, sys.executable, command.cpus), environment())
     plan = check(command)
-    log = f"{command.paths[-1] if command.tool in CONVERSIONS else Path.cwd() / command.tool}.slurm-"
+    log = (
+        f"{command.paths[-1] if command.tool in CONVERSIONS else Path.cwd() / command.tool}.slurm-"
+    )
     script = sbatch_text(command, config, log, Path.cwd())
-    print(f"--- plan\n{plan}--- batch script\n{script}--- checks\n" if command.dry_run else plan, end="")
+    print(
+        f"--- plan\n{plan}--- batch script\n{script}--- checks\n" if command.dry_run else plan,
+        end="",
+    )
     if not slurm.has_slurm(local=command.local) or slurm.sbatch is None:
         print(f"without --dry-run: {here}")
         return 0
@@ -88,7 +114,9 @@ def run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> i
         print(where.test_only(slurm.sbatch, script))
         return 0
     job = submit(slurm.sbatch, script, Path(log).parent)
-    resume = "the same command; what is written already is kept" if command.tool in CONVERSIONS else ""
+    resume = (
+        "the same command; what is written already is kept" if command.tool in CONVERSIONS else ""
+    )
     print(submitted(job, shlex.quote(f"{log}{job}.out"), resume))
     return 0
 
@@ -112,7 +140,9 @@ def submit(sbatch: Path, script: str, log_folder: Path) -> str:
         log_folder.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=log_folder).close()
     except OSError as e:
-        raise RunError(f"{log_folder} cannot be written, and the job's log goes there: {e.strerror}") from e
+        raise RunError(
+            f"{log_folder} cannot be written, and the job's log goes there: {e.strerror}"
+        ) from e
     done = ask([str(sbatch), "--parsable"], _DEADLINE_S, input=script)
     if done.returncode:
         raise RunError(f"sbatch refused the job: {' '.join(done.stderr.split())}")

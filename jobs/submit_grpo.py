@@ -24,7 +24,10 @@ from nanoslime.types import RunError
 
 RECIPES = executor.ROOT / "jobs" / "recipes"
 CLUSTERS = executor.ROOT / "env" / "clusters"
-SUBMITTERS = {"submitit": "jobs.slurm_submit:submit_submitit", "sbatch": "jobs.slurm_submit:submit_sbatch"}
+SUBMITTERS = {
+    "submitit": "jobs.slurm_submit:submit_submitit",
+    "sbatch": "jobs.slurm_submit:submit_sbatch",
+}
 _HELP = {"-h", "--help"}
 
 
@@ -33,7 +36,9 @@ def main(argv: list[str], environ: Mapping[str, str] = os.environ, root: Path = 
     try:
         command, flags = parse(argv)
         config = configure(command, flags)
-        return run(command, config, where.detect(environ.get("PATH", ""), environ, root, command.cluster))
+        return run(
+            command, config, where.detect(environ.get("PATH", ""), environ, root, command.cluster)
+        )
     except RunError as e:
         print(f"submit_grpo: {e}", file=sys.stderr)
         return 2
@@ -69,18 +74,35 @@ def run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> i
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """What this command takes, and the flags that set configuration fields."""
     what = (__doc__ or "").splitlines()[0]
-    parser = argparse.ArgumentParser("submit_grpo.py", description=what, add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "submit_grpo.py", description=what, add_help=False, allow_abbrev=False
+    )
     add = parser.add_argument
-    add("--recipe", metavar="FILE|NAME", help=f"an experiment: a YAML file, or one of {_names(RECIPES)}")
-    add("--cluster", metavar="FILE|NAME", help=f"a cluster: a YAML file, or one of {_names(CLUSTERS)}")
+    add(
+        "--recipe",
+        metavar="FILE|NAME",
+        help=f"an experiment: a YAML file, or one of {_names(RECIPES)}",
+    )
+    add(
+        "--cluster",
+        metavar="FILE|NAME",
+        help=f"a cluster: a YAML file, or one of {_names(CLUSTERS)}",
+    )
     add("--local", action="store_true", help="rehearse on this machine, whatever SLURM there is")
-    add("--dry-run", action="store_true", help="print plan, configuration and batch script; submit nothing")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print plan, configuration and batch script; submit nothing",
+    )
     add("--resume", metavar="RUN_DIR", type=Path, help="go on with a run after its last checkpoint")
     add("--prepare", action="store_true", help="make the run directory, print its path and end")
     command, flags = parser.parse_known_args(argv)
     if command.resume and command.recipe:
         raise RunError("--resume takes the configuration of the run; leave out --recipe")
-    command.recipe, command.cluster = yaml_file(command.recipe, RECIPES), yaml_file(command.cluster, CLUSTERS)
+    command.recipe, command.cluster = (
+        yaml_file(command.recipe, RECIPES),
+        yaml_file(command.cluster, CLUSTERS),
+    )
     if _HELP & set(flags):
         parser.print_help()
     return command, flags
@@ -98,7 +120,9 @@ def configure(command: argparse.Namespace, flags: list[str]) -> RunConfig:
 def check_target(config: RunConfig, submits: bool) -> None:
     if not submits and config.cluster.device == "cuda":
         given = f"cluster.gpus_per_node={config.cluster.gpus_per_node}: a rehearsal takes no GPUs"
-        way_out = "leave out the cluster file. One machine with GPUs runs `python -m nanoslime.train`"
+        way_out = (
+            "leave out the cluster file. One machine with GPUs runs `python -m nanoslime.train`"
+        )
         raise RunError(f"{given}; {way_out}")
 
 

@@ -43,7 +43,9 @@ def detect(path: str, environ: Mapping[str, str], root: Path, cluster_file: Path
     commands = [command for command in _COMMANDS if shutil.which(command, path=path)]
     traces = [f"{', '.join(commands)} in PATH"] if commands else []
     traces += [f"configuration in {file}" for file in sorted(root.glob("etc/slurm*"))]
-    traces += [f"{name} is set" for name in sorted(environ) if name.startswith(("SLURM_", "SBATCH_"))]
+    traces += [
+        f"{name} is set" for name in sorted(environ) if name.startswith(("SLURM_", "SBATCH_"))
+    ]
     traces += [f"a munge socket ({root / name})" for name in _SOCKETS if (root / name).exists()]
     if cluster_file is not None:
         traces.append(f"a cluster file was given ({cluster_file})")

@@ -30,8 +30,12 @@ class TrainBatch:
     loss_mask: list[Tensor]  # bool [T_i]
     rollout_logprobs: list[Tensor]  # float32 [T_i]
     advantages: list[float]  # one scalar per sequence
-    token_weights: list[float]  # 1 for a token mean, 1 / (tokens of its rollout) for a sequence mean
-    microbatches: list[list[int]]  # indices, never none: equally many on each DP rank, by masked-out dummies
+    token_weights: list[
+        float
+    ]  # 1 for a token mean, 1 / (tokens of its rollout) for a sequence mean
+    microbatches: list[
+        list[int]
+    ]  # indices, never none: equally many on each DP rank, by masked-out dummies
     denominator: float  # global over DP, > 0: the loss is sum / denominator
     num_tokens: int  # global over DP: tokens in the loss of this optimizer step
     num_sequences: int  # global over DP
@@ -39,7 +43,9 @@ class TrainBatch:
     old_logprobs: list[Tensor] | None = None
     ref_logprobs: list[Tensor] | None = None
     token_advantages: list[Tensor] | None = None
-    routed_experts: list[Tensor] | None = None  # int16 [T_i, num_moe_layers, topk], -1: as the router likes
+    routed_experts: list[Tensor] | None = (
+        None  # int16 [T_i, num_moe_layers, topk], -1: as the router likes
+    )
 
     def save(self, path: Path) -> None:
         """As a file for `load`, whose directory is made."""
@@ -53,7 +59,9 @@ class TrainBatch:
     def microbatch(self, indices: Sequence[int]) -> MicroBatch:
         """The given sequences, packed. Raises ValueError where there are none."""
         if not indices:
-            raise ValueError("a micro-batch needs at least one sequence; give empty ranks a masked-out one")
+            raise ValueError(
+                "a micro-batch needs at least one sequence; give empty ranks a masked-out one"
+            )
 
         def packed(per_sequence: list[Tensor] | None) -> Any:
             return None if per_sequence is None else torch.cat([per_sequence[i] for i in indices])
@@ -63,14 +71,21 @@ class TrainBatch:
 
         lengths = torch.tensor([len(self.token_ids[i]) for i in indices])
         return MicroBatch(
-            token_ids=packed(self.token_ids), loss_mask=packed(self.loss_mask), temperature=self.temperature,
+            token_ids=packed(self.token_ids),
+            loss_mask=packed(self.loss_mask),
+            temperature=self.temperature,
             positions=torch.cat([torch.arange(n) for n in lengths.tolist()]),
             cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
-            token_weights=spread(self.token_weights), rollout_logprobs=packed(self.rollout_logprobs),
-            advantages=packed(self.token_advantages) if self.token_advantages else spread(self.advantages),
-            old_logprobs=packed(self.old_logprobs), ref_logprobs=packed(self.ref_logprobs),
-            routed_experts=packed(self.routed_experts), denominator=self.denominator,
-        )  # fmt: skip
+            token_weights=spread(self.token_weights),
+            rollout_logprobs=packed(self.rollout_logprobs),
+            advantages=packed(self.token_advantages)
+            if self.token_advantages
+            else spread(self.advantages),
+            old_logprobs=packed(self.old_logprobs),
+            ref_logprobs=packed(self.ref_logprobs),
+            routed_experts=packed(self.routed_experts),
+            denominator=self.denominator,
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -92,7 +107,9 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)})
+        return replace(
+            self, **{k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,5 +134,7 @@ class StepMetrics:
     grad_norm: float  # before clipping
     lr: float
     skipped: bool  # a gradient that is not finite or unusually large: no update was made
-    values: dict[str, float]  # the algorithm's, named area/what_unit; train/logprob_gap_mean and _max
+    values: dict[
+        str, float
+    ]  # the algorithm's, named area/what_unit; train/logprob_gap_mean and _max
     num_skipped: int = 0  # so far, also before a resume

@@ -31,7 +31,9 @@ from nanoslime.types import RunError
 
 _GIB = 1 << 30
 _SGLANG_MEM_FRACTION = 0.85  # about what SGLang chooses by itself; it depends on the GPU
-COLOCATED_MEM_FRACTION = 0.7  # a sleeping trainer keeps its CUDA context, NCCL's buffers and fragments
+COLOCATED_MEM_FRACTION = (
+    0.7  # a sleeping trainer keeps its CUDA context, NCCL's buffers and fragments
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +82,18 @@ class Layout:
 
     def roles(self, node: int) -> str:
         """trainer, engine or trainer+engine."""
-        nodes = {"trainer": {t.node for t in self.trainers}, "engine": {e.node for e in self.engines}}
+        nodes = {
+            "trainer": {t.node for t in self.trainers},
+            "engine": {e.node for e in self.engines},
+        }
         return "+".join(role for role in nodes if node in nodes[role])
 
     def ranks_at(self, engine: EnginePlace) -> list[int]:
         """The trainer ranks on the engine's slots, in their order; none unless they are colocated."""
         places = {(t.node, t.slot): t.rank for t in self.trainers}
-        return [rank for slot in engine.slots if (rank := places.get((engine.node, slot))) is not None]
+        return [
+            rank for slot in engine.slots if (rank := places.get((engine.node, slot))) is not None
+        ]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -120,13 +127,20 @@ def plan(config: RunConfig, shape: ModelShape) -> Layout:
     if cluster.device == "cuda" and places:
         check_kernels(config.training, shape, transformer_engine=_has_transformer_engine(config))
     _check_engine(config, shape, slots)
-    colocated = (trainer_slots[0], [0] * cluster.nodes)  # as if there were no trainers, on their slots
+    colocated = (
+        trainer_slots[0],
+        [0] * cluster.nodes,
+    )  # as if there were no trainers, on their slots
     trainers = tuple(TrainerPlace(rank, node, slot) for rank, (node, slot) in enumerate(places))
     layout = Layout(
-        num_nodes=cluster.nodes, slots_per_node=slots, device=cluster.device,
-        backend=config.training.backend, parallel=parallel, trainers=trainers,
+        num_nodes=cluster.nodes,
+        slots_per_node=slots,
+        device=cluster.device,
+        backend=config.training.backend,
+        parallel=parallel,
+        trainers=trainers,
         engines=_engines(config, *(colocated if cluster.colocate else (slots, trainer_slots))),
-    )  # fmt: skip
+    )
     _check_memory(config, shape, layout)
     return layout
 
@@ -151,7 +165,9 @@ def _trainer_slots(config: RunConfig, slots: int) -> list[int]:
     if rollout_nodes is None:
         rollout_nodes = nodes // 2 if _apart(config) else 0
     if embedded and rollout_nodes:
-        raise RunError(f"cluster.rollout_nodes={rollout_nodes}: the embedded engine needs no nodes; set 0")
+        raise RunError(
+            f"cluster.rollout_nodes={rollout_nodes}: the embedded engine needs no nodes; set 0"
+        )
     if nodes == 1 and not rollout_nodes:
         return [_one_node_trainer_slots(config, slots)]
     choices = f"choose {_span(range(1, nodes))}, the rest are trainers"
@@ -173,10 +189,14 @@ def _check_colocated(config: RunConfig) -> None:
     for name in ("rollout_nodes", "engine_gpus"):
         if (value := getattr(config.cluster, name)) is not None:
             share = "engines then share the trainers' slots, on every node"
-            raise RunError(f"cluster.{name}={value} with cluster.colocate: {share}; leave one of them out")
+            raise RunError(
+                f"cluster.{name}={value} with cluster.colocate: {share}; leave one of them out"
+            )
     if config.rollout.engine == "embedded":
         what = "it has nothing to share with several ranks"
-        raise RunError(f"cluster.colocate with rollout.engine=embedded: {what}; leave one of them out")
+        raise RunError(
+            f"cluster.colocate with rollout.engine=embedded: {what}; leave one of them out"
+        )
 
 
 def _apart(config: RunConfig) -> bool:
@@ -188,9 +208,13 @@ def _one_node_trainer_slots(config: RunConfig, slots: int) -> int:
     apart, ranks, slot = _apart(config), config.training.num_gpus, _slot_name(config)
     given = engine = config.cluster.engine_gpus
     if not apart and engine:
-        raise RunError(f"cluster.engine_gpus={engine}: the embedded engine takes no GPU of its own; set 0")
+        raise RunError(
+            f"cluster.engine_gpus={engine}: the embedded engine takes no GPU of its own; set 0"
+        )
     if apart and slots == 1:
-        field = "cluster.gpus_per_node" if config.cluster.device == "cuda" else "cluster.slots_per_node"
+        field = (
+            "cluster.gpus_per_node" if config.cluster.device == "cuda" else "cluster.slots_per_node"
+        )
         room = f"one node with one {slot} has no room for an SGLang engine beside the trainer"
         raise RunError(f"{field}=1: {room}; use --colocate or --engine embedded")
     if apart and given is not None and not 1 <= given < slots:
@@ -205,7 +229,9 @@ def _one_node_trainer_slots(config: RunConfig, slots: int) -> int:
     return trainers
 
 
-def check_parallel(t: TrainingConfig, shape: ModelShape, ranks: int, slots: int, slot: str = "rank") -> None:
+def check_parallel(
+    t: TrainingConfig, shape: ModelShape, ranks: int, slots: int, slot: str = "rank"
+) -> None:
     """Raises RunError as frozen_names does, and for a model that the backend lacks or sizes that do not fit.
 
     `ranks` are all; the `slots` of a node, each called a `slot`, hold whole tensor-parallel groups.
@@ -216,7 +242,9 @@ def check_parallel(t: TrainingConfig, shape: ModelShape, ranks: int, slots: int,
     if t.backend == "fsdp" and shape.moe:
         raise RunError(f"{what}, which has experts; use --backend megatron")
     if t.routing_replay != "none" and not shape.moe_layers:
-        raise RunError(f"training.routing_replay={t.routing_replay}: {shape.model_type} has no experts")
+        raise RunError(
+            f"training.routing_replay={t.routing_replay}: {shape.model_type} has no experts"
+        )
     if t.freeze:  # of a model with many experts, naming the tensors takes half a second
         frozen_names(t.freeze, tensors(shape))
     if t.backend == "fsdp":
@@ -229,9 +257,14 @@ def check_parallel(t: TrainingConfig, shape: ModelShape, ranks: int, slots: int,
     model_ranks = t.tp_size * t.cp_size * t.pp_size
     if ranks % model_ranks:
         groups = ranks // t.cp_size
-        pairs = [f"{tp} x {pp}" for tp in tp_choices for pp in pp_choices if groups % (tp * pp) == 0]
+        pairs = [
+            f"{tp} x {pp}" for tp in tp_choices for pp in pp_choices if groups % (tp * pp) == 0
+        ]
         sizes = ["tp_size", "cp_size", "pp_size"] if t.cp_size > 1 else ["tp_size", "pp_size"]
-        product = " x ".join(f"training.{name}={getattr(t, name)}" for name in sizes) + f" = {model_ranks}"
+        product = (
+            " x ".join(f"training.{name}={getattr(t, name)}" for name in sizes)
+            + f" = {model_ranks}"
+        )
         place = f"{product} does not divide the {ranks} trainer {slot}s"
         raise RunError(f"{place}; choose TP x PP {words(pairs)}, or change cluster.nodes")
     check_experts(shape, t, ranks // t.pp_size)
@@ -240,7 +273,9 @@ def check_parallel(t: TrainingConfig, shape: ModelShape, ranks: int, slots: int,
 def check_data_parallel_only(t: TrainingConfig) -> None:
     for name in PARALLEL_SIZES:
         if getattr(t, name) != 1:
-            raise RunError(f"training.{name}={getattr(t, name)} needs --backend megatron; with fsdp set 1")
+            raise RunError(
+                f"training.{name}={getattr(t, name)} needs --backend megatron; with fsdp set 1"
+            )
 
 
 def _parallel(config: RunConfig, shape: ModelShape, ranks: int, slots: int) -> ParallelDims:
@@ -274,10 +309,14 @@ def check_kernels(training: TrainingConfig, shape: ModelShape, *, transformer_en
     """For trainers on GPUs. Raises RunError for what is slow without Transformer Engine, unless allowed."""
     if transformer_engine or training.allow_slow or training.backend != "megatron":
         return
-    way_out = "install transformer_engine in the environment of the job, or allow that by --allow-slow"
+    way_out = (
+        "install transformer_engine in the environment of the job, or allow that by --allow-slow"
+    )
     if training.cp_size > 1:
         slow = "each rank gathers the keys and values of all in every layer"
-        raise RunError(f"training.cp_size={training.cp_size}: without Transformer Engine {slow}; {way_out}")
+        raise RunError(
+            f"training.cp_size={training.cp_size}: without Transformer Engine {slow}; {way_out}"
+        )
     if shape.moe:
         slow = "experts are multiplied one after the other"
         raise RunError(f"{shape.model_type}: without Transformer Engine {slow}; {way_out}")
@@ -299,7 +338,9 @@ def _check_engine(config: RunConfig, shape: ModelShape, slots: int) -> None:
         raise RunError(f"rollout.engine=sglang: SGLang 0.5.23 {what}; use --engine embedded")
     tp, groups = config.rollout.engine_tp_size, shape.num_key_value_heads
     possible = [n for n in divisors(shape.num_attention_heads) if n <= slots]
-    fits = [n for n in possible if groups % n == 0 or n % groups == 0]  # key-value heads may be copied
+    fits = [
+        n for n in possible if groups % n == 0 or n % groups == 0
+    ]  # key-value heads may be copied
     why = f"does not fit num_attention_heads={shape.num_attention_heads} and num_key_value_heads={groups}"
     if tp > slots:
         why = f"exceeds the {slots} slots of a node"
@@ -321,9 +362,13 @@ def _engines(config: RunConfig, slots: int, trainer_slots: list[int]) -> tuple[E
         room, asked = free // tp, config.rollout.engines_per_node
         if not 1 <= (asked or room) <= room:
             value = f"rollout.engines_per_node={asked} x " if asked else ""
-            choice = f"engines_per_node at most {room}" if room else f"engine_tp_size at most {free}"
+            choice = (
+                f"engines_per_node at most {room}" if room else f"engine_tp_size at most {free}"
+            )
             place = f"the {free} {_slot_name(config)}s that node {node} has for engines"
-            raise RunError(f"{value}rollout.engine_tp_size={tp} does not fit {place}; choose {choice}")
+            raise RunError(
+                f"{value}rollout.engine_tp_size={tp} does not fit {place}; choose {choice}"
+            )
         for i in range(asked or room):
             first = slots - free + i * tp
             engines.append(EnginePlace(len(engines), node, tuple(range(first, first + tp))))
@@ -362,14 +407,22 @@ def memory(config: RunConfig, shape: ModelShape, layout: Layout) -> Memory:
         largest = max(shape.num_layer_parameters, shape.num_embedding_parameters)
         whole_states = shape.training_bytes(1, 1, 1, distributed_optimizer=False, trained=trained)
         states = (0 if t.optimizer_offload else whole_states // p.dp) + 2 * width * largest
-    heads, groups = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    whole = 4 * shape.hidden_size // (p.tp if t.sequence_parallel else 1)  # inputs and outputs of two norms
+    heads, groups = (
+        shape.num_attention_heads * shape.head_dim,
+        shape.num_key_value_heads * shape.head_dim,
+    )
+    whole = (
+        4 * shape.hidden_size // (p.tp if t.sequence_parallel else 1)
+    )  # inputs and outputs of two norms
     mlp, moe = 3 * shape.intermediate_size, shape.moe
     if moe:  # a token goes to several experts
         sent = moe.num_experts_per_token * (2 * shape.hidden_size + 3 * moe.intermediate_size)
         mlp = max(mlp, sent + 3 * moe.shared_intermediate_size)
     split = (2 * heads + 2 * groups + mlp) // p.tp
-    layer, at_once = (whole + split) * width, shape.num_layers  # of a stage, times its micro-batches
+    layer, at_once = (
+        (whole + split) * width,
+        shape.num_layers,
+    )  # of a stage, times its micro-batches
     if t.vpp_size > 1:
         at_once += shape.num_layers * (p.pp - 1) // (p.pp * t.vpp_size)
     kept = at_once * layer if not t.recompute else at_once * shape.hidden_size * width + layer
@@ -378,10 +431,11 @@ def memory(config: RunConfig, shape: ModelShape, layout: Layout) -> Memory:
     if shape.mla:  # one latent for all heads, on every rank
         cached = shape.mla.kv_lora_rank + shape.mla.qk_rope_head_dim
     return Memory(
-        states=states, activations=t.max_tokens_per_microbatch * kept,
+        states=states,
+        activations=t.max_tokens_per_microbatch * kept,
         engine_weights=width * shape.num_parameters // engine_tp,
         kv_bytes_per_token=shape.num_layers * cached * width,
-    )  # fmt: skip
+    )
 
 
 def _trained(freeze: Sequence[str], shape: ModelShape) -> float:
@@ -403,13 +457,17 @@ def _check_memory(config: RunConfig, shape: ModelShape, layout: Layout) -> None:
         raise RunError(f"weights, gradients and optimizer state take {share}; {way_out}")
     both = need.states + need.engine_weights
     if config.cluster.colocate and both > have:
-        share = f"{both / _GIB:.0f} GiB, trainer's states and engine's weights, while these are sent"
+        share = (
+            f"{both / _GIB:.0f} GiB, trainer's states and engine's weights, while these are sent"
+        )
         way_out = f"it has {limit}; raise rollout.engine_tp_size or the nodes"
         raise RunError(f"cluster.colocate: a GPU holds {share}; {way_out}")
     if layout.engines and need.engine_weights > have * _mem_fraction(config):
         given = f"rollout.engine_tp_size={config.rollout.engine_tp_size}"
         share = f"{need.engine_weights / _GIB:.0f} GiB of each engine GPU"
-        raise RunError(f"{given}: the weights take {share}, more than SGLang's share of {limit}; raise it")
+        raise RunError(
+            f"{given}: the weights take {share}, more than SGLang's share of {limit}; raise it"
+        )
 
 
 def _mem_fraction(config: RunConfig) -> float:
@@ -427,39 +485,59 @@ def describe(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
     backend = "Megatron" if layout.backend == "megatron" else "FSDP2"
     if layout.backend == "fsdp" and layout.num_nodes == 1:
         backend += " (what one node gets without --backend)"
-    interleaved = f" (interleaved by {config.training.vpp_size})" if config.training.vpp_size > 1 else ""
+    interleaved = (
+        f" (interleaved by {config.training.vpp_size})" if config.training.vpp_size > 1 else ""
+    )
     experts = f" EP={p.ep} ETP={config.training.etp_size}" if shape.moe else ""
     sizes = f"TP={p.tp} CP={p.cp} PP={p.pp}{interleaved} DP={p.dp}{experts}"
-    engines = "none: recorded rollouts" if config.rollout.load_rollouts else "embedded, in the driver"
+    engines = (
+        "none: recorded rollouts" if config.rollout.load_rollouts else "embedded, in the driver"
+    )
     if layout.engines:
         engines = f"SGLang: {len(layout.engines)} of {config.rollout.engine_tp_size} {slot}(s) each"
     if config.cluster.colocate:
         engines += ", the trainers' own; one of the two sleeps"
-    return "\n".join([
-        f"nodes     {nodes}",
-        f"model     {shape.model_type}, {shape.num_parameters:,} parameters, {config.model.dtype}",
-        f"trainers  {f'{backend}: {sizes}' if layout.trainers else 'none'}",
-        f"engines   {engines}",
-        *_memory_lines(config, shape, layout), "", layout.table(),
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            f"nodes     {nodes}",
+            f"model     {shape.model_type}, {shape.num_parameters:,} parameters, {config.model.dtype}",
+            f"trainers  {f'{backend}: {sizes}' if layout.trainers else 'none'}",
+            f"engines   {engines}",
+            *_memory_lines(config, shape, layout),
+            "",
+            layout.table(),
+        ]
+    )
 
 
 def _memory_lines(config: RunConfig, shape: ModelShape, layout: Layout) -> list[str]:
-    need, have, gpu = memory(config, shape, layout), config.cluster.gpu_memory_gib, layout.device == "cuda"
+    need, have, gpu = (
+        memory(config, shape, layout),
+        config.cluster.gpu_memory_gib,
+        layout.device == "cuda",
+    )
     trainer = f"trainer: {_size(need.states)} states, about {_size(need.activations)} activations"
     engine = f"engine: {_size(need.engine_weights)} weights"
     if gpu:
-        tokens = (have * _GIB * _mem_fraction(config) - need.engine_weights) / need.kv_bytes_per_token
+        tokens = (
+            have * _GIB * _mem_fraction(config) - need.engine_weights
+        ) / need.kv_bytes_per_token
         trainer += f", of {have:g} GiB"
         engine += f", room for about {tokens:,.0f} tokens of KV cache"
     if gpu and need.trainer > have * _GIB:
-        trainer += "; MAY NOT FIT: lower training.max_tokens_per_microbatch, or set training.recompute"
+        trainer += (
+            "; MAY NOT FIT: lower training.max_tokens_per_microbatch, or set training.recompute"
+        )
     lines = [trainer] * bool(layout.trainers) + [engine] * bool(layout.engines)
     return [f"{'' if i else 'memory':10}{line}" for i, line in enumerate(lines)]
 
 
 def _size(num_bytes: int) -> str:
-    return f"{num_bytes / _GIB:.1f} GiB" if num_bytes >= _GIB // 10 else f"{num_bytes / (1 << 20):.1f} MiB"
+    return (
+        f"{num_bytes / _GIB:.1f} GiB"
+        if num_bytes >= _GIB // 10
+        else f"{num_bytes / (1 << 20):.1f} MiB"
+    )
 
 
 def _slot_name(config: RunConfig) -> str:

@@ -15,7 +15,9 @@ def target(name: str, table: Mapping[str, str], what: str) -> str:
     found = table.get(name, name)
     if ":" not in found:
         known = ", ".join(sorted(table))
-        raise ValueError(f'{what}={name!r} is unknown; choose one of {known}, or "package.module:name"')
+        raise ValueError(
+            f'{what}={name!r} is unknown; choose one of {known}, or "package.module:name"'
+        )
     return found
 
 

@@ -10,7 +10,9 @@ from torch.distributed import distributed_c10d as c10d
 
 from nanoslime.types import RunError
 
-_PORTS = range(10_000, 20_000)  # below the ephemeral range (32768 and up): outgoing connections take those
+_PORTS = range(
+    10_000, 20_000
+)  # below the ephemeral range (32768 and up): outgoing connections take those
 
 
 def free_port(address: str) -> int:
@@ -43,7 +45,10 @@ def join_group(
     so that the two meet. Raises RuntimeError where the others do not come in time.
     """
     there, kind = dist.PrefixStore(name, store), dist.Backend(backend)
-    options: dict[str, Any] = {"group_name": c10d.GroupName(name), "timeout": timedelta(seconds=timeout_s)}
+    options: dict[str, Any] = {
+        "group_name": c10d.GroupName(name),
+        "timeout": timedelta(seconds=timeout_s),
+    }
     group, _ = c10d._new_process_group_helper(world_size, rank, [], kind, there, **options)
     c10d._world.pg_group_ranks[group] = {i: i for i in range(world_size)}
     return group

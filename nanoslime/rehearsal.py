@@ -32,12 +32,16 @@ from nanoslime.types import RunError
 logger = logging.getLogger(__name__)
 
 NUM_CHECKED = 400  # training problems that the warm start is not shown, but measured on
-TEACHER_LEAD = 1.1  # faultless demonstrations over the target reward: imitation then does reach the target
+TEACHER_LEAD = (
+    1.1  # faultless demonstrations over the target reward: imitation then does reach the target
+)
 MEASURE_EVERY, LOG_EVERY = 5, 50  # steps
 BATCH_SIZE, LR, WARMUP_STEPS = 128, 2e-3, 20
 SUMMARY = "rehearsal.json"
 
-Encoded = tuple[Tensor, Tensor]  # ids of prompts [N, P] and of their answers with the end token [N, A]
+Encoded = tuple[
+    Tensor, Tensor
+]  # ids of prompts [N, P] and of their answers with the end token [N, A]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,9 @@ def make(directory: Path, knobs: RehearsalConfig, deadline_s: float = 120.0) -> 
     The same knobs make the same files. A directory made before with them is taken as it is, one made with
     others is replaced. Raises RunError when the warm start has not reached `target_reward` by `deadline_s`.
     """
-    files = RehearsalFiles(directory / "model", directory / "train.jsonl", directory / "held_out.jsonl")
+    files = RehearsalFiles(
+        directory / "model", directory / "train.jsonl", directory / "held_out.jsonl"
+    )
     summary = directory / SUMMARY
     if summary.is_file() and read_json(summary)["knobs"] == asdict(knobs):
         logger.info("rehearsal: %s is there already", directory)
@@ -61,7 +67,9 @@ def make(directory: Path, knobs: RehearsalConfig, deadline_s: float = 120.0) -> 
     train, held_out = digit_problems(knobs.task, knobs.seed, knobs.num_held_out)
     tokenizer = build_tokenizer()
     with _one_thread():
-        checked, shown = (_encode(rows, tokenizer) for rows in (train[:NUM_CHECKED], train[NUM_CHECKED:]))
+        checked, shown = (
+            _encode(rows, tokenizer) for rows in (train[:NUM_CHECKED], train[NUM_CHECKED:])
+        )
         model, warm_start = _warm_start(checked, shown, knobs.seed, knobs.target_reward, deadline_s)
     partial = commit.partial_dir(directory)
     model.save_pretrained(partial / "model")
@@ -104,7 +112,9 @@ def _warm_start(
         optimizer.param_groups[0]["lr"] = LR * min(1.0, step / WARMUP_STEPS)
         picked, others = torch.randint(len(shown[0]), (2, BATCH_SIZE), generator=batches)
         wrong = torch.rand(BATCH_SIZE, num_digits + 1, generator=batches) < faulty
-        answers = torch.where(wrong, shown[1][others], shown[1][picked])  # the end token is the same in both
+        answers = torch.where(
+            wrong, shown[1][others], shown[1][picked]
+        )  # the end token is the same in both
         loss = -_answer_logprobs(model, shown[0][picked], answers).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -113,7 +123,9 @@ def _warm_start(
         if step % MEASURE_EVERY == 0 or reward > target_reward / 2:
             reward = _expected_reward(model, checked)
         if step % LOG_EVERY == 0:
-            logger.info("warm start: step %d, loss %.3f, expected reward %.3f", step, loss.item(), reward)
+            logger.info(
+                "warm start: step %d, loss %.3f, expected reward %.3f", step, loss.item(), reward
+            )
         if time.monotonic() - start > deadline_s and reward < target_reward:
             raise RunError(
                 f"the warm start has an expected reward of {reward:.3f} after {step} steps, {deadline_s:g} s,"

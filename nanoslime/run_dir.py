@@ -105,7 +105,9 @@ class RunDir:
     def attempt(self, number: int) -> Attempt:
         attempt = Attempt(self, number)
         if not attempt.path.is_dir():
-            raise RunError(f"{self.path} has no attempt {number}; it has {self._numbers() or 'none'}")
+            raise RunError(
+                f"{self.path} has no attempt {number}; it has {self._numbers() or 'none'}"
+            )
         return attempt
 
     def find_attempt(self, key: str) -> Attempt | None:
@@ -121,7 +123,11 @@ class RunDir:
         """Publish what the run is doing. One writer: the driver, or node 0's agent before and after it."""
         attempt = self.latest_attempt()
         beats = attempt.heartbeats() if attempt else {}
-        where = {"attempt": attempt.number if attempt else 0, "time": time.time(), "heartbeat": beats}
+        where = {
+            "attempt": attempt.number if attempt else 0,
+            "time": time.time(),
+            "heartbeat": beats,
+        }
         publish_json(self.path / "status.json", {"phase": phase, "step": step, **where, **facts})
 
     def status(self) -> dict[str, Any]:
@@ -137,10 +143,14 @@ class RunDir:
             except importlib.metadata.PackageNotFoundError:
                 versions[name] = "not installed"
         record = {
-            "argv": list(argv), "python": sys.version.split()[0], "versions": versions,
-            "git_commit": _git("rev-parse", "HEAD").strip(), "git_diff": _git("diff", "HEAD")[:1_000_000],
-            "host": socket.gethostname(), "time": time.time(),
-        }  # fmt: skip
+            "argv": list(argv),
+            "python": sys.version.split()[0],
+            "versions": versions,
+            "git_commit": _git("rev-parse", "HEAD").strip(),
+            "git_diff": _git("diff", "HEAD")[:1_000_000],
+            "host": socket.gethostname(),
+            "time": time.time(),
+        }
         publish_json(self.provenance, record)
 
     def _numbers(self) -> list[int]:
@@ -178,7 +188,9 @@ class Attempt:
 
     def heartbeats(self) -> dict[str, dict[str, Any]]:
         """By node: the last count, that node's clock, or that it has left."""
-        return {path.stem: read_json(path) for path in sorted((self.path / "heartbeat").glob("*.json"))}
+        return {
+            path.stem: read_json(path) for path in sorted((self.path / "heartbeat").glob("*.json"))
+        }
 
     def request_stop(self, reason: str, *, requeue: bool = False) -> None:
         """Ask the driver to commit a checkpoint and end with STOPPED. The first reason stays.
@@ -219,10 +231,16 @@ def recorded_rollouts(directory: str, num_rollout: int) -> str:
     """
     path = Path(directory).expanduser().absolute()
     path = path / "rollouts" if (path / "rollouts").is_dir() else path
-    found = sum(1 for _ in takewhile(Path.exists, (path / f"step_{i}.npz" for i in range(num_rollout))))
+    found = sum(
+        1 for _ in takewhile(Path.exists, (path / f"step_{i}.npz" for i in range(num_rollout)))
+    )
     if found < num_rollout:
-        holds = f"rollout.load_rollouts={directory!r} holds {found} rollouts (step_<k>.npz, from 0 on)"
-        raise RunError(f"{holds}, rollout.num_rollout={num_rollout} asks for more; lower it or record more")
+        holds = (
+            f"rollout.load_rollouts={directory!r} holds {found} rollouts (step_<k>.npz, from 0 on)"
+        )
+        raise RunError(
+            f"{holds}, rollout.num_rollout={num_rollout} asks for more; lower it or record more"
+        )
     return str(path)
 
 
@@ -236,4 +254,6 @@ def _git(*arguments: str) -> str:
     if shutil.which("git") is None:
         return ""
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, errors="replace").stdout
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=60, errors="replace"
+    ).stdout

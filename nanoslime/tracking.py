@@ -56,10 +56,12 @@ def console_line(step: int, num_rollout: int, metrics: dict[str, float]) -> str:
     """`step` of `num_rollout`: rewards, KL, logprob gap between engine and trainer, seconds per phase."""
     kl = "train/ref_kl" if "train/ref_kl" in metrics else "train/ppo_kl_abs"
     shown = [
-        ("reward", "rollout/reward_mean", ".3f"), ("eval", "eval/reward_mean", ".3f"),
-        (kl.removeprefix("train/"), kl, ".1e"), ("gap", "train/logprob_gap_mean", ".1e"),
+        ("reward", "rollout/reward_mean", ".3f"),
+        ("eval", "eval/reward_mean", ".3f"),
+        (kl.removeprefix("train/"), kl, ".1e"),
+        ("gap", "train/logprob_gap_mean", ".1e"),
         ("gap_max", "train/logprob_gap_max", ".1e"),
-    ]  # fmt: skip
+    ]
     parts = [f"{label} {metrics[name]:{form}}" for label, name, form in shown if name in metrics]
     if metrics.get("train/skipped"):
         parts.append("SKIPPED: gradient not finite or too large")
@@ -77,7 +79,10 @@ def _forget(run: RunDir, start: int) -> None:
     for path in filter(Path.exists, (run.metrics, run.evals)):
         # a line without its end was cut short when the run was killed
         lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        publish(path, "".join(line for line in lines if json.loads(line)["step"] < (start or -1)).encode())
+        publish(
+            path,
+            "".join(line for line in lines if json.loads(line)["step"] < (start or -1)).encode(),
+        )
 
 
 def _json_lines(path: Path) -> Sink:
@@ -106,9 +111,15 @@ def _tensorboard(directory: Path, start: int, closed_by: ExitStack) -> Sink:
 def _wandb(config: RunConfig, run: RunDir, closed_by: ExitStack) -> Sink:
     """One W&B run per run directory; W&B itself ignores steps that it has already seen."""
     wandb_run = resolve("wandb", WRITERS, "tracking.use_wandb=true, writer")(
-        project=config.tracking.wandb_project, mode=config.tracking.wandb_mode, resume="allow",
-        id=hashlib.sha256(str(run.path).encode()).hexdigest()[:16],  # other run roots may hold this name
-        name=run.name, dir=str(run.path), config=asdict(config),  # a pydantic dataclass is a dataclass
-    )  # fmt: skip
+        project=config.tracking.wandb_project,
+        mode=config.tracking.wandb_mode,
+        resume="allow",
+        id=hashlib.sha256(str(run.path).encode()).hexdigest()[
+            :16
+        ],  # other run roots may hold this name
+        name=run.name,
+        dir=str(run.path),
+        config=asdict(config),  # a pydantic dataclass is a dataclass
+    )
     closed_by.callback(wandb_run.finish)
     return lambda step, metrics: wandb_run.log(metrics, step=step)

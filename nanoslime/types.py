@@ -49,7 +49,9 @@ class Sample:
     token_ids: np.ndarray  # int32 [T]
     loss_mask: np.ndarray  # bool [T]
     rollout_logprobs: np.ndarray  # float32 [T]
-    policy_versions: list[tuple[int, int]]  # (first token, version): a sample may outlive a weight update
+    policy_versions: list[
+        tuple[int, int]
+    ]  # (first token, version): a sample may outlive a weight update
     status: Status
     text: str = ""  # the decoded response
     label: Any = None
@@ -59,7 +61,9 @@ class Sample:
     """[T-1, num_moe_layers, topk], uint8 up to 256 experts, else int16: those that token t went to, by layer
     that has experts; the engine never runs the last token."""
     reward: float | None = None  # set once, by the reward
-    advantage: float | None = None  # set once, by the algorithm, one scalar; never stored in `reward`
+    advantage: float | None = (
+        None  # set once, by the algorithm, one scalar; never stored in `reward`
+    )
 
     @property
     def num_tokens(self) -> int:
@@ -102,7 +106,9 @@ class GenerateRequest:
         """Raises RunError for a token id outside the vocabulary (it would kill a server)."""
         for position, token in enumerate(self.token_ids):
             if not 0 <= token < vocab_size:
-                what = f"token id {token} at position {position} of a prompt is not in the vocabulary"
+                what = (
+                    f"token id {token} at position {position} of a prompt is not in the vocabulary"
+                )
                 question = "is the tokenizer the checkpoint's own?"
                 raise RunError(f"engine {engine}: {what} of {vocab_size}; {question}")
 
@@ -116,10 +122,14 @@ class Generation:
     status: Status
     versions: list[tuple[int, int]]  # (first response token, policy version) spans
     error: str | None = None
-    routed_experts: np.ndarray | None = None  # [P+R-1, ...] as in Sample, where the engine was to report them
+    routed_experts: np.ndarray | None = (
+        None  # [P+R-1, ...] as in Sample, where the engine was to report them
+    )
 
 
-MemoryPart = Literal["weights", "cache"]  # of an engine: with the weights alone it can be sent new ones
+MemoryPart = Literal[
+    "weights", "cache"
+]  # of an engine: with the weights alone it can be sent new ones
 
 
 @runtime_checkable
@@ -138,8 +148,12 @@ class Engine(Protocol):
     def flush(self) -> None: ...
     def policy_version(self) -> int: ...
     def update_weights_from_disk(self, path: str, version: int) -> None: ...
-    def release_memory(self) -> None: ...  # of the device, weights and cache; nothing may be running
-    def resume_memory(self, part: MemoryPart) -> None: ...  # contents undefined: weights have to be sent anew
+    def release_memory(
+        self,
+    ) -> None: ...  # of the device, weights and cache; nothing may be running
+    def resume_memory(
+        self, part: MemoryPart
+    ) -> None: ...  # contents undefined: weights have to be sent anew
 
 
 @runtime_checkable
@@ -150,7 +164,14 @@ class BroadcastEngine(Engine, Protocol):
     world_size: int
 
     def init_weight_group(
-        self, *, address: str, port: int, rank_offset: int, world_size: int, group: str, backend: str
+        self,
+        *,
+        address: str,
+        port: int,
+        rank_offset: int,
+        world_size: int,
+        group: str,
+        backend: str,
     ) -> None: ...
     def begin_update(self) -> None: ...
     def receive_bucket(

@@ -73,7 +73,9 @@ def pytest_terminal_summary(terminalreporter) -> None:
 
 def _differences(terminalreporter, kind: str) -> None:
     """What tests recorded as `kind`, (a layout, differences by quantity): the largest of each layout."""
-    reports = [r for outcome in ("passed", "failed") for r in terminalreporter.stats.get(outcome, [])]
+    reports = [
+        r for outcome in ("passed", "failed") for r in terminalreporter.stats.get(outcome, [])
+    ]
     recorded = [value for r in reports for name, value in r.user_properties if name == kind]
     rows: dict[str, list[dict[str, float]]] = {}
     for layout, differences in recorded:
@@ -85,7 +87,9 @@ def _differences(terminalreporter, kind: str) -> None:
                 f"| {kind}: layout (runs) | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}"
             )
         largest = [max(run[name] for run in runs) for name in names]
-        cells = ["-" if math.isnan(value) else f"{value:.1e}".replace("e-0", "e-") for value in largest]
+        cells = [
+            "-" if math.isnan(value) else f"{value:.1e}".replace("e-0", "e-") for value in largest
+        ]
         terminalreporter.write_line(f"| {layout} ({len(runs)}) | {' | '.join(cells)} |")
 
 
@@ -96,7 +100,9 @@ def slurm_session() -> Iterator[SlurmCluster]:
 
 
 @pytest.fixture
-def slurm_cluster(slurm_session: SlurmCluster, request: pytest.FixtureRequest) -> Iterator[SlurmCluster]:
+def slurm_cluster(
+    slurm_session: SlurmCluster, request: pytest.FixtureRequest
+) -> Iterator[SlurmCluster]:
     """Four idle nodes of two CPUs; after a test its jobs are cancelled and nodes it killed come back."""
     failed_before = request.session.testsfailed
     yield slurm_session
@@ -127,7 +133,9 @@ def no_leftovers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """
     marker = uuid.uuid4().hex
     resource_tracker.ensure_running()  # Python's own; otherwise the first shared object would start it
-    before = {process.pid for process in processes.descendants(os.getpid(), processes.all_processes())}
+    before = {
+        process.pid for process in processes.descendants(os.getpid(), processes.all_processes())
+    }
     monkeypatch.setenv("NANOSLIME_TEST_MARKER", marker)
     yield
 

@@ -46,7 +46,9 @@ def all_processes() -> dict[int, Process]:
     return found
 
 
-def descendants(root: int, processes: dict[int, Process], stop_at: Iterable[int] = ()) -> set[Process]:
+def descendants(
+    root: int, processes: dict[int, Process], stop_at: Iterable[int] = ()
+) -> set[Process]:
     """Processes below `root`; those in `stop_at` and all that is below them are left out."""
     children: dict[int, list[Process]] = {}
     for process in processes.values():

@@ -12,7 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from nanoslime.config.rollout import RolloutConfig
 from nanoslime.rollout.sglang import SGLangEngine, SGLangServer
@@ -40,7 +45,9 @@ def save_tiny_model(path: Path, seed: int, tie: bool = False) -> Path:
         eos_token_id=None,  # random weights would sample it now and then, and end requests too early
     )
     Qwen3ForCausalLM(config).save_pretrained(path)
-    vocab = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocab = {
+        character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -57,7 +64,9 @@ def reference_logprobs(
     path: Path, prompt: list[int], response: list[int], temperature: float
 ) -> torch.Tensor:
     """log p of each response token by plain transformers, float32, one sequence: [R]."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager"
+    )
     with torch.no_grad():
         logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
     rows = torch.log_softmax(logits.double() / temperature, -1)
@@ -70,11 +79,15 @@ def pick_port() -> int:
         return probe.getsockname()[1]
 
 
-def make_server(model: Path, log: Path, port: int, name: str = "engine-0", **sglang: object) -> SGLangServer:
+def make_server(
+    model: Path, log: Path, port: int, name: str = "engine-0", **sglang: object
+) -> SGLangServer:
     return SGLangServer(
         name=name,
         model_path=str(model),
-        config=RolloutConfig(sglang={"max_total_tokens": 8192, "max_running_requests": 64, **sglang}),
+        config=RolloutConfig(
+            sglang={"max_total_tokens": 8192, "max_running_requests": 64, **sglang}
+        ),
         dtype="float32",
         device="cpu",
         host="127.0.0.1",
@@ -128,7 +141,9 @@ class ServerOwner:
                 stdout=subprocess.PIPE,
                 text=True,
             )
-            self._engine, self.server_pid = pickle.loads(bytes.fromhex(self._process.stdout.readline()))
+            self._engine, self.server_pid = pickle.loads(
+                bytes.fromhex(self._process.stdout.readline())
+            )
         assert self._engine is not None
         return self._engine
 
@@ -158,7 +173,9 @@ def process_group(group: int) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def shared_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerOwner]:
+def shared_server(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerOwner]:
     owner = ServerOwner(tiny_model, tmp_path_factory.mktemp("sglang") / "engine-0.log")
     yield owner
     owner.close()

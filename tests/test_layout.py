@@ -52,7 +52,12 @@ def nodes_of(places) -> list[int]:
 def test_the_rehearsal_has_trainers_on_the_first_two_nodes_and_one_engine_on_each_other():
     layout = make("--nodes 4 --tp-size 2 --pp-size 2 --rollout.engines-per-node 1")
     assert layout.parallel == ParallelDims(tp=2, pp=2, cp=1, ep=1, dp=1)
-    assert [(t.rank, t.node, t.slot) for t in layout.trainers] == [(0, 0, 0), (1, 0, 1), (2, 1, 0), (3, 1, 1)]
+    assert [(t.rank, t.node, t.slot) for t in layout.trainers] == [
+        (0, 0, 0),
+        (1, 0, 1),
+        (2, 1, 0),
+        (3, 1, 1),
+    ]
     assert [(e.index, e.node, e.slots) for e in layout.engines] == [(0, 2, (0,)), (1, 3, (0,))]
     assert [layout.roles(n) for n in range(4)] == ["trainer", "trainer", "engine", "engine"]
     assert (nodes_of(layout.trainers), nodes_of(layout.engines)) == ([0, 1], [2, 3])
@@ -60,14 +65,22 @@ def test_the_rehearsal_has_trainers_on_the_first_two_nodes_and_one_engine_on_eac
 
 def test_ranks_run_along_tp_then_cp_then_dp_then_pp():
     dims = ParallelDims(tp=2, pp=2, cp=2, ep=1, dp=2)
-    order = [tuple(dims.coordinates(rank)[name] for name in ("pp", "dp", "cp", "tp")) for rank in range(16)]
+    order = [
+        tuple(dims.coordinates(rank)[name] for name in ("pp", "dp", "cp", "tp"))
+        for rank in range(16)
+    ]
     assert order == list(product(range(2), repeat=4))
     assert dims.world_size == 16
 
 
 @pytest.mark.parametrize(
     ("flags", "engines"),
-    [("", 8), ("--engine-tp-size 2", 4), ("--engine-tp-size 4", 2), ("--rollout.engines-per-node 3", 3)],
+    [
+        ("", 8),
+        ("--engine-tp-size 2", 4),
+        ("--engine-tp-size 4", 2),
+        ("--rollout.engines-per-node 3", 3),
+    ],
 )
 def test_engines_fill_the_gpus_of_their_nodes(flags, engines):
     layout = make(f"--nodes 2 {H200} --tp-size 2 {flags}", QWEN3_4B)
@@ -98,14 +111,14 @@ def test_recorded_rollouts_leave_all_slots_to_trainers():
     assert [layout.roles(n) for n in range(2)] == ["trainer", "trainer"]
     text = describe(load(None, None, flags.split()), QWEN3_4B, layout)
     assert "engines   none: recorded rollouts" in text and "engine:" not in text
-    assert [t.slot for t in make("--nodes 1 --cluster.slots-per-node 1 --load-rollouts r").trainers] == [0]
+    assert [
+        t.slot for t in make("--nodes 1 --cluster.slots-per-node 1 --load-rollouts r").trainers
+    ] == [0]
     assert len(make("--nodes 1 --num-gpus 3 --load-rollouts runs/x").trainers) == 3
 
 
 def test_rollout_only_leaves_all_slots_to_engines():
-    flags = (
-        f"--nodes 2 {H200} --tp-size 3 --engine-tp-size 2 --rollout-only"  # the trainer's TP does not matter
-    )
+    flags = f"--nodes 2 {H200} --tp-size 3 --engine-tp-size 2 --rollout-only"  # the trainer's TP does not matter
     layout = make(flags, QWEN3_4B)
     assert (layout.trainers, len(layout.engines), nodes_of(layout.engines)) == ((), 8, [0, 1])
     text = describe(load(None, None, flags.split()), QWEN3_4B, layout)
@@ -150,7 +163,10 @@ def test_colocated_engines_take_the_slots_of_trainers(flags, ranks):
     layout = make(f"{flags} --colocate", QWEN3_4B)
     assert [layout.ranks_at(engine) for engine in layout.engines] == ranks
     assert all(layout.roles(node) == "trainer+engine" for node in range(layout.num_nodes))
-    assert len(layout.trainers) == layout.parallel.world_size > len(layout.engines) or len(ranks[0]) == 1
+    assert (
+        len(layout.trainers) == layout.parallel.world_size > len(layout.engines)
+        or len(ranks[0]) == 1
+    )
 
 
 def test_a_colocated_plan_shows_it_and_leaves_memory_to_the_sleeping_trainer():
@@ -233,8 +249,14 @@ def test_the_embedded_engine_takes_no_node():
             "--nodes 2 --colocate --engine embedded",
             "colocate with rollout.engine=embedded: it has nothing to share",
         ),
-        ("--nodes 2 --colocate --num-gpus 3", "num_gpus=3: a job of 2 nodes has 2 x 8 = 16 trainer ranks"),
-        ("--nodes 1 --colocate --num-gpus 9", "num_gpus=9: of the node's 8 GPUs 0 or .*; choose at most 8"),
+        (
+            "--nodes 2 --colocate --num-gpus 3",
+            "num_gpus=3: a job of 2 nodes has 2 x 8 = 16 trainer ranks",
+        ),
+        (
+            "--nodes 1 --colocate --num-gpus 9",
+            "num_gpus=9: of the node's 8 GPUs 0 or .*; choose at most 8",
+        ),
         (
             "--nodes 1 --colocate --cluster.gpu-memory-gib 12 --tp-size 8",
             "a GPU holds 16 GiB, .* raise rollout.engine_tp_size",
@@ -252,7 +274,10 @@ def test_the_embedded_engine_takes_no_node():
             "--nodes 4 --tp-size 8 --cp-size 2 --pp-size 3",
             "tp_size=8 x training.cp_size=2 x training.pp_size=3 = 48 does not divide the 16 .* 8 x 1,",
         ),
-        ("--nodes 4 --vpp-size 2", "training.vpp_size=2 needs training.pp_size of 2 or more; choose 1"),
+        (
+            "--nodes 4 --vpp-size 2",
+            "training.vpp_size=2 needs training.pp_size of 2 or more; choose 1",
+        ),
         (
             "--nodes 4 --pp-size 4 --vpp-size 2",
             "vpp_size=2 does not divide the 9 layers of a rank with training.pp_size=4; choose 1, 3 or 9",
@@ -283,7 +308,11 @@ def test_the_embedded_engine_takes_no_node():
     ],
 )
 def test_what_cannot_be_is_refused_with_value_place_and_way_out(flags, says):
-    slots = "" if "slots-per-node" in flags else "--cluster.gpus-per-node 8 --cluster.gpu-memory-gib 140"
+    slots = (
+        ""
+        if "slots-per-node" in flags
+        else "--cluster.gpus-per-node 8 --cluster.gpu-memory-gib 140"
+    )
     with pytest.raises(RunError, match=says):
         make(f"{slots} {flags}", QWEN3_4B)
 
@@ -299,7 +328,11 @@ def test_what_cannot_be_is_refused_with_value_place_and_way_out(flags, says):
         ),
         ("GLM-4-9B-0414", {}, "cannot train this glm4: norms after attention and MLP"),
         ("DeepSeek-V3", {}, "cannot train this deepseek_v3: rope scaling .*yarn"),
-        ("DeepSeek-V3", {"num_experts_per_tok": 4}, "cannot train this deepseek_v3: .*, groups of experts"),
+        (
+            "DeepSeek-V3",
+            {"num_experts_per_tok": 4},
+            "cannot train this deepseek_v3: .*, groups of experts",
+        ),
     ],
 )
 def test_what_the_megatron_backend_cannot_compute_is_refused_by_name(name, changes, says):
@@ -314,15 +347,27 @@ A3B = ModelShape.from_config(CONFIGS["Qwen3-30B-A3B"])  # 128 experts of 768
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ("--backend fsdp", "training.backend=fsdp .*qwen3_moe, which has experts; use --backend megatron"),
+        (
+            "--backend fsdp",
+            "training.backend=fsdp .*qwen3_moe, which has experts; use --backend megatron",
+        ),
         ("--tp-size 2", "training.tp_size=2 of a model with experts needs --sequence-parallel"),
         (
             "--ep-size 3",
             r"training.ep_size=3 must divide num_experts=128, .* the 16 ranks .*\[1, 2, 4, 8, 16\]",
         ),
-        ("--ep-size 16 --pp-size 2", r"ep_size=16 must divide .* the 8 ranks of a .*\[1, 2, 4, 8\]"),
-        ("--etp-size 5", r"training.etp_size=5 must divide moe_intermediate_size=768, .*\[1, 2, 4, 8, 16\]"),
-        ("--ep-size 8 --etp-size 4", r"etp_size=4 must divide .* training.etp_size the 16 .*\[1, 2\]"),
+        (
+            "--ep-size 16 --pp-size 2",
+            r"ep_size=16 must divide .* the 8 ranks of a .*\[1, 2, 4, 8\]",
+        ),
+        (
+            "--etp-size 5",
+            r"training.etp_size=5 must divide moe_intermediate_size=768, .*\[1, 2, 4, 8, 16\]",
+        ),
+        (
+            "--ep-size 8 --etp-size 4",
+            r"etp_size=4 must divide .* training.etp_size the 16 .*\[1, 2\]",
+        ),
     ],
 )
 def test_experts_that_do_not_fit_are_refused_with_the_way_out(flags, says):
@@ -333,13 +378,17 @@ def test_experts_that_do_not_fit_are_refused_with_the_way_out(flags, says):
 def test_a_pattern_of_frozen_tensors_that_matches_none_is_refused_before_submission():
     config = load(None, None, f"--nodes 4 {H200} --tp-size 2".split())
     frozen = replace(config, training=replace(config.training, freeze=["embed_token", "gate_porj"]))
-    with pytest.raises(RunError, match="'gate_porj' is found in no tensor of the model.*mlp.gate_proj"):
+    with pytest.raises(
+        RunError, match="'gate_porj' is found in no tensor of the model.*mlp.gate_proj"
+    ):
         plan(frozen, QWEN3_4B)
 
 
 def test_layers_without_experts_are_refused_where_sglang_would_take_them_for_sparse():
     shape = ModelShape.from_config(CONFIGS["Qwen3-30B-A3B"] | {"mlp_only_layers": [0, 5]})
-    with pytest.raises(RunError, match="experts in all layers of a qwen3_moe, this one in 46; use --engine"):
+    with pytest.raises(
+        RunError, match="experts in all layers of a qwen3_moe, this one in 46; use --engine"
+    ):
         make(f"--nodes 4 {H200} --ep-size 8 --allow-slow", shape)
     make(f"--nodes 4 {H200} --ep-size 8 --allow-slow --engine embedded", shape)
 
@@ -354,12 +403,16 @@ def test_experts_may_be_spread_over_all_ranks_of_a_pipeline_stage():
 
 def test_every_accepted_plan_has_all_ranks_and_no_slot_twice():
     accepted = 0
-    sizes = product((1, 2, 3, 4), (1, 2, 4), (1, 2), (1, 2), (None, 1, 2), (1, 2), ("sglang", "embedded"))
+    sizes = product(
+        (1, 2, 3, 4), (1, 2, 4), (1, 2), (1, 2), (None, 1, 2), (1, 2), ("sglang", "embedded")
+    )
     base = load(None, None, ["--backend", "megatron"])
     for nodes, slots, tp, pp, rollout_nodes, engine_tp, engine in sizes:
         config = replace(
             base,
-            cluster=replace(base.cluster, nodes=nodes, slots_per_node=slots, rollout_nodes=rollout_nodes),
+            cluster=replace(
+                base.cluster, nodes=nodes, slots_per_node=slots, rollout_nodes=rollout_nodes
+            ),
             training=replace(base.training, tp_size=tp, pp_size=pp),
             rollout=replace(base.rollout, engine_tp_size=engine_tp, engine=engine),
         )
@@ -395,17 +448,23 @@ def test_memory_of_a_model_worked_out_by_hand():
     )  # keys and values, layers, groups, head_dim, bfloat16
     assert need.activations == 8192 * 2 * 1 * 2 * (4 * 64 + (2 * 64 + 2 * 32 + 3 * 128) // 2)
     with_reference = replace(config, algorithm=replace(config.algorithm, kl_coef=0.1))
-    assert memory(with_reference, TINY, plan(config, TINY)).states == need.states  # it waits on the CPU
+    assert (
+        memory(with_reference, TINY, plan(config, TINY)).states == need.states
+    )  # it waits on the CPU
     offloaded = replace(config, training=replace(config.training, optimizer_offload=True))
     assert memory(offloaded, TINY, plan(config, TINY)).states == pytest.approx(rank * 6, rel=1e-3)
     frozen = replace(config, training=replace(config.training, freeze=["embed_tokens", "lm_head"]))
     share = layer / (layer + embedding)
-    assert memory(frozen, TINY, plan(frozen, TINY)).states == pytest.approx(rank * (2 + 16 * share), rel=1e-3)
+    assert memory(frozen, TINY, plan(frozen, TINY)).states == pytest.approx(
+        rank * (2 + 16 * share), rel=1e-3
+    )
 
 
 def test_context_parallel_ranks_share_the_optimizer_state_and_interleaving_keeps_more_activations():
     def need(sizes):
-        config = load(None, None, f"--nodes 4 --cluster.slots-per-node 8 --tp-size 2 {sizes}".split())
+        config = load(
+            None, None, f"--nodes 4 --cluster.slots-per-node 8 --tp-size 2 {sizes}".split()
+        )
         return memory(config, QWEN3_4B, plan(config, QWEN3_4B))
 
     plain, spread = need("--pp-size 2"), need("--pp-size 2 --cp-size 2")
@@ -440,7 +499,9 @@ def test_what_is_slow_without_transformer_engine_needs_to_be_allowed_on_gpus(tmp
 
 def test_experts_without_transformer_engine_need_to_be_allowed():
     training = load(None, None, ["--backend", "megatron"]).training
-    with pytest.raises(RunError, match="qwen3_moe: without Transformer Engine experts .* by --allow-slow"):
+    with pytest.raises(
+        RunError, match="qwen3_moe: without Transformer Engine experts .* by --allow-slow"
+    ):
         check_kernels(training, A3B, transformer_engine=False)
     check_kernels(replace(training, allow_slow=True), A3B, transformer_engine=False)
     check_kernels(training, A3B, transformer_engine=True)

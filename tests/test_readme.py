@@ -53,16 +53,22 @@ def test_submissions_plan(command, files, capsys):
     words = shlex.split(command)
     flags = words[words.index("jobs/submit_grpo.py") + 1 :]
     nodes = flags[flags.index("--nodes") + 1]
-    code = submit_grpo.main([*flags, "--dry-run", "--cluster.gpu-memory-gib", "140"], {"PATH": ""}, files)
+    code = submit_grpo.main(
+        [*flags, "--dry-run", "--cluster.gpu-memory-gib", "140"], {"PATH": ""}, files
+    )
     shown = capsys.readouterr().out
     assert f"nodes     {nodes} x" in shown
-    assert code == (2 if "--cluster" in flags else 0)  # a cluster file without sbatch would be refused
+    assert code == (
+        2 if "--cluster" in flags else 0
+    )  # a cluster file without sbatch would be refused
 
 
 @pytest.mark.parametrize("command", TRAININGS)
 def test_trainings_are_valid_configurations(command):
     words = [w for w in shlex.split(command)[3:] if w != "--mock"]
-    recipe = ROOT / words.pop(0) if not words[0].startswith("--") else ROOT / "jobs/recipes/mock.yaml"
+    recipe = (
+        ROOT / words.pop(0) if not words[0].startswith("--") else ROOT / "jobs/recipes/mock.yaml"
+    )
     config = load(recipe, None, words)
     assert config.training.backend == "fsdp"
 
@@ -74,7 +80,11 @@ def test_every_path_exists():
     named += [w for c in COMMANDS for w in shlex.split(c) if re.match(r"(jobs|env|nanoslime)/", w)]
     assert len(named) > 30
     missing = [name for name in named if not (ROOT / name).exists()]
-    assert missing == ["tests/RESULTS.md"] if not (ROOT / "tests/RESULTS.md").exists() else missing == []
+    assert (
+        missing == ["tests/RESULTS.md"]
+        if not (ROOT / "tests/RESULTS.md").exists()
+        else missing == []
+    )
 
 
 def test_every_flag_exists():
@@ -103,5 +113,7 @@ def test_every_flag_exists():
 @pytest.mark.parametrize("command", TOOLS)
 def test_tools_take_the_arguments_that_are_shown(command):
     program, *arguments = shlex.split(command)[1:]
-    shown = subprocess.run([sys.executable, program, "--help"], cwd=ROOT, capture_output=True, text=True)
+    shown = subprocess.run(
+        [sys.executable, program, "--help"], cwd=ROOT, capture_output=True, text=True
+    )
     assert " ".join(arguments) in shown.stdout

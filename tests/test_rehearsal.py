@@ -53,7 +53,9 @@ def test_problems_follow_the_seed():
 
 
 def test_an_unknown_task_and_a_bad_split_are_refused():
-    with pytest.raises(ValueError, match="rehearsal.task='add' is not known; choose reverse or sort"):
+    with pytest.raises(
+        ValueError, match="rehearsal.task='add' is not known; choose reverse or sort"
+    ):
         digit_problems("add", 0, 400)
     with pytest.raises(ValueError, match="num_held_out=5001; choose 1 to 5000 of 10000"):
         digit_problems("reverse", 0, 5001)
@@ -91,7 +93,9 @@ def test_samples_of_the_saved_model_are_right_as_often_as_the_warm_start_says(ma
     problems = rows(made.held_out)
     prompts = torch.tensor(tokenizer([prompt for prompt, _ in problems])["input_ids"]).repeat(4, 1)
     torch.manual_seed(0)
-    output = model.generate(prompts, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=8)
+    output = model.generate(
+        prompts, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=8
+    )
     texts = tokenizer.batch_decode(output[:, prompts.shape[1] :], skip_special_tokens=True)
     labels = [label for _, label in problems] * 4
     reward = sum(text == label for text, label in zip(texts, labels, strict=True)) / len(labels)

@@ -31,11 +31,22 @@ def test_open_refuses_what_is_no_run(run: RunDir, tmp_path: Path) -> None:
 
 def test_paths_are_those_of_the_design(run: RunDir) -> None:
     attempt = run.new_attempt()
-    places = [run.config, run.plan, run.checkpoint(3), run.hf(3), attempt.log("trainer", 1), run.metrics]
+    places = [
+        run.config,
+        run.plan,
+        run.checkpoint(3),
+        run.hf(3),
+        attempt.log("trainer", 1),
+        run.metrics,
+    ]
     assert [str(place.relative_to(run.path)) for place in places] == [
-        "config.yaml", "plan.json", "checkpoints/step_3", "hf/step_3", "attempts/1/logs/trainer-1.log",
+        "config.yaml",
+        "plan.json",
+        "checkpoints/step_3",
+        "hf/step_3",
+        "attempts/1/logs/trainer-1.log",
         "metrics.jsonl",
-    ]  # fmt: skip
+    ]
 
 
 def test_attempts_count_up_and_latest_follows(run: RunDir) -> None:
@@ -45,13 +56,17 @@ def test_attempts_count_up_and_latest_follows(run: RunDir) -> None:
     assert os.readlink(run.attempts / "latest") == "2"
     assert run.latest_attempt() == second
     assert (run.find_attempt("7-0"), run.find_attempt("8-0")) == (first, None)
-    with pytest.raises(RunError, match=r"no attempt 3; it has \[1, 2\]|no attempt 3; it has \[2, 1\]"):
+    with pytest.raises(
+        RunError, match=r"no attempt 3; it has \[1, 2\]|no attempt 3; it has \[2, 1\]"
+    ):
         run.attempt(3)
 
 
 def test_attempts_made_at_once_are_different(run: RunDir) -> None:
     numbers: list[int] = []
-    threads = [threading.Thread(target=lambda: numbers.append(run.new_attempt().number)) for _ in range(8)]
+    threads = [
+        threading.Thread(target=lambda: numbers.append(run.new_attempt().number)) for _ in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -88,7 +103,12 @@ def test_status_holds_phase_step_and_every_nodes_heartbeat(run: RunDir) -> None:
     attempt.leave(2)
     run.write_status("train", 2, reward=0.5)
     status = run.status()
-    assert (status["phase"], status["step"], status["attempt"], status["reward"]) == ("train", 2, 1, 0.5)
+    assert (status["phase"], status["step"], status["attempt"], status["reward"]) == (
+        "train",
+        2,
+        1,
+        0.5,
+    )
     assert {n: b.get("count", "left") for n, b in status["heartbeat"].items()} == {
         "0": 4,
         "2": "left",

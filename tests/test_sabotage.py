@@ -108,7 +108,9 @@ FAULTS = [
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("sabotage") / "checkout"
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     for name in listed.stdout.splitlines():
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, copy / name)
@@ -129,20 +131,26 @@ def run_test(checkout: Path, test: str) -> subprocess.CompletedProcess[str]:
         *test.split(),
     ]
     env = os.environ | {"PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=580, env=env)
+    return subprocess.run(
+        command, cwd=checkout, capture_output=True, text=True, timeout=580, env=env
+    )
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.name)
 def test_a_fault_turns_its_test_red(checkout, fault):
     file = checkout / fault.file
     sound = file.read_text()
-    assert sound.count(fault.old) == 1, f"{fault.old!r} stands {sound.count(fault.old)} times in {fault.file}"
+    assert sound.count(fault.old) == 1, (
+        f"{fault.old!r} stands {sound.count(fault.old)} times in {fault.file}"
+    )
     try:
         file.write_text(sound.replace(fault.old, fault.new))
         done = run_test(checkout, fault.test)
     finally:
         file.write_text(sound)
-    assert done.returncode == 1 and " failed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+    assert done.returncode == 1 and " failed" in done.stdout, (
+        done.stdout[-3000:] + done.stderr[-1000:]
+    )
 
 
 @pytest.mark.parametrize("test", sorted({f.test for f in FAULTS}))

@@ -119,6 +119,10 @@ def test_wandb_gets_steps_offline_by_default(run, monkeypatch, tmp_path):
         tracker.log(0, {"a": 1.0})
     options, *calls = sys.modules["wandb"].calls
     monkeypatch.delitem(sys.modules, "wandb")
-    assert options["mode"] == "offline" and options["name"] == run.name and options["dir"] == str(run.path)
+    assert (
+        options["mode"] == "offline"
+        and options["name"] == run.name
+        and options["dir"] == str(run.path)
+    )
     assert options["config"]["rollout"]["num_rollout"] == 9
     assert calls == [[0, {"a": 1.0}], "finish"]

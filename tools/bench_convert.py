@@ -39,10 +39,20 @@ def make_model(directory: Path, gigabytes: float) -> int:
     """A random Llama of about that size in bfloat16, in files of a quarter of it; returns its bytes."""
     layers = max(1, round((gigabytes * 1e9 - _ENDS_BYTES) / _LAYER_BYTES))
     config = dict(
-        model_type="llama", hidden_size=2048, intermediate_size=5632, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=64, num_hidden_layers=layers, vocab_size=32000, rms_norm_eps=1e-5,
-        tie_word_embeddings=gigabytes < 0.5, max_position_embeddings=4096, rope_theta=1e4, hidden_act="silu",
-    )  # fmt: skip
+        model_type="llama",
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        num_hidden_layers=layers,
+        vocab_size=32000,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=gigabytes < 0.5,
+        max_position_embeddings=4096,
+        rope_theta=1e4,
+        hidden_act="silu",
+    )
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config))
     shapes = tensors(ModelShape.from_config(config))
@@ -83,37 +93,56 @@ def one_size(work: Path, gigabytes: float, rounds: int) -> dict[str, list[Run]]:
         size = pool.submit(make_model, hf, gigabytes).result()
     convert("hf_to_megatron", hf, megatron)
     sources = {
-        "cp + sync of the Hugging Face files": hf, "hf_to_megatron": hf, "hf_to_megatron --no-checksums": hf,
-        "cp + sync of the Megatron files": megatron, "megatron_to_hf": megatron,
+        "cp + sync of the Hugging Face files": hf,
+        "hf_to_megatron": hf,
+        "hf_to_megatron --no-checksums": hf,
+        "cp + sync of the Megatron files": megatron,
+        "megatron_to_hf": megatron,
         "megatron_to_hf --no-checksums": megatron,
-    }  # fmt: skip
+    }
     runs: dict[str, list[Run]] = {kind: [] for kind in sources}
     for number in range(rounds):
         order = list(sources)
         random.Random(number).shuffle(order)
         for kind in order:
-            subprocess.run(["sync"], check=True)  # what earlier runs left to be written is not this one's
+            subprocess.run(
+                ["sync"], check=True
+            )  # what earlier runs left to be written is not this one's
             source = sources[kind]
-            runs[kind].append(copy(source, out) if kind.startswith("cp") else convert(kind, source, out))
+            runs[kind].append(
+                copy(source, out) if kind.startswith("cp") else convert(kind, source, out)
+            )
             shutil.rmtree(out)
     print(f"\n{size / 1e9:.3f} GB, {rounds} rounds\n")
-    print("| | median s | least s | of cp + sync: median | least | peak MB |\n|---|---|---|---|---|---|")
+    print(
+        "| | median s | least s | of cp + sync: median | least | peak MB |\n|---|---|---|---|---|---|"
+    )
     for kind, done in runs.items():
-        base = next(runs[first] for first in sources if sources[first] == sources[kind])  # cp + sync
+        base = next(
+            runs[first] for first in sources if sources[first] == sources[kind]
+        )  # cp + sync
         median, least = (pick([run.seconds for run in done]) for pick in (statistics.median, min))
         of_median = median / statistics.median(run.seconds for run in base)
         of_least = least / min(run.seconds for run in base)
         peak = max(run.peak_mb for run in done)
-        print(f"| {kind} | {median:.2f} | {least:.2f} | {of_median:.2f} | {of_least:.2f} | {peak:.0f} |")
+        print(
+            f"| {kind} | {median:.2f} | {least:.2f} | {of_median:.2f} | {of_least:.2f} | {peak:.0f} |"
+        )
     return runs
 
 
 def main(argv: list[str]) -> int:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=float, nargs="*", default=[1.0, 4.0], help="GB, timed (%(default)s)")
-    parser.add_argument("--memory-sizes", type=float, nargs="*", default=[0.25], help="GB, memory only")
+    parser.add_argument(
+        "--sizes", type=float, nargs="*", default=[1.0, 4.0], help="GB, timed (%(default)s)"
+    )
+    parser.add_argument(
+        "--memory-sizes", type=float, nargs="*", default=[0.25], help="GB, memory only"
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dir", type=Path, help="where to work: needs three times the largest size")
+    parser.add_argument(
+        "--dir", type=Path, help="where to work: needs three times the largest size"
+    )
     arguments = parser.parse_args(argv)
     print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", end="")
     peaks: dict[float, float] = {}
@@ -121,8 +150,13 @@ def main(argv: list[str]) -> int:
     for size, rounds in timed_sizes + [(size, 1) for size in arguments.memory_sizes]:
         with tempfile.TemporaryDirectory(dir=arguments.dir) as work:
             runs = one_size(Path(work), size, rounds)
-        peaks[size] = max(run.peak_mb for kind, done in runs.items() if "cp" not in kind for run in done)
-    print("\npeak memory: " + ", ".join(f"{size:g} GB {peak:.0f} MB" for size, peak in sorted(peaks.items())))
+        peaks[size] = max(
+            run.peak_mb for kind, done in runs.items() if "cp" not in kind for run in done
+        )
+    print(
+        "\npeak memory: "
+        + ", ".join(f"{size:g} GB {peak:.0f} MB" for size, peak in sorted(peaks.items()))
+    )
     return 0
 
 

@@ -106,13 +106,17 @@ def main(argv: list[str]) -> int:
     sizes = f"[{options.tokens}, {options.hidden}] x [{options.vocab}, {options.hidden}]"
     print(f"{sizes}, {options.dtype}, gradient of {options.gradient}, {options.device}\n")
     print("| | median s | extra memory, GB |\n|---|---|---|")
-    s, gb = ([statistics.median(r[key] for r in found[way]) for way in ways] for key in ("s", "bytes"))
+    s, gb = (
+        [statistics.median(r[key] for r in found[way]) for way in ways] for key in ("s", "bytes")
+    )
     for i, way in enumerate(ways):
         print(f"| {way} | {s[i]:.2f} | {gb[i] / 1e9:.3f} |")
     if len(ways) == 2:
         print(f"| nanoslime / naive | {s[1] / s[0]:.2f} | 1/{gb[0] / gb[1]:.1f} |\n")
         differences = [f"{(a - b).abs().max():.1e}" for a, b in zip(*tensors, strict=True)]
-        print("max |difference| of logprobs, entropy, hidden gradient, weight gradient:", *differences)
+        print(
+            "max |difference| of logprobs, entropy, hidden gradient, weight gradient:", *differences
+        )
     return 0
 
 

@@ -38,7 +38,9 @@ def gsm8k(directory: Path, number: int) -> tuple[str, list[int]]:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         texts = [row["question"] + row["answer"] for row in rows[:number]]
         return "GSM8K", [len(text) // 4 + 1 for text in texts]
-    print(f"{file} does not exist: lengths are exp(Normal(ln 124, 0.42)) instead, near those of GSM8K")
+    print(
+        f"{file} does not exist: lengths are exp(Normal(ln 124, 0.42)) instead, near those of GSM8K"
+    )
     lengths = np.random.default_rng(0).lognormal(np.log(124), 0.42, number)
     return "GSM8K, by formula", lengths.astype(int).tolist()
 
@@ -87,7 +89,10 @@ def measure(planner: Planner, lengths: list[int]) -> tuple[float, float, float, 
     seconds = time.perf_counter() - started
     costs = sequence_costs(lengths, PARITY_TOKENS)
     assert sorted(i for rank in plan for m in rank for i in m) == list(range(len(lengths)))
-    slots, least = NUM_RANKS * max(map(len, plan)), -(-sum(lengths) // (NUM_RANKS * BUDGET)) * NUM_RANKS
+    slots, least = (
+        NUM_RANKS * max(map(len, plan)),
+        -(-sum(lengths) // (NUM_RANKS * BUDGET)) * NUM_RANKS,
+    )
     loads = [sum(costs[i] for m in rank for i in m) for rank in plan]
     fill, most = (sum(lengths) / (count * BUDGET) for count in (slots, least))
     return fill, most, max(loads) * NUM_RANKS / sum(loads), seconds
@@ -101,7 +106,9 @@ def main(argv: list[str]) -> int:
     add("--median", type=float, default=4096, help="of the long tail, in tokens (%(default)s)")
     arguments = parser.parse_args(argv)
     name, lengths = gsm8k(arguments.gsm8k, 7473)
-    traces = {f"{name}, {len(lengths)}{times}": [lengths * n] for n, times in ((1, ""), (8, " x 8"))}
+    traces = {
+        f"{name}, {len(lengths)}{times}": [lengths * n] for n, times in ((1, ""), (8, " x 8"))
+    }
     for number, median in ((512, arguments.median), (512, 2048.0), (8192, 2048.0)):
         seeds = range(arguments.seeds if number == 512 else 1)
         traces[f"log-normal, median {median:g}, {number}, seed 0"] = [long_tail(0, median, number)]
@@ -109,7 +116,9 @@ def main(argv: list[str]) -> int:
             key = f"log-normal, median {median:g}, {number}, worst of {len(seeds)} seeds"
             traces[key] = [long_tail(seed, median, number) for seed in seeds]
     print(f"DP {NUM_RANKS}, budget {BUDGET}\n")
-    print("| trace | plan | fill | most possible | slowest rank / mean | s |\n|---|---|---|---|---|---|")
+    print(
+        "| trace | plan | fill | most possible | slowest rank / mean | s |\n|---|---|---|---|---|---|"
+    )
     for trace, cases in traces.items():
         for planner in (nanoslime, first_fit, karmarkar_karp):
             results = np.array([measure(planner, lengths) for lengths in cases])

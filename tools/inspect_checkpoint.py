@@ -26,14 +26,18 @@ def main(argv: list[str]) -> int:
     data = torch_dist_directory(arguments.directory) if arguments.directory.is_dir() else None
     if data:
         print("\n".join(_training_state(data)))
-    checkpoint = open_checkpoint(arguments.directory, arguments.hf_checkpoint, verify=arguments.verify)
+    checkpoint = open_checkpoint(
+        arguments.directory, arguments.hf_checkpoint, verify=arguments.verify
+    )
     shape, rows = checkpoint.shape, checkpoint.tensors.items()
     dtypes = Counter({dtype: 0 for dtype in sorted({t.dtype for _, t in rows})})
     for _, tensor in rows:
         dtypes[tensor.dtype] += tensor.num_bytes
     print(f"weights   {checkpoint.format}: {len(rows)} tensors, {checkpoint.num_bytes:,} bytes")
     print("dtypes    " + ", ".join(f"{dtype} {count:,} bytes" for dtype, count in dtypes.items()))
-    print(f"model     {shape.model_type}, {shape.num_parameters:,} parameters, {shape.num_layers} layers")
+    print(
+        f"model     {shape.model_type}, {shape.num_parameters:,} parameters, {shape.num_layers} layers"
+    )
     print(f"          hidden size {shape.hidden_size}, vocabulary {shape.vocab_size}")
     if moe := shape.moe:
         print(f"          {moe.num_experts} experts, {moe.num_experts_per_token} a token")
@@ -57,7 +61,9 @@ def _training_state(data: Path) -> list[str]:
     common = torch_dist.read_common(data)
     others = sum(tensor.num_bytes for key, tensor in tensors.items() if not keys.is_weight(key))
     lines = [f"torch_dist {data}, layout {keys.layout(weights)}"]
-    lines.append(f"state     {len(tensors) - len(weights)} tensors besides the weights, {others:,} bytes")
+    lines.append(
+        f"state     {len(tensors) - len(weights)} tensors besides the weights, {others:,} bytes"
+    )
     lines.append(f"          {len(objects)} objects; common: {', '.join(sorted(map(str, common)))}")
     if "iteration" in common or "step" in common:
         lines.append(f"iteration {common.get('iteration', common.get('step'))}")

@@ -17,11 +17,15 @@ from tools.conversion.plan import to_huggingface
 def main(argv: list[str]) -> int:
     made = parser(__doc__, "megatron_to_hf.py", "MEGATRON_DIR")
     made.add_argument(
-        "--hf-checkpoint", type=Path, metavar="DIR",
+        "--hf-checkpoint",
+        type=Path,
+        metavar="DIR",
         help="the original model: configuration and tokenizer where they are not beside the checkpoint (in "
         "hf/), and names, order and dtypes of the files",
-    )  # fmt: skip
-    made.add_argument("--dtype", choices=("BF16", "F16", "F32"), help="of all tensors; left out: as they are")
+    )
+    made.add_argument(
+        "--dtype", choices=("BF16", "F16", "F32"), help="of all tensors; left out: as they are"
+    )
     arguments = made.parse_args(argv)
     convert(arguments, partial(to_huggingface, dtype=arguments.dtype), arguments.hf_checkpoint)
     return 0

@@ -12,12 +12,15 @@ from typing import Any
 from nanoslime.config.upstream import list_file
 
 SOURCES = {  # package, and where it declares options: annotated names of (file pattern, class); "": any class
-    "megatron": ("megatron-core", (
-        ("megatron/core/model_parallel_config.py", "ModelParallelConfig"),
-        ("megatron/core/transformer/transformer_config.py", "TransformerConfig"),
-    )),
+    "megatron": (
+        "megatron-core",
+        (
+            ("megatron/core/model_parallel_config.py", "ModelParallelConfig"),
+            ("megatron/core/transformer/transformer_config.py", "TransformerConfig"),
+        ),
+    ),
     "sglang": ("sglang", (("sglang/srt/arg_groups/fields/*.py", ""),)),
-}  # fmt: skip
+}
 
 
 def installed(which: str) -> dict[str, Any]:

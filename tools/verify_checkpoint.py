@@ -50,10 +50,14 @@ def main(argv: list[str]) -> int:
 def compare_bits(a: Checkpoint, b: Checkpoint) -> int:
     """Prints every tensor that differs; 1 if there is one."""
     started, of_a, of_b = time.monotonic(), a.huggingface(), b.huggingface()
-    own = {piece.hf for checkpoint in (a, b) for piece in checkpoint.pieces()}  # a repeat may be in one alone
+    own = {
+        piece.hf for checkpoint in (a, b) for piece in checkpoint.pieces()
+    }  # a repeat may be in one alone
     names = sorted(own | (of_a.keys() & of_b.keys()))
     with bar(a.num_bytes) as progress, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = list(pool.map(lambda name: difference(of_a.get(name), of_b.get(name), progress), names))
+        found = list(
+            pool.map(lambda name: difference(of_a.get(name), of_b.get(name), progress), names)
+        )
     wrong = [f"{name}: {why}" for name, why in zip(names, found, strict=True) if why]
     for line in wrong[:_SHOWN]:
         print(line)
@@ -82,7 +86,9 @@ def compare_logits(a: Checkpoint, b: Checkpoint, num_tokens: int, tolerance: flo
     by_a, by_b = compute(a, num_tokens), compute(b, num_tokens)
     gap, largest = float((by_a - by_b).abs().max()), float(by_a.abs().max())
     verdict = "same logits" if gap <= tolerance * largest else "DIFFERENT LOGITS"
-    print(f"{verdict}: max |difference| {gap:.3e}, max |logit| {largest:.3e}, {list(by_a.shape)} in float32")
+    print(
+        f"{verdict}: max |difference| {gap:.3e}, max |logit| {largest:.3e}, {list(by_a.shape)} in float32"
+    )
     return 0 if gap <= tolerance * largest else 1
 
 

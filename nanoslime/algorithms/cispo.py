@@ -8,7 +8,9 @@ from nanoslime.batch import MicroBatch
 
 
 class CISPO(PolicyGradient):
-    def policy_terms(self, logp: Tensor, log_ratio: Tensor, advantages: Tensor, batch: MicroBatch) -> Terms:
+    def policy_terms(
+        self, logp: Tensor, log_ratio: Tensor, advantages: Tensor, batch: MicroBatch
+    ) -> Terms:
         """-clip(ratio, 1 - eps_clip, 1 + eps_clip_high) A logprob, the first factor detached: equation 4,
         with the weight of equation 5. No token loses its gradient to the clip.
         """

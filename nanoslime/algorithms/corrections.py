@@ -54,7 +54,9 @@ def importance(log_w: Tensor, mask: Tensor, cu_seqlens: Tensor, level: Level) ->
     return bounded_exp(log_w)
 
 
-def drifted(log_ratio: Tensor, advantages: Tensor, mask: Tensor, cu_seqlens: Tensor, delta: float) -> Tensor:
+def drifted(
+    log_ratio: Tensor, advantages: Tensor, mask: Tensor, cu_seqlens: Tensor, delta: float
+) -> Tensor:
     """bool [T], off-policy sequence masking (arXiv 2512.02556): the advantage is negative and the sequence's
     mean of old - current logprobs is above `delta`. `log_ratio` [T] is current - old, 0 outside `mask`.
     """

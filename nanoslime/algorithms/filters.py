@@ -30,7 +30,9 @@ def filter_groups(
     if not drop_zero_std:
         return left, reasons
     rewards = rewards_by_group(left)
-    flat = {group_id for group_id, of_group in rewards.items() if not spreads(list(of_group.values()))}
+    flat = {
+        group_id for group_id, of_group in rewards.items() if not spreads(list(of_group.values()))
+    }
     reasons["group_zero_std"] += len(flat)
     return [group for group in left if group.group_id not in flat], +reasons
 

@@ -14,13 +14,19 @@ class GRPO(PolicyGradient):
 
     config: ClippedConfig
 
-    def policy_terms(self, logp: Tensor, log_ratio: Tensor, advantages: Tensor, batch: MicroBatch) -> Terms:
+    def policy_terms(
+        self, logp: Tensor, log_ratio: Tensor, advantages: Tensor, batch: MicroBatch
+    ) -> Terms:
         bounds = self.config.eps_clip, self.config.clip_high, self.config.eps_clip_c
         return clipped_policy_loss(bounded_exp(log_ratio), advantages, *bounds)
 
 
 def clipped_policy_loss(
-    ratio: Tensor, advantages: Tensor, eps_low: float, eps_high: float, eps_dual: float | None = None
+    ratio: Tensor,
+    advantages: Tensor,
+    eps_low: float,
+    eps_high: float,
+    eps_dual: float | None = None,
 ) -> Terms:
     """max(-ratio A, -clip(ratio, 1 - eps_low, 1 + eps_high) A), and where the clip decides (bool); all [T].
 

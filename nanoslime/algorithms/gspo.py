@@ -9,7 +9,9 @@ from nanoslime.batch import MicroBatch
 
 
 class GSPO(GRPO):
-    def policy_terms(self, logp: Tensor, log_ratio: Tensor, advantages: Tensor, batch: MicroBatch) -> Terms:
+    def policy_terms(
+        self, logp: Tensor, log_ratio: Tensor, advantages: Tensor, batch: MicroBatch
+    ) -> Terms:
         """Every token has its sequence's s = exp(mean of current - old logprobs) (equation 7) under the clip
         (equation 5); the gradient goes through s, that is to all its tokens alike.
         """

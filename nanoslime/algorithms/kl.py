@@ -30,10 +30,17 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor, limit: float = torch.inf) -> Tens
 
 
 Estimator = Callable[..., Tensor]
-_ESTIMATORS: dict[str, Estimator] = {"k1": k1, "k2": k2, "k3": k3, "low_var_kl": partial(k3, limit=20.0)}
+_ESTIMATORS: dict[str, Estimator] = {
+    "k1": k1,
+    "k2": k2,
+    "k3": k3,
+    "low_var_kl": partial(k3, limit=20.0),
+}
 
 
-def approx_kl(logprobs: Tensor, ref_logprobs: Tensor, kind: KLType, ratio: Tensor | None = None) -> Tensor:
+def approx_kl(
+    logprobs: Tensor, ref_logprobs: Tensor, kind: KLType, ratio: Tensor | None = None
+) -> Tensor:
     """The estimator `kind`, times the importance ratio where one is given; low_var_kl is k3 held within +-10.
 
     With the ratio of the current to the sampling policy, not detached, value and gradient are those of the KL
@@ -41,6 +48,8 @@ def approx_kl(logprobs: Tensor, ref_logprobs: Tensor, kind: KLType, ratio: Tenso
     since an infinite exp(d) has a NaN gradient even where it is clamped.
     """
     if kind not in _ESTIMATORS:
-        raise ValueError(f"kl_loss_type={kind!r} is unknown; choose one of {', '.join(_ESTIMATORS)}")
+        raise ValueError(
+            f"kl_loss_type={kind!r} is unknown; choose one of {', '.join(_ESTIMATORS)}"
+        )
     kl = _ESTIMATORS[kind](logprobs, ref_logprobs) * (1 if ratio is None else ratio)
     return kl.clamp(-10.0, 10.0) if kind == "low_var_kl" else kl

@@ -39,7 +39,9 @@ class PolicyGradient(ABC):
         return relative(rewards, by_std=getattr(self.config, "normalize_by_std", False))
 
     @abstractmethod
-    def policy_terms(self, logp: Tensor, log_ratio: Tensor, advantages: Tensor, batch: MicroBatch) -> Terms:
+    def policy_terms(
+        self, logp: Tensor, log_ratio: Tensor, advantages: Tensor, batch: MicroBatch
+    ) -> Terms:
         """Each token's term of the loss [T], and by metric name where it was clipped (bool [T]).
 
         `log_ratio` [T] is current - old logprobs; like the other two it is 0 outside the loss.
@@ -64,13 +66,18 @@ class PolicyGradient(ABC):
         for group_id, rewards in rewards_by_group(groups).items():
             if c.overlong_buffer:
                 limits = longest, c.overlong_buffer, c.overlong_penalty
-                rewards = {i: r + overlong_penalty(lengths[group_id, i], *limits) for i, r in rewards.items()}
+                rewards = {
+                    i: r + overlong_penalty(lengths[group_id, i], *limits)
+                    for i, r in rewards.items()
+                }
             advantages = self.rollout_advantages(list(rewards.values()))
             found |= {(group_id, i): a for i, a in zip(rewards, advantages, strict=True)}
         for s in samples:
             s.advantage = found[s.group_id, s.rollout_id]
 
-    def token_advantages(self, shard: TrainBatch, all_sum: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    def token_advantages(
+        self, shard: TrainBatch, all_sum: Callable[[Tensor], Tensor]
+    ) -> list[Tensor]:
         """[T_i] float32 per sequence of a rollout: its returns, with kl_coef times the KL of old policy to
         reference taken off, whitened where that is asked for. Zero where loss_mask is False.
 
@@ -134,7 +141,11 @@ class PolicyGradient(ABC):
         return total, metrics
 
     def _old(self, rollout: T, recomputed: T | None) -> T:
-        return rollout if self.config.old_logprobs == "rollout" else self._present(recomputed, "old_logprobs")
+        return (
+            rollout
+            if self.config.old_logprobs == "rollout"
+            else self._present(recomputed, "old_logprobs")
+        )
 
     def _present(self, values: T | None, name: str) -> T:
         if values is None:
@@ -150,7 +161,9 @@ def whitened(
     Of the whole rollout, as in arXiv 2501.03262. Float64, in two passes; exactly zero where nothing spreads.
     """
     mine = torch.cat([x[mask] for x, mask in zip(values, masks, strict=True)]).double()
-    total, count = all_sum(torch.stack([mine.sum(), torch.tensor(float(len(mine)), dtype=torch.float64)]))
+    total, count = all_sum(
+        torch.stack([mine.sum(), torch.tensor(float(len(mine)), dtype=torch.float64)])
+    )
     mean = total / count.clamp(min=1)
     variance = all_sum((mine - mean).square().sum()) / (count - 1).clamp(min=1)
     scale = (variance + 1e-8).rsqrt() if variance.sqrt() > ZERO_STD else 0.0

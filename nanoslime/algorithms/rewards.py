@@ -20,8 +20,13 @@ def rewards_by_group(groups: Sequence[SampleGroup]) -> dict[int, dict[int, float
             where = f"group {sample.group_id}, rollout {sample.rollout_id}"
             if not np.isfinite(reward):
                 raise ValueError(f"{where}: reward {reward} is not finite")
-            if found.setdefault(sample.group_id, {}).setdefault(sample.rollout_id, reward) != reward:
-                raise ValueError(f"{where}: siblings of one rollout must share one reward, and differ")
+            if (
+                found.setdefault(sample.group_id, {}).setdefault(sample.rollout_id, reward)
+                != reward
+            ):
+                raise ValueError(
+                    f"{where}: siblings of one rollout must share one reward, and differ"
+                )
     return found
 
 
@@ -34,7 +39,9 @@ def overlong_penalty(length: int, max_length: int, buffer: int, penalty: float) 
 
 def spreads(rewards: Sequence[float]) -> bool:
     """Whether the rewards of a group differ, so that they say anything about its samples."""
-    return len(rewards) > 1 and float(np.std(np.asarray(rewards, dtype=np.float64), ddof=1)) > ZERO_STD
+    return (
+        len(rewards) > 1 and float(np.std(np.asarray(rewards, dtype=np.float64), ddof=1)) > ZERO_STD
+    )
 
 
 def relative(rewards: Sequence[float], *, by_std: bool) -> list[float]:

@@ -13,4 +13,6 @@ def sequence_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 def sequence_mean(values: Tensor, mask: Tensor, cu_seqlens: Tensor) -> Tensor:
     """[T]: the mean over the sequence's tokens with `mask`, 0 without any; `values` are 0 elsewhere."""
-    return sequence_sum(values, cu_seqlens) / sequence_sum(mask.to(values.dtype), cu_seqlens).clamp(min=1)
+    return sequence_sum(values, cu_seqlens) / sequence_sum(mask.to(values.dtype), cu_seqlens).clamp(
+        min=1
+    )

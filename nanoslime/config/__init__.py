@@ -8,7 +8,17 @@ from nanoslime.config.run import RunConfig
 from nanoslime.config.training import CheckpointConfig, TrackingConfig, TrainingConfig
 
 __all__ = [
-    "AlgorithmConfig", "CheckpointConfig", "ClusterConfig", "DataConfig", "EvalConfig", "GRPOConfig",
-    "ModelConfig", "RehearsalConfig", "RolloutConfig", "RunConfig", "TrackingConfig", "TrainingConfig",
+    "AlgorithmConfig",
+    "CheckpointConfig",
+    "ClusterConfig",
+    "DataConfig",
+    "EvalConfig",
+    "GRPOConfig",
+    "ModelConfig",
+    "RehearsalConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "TrackingConfig",
+    "TrainingConfig",
     "WeightSyncConfig",
-]  # fmt: skip
+]

@@ -9,10 +9,16 @@ from nanoslime.config.base import knobs
 Level = Literal["token", "sequence", "geometric"]
 Positive = Annotated[float, Field(gt=0)]
 _NEEDS = {  # what does nothing while the other is off
-    "kl_loss_coef": "use_kl_loss", "use_unbiased_kl": "use_kl_loss", "overlong_penalty": "overlong_buffer",
-    "tis_level": "use_tis", "tis_clip": "use_tis", "tis_clip_low": "use_tis",
-    "reject_low": "reject", "reject_high": "reject", "opsm_delta": "use_opsm",
-}  # fmt: skip
+    "kl_loss_coef": "use_kl_loss",
+    "use_unbiased_kl": "use_kl_loss",
+    "overlong_penalty": "overlong_buffer",
+    "tis_level": "use_tis",
+    "tis_clip": "use_tis",
+    "tis_clip_low": "use_tis",
+    "reject_low": "reject",
+    "reject_high": "reject",
+    "opsm_delta": "use_opsm",
+}
 
 
 @knobs
@@ -92,8 +98,10 @@ class SharedConfig:
         idle = {f"{n}={values[n]} needs {_NEEDS[n]}": values[n] != defaults[n] for n in off}
         ppo_clip, eps = isinstance(self, ClippedConfig), (self.eps_clip, self.clip_high)
         problems = idle | {
-            f"eps_clip and eps_clip_high {eps} must ascend; give both": ppo_clip and eps[0] > eps[1],
-            "kl_coef and use_kl_loss exclude each other; set one": self.kl_coef > 0 and self.use_kl_loss,
+            f"eps_clip and eps_clip_high {eps} must ascend; give both": ppo_clip
+            and eps[0] > eps[1],
+            "kl_coef and use_kl_loss exclude each other; set one": self.kl_coef > 0
+            and self.use_kl_loss,
             f"correction.tis_clip_low and tis_clip {tis} must ascend": tis[0] > tis[1],
             f"correction.reject_low and reject_high {reject} must ascend": reject[0] > reject[1],
             f"{same} the same; choose recomputed or current": old == "rollout" and compares,
@@ -174,6 +182,11 @@ class ReinforcePPBaselineConfig(ClippedConfig):
 
 
 AnyAlgorithm = (
-    GRPOConfig | GSPOConfig | CISPOConfig | RLOOConfig | ReinforcePPConfig | ReinforcePPBaselineConfig
+    GRPOConfig
+    | GSPOConfig
+    | CISPOConfig
+    | RLOOConfig
+    | ReinforcePPConfig
+    | ReinforcePPBaselineConfig
 )
 AlgorithmConfig = Annotated[AnyAlgorithm, Field(discriminator="name")]

@@ -38,7 +38,11 @@ ALIASES = {
     "algorithm": "algorithm.name",
     "advantage-estimator": "algorithm.name",
 }
-ALIASES |= {n: f"{section}.{n.replace('-', '_')}" for section, names in _SHORT.items() for n in names.split()}
+ALIASES |= {
+    n: f"{section}.{n.replace('-', '_')}"
+    for section, names in _SHORT.items()
+    for n in names.split()
+}
 SWITCHES = {  # known elsewhere as switches: field, value when on, value when off
     "use-rollout-logprobs": ("algorithm.old_logprobs", "rollout", "recomputed"),
     "disable-grpo-std-normalization": ("algorithm.normalize_by_std", "false", "true"),
@@ -78,7 +82,9 @@ def parse(args: Sequence[str]) -> list[Flag]:
         name, equals, value = word.partition("=")
         plain = name[2:].replace("_", "-")
         if plain not in spellings():
-            raise RunError(f"unknown flag {name}{suggest(plain, _suggestions())}; --help lists all flags")
+            raise RunError(
+                f"unknown flag {name}{suggest(plain, _suggestions())}; --help lists all flags"
+            )
         field, off = spellings()[plain]
         switch = SWITCHES.get(plain.removeprefix("no-"))
         kind: Any = bool if switch else field_types()[field]
@@ -86,7 +92,9 @@ def parse(args: Sequence[str]) -> list[Flag]:
             flag = f"--{field.replace('_', '-')}"
             raise RunError(f"{name}: {field} is not a switch; give it a value: {flag} VALUE")
         if get_origin(kind) in (dict, list):
-            raise RunError(f"{name} sets {field}, a {get_origin(kind).__name__}, which is set in YAML only")
+            raise RunError(
+                f"{name} sets {field}, a {get_origin(kind).__name__}, which is set in YAML only"
+            )
         if off and equals:
             raise RunError(f"{word}: a --no- flag takes no value")
         if off or (kind is bool and not equals):
@@ -117,12 +125,17 @@ def spellings() -> dict[str, tuple[str, bool]]:
 def _suggestions() -> dict[str, str]:
     """What a user might have meant (flags, or the last parts of dotted ones) -> the flag to suggest."""
     names = [name for name, (_, off) in spellings().items() if not off]
-    return {name.rpartition(".")[2]: f"--{name}" for name in names} | {name: f"--{name}" for name in names}
+    return {name.rpartition(".")[2]: f"--{name}" for name in names} | {
+        name: f"--{name}" for name in names
+    }
 
 
 def suggest(word: str, choices: Mapping[str, str]) -> str:
     """`; did you mean X or Y?`, or nothing where no choice is close."""
-    near = get_close_matches(word, choices, n=2, cutoff=0.7) or [c for c in choices if c.startswith(word)][:2]
+    near = (
+        get_close_matches(word, choices, n=2, cutoff=0.7)
+        or [c for c in choices if c.startswith(word)][:2]
+    )
     close = [choices[c] for c in near or get_close_matches(word, choices, n=2, cutoff=0.6)]
     return f"; did you mean {' or '.join(dict.fromkeys(close))}?" if close else ""
 
@@ -131,7 +144,11 @@ def print_help(default: RunConfig, prog: str) -> None:
     """Every flag with its value after the YAML files, and before them the short names; ends the process."""
     meaning = ALIASES | {name: f"{field} {on}" for name, (field, on, _) in SWITCHES.items()}
     width = max(map(len, meaning))
-    short = "\n".join(f"  --{name:{width}}  --{field.replace('_', '-')}" for name, field in meaning.items())
-    shown = "Values shown, and the algorithm, are those of the recipe, cluster file and flags given."
+    short = "\n".join(
+        f"  --{name:{width}}  --{field.replace('_', '-')}" for name, field in meaning.items()
+    )
+    shown = (
+        "Values shown, and the algorithm, are those of the recipe, cluster file and flags given."
+    )
     intro, chosen = f"{shown} Short names:\n\n{short}", tyro.conf.AvoidSubcommands[RunConfig]
     tyro.cli(chosen, default=default, args=["--help"], prog=prog, description=intro)

@@ -128,13 +128,20 @@ class _Layers:
             del parts[1]  # the name of the algorithm, by which pydantic chose the class
         place = ".".join(parts)
         outward = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
-        source = next((self.sources[field] for field in outward if field in self.sources), "default")
+        source = next(
+            (self.sources[field] for field in outward if field in self.sources), "default"
+        )
         if error["type"] == "unexpected_keyword_argument":
             return f"{source}: {place}: {self._not_of_this_algorithm(parts[-1])}"
         if error["type"] == "union_tag_invalid":
-            given, choices = f"algorithm.name={error['ctx']['tag']!r}", error["ctx"]["expected_tags"]
+            given, choices = (
+                f"algorithm.name={error['ctx']['tag']!r}",
+                error["ctx"]["expected_tags"],
+            )
             return f"{self.sources['algorithm.name']}: {given} is unknown; choose one of {choices}"
-        message = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be", 1)
+        message = (
+            error["msg"].removeprefix("Value error, ").replace("Input should be", "must be", 1)
+        )
         message = message.replace("String should match pattern", "must match", 1)
         if error["type"] == "value_error":  # a rule of ours, which names its fields itself
             return message if message.startswith(place) else f"{place}: {message}"

@@ -33,20 +33,30 @@ class RunConfig:
     def _fits_together(self) -> Self:
         if self.rehearsal.enabled and self.model.hf_checkpoint:
             given = f"model.hf_checkpoint={self.model.hf_checkpoint!r}"
-            raise ValueError(f"rehearsal.enabled makes its own model; {given} needs --rehearsal.no-enabled")
+            raise ValueError(
+                f"rehearsal.enabled makes its own model; {given} needs --rehearsal.no-enabled"
+            )
         asked = f"training.routing_replay={self.training.routing_replay}"
         if not asked.endswith("none") and self.training.backend != "megatron":
             raise ValueError(f"{asked} needs training.backend=megatron")
         if asked.endswith("R2") and self.algorithm.old_logprobs != "recomputed":
-            raise ValueError(f"{asked} needs algorithm.old_logprobs=recomputed, a pass to record; or set R3")
-        if self.training.backend == "fsdp" and (self.training.sequence_parallel or self.training.megatron):
-            raise ValueError("training.sequence_parallel and training.megatron need backend=megatron")
+            raise ValueError(
+                f"{asked} needs algorithm.old_logprobs=recomputed, a pass to record; or set R3"
+            )
+        if self.training.backend == "fsdp" and (
+            self.training.sequence_parallel or self.training.megatron
+        ):
+            raise ValueError(
+                "training.sequence_parallel and training.megatron need backend=megatron"
+            )
         steps, prompts = self.training.num_steps_per_rollout, self.rollout.rollout_batch_size
         if prompts % steps:
             name = f"training.num_steps_per_rollout={steps}"
             raise ValueError(f"{name} does not divide rollout.rollout_batch_size={prompts}")
         if (buffer := self.algorithm.overlong_buffer) > (limit := self.rollout.max_new_tokens):
-            raise ValueError(f"algorithm.overlong_buffer={buffer} is above rollout.max_new_tokens={limit}")
+            raise ValueError(
+                f"algorithm.overlong_buffer={buffer} is above rollout.max_new_tokens={limit}"
+            )
         self._check_half_a_run()
         return self
 
@@ -55,10 +65,14 @@ class RunConfig:
         rollout, transport, name = self.rollout, self.weight_sync.transport, self.algorithm.name
         if not (rollout.load_rollouts or rollout.rollout_only):
             if rollout.n_samples_per_prompt == 1 and name != "reinforce_plus_plus":
-                raise ValueError(f"rollout.n_samples_per_prompt=1: {name} compares samples; set 2 or more")
+                raise ValueError(
+                    f"rollout.n_samples_per_prompt=1: {name} compares samples; set 2 or more"
+                )
             return
         if rollout.load_rollouts and rollout.rollout_only:
-            raise ValueError("rollout.load_rollouts and rollout.rollout_only exclude each other; set one")
+            raise ValueError(
+                "rollout.load_rollouts and rollout.rollout_only exclude each other; set one"
+            )
         mode = "rollout.load_rollouts" if rollout.load_rollouts else "rollout.rollout_only"
         given = {
             "weight_sync.transport": None if transport == "auto" else transport,

@@ -16,7 +16,14 @@ def _is_regex(pattern: str) -> str:
 
 
 Regex = Annotated[str, AfterValidator(_is_regex)]
-PARALLEL_SIZES = ("tp_size", "pp_size", "vpp_size", "cp_size", "ep_size", "etp_size")  # of TrainingConfig
+PARALLEL_SIZES = (
+    "tp_size",
+    "pp_size",
+    "vpp_size",
+    "cp_size",
+    "ep_size",
+    "etp_size",
+)  # of TrainingConfig
 
 
 @knobs

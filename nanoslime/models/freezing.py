@@ -21,5 +21,7 @@ def frozen_names(patterns: Sequence[str], names: Iterable[str]) -> set[str]:
             raise RunError(f"training.freeze: {pattern!r} is found in no tensor of the model{hint}")
         found |= matches
     if len(found) == len(names):
-        raise RunError(f"training.freeze={list(patterns)} leaves none of {len(names)} tensors to train")
+        raise RunError(
+            f"training.freeze={list(patterns)} leaves none of {len(names)} tensors to train"
+        )
     return found

@@ -23,10 +23,12 @@ def _rules(shape: ModelShape) -> list[Rule]:
 
 def _read_moe(config: ConfigFile) -> ModelShape:
     return ModelShape(
-        **config.sizes(rotary_fraction=0.5), moe=config.sigmoid_moe(),
-        qkv_bias=config.get("attention_bias", False), qk_norm=config.get("use_qk_norm", False),
+        **config.sizes(rotary_fraction=0.5),
+        moe=config.sigmoid_moe(),
+        qkv_bias=config.get("attention_bias", False),
+        qk_norm=config.get("use_qk_norm", False),
         num_mtp_layers=config.get("num_nextn_predict_layers", 0),
-    )  # fmt: skip
+    )
 
 
 def _moe_rules(shape: ModelShape) -> list[Rule]:
@@ -34,6 +36,8 @@ def _moe_rules(shape: ModelShape) -> list[Rule]:
 
 
 GLM4 = Architecture(
-    _read, _rules, "the norms after attention and MLP are named as slime and mbridge do: no GPTModel has them"
+    _read,
+    _rules,
+    "the norms after attention and MLP are named as slime and mbridge do: no GPTModel has them",
 )
 GLM4_MOE = Architecture(_read_moe, _moe_rules)

@@ -11,4 +11,6 @@ def _read(config: ConfigFile) -> ModelShape:
 
 
 LLAMA = Architecture(_read, dense_decoder)
-MISTRAL = Architecture(_read, dense_decoder)  # the same tensors; version 0.1 attends within a sliding window
+MISTRAL = Architecture(
+    _read, dense_decoder
+)  # the same tensors; version 0.1 attends within a sliding window

@@ -6,9 +6,11 @@ from nanoslime.models.shape import Architecture, ConfigFile, ModelShape, MoE
 
 def _read(config: ConfigFile) -> ModelShape:
     moe = MoE(
-        layers=tuple(range(config["num_hidden_layers"])), num_experts=config["num_local_experts"],
-        num_experts_per_token=config["num_experts_per_tok"], intermediate_size=config["intermediate_size"],
-    )  # fmt: skip
+        layers=tuple(range(config["num_hidden_layers"])),
+        num_experts=config["num_local_experts"],
+        num_experts_per_token=config["num_experts_per_tok"],
+        intermediate_size=config["intermediate_size"],
+    )
     return ModelShape(**config.sizes(), moe=moe)
 
 

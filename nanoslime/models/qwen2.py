@@ -10,11 +10,14 @@ def _read(config: ConfigFile) -> ModelShape:
 
 def _read_moe(config: ConfigFile) -> ModelShape:
     moe = MoE(
-        layers=config.sparse_layers(), num_experts=config["num_experts"],
-        num_experts_per_token=config["num_experts_per_tok"], normalized=config.get("norm_topk_prob", False),
+        layers=config.sparse_layers(),
+        num_experts=config["num_experts"],
+        num_experts_per_token=config["num_experts_per_tok"],
+        normalized=config.get("norm_topk_prob", False),
         intermediate_size=config["moe_intermediate_size"],
-        shared_intermediate_size=config["shared_expert_intermediate_size"], shared_gate=True,
-    )  # fmt: skip
+        shared_intermediate_size=config["shared_expert_intermediate_size"],
+        shared_gate=True,
+    )
     return ModelShape(**config.sizes(), qkv_bias=config.get("qkv_bias", True), moe=moe)
 
 

@@ -14,9 +14,10 @@ def _read_moe(config: ConfigFile) -> ModelShape:
     moe = MoE(
         layers=config.sparse_layers(),
         num_experts=config.get("num_experts", None) or config["num_local_experts"],
-        num_experts_per_token=config["num_experts_per_tok"], normalized=config.get("norm_topk_prob", False),
+        num_experts_per_token=config["num_experts_per_tok"],
+        normalized=config.get("norm_topk_prob", False),
         intermediate_size=config["moe_intermediate_size"],
-    )  # fmt: skip
+    )
     return ModelShape(**config.sizes(), qk_norm=True, moe=moe)
 
 

@@ -48,7 +48,9 @@ class Rule:
         """Elements of its Hugging Face tensors in a model without multi-token prediction."""
         if self.megatron.startswith("output_layer.") and shape.tie_word_embeddings:
             return 0
-        layers = 1 if self.layers is None else sum(layer < shape.num_layers for layer in self.layers)
+        layers = (
+            1 if self.layers is None else sum(layer < shape.num_layers for layer in self.layers)
+        )
         return layers * (self.num_experts or 1) * sum(prod(full) for _, full in self.parts)
 
 
@@ -89,17 +91,29 @@ class Layers:
     num_experts: int = field(default=0, kw_only=True)
 
     def copy(
-        self, megatron: str, hf: str, *full: int, tp_dim: int | None = None, local: str | None = None
+        self,
+        megatron: str,
+        hf: str,
+        *full: int,
+        tp_dim: int | None = None,
+        local: str | None = None,
     ) -> Rule:
         return self.stack(megatron, "copy", [hf], [full], tp_dim, local)
 
     def stack(
-        self, megatron: str, layout: Literal["copy", "cat", "halves", "qkv"], hf: list[str],
-        full: list[tuple[int, ...]], tp_dim: int | None = 0, local: str | None = None,
-    ) -> Rule:  # fmt: skip
+        self,
+        megatron: str,
+        layout: Literal["copy", "cat", "halves", "qkv"],
+        hf: list[str],
+        full: list[tuple[int, ...]],
+        tp_dim: int | None = 0,
+        local: str | None = None,
+    ) -> Rule:
         parts = tuple((self.hf + name, sizes) for name, sizes in zip(hf, full, strict=True))
         other = None if local is None else self.megatron + local
-        return Rule(self.megatron + megatron, layout, parts, tp_dim, self.layers, self.num_experts, other)
+        return Rule(
+            self.megatron + megatron, layout, parts, tp_dim, self.layers, self.num_experts, other
+        )
 
 
 def all_layers(shape: ModelShape) -> Layers:
@@ -127,26 +141,36 @@ def attention(shape: ModelShape) -> list[Rule]:
     weight, bias = [x + "weight" for x in proj], [x + "bias" for x in proj]
     rules = [
         layer.copy(
-            "self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", h,
+            "self_attention.linear_qkv.layer_norm_weight",
+            "input_layernorm.weight",
+            h,
             local="input_layernorm.weight",
         ),
         layer.stack("self_attention.linear_qkv.weight", "qkv", weight, [(q, h), (kv, h), (kv, h)]),
         layer.copy("self_attention.linear_proj.weight", "self_attn.o_proj.weight", h, q, tp_dim=1),
-    ]  # fmt: skip
+    ]
     if shape.qkv_bias:
-        rules.append(layer.stack("self_attention.linear_qkv.bias", "qkv", bias, [(q,), (kv,), (kv,)]))
+        rules.append(
+            layer.stack("self_attention.linear_qkv.bias", "qkv", bias, [(q,), (kv,), (kv,)])
+        )
     for x in "qk" if shape.qk_norm else "":
-        rules.append(layer.copy(f"self_attention.{x}_layernorm.weight", f"self_attn.{x}_norm.weight", d))
+        rules.append(
+            layer.copy(f"self_attention.{x}_layernorm.weight", f"self_attn.{x}_norm.weight", d)
+        )
     return rules
 
 
-def dense_mlp(shape: ModelShape, layers: Layers | None = None, *, fused: bool = False) -> list[Rule]:
+def dense_mlp(
+    shape: ModelShape, layers: Layers | None = None, *, fused: bool = False
+) -> list[Rule]:
     """A gated MLP and the norm before it; `fused`: Hugging Face holds gate and up in one tensor."""
     h, f, layer = shape.hidden_size, shape.intermediate_size, layers or all_layers(shape)
     norm, hf = "mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight"
     fc1, fc2 = _gated(layer, "mlp.", "mlp.", h, f)
     if fused:
-        fc1 = layer.stack("mlp.linear_fc1.weight", "halves", ["mlp.gate_up_proj.weight"], [(2 * f, h)])
+        fc1 = layer.stack(
+            "mlp.linear_fc1.weight", "halves", ["mlp.gate_up_proj.weight"], [(2 * f, h)]
+        )
     return [layer.copy(norm, hf, h, local="pre_mlp_layernorm.weight"), fc1, fc2]
 
 
@@ -156,7 +180,11 @@ def dense_decoder(shape: ModelShape) -> list[Rule]:
 
 
 def experts_mlp(
-    shape: ModelShape, *, block: str = "mlp.", names: Gated = GATED, shared: str = "mlp.shared_experts."
+    shape: ModelShape,
+    *,
+    block: str = "mlp.",
+    names: Gated = GATED,
+    shared: str = "mlp.shared_experts.",
 ) -> list[Rule]:
     """Router, experts and shared experts of the layers that have them, and the norm before them.
 
@@ -182,7 +210,9 @@ def experts_mlp(
     return rules
 
 
-def _gated(layer: Layers, megatron: str, hf: str, h: int, f: int, names: Gated = GATED) -> list[Rule]:
+def _gated(
+    layer: Layers, megatron: str, hf: str, h: int, f: int, names: Gated = GATED
+) -> list[Rule]:
     """The matrices of a gated MLP, h -> f -> h; megatron, hf: what stands before their names."""
     gate, up, down = (f"{hf}{name}.weight" for name in names)
     return [
@@ -243,7 +273,11 @@ def pieces(shape: ModelShape, part: Part | None = None) -> list[Piece]:
         if rule.num_experts:
             experts = range(rule.num_experts) if part.experts is None else part.experts
         for layer in rule.layers or ():
-            if (part.layers is None or layer in part.layers) if layer < shape.num_layers else part.mtp:
+            if (
+                (part.layers is None or layer in part.layers)
+                if layer < shape.num_layers
+                else part.mtp
+            ):
                 for expert in experts:
                     found += _rule_pieces(rule, layer, expert, shape, part)
     return found
@@ -290,7 +324,9 @@ def check_experts(shape: ModelShape, config: TrainingConfig, stage_ranks: int) -
             fit = [n for n in range(1, whole + 1) if whole % n == stage_ranks % (n * other) == 0]
             rule = f"{what}={whole}" if moe else f"a {shape.model_type}, which has no experts"
             ranks = f"and training.ep_size x training.etp_size the {stage_ranks} ranks of a pipeline stage"
-            raise RunError(f"training.{name}={size} must divide {rule}, {ranks}; choose one of {fit or [1]}")
+            raise RunError(
+                f"training.{name}={size} must divide {rule}, {ranks}; choose one of {fit or [1]}"
+            )
 
 
 def divisors(n: int) -> list[int]:
@@ -315,7 +351,10 @@ def has_mtp(shape: ModelShape, names: Iterable[str]) -> bool:
 
 
 def check_tensors(
-    shape: ModelShape, present: dict[str, tuple[int, ...]], where: str, files: dict[str, str] | None = None
+    shape: ModelShape,
+    present: dict[str, tuple[int, ...]],
+    where: str,
+    files: dict[str, str] | None = None,
 ) -> None:
     """Raises ValueError unless `present` (name -> shape), found at `where`, are exactly the model's tensors.
     files: where each of them is, for the message.
@@ -326,14 +365,20 @@ def check_tensors(
     expected |= {name: expected[of] for name, of in repeats(shape).items() if name in present}
     for name, full in expected.items():
         if name not in present:
-            raise ValueError(f"{where} has no tensor {name} {list(full)}, part of every {shape.model_type}")
+            raise ValueError(
+                f"{where} has no tensor {name} {list(full)}, part of every {shape.model_type}"
+            )
         if tuple(present[name]) != full:
             file = files.get(name, where)
-            raise ValueError(f"{file}: {name} is {list(present[name])}, config.json asks for {list(full)}")
+            raise ValueError(
+                f"{file}: {name} is {list(present[name])}, config.json asks for {list(full)}"
+            )
     extra = sorted(present.keys() - expected.keys())
     if extra:
         file = files.get(extra[0], where)
-        raise ValueError(f"{file}: {len(extra)} tensors do not belong to a {shape.model_type}: {extra[:3]}")
+        raise ValueError(
+            f"{file}: {len(extra)} tensors do not belong to a {shape.model_type}: {extra[:3]}"
+        )
 
 
 def _is_here(rule: Rule, shape: ModelShape, part: Part) -> bool:
@@ -344,7 +389,9 @@ def _is_here(rule: Rule, shape: ModelShape, part: Part) -> bool:
     return part.last
 
 
-def _rule_pieces(rule: Rule, layer: int, expert: int, shape: ModelShape, part: Part) -> Iterator[Piece]:
+def _rule_pieces(
+    rule: Rule, layer: int, expert: int, shape: ModelShape, part: Part
+) -> Iterator[Piece]:
     def name(pattern: str) -> str:
         i = layer - shape.num_layers
         if i >= 0:
@@ -362,7 +409,9 @@ def _rule_pieces(rule: Rule, layer: int, expert: int, shape: ModelShape, part: P
         if rule.tp_dim == 0:
             local[0] = slice(at, at + rows.stop - rows.start)
             at = local[0].stop
-        if all(side.stop > side.start for side in box):  # a rank may hold only padding of the vocabulary
+        if all(
+            side.stop > side.start for side in box
+        ):  # a rank may hold only padding of the vocabulary
             yield Piece(name(hf), full, tuple(box), megatron, other, tuple(local), rule)
 
 
@@ -383,5 +432,7 @@ def _segments(rule: Rule, shape: ModelShape, part: Part) -> Iterable[tuple[int, 
         return [part for group in cut for part in enumerate(group)]
     if rule.layout == "halves":
         n = lengths[0] // 2
-        return [(0, slice(h * n + rank * n // size, h * n + (rank + 1) * n // size)) for h in (0, 1)]
+        return [
+            (0, slice(h * n + rank * n // size, h * n + (rank + 1) * n // size)) for h in (0, 1)
+        ]
     return [(i, slice(rank * n // size, (rank + 1) * n // size)) for i, n in enumerate(lengths)]

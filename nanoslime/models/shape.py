@@ -27,7 +27,9 @@ class Architecture(NamedTuple):
 class MoE:
     """The experts of the layers that have them."""
 
-    layers: tuple[int, ...]  # which decoder layers; multi-token prediction layers count on from the last
+    layers: tuple[
+        int, ...
+    ]  # which decoder layers; multi-token prediction layers count on from the last
     num_experts: int
     num_experts_per_token: int
     intermediate_size: int  # of one expert
@@ -68,15 +70,21 @@ class ModelShape:
     tie_word_embeddings: bool
     rms_norm_eps: float
     rope_theta: float
-    rope_scaling_factor: float | None = None  # of Llama 3.1's scaling (rope_type llama3); None: no scaling
+    rope_scaling_factor: float | None = (
+        None  # of Llama 3.1's scaling (rope_type llama3); None: no scaling
+    )
     rotary_fraction: float = 1.0  # of head_dim
     rotary_interleaved: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
     moe: MoE | None = None
     mla: MLA | None = None
-    num_mtp_layers: int = 0  # multi-token prediction layers that a checkpoint may hold beside num_layers
-    megatron_lacks: tuple[str, ...] = ()  # what the Megatron backend cannot compute; it converts all the same
+    num_mtp_layers: int = (
+        0  # multi-token prediction layers that a checkpoint may hold beside num_layers
+    )
+    megatron_lacks: tuple[
+        str, ...
+    ] = ()  # what the Megatron backend cannot compute; it converts all the same
 
     @classmethod
     def read(cls, directory: Path | str) -> ModelShape:
@@ -95,7 +103,9 @@ class ModelShape:
         model_type = file["model_type"]
         if model_type not in ARCHITECTURES:
             known = ", ".join(sorted(ARCHITECTURES))
-            raise ValueError(f"{path}: model_type={model_type!r} is not supported; known are {known}")
+            raise ValueError(
+                f"{path}: model_type={model_type!r} is not supported; known are {known}"
+            )
         shape: ModelShape = resolve(model_type, ARCHITECTURES, "model_type").read(file)
         return replace(shape, megatron_lacks=(*shape.megatron_lacks, *_megatron_lacks(shape)))
 
@@ -123,24 +133,34 @@ class ModelShape:
     @property
     def attention_parity_tokens(self) -> float:
         """Length at which causal attention costs a sequence as many FLOPs as its products with weights."""
-        active = self.num_parameters - (0 if self.tie_word_embeddings else self.num_embedding_parameters)
+        active = self.num_parameters - (
+            0 if self.tie_word_embeddings else self.num_embedding_parameters
+        )
         if moe := self.moe:
             layers = sum(layer < self.num_layers for layer in moe.layers)
             idle = layers * (moe.num_experts - moe.num_experts_per_token)
             active -= idle * 3 * self.hidden_size * moe.intermediate_size
         mla = self.mla
-        dims = mla.qk_nope_head_dim + mla.qk_rope_head_dim + mla.v_head_dim if mla else 2 * self.head_dim
+        dims = (
+            mla.qk_nope_head_dim + mla.qk_rope_head_dim + mla.v_head_dim
+            if mla
+            else 2 * self.head_dim
+        )
         return 2 * active / (self.num_layers * self.num_attention_heads * dims)
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
         """The decoder layers that have experts; without those of multi-token prediction."""
-        return tuple(layer for layer in self.moe.layers if layer < self.num_layers) if self.moe else ()
+        return (
+            tuple(layer for layer in self.moe.layers if layer < self.num_layers) if self.moe else ()
+        )
 
     @property
     def num_expert_parameters(self) -> int:
         """Parameters of the experts that tokens choose from, of all layers."""
-        return sum(rule.num_elements(self) for rule in self.architecture.rules(self) if rule.num_experts)
+        return sum(
+            rule.num_elements(self) for rule in self.architecture.rules(self) if rule.num_experts
+        )
 
     def rank_parameters(self, tp_size: int, pp_size: int, expert_ways: int = 1) -> tuple[int, int]:
         """Parameters of the fullest rank, for memory estimates: outside of its experts, and theirs.
@@ -148,14 +168,26 @@ class ModelShape:
         That is an end of the pipeline, or all of it; expert_ways: ranks of a stage that share its experts.
         """
         ends = 2 if pp_size == 1 and not self.tie_word_embeddings else 1
-        layers, experts = -(-self.num_layers // pp_size), self.num_expert_parameters // self.num_layers
-        dense = layers * (self.num_layer_parameters - experts) + ends * self.num_embedding_parameters
+        layers, experts = (
+            -(-self.num_layers // pp_size),
+            self.num_expert_parameters // self.num_layers,
+        )
+        dense = (
+            layers * (self.num_layer_parameters - experts) + ends * self.num_embedding_parameters
+        )
         return -(-dense // tp_size), -(-layers * experts // expert_ways)
 
     def training_bytes(
-        self, tp_size: int, pp_size: int, dp_size: int, expert_ways: int = 1, *, distributed_optimizer: bool,
-        offload: bool = False, trained: float = 1.0,
-    ) -> int:  # fmt: skip
+        self,
+        tp_size: int,
+        pp_size: int,
+        dp_size: int,
+        expert_ways: int = 1,
+        *,
+        distributed_optimizer: bool,
+        offload: bool = False,
+        trained: float = 1.0,
+    ) -> int:
         """Weights (2 bytes), float32 gradients (4), main parameters and two moments (12) of the fullest rank.
 
         Activations are not in it. The distributed optimizer spreads the 12 over data parallelism, for experts
@@ -165,7 +197,9 @@ class ModelShape:
         here = self.rank_parameters(tp_size, pp_size, expert_ways)
         spread = (dp_size, tp_size * dp_size / expert_ways) if distributed_optimizer else (1, 1)
         state = 0 if offload else 12
-        return int(sum(n * (2 + trained * (4 + state / r)) for n, r in zip(here, spread, strict=True)))
+        return int(
+            sum(n * (2 + trained * (4 + state / r)) for n, r in zip(here, spread, strict=True))
+        )
 
 
 def _megatron_lacks(shape: ModelShape) -> list[str]:
@@ -174,9 +208,13 @@ def _megatron_lacks(shape: ModelShape) -> list[str]:
     if shape.mla and not shape.rotary_interleaved:
         found.append("rope_interleave=false")
     if moe and moe.score == "sigmoid" and moe.normalized != (moe.num_experts_per_token > 1):
-        found.append(f"norm_topk_prob={moe.normalized} with {moe.num_experts_per_token} sigmoid scores")
+        found.append(
+            f"norm_topk_prob={moe.normalized} with {moe.num_experts_per_token} sigmoid scores"
+        )
     if moe and moe.num_groups > 1 and moe.num_experts_per_token // moe.num_groups_per_token != 2:
-        found.append("groups of experts ranked by two scores, with other than two experts of each group")
+        found.append(
+            "groups of experts ranked by two scores, with other than two experts of each group"
+        )
     return found
 
 
@@ -184,7 +222,9 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError as e:
-        raise ValueError(f"{path} does not exist; a Hugging Face checkpoint directory has one") from e
+        raise ValueError(
+            f"{path} does not exist; a Hugging Face checkpoint directory has one"
+        ) from e
     except (OSError, ValueError) as e:
         raise ValueError(f"{path} cannot be read as JSON: {e}") from e
     if not isinstance(values, dict):
@@ -209,16 +249,26 @@ class ConfigFile:
     def refuse(self, key: str, allowed: Any) -> None:
         """Raises ValueError where `key` is present with another value than `allowed`."""
         if self.get(key, allowed) != allowed:
-            raise ValueError(f"{self.path}: {key}={self._values[key]!r} is not supported, only {allowed!r}")
+            raise ValueError(
+                f"{self.path}: {key}={self._values[key]!r} is not supported, only {allowed!r}"
+            )
 
     def sizes(self, rotary_fraction: float = 1.0) -> dict[str, Any]:
         """The fields of ModelShape that every decoder spells alike; rotary_fraction: where no key has it."""
         self.refuse("hidden_act", "silu")
         if self.get("quantization_config", None):
             method = self["quantization_config"].get("quant_method")
-            raise ValueError(f"{self.path}: {method} weights are not supported; dequantize them first")
+            raise ValueError(
+                f"{self.path}: {method} weights are not supported; dequantize them first"
+            )
         heads = self["num_attention_heads"]
-        own = ("model_type", "hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings")
+        own = (
+            "model_type",
+            "hidden_size",
+            "intermediate_size",
+            "vocab_size",
+            "max_position_embeddings",
+        )
         return {name: self[name] for name in (*own, "num_attention_heads", "rms_norm_eps")} | {
             "num_layers": self["num_hidden_layers"],
             "num_key_value_heads": self.get("num_key_value_heads", heads),
@@ -230,7 +280,9 @@ class ConfigFile:
     def sparse_layers(self) -> tuple[int, ...]:
         """The layers with experts: every decoder_sparse_step-th, mlp_only_layers aside (Qwen)."""
         step, dense = self.get("decoder_sparse_step", 1), self.get("mlp_only_layers", [])
-        return tuple(i for i in range(self["num_hidden_layers"]) if (i + 1) % step == 0 and i not in dense)
+        return tuple(
+            i for i in range(self["num_hidden_layers"]) if (i + 1) % step == 0 and i not in dense
+        )
 
     def sigmoid_moe(self) -> MoE:
         """Experts as DeepSeek-V3 and GLM-4.5 spell them: dense layers first, shared experts, a score bias."""
@@ -238,21 +290,32 @@ class ConfigFile:
         num_layers = self["num_hidden_layers"] + self.get("num_nextn_predict_layers", 0)
         return MoE(
             layers=tuple(range(self.get("first_k_dense_replace", 0), num_layers)),
-            num_experts=self["n_routed_experts"], num_experts_per_token=self["num_experts_per_tok"],
-            intermediate_size=size, shared_intermediate_size=size * self.get("n_shared_experts", 0),
-            score="sigmoid", score_bias=True, normalized=self.get("norm_topk_prob", True),
+            num_experts=self["n_routed_experts"],
+            num_experts_per_token=self["num_experts_per_tok"],
+            intermediate_size=size,
+            shared_intermediate_size=size * self.get("n_shared_experts", 0),
+            score="sigmoid",
+            score_bias=True,
+            normalized=self.get("norm_topk_prob", True),
             scaling_factor=self.get("routed_scaling_factor", 1.0),
-            num_groups=self.get("n_group", 1), num_groups_per_token=self.get("topk_group", 1),
-        )  # fmt: skip
+            num_groups=self.get("n_group", 1),
+            num_groups_per_token=self.get("topk_group", 1),
+        )
 
     def _rope(self, fraction: float) -> dict[str, Any]:
         """The rotary fields: from `rope_parameters` of transformers 5, or the flat keys before it."""
         rope = self.get("rope_parameters", None) or self.get("rope_scaling", None) or {}
         fraction = rope.get("partial_rotary_factor") or self.get("partial_rotary_factor", fraction)
-        theta = float(rope.get("rope_theta") or self.get("rope_theta", 10000.0))  # Llama 2 leaves it out
+        theta = float(
+            rope.get("rope_theta") or self.get("rope_theta", 10000.0)
+        )  # Llama 2 leaves it out
         fields = {"rope_theta": theta, "rotary_fraction": fraction}
         kind = rope.get("rope_type", rope.get("type", "default"))
-        fixed = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+        fixed = {
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
         lacks = []
         if kind == "llama3" and all(rope.get(key) == value for key, value in fixed.items()):
             fields["rope_scaling_factor"] = float(rope["factor"])

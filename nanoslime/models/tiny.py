@@ -8,7 +8,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 PAD, BOS, EOS, UNK = range(4)
-SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")  # in the order of their ids; the 256 bytes follow
+SPECIAL_TOKENS = (
+    "<pad>",
+    "<bos>",
+    "<eos>",
+    "<unk>",
+)  # in the order of their ids; the 256 bytes follow
 VOCAB_SIZE = 320  # 60 ids are unused, and no multiple of 128: Megatron's padded rows are exercised
 
 TASKS: dict[str, Callable[[str], str]] = {
@@ -31,7 +36,9 @@ def digit_problems(
         raise ValueError(f"rehearsal.task={task!r} is not known; choose {' or '.join(TASKS)}")
     count = 10**num_digits
     if not 0 < num_held_out <= count // 2:
-        raise ValueError(f"rehearsal.num_held_out={num_held_out}; choose 1 to {count // 2} of {count}")
+        raise ValueError(
+            f"rehearsal.num_held_out={num_held_out}; choose 1 to {count // 2} of {count}"
+        )
     questions = [f"{number:0{num_digits}d}" for number in range(count)]
     random.Random(seed).shuffle(questions)
     problems = [Problem(f"{digits}=", TASKS[task](digits)) for digits in questions]
@@ -41,10 +48,21 @@ def digit_problems(
 def tiny_qwen3_config() -> dict[str, Any]:
     """config.json of the tiny model. Its heads, layers and vocabulary divide by TP=2 and PP=2."""
     return {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "dtype": "float32",
-        "vocab_size": VOCAB_SIZE, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-        "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "dtype": "float32",
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-        "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS,
-    }  # fmt: skip
+        "pad_token_id": PAD,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+    }

@@ -27,7 +27,9 @@ class Checkpoints:
     config: RunConfig
     run: RunDir
     trainer: TrainGroup
-    rollout: RolloutManager | Replay | None  # None on a rank that follows: it neither commits nor reports
+    rollout: (
+        RolloutManager | Replay | None
+    )  # None on a rank that follows: it neither commits nor reports
     _best: tuple[float, int] | None = field(default=None, init=False)  # reward, rollouts
 
     def resume(self) -> int:
@@ -68,7 +70,9 @@ class Checkpoints:
         commit(partial, final)
         keep = self.config.checkpoint
         best = self._best[1] if keep.keep_best and self._best else None
-        retain(self.run.checkpoints, keep_last=keep.keep_last, keep_every=keep.keep_every, best=best)
+        retain(
+            self.run.checkpoints, keep_last=keep.keep_last, keep_every=keep.keep_every, best=best
+        )
 
     def _newest_good(self) -> int | str:
         """Its number of rollouts, 0 where there is none at all; what is wrong, where all are damaged."""

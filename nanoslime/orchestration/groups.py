@@ -26,7 +26,9 @@ class TrainGroup(ABC):
 
     def __init__(self, config: RunConfig, run: RunDir, model_dir: Path, transport: str):
         self.config, self.run, self.transport = config, run, transport
-        self._engines_turn: Rollout | None = None  # whose engines have the device, the trainer asleep
+        self._engines_turn: Rollout | None = (
+            None  # whose engines have the device, the trainer asleep
+        )
         self._version = 0  # of the weights that the engines have
         self._parity_tokens = ModelShape.read(model_dir).attention_parity_tokens
 
@@ -48,13 +50,19 @@ class TrainGroup(ABC):
         """The optimizer steps of one rollout; metrics of the row, few where every group was dropped."""
         training = self.config.training
         steps = plan(
-            groups, num_steps=training.num_steps_per_rollout, dp_size=self.dp_size,
+            groups,
+            num_steps=training.num_steps_per_rollout,
+            dp_size=self.dp_size,
             max_tokens=training.max_tokens_per_microbatch * training.cp_size,
             microbatch_multiple=training.pp_size if training.vpp_size > 1 else 1,
-            denominator=self.config.algorithm.denominator, temperature=self.config.rollout.temperature,
-            fixed_length=self.config.rollout.max_new_tokens, parity_tokens=self._parity_tokens,
-        )  # fmt: skip
-        return self._wake() | self._train([[step[dp] for step in steps] for dp in range(self.dp_size)])
+            denominator=self.config.algorithm.denominator,
+            temperature=self.config.rollout.temperature,
+            fixed_length=self.config.rollout.max_new_tokens,
+            parity_tokens=self._parity_tokens,
+        )
+        return self._wake() | self._train(
+            [[step[dp] for step in steps] for dp in range(self.dp_size)]
+        )
 
     def connect(self, engines: list[Any], address: str, ranks_by_engine: list[list[int]]) -> None:
         """The way of weights to the engines: a group of rank 0 at `address` with them, or with `tensor` from
@@ -65,7 +73,12 @@ class TrainGroup(ABC):
 
     def broadcast(self, version: int) -> None:
         deadline_s = self.config.weight_sync.deadline_s
-        self.call("broadcast", version, what=f"send the weights of version {version}", deadline_s=deadline_s)
+        self.call(
+            "broadcast",
+            version,
+            what=f"send the weights of version {version}",
+            deadline_s=deadline_s,
+        )
 
     def export_hf(self, path: Path) -> None:
         with self._awake():
@@ -149,7 +162,11 @@ def resolve_transport(config: RunConfig, *, same_process: bool) -> str:
 
     "none" where there is no engine or no trainer.
     """
-    transport, engine, colocate = config.weight_sync.transport, config.rollout.engine, config.cluster.colocate
+    transport, engine, colocate = (
+        config.weight_sync.transport,
+        config.rollout.engine,
+        config.cluster.colocate,
+    )
     if config.rollout.load_rollouts or config.rollout.rollout_only:
         return "none"
     if transport == "auto" and engine == "sglang":
@@ -162,7 +179,9 @@ def resolve_transport(config: RunConfig, *, same_process: bool) -> str:
         why = "NCCL refuses two ranks on one GPU, as with --colocate"
         raise ValueError(f"weight_sync.transport=broadcast: {why}; choose tensor, disk or auto")
     if transport == "broadcast" and engine == "embedded":
-        raise ValueError("weight_sync.transport=broadcast needs rollout.engine=sglang; choose disk or auto")
+        raise ValueError(
+            "weight_sync.transport=broadcast needs rollout.engine=sglang; choose disk or auto"
+        )
     if transport == "in_process" and not (engine == "embedded" and same_process):
         where = "the embedded engine in the trainer's own process"
         raise ValueError(f"weight_sync.transport=in_process needs {where}; choose disk or auto")

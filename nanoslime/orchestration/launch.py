@@ -34,7 +34,9 @@ class Launch:
 
 def parse(argv: list[str]) -> Launch:
     """What the command line asks for. Raises RunError or ValueError in one line."""
-    parser = argparse.ArgumentParser(prog="python -m nanoslime.train", add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m nanoslime.train", add_help=False, allow_abbrev=False
+    )
     parser.add_argument("--run", type=Path)
     parser.add_argument("--attempt", type=int)
     parser.add_argument("--resume", type=Path)
@@ -44,7 +46,9 @@ def parse(argv: list[str]) -> Launch:
         run = RunDir.open(known.run)
         attempt, config = run.attempt(known.attempt), read(run.config)
         plan = layout.Layout.from_json(run.plan.read_text())
-        return Launch(attempt, lambda phase: open_ray(config, attempt, plan, phase, local=False), leads=True)
+        return Launch(
+            attempt, lambda phase: open_ray(config, attempt, plan, phase, local=False), leads=True
+        )
     if known.resume:
         run = RunDir.open(known.resume)
         return _on_this_machine(load(run.config, None, rest), run)
@@ -82,18 +86,26 @@ def _on_this_machine(config: RunConfig, run: RunDir | None) -> Launch:
         plan = layout.plan(config, shape)
         attempt = _new_attempt(config, run)
         attempt.run.plan.write_text(plan.to_json())
-        return Launch(attempt, lambda phase: open_ray(config, attempt, plan, phase, local=True), leads=True)
-    if config.cluster.device == "cuda" and rollout.takes_slots and not config.cluster.colocate:
-        ways_out = (
-            "share the trainer's by --colocate, give both their own by --num-gpus N, or --engine embedded"
+        return Launch(
+            attempt, lambda phase: open_ray(config, attempt, plan, phase, local=True), leads=True
         )
-        raise RunError(f"rollout.engine=sglang has no GPU beside the trainer of this process: {ways_out}")
+    if config.cluster.device == "cuda" and rollout.takes_slots and not config.cluster.colocate:
+        ways_out = "share the trainer's by --colocate, give both their own by --num-gpus N, or --engine embedded"
+        raise RunError(
+            f"rollout.engine=sglang has no GPU beside the trainer of this process: {ways_out}"
+        )
     env = _rank_env(config)
     # the other ranks wait in a collective while rank 0 starts its engine, samples and evaluates
-    longest = config.training.collective_deadline_s + rollout.start_deadline_s + rollout.request_deadline_s
+    longest = (
+        config.training.collective_deadline_s
+        + rollout.start_deadline_s
+        + rollout.request_deadline_s
+    )
     init_process_group(env, replace(config.training, collective_deadline_s=longest))
     attempt = from_rank_0(_new_attempt(config, run) if env.rank == 0 else None)
-    return Launch(attempt, lambda phase: open_local(config, attempt, env, phase), leads=env.rank == 0)
+    return Launch(
+        attempt, lambda phase: open_local(config, attempt, env, phase), leads=env.rank == 0
+    )
 
 
 def _rank_env(config: RunConfig) -> RankEnv:

@@ -18,7 +18,9 @@ from nanoslime.run_dir import RunDir
 class LocalTrainGroup(TrainGroup):
     """`engines`: those of this process; with the transport in_process, one that is embedded."""
 
-    def __init__(self, run: RunDir, model_dir: Path, transport: str, worker: TrainWorker, engines: list[Any]):
+    def __init__(
+        self, run: RunDir, model_dir: Path, transport: str, worker: TrainWorker, engines: list[Any]
+    ):
         super().__init__(worker.config, run, model_dir, transport)
         self._worker, self._engines, self.dp_size = worker, engines, worker.dp_size
 

@@ -38,7 +38,9 @@ def connect(head: dict[str, Any], num_nodes: int, deadline_s: float) -> None:
     """Connects the driver to the cluster that the node agents started; waits until every node has joined."""
     _init(address=head["ray_address"], _node_ip_address=head["node_ip"])
     end = time.monotonic() + deadline_s
-    while len(labels := {n["Labels"].get(NODE_LABEL) for n in ray.nodes() if n["Alive"]}) < num_nodes:
+    while (
+        len(labels := {n["Labels"].get(NODE_LABEL) for n in ray.nodes() if n["Alive"]}) < num_nodes
+    ):
         if time.monotonic() > end:
             missing = [i for i in range(num_nodes) if str(i) not in labels]
             cluster = f"the Ray cluster at {head['ray_address']}"
@@ -92,7 +94,9 @@ class RankActor:
         """Builds the worker; returns (dp_rank, dp_size)."""
         env = RankEnv(self._rank, world_size, 0, self._device, f"tcp://{meet[0]}:{meet[1]}")
         here = ray.util.get_node_ip_address()
-        logger.info("trainer rank %d of %d on %s, pid %d", self._rank, world_size, here, os.getpid())
+        logger.info(
+            "trainer rank %d of %d on %s, pid %d", self._rank, world_size, here, os.getpid()
+        )
         self._worker = TrainWorker(self._config, self._model_dir, env, skipped_dir)
         return self._worker.dp_rank, self._worker.dp_size
 
@@ -102,16 +106,31 @@ class RankActor:
 
 
 def engine_server(
-    config: RunConfig, index: int, model_dir: Path, device: str, log: Path, host: str, gpu_ids: list[int]
+    config: RunConfig,
+    index: int,
+    model_dir: Path,
+    device: str,
+    log: Path,
+    host: str,
+    gpu_ids: list[int],
 ) -> SGLangServer:
     """Engine `index` of the run, on this machine; on a CPU its thread has a core, the last one first."""
     cores = sorted(os.sched_getaffinity(0))
     return SGLangServer(
-        name=f"engine-{index}", model_path=str(model_dir), config=config.rollout, dtype=config.model.dtype,
-        device=device, host=host, port=free_port(host), log=log, seed=config.seed * 1000 + index,
-        cpu_core=cores[-1 - index % len(cores)], gpu_ids=gpu_ids, colocated=config.cluster.colocate,
+        name=f"engine-{index}",
+        model_path=str(model_dir),
+        config=config.rollout,
+        dtype=config.model.dtype,
+        device=device,
+        host=host,
+        port=free_port(host),
+        log=log,
+        seed=config.seed * 1000 + index,
+        cpu_core=cores[-1 - index % len(cores)],
+        gpu_ids=gpu_ids,
+        colocated=config.cluster.colocate,
         routed_experts=config.training.routing_replay == "R3",
-    )  # fmt: skip
+    )
 
 
 @ray.remote
@@ -141,20 +160,32 @@ class _Actors:
     """
 
     def __init__(
-        self, cls: Any, role: str, places: list[tuple[int, int, int]],
-        config: RunConfig, attempt: Attempt, layout: Layout, model_dir: Path,
-    ):  # fmt: skip
+        self,
+        cls: Any,
+        role: str,
+        places: list[tuple[int, int, int]],
+        config: RunConfig,
+        attempt: Attempt,
+        layout: Layout,
+        model_dir: Path,
+    ):
         kind, interface = role.split()[0], config.cluster.network_interface
-        env = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}
+        env = (
+            {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}
+        )
         self._names = [f"{role} {i} on node {node}" for i, node, _ in places]
         self._logs = [attempt.log(kind, i) for i, _, _ in places]
         self.actors = [
             cls.options(
-                name=f"{kind}-{i}", num_cpus=0, max_restarts=0, label_selector={NODE_LABEL: str(node)},
-                runtime_env={"env_vars": env}, **_slots(num_slots, layout.device),
+                name=f"{kind}-{i}",
+                num_cpus=0,
+                max_restarts=0,
+                label_selector={NODE_LABEL: str(node)},
+                runtime_env={"env_vars": env},
+                **_slots(num_slots, layout.device),
             ).remote(i, config, model_dir, layout.device, log)
             for (i, node, num_slots), log in zip(places, self._logs, strict=True)
-        ]  # fmt: skip
+        ]
 
     def each(self, method: str, *args: Any) -> list[Any]:
         return [getattr(actor, method).remote(*args) for actor in self.actors]
@@ -167,11 +198,15 @@ class _Actors:
         """Results in order. Raises RunError as soon as one actor fails or dies, or at the deadline."""
         pending, end = list(refs), time.monotonic() + deadline_s
         while pending:
-            ready, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, end - time.monotonic()))
+            ready, pending = ray.wait(
+                pending, num_returns=1, timeout=max(0.0, end - time.monotonic())
+            )
             if not ready:
                 late = [refs.index(ref) for ref in pending]
                 names = ", ".join(self._names[i] for i in late)
-                raise RunError(f"{names} did not {what} within {deadline_s:.0f}s; log: {self._logs[late[0]]}")
+                raise RunError(
+                    f"{names} did not {what} within {deadline_s:.0f}s; log: {self._logs[late[0]]}"
+                )
             self._check(refs.index(ready[0]), ready[0], what)
         return ray.get(refs)
 
@@ -180,13 +215,17 @@ class _Actors:
             ray.get(ref)
         except (RayTaskError, RayActorError) as e:
             failed = isinstance(e, RayTaskError)
-            dead = self._first_dead() if failed else i  # the others' broken collectives follow from a death
+            dead = (
+                self._first_dead() if failed else i
+            )  # the others' broken collectives follow from a death
             if dead is not None:
                 died = f"{self._names[dead]} died while asked to {what}"
                 raise RunError(f"{died}; log: {self._logs[dead]}") from e
             cause = e.cause if isinstance(e.cause, Exception) else e
             reason = (str(cause).strip().splitlines() or [type(cause).__name__])[-1]
-            raise RunError(f"{self._names[i]} failed to {what}: {reason}; log: {self._logs[i]}") from e
+            raise RunError(
+                f"{self._names[i]} failed to {what}: {reason}; log: {self._logs[i]}"
+            ) from e
 
     def _first_dead(self) -> int | None:
         """Which actor is dead, if one is: all are asked, with two seconds for news of a death to arrive."""
@@ -203,9 +242,14 @@ class _Actors:
 
 
 class RayTrainGroup(TrainGroup):
-    def __init__(self, config: RunConfig, attempt: Attempt, layout: Layout, model_dir: Path, transport: str):
+    def __init__(
+        self, config: RunConfig, attempt: Attempt, layout: Layout, model_dir: Path, transport: str
+    ):
         super().__init__(config, attempt.run, model_dir, transport)
-        places, deadline_s = [(p.rank, p.node, 1) for p in layout.trainers], config.training.start_deadline_s
+        places, deadline_s = (
+            [(p.rank, p.node, 1) for p in layout.trainers],
+            config.training.start_deadline_s,
+        )
         self._ranks = _Actors(RankActor, "trainer rank", places, config, attempt, layout, model_dir)
         found = self._ranks.gather(self._ranks.each("place"), "start", deadline_s)
         self.address: str = found[0][0][0]  # of rank 0
@@ -227,7 +271,9 @@ class RayTrainGroup(TrainGroup):
         return self._ranks.gather(refs, "train", self._deadline_s)[0]
 
     def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> None:
-        self._ranks.gather(self._ranks.each("call", method, *args), what, deadline_s or self._deadline_s)
+        self._ranks.gather(
+            self._ranks.each("call", method, *args), what, deadline_s or self._deadline_s
+        )
 
     def close(self) -> None:
         self._ranks.kill()
@@ -246,7 +292,11 @@ class RayEngines:
     def start(self, gpus_by_rank: Sequence[int] | None = None) -> None:
         """`gpus_by_rank`: of the trainers, where engines share theirs; none: the engines have their own."""
         for actor, place in zip(self._actors.actors, self._layout.engines, strict=True):
-            gpus = [gpus_by_rank[rank] for rank in self._layout.ranks_at(place)] if gpus_by_rank else None
+            gpus = (
+                [gpus_by_rank[rank] for rank in self._layout.ranks_at(place)]
+                if gpus_by_rank
+                else None
+            )
             self._starting.append(actor.start.remote(self._deadline_s, gpus))
 
     def wait(self) -> list[SGLangEngine]:

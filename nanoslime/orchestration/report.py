@@ -39,12 +39,17 @@ def write_summary(session: Session, clock: Clock, seconds: float) -> None:
     hf = run.hf(rollouts)
     summary = {
         "reward_before": next((e["reward"] for e in evals if e["step"] == -1), None),
-        "reward_after": next((e["reward"] for e in reversed(evals) if e["step"] == rollouts - 1), None),
-        "steps": rollouts, "logprob_gap_max": max(gaps, default=None),
-        "seconds": round(seconds, 1), "phase_s": {phase: round(s, 1) for phase, s in clock.seconds.items()},
-        "checkpoint": str(run.checkpoint(rollouts)), "hf_export": str(hf) if hf.exists() else None,
+        "reward_after": next(
+            (e["reward"] for e in reversed(evals) if e["step"] == rollouts - 1), None
+        ),
+        "steps": rollouts,
+        "logprob_gap_max": max(gaps, default=None),
+        "seconds": round(seconds, 1),
+        "phase_s": {phase: round(s, 1) for phase, s in clock.seconds.items()},
+        "checkpoint": str(run.checkpoint(rollouts)),
+        "hf_export": str(hf) if hf.exists() else None,
         "tensorboard": str(run.tensorboard) if session.config.tracking.use_tensorboard else None,
-    }  # fmt: skip
+    }
     publish_json(run.summary, summary)
 
 

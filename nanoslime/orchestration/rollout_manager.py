@@ -41,9 +41,15 @@ class RolloutManager:
         data = config.data
         prompts = load_prompts(Path(data.prompts), self._tokenizer, data)
         self._source = PromptSource(prompts, seed=config.seed, shuffle=data.shuffle)
-        held_out = load_prompts(Path(data.eval_prompts), self._tokenizer, data) if data.eval_prompts else []
+        held_out = (
+            load_prompts(Path(data.eval_prompts), self._tokenizer, data)
+            if data.eval_prompts
+            else []
+        )
         self._held_out = held_out[: config.eval.max_prompts or None]
-        self._threads = ThreadPoolExecutor(max_workers=len(self.engines), thread_name_prefix="engine")
+        self._threads = ThreadPoolExecutor(
+            max_workers=len(self.engines), thread_name_prefix="engine"
+        )
         self.version = -1
         self.metrics: dict[str, float] = {}
 
@@ -75,7 +81,9 @@ class RolloutManager:
         knobs = self.config.eval
         own = {"n_samples_per_prompt": knobs.n_samples_per_prompt, "temperature": knobs.temperature}
         sampling = replace(self.config.rollout, **own, top_p=1.0, top_k=-1)
-        groups = self._sample(self._held_out, sampling, first_group_id=0, seed=(knobs.seed, 1, step))
+        groups = self._sample(
+            self._held_out, sampling, first_group_id=0, seed=(knobs.seed, 1, step)
+        )
         samples = [s for g in groups for s in g.samples]
         if errors := [s for s in samples if s.reward is None]:
             failed = f"evaluation: {len(errors)} of {len(samples)} samples could not be made"
@@ -87,7 +95,9 @@ class RolloutManager:
         record = {"step": step, "version": self.version, "reward": reward, "samples": len(samples)}
         with self.run.evals.open("a") as f:
             f.write(json.dumps(record) + "\n")
-        logger.info("evaluation after %d rollouts: reward %.4f, %d samples", step + 1, reward, len(samples))
+        logger.info(
+            "evaluation after %d rollouts: reward %.4f, %d samples", step + 1, reward, len(samples)
+        )
         return reward
 
     def update_weights(self, send: Callable[[], object], version: int) -> None:
@@ -113,18 +123,26 @@ class RolloutManager:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if "prompts" not in state:
             what = "the checkpoint is of a run with rollout.load_rollouts, which has no data cursor"
-            raise RunError(f"{what}; go on with --load-rollouts, or start a new run from its hf/ export")
+            raise RunError(
+                f"{what}; go on with --load-rollouts, or start a new run from its hf/ export"
+            )
         self._source.load_state_dict(state["prompts"])
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _sample(self, prompts: list[Prompt], rollout: RolloutConfig, **options: Any) -> list[SampleGroup]:
-        groups = sample_groups(prompts, self._router, self._tokenizer, rollout, self._reward, **options)
+    def _sample(
+        self, prompts: list[Prompt], rollout: RolloutConfig, **options: Any
+    ) -> list[SampleGroup]:
+        groups = sample_groups(
+            prompts, self._router, self._tokenizer, rollout, self._reward, **options
+        )
         return asyncio.run(groups)
 
     def _check_versions(self, groups: list[SampleGroup]) -> None:
-        spans = ((s, version) for g in groups for s in g.samples for _, version in s.policy_versions)
+        spans = (
+            (s, version) for g in groups for s in g.samples for _, version in s.policy_versions
+        )
         for sample, version in spans:
             if version != self.version:
                 sampled = f"group {sample.group_id} was sampled by policy version {version}"
@@ -173,7 +191,9 @@ def prepare(
     """The groups to train on, with advantages, and what all of `groups` look like."""
     kept, dropped = filter_groups(groups, drop_zero_std=config.filter_zero_std)
     if groups and not kept:
-        logger.warning("none of %d groups is left to train on, dropped for: %s", len(groups), dict(dropped))
+        logger.warning(
+            "none of %d groups is left to train on, dropped for: %s", len(groups), dict(dropped)
+        )
     algorithm.advantages(kept)
     metrics = {f"rollout/dropped_{reason}": float(n) for reason, n in dropped.items()}
     return kept, group_metrics(groups) | metrics

@@ -64,7 +64,9 @@ def open_ray(
         if local:
             ray_group.start_local(layout.slots_per_node, layout.device)
         else:
-            ray_group.connect(read_json(attempt.head), layout.num_nodes, config.cluster.node_join_deadline_s)
+            ray_group.connect(
+                read_json(attempt.head), layout.num_nodes, config.cluster.node_join_deadline_s
+            )
         resources.callback(ray_group.disconnect)
         servers, colocate = None, config.cluster.colocate
         if layout.engines and config.rollout.engine == "sglang":
@@ -92,16 +94,22 @@ def open_ray(
 
 
 @contextmanager
-def open_local(config: RunConfig, attempt: Attempt, env: RankEnv, phase: Phase) -> Iterator[Session]:
+def open_local(
+    config: RunConfig, attempt: Attempt, env: RankEnv, phase: Phase
+) -> Iterator[Session]:
     """The session of a process that is itself a trainer rank: the only one, or one of torchrun's."""
     leads = env.rank == 0
     with ExitStack() as resources:
-        resources.callback(dist.destroy_process_group)  # launch has joined it, to agree on the run directory
+        resources.callback(
+            dist.destroy_process_group
+        )  # launch has joined it, to agree on the run directory
         phase("model")
         if leads:
             prepare_model(config, attempt.run)
         dist.barrier()
-        config, model_dir = prepare_model(config, attempt.run)  # made by rank 0: only reads where it lies
+        config, model_dir = prepare_model(
+            config, attempt.run
+        )  # made by rank 0: only reads where it lies
         phase("start")
         transport = resolve_transport(config, same_process=env.world_size == 1)
         has_engine = leads and not config.rollout.load_rollouts
@@ -123,7 +131,9 @@ def _local_engine(
     config: RunConfig, attempt: Attempt, model_dir: Path, env: RankEnv, resources: ExitStack
 ) -> Engine:
     if config.rollout.engine == "embedded":
-        return EmbeddedEngine(str(model_dir), config.model.dtype, str(env.torch_device), config.seed)
+        return EmbeddedEngine(
+            str(model_dir), config.model.dtype, str(env.torch_device), config.seed
+        )
     gpu_ids, log = [env.local_rank] if env.device == "cuda" else [], attempt.log("sglang", 0)
     server = ray_group.engine_server(config, 0, model_dir, env.device, log, "127.0.0.1", gpu_ids)
     resources.callback(server.close)
@@ -131,9 +141,15 @@ def _local_engine(
 
 
 def _session(
-    config: RunConfig, attempt: Attempt, model_dir: Path, trainer: TrainGroup, engines: list[Engine],
-    resources: ExitStack, *, leads: bool,
-) -> Session:  # fmt: skip
+    config: RunConfig,
+    attempt: Attempt,
+    model_dir: Path,
+    trainer: TrainGroup,
+    engines: list[Engine],
+    resources: ExitStack,
+    *,
+    leads: bool,
+) -> Session:
     run = attempt.run
     manager: RolloutManager | Replay | None = None
     if leads:
@@ -141,4 +157,6 @@ def _session(
         manager = Replay(config) if replays else RolloutManager(config, run, model_dir, engines)
         resources.callback(manager.close)
         remove_leftovers(run.checkpoints)
-    return Session(config, attempt, trainer, Rollout(manager), Checkpoints(config, run, trainer, manager))
+    return Session(
+        config, attempt, trainer, Rollout(manager), Checkpoints(config, run, trainer, manager)
+    )

@@ -23,7 +23,9 @@ from nanoslime.weight_sync.disk import write_checkpoint
 class TrainWorker:
     """Every method is collective: all ranks call it, in the same order."""
 
-    def __init__(self, config: RunConfig, model_dir: Path, env: RankEnv, skipped_dir: Path | None = None):
+    def __init__(
+        self, config: RunConfig, model_dir: Path, env: RankEnv, skipped_dir: Path | None = None
+    ):
         if env.device == "cuda" and not torch.cuda.is_available():
             raise RunError(
                 f"trainer rank {env.rank}: torch {torch.__version__} sees no CUDA on a node that has GPUs; "
@@ -35,10 +37,14 @@ class TrainWorker:
         self.backend.skipped_dir = skipped_dir
         self.dp_rank, self.dp_size = self.backend.dp_rank, self.backend.dp_size
         self.algorithm = algorithms.make(config.algorithm, config.rollout.max_new_tokens)
-        place: dict[str, Any] = dict(rank=env.rank, world_size=env.world_size, device=env.torch_device)
+        place: dict[str, Any] = dict(
+            rank=env.rank, world_size=env.world_size, device=env.torch_device
+        )
         dtype = getattr(torch, config.model.dtype)
         self._assembler = Assembler(self.backend.weight_shards, dtype=dtype, **place)
-        self.tensors = self._assembler.tensors  # whole on rank 0; none on other ranks, which exhaust it too
+        self.tensors = (
+            self._assembler.tensors
+        )  # whole on rank 0; none on other ranks, which exhaust it too
         self.save, self.load = self.backend.save, self.backend.load
         self.sleep, self.wake = self.backend.sleep, self.backend.wake
         self._broadcaster: Broadcaster | None = None
@@ -68,18 +74,28 @@ class TrainWorker:
         return times | metrics_row(steps)
 
     def connect(
-        self, engines: list[BroadcastEngine], address: str, ranks_by_engine: list[list[int]] | None = None
+        self,
+        engines: list[BroadcastEngine],
+        address: str,
+        ranks_by_engine: list[list[int]] | None = None,
     ) -> None:
         """Rank 0 opens the weight group with the engines; or, where `ranks_by_engine` says which ranks are on
         each engine's devices, every rank a way to its own."""
         sync = self.config.weight_sync
         if ranks_by_engine is not None:
-            sender = resolve("nanoslime.weight_sync.colocated:TensorSender", {}, "weight_sync.transport")
+            sender = resolve(
+                "nanoslime.weight_sync.colocated:TensorSender", {}, "weight_sync.transport"
+            )
             own = (self.env.rank, self.env.torch_device, sync.bucket_bytes, sync.deadline_s)
             self._sender = sender(self._assembler, engines, ranks_by_engine, *own)
         elif self.env.rank == 0:
-            limits: dict[str, Any] = {"bucket_bytes": sync.bucket_bytes, "deadline_s": sync.deadline_s}
-            self._broadcaster = Broadcaster(engines, address=address, device=self.env.device, **limits)
+            limits: dict[str, Any] = {
+                "bucket_bytes": sync.bucket_bytes,
+                "deadline_s": sync.deadline_s,
+            }
+            self._broadcaster = Broadcaster(
+                engines, address=address, device=self.env.device, **limits
+            )
 
     def broadcast(self, version: int) -> int:
         """Sends the current weights to the engines as `version`; returns the bytes that this rank sent."""
@@ -95,7 +111,9 @@ class TrainWorker:
     def write_hf(self, destination: Path) -> None:
         """The current weights as a Hugging Face checkpoint, with the original's tokenizer and config."""
         if self.env.rank == 0:
-            write_checkpoint(self.tensors(), self._assembler.specs, destination, like=self.model_dir)
+            write_checkpoint(
+                self.tensors(), self._assembler.specs, destination, like=self.model_dir
+            )
         else:
             self._drain()
 
@@ -113,15 +131,23 @@ def _joined(batches: list[TrainBatch]) -> TrainBatch:
     """The sequences of all, with what token advantages need."""
     names = ("loss_mask", "advantages", "rollout_logprobs", "old_logprobs", "ref_logprobs")
     parts = {name: [getattr(batch, name) for batch in batches] for name in names}
-    return replace(batches[0], **{name: [*chain(*of)] for name, of in parts.items() if of[0] is not None})
+    return replace(
+        batches[0], **{name: [*chain(*of)] for name, of in parts.items() if of[0] is not None}
+    )
 
 
 def metrics_row(steps: list[StepMetrics]) -> dict[str, float]:
     """One row from a rollout's optimizer steps: means, and maxima for names in _max."""
     rows = [
-        {"train/loss": s.loss, "train/grad_norm": s.grad_norm, "train/lr": s.lr, "train/skipped": s.skipped}
-        | s.values for s in steps
-    ]  # fmt: skip
+        {
+            "train/loss": s.loss,
+            "train/grad_norm": s.grad_norm,
+            "train/lr": s.lr,
+            "train/skipped": s.skipped,
+        }
+        | s.values
+        for s in steps
+    ]
     row = {}
     for name in dict.fromkeys(name for r in rows for name in r):
         values = [r[name] for r in rows if name in r]

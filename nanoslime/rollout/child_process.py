@@ -25,16 +25,23 @@ class ChildProcess:
     child ends.
     """
 
-    def __init__(self, name: str, command: Sequence[str], env: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self, name: str, command: Sequence[str], env: Mapping[str, str], log: Path
+    ) -> None:
         self.name, self.log = name, log
         log.parent.mkdir(parents=True, exist_ok=True)
         read_end, self._lifeline = os.pipe()
         try:
             with log.open("ab") as out:
                 self._process = subprocess.Popen(
-                    command, env=dict(env), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
-                    start_new_session=True, pass_fds=[read_end],
-                )  # fmt: skip
+                    command,
+                    env=dict(env),
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    pass_fds=[read_end],
+                )
             fcntl.fcntl(read_end, fcntl.F_SETOWN, -self.pid)
             fcntl.fcntl(read_end, _F_SETSIG, signal.SIGKILL)
             fcntl.fcntl(read_end, fcntl.F_SETFL, os.O_ASYNC)
@@ -62,7 +69,9 @@ class ChildProcess:
                 failure = f"was not up after {deadline_s:g} s (awaited: {what})"
             if failure:
                 self.close()
-                raise RunError(f"{self.name} {failure}; log: {self.log}; last line: {last_line(self.log)}")
+                raise RunError(
+                    f"{self.name} {failure}; log: {self.log}; last line: {last_line(self.log)}"
+                )
             time.sleep(0.5)
 
     def close(self) -> None:
@@ -80,7 +89,9 @@ class ChildProcess:
         os.close(self._lifeline)
         self._lifeline = -1
         if left:
-            raise RunError(f"{self.name}: processes {left} still live 10 s after SIGKILL; log: {self.log}")
+            raise RunError(
+                f"{self.name}: processes {left} still live 10 s after SIGKILL; log: {self.log}"
+            )
 
 
 def _group_members(group: int) -> list[int]:
@@ -114,4 +125,6 @@ def require_free_port(host: str, port: int, who: str) -> None:
             probe.bind((host, port))
         except OSError as e:
             problem = f"{who}: port {port} on {host} cannot be used ({e.strerror})"
-            raise RunError(f"{problem}; give it another port or end the process that holds this one") from e
+            raise RunError(
+                f"{problem}; give it another port or end the process that holds this one"
+            ) from e

@@ -44,12 +44,16 @@ class EmbeddedEngine:
         self._expected = checkpoint_shapes(model_path)
         self._model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype))
         self._model.to(device).eval()
-        self._routed: list[Tensor] = []  # experts [tokens, topk] of each layer that has some, in one forward
+        self._routed: list[
+            Tensor
+        ] = []  # experts [tokens, topk] of each layer that has some, in one forward
         if moe := (shape := ModelShape.read(model_path)).moe:
             number = torch.uint8 if moe.num_experts <= 256 else torch.int16
             for layer in shape.moe_layers:
                 experts = self._model.get_submodule(f"model.layers.{layer}.mlp.experts")
-                experts.register_forward_pre_hook(lambda _, args: self._routed.append(args[1].to(number)))
+                experts.register_forward_pre_hook(
+                    lambda _, args: self._routed.append(args[1].to(number))
+                )
         self._seeds = torch.Generator().manual_seed(seed)
         self._version, self._paused = 0, False
         self._busy = threading.Lock()
@@ -148,7 +152,11 @@ class EmbeddedEngine:
                 job.answer = [row.generation(self._version) for row in own]
 
     def _rows(self, request: GenerateRequest) -> list[_Row]:
-        seed = int(torch.randint(2**62, (), generator=self._seeds)) if request.seed is None else request.seed
+        seed = (
+            int(torch.randint(2**62, (), generator=self._seeds))
+            if request.seed is None
+            else request.seed
+        )
         context = self._model.config.get_text_config().max_position_embeddings
         limit = max(0, min(request.max_new_tokens, context - len(request.token_ids)))
         generator = torch.Generator().manual_seed(seed)
@@ -166,10 +174,14 @@ class _Row:
     request: GenerateRequest
     limit: int  # tokens it may get: max_new_tokens, or less where the context ends
     stop_ids: frozenset[int]
-    randoms: Tensor  # float64 [limit] in [0, 1): its own, so that other rows do not change its samples
+    randoms: (
+        Tensor  # float64 [limit] in [0, 1): its own, so that other rows do not change its samples
+    )
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    experts: list[Tensor] = field(default_factory=list)  # [tokens, num_moe_layers, topk] of each forward
+    experts: list[Tensor] = field(
+        default_factory=list
+    )  # [tokens, num_moe_layers, topk] of each forward
 
     @property
     def stopped(self) -> bool:
@@ -185,7 +197,9 @@ class _Row:
             return Generation([], [], Status.ERROR, [], error=error)
         status = Status.COMPLETED if self.stopped else Status.TRUNCATED
         experts = torch.cat(self.experts).numpy() if self.experts else None
-        return Generation(self.token_ids, self.logprobs, status, [(0, version)], routed_experts=experts)
+        return Generation(
+            self.token_ids, self.logprobs, status, [(0, version)], routed_experts=experts
+        )
 
 
 @torch.inference_mode()
@@ -198,7 +212,9 @@ def _sample(model: PreTrainedModel, rows: Sequence[_Row], routed: list[Tensor]) 
     mask = pad_sequence(attended, batch_first=True, padding_side="left").to(device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     temperatures = torch.tensor([row.request.temperature for row in rows], device=device)
-    randoms = pad_sequence([row.randoms for row in rows], batch_first=True).to(device)  # [B, longest limit]
+    randoms = pad_sequence([row.randoms for row in rows], batch_first=True).to(
+        device
+    )  # [B, longest limit]
     cache = None
     for step in range(randoms.shape[1]):
         inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
@@ -206,10 +222,14 @@ def _sample(model: PreTrainedModel, rows: Sequence[_Row], routed: list[Tensor]) 
         output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = output.past_key_values
         if routed:
-            experts = torch.stack(routed, 1).unflatten(0, (len(rows), -1)).cpu()  # [B, P or 1, layers, topk]
+            experts = (
+                torch.stack(routed, 1).unflatten(0, (len(rows), -1)).cpu()
+            )  # [B, P or 1, layers, topk]
             for row, own in zip(rows, experts, strict=True):
                 row.experts += [] if row.done else [own[-len(row.request.token_ids) :]]
-        logprobs = torch.log_softmax(output.logits[:, -1].float() / temperatures[:, None], -1)  # [B, V]
+        logprobs = torch.log_softmax(
+            output.logits[:, -1].float() / temperatures[:, None], -1
+        )  # [B, V]
         chosen = pick(_filtered(logprobs, rows), randoms[:, step])[:, None]  # [B, 1]
         picked = logprobs.gather(1, chosen)
         for row, [token], [logprob] in zip(rows, chosen.tolist(), picked.tolist(), strict=True):
@@ -236,7 +256,9 @@ def _filtered(logprobs: Tensor, rows: Sequence[_Row]) -> Tensor:
         return probs
     rank = torch.arange(probs.shape[-1], device=probs.device)
     top_p = torch.tensor([[row.request.top_p] for row in rows], device=probs.device)
-    top_k = torch.tensor([[k if (k := row.request.top_k) > 0 else len(rank)] for row in rows]).to(rank)
+    top_k = torch.tensor([[k if (k := row.request.top_k) > 0 else len(rank)] for row in rows]).to(
+        rank
+    )
     ordered, order = probs.sort(-1, descending=True)
     before = ordered.cumsum(-1) - ordered  # mass of the tokens ahead of each
     dropped = (rank >= top_k) | (before >= top_p) & (top_p < 1.0)

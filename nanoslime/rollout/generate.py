@@ -11,15 +11,30 @@ from transformers import PreTrainedTokenizerBase
 
 from nanoslime.config.rollout import RolloutConfig
 from nanoslime.rollout.router import LeastInflightRouter
-from nanoslime.types import Engine, GenerateRequest, Generation, Prompt, RunError, Sample, SampleGroup, Status
+from nanoslime.types import (
+    Engine,
+    GenerateRequest,
+    Generation,
+    Prompt,
+    RunError,
+    Sample,
+    SampleGroup,
+    Status,
+)
 
 Reward = Callable[[str, Any, dict[str, Any]], float]
 
 
 async def sample_groups(
-    prompts: Sequence[Prompt], router: LeastInflightRouter | Engine, tokenizer: PreTrainedTokenizerBase,
-    config: RolloutConfig, reward: Reward, *, first_group_id: int, seed: Sequence[int],
-) -> list[SampleGroup]:  # fmt: skip
+    prompts: Sequence[Prompt],
+    router: LeastInflightRouter | Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RolloutConfig,
+    reward: Reward,
+    *,
+    first_group_id: int,
+    seed: Sequence[int],
+) -> list[SampleGroup]:
     """A group of config.n_samples_per_prompt scored samples per prompt, in order; all are asked at once.
 
     `seed` decides the samples of an engine that honours seeds. The tokenizer's end of sequence ends a
@@ -32,16 +47,24 @@ async def sample_groups(
     def request(i: int, prompt: Prompt) -> GenerateRequest:
         entropy = [value % 2**32 for value in (*seed, i)]
         return GenerateRequest(
-            token_ids=prompt.token_ids.tolist(), n=config.n_samples_per_prompt,
-            max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p,
-            top_k=config.top_k, stop_token_ids=stop_token_ids,
+            token_ids=prompt.token_ids.tolist(),
+            n=config.n_samples_per_prompt,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            stop_token_ids=stop_token_ids,
             seed=int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1),
-        )  # fmt: skip
+        )
 
-    answers = await asyncio.gather(*(router.generate(request(i, prompt)) for i, prompt in enumerate(prompts)))
+    answers = await asyncio.gather(
+        *(router.generate(request(i, prompt)) for i, prompt in enumerate(prompts))
+    )
     rollout_ids = count(first_group_id * config.n_samples_per_prompt)
     groups = []
-    for group_id, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), start=first_group_id):
+    for group_id, (prompt, answer) in enumerate(
+        zip(prompts, answers, strict=True), start=first_group_id
+    ):
         samples = [make_sample(prompt, g, group_id, next(rollout_ids), tokenizer) for g in answer]
         for sample in samples:
             if sample.status is not Status.ERROR:
@@ -51,29 +74,43 @@ async def sample_groups(
 
 
 def make_sample(
-    prompt: Prompt, generation: Generation, group_id: int, rollout_id: int, tokenizer: PreTrainedTokenizerBase
+    prompt: Prompt,
+    generation: Generation,
+    group_id: int,
+    rollout_id: int,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Sample:
     """Prompt and response on one axis [T]; the prompt's positions are masked and have logprob 0."""
     num_prompt, num_response = len(prompt.token_ids), len(generation.token_ids)
     token_ids = np.concatenate([prompt.token_ids, np.asarray(generation.token_ids, dtype=np.int32)])
     logprobs = np.concatenate([np.zeros(num_prompt), generation.logprobs]).astype(np.float32)
     return Sample(
-        group_id=group_id, rollout_id=rollout_id, token_ids=token_ids, rollout_logprobs=logprobs,
+        group_id=group_id,
+        rollout_id=rollout_id,
+        token_ids=token_ids,
+        rollout_logprobs=logprobs,
         loss_mask=np.arange(num_prompt + num_response) >= num_prompt,
         policy_versions=[(num_prompt + first, version) for first, version in generation.versions],
         text=tokenizer.decode(generation.token_ids, skip_special_tokens=True),
-        status=generation.status, error=generation.error, routed_experts=generation.routed_experts,
-        label=prompt.label, metadata=prompt.metadata | {"prompt_id": prompt.prompt_id},
-    )  # fmt: skip
+        status=generation.status,
+        error=generation.error,
+        routed_experts=generation.routed_experts,
+        label=prompt.label,
+        metadata=prompt.metadata | {"prompt_id": prompt.prompt_id},
+    )
 
 
 def group_metrics(groups: Sequence[SampleGroup]) -> dict[str, float]:
     """What the samples of one rollout look like, filtered ones included; rewards over those that have one."""
     samples = [sample for group in groups for sample in group.samples]
-    scored = [r for group in groups if (r := [s.reward for s in group.samples if s.reward is not None])]
+    scored = [
+        r for group in groups if (r := [s.reward for s in group.samples if s.reward is not None])
+    ]
     flat = [reward for group in scored for reward in group]
     lengths = [sample.num_response_tokens for sample in samples]
-    share = {status: sum(s.status is status for s in samples) / max(len(samples), 1) for status in Status}
+    share = {
+        status: sum(s.status is status for s in samples) / max(len(samples), 1) for status in Status
+    }
     return {
         "rollout/reward_mean": float(np.mean(flat)) if flat else math.nan,
         "rollout/reward_std": float(np.std(flat)) if flat else math.nan,

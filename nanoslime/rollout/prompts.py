@@ -17,7 +17,9 @@ from nanoslime.types import Prompt, RunError
 logger = logging.getLogger(__name__)
 
 
-def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[Prompt]:
+def load_prompts(
+    path: Path, tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> list[Prompt]:
     """Every prompt of a JSONL or parquet file, tokenized; `prompt_id` is its position in the file.
 
     Raises RunError in one line naming file and line for what cannot be used: a broken line, a missing key, an
@@ -29,11 +31,21 @@ def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, config: DataCon
         for key in filter(None, (config.prompt_key, config.label_key)):
             if key not in record:
                 has = ", ".join(sorted(record))
-                raise RunError(f"{place}: no key {key!r}; it has: {has} (data.prompt_key, data.label_key)")
-        rows.append((place, record, _text(record[config.prompt_key], place, tokenizer, config, use_template)))
+                raise RunError(
+                    f"{place}: no key {key!r}; it has: {has} (data.prompt_key, data.label_key)"
+                )
+        rows.append(
+            (
+                place,
+                record,
+                _text(record[config.prompt_key], place, tokenizer, config, use_template),
+            )
+        )
     if not rows:
         raise RunError(f"{path} holds no prompts")
-    token_ids = tokenizer([text for _, _, text in rows], add_special_tokens=not use_template)["input_ids"]
+    token_ids = tokenizer([text for _, _, text in rows], add_special_tokens=not use_template)[
+        "input_ids"
+    ]
     prompts, limit = [], config.max_prompt_tokens
     for i, ((place, record, text), ids) in enumerate(zip(rows, token_ids, strict=True)):
         if not ids:
@@ -44,11 +56,15 @@ def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, config: DataCon
             what = f"a prompt of {len(ids)} tokens is over data.max_prompt_tokens={limit}"
             raise RunError(f"{place}: {what}; raise it, or set data.over_long=skip")
         label = record[config.label_key] if config.label_key else None
-        prompts.append(Prompt(i, np.asarray(ids, np.int32), text, label, record.get("metadata") or {}))
+        prompts.append(
+            Prompt(i, np.asarray(ids, np.int32), text, label, record.get("metadata") or {})
+        )
     if not prompts:
         raise RunError(f"{path}: every prompt is over data.max_prompt_tokens={limit}")
     if skipped := len(rows) - len(prompts):
-        logger.warning("%s: skipped %d of %d prompts with over %d tokens", path, skipped, len(rows), limit)
+        logger.warning(
+            "%s: skipped %d of %d prompts with over %d tokens", path, skipped, len(rows), limit
+        )
     return prompts
 
 
@@ -78,16 +94,26 @@ class PromptSource:
         for name, value in self._identity().items():
             if state[name] != value:
                 what = f"the data cursor was saved with {name}={state[name]}, this run has {name}={value}"
-                raise RunError(f"{what}; resume with the prompt file and the seed of the run's start")
+                raise RunError(
+                    f"{what}; resume with the prompt file and the seed of the run's start"
+                )
         self._epoch, self._position = state["epoch"], state["position"]
 
     def _identity(self) -> dict[str, int]:
-        return {"num_prompts": len(self._prompts), "seed": self._seed, "shuffle": int(self._shuffle)}
+        return {
+            "num_prompts": len(self._prompts),
+            "seed": self._seed,
+            "shuffle": int(self._shuffle),
+        }
 
     def _epoch_order(self) -> list[int]:
         if not self._shuffle:
             return list(range(len(self._prompts)))
-        return np.random.default_rng([self._seed, self._epoch]).permutation(len(self._prompts)).tolist()
+        return (
+            np.random.default_rng([self._seed, self._epoch])
+            .permutation(len(self._prompts))
+            .tolist()
+        )
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -98,7 +124,9 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             table = pq.read_table(path)
         except (pa.ArrowException, OSError) as e:
-            raise RunError(f"{path} is not a readable parquet file: {str(e).splitlines()[0]}") from e
+            raise RunError(
+                f"{path} is not a readable parquet file: {str(e).splitlines()[0]}"
+            ) from e
         rows = (row for batch in table.to_batches(1024) for row in batch.to_pylist())
         for number, row in enumerate(rows):
             yield f"{path}:row {number}", row
@@ -112,27 +140,39 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             except ValueError as e:
                 raise RunError(f"{path}:{number}: not a line of JSON: {e}") from e
             if not isinstance(record, dict):
-                raise RunError(f"{path}:{number}: a JSON object is needed, found {type(record).__name__}")
+                raise RunError(
+                    f"{path}:{number}: a JSON object is needed, found {type(record).__name__}"
+                )
             yield f"{path}:{number}", record
 
 
 def _use_template(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> bool:
     has_template = bool(tokenizer.chat_template)
     if config.chat_template == "on" and not has_template:
-        raise RunError("data.chat_template=on, but the tokenizer has no chat template; use auto or off")
+        raise RunError(
+            "data.chat_template=on, but the tokenizer has no chat template; use auto or off"
+        )
     use = has_template and config.chat_template != "off"
     if config.system_prompt and not use:
-        raise RunError("data.system_prompt needs a chat template: there is none, or data.chat_template=off")
+        raise RunError(
+            "data.system_prompt needs a chat template: there is none, or data.chat_template=off"
+        )
     return use
 
 
 def _text(
-    prompt: Any, place: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig, use_template: bool
+    prompt: Any,
+    place: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    use_template: bool,
 ) -> str:
     """What the model sees: the prompt itself, or the chat template over it, ready for the answer."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     is_list = isinstance(messages, list)
-    if not is_list or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+    if not is_list or not all(
+        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
+    ):
         raise RunError(f"{place}: a prompt is a string or a list of {{role, content}} messages")
     if not use_template:
         if isinstance(prompt, str):

@@ -23,7 +23,9 @@ _ARRAYS = ("token_ids", "loss_mask", "rollout_logprobs", "routed_experts")
 def record(directory: Path, step: int, groups: Sequence[SampleGroup], **settings: Any) -> None:
     """Writes rollout `step` with `settings` of its RolloutConfig; each file whole or not at all."""
     samples = [sample for group in groups for sample in group.samples]
-    lines = "".join(json.dumps(_entry(s), ensure_ascii=False, default=str) + "\n" for s in samples).encode()
+    lines = "".join(
+        json.dumps(_entry(s), ensure_ascii=False, default=str) + "\n" for s in samples
+    ).encode()
     texts = {"samples": lines, "settings": json.dumps(settings, default=str).encode()}
     arrays: dict[str, Any] = {name: np.frombuffer(text, np.uint8) for name, text in texts.items()}
     for name in _ARRAYS:
@@ -53,20 +55,31 @@ def load(directory: Path, step: int, **settings: Any) -> list[SampleGroup]:
         raise RunError(f"{path} is not a recorded rollout: {type(e).__name__}: {e}") from e
     for name, value in settings.items():
         if (theirs := recorded.get(name)) != value:
-            raise RunError(f"{path} has samples of rollout.{name}={theirs}, not {value}; set the former")
-    return [SampleGroup(group_id, list(s)) for group_id, s in groupby(samples, lambda s: s.group_id)]
+            raise RunError(
+                f"{path} has samples of rollout.{name}={theirs}, not {value}; set the former"
+            )
+    return [
+        SampleGroup(group_id, list(s)) for group_id, s in groupby(samples, lambda s: s.group_id)
+    ]
 
 
 def _entry(sample: Sample) -> dict[str, Any]:
     experts = sample.routed_experts
     return {
-        "group": sample.group_id, "rollout": sample.rollout_id, "prompt": sample.metadata.get("prompt_id"),
-        "text": sample.text, "label": sample.label, "reward": sample.reward, "advantage": sample.advantage,
+        "group": sample.group_id,
+        "rollout": sample.rollout_id,
+        "prompt": sample.metadata.get("prompt_id"),
+        "text": sample.text,
+        "label": sample.label,
+        "reward": sample.reward,
+        "advantage": sample.advantage,
         "tokens": [sample.num_tokens, sample.num_response_tokens],
         "experts": None if experts is None else len(experts),
-        "status": sample.status, "error": sample.error,
-        "versions": sample.policy_versions, "metadata": sample.metadata,
-    }  # fmt: skip
+        "status": sample.status,
+        "error": sample.error,
+        "versions": sample.policy_versions,
+        "metadata": sample.metadata,
+    }
 
 
 def _sample(entry: dict[str, Any], arrays: dict[str, np.ndarray], used: dict[str, int]) -> Sample:
@@ -80,8 +93,15 @@ def _sample(entry: dict[str, Any], arrays: dict[str, np.ndarray], used: dict[str
             if len(own[name]) != size:
                 raise ValueError(f"{name} ends too early")
     return Sample(
-        group_id=entry["group"], rollout_id=entry["rollout"], text=entry["text"], label=entry["label"],
-        reward=entry["reward"], advantage=entry["advantage"], status=Status(entry["status"]),
-        error=entry["error"], metadata=entry["metadata"],
-        policy_versions=[(first, version) for first, version in entry["versions"]], **own,
-    )  # fmt: skip
+        group_id=entry["group"],
+        rollout_id=entry["rollout"],
+        text=entry["text"],
+        label=entry["label"],
+        reward=entry["reward"],
+        advantage=entry["advantage"],
+        status=Status(entry["status"]),
+        error=entry["error"],
+        metadata=entry["metadata"],
+        policy_versions=[(first, version) for first, version in entry["versions"]],
+        **own,
+    )

@@ -18,7 +18,9 @@ class LeastInflightRouter:
     def __init__(self, engines: Sequence[Engine]) -> None:
         self._engines = {engine.name: engine for engine in engines}
         if not engines or len(self._engines) < len(engines):
-            raise RunError(f"a router needs engines with names of their own, got {[e.name for e in engines]}")
+            raise RunError(
+                f"a router needs engines with names of their own, got {[e.name for e in engines]}"
+            )
         self._inflight = dict.fromkeys(self._engines, 0)
         self.lost: dict[str, str] = {}
 

@@ -27,7 +27,16 @@ PauseMode = Literal["retract", "in_place", "abort"]
 
 _STATUS = {"stop": Status.COMPLETED, "length": Status.TRUNCATED, "abort": Status.ABORTED}
 # Files of sglang/srt/models that a text model of ours needs; importing all 200 takes half a minute.
-_MODEL_FILES = ("llama", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "utils", "registry", "__init__")
+_MODEL_FILES = (
+    "llama",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "utils",
+    "registry",
+    "__init__",
+)
 
 
 class EngineLost(RunError):
@@ -57,13 +66,21 @@ class SGLangServer:
     process: ChildProcess | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        place = {"model_path": self.model_path, "host": self.host, "port": self.port, "device": self.device}
+        place = {
+            "model_path": self.model_path,
+            "host": self.host,
+            "port": self.port,
+            "device": self.device,
+        }
         ours = place | {"tp_size": self.config.engine_tp_size, "weight_version": "0"}
         ours["enable_return_routed_experts"] = self.routed_experts
         if taken := sorted(ours.keys() & self.config.sglang):
             raise RunError(f"rollout.sglang.{taken[0]} is set by nanoslime itself; remove it")
         options = ours | {"dtype": self.dtype, "random_seed": self.seed}
-        self.env = os.environ | {"NO_PROXY": "*", "no_proxy": "*"}  # SGLang calls itself over HTTP to warm up
+        self.env = os.environ | {
+            "NO_PROXY": "*",
+            "no_proxy": "*",
+        }  # SGLang calls itself over HTTP to warm up
         if self.device == "cpu":
             options |= _CPU_OPTIONS
             core = min(os.sched_getaffinity(0)) if self.cpu_core is None else self.cpu_core
@@ -72,17 +89,26 @@ class SGLangServer:
             self.env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpu_ids))
         if self.device == "cuda" and self.colocated:
             options |= {"enable_memory_saver": True, "mem_fraction_static": COLOCATED_MEM_FRACTION}
-        self.command = [sys.executable, "-m", "sglang.launch_server", *_flags(options | self.config.sglang)]
+        self.command = [
+            sys.executable,
+            "-m",
+            "sglang.launch_server",
+            *_flags(options | self.config.sglang),
+        ]
 
     def start(self, deadline_s: float) -> SGLangEngine:
         """Start the process and wait until it generates. RunError names engine, what was awaited and log."""
         require_free_port(self.host, self.port, f"engine {self.name}")
         shape = ModelShape.read(self.model_path)
         engine = SGLangEngine(
-            name=self.name, url=f"http://{self.host}:{self.port}", log=str(self.log),
-            vocab_size=shape.vocab_size, experts_of=shape if self.routed_experts else None,
-            world_size=self.config.engine_tp_size, request_deadline_s=self.config.request_deadline_s,
-        )  # fmt: skip
+            name=self.name,
+            url=f"http://{self.host}:{self.port}",
+            log=str(self.log),
+            vocab_size=shape.vocab_size,
+            experts_of=shape if self.routed_experts else None,
+            world_size=self.config.engine_tp_size,
+            request_deadline_s=self.config.request_deadline_s,
+        )
         self.process = ChildProcess(f"engine {self.name}", self.command, self.env, self.log)
         self.process.wait_until(engine.health, f"200 from {engine.url}/health", deadline_s)
         return engine
@@ -112,7 +138,10 @@ class SGLangEngine:
         within `request_deadline_s`, or that is gone.
         """
         request.check_tokens(self.vocab_size, self.name)
-        sampling = {**asdict(request), "skip_special_tokens": False}  # the fields have SGLang's own names
+        sampling = {
+            **asdict(request),
+            "skip_special_tokens": False,
+        }  # the fields have SGLang's own names
         token_ids, _ = [int(token) for token in sampling.pop("token_ids")], sampling.pop("seed")
         body = {"input_ids": token_ids, "sampling_params": sampling, "return_logprob": True}
         body["return_routed_experts"] = self.experts_of is not None
@@ -130,9 +159,13 @@ class SGLangEngine:
         except (aiohttp.ClientError, OSError, json.JSONDecodeError) as e:
             raise self._error(f"/generate failed: {type(e).__name__}: {e}", EngineLost) from e
         if response.status == 400:
-            return [Generation([], [], Status.ERROR, [], str(answer.get("error", answer)))] * request.n
+            return [
+                Generation([], [], Status.ERROR, [], str(answer.get("error", answer)))
+            ] * request.n
         if response.status != 200:
-            raise self._error(f"/generate answered {response.status}: {str(answer)[:300]}", EngineLost)
+            raise self._error(
+                f"/generate answered {response.status}: {str(answer)[:300]}", EngineLost
+            )
         answers = answer if isinstance(answer, list) else [answer]
         return [_generation(item, len(token_ids), self.experts_of) for item in answers]
 
@@ -169,15 +202,29 @@ class SGLangEngine:
 
     def update_weights_from_disk(self, path: str, version: int) -> None:
         """Load a directory's safetensors. Raises RunError, weights unchanged, when names or shapes differ."""
-        answer = self._post("/update_weights_from_disk", model_path=path, weight_version=str(version))
+        answer = self._post(
+            "/update_weights_from_disk", model_path=path, weight_version=str(version)
+        )
         self._require_plugin(answer, "tensors checked")
 
     def init_weight_group(
-        self, *, address: str, port: int, rank_offset: int, world_size: int, group: str, backend: str
+        self,
+        *,
+        address: str,
+        port: int,
+        rank_offset: int,
+        world_size: int,
+        group: str,
+        backend: str,
     ) -> None:
         """Join as ranks rank_offset .. rank_offset + self.world_size - 1; blocks until all have joined."""
         ranks = {"rank_offset": rank_offset, "world_size": world_size}
-        meet = {"master_address": address, "master_port": port, "group_name": group, "backend": backend}
+        meet = {
+            "master_address": address,
+            "master_port": port,
+            "group_name": group,
+            "backend": backend,
+        }
         self._post("/init_weights_update_group", **meet, **ranks)
 
     def begin_update(self) -> None:
@@ -201,7 +248,11 @@ class SGLangEngine:
     def receive_payloads(self, payloads: list[bytes]) -> None:
         """One bucket, serialized for each rank by weight_sync/colocated.py; refused as a broadcast is."""
         encoded = [b64encode(payload).decode() for payload in payloads]
-        body = {"serialized_named_tensors": encoded, "load_format": "flattened_bucket", "flush_cache": False}
+        body = {
+            "serialized_named_tensors": encoded,
+            "load_format": "flattened_bucket",
+            "flush_cache": False,
+        }
         self._post("/update_weights_from_tensor", **body)
 
     def release_memory(self) -> None:
@@ -225,7 +276,9 @@ class SGLangEngine:
             raise self._error(f"{path} refused ({response.status_code}): {reason}")
         return answer
 
-    def _request(self, method: str, path: str, body: Any = None, timeout_s: float = 0) -> requests.Response:
+    def _request(
+        self, method: str, path: str, body: Any = None, timeout_s: float = 0
+    ) -> requests.Response:
         timeout_s = timeout_s or self.control_deadline_s
         try:
             with requests.Session() as session:
@@ -258,20 +311,30 @@ def _generation(answer: dict[str, Any], num_prompt: int, shape: ModelShape | Non
     spans = meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0}]
     versions = [(int(span["start"]), int(span["version"])) for span in spans]
     experts = None
-    if shape and (moe := shape.moe) and token_ids:  # a request that was ended before it ran has none
+    if (
+        shape and (moe := shape.moe) and token_ids
+    ):  # a request that was ended before it ran has none
         size = (num_prompt + len(token_ids) - 1, shape.num_layers, moe.num_experts_per_token)
         numbers = np.frombuffer(b64decode(meta["routed_experts"]), dtype=np.int32).reshape(size)
-        experts = numbers[:, list(shape.moe_layers)].astype(np.uint8 if moe.num_experts <= 256 else np.int16)
-    return Generation(token_ids, logprobs, _STATUS[reason["type"]], versions, reason.get("message"), experts)
+        experts = numbers[:, list(shape.moe_layers)].astype(
+            np.uint8 if moe.num_experts <= 256 else np.int16
+        )
+    return Generation(
+        token_ids, logprobs, _STATUS[reason["type"]], versions, reason.get("message"), experts
+    )
 
 
 # Defaults of an engine on CPU, with a model of some megabytes in mind.
 _CPU_OPTIONS = {
-    "attention_backend": "torch_native", "sampling_backend": "pytorch", "disable_overlap_schedule": True,
-    "cuda_graph_backend_decode": "disabled", "cuda_graph_backend_prefill": "disabled",
-    "max_total_tokens": 65536, "max_running_requests": 256,
+    "attention_backend": "torch_native",
+    "sampling_backend": "pytorch",
+    "disable_overlap_schedule": True,
+    "cuda_graph_backend_decode": "disabled",
+    "cuda_graph_backend_prefill": "disabled",
+    "max_total_tokens": 65536,
+    "max_running_requests": 256,
     "sleep_on_idle": True,  # an idle scheduler otherwise spins on its core
-}  # fmt: skip
+}
 
 
 def _cpu_environment(model_path: str, core: int) -> dict[str, str]:
@@ -279,16 +342,23 @@ def _cpu_environment(model_path: str, core: int) -> dict[str, str]:
     return {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(stubs), os.environ.get("PYTHONPATH")])),
         "SGLANG_DISABLED_MODEL_ARCHS": ",".join(_model_files_to_skip(model_path)),
-        "SGLANG_USE_CPU_ENGINE": "1", "SGLANG_CPU_OMP_THREADS_BIND": str(core), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "SGLANG_CPU_OMP_THREADS_BIND": str(core),
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def _model_files_to_skip(model_path: str) -> list[str]:
     """Architecture files that SGLang need not import; none for an architecture that is not in our list."""
     spec = importlib.util.find_spec("sglang")
     if spec is None or not spec.submodule_search_locations:
-        raise RunError("rollout.engine=sglang: sglang is not installed; install it or use engine=embedded")
-    if json.loads((Path(model_path) / "config.json").read_text()).get("model_type") not in _MODEL_FILES:
+        raise RunError(
+            "rollout.engine=sglang: sglang is not installed; install it or use engine=embedded"
+        )
+    if (
+        json.loads((Path(model_path) / "config.json").read_text()).get("model_type")
+        not in _MODEL_FILES
+    ):
         return []
     files = Path(spec.submodule_search_locations[0], "srt", "models").glob("*.py")
     return sorted({file.stem for file in files} - set(_MODEL_FILES))

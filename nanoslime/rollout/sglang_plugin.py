@@ -39,7 +39,9 @@ def register() -> None:
         (f"{_MANAGER}.end_weight_update", guard.answer_end),
     ):
         HookRegistry.register(target, hook, HookType.AROUND)
-    if not torch.cuda.is_available():  # the host's buffer for routed experts is pinned by a call of CUDA
+    if (
+        not torch.cuda.is_available()
+    ):  # the host's buffer for routed experts is pinned by a call of CUDA
         HookRegistry.register(_PIN_MEMORY, lambda *_: None, HookType.REPLACE)
 
 
@@ -59,12 +61,18 @@ class WeightGuard:
         try:
             answer = original(manager, request)
         except (OSError, ValueError, RunError) as e:
-            return BeginWeightUpdateReqOutput(success=False, message=f"tensor names cannot be checked: {e}")
+            return BeginWeightUpdateReqOutput(
+                success=False, message=f"tensor names cannot be checked: {e}"
+            )
         if answer.success:
-            answer.message = f"{sum(len(self._expected[u]) for u in self._received)} tensors expected"
+            answer.message = (
+                f"{sum(len(self._expected[u]) for u in self._received)} tensors expected"
+            )
         return answer
 
-    def bucket(self, original: Original, updater: Any, named_tensors: Any, **options: Any) -> Result:
+    def bucket(
+        self, original: Original, updater: Any, named_tensors: Any, **options: Any
+    ) -> Result:
         """Load one bucket of the session (named tensors, or flat with metadata), or refuse the whole of it.
 
         Called after the broadcasts were received, so that a refusal does not leave their sender waiting.
@@ -84,7 +92,9 @@ class WeightGuard:
             seen.update(name for name, _ in received)
         return success, message
 
-    def disk(self, original: Original, updater: Any, model_path: str, *args: Any, **kwargs: Any) -> Result:
+    def disk(
+        self, original: Original, updater: Any, model_path: str, *args: Any, **kwargs: Any
+    ) -> Result:
         try:
             expected, found = self._expect(updater), checkpoint_shapes(model_path)
         except (OSError, ValueError, RunError) as e:

@@ -14,12 +14,16 @@ def checkpoint_shapes(path: str) -> Shapes:
     return {name: info.shape for name, info in read_headers(Path(path)).items()}
 
 
-def first_problem(received: Iterable[Named], expected: Shapes, seen: Collection[str] = ()) -> str | None:
+def first_problem(
+    received: Iterable[Named], expected: Shapes, seen: Collection[str] = ()
+) -> str | None:
     """The first tensor that is unknown, came before (also in `seen`) or has another shape; None: no such."""
     names = set(seen)
     for name, shape in received:
         if name not in expected:
-            return f"unknown tensor {name!r}; the engine's checkpoint has {sorted(expected)[:3]} ..."
+            return (
+                f"unknown tensor {name!r}; the engine's checkpoint has {sorted(expected)[:3]} ..."
+            )
         if name in names:
             return f"tensor {name!r} came twice"
         if shape != expected[name]:
@@ -30,4 +34,6 @@ def first_problem(received: Iterable[Named], expected: Shapes, seen: Collection[
 
 def missing(expected: Shapes, received: Iterable[str]) -> str | None:
     left = sorted(set(expected) - set(received))
-    return f"{len(left)} of {len(expected)} tensors missing: {', '.join(left[:5])}" if left else None
+    return (
+        f"{len(left)} of {len(expected)} tensors missing: {', '.join(left[:5])}" if left else None
+    )

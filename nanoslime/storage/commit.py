@@ -56,10 +56,14 @@ def checkpoints(directory: Path) -> list[tuple[int, Path]]:
 
 def complete_checkpoints(directory: Path) -> list[tuple[int, Path]]:
     """Those of `checkpoints` that have a manifest."""
-    return [(step, path) for step, path in checkpoints(directory) if (path / manifest.NAME).is_file()]
+    return [
+        (step, path) for step, path in checkpoints(directory) if (path / manifest.NAME).is_file()
+    ]
 
 
-def retain(directory: Path, keep_last: int, keep_every: int = 0, best: int | None = None) -> list[int]:
+def retain(
+    directory: Path, keep_last: int, keep_every: int = 0, best: int | None = None
+) -> list[int]:
     """Remove committed checkpoints that no rule keeps; returns their steps. Call it after a commit.
 
     Kept: the newest `keep_last` (at least one), multiples of `keep_every`, and step `best`.

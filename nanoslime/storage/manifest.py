@@ -22,7 +22,10 @@ def write(directory: Path, known: Mapping[str, str] | None = None) -> None:
     """Hash every file below `directory` and write its manifest; `known` are hashes by relative path."""
     hashes = dict(known or {})
     hashes |= _hashes(directory, [name for name in _files(directory) if name not in hashes])
-    entries = {n: {"bytes": (directory / n).stat().st_size, "xxh3_128": h} for n, h in sorted(hashes.items())}
+    entries = {
+        n: {"bytes": (directory / n).stat().st_size, "xxh3_128": h}
+        for n, h in sorted(hashes.items())
+    }
     publish_json(directory / NAME, {"hash": "xxh3_128", "files": entries})
 
 
@@ -30,18 +33,26 @@ def verify(directory: Path) -> None:
     """Raise DamagedError for a file that is missing, truncated, altered or not in the manifest."""
     try:
         entries = read_json(directory / NAME)["files"]
-        expected = {name: {key: e[key] for key in ("bytes", "xxh3_128")} for name, e in entries.items()}
+        expected = {
+            name: {key: e[key] for key in ("bytes", "xxh3_128")} for name, e in entries.items()
+        }
     except FileNotFoundError as error:
-        raise DamagedError(f"{directory} has no {NAME}: it was never completed, or lost it") from error
+        raise DamagedError(
+            f"{directory} has no {NAME}: it was never completed, or lost it"
+        ) from error
     except (RunError, LookupError, TypeError, AttributeError) as error:
         raise DamagedError(f"{directory / NAME} is not a manifest: {error}") from error
     present = set(_files(directory))
     for name, entry in sorted(expected.items()):
         if name not in present:
-            raise DamagedError(f"{directory / name} is missing; {NAME} lists it with {entry['bytes']} bytes")
+            raise DamagedError(
+                f"{directory / name} is missing; {NAME} lists it with {entry['bytes']} bytes"
+            )
         if (size := (directory / name).stat().st_size) != entry["bytes"]:
             kind = "truncated" if size < entry["bytes"] else "too long"
-            raise DamagedError(f"{directory / name} is {kind}: {size} bytes, {NAME} says {entry['bytes']}")
+            raise DamagedError(
+                f"{directory / name} is {kind}: {size} bytes, {NAME} says {entry['bytes']}"
+            )
     for name in sorted(present - set(expected)):
         raise DamagedError(f"{directory / name} is not listed in {NAME}; it does not belong here")
     for name, digest in _hashes(directory, expected).items():

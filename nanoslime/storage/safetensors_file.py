@@ -20,12 +20,34 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SIDE = "hf"  # beside a Megatron checkpoint: configuration and tokenizer of the Hugging Face one
 DTYPE_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
-}  # fmt: skip
-_WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth")
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "BOOL": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U64": 8,
+    "U32": 4,
+    "U16": 2,
+    "U8": 1,
+}
+_WEIGHT_SUFFIXES = (
+    ".safetensors",
+    ".safetensors.index.json",
+    ".bin",
+    ".bin.index.json",
+    ".pt",
+    ".pth",
+)
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-Spec = tuple[str, str, tuple[int, ...]]  # of a tensor: its name, dtype as safetensors names it, shape
+Spec = tuple[
+    str, str, tuple[int, ...]
+]  # of a tensor: its name, dtype as safetensors names it, shape
 
 
 class SafetensorsError(RunError):
@@ -61,11 +83,15 @@ def read_headers(directory: Path) -> dict[str, TensorInfo]:
             raise SafetensorsError(f"{directory / file} is missing; {INDEX_FILE} lists it")
         held = read_file_header(directory / file)
         if twice := sorted(held.keys() & found.keys()):
-            raise SafetensorsError(f"{directory / file} holds {twice[0]}, and so does {found[twice[0]].file}")
+            raise SafetensorsError(
+                f"{directory / file} holds {twice[0]}, and so does {found[twice[0]].file}"
+            )
         found |= held
     for name, file in index.items():
         if name not in found or found[name].file.name != file:
-            raise SafetensorsError(f"{directory / file} does not hold {name}, although {INDEX_FILE} says so")
+            raise SafetensorsError(
+                f"{directory / file} does not hold {name}, although {INDEX_FILE} says so"
+            )
     for name in found.keys() - index.keys():
         raise SafetensorsError(f"{found[name].file} holds {name}, which {INDEX_FILE} does not list")
     return found
@@ -89,7 +115,9 @@ def read_head(path: Path) -> bytes:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
         if not 0 < length <= min(size - 8, _MAX_HEADER_BYTES):
-            raise SafetensorsError(f"{path} is truncated or not safetensors: {size} bytes, header {length}")
+            raise SafetensorsError(
+                f"{path} is truncated or not safetensors: {size} bytes, header {length}"
+            )
         return prefix + file.read(length)
 
 
@@ -100,15 +128,21 @@ def parse_head(path: Path, head: bytes) -> dict[str, TensorInfo]:
         entries.pop("__metadata__", None)
         tensors = {name: _info(path, entry, len(head)) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SafetensorsError(f"{path} has a broken header: {type(error).__name__}: {error}") from error
+        raise SafetensorsError(
+            f"{path} has a broken header: {type(error).__name__}: {error}"
+        ) from error
     ordered = sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop))
     position = len(head)
     for name, info in ordered:
         if info.start != position:
-            raise SafetensorsError(f"{path}: {name} is at byte {info.start}, not {position}: overlap or hole")
+            raise SafetensorsError(
+                f"{path}: {name} is at byte {info.start}, not {position}: overlap or hole"
+            )
         size_bytes = info.stop - info.start
         if size_bytes != math.prod(info.shape) * DTYPE_BYTES[info.dtype]:
-            raise SafetensorsError(f"{path}: {name} is {info.dtype} {list(info.shape)} in {size_bytes} bytes")
+            raise SafetensorsError(
+                f"{path}: {name} is {info.dtype} {list(info.shape)} in {size_bytes} bytes"
+            )
         position = info.stop
     return dict(ordered)
 
@@ -117,7 +151,9 @@ def _info(path: Path, entry: dict[str, Any], data_start: int) -> TensorInfo:
     if entry["dtype"] not in DTYPE_BYTES:
         raise ValueError(f"dtype {entry['dtype']!r} is none of {', '.join(DTYPE_BYTES)}")
     start, stop = entry["data_offsets"]
-    return TensorInfo(path, entry["dtype"], tuple(entry["shape"]), data_start + start, data_start + stop)
+    return TensorInfo(
+        path, entry["dtype"], tuple(entry["shape"]), data_start + start, data_start + stop
+    )
 
 
 def plan_files(
@@ -160,9 +196,11 @@ def _head(tensors: dict[str, Any]) -> bytes:
 
 
 def write_files(
-    directory: Path, specs: Iterable[Spec], tensors: Iterable[tuple[str, Any]],
+    directory: Path,
+    specs: Iterable[Spec],
+    tensors: Iterable[tuple[str, Any]],
     max_shard_bytes: int = 5_000_000_000,
-) -> None:  # fmt: skip
+) -> None:
     """Stream (name, contiguous buffer), in the order of `specs` (see plan_files), into safetensors files.
 
     At most one tensor is in memory: the caller's. Raises ValueError for one that is missing or not declared.
@@ -176,10 +214,14 @@ def write_files(
             for expected, info in parse_head(path, head).items():
                 name, buffer = next(incoming, ("no further tensor", b""))
                 if name != expected:
-                    raise ValueError(f"{name} was handed over where {expected} is next in the declared order")
+                    raise ValueError(
+                        f"{name} was handed over where {expected} is next in the declared order"
+                    )
                 data, size = memoryview(buffer), info.stop - info.start
                 if data.nbytes != size:
-                    raise ValueError(f"{name}: {data.nbytes} bytes came, its dtype and shape declare {size}")
+                    raise ValueError(
+                        f"{name}: {data.nbytes} bytes came, its dtype and shape declare {size}"
+                    )
                 if size:
                     file.write(data.cast("B"))
     if extra := next(incoming, None):
@@ -192,5 +234,9 @@ def copy_other_files(source: Path, target: Path) -> None:
     """Copy what stands beside the weights of a Hugging Face checkpoint: configuration, tokenizer, code."""
     target.mkdir(exist_ok=True)
     for path in source.iterdir():
-        if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES) and path.name != "manifest.json":
+        if (
+            path.is_file()
+            and not path.name.endswith(_WEIGHT_SUFFIXES)
+            and path.name != "manifest.json"
+        ):
             shutil.copy2(path, target / path.name)

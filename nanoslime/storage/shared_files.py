@@ -43,7 +43,9 @@ def read_json(path: Path, deadline_s: float = 5.0) -> Any:
             return json.loads(path.read_bytes())
         except ValueError as error:
             if time.monotonic() > end:
-                raise RunError(f"{path} is still not JSON after {deadline_s:g} s: {error}") from error
+                raise RunError(
+                    f"{path} is still not JSON after {deadline_s:g} s: {error}"
+                ) from error
             time.sleep(0.1)
 
 

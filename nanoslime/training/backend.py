@@ -20,7 +20,9 @@ from nanoslime.training.skipping import Progress
 from nanoslime.training.sleep import DeviceMemory
 from nanoslime.types import RunError
 
-MAX_KEPT = 16  # batches of skipped steps in a run: a run that skips all of them shall not fill the disk
+MAX_KEPT = (
+    16  # batches of skipped steps in a run: a run that skips all of them shall not fill the disk
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,9 @@ class RankEnv:
 
     @property
     def torch_device(self) -> torch.device:
-        return torch.device("cuda", self.local_rank) if self.device == "cuda" else torch.device("cpu")
+        return (
+            torch.device("cuda", self.local_rank) if self.device == "cuda" else torch.device("cpu")
+        )
 
 
 class Algorithm(Protocol):
@@ -46,7 +50,9 @@ class Algorithm(Protocol):
     needs_reference: bool
     needs_entropy: bool  # as the second argument of `loss`
 
-    def token_advantages(self, shard: TrainBatch, all_sum: Callable[[Tensor], Tensor]) -> list[Tensor]: ...
+    def token_advantages(
+        self, shard: TrainBatch, all_sum: Callable[[Tensor], Tensor]
+    ) -> list[Tensor]: ...
     def loss(
         self, logprobs: Tensor, entropy: Tensor | None, batch: MicroBatch
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
@@ -108,7 +114,9 @@ class TrainBackend(ABC):
         elif self.skipped_dir and self._past.num_skipped <= MAX_KEPT:
             shard.save(self.skipped_dir / f"step_{self._past.step}" / f"rank_{dist.get_rank()}.pt")
         self._past.step += 1
-        return StepMetrics(values.pop("train/loss"), norm, lr, not accepted, values, self._past.num_skipped)
+        return StepMetrics(
+            values.pop("train/loss"), norm, lr, not accepted, values, self._past.num_skipped
+        )
 
     def sleep(self) -> None:
         """Frees the memory of weights, gradients and optimizer state until `wake`; no collective.
@@ -144,7 +152,9 @@ class TrainBackend(ABC):
     # What a backend does in its own way. `_backward` fills gradients summed over ranks and returns metrics
     # with train/loss on every rank; `_grad_norm`, `_grads` and `_update` come after it, in this order.
     @abstractmethod  # [T] per micro-batch, last stage only; the weights are those asked for
-    def _packed_logprobs(self, shard: TrainBatch, weights: Literal["policy", "ref"]) -> list[Tensor]: ...
+    def _packed_logprobs(
+        self, shard: TrainBatch, weights: Literal["policy", "ref"]
+    ) -> list[Tensor]: ...
     @abstractmethod
     def _backward(self, shard: TrainBatch, algorithm: Algorithm) -> dict[str, float]: ...
     @abstractmethod
@@ -156,14 +166,18 @@ class TrainBackend(ABC):
     @abstractmethod
     def _parameters(self) -> list[Tensor]: ...  # the live tensors of this rank
     @abstractmethod
-    def _live_tensors(self) -> tuple[list[Tensor], list[Tensor]]: ...  # to keep asleep, and gradient buffers
+    def _live_tensors(
+        self,
+    ) -> tuple[list[Tensor], list[Tensor]]: ...  # to keep asleep, and gradient buffers
 
     def _keep_reference(self) -> None:
         """On the CPU, where the algorithm needs a reference: the weights as they are, and room for others."""
         if self._config.algorithm.needs_reference:
             live = self._parameters()
             self._reference = [p.detach().to("cpu", copy=True) for p in live]
-            self._policy_aside = [torch.empty_like(p, device="cpu", pin_memory=p.is_cuda) for p in live]
+            self._policy_aside = [
+                torch.empty_like(p, device="cpu", pin_memory=p.is_cuda) for p in live
+            ]
 
     @contextmanager
     def _weights(self, which: Literal["policy", "ref"]) -> Iterator[None]:
@@ -172,7 +186,9 @@ class TrainBackend(ABC):
             yield
             return
         if not self._reference:
-            raise ValueError("reference logprobs need kl_coef > 0 or use_kl_loss; no such weights are kept")
+            raise ValueError(
+                "reference logprobs need kl_coef > 0 or use_kl_loss; no such weights are kept"
+            )
         live = self._parameters()
         torch._foreach_copy_(self._policy_aside, live)
         torch._foreach_copy_(live, self._reference)
@@ -203,4 +219,6 @@ def init_process_group(env: RankEnv, config: TrainingConfig) -> None:
         raise RunError(f"{who} did not meet the others {late}; their logs say why: {e}") from e
     backend = "cpu:gloo,cuda:nccl" if env.device == "cuda" else "gloo"
     place = {"store": dist.PrefixStore("default_pg", store), "rank": rank, "world_size": world_size}
-    dist.init_process_group(backend, **place, timeout=timedelta(seconds=config.collective_deadline_s))
+    dist.init_process_group(
+        backend, **place, timeout=timedelta(seconds=config.collective_deadline_s)
+    )

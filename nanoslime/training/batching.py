@@ -21,10 +21,17 @@ _DUMMY_TOKENS = 2
 
 
 def plan(
-    groups: Sequence[SampleGroup], *, num_steps: int, dp_size: int, max_tokens: int,
-    denominator: Literal["tokens", "sequences", "fixed"], temperature: float, fixed_length: int = 1,
-    parity_tokens: float = 24_576, microbatch_multiple: int = 1,
-) -> list[list[TrainBatch]]:  # fmt: skip
+    groups: Sequence[SampleGroup],
+    *,
+    num_steps: int,
+    dp_size: int,
+    max_tokens: int,
+    denominator: Literal["tokens", "sequences", "fixed"],
+    temperature: float,
+    fixed_length: int = 1,
+    parity_tokens: float = 24_576,
+    microbatch_multiple: int = 1,
+) -> list[list[TrainBatch]]:
     """[optimizer step][data-parallel rank]: each sample once, in micro-batches of at most `max_tokens`.
 
     A longer sequence goes alone. Ranks of a step have equally many micro-batches, a multiple of
@@ -39,25 +46,48 @@ def plan(
     for group in groups:
         for sample in group.samples:
             by_id.setdefault(sample.group_id, []).append(sample)
-    whole_groups, bounds = list(by_id.values()), [len(by_id) * i // num_steps for i in range(num_steps + 1)]
+    whole_groups, bounds = (
+        list(by_id.values()),
+        [len(by_id) * i // num_steps for i in range(num_steps + 1)],
+    )
     steps = [[s for group in whole_groups[a:b] for s in group] for a, b in pairwise(bounds)]
-    options = dp_size, max_tokens, parity_tokens, microbatch_multiple, denominator, temperature, fixed_length
+    options = (
+        dp_size,
+        max_tokens,
+        parity_tokens,
+        microbatch_multiple,
+        denominator,
+        temperature,
+        fixed_length,
+    )
     return [_plan_step(step, *options) for step in steps if step]
 
 
 def _plan_step(
-    samples: list[Sample], dp_size: int, max_tokens: int, parity_tokens: float, multiple: int,
-    denominator: str, temperature: float, fixed_length: int,
-) -> list[TrainBatch]:  # fmt: skip
+    samples: list[Sample],
+    dp_size: int,
+    max_tokens: int,
+    parity_tokens: float,
+    multiple: int,
+    denominator: str,
+    temperature: float,
+    fixed_length: int,
+) -> list[TrainBatch]:
     tokens_of_rollout: Counter[tuple[int, int]] = Counter()
     for sample in samples:
         _check(sample)
         tokens_of_rollout[sample.group_id, sample.rollout_id] += sample.num_response_tokens
     num_tokens = tokens_of_rollout.total()
-    experts = next((s.routed_experts.shape[1:] for s in samples if s.routed_experts is not None), None)
+    experts = next(
+        (s.routed_experts.shape[1:] for s in samples if s.routed_experts is not None), None
+    )
 
     def weight(sample: Sample) -> float:
-        size = tokens_of_rollout[sample.group_id, sample.rollout_id] if denominator == "sequences" else 1
+        size = (
+            tokens_of_rollout[sample.group_id, sample.rollout_id]
+            if denominator == "sequences"
+            else 1
+        )
         return 1 / max(size, 1)
 
     per_rollout = fixed_length if denominator == "fixed" else 1
@@ -69,16 +99,23 @@ def _plan_step(
         _shard(
             [samples[i] for i in indices],
             [list(range(a, b)) for a, b in pairwise(accumulate(map(len, microbatches), initial=0))],
-            experts, token_weights=[weight(samples[i]) for i in indices], denominator=float(total),
-            num_tokens=num_tokens, num_sequences=len(samples), temperature=temperature,
+            experts,
+            token_weights=[weight(samples[i]) for i in indices],
+            denominator=float(total),
+            num_tokens=num_tokens,
+            num_sequences=len(samples),
+            temperature=temperature,
         )
         for microbatches in ranks
         for indices in [[i for microbatch in microbatches for i in microbatch]]
-    ]  # fmt: skip
+    ]
 
 
 def _shard(
-    samples: list[Sample], microbatches: list[list[int]], experts: tuple[int, ...] | None, **of_the_step: Any
+    samples: list[Sample],
+    microbatches: list[list[int]],
+    experts: tuple[int, ...] | None,
+    **of_the_step: Any,
 ) -> TrainBatch:
     """The tensors of one rank; each empty micro-batch gets a dummy sequence, which is not in the loss.
     `experts`: (num_moe_layers, topk), where samples of the step hold routed experts."""
@@ -97,7 +134,9 @@ def _shard(
         batch.loss_mask.append(torch.zeros(_DUMMY_TOKENS, dtype=torch.bool))
         batch.rollout_logprobs.append(torch.zeros(_DUMMY_TOKENS))
         if experts and batch.routed_experts is not None:
-            batch.routed_experts.append(torch.full((_DUMMY_TOKENS, *experts), -1, dtype=torch.int16))
+            batch.routed_experts.append(
+                torch.full((_DUMMY_TOKENS, *experts), -1, dtype=torch.int16)
+            )
         batch.advantages.append(0.0)
         batch.token_weights.append(0.0)
     return batch
@@ -109,7 +148,9 @@ def _experts(sample: Sample, size: tuple[int, ...]) -> Tensor:
     if sample.routed_experts is not None:
         experts[:-1] = torch.tensor(sample.routed_experts)
     elif sample.num_response_tokens:
-        raise ValueError(f"a sample of group {sample.group_id} lacks routed_experts, which others have")
+        raise ValueError(
+            f"a sample of group {sample.group_id} lacks routed_experts, which others have"
+        )
     return experts
 
 

@@ -68,8 +68,12 @@ class FSDPBackend(TrainBackend):
             if name in state:
                 generator.set_state(state[name])
 
-    def _packed_logprobs(self, shard: TrainBatch, weights: Literal["policy", "ref"]) -> list[Tensor]:
-        return [self._policy(shard.microbatch(i).to(self._device))[0].cpu() for i in shard.microbatches]
+    def _packed_logprobs(
+        self, shard: TrainBatch, weights: Literal["policy", "ref"]
+    ) -> list[Tensor]:
+        return [
+            self._policy(shard.microbatch(i).to(self._device))[0].cpu() for i in shard.microbatches
+        ]
 
     def _backward(self, shard: TrainBatch, algorithm: Algorithm) -> dict[str, float]:
         self._optimizer.zero_grad()
@@ -122,12 +126,16 @@ class FSDPBackend(TrainBackend):
                 moments["exp_avg_sq"] = torch.zeros_like(param)
             state[f"model.{name}"] = param.detach()
             state |= {f"optimizer.{name}.{kind}": value for kind, value in moments.items()}
-        return state | {name: generator.get_state() for name, generator in self._generators().items()}
+        return state | {
+            name: generator.get_state() for name, generator in self._generators().items()
+        }
 
     def _generators(self) -> dict[str, torch.Generator]:
         generators = {f"rng.{self.dp_rank}.cpu": torch.default_generator}
         if self._device.type == "cuda":
-            generators[f"rng.{self.dp_rank}.cuda"] = torch.cuda.default_generators[self._device.index]
+            generators[f"rng.{self.dp_rank}.cuda"] = torch.cuda.default_generators[
+                self._device.index
+            ]
         return generators
 
 

@@ -21,7 +21,12 @@ from nanoslime.training.logprobs import token_logprobs
 from nanoslime.types import RunError
 
 # settings of models that do more to the hidden states than multiply them with the output weight
-_LOGITS_ARE_CHANGED_BY = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+_LOGITS_ARE_CHANGED_BY = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+)
 
 
 class Policy(torch.nn.Module):
@@ -31,24 +36,39 @@ class Policy(torch.nn.Module):
         super().__init__()
         self.causal_lm, config = causal_lm, causal_lm.config.get_text_config()
         self.vocab_size, head = config.vocab_size, causal_lm.get_output_embeddings()
-        changed = [name for name in _LOGITS_ARE_CHANGED_BY if getattr(config, name, None) not in (None, 1.0)]
+        changed = [
+            name
+            for name in _LOGITS_ARE_CHANGED_BY
+            if getattr(config, name, None) not in (None, 1.0)
+        ]
         if changed or not isinstance(head, torch.nn.Linear) or head.bias is not None:
             what = changed[0] if changed else f"an output layer that is {head}"
-            raise RunError(f"{type(causal_lm).__name__} has {what}: its logits are no product with a weight")
+            raise RunError(
+                f"{type(causal_lm).__name__} has {what}: its logits are no product with a weight"
+            )
 
-    def forward(self, batch: MicroBatch, with_entropy: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, batch: MicroBatch, with_entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """[T] each, as token_logprobs has it."""
         # Without a mask, transformers separates packed sequences where the positions start again.
         pack = {"input_ids": batch.token_ids[None], "position_ids": batch.positions[None]}
         hidden = self.causal_lm.get_decoder()(**pack, use_cache=False).last_hidden_state[0]
         weight = self.causal_lm.get_output_embeddings().weight
         return token_logprobs(
-            hidden, weight, batch.token_ids, batch.cu_seqlens,
-            temperature=batch.temperature, vocab_size=self.vocab_size, with_entropy=with_entropy,
-        )  # fmt: skip
+            hidden,
+            weight,
+            batch.token_ids,
+            batch.cu_seqlens,
+            temperature=batch.temperature,
+            vocab_size=self.vocab_size,
+            with_entropy=with_entropy,
+        )
 
 
-def build_sharded(model_dir: Path, config: RunConfig, mesh: DeviceMesh, device: torch.device) -> Policy:
+def build_sharded(
+    model_dir: Path, config: RunConfig, mesh: DeviceMesh, device: torch.device
+) -> Policy:
     """The model of `model_dir`, sharded over `mesh` by decoder layer, with float32 parameters from its files.
 
     Gradients are summed over the mesh, not averaged: losses are divided by global denominators beforehand.
@@ -58,14 +78,19 @@ def build_sharded(model_dir: Path, config: RunConfig, mesh: DeviceMesh, device: 
     flash = half and device.type == "cuda" and is_flash_attn_2_available()
     hf_config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trusted)
     text_config = hf_config.get_text_config()
-    for name, value in text_config.to_dict().items():  # old and current logprobs must be the same function
+    for (
+        name,
+        value,
+    ) in text_config.to_dict().items():  # old and current logprobs must be the same function
         if ("drop" in name or "jitter" in name) and isinstance(value, float):
             setattr(text_config, name, 0.0)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            hf_config, dtype=torch.float32, trust_remote_code=trusted,
+            hf_config,
+            dtype=torch.float32,
+            trust_remote_code=trusted,
             attn_implementation="flash_attention_2" if flash else "sdpa",
-        )  # fmt: skip
+        )
     model.eval()
     if config.training.recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -126,7 +151,9 @@ def _load_weights(model: PreTrainedModel, model_dir: Path) -> None:
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - params.keys()
     tensors = read_headers(model_dir)
     if missing := sorted(params.keys() - tensors.keys()):
-        raise RunError(f"{model_dir} has no {missing[0]} ({len(missing)} missing) for {type(model).__name__}")
+        raise RunError(
+            f"{model_dir} has no {missing[0]} ({len(missing)} missing) for {type(model).__name__}"
+        )
     if unexpected := sorted(tensors.keys() - params.keys() - tied):
         name = unexpected[0]
         held = f"{tensors[name].file} holds {name} ({len(unexpected)} such)"

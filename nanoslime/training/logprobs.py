@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 CHUNK_TOKENS, CHUNK_COLUMNS = 2048, 4096
-_LOWEST = torch.finfo(torch.float32).min  # of a rank without a column; -inf would make NaN of 0 x inf
+_LOWEST = torch.finfo(
+    torch.float32
+).min  # of a rank without a column; -inf would make NaN of 0 x inf
 
 
 class _Options(NamedTuple):
@@ -48,10 +50,17 @@ def token_logprobs(
 
 
 def linear_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float, vocab_size: int,
-    vocab_start: int = 0, tp_group: ProcessGroup | None = None, with_entropy: bool = False,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float,
+    vocab_size: int,
+    vocab_start: int = 0,
+    tp_group: ProcessGroup | None = None,
+    with_entropy: bool = False,
     chunk_tokens: int = CHUNK_TOKENS,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:
     """log softmax(hidden weight^T / temperature)[targets] and, where asked, the entropy; both [T] float32.
 
     `hidden` [T, H], `targets` [T]. `weight` [V_local, H] are the rows from `vocab_start` on of the output
@@ -65,7 +74,9 @@ def linear_logprobs(
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be positive")
     if int(targets.max()) >= vocab_size:
-        raise ValueError(f"token id {int(targets.max())} is outside the vocabulary of {vocab_size} tokens")
+        raise ValueError(
+            f"token id {int(targets.max())} is outside the vocabulary of {vocab_size} tokens"
+        )
     num_columns = min(max(vocab_size - vocab_start, 0), len(weight))
     options = _Options(1.0 / temperature, vocab_start, num_columns, tp_group, chunk_tokens)
     return _LinearLogprobs.apply(hidden, weight, targets, with_entropy, options)
@@ -74,7 +85,12 @@ def linear_logprobs(
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, with_entropy: bool, options: _Options
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        with_entropy: bool,
+        options: _Options,
     ) -> tuple[Tensor, Tensor | None]:
         blocks = _Blocks(hidden, weight, targets, options)
         # of the logits so far: the highest, the target's; sums of exp(x) and exp(x) x, x = logit - highest
@@ -104,7 +120,9 @@ class _LinearLogprobs(torch.autograd.Function):
         return target - highest - log_total, entropy
 
     @staticmethod
-    def backward(ctx: Any, d_logprobs: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, d_logprobs: Tensor | None, d_entropy: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, log_norm, entropy = ctx.saved_tensors
         options: _Options = ctx.options
         blocks = _Blocks(hidden, weight, targets, options)
@@ -124,7 +142,9 @@ class _LinearLogprobs(torch.autograd.Function):
             d_logits = d_logits.to(block.dtype)
             _add_product(d_hidden[rows], d_logits, block)
             if rows.start == 0:
-                d_columns = d_weight[columns].to(blocks.dtype)  # zeros: a view where the types are one
+                d_columns = d_weight[columns].to(
+                    blocks.dtype
+                )  # zeros: a view where the types are one
             _add_product(d_columns, d_logits.T, blocks.hidden[rows])
             if rows.stop == len(hidden):
                 d_weight[columns] = d_columns
@@ -163,7 +183,9 @@ class _Blocks:
 
     def __iter__(self) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
         chunk_tokens = self._options.chunk_tokens
-        buffer = self.new(min(chunk_tokens, len(self.hidden)) * min(CHUNK_COLUMNS, len(self._weight)))
+        buffer = self.new(
+            min(chunk_tokens, len(self.hidden)) * min(CHUNK_COLUMNS, len(self._weight))
+        )
         for columns in _slices(len(self._weight), CHUNK_COLUMNS):
             block = self._weight[columns].to(self._type)
             for rows in _slices(len(self.hidden), chunk_tokens):

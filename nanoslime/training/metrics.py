@@ -35,9 +35,13 @@ class MetricSums:
         log_w = torch.where(mask, trainer - batch.rollout_logprobs, zero)
         w = torch.where(mask, bounded_exp(log_w.double()), 0.0)
         metrics = {
-            **metrics, f"{_MEAN}{_GAP}_mean": log_w.abs().sum(), f"{_MAX}{_GAP}_max": log_w.abs().max(),
-            f"{_MEAN}train/rollout_kl": k3(zero, log_w).sum(), _W: w.sum(), _W2: w.square().sum(),
-        }  # fmt: skip
+            **metrics,
+            f"{_MEAN}{_GAP}_mean": log_w.abs().sum(),
+            f"{_MAX}{_GAP}_max": log_w.abs().max(),
+            f"{_MEAN}train/rollout_kl": k3(zero, log_w).sum(),
+            _W: w.sum(),
+            _W2: w.square().sum(),
+        }
         for name, value in metrics.items():
             value = value.detach().double()
             if name.startswith(_MAX):
@@ -46,12 +50,17 @@ class MetricSums:
             else:
                 self._sums[name] = self._sums.get(name, 0) + value
 
-    def reduce(self, group: ProcessGroup | None, denominator: float, num_tokens: int) -> dict[str, float]:
+    def reduce(
+        self, group: ProcessGroup | None, denominator: float, num_tokens: int
+    ) -> dict[str, float]:
         """Over the ranks of `group` (None: this one alone), which all have added at least one micro-batch.
 
         Sums are divided by `denominator`, those of "mean:" names by `num_tokens`. Names lose their prefix.
         """
-        sums, maxima = torch.stack(list(self._sums.values())), torch.stack(list(self._maxima.values()))
+        sums, maxima = (
+            torch.stack(list(self._sums.values())),
+            torch.stack(list(self._maxima.values())),
+        )
         if group is not None:
             dist.all_reduce(sums, group=group)
             dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)

@@ -23,7 +23,12 @@ def sequence_costs(lengths: Sequence[int], parity_tokens: float) -> list[float]:
 
 
 def pack(
-    lengths: Sequence[int], *, num_ranks: int, max_tokens: int, parity_tokens: float, multiple: int = 1
+    lengths: Sequence[int],
+    *,
+    num_ranks: int,
+    max_tokens: int,
+    parity_tokens: float,
+    multiple: int = 1,
 ) -> list[list[list[int]]]:
     """[rank][micro-batch]: indices of sequences, each once, in micro-batches of at most `max_tokens`.
 
@@ -43,7 +48,9 @@ def pack(
     )
     ranks = _deal(_without_empty(bins), costs, num_ranks)
     _exchange(ranks, sizes, costs, max_tokens)
-    return [sorted(map(sorted, rank), key=lambda m: (-sum(costs[i] for i in m), m)) for rank in ranks]
+    return [
+        sorted(map(sorted, rank), key=lambda m: (-sum(costs[i] for i in m), m)) for rank in ranks
+    ]
 
 
 def _fill_evenly(
@@ -108,7 +115,9 @@ def _deal(bins: list[list[int]], costs: list[float], num_ranks: int) -> list[lis
     return ranks
 
 
-def _exchange(ranks: list[list[list[int]]], sizes: list[int], costs: list[float], max_tokens: int) -> None:
+def _exchange(
+    ranks: list[list[list[int]]], sizes: list[int], costs: list[float], max_tokens: int
+) -> None:
     """In place: sequences of the costliest rank change places with cheaper or none of the cheapest ranks."""
     loads = [sum(costs[i] for b in rank for i in b) for rank in ranks]
     mean = sum(loads) / len(loads)
@@ -135,9 +144,13 @@ def _exchange(ranks: list[list[list[int]]], sizes: list[int], costs: list[float]
 
 
 def _best_swap(
-    heavy: list[list[int]], light: list[list[int]], gap: float,
-    sizes: list[int], costs: list[float], max_tokens: int,
-) -> tuple[list[int], int, list[int], int | None] | None:  # fmt: skip
+    heavy: list[list[int]],
+    light: list[list[int]],
+    gap: float,
+    sizes: list[int],
+    costs: list[float],
+    max_tokens: int,
+) -> tuple[list[int], int, list[int], int | None] | None:
     """(its bin, sequence) of `heavy` for (its bin, sequence or None) of `light`, nearest to half the gap.
 
     None where no exchange within the budget takes at least a hundredth off the gap.
@@ -149,7 +162,10 @@ def _best_swap(
     place = np.array([room[id(b)] + (0 if j is None else sizes[j]) for b, j in comers])[None]
     moved = np.array([costs[i] for _, i in goers])[:, None]
     moved = moved - np.array([0.0 if j is None else costs[j] for _, j in comers])[None]
-    last = np.array([len(b) == 1 for b, _ in goers])[:, None] & np.array([j is None for _, j in comers])[None]
+    last = (
+        np.array([len(b) == 1 for b, _ in goers])[:, None]
+        & np.array([j is None for _, j in comers])[None]
+    )
     off = np.where((size_out <= place) & ~last, np.abs(moved - gap / 2), np.inf)
     best = int(off.argmin())
     if not off.flat[best] < 0.49 * gap:

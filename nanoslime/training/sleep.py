@@ -64,7 +64,9 @@ class DeviceMemory:
             self._file = self._file or tempfile.TemporaryFile()
             path = f"/proc/self/fd/{self._file.fileno()}"
             return torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8)
-        if self._pinned.numel() < num_bytes:  # torch's pinned allocator would round up to a power of two
+        if (
+            self._pinned.numel() < num_bytes
+        ):  # torch's pinned allocator would round up to a power of two
             cudart = torch.cuda.cudart()
             if self._pinned.numel():
                 torch.cuda.check_error(cudart.cudaHostUnregister(self._pinned.data_ptr()))

@@ -54,17 +54,23 @@ def make_plan(per_rank: list[list[tuple[str, tuple[int, ...], Box]]]) -> list[Te
     for rank, shards in enumerate(per_rank):
         for index, (name, shape, box) in enumerate(shards):
             if shapes.setdefault(name, shape) != shape:
-                raise ValueError(f"{name}: rank {rank} has full shape {shape}, another rank {shapes[name]}")
+                raise ValueError(
+                    f"{name}: rank {rank} has full shape {shape}, another rank {shapes[name]}"
+                )
             pieces.setdefault(name, {}).setdefault(box, Piece(rank, index, box))
     plan = []
     for name, shape in shapes.items():
         parts = [p for p in pieces[name].values() if p.numel]
         for a, b in combinations(parts, 2):
             if all(max(x[0], y[0]) < min(x[1], y[1]) for x, y in zip(a.box, b.box, strict=True)):
-                raise ValueError(f"{name}: ranks {a.rank} and {b.rank} hold overlapping {a.box}, {b.box}")
+                raise ValueError(
+                    f"{name}: ranks {a.rank} and {b.rank} hold overlapping {a.box}, {b.box}"
+                )
         covered = sum(p.numel for p in parts)
         if covered != math.prod(shape):
-            raise ValueError(f"{name}: the ranks' pieces cover {covered} of {math.prod(shape)} elements")
+            raise ValueError(
+                f"{name}: the ranks' pieces cover {covered} of {math.prod(shape)} elements"
+            )
         plan.append(TensorPlan(name, shape, tuple(parts)))
     return plan
 
@@ -78,16 +84,23 @@ class Assembler:
     """
 
     def __init__(
-        self, shards: Callable[[], Iterable[WeightShard]], *,
-        rank: int, world_size: int, dtype: torch.dtype, device: torch.device,
-    ):  # fmt: skip
+        self,
+        shards: Callable[[], Iterable[WeightShard]],
+        *,
+        rank: int,
+        world_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
         self._shards, self._rank, self._dtype, self._device = shards, rank, dtype, device
         own = [(s.name, s.full_shape, tuple((x.start, x.stop) for x in s.slices)) for s in shards()]
         everyone = [own] * world_size
         if world_size > 1:
             dist.all_gather_object(everyone, own)
         # so that in a bucket of several dtypes each tensor is aligned
-        self.plan = sorted(make_plan(everyone), key=lambda tensor: -self.dtype_of(tensor.name).itemsize)
+        self.plan = sorted(
+            make_plan(everyone), key=lambda tensor: -self.dtype_of(tensor.name).itemsize
+        )
 
     def dtype_of(self, name: str) -> torch.dtype:
         return torch.float32 if name.endswith(FLOAT32) else self._dtype
@@ -108,7 +121,9 @@ class Assembler:
             else:
                 for piece in tensor.pieces:
                     if piece.rank == self._rank:
-                        part = shards[piece.index].tensor.to(self._device, self.dtype_of(tensor.name))
+                        part = shards[piece.index].tensor.to(
+                            self._device, self.dtype_of(tensor.name)
+                        )
                         dist.send(part.contiguous(), dst=0)
 
     def _receive(self, tensor: TensorPlan, shards: list[WeightShard]) -> Tensor:

@@ -21,7 +21,9 @@ from nanoslime.types import BroadcastEngine, RunError
 logger = logging.getLogger(__name__)
 
 
-def buckets(tensors: Iterable[tuple[str, Tensor]], limit_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+def buckets(
+    tensors: Iterable[tuple[str, Tensor]], limit_bytes: int
+) -> Iterator[list[tuple[str, Tensor]]]:
     """Consecutive tensors of at most `limit_bytes` together; a larger one goes alone."""
     bucket: list[tuple[str, Tensor]] = []
     size = 0
@@ -41,11 +43,18 @@ class Broadcaster:
     GROUP = "nanoslime-weights"
 
     def __init__(
-        self, engines: list[BroadcastEngine], *,
-        address: str, device: str, bucket_bytes: int, deadline_s: float,
-    ):  # fmt: skip
+        self,
+        engines: list[BroadcastEngine],
+        *,
+        address: str,
+        device: str,
+        bucket_bytes: int,
+        deadline_s: float,
+    ):
         self._engines, self._bucket_bytes, self._deadline_s = engines, bucket_bytes, deadline_s
-        self._threads = ThreadPoolExecutor(max_workers=max(1, len(engines)), thread_name_prefix="weight-sync")
+        self._threads = ThreadPoolExecutor(
+            max_workers=max(1, len(engines)), thread_name_prefix="weight-sync"
+        )
         *offsets, world_size = accumulate((e.world_size for e in engines), initial=1)
         store, backend = listen(address, deadline_s), "nccl" if device == "cuda" else "gloo"
         meet: dict[str, Any] = {"address": address, "port": store.port, "group": self.GROUP}
@@ -61,7 +70,9 @@ class Broadcaster:
             where = f"trainer rank 0: no weight group at {address}:{store.port} within {deadline_s:.0f}s"
             raise RunError(f"{where}: {'; '.join(failed) or e}") from e
         self._collect(joins, "join the weight group")
-        logger.info("weight group of %d ranks at %s:%d over %s", world_size, address, store.port, backend)
+        logger.info(
+            "weight group of %d ranks at %s:%d over %s", world_size, address, store.port, backend
+        )
 
     def send(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> int:
         """Sends all, labels the engines with `version`; returns the bytes. RunError names an engine."""
@@ -69,9 +80,11 @@ class Broadcaster:
         self._each("begin_update")
         for bucket in buckets(tensors, self._bucket_bytes):
             content: dict[str, Any] = {
-                "names": [name for name, _ in bucket], "shapes": [list(t.shape) for _, t in bucket],
-                "dtypes": [str(t.dtype).removeprefix("torch.") for _, t in bucket], "group": self.GROUP,
-            }  # fmt: skip
+                "names": [name for name, _ in bucket],
+                "shapes": [list(t.shape) for _, t in bucket],
+                "dtypes": [str(t.dtype).removeprefix("torch.") for _, t in bucket],
+                "group": self.GROUP,
+            }
             announced = [self._threads.submit(e.receive_bucket, **content) for e in self._engines]
             works = [dist.broadcast(t, src=0, group=self._group, async_op=True) for _, t in bucket]
             self._collect(announced, f"receive weights of version {version}", works)
@@ -93,6 +106,8 @@ class Broadcaster:
             try:
                 future.result(timeout=self._deadline_s)
             except TimeoutError as e:
-                raise RunError(f"engine {engine.name} did not {what} within {self._deadline_s:.0f}s") from e
+                raise RunError(
+                    f"engine {engine.name} did not {what} within {self._deadline_s:.0f}s"
+                ) from e
         for work in works:
             work.wait()

@@ -27,9 +27,15 @@ class TensorSender:
     """
 
     def __init__(
-        self, assembler: Assembler, engines: list[BroadcastEngine], ranks_by_engine: list[list[int]],
-        rank: int, device: torch.device, bucket_bytes: int, deadline_s: float,
-    ):  # fmt: skip
+        self,
+        assembler: Assembler,
+        engines: list[BroadcastEngine],
+        ranks_by_engine: list[list[int]],
+        rank: int,
+        device: torch.device,
+        bucket_bytes: int,
+        deadline_s: float,
+    ):
         self._assembler, self._device, self._bucket_bytes = assembler, device, bucket_bytes
         self._engine: BroadcastEngine | None = None  # of which this is the first rank
         self._ranks: list[int] = []  # of the engine that has part of this rank's device
@@ -45,7 +51,9 @@ class TensorSender:
     def send(self, version: int) -> int:
         """The current weights to every engine, labelled `version`; returns the bytes of one copy."""
         sent, plan, dtype_of = 0, self._assembler.plan, self._assembler.dtype_of
-        specs = [(t.name, torch.empty(t.shape, dtype=dtype_of(t.name), device="meta")) for t in plan]
+        specs = [
+            (t.name, torch.empty(t.shape, dtype=dtype_of(t.name), device="meta")) for t in plan
+        ]
         if self._engine:
             self._engine.begin_update()
         for part in buckets(specs, self._bucket_bytes):
@@ -53,11 +61,15 @@ class TensorSender:
             kinds, shapes = [spec.dtype for spec in of], [spec.shape for spec in of]
             bucket = FlattenedTensorBucket.empty(names, kinds, shapes, self._device)
             views = dict(bucket.reconstruct_tensors())
-            for name, tensor in self._assembler.tensors(names):  # on rank 0; the others send their pieces
+            for name, tensor in self._assembler.tensors(
+                names
+            ):  # on rank 0; the others send their pieces
                 views[name].copy_(tensor)
             dist.broadcast(bucket.flattened_tensor, src=0)
             if self._group:
-                self._post({"flattened_tensor": bucket.flattened_tensor, "metadata": bucket.metadata})
+                self._post(
+                    {"flattened_tensor": bucket.flattened_tensor, "metadata": bucket.metadata}
+                )
             sent += bucket.flattened_tensor.numel()
         if self._engine:
             self._engine.end_update(version)

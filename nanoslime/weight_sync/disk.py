@@ -17,6 +17,8 @@ def write_checkpoint(
     directory appears whole or not at all, in place of an earlier one."""
     partial = partial_dir(destination)
     copy_other_files(like, partial)
-    buffers = ((name, t.cpu().contiguous().view(torch.uint8).numpy().reshape(-1)) for name, t in tensors)
+    buffers = (
+        (name, t.cpu().contiguous().view(torch.uint8).numpy().reshape(-1)) for name, t in tensors
+    )
     write_files(partial, specs, buffers, max_shard_bytes=4 << 30)
     commit(partial, destination)

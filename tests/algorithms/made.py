@@ -34,7 +34,9 @@ def group(group_id, rewards, rollout_ids=None, lengths=None) -> SampleGroup:
     return SampleGroup(group_id, samples)
 
 
-def algorithm(config: SharedConfig | None = None, max_response_length: int = 0, **knobs) -> PolicyGradient:
+def algorithm(
+    config: SharedConfig | None = None, max_response_length: int = 0, **knobs
+) -> PolicyGradient:
     """Of `config`, by default GRPO's with `knobs`."""
     return algorithms.make(config or GRPOConfig(**knobs), max_response_length)
 
@@ -68,7 +70,9 @@ def shard(
     )
 
 
-def pack(old, advantage, *, mask=None, weights=None, ref=None, rollout=None, bounds=None) -> MicroBatch:
+def pack(
+    old, advantage, *, mask=None, weights=None, ref=None, rollout=None, bounds=None
+) -> MicroBatch:
     """Sequences on one token axis [T], by default one; whatever is not given is 0, or 1 where it weighs."""
     size = len(old)
     return MicroBatch(
@@ -93,7 +97,11 @@ def loss(
     logprobs = torch.tensor(current, requires_grad=True)
     total, metrics = (made or algorithm(**knobs)).loss(logprobs, as_tensor(entropy), batch)
     total.backward()
-    return total.item(), logprobs.grad.tolist(), {name: float(value) for name, value in metrics.items()}
+    return (
+        total.item(),
+        logprobs.grad.tolist(),
+        {name: float(value) for name, value in metrics.items()},
+    )
 
 
 def as_tensor(values) -> Tensor | None:

@@ -12,7 +12,9 @@ from tests.algorithms.made import algorithm, loss, pack
 # two sequences of two tokens in the loss; the first has a masked token before them
 BOUNDS = torch.tensor([0, 3, 5], dtype=torch.int32)
 MASK = torch.tensor([False, True, True, True, True])
-W = torch.tensor([float("nan"), 4.0, 0.5, 1.1, 1.2])  # products 2 and 1.32, geometric means 1.414 and 1.149
+W = torch.tensor(
+    [float("nan"), 4.0, 0.5, 1.1, 1.2]
+)  # products 2 and 1.32, geometric means 1.414 and 1.149
 SECOND_ROOT = 2**0.5, 1.32**0.5
 
 
@@ -37,7 +39,9 @@ def test_without_any_correction_weights_are_one_and_all_is_kept():
     ],
 )
 def test_truncated_importance_sampling_by_level(level, expected, clipped):
-    weight, keep, counts = corrected(use_tis=True, tis_level=level, tis_clip=2.0 + 1e-5, tis_clip_low=0.6)
+    weight, keep, counts = corrected(
+        use_tis=True, tis_level=level, tis_clip=2.0 + 1e-5, tis_clip_low=0.6
+    )
     assert weight == pytest.approx(expected, rel=1e-4) and all(keep)
     assert counts["tis_clip_ratio"] == clipped
 
@@ -66,7 +70,12 @@ def test_masked_importance_sampling_by_level(level, high, kept):
 
 
 def test_low_weights_are_rejected_too():
-    assert corrected(reject="token", reject_low=0.6, reject_high=9.0)[1] == [True, False, True, True]
+    assert corrected(reject="token", reject_low=0.6, reject_high=9.0)[1] == [
+        True,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_one_impossible_token_vetoes_its_sequence():
@@ -83,9 +92,12 @@ def test_one_impossible_token_vetoes_its_sequence():
 def test_a_weight_stays_finite_whatever_the_gap():
     far = torch.tensor([200.0, -200.0])
     weight, _, _ = correct(
-        CorrectionConfig(use_tis=True, tis_level="sequence", tis_clip=1e30), far, torch.zeros(2),
-        torch.ones(2, dtype=torch.bool), torch.tensor([0, 1, 2], dtype=torch.int32),
-    )  # fmt: skip
+        CorrectionConfig(use_tis=True, tis_level="sequence", tis_clip=1e30),
+        far,
+        torch.zeros(2),
+        torch.ones(2, dtype=torch.bool),
+        torch.tensor([0, 1, 2], dtype=torch.int32),
+    )
     assert weight.tolist() == pytest.approx([math.exp(20), math.exp(-20)])
 
 
@@ -123,10 +135,14 @@ def test_the_weight_has_no_gradient():
 
 def test_rejection_changes_the_numerator_only():
     """A rejected token takes its terms along, all of them; weights and denominator are those of the masks."""
-    batch = pack([-1.0] * 3, [1.0, 2.0, 4.0], rollout=[-1.0, -2.0, -1.0], ref=[-1.5] * 3, weights=[0.25] * 3)
+    batch = pack(
+        [-1.0] * 3, [1.0, 2.0, 4.0], rollout=[-1.0, -2.0, -1.0], ref=[-1.5] * 3, weights=[0.25] * 3
+    )
     correction = CorrectionConfig(reject="token", reject_high=2.0)  # e is above
     knobs = dict(use_kl_loss=True, kl_loss_coef=0.1, kl_loss_type="k1", entropy_coef=0.01)
-    total, grad, metrics = loss([-1.0] * 3, batch, entropy=[1.0] * 3, correction=correction, **knobs)
+    total, grad, metrics = loss(
+        [-1.0] * 3, batch, entropy=[1.0] * 3, correction=correction, **knobs
+    )
     # tokens 0 and 2: -(1 + 4) + 2 x 0.1 x 0.5 - 2 x 0.01, each weighted by a quarter as before
     assert total == pytest.approx(0.25 * (-5 + 0.1 - 0.02)) and grad[1] == 0.0
     assert metrics["mean:train/rejected_ratio"] == 1

@@ -50,7 +50,9 @@ def test_failed_samples_leave_their_group():
 
 
 def test_failed_samples_take_no_part_in_the_spread():
-    flat_but_for_an_error = group(1, [0.0, 1.0, 1.0], [Status.ERROR, Status.COMPLETED, Status.COMPLETED])
+    flat_but_for_an_error = group(
+        1, [0.0, 1.0, 1.0], [Status.ERROR, Status.COMPLETED, Status.COMPLETED]
+    )
     assert outcome(flat_but_for_an_error) == ([], {"sample_error": 1, "group_zero_std": 1})
 
 

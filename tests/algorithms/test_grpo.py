@@ -6,11 +6,18 @@ import pytest
 import torch
 
 from nanoslime.algorithms.grpo import clipped_policy_loss
-from nanoslime.config.algorithm import GRPOConfig, ReinforcePPBaselineConfig, ReinforcePPConfig, RLOOConfig
+from nanoslime.config.algorithm import (
+    GRPOConfig,
+    ReinforcePPBaselineConfig,
+    ReinforcePPConfig,
+    RLOOConfig,
+)
 from tests.algorithms.made import algorithm, loss, pack
 
 
-@pytest.mark.parametrize("config", [GRPOConfig, RLOOConfig, ReinforcePPConfig, ReinforcePPBaselineConfig])
+@pytest.mark.parametrize(
+    "config", [GRPOConfig, RLOOConfig, ReinforcePPConfig, ReinforcePPBaselineConfig]
+)
 @pytest.mark.parametrize(
     ("advantage", "ratio", "expected", "gradient", "clipped"),
     [
@@ -54,7 +61,9 @@ def test_clip_higher_moves_the_upper_edge_only():
 )
 def test_dual_clip_bounds_the_loss_of_bad_tokens(advantage, log_ratio, expected, gradient, dual):
     total, grad, metrics = loss([log_ratio], pack([0.0], [advantage]), eps_clip_c=3.0)
-    assert total == pytest.approx(expected, rel=1e-5) and grad == pytest.approx([gradient], rel=1e-5)
+    assert total == pytest.approx(expected, rel=1e-5) and grad == pytest.approx(
+        [gradient], rel=1e-5
+    )
     assert metrics["mean:train/dual_clip_ratio"] == dual
 
 

@@ -23,7 +23,9 @@ def test_tokens_share_the_geometric_mean_ratio_of_their_sequence():
 def test_a_sequence_is_clipped_as_a_whole():
     # the mean 0.2 is above log 1.1, although the second token alone is below
     batch = pack([0.0, 0.0], [1.0, 1.0])
-    total, grad, metrics = loss([0.4, 0.0], batch, algorithm(GSPOConfig(eps_clip=0.1, eps_clip_high=0.1)))
+    total, grad, metrics = loss(
+        [0.4, 0.0], batch, algorithm(GSPOConfig(eps_clip=0.1, eps_clip_high=0.1))
+    )
     assert total == pytest.approx(-2.2) and grad == [0.0, 0.0]
     assert metrics["mean:train/clip_ratio"] == 2
 

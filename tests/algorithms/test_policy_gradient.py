@@ -11,9 +11,13 @@ from tests.algorithms.made import algorithm, loss, pack, shard
 
 
 def test_weights_and_mask_choose_the_terms():
-    batch = pack([-1.0] * 4, [1.0, 2.0, 4.0, 8.0], mask=[False, True, True, True], weights=[1, 1, 0.5, 0.25])
+    batch = pack(
+        [-1.0] * 4, [1.0, 2.0, 4.0, 8.0], mask=[False, True, True, True], weights=[1, 1, 0.5, 0.25]
+    )
     total, grad, metrics = loss([-1.0] * 4, batch)
-    assert total == pytest.approx(-(2 + 2 + 2)) and metrics["train/policy_loss"] == pytest.approx(total)
+    assert total == pytest.approx(-(2 + 2 + 2)) and metrics["train/policy_loss"] == pytest.approx(
+        total
+    )
     assert grad == pytest.approx([0, -2, -2, -2])
 
 
@@ -21,7 +25,9 @@ def test_moves_are_measured_by_absolute_value_over_the_tokens_of_the_loss():
     batch = pack([-1.0] * 3, [0.0] * 3, mask=[False, True, True], weights=[0.1] * 3)
     _, _, metrics = loss([5.0, -0.7, -1.4], batch)
     assert metrics["mean:train/ppo_kl_abs"] == pytest.approx(0.3 + 0.4)
-    assert metrics["max:train/ppo_kl_abs_max"] == pytest.approx(0.4)  # of -0.4: a maximum of values is 0.3
+    assert metrics["max:train/ppo_kl_abs_max"] == pytest.approx(
+        0.4
+    )  # of -0.4: a maximum of values is 0.3
 
 
 # old logprobs
@@ -30,10 +36,15 @@ def test_moves_are_measured_by_absolute_value_over_the_tokens_of_the_loss():
 def test_old_logprobs_are_recomputed_the_rollouts_or_current():
     batch = pack([-1.2], [1.0], rollout=[-1.1])
     assert loss([-1.0], batch, eps_clip=0.9)[0] == pytest.approx(-math.exp(0.2))
-    assert loss([-1.0], batch, eps_clip=0.9, old_logprobs="rollout")[0] == pytest.approx(-math.exp(0.1))
+    assert loss([-1.0], batch, eps_clip=0.9, old_logprobs="rollout")[0] == pytest.approx(
+        -math.exp(0.1)
+    )
     total, grad, metrics = loss([-1.0], batch, old_logprobs="current")
     assert (total, grad) == (-1.0, [-1.0]) and metrics["mean:train/ppo_kl_abs"] == 0
-    needs = [algorithm(old_logprobs=old).needs_old_logprobs for old in ("recomputed", "rollout", "current")]
+    needs = [
+        algorithm(old_logprobs=old).needs_old_logprobs
+        for old in ("recomputed", "rollout", "current")
+    ]
     assert needs == [True, False, False]
 
 
@@ -64,10 +75,16 @@ def test_missing_tensors_are_named():
 )
 def test_kl_loss_is_added_with_its_coefficient(kind, value, gradient):
     batch = pack([-1.0], [0.0], ref=[-1.5])
-    total, grad, metrics = loss([-1.0], batch, use_kl_loss=True, kl_loss_coef=0.1, kl_loss_type=kind)
-    assert total == pytest.approx(0.1 * value, rel=1e-5) and grad == pytest.approx([0.1 * gradient], rel=1e-5)
+    total, grad, metrics = loss(
+        [-1.0], batch, use_kl_loss=True, kl_loss_coef=0.1, kl_loss_type=kind
+    )
+    assert total == pytest.approx(0.1 * value, rel=1e-5) and grad == pytest.approx(
+        [0.1 * gradient], rel=1e-5
+    )
     assert metrics["train/kl_loss"] == pytest.approx(value, rel=1e-5)
-    assert metrics["mean:train/ref_kl"] == pytest.approx(math.exp(-0.5) - 0.5, rel=1e-5)  # always k3
+    assert metrics["mean:train/ref_kl"] == pytest.approx(
+        math.exp(-0.5) - 0.5, rel=1e-5
+    )  # always k3
 
 
 def test_unbiased_kl_is_weighted_by_the_ratio_and_its_gradient():
@@ -83,9 +100,12 @@ def test_unbiased_kl_is_weighted_by_the_ratio_and_its_gradient():
 
 def test_kl_in_the_reward_lowers_the_token_advantages():
     batch = shard(
-        [[False, True, False]], [2.0],
-        old=[[0.0, -1.0, float("nan")]], ref=[[0.0, -1.5, -1.0]], rollout=[[0.0, -1.1, 0.0]],
-    )  # fmt: skip
+        [[False, True, False]],
+        [2.0],
+        old=[[0.0, -1.0, float("nan")]],
+        ref=[[0.0, -1.5, -1.0]],
+        rollout=[[0.0, -1.1, 0.0]],
+    )
 
     def got(**knobs):
         made = algorithm(**knobs)
@@ -95,8 +115,12 @@ def test_kl_in_the_reward_lowers_the_token_advantages():
     assert got(kl_coef=0.0) == [0, 2, 0]
     assert got(kl_coef=0.1, kl_loss_type="k1") == pytest.approx([0, 2 - 0.05, 0])
     assert got(kl_coef=0.1, kl_loss_type="k2") == pytest.approx([0, 2 - 0.0125, 0])
-    assert got(kl_coef=0.1, kl_loss_type="k3") == pytest.approx([0, 2 - 0.1 * (math.exp(-0.5) - 0.5), 0])
-    assert got(kl_coef=0.1, kl_loss_type="k1", old_logprobs="rollout") == pytest.approx([0, 2 - 0.04, 0])
+    assert got(kl_coef=0.1, kl_loss_type="k3") == pytest.approx(
+        [0, 2 - 0.1 * (math.exp(-0.5) - 0.5), 0]
+    )
+    assert got(kl_coef=0.1, kl_loss_type="k1", old_logprobs="rollout") == pytest.approx(
+        [0, 2 - 0.04, 0]
+    )
 
 
 def test_kl_in_the_reward_is_not_in_the_loss_as_well():

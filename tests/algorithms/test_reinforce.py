@@ -22,7 +22,9 @@ def returns(masks, scalars, config=None, **values):
 
 def test_rloo_compares_each_reward_with_the_mean_of_the_others():
     # 1 - (2 + 6) / 2, 2 - (1 + 6) / 2, 6 - (1 + 2) / 2
-    assert advantages([group(0, [1.0, 2.0, 6.0])], algorithm(RLOOConfig())) == pytest.approx([-3, -1.5, 4.5])
+    assert advantages([group(0, [1.0, 2.0, 6.0])], algorithm(RLOOConfig())) == pytest.approx(
+        [-3, -1.5, 4.5]
+    )
     assert advantages([group(0, [0.7] * 8), group(1, [3.0])], algorithm(RLOOConfig())) == [0.0] * 9
 
 
@@ -107,7 +109,9 @@ class Ranks:
 def test_whitening_across_ranks_equals_whitening_in_one(config, parts):
     made = algorithm(config)
     expected = made.token_advantages(shard(MASKS, SCALARS), alone)
-    masks = [[MASKS[i] for i in part] or [[False, False]] for part in parts]  # a rank without any: a dummy
+    masks = [
+        [MASKS[i] for i in part] or [[False, False]] for part in parts
+    ]  # a rank without any: a dummy
     scalars = [[SCALARS[i] for i in part] or [0.0] for part in parts]
     shards = [shard(*both) for both in zip(masks, scalars, strict=True)]
     ranks = Ranks()
@@ -122,7 +126,9 @@ def test_whitening_across_ranks_equals_whitening_in_one(config, parts):
 def test_whitened_equal_values_are_exactly_zero():
     got = returns(MASKS, [0.7] * 3, ReinforcePPConfig())
     assert [x for sequence in got for x in sequence] == [0.0] * 10
-    assert returns([[False, True]], [0.7], ReinforcePPConfig()) == [[0.0, 0.0]]  # one token: no variance
+    assert returns([[False, True]], [0.7], ReinforcePPConfig()) == [
+        [0.0, 0.0]
+    ]  # one token: no variance
     assert returns([[False, False]], [0.7], ReinforcePPConfig()) == [[0.0, 0.0]]
 
 

@@ -13,7 +13,9 @@ from tests.algorithms.made import advantages, algorithm, group
 
 def test_with_std_it_is_the_reward_in_units_of_the_unbiased_std():
     # mean 0.5, sum of squares 1, std sqrt(1 / 3) = 0.577350
-    assert relative([1, 0, 0, 1], by_std=True) == pytest.approx([0.866024, -0.866024, -0.866024, 0.866024])
+    assert relative([1, 0, 0, 1], by_std=True) == pytest.approx(
+        [0.866024, -0.866024, -0.866024, 0.866024]
+    )
     # mean 0.25, sum of squares 0.5625 + 3 x 0.0625 = 0.75, std sqrt(0.75 / 3) = 0.5
     assert relative([1, 0, 0, 0], by_std=True)[0] == pytest.approx(0.75 / (0.5 + 1e-6), rel=1e-12)
 
@@ -77,7 +79,8 @@ def test_unusable_reward_is_refused_by_name(reward):
 
 
 @pytest.mark.parametrize(
-    ("length", "expected"), [(0, 0), (60, 0), (80, 0), (85, -0.25), (90, -0.5), (100, -1), (120, -1)]
+    ("length", "expected"),
+    [(0, 0), (60, 0), (80, 0), (85, -0.25), (90, -0.5), (100, -1), (120, -1)],
 )
 def test_overlong_penalty_falls_linearly_over_the_buffer(length, expected):
     assert overlong_penalty(length, 100, 20, 1.0) == expected
@@ -87,7 +90,9 @@ def test_overlong_penalty_falls_linearly_over_the_buffer(length, expected):
 def test_overlong_shaping_enters_the_advantage_and_not_the_reward():
     # of at most 10 tokens, with a buffer of 4: lengths 6, 8, 10, 10 lose 0, 0.5, 1, 1
     groups = [group(0, [1.0, 1.0, 1.0, 1.0], lengths=[6, 8, 10, 10])]
-    got = advantages(groups, algorithm(normalize_by_std=False, overlong_buffer=4, max_response_length=10))
+    got = advantages(
+        groups, algorithm(normalize_by_std=False, overlong_buffer=4, max_response_length=10)
+    )
     assert got == [0.625, 0.125, -0.375, -0.375]  # 1, 0.5, 0, 0 less their mean 0.375
     assert groups[0].rewards == [1.0] * 4
     shaped = ReinforcePPConfig(overlong_buffer=4, overlong_penalty=2.0)
@@ -96,5 +101,7 @@ def test_overlong_shaping_enters_the_advantage_and_not_the_reward():
 
 def test_of_siblings_the_longest_is_judged():
     groups = [group(0, [1.0, 1.0, 1.0], rollout_ids=[1, 1, 2], lengths=[2, 10, 6])]
-    got = advantages(groups, algorithm(normalize_by_std=False, overlong_buffer=4, max_response_length=10))
+    got = advantages(
+        groups, algorithm(normalize_by_std=False, overlong_buffer=4, max_response_length=10)
+    )
     assert got == [-0.5, -0.5, 0.5]  # shaped 0 and 1

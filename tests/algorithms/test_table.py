@@ -17,24 +17,48 @@ CONFIGS = {c.name: c for c in get_args(AnyAlgorithm)}
 EXTRAS = {
     "plain": {},
     "all": dict(
-        use_kl_loss=True, kl_loss_coef=0.3, kl_loss_type="low_var_kl", use_unbiased_kl=True,
-        entropy_coef=0.02, eps_clip=0.1, eps_clip_high=0.15,
+        use_kl_loss=True,
+        kl_loss_coef=0.3,
+        kl_loss_type="low_var_kl",
+        use_unbiased_kl=True,
+        entropy_coef=0.02,
+        eps_clip=0.1,
+        eps_clip_high=0.15,
         correction=CorrectionConfig(
-            use_tis=True, tis_clip=1.2, tis_clip_low=0.7, reject="geometric", reject_low=0.85,
-            reject_high=1.2, veto=0.5, use_opsm=True, opsm_delta=0.02,
+            use_tis=True,
+            tis_clip=1.2,
+            tis_clip_low=0.7,
+            reject="geometric",
+            reject_low=0.85,
+            reject_high=1.2,
+            veto=0.5,
+            use_opsm=True,
+            opsm_delta=0.02,
         ),
     ),
     "other levels": dict(
-        use_kl_loss=True, kl_loss_coef=0.3, kl_loss_type="k2", old_logprobs="current",
+        use_kl_loss=True,
+        kl_loss_coef=0.3,
+        kl_loss_type="k2",
+        old_logprobs="current",
         correction=CorrectionConfig(
-            use_tis=True, tis_level="sequence", tis_clip=1.5, reject="token", reject_low=0.6, reject_high=1.6
+            use_tis=True,
+            tis_level="sequence",
+            tis_clip=1.5,
+            reject="token",
+            reject_low=0.6,
+            reject_high=1.6,
         ),
     ),
-}  # fmt: skip
-every = pytest.mark.parametrize("made", [
-    pytest.param(algorithm(config(**knobs)), id=f"{name}-{extras}")
-    for name, config in CONFIGS.items() for extras, knobs in EXTRAS.items()
-])  # fmt: skip
+}
+every = pytest.mark.parametrize(
+    "made",
+    [
+        pytest.param(algorithm(config(**knobs)), id=f"{name}-{extras}")
+        for name, config in CONFIGS.items()
+        for extras, knobs in EXTRAS.items()
+    ],
+)
 LENGTHS = [4, 1, 7, 3, 5, 6]
 PER_TOKEN = ["token_weights", "advantages", "rollout_logprobs", "old_logprobs", "ref_logprobs"]
 
@@ -65,7 +89,9 @@ def cut(micro: MicroBatch, tokens: Tensor, lengths: list[int]) -> MicroBatch:
     """The given tokens, as sequences of `lengths`."""
     names = ["token_ids", "positions", "loss_mask", *PER_TOKEN]
     bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    return replace(micro, cu_seqlens=bounds, **{name: getattr(micro, name)[tokens] for name in names})
+    return replace(
+        micro, cu_seqlens=bounds, **{name: getattr(micro, name)[tokens] for name in names}
+    )
 
 
 def outcome(made, micro, logprobs, entropy):
@@ -107,7 +133,10 @@ def test_masked_tokens_contribute_exactly_nothing(made, bad):
     def holding(value):
         filled = {name: getattr(micro, name).masked_fill(out, value) for name in PER_TOKEN}
         return outcome(
-            made, replace(micro, **filled), logprobs.masked_fill(out, value), entropy.masked_fill(out, value)
+            made,
+            replace(micro, **filled),
+            logprobs.masked_fill(out, value),
+            entropy.masked_fill(out, value),
         )
 
     got = holding(bad)
@@ -141,7 +170,9 @@ def test_cutting_into_microbatches_changes_nothing(made):
                 of_all[tokens] = of_part
             for name, value in one[3].items():
                 known = metrics.get(name, torch.zeros_like(value))
-                metrics[name] = torch.maximum(known, value) if name.startswith("max:") else known + value
+                metrics[name] = (
+                    torch.maximum(known, value) if name.startswith("max:") else known + value
+                )
         assert_same((total, *gradients, metrics), whole)
 
 
@@ -150,7 +181,9 @@ def test_the_order_of_sequences_changes_nothing(made):
     micro, logprobs, entropy = batch()
     order = [3, 5, 0, 2, 4, 1]
     tokens = torch.cat([spans()[i] for i in order])
-    got = outcome(made, cut(micro, tokens, [LENGTHS[i] for i in order]), logprobs[tokens], entropy[tokens])
+    got = outcome(
+        made, cut(micro, tokens, [LENGTHS[i] for i in order]), logprobs[tokens], entropy[tokens]
+    )
     whole = outcome(made, micro, logprobs, entropy)
     assert_same(got, (whole[0], whole[1][tokens], whole[2][tokens], whole[3]))
 
@@ -186,13 +219,18 @@ def plain_loss(config, micro: MicroBatch, logprobs: Tensor, entropy: Tensor) -> 
         if not t:
             continue
         new, old, engine, ref = (
-            x[t].double() for x in (logprobs, micro.old_logprobs, micro.rollout_logprobs, micro.ref_logprobs)
+            x[t].double()
+            for x in (logprobs, micro.old_logprobs, micro.rollout_logprobs, micro.ref_logprobs)
         )
         old = new.detach() if current else old
         advantages = micro.advantages[t].double()
         ratio = (new - old).exp()
         terms = plain_terms(config, new, ratio, advantages)
-        gaps = {"token": old - engine, "sequence": (old - engine).sum(), "geometric": (old - engine).mean()}
+        gaps = {
+            "token": old - engine,
+            "sequence": (old - engine).sum(),
+            "geometric": (old - engine).mean(),
+        }
         if c.use_tis:
             terms = terms * gaps[c.tis_level].exp().clamp(c.tis_clip_low, c.tis_clip)
         if c.use_opsm and float((old - new).mean()) > c.opsm_delta:
@@ -203,7 +241,9 @@ def plain_loss(config, micro: MicroBatch, logprobs: Tensor, entropy: Tensor) -> 
             kl = kl * ratio
         if config.kl_loss_type == "low_var_kl":
             kl = kl.clamp(-10, 10)
-        terms = terms + config.kl_loss_coef * config.use_kl_loss * kl - config.entropy_coef * entropy[t]
+        terms = (
+            terms + config.kl_loss_coef * config.use_kl_loss * kl - config.entropy_coef * entropy[t]
+        )
         if c.reject != "none":
             w = gaps[c.reject].exp()
             terms = terms * ((c.reject_low <= w) & (w <= c.reject_high))
@@ -220,9 +260,9 @@ def plain_terms(config, new: Tensor, ratio: Tensor, advantages: Tensor) -> Tenso
         return -ratio.detach().clamp(low, high) * advantages * new
     if config.name == "gspo":
         ratio = torch.prod(ratio) ** (1 / len(ratio)) * torch.ones_like(ratio)
-    return -torch.stack([
-        min(r * a, max(min(r, high), low) * a) for r, a in zip(ratio, advantages, strict=True)
-    ])  # fmt: skip
+    return -torch.stack(
+        [min(r * a, max(min(r, high), low) * a) for r, a in zip(ratio, advantages, strict=True)]
+    )
 
 
 @every

@@ -41,7 +41,10 @@ def other_value(dotted: str) -> Any:
 NEEDED = {  # flags without which the field is refused, or more than it would change
     "training.backend": ["--nodes", "2"],
     "cluster.nodes": ["--backend", "megatron"],
-    **{f"training.{size}_size": ["--backend", "megatron"] for size in ("tp", "pp", "vpp", "cp", "ep", "etp")},
+    **{
+        f"training.{size}_size": ["--backend", "megatron"]
+        for size in ("tp", "pp", "vpp", "cp", "ep", "etp")
+    },
     "training.sequence_parallel": ["--backend", "megatron"],
     "algorithm.use_unbiased_kl": ["--use-kl-loss"],
     "algorithm.kl_loss_coef": ["--use-kl-loss"],
@@ -72,7 +75,10 @@ def test_every_alias_sets_its_field_and_nothing_else(alias, form):
 @pytest.mark.parametrize("alias", ["algorithm", "advantage-estimator", "algorithm.name"])
 @pytest.mark.parametrize("name", ["grpo", "gspo", "cispo", "rloo", "reinforce_plus_plus"])
 def test_the_algorithm_is_chosen_by_name_whatever_the_order_of_flags(alias, name):
-    for args in ([f"--{alias}", name, "--eps-clip", "1e-4"], ["--eps-clip", "1e-4", f"--{alias}={name}"]):
+    for args in (
+        [f"--{alias}", name, "--eps-clip", "1e-4"],
+        ["--eps-clip", "1e-4", f"--{alias}={name}"],
+    ):
         algorithm = load(None, None, args).algorithm
         assert (algorithm.name, algorithm.eps_clip) == (name, 1e-4)
 
@@ -83,7 +89,11 @@ def test_the_algorithm_is_chosen_by_name_whatever_the_order_of_flags(alias, name
         (["--use-rollout-logprobs"], "algorithm.old_logprobs", "rollout"),
         (["--use_rollout_logprobs"], "algorithm.old_logprobs", "rollout"),
         (["--use-rollout-logprobs=true"], "algorithm.old_logprobs", "rollout"),
-        (["--use-rollout-logprobs", "--no-use-rollout-logprobs"], "algorithm.old_logprobs", "recomputed"),
+        (
+            ["--use-rollout-logprobs", "--no-use-rollout-logprobs"],
+            "algorithm.old_logprobs",
+            "recomputed",
+        ),
         (["--use-rollout-logprobs=false"], "algorithm.old_logprobs", "recomputed"),
         (["--disable-grpo-std-normalization"], "algorithm.normalize_by_std", False),
         (["--no-calculate-per-token-loss"], "algorithm.denominator", "sequences"),
@@ -105,7 +115,10 @@ def test_an_alias_is_the_name_of_its_field():
     others = {"eval-interval": "eval.interval", "save-interval": "checkpoint.interval"}
     others |= {"algorithm": "algorithm.name", "advantage-estimator": "algorithm.name"}
     for alias, field_name in flags.ALIASES.items():
-        assert others.get(alias, alias.replace("-", "_")) in (field_name, field_name.rpartition(".")[2])
+        assert others.get(alias, alias.replace("-", "_")) in (
+            field_name,
+            field_name.rpartition(".")[2],
+        )
 
 
 def test_every_field_has_a_dotted_flag_unless_it_is_a_mapping_or_list():
@@ -121,7 +134,10 @@ def test_every_field_has_a_dotted_flag_unless_it_is_a_mapping_or_list():
     ("args", "says"),
     [
         (["--tp-sice", "2"], "unknown flag --tp-sice; did you mean --tp-size"),
-        (["--training.adam-beta", "0"], "did you mean --training.adam-beta2 or --training.adam-beta1"),
+        (
+            ["--training.adam-beta", "0"],
+            "did you mean --training.adam-beta2 or --training.adam-beta1",
+        ),
         (["--eval-prompt", "f"], "did you mean --eval-prompts"),
         (["--qqqq"], r"unknown flag --qqqq; --help lists all flags"),
         (["--lr"], "--lr needs a value"),
@@ -152,7 +168,10 @@ def test_every_field_has_a_dotted_flag_unless_it_is_a_mapping_or_list():
             "write --use-rollout-logprobs or --no-use-rollout-logprobs, or tr",
         ),
         (["--no-use-rollout-logprobs=true"], "takes no value"),
-        (["--use-rollout-logprobs", "--use-tis"], "old_logprobs=rollout makes them the same; choose recomp"),
+        (
+            ["--use-rollout-logprobs", "--use-tis"],
+            "old_logprobs=rollout makes them the same; choose recomp",
+        ),
         (["--name", "../x"], "name='../x': must match"),
         (
             ["--load-rollouts", "r", "--rollout-only"],
@@ -162,7 +181,10 @@ def test_every_field_has_a_dotted_flag_unless_it_is_a_mapping_or_list():
             ["--load-rollouts", "r", "--engine-gpus", "1"],
             "cluster.engine_gpus=1 makes no sense with rollout.lo",
         ),
-        (["--load-rollouts", "r", "--rollout-nodes", "0"], "cluster.rollout_nodes=0 makes no sense with"),
+        (
+            ["--load-rollouts", "r", "--rollout-nodes", "0"],
+            "cluster.rollout_nodes=0 makes no sense with",
+        ),
         (
             ["--rollout-only", "--weight-sync.transport=disk"],
             "transport=disk makes no sense with rollout.rollo",
@@ -171,7 +193,10 @@ def test_every_field_has_a_dotted_flag_unless_it_is_a_mapping_or_list():
             ["--rollout-only", "--num-gpus", "2"],
             "training.num_gpus=2 makes no sense with rollout.rollout_only",
         ),
-        (["--reward", "mth"], "^data.reward='mth' is unknown; choose one of exact_match, math_answer, or"),
+        (
+            ["--reward", "mth"],
+            "^data.reward='mth' is unknown; choose one of exact_match, math_answer, or",
+        ),
     ],
 )
 def test_a_wrong_flag_is_refused_in_one_line(args, says):
@@ -182,7 +207,10 @@ def test_a_wrong_flag_is_refused_in_one_line(args, says):
 
 def test_a_later_flag_wins_and_none_clears_an_optional_field():
     assert load(None, None, ["--lr", "1", "--lr", "2"]).training.lr == 2
-    assert load(None, None, ["--rollout-nodes", "1", "--rollout-nodes=none"]).cluster.rollout_nodes is None
+    assert (
+        load(None, None, ["--rollout-nodes", "1", "--rollout-nodes=none"]).cluster.rollout_nodes
+        is None
+    )
     assert load(None, None, ["--name", "none"]).name == "none"
 
 
@@ -197,7 +225,8 @@ def test_help_shows_the_fields_of_the_chosen_algorithm(capsys):
         load(None, None, ["--help", "--algorithm", "reinforce_plus_plus"])
     shown = capsys.readouterr().out
     assert (
-        "--algorithm.gamma FLOAT" in shown and "--algorithm.normalize-by-std" not in shown.split("options")[1]
+        "--algorithm.gamma FLOAT" in shown
+        and "--algorithm.normalize-by-std" not in shown.split("options")[1]
     )
     assert "--use-rollout-logprobs" in shown
 

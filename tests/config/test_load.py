@@ -22,7 +22,8 @@ def write(path: Path, text: str) -> Path:
 
 def test_flags_lie_over_the_cluster_file_over_the_recipe(tmp_path):
     recipe = write(
-        tmp_path / "r.yaml", "training: {lr: 1e-4, tp_size: 2}\ncluster: {nodes: 2, partition: a, account: r}"
+        tmp_path / "r.yaml",
+        "training: {lr: 1e-4, tp_size: 2}\ncluster: {nodes: 2, partition: a, account: r}",
     )
     cluster = write(tmp_path / "c.yaml", "partition: b\nnodes: 3\n")
     config = load(recipe, cluster, ["--nodes", "5"])
@@ -59,20 +60,38 @@ def test_every_cluster_file_loads(path):
     [
         ("trainning: {}", r"r.yaml: unknown key trainning; did you mean training"),
         ("training: {tp: 2}", "unknown key training.tp; did you mean tp_size"),
-        ("training: {num_rollout: 2}", r"unknown key training.num_rollout; did you mean rollout.num_rollout"),
-        ("eval: {zzzz: 2}", "unknown key eval.zzzz; valid here: interval, max_prompts, n_samples_per_prompt"),
+        (
+            "training: {num_rollout: 2}",
+            r"unknown key training.num_rollout; did you mean rollout.num_rollout",
+        ),
+        (
+            "eval: {zzzz: 2}",
+            "unknown key eval.zzzz; valid here: interval, max_prompts, n_samples_per_prompt",
+        ),
         ("training: 3", "training must be a mapping of keys to values, not 3"),
         ("- a", "the file must be a mapping"),
         ("training: {lr: fast}", "r.yaml: training.lr='fast': must be a valid number"),
-        ("training: {tp_size: 0}", "r.yaml: training.tp_size=0: must be greater than or equal to 1"),
+        (
+            "training: {tp_size: 0}",
+            "r.yaml: training.tp_size=0: must be greater than or equal to 1",
+        ),
         ("training: {megatron: 3}", "r.yaml: training.megatron=3: must be a valid dictionary"),
         ("training: {backend: 3d}", "training.backend='3d': must be 'megatron' or 'fsdp'"),
         ("cluster: {env: {A: [1]}}", r"r.yaml: cluster.env.A=\[1\]: must be a valid string"),
         ("training: {lr: 1", "r.yaml is not YAML: .*line 1"),
-        ("training: {num_steps_per_rollout: 3}", "=3 does not divide rollout.rollout_batch_size=32"),
-        ("training: {megatron: {recompute_granularty: full}}", "did you mean recompute_granularity"),
+        (
+            "training: {num_steps_per_rollout: 3}",
+            "=3 does not divide rollout.rollout_batch_size=32",
+        ),
+        (
+            "training: {megatron: {recompute_granularty: full}}",
+            "did you mean recompute_granularity",
+        ),
         ("training: {megatron: {num_layers: 3}}", "num_layers is set by nanoslime; use model.hf"),
-        ("rollout: {sglang: {mem_fraction: 0.5}}", "mem_fraction: sglang .* did you mean mem_fraction_s"),
+        (
+            "rollout: {sglang: {mem_fraction: 0.5}}",
+            "mem_fraction: sglang .* did you mean mem_fraction_s",
+        ),
     ],
 )
 def test_a_wrong_recipe_is_refused_with_file_place_and_way_out(tmp_path, recipe, says):
@@ -120,7 +139,9 @@ def test_options_of_megatron_ask_for_it(tmp_path):
     assert load(recipe, None, []).training.backend == "megatron"
 
 
-@pytest.mark.parametrize("knob", ["sequence_parallel: true", "megatron: {recompute_granularity: full}"])
+@pytest.mark.parametrize(
+    "knob", ["sequence_parallel: true", "megatron: {recompute_granularity: full}"]
+)
 def test_fsdp_refuses_what_it_would_ignore(tmp_path, knob):
     recipe = write(tmp_path / "r.yaml", f"training: {{backend: fsdp, {knob}}}")
     with pytest.raises(RunError, match="training.sequence_parallel and training.megatron need"):
@@ -140,7 +161,10 @@ def test_fsdp_refuses_what_it_would_ignore(tmp_path, knob):
         ("correction: {reject_high: 3}", "reject_high=3.0 needs reject"),
         ("correction: {opsm_delta: 1}", "opsm_delta=1.0 needs use_opsm"),
         ("name: gspo, eps_clip: 0.2", r"eps_clip and eps_clip_high \(0.2, 0.0004\) must ascend"),
-        ("eps_clip: 0.3, eps_clip_high: 0.2", r"eps_clip and eps_clip_high \(0.3, 0.2\) must ascend"),
+        (
+            "eps_clip: 0.3, eps_clip_high: 0.2",
+            r"eps_clip and eps_clip_high \(0.3, 0.2\) must ascend",
+        ),
     ],
 )
 def test_settings_of_the_algorithm_without_effect_are_refused(tmp_path, algorithm, says):
@@ -149,10 +173,16 @@ def test_settings_of_the_algorithm_without_effect_are_refused(tmp_path, algorith
 
 
 def test_settings_of_the_algorithm_with_effect_are_taken(tmp_path):
-    correction = "use_tis: true, tis_clip: 5, reject: token, reject_low: 0.1, use_opsm: true, opsm_delta: 1"
+    correction = (
+        "use_tis: true, tis_clip: 5, reject: token, reject_low: 0.1, use_opsm: true, opsm_delta: 1"
+    )
     rest = "use_kl_loss: true, kl_loss_coef: 0.1, overlong_buffer: 8, overlong_penalty: 2"
-    load(write(tmp_path / "r.yaml", f"algorithm: {{{rest}, correction: {{{correction}}}}}"), None, [])
-    load(write(tmp_path / "c.yaml", "algorithm: {name: cispo}"), None, [])  # its clips are no interval
+    load(
+        write(tmp_path / "r.yaml", f"algorithm: {{{rest}, correction: {{{correction}}}}}"), None, []
+    )
+    load(
+        write(tmp_path / "c.yaml", "algorithm: {name: cispo}"), None, []
+    )  # its clips are no interval
 
 
 @pytest.mark.parametrize("name", ["grpo", "gspo", "cispo", "rloo", "reinforce_plus_plus_baseline"])
@@ -160,7 +190,11 @@ def test_one_sample_of_a_prompt_is_refused_where_samples_are_compared(name):
     flags = ["--algorithm.name", name, "--n-samples-per-prompt", "1"]
     with pytest.raises(RunError, match=f"n_samples_per_prompt=1: {name} compares"):
         load(None, None, flags)
-    for more in (["--rollout-only"], ["--load-rollouts", "x"], ["--algorithm.name", "reinforce_plus_plus"]):
+    for more in (
+        ["--rollout-only"],
+        ["--load-rollouts", "x"],
+        ["--algorithm.name", "reinforce_plus_plus"],
+    ):
         load(None, None, [*flags, *more])
 
 
@@ -183,7 +217,9 @@ def test_a_key_that_stands_twice_is_refused(tmp_path):
 
 def test_routing_replay_asks_for_megatron_and_r2_for_a_pass_to_record():
     assert load(None, None, ["--training.routing-replay", "R3"]).training.backend == "megatron"
-    with pytest.raises(RunError, match="training.routing_replay=R3 needs training.backend=megatron"):
+    with pytest.raises(
+        RunError, match="training.routing_replay=R3 needs training.backend=megatron"
+    ):
         load(None, None, ["--training.routing-replay", "R3", "--backend", "fsdp"])
     engine_logprobs = ["--training.routing-replay", "R2", "--use-rollout-logprobs"]
     with pytest.raises(RunError, match="routing_replay=R2 needs algorithm.old_logprobs=recomputed"):

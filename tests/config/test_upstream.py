@@ -19,7 +19,9 @@ from tools import option_names
 
 @pytest.mark.parametrize("which", option_names.SOURCES)
 def test_list_is_that_of_the_installed_package(which):
-    assert upstream.known(which) == option_names.installed(which), "run `python -m tools.option_names`"
+    assert upstream.known(which) == option_names.installed(which), (
+        "run `python -m tools.option_names`"
+    )
 
 
 @pytest.mark.parametrize("which", upstream.OURS)
@@ -50,9 +52,15 @@ def test_what_the_maths_rests_on_is_refused_with_what_to_set_instead(name, inste
 
 
 FREE = {  # what nanoslime sets, and a user may set otherwise
-    "hidden_dropout", "attention_dropout", "moe_token_dispatcher_type", "deallocate_pipeline_outputs",
-    "batch_p2p_sync", "moe_grouped_gemm", "moe_router_dtype", "moe_router_load_balancing_type",
-}  # fmt: skip
+    "hidden_dropout",
+    "attention_dropout",
+    "moe_token_dispatcher_type",
+    "deallocate_pipeline_outputs",
+    "batch_p2p_sync",
+    "moe_grouped_gemm",
+    "moe_router_dtype",
+    "moe_router_load_balancing_type",
+}
 
 
 @pytest.mark.megatron
@@ -77,5 +85,7 @@ def test_names_read_from_the_sources_are_those_of_the_imported_class():
         "from megatron.core.transformer import TransformerConfig as T\n"
         "print(json.dumps([f.name for f in dataclasses.fields(T) if f.name[0] != '_']))"
     )
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+    )
     assert sorted(json.loads(shown.stdout.splitlines()[-1])) == upstream.known("megatron")["names"]

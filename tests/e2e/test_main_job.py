@@ -20,7 +20,15 @@ ROWS: list[str] = []
 
 def main_job(root: Path, name: str, *flags: str) -> tuple[dict, RunDir]:
     """Runs it as a user would; its summary, and a row of the results table."""
-    command = [sys.executable, "jobs/submit_grpo.py", "--nodes", "4", "--local", "--run-root", str(root)]
+    command = [
+        sys.executable,
+        "jobs/submit_grpo.py",
+        "--nodes",
+        "4",
+        "--local",
+        "--run-root",
+        str(root),
+    ]
     begin = time.monotonic()
     done = subprocess.run(
         [*command, "--name", name, *flags], cwd=ROOT, capture_output=True, text=True, timeout=1100
@@ -28,7 +36,9 @@ def main_job(root: Path, name: str, *flags: str) -> tuple[dict, RunDir]:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     run = RunDir.open(root / name)
     summary = json.loads(run.summary.read_text())
-    rewards = [json.loads(line)["rollout/reward_mean"] for line in run.metrics.read_text().splitlines()]
+    rewards = [
+        json.loads(line)["rollout/reward_mean"] for line in run.metrics.read_text().splitlines()
+    ]
     curve = [rewards[0], *rewards[9:-1:10], rewards[-1]]
     phases = ", ".join(f"{phase} {s:.0f}" for phase, s in summary["phase_s"].items())
     ROWS.append(
@@ -42,11 +52,15 @@ def main_job(root: Path, name: str, *flags: str) -> tuple[dict, RunDir]:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_grpo_learns_the_task(tmp_path, seed):
-    summary, run = main_job(tmp_path, f"seed-{seed}", "--seed", str(seed), "--rehearsal.seed", str(seed))
+    summary, run = main_job(
+        tmp_path, f"seed-{seed}", "--seed", str(seed), "--rehearsal.seed", str(seed)
+    )
     assert 0.2 <= summary["reward_before"] <= 0.6
     assert summary["reward_after"] >= max(0.85, summary["reward_before"] + 0.3)
     assert summary["seconds"] < 900
-    gaps = [json.loads(line)["train/logprob_gap_mean"] for line in run.metrics.read_text().splitlines()]
+    gaps = [
+        json.loads(line)["train/logprob_gap_mean"] for line in run.metrics.read_text().splitlines()
+    ]
     # the largest of 200,000 single tokens is rounding of an unlikely one: 1e-4 was seen
     assert max(gaps) < 1e-5 and summary["logprob_gap_max"] < 1e-3
     train, held_out = (

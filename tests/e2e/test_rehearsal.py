@@ -32,7 +32,14 @@ class Rehearsal:
     """`submit_grpo.py --local` as a child; its output is read while it runs."""
 
     def __init__(self, root: Path, *flags: str):
-        command = [sys.executable, "jobs/submit_grpo.py", "--local", "--run-root", str(root), *flags]
+        command = [
+            sys.executable,
+            "jobs/submit_grpo.py",
+            "--local",
+            "--run-root",
+            str(root),
+            *flags,
+        ]
         self.process = subprocess.Popen(
             command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -49,9 +56,12 @@ class Rehearsal:
 
     def wait_for_line(self, text: str, deadline_s: float = 240) -> None:
         found = processes.wait_for(
-            lambda: any(text in line for line in self.lines) or self.process.poll() is not None, deadline_s
+            lambda: any(text in line for line in self.lines) or self.process.poll() is not None,
+            deadline_s,
         )
-        assert found and any(text in line for line in self.lines), f"no {text!r} in:\n" + "".join(self.lines)
+        assert found and any(text in line for line in self.lines), f"no {text!r} in:\n" + "".join(
+            self.lines
+        )
 
     def wait(self, deadline_s: float = 240) -> int:
         code = self.process.wait(deadline_s)
@@ -88,15 +98,30 @@ def test_the_main_job_on_four_simulated_nodes(start):
     assert text.startswith("LOCAL REHEARSAL")
     for step in (1, 2):
         [line] = [line for line in rehearsal.lines if line.startswith(f"step {step}/2")]
-        assert all(word in line for word in ("reward", "kl", "gap", "generate", "train", "weight_sync"))
+        assert all(
+            word in line for word in ("reward", "kl", "gap", "generate", "train", "weight_sync")
+        )
     summary = json.loads(run.summary.read_text())
     assert 0.2 < summary["reward_before"] < 0.6 and summary["logprob_gap_max"] < 1e-4
-    assert set(summary["phase_s"]) >= {"model", "start", "evaluate", "generate", "train", "weight_sync"}
+    assert set(summary["phase_s"]) >= {
+        "model",
+        "start",
+        "evaluate",
+        "generate",
+        "train",
+        "weight_sync",
+    }
     logs = {path.name for path in (run.attempts / "1" / "logs").iterdir()}
-    assert {f"trainer-{r}.log" for r in range(4)} | {"sglang-0.log", "sglang-1.log", "driver-0.log"} <= logs
+    assert {f"trainer-{r}.log" for r in range(4)} | {
+        "sglang-0.log",
+        "sglang-1.log",
+        "driver-0.log",
+    } <= logs
     assert not any("trainer-4" in name or "sglang-2" in name for name in logs)
     assert list(run.tensorboard.glob("events.out.tfevents.*"))
-    rollouts = [json.loads(line) for line in (run.rollouts / "step_1.jsonl").read_text().splitlines()]
+    rollouts = [
+        json.loads(line) for line in (run.rollouts / "step_1.jsonl").read_text().splitlines()
+    ]
     assert len(rollouts) == 64 * 8 and {v for r in rollouts for _, v in r["versions"]} == {1}
     exported = load_file(Path(summary["hf_export"]) / "model.safetensors")
     before = load_file(run.model / "model" / "model.safetensors")
@@ -116,7 +141,11 @@ def test_trainers_and_engines_share_two_nodes(start):
     rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2]
     for row in rows:
-        assert row["time/sleep_s"] > 0 and row["time/wake_s"] > 0 and row["train/logprob_gap_max"] < 1e-4
+        assert (
+            row["time/sleep_s"] > 0
+            and row["time/wake_s"] > 0
+            and row["train/logprob_gap_max"] < 1e-4
+        )
         assert 0.2 < row["rollout/reward_mean"] < 0.8
     summary = json.loads(run.summary.read_text())
     assert summary["reward_before"] is not None and summary["reward_after"] is not None
@@ -143,14 +172,19 @@ def test_half_a_run_each_from_its_recipe(start, tmp_path):
     training = start(*flags)
     assert training.wait(280) == 0, "".join(training.lines)
     second = RunDir.open(tmp_path / "train-only")
-    logs = [{path.name for path in (run.attempts / "1" / "logs").iterdir()} for run in (first, second)]
+    logs = [
+        {path.name for path in (run.attempts / "1" / "logs").iterdir()} for run in (first, second)
+    ]
     assert "sglang-0.log" in logs[0] and {"trainer-0.log", "trainer-1.log"} <= logs[1]
     assert not any(n.startswith("trainer") for n in logs[0])
     assert not any(n.startswith(("sglang", "engine")) for n in logs[1])
     sampled, trained = (
-        [json.loads(line) for line in run.metrics.read_text().splitlines()] for run in (first, second)
+        [json.loads(line) for line in run.metrics.read_text().splitlines()]
+        for run in (first, second)
     )
-    assert [r["rollout/reward_mean"] for r in sampled] == [r["rollout/reward_mean"] for r in trained]
+    assert [r["rollout/reward_mean"] for r in sampled] == [
+        r["rollout/reward_mean"] for r in trained
+    ]
     assert trained[0]["train/logprob_gap_max"] < 1e-4 < trained[1]["train/logprob_gap_max"]
 
 
@@ -164,8 +198,26 @@ def test_ranks_that_share_experts_replay_what_the_engines_chose(start, tmp_path)
     build_tokenizer().save_pretrained(model)
     problems, _ = digit_problems("reverse", seed=0, num_held_out=1)
     prompts.write_text("".join(json.dumps(problem._asdict()) + "\n" for problem in problems))
-    flags = ["--hf-checkpoint", str(model), "--prompts", str(prompts), "--dtype", "float32", "--nodes", "2"]
-    flags += ["--tp-size", "1", "--pp-size", "1", "--ep-size", "2", "--training.routing-replay", "R3"]
+    flags = [
+        "--hf-checkpoint",
+        str(model),
+        "--prompts",
+        str(prompts),
+        "--dtype",
+        "float32",
+        "--nodes",
+        "2",
+    ]
+    flags += [
+        "--tp-size",
+        "1",
+        "--pp-size",
+        "1",
+        "--ep-size",
+        "2",
+        "--training.routing-replay",
+        "R3",
+    ]
     flags += ["--num-rollout", "3", "--rollout-batch-size", "16", "--n-samples-per-prompt", "4"]
     flags += ["--max-new-tokens", "16", "--algorithm.no-filter-zero-std", "--entropy-coef", "0.05"]
     rehearsal = start(*flags, "--lr", "1e-3", "--name", "rehearsal")

@@ -24,13 +24,17 @@ def pins(name: str) -> dict[str, str]:
 @pytest.mark.parametrize("name", ["cpu.lock", "cuda.lock", "cuda.pinned.txt"])
 def test_every_line_is_one_exact_public_version(name):
     lines = requirements(name)
-    assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.!]*", line)] == []
+    assert [
+        line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.!]*", line)
+    ] == []
     assert len(pins(name)) == len(lines), "a package stands there twice"
 
 
 def test_the_locks_agree_on_what_defines_the_control_flow():
     cpu, cuda = pins("cpu.lock"), pins("cuda.lock")
-    for package in "sglang sglang-router transformers megatron-core ray submitit pydantic tyro".split():
+    for (
+        package
+    ) in "sglang sglang-router transformers megatron-core ray submitit pydantic tyro".split():
         assert cpu[package] == cuda[package], package
 
 
@@ -44,7 +48,11 @@ def test_what_is_asked_for_is_locked():
 
 def test_the_packages_pinned_by_hand_match_their_siblings():
     pinned, cuda = pins("cuda.pinned.txt"), pins("cuda.lock")
-    assert pinned["transformer-engine-torch"] == cuda["transformer-engine"] == cuda["transformer-engine-cu13"]
+    assert (
+        pinned["transformer-engine-torch"]
+        == cuda["transformer-engine"]
+        == cuda["transformer-engine-cu13"]
+    )
 
 
 @pytest.mark.parametrize("name", ["overrides.txt", "cuda.pinned.txt", "cpu.exceptions.txt"])
@@ -72,4 +80,6 @@ def install_slurm(path: Path) -> subprocess.CompletedProcess[str]:
     bash = shutil.which("bash")
     assert bash
     script = [bash, str(ENV / "install_slurm.sh")]
-    return subprocess.run(script, env={"PATH": str(path)}, capture_output=True, text=True, timeout=30)
+    return subprocess.run(
+        script, env={"PATH": str(path)}, capture_output=True, text=True, timeout=30
+    )

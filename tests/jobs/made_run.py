@@ -42,7 +42,9 @@ def make_run(root: Path, num_nodes: int, device: str = "cpu", **cluster: Any) ->
         backend="megatron",
         parallel=ParallelDims(tp=2, pp=trainer_nodes, cp=1, ep=1, dp=1),
         trainers=tuple(TrainerPlace(rank, *divmod(rank, 2)) for rank in range(2 * trainer_nodes)),
-        engines=tuple(EnginePlace(i, trainer_nodes + i, (0,)) for i in range(num_nodes - trainer_nodes)),
+        engines=tuple(
+            EnginePlace(i, trainer_nodes + i, (0,)) for i in range(num_nodes - trainer_nodes)
+        ),
     )
     config = RunConfig(name="jobs-test", cluster=ClusterConfig(nodes=num_nodes, **cluster))
     run = RunDir.create(root, "run")

@@ -19,7 +19,11 @@ def main() -> int:
     head = json.loads(attempt.head.read_text())
     ray.init(address=head["ray_address"], _node_ip_address=head["node_ip"], log_to_driver=False)
     seen = [
-        {"address": n["NodeManagerAddress"], "labels": n["Labels"], "slots": n["Resources"].get("slot")}
+        {
+            "address": n["NodeManagerAddress"],
+            "labels": n["Labels"],
+            "slots": n["Resources"].get("slot"),
+        }
         for n in ray.nodes()
         if n["Alive"]
     ]

@@ -17,22 +17,43 @@ def srun_line(text: str) -> list[str]:
 
 
 def test_a_cpu_job_asks_for_one_agent_per_node(tmp_path: Path) -> None:
-    made = make_run(tmp_path, 4, time_limit_min=90, signal_lead_s=120, partition="main", account="team")
+    made = make_run(
+        tmp_path, 4, time_limit_min=90, signal_lead_s=120, partition="main", account="team"
+    )
     options = sbatch_options(made.config, made.layout)
     assert options == {
-        "job-name": "jobs-test", "nodes": "4", "ntasks-per-node": "1", "cpus-per-task": "2", "time": "90",
-        "signal": "USR2@120", "requeue": True, "open-mode": "append", "partition": "main", "account": "team",
-    }  # fmt: skip
+        "job-name": "jobs-test",
+        "nodes": "4",
+        "ntasks-per-node": "1",
+        "cpus-per-task": "2",
+        "time": "90",
+        "signal": "USR2@120",
+        "requeue": True,
+        "open-mode": "append",
+        "partition": "main",
+        "account": "team",
+    }
 
 
 def test_the_step_says_again_what_srun_does_not_inherit(tmp_path: Path) -> None:
     made = make_run(tmp_path, 2, "cuda", gpus_per_node=2, cpus_per_node=48, memory_per_node="500G")
     assert step_options(made.config, made.layout) == [
-        "--kill-on-bad-exit=1", "--export=ALL", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1",
-        "--cpus-per-task=48", "--mem=500G", "--gpus-per-node=2", "--gpu-bind=none",
-    ]  # fmt: skip
+        "--kill-on-bad-exit=1",
+        "--export=ALL",
+        "--nodes=2",
+        "--ntasks=2",
+        "--ntasks-per-node=1",
+        "--cpus-per-task=48",
+        "--mem=500G",
+        "--gpus-per-node=2",
+        "--gpu-bind=none",
+    ]
     options = sbatch_options(made.config, made.layout)
-    assert (options["gpus-per-node"], options["mem"], options["cpus-per-task"]) == ("2", "500G", "48")
+    assert (options["gpus-per-node"], options["mem"], options["cpus-per-task"]) == (
+        "2",
+        "500G",
+        "48",
+    )
 
 
 def test_cores_follow_the_slots_unless_given(tmp_path: Path) -> None:
@@ -56,7 +77,11 @@ def test_hostile_paths_stay_one_word(tmp_path: Path, name: str) -> None:
     made = make_run(tmp_path / name, 1)
     text = sbatch_text(made.config, made.layout, made.run.path, driver="prog --flag 'a b'")
     words = srun_line(text)
-    assert words[words.index("jobs.node") + 1 :] == [str(made.run.path), "--driver", "prog --flag 'a b'"]
+    assert words[words.index("jobs.node") + 1 :] == [
+        str(made.run.path),
+        "--driver",
+        "prog --flag 'a b'",
+    ]
     (output,) = [line for line in text.splitlines() if line.startswith("#SBATCH --output=")]
     (value,) = shlex.split(output.removeprefix("#SBATCH --output="))
     assert value.replace("%%", "%") == f"{made.run.path}/slurm-%j.out"
@@ -64,10 +89,16 @@ def test_hostile_paths_stay_one_word(tmp_path: Path, name: str) -> None:
 
 
 def test_environment_and_setup_come_before_the_step(tmp_path: Path) -> None:
-    made = make_run(tmp_path, 1, setup=["module load cuda"], env={"NCCL_IB_HCA": "mlx5_0; rm -rf x"})
+    made = make_run(
+        tmp_path, 1, setup=["module load cuda"], env={"NCCL_IB_HCA": "mlx5_0; rm -rf x"}
+    )
     lines = sbatch_text(made.config, made.layout, made.run.path).splitlines()
     step = next(i for i, line in enumerate(lines) if line.startswith("srun "))
-    assert lines.index("module load cuda") < lines.index("export NCCL_IB_HCA='mlx5_0; rm -rf x'") < step
+    assert (
+        lines.index("module load cuda")
+        < lines.index("export NCCL_IB_HCA='mlx5_0; rm -rf x'")
+        < step
+    )
     assert any(line.startswith("export PYTHONPATH=") for line in lines[:step])
 
 
@@ -76,7 +107,9 @@ def run_script(tmp_path: Path, srun_code: int) -> tuple[int, str]:
     calls = tmp_path / "calls"
     for name, code in (("srun", srun_code), ("scontrol", 0)):
         program = tmp_path / name
-        program.write_text(f'#!/bin/sh\necho {name} "$@" >> {shlex.quote(str(calls))}\nexit {code}\n')
+        program.write_text(
+            f'#!/bin/sh\necho {name} "$@" >> {shlex.quote(str(calls))}\nexit {code}\n'
+        )
         program.chmod(0o755)
     made = make_run(tmp_path / "root", 1)
     text = sbatch_text(made.config, made.layout, made.run.path)
@@ -85,7 +118,9 @@ def run_script(tmp_path: Path, srun_code: int) -> tuple[int, str]:
     return done.returncode, calls.read_text()
 
 
-@pytest.mark.parametrize(("srun_code", "code", "requeued"), [(0, 0, False), (1, 1, False), (75, 0, True)])
+@pytest.mark.parametrize(
+    ("srun_code", "code", "requeued"), [(0, 0, False), (1, 1, False), (75, 0, True)]
+)
 def test_only_a_stop_is_requeued(tmp_path: Path, srun_code: int, code: int, requeued: bool) -> None:
     returned, calls = run_script(tmp_path, srun_code)
     assert returned == code
@@ -94,7 +129,9 @@ def test_only_a_stop_is_requeued(tmp_path: Path, srun_code: int, code: int, requ
 
 def test_the_python_of_the_nodes_is_that_of_the_cluster_file(tmp_path: Path) -> None:
     made = make_run(tmp_path, 1, venv="/shared/envs/cuda")
-    assert "/shared/envs/cuda/bin/python" in srun_line(sbatch_text(made.config, made.layout, made.run.path))
+    assert "/shared/envs/cuda/bin/python" in srun_line(
+        sbatch_text(made.config, made.layout, made.run.path)
+    )
     assert executor.ROOT.joinpath("jobs", "node.py").exists()
 
 
@@ -103,6 +140,8 @@ def test_the_template_is_a_shell_script_with_the_options_of_the_job(tmp_path: Pa
     subprocess.run(["bash", "-n", str(template)], check=True)
     made = make_run(tmp_path, 4)
     asked = [
-        line.partition("=")[0] for line in template.read_text().splitlines() if line.startswith("#SBATCH")
+        line.partition("=")[0]
+        for line in template.read_text().splitlines()
+        if line.startswith("#SBATCH")
     ]
     assert {f"#SBATCH --{name}" for name in sbatch_options(made.config, made.layout)} == set(asked)

@@ -37,7 +37,9 @@ def start_agent(made: MadeRun, node: int, *prefix: str) -> subprocess.Popen[str]
     attempt = made.run.latest_attempt() or made.run.new_attempt(f"l{os.getpid()}-0")
     command = [*prefix, sys.executable, "-m", "jobs.node", str(made.run.path)]
     command += ["--attempt", str(attempt.number), "--local-node", str(node)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 class Rehearsal:
@@ -53,12 +55,17 @@ class Rehearsal:
         self.made = made
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, str(made.run.path), driver(mode)],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def wait_for_driver(self) -> None:
         began = self.made.run.attempts / "1" / "driver_began"
-        assert processes.wait_for(lambda: began.exists() or self.process.poll() is not None, _DEADLINE_S, 0.2)
+        assert processes.wait_for(
+            lambda: began.exists() or self.process.poll() is not None, _DEADLINE_S, 0.2
+        )
         assert began.exists(), self.process.communicate()
 
     def finish(self) -> tuple[int, str, str]:
@@ -67,7 +74,9 @@ class Rehearsal:
 
 
 @pytest.mark.ray
-def test_a_rehearsal_is_a_ray_of_nodes_with_roles(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_rehearsal_is_a_ray_of_nodes_with_roles(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     made = make_run(tmp_path / HOSTILE, 2)
     assert run_local(made.config, made.layout, made.run, driver("ray")) == DONE
     assert "the driver sees 2 Ray nodes" in capfd.readouterr().out
@@ -85,10 +94,17 @@ def test_a_killed_agent_ends_the_rehearsal_with_its_name(tmp_path: Path) -> None
     rehearsal = Rehearsal(made, "deaf")
     rehearsal.wait_for_driver()
     # node 0 has the driver, and a daemon that the driver left behind
-    os.kill(json.loads((made.run.attempts / "1" / "nodes" / "0.json").read_text())["pid"], signal.SIGKILL)
+    os.kill(
+        json.loads((made.run.attempts / "1" / "nodes" / "0.json").read_text())["pid"],
+        signal.SIGKILL,
+    )
     code, _, err = rehearsal.finish()
     assert code == FAILED
-    assert err.count("\n") == 1 and "the agent of node0 was killed by SIGKILL" in err and "agent-0.log" in err
+    assert (
+        err.count("\n") == 1
+        and "the agent of node0 was killed by SIGKILL" in err
+        and "agent-0.log" in err
+    )
 
 
 @pytest.mark.ray
@@ -142,7 +158,9 @@ def test_a_node_that_never_joins_is_named_within_the_deadline(tmp_path: Path) ->
     out, _ = start_agent(made, 0).communicate(timeout=_DEADLINE_S)
     code, reason = made.end
     assert code == FAILED
-    assert reason.startswith("did not join within 0.5 s: node1 (node 1, ") and "agent-1.log" in reason
+    assert (
+        reason.startswith("did not join within 0.5 s: node1 (node 1, ") and "agent-1.log" in reason
+    )
     assert reason in out
 
 
@@ -157,7 +175,9 @@ def test_a_worker_without_a_head_gives_up_and_names_it(tmp_path: Path) -> None:
 def test_an_agent_pinned_to_one_core_says_so(tmp_path: Path) -> None:
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs two cores")
-    agent = start_agent(make_run(tmp_path, 1), 0, "taskset", "-c", str(min(os.sched_getaffinity(0))))
+    agent = start_agent(
+        make_run(tmp_path, 1), 0, "taskset", "-c", str(min(os.sched_getaffinity(0)))
+    )
     out, _ = agent.communicate(timeout=_DEADLINE_S)
     assert agent.returncode == FAILED
     assert "agent of node0 is pinned to 1 of the 2 cores" in out and "--cpus-per-task=2" in out
@@ -168,13 +188,17 @@ def test_cores_that_a_machine_does_not_have_are_not_asked_for() -> None:
     check_cores(ClusterEnv.for_local(0, 1, "l0", cpus=0))
 
 
-def test_a_gpu_node_whose_torch_sees_no_cuda_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_node_whose_torch_sees_no_cuda_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(RunError, match="sees no CUDA on node0.*--target cuda"):
         check_gpus(ClusterEnv.for_local(0, 1, "l0"), needed=2)
 
 
-def test_outside_a_job_the_task_says_how_to_start_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outside_a_job_the_task_says_how_to_start_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     run = make_run(tmp_path, 1).run
     done = subprocess.run(
@@ -222,9 +246,13 @@ def test_node_lists_expand_without_scontrol(text: str, names: list[str]) -> None
 def test_slurm_facts_of_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")  # no scontrol
     environ = {
-        "SLURM_JOB_ID": "71", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_RESTART_COUNT": "3",
-        "SLURM_CPUS_PER_TASK": "16", "SLURM_CPUS_ON_NODE": "64",
-    }  # fmt: skip
+        "SLURM_JOB_ID": "71",
+        "SLURM_NODEID": "1",
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_RESTART_COUNT": "3",
+        "SLURM_CPUS_PER_TASK": "16",
+        "SLURM_CPUS_ON_NODE": "64",
+    }
     env = ClusterEnv.from_slurm(environ, "lo")
     assert (env.node_name, env.node_names, env.num_nodes) == ("n2", ("n1", "n2"), 2)
     assert (env.address, env.cpus, env.attempt_key) == ("127.0.0.1", 16, "71-3")
@@ -247,8 +275,11 @@ def test_descendants_are_found_through_generations() -> None:
 def test_open_run_is_required(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "jobs.node", str(tmp_path), "--attempt", "1"],
-        cwd=ROOT, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == FAILED and "is not a run directory" in done.stderr
     with pytest.raises(RunError):
         RunDir.open(tmp_path)
@@ -256,4 +287,8 @@ def test_open_run_is_required(tmp_path: Path) -> None:
 
 def test_jobs_run_with_the_hugging_face_libraries_offline(tmp_path: Path) -> None:
     env = ray_node.environment({"HF_HUB_OFFLINE": "0"}, tmp_path / "token")
-    assert (env["HF_HUB_OFFLINE"], env["TRANSFORMERS_OFFLINE"], env["RAY_AUTH_MODE"]) == ("1", "1", "token")
+    assert (env["HF_HUB_OFFLINE"], env["TRANSFORMERS_OFFLINE"], env["RAY_AUTH_MODE"]) == (
+        "1",
+        "1",
+        "token",
+    )

@@ -89,7 +89,9 @@ def test_dry_run_on_a_machine_of_ones_own_plans_the_rehearsal_and_leaves_nothing
     code, out, err = machine.submit("--nodes", "4", "--dry-run")
     assert (code, err) == (0, "")
     assert "Megatron: TP=2 CP=1 PP=2 DP=1" in out
-    assert re.search(r"^0 +trainer +0-1 .*\n1 +trainer +2-3 .*\n2 +engine .*\n3 +engine ", out, re.MULTILINE)
+    assert re.search(
+        r"^0 +trainer +0-1 .*\n1 +trainer +2-3 .*\n2 +engine .*\n3 +engine ", out, re.MULTILINE
+    )
     assert "num_rollout: 80" in out
     assert "#SBATCH --nodes=4" in out
     assert "without --dry-run: LOCAL REHEARSAL, nothing is submitted: 4 simulated node(s)" in out
@@ -144,7 +146,16 @@ def test_submission_prints_job_and_directory_and_leaves_what_the_job_reads(
     machine, model, prompts, submitter
 ):
     machine.slurm()
-    flags = ["--nodes", 2, "--hf-checkpoint", model, "--prompts", prompts.name, "--submit", submitter]
+    flags = [
+        "--nodes",
+        2,
+        "--hf-checkpoint",
+        model,
+        "--prompts",
+        prompts.name,
+        "--submit",
+        submitter,
+    ]
     code, out, err = machine.submit(*flags, "--run-root", "it's; a root", "--name", "mine")
     assert (code, err) == (0, "")
     run = RunDir.open(machine.root / "it's; a root" / "mine")
@@ -154,7 +165,10 @@ def test_submission_prints_job_and_directory_and_leaves_what_the_job_reads(
     assert (config.model.hf_checkpoint, config.data.prompts) == (str(model), str(prompts))
     assert Layout.from_json(run.plan.read_text()).num_nodes == 2
     assert json.loads(run.provenance.read_text())["versions"]["ray"]
-    assert json.loads((run.path / "job.json").read_text()) == {"job_id": "42", "submitted_by": submitter}
+    assert json.loads((run.path / "job.json").read_text()) == {
+        "job_id": "42",
+        "submitted_by": submitter,
+    }
     assert machine.submitted.count("\n") == 1
 
 
@@ -196,15 +210,24 @@ def test_what_cannot_be_resumed_is_refused(machine):
     ("flags", "says"),
     [
         (["--nodez", "4"], "unknown flag --nodez; did you mean --nodes"),
-        (["--tp-size", "3"], "training.tp_size=3 does not divide num_attention_heads=4; choose 1 or 2"),
+        (
+            ["--tp-size", "3"],
+            "training.tp_size=3 does not divide num_attention_heads=4; choose 1 or 2",
+        ),
         (
             ["--recipe", "nothere"],
             "nothere: no such file, and not one of colocate, gsm8k, mock, qwen3_4b_h200, rehearsal",
         ),
         (["--cluster", "nothere"], "not one of h200"),
         (["--recipe", "gsm8k"], "model.hf_checkpoint is not set"),
-        (["--recipe", "rehearsal", "--hf-checkpoint", "x"], "rehearsal.enabled makes its own model"),
-        (["--hf-checkpoint", "/nowhere/at/all"], "'/nowhere/at/all' is neither a directory nor a hub id"),
+        (
+            ["--recipe", "rehearsal", "--hf-checkpoint", "x"],
+            "rehearsal.enabled makes its own model",
+        ),
+        (
+            ["--hf-checkpoint", "/nowhere/at/all"],
+            "'/nowhere/at/all' is neither a directory nor a hub id",
+        ),
         (["--cluster.gpus-per-node", "8"], "a rehearsal takes no GPUs; leave out the cluster file"),
     ],
 )
@@ -281,11 +304,15 @@ def test_a_damaged_checkpoint_is_refused_before_submission(machine, model, promp
         ),
     ],
 )
-def test_a_prompt_file_that_cannot_serve_is_refused_before_submission(machine, model, name, content, says):
+def test_a_prompt_file_that_cannot_serve_is_refused_before_submission(
+    machine, model, name, content, says
+):
     machine.slurm()
     if content is not None and name:
         (machine.root / name).write_text(content)
-    said = machine.refusal("--nodes", 2, "--hf-checkpoint", model, *(["--prompts", name] if name else []))
+    said = machine.refusal(
+        "--nodes", 2, "--hf-checkpoint", model, *(["--prompts", name] if name else [])
+    )
     assert says in said and said.count("\n") == 1
 
 
@@ -304,7 +331,16 @@ def test_a_hub_id_becomes_a_local_snapshot_and_its_commit(machine, model, prompt
     model.rename(cache / "snapshots" / commit)
     offline_hub(monkeypatch, cache.parent)
     machine.slurm()
-    flags = ["--nodes", 2, "--hf-checkpoint", "someone/tiny", "--prompts", prompts, "--submit", "sbatch"]
+    flags = [
+        "--nodes",
+        2,
+        "--hf-checkpoint",
+        "someone/tiny",
+        "--prompts",
+        prompts,
+        "--submit",
+        "sbatch",
+    ]
     assert machine.submit(*flags)[0] == 0
     config = read(machine.root / "runs" / "run" / "config.yaml")
     assert config.model.hf_checkpoint == str(cache / "snapshots" / commit)
@@ -315,7 +351,10 @@ def test_a_hub_id_that_cannot_be_fetched_is_refused(machine, prompts, monkeypatc
     offline_hub(monkeypatch, machine.root / "hub")
     machine.slurm()
     said = machine.refusal("--hf-checkpoint", "someone/nothing", "--prompts", prompts)
-    assert "model.hf_checkpoint='someone/nothing' is no directory, and the hub did not give it (" in said
+    assert (
+        "model.hf_checkpoint='someone/nothing' is no directory, and the hub did not give it ("
+        in said
+    )
     assert said.count("\n") == 1
 
 
@@ -357,7 +396,9 @@ def test_an_environment_from_the_cuda_lock_is_taken(cuda):
 
 
 def gpu_config(venv: Path):
-    return submit_grpo.load(None, None, ["--cluster.gpus-per-node", "8", "--cluster.venv", str(venv)])
+    return submit_grpo.load(
+        None, None, ["--cluster.gpus-per-node", "8", "--cluster.venv", str(venv)]
+    )
 
 
 def test_a_gpu_cluster_without_its_environment_is_refused_before_submission(machine):
@@ -390,7 +431,16 @@ def test_recipes_that_need_nothing_are_planned(machine, recipe):
 def test_recipes_for_a_checkpoint_are_planned_on_the_example_cluster(machine, model, prompts):
     prompts.write_text('{"question": "1+1?", "answer": "#### 2"}')
     for recipe in ("gsm8k", "qwen3_4b_h200", "colocate"):
-        given = ["--recipe", recipe, "--cluster", "h200", "--hf-checkpoint", model, "--prompts", prompts]
+        given = [
+            "--recipe",
+            recipe,
+            "--cluster",
+            "h200",
+            "--hf-checkpoint",
+            model,
+            "--prompts",
+            prompts,
+        ]
         code, out, _ = machine.submit(*given, "--dry-run")
         assert code == 2 and "would be refused: there is no usable sbatch" in out
         assert "4 x 8 GPUs; at most 256 GPU hours (32 GPUs for 8 h)" in out
@@ -415,7 +465,10 @@ def test_half_a_run_is_planned_from_its_recipe(machine):
     code, out, _ = machine.submit("--recipe", "rollout_only", "--dry-run", "--local")
     assert code == 0 and "trainers  none" in out and "SGLang: 1 of 1 CPU slot(s) each" in out
     said = machine.refusal("--recipe", "train_only", "--local")
-    assert "rollout.load_rollouts='runs/rollout-only' holds 0 rollouts" in said and "num_rollout=4" in said
+    assert (
+        "rollout.load_rollouts='runs/rollout-only' holds 0 rollouts" in said
+        and "num_rollout=4" in said
+    )
 
 
 def test_training_on_recorded_rollouts_needs_neither_prompts_nor_a_tokenizer(machine, model):
@@ -423,7 +476,16 @@ def test_training_on_recorded_rollouts_needs_neither_prompts_nor_a_tokenizer(mac
     (machine.root / "old" / "rollouts").mkdir(parents=True)
     for step in range(2):
         (machine.root / "old" / "rollouts" / f"step_{step}.npz").touch()
-    flags = ["--hf-checkpoint", model, "--nodes", 1, "--load-rollouts", "old", "--local", "--dry-run"]
+    flags = [
+        "--hf-checkpoint",
+        model,
+        "--nodes",
+        1,
+        "--load-rollouts",
+        "old",
+        "--local",
+        "--dry-run",
+    ]
     code, out, _ = machine.submit(*flags, "--num-rollout", 2)
     assert code == 0 and "engines   none: recorded rollouts" in out
     assert f"load_rollouts: {machine.root}/old/rollouts\n" in out

@@ -58,7 +58,9 @@ def login(tmp_path, capsys, monkeypatch):
     return Login(tmp_path, capsys, monkeypatch)
 
 
-def batch(*argv: str | Path, cluster: str = "", log: str = "/out.slurm-", folder: str = "/here") -> str:
+def batch(
+    *argv: str | Path, cluster: str = "", log: str = "/out.slurm-", folder: str = "/here"
+) -> str:
     """The script that a command and the text of a cluster file lead to."""
     if cluster:
         Path("cluster.yaml").write_text(cluster)
@@ -69,16 +71,29 @@ def batch(*argv: str | Path, cluster: str = "", log: str = "/out.slurm-", folder
 
 
 def asked(script: str) -> dict[str, str]:
-    lines = [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")]
-    return {name: "".join(shlex.split(value)) for name, _, value in (line.partition("=") for line in lines)}
+    lines = [
+        line.removeprefix("#SBATCH --")
+        for line in script.splitlines()
+        if line.startswith("#SBATCH")
+    ]
+    return {
+        name: "".join(shlex.split(value))
+        for name, _, value in (line.partition("=") for line in lines)
+    }
 
 
 def test_the_job_is_one_task_that_slurm_may_requeue_and_asks_for_no_gpu(login):
     script = batch("hf-to-megatron", "/a", "/b")
     assert asked(script) == {
-        "job-name": "hf-to-megatron", "nodes": "1", "ntasks": "1", "cpus-per-task": "8", "time": "240",
-        "requeue": "", "open-mode": "append", "output": "/out.slurm-%j.out",
-    }  # fmt: skip
+        "job-name": "hf-to-megatron",
+        "nodes": "1",
+        "ntasks": "1",
+        "cpus-per-task": "8",
+        "time": "240",
+        "requeue": "",
+        "open-mode": "append",
+        "output": "/out.slurm-%j.out",
+    }
     tool = SCRIPT.parents[1] / "tools" / "hf_to_megatron.py"
     last = shlex.split(script.splitlines()[-1])
     assert last == ["exec", sys.executable, str(tool), "/a", "/b", "--threads", "8"]
@@ -99,24 +114,40 @@ venv: envs/shared
 """
     script = batch("megatron-to-hf", "a", "b", "--time-limit-min", "30", cluster=cluster)
     given = asked(script)
-    found = [given[name] for name in ("partition", "account", "time", "cpus-per-task", "gpus", "exclusive")]
+    found = [
+        given[name]
+        for name in ("partition", "account", "time", "cpus-per-task", "gpus", "exclusive")
+    ]
     assert found == ["cpu", "team", "30", "4", "1", ""]
     assert given["output"] == "/out.slurm-%j.out"
     assert "mem" not in given and "gpus-per-node" not in given
     lines = script.splitlines()
-    assert lines.index("module load python") < lines.index("export KEY='a b; c'") < lines.index("cd /here")
+    assert (
+        lines.index("module load python")
+        < lines.index("export KEY='a b; c'")
+        < lines.index("cd /here")
+    )
     assert lines[-1].startswith(f"exec {login.root}/envs/shared/bin/python ")
     assert (
-        asked(batch("megatron-to-hf", "a", "b", "--partition=other", cluster=cluster))["partition"] == "other"
+        asked(batch("megatron-to-hf", "a", "b", "--partition=other", cluster=cluster))["partition"]
+        == "other"
     )
 
 
 @pytest.mark.parametrize("name", [HOSTILE, "50% off", "a'; echo foo", "two\nlines"])
 def test_hostile_paths_stay_one_word(login, name):
     options = ["--hf-checkpoint", f"{name}/hf", "--dtype", "BF16"]
-    script = batch("megatron-to-hf", name, "b", *options, log="/logs/it's 50% ", folder=f"/x/{name}")
+    script = batch(
+        "megatron-to-hf", name, "b", *options, log="/logs/it's 50% ", folder=f"/x/{name}"
+    )
     *_, words = script.split("\nexec ")
-    assert shlex.split(words)[2:] == [f"{login.root}/{name}", f"{login.root}/b", "--threads", "8", *options]
+    assert shlex.split(words)[2:] == [
+        f"{login.root}/{name}",
+        f"{login.root}/b",
+        "--threads",
+        "8",
+        *options,
+    ]
     assert f"\ncd {shlex.quote(f'/x/{name}')}\n" in script
     assert asked(script)["output"] == "/logs/it's 50%% %j.out"
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
@@ -137,7 +168,9 @@ def test_threads_follow_the_cores_unless_the_tool_is_told(login):
 
 @pytest.mark.parametrize("tool", submit_convert.TOOLS)
 def test_every_tool_exists_and_takes_what_is_passed_to_it(tool, tmp_path):
-    command = submit_convert.parse([tool, *(f"none{i}" for i in submit_convert.TOOLS[tool].split())])
+    command = submit_convert.parse(
+        [tool, *(f"none{i}" for i in submit_convert.TOOLS[tool].split())]
+    )
     words = submit_convert.tool_words(command, sys.executable, 1)
     words += ["--dry-run"] if tool in submit_convert.CONVERSIONS else []
     environ = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
@@ -179,7 +212,9 @@ def test_dry_run_without_slurm_says_that_it_would_run_here(login, tiny_model):
 def test_what_the_tool_refuses_is_shown_and_not_submitted(login, tiny_model):
     login.slurm()
     (login.root / "taken").mkdir()
-    assert "taken exists; choose another output" in login.refusal("hf-to-megatron", tiny_model, "taken")
+    assert "taken exists; choose another output" in login.refusal(
+        "hf-to-megatron", tiny_model, "taken"
+    )
     said = login.refusal("hf-to-megatron", tiny_model, "out", "--dtype", "BF16")
     assert "unrecognized arguments: --dtype BF16" in said
     assert "no directory" in login.refusal("verify-checkpoint", tiny_model, "nowhere")
@@ -208,14 +243,18 @@ def refused_after_the_plan(login, *argv: str | Path) -> str:
 def test_an_environment_that_is_not_there_is_refused(login, tiny_model):
     login.slurm()
     (login.root / "cluster.yaml").write_text("venv: none")
-    said = refused_after_the_plan(login, "hf-to-megatron", tiny_model, "out", "--cluster", "cluster.yaml")
+    said = refused_after_the_plan(
+        login, "hf-to-megatron", tiny_model, "out", "--cluster", "cluster.yaml"
+    )
     assert "cluster.venv: there is no none/bin/python" in said
 
 
 def test_a_log_that_cannot_be_written_is_refused(login, tiny_model):
     login.slurm()
     (login.root / "file").write_text("")
-    assert "file cannot be written" in refused_after_the_plan(login, "hf-to-megatron", tiny_model, "file/out")
+    assert "file cannot be written" in refused_after_the_plan(
+        login, "hf-to-megatron", tiny_model, "file/out"
+    )
 
 
 def test_what_sbatch_says_is_one_line(login, tiny_model):
@@ -234,7 +273,9 @@ def test_a_trace_of_slurm_without_sbatch_stops(login, tiny_model):
 def here(folder: Path, *argv: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), *map(str, argv), "--local"]
     environ = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
-    return subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        command, cwd=folder, env=environ, capture_output=True, text=True, timeout=60
+    )
 
 
 def test_a_conversion_runs_here_both_ways_and_says_so_first(tmp_path, tiny_model):
@@ -242,7 +283,9 @@ def test_a_conversion_runs_here_both_ways_and_says_so_first(tmp_path, tiny_model
     folder.mkdir()
     made = here(folder, "hf-to-megatron", tiny_model, "it's mcore", "--cpus", "1")
     assert made.returncode == 0, made.stderr
-    assert made.stdout.startswith("LOCAL, nothing is submitted: hf-to-megatron runs on this machine\n")
+    assert made.stdout.startswith(
+        "LOCAL, nothing is submitted: hf-to-megatron runs on this machine\n"
+    )
     assert here(folder, "megatron-to-hf", "it's mcore", "back").returncode == 0
     original, back = (path / "model.safetensors" for path in (tiny_model, folder / "back"))
     assert back.read_bytes() == original.read_bytes()

@@ -85,8 +85,14 @@ def test_an_sbatch_that_answers_is_slurm(machine):
 
 
 def test_what_sbatch_complains_about_is_shown(machine):
-    program(machine, "sbatch", "echo error: first >&2; echo 'sbatch: fatal: no configuration' >&2; exit 1")
-    with pytest.raises(RunError, match=r"no usable sbatch here \(sbatch: fatal: no configuration\)"):
+    program(
+        machine,
+        "sbatch",
+        "echo error: first >&2; echo 'sbatch: fatal: no configuration' >&2; exit 1",
+    )
+    with pytest.raises(
+        RunError, match=r"no usable sbatch here \(sbatch: fatal: no configuration\)"
+    ):
         detect(machine).has_slurm(local=False)
 
 

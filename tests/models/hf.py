@@ -30,7 +30,10 @@ SIGMOID = EXPERTS | dict(n_routed_experts=4, n_group=2, topk_group=1, num_nextn_
 MLA = dict(kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)
 FAMILIES = {
     "llama": (transformers.LlamaConfig, dict(tie_word_embeddings=False)),
-    "llama3": (transformers.LlamaConfig, dict(tie_word_embeddings=False, rope_parameters=LLAMA3_ROPE)),
+    "llama3": (
+        transformers.LlamaConfig,
+        dict(tie_word_embeddings=False, rope_parameters=LLAMA3_ROPE),
+    ),
     "mistral": (transformers.MistralConfig, dict(head_dim=16, sliding_window=None)),
     "qwen2": (transformers.Qwen2Config, dict(tie_word_embeddings=True)),
     "qwen2_untied": (transformers.Qwen2Config, dict(tie_word_embeddings=False)),
@@ -40,15 +43,24 @@ FAMILIES = {
     "qwen2_moe": (
         transformers.Qwen2MoeConfig,
         EXPERTS
-        | dict(num_experts=4, shared_expert_intermediate_size=24, decoder_sparse_step=2, mlp_only_layers=[1]),
+        | dict(
+            num_experts=4,
+            shared_expert_intermediate_size=24,
+            decoder_sparse_step=2,
+            mlp_only_layers=[1],
+        ),
     ),
     "qwen3_moe": (transformers.Qwen3MoeConfig, EXPERTS | dict(num_experts=4, head_dim=16)),
     "qwen3_moe_mixed": (
         transformers.Qwen3MoeConfig,
-        EXPERTS | dict(num_experts=4, head_dim=16, mlp_only_layers=[0, 2], tie_word_embeddings=True),
+        EXPERTS
+        | dict(num_experts=4, head_dim=16, mlp_only_layers=[0, 2], tie_word_embeddings=True),
     ),
     "glm4": (transformers.Glm4Config, dict(head_dim=16, pad_token_id=0)),
-    "glm4_no_bias": (transformers.Glm4Config, dict(head_dim=8, pad_token_id=0, attention_bias=False)),
+    "glm4_no_bias": (
+        transformers.Glm4Config,
+        dict(head_dim=8, pad_token_id=0, attention_bias=False),
+    ),
     "glm4_moe": (
         transformers.Glm4MoeConfig,
         SIGMOID | dict(head_dim=16, first_k_dense_replace=1, use_qk_norm=True, attention_bias=True),
@@ -73,7 +85,9 @@ FAMILIES = {
 def make_model(family: str, **changes: object) -> transformers.PreTrainedModel:
     config_class, own = FAMILIES[family]
     config = config_class(**{**SIZES, **own, **changes})
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager"
+    ).float()
     generator = torch.Generator().manual_seed(0)
     biases = [item for item in model.named_buffers() if item[0].endswith("e_score_correction_bias")]
     with torch.no_grad():
@@ -93,7 +107,9 @@ def save_model(
 ) -> Path:
     """A checkpoint as transformers writes it; in any `dtype` the bias of the experts' scores is float32."""
     model = make_model(family, **changes)
-    biases = {n: b.clone() for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")}
+    biases = {
+        n: b.clone() for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")
+    }
     model.to(dtype)
     for name, bias in biases.items():
         model.get_submodule(name.rpartition(".")[0]).e_score_correction_bias = bias
@@ -119,8 +135,12 @@ def add_mtp(directory: Path, *, repeats: bool = True) -> Path:
         noise = 0.15 * torch.randn(tensor.shape, generator=generator)
         return (noise + (tensor.dim() == 1)).to(tensor.dtype)
 
-    added = {new + n.removeprefix(last): random(t) for n, t in content.items() if n.startswith(last)}
-    added |= {new + name + ".weight": random(norm) for name in ("enorm", "hnorm", "shared_head.norm")}
+    added = {
+        new + n.removeprefix(last): random(t) for n, t in content.items() if n.startswith(last)
+    }
+    added |= {
+        new + name + ".weight": random(norm) for name in ("enorm", "hnorm", "shared_head.norm")
+    }
     added[new + "eh_proj.weight"] = random(norm.new_empty(h, 2 * h))
     if repeats:
         added[new + "embed_tokens.weight"] = content["model.embed_tokens.weight"].clone()

@@ -32,7 +32,12 @@ from tests.models.hf import FAMILIES, SIZES
 
 VOCAB_SIZE = 256  # no padding at TP=2, which mbridge leaves to its caller
 ALL_SPARSE = {"decoder_sparse_step": 1, "mlp_only_layers": []}
-DEEPSEEK = {"num_hidden_layers": 61, "hidden_size": 8, "intermediate_size": 12, "moe_intermediate_size": 4}
+DEEPSEEK = {
+    "num_hidden_layers": 61,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "moe_intermediate_size": 4,
+}
 CASES = {
     "llama": (bridges.LLaMABridge, {}),
     "llama3": (bridges.LLaMABridge, {}),
@@ -59,7 +64,9 @@ class Oracle:
     def __init__(self, bridge: Bridge) -> None:
         self.bridge = bridge
         vision = isinstance(bridge, bridges.Glm4VLBridgeDense)
-        self._megatron, self._hf = ("language_model.", "model.language_model.") if vision else ("", "model.")
+        self._megatron, self._hf = (
+            ("language_model.", "model.language_model.") if vision else ("", "model.")
+        )
 
     def name(self, megatron: str) -> str:
         """mlp.experts.experts.3.linear_fc1.weight is mlp.experts.linear_fc1.weight3 in Transformer Engine."""
@@ -79,7 +86,9 @@ class Oracle:
     def to_megatron(self, megatron: str, weights: list[torch.Tensor]) -> torch.Tensor:
         return self.bridge._weight_to_mcore_format(self.name(megatron), weights)
 
-    def cut(self, megatron: str, weight: torch.Tensor, local: torch.Tensor, ways: int) -> list[torch.Tensor]:
+    def cut(
+        self, megatron: str, weight: torch.Tensor, local: torch.Tensor, ways: int
+    ) -> list[torch.Tensor]:
         return list(self.bridge._weight_split_across_tp(self.name(megatron), weight, local, ways))
 
 
@@ -95,14 +104,20 @@ def case(request, monkeypatch):
     config_class, own = FAMILIES[request.param]
     config = config_class(**{**SIZES, **own, **changes, "vocab_size": VOCAB_SIZE})
     config.rope_theta = 10000.0
-    config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    monkeypatch.setattr(bridge_class, "_DIRECT_MAPPING", copy.deepcopy(bridge_class._DIRECT_MAPPING))
+    config.head_dim = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    monkeypatch.setattr(
+        bridge_class, "_DIRECT_MAPPING", copy.deepcopy(bridge_class._DIRECT_MAPPING)
+    )
     if bridge_class is bridges.DeepseekV3Bridge:
         renamed = {"max_position_embeddings": "original_max_position_embeddings"}
         monkeypatch.setattr(
             bridge_class,
             "TransformerConfigClass",
-            staticmethod(lambda **kw: MLATransformerConfig(**{renamed.get(k, k): v for k, v in kw.items()})),
+            staticmethod(
+                lambda **kw: MLATransformerConfig(**{renamed.get(k, k): v for k, v in kw.items()})
+            ),
         )
     if bridge_class is bridges.Glm4VLBridgeDense:
         monkeypatch.setattr(bridge_class, "TransformerConfigClass", TransformerConfig)
@@ -152,7 +167,9 @@ def test_every_tensor_has_mbridges_names_and_bits_both_ways(case):
         again = {name: theirs.pop(name) for name in repeats(shape) if name in theirs}
         assert list(theirs) == parts, megatron
         assert all(same(theirs[name], hf[name]) for name in parts), megatron
-        assert all(same(tensor, hf[repeats(shape)[name]]) for name, tensor in again.items()), megatron
+        assert all(same(tensor, hf[repeats(shape)[name]]) for name, tensor in again.items()), (
+            megatron
+        )
         assert same(oracle.to_megatron(megatron, [hf[name] for name in parts]), mine), megatron
         back |= theirs
         repeated |= again.keys()

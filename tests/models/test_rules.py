@@ -29,10 +29,16 @@ from nanoslime.types import RunError
 from tests.models.hf import FAMILIES, add_mtp, save_model
 
 COLUMN_PARALLEL = (  # in megatron-core 0.16.1, by the classes that its layer specs name; rows are dim 0
-    "word_embeddings.weight", "output_layer.weight", "linear_qkv.weight", "linear_qkv.bias",
-    "linear_q_proj.weight", "linear_q_up_proj.weight", "linear_kv_up_proj.weight", "linear_fc1.weight",
+    "word_embeddings.weight",
+    "output_layer.weight",
+    "linear_qkv.weight",
+    "linear_qkv.bias",
+    "linear_q_proj.weight",
+    "linear_q_up_proj.weight",
+    "linear_kv_up_proj.weight",
+    "linear_fc1.weight",
     "eh_proj.weight",
-)  # fmt: skip
+)
 ROW_PARALLEL = ("linear_proj.weight", "linear_fc2.weight")  # dim 1; all others are replicated
 LAYOUTS = [  # tp, pp, ep, tensor parallelism within an expert
     (1, 1, 1, 1),
@@ -61,7 +67,9 @@ def shape(directory):
     return ModelShape.read(directory)
 
 
-def parts(shape: ModelShape, tp_size: int, pp_size: int, ep_size: int, expert_tp_size: int) -> list[Part]:
+def parts(
+    shape: ModelShape, tp_size: int, pp_size: int, ep_size: int, expert_tp_size: int
+) -> list[Part]:
     """The ranks of a layout, one data-parallel replica each, or as many as the experts are spread over."""
     layers = shape.num_layers // pp_size
     experts = shape.moe.num_experts // ep_size if shape.moe else 0
@@ -120,7 +128,9 @@ def test_pieces_fill_each_local_tensor_once_from_its_first_row(shape):
         for part in parts(shape, *layout):
             local = defaultdict(list)
             for piece in pieces(shape, part):
-                assert [s.stop - s.start for s in piece.box] == [s.stop - s.start for s in piece.local]
+                assert [s.stop - s.start for s in piece.box] == [
+                    s.stop - s.start for s in piece.local
+                ]
                 assert expected[piece.hf] == piece.full_shape
                 local[piece.megatron].append(piece.local)
             for name, boxes in local.items():
@@ -162,12 +172,21 @@ def test_qkv_rows_are_interleaved_by_query_group(shape):
         return
     d, per_group = shape.head_dim, shape.num_attention_heads // shape.num_key_value_heads
     q = per_group * d
-    assert rows == [("q", 0, q), ("k", 0, d), ("v", 0, d), ("q", q, 2 * q), ("k", d, 2 * d), ("v", d, 2 * d)]
+    assert rows == [
+        ("q", 0, q),
+        ("k", 0, d),
+        ("v", 0, d),
+        ("q", q, 2 * q),
+        ("k", d, 2 * d),
+        ("v", d, 2 * d),
+    ]
 
 
 def test_vocabulary_is_padded_and_a_rank_of_padding_only_holds_no_piece(shape):
     assert padded_vocab_size(shape, 2) == 256
-    last = [p for p in pieces(shape, Part(1, 2)) if p.megatron == "embedding.word_embeddings.weight"]
+    last = [
+        p for p in pieces(shape, Part(1, 2)) if p.megatron == "embedding.word_embeddings.weight"
+    ]
     assert [p.box[0] for p in last] == [slice(128, 250)] and last[0].local[0] == slice(0, 122)
     tiny = dataclasses.replace(shape, vocab_size=5)
     assert padded_vocab_size(tiny, 2) == 16
@@ -182,7 +201,9 @@ def test_a_tensor_parallel_size_that_does_not_divide_is_refused_with_the_choices
         pieces(shape, Part(0, ways))
     if shape.moe and (shared := shape.moe.shared_intermediate_size):
         odd = dataclasses.replace(shape.moe, shared_intermediate_size=shared + 1)
-        with pytest.raises(RunError, match=f"does not divide shared_intermediate_size={shared + 1}"):
+        with pytest.raises(
+            RunError, match=f"does not divide shared_intermediate_size={shared + 1}"
+        ):
             check_tp_size(dataclasses.replace(shape, moe=odd), 2)
 
 
@@ -197,8 +218,14 @@ def test_missing_renamed_extra_and_misshapen_tensors_are_named(directory, shape)
         wrong = (*full[:-1], full[-1] - 1)
         with pytest.raises(ValueError) as error:
             check_tensors(shape, {**good, name: wrong}, "here")
-        assert str(error.value) == f"here: {name} is {list(wrong)}, config.json asks for {list(full)}"
-    for extra in ("model.layers.4.mlp.up_proj.bias", "model.layers.0.self_attn.o_proj.bias", "score.weight"):
+        assert (
+            str(error.value) == f"here: {name} is {list(wrong)}, config.json asks for {list(full)}"
+        )
+    for extra in (
+        "model.layers.4.mlp.up_proj.bias",
+        "model.layers.0.self_attn.o_proj.bias",
+        "score.weight",
+    ):
         if extra.startswith("model.layers.4.") and shape.num_mtp_layers:
             continue  # there it is a part of multi-token prediction, see below
         with pytest.raises(ValueError, match=f"^here: 1 tensors do not belong .*{extra}"):
@@ -237,7 +264,10 @@ def test_multi_token_prediction_is_all_there_or_not_at_all(tmp_path, family, sha
     with pytest.raises(ValueError, match=r"^here: 1 tensors do not belong .*layers.5.enorm"):
         check_tensors(shape, every | {"model.layers.5.enorm.weight": (32,)}, "here")
     names = {piece.megatron for piece in pieces(shape, Part(mtp=True))}
-    assert {"mtp.layers.0.eh_proj.weight", "mtp.layers.0.transformer_layer.mlp.router.weight"} <= names
+    assert {
+        "mtp.layers.0.eh_proj.weight",
+        "mtp.layers.0.transformer_layer.mlp.router.weight",
+    } <= names
     assert not any("layers.4." in name for name in names)
 
 
@@ -252,7 +282,9 @@ def test_the_local_layer_spec_has_names_of_its_own(shape):
         up = layer + "self_attention.linear_kv_up_proj.layer_norm_weight"
         assert other[up] == layer + "self_attention.kv_layernorm.weight"
         q = layer + "self_attention.linear_q_up_proj.layer_norm_weight"
-        assert (other.get(q) == layer + "self_attention.q_layernorm.weight") == bool(shape.mla.q_lora_rank)
+        assert (other.get(q) == layer + "self_attention.q_layernorm.weight") == bool(
+            shape.mla.q_lora_rank
+        )
     else:
         qkv = layer + "self_attention.linear_qkv.layer_norm_weight"
         assert other[qkv] == layer + "input_layernorm.weight"

@@ -35,7 +35,9 @@ def test_shape_is_read_from_the_config_that_transformers_writes(tmp_path, family
     assert shape.tie_word_embeddings == model.config.tie_word_embeddings
     assert shape.rope_scaling_factor == (8.0 if family == "llama3" else None)
     assert shape.model_type == model.config.model_type
-    assert shape.megatron_lacks == (("norms after attention and MLP",) if shape.model_type == "glm4" else ())
+    assert shape.megatron_lacks == (
+        ("norms after attention and MLP",) if shape.model_type == "glm4" else ()
+    )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -63,7 +65,11 @@ def test_experts_and_latent_attention_are_read():
         num_groups_per_token=4,
     )
     assert ModelShape.from_config(CONFIGS["DeepSeek-V3"]).mla == MLA(
-        q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128
+        q_lora_rank=1536,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
     )
     assert ModelShape.from_config(CONFIGS["Qwen1.5-MoE-A2.7B"]).moe == MoE(
         layers=tuple(range(24)),
@@ -128,37 +134,73 @@ def test_flat_rope_keys_of_older_configs_are_read(tmp_path):
         ("Qwen2.5-7B", {"use_sliding_window": True}, "sliding_window=131072"),
         ("Qwen3-4B", {"use_sliding_window": True, "sliding_window": 512}, "sliding_window=512"),
         ("DeepSeek-V3", {}, "rope scaling {'type': 'yarn'"),
-        ("Qwen3-4B", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling {'rope_ty"),
-        ("Qwen3-4B", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope scaling {'rope_ty"),
-        ("Llama-3.2-1B", {"rope_scaling": LLAMA3_ROPE | {"high_freq_factor": 8.0}}, "rope scaling {'rope_"),
-        ("Llama-2-7b", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling {'type': 'linear'"),
+        (
+            "Qwen3-4B",
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "rope scaling {'rope_ty",
+        ),
+        (
+            "Qwen3-4B",
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+            "rope scaling {'rope_ty",
+        ),
+        (
+            "Llama-3.2-1B",
+            {"rope_scaling": LLAMA3_ROPE | {"high_freq_factor": 8.0}},
+            "rope scaling {'rope_",
+        ),
+        (
+            "Llama-2-7b",
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope scaling {'type': 'linear'",
+        ),
         ("GLM-4-9B-0414", {}, "norms after attention and MLP"),
     ],
-)  # fmt: skip
-def test_what_megatron_cannot_compute_is_listed_and_converts_all_the_same(tmp_path, name, changes, lacks):
+)
+def test_what_megatron_cannot_compute_is_listed_and_converts_all_the_same(
+    tmp_path, name, changes, lacks
+):
     shape = read(tmp_path, CONFIGS[name] | changes)
-    assert len(shape.megatron_lacks) == bool(lacks) and "".join(shape.megatron_lacks).startswith(lacks)
+    assert len(shape.megatron_lacks) == bool(lacks) and "".join(shape.megatron_lacks).startswith(
+        lacks
+    )
     assert shape.architecture.rules(shape)
 
 
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("Llama-2-7b", {"model_type": "gpt2"}, "'gpt2' is not supported; known are deepseek_v3, glm4, gl"),
+        (
+            "Llama-2-7b",
+            {"model_type": "gpt2"},
+            "'gpt2' is not supported; known are deepseek_v3, glm4, gl",
+        ),
         ("Llama-2-7b", {"model_type": "os:system"}, "is not supported; known are"),
         ("Llama-2-7b", {"hidden_size": None}, "has no hidden_size"),
-        ("Llama-2-7b", {"attention_bias": True}, "attention_bias=True is not supported, only False"),
+        (
+            "Llama-2-7b",
+            {"attention_bias": True},
+            "attention_bias=True is not supported, only False",
+        ),
         ("Llama-2-7b", {"mlp_bias": True}, "mlp_bias=True is not supported, only False"),
         ("Llama-2-7b", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         ("Qwen3-4B", {"attention_bias": True}, "attention_bias=True is not supported, only False"),
         ("Qwen3-30B-A3B", {"num_experts": None}, "has no num_local_experts"),
-        ("DeepSeek-V3", {"quantization_config": {"quant_method": "fp8"}}, "fp8 weights .* dequantize them"),
-        ("DeepSeek-V3", {"attention_bias": True}, "attention_bias=True is not supported, only False"),
+        (
+            "DeepSeek-V3",
+            {"quantization_config": {"quant_method": "fp8"}},
+            "fp8 weights .* dequantize them",
+        ),
+        (
+            "DeepSeek-V3",
+            {"attention_bias": True},
+            "attention_bias=True is not supported, only False",
+        ),
         ("DeepSeek-V3", {"scoring_func": "softmax"}, "scoring_func='softmax' is not supported"),
         ("DeepSeek-V3", {"topk_method": "greedy"}, "topk_method='greedy' is not supported"),
         ("DeepSeek-V3", {"moe_layer_freq": 2}, "moe_layer_freq=2 is not supported, only 1"),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_supported_is_refused_by_name(tmp_path, name, changes, message):
     with pytest.raises(ValueError, match=message) as error:
         read(tmp_path, CONFIGS[name] | changes)
@@ -179,7 +221,9 @@ def test_a_missing_or_broken_config_is_named(tmp_path, text, message):
 def test_memory_estimate_counts_the_fullest_rank(tmp_path):
     make_model("qwen3_untied").config.save_pretrained(tmp_path)
     shape = ModelShape.read(tmp_path)
-    assert sum(shape.rank_parameters(1, 1)) == pytest.approx(shape.num_parameters, abs=shape.hidden_size)
+    assert sum(shape.rank_parameters(1, 1)) == pytest.approx(
+        shape.num_parameters, abs=shape.hidden_size
+    )
     end_of_pipeline = 2 * shape.num_layer_parameters + shape.num_embedding_parameters
     assert sum(shape.rank_parameters(2, 2)) == end_of_pipeline // 2
     alone = shape.training_bytes(2, 2, 1, distributed_optimizer=True)
@@ -193,8 +237,12 @@ def test_memory_estimate_cuts_experts_over_their_own_ranks(tmp_path):
     shape = ModelShape.read(tmp_path)
     experts = 4 * 4 * 3 * 32 * 16  # layers, experts, matrices of an expert
     dense, here = shape.rank_parameters(2, 1, 4)
-    assert here == experts // 4 and dense == pytest.approx((shape.num_parameters - experts) / 2, abs=32)
-    need = shape.training_bytes(2, 1, 4, 4, distributed_optimizer=True)  # 8 ranks, 2 with the same experts
+    assert here == experts // 4 and dense == pytest.approx(
+        (shape.num_parameters - experts) / 2, abs=32
+    )
+    need = shape.training_bytes(
+        2, 1, 4, 4, distributed_optimizer=True
+    )  # 8 ranks, 2 with the same experts
     assert need == dense * 9 + here * 12
 
 

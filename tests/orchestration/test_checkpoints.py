@@ -23,7 +23,9 @@ def untimed(run: RunDir) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows(run)]
 
 
-@pytest.fixture(scope="module", params=["fsdp", pytest.param("megatron", marks=pytest.mark.megatron)])
+@pytest.fixture(
+    scope="module", params=["fsdp", pytest.param("megatron", marks=pytest.mark.megatron)]
+)
 def finished(request, tmp_path_factory, model) -> RunDir:
     """Two rollouts with a checkpoint after each."""
     root = tmp_path_factory.mktemp(request.param)
@@ -64,7 +66,9 @@ DAMAGES = [
 ]
 
 
-@pytest.mark.parametrize(("file", "damage", "what"), DAMAGES, ids=lambda v: getattr(v, "__name__", None))
+@pytest.mark.parametrize(
+    ("file", "damage", "what"), DAMAGES, ids=lambda v: getattr(v, "__name__", None)
+)
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(
     finished, run, caplog, file, damage, what
 ):
@@ -106,9 +110,7 @@ def test_a_killed_run_resumes_exactly(tmp_path, model, backend, no_leftovers):
     """SIGKILL somewhere after the second of eight checkpoints; then all metrics of an uninterrupted run, with
     a learning rate that warms up and decays, two steps a rollout, and an evaluation after each.
     """
-    schedule = (
-        "--training.lr-schedule cosine --training.lr-warmup-steps 3 --lr 1e-3 --num-steps-per-rollout 2"
-    )
+    schedule = "--training.lr-schedule cosine --training.lr-warmup-steps 3 --lr 1e-3 --num-steps-per-rollout 2"
     more = f"--backend {backend} --num-rollout 8 --save-interval 1 --eval-interval 1 {schedule}"
     flags = run_dir(tmp_path, "straight", model, f"{more} --use-kl-loss --kl-loss-coef 0.01")
     assert train.main(flags) == DONE
@@ -116,7 +118,9 @@ def test_a_killed_run_resumes_exactly(tmp_path, model, backend, no_leftovers):
     command = [sys.executable, "-W", "ignore", "-m", "nanoslime.train", *flags]
     with (tmp_path / "log").open("w") as log:
         root = Path(train.__file__).parents[1]
-        threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on it
+        threads = os.environ | {
+            "OMP_NUM_THREADS": str(torch.get_num_threads())
+        }  # sums depend on it
         process = subprocess.Popen(command, cwd=root, stdout=log, stderr=log, env=threads)
         checkpoint = tmp_path / "killed" / "checkpoints" / "step_2"
         seen = processes.wait_for(lambda: checkpoint.is_dir() or process.poll() is not None, 240)

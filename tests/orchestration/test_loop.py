@@ -37,12 +37,21 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> rehearsal.RehearsalFiles:
-    return rehearsal.make(tmp_path_factory.mktemp("files") / "model", RehearsalConfig(num_held_out=200))
+    return rehearsal.make(
+        tmp_path_factory.mktemp("files") / "model", RehearsalConfig(num_held_out=200)
+    )
 
 
 def run_dir(root: Path, name: str, model: rehearsal.RehearsalFiles, more: str = "") -> list[str]:
     """Flags of a mock run whose model is there already, so that no test waits for a warm start."""
-    files = ["--hf-checkpoint", model.model, "--prompts", model.train, "--eval-prompts", model.held_out]
+    files = [
+        "--hf-checkpoint",
+        model.model,
+        "--prompts",
+        model.train,
+        "--eval-prompts",
+        model.held_out,
+    ]
     where = ["--run-root", root, "--name", name, "--rehearsal.enabled=false"]
     return ["--mock", *SMALL, *map(str, [*where, *files]), *more.split()]
 
@@ -59,9 +68,14 @@ def test_a_run_ends_with_summary_checkpoint_and_export(tmp_path, model):
     assert train.main([*run_dir(tmp_path, "whole", model), "--num-rollout", "2"]) == DONE
     run = RunDir.open(tmp_path / "whole")
     summary = json.loads(run.summary.read_text())
-    assert summary["steps"] == 2 and 0 < summary["reward_before"] < 1 and summary["logprob_gap_max"] < 1e-4
     assert (
-        Path(summary["checkpoint"]).is_dir() and (Path(summary["hf_export"]) / "model.safetensors").is_file()
+        summary["steps"] == 2
+        and 0 < summary["reward_before"] < 1
+        and summary["logprob_gap_max"] < 1e-4
+    )
+    assert (
+        Path(summary["checkpoint"]).is_dir()
+        and (Path(summary["hf_export"]) / "model.safetensors").is_file()
     )
     assert run.status()["phase"] == "done"
     assert len((run.rollouts / "step_1.jsonl").read_text().splitlines()) == 16
@@ -95,7 +109,9 @@ def test_a_stopped_run_resumes_exactly(tmp_path, model, backend, monkeypatch):
 @pytest.mark.parametrize("backend", ["fsdp", pytest.param("megatron", marks=pytest.mark.megatron)])
 def test_a_colocated_run_is_the_same_run(tmp_path, model, backend, monkeypatch):
     """Trainer and engine take turns, also for checkpoints: every number is that of a run without sleep."""
-    flags = run_dir(tmp_path, "awake", model, f"--backend {backend} --num-rollout 2 --save-interval 1")
+    flags = run_dir(
+        tmp_path, "awake", model, f"--backend {backend} --num-rollout 2 --save-interval 1"
+    )
     assert train.main(flags) == DONE
     flags[flags.index("awake")] = "turns"
     calls = record_turns(monkeypatch)
@@ -223,7 +239,9 @@ def test_the_gsm8k_recipe_trains_on_its_real_file(tmp_path, tiny_model):
     prompts = root.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
     if not prompts.exists():
         prompts = tmp_path / "train.jsonl"
-        problems = [{"question": f"{i} + {i}?", "answer": f"Twice.\n#### {2 * i}"} for i in range(9)]
+        problems = [
+            {"question": f"{i} + {i}?", "answer": f"Twice.\n#### {2 * i}"} for i in range(9)
+        ]
         prompts.write_text("\n".join(json.dumps(row) for row in problems))
     flags = (
         f"--num-rollout 1 --rollout-batch-size 4 --n-samples-per-prompt 2 --max-new-tokens 8 --dtype float32 \
@@ -232,7 +250,9 @@ def test_the_gsm8k_recipe_trains_on_its_real_file(tmp_path, tiny_model):
     )
     recipe = str(root / "jobs" / "recipes" / "gsm8k.yaml")
     assert (
-        train.main([recipe, "--hf-checkpoint", str(tiny_model), "--prompts", str(prompts), *flags.split()])
+        train.main(
+            [recipe, "--hf-checkpoint", str(tiny_model), "--prompts", str(prompts), *flags.split()]
+        )
         == DONE
     )
     run = RunDir.open(tmp_path / "gsm8k")
@@ -244,10 +264,15 @@ def test_the_gsm8k_recipe_trains_on_its_real_file(tmp_path, tiny_model):
 
 def test_a_skipped_step_is_counted_and_its_batch_kept(tmp_path, model, monkeypatch):
     norms, measured = iter([math.inf]), FSDPBackend._grad_norm
-    monkeypatch.setattr(FSDPBackend, "_grad_norm", lambda backend: next(norms, 0.0) or measured(backend))
+    monkeypatch.setattr(
+        FSDPBackend, "_grad_norm", lambda backend: next(norms, 0.0) or measured(backend)
+    )
     assert train.main(run_dir(tmp_path, "skips", model, "--num-rollout 2 --backend fsdp")) == DONE
     run = RunDir.open(tmp_path / "skips")
-    assert [(r["train/skipped"], r["train/num_skipped"]) for r in rows(run)] == [(1.0, 1.0), (0.0, 1.0)]
+    assert [(r["train/skipped"], r["train/num_skipped"]) for r in rows(run)] == [
+        (1.0, 1.0),
+        (0.0, 1.0),
+    ]
     [file] = run.skipped.rglob("*.pt")
     assert file == run.skipped / "step_0" / "rank_0.pt" and TrainBatch.load(file).num_tokens > 0
 
@@ -263,7 +288,10 @@ def test_a_model_with_experts_trains_with_its_routing_replayed(tmp_path, model, 
         tmp_path, "moe", replace(model, model=moe), "--backend megatron --num-rollout 2 --lr 1e-2"
     )
     flags += ["--data.reward", "tests.orchestration.rewards:by_text_where_labelled"]
-    assert train.main([*flags, "--training.routing-replay", replay, "--num-steps-per-rollout", "2"]) == DONE
+    assert (
+        train.main([*flags, "--training.routing-replay", replay, "--num-steps-per-rollout", "2"])
+        == DONE
+    )
     for row in rows(RunDir.open(tmp_path / "moe")):
         assert row["train/logprob_gap_max"] < 1e-4 and row["train/grad_norm"] > 0
         assert row["train/routing_mismatch_ratio"] >= 0.0

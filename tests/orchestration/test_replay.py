@@ -20,7 +20,9 @@ KL = "--use-kl-loss --kl-loss-coef 0.01 --num-steps-per-rollout 2 --lr 1e-3"
 
 
 def untimed(run: RunDir) -> list[dict]:
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "eval/"))} for row in rows(run)]
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("time/", "eval/"))} for row in rows(run)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,9 @@ def test_a_replay_is_the_run_it_was_recorded_from(tmp_path, recorded, bare, capl
         ("--max-new-tokens 9", ""),
     ],
 )
-def test_a_replay_with_other_settings_of_sampling_is_refused(tmp_path, recorded, bare, caplog, more, says):
+def test_a_replay_with_other_settings_of_sampling_is_refused(
+    tmp_path, recorded, bare, caplog, more, says
+):
     code = train.main(replay(tmp_path, bare, recorded.path, f"--num-rollout 1 {more}"))
     errors = [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
     assert (code, len(errors)) == ((FAILED, 1) if says else (DONE, 0))
@@ -86,9 +90,9 @@ def test_a_replay_resumes(tmp_path, recorded, bare):
 def test_evaluation_is_skipped_saying_so_once(tmp_path, recorded, bare, model, caplog):
     more = f"--num-rollout 2 --eval-prompts {model.held_out} --eval-interval 1"
     assert train.main(replay(tmp_path, bare, recorded.rollouts, more)) == DONE
-    assert [r.getMessage() for r in caplog.records if "evaluations are skipped" in r.getMessage()] == [
-        "rollout.load_rollouts: there is no engine, so evaluations are skipped"
-    ]
+    assert [
+        r.getMessage() for r in caplog.records if "evaluations are skipped" in r.getMessage()
+    ] == ["rollout.load_rollouts: there is no engine, so evaluations are skipped"]
 
 
 @pytest.mark.parametrize("name", ["rollouts", "empty", "nowhere"])
@@ -101,7 +105,9 @@ def test_too_few_recorded_rollouts_are_refused_at_the_start(tmp_path, recorded, 
     assert not (tmp_path / "replayed").exists()
 
 
-def test_rollout_only_records_what_the_checkpoint_samples_and_can_be_trained_on(tmp_path, model, bare):
+def test_rollout_only_records_what_the_checkpoint_samples_and_can_be_trained_on(
+    tmp_path, model, bare
+):
     """Without a trainer: neither backend is imported. All samples are of version 0, which a replay takes."""
     flags = [
         *run_dir(tmp_path, "half", model),
@@ -119,7 +125,9 @@ loaded = [m for m in sys.modules if m.startswith("megatron") or m == "nanoslime.
 sys.exit(f"{{code}} {{loaded}}" if code or loaded else 0)
 """
     root = Path(train.__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     run = RunDir.open(tmp_path / "half")
     assert [row["rollout/num_samples"] for row in rows(run)] == [16, 16]
@@ -133,12 +141,17 @@ sys.exit(f"{{code}} {{loaded}}" if code or loaded else 0)
     on_policy = "--num-rollout 2 --num-steps-per-rollout 1"  # in the first of the rollouts
     assert train.main(replay(tmp_path, bare, run.path, on_policy)) == DONE
     first, second = rows(RunDir.open(tmp_path / "replayed"))
-    assert first["train/logprob_gap_max"] < 1e-4 < second["train/logprob_gap_max"]  # the second is off-policy
+    assert (
+        first["train/logprob_gap_max"] < 1e-4 < second["train/logprob_gap_max"]
+    )  # the second is off-policy
 
 
 def test_rollout_only_resumes_at_its_place_in_the_prompts(tmp_path, model):
     for name, first in (("straight", "3"), ("halted", "1")):
-        assert train.main([*run_dir(tmp_path, name, model), "--rollout-only", "--num-rollout", first]) == DONE
+        assert (
+            train.main([*run_dir(tmp_path, name, model), "--rollout-only", "--num-rollout", first])
+            == DONE
+        )
     straight, halted = RunDir.open(tmp_path / "straight"), RunDir.open(tmp_path / "halted")
     assert train.main(["--resume", str(halted.path), "--num-rollout", "3"]) == DONE
     for step in range(3):
@@ -146,7 +159,9 @@ def test_rollout_only_resumes_at_its_place_in_the_prompts(tmp_path, model):
         assert (halted.rollouts / name).read_bytes() == (straight.rollouts / name).read_bytes()
 
 
-def test_a_run_that_trained_on_files_has_no_data_cursor_to_go_on_from(tmp_path, recorded, model, caplog):
+def test_a_run_that_trained_on_files_has_no_data_cursor_to_go_on_from(
+    tmp_path, recorded, model, caplog
+):
     assert train.main(replay(tmp_path, model.model, recorded.rollouts, "--num-rollout 1")) == DONE
     path = tmp_path / "replayed"
     flags = ["--resume", path, "--load-rollouts=", "--prompts", model.train, "--num-rollout", "2"]

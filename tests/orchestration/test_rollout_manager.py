@@ -16,20 +16,30 @@ FINE, TOO_LONG = "ab", "a" * 4096  # the model's context is 4096 tokens
 
 
 def manager(
-    tmp_path: Path, model: Path, held_out: list[str], train: list[str] | None = None,
-    reward: str = "always_one", name: str = "run", **rollout: Any,
-) -> RolloutManager:  # fmt: skip
+    tmp_path: Path,
+    model: Path,
+    held_out: list[str],
+    train: list[str] | None = None,
+    reward: str = "always_one",
+    name: str = "run",
+    **rollout: Any,
+) -> RolloutManager:
     for kind, prompts in (("train", train or [FINE]), ("held_out", held_out)):
-        lines = [json.dumps({"prompt": p, "label": i % 3 == 0}) + "\n" for i, p in enumerate(prompts)]
+        lines = [
+            json.dumps({"prompt": p, "label": i % 3 == 0}) + "\n" for i, p in enumerate(prompts)
+        ]
         (tmp_path / f"{kind}.jsonl").write_text("".join(lines))
     config = RunConfig(
         rollout=RolloutConfig(engine="embedded", max_new_tokens=4, **rollout),
         eval=EvalConfig(n_samples_per_prompt=2),
         data=DataConfig(
-            prompts=str(tmp_path / "train.jsonl"), eval_prompts=str(tmp_path / "held_out.jsonl"),
-            max_prompt_tokens=5000, chat_template="off", reward=f"tests.orchestration.rewards:{reward}",
+            prompts=str(tmp_path / "train.jsonl"),
+            eval_prompts=str(tmp_path / "held_out.jsonl"),
+            max_prompt_tokens=5000,
+            chat_template="off",
+            reward=f"tests.orchestration.rewards:{reward}",
         ),
-    )  # fmt: skip
+    )
     engine = EmbeddedEngine(str(model), "float32", "cpu", seed=0)
     run = RunDir.create(tmp_path, name)
     return RolloutManager(config, run, model, [engine])
@@ -39,7 +49,9 @@ def test_a_sample_that_cannot_be_made_counts_as_reward_0(tmp_path, tiny_model, c
     rollout = manager(tmp_path, tiny_model, [FINE, TOO_LONG, FINE, FINE])
     assert rollout.evaluate(3) == 0.75
     [warning] = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert warning.startswith("evaluation: 2 of 8 samples could not be made and count as reward 0; first: ")
+    assert warning.startswith(
+        "evaluation: 2 of 8 samples could not be made and count as reward 0; first: "
+    )
     assert "prompt 1: a prompt of 4096 tokens fills the model's context" in warning
     record = json.loads(rollout.run.evals.read_text())
     assert (record["step"], record["reward"], record["samples"]) == (3, 0.75, 8)
@@ -48,7 +60,9 @@ def test_a_sample_that_cannot_be_made_counts_as_reward_0(tmp_path, tiny_model, c
 
 def test_an_evaluation_without_any_sample_ends_the_run(tmp_path, tiny_model):
     rollout = manager(tmp_path, tiny_model, [TOO_LONG])
-    with pytest.raises(RunError, match="2 of 2 samples could not be made; first: prompt 0: a prompt of"):
+    with pytest.raises(
+        RunError, match="2 of 2 samples could not be made; first: prompt 0: a prompt of"
+    ):
         rollout.evaluate(-1)
     assert not rollout.run.evals.exists()
     rollout.close()
@@ -62,9 +76,15 @@ PROMPTS = ["a", "b", "ab", "ba", "aa", "bb", "aab"]
 def sampling(tmp_path: Path, model: Path, rounds: int, **changes: str) -> RolloutManager:
     """Prompts 0, 3 and 6 are the only ones whose groups differ in reward."""
     rollout = manager(
-        tmp_path, model, [FINE], PROMPTS, **({"reward": "by_text_where_labelled"} | changes),
-        rollout_batch_size=3, n_samples_per_prompt=3, dynamic_sampling_rounds=rounds,
-    )  # fmt: skip
+        tmp_path,
+        model,
+        [FINE],
+        PROMPTS,
+        **({"reward": "by_text_where_labelled"} | changes),
+        rollout_batch_size=3,
+        n_samples_per_prompt=3,
+        dynamic_sampling_rounds=rounds,
+    )
     rollout.version = 0
     return rollout
 
@@ -97,7 +117,11 @@ def test_further_prompts_are_sampled_until_the_batch_is_full(tmp_path, tiny_mode
         lines = (rollout.run.rollouts / f"step_{step}.jsonl").read_text().splitlines()
         assert len(lines) == 3 * sampled  # what was filtered is on record too
         group_ids = {json.loads(line)["group"] for line in lines}
-        assert len(group_ids) == sampled and min(group_ids) >= step * 60 and max(group_ids) < (step + 1) * 60
+        assert (
+            len(group_ids) == sampled
+            and min(group_ids) >= step * 60
+            and max(group_ids) < (step + 1) * 60
+        )
     rollout.close()
 
 
@@ -105,7 +129,9 @@ def test_rounds_are_bounded(tmp_path, tiny_model, caplog):
     rollout = sampling(tmp_path, tiny_model, 2, reward="always_one")
     assert rollout.generate(0) == []
     assert "left to train on, dropped for: {'group_zero_std': 6}" in caplog.text
-    assert rollout.metrics["rollout/num_samples"] == 18  # two rounds of three prompts, three samples each
+    assert (
+        rollout.metrics["rollout/num_samples"] == 18
+    )  # two rounds of three prompts, three samples each
     rollout.close()
 
 

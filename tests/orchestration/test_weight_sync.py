@@ -34,7 +34,9 @@ def run_config(backend: str) -> RunConfig:
         model=ModelConfig(dtype="float32"),
         rollout=RolloutConfig(num_rollout=10, temperature=TEMPERATURE, rollout_batch_size=4),
         algorithm=GRPOConfig(),
-        training=TrainingConfig(backend=backend, tp_size=2 if backend == "megatron" else 1, lr=5e-3),
+        training=TrainingConfig(
+            backend=backend, tp_size=2 if backend == "megatron" else 1, lr=5e-3
+        ),
         weight_sync=WeightSyncConfig(bucket_bytes=200_000),
     )
 
@@ -44,7 +46,8 @@ def sample(engine: SGLangEngine, seed: int) -> list[SampleGroup]:
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(0, 200, size=5 + i).tolist() for i in range(4)]
     requests = [
-        GenerateRequest(token_ids=p, n=4, max_new_tokens=12, temperature=TEMPERATURE) for p in prompts
+        GenerateRequest(token_ids=p, n=4, max_new_tokens=12, temperature=TEMPERATURE)
+        for p in prompts
     ]
 
     async def ask() -> list:
@@ -99,7 +102,11 @@ _worker: dict[str, TrainWorker] = {}  # of the rank's own process, between the c
 
 
 def open_worker(
-    env: RankEnv, backend: str, model: Path, engine: SGLangEngine | None, *ranks_by_engine: list[list[int]]
+    env: RankEnv,
+    backend: str,
+    model: Path,
+    engine: SGLangEngine | None,
+    *ranks_by_engine: list[list[int]],
 ) -> None:
     _worker["it"] = TrainWorker(run_config(backend), model, env)
     if engine is not None:
@@ -204,7 +211,9 @@ def test_colocated_ranks_and_an_engine_take_turns(ranks, sglang_engine, tiny_mod
     ranks(close_worker)
 
 
-def test_an_engine_with_another_model_is_not_silently_updated(two_ranks, sglang_engine, tiny_model, tmp_path):
+def test_an_engine_with_another_model_is_not_silently_updated(
+    two_ranks, sglang_engine, tiny_model, tmp_path
+):
     """A checkpoint that lacks a tensor is refused by name, and the engine keeps its weights and version."""
 
     broken = tmp_path / "broken"

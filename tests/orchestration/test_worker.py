@@ -26,7 +26,8 @@ def train(env, model_dir, steps):
     batches = [step[worker.dp_rank] for step in steps]
     row = worker.train(batches)
     values = [
-        torch.cat([x[mask] for x, mask in zip(b.token_advantages, b.loss_mask, strict=True)]) for b in batches
+        torch.cat([x[mask] for x, mask in zip(b.token_advantages, b.loss_mask, strict=True)])
+        for b in batches
     ]
     return values, row["train/grad_norm"]
 
@@ -35,7 +36,9 @@ def test_advantages_are_whitened_over_the_rollout_not_its_steps(tmp_path):
     """Every reward of the first step is 1, of the second 0: on its own neither has anything to learn from."""
     groups = [group(0, [1.0, 1.0]), group(1, [0.0, 0.0])]
     algorithms.make(CONFIG.algorithm, 2).advantages(groups)
-    steps = plan(groups, num_steps=2, dp_size=2, max_tokens=64, denominator="tokens", temperature=1.0)
+    steps = plan(
+        groups, num_steps=2, dp_size=2, max_tokens=64, denominator="tokens", temperature=1.0
+    )
     ranks = RankPool(2)
     try:
         found = ranks(train, save_model(tmp_path, "qwen3"), steps)
@@ -43,5 +46,7 @@ def test_advantages_are_whitened_over_the_rollout_not_its_steps(tmp_path):
         ranks.close()
     one = 0.5 / (8 / 4 / 7) ** 0.5  # of 8 tokens, half are 1 and half are 0
     for (first, second), norm in found:
-        assert first.tolist() == pytest.approx([one] * 2) and second.tolist() == pytest.approx([-one] * 2)
+        assert first.tolist() == pytest.approx([one] * 2) and second.tolist() == pytest.approx(
+            [-one] * 2
+        )
         assert norm > 0

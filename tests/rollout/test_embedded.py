@@ -68,7 +68,10 @@ def test_logprobs_of_a_padded_batch_are_those_of_each_sequence_alone(
     for asked, answers in zip(requests, generate(engine, *requests), strict=True):
         assert len(answers) == asked.n
         for answer in answers:
-            assert (len(answer.token_ids), answer.status) == (asked.max_new_tokens, Status.TRUNCATED)
+            assert (len(answer.token_ids), answer.status) == (
+                asked.max_new_tokens,
+                Status.TRUNCATED,
+            )
             reference = reference_logprobs(
                 tiny_model, list(asked.token_ids), answer.token_ids, asked.temperature
             )
@@ -81,7 +84,9 @@ def test_tokens_follow_the_distribution(engine: EmbeddedEngine, tiny_model: Path
     (answers,) = generate(engine, request([5, 6, 7], n=4000, max_new_tokens=1, temperature=0.7))
     counts = torch.bincount(torch.tensor([a.token_ids[0] for a in answers]), minlength=VOCAB_SIZE)
     tokens = list(range(VOCAB_SIZE))
-    probs = torch.stack([reference_logprobs(tiny_model, [5, 6, 7], [t], 0.7)[0] for t in tokens[:40]]).exp()
+    probs = torch.stack(
+        [reference_logprobs(tiny_model, [5, 6, 7], [t], 0.7)[0] for t in tokens[:40]]
+    ).exp()
     assert (counts[:40] / 4000 - probs).abs().max() < 0.03
 
 
@@ -104,8 +109,12 @@ def test_top_k_and_top_p_limit_the_tokens_but_not_the_logprobs(
     (best,) = {g.token_ids[0] for g in generate(engine, nucleus)[0]}
     assert len(set(top)) == 3 and best in top
     (answer, *_) = generate(engine, nucleus)[0]
-    assert abs(answer.logprobs[0] - float(reference_logprobs(tiny_model, [5], [best], 1.0)[0])) < 1e-5
-    assert answer.logprobs[0] < -0.1  # of the whole distribution, in which the best token is not certain
+    assert (
+        abs(answer.logprobs[0] - float(reference_logprobs(tiny_model, [5], [best], 1.0)[0])) < 1e-5
+    )
+    assert (
+        answer.logprobs[0] < -0.1
+    )  # of the whole distribution, in which the best token is not certain
 
 
 def test_a_seed_decides_the_samples_whatever_else_is_in_the_batch(
@@ -113,7 +122,9 @@ def test_a_seed_decides_the_samples_whatever_else_is_in_the_batch(
 ) -> None:
     seeded = request([5, 6], seed=11)
     (alone,) = generate(engine, seeded)
-    _, crowded = generate(make_engine(tiny_model, seed=5), request([1] * 9, max_new_tokens=20), seeded)
+    _, crowded = generate(
+        make_engine(tiny_model, seed=5), request([1] * 9, max_new_tokens=20), seeded
+    )
     assert [g.token_ids for g in alone] == [g.token_ids for g in crowded]
     assert alone[0].token_ids != alone[1].token_ids
     assert generate(engine, request([5, 6], seed=12))[0][0].token_ids != alone[0].token_ids
@@ -129,7 +140,9 @@ def test_engines_of_one_seed_agree_call_by_call(tiny_model: Path) -> None:
 def test_stop_tokens_end_a_sequence_and_are_part_of_it(engine: EmbeddedEngine) -> None:
     ((answer,),) = generate(engine, request([5], n=1, seed=1, max_new_tokens=8))
     stop = answer.token_ids[3]
-    ((stopped,),) = generate(engine, request([5], n=1, seed=1, max_new_tokens=8, stop_token_ids=(stop,)))
+    ((stopped,),) = generate(
+        engine, request([5], n=1, seed=1, max_new_tokens=8, stop_token_ids=(stop,))
+    )
     end = answer.token_ids.index(stop) + 1
     assert (stopped.token_ids, stopped.status) == (answer.token_ids[:end], Status.COMPLETED)
     assert len(stopped.logprobs) == end
@@ -179,7 +192,11 @@ def test_weights_from_disk_and_in_process(
             "unknown tensor 'model.nrom.weight'; the engine's checkpoint has .*'lm_head.weight'",
         ),
         ("missing", {"model.norm.weight": None}, "1 of 25 tensors missing: model.norm.weight"),
-        ("shape", {"model.norm.weight": torch.ones(3)}, r"shape \[3\], the engine's checkpoint \[64\]"),
+        (
+            "shape",
+            {"model.norm.weight": torch.ones(3)},
+            r"shape \[3\], the engine's checkpoint \[64\]",
+        ),
     ],
 )
 def test_refused_weights_change_nothing(
@@ -192,7 +209,9 @@ def test_refused_weights_change_nothing(
     message: str,
 ) -> None:
     changed = {
-        k: v for k, v in (load_file(other_model / "model.safetensors") | tensors).items() if v is not None
+        k: v
+        for k, v in (load_file(other_model / "model.safetensors") | tensors).items()
+        if v is not None
     }
     save_file(changed, tmp_path / "model.safetensors")
     with pytest.raises(RunError, match=f"embedded refused version 4: .*{message}"):
@@ -210,7 +229,10 @@ def test_a_repeated_name_is_refused(engine: EmbeddedEngine, tiny_model: Path) ->
 
 
 def test_tied_embeddings(tmp_path: Path) -> None:
-    a, b = save_tiny_model(tmp_path / "a", 0, tie=True), save_tiny_model(tmp_path / "b", 1, tie=True)
+    a, b = (
+        save_tiny_model(tmp_path / "a", 0, tie=True),
+        save_tiny_model(tmp_path / "b", 1, tie=True),
+    )
     engine = make_engine(a)
     engine.update_weights_from_disk(str(b), 1)
     ((answer, _),) = generate(engine, request([5, 6]))
@@ -224,10 +246,20 @@ def test_mixture_of_experts_takes_checkpoint_names(tmp_path: Path) -> None:
     for seed, name in enumerate("ab"):
         torch.manual_seed(seed)
         config = Qwen3MoeConfig(
-            vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-            head_dim=16, intermediate_size=32, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2,
-            initializer_range=0.2, eos_token_id=None, bos_token_id=None,
-        )  # fmt: skip
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=16,
+            intermediate_size=32,
+            moe_intermediate_size=16,
+            num_experts=4,
+            num_experts_per_tok=2,
+            initializer_range=0.2,
+            eos_token_id=None,
+            bos_token_id=None,
+        )
         Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / name)
     engine = make_engine(tmp_path / "a")
     engine.load_weights(load_file(tmp_path / "b" / "model.safetensors").items(), 1)
@@ -242,7 +274,10 @@ def test_reports_the_experts_of_every_token_but_the_last(family: str, tmp_path: 
     more = {"num_key_value_heads": 4} if family == "deepseek_v3" else {}
     path = save_model(tmp_path, family, **more)
     stop = tuple(range(0, 250, 9))
-    requests = [request([7, 8], stop_token_ids=stop), request([5, 6, 7, 8, 9, 10, 11], max_new_tokens=12)]
+    requests = [
+        request([7, 8], stop_token_ids=stop),
+        request([5, 6, 7, 8, 9, 10, 11], max_new_tokens=12),
+    ]
     for asked, answers in zip(requests, generate(make_engine(path), *requests), strict=True):
         for answer in answers:
             experts = routed_experts(path, [*asked.token_ids, *answer.token_ids[:-1]])

@@ -15,7 +15,15 @@ from nanoslime.rollout.generate import group_metrics, sample_groups
 from nanoslime.rollout.recorder import record
 from nanoslime.rollout.router import LeastInflightRouter
 from nanoslime.rollout.sglang import EngineLost
-from nanoslime.types import GenerateRequest, Generation, Prompt, RunError, Sample, SampleGroup, Status
+from nanoslime.types import (
+    GenerateRequest,
+    Generation,
+    Prompt,
+    RunError,
+    Sample,
+    SampleGroup,
+    Status,
+)
 from tests.serving import reference_logprobs
 
 
@@ -36,9 +44,16 @@ PROMPTS = [
 
 
 def sample(
-    engine, tokenizer, *, reward=lambda text, label, metadata: float(len(text)), prompts=PROMPTS, **changes
+    engine,
+    tokenizer,
+    *,
+    reward=lambda text, label, metadata: float(len(text)),
+    prompts=PROMPTS,
+    **changes,
 ):
-    config = RolloutConfig(**({"n_samples_per_prompt": 3, "max_new_tokens": 6, "temperature": 0.7} | changes))
+    config = RolloutConfig(
+        **({"n_samples_per_prompt": 3, "max_new_tokens": 6, "temperature": 0.7} | changes)
+    )
     return asyncio.run(
         sample_groups(prompts, engine, tokenizer, config, reward, first_group_id=10, seed=(1, 0, 5))
     )
@@ -46,7 +61,9 @@ def sample(
 
 def test_samples_are_aligned_on_one_token_axis(engine, tokenizer, tiny_model: Path) -> None:
     groups = sample(
-        engine, tokenizer, reward=lambda text, label, metadata: float(label == "b") + metadata.get("k", 0)
+        engine,
+        tokenizer,
+        reward=lambda text, label, metadata: float(label == "b") + metadata.get("k", 0),
     )
     assert [g.group_id for g in groups] == [10, 11]
     assert [g.rewards for g in groups] == [[0.0] * 3, [2.0] * 3]
@@ -54,7 +71,11 @@ def test_samples_are_aligned_on_one_token_axis(engine, tokenizer, tiny_model: Pa
     for prompt, group in zip(PROMPTS, groups, strict=True):
         for s in group.samples:
             start = len(prompt.token_ids)
-            assert (s.num_tokens, s.num_response_tokens, s.status) == (start + 6, 6, Status.TRUNCATED)
+            assert (s.num_tokens, s.num_response_tokens, s.status) == (
+                start + 6,
+                6,
+                Status.TRUNCATED,
+            )
             assert (s.token_ids.dtype, s.loss_mask.dtype, s.rollout_logprobs.dtype) == (
                 np.int32,
                 np.bool_,
@@ -74,18 +95,23 @@ def test_samples_are_aligned_on_one_token_axis(engine, tokenizer, tiny_model: Pa
 
 def test_the_seed_decides_the_samples(engine, tokenizer) -> None:
     first, again = sample(engine, tokenizer), sample(engine, tokenizer)
-    tokens = [[s.token_ids.tolist() for g in groups for s in g.samples] for groups in (first, again)]
+    tokens = [
+        [s.token_ids.tolist() for g in groups for s in g.samples] for groups in (first, again)
+    ]
     assert tokens[0] == tokens[1]
     assert len({tuple(t[-6:]) for t in tokens[0]}) == 6
     (group, _) = sample(engine, tokenizer, prompts=[PROMPTS[0], PROMPTS[0]])
     assert [s.token_ids.tolist() for s in group.samples] == tokens[0][:3]
 
 
-def test_a_sample_that_could_not_be_made_keeps_its_cause_and_gets_no_reward(engine, tokenizer) -> None:
+def test_a_sample_that_could_not_be_made_keeps_its_cause_and_gets_no_reward(
+    engine, tokenizer
+) -> None:
     over_long = Prompt(0, np.full(4096, 5, np.int32), "", "a")
     failed, fine = sample(engine, tokenizer, prompts=[over_long, PROMPTS[0]])
     assert all(
-        s.status is Status.ERROR and "4096 tokens" in s.error and s.reward is None for s in failed.samples
+        s.status is Status.ERROR and "4096 tokens" in s.error and s.reward is None
+        for s in failed.samples
     )
     assert len(fine.rewards) == 3
     metrics = group_metrics([failed, fine])
@@ -96,7 +122,9 @@ def test_a_sample_that_could_not_be_made_keeps_its_cause_and_gets_no_reward(engi
     "reward", [lambda text, label, metadata: 1 / 0, lambda text, label, metadata: float("nan")]
 )
 def test_a_failing_reward_ends_the_run_in_one_line(engine, tokenizer, reward) -> None:
-    with pytest.raises(RunError, match=r"reward tests.rollout.test_generate .* prompt 4( |$)") as error:
+    with pytest.raises(
+        RunError, match=r"reward tests.rollout.test_generate .* prompt 4( |$)"
+    ) as error:
         sample(engine, tokenizer, reward=reward)
     assert "\n" not in str(error.value)
 
@@ -104,16 +132,25 @@ def test_a_failing_reward_ends_the_run_in_one_line(engine, tokenizer, reward) ->
 def make_sample(reward: float | None, num_response: int, status: Status) -> Sample:
     mask = np.array([False, False] + [True] * num_response)
     return Sample(
-        group_id=0, rollout_id=0, token_ids=np.zeros(len(mask), np.int32), loss_mask=mask, status=status,
-        rollout_logprobs=np.zeros(len(mask), np.float32), policy_versions=[(2, 0)], reward=reward,
-        text="é", metadata={"prompt_id": 3},
-    )  # fmt: skip
+        group_id=0,
+        rollout_id=0,
+        token_ids=np.zeros(len(mask), np.int32),
+        loss_mask=mask,
+        status=status,
+        rollout_logprobs=np.zeros(len(mask), np.float32),
+        policy_versions=[(2, 0)],
+        reward=reward,
+        text="é",
+        metadata={"prompt_id": 3},
+    )
 
 
 def test_metrics_and_record_by_hand(tmp_path: Path) -> None:
     done, cut, error = Status.COMPLETED, Status.TRUNCATED, Status.ERROR
     groups = [
-        SampleGroup(0, [make_sample(1.0, 1, done), make_sample(0.0, 2, cut), make_sample(0.0, 3, done)]),
+        SampleGroup(
+            0, [make_sample(1.0, 1, done), make_sample(0.0, 2, cut), make_sample(0.0, 3, done)]
+        ),
         SampleGroup(1, [make_sample(1.0, 6, done), make_sample(None, 0, error)]),
     ]
     assert group_metrics(groups) == {
@@ -128,10 +165,14 @@ def test_metrics_and_record_by_hand(tmp_path: Path) -> None:
         "rollout/num_samples": 5.0,
     }
     record(tmp_path / "rollouts", 3, groups)
-    lines = [json.loads(line) for line in (tmp_path / "rollouts" / "step_3.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "rollouts" / "step_3.jsonl").read_text().splitlines()
+    ]
     assert [line["reward"] for line in lines] == [1.0, 0.0, 0.0, 1.0, None]
     assert (
-        lines[1] | {"status": "truncated", "text": "é", "tokens": [4, 2], "prompt": 3, "versions": [[2, 0]]}
+        lines[1]
+        | {"status": "truncated", "text": "é", "tokens": [4, 2], "prompt": 3, "versions": [[2, 0]]}
         == lines[1]
     )
     assert {p.name for p in (tmp_path / "rollouts").iterdir()} == {"step_3.jsonl", "step_3.npz"}
@@ -200,7 +241,9 @@ def test_a_lost_engine_leaves_the_rotation_with_its_name(caplog: pytest.LogCaptu
 def test_a_bad_request_does_not_cost_an_engine(engine) -> None:
     router = LeastInflightRouter([engine])
     with pytest.raises(RunError, match="token id 99999"):
-        asyncio.run(router.generate(GenerateRequest([99999], n=1, max_new_tokens=1, temperature=1.0)))
+        asyncio.run(
+            router.generate(GenerateRequest([99999], n=1, max_new_tokens=1, temperature=1.0))
+        )
     assert not router.lost
 
 

@@ -59,12 +59,16 @@ def test_chat_template(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> No
         {"role": "assistant", "content": "yes"},
         {"role": "user", "content": "?"},
     ]
-    path = write(tmp_path / "p.jsonl", {"prompt": "hi", "label": 0}, {"prompt": messages, "label": 0})
+    path = write(
+        tmp_path / "p.jsonl", {"prompt": "hi", "label": 0}, {"prompt": messages, "label": 0}
+    )
     plain, chat = load(path, tokenizer, chat_template="auto", system_prompt="Be brief.")
     assert plain.text == "[system] Be brief.\n[user] hi\n[assistant] "
     assert chat.text == "[system] Be brief.\n[user] hi\n[assistant] yes\n[user] ?\n[assistant] "
     assert tokenizer.decode(plain.token_ids) == plain.text
-    with pytest.raises(RunError, match=r"p.jsonl:2: a prompt of chat messages needs a chat template"):
+    with pytest.raises(
+        RunError, match=r"p.jsonl:2: a prompt of chat messages needs a chat template"
+    ):
         load(path, tokenizer)
 
 
@@ -74,21 +78,36 @@ def test_chat_template(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> No
         ([GOOD, '{"prompt": "b", "lab'], {}, r"p.jsonl:2: not a line of JSON"),
         (["\xff"], {}, r"p.jsonl:1: not a line of JSON"),
         (["[1]"], {}, r"p.jsonl:1: a JSON object is needed, found list"),
-        (['{"question": "a", "answer": 1}'], {}, r"p.jsonl:1: no key 'prompt'; it has: answer, question"),
+        (
+            ['{"question": "a", "answer": 1}'],
+            {},
+            r"p.jsonl:1: no key 'prompt'; it has: answer, question",
+        ),
         (['{"prompt": "a"}'], {}, r"p.jsonl:1: no key 'label'; it has: prompt"),
         (['{"prompt": 5, "label": 1}'], {}, r"p.jsonl:1: a prompt is a string or a list"),
-        (['{"prompt": [{"text": "a"}], "label": 1}'], {}, r"p.jsonl:1: a prompt is a string or a list"),
+        (
+            ['{"prompt": [{"text": "a"}], "label": 1}'],
+            {},
+            r"p.jsonl:1: a prompt is a string or a list",
+        ),
         (['{"prompt": "", "label": 1}'], {}, r"p.jsonl:1: the prompt is empty"),
         ([], {}, r"p.jsonl holds no prompts"),
         (["", " "], {}, r"p.jsonl holds no prompts"),
-        ([GOOD, LONG], {"max_prompt_tokens": 4},
-         "p.jsonl:2: a prompt of 5 tokens is over data.max_prompt_tokens=4; raise it, or set data.over_long"),
+        (
+            [GOOD, LONG],
+            {"max_prompt_tokens": 4},
+            "p.jsonl:2: a prompt of 5 tokens is over data.max_prompt_tokens=4; raise it, or set data.over_long",
+        ),
         ([LONG], {"max_prompt_tokens": 4, "over_long": "skip"}, "every prompt is over"),
         ([GOOD], {"system_prompt": "x"}, "data.system_prompt needs a chat template"),
     ],
-)  # fmt: skip
+)
 def test_bad_files_end_in_one_line(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, lines: list[str], changes: dict, message: str
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    lines: list[str],
+    changes: dict,
+    message: str,
 ) -> None:
     path = tmp_path / "p.jsonl"
     path.write_bytes("".join(line + "\n" for line in lines).encode("latin-1"))
@@ -119,7 +138,9 @@ def test_a_label_is_not_needed_when_no_key_names_it(
 
 
 def source(count: int = 10, seed: int = 3, shuffle: bool = True) -> PromptSource:
-    return PromptSource([Prompt(i, None, "", None) for i in range(count)], seed=seed, shuffle=shuffle)
+    return PromptSource(
+        [Prompt(i, None, "", None) for i in range(count)], seed=seed, shuffle=shuffle
+    )
 
 
 def ids(prompts: list[Prompt]) -> list[int]:
@@ -158,7 +179,11 @@ def test_resume_with_other_prompts_or_seed_is_refused() -> None:
 @pytest.mark.skipif(not GSM8K.is_dir(), reason="no GSM8K beside the repository")
 def test_gsm8k(tokenizer: PreTrainedTokenizerBase) -> None:
     prompts = load(
-        GSM8K / "test.jsonl", tokenizer, prompt_key="question", label_key="answer", max_prompt_tokens=2000
+        GSM8K / "test.jsonl",
+        tokenizer,
+        prompt_key="question",
+        label_key="answer",
+        max_prompt_tokens=2000,
     )
     assert len(prompts) == 1319
     assert prompts[0].text.startswith("Janet") and prompts[0].label.endswith("#### 18")

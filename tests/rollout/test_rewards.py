@@ -63,13 +63,19 @@ def test_math_answer_on_gsm8k(tiny_model: Path) -> None:
     reward = resolve("math_answer", REWARDS, "data.reward")
     config = DataConfig(prompt_key="question", label_key="answer", max_prompt_tokens=4000)
     labels = [
-        p.label for p in load_prompts(GSM8K / "test.jsonl", AutoTokenizer.from_pretrained(tiny_model), config)
+        p.label
+        for p in load_prompts(
+            GSM8K / "test.jsonl", AutoTokenizer.from_pretrained(tiny_model), config
+        )
     ]
     assert all(reward(label, label, {}) == 1.0 for label in labels)
     answers = [label.rpartition("#### ")[2] for label in labels]
     assert all(
-        reward(f"It is {answer}.", label, {}) == 1.0 for answer, label in zip(answers, labels, strict=True)
+        reward(f"It is {answer}.", label, {}) == 1.0
+        for answer, label in zip(answers, labels, strict=True)
     )
     rolled = answers[1:] + answers[:1]
-    wrong = [reward(a, label, {}) for a, b, label in zip(rolled, answers, labels, strict=True) if a != b]
+    wrong = [
+        reward(a, label, {}) for a, b, label in zip(rolled, answers, labels, strict=True) if a != b
+    ]
     assert sum(wrong) == 0

@@ -21,7 +21,9 @@ pytestmark = [pytest.mark.sglang, pytest.mark.megatron]
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Without dense layers: SGLang 0.5.23 takes every layer of a Qwen3-MoE for one with experts."""
-    return save_model(tmp_path_factory.mktemp("model"), "qwen3_moe", num_experts=8, norm_topk_prob=True)
+    return save_model(
+        tmp_path_factory.mktemp("model"), "qwen3_moe", num_experts=8, norm_topk_prob=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,9 @@ def engine(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     server.close()
 
 
-def test_the_trainer_replays_what_sglang_chose(engine: SGLangEngine, model_dir: Path, tmp_path: Path) -> None:
+def test_the_trainer_replays_what_sglang_chose(
+    engine: SGLangEngine, model_dir: Path, tmp_path: Path
+) -> None:
     """For prompts in the prefix cache too: the second batch has the first one's."""
     started = 0
 

@@ -50,17 +50,30 @@ def test_logprobs_are_those_of_the_sampling_temperature(
 
 def test_truncated_or_stopped(sglang_engine: SGLangEngine) -> None:
     (truncated,) = generate(sglang_engine, n=1, tokens=5)
-    assert (truncated.status, len(truncated.token_ids), truncated.versions) == (Status.TRUNCATED, 5, [(0, 0)])
+    assert (truncated.status, len(truncated.token_ids), truncated.versions) == (
+        Status.TRUNCATED,
+        5,
+        [(0, 0)],
+    )
     every_token = tuple(range(VOCAB_SIZE))
-    request = GenerateRequest(PROMPT, n=1, max_new_tokens=5, temperature=1.0, stop_token_ids=every_token)
+    request = GenerateRequest(
+        PROMPT, n=1, max_new_tokens=5, temperature=1.0, stop_token_ids=every_token
+    )
     (stopped,) = asyncio.run(sglang_engine.generate(request))
-    assert (stopped.status, len(stopped.token_ids), len(stopped.logprobs)) == (Status.COMPLETED, 1, 1)
+    assert (stopped.status, len(stopped.token_ids), len(stopped.logprobs)) == (
+        Status.COMPLETED,
+        1,
+        1,
+    )
 
 
-def test_a_token_outside_the_vocabulary_is_refused_before_it_is_sent(sglang_engine: SGLangEngine) -> None:
+def test_a_token_outside_the_vocabulary_is_refused_before_it_is_sent(
+    sglang_engine: SGLangEngine,
+) -> None:
     request = GenerateRequest([5, VOCAB_SIZE], n=1, max_new_tokens=2, temperature=1.0)
     with pytest.raises(
-        RunError, match=f"engine-0: token id {VOCAB_SIZE} at position 1 .* vocabulary of {VOCAB_SIZE}"
+        RunError,
+        match=f"engine-0: token id {VOCAB_SIZE} at position 1 .* vocabulary of {VOCAB_SIZE}",
     ):
         asyncio.run(sglang_engine.generate(request))
 
@@ -83,12 +96,16 @@ def test_proxies_of_the_environment_are_ignored(
     assert generate(sglang_engine, tokens=2)[0].token_ids
 
 
-def test_paused_requests_go_on_under_the_new_version(sglang_engine: SGLangEngine, other_model: Path) -> None:
+def test_paused_requests_go_on_under_the_new_version(
+    sglang_engine: SGLangEngine, other_model: Path
+) -> None:
     """A request that outlives a weight update reports which tokens each version sampled, with its
     logprobs."""
     answers: list[Generation] = []
     request = GenerateRequest(PROMPT, n=1, max_new_tokens=1500, temperature=1.0)
-    thread = threading.Thread(target=lambda: answers.extend(asyncio.run(sglang_engine.generate(request))))
+    thread = threading.Thread(
+        target=lambda: answers.extend(asyncio.run(sglang_engine.generate(request)))
+    )
     thread.start()
     time.sleep(0.5)
     sglang_engine.pause()
@@ -165,7 +182,8 @@ def test_a_bad_directory_is_refused_and_changes_nothing(
         "shape": r"\[3\].*\[64\]",
     }
     with pytest.raises(
-        RunError, match=f"engine-0 .*update_weights_from_disk refused .*{names.get(fault, 'weights')}"
+        RunError,
+        match=f"engine-0 .*update_weights_from_disk refused .*{names.get(fault, 'weights')}",
     ):
         sglang_engine.update_weights_from_disk(str(path), 1)
     assert sglang_engine.policy_version() == 0
@@ -253,10 +271,14 @@ def test_tensor_update_refuses_wrong_names_and_goes_on(
     assert_serves(sglang_engine, other_model)
 
 
-def test_memory_is_released_only_once_no_request_runs(sglang_engine: SGLangEngine, tiny_model: Path) -> None:
+def test_memory_is_released_only_once_no_request_runs(
+    sglang_engine: SGLangEngine, tiny_model: Path
+) -> None:
     request = GenerateRequest(PROMPT, n=2, max_new_tokens=200, temperature=1.0)
     answers: list[Generation] = []
-    thread = threading.Thread(target=lambda: answers.extend(asyncio.run(sglang_engine.generate(request))))
+    thread = threading.Thread(
+        target=lambda: answers.extend(asyncio.run(sglang_engine.generate(request)))
+    )
     thread.start()
     time.sleep(0.3)
     sglang_engine.release_memory()

@@ -46,18 +46,25 @@ def run_owner(program: str, *arguments: object) -> subprocess.Popen[str]:
 
 def test_a_server_that_never_answers(tiny_model: Path, tmp_path: Path, no_leftovers: None) -> None:
     server = fake_server(tiny_model, tmp_path / "engine-3.log", STUBBORN)
-    awaited = r"engine engine-3 was not up after 2 s \(awaited: 200 from http://127.0.0.1:\d+/health\); "
-    with pytest.raises(RunError, match=awaited + r"log: .*engine-3.log; last line: loading shards$"):
+    awaited = (
+        r"engine engine-3 was not up after 2 s \(awaited: 200 from http://127.0.0.1:\d+/health\); "
+    )
+    with pytest.raises(
+        RunError, match=awaited + r"log: .*engine-3.log; last line: loading shards$"
+    ):
         server.start(deadline_s=2)
     assert not server.process.alive()
     server.close()
 
 
 def test_a_server_that_exits(tiny_model: Path, tmp_path: Path, no_leftovers: None) -> None:
-    server = fake_server(tiny_model, tmp_path / "e.log", "import sys; print('no such option'); sys.exit(3)")
+    server = fake_server(
+        tiny_model, tmp_path / "e.log", "import sys; print('no such option'); sys.exit(3)"
+    )
     start = time.monotonic()
     with pytest.raises(
-        RunError, match=r"engine-3 exited with status 3 before .*log: .*e.log; last line: no such opt"
+        RunError,
+        match=r"engine-3 exited with status 3 before .*log: .*e.log; last line: no such opt",
     ):
         server.start(deadline_s=60)
     assert time.monotonic() - start < 30
@@ -70,14 +77,19 @@ def test_a_taken_port(tiny_model: Path, tmp_path: Path, no_leftovers: None) -> N
         port = holder.getsockname()[1]
         server = make_server(tiny_model, tmp_path / "e.log", port)
         with pytest.raises(
-            RunError, match=f"engine engine-0: port {port} on 127.0.0.1 cannot be used .*another port"
+            RunError,
+            match=f"engine engine-0: port {port} on 127.0.0.1 cannot be used .*another port",
         ):
             server.start(deadline_s=5)
     assert server.process is None
 
 
 def test_command_and_options(tiny_model: Path, tmp_path: Path) -> None:
-    options = {"disable_overlap_schedule": False, "chunked_prefill_size": 64, "served_model_name": "a b"}
+    options = {
+        "disable_overlap_schedule": False,
+        "chunked_prefill_size": 64,
+        "served_model_name": "a b",
+    }
     server = make_server(tiny_model, tmp_path / "e.log", 1234, **options)
     flags = " ".join(server.command)
     assert "--chunked-prefill-size 64" in flags and "--max-total-tokens 8192" in flags
@@ -92,9 +104,17 @@ def test_command_and_options(tiny_model: Path, tmp_path: Path) -> None:
 
 def test_no_stubs_on_cuda(tiny_model: Path, tmp_path: Path) -> None:
     server = SGLangServer(
-        name="engine-0", model_path=str(tiny_model), config=RolloutConfig(engine_tp_size=2), dtype="bfloat16",
-        device="cuda", host="10.0.0.1", port=1234, log=tmp_path / "e.log", seed=7, gpu_ids=(2, 3),
-    )  # fmt: skip
+        name="engine-0",
+        model_path=str(tiny_model),
+        config=RolloutConfig(engine_tp_size=2),
+        dtype="bfloat16",
+        device="cuda",
+        host="10.0.0.1",
+        port=1234,
+        log=tmp_path / "e.log",
+        seed=7,
+        gpu_ids=(2, 3),
+    )
     flags = " ".join(server.command)
     assert "--device cuda --tp-size 2 --weight-version 0 --dtype bfloat16 --random-seed 7" in flags
     assert "torch_native" not in flags and "sglang_stubs" not in server.env.get("PYTHONPATH", "")
@@ -105,7 +125,9 @@ def test_a_child_outlives_the_thread_that_started_it(tmp_path: Path, no_leftover
     children: list[ChildProcess] = []
     program = [sys.executable, "-c", STUBBORN]
     thread = threading.Thread(
-        target=lambda: children.append(ChildProcess("server", program, os.environ, tmp_path / "log"))
+        target=lambda: children.append(
+            ChildProcess("server", program, os.environ, tmp_path / "log")
+        )
     )
     thread.start()
     thread.join()
@@ -130,7 +152,9 @@ time.sleep(600)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_nothing_survives_the_owner(tmp_path: Path, no_leftovers: None, how: signal.Signals) -> None:
+def test_nothing_survives_the_owner(
+    tmp_path: Path, no_leftovers: None, how: signal.Signals
+) -> None:
     owner = run_owner(OWNER_OF_A_CHILD, tmp_path / "log")
     pid = int(owner.stdout.readline())
     assert processes.wait_for(lambda: len(process_group(pid)) == 2, timeout_s=20)
@@ -145,11 +169,14 @@ def test_no_part_of_a_real_server_survives_its_owner(
 ) -> None:
     """The owner is killed while a request runs; whoever waits for the request learns which engine is lost."""
     pid = shared_server.server_pid
-    assert sglang_engine.health() and len(process_group(pid)) >= 3  # HTTP server, scheduler, detokenizer
+    assert (
+        sglang_engine.health() and len(process_group(pid)) >= 3
+    )  # HTTP server, scheduler, detokenizer
     threading.Timer(1.0, shared_server.kill).start()
     request = GenerateRequest([5], n=1, max_new_tokens=4000, temperature=1.0)
     with pytest.raises(
-        EngineLost, match="engine engine-0 at http.*: /generate failed: .*; log: .*engine-0.log; last"
+        EngineLost,
+        match="engine engine-0 at http.*: /generate failed: .*; log: .*engine-0.log; last",
     ):
         asyncio.run(sglang_engine.generate(request))
     assert processes.wait_for(lambda: not process_group(pid), timeout_s=5), process_group(pid)
@@ -172,16 +199,24 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Slow).serve_for
 
 def test_an_engine_that_does_not_answer_in_time_is_lost(tmp_path: Path, no_leftovers: None) -> None:
     port = pick_port()
-    child = ChildProcess("slow", [sys.executable, "-c", SLOW, str(port)], os.environ, tmp_path / "slow.log")
+    child = ChildProcess(
+        "slow", [sys.executable, "-c", SLOW, str(port)], os.environ, tmp_path / "slow.log"
+    )
     engine = SGLangEngine(
-        name="engine-1", url=f"http://127.0.0.1:{port}", log=str(tmp_path / "slow.log"), vocab_size=10,
-        request_deadline_s=0.5, control_deadline_s=0.5,
-    )  # fmt: skip
+        name="engine-1",
+        url=f"http://127.0.0.1:{port}",
+        log=str(tmp_path / "slow.log"),
+        vocab_size=10,
+        request_deadline_s=0.5,
+        control_deadline_s=0.5,
+    )
     child.wait_until(engine.health, "200", 20)
     with pytest.raises(
         EngineLost, match=r"engine-1 .*/generate was not answered within 0.5 s; log: .*slow.log"
     ):
         asyncio.run(engine.generate(GenerateRequest([5], n=1, max_new_tokens=1, temperature=1.0)))
-    with pytest.raises(RunError, match=r"engine-1 .*/continue_generation was not answered within 0.5 s"):
+    with pytest.raises(
+        RunError, match=r"engine-1 .*/continue_generation was not answered within 0.5 s"
+    ):
         engine.resume()
     child.close()

@@ -37,7 +37,9 @@ class SlurmCluster:
     mem_per_node_mb: int = 16_000
     kill_wait_s: int = 5  # between SIGTERM and SIGKILL of a job that is cancelled or requeued
     directory: Path = dataclasses.field(init=False)
-    daemons: dict[str, subprocess.Popen[bytes]] = dataclasses.field(init=False, default_factory=dict)
+    daemons: dict[str, subprocess.Popen[bytes]] = dataclasses.field(
+        init=False, default_factory=dict
+    )
 
     @property
     def node_names(self) -> list[str]:
@@ -64,7 +66,9 @@ class SlurmCluster:
 
         Raises RuntimeError with the ends of the daemons' logs when they do not come up.
         """
-        self.directory = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # socket paths must stay short
+        self.directory = Path(
+            tempfile.mkdtemp(prefix="slurm-", dir="/tmp")
+        )  # socket paths must stay short
         self.directory.chmod(0o755)
         try:
             self._start_munge()
@@ -93,12 +97,18 @@ class SlurmCluster:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command against this cluster; on failure the error holds its output and the daemons' logs."""
         try:
-            result = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=timeout_s)
+            result = subprocess.run(
+                command, env=self.env, capture_output=True, text=True, timeout=timeout_s
+            )
         except subprocess.TimeoutExpired as error:
-            raise TimeoutError(f"{command} ran longer than {timeout_s} s\n{self.log_tails()}") from error
+            raise TimeoutError(
+                f"{command} ran longer than {timeout_s} s\n{self.log_tails()}"
+            ) from error
         if check and result.returncode:
             output = result.stdout + result.stderr
-            raise RuntimeError(f"{command} returned {result.returncode}:\n{output}\n{self.log_tails()}")
+            raise RuntimeError(
+                f"{command} returned {result.returncode}:\n{output}\n{self.log_tails()}"
+            )
         return result
 
     def sbatch(self, *arguments: str) -> int:
@@ -136,11 +146,17 @@ class SlurmCluster:
         """SIGKILL the node's slurmd and everything that it runs, as a power cut would."""
         daemon = self.daemons.pop(f"slurmd-{name}")
         found = processes.all_processes()
-        tasks = {p for p in found.values() if p.has_env("SLURMD_NODENAME", name) and self._is_ours(p)}
+        tasks = {
+            p for p in found.values() if p.has_env("SLURMD_NODENAME", name) and self._is_ours(p)
+        }
         tasks = tasks.union(*(processes.descendants(p.pid, found) for p in tasks))
         parents = {found[p.parent] for p in tasks if p.parent in found}
         # the step daemons before their tasks, or they would still report the tasks' end
-        for group in ({found[daemon.pid]}, {p for p in parents if p.command.startswith("slurmstepd")}, tasks):
+        for group in (
+            {found[daemon.pid]},
+            {p for p in parents if p.command.startswith("slurmstepd")},
+            tasks,
+        ):
             processes.end(group, grace_s=0.0)
         daemon.wait(timeout=5)
 
@@ -156,7 +172,9 @@ class SlurmCluster:
 
     def log_tails(self, num_lines: int = 15) -> str:
         """The last lines of every daemon's log, slurmctld's first."""
-        files = sorted((self.directory / "log").glob("*.log"), key=lambda f: f.name != "slurmctld.log")
+        files = sorted(
+            (self.directory / "log").glob("*.log"), key=lambda f: f.name != "slurmctld.log"
+        )
         return "\n".join(f"--- {file.name}\n{self._tail(file, num_lines)}" for file in files)
 
     # -- inside
@@ -168,10 +186,16 @@ class SlurmCluster:
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
         self._spawn(
-            "munged", "munged", "--foreground", "--force", "--num-threads=2",
-            f"--key-file={key}", f"--socket={socket_path}", f"--pid-file={self.directory}/munge/pid",
+            "munged",
+            "munged",
+            "--foreground",
+            "--force",
+            "--num-threads=2",
+            f"--key-file={key}",
+            f"--socket={socket_path}",
+            f"--pid-file={self.directory}/munge/pid",
             f"--seed-file={self.directory}/munge/seed",
-        )  # fmt: skip
+        )
         ping = ["munge", "--no-input", f"--socket={socket_path}"]
         self._wait("munged answers", lambda: self._succeeds(*ping))
 
@@ -261,14 +285,23 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefaultTime=30 State=UP Priority
         self._wait(f"nodes {' '.join(names)} idle", idle)
 
     def _nodes_in(self, states: str) -> list[str]:
-        listing = ["sinfo", "--noheader", "--Node", "--partition=main", f"--states={states}", "--format=%N"]
+        listing = [
+            "sinfo",
+            "--noheader",
+            "--Node",
+            "--partition=main",
+            f"--states={states}",
+            "--format=%N",
+        ]
         return self.run(*listing).stdout.split()
 
     def _wait(self, what: str, condition, timeout_s: float = 30.0) -> None:
         def done() -> bool:
             dead = [name for name, daemon in self.daemons.items() if daemon.poll() is not None]
             if dead:
-                raise RuntimeError(f"{', '.join(dead)} ended while waiting until {what}\n{self.log_tails()}")
+                raise RuntimeError(
+                    f"{', '.join(dead)} ended while waiting until {what}\n{self.log_tails()}"
+                )
             return condition()
 
         if not processes.wait_for(done, timeout_s):
@@ -299,10 +332,14 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefaultTime=30 State=UP Priority
             return
         self.run("scancel", f"--user={_user()}", check=False)
         listing = ["squeue", "--noheader"]  # pending, running and completing jobs
-        processes.wait_for(lambda: not self.run(*listing).stdout, self.kill_wait_s + 3.0, interval_s=0.1)
+        processes.wait_for(
+            lambda: not self.run(*listing).stdout, self.kill_wait_s + 3.0, interval_s=0.1
+        )
 
     def _succeeds(self, *command: str) -> bool:
-        return subprocess.run(command, env=self.env, capture_output=True, timeout=30).returncode == 0
+        return (
+            subprocess.run(command, env=self.env, capture_output=True, timeout=30).returncode == 0
+        )
 
     def _is_ours(self, process: processes.Process) -> bool:
         return process.has_env("SLURM_CONF", str(self.config_file))

@@ -18,7 +18,9 @@ def batch(slurm_cluster, tmp_path):
     def submit(script: str, *options: str) -> int:
         file = tmp_path / "job.sh"
         file.write_text("#!/bin/bash\n" + script)
-        return slurm_cluster.sbatch(f"--output={tmp_path}/%j.out", "--open-mode=append", *options, str(file))
+        return slurm_cluster.sbatch(
+            f"--output={tmp_path}/%j.out", "--open-mode=append", *options, str(file)
+        )
 
     return submit
 
@@ -29,7 +31,9 @@ def output_has(file: Path, text: str) -> bool:
 
 def test_srun_reaches_four_nodes_with_two_cpus_each(slurm_cluster):
     shape = ["--nodes=4", "--ntasks-per-node=1", "--cpus-per-task=2"]
-    result = slurm_cluster.run("srun", *shape, "bash", "-c", "echo $SLURMD_NODENAME $SLURM_CPUS_PER_TASK")
+    result = slurm_cluster.run(
+        "srun", *shape, "bash", "-c", "echo $SLURMD_NODENAME $SLURM_CPUS_PER_TASK"
+    )
     assert sorted(result.stdout.splitlines()) == ["n1 2", "n2 2", "n3 2", "n4 2"]
 
 
@@ -39,8 +43,12 @@ def test_more_cpus_than_a_node_has_are_refused(slurm_cluster):
 
 
 def test_nodes_have_addresses_of_their_own(slurm_cluster):
-    listing = slurm_cluster.run("sinfo", "--noheader", "--Node", "--partition=main", "--format=%N %o").stdout
-    assert [line.split() for line in listing.splitlines()] == [[f"n{i}", f"127.0.1.{i}"] for i in range(1, 5)]
+    listing = slurm_cluster.run(
+        "sinfo", "--noheader", "--Node", "--partition=main", "--format=%N %o"
+    ).stdout
+    assert [line.split() for line in listing.splitlines()] == [
+        [f"n{i}", f"127.0.1.{i}"] for i in range(1, 5)
+    ]
 
 
 def test_there_is_no_accounting(slurm_cluster):
@@ -57,15 +65,21 @@ def test_a_failed_job_is_reported_with_its_output(slurm_cluster, batch):
 def test_waiting_too_long_names_the_job_and_its_state(slurm_cluster, batch):
     job_id = batch("sleep 60\n")
     slurm_cluster.wait_state(job_id, "RUNNING", timeout_s=20)
-    with pytest.raises(TimeoutError, match=f"job {job_id} is RUNNING .*awaited COMPLETED for 0.2 s"):
+    with pytest.raises(
+        TimeoutError, match=f"job {job_id} is RUNNING .*awaited COMPLETED for 0.2 s"
+    ):
         slurm_cluster.wait_state(job_id, "COMPLETED", timeout_s=0.2)
 
 
 def test_a_signal_reaches_the_tasks_of_every_node(slurm_cluster, batch, tmp_path):
     task = "trap 'echo got it on $SLURMD_NODENAME; exit 0' USR1; echo ready; while :; do sleep 0.1; done"
-    job_id = batch(f'srun bash -c "{task.replace("$", chr(92) + "$")}"\n', "--nodes=4", "--ntasks-per-node=1")
+    job_id = batch(
+        f'srun bash -c "{task.replace("$", chr(92) + "$")}"\n', "--nodes=4", "--ntasks-per-node=1"
+    )
     output = tmp_path / f"{job_id}.out"
-    assert processes.wait_for(lambda: output.exists() and output.read_text().count("ready") == 4, 20)
+    assert processes.wait_for(
+        lambda: output.exists() and output.read_text().count("ready") == 4, 20
+    )
     slurm_cluster.run("scancel", "--signal=USR1", str(job_id))
     slurm_cluster.wait_state(job_id, "COMPLETED", timeout_s=20)
     answers = {line for line in output.read_text().splitlines() if line.startswith("got")}
@@ -86,14 +100,21 @@ def test_a_requeued_job_starts_again_and_counts_it(slurm_cluster, batch, tmp_pat
 def test_an_urgent_job_preempts_and_requeues(slurm_cluster, batch, tmp_path):
     job_id = batch("echo started\nsleep 60\n", "--nodes=4", "--exclusive", "--requeue")
     assert output_has(tmp_path / f"{job_id}.out", "started")
-    urgent = slurm_cluster.sbatch("--partition=urgent", "--nodes=4", "--output=/dev/null", "--wrap=true")
+    urgent = slurm_cluster.sbatch(
+        "--partition=urgent", "--nodes=4", "--output=/dev/null", "--wrap=true"
+    )
     slurm_cluster.wait_state(urgent, "COMPLETED", timeout_s=40)
     assert slurm_cluster.job(job_id)["Restarts"] == "1"
 
 
 def test_a_killed_node_takes_its_tasks_along_and_fails_the_job(slurm_cluster, batch, tmp_path):
-    job_id = batch("srun bash -c 'echo $$ > $SLURMD_NODENAME; exec sleep 60'\n", "--nodes=2", "--no-requeue",
-                   f"--chdir={tmp_path}", "--nodelist=n3,n4")  # fmt: skip
+    job_id = batch(
+        "srun bash -c 'echo $$ > $SLURMD_NODENAME; exec sleep 60'\n",
+        "--nodes=2",
+        "--no-requeue",
+        f"--chdir={tmp_path}",
+        "--nodelist=n3,n4",
+    )
     pids = [tmp_path / "n3", tmp_path / "n4"]
     assert processes.wait_for(lambda: all(file.exists() and file.read_text() for file in pids), 20)
     slurm_cluster.kill_node("n4")
@@ -111,7 +132,9 @@ def test_after_a_node_failure_the_next_test_has_four_nodes(slurm_cluster):
 def test_stopping_ends_jobs_daemons_and_daemons_that_escaped(tmp_path):
     escaped = tmp_path / "pid"
     with SlurmCluster(num_nodes=1, gpus_per_node=8) as cluster:
-        gpus = cluster.run("srun", "--gpus-per-node=8", "bash", "-c", "echo $CUDA_VISIBLE_DEVICES").stdout
+        gpus = cluster.run(
+            "srun", "--gpus-per-node=8", "bash", "-c", "echo $CUDA_VISIBLE_DEVICES"
+        ).stdout
         assert gpus == "0,1,2,3,4,5,6,7\n"
         job = f"--wrap=setsid --fork bash -c 'echo $$ > {escaped}; exec sleep 60'; sleep 60"
         cluster.sbatch("--output=/dev/null", job)

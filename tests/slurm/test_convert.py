@@ -23,7 +23,13 @@ class Login:
         self.slurm, self.folder = slurm, folder
 
     def type(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / "jobs/submit_convert.py"), *map(str, arguments), "--cpus", "2"]
+        command = [
+            sys.executable,
+            str(ROOT / "jobs/submit_convert.py"),
+            *map(str, arguments),
+            "--cpus",
+            "2",
+        ]
         environ = os.environ | {"SLURM_CONF": str(self.slurm.config_file), "PYTHONPATH": str(ROOT)}
         return subprocess.run(
             command, cwd=self.folder, env=environ, capture_output=True, text=True, timeout=60
@@ -32,7 +38,11 @@ class Login:
     def submit(self, *arguments: str | Path) -> int:
         shown = self.type(*arguments)
         assert shown.returncode == 0, shown.stderr
-        [job] = [line.split()[-1] for line in shown.stdout.splitlines() if line.startswith("submitted job")]
+        [job] = [
+            line.split()[-1]
+            for line in shown.stdout.splitlines()
+            if line.startswith("submitted job")
+        ]
         return int(job)
 
     def log(self, job: int, name: str) -> str:
@@ -67,7 +77,9 @@ def test_conversions_there_and_back_and_their_comparison(login: Login, tiny_mode
 
 def test_a_requeued_job_runs_the_same_command_again(login: Login, tiny_model: Path) -> None:
     began = login.folder / "began"
-    first_life_waits = '[ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || { echo first; touch began; sleep 200; }'
+    first_life_waits = (
+        '[ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || { echo first; touch began; sleep 200; }'
+    )
     (login.folder / "site.yaml").write_text(f"setup: ['{first_life_waits}']")
     job = login.submit("hf-to-megatron", tiny_model, "out", "--cluster", "site.yaml")
     assert processes.wait_for(began.exists, _DEADLINE_S), login.log(job, "out")
@@ -77,10 +89,15 @@ def test_a_requeued_job_runs_the_same_command_again(login: Login, tiny_model: Pa
     assert fields["JobState"] == "COMPLETED", login.log(job, "out")
     said = login.log(job, "out")
     assert said.startswith("first\n") and "peak memory" in said
-    assert sorted(path.name for path in login.folder.glob("out*")) == ["out", f"out.slurm-{job}.out"]
+    assert sorted(path.name for path in login.folder.glob("out*")) == [
+        "out",
+        f"out.slurm-{job}.out",
+    ]
 
 
-def test_a_source_that_goes_while_the_job_waits_fails_it_in_one_line(login: Login, tiny_model: Path) -> None:
+def test_a_source_that_goes_while_the_job_waits_fails_it_in_one_line(
+    login: Login, tiny_model: Path
+) -> None:
     (login.folder / "site.yaml").write_text('extra_sbatch: {hold: ""}')
     source = login.folder / "source"
     source.symlink_to(tiny_model)

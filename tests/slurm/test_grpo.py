@@ -18,7 +18,9 @@ FLAGS = ["--num-rollout", "3", "--eval.max-prompts", "50", "--eval.n-samples-per
 
 
 @pytest.fixture
-def slurm(slurm_cluster: SlurmCluster, no_leftovers: None, monkeypatch: pytest.MonkeyPatch) -> SlurmCluster:
+def slurm(
+    slurm_cluster: SlurmCluster, no_leftovers: None, monkeypatch: pytest.MonkeyPatch
+) -> SlurmCluster:
     monkeypatch.setenv("SLURM_CONF", str(slurm_cluster.config_file))
     monkeypatch.setenv("NANOSLIME_PYTHON", sys.executable)
     monkeypatch.chdir(ROOT)
@@ -36,7 +38,10 @@ def check_outcome(run: RunDir, attempts: int, trainers: list[str], engines: list
     assert steps == [0, 1, 2], tails(run)
     summary = json.loads(run.summary.read_text())
     assert summary["steps"] == 3 and summary["logprob_gap_max"] < 1e-4
-    assert 0 < summary["reward_before"] < 1 and Path(summary["hf_export"], "model.safetensors").is_file()
+    assert (
+        0 < summary["reward_before"] < 1
+        and Path(summary["hf_export"], "model.safetensors").is_file()
+    )
     last = run.attempt(attempts)
     assert last.ended() == (DONE, ""), tails(run)
     for rank, address in enumerate(trainers):
@@ -52,10 +57,16 @@ def test_a_submitted_job_is_preempted_requeued_and_completes_at_the_right_step(s
     command = [sys.executable, "jobs/submit_grpo.py", *sizes, "--run-root", str(tmp_path), *FLAGS]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ)
     assert shown.returncode == 0, shown.stderr
-    [job_id] = [line.split()[-1] for line in shown.stdout.splitlines() if line.startswith("submitted job")]
+    [job_id] = [
+        line.split()[-1] for line in shown.stdout.splitlines() if line.startswith("submitted job")
+    ]
     run = RunDir.open(tmp_path / "rehearsal")
-    assert processes.wait_for(lambda: run.metrics.exists() or run.status().get("phase") == "failed", 280, 0.2)
-    slurm.run("scancel", "--signal=USR2", job_id)  # what SLURM sends before the time limit and a preemption
+    assert processes.wait_for(
+        lambda: run.metrics.exists() or run.status().get("phase") == "failed", 280, 0.2
+    )
+    slurm.run(
+        "scancel", "--signal=USR2", job_id
+    )  # what SLURM sends before the time limit and a preemption
     slurm.wait_state(int(job_id), "COMPLETED", timeout_s=280)
     code, reason = run.attempt(1).ended() or (None, "")
     assert code == STOPPED and reason.startswith("SIGUSR2"), tails(run)
@@ -70,8 +81,15 @@ def test_a_submitted_job_is_preempted_requeued_and_completes_at_the_right_step(s
 def test_the_template_runs_the_same_job(slurm, tmp_path):
     output = tmp_path / "job.out"
     job_id = slurm.sbatch(
-        "--nodes=4", f"--output={output}", "jobs/templates/grpo.sbatch", "--run-root", str(tmp_path), *FLAGS
+        "--nodes=4",
+        f"--output={output}",
+        "jobs/templates/grpo.sbatch",
+        "--run-root",
+        str(tmp_path),
+        *FLAGS,
     )
     slurm.wait_state(job_id, "COMPLETED", timeout_s=280)
     trainers = ["127.0.1.1", "127.0.1.1", "127.0.1.2", "127.0.1.2"]
-    check_outcome(RunDir.open(tmp_path / "rehearsal"), 1, trainers, engines=["127.0.1.3", "127.0.1.4"])
+    check_outcome(
+        RunDir.open(tmp_path / "rehearsal"), 1, trainers, engines=["127.0.1.3", "127.0.1.4"]
+    )

@@ -21,7 +21,9 @@ _DEADLINE_S = 150.0
 
 
 @pytest.fixture
-def slurm(slurm_cluster: SlurmCluster, no_leftovers: None, monkeypatch: pytest.MonkeyPatch) -> SlurmCluster:
+def slurm(
+    slurm_cluster: SlurmCluster, no_leftovers: None, monkeypatch: pytest.MonkeyPatch
+) -> SlurmCluster:
     """The cluster as a user's shell sees it. After the test nothing of its jobs may be left."""
     monkeypatch.setenv("SLURM_CONF", str(slurm_cluster.config_file))
     return slurm_cluster
@@ -35,7 +37,9 @@ def logs(made: MadeRun) -> str:
 def wait_for_driver(made: MadeRun, attempt: int) -> None:
     began = made.run.attempts / str(attempt) / "driver_began"
     ended = made.run.attempts / str(attempt) / "end.json"
-    assert processes.wait_for(lambda: began.exists() or ended.exists(), _DEADLINE_S, 0.2), logs(made)
+    assert processes.wait_for(lambda: began.exists() or ended.exists(), _DEADLINE_S, 0.2), logs(
+        made
+    )
     assert began.exists(), logs(made)
 
 
@@ -48,7 +52,9 @@ def test_submitit_job_has_an_agent_per_node_and_roles_where_the_plan_says(
 
     assert made.end == (DONE, "")
     seen = json.loads((made.run.attempts / "1" / "seen.json").read_text())
-    found = {n["labels"]["nanoslime-node"]: (n["labels"]["nanoslime-role"], n["address"]) for n in seen}
+    found = {
+        n["labels"]["nanoslime-node"]: (n["labels"]["nanoslime-role"], n["address"]) for n in seen
+    }
     assert found == {
         "0": ("trainer", "127.0.1.1"),
         "1": ("trainer", "127.0.1.2"),
@@ -100,7 +106,9 @@ def test_a_killed_agent_fails_the_job_in_one_line_and_leaves_nothing(
     assert scratches(tmp_path) == []
 
 
-def test_a_cancelled_job_leaves_nothing_and_is_not_requeued(slurm: SlurmCluster, tmp_path: Path) -> None:
+def test_a_cancelled_job_leaves_nothing_and_is_not_requeued(
+    slurm: SlurmCluster, tmp_path: Path
+) -> None:
     made = make_run(tmp_path, 1)
     job_id = submit_submitit(made.config, made.layout, made.run, driver("deaf"))
     wait_for_driver(made, 1)

@@ -9,7 +9,12 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from nanoslime.storage.safetensors_file import SafetensorsError, plan_files, read_headers, write_files
+from nanoslime.storage.safetensors_file import (
+    SafetensorsError,
+    plan_files,
+    read_headers,
+    write_files,
+)
 
 TENSORS = {
     "embed": np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -26,7 +31,9 @@ def write(directory: Path, max_shard_bytes: int = 1 << 30) -> None:
 
 
 @pytest.mark.parametrize(("max_shard_bytes", "files"), [(1 << 30, 1), (20, 2), (1, 4)])
-def test_what_is_written_loads_in_the_library(tmp_path: Path, max_shard_bytes: int, files: int) -> None:
+def test_what_is_written_loads_in_the_library(
+    tmp_path: Path, max_shard_bytes: int, files: int
+) -> None:
     write(tmp_path, max_shard_bytes)
     shards = sorted(tmp_path.glob("*.safetensors"))
     loaded = {name: array for shard in shards for name, array in load_file(shard).items()}
@@ -84,10 +91,19 @@ DAMAGES = {
     "a shard is missing": (lambda d: (d / FIRST).unlink(), [FIRST, "missing"]),
     "a shard is truncated": (lambda d: truncate(d / FIRST, 1), [FIRST, "truncated"]),
     "a shard is empty": (lambda d: (d / FIRST).write_bytes(b""), [FIRST, "truncated"]),
-    "a shard is a pointer file": (lambda d: (d / FIRST).write_bytes(b"version https://git-lfs"), [FIRST]),
-    "header is not JSON": (lambda d: edit_header(d / FIRST, '{"__meta', '{"__meta"'), [FIRST, "header"]),
+    "a shard is a pointer file": (
+        lambda d: (d / FIRST).write_bytes(b"version https://git-lfs"),
+        [FIRST],
+    ),
+    "header is not JSON": (
+        lambda d: edit_header(d / FIRST, '{"__meta', '{"__meta"'),
+        [FIRST, "header"],
+    ),
     "unknown dtype": (lambda d: edit_header(d / FIRST, '"F32"', '"F33"'), [FIRST, "F33"]),
-    "shape contradicts bytes": (lambda d: edit_header(d / FIRST, "[3,4]", "[3,5]"), [FIRST, "embed"]),
+    "shape contradicts bytes": (
+        lambda d: edit_header(d / FIRST, "[3,4]", "[3,5]"),
+        [FIRST, "embed"],
+    ),
     "a hole": (lambda d: edit_header(d / FIRST, "[0,48]", "[8,48]"), [FIRST, "embed", "hole"]),
     "index lists too much": (lambda d: edit_index(d, "ghost", FIRST), [FIRST, "ghost"]),
     "index lists too little": (lambda d: edit_index(d, "bytes", None), ["bytes", "does not list"]),
@@ -106,7 +122,9 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, case: str) -> None:
 
 
 def test_overlapping_tensors_are_refused(tmp_path: Path) -> None:
-    save_file({"a": np.zeros(2, np.float32), "b": np.zeros(2, np.float32)}, tmp_path / "model.safetensors")
+    save_file(
+        {"a": np.zeros(2, np.float32), "b": np.zeros(2, np.float32)}, tmp_path / "model.safetensors"
+    )
     edit_header(tmp_path / "model.safetensors", "[8,16]", "[4,12]")
     with pytest.raises(SafetensorsError, match="overlap"):
         read_headers(tmp_path)

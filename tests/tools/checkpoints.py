@@ -10,7 +10,11 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from nanoslime.models.rules import tensors
@@ -26,7 +30,12 @@ TOKENIZER = "tokenizer.json"
 
 
 def make(
-    directory: Path, family: str, *, shards: bool = False, mtp: bool | None = None, bf16: bool = False
+    directory: Path,
+    family: str,
+    *,
+    shards: bool = False,
+    mtp: bool | None = None,
+    bf16: bool = False,
 ) -> Path:
     """A Hugging Face checkpoint with a tokenizer; `mtp`: with multi-token prediction, and whether repeats."""
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -50,11 +59,15 @@ def to_huggingface(*arguments: object) -> int:
 def contents(directory: Path) -> dict[str, str]:
     """Relative path -> hash of every file."""
     files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
-    return {str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    return {
+        str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files
+    }
 
 
 def load(directory: Path) -> Tensors:
-    return {k: v for file in sorted(directory.glob("*.safetensors")) for k, v in load_file(file).items()}
+    return {
+        k: v for file in sorted(directory.glob("*.safetensors")) for k, v in load_file(file).items()
+    }
 
 
 def same(one: Tensors, other: Tensors) -> bool:
@@ -98,9 +111,13 @@ class Grid(dcp.DefaultSavePlanner):
                 continue
             for start, shape in self.grid(key, value):
                 chunk = ChunkStorageMetadata(torch.Size(start), torch.Size(shape))
-                data = TensorWriteData(chunk, TensorProperties.create_from_tensor(value), value.size())
+                data = TensorWriteData(
+                    chunk, TensorProperties.create_from_tensor(value), value.size()
+                )
                 items.append(
-                    WriteItem(MetadataIndex(key, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
+                    WriteItem(
+                        MetadataIndex(key, chunk.offsets), WriteItemType.SHARD, tensor_data=data
+                    )
                 )
         self.plan = SavePlan(items)
         return self.plan
@@ -110,7 +127,9 @@ class Grid(dcp.DefaultSavePlanner):
         if write_item.type == WriteItemType.BYTE_IO:
             return super().resolve_data(write_item)
         chunk = write_item.tensor_data.chunk
-        return value[tuple(slice(a, a + n) for a, n in zip(chunk.offsets, chunk.sizes, strict=True))].clone()
+        return value[
+            tuple(slice(a, a + n) for a, n in zip(chunk.offsets, chunk.sizes, strict=True))
+        ].clone()
 
 
 def whole(key: str, value: torch.Tensor) -> list[Box]:
@@ -131,7 +150,9 @@ def cut(shape: Iterable[int], *ways: int) -> list[Box]:
 def save_stock(directory: Path, state: dict[str, object], grid=whole) -> Path:
     """Write `state` with torch's own writer, and beside it what megatron-core adds."""
     directory.mkdir(parents=True, exist_ok=True)
-    dcp.save(state, storage_writer=dcp.FileSystemWriter(directory), planner=Grid(grid), no_dist=True)
+    dcp.save(
+        state, storage_writer=dcp.FileSystemWriter(directory), planner=Grid(grid), no_dist=True
+    )
     torch.save({"iteration": 3, "checkpoint_version": 3.0}, directory / "common.pt")
     backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     backend |= {"common_backend": "torch", "common_backend_version": 1}
@@ -149,9 +170,16 @@ def load_stock(directory: Path) -> Tensors:
 
 
 BIG = dict(
-    model_type="llama", hidden_size=768, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=12,
-    num_key_value_heads=4, max_position_embeddings=128, rms_norm_eps=1e-6, vocab_size=8000,
-)  # fmt: skip
+    model_type="llama",
+    hidden_size=768,
+    intermediate_size=2048,
+    num_hidden_layers=8,
+    num_attention_heads=12,
+    num_key_value_heads=4,
+    max_position_embeddings=128,
+    rms_norm_eps=1e-6,
+    vocab_size=8000,
+)
 
 
 def make_big(directory: Path, **changes: object) -> Path:

@@ -23,7 +23,9 @@ def models(tmp_path_factory) -> Path:
     return directory
 
 
-def run_blocked(blocked: tuple[str, ...], tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+def run_blocked(
+    blocked: tuple[str, ...], tool: str, *arguments: object
+) -> subprocess.CompletedProcess[str]:
     """The command in a process where `blocked` cannot be imported."""
     code = f"""
 import runpy, sys
@@ -90,15 +92,19 @@ def test_names_that_nothing_here_confirms_are_said_so(models, tmp_path, capsys):
     for options in (["--dry-run"], []):
         assert to_megatron(models / "glm4", tmp_path / "out", *options) == 0
         captured = capsys.readouterr()
-        assert "note: glm4: the norms after attention and MLP are named as slime and mbridge do" in (
-            captured.out if options else captured.err
+        assert (
+            "note: glm4: the norms after attention and MLP are named as slime and mbridge do"
+            in (captured.out if options else captured.err)
         )
 
 
-@pytest.mark.parametrize("main, source, own", [
-    (hf_to_megatron.main, "HF_DIR", []),
-    (megatron_to_hf.main, "MEGATRON_DIR", ["--hf-checkpoint DIR", "--dtype {BF16,F16,F32}"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "main, source, own",
+    [
+        (hf_to_megatron.main, "HF_DIR", []),
+        (megatron_to_hf.main, "MEGATRON_DIR", ["--hf-checkpoint DIR", "--dtype {BF16,F16,F32}"]),
+    ],
+)
 def test_help_says_what_it_does(capsys, main, source, own):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
@@ -108,7 +114,9 @@ def test_help_says_what_it_does(capsys, main, source, own):
         assert option in text
 
 
-@pytest.mark.parametrize("arguments", [[], ["in"], ["in", "out", "--tp-size", "2"], ["in", "out", "--dry"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["in"], ["in", "out", "--tp-size", "2"], ["in", "out", "--dry"]]
+)
 def test_wrong_arguments_are_refused(capsys, arguments):
     with pytest.raises(SystemExit, match="2"):
         hf_to_megatron.main(arguments)

@@ -58,7 +58,12 @@ def start(tool: str, *arguments: object) -> subprocess.Popen[str]:
 
 
 def size_of(directory: Path) -> int:
-    files = (os.path.join(d, n) for d, _, names in os.walk(directory) for n in names if not n.startswith("."))
+    files = (
+        os.path.join(d, n)
+        for d, _, names in os.walk(directory)
+        for n in names
+        if not n.startswith(".")
+    )
     return sum(os.stat(file).st_size for file in files)
 
 
@@ -77,13 +82,18 @@ def whole_files(partial: Path) -> dict[str, tuple[int, int]]:
     if not (partial / run.PROGRESS).exists():
         return {}
     done = json.loads((partial / run.PROGRESS).read_text())["done"]
-    return {name: ((partial / name).stat().st_ino, (partial / name).stat().st_mtime_ns) for name in done}
+    return {
+        name: ((partial / name).stat().st_ino, (partial / name).stat().st_mtime_ns) for name in done
+    }
 
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_killed_at_any_moment_and_continued(big, tmp_path, tool):
     source, out, partial = big / TOOLS[tool], tmp_path / "out", tmp_path / "out.partial"
-    expected, rng = contents(big / ("megatron" if tool == "hf_to_megatron" else "back")), random.Random(3)
+    expected, rng = (
+        contents(big / ("megatron" if tool == "hf_to_megatron" else "back")),
+        random.Random(3),
+    )
     before, finished, killed, kept = contents(source), {}, 0, 0
     for _ in range(30):
         there = size_of(partial)
@@ -158,7 +168,9 @@ def break_write(monkeypatch: pytest.MonkeyPatch, number: int, error: Exception |
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_broken_worker_ends_all_and_a_rerun_continues(small, tmp_path, monkeypatch, capsys, threads):
+def test_a_broken_worker_ends_all_and_a_rerun_continues(
+    small, tmp_path, monkeypatch, capsys, threads
+):
     convert = [small / "megatron", tmp_path / "out", "--threads", threads]
     with monkeypatch.context() as broken:
         begun = break_write(broken, 4, OSError(errno.EIO, "the disk is broken", "/dev/sda"))
@@ -195,7 +207,9 @@ def test_what_cannot_be_continued_starts_anew(small, tmp_path, monkeypatch, how)
     elif (
         how == "a file is not whole"
     ):  # its bytes were not yet forced to disk: of full size, not in the journal
-        (tmp_path / "out.partial" / finished[0]).write_bytes(bytes((source / finished[0]).stat().st_size))
+        (tmp_path / "out.partial" / finished[0]).write_bytes(
+            bytes((source / finished[0]).stat().st_size)
+        )
         journal = tmp_path / "out.partial" / run.PROGRESS
         values = json.loads(journal.read_text())
         del values["done"][finished[0]]
@@ -209,10 +223,13 @@ def test_what_cannot_be_continued_starts_anew(small, tmp_path, monkeypatch, how)
     assert result == contents(source)
 
 
-@pytest.mark.parametrize("how, code, message", [
-    (lambda file: os.truncate(file, 3000), 2, "{file} has no byte"),
-    (lambda file: file.unlink(), 1, "No such file or directory: '{file}'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "how, code, message",
+    [
+        (lambda file: os.truncate(file, 3000), 2, "{file} has no byte"),
+        (lambda file: file.unlink(), 1, "No such file or directory: '{file}'"),
+    ],
+)
 def test_a_source_that_changes_under_the_copy_ends_it(
     small, tmp_path, monkeypatch, capsys, how, code, message
 ):
@@ -269,7 +286,10 @@ def test_a_full_disk_leaves_everything_as_it_was(disk, tmp_path, monkeypatch, ca
     with monkeypatch.context() as filling:
         filling.setattr(run, "_check_space", check_space)
         assert to_megatron(source, disk / "out", "--force") == 2
-    assert "out.partial: no space left; free some and run the same command again" in capsys.readouterr().err
+    assert (
+        "out.partial: no space left; free some and run the same command again"
+        in capsys.readouterr().err
+    )
     assert contents(disk / "out") == {"old": contents(tmp_path / "disk/out")["old"]}
     assert old.read_text() == "an earlier output" and contents(source) == before
     filler.unlink()
@@ -279,12 +299,16 @@ def test_a_full_disk_leaves_everything_as_it_was(disk, tmp_path, monkeypatch, ca
     assert contents(tmp_path / "back").items() >= before.items()
 
 
-def test_an_output_is_replaced_only_with_force_and_only_at_the_end(small, tmp_path, monkeypatch, capsys):
+def test_an_output_is_replaced_only_with_force_and_only_at_the_end(
+    small, tmp_path, monkeypatch, capsys
+):
     out = tmp_path / "out"
     out.mkdir()
     (out / "old").write_text("old")
     assert to_huggingface(small / "megatron", out) == 2
-    assert "out exists; choose another output, or replace it with --force" in capsys.readouterr().err
+    assert (
+        "out exists; choose another output, or replace it with --force" in capsys.readouterr().err
+    )
     seen: list[tuple[str, bool, bool]] = []
 
     def spy(name: str, module: object, function: str) -> None:
@@ -329,11 +353,14 @@ def test_a_link_to_an_output_keeps_pointing_to_it(small, tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     assert to_huggingface(small / "megatron", tmp_path / "link", "--force") == 0
-    assert (tmp_path / "link").is_symlink() and contents(tmp_path / "real") == contents(small / "back")
+    assert (tmp_path / "link").is_symlink() and contents(tmp_path / "real") == contents(
+        small / "back"
+    )
 
 
 @pytest.mark.parametrize(
-    "name", ["megatron", "megatron/release", "megatron/new", "megatron/hf", ".", "hf", "hf/new", "other"]
+    "name",
+    ["megatron", "megatron/release", "megatron/new", "megatron/hf", ".", "hf", "hf/new", "other"],
 )
 def test_an_output_that_overlaps_the_source_is_refused(small, tmp_path, capsys, name):
     """`other` would be written as other.partial, which is the source here."""

@@ -32,7 +32,9 @@ def test_megatron_core_loads_what_is_converted_in_any_grid(family, pools, tmp_pa
     assert to_megatron(model, tmp_path / "megatron") == 0
     for size, grids in (EXPERT_GRIDS if ModelShape.read(model).moe else GRIDS).items():
         for grid in grids:
-            assert not any(pools[size](differences, model, tmp_path / "megatron" / "release", grid)), grid
+            assert not any(
+                pools[size](differences, model, tmp_path / "megatron" / "release", grid)
+            ), grid
 
 
 def test_a_wrong_byte_would_be_seen(two_ranks, tmp_path):
@@ -44,7 +46,9 @@ def test_a_wrong_byte_would_be_seen(two_ranks, tmp_path):
         file.seek(chunk.offset)
         file.write(b"\x55")
     wrong = two_ranks(differences, model, tmp_path / "megatron" / "release", Grid(tp=2))
-    assert wrong[0] == ["decoder.layers.2.mlp.linear_fc2.weight <- model.layers.2.mlp.down_proj.weight"]
+    assert wrong[0] == [
+        "decoder.layers.2.mlp.linear_fc2.weight <- model.layers.2.mlp.down_proj.weight"
+    ]
 
 
 @pytest.mark.parametrize("layout", ["A", "B", "C"])
@@ -85,7 +89,9 @@ def test_a_step_of_a_run_converts_without_being_told_the_model(layout, two_ranks
         expected.setdefault(name, torch.full(shape, torch.nan))[slices] = tensor
     assert to_huggingface(step, tmp_path / "back") == 0
     assert same(load(tmp_path / "back"), expected)
-    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (
+        model / "tokenizer.json"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3_moe", "deepseek_v3"])

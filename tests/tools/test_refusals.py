@@ -40,7 +40,9 @@ def family(request, tmp_path_factory) -> Path:
     assert to_megatron(source, directory / "ours") == 0
     names = {piece.megatron for piece in pieces(ModelShape.read(source), Part())}
     held = {keys.key_of(name)[0] for name in names}
-    stored = {key: tensor for key, tensor in load_stock(directory / "ours/release").items() if key in held}
+    stored = {
+        key: tensor for key, tensor in load_stock(directory / "ours/release").items() if key in held
+    }
     save_stock(directory / "megatron/release", stored)
     shutil.copytree(directory / "ours/hf", directory / "megatron/hf")
     assert to_huggingface(directory / "megatron", directory / "back") == 0
@@ -85,7 +87,10 @@ def test_a_wrong_tensor_of_hugging_face_is_named_with_its_file(family, tmp_path,
 
         for change, message in (
             (lambda t, name=name: t.pop(name), f"{INDEX_FILE} has no tensor {name} "),
-            (lambda t, name=name: t.update({name + "_": t.pop(name)}), f"{INDEX_FILE} has no tensor {name} "),
+            (
+                lambda t, name=name: t.update({name + "_": t.pop(name)}),
+                f"{INDEX_FILE} has no tensor {name} ",
+            ),
             (
                 lambda t, name=name: t.update({name + "_extra": torch.ones(2)}),
                 f"{files[name]}: 1 tensors do not belong to a {shape.model_type}: .*{name}_extra",
@@ -95,11 +100,16 @@ def test_a_wrong_tensor_of_hugging_face_is_named_with_its_file(family, tmp_path,
             source = copy(family / "hf", tmp_path / "hf")
             edit(source, name, change)
             refused(to_megatron, source, message)
-    for name in (min(fused), max(fused)):  # parts of one tensor: query, key, value; gate, up; experts
+    for name in (
+        min(fused),
+        max(fused),
+    ):  # parts of one tensor: query, key, value; gate, up; experts
         source = copy(family / "hf", tmp_path / "hf")
         edit(source, name, lambda t, name=name: t.update({name: t[name].half()}))
         refused(
-            to_megatron, source, f"safetensors: .*{name.rpartition('layers.')[0]}.* (F16|F32), but .*F(16|32)"
+            to_megatron,
+            source,
+            f"safetensors: .*{name.rpartition('layers.')[0]}.* (F16|F32), but .*F(16|32)",
         )
         edit(source, name, lambda t, name=name: t.update({name: t[name].int()}))
         refused(to_megatron, source, f"{files[name]}: {name} is I32; dequantize")
@@ -120,7 +130,10 @@ def test_a_wrong_key_of_megatron_is_named_with_its_file(family, tmp_path, refuse
                     stored | {key + "_extra": torch.ones(2, 2)},
                     r"__0_0\.distcp: .*_extra and \d others do not",
                 ),
-                (stored | {key: stored[key][..., 1:]}, rf"__0_0\.distcp: {name} is \[.*config.json asks for"),
+                (
+                    stored | {key: stored[key][..., 1:]},
+                    rf"__0_0\.distcp: {name} is \[.*config.json asks for",
+                ),
                 (stored | {key: stored[key].int()}, rf"__0_0\.distcp: {name} is I32; dequantize"),
             ]
         ):
@@ -146,9 +159,15 @@ def test_a_flipped_bit_anywhere_is_found(llama, tmp_path, refused, which):
     names = contents(source)
     assert {"manifest.json"} < names.keys()
     if which == "megatron":
-        kinds = {"release/.metadata", "release/common.pt", "release/metadata.json", "release/__0_0.distcp"}
+        kinds = {
+            "release/.metadata",
+            "release/common.pt",
+            "release/metadata.json",
+            "release/__0_0.distcp",
+        }
         assert (
-            kinds | {"hf/config.json", f"hf/{HEADERS}", "latest_checkpointed_iteration.txt"} <= names.keys()
+            kinds | {"hf/config.json", f"hf/{HEADERS}", "latest_checkpointed_iteration.txt"}
+            <= names.keys()
         )
     for name in sorted(names.keys() - {"manifest.json"}):
         good = (source / name).read_bytes()
@@ -167,7 +186,11 @@ def test_a_flipped_bit_of_the_manifest_is_found_or_harmless(llama, tmp_path, cap
     assert convert(source, tmp_path / "expected") == 0
     expected = contents(tmp_path / "expected")
     good = (source / "manifest.json").read_bytes()
-    places = [good.index(b'"files"') + 2, good.index(b'"bytes"') + 2, good.index(b'"xxh3_128":') + 2]
+    places = [
+        good.index(b'"files"') + 2,
+        good.index(b'"bytes"') + 2,
+        good.index(b'"xxh3_128":') + 2,
+    ]
     for place in places + [rng.randrange(len(good)) for _ in range(20)]:
         bad = bytearray(good)
         bad[place] ^= 1 << rng.randrange(8)
@@ -195,13 +218,19 @@ def change_index(directory: Path, change: Callable[[dict[str, str]], object]) ->
 def twice(directory: Path) -> None:
     first, second = sorted(directory.glob("*.safetensors"))[1:3]
     name = next(n for n, info in read_headers(directory).items() if info.file == first)
-    edit(directory, next(n for n, info in read_headers(directory).items() if info.file == second),
-         lambda t: t.update({name: torch.ones(1)}))  # fmt: skip
+    edit(
+        directory,
+        next(n for n, info in read_headers(directory).items() if info.file == second),
+        lambda t: t.update({name: torch.ones(1)}),
+    )
 
 
 NORM = "model.norm.weight"
 HF_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "truncated": (lambda d: os.truncate(last_shard(d), last_shard(d).stat().st_size - 1), "is truncated"),
+    "truncated": (
+        lambda d: os.truncate(last_shard(d), last_shard(d).stat().st_size - 1),
+        "is truncated",
+    ),
     "header only": (lambda d: os.truncate(last_shard(d), 100), "truncated or not safetensors"),
     "missing shard": (lambda d: last_shard(d).unlink(), r"model-\d+-of-\d+.safetensors is missing"),
     "absent file": (
@@ -212,7 +241,10 @@ HF_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: change_index(d, lambda m: m.update({NORM: min(set(m.values()) - {m[NORM]})})),
         f"does not hold {NORM}, although",
     ),
-    "unlisted": (lambda d: change_index(d, lambda m: m.pop(NORM)), f"holds {NORM}, which .* does not list"),
+    "unlisted": (
+        lambda d: change_index(d, lambda m: m.pop(NORM)),
+        f"holds {NORM}, which .* does not list",
+    ),
     "twice": (twice, r"00003.* holds model.*, and so does .*00002"),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json does not exist"),
 }
@@ -235,7 +267,10 @@ MEGATRON_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: rewrite(d / "release/__0_0.distcp", lambda b: b[:-1]),
         r"__0_0\.distcp: \S+: truncated",
     ),
-    "missing chunks": (lambda d: (d / "release/__0_0.distcp").unlink(), r"__0_0\.distcp is missing"),
+    "missing chunks": (
+        lambda d: (d / "release/__0_0.distcp").unlink(),
+        r"__0_0\.distcp is missing",
+    ),
     "missing metadata": (lambda d: (d / "release/.metadata").unlink(), "is no checkpoint"),
     "missing common": (lambda d: (d / "release/common.pt").unlink(), r"common\.pt is missing"),
     "cut common": (lambda d: rewrite(d / "release/common.pt", lambda b: b[:-9]), r"common\.pt"),
@@ -253,10 +288,12 @@ MEGATRON_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "names '../model-.*no file of that directory",
     ),
     "headers of another model": (
-        lambda d: rewrite(d / "hf" / HEADERS, lambda b: b.replace(b"model.norm.w", b"model.norm.W")),
+        lambda d: rewrite(
+            d / "hf" / HEADERS, lambda b: b.replace(b"model.norm.w", b"model.norm.W")
+        ),
         r"safetensors has model.norm.Weight \[32\], but .* has nothing of that name",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", MEGATRON_DAMAGE)
@@ -294,24 +331,37 @@ def test_a_malicious_pickle_is_refused_and_not_executed(llama, tmp_path, refused
     content = evil if name == ".metadata" else b"".join(torch_pickle.archive(evil))
     if name == "__0_0.distcp":  # in the place of one chunk
         metadata = pickle.loads((source / "release/.metadata").read_bytes())
-        place = next(p for index, p in metadata.storage_data.items() if index.fqn == "output_layer.weight")
+        place = next(
+            p for index, p in metadata.storage_data.items() if index.fqn == "output_layer.weight"
+        )
         before = file.read_bytes()
         assert len(content) <= place.length
         content = before[: place.offset] + content.rjust(place.length, b" ")
         content += before[len(content) :]
     file.write_bytes(content)
     refused(
-        to_huggingface, source, rf"{re.escape(name)}: .*pickle names \w+\.exec.*refused", "--no-checksums"
+        to_huggingface,
+        source,
+        rf"{re.escape(name)}: .*pickle names \w+\.exec.*refused",
+        "--no-checksums",
     )
     if name == ".metadata":
         assert to_huggingface(source, tmp_path / "dry", "--dry-run") == 2
 
 
-@pytest.mark.parametrize("family_name, how, name, of", [
-    ("qwen2", {}, "lm_head.weight", "model.embed_tokens.weight"),
-    ("glm4_moe", {"mtp": True}, "model.layers.4.embed_tokens.weight", "model.embed_tokens.weight"),
-    ("deepseek_v3", {"mtp": True}, "model.layers.4.shared_head.head.weight", "lm_head.weight"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "family_name, how, name, of",
+    [
+        ("qwen2", {}, "lm_head.weight", "model.embed_tokens.weight"),
+        (
+            "glm4_moe",
+            {"mtp": True},
+            "model.layers.4.embed_tokens.weight",
+            "model.embed_tokens.weight",
+        ),
+        ("deepseek_v3", {"mtp": True}, "model.layers.4.shared_head.head.weight", "lm_head.weight"),
+    ],
+)
 def test_a_repeat_that_differs_is_refused(tmp_path, refused, family_name, how, name, of):
     source = make(tmp_path / "hf", family_name, **how)
 
@@ -326,7 +376,8 @@ def test_a_repeat_that_differs_is_refused(tmp_path, refused, family_name, how, n
 def test_the_two_names_of_a_norm_have_to_agree(llama, tmp_path, refused):
     stored = load_stock(llama / "megatron/release")
     name, other = (
-        f"decoder.layers.2.{x}" for x in ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
+        f"decoder.layers.2.{x}"
+        for x in ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
     )
     source = save_stock(tmp_path / "same", stored)
     assert to_huggingface(source, tmp_path / "fine", "--hf-checkpoint", llama / "hf") == 0
@@ -357,17 +408,25 @@ def test_halves_of_one_tensor_have_to_match(llama, tmp_path, refused, half):
         "decoder.layers.1.mlp.linear_fc1.weight_w": whole[:48],
         "decoder.layers.1.mlp.linear_fc1.weight_v": half,
     }
-    source = save_stock(tmp_path / "halves", stored | {k: v for k, v in halves.items() if v is not None})
+    source = save_stock(
+        tmp_path / "halves", stored | {k: v for k, v in halves.items() if v is not None}
+    )
     message = r"layers\.1\.mlp\.linear_fc1\.weight is stored as .*, not as two equal halves"
     refused(to_huggingface, source, message, "--hf-checkpoint", llama / "hf")
 
 
-def test_a_dtype_that_cannot_be_cast_is_refused_before_anything_is_written(llama, tmp_path, refused):
+def test_a_dtype_that_cannot_be_cast_is_refused_before_anything_is_written(
+    llama, tmp_path, refused
+):
     source = copy(llama / "hf", tmp_path / "hf")
     edit(source, NORM, lambda t: t.update({NORM: t[NORM].double()}))
     assert to_megatron(source, tmp_path / "megatron") == 0
     refused(
-        to_huggingface, tmp_path / "megatron", f"distcp: {NORM} is F64; BF16 is made of", "--dtype", "BF16"
+        to_huggingface,
+        tmp_path / "megatron",
+        f"distcp: {NORM} is F64; BF16 is made of",
+        "--dtype",
+        "BF16",
     )
 
 

@@ -10,7 +10,15 @@ from safetensors.torch import load_file, save_file
 from nanoslime.models.rules import repeats
 from nanoslime.models.shape import ModelShape
 from tests.models.hf import FAMILIES
-from tests.tools.checkpoints import contents, load, make, same, same_bits, to_huggingface, to_megatron
+from tests.tools.checkpoints import (
+    contents,
+    load,
+    make,
+    same,
+    same_bits,
+    to_huggingface,
+    to_megatron,
+)
 from tools.conversion.plan import HEADERS
 
 CASES = [
@@ -24,7 +32,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("family, how", CASES, ids=lambda v: v if isinstance(v, str) else "-".join(v))
+@pytest.mark.parametrize(
+    "family, how", CASES, ids=lambda v: v if isinstance(v, str) else "-".join(v)
+)
 def test_the_same_files_come_back(tmp_path, family, how):
     source = make(tmp_path / "hf", family, **how)
     assert len(list(source.glob("*.safetensors"))) > 3 or not how.get("shards")
@@ -72,7 +82,20 @@ def test_a_tied_head_that_the_file_repeats_comes_back(tmp_path):
     assert (tmp_path / "back/model.safetensors").read_bytes() == file.read_bytes()
 
 
-SPECIAL = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-40, -1e-45, 3.4e38, 65504.0, 6e-8, 1.00390625, 1.01171875]
+SPECIAL = [
+    0.0,
+    -0.0,
+    np.inf,
+    -np.inf,
+    np.nan,
+    1e-40,
+    -1e-45,
+    3.4e38,
+    65504.0,
+    6e-8,
+    1.00390625,
+    1.01171875,
+]
 
 
 @pytest.mark.parametrize("dtype, torch_dtype", [("BF16", torch.bfloat16), ("F32", torch.float32)])
@@ -94,7 +117,9 @@ def test_another_dtype_is_as_torch_rounds(tmp_path, dtype, torch_dtype):
         assert torch.equal(back[name].isnan(), nan), name
         assert same_bits(back[name].masked_fill(nan, 0), expected.masked_fill(nan, 0)), name
     written = json.loads((tmp_path / "back/config.json").read_text())
-    assert written == json.loads((source / "config.json").read_text()) | {"dtype": str(torch_dtype)[6:]}
+    assert written == json.loads((source / "config.json").read_text()) | {
+        "dtype": str(torch_dtype)[6:]
+    }
 
 
 def test_a_number_beyond_a_dtype_ends_the_conversion(tmp_path, capsys):

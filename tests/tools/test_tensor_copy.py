@@ -28,9 +28,9 @@ def store(
     rng: random.Random, file: Path, dtype: str, shape: tuple[int, ...]
 ) -> tuple[StoredTensor, np.ndarray]:
     """A random tensor, in random chunks of rows and columns with gaps between them in the file."""
-    array = np.frombuffer(rng.randbytes(int(np.prod(shape)) * DTYPES[dtype].itemsize), DTYPES[dtype]).reshape(
-        shape
-    )
+    array = np.frombuffer(
+        rng.randbytes(int(np.prod(shape)) * DTYPES[dtype].itemsize), DTYPES[dtype]
+    ).reshape(shape)
     grid = [intervals(rng, n) if axis < 2 else [(0, n)] for axis, n in enumerate(shape)]
     boxes = [[]]
     for axis in grid:
@@ -47,11 +47,16 @@ def store(
 
 def random_target(rng: random.Random, directory: Path) -> tuple[np.ndarray, list[Link], str]:
     """A tensor of one to three dimensions, its rows from several others at random; and the links to them."""
-    dtype, rest = rng.choice(list(DTYPES)), tuple(rng.randrange(1, 9) for _ in range(rng.randrange(3)))
+    dtype, rest = (
+        rng.choice(list(DTYPES)),
+        tuple(rng.randrange(1, 9) for _ in range(rng.randrange(3))),
+    )
     links: list[Link] = []
     if rest and rng.random() < 0.3:  # columns from two tensors of one shape
         shape, at = (rng.randrange(1, 9), *rest), rng.randrange(rest[0] + 1)
-        (one, left), (other, right) = (store(rng, directory / f"source{i}", dtype, shape) for i in (0, 1))
+        (one, left), (other, right) = (
+            store(rng, directory / f"source{i}", dtype, shape) for i in (0, 1)
+        )
         for stored, columns in ((one, slice(0, at)), (other, slice(at, rest[0]))):
             box = (slice(0, shape[0]), columns, *(slice(0, n) for n in rest[1:]))
             links.append((stored, box, box))
@@ -63,7 +68,9 @@ def random_target(rng: random.Random, directory: Path) -> tuple[np.ndarray, list
         first = rng.randrange(shape[0])
         size = rng.randrange(1, shape[0] - first + 1)
         outer = tuple(slice(0, n) for n in rest)
-        links.append((stored, (slice(first, first + size), *outer), (slice(row, row + size), *outer)))
+        links.append(
+            (stored, (slice(first, first + size), *outer), (slice(row, row + size), *outer))
+        )
         parts.append(array[first : first + size])
         row += size
     rng.shuffle(links)
@@ -128,7 +135,15 @@ def one_row(tmp_path: Path, size: int) -> TargetFile:
     box = (slice(0, size // 2),)
     return TargetFile(
         "t",
-        (fill("x", "BF16", (0,), (size // 2,), [(StoredTensor("BF16", (size // 2,), (chunk,)), box, box)]),),
+        (
+            fill(
+                "x",
+                "BF16",
+                (0,),
+                (size // 2,),
+                [(StoredTensor("BF16", (size // 2,), (chunk,)), box, box)],
+            ),
+        ),
     )
 
 
@@ -189,8 +204,19 @@ def test_what_is_not_covered_is_named(tmp_path):
     with pytest.raises(
         RunError, match=r"source: x.weight is F64; BF16 is made of \['BF16', 'F16', 'F32'\] only"
     ):
-        fill("x.weight", "BF16", (0,), (2,), [(store(random.Random(1), tmp_path / "source", "F64", (2,))[0],
-                                              (slice(0, 2),), (slice(0, 2),))])  # fmt: skip
+        fill(
+            "x.weight",
+            "BF16",
+            (0,),
+            (2,),
+            [
+                (
+                    store(random.Random(1), tmp_path / "source", "F64", (2,))[0],
+                    (slice(0, 2),),
+                    (slice(0, 2),),
+                )
+            ],
+        )
 
 
 TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -205,10 +231,16 @@ def test_casts_are_those_of_torch(source, target):
         high = bits.astype(np.uint32) << 16
         rng = np.random.default_rng(0)
         low = [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF, 0x0FFF, 0x1000, 0x1001, 0x2FFF, 0x3000, 0x3001]
-        bits = np.concatenate([*(high | n for n in low), rng.integers(0, 1 << 32, 1 << 16, np.uint32)])
+        bits = np.concatenate(
+            [*(high | n for n in low), rng.integers(0, 1 << 32, 1 << 16, np.uint32)]
+        )
     numbers = torch.from_numpy(bits.view(f"i{width}").copy()).view(TORCH[source])
     expected = numbers.to(TORCH[target])
-    fits = ~(expected.isinf() & ~numbers.isinf()) if target == "F16" else torch.ones_like(numbers, dtype=bool)
+    fits = (
+        ~(expected.isinf() & ~numbers.isinf())
+        if target == "F16"
+        else torch.ones_like(numbers, dtype=bool)
+    )
     numbers, bits, expected = numbers[fits], bits[fits.numpy()], expected[fits]
     found = tensor_blocks.cast(bits, source, target)
     got = torch.from_numpy(found.view(f"i{found.itemsize}").copy()).view(TORCH[target])

@@ -18,7 +18,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelSaveStrategyWrapper,
+)
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from nanoslime.training.megatron import cpu_compat
@@ -78,7 +80,9 @@ def write(
             places[key] = (file.name, out.tell(), len(torch_pickle.OBJECT_STUB))
             out.write(torch_pickle.OBJECT_STUB)
     torch_dist.write_metadata(directory, stored, places)
-    torch_dist.write_common(directory, {"iteration": 7, "nested": {"a": [1.5, None, True, "x" * 300]}})
+    torch_dist.write_common(
+        directory, {"iteration": 7, "nested": {"a": [1.5, None, True, "x" * 300]}}
+    )
     return stored
 
 
@@ -150,7 +154,11 @@ def test_what_megatron_core_saves_is_read(tmp_path: Path) -> None:
     tensors, objects = torch_dist.read(tmp_path)
     assert objects == ["linear._extra_state/shard_0_1"]
     assert tensors.keys() == {"layers.weight", "norm"}
-    assert [chunk.start for chunk in tensors["layers.weight"].chunks] == [(0, 0, 0), (1, 0, 0), (2, 0, 0)]
+    assert [chunk.start for chunk in tensors["layers.weight"].chunks] == [
+        (0, 0, 0),
+        (1, 0, 0),
+        (2, 0, 0),
+    ]
     expected = torch.tensor([0.5, 1.5, 2.5]).bfloat16()[:, None, None].expand(3, 3, 4)
     assert same(assemble(tensors["layers.weight"]), expected)
     assert same(assemble(tensors["norm"]), torch.arange(6.0))
@@ -167,7 +175,9 @@ def test_megatron_core_loads_what_is_written(tmp_path: Path) -> None:
     write(tmp_path, tensors, {"layers.weight": rows}, ("linear._extra_state/shard_0_1",))
     with one_rank():
         loaded = dist_checkpointing.load(sharded_state(), str(tmp_path))
-    assert [same(loaded["layers"][f"layer{i}"], tensors["layers.weight"][i]) for i in range(3)] == [True] * 3
+    assert [same(loaded["layers"][f"layer{i}"], tensors["layers.weight"][i]) for i in range(3)] == [
+        True
+    ] * 3
     assert same(loaded["norm"], tensors["norm"])
     assert loaded["extra"] is None and loaded["iteration"] == 7
 
@@ -214,11 +224,15 @@ def test_metadata_are_the_objects_that_torch_makes(tmp_path: Path) -> None:
     (tmp_path / "stock").mkdir()
     stock_save(tmp_path / "stock", {**TENSORS, "object": {1}})
     write(tmp_path, TENSORS, objects=("object",))
-    ours, theirs = (pickle.loads((d / ".metadata").read_bytes()) for d in (tmp_path, tmp_path / "stock"))
+    ours, theirs = (
+        pickle.loads((d / ".metadata").read_bytes()) for d in (tmp_path, tmp_path / "stock")
+    )
     assert ours.state_dict_metadata == theirs.state_dict_metadata
     assert ours.storage_data.keys() == theirs.storage_data.keys()
     assert ours.version == theirs.version and type(ours.storage_meta) is type(theirs.storage_meta)
-    assert {type(value) for value in ours.storage_data.values()} == {type(theirs.storage_data.popitem()[1])}
+    assert {type(value) for value in ours.storage_data.values()} == {
+        type(theirs.storage_data.popitem()[1])
+    }
     properties = (m.state_dict_metadata["bf16"].properties.__dict__ for m in (ours, theirs))
     assert next(properties) == next(properties)
 
@@ -268,7 +282,9 @@ def evil(tmp_path: Path) -> Iterator[bytes]:
 
 def test_a_malicious_metadata_is_refused(tmp_path: Path, evil: bytes) -> None:
     (tmp_path / ".metadata").write_bytes(evil)
-    with pytest.raises(TorchDistError, match=r"\.metadata: its pickle names (posix|nt)\.system.*refused"):
+    with pytest.raises(
+        TorchDistError, match=r"\.metadata: its pickle names (posix|nt)\.system.*refused"
+    ):
         torch_dist.read(tmp_path)
 
 
@@ -284,13 +300,17 @@ def test_a_malicious_chunk_is_refused(tmp_path: Path, evil: bytes) -> None:
 
 def test_a_malicious_common_is_refused(tmp_path: Path, evil: bytes) -> None:
     (tmp_path / "common.pt").write_bytes(b"".join(torch_pickle.archive(evil)))
-    with pytest.raises(TorchDistError, match=r"common\.pt: its pickle names (posix|nt)\.system.*refused"):
+    with pytest.raises(
+        TorchDistError, match=r"common\.pt: its pickle names (posix|nt)\.system.*refused"
+    ):
         torch_dist.read_common(tmp_path)
 
 
 def test_other_objects_in_common_are_inert(tmp_path: Path) -> None:
     args = argparse.Namespace(call=Fraction(1, 3), kind=getattr)
-    (tmp_path / "common.pt").write_bytes(b"".join(torch_pickle.archive(pickle.dumps({"args": args}, 2))))
+    (tmp_path / "common.pt").write_bytes(
+        b"".join(torch_pickle.archive(pickle.dumps({"args": args}, 2)))
+    )
     value = torch_dist.read_common(tmp_path)["args"]
     assert type(value.call).__name__ == "Fraction" and value.call.args == (1, 3)
     assert value.kind.__name__ == "getattr" and value.kind is not getattr
@@ -316,7 +336,10 @@ DAMAGE = {
     "missing file": (lambda d: (d / "__0_0.distcp").unlink(), r"__0_0\.distcp is missing; .* bf16"),
     "missing metadata": (lambda d: (d / ".metadata").unlink(), r"no \.metadata"),
     "cut metadata": (lambda d: os.truncate(d / ".metadata", 900), r"\.metadata is damaged"),
-    "no dictionary": (lambda d: (d / ".metadata").write_bytes(pickle.dumps(3)), r"\.metadata is damaged"),
+    "no dictionary": (
+        lambda d: (d / ".metadata").write_bytes(pickle.dumps(3)),
+        r"\.metadata is damaged",
+    ),
     "other backend": (lambda d: replace_in("metadata.json", b"torch_dist", b"zarr", d), "zarr"),
     "wrong dtype": (
         lambda d: replace_in(".metadata", b"ctorch\nbfloat16\n", b"ctorch\nfloat16\n", d),
@@ -327,7 +350,9 @@ DAMAGE = {
         r"bf16: it holds \['BF16', \(3, 4\)\], .* \['BF16', \(4, 3\)\]",
     ),
     "outside": (
-        lambda d: replace_in(".metadata", b"\x0c\0\0\0__0_0.distcp", b"\x0f\0\0\0../__0_0.distcp", d),
+        lambda d: replace_in(
+            ".metadata", b"\x0c\0\0\0__0_0.distcp", b"\x0f\0\0\0../__0_0.distcp", d
+        ),
         "outside",
     ),
     "big-endian": (
@@ -353,8 +378,12 @@ def test_damage_is_named(tmp_path: Path, kind: str) -> None:
 
 SQUARE = torch.arange(9.0).reshape(3, 3)
 PINWHEEL: Boxes = [
-    ((0, 0), (1, 2)), ((0, 2), (2, 1)), ((1, 0), (2, 1)), ((1, 1), (1, 1)), ((2, 1), (1, 2)),
-]  # fmt: skip
+    ((0, 0), (1, 2)),
+    ((0, 2), (2, 1)),
+    ((1, 0), (2, 1)),
+    ((1, 1), (1, 1)),
+    ((2, 1), (1, 2)),
+]
 
 
 def test_any_partition_is_read(tmp_path: Path) -> None:
@@ -432,6 +461,8 @@ def test_only_plain_values_are_written_to_common(tmp_path: Path) -> None:
 
 def test_a_thousand_chunks_of_one_tensor(tmp_path: Path) -> None:
     experts = torch.arange(1000.0).reshape(1000, 1, 1)
-    write(tmp_path, {"experts": experts}, {"experts": [((i, 0, 0), (1, 1, 1)) for i in range(1000)]})
+    write(
+        tmp_path, {"experts": experts}, {"experts": [((i, 0, 0), (1, 1, 1)) for i in range(1000)]}
+    )
     tensors, _ = torch_dist.read(tmp_path)
     assert len(tensors["experts"].chunks) == 1000 and same(assemble(tensors["experts"]), experts)

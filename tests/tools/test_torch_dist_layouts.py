@@ -31,9 +31,13 @@ from tests.tools.checkpoints import (
 from tools.conversion import keys, torch_dist, torch_pickle
 
 WIDE = dict(
-    hidden_size=64, intermediate_size=96, num_attention_heads=16, num_key_value_heads=8, head_dim=8,
+    hidden_size=64,
+    intermediate_size=96,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_dim=8,
     vocab_size=1000,
-)  # fmt: skip
+)
 SPARSE = dict(moe_intermediate_size=16, shared_expert_intermediate_size=64)
 
 
@@ -52,16 +56,25 @@ def megatron_tensors(directory: Path) -> Tensors:
             by_group = [part.reshape(groups, -1, *part.shape[1:]) for part in parts]
             found[f"{new}self_attention.linear_qkv.{kind}"] = torch.cat(by_group, 1).flatten(0, 1)
         found[new + "self_attention.linear_proj.weight"] = hf[old + "self_attn.o_proj.weight"]
-        found[new + "self_attention.linear_qkv.layer_norm_weight"] = hf[old + "input_layernorm.weight"]
+        found[new + "self_attention.linear_qkv.layer_norm_weight"] = hf[
+            old + "input_layernorm.weight"
+        ]
         if shape.qk_norm:
             for x in "qk":
-                found[f"{new}self_attention.{x}_layernorm.weight"] = hf[f"{old}self_attn.{x}_norm.weight"]
+                found[f"{new}self_attention.{x}_layernorm.weight"] = hf[
+                    f"{old}self_attn.{x}_norm.weight"
+                ]
         norm = hf[old + "post_attention_layernorm.weight"]
-        found[new + ("pre_mlp_layernorm.weight" if shape.moe else "mlp.linear_fc1.layer_norm_weight")] = norm
+        found[
+            new + ("pre_mlp_layernorm.weight" if shape.moe else "mlp.linear_fc1.layer_norm_weight")
+        ] = norm
         mlps = {"mlp.": "mlp."}
         if shape.moe:
             found[new + "mlp.router.weight"] = hf[old + "mlp.gate.weight"]
-            mlps = {f"mlp.experts.experts.{e}.": f"mlp.experts.{e}." for e in range(shape.moe.num_experts)}
+            mlps = {
+                f"mlp.experts.experts.{e}.": f"mlp.experts.{e}."
+                for e in range(shape.moe.num_experts)
+            }
         for megatron, name in mlps.items():
             gate, up, down = (hf[f"{old}{name}{x}_proj.weight"] for x in ("gate", "up", "down"))
             found[f"{new}{megatron}linear_fc1.weight"] = torch.cat([gate, up])
@@ -86,13 +99,17 @@ def test_torch_reads_what_is_written_bit_for_bit(tmp_path, family):
     assert expected.keys() <= stored.keys()
     assert [key for key, tensor in expected.items() if not same_bits(stored[key], tensor)] == []
     others = {
-        p.other: keys.key_of(p.megatron)[0] for p in pieces(ModelShape.read(source)) if p.other != p.megatron
+        p.other: keys.key_of(p.megatron)[0]
+        for p in pieces(ModelShape.read(source))
+        if p.other != p.megatron
     }
     assert stored.keys() == expected.keys() | others.keys()
     assert all(same_bits(stored[other], stored[key]) for other, key in others.items())
     metadata = pickle.loads((tmp_path / "megatron/release/.metadata").read_bytes())
     stubs = {
-        k for k, entry in metadata.state_dict_metadata.items() if type(entry).__name__.startswith("Bytes")
+        k
+        for k, entry in metadata.state_dict_metadata.items()
+        if type(entry).__name__.startswith("Bytes")
     }
     layer = "decoder.layers.1.self_attention.core_attention._extra_state/shard_0_1"
     experts = "decoder.layers.1.mlp.experts.experts.linear_fc1._extra_state/shard_3_4"
@@ -111,21 +128,27 @@ def test_a_rank_finds_its_rows_in_chunks_of_its_own(tmp_path, family, tp_size):
     """The chunks that a rank needs hold what it needs only, for what tensor parallelism splits by rows."""
     sizes = WIDE | (SPARSE if family == "qwen2_moe" else {})
     if family == "deepseek_v3":
-        sizes = {k: v for k, v in sizes.items() if k not in ("head_dim", "num_key_value_heads")} | dict(
-            num_key_value_heads=16, q_lora_rank=64, kv_lora_rank=64
-        )
+        sizes = {
+            k: v for k, v in sizes.items() if k not in ("head_dim", "num_key_value_heads")
+        } | dict(num_key_value_heads=16, q_lora_rank=64, kv_lora_rank=64)
     source = save_model(tmp_path / "hf", family, **sizes)
     assert to_megatron(source, tmp_path / "megatron") == 0
     stored, _ = torch_dist.read(tmp_path / "megatron/release")
     shape, checked = ModelShape.read(source), set()
-    rows_of: dict[tuple[str, str], np.ndarray] = {}  # Hugging Face row -> row of the whole Megatron tensor
+    rows_of: dict[
+        tuple[str, str], np.ndarray
+    ] = {}  # Hugging Face row -> row of the whole Megatron tensor
     for piece in pieces(shape):
         rows = rows_of.setdefault((piece.megatron, piece.hf), np.zeros(piece.full_shape[0], int))
         rows[piece.box[0]] = np.arange(piece.local[0].start, piece.local[0].stop)
     for rank in range(tp_size):
         own: dict[str, set[int]] = {}
         for piece in pieces(shape, Part(rank, tp_size)):
-            if piece.rule.tp_dim == 0 and not piece.rule.num_experts and piece.rule.layout != "vocab":
+            if (
+                piece.rule.tp_dim == 0
+                and not piece.rule.num_experts
+                and piece.rule.layout != "vocab"
+            ):
                 own.setdefault(piece.megatron, set()).update(
                     rows_of[piece.megatron, piece.hf][piece.box[0]].tolist()
                 )
@@ -179,7 +202,12 @@ def test_a_vocabulary_of_any_size_is_cut(tmp_path, vocab_size):
 
 def test_a_vocabulary_smaller_than_the_number_of_chunks(tmp_path):
     source = save_model(
-        tmp_path / "hf", "llama", hidden_size=1024, intermediate_size=8, num_hidden_layers=1, vocab_size=10
+        tmp_path / "hf",
+        "llama",
+        hidden_size=1024,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        vocab_size=10,
     )
     assert to_megatron(source, tmp_path / "megatron") == 0
     assert to_huggingface(tmp_path / "megatron", tmp_path / "back") == 0
@@ -206,12 +234,20 @@ def trained(directory: Path, layout: str) -> dict[str, object]:
     if layout == "A":
         stacked: dict[str, list[torch.Tensor]] = {}
         for key in [key for key in state if ".layers." in key]:
-            stacked.setdefault(re.sub(r"\.layers\.\d+\.", ".layers.", key), []).append(state.pop(key))
+            stacked.setdefault(re.sub(r"\.layers\.\d+\.", ".layers.", key), []).append(
+                state.pop(key)
+            )
         state |= {key: torch.stack(parts) for key, parts in stacked.items()}
-    weights = {f"optimizer.state.exp_avg.{key}": torch.zeros_like(tensor) for key, tensor in state.items()}
+    weights = {
+        f"optimizer.state.exp_avg.{key}": torch.zeros_like(tensor) for key, tensor in state.items()
+    }
     beside = {
-        "chained_0.optimizer.state.exp_avg_sq.decoder.layers.0.mlp.linear_fc1.weight": torch.zeros(8),
-        "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_0.bucket_idx_0.param": torch.zeros(5),
+        "chained_0.optimizer.state.exp_avg_sq.decoder.layers.0.mlp.linear_fc1.weight": torch.zeros(
+            8
+        ),
+        "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_0.bucket_idx_0.param": torch.zeros(
+            5
+        ),
         "rng_state/shard_0_1": {"seed": 1},
         "rerun_state_machine_state/shard_0_1": [1],
         "decoder.layers.0.mlp.linear_fc1._extra_state/shard_0_1": None,
@@ -226,7 +262,10 @@ def tp_boxes(key: str, tensor: torch.Tensor) -> list[Box]:
     outer = [tensor.shape[0]] * stacked + [tensor.shape[stacked]] * experts
     if key.endswith("linear_fc1.weight"):
         return cut(tensor.shape, *outer, 4)
-    if key.endswith(("weight_w", "weight_v", "linear_qkv.weight", "linear_qkv.bias")) or "embedding" in key:
+    if (
+        key.endswith(("weight_w", "weight_v", "linear_qkv.weight", "linear_qkv.bias"))
+        or "embedding" in key
+    ):
         return cut(tensor.shape, *outer, 2)
     if key.endswith(("linear_proj.weight", "linear_fc2.weight")):
         return cut(tensor.shape, *outer, 1, 2)
@@ -253,7 +292,9 @@ def test_what_trainers_write_converts_to_the_original_files(tmp_path, family, la
     save_stock(directory, state, tp_boxes)
     (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("42")
     columns = torch_dist.read(directory)[0]
-    assert any(len({c.start[-1] for c in t.chunks}) == 2 for t in columns.values() if len(t.shape) > 1)
+    assert any(
+        len({c.start[-1] for c in t.chunks}) == 2 for t in columns.values() if len(t.shape) > 1
+    )
     for number, place in enumerate((tmp_path / "run", directory)):
         assert to_huggingface(place, tmp_path / f"back{number}", "--hf-checkpoint", source) == 0
         back = contents(tmp_path / f"back{number}")

@@ -68,7 +68,9 @@ class Layout:
         return self.tp_size * self.pp_size * self.dp_size * self.cp_size
 
     def __str__(self) -> str:
-        sizes = [f"{name}{getattr(self, f'{name}_size')}" for name in ("tp", "cp", "pp", "vpp", "dp")]
+        sizes = [
+            f"{name}{getattr(self, f'{name}_size')}" for name in ("tp", "cp", "pp", "vpp", "dp")
+        ]
         sizes = [size for size in sizes if not size.endswith("p1")] or ["one rank"]
         if self.sequences:
             sizes.append(f"{self.sequences} in a micro-batch")
@@ -124,7 +126,9 @@ def train_batch(
     last = len(mine) - 2
     microbatches = [[i, i + 1] for i in range(0, last, 2)] + [[last], [last + 1]]
     if sequences:
-        microbatches = [[*range(len(mine))[i : i + sequences]] for i in range(0, len(mine), sequences)]
+        microbatches = [
+            [*range(len(mine))[i : i + sequences]] for i in range(0, len(mine), sequences)
+        ]
     share = {name: [values[i] for i in mine] for name, values in step.items()}
     weighted = zip(step["token_weights"], step["loss_mask"], strict=True)
     return TrainBatch(
@@ -137,7 +141,9 @@ def train_batch(
     )
 
 
-def assemble(shards: Iterable[tuple[str, tuple[int, ...], tuple[slice, ...], Tensor]]) -> dict[str, Tensor]:
+def assemble(
+    shards: Iterable[tuple[str, tuple[int, ...], tuple[slice, ...], Tensor]],
+) -> dict[str, Tensor]:
     """Whole tensors from the pieces of all ranks; every element must come, and replicas must agree bit for
     bit.
     """
@@ -146,9 +152,13 @@ def assemble(shards: Iterable[tuple[str, tuple[int, ...], tuple[slice, ...], Ten
     for name, shape, slices, piece in shards:
         tensor = full.setdefault(name, piece.new_zeros(shape))
         there = seen.setdefault(name, torch.zeros(shape, dtype=torch.bool))
-        assert tensor[slices].shape == piece.shape, f"{name}: {slices} for a piece of {list(piece.shape)}"
+        assert tensor[slices].shape == piece.shape, (
+            f"{name}: {slices} for a piece of {list(piece.shape)}"
+        )
         known = there[slices]
-        assert torch.equal(tensor[slices][known], piece[known]), f"{name}: ranks disagree on {slices}"
+        assert torch.equal(tensor[slices][known], piece[known]), (
+            f"{name}: ranks disagree on {slices}"
+        )
         tensor[slices] = piece
         there[slices] = True
     missing = {name: int((~there).sum()) for name, there in seen.items() if not there.all()}
@@ -156,11 +166,17 @@ def assemble(shards: Iterable[tuple[str, tuple[int, ...], tuple[slice, ...], Ten
     return full
 
 
-def copied(shards: Iterable[WeightShard]) -> list[tuple[str, tuple[int, ...], tuple[slice, ...], Tensor]]:
-    return [(s.name, s.full_shape, s.slices, s.tensor.detach().float().cpu().clone()) for s in shards]
+def copied(
+    shards: Iterable[WeightShard],
+) -> list[tuple[str, tuple[int, ...], tuple[slice, ...], Tensor]]:
+    return [
+        (s.name, s.full_shape, s.slices, s.tensor.detach().float().cpu().clone()) for s in shards
+    ]
 
 
-def make_backend(layout: Layout, model_dir: Path, rank: int, rendezvous: Path, **changes: Any) -> Any:
+def make_backend(
+    layout: Layout, model_dir: Path, rank: int, rendezvous: Path, **changes: Any
+) -> Any:
     env = RankEnv(rank, layout.world_size, rank, layout.device, f"file://{rendezvous}")
     return resolve(layout.backend, BACKENDS, "backend")(layout.config(**changes), model_dir, env)
 
@@ -171,7 +187,9 @@ def train(
     """NUM_STEPS steps on this rank; what the parent assembles."""
     backend = make_backend(layout, model_dir, rank, tmp / "rendezvous")
     algorithm = algorithms.make(layout.config().algorithm)
-    batches = [train_batch(step, backend.dp_rank, backend.dp_size, layout.sequences) for step in steps]
+    batches = [
+        train_batch(step, backend.dp_rank, backend.dp_size, layout.sequences) for step in steps
+    ]
     result: dict[str, Any] = dict(
         dp_rank=backend.dp_rank, initial=copied(backend.weight_shards()), grads=[], steps=[]
     )
@@ -190,7 +208,9 @@ def train(
 
 def collect(results: list[dict[str, Any]], layout: Layout) -> Outcome:
     first = results[0]
-    assert all(r["steps"] == first["steps"] for r in results), f"{layout}: StepMetrics differ between ranks"
+    assert all(r["steps"] == first["steps"] for r in results), (
+        f"{layout}: StepMetrics differ between ranks"
+    )
     num_grads = len(first["grads"])
     outcome = Outcome(
         steps=first["steps"],
@@ -230,13 +250,17 @@ def run(
 
     Returns one list over ranks per job. Raises with the traceback of the first rank that failed.
     """
-    context = multiprocessing.get_context("forkserver")  # slow imports once, where it is not running yet
+    context = multiprocessing.get_context(
+        "forkserver"
+    )  # slow imports once, where it is not running yet
     context.set_forkserver_preload(["nanoslime.training.megatron.backend", "tests.training.parity"])
     world = max(layout.world_size for layout, *_ in jobs)
     for number in range(len(jobs)):
         (tmp / str(number)).mkdir()
     torch.save(jobs, tmp / "jobs.pt")  # as arguments, tensors would travel as one open file each
-    workers = [context.Process(target=_work, args=(tmp, rank), daemon=True) for rank in range(world)]
+    workers = [
+        context.Process(target=_work, args=(tmp, rank), daemon=True) for rank in range(world)
+    ]
     try:
         for worker in workers:
             worker.start()
@@ -296,9 +320,12 @@ def compare(outcome: Outcome, ref: Outcome) -> dict[str, float]:
         "logprobs": largest(
             float((a - b).abs().max()) for a, b in zip(outcome.logprobs, ref.logprobs, strict=True)
         ),
-        "loss": largest(_relative(a.loss, b.loss) for a, b in zip(outcome.steps, ref.steps, strict=True)),
+        "loss": largest(
+            _relative(a.loss, b.loss) for a, b in zip(outcome.steps, ref.steps, strict=True)
+        ),
         "norm": largest(
-            _relative(a.grad_norm, b.grad_norm) for a, b in zip(outcome.steps, ref.steps, strict=True)
+            _relative(a.grad_norm, b.grad_norm)
+            for a, b in zip(outcome.steps, ref.steps, strict=True)
         ),
         "params": _absolute(outcome.params, ref.params),
         "metrics": 0.0,
@@ -312,7 +339,9 @@ def compare(outcome: Outcome, ref: Outcome) -> dict[str, float]:
         )
     if outcome.grads:
         pairs = [(g[n], r[n]) for g, r in zip(outcome.grads, ref.grads, strict=True) for n in r]
-        found["grads"] = largest(float((a - b).abs().max() / b.abs().max().clamp_min(1e-9)) for a, b in pairs)
+        found["grads"] = largest(
+            float((a - b).abs().max() / b.abs().max().clamp_min(1e-9)) for a, b in pairs
+        )
     return found
 
 

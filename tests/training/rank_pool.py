@@ -89,7 +89,9 @@ class RankPool:
 
 def _serve(env: RankEnv, pipe: Any) -> None:
     torch.set_num_threads(1)
-    init_process_group(env, TrainingConfig(start_deadline_s=DEADLINE_S, collective_deadline_s=DEADLINE_S))
+    init_process_group(
+        env, TrainingConfig(start_deadline_s=DEADLINE_S, collective_deadline_s=DEADLINE_S)
+    )
     gc.freeze()  # what was imported: no collection need look at it
     while True:
         try:

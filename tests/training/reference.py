@@ -19,7 +19,12 @@ from nanoslime.batch import StepMetrics
 from tests.training.parity import LENGTHS, TEMPERATURE, Layout, Outcome, train_batch
 
 TIE = 1e-5  # float32 makes scores of up to 1 differ by some 1e-7 between two ways of computing them
-CLIP = {"grpo": (0.8, 1.2), "gspo": (0.9, 1.1), "cispo": (0.0, 1.2), "reinforce_plus_plus": (0.8, 1.2)}
+CLIP = {
+    "grpo": (0.8, 1.2),
+    "gspo": (0.9, 1.1),
+    "cispo": (0.0, 1.2),
+    "reinforce_plus_plus": (0.8, 1.2),
+}
 
 
 def make_step(model_dir: Path, step: int) -> dict[str, Any]:
@@ -113,7 +118,11 @@ def whitened_returns(step: dict[str, Any], gamma: float = 0.98) -> list[Tensor]:
     found = []
     for i, mask in enumerate(step["loss_mask"]):
         penalty = 0.1 * k3(step["old_logprobs"][i], step["ref_logprobs"][i])
-        value, returns, pending = 0.0, torch.zeros(len(mask), dtype=torch.float64), step["advantages"][i]
+        value, returns, pending = (
+            0.0,
+            torch.zeros(len(mask), dtype=torch.float64),
+            step["advantages"][i],
+        )
         for t in reversed(range(len(mask))):
             value *= gamma
             if mask[t]:
@@ -137,11 +146,16 @@ def reference(model_dir: Path, steps: list[dict[str, Any]], name: str = "grpo") 
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": training.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        [
+            {"params": decayed, "weight_decay": training.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
         betas=(training.adam_beta1, training.adam_beta2),
         eps=training.adam_eps,
     )
-    outcome = Outcome(logprobs=[p.detach() for p in sequence_logprobs(model, steps[0]["token_ids"])])
+    outcome = Outcome(
+        logprobs=[p.detach() for p in sequence_logprobs(model, steps[0]["token_ids"])]
+    )
     for number, step in enumerate(steps):
         lr = training.lr + (training.min_lr - training.lr) * number / config.rollout.num_rollout
         for group in optimizer.param_groups:
@@ -149,12 +163,16 @@ def reference(model_dir: Path, steps: list[dict[str, Any]], name: str = "grpo") 
         optimizer.zero_grad()
         with Closest() as closest:
             logprobs = sequence_logprobs(model, step["token_ids"])
-        assert closest.gap > TIE, f"step {number}: two experts' scores differ by {closest.gap:.1e} only"
+        assert closest.gap > TIE, (
+            f"step {number}: two experts' scores differ by {closest.gap:.1e} only"
+        )
         _stay_clear_of_clip_edges(name, step, logprobs)
         loss = written_out(name, step, logprobs)
         loss.backward()
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_grad))
-        outcome.grads.append(as_in_files((name, p.grad.clone()) for name, p in model.named_parameters()))
+        outcome.grads.append(
+            as_in_files((name, p.grad.clone()) for name, p in model.named_parameters())
+        )
         optimizer.step()
         outcome.steps.append(
             StepMetrics(

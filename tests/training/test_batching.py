@@ -35,13 +35,17 @@ def random_groups(seed, num_groups=7):
             rollout_id = next(ids)
             for _ in range(rng.choice([1, 1, 3])):  # siblings
                 length = int(rng.integers(2, 40))
-                samples.append(sample(group_id, rollout_id, length, rng.integers(0, length), rng.normal()))
+                samples.append(
+                    sample(group_id, rollout_id, length, rng.integers(0, length), rng.normal())
+                )
         groups.append(SampleGroup(group_id, samples))
     return groups
 
 
 def planned(groups, **changes):
-    options = dict(num_steps=1, dp_size=2, max_tokens=50, denominator="tokens", temperature=1.0) | changes
+    options = (
+        dict(num_steps=1, dp_size=2, max_tokens=50, denominator="tokens", temperature=1.0) | changes
+    )
     return plan(groups, **options)
 
 
@@ -49,7 +53,9 @@ def real_sequences(shard):
     """(token id, length) of what is in the micro-batches, dummies left out (they have token 0)."""
     used = [i for m in shard.microbatches for i in m]
     assert sorted(used) == list(range(len(shard.token_ids)))  # each once
-    return [(int(shard.token_ids[i][0]), len(shard.token_ids[i])) for i in used if shard.token_ids[i][0]]
+    return [
+        (int(shard.token_ids[i][0]), len(shard.token_ids[i])) for i in used if shard.token_ids[i][0]
+    ]
 
 
 def summed_loss(steps):
@@ -89,7 +95,9 @@ def test_every_sequence_once_within_the_budget_and_equally_many_microbatches(
         }
         for of_rank, indices in [(shard, m) for shard in step for m in shard.microbatches]:
             assert indices
-            assert len(indices) == 1 or sum(len(of_rank.token_ids[i]) for i in indices) <= max_tokens
+            assert (
+                len(indices) == 1 or sum(len(of_rank.token_ids[i]) for i in indices) <= max_tokens
+            )
 
 
 def test_micro_batches_come_in_multiples_with_dummies_where_sequences_do_not_suffice():
@@ -119,9 +127,13 @@ def test_layout_does_not_change_the_loss(denominator, seed):
 def test_denominators_by_hand():
     groups = [SampleGroup(0, [sample(0, 1, 5, 4), sample(0, 2, 5, 2), sample(0, 2, 5, 3)])]
     (step,) = planned(groups, dp_size=1)
-    assert step[0].denominator == 9 and step[0].num_tokens == 9 and step[0].token_weights == [1, 1, 1]
+    assert (
+        step[0].denominator == 9 and step[0].num_tokens == 9 and step[0].token_weights == [1, 1, 1]
+    )
     (step,) = planned(groups, dp_size=1, denominator="sequences")
-    assert step[0].denominator == 2 and step[0].num_sequences == 3  # two rollouts, one of two siblings
+    assert (
+        step[0].denominator == 2 and step[0].num_sequences == 3
+    )  # two rollouts, one of two siblings
     assert step[0].token_weights == [1 / 4, 1 / 5, 1 / 5]
     (step,) = planned(groups, dp_size=1, denominator="fixed", fixed_length=10)
     assert step[0].denominator == 20 and step[0].token_weights == [1, 1, 1]  # two rollouts of ten
@@ -132,7 +144,9 @@ def test_groups_go_to_steps_in_order_and_stay_whole():
     parts = groups[:4] + [SampleGroup(0, [sample(0, 3, 4, 2)])]  # group 0 in two parts
 
     def ids(steps):
-        return [sorted(t // 10 for shard in step for t, _ in real_sequences(shard)) for step in steps]
+        return [
+            sorted(t // 10 for shard in step for t, _ in real_sequences(shard)) for step in steps
+        ]
 
     assert ids(planned(groups, num_steps=2)) == [[0, 0, 1, 1], [2, 2, 3, 3, 4, 4]]
     assert ids(planned(parts, num_steps=2)) == [[0, 0, 0, 1, 1], [2, 2, 3, 3]]
@@ -158,7 +172,9 @@ def test_micro_batches_are_split_before_dummies_are_added():
 
 def test_the_same_groups_give_the_same_plan():
     a, b = (planned(random_groups(1), dp_size=3) for _ in range(2))
-    assert [[s.microbatches for s in step] for step in a] == [[s.microbatches for s in step] for step in b]
+    assert [[s.microbatches for s in step] for step in a] == [
+        [s.microbatches for s in step] for step in b
+    ]
     assert all(
         torch.equal(x, y)
         for p, q in zip(a[0], b[0], strict=True)
@@ -208,12 +224,16 @@ def with_experts(groups):
 
 def test_routed_experts_stay_with_their_tokens_and_unknown_ones_are_minus_one():
     for shard in itertools.chain(*planned(with_experts(random_groups(0)), dp_size=4, num_steps=2)):
-        for ids, mask, experts in zip(shard.token_ids, shard.loss_mask, shard.routed_experts, strict=True):
+        for ids, mask, experts in zip(
+            shard.token_ids, shard.loss_mask, shard.routed_experts, strict=True
+        ):
             assert (experts.shape, experts.dtype) == ((len(ids), 3, 2), torch.int16)
             known = int(ids[0]) + torch.arange(len(ids) - 1) if mask.any() else torch.tensor(-1)
             assert (experts[:-1] == known.view(-1, 1, 1)).all() and (experts[-1] == -1).all()
         packed = shard.microbatch(shard.microbatches[0]).routed_experts
-        assert torch.equal(packed, torch.cat([shard.routed_experts[i] for i in shard.microbatches[0]]))
+        assert torch.equal(
+            packed, torch.cat([shard.routed_experts[i] for i in shard.microbatches[0]])
+        )
 
 
 def test_a_rank_of_dummies_knows_the_size_of_the_experts():
@@ -225,5 +245,7 @@ def test_a_rank_of_dummies_knows_the_size_of_the_experts():
 def test_a_sample_of_the_loss_without_experts_is_named():
     groups = with_experts([SampleGroup(i, [sample(i, i + 1, 5, 3)]) for i in range(2)])
     groups[1].samples[0].routed_experts = None
-    with pytest.raises(ValueError, match="a sample of group 1 lacks routed_experts, which others have"):
+    with pytest.raises(
+        ValueError, match="a sample of group 1 lacks routed_experts, which others have"
+    ):
         planned(groups)

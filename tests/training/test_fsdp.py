@@ -48,7 +48,12 @@ def model_dir(request, tmp_path_factory) -> Path:
 
 def run_config(training=(), algorithm=FULL_GRPO, dtype="float32"):
     knobs = dict(
-        backend="fsdp", lr=1e-2, adam_eps=1e-3, weight_decay=0.1, clip_grad=0.5, lr_schedule="linear"
+        backend="fsdp",
+        lr=1e-2,
+        adam_eps=1e-3,
+        weight_decay=0.1,
+        clip_grad=0.5,
+        lr_schedule="linear",
     )
     return RunConfig(
         model=ModelConfig(dtype=dtype),
@@ -72,7 +77,9 @@ def steps(dp_size, max_tokens=40, num_steps=2):
                     rollout_id=rollout,
                     token_ids=rng.integers(0, VOCAB, length).astype(np.int32),
                     loss_mask=mask,
-                    rollout_logprobs=np.where(mask, -3 + rng.normal(size=length), 0).astype(np.float32),
+                    rollout_logprobs=np.where(mask, -3 + rng.normal(size=length), 0).astype(
+                        np.float32
+                    ),
                     policy_versions=[(0, 0)],
                     status=Status.COMPLETED,
                     advantage=float(rng.normal()),
@@ -90,7 +97,10 @@ def with_old_and_ref(shard: TrainBatch, of_policy, of_reference) -> TrainBatch:
     """Old logprobs a little off the policy's, by a rule that knows only the sequence; no ratio near a clip
     edge.
     """
-    old = [lp + 0.05 * torch.sin(ids.float()) for lp, ids in zip(of_policy, shard.token_ids, strict=True)]
+    old = [
+        lp + 0.05 * torch.sin(ids.float())
+        for lp, ids in zip(of_policy, shard.token_ids, strict=True)
+    ]
     return replace(shard, old_logprobs=old, ref_logprobs=of_reference)
 
 
@@ -102,7 +112,10 @@ def backend_on(env, config, model_dir):
 
 
 def pieces(shards):
-    return [(s.name, s.full_shape, [(c.start, c.stop) for c in s.slices], s.tensor.clone()) for s in shards]
+    return [
+        (s.name, s.full_shape, [(c.start, c.stop) for c in s.slices], s.tensor.clone())
+        for s in shards
+    ]
 
 
 def train(env, config, model_dir, plan_by_step):
@@ -145,7 +158,10 @@ def plain_training(config, model_dir, plan_by_step):
     knobs = config.training
     optimizer = torch.optim.AdamW(
         [
-            {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": knobs.weight_decay},
+            {
+                "params": [p for p in model.parameters() if p.dim() > 1],
+                "weight_decay": knobs.weight_decay,
+            },
             {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
         ],
         betas=(knobs.adam_beta1, knobs.adam_beta2),
@@ -169,7 +185,9 @@ def plain_training(config, model_dir, plan_by_step):
                 if kind in over:  # no maxima
                     values[name] = values.get(name, 0) + value.item() / over[kind]
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), knobs.clip_grad).item()
-        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = knobs.lr * (1 - step / 10)
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = knobs.lr * (
+            1 - step / 10
+        )
         optimizer.step()
         grads = {name: p.grad.clone() for name, p in model.named_parameters()}
         reports.append((policy, ref, (total, norm, values), grads))
@@ -210,7 +228,9 @@ def test_training_is_that_of_plain_pytorch(world_size, max_tokens, model_dir, on
         assert ours.keys() == grads.keys()
         for name, grad in grads.items():
             assert (ours[name] - grad).abs().max() <= 1e-5 * grad.abs().max(), name
-    assert expected_reports[0][2][1] > config.training.clip_grad  # so that clipping was compared as well
+    assert (
+        expected_reports[0][2][1] > config.training.clip_grad
+    )  # so that clipping was compared as well
     weights = whole([weights for _, weights in by_rank])
     for name, value in expected_weights.items():
         torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-5)
@@ -237,7 +257,9 @@ def reference_after_training(env, config, model_dir, plan_by_step):
 
 
 def test_reference_stays_and_the_policy_comes_back(model_dir, two_ranks):
-    for before, after, ref, again in two_ranks(reference_after_training, run_config(), model_dir, steps(2)):
+    for before, after, ref, again in two_ranks(
+        reference_after_training, run_config(), model_dir, steps(2)
+    ):
         for a, b, c, d in zip(before, after, ref, again, strict=True):
             assert torch.equal(a, c) and torch.equal(b, d)
         assert max((b - a).abs().max() for a, b in zip(before, after, strict=True)) > 1e-3
@@ -254,7 +276,8 @@ def step_with_nan(env, config, model_dir, plan_by_step):
         old = backend.logprobs(shard, "policy")
         metrics = backend.train_step(replace(shard, old_logprobs=old), GRPO(config.algorithm))
         changed = any(
-            not torch.equal(a[3], b[3]) for a, b in zip(start, pieces(backend.weight_shards()), strict=True)
+            not torch.equal(a[3], b[3])
+            for a, b in zip(start, pieces(backend.weight_shards()), strict=True)
         )
         outcomes.append((metrics.skipped, changed))
     return outcomes
@@ -262,7 +285,10 @@ def step_with_nan(env, config, model_dir, plan_by_step):
 
 def test_one_ranks_nan_makes_all_skip_and_go_on(model_dir, two_ranks):
     config = run_config(algorithm={})
-    assert two_ranks(step_with_nan, config, model_dir, steps(2)) == [[(True, False), (False, True)]] * 2
+    assert (
+        two_ranks(step_with_nan, config, model_dir, steps(2))
+        == [[(True, False), (False, True)]] * 2
+    )
 
 
 def first_step_only(env, config, model_dir, plan_by_step, checkpoint):
@@ -280,7 +306,9 @@ def resumed_second_step(env, config, model_dir, plan_by_step, checkpoint):
 
 
 def _one_step(backend, config, shard):
-    shard = with_old_and_ref(shard, backend.logprobs(shard, "policy"), backend.logprobs(shard, "ref"))
+    shard = with_old_and_ref(
+        shard, backend.logprobs(shard, "policy"), backend.logprobs(shard, "ref")
+    )
     return backend.train_step(shard, GRPO(config.algorithm))
 
 
@@ -289,7 +317,9 @@ def test_a_resumed_run_continues_exactly(model_dir, two_ranks, one_rank, tmp_pat
     uninterrupted = two_ranks(train, config, model_dir, steps(2))
     two_ranks(first_step_only, config, model_dir, steps(2), tmp_path)
     resumed = two_ranks(resumed_second_step, config, model_dir, steps(2), tmp_path)
-    for (reports, weights), (metrics, resumed_weights, seed) in zip(uninterrupted, resumed, strict=True):
+    for (reports, weights), (metrics, resumed_weights, seed) in zip(
+        uninterrupted, resumed, strict=True
+    ):
         assert metrics == reports[1][2]
         assert all(torch.equal(a[3], b[3]) for a, b in zip(weights, resumed_weights, strict=True))
         assert seed != 5
@@ -340,7 +370,9 @@ def test_bfloat16_computes_near_float32_with_float32_main_weights(model_dir, two
     for (reports, _), (half_reports, weights) in zip(full, half, strict=True):
         gaps = [(a - b).abs().max() for a, b in zip(reports[0][0], half_reports[0][0], strict=True)]
         assert 1e-4 < max(gaps) < 0.3
-        assert all(piece.dtype == torch.float32 for _, _, _, piece in (*weights, *half_reports[0][3]))
+        assert all(
+            piece.dtype == torch.float32 for _, _, _, piece in (*weights, *half_reports[0][3])
+        )
 
 
 @pytest.fixture
@@ -383,7 +415,11 @@ def test_reference_logprobs_need_a_reference(model_dir, one_rank):
         one_rank(reference_not_kept, run_config(algorithm={}), model_dir, steps(1))
 
 
-@pytest.mark.parametrize("field", ["tp_size", "pp_size", "vpp_size", "cp_size", "ep_size", "etp_size"])
+@pytest.mark.parametrize(
+    "field", ["tp_size", "pp_size", "vpp_size", "cp_size", "ep_size", "etp_size"]
+)
 def test_other_parallel_dimensions_are_refused(field, model_dir):
-    with pytest.raises(RunError, match=f"training.{field}=2 needs --backend megatron; with fsdp set 1"):
+    with pytest.raises(
+        RunError, match=f"training.{field}=2 needs --backend megatron; with fsdp set 1"
+    ):
         FSDPBackend(run_config(training={field: 2}), model_dir, None)

@@ -12,7 +12,16 @@ from nanoslime.plugins import resolve
 from nanoslime.training.logprobs import linear_logprobs
 from tests.models.hf import save_model
 from tests.training import parity
-from tests.training.parity import BACKENDS, KL, NUM_STEPS, Layout, collect, compare, train, train_batch
+from tests.training.parity import (
+    BACKENDS,
+    KL,
+    NUM_STEPS,
+    Layout,
+    collect,
+    compare,
+    train,
+    train_batch,
+)
 from tests.training.rank_pool import RankPool
 from tests.training.reference import make_step, reference
 from tests.training.test_sleep import MIB, state
@@ -59,13 +68,20 @@ BOUNDS = {  # kernels of a GPU sum in another order; bfloat16 has 8 bits, beside
 def test_training_on_gpus_equals_plain_pytorch(family, layout, dtype, tmp_path):
     if family == "qwen3_moe" and dtype == "bfloat16":
         pytest.skip("rounding sends tokens to other experts than the reference's")
-    layout, model_dir = replace(layout, dtype=dtype, device=DEVICE), save_model(tmp_path / "model", family)
+    layout, model_dir = (
+        replace(layout, dtype=dtype, device=DEVICE),
+        save_model(tmp_path / "model", family),
+    )
     steps = [make_step(model_dir, step) for step in range(NUM_STEPS)]
-    expected = reference(model_dir, steps, layout.algorithm)  # it takes tokens out of the masks of `steps`
+    expected = reference(
+        model_dir, steps, layout.algorithm
+    )  # it takes tokens out of the masks of `steps`
     [ranks] = parity.run([(layout, model_dir, train, steps)], directory(tmp_path, "run"))
     found = compare(collect(ranks, layout), expected)
     print(layout, ", ".join(f"{name} {value:.1e}" for name, value in found.items()))
-    bounds = {name: bound for name, bound in BOUNDS[dtype].items() if name != "grads" or ranks[0]["grads"]}
+    bounds = {
+        name: bound for name, bound in BOUNDS[dtype].items() if name != "grads" or ranks[0]["grads"]
+    }
     assert not {name: found[name] for name, bound in bounds.items() if not found[name] <= bound}
 
 
@@ -79,9 +95,14 @@ def allocated() -> int:
     return torch.cuda.memory_allocated()
 
 
-def life(env, layout: Layout, model_dir: Path, step, sleeps: int) -> tuple[list, list[Tensor], list[int]]:
+def life(
+    env, layout: Layout, model_dir: Path, step, sleeps: int
+) -> tuple[list, list[Tensor], list[int]]:
     """Metrics of two steps, the state at the end, bytes on the GPU before, asleep and awake in turn."""
-    backend, found = resolve(layout.backend, BACKENDS, "backend")(layout.config(), model_dir, env), []
+    backend, found = (
+        resolve(layout.backend, BACKENDS, "backend")(layout.config(), model_dir, env),
+        [],
+    )
     metrics = [backend.train_step(train_batch(step), GRPO(KL))]
     for _ in range(sleeps):
         before = state(backend)

@@ -54,14 +54,21 @@ def results(function, hidden, weight, targets, upstream, **options):
     if entropy is not None:
         loss = loss + (entropy * upstream[1]).sum()
     loss.backward()
-    return logprobs.detach(), None if entropy is None else entropy.detach(), hidden.grad, weight.grad
+    return (
+        logprobs.detach(),
+        None if entropy is None else entropy.detach(),
+        hidden.grad,
+        weight.grad,
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 9, 1024])
 def test_values_and_gradients_are_those_of_log_softmax(temperature, chunk_tokens, columns):
     case = problem()
-    options = dict(temperature=temperature, vocab_size=VOCAB, with_entropy=True, chunk_tokens=chunk_tokens)
+    options = dict(
+        temperature=temperature, vocab_size=VOCAB, with_entropy=True, chunk_tokens=chunk_tokens
+    )
     got = results(linear_logprobs, *case, **options)
     expected = results(reference, *case, temperature=temperature)
     for ours, theirs in zip(got, expected, strict=True):
@@ -75,7 +82,9 @@ def test_without_entropy_the_rest_is_the_same(columns):
     logprobs, entropy, d_hidden, d_weight = results(linear_logprobs, *case, **options)
     hidden, weight, targets, upstream = case
     unused = torch.stack([upstream[0], torch.zeros(TOKENS)])
-    with_entropy = results(linear_logprobs, hidden, weight, targets, unused, **options, with_entropy=True)
+    with_entropy = results(
+        linear_logprobs, hidden, weight, targets, unused, **options, with_entropy=True
+    )
     assert entropy is None and torch.equal(logprobs, with_entropy[0])
     torch.testing.assert_close((d_hidden, d_weight), with_entropy[2:])
 
@@ -93,11 +102,16 @@ def test_gradients_pass_gradcheck_in_float64(columns):
 def test_bfloat16_is_multiplied_into_float32(columns):
     case = [x.bfloat16() if x.is_floating_point() else x for x in problem()[:3]] + [problem()[3]]
     options = dict(temperature=0.5, vocab_size=VOCAB, with_entropy=True, chunk_tokens=4)
-    got, expected = results(linear_logprobs, *case, **options), results(reference, *case, temperature=0.5)
+    got, expected = (
+        results(linear_logprobs, *case, **options),
+        results(reference, *case, temperature=0.5),
+    )
     torch.testing.assert_close(got[:2], tuple(x.float() for x in expected[:2]))
     assert got[2].dtype == got[3].dtype == torch.bfloat16
     for ours, theirs in zip(got[2:], expected[2:], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)  # one rounding of the sum apart
+        torch.testing.assert_close(
+            ours, theirs, rtol=1e-2, atol=1e-3
+        )  # one rounding of the sum apart
 
 
 def test_no_tensor_has_all_tokens_and_the_whole_vocabulary():
@@ -138,16 +152,22 @@ def test_unusable_input_is_refused():
 def split_over_ranks(env, vocab_size, with_entropy, columns):
     hidden, weight, targets, upstream = problem()
     width = PADDED // env.world_size
-    options = dict(temperature=0.7, vocab_size=vocab_size, with_entropy=with_entropy, chunk_tokens=4)
+    options = dict(
+        temperature=0.7, vocab_size=vocab_size, with_entropy=with_entropy, chunk_tokens=4
+    )
     place = dict(vocab_start=env.rank * width, tp_group=dist.group.WORLD)
     rows = weight[env.rank * width :][:width]
     with mock.patch.object(logprobs, "CHUNK_COLUMNS", columns):
-        return results(linear_logprobs, hidden, rows, targets % vocab_size, upstream, **options, **place)
+        return results(
+            linear_logprobs, hidden, rows, targets % vocab_size, upstream, **options, **place
+        )
 
 
 @pytest.mark.parametrize("vocab_size", [VOCAB, 7])  # 7: the second rank holds nothing but padding
 @pytest.mark.parametrize("with_entropy", [False, True])
-def test_vocabulary_split_over_two_ranks_changes_nothing(two_ranks, vocab_size, with_entropy, columns):
+def test_vocabulary_split_over_two_ranks_changes_nothing(
+    two_ranks, vocab_size, with_entropy, columns
+):
     hidden, weight, targets, upstream = problem()
     options = dict(temperature=0.7, vocab_size=vocab_size, with_entropy=with_entropy)
     whole = results(linear_logprobs, hidden, weight, targets % vocab_size, upstream, **options)

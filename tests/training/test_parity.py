@@ -89,7 +89,11 @@ LAYOUTS = [
     Layout(tp_size=2, pp_size=2, vpp_size=2, sequences=2, options=SEQUENCE_PARALLEL + RECOMPUTE),
 ]
 MATRIX = [
-    *(("qwen3", replace(layout, algorithm=name)) for name in parity.ALGORITHMS for layout in LAYOUTS),
+    *(
+        ("qwen3", replace(layout, algorithm=name))
+        for name in parity.ALGORITHMS
+        for layout in LAYOUTS
+    ),
     *(
         (f, layout)
         for f in ("llama", "qwen2", "qwen3_untied")
@@ -105,7 +109,11 @@ MATRIX = [
     ("deepseek_v3", Layout(tp_size=2, options=SEQUENCE_PARALLEL + EP2)),
     ("qwen2_moe", Layout(tp_size=2, options=SEQUENCE_PARALLEL + EP2)),
     ("qwen3_moe_mixed", Layout(pp_size=4)),  # two stages have no experts
-    *((family, layout) for family in ("qwen3_moe", "glm4_moe", "deepseek_v3") for layout in (CP2, VPP2)),
+    *(
+        (family, layout)
+        for family in ("qwen3_moe", "glm4_moe", "deepseek_v3")
+        for layout in (CP2, VPP2)
+    ),
     (IDLE, Layout(dp_size=2, options=EP2)),
 ]
 RESHARDED: list[tuple[str, Layout, Any]] = [  # into one rank, or from one
@@ -150,7 +158,10 @@ class Problem:
 def run_all(cases: list[tuple[str, Layout]], tmp: Path, more: list[Any], deadline_s: float) -> Any:
     """The problem and the outcome of each case, and what the functions of `more` returned by rank."""
     jobs = [(*case, train) for case in cases] + more
-    made = {key: Problem.make(*key, tmp) for key in sorted({(f, layout.algorithm) for f, layout, _ in jobs})}
+    made = {
+        key: Problem.make(*key, tmp)
+        for key in sorted({(f, layout.algorithm) for f, layout, _ in jobs})
+    }
     problems = [made[family, layout.algorithm] for family, layout, _ in jobs]
     results = parity.run(
         [(job[1], p.model_dir, job[2], p.steps) for job, p in zip(jobs, problems, strict=True)],
@@ -179,7 +190,9 @@ def test_weight_shards_are_the_checkpoint_bit_for_bit(once, case):
     problems, outcomes, _ = once
     saved = load_file(problems[case].model_dir / "model.safetensors")
     initial = outcomes[case].extra["initial"]
-    assert initial.keys() == saved.keys() == {tensor.name for tensor in outcomes[case].extra["plan"]}
+    assert (
+        initial.keys() == saved.keys() == {tensor.name for tensor in outcomes[case].extra["plan"]}
+    )
     assert all(torch.equal(initial[name], saved[name]) for name in saved)
 
 
@@ -231,7 +244,9 @@ def test_matrix_equals_plain_pytorch(matrix, case, record_property):
 
 @pytest.mark.matrix
 @pytest.mark.timeout(3100)
-@pytest.mark.parametrize("index", range(len(RESHARDED)), ids=lambda i: "-".join(map(str, RESHARDED[i][:2])))
+@pytest.mark.parametrize(
+    "index", range(len(RESHARDED)), ids=lambda i: "-".join(map(str, RESHARDED[i][:2]))
+)
 def test_a_checkpoint_loads_into_another_layout(matrix, index):
     for rank in matrix[2][index]:
         assert rank["difference"] <= parity.ABSOLUTE, rank["difference"]
@@ -247,6 +262,9 @@ def test_a_resumed_run_with_experts_continues_bit_for_bit(matrix):
 @pytest.mark.timeout(3100)
 def test_a_weight_sync_assembles_experts_bit_for_bit(matrix):
     problems, _, more = matrix
-    saved, [found, *others] = load_file(problems["qwen3_moe", DP2].model_dir / "model.safetensors"), more[-2]
+    saved, [found, *others] = (
+        load_file(problems["qwen3_moe", DP2].model_dir / "model.safetensors"),
+        more[-2],
+    )
     assert found.keys() == saved.keys() and not any(others)
     assert all(torch.equal(found[name], saved[name]) for name in saved)

@@ -39,11 +39,15 @@ from tests.training.reference import make_step
 pytestmark = pytest.mark.megatron
 
 BEFORE, AFTER = 2, 3  # steps
-ALGORITHM = GRPOConfig(use_kl_loss=True, kl_loss_coef=0.1, eps_clip=0.99, eps_clip_high=10.0)  # no clip edges
+ALGORITHM = GRPOConfig(
+    use_kl_loss=True, kl_loss_coef=0.1, eps_clip=0.99, eps_clip_high=10.0
+)  # no clip edges
 SCHEDULE = (("lr_schedule", "cosine"), ("lr_warmup_steps", 3), ("min_lr", 1e-4), ("clip_grad", 1.0))
 
 
-def layout(backend: str = "megatron", tp: int = 1, pp: int = 1, dp: int = 1, **options: Any) -> Layout:
+def layout(
+    backend: str = "megatron", tp: int = 1, pp: int = 1, dp: int = 1, **options: Any
+) -> Layout:
     return Layout(backend, tp, pp, dp, options=(*SCHEDULE, *options.items()))
 
 
@@ -58,9 +62,17 @@ FSDP1, FSDP2 = layout("fsdp"), layout("fsdp", dp=2)
 ONCE = [(DP2_SHARDED, DP2_SHARDED), (TP2, TP1), (PP2, TP1)]
 MATRIX = [
     *((same, same) for same in (TP1, TP2, SP2, PP2, DP2, TP2_PP2, TP2_DP2, FSDP1, FSDP2)),
-    (DP2, TP1), (DP2_SHARDED, TP1_SHARDED), (TP2_PP2, DP2), (TP2_PP2_SHARDED, DP2_SHARDED),
-    (TP2_DP2, TP1_SHARDED), (TP1, TP2), (TP2, PP2), (TP1, TP2_PP2), (FSDP2, FSDP1), (FSDP1, FSDP2),
-]  # fmt: skip
+    (DP2, TP1),
+    (DP2_SHARDED, TP1_SHARDED),
+    (TP2_PP2, DP2),
+    (TP2_PP2_SHARDED, DP2_SHARDED),
+    (TP2_DP2, TP1_SHARDED),
+    (TP1, TP2),
+    (TP2, PP2),
+    (TP1, TP2_PP2),
+    (FSDP2, FSDP1),
+    (FSDP1, FSDP2),
+]
 
 
 def label(of: Layout) -> str:
@@ -95,7 +107,9 @@ def go_on(
     return drawn, done, copied(backend.weight_shards())
 
 
-def saved(env: RankEnv, of: Layout, model_dir: Path, steps: list[dict[str, Any]], path: Path) -> Any:
+def saved(
+    env: RankEnv, of: Layout, model_dir: Path, steps: list[dict[str, Any]], path: Path
+) -> Any:
     backend = make(env, of, model_dir)
     go_on(backend, steps[:BEFORE])
     draw(backend, 5 + env.rank)  # so that each rank's state is its own
@@ -109,7 +123,9 @@ def saved(env: RankEnv, of: Layout, model_dir: Path, steps: list[dict[str, Any]]
     return done
 
 
-def resumed(env: RankEnv, of: Layout, model_dir: Path, steps: list[dict[str, Any]], path: Path) -> Any:
+def resumed(
+    env: RankEnv, of: Layout, model_dir: Path, steps: list[dict[str, Any]], path: Path
+) -> Any:
     backend = make(env, of, model_dir)
     go_on(backend, steps[-1:])
     backend.load(path)
@@ -155,25 +171,39 @@ def uninterrupted(problem, pool_of, tmp_path_factory) -> Callable[[Layout], Save
     return get
 
 
-def check(before: Layout, after: Layout, uninterrupted: Any, problem: Any, pool_of: Any) -> dict[str, float]:
+def check(
+    before: Layout, after: Layout, uninterrupted: Any, problem: Any, pool_of: Any
+) -> dict[str, float]:
     """The largest differences over the three steps; asserts that they are what the two layouts allow."""
     whole = uninterrupted(before)
     other = pool_of(after)(resumed, after, *problem, whole.path)
     (_, steps, _), (_, again, _) = whole.by_rank[0], other[0]
     assert [s.lr for s in again] == [s.lr for s in steps] and len({s.lr for s in steps}) > 1
-    params, others = (assemble(p for *_, pieces in ranks for p in pieces) for ranks in (whole.by_rank, other))
+    params, others = (
+        assemble(p for *_, pieces in ranks for p in pieces) for ranks in (whole.by_rank, other)
+    )
     found = {
-        "loss": largest(abs(a.loss - b.loss) / abs(b.loss) for a, b in zip(again, steps, strict=True)),
-        "norm": largest(abs(a.grad_norm / b.grad_norm - 1) for a, b in zip(again, steps, strict=True)),
-        "params": largest(float((others[name] - value).abs().max()) for name, value in params.items()),
+        "loss": largest(
+            abs(a.loss - b.loss) / abs(b.loss) for a, b in zip(again, steps, strict=True)
+        ),
+        "norm": largest(
+            abs(a.grad_norm / b.grad_norm - 1) for a, b in zip(again, steps, strict=True)
+        ),
+        "params": largest(
+            float((others[name] - value).abs().max()) for name, value in params.items()
+        ),
     }
     if before == after:
-        for (drawn, metrics, _), (drawn_again, metrics_again, _) in zip(whole.by_rank, other, strict=True):
+        for (drawn, metrics, _), (drawn_again, metrics_again, _) in zip(
+            whole.by_rank, other, strict=True
+        ):
             assert metrics_again == metrics and drawn_again == drawn
         for of_generator in zip(*(drawn for drawn, *_ in whole.by_rank), strict=True):
             assert len({str(drawn) for drawn in of_generator}) == before.world_size
         assert not any(found.values()), found
-    assert found["loss"] <= RELATIVE and found["norm"] <= RELATIVE and found["params"] <= ABSOLUTE, found
+    assert (
+        found["loss"] <= RELATIVE and found["norm"] <= RELATIVE and found["params"] <= ABSOLUTE
+    ), found
     return found
 
 

@@ -43,7 +43,11 @@ def test_norms_that_stay_high_begin_a_new_history():
 def test_only_refusals_in_a_row_and_above_the_limit_count():
     made = after([1.0] * LEAST)
     for _ in range(MOST_REFUSED):
-        assert not made.accepts(10.0, 2.0) and not made.accepts(math.inf, 2.0) and made.accepts(1.0, 2.0)
+        assert (
+            not made.accepts(10.0, 2.0)
+            and not made.accepts(math.inf, 2.0)
+            and made.accepts(1.0, 2.0)
+        )
     assert not made.accepts(10.0, 2.0) and len(made.norms) == LEAST + MOST_REFUSED
 
 

@@ -54,7 +54,9 @@ def state(backend: TrainBackend) -> list[torch.Tensor]:
     return [tensor.detach().clone() for tensor in backend._live_tensors()[0]]
 
 
-def life(env, layout: Layout, model_dir, steps, sleeps: int) -> tuple[list, list[torch.Tensor], bool]:
+def life(
+    env, layout: Layout, model_dir, steps, sleeps: int
+) -> tuple[list, list[torch.Tensor], bool]:
     """Two steps, so many sleeps before each; metrics, the state at the end, whether no sleep changed it."""
     backend = resolve(layout.backend, BACKENDS, "backend")(layout.config(), model_dir, env)
     metrics, same = [], True
@@ -80,7 +82,9 @@ DISTRIBUTED = (("distributed_optimizer", True),)
         pytest.param(Layout("megatron", tp_size=2), marks=megatron),
         pytest.param(Layout("megatron", dp_size=2, options=DISTRIBUTED), marks=megatron),
         pytest.param(Layout("megatron", pp_size=2, dtype="bfloat16"), marks=megatron),
-        pytest.param(Layout("megatron", dp_size=2, options=DISTRIBUTED, dtype="bfloat16"), marks=megatron),
+        pytest.param(
+            Layout("megatron", dp_size=2, options=DISTRIBUTED, dtype="bfloat16"), marks=megatron
+        ),
         pytest.param(Layout("megatron", pp_size=2, vpp_size=2, sequences=2), marks=megatron),
         pytest.param(
             Layout("megatron", dp_size=2, options=(*DISTRIBUTED, ("ep_size", 2)), dtype="bfloat16"),
@@ -111,7 +115,8 @@ def resident(env, layout: Layout, model_dir, step) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    "layout", [Layout("fsdp"), pytest.param(Layout("megatron", options=DISTRIBUTED), marks=megatron)]
+    "layout",
+    [Layout("fsdp"), pytest.param(Layout("megatron", options=DISTRIBUTED), marks=megatron)],
 )
 def test_memory_of_a_sleeping_rank_is_really_given_back(alone, large, layout):
     """Weights, gradients and two moments are 4 x 103 MiB; the reference's weights remain."""

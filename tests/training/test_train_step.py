@@ -109,7 +109,9 @@ def test_a_batch_comes_back_from_its_file_as_it_was(batches, tmp_path):
     for name in TrainBatch.__dataclass_fields__:
         a, b = getattr(batch, name), getattr(again, name)
         if isinstance(a, list) and isinstance(a[0], torch.Tensor):
-            assert all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(a, b, strict=True)), name
+            assert all(
+                torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(a, b, strict=True)
+            ), name
         else:
             assert a == b, name
 
@@ -120,17 +122,25 @@ def moved(backend, before):
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
-@pytest.mark.parametrize("changes", [{}, {"recompute": True}, {"distributed_optimizer": True}], ids=str)
-def test_frozen_parameters_stay_and_the_others_have_the_gradients_of_before(start, batches, changes):
+@pytest.mark.parametrize(
+    "changes", [{}, {"recompute": True}, {"distributed_optimizer": True}], ids=str
+)
+def test_frozen_parameters_stay_and_the_others_have_the_gradients_of_before(
+    start, batches, changes
+):
     """Decay and clipping included: with all trained, the norm is larger."""
     whole = start(clip_grad=0.0, **changes)
     norm = whole.train_step(batches[0], GRPO(KL)).grad_norm
     expected = None if "distributed_optimizer" in changes else assemble(copied(whole.grad_shards()))
     backend = start(
-        freeze=["embed_tokens", r"layers\.[01]\.mlp", r"layers\.2\.self_attn\."], clip_grad=0.0, **changes
+        freeze=["embed_tokens", r"layers\.[01]\.mlp", r"layers\.2\.self_attn\."],
+        clip_grad=0.0,
+        **changes,
     )
     before = parameters(backend)
-    frozen = {n for n in before if "embed" in n or ".0.mlp" in n or ".1.mlp" in n or ".2.self_attn." in n}
+    frozen = {
+        n for n in before if "embed" in n or ".0.mlp" in n or ".1.mlp" in n or ".2.self_attn." in n
+    }
     step = backend.train_step(batches[0], GRPO(KL))
     assert moved(backend, before) == before.keys() - frozen and len(frozen) == 1 + 3 + 3 + 6
     assert 0 < step.grad_norm < norm
@@ -158,7 +168,10 @@ def test_a_checkpoint_of_a_run_with_frozen_parameters_continues_exactly(start, b
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [
-        (["mlp", "mlp.gate_prj"], r"'mlp.gate_prj' is found in no tensor.*did you mean .*mlp.gate_proj"),
+        (
+            ["mlp", "mlp.gate_prj"],
+            r"'mlp.gate_prj' is found in no tensor.*did you mean .*mlp.gate_proj",
+        ),
         ([""], "leaves none of .* tensors to train"),
     ],
 )
@@ -174,7 +187,9 @@ def test_a_pattern_that_is_no_regular_expression_is_refused():
 
 def test_an_offloaded_fsdp_optimizer_makes_the_same_steps(start, batches, tmp_path, request):
     if request.node.callspec.params["start"] == "megatron":
-        with pytest.raises(ValueError, match="offload=true: Megatron's needs CUDA, Transformer Engine"):
+        with pytest.raises(
+            ValueError, match="offload=true: Megatron's needs CUDA, Transformer Engine"
+        ):
             start(optimizer_offload=True)
         return
     backend = start()
@@ -197,11 +212,16 @@ def test_an_offloaded_megatron_optimizer_is_configured_as_megatron_core_wants_it
 
 
 def cosine(a, b):
-    x, y = (torch.cat([tensors[name].flatten() for name in sorted(tensors)]).double() for tensors in (a, b))
+    x, y = (
+        torch.cat([tensors[name].flatten() for name in sorted(tensors)]).double()
+        for tensors in (a, b)
+    )
     return float(torch.nn.functional.cosine_similarity(x, y, dim=0))
 
 
-@pytest.mark.parametrize("options", [{}, {"distributed_optimizer": True}, {"recompute": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"distributed_optimizer": True}, {"recompute": True}], ids=str
+)
 def test_bfloat16_sums_gradients_in_float32_and_steps_as_float32_does(start, batches, options):
     gradients, updates, norms = [], [], []
     for layout in (Layout, half):

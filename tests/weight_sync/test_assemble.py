@@ -43,7 +43,9 @@ def _metas(*ranks):
 
 def test_plan_takes_every_element_once_and_replicas_from_the_lowest_rank():
     plan = {t.name: t for t in make_plan(_metas(_shards(0), _shards(1)))}
-    assert {name: tuple(t.shape) for name, t in FULL.items()} == {name: t.shape for name, t in plan.items()}
+    assert {name: tuple(t.shape) for name, t in FULL.items()} == {
+        name: t.shape for name, t in plan.items()
+    }
     assert [p.rank for p in plan["replicated"].pieces] == [0]
     assert [p.rank for p in plan["only_on_last"].pieces] == [1]
     for t in plan.values():
@@ -69,13 +71,19 @@ def test_plan_refuses_overlapping_parts_and_disagreeing_shapes():
 def _rank(rank: int, rendezvous: str, failures) -> None:
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     assembler = Assembler(
-        lambda: _shards(rank), rank=rank, world_size=2, dtype=torch.float32, device=torch.device("cpu")
+        lambda: _shards(rank),
+        rank=rank,
+        world_size=2,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
     )
     for _ in range(2):  # the plan serves every sync
         got = list(assembler.tensors())
         if rank == 0:
             equal = [name for name, t in got if torch.equal(t, FULL[name])]
-            failures.put((sorted(equal), [name for name, _ in got] == [s[0] for s in assembler.specs]))
+            failures.put(
+                (sorted(equal), [name for name, _ in got] == [s[0] for s in assembler.specs])
+            )
         else:
             failures.put(([], got == []))
     dist.destroy_process_group()
@@ -84,7 +92,9 @@ def _rank(rank: int, rendezvous: str, failures) -> None:
 def test_assembled_tensors_are_bit_equal_over_two_ranks(tmp_path):
     context = mp.get_context("spawn")
     results = context.Queue()
-    mp.start_processes(_rank, args=(str(tmp_path / "meet"), results), nprocs=2, start_method="spawn")
+    mp.start_processes(
+        _rank, args=(str(tmp_path / "meet"), results), nprocs=2, start_method="spawn"
+    )
     outcomes = [results.get(timeout=10) for _ in range(4)]
     assert all(complete for _, complete in outcomes)
     assert [names for names, _ in outcomes if names] == [sorted(FULL)] * 2
@@ -101,7 +111,11 @@ BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 
 
 def half() -> Assembler:
-    odd = {"odd": torch.full((3,), 1 / 3), BIAS: torch.full((4,), 4 + 1 / 3), "even": torch.full((2,), 2 / 3)}
+    odd = {
+        "odd": torch.full((3,), 1 / 3),
+        BIAS: torch.full((4,), 4 + 1 / 3),
+        "even": torch.full((2,), 2 / 3),
+    }
     shards = [WeightShard(name, tuple(t.shape), (slice(0, len(t)),), t) for name, t in odd.items()]
     place = {"rank": 0, "world_size": 1, "device": torch.device("cpu")}
     return Assembler(lambda: shards, dtype=torch.bfloat16, **place)
@@ -122,7 +136,10 @@ def test_the_export_has_it_in_float32(tmp_path):
     write_checkpoint(assembler.tensors(), assembler.specs, tmp_path / "out", like=like)
     [file] = (tmp_path / "out").glob("*.safetensors")
     found = load_file(file)
-    assert torch.equal(found[BIAS], torch.full((4,), 4 + 1 / 3)) and found["odd"].dtype == torch.bfloat16
+    assert (
+        torch.equal(found[BIAS], torch.full((4,), 4 + 1 / 3))
+        and found["odd"].dtype == torch.bfloat16
+    )
 
 
 def test_tensors_meet_on_the_device_of_the_rank():

@@ -43,4 +43,6 @@ def test_a_colocated_engine_gets_both_dtypes_in_one_bucket_within_the_deadline(o
     [got] = one_rank(_post)
     expected = dict(half().tensors())
     assert [name for name, _ in got] == [BIAS, "odd", "even"]
-    assert all(t.dtype == expected[name].dtype and torch.equal(t, expected[name]) for name, t in got)
+    assert all(
+        t.dtype == expected[name].dtype and torch.equal(t, expected[name]) for name, t in got
+    )

@@ -8,7 +8,13 @@ from typing import Literal
 from nanoslime.models.rules import Part, Piece, check_tensors, has_mtp, pieces, repeats
 from nanoslime.models.shape import ModelShape
 from nanoslime.storage import manifest
-from nanoslime.storage.safetensors_file import INDEX_FILE, SIDE, SINGLE_FILE, read_head, read_headers
+from nanoslime.storage.safetensors_file import (
+    INDEX_FILE,
+    SIDE,
+    SINGLE_FILE,
+    read_head,
+    read_headers,
+)
 from nanoslime.storage.shared_files import read_json
 from nanoslime.types import RunError
 from tools.conversion import keys, torch_dist
@@ -69,11 +75,15 @@ class Checkpoint:
             stored = self.tensors[piece.hf]
             tensor, first = found.setdefault(piece.megatron, (Tensor(stored.dtype, (0,)), piece))
             if stored.dtype != tensor.dtype:
-                where = f"{_file(stored)}: {piece.hf} is {stored.dtype}, but {first.hf} {tensor.dtype}"
+                where = (
+                    f"{_file(stored)}: {piece.hf} is {stored.dtype}, but {first.hf} {tensor.dtype}"
+                )
                 raise RunError(f"{where}; {piece.megatron} is made of both")
             tensor.links.append((stored, piece.box, piece.local))
             sides = (*tensor.shape, *(0,) * len(piece.local))
-            tensor.shape = tuple(max(n, side.stop) for n, side in zip(sides, piece.local, strict=False))
+            tensor.shape = tuple(
+                max(n, side.stop) for n, side in zip(sides, piece.local, strict=False)
+            )
         return found
 
 
@@ -90,9 +100,13 @@ def open_checkpoint(path: Path, side: Path | None = None, *, verify: bool = True
     checked = _verify(data or path, verify)
     if data is None:
         return _open_huggingface(path, checked)
-    side = side or next((d for d in (data / SIDE, data.parent / SIDE) if (d / "config.json").exists()), None)
+    side = side or next(
+        (d for d in (data / SIDE, data.parent / SIDE) if (d / "config.json").exists()), None
+    )
     if side is None:
-        raise RunError(f"{path} has no {SIDE}/config.json: say with --hf-checkpoint DIR which model it is")
+        raise RunError(
+            f"{path} has no {SIDE}/config.json: say with --hf-checkpoint DIR which model it is"
+        )
     return _open_torch_dist(data, side, checked)
 
 
@@ -123,17 +137,23 @@ def original_heads(side: Path) -> dict[str, bytes] | None:
     if (side / HEADERS).exists():
         heads = {name: head.encode("latin-1") for name, head in read_json(side / HEADERS).items()}
         if wrong := [name for name in heads if Path(name).name != name]:
-            raise RunError(f"{side / HEADERS} names {wrong[0]!r}, which is no file of that directory")
+            raise RunError(
+                f"{side / HEADERS} names {wrong[0]!r}, which is no file of that directory"
+            )
         return heads
     headers = read_headers(side) if any(side.glob("*.safetensors")) else {}
-    return {file.name: read_head(file) for file in sorted({info.file for info in headers.values()})} or None
+    return {
+        file.name: read_head(file) for file in sorted({info.file for info in headers.values()})
+    } or None
 
 
 def _verify(data: Path, verify: bool) -> Path | None:
     """Compares the checksums of the manifest of `data` or of the directory above it; that directory."""
     for place in (data, data.parent):
         text = (place / manifest.NAME).read_bytes() if (place / manifest.NAME).exists() else b""
-        if b"xxh3_128" in text and (place == data or b'"%s/' % data.name.encode() in text):  # one of ours
+        if b"xxh3_128" in text and (
+            place == data or b'"%s/' % data.name.encode() in text
+        ):  # one of ours
             try:
                 if verify:
                     json.loads(text)
@@ -149,11 +169,15 @@ def _open_huggingface(path: Path, checked: Path | None) -> Checkpoint:
     try:
         where = path / (INDEX_FILE if (path / INDEX_FILE).exists() else SINGLE_FILE)
         files = {name: str(info.file) for name, info in headers.items()}
-        check_tensors(shape, {name: info.shape for name, info in headers.items()}, str(where), files)
+        check_tensors(
+            shape, {name: info.shape for name, info in headers.items()}, str(where), files
+        )
     except ValueError as error:
         raise RunError(str(error)) from error
     tensors = {
-        name: StoredTensor(t.dtype, t.shape, (Chunk((0,) * len(t.shape), t.shape, t.file, t.start),))
+        name: StoredTensor(
+            t.dtype, t.shape, (Chunk((0,) * len(t.shape), t.shape, t.file, t.start),)
+        )
         for name, t in headers.items()
     }
     _check_dtypes(tensors)
@@ -161,8 +185,12 @@ def _open_huggingface(path: Path, checked: Path | None) -> Checkpoint:
         if name in tensors and not same(_fill(tensors[name]), _fill(tensors[of])):
             tied = name == "lm_head.weight"
             hint = "set tie_word_embeddings to false in config.json" if tied else "retrain"
-            raise RunError(f"{_file(tensors[name])}: {name} has to repeat {of}, but differs; {hint}")
-    return Checkpoint(path, "Hugging Face", shape, path, tensors, has_mtp(shape, tensors), (), checked)
+            raise RunError(
+                f"{_file(tensors[name])}: {name} has to repeat {of}, but differs; {hint}"
+            )
+    return Checkpoint(
+        path, "Hugging Face", shape, path, tensors, has_mtp(shape, tensors), (), checked
+    )
 
 
 def _open_torch_dist(path: Path, side: Path, checked: Path | None) -> Checkpoint:
@@ -183,10 +211,14 @@ def _open_torch_dist(path: Path, side: Path, checked: Path | None) -> Checkpoint
         if tensor is None:
             lack = f"no {name} {extent}, part of every {shape.model_type}"
             raise RunError(f"{path / torch_dist.METADATA} has {lack}")
-        padded = piece.rule.layout == "vocab" and len(tensor.shape) == 2 and tensor.shape[0] >= extent[0]
+        padded = (
+            piece.rule.layout == "vocab" and len(tensor.shape) == 2 and tensor.shape[0] >= extent[0]
+        )
         if tensor.shape != tuple(extent) and not (padded and tensor.shape[1] == extent[1]):
             where = f"{_file(tensor)}: {name}"
-            raise RunError(f"{where} is {list(tensor.shape)}, {side / 'config.json'} asks for {extent}")
+            raise RunError(
+                f"{where} is {list(tensor.shape)}, {side / 'config.json'} asks for {extent}"
+            )
         found[name] = tensor
     known = {name for piece, _ in expected.values() for name in (piece.megatron, piece.other)}
     if extra := sorted(tensors.keys() - known):
@@ -206,7 +238,9 @@ def _shape(directory: Path) -> ModelShape:
 def _check_dtypes(tensors: dict[str, StoredTensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in ("F64", "F32", "F16", "BF16"):
-            raise RunError(f"{_file(tensor)}: {name} is {tensor.dtype}; dequantize the checkpoint first")
+            raise RunError(
+                f"{_file(tensor)}: {name} is {tensor.dtype}; dequantize the checkpoint first"
+            )
 
 
 def _fill(tensor: StoredTensor) -> Fill:

@@ -26,11 +26,17 @@ def parser(doc: str | None, name: str, source: str) -> ArgumentParser:
     add("--dry-run", action="store_true", help="print the plan and the bytes; write nothing")
     add("--force", action="store_true", help="replace OUT, once the new one is complete")
     add("--threads", type=int, default=threads, help="files written at a time (%(default)s)")
-    add("--no-checksums", action="store_true", help="neither compare the source's manifest nor write one")
+    add(
+        "--no-checksums",
+        action="store_true",
+        help="neither compare the source's manifest nor write one",
+    )
     return made
 
 
-def convert(arguments: Namespace, plan_of: Callable[[Checkpoint], Plan], side: Path | None = None) -> None:
+def convert(
+    arguments: Namespace, plan_of: Callable[[Checkpoint], Plan], side: Path | None = None
+) -> None:
     """From the checkpoint, with its configuration in `side` if not beside it, to the last line."""
     started, checksums = time.monotonic(), not arguments.no_checksums
     verify = checksums and not arguments.dry_run
@@ -43,7 +49,14 @@ def convert(arguments: Namespace, plan_of: Callable[[Checkpoint], Plan], side: P
         print(line, file=sys.stderr)
     threads = max(1, arguments.threads)
     with bar(plan.num_bytes) as progress:
-        run(plan, arguments.out, arguments.force, threads=threads, checksums=checksums, progress=progress)
+        run(
+            plan,
+            arguments.out,
+            arguments.force,
+            threads=threads,
+            checksums=checksums,
+            progress=progress,
+        )
     print(f"{arguments.out}: {summary(plan.num_bytes, time.monotonic() - started)}")
 
 
@@ -60,7 +73,9 @@ def bar(num_bytes: int) -> Iterator[Progress]:
 def summary(num_bytes: int, seconds: float) -> str:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     rate = num_bytes / 1e9 / seconds
-    return f"{num_bytes / 1e9:.3f} GB in {seconds:.2f} s, {rate:.2f} GB/s, peak memory {peak:.0f} MB"
+    return (
+        f"{num_bytes / 1e9:.3f} GB in {seconds:.2f} s, {rate:.2f} GB/s, peak memory {peak:.0f} MB"
+    )
 
 
 def describe(plan: Plan, out: Path) -> str:
@@ -86,7 +101,9 @@ def notes(source: Checkpoint) -> list[str]:
     """What a user should know about the source before trusting the result."""
     found = []
     if source.manifest is None:
-        found.append(f"note: {source.path} has no manifest: its structure is checked, its bits are not")
+        found.append(
+            f"note: {source.path} has no manifest: its structure is checked, its bits are not"
+        )
     if why := source.shape.architecture.unconfirmed:
         found.append(f"note: {source.shape.model_type}: {why}")
     return found

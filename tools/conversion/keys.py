@@ -24,7 +24,11 @@ _GATE_OR_UP = re.compile(r"^(.*\.linear_fc1\.weight)_([wv])$")
 _NOT_WEIGHTS = re.compile(
     r"^(optimizer|chained_\d+|opt_param_scheduler|rng_state|random|rerun_state|args)\b|_extra_state"
 )
-_TE_MODULES = ("layernorm", "core_attention", "eh_proj")  # Transformer Engine's, with an extra state too
+_TE_MODULES = (
+    "layernorm",
+    "core_attention",
+    "eh_proj",
+)  # Transformer Engine's, with an extra state too
 
 
 def is_weight(key: str) -> bool:
@@ -45,7 +49,9 @@ def by_name(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     for name, both in halves.items():
         kinds = {(half.dtype, half.shape) for half in both.values()}
         if both.keys() != {"w", "v"} or len(kinds) != 1 or name in found:
-            raise TorchDistError(f"{name} is stored as {sorted(both)}, not as two equal halves w and v")
+            raise TorchDistError(
+                f"{name} is stored as {sorted(both)}, not as two equal halves w and v"
+            )
         found[name] = _stack(both["w"], both["v"])
     return found
 
@@ -87,7 +93,9 @@ def _split(key: str, tensor: StoredTensor) -> Iterator[tuple[str, StoredTensor]]
     for pattern in (_LAYERS, _EXPERTS):
         if match := pattern.match(key):
             if len(tensor.shape) < 2:
-                raise TorchDistError(f"{key} is {list(tensor.shape)}: no dimension of layers or experts")
+                raise TorchDistError(
+                    f"{key} is {list(tensor.shape)}: no dimension of layers or experts"
+                )
             for index, row in enumerate(_rows(tensor)):
                 yield from _split(f"{match[1]}.{index}.{match[2]}", row)
             return
@@ -101,7 +109,9 @@ def _rows(tensor: StoredTensor) -> list[StoredTensor]:
         start, shape = chunk.start[1:], chunk.shape[1:]
         size = prod(shape) * DTYPE_BYTES[tensor.dtype]
         for row in range(chunk.shape[0]):
-            chunks[chunk.start[0] + row].append(Chunk(start, shape, chunk.file, chunk.offset + row * size))
+            chunks[chunk.start[0] + row].append(
+                Chunk(start, shape, chunk.file, chunk.offset + row * size)
+            )
     return [StoredTensor(tensor.dtype, tensor.shape[1:], tuple(found)) for found in chunks]
 
 

@@ -10,7 +10,13 @@ from math import prod
 from pathlib import Path
 
 from nanoslime.models.rules import Piece
-from nanoslime.storage.safetensors_file import INDEX_FILE, SIDE, copy_other_files, parse_head, plan_files
+from nanoslime.storage.safetensors_file import (
+    INDEX_FILE,
+    SIDE,
+    copy_other_files,
+    parse_head,
+    plan_files,
+)
 from nanoslime.storage.shared_files import publish_json, read_json
 from nanoslime.types import RunError
 from tools.conversion import keys, torch_dist
@@ -59,16 +65,25 @@ def to_megatron(source: Checkpoint) -> Plan:
         dtype, _, chunks = stored.setdefault(key, (tensor.dtype, full, []))
         if dtype != tensor.dtype:
             where = f"{tensor.links[0][0].chunks[0].file}: {piece.hf}"
-            raise RunError(f"{where} is {tensor.dtype}, but of other experts {dtype}; {key} has both")
+            raise RunError(
+                f"{where} is {tensor.dtype}, but of other experts {dtype}; {key} has both"
+            )
         for start, shape in _row_chunks(piece, tensor.shape, source.shape.num_key_value_heads):
             box = (*(1 for _ in outer), *shape)
             head, tail = container(tensor.dtype, box)
-            file, offset = files.append(head, fill(name, tensor.dtype, start, shape, tensor.links), tail)
+            file, offset = files.append(
+                head, fill(name, tensor.dtype, start, shape, tensor.links), tail
+            )
             chunks.append(Chunk((*outer, *start), box, Path(file), offset + len(head)))
-    tensors = {key: StoredTensor(dtype, full, tuple(chunks)) for key, (dtype, full, chunks) in stored.items()}
+    tensors = {
+        key: StoredTensor(dtype, full, tuple(chunks))
+        for key, (dtype, full, chunks) in stored.items()
+    }
     for name, (_, piece) in named:  # the same bytes under the name of the other layer spec
         tensors[keys.key_of(piece.other)[0]] = tensors[keys.key_of(name)[0]]
-    objects = {key: (*stub, len(OBJECT_STUB)) for key in keys.extra_states(dict(named), num_experts)}
+    objects = {
+        key: (*stub, len(OBJECT_STUB)) for key in keys.extra_states(dict(named), num_experts)
+    }
 
     def finish(directory: Path) -> None:
         torch_dist.write_metadata(directory / RELEASE, tensors, objects)
@@ -97,16 +112,22 @@ def to_huggingface(source: Checkpoint, dtype: str | None = None) -> Plan:
     original = None if dtype else original_heads(source.side)
     if (heads := original) is None:
         wanted = [(name, available[name]) for name in sorted(own, key=_layer)]
-        heads, index = plan_files((name, dtype or tensor.dtype, tensor.shape) for name, tensor in wanted)
+        heads, index = plan_files(
+            (name, dtype or tensor.dtype, tensor.shape) for name, tensor in wanted
+        )
     files = []
     for name, head in heads.items():
         content: list[bytes | Fill] = [head]
         for hf, info in parse_head(source.side / name, head).items():
             if hf not in available or available[hf].shape != info.shape:
                 what = list(available[hf].shape) if hf in available else "nothing of that name"
-                raise RunError(f"{info.file} has {hf} {list(info.shape)}, but {source.path} has {what}")
+                raise RunError(
+                    f"{info.file} has {hf} {list(info.shape)}, but {source.path} has {what}"
+                )
             own.discard(hf)
-            content.append(fill(hf, info.dtype, (0,) * len(info.shape), info.shape, available[hf].links))
+            content.append(
+                fill(hf, info.dtype, (0,) * len(info.shape), info.shape, available[hf].links)
+            )
         files.append(TargetFile(name, tuple(content)))
     if own:
         raise RunError(f"{source.side}: the original has no {min(own)}, which {source.path} holds")
@@ -133,7 +154,9 @@ class _Appender:
         self._limit, self._files = limit, list[list[bytes | Fill]]()
         self._position = limit
 
-    def append(self, head: bytes, content: Fill | None = None, tail: bytes = b"") -> tuple[str, int]:
+    def append(
+        self, head: bytes, content: Fill | None = None, tail: bytes = b""
+    ) -> tuple[str, int]:
         """(file name, offset) of `head`. `content` gets the place in its page that its source has."""
         if self._position >= self._limit:
             self._files.append([])
@@ -147,7 +170,9 @@ class _Appender:
         return f"__{len(self._files) - 1}_0.distcp", offset
 
     def done(self) -> tuple[TargetFile, ...]:
-        return tuple(TargetFile(f"{RELEASE}/__{i}_0.distcp", tuple(c)) for i, c in enumerate(self._files))
+        return tuple(
+            TargetFile(f"{RELEASE}/__{i}_0.distcp", tuple(c)) for i, c in enumerate(self._files)
+        )
 
 
 def _row_chunks(
@@ -160,9 +185,13 @@ def _row_chunks(
     units = num_groups if rule.layout == "qkv" else rows
     count = 1
     if rule.tp_dim == 0 and not rule.num_experts and prod(shape) >= _MIN_CHUNK_ELEMENTS:
-        count = next(n for n in (_MAX_ROW_CHUNKS, 4, 2, 1) if units % n == 0 or rule.layout == "vocab")
+        count = next(
+            n for n in (_MAX_ROW_CHUNKS, 4, 2, 1) if units % n == 0 or rule.layout == "vocab"
+        )
     step = -(-rows // count)
-    edges = [half * rows + min(i * step, rows) for half in range(halves) for i in range(count)] + [shape[0]]
+    edges = [half * rows + min(i * step, rows) for half in range(halves) for i in range(count)] + [
+        shape[0]
+    ]
     rest = (0,) * (len(shape) - 1)
     return [((a, *rest), (b - a, *shape[1:])) for a, b in pairwise(edges) if b > a]
 

@@ -45,7 +45,9 @@ class _Journal:
     @classmethod
     def open(cls, directory: Path, plan: str) -> _Journal:
         """That of an interrupted run of the same plan, or a new one in an empty directory."""
-        if (directory / PROGRESS).exists() and (found := read_json(directory / PROGRESS))["plan"] == plan:
+        if (directory / PROGRESS).exists() and (found := read_json(directory / PROGRESS))[
+            "plan"
+        ] == plan:
             return cls(directory, plan, found["done"])
         for path in directory.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -57,7 +59,9 @@ class _Journal:
             publish_json(self.directory / PROGRESS, {"plan": self.plan, "done": self.done})
 
 
-def run(plan: Plan, out: Path, force: bool, *, threads: int, checksums: bool, progress: Progress) -> None:
+def run(
+    plan: Plan, out: Path, force: bool, *, threads: int, checksums: bool, progress: Progress
+) -> None:
     """Write `plan` to `out`, with a manifest unless `checksums` is off.
 
     Raises RunError where `out` exists without `force`, another conversion writes it, or the disk is full.
@@ -71,7 +75,11 @@ def run(plan: Plan, out: Path, force: bool, *, threads: int, checksums: bool, pr
         todo = []
         for file in plan.files:
             path = partial / file.name
-            if file.name in journal.done and path.is_file() and path.stat().st_size == file.num_bytes:
+            if (
+                file.name in journal.done
+                and path.is_file()
+                and path.stat().st_size == file.num_bytes
+            ):
                 progress(file.num_bytes)
             else:
                 path.unlink(missing_ok=True)  # its space is free
@@ -84,13 +92,17 @@ def run(plan: Plan, out: Path, force: bool, *, threads: int, checksums: bool, pr
             plan.finish(partial)
             (partial / PROGRESS).unlink(missing_ok=True)
             if checksums:
-                manifest.write(partial, {name: digest for name, digest in journal.done.items() if digest})
+                manifest.write(
+                    partial, {name: digest for name, digest in journal.done.items() if digest}
+                )
             check_output(plan, out, force)  # somebody may have made it meanwhile
             put_in_place(partial, out)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise RunError(f"{partial}: no space left; free some and run the same command again") from error
+            raise RunError(
+                f"{partial}: no space left; free some and run the same command again"
+            ) from error
 
 
 def check_output(plan: Plan, out: Path, force: bool) -> None:
@@ -134,7 +146,9 @@ def _write_all(
     def one(file: TargetFile) -> None:
         try:
             watched(0)
-            journal.add(file.name, write(file, journal.directory, checksum=checksums, progress=watched))
+            journal.add(
+                file.name, write(file, journal.directory, checksum=checksums, progress=watched)
+            )
         except BaseException:
             failed.set()
             raise
@@ -170,5 +184,7 @@ def _fingerprint(plan: Plan, checksums: bool) -> str:
                 state.update(item)
     for path in sorted(files):
         known = path.stat()
-        state.update(f"{path.resolve()} {known.st_size} {known.st_mtime_ns} {known.st_ino}".encode())
+        state.update(
+            f"{path.resolve()} {known.st_size} {known.st_mtime_ns} {known.st_ino}".encode()
+        )
     return state.hexdigest()

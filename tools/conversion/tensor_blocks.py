@@ -58,7 +58,9 @@ def cast(values: np.ndarray, source: str, target: str) -> np.ndarray:
             with np.errstate(over="raise"):
                 return numbers.astype(_FLOATS[target]).view(_raw(target))
         except FloatingPointError as e:
-            raise RunError(f"a {source} number is beyond the range of {target}; choose BF16 or F32") from e
+            raise RunError(
+                f"a {source} number is beyond the range of {target}; choose BF16 or F32"
+            ) from e
     bits = numbers.astype(np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
     return np.where(np.isnan(numbers), bits >> 16 | 0x40, rounded).astype(np.uint16)

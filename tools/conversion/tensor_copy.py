@@ -28,12 +28,21 @@ from tools.conversion.torch_dist import Chunk, StoredTensor
 BLOCK_BYTES = 1 << 20  # still in the cache when it is hashed
 CAST = {"F32", "F16", "BF16"}  # dtypes that become one another
 _KERNEL_BYTES = 64 << 20
-PAGE_BYTES = 4096  # inside the kernel, a copy between other places in the page costs half as much again
+PAGE_BYTES = (
+    4096  # inside the kernel, a copy between other places in the page costs half as much again
+)
 Box = tuple[slice, ...]  # one slice per dimension, start and stop set
 Progress = Callable[[int], object]  # is called with the number of bytes done, often
-Link = tuple[StoredTensor, Box, Box]  # a box of a stored tensor, and the same box of the target tensor
+Link = tuple[
+    StoredTensor, Box, Box
+]  # a box of a stored tensor, and the same box of the target tensor
 _BLOCKS = "tools.conversion.tensor_blocks:blocks"  # numpy, which takes longer to import than 100 MB to copy
-_NO_COPY_RANGE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}  # of this pair of filesystems
+_NO_COPY_RANGE = {
+    errno.EXDEV,
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+}  # of this pair of filesystems
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +75,9 @@ class Fill:
             if source.dtype != self.dtype or not sides == source.chunk.shape[1:] == self.shape[1:]:
                 return None
             first, stop = (source.box[0].start, source.box[0].stop) if source.box else (0, 1)
-            found.append((source.chunk.file, source.chunk.offset + first * row, (stop - first) * row))
+            found.append(
+                (source.chunk.file, source.chunk.offset + first * row, (stop - first) * row)
+            )
         return found
 
 
@@ -77,10 +88,14 @@ class TargetFile:
 
     @property
     def num_bytes(self) -> int:
-        return sum(len(item) if isinstance(item, bytes) else item.num_bytes for item in self.content)
+        return sum(
+            len(item) if isinstance(item, bytes) else item.num_bytes for item in self.content
+        )
 
 
-def fill(what: str, dtype: str, start: Sequence[int], shape: Sequence[int], links: Iterable[Link]) -> Fill:
+def fill(
+    what: str, dtype: str, start: Sequence[int], shape: Sequence[int], links: Iterable[Link]
+) -> Fill:
     """The sources of the box at `start` of size `shape` of a tensor whose boxes `links` describe.
 
     Raises RunError naming `what` where they do not cover it.
@@ -89,7 +104,9 @@ def fill(what: str, dtype: str, start: Sequence[int], shape: Sequence[int], link
     for stored, box, to in links:
         if stored.dtype != dtype and not {stored.dtype, dtype} <= CAST:
             file = stored.chunks[0].file
-            raise RunError(f"{file}: {what} is {stored.dtype}; {dtype} is made of {sorted(CAST)} only")
+            raise RunError(
+                f"{file}: {what} is {stored.dtype}; {dtype} is made of {sorted(CAST)} only"
+            )
         overlaps = (_overlap(stored.dtype, chunk, box, to, start, shape) for chunk in stored.chunks)
         found += filter(None, overlaps)
     covered = sum(prod(side.stop - side.start for side in source.to) for source in found)
@@ -102,7 +119,9 @@ def _overlap(
     dtype: str, chunk: Chunk, box: Box, to: Box, start: Sequence[int], shape: Sequence[int]
 ) -> Source | None:
     inside, out = [], []
-    for b, t, first, size, c, n in zip(box, to, start, shape, chunk.start, chunk.shape, strict=True):
+    for b, t, first, size, c, n in zip(
+        box, to, start, shape, chunk.start, chunk.shape, strict=True
+    ):
         shift = t.start - b.start  # from the source tensor to the target tensor
         low = max(b.start, c, first - shift)
         high = min(b.stop, c + n, first + size - shift)

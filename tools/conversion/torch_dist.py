@@ -86,7 +86,9 @@ def read(
         with naming(f"{directory}: {key}"):
             boxes = [list(zip(chunk.start, chunk.shape, strict=True)) for chunk in chunks[key]]
             if not (_is_partition(boxes, shape) if math.prod(shape) else not boxes):
-                raise TorchDistError(f"the {len(boxes)} chunks of {list(shape)} overlap or leave a hole")
+                raise TorchDistError(
+                    f"the {len(boxes)} chunks of {list(shape)} overlap or leave a hole"
+                )
     return {key: StoredTensor(*shapes[key], tuple(chunks[key])) for key in shapes}, objects
 
 
@@ -95,7 +97,9 @@ def _read_metadata(
 ) -> tuple[dict[str, tuple[str, tuple[int, ...]]], list[str], dict[str, list[_Piece]]]:
     """(dtype, shape) of the wanted tensors, keys of the objects, and the containers of both by file."""
     if not path.exists():
-        raise TorchDistError(f"{path.parent} is no torch_dist checkpoint, or not a whole one: no {path.name}")
+        raise TorchDistError(
+            f"{path.parent} is no torch_dist checkpoint, or not a whole one: no {path.name}"
+        )
     shapes, objects = {}, []
     boxes: list[tuple[str, tuple[int, ...] | None, str, tuple[int, ...]]] = []
     pieces: dict[str, list[_Piece]] = defaultdict(list)
@@ -109,7 +113,10 @@ def _read_metadata(
                 dtype = torch_pickle.DTYPE_NAMES[entry.properties.state[0].__name__]
                 shapes[key] = (dtype, _sizes(entry.size))
                 boxes += [(key, _sizes(c.offsets), dtype, _sizes(c.sizes)) for c in entry.chunks]
-        places = {(index.fqn, index.state.get("offset")): info for index, info in root.storage_data.items()}
+        places = {
+            (index.fqn, index.state.get("offset")): info
+            for index, info in root.storage_data.items()
+        }
         for key, start, dtype, shape in boxes:
             if (key, start) not in places:
                 raise TorchDistError(f"it does not say where {key} from {start} lies")
@@ -117,7 +124,9 @@ def _read_metadata(
             if info.state.get("transform_descriptors"):
                 raise TorchDistError(f"{key} is stored transformed: {info.transform_descriptors}")
             if os.path.basename(info.relative_path) != info.relative_path:
-                raise TorchDistError(f"{key} lies in {info.relative_path!r}, outside of the directory")
+                raise TorchDistError(
+                    f"{key} lies in {info.relative_path!r}, outside of the directory"
+                )
             offset, length = _sizes((info.offset, info.length))
             if math.prod(shape):
                 pieces[info.relative_path].append((key, dtype, start or (), shape, offset, length))
@@ -125,7 +134,9 @@ def _read_metadata(
 
 
 def _sizes(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, tuple) or any(type(value) is not int or value < 0 for value in values):
+    if not isinstance(values, tuple) or any(
+        type(value) is not int or value < 0 for value in values
+    ):
         raise TorchDistError(f"sizes are {values!r}")
     return values
 
@@ -148,7 +159,9 @@ def _locate(file: Path, pieces: list[_Piece]) -> list[tuple[str, Chunk]]:
     return found
 
 
-def _is_partition(boxes: list[list[tuple[int, int]]], shape: tuple[int, ...], axis: int = 0) -> bool:
+def _is_partition(
+    boxes: list[list[tuple[int, int]]], shape: tuple[int, ...], axis: int = 0
+) -> bool:
     """Whether boxes, (start, size) by axis, fill `shape` exactly once.
 
     A sweep: what is open between two neighbouring edges on this axis has to fill the axes after it.
@@ -189,7 +202,10 @@ def write_metadata(
 
     objects: key -> (name of the file, offset, length). Two tensors may share their chunks.
     """
-    size, layout = foreign("torch.Size"), foreign("torch.serialization._get_layout")("torch.strided")
+    size, layout = (
+        foreign("torch.Size"),
+        foreign("torch.serialization._get_layout")("torch.strided"),
+    )
     memory_format = foreign(f"{_DCP}.metadata._MEM_FORMAT_ENCODING")(0)
     entries: dict[str, Foreign] = {}
     places: dict[Foreign, Foreign] = {}
@@ -210,7 +226,9 @@ def write_metadata(
         state = (dtype, layout, False, memory_format, False)
         properties = torch_pickle.made(f"{_DCP}.metadata.TensorProperties", state)
         shape = size(tensor.shape)
-        entries[key] = _made("TensorStorageMetadata", properties=properties, size=shape, chunks=boxes)
+        entries[key] = _made(
+            "TensorStorageMetadata", properties=properties, size=shape, chunks=boxes
+        )
     for key, where in objects.items():
         entries[key] = _made("BytesStorageMetadata")
         place(key, *where, {})

@@ -23,25 +23,45 @@ from nanoslime.storage.safetensors_file import DTYPE_BYTES
 from nanoslime.types import RunError
 
 DTYPES = {  # as safetensors names it: torch's dtype, and the class in pickles of storages of their own
-    "F64": ("float64", "DoubleStorage"), "F32": ("float32", "FloatStorage"),
-    "F16": ("float16", "HalfStorage"), "BF16": ("bfloat16", "BFloat16Storage"),
-    "BOOL": ("bool", "BoolStorage"), "U8": ("uint8", "ByteStorage"),
-    "I8": ("int8", "CharStorage"), "I16": ("int16", "ShortStorage"), "I32": ("int32", "IntStorage"),
-    "I64": ("int64", "LongStorage"), "U16": ("uint16", ""), "U32": ("uint32", ""), "U64": ("uint64", ""),
-    "F8_E4M3": ("float8_e4m3fn", ""), "F8_E5M2": ("float8_e5m2", ""),
-}  # fmt: skip
-DTYPE_NAMES = {torch_name: name for name, names in DTYPES.items() for torch_name in names if torch_name}
+    "F64": ("float64", "DoubleStorage"),
+    "F32": ("float32", "FloatStorage"),
+    "F16": ("float16", "HalfStorage"),
+    "BF16": ("bfloat16", "BFloat16Storage"),
+    "BOOL": ("bool", "BoolStorage"),
+    "U8": ("uint8", "ByteStorage"),
+    "I8": ("int8", "CharStorage"),
+    "I16": ("int16", "ShortStorage"),
+    "I32": ("int32", "IntStorage"),
+    "I64": ("int64", "LongStorage"),
+    "U16": ("uint16", ""),
+    "U32": ("uint32", ""),
+    "U64": ("uint64", ""),
+    "F8_E4M3": ("float8_e4m3fn", ""),
+    "F8_E5M2": ("float8_e5m2", ""),
+}
+DTYPE_NAMES = {
+    torch_name: name for name, names in DTYPES.items() for torch_name in names if torch_name
+}
 _OF_TENSORS = {f"torch.{name}" for name in DTYPE_NAMES} | {
-    "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3", "torch.storage.UntypedStorage",
-}  # fmt: skip
-_PLAIN = {"torch.Size": tuple, "collections.OrderedDict": dict, "builtins.set": set, "__builtin__.set": set}
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_tensor_v3",
+    "torch.storage.UntypedStorage",
+}
+_PLAIN = {
+    "torch.Size": tuple,
+    "collections.OrderedDict": dict,
+    "builtins.set": set,
+    "__builtin__.set": set,
+}
 _HARMFUL = re.compile(  # no value is made of these: whoever wrote them wanted to execute something
     r"(os|posix|nt|sys|subprocess|shutil|socket|importlib|runpy|ctypes|pty|code|pdb|webbrowser)\."
     r"|(builtins|__builtin__)\.(eval|exec|compile|open|__import__|breakpoint)$"
 )
 _ENTRY = struct.Struct("<4s6H3I5H2I")  # of a zip's directory
 _LOCAL = struct.Struct("<4s5H3I2H")  # in front of a record
-_END = struct.Struct("<4sQ2H2I4Q4sIQI4s4H2IH")  # zip64 end of directory, its locator, end of directory
+_END = struct.Struct(
+    "<4sQ2H2I4Q4sIQI4s4H2IH"
+)  # zip64 end of directory, its locator, end of directory
 _MAX32 = 0xFFFFFFFF
 _ALIGNMENT = 64  # of a record in its container
 
@@ -166,7 +186,9 @@ class _View(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         left = self._length - self._position
-        data = os.pread(self._file, left if size < 0 else min(size, left), self._offset + self._position)
+        data = os.pread(
+            self._file, left if size < 0 else min(size, left), self._offset + self._position
+        )
         self._position += len(data)
         return data
 
@@ -176,24 +198,37 @@ class Container:
 
     def __init__(self, file: int, offset: int, length: int) -> None:
         if offset + length > (size := os.fstat(file).st_size):
-            raise TorchDistError(f"truncated: bytes {offset} to {offset + length} of {size} are expected")
+            raise TorchDistError(
+                f"truncated: bytes {offset} to {offset + length} of {size} are expected"
+            )
         self._file, self._offset, self._length = file, offset, length
         try:
             records = zipfile.ZipFile(_View(file, offset, length)).infolist()
         except zipfile.BadZipFile as error:
-            raise TorchDistError(f"no container of torch.save, the only one read here: {error}") from error
+            raise TorchDistError(
+                f"no container of torch.save, the only one read here: {error}"
+            ) from error
         self._records = {record.filename.partition("/")[2]: record for record in records}
 
     def find(self, name: str) -> tuple[int, int]:
         """(offset in the file, size) of a record."""
         if (record := self._records.get(name)) is None:
-            raise TorchDistError(f"its container has no record {name}, only {', '.join(self._records)}")
+            raise TorchDistError(
+                f"its container has no record {name}, only {', '.join(self._records)}"
+            )
         local = os.pread(self._file, _LOCAL.size, self._offset + record.header_offset)
         magic, *_, name_length, extra_length = _LOCAL.unpack(local)
-        start, size = record.header_offset + _LOCAL.size + name_length + extra_length, record.file_size
-        stored = not record.compress_type and not record.flag_bits & 1 and record.compress_size == size
+        start, size = (
+            record.header_offset + _LOCAL.size + name_length + extra_length,
+            record.file_size,
+        )
+        stored = (
+            not record.compress_type and not record.flag_bits & 1 and record.compress_size == size
+        )
         if magic != b"PK\3\4" or not stored or start + size > self._length:
-            raise TorchDistError(f"its container does not hold the record {name} as it is, uncompressed")
+            raise TorchDistError(
+                f"its container does not hold the record {name} as it is, uncompressed"
+            )
         return self._offset + start, size
 
     def content(self, name: str) -> bytes:
@@ -241,8 +276,14 @@ def archive(pickled: bytes, data_bytes: int | None = None) -> tuple[bytes, bytes
     `torch.serialization.set_crc32_options(False)`.
     """
     head, directory = b"", b""
-    records = {"data.pkl": pickled, ".format_version": b"1", ".storage_alignment": b"%d" % _ALIGNMENT}
-    records |= {"byteorder": b"little", "version": b"3\n"} | ({} if data_bytes is None else {"data/0": b""})
+    records = {
+        "data.pkl": pickled,
+        ".format_version": b"1",
+        ".storage_alignment": b"%d" % _ALIGNMENT,
+    }
+    records |= {"byteorder": b"little", "version": b"3\n"} | (
+        {} if data_bytes is None else {"data/0": b""}
+    )
     for name, content in records.items():
         path = f"archive/{name}".encode()
         size = data_bytes or 0 if name == "data/0" else len(content)
@@ -250,7 +291,9 @@ def archive(pickled: bytes, data_bytes: int | None = None) -> tuple[bytes, bytes
         sizes = (zlib.crc32(content), min(size, _MAX32), min(size, _MAX32), len(path))
         padding = -(len(head) + _LOCAL.size + len(path) + len(wide) + 4) % _ALIGNMENT
         extra = wide + struct.pack("<2sH", b"FB", padding) + bytes(padding)
-        directory += _ENTRY.pack(b"PK\1\2", 45, 45, 0, 0, 0, 0, *sizes, len(wide), 0, 0, 0, 0, len(head))
+        directory += _ENTRY.pack(
+            b"PK\1\2", 45, 45, 0, 0, 0, 0, *sizes, len(wide), 0, 0, 0, 0, len(head)
+        )
         directory += path + wide
         head += _LOCAL.pack(b"PK\3\4", 45, 0, 0, 0, 0, *sizes, len(extra)) + path + extra + content
     count, start = len(records), len(head) + (data_bytes or 0)
@@ -276,4 +319,6 @@ def container(dtype: str, shape: tuple[int, ...]) -> tuple[bytes, bytes]:
     return archive(dump(rebuild(stored, 0, shape, _strides(shape), False, hooks, *last)), size)
 
 
-OBJECT_STUB = b"".join(archive(dump([None])))  # what megatron-core saves for an _extra_state that is None
+OBJECT_STUB = b"".join(
+    archive(dump([None]))
+)  # what megatron-core saves for an _extra_state that is None

@@ -35,7 +35,9 @@ class MegatronBackend(TrainBackend):
         distributed = model.build(self._shape, config, ranks, self._device)
         self._pieces = [model.unwrap(piece) for piece in distributed]
         here = zip(self._pieces, ranks.parts(self._shape), strict=True)
-        self._weights_here = [b for piece, part in here for b in weights.bind(piece, self._shape, part)]
+        self._weights_here = [
+            b for piece, part in here for b in weights.bind(piece, self._shape, part)
+        ]
         weights.load(self._weights_here, self._shape, model_dir)
         self._optimizer = optimizer.build(distributed, config)
         self._replay = config.training.routing_replay
@@ -63,7 +65,9 @@ class MegatronBackend(TrainBackend):
     def load(self, path: Path) -> None:
         self._past = checkpoint.load(path, self._pieces, self._optimizer, self._ranks)
 
-    def _packed_logprobs(self, shard: TrainBatch, weights: Literal["policy", "ref"]) -> list[Tensor]:
+    def _packed_logprobs(
+        self, shard: TrainBatch, weights: Literal["policy", "ref"]
+    ) -> list[Tensor]:
         if weights == "ref":
             shard = replace(shard, routed_experts=None)
         elif self._replay == "R2" and (moe := self._shape.moe):
@@ -74,7 +78,11 @@ class MegatronBackend(TrainBackend):
 
     def _backward(self, shard: TrainBatch, algorithm: Algorithm) -> dict[str, float]:
         if self._replay != "none" and shard.routed_experts is None:
-            source = "the samples hold none" if self._replay == "R3" else "logprobs were not computed before"
+            source = (
+                "the samples hold none"
+                if self._replay == "R3"
+                else "logprobs were not computed before"
+            )
             raise ValueError(f"training.routing_replay={self._replay}: no routed experts; {source}")
         self._optimizer.zero_grad()
         return parallel.from_last_stage(self._pipeline.gradients(shard, algorithm), self._ranks)
@@ -84,8 +92,12 @@ class MegatronBackend(TrainBackend):
         return float(self._optimizer.get_grad_norm())
 
     def _grads(self) -> list[Tensor]:
-        parameters = (p for inner in self._optimizer.chained_optimizers for p in inner.get_parameters())
-        grads = (getattr(p, "decoupled_grad", p.grad) for p in parameters)  # the former when it is offloaded
+        parameters = (
+            p for inner in self._optimizer.chained_optimizers for p in inner.get_parameters()
+        )
+        grads = (
+            getattr(p, "decoupled_grad", p.grad) for p in parameters
+        )  # the former when it is offloaded
         return [grad for grad in grads if grad is not None]
 
     def _update(self, lr: float) -> None:
@@ -98,5 +110,7 @@ class MegatronBackend(TrainBackend):
     def _live_tensors(self) -> tuple[list[Tensor], list[Tensor]]:
         self._optimizer.zero_grad()
         buffers = [buffer for piece in self._pieces for buffer in piece.buffers()]
-        grads = [p.main_grad for piece in self._pieces for p in piece.parameters() if p.requires_grad]
+        grads = [
+            p.main_grad for piece in self._pieces for p in piece.parameters() if p.requires_grad
+        ]
         return [*self._parameters(), *buffers, *optimizer.tensors(self._optimizer)], grads

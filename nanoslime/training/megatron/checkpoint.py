@@ -48,7 +48,9 @@ class _InProcessWriter(torch_dist.TorchDistSaveShardedStrategy):
     def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
         rename = torch_dist._replace_state_dict_keys_with_sharded_keys
         renamed = rename(sharded_state_dict, keep_only_main_replica=True)[0]
-        planner = torch_dist.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        planner = torch_dist.MCoreSavePlanner(
+            dedup_replicated_tensors=False, flatten_state_dict=False
+        )
         writer = dcp.FileSystemWriter(checkpoint_dir)
         state = torch_dist.mcore_to_pyt_state_dict(renamed, False)
         dcp.save(state, storage_writer=writer, planner=planner)
@@ -73,14 +75,26 @@ def load(path: Path, pieces: list[GPTModel], optimizer: ChainedOptimizer, ranks:
     _make_state(optimizer)
     try:
         common = dist_checkpointing.load_common_state_dict(str(path))
-        content, layout = load_content_metadata(preloaded_state_dict=common) or _CONTENT, common["layout"]
+        content, layout = (
+            load_content_metadata(preloaded_state_dict=common) or _CONTENT,
+            common["layout"],
+        )
         state = _sharded_state(pieces, optimizer, ranks, content, is_loading=True)
         if layout != _layout(ranks):
-            logger.warning("random state not restored: saved by layout %s, now %s", layout, _layout(ranks))
+            logger.warning(
+                "random state not restored: saved by layout %s, now %s", layout, _layout(ranks)
+            )
             del state["random"]
         loaded = dist_checkpointing.load(state, str(path))
-    except (dist_checkpointing.core.CheckpointingException, dcp.CheckpointException, OSError, KeyError) as e:
-        raise RunError(f"{path} cannot be loaded as a Megatron checkpoint of this model: {e}") from e
+    except (
+        dist_checkpointing.core.CheckpointingException,
+        dcp.CheckpointException,
+        OSError,
+        KeyError,
+    ) as e:
+        raise RunError(
+            f"{path} cannot be loaded as a Megatron checkpoint of this model: {e}"
+        ) from e
     for number, piece in enumerate(pieces):
         piece.load_state_dict(loaded["model"][number])
     past = Progress(**loaded["progress"])
@@ -91,9 +105,13 @@ def load(path: Path, pieces: list[GPTModel], optimizer: ChainedOptimizer, ranks:
 
 
 def _sharded_state(
-    pieces: list[GPTModel], optimizer: ChainedOptimizer, ranks: Ranks, content: dict[str, Any],
-    *, is_loading: bool,
-) -> dict[str, Any]:  # fmt: skip
+    pieces: list[GPTModel],
+    optimizer: ChainedOptimizer,
+    ranks: Ranks,
+    content: dict[str, Any],
+    *,
+    is_loading: bool,
+) -> dict[str, Any]:
     weights = dict(enumerate(piece.sharded_state_dict(metadata=dict(content)) for piece in pieces))
     options = {"is_loading": is_loading, "metadata": dict(content)}
     grid = (ranks.pp_size, ranks.dp_size, ranks.cp_size, ranks.tp_size)
@@ -109,7 +127,9 @@ def _sharded_state(
 
 
 def _layout(ranks: Ranks) -> str:
-    experts = f" ep{ranks.ep_size} etp{ranks.etp_size}" if ranks.ep_size * ranks.etp_size > 1 else ""
+    experts = (
+        f" ep{ranks.ep_size} etp{ranks.etp_size}" if ranks.ep_size * ranks.etp_size > 1 else ""
+    )
     pp = f"pp{ranks.pp_size}x{ranks.vpp_size}"
     return f"tp{ranks.tp_size} cp{ranks.cp_size} {pp} dp{ranks.dp_size}{experts}"
 
@@ -117,9 +137,13 @@ def _layout(ranks: Ranks) -> str:
 def _make_state(optimizer: ChainedOptimizer) -> None:
     """Moments and step before the first update, which the distributed optimizer does not make by itself."""
     for inner in (each for each in optimizer.chained_optimizers if each.get_parameters()):
-        if isinstance(inner.optimizer, HybridDeviceOptimizer):  # its own way is a step with random gradients
+        if isinstance(
+            inner.optimizer, HybridDeviceOptimizer
+        ):  # its own way is a step with random gradients
             for one in inner.optimizer.sub_optimizers:
-                for p in (p for group in one.param_groups for p in group["params"] if not one.state[p]):
+                for p in (
+                    p for group in one.param_groups for p in group["params"] if not one.state[p]
+                ):
                     moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
                     one.state[p] = {"step": torch.tensor(0.0), **moments}
             inner.optimizer._sync_sub_optimizers_state_to_hdo()
@@ -140,7 +164,11 @@ def _load_optimizer(optimizer: ChainedOptimizer, loaded: dict[int, Any], updates
         if not inner.get_parameters():
             continue
         by_parameter = isinstance(inner.optimizer, torch.optim.AdamW)
-        of_group = {} if by_parameter and not isinstance(inner, DistributedOptimizer) else {"step": updates}
+        of_group = (
+            {}
+            if by_parameter and not isinstance(inner, DistributedOptimizer)
+            else {"step": updates}
+        )
         groups = [group | of_group for group in inner.optimizer.state_dict()["param_groups"]]
         if isinstance(inner, DistributedOptimizer):
             _load_distributed(inner, groups, loaded[number])

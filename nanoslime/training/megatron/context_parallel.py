@@ -21,7 +21,9 @@ class Spread:
     multiple of 2 cp_size where cp_size is above 1.
     """
 
-    def __init__(self, cu_seqlens: Tensor, positions: Tensor, group: ProcessGroup, multiple: int) -> None:
+    def __init__(
+        self, cu_seqlens: Tensor, positions: Tensor, group: ProcessGroup, multiple: int
+    ) -> None:
         chunks = 2 * group.size() if group.size() > 1 else 1
         lengths = -(-cu_seqlens.diff() // chunks) * chunks
         lengths[-1] += -lengths.sum() % multiple
@@ -47,7 +49,9 @@ def held_by_ranks(bounds: Tensor, cp_size: int) -> Tensor:
     if cp_size == 1:
         return places[None]
     chunks = [places[a:b].view(2 * cp_size, -1) for a, b in pairwise(bounds.tolist())]
-    return torch.stack([torch.cat([c[[r, -1 - r]].flatten() for c in chunks]) for r in range(cp_size)])
+    return torch.stack(
+        [torch.cat([c[[r, -1 - r]].flatten() for c in chunks]) for r in range(cp_size)]
+    )
 
 
 def gather(here: Tensor, bounds: Tensor, group: ProcessGroup, *, sum_gradients: bool) -> Tensor:
@@ -58,5 +62,7 @@ def gather(here: Tensor, bounds: Tensor, group: ProcessGroup, *, sum_gradients: 
     """
     if group.size() == 1:
         return here
-    held = gather_from_sequence_parallel_region(here, tensor_parallel_output_grad=sum_gradients, group=group)
+    held = gather_from_sequence_parallel_region(
+        here, tensor_parallel_output_grad=sum_gradients, group=group
+    )
     return held[held_by_ranks(bounds, group.size()).flatten().argsort()]

@@ -66,7 +66,9 @@ class _Distributed(ModuleType):
     """
 
     @staticmethod
-    def all_gather(parts: list[torch.Tensor], tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
+    def all_gather(
+        parts: list[torch.Tensor], tensor: torch.Tensor, group: dist.ProcessGroup
+    ) -> None:
         if len({part.shape for part in parts}) == 1:
             dist.all_gather(parts, tensor, group=group)
             return

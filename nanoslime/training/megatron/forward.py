@@ -35,7 +35,9 @@ def logits(shape: ModelShape, directory: Path, tokens: Tensor) -> Tensor:
             load_torch_dist(gpt, directory)
         else:
             weights.load(weights.bind(gpt, shape, Part()), shape, directory)
-        inputs = packed_inputs(tokens, torch.arange(len(tokens)), torch.tensor([0, len(tokens)]).int())
+        inputs = packed_inputs(
+            tokens, torch.arange(len(tokens)), torch.tensor([0, len(tokens)]).int()
+        )
         return gpt(**inputs)[0, :, : shape.vocab_size]
     finally:
         parallel_state.destroy_model_parallel()
@@ -55,4 +57,6 @@ def load_torch_dist(gpt: GPTModel, directory: Path) -> None:
     state = gpt.sharded_state_dict(metadata=layout)
     unused = [key for key in state if key.endswith("_extra_state")]  # of FP8, and not in every file
     wanted = {"model": {key: value for key, value in state.items() if key not in unused}}
-    gpt.load_state_dict(dist_checkpointing.load(wanted, str(directory))["model"] | dict.fromkeys(unused))
+    gpt.load_state_dict(
+        dist_checkpointing.load(wanted, str(directory))["model"] | dict.fromkeys(unused)
+    )

@@ -32,16 +32,30 @@ def model_config(
     Raises ValueError for a field that megatron-core does not have, and for a model that it cannot compute.
     """
     if lacks := shape.megatron_lacks:
-        raise ValueError(f"megatron-core cannot compute this {shape.model_type}: it lacks {'; '.join(lacks)}")
+        raise ValueError(
+            f"megatron-core cannot compute this {shape.model_type}: it lacks {'; '.join(lacks)}"
+        )
     on_cpu = device.type == "cpu"
     values: dict[str, Any] = dict(
-        num_layers=shape.num_layers, hidden_size=shape.hidden_size, ffn_hidden_size=shape.intermediate_size,
-        num_attention_heads=shape.num_attention_heads, num_query_groups=shape.num_key_value_heads,
-        kv_channels=shape.head_dim, qk_layernorm=shape.qk_norm, rotary_interleaved=shape.rotary_interleaved,
-        add_bias_linear=False, add_qkv_bias=shape.qkv_bias,
-        normalization="RMSNorm", layernorm_epsilon=shape.rms_norm_eps,
-        gated_linear_unit=True, activation_func=F.silu, hidden_dropout=0.0, attention_dropout=0.0,
-        params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.intermediate_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_key_value_heads,
+        kv_channels=shape.head_dim,
+        qk_layernorm=shape.qk_norm,
+        rotary_interleaved=shape.rotary_interleaved,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
         use_cpu_initialization=on_cpu,
         perform_initialization=True,  # it also marks what TP splits; without, the norm counts rank 0 only
         variable_seq_lengths=True,  # packed micro-batches differ in length
@@ -49,33 +63,50 @@ def model_config(
         calculate_per_token_loss=True,  # gradients are summed over data parallelism, not averaged
         deallocate_pipeline_outputs=not on_cpu,  # gloo may still read what NCCL has already taken
         batch_p2p_sync=False,
-    )  # fmt: skip
+    )
     if shape.moe:
-        values |= _expert_fields(shape.moe, shape.num_layers, grouped=has_transformer_engine(device))
+        values |= _expert_fields(
+            shape.moe, shape.num_layers, grouped=has_transformer_engine(device)
+        )
     if shape.mla:
         values |= _latent_fields(shape.mla, shape)
     kind = MLATransformerConfig if shape.mla else TransformerConfig
     if unknown := options.keys() - {field.name for field in fields(kind)}:
-        raise ValueError(f"training.megatron: megatron-core's {kind.__name__} has no field {sorted(unknown)}")
+        raise ValueError(
+            f"training.megatron: megatron-core's {kind.__name__} has no field {sorted(unknown)}"
+        )
     return kind(**values | options)
 
 
-def transformer_config(shape: ModelShape, config: RunConfig, device: torch.device) -> TransformerConfig:
+def transformer_config(
+    shape: ModelShape, config: RunConfig, device: torch.device
+) -> TransformerConfig:
     """The configuration for training; `training.megatron` overrides single fields. Raises as model_config."""
     training = config.training
-    options: dict[str, Any] = dict(sequence_parallel=training.sequence_parallel and training.tp_size > 1)
+    options: dict[str, Any] = dict(
+        sequence_parallel=training.sequence_parallel and training.tp_size > 1
+    )
     options |= megatron_sizes(training)
     if training.vpp_size > 1:  # how megatron-core's own training sends between virtual stages
         options |= dict(overlap_p2p_comm=True, batch_p2p_comm=False)
     if training.recompute:
-        options |= dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    return model_config(shape, getattr(torch, config.model.dtype), device, **options | training.megatron)
+        options |= dict(
+            recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
+        )
+    return model_config(
+        shape, getattr(torch, config.model.dtype), device, **options | training.megatron
+    )
 
 
 def gpt_model(
-    shape: ModelShape, settings: TransformerConfig, device: torch.device, *, first: bool, last: bool,
+    shape: ModelShape,
+    settings: TransformerConfig,
+    device: torch.device,
+    *,
+    first: bool,
+    last: bool,
     vp_stage: int | None = None,
-) -> GPTModel:  # fmt: skip
+) -> GPTModel:
     """This rank's part of the model with uninitialized weights; first, last: at that end of the pipeline.
 
     `vp_stage`: which of this rank's pieces, where it has several.
@@ -86,13 +117,20 @@ def gpt_model(
         spec = local_block_spec(settings, vp_stage)
     with cuda_names():
         return GPTModel(
-            settings, spec, padded_vocab_size(shape, settings.tensor_model_parallel_size),
-            shape.max_position_embeddings, pre_process=first, post_process=last,
-            share_embeddings_and_output_weights=shape.tie_word_embeddings, position_embedding_type="rope",
-            rotary_percent=shape.rotary_fraction, rotary_base=shape.rope_theta,
+            settings,
+            spec,
+            padded_vocab_size(shape, settings.tensor_model_parallel_size),
+            shape.max_position_embeddings,
+            pre_process=first,
+            post_process=last,
+            share_embeddings_and_output_weights=shape.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_percent=shape.rotary_fraction,
+            rotary_base=shape.rope_theta,
             rope_scaling=shape.rope_scaling_factor is not None,
-            rope_scaling_factor=shape.rope_scaling_factor or 1.0, vp_stage=vp_stage,
-        ).to(device)  # fmt: skip
+            rope_scaling_factor=shape.rope_scaling_factor or 1.0,
+            vp_stage=vp_stage,
+        ).to(device)
 
 
 def build(shape: ModelShape, config: RunConfig, ranks: Ranks, device: torch.device) -> list[DDP]:
@@ -105,7 +143,9 @@ def build(shape: ModelShape, config: RunConfig, ranks: Ranks, device: torch.devi
     pieces: list[DDP] = []
     for number, part in enumerate(ranks.parts(shape)):
         vp_stage = number if ranks.vpp_size > 1 else None
-        gpt = gpt_model(shape, settings, device, first=part.first, last=part.last, vp_stage=vp_stage)
+        gpt = gpt_model(
+            shape, settings, device, first=part.first, last=part.last, vp_stage=vp_stage
+        )
         weights.freeze(gpt, weights.bind(gpt, shape, part), shape, config.training.freeze)
         model: torch.nn.Module = gpt
         if settings.bf16:
@@ -126,29 +166,41 @@ def _expert_fields(moe: MoE, num_layers: int, *, grouped: bool) -> dict[str, Any
     pattern = [int(layer in moe.layers) for layer in range(num_layers)]
     sigmoid, in_groups = moe.score == "sigmoid", moe.num_groups > 1
     return dict(
-        num_moe_experts=moe.num_experts, moe_layer_freq=1 if all(pattern) else pattern,
-        moe_ffn_hidden_size=moe.intermediate_size, moe_grouped_gemm=grouped,
+        num_moe_experts=moe.num_experts,
+        moe_layer_freq=1 if all(pattern) else pattern,
+        moe_ffn_hidden_size=moe.intermediate_size,
+        moe_grouped_gemm=grouped,
         moe_shared_expert_intermediate_size=moe.shared_intermediate_size or None,
-        moe_shared_expert_gate=moe.shared_gate, moe_router_topk=moe.num_experts_per_token,
-        moe_router_score_function=moe.score, moe_router_dtype="fp32" if sigmoid else None,
+        moe_shared_expert_gate=moe.shared_gate,
+        moe_router_topk=moe.num_experts_per_token,
+        moe_router_score_function=moe.score,
+        moe_router_dtype="fp32" if sigmoid else None,
         moe_router_pre_softmax=not sigmoid and not moe.normalized,
         moe_router_topk_scaling_factor=moe.scaling_factor,
         moe_router_num_groups=moe.num_groups if in_groups else None,
         moe_router_group_topk=moe.num_groups_per_token if in_groups else None,
-        moe_router_enable_expert_bias=moe.score_bias, moe_router_bias_update_rate=0.0,
+        moe_router_enable_expert_bias=moe.score_bias,
+        moe_router_bias_update_rate=0.0,
         moe_router_load_balancing_type="none",
-    )  # fmt: skip
+    )
 
 
 def _latent_fields(mla: MLA, shape: ModelShape) -> dict[str, Any]:
     """Latent attention, which has no query groups; megatron-core pairs its rotary dimensions by itself."""
     return dict(
-        num_query_groups=shape.num_attention_heads, qk_layernorm=True,
-        q_lora_rank=mla.q_lora_rank, kv_lora_rank=mla.kv_lora_rank, qk_head_dim=mla.qk_nope_head_dim,
-        qk_pos_emb_head_dim=mla.qk_rope_head_dim, v_head_dim=mla.v_head_dim,
-        rope_type="rope", rotary_base=shape.rope_theta, rotary_percent=shape.rotary_fraction,
-        rotary_interleaved=False, rotary_scaling_factor=1.0,
-    )  # fmt: skip
+        num_query_groups=shape.num_attention_heads,
+        qk_layernorm=True,
+        q_lora_rank=mla.q_lora_rank,
+        kv_lora_rank=mla.kv_lora_rank,
+        qk_head_dim=mla.qk_nope_head_dim,
+        qk_pos_emb_head_dim=mla.qk_rope_head_dim,
+        v_head_dim=mla.v_head_dim,
+        rope_type="rope",
+        rotary_base=shape.rope_theta,
+        rotary_percent=shape.rotary_fraction,
+        rotary_interleaved=False,
+        rotary_scaling_factor=1.0,
+    )
 
 
 def has_transformer_engine(device: torch.device) -> bool:

@@ -50,22 +50,28 @@ class Ranks:
         each, of_expert = shape.num_layers // stages, (self.etp_rank, self.etp_size)
         return [
             Part(
-                self.tp_rank, self.tp_size, range(stage * each, (stage + 1) * each),
-                first=stage == 0, last=stage == stages - 1,
-                experts=range(self.ep_rank * experts, (self.ep_rank + 1) * experts), expert_tp=of_expert,
+                self.tp_rank,
+                self.tp_size,
+                range(stage * each, (stage + 1) * each),
+                first=stage == 0,
+                last=stage == stages - 1,
+                experts=range(self.ep_rank * experts, (self.ep_rank + 1) * experts),
+                expert_tp=of_expert,
             )
             for stage in range(self.pp_rank, stages, self.pp_size)
-        ]  # fmt: skip
+        ]
 
 
 def megatron_sizes(config: TrainingConfig) -> dict[str, int | None]:
     """The parallel sizes by megatron-core's names."""
     return dict(
-        tensor_model_parallel_size=config.tp_size, pipeline_model_parallel_size=config.pp_size,
+        tensor_model_parallel_size=config.tp_size,
+        pipeline_model_parallel_size=config.pp_size,
         virtual_pipeline_model_parallel_size=config.vpp_size if config.vpp_size > 1 else None,
-        context_parallel_size=config.cp_size, expert_model_parallel_size=config.ep_size,
+        context_parallel_size=config.cp_size,
+        expert_model_parallel_size=config.ep_size,
         expert_tensor_parallel_size=config.etp_size,
-    )  # fmt: skip
+    )
 
 
 def initialize(config: TrainingConfig, env: RankEnv, seed: int) -> Ranks:
@@ -80,13 +86,18 @@ def initialize(config: TrainingConfig, env: RankEnv, seed: int) -> Ranks:
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return Ranks(
         **{name: getattr(config, name) for name in PARALLEL_SIZES},
-        tp_rank=state.get_tensor_model_parallel_rank(), tp_group=state.get_tensor_model_parallel_group(),
-        cp_rank=state.get_context_parallel_rank(), cp_group=state.get_context_parallel_group(),
-        dp_rank=state.get_data_parallel_rank(), dp_group=state.get_data_parallel_group(),
-        pp_rank=state.get_pipeline_model_parallel_rank(), pp_group=state.get_pipeline_model_parallel_group(),
-        ep_rank=state.get_expert_model_parallel_rank(), etp_rank=state.get_expert_tensor_parallel_rank(),
+        tp_rank=state.get_tensor_model_parallel_rank(),
+        tp_group=state.get_tensor_model_parallel_group(),
+        cp_rank=state.get_context_parallel_rank(),
+        cp_group=state.get_context_parallel_group(),
+        dp_rank=state.get_data_parallel_rank(),
+        dp_group=state.get_data_parallel_group(),
+        pp_rank=state.get_pipeline_model_parallel_rank(),
+        pp_group=state.get_pipeline_model_parallel_group(),
+        ep_rank=state.get_expert_model_parallel_rank(),
+        etp_rank=state.get_expert_tensor_parallel_rank(),
         dp_size=state.get_data_parallel_world_size(),
-    )  # fmt: skip
+    )
 
 
 def from_last_stage(value: Any, ranks: Ranks) -> Any:

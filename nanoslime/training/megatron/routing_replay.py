@@ -27,12 +27,23 @@ class RouterReplay:
 
     def __init__(self, layer: int) -> None:
         self.layer = layer  # its number among those with experts
-        self.given: Tensor | None = None  # [tokens, topk] for the forward that runs; -1: to be filled in
-        self.to_recompute: deque[Tensor] = deque()  # of forwards whose backward is to come, oldest first
-        self.counts = torch.zeros(2).long()  # tokens whose experts the router would not have chosen; tokens
+        self.given: Tensor | None = (
+            None  # [tokens, topk] for the forward that runs; -1: to be filled in
+        )
+        self.to_recompute: deque[Tensor] = (
+            deque()
+        )  # of forwards whose backward is to come, oldest first
+        self.counts = torch.zeros(
+            2
+        ).long()  # tokens whose experts the router would not have chosen; tokens
 
     def get_replay_topk(
-        self, scores: Tensor, topk: int, num_groups: Any, group_topk: Any, choose: Callable[..., Any]
+        self,
+        scores: Tensor,
+        topk: int,
+        num_groups: Any,
+        group_topk: Any,
+        choose: Callable[..., Any],
     ) -> tuple[Tensor, Tensor]:
         """Scores and numbers of the experts, [tokens, topk] each."""
         values, own = choose(scores, topk, num_groups=num_groups, group_topk=group_topk)
@@ -40,7 +51,9 @@ class RouterReplay:
             given, known = self.given, self.given >= 0
             experts = torch.where(known, given.long(), own)
             other = (experts.sort(-1).values != own.sort(-1).values).any(-1)
-            self.counts = self.counts.to(own.device) + torch.stack([other.sum(), known.all(-1).sum()])
+            self.counts = self.counts.to(own.device) + torch.stack(
+                [other.sum(), known.all(-1).sum()]
+            )
             given.copy_(experts)
         elif self.to_recompute:
             experts = self.to_recompute.popleft().long()
@@ -53,13 +66,17 @@ def install_replay(pieces: Sequence[GPTModel], shape: ModelShape) -> None:
     """Gives each router a RouterReplay. Raises ValueError where a choice cannot be replayed."""
     for router in (m for piece in pieces for m in piece.modules() if isinstance(m, TopKRouter)):
         if router.config.moe_router_fusion or router.routing_type == "sinkhorn":
-            raise ValueError("training.routing_replay excludes moe_router_fusion and sinkhorn routing")
+            raise ValueError(
+                "training.routing_replay excludes moe_router_fusion and sinkhorn routing"
+            )
         router.router_replay = RouterReplay(shape.moe_layers.index(router.layer_number - 1))
 
 
 def routers(piece: GPTModel) -> list[RouterReplay]:
     """What `install_replay` put there, if it did."""
-    return [m.router_replay for m in piece.modules() if isinstance(m, TopKRouter) and m.router_replay]
+    return [
+        m.router_replay for m in piece.modules() if isinstance(m, TopKRouter) and m.router_replay
+    ]
 
 
 @contextmanager

@@ -34,16 +34,22 @@ from nanoslime.training.metrics import MetricSums
 class Pipeline:
     """This rank's pieces of the model, driven over the micro-batches of a TrainBatch."""
 
-    def __init__(self, pieces: list[DDP], shape: ModelShape, ranks: Ranks, device: torch.device) -> None:
+    def __init__(
+        self, pieces: list[DDP], shape: ModelShape, ranks: Ranks, device: torch.device
+    ) -> None:
         self._pieces, self._shape, self._ranks, self._device = pieces, shape, ranks, device
-        self._multiple = ranks.tp_size if pieces[0].config.sequence_parallel else 1  # of tokens on a rank
+        self._multiple = (
+            ranks.tp_size if pieces[0].config.sequence_parallel else 1
+        )  # of tokens on a rank
         if ranks.cp_size > 1:
             self._multiple *= 2 * ranks.cp_size
 
     def logprobs(self, shard: TrainBatch) -> list[Tensor]:
         """[T] per micro-batch of `shard` on the last stage, on the CPU; empty elsewhere."""
 
-        def finish(batch: MicroBatch, spread: Spread, hidden: Tensor, non_loss_data: bool) -> Tensor:
+        def finish(
+            batch: MicroBatch, spread: Spread, hidden: Tensor, non_loss_data: bool
+        ) -> Tensor:
             return self._token_logprobs(batch, spread, hidden)[0].cpu()
 
         return self._run(shard, finish, forward_only=True, collect_non_loss_data=True)
@@ -52,9 +58,13 @@ class Pipeline:
         """Fills the gradient buffers, summed over ranks; metrics with train/loss on the last stage."""
         sums = MetricSums()
 
-        def finish(batch: MicroBatch, spread: Spread, hidden: Tensor) -> tuple[Tensor, Tensor, None]:
+        def finish(
+            batch: MicroBatch, spread: Spread, hidden: Tensor
+        ) -> tuple[Tensor, Tensor, None]:
             with_entropy = algorithm.needs_entropy
-            logprobs, entropy = self._token_logprobs(batch, spread, hidden, with_entropy=with_entropy)
+            logprobs, entropy = self._token_logprobs(
+                batch, spread, hidden, with_entropy=with_entropy
+            )
             loss, metrics = algorithm.loss(logprobs, entropy, batch)
             sums.add({"train/loss": loss, **metrics}, logprobs, batch)
             num_tokens = torch.zeros([], dtype=torch.int, device=hidden.device)
@@ -62,7 +72,10 @@ class Pipeline:
 
         for piece in self._pieces:
             piece.zero_grad_buffer()
-        routing, all_routers = dict[str, float](), [r for p in self._pieces for r in routers(unwrap(p))]
+        routing, all_routers = (
+            dict[str, float](),
+            [r for p in self._pieces for r in routers(unwrap(p))],
+        )
         with training_step(all_routers, routing) if shard.routed_experts else nullcontext():
             self._run(shard, finish, forward_only=False)
         if not self._ranks.is_last_stage:
@@ -78,20 +91,30 @@ class Pipeline:
             tokens, positions = spread.here(batch.token_ids), spread.here(batch.positions)
             with _without_output_layer(gpt := unwrap(model)), self._routed(gpt, batch, spread):
                 hidden = model(**packed_inputs(tokens, positions, spread.bounds))
-            if shard.routed_experts and batch.routed_experts is not None and not torch.is_grad_enabled():
+            if (
+                shard.routed_experts
+                and batch.routed_experts is not None
+                and not torch.is_grad_enabled()
+            ):
                 lengths = [len(shard.token_ids[i]) for i in indices]
                 for i, part in zip(indices, batch.routed_experts.cpu().split(lengths), strict=True):
                     shard.routed_experts[i] = torch.maximum(shard.routed_experts[i], part)
             return hidden, partial(finish, batch, spread)
 
         interleaved = len(self._pieces) > 1
-        data = [((i, shard.microbatch(i).to(self._device)) for i in shard.microbatches) for _ in self._pieces]
+        data = [
+            ((i, shard.microbatch(i).to(self._device)) for i in shard.microbatches)
+            for _ in self._pieces
+        ]
         return get_forward_backward_func()(
-            forward_step_func=forward, data_iterator=data if interleaved else data[0],
-            model=self._pieces if interleaved else self._pieces[0], num_microbatches=len(shard.microbatches),
+            forward_step_func=forward,
+            data_iterator=data if interleaved else data[0],
+            model=self._pieces if interleaved else self._pieces[0],
+            num_microbatches=len(shard.microbatches),
             seq_length=1,  # the stages tell one another the shapes (variable_seq_lengths)
-            micro_batch_size=1, **options,
-        )  # fmt: skip
+            micro_batch_size=1,
+            **options,
+        )
 
     @contextmanager
     def _routed(self, piece: GPTModel, batch: MicroBatch, spread: Spread) -> Iterator[None]:
@@ -113,7 +136,9 @@ class Pipeline:
     ) -> tuple[Tensor, Tensor | None]:
         """[T] each, as logprobs.token_logprobs, from hidden states [P / cp or P / cp / tp, 1, H]."""
         gpt = unwrap(self._pieces[-1])
-        if gpt.config.sequence_parallel:  # the gradient is whole on each rank, which takes its part of it
+        if (
+            gpt.config.sequence_parallel
+        ):  # the gradient is whole on each rank, which takes its part of it
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         tied = gpt.share_embeddings_and_output_weights
         weight = gpt.shared_embedding_or_output_weight() if tied else gpt.output_layer.weight
@@ -129,7 +154,9 @@ class Pipeline:
             with_entropy=with_entropy,
         )
         first = batch.positions == 0
-        logprobs, *entropy = (spread.whole(x).roll(1).masked_fill(first, 0.0) for x in found if x is not None)
+        logprobs, *entropy = (
+            spread.whole(x).roll(1).masked_fill(first, 0.0) for x in found if x is not None
+        )
         return logprobs, entropy[0] if entropy else None
 
 
@@ -146,7 +173,9 @@ def _without_output_layer(gpt: GPTModel) -> Iterator[None]:
 def packed_inputs(tokens: Tensor, positions: Tensor, bounds: Tensor) -> dict[str, Any]:
     """GPTModel's arguments for sequences one after the other: [T], [T], and [N + 1], where each begins."""
     longest = int(bounds.diff().max())
-    ends = dict(cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
+    ends = dict(
+        cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
     packed = PackedSeqParams(qkv_format="thd", **ends)
     inputs = {"input_ids": tokens[None], "position_ids": positions[None]}
     return {**inputs, "attention_mask": None, "packed_seq_params": packed}

@@ -34,7 +34,9 @@ def bind(model: GPTModel, shape: ModelShape, part: Part) -> Bound:
     for piece in pieces(shape, part):
         name = piece.megatron if piece.megatron in parameters else piece.other
         if name not in parameters:
-            raise ValueError(f"the model on this rank has no parameter {name}, where {piece.hf} belongs")
+            raise ValueError(
+                f"the model on this rank has no parameter {name}, where {piece.hf} belongs"
+            )
         bound.append((piece, parameters[name]))
         covered[name] += parameters[name][piece.local].numel()
     for name, parameter in parameters.items():
@@ -82,13 +84,17 @@ def freeze(model: GPTModel, bound: Bound, shape: ModelShape, patterns: Sequence[
     for megatron, names in saved_as.items():
         if names & frozen and (left := sorted(names - frozen)):
             more = ", ".join(left[:4]) + " and so on" * (len(left) > 4)
-            raise RunError(f"training.freeze selects a part of Megatron's {megatron}; freeze {more} as well")
+            raise RunError(
+                f"training.freeze selects a part of Megatron's {megatron}; freeze {more} as well"
+            )
     for piece, parameter in bound:
         if piece.hf in frozen:
             parameter.requires_grad_(False)
     if model.pre_process and not model.embedding.word_embeddings.weight.requires_grad:
         # where nothing before them is trained, recomputed layers and pipeline stages would give no gradient
-        model.embedding.register_forward_hook(lambda module, inputs, hidden: hidden.requires_grad_())
+        model.embedding.register_forward_hook(
+            lambda module, inputs, hidden: hidden.requires_grad_()
+        )
 
 
 def shards(bound: Bound, attribute: str = "data") -> Iterator[WeightShard]:
@@ -104,7 +110,9 @@ def _check_tied_head(bound: Bound, head: TensorInfo) -> None:
         rows = opened.get_slice("lm_head.weight")
         for piece, parameter in bound:
             mine = parameter[piece.local]
-            if piece.hf == "model.embed_tokens.weight" and not torch.equal(rows[piece.box].to(mine), mine):
+            if piece.hf == "model.embed_tokens.weight" and not torch.equal(
+                rows[piece.box].to(mine), mine
+            ):
                 problem = "lm_head.weight differs from the embedding, but config.json ties them"
                 raise ValueError(f"{head.file}: {problem}; set tie_word_embeddings to false there")
 
@@ -118,7 +126,9 @@ def _parameters(model: GPTModel, first_expert: int) -> dict[str, torch.Tensor]:
     def rename(name: str) -> str:
         name = _LAYER.sub(whole, name, count=1)
         name = _LOCAL_EXPERT.sub(lambda m: f"experts.experts.{first_expert + int(m[1])}.", name)
-        return _GROUPED_EXPERT.sub(lambda m: f"experts.experts.{first_expert + int(m[2])}.{m[1]}", name)
+        return _GROUPED_EXPERT.sub(
+            lambda m: f"experts.experts.{first_expert + int(m[2])}.{m[1]}", name
+        )
 
     biases = (item for item in model.named_buffers() if item[0].endswith(".router.expert_bias"))
     return {rename(name): tensor for name, tensor in (*model.named_parameters(), *biases)}

@@ -32,7 +32,9 @@ from nanoslime.training.megatron.model import gpt_model, model_config
 from nanoslime.training.megatron.step import packed_inputs
 from tests.training.rank_pool import leave_groups
 
-LAYOUTS: dict[str, dict[str, Any]] = {  # how megatron-core names and cuts what it writes: "content metadata"
+LAYOUTS: dict[
+    str, dict[str, Any]
+] = {  # how megatron-core names and cuts what it writes: "content metadata"
     "A": {},  # layers stacked, where all are alike
     "B": {"non_homogeneous_layers": True},
     "C": {"singleton_local_shards": True},  # also gate, up and each expert apart
@@ -66,7 +68,10 @@ class Grid:
         cpu_compat.install()
         leave_groups()
         parallel_state.initialize_model_parallel(
-            self.tp, self.pp, expert_model_parallel_size=self.ep, expert_tensor_parallel_size=self.etp
+            self.tp,
+            self.pp,
+            expert_model_parallel_size=self.ep,
+            expert_tensor_parallel_size=self.etp,
         )
         tensor_parallel.model_parallel_cuda_manual_seed(0, force_reset_rng=True)
 
@@ -88,7 +93,9 @@ def make(model_dir: Path, grid: Grid) -> tuple[GPTModel, weights.Bound]:
     return gpt, bound
 
 
-def differences(env: RankEnv, model_dir: Path, directory: Path, grid: Grid, layout: str = "B") -> list[str]:
+def differences(
+    env: RankEnv, model_dir: Path, directory: Path, grid: Grid, layout: str = "B"
+) -> list[str]:
     """Names of what megatron-core's own load puts on this rank other than `model_dir` says, bit for bit."""
     gpt, bound = make(model_dir, grid)
     state = {"model": gpt.sharded_state_dict(metadata=_metadata(layout))}

@@ -100,7 +100,9 @@ def sent(
 
 def _alone(layout: Layout) -> Layout:
     """One rank with the same optimizer."""
-    return Layout(options=tuple(item for item in layout.options if item[0] == "distributed_optimizer"))
+    return Layout(
+        options=tuple(item for item in layout.options if item[0] == "distributed_optimizer")
+    )
 
 
 def _difference(mine: list[Any], by_rank: list[Any]) -> float:

@@ -21,7 +21,9 @@ from tests.training.reference import make_step, reference
 
 pytestmark = pytest.mark.megatron
 TOKENS = torch.randint(0, 250, (120,), generator=torch.Generator().manual_seed(0))
-BUILT = [family for family in FAMILIES if not family.startswith("glm4") or family.startswith("glm4_moe")]
+BUILT = [
+    family for family in FAMILIES if not family.startswith("glm4") or family.startswith("glm4_moe")
+]
 SENSITIVE = ["qwen3", "mixtral", "qwen2_moe", "glm4_moe", "deepseek_v3"]  # one of each kind
 NOISE, DAMAGE = 1e-5, 1e-3  # of float32; the least that a misplaced tensor does to the logits
 
@@ -35,7 +37,9 @@ def changes(family: str) -> dict[str, object]:
 @pytest.fixture(scope="module")
 def model(request, tmp_path_factory):
     """The directory, and the logits that transformers computes from it."""
-    directory = save_model(tmp_path_factory.mktemp("model"), request.param, **changes(request.param))
+    directory = save_model(
+        tmp_path_factory.mktemp("model"), request.param, **changes(request.param)
+    )
     tensors = load_file(directory / "model.safetensors")
     tensors["model.embed_tokens.weight"] *= 4  # so that tokens differ more, and reach more experts
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
@@ -81,7 +85,11 @@ def swapped_experts(tensors):
 def swapped_gate_and_up(tensors):
     for gate, up in (("gate_proj", "up_proj"), (".w1.", ".w3.")):
         for name in tensors:
-            if "layers.3." in name and gate in name and (".experts.1." in name or ".experts." not in name):
+            if (
+                "layers.3." in name
+                and gate in name
+                and (".experts.1." in name or ".experts." not in name)
+            ):
                 yield name, swapped(tensors, [(name, name.replace(gate, up))])
 
 
@@ -90,7 +98,11 @@ def forgotten(tensors):
     for name, tensor in tensors.items():
         if "layers.3." in name and "norm" in name or name == "model.norm.weight":
             yield name, tensors | {name: torch.ones_like(tensor)}
-    biases = {name: torch.zeros_like(t) for name, t in tensors.items() if name.endswith("_correction_bias")}
+    biases = {
+        name: torch.zeros_like(t)
+        for name, t in tensors.items()
+        if name.endswith("_correction_bias")
+    }
     if biases:
         yield "score biases", tensors | biases
 
@@ -112,9 +124,21 @@ def test_a_misplaced_tensor_shows_in_the_logits(model, tmp_path, damage):
         ("glm4", {}, "it lacks norms after attention and MLP"),
         ("mistral", {"sliding_window": 16}, "it lacks sliding_window=16"),
         ("deepseek_v3", {"rope_interleave": False}, "it lacks rope_interleave=false"),
-        ("glm4_moe", {"norm_topk_prob": False}, "it lacks norm_topk_prob=False with 2 sigmoid scores"),
-        ("deepseek_v3", {"num_experts_per_tok": 1}, "it lacks norm_topk_prob=True with 1 sigmoid scores"),
-        ("deepseek_v3", {"num_experts_per_tok": 4}, "it lacks groups of experts ranked by two scores"),
+        (
+            "glm4_moe",
+            {"norm_topk_prob": False},
+            "it lacks norm_topk_prob=False with 2 sigmoid scores",
+        ),
+        (
+            "deepseek_v3",
+            {"num_experts_per_tok": 1},
+            "it lacks norm_topk_prob=True with 1 sigmoid scores",
+        ),
+        (
+            "deepseek_v3",
+            {"num_experts_per_tok": 4},
+            "it lacks groups of experts ranked by two scores",
+        ),
     ],
 )
 def test_what_megatron_core_computes_otherwise_is_refused(family, changed, message):
@@ -155,7 +179,9 @@ def test_in_bfloat16_the_bias_of_the_scores_stays_float32_and_as_it_was(tmp_path
         place = {"rank": 0, "world_size": 1, "device": torch.device("cpu")}
         sent = dict(Assembler(backend.weight_shards, dtype=torch.bfloat16, **place).tensors())
         assert all(torch.equal(sent.pop(s.name), files[s.name]) for s in biases)
-        assert not all(torch.equal(s.tensor, s.tensor.bfloat16()) for s in biases), "the bits matter"
+        assert not all(torch.equal(s.tensor, s.tensor.bfloat16()) for s in biases), (
+            "the bits matter"
+        )
         assert {tensor.dtype for tensor in sent.values()} == {torch.bfloat16}
     finally:
         dist.destroy_process_group()

@@ -50,7 +50,9 @@ def parameters(backend):
 def with_dummies(batch):
     """The batch with masked-out sequences alone in the first and last micro-batch, as plan() pads a rank."""
     first, last = len(batch.token_ids), len(batch.token_ids) + 1
-    nothing = {name: [torch.zeros(2)] * 2 for name in ("rollout_logprobs", "old_logprobs", "ref_logprobs")}
+    nothing = {
+        name: [torch.zeros(2)] * 2 for name in ("rollout_logprobs", "old_logprobs", "ref_logprobs")
+    }
     nothing |= {"token_ids": [torch.zeros(2, dtype=torch.long)] * 2, "advantages": [0.0] * 2}
     nothing |= {"loss_mask": [torch.zeros(2, dtype=torch.bool)] * 2, "token_weights": [0.0] * 2}
     longer = {name: getattr(batch, name) + values for name, values in nothing.items()}
@@ -109,7 +111,9 @@ def test_a_bfloat16_run_resumes_from_its_float32_main_parameters(
     first.save(path)
     expected = [first.train_step(batch, GRPO(KL)) for batch in batches]
     dist.destroy_process_group()
-    second = make_backend(Layout(dtype="bfloat16"), model_dir, 0, tmp_path / "rendezvous-2", **options)
+    second = make_backend(
+        Layout(dtype="bfloat16"), model_dir, 0, tmp_path / "rendezvous-2", **options
+    )
     second.load(path)
     assert [second.train_step(batch, GRPO(KL)) for batch in batches] == expected
     after = parameters(second)
@@ -148,7 +152,11 @@ def test_a_damaged_or_foreign_megatron_checkpoint_is_named(start, steps, tmp_pat
             6,
             "tp_size=2 x training.cp_size=2 x training.pp_size=1 = 4 does not divide the 6 trainer ranks",
         ),
-        ({"pp_size": 2, "vpp_size": 4}, 2, "vpp_size=4 does not divide the 2 layers of a rank with"),
+        (
+            {"pp_size": 2, "vpp_size": 4},
+            2,
+            "vpp_size=4 does not divide the 2 layers of a rank with",
+        ),
         ({"ep_size": 2}, 2, "training.ep_size=2 must divide a qwen3, which has no experts"),
         ({"tp_size": 4}, 4, "tp_size=4 does not divide num_key_value_heads=2"),
         ({"pp_size": 3}, 3, "pp_size=3 does not divide num_layers=4; choose 1, 2 or 4"),

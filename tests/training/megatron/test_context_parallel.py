@@ -20,7 +20,10 @@ def pack(lengths):
 
 
 def test_each_rank_has_the_chunks_that_make_its_attention_equal_by_hand():
-    assert held_by_ranks(torch.tensor([0, 8, 12]), 2).tolist() == [[0, 1, 6, 7, 8, 11], [2, 3, 4, 5, 9, 10]]
+    assert held_by_ranks(torch.tensor([0, 8, 12]), 2).tolist() == [
+        [0, 1, 6, 7, 8, 11],
+        [2, 3, 4, 5, 9, 10],
+    ]
     held = held_by_ranks(torch.tensor([0, 16]), 4)
     assert held.tolist() == [[0, 1, 14, 15], [2, 3, 12, 13], [4, 5, 10, 11], [6, 7, 8, 9]]
     assert held_by_ranks(torch.tensor([0, 3, 5]), 1).tolist() == [[0, 1, 2, 3, 4]]

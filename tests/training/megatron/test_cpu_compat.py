@@ -25,7 +25,9 @@ def installed():
 
 def test_every_loaded_megatron_module_sees_the_stand_in():
     modules = [
-        m for name, m in sys.modules.items() if name.startswith("megatron.core") and hasattr(m, "torch")
+        m
+        for name, m in sys.modules.items()
+        if name.startswith("megatron.core") and hasattr(m, "torch")
     ]
     assert len(modules) > 50
     assert not [m.__name__ for m in modules if m.torch is torch]

@@ -18,9 +18,13 @@ pytestmark = [pytest.mark.megatron, pytest.mark.matrix]
 DEADLINE_S = 10.0  # also that of the rendezvous, on a busy machine
 
 
-def absent(layout: Layout, model_dir: Path, rank: int, tmp: Path, step: dict[str, Any]) -> dict[str, Any]:
+def absent(
+    layout: Layout, model_dir: Path, rank: int, tmp: Path, step: dict[str, Any]
+) -> dict[str, Any]:
     """Rank 1 is there until the model is built and then does nothing for longer than the deadline."""
-    backend = make_backend(layout, model_dir, rank, tmp / "rendezvous", collective_deadline_s=DEADLINE_S)
+    backend = make_backend(
+        layout, model_dir, rank, tmp / "rendezvous", collective_deadline_s=DEADLINE_S
+    )
     start, error = time.monotonic(), ""
     if rank == 1:
         time.sleep(2 * DEADLINE_S)

@@ -70,15 +70,25 @@ def test_in_any_layout_the_step_is_that_of_one_rank(
 
 def test_a_megatron_tensor_frozen_in_part_is_refused_by_name(model_dir, one_rank):
     part = "selects a part of Megatron's decoder.layers.0.self_attention.linear_qkv.weight"
-    with pytest.raises(AssertionError, match=rf"{part}; freeze .*k_proj.weight, .*v_proj.weight as well"):
+    with pytest.raises(
+        AssertionError, match=rf"{part}; freeze .*k_proj.weight, .*v_proj.weight as well"
+    ):
         one_rank(frozen_step, Layout(), model_dir, make_step(model_dir, 0), ["q_proj"])
 
 
 def test_one_expert_of_a_layer_is_refused_which_no_checkpoint_could_hold(one_rank, tmp_path):
     model_dir = save_model(tmp_path / "model", "qwen3_moe")
     part = "selects a part of Megatron's decoder.layers.1.mlp.experts.experts.linear_fc[12].weight"
-    with pytest.raises(AssertionError, match=rf"{part}; freeze .*1.mlp.experts.1.*_proj.weight, .* as well"):
-        one_rank(frozen_step, Layout(), model_dir, make_step(model_dir, 0), [r"layers\.1\..*experts\.0\."])
+    with pytest.raises(
+        AssertionError, match=rf"{part}; freeze .*1.mlp.experts.1.*_proj.weight, .* as well"
+    ):
+        one_rank(
+            frozen_step,
+            Layout(),
+            model_dir,
+            make_step(model_dir, 0),
+            [r"layers\.1\..*experts\.0\."],
+        )
 
 
 def resumed(env, layout, model_dir, tmp, patterns):
@@ -86,7 +96,9 @@ def resumed(env, layout, model_dir, tmp, patterns):
     make, results = resolve(layout.backend, BACKENDS, "backend"), []
     for number in range(2):
         backend = make(layout.config(freeze=patterns), model_dir, env)
-        batches = [train_batch(make_step(model_dir, i), backend.dp_rank, backend.dp_size) for i in range(2)]
+        batches = [
+            train_batch(make_step(model_dir, i), backend.dp_rank, backend.dp_size) for i in range(2)
+        ]
         if number:
             backend.load(tmp)
         else:

@@ -74,7 +74,10 @@ def test_ranks_compute_together_what_one_computes_alone(family, two_ranks, tmp_p
     model_dir = save_model(tmp_path, family, **changes(family))
     expected = logits(ModelShape.read(model_dir), model_dir, TOKENS)
     for grid in (Grid(tp=2), Grid(ep=2), Grid(tp=2, ep=2, etp=1)):
-        ranks = [torch.tensor(values) for values in two_ranks(gpt.logits, model_dir, grid, TOKENS.tolist())]
+        ranks = [
+            torch.tensor(values)
+            for values in two_ranks(gpt.logits, model_dir, grid, TOKENS.tolist())
+        ]
         whole = [torch.cat(ranks, dim=1)] if grid.tp == 2 else ranks
         for found in whole:
             assert (found[:, :250] - expected).abs().max() < NOISE, grid

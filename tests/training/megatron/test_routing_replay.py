@@ -40,7 +40,9 @@ def disturb(backend: Any, scale: float = 0.2) -> None:
                 shard.tensor.add_(scale * noise[shard.slices])
 
 
-def replay(layout: Layout, model_dir: Any, rank: int, tmp: Any, step: dict[str, Any]) -> dict[str, Any]:
+def replay(
+    layout: Layout, model_dir: Any, rank: int, tmp: Any, step: dict[str, Any]
+) -> dict[str, Any]:
     """Records under the old weights, disturbs the routers, and makes a step of four micro-batches."""
     backend = make_backend(layout, model_dir, rank, tmp / "rendezvous", routing_replay="R2")
     batch = train_batch(step, backend.dp_rank, backend.dp_size)
@@ -55,7 +57,9 @@ def replay(layout: Layout, model_dir: Any, rank: int, tmp: Any, step: dict[str, 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"), "qwen3_moe", num_experts=8, norm_topk_prob=True)
+    return save_model(
+        tmp_path_factory.mktemp("model"), "qwen3_moe", num_experts=8, norm_topk_prob=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +75,9 @@ def start(model_dir, tmp_path):
     def make(directory=model_dir, **options):
         if dist.is_initialized():
             dist.destroy_process_group()
-        return make_backend(Layout(), directory, 0, tmp_path / f"rendezvous-{next(numbers)}", **options)
+        return make_backend(
+            Layout(), directory, 0, tmp_path / f"rendezvous-{next(numbers)}", **options
+        )
 
     yield make
     if dist.is_initialized():
@@ -114,7 +120,9 @@ def test_a_replayed_step_is_the_same_in_every_layout_and_with_recompute(model_di
         assert found < RELATIVE, layout
         for result in results:
             assert result["step"].loss == pytest.approx(alone[0]["step"].loss, rel=RELATIVE)
-            assert result["step"].values["train/routing_mismatch_ratio"] == pytest.approx(ratio, abs=1e-9)
+            assert result["step"].values["train/routing_mismatch_ratio"] == pytest.approx(
+                ratio, abs=1e-9
+            )
         if layout.dp_size == 1:  # each rank has recorded its own layers and tokens
             parts = [torch.cat(result["experts"]) for result in results]
             assert torch.equal(torch.stack(parts).amax(0), torch.cat(recorded)), layout
@@ -163,9 +171,12 @@ def test_the_recorded_experts_are_those_that_train_and_the_reference_has_its_own
     disturb(backend)
     assert torch.equal(chosen(backend, lambda: backend.train_step(batch, GRPO(KL))), free)
     assert all(
-        (router.given, len(router.to_recompute)) == (None, 0) for router in routers(backend._pieces[0])
+        (router.given, len(router.to_recompute)) == (None, 0)
+        for router in routers(backend._pieces[0])
     )
-    assert torch.equal(chosen(backend, lambda: backend.logprobs(batch, "ref")), free), "by its own weights"
+    assert torch.equal(chosen(backend, lambda: backend.logprobs(batch, "ref")), free), (
+        "by its own weights"
+    )
     disturb(backend)
     again = chosen(backend, lambda: backend.logprobs(batch, "policy"))
     assert not torch.equal(again, free), "recorded anew"
@@ -206,19 +217,25 @@ def gap(batch: TrainBatch, logprobs: list[Tensor]) -> float:
 
 def packed_experts(batch: TrainBatch) -> tuple[Tensor, Tensor]:
     """Those of the engine in the order of the micro-batches, sorted as by `chosen`; and where it has some."""
-    experts = torch.cat([batch.routed_experts[i] for indices in batch.microbatches for i in indices])
+    experts = torch.cat(
+        [batch.routed_experts[i] for indices in batch.microbatches for i in indices]
+    )
     return experts.long().sort(-1).values, (experts >= 0).flatten(1).all(-1)
 
 
 def logprob_gap(backend: Any, batch: TrainBatch) -> float:
     """Largest difference between the engine's logprobs and the trainer's; experts as the batch has them."""
-    found = zip(backend.logprobs(batch, "policy"), batch.rollout_logprobs, batch.loss_mask, strict=True)
+    found = zip(
+        backend.logprobs(batch, "policy"), batch.rollout_logprobs, batch.loss_mask, strict=True
+    )
     return max(float((trainer - engine).abs()[mask].max()) for trainer, engine, mask in found)
 
 
 def check_r3(start: Any, batch: TrainBatch) -> None:
     engine, known = packed_experts(batch)
-    assert int((~known).sum()) == len(batch.token_ids), "of each sequence only the last token is unknown"
+    assert int((~known).sum()) == len(batch.token_ids), (
+        "of each sequence only the last token is unknown"
+    )
     free = start()
     own = chosen(free, lambda: free.logprobs(batch, "policy"))
     assert torch.equal(own[known], engine[known]), "trainer and engine choose alike, entry by entry"
@@ -229,13 +246,18 @@ def check_r3(start: Any, batch: TrainBatch) -> None:
     backend = start(routing_replay="R3")
     gap = logprob_gap(backend, replace(batch, routed_experts=list(batch.routed_experts)))
     disturb(backend, scale=0.03)
-    gap_of_disturbed = logprob_gap(backend, replace(batch, routed_experts=list(batch.routed_experts)))
+    gap_of_disturbed = logprob_gap(
+        backend, replace(batch, routed_experts=list(batch.routed_experts))
+    )
     results = []
     held = chosen(backend, lambda: results.append(backend.train_step(batch, GRPO(KL))))
     assert torch.equal(held[known], engine[known])
     ratio = results[0].values["train/routing_mismatch_ratio"]
     others = (disturbed != engine[known]).any(-1).double().mean()
-    print(f"logprob gap: {gap:.1e} with R3; disturbed routers: {gap_of_disturbed:.1e} with R3, ", end="")
+    print(
+        f"logprob gap: {gap:.1e} with R3; disturbed routers: {gap_of_disturbed:.1e} with R3, ",
+        end="",
+    )
     print(f"{gap_of_free:.1e} without; they choose otherwise in {ratio:.1%} (freely: {others:.1%})")
     assert gap < 1e-4
     assert 0.02 < ratio and gap_of_disturbed < gap_of_free / 3
@@ -247,9 +269,13 @@ def test_r3_holds_the_engines_experts_whatever_the_routers_say(start, model_dir)
 
 
 def test_a_batch_without_experts_is_refused(start, step):
-    with pytest.raises(ValueError, match="routing_replay=R3: no routed experts; the samples hold none"):
+    with pytest.raises(
+        ValueError, match="routing_replay=R3: no routed experts; the samples hold none"
+    ):
         start(routing_replay="R3").train_step(train_batch(step), GRPO(KL))
-    with pytest.raises(ValueError, match="routing_replay=R2: no routed experts; logprobs were not computed"):
+    with pytest.raises(
+        ValueError, match="routing_replay=R2: no routed experts; logprobs were not computed"
+    ):
         start(routing_replay="R2").train_step(train_batch(step), GRPO(KL))
 
 
@@ -268,7 +294,9 @@ def test_routers_that_do_not_ask_are_refused(start):
 
 def test_without_replay_the_engines_experts_are_ignored(start, step):
     batch = train_batch(step)
-    batch.routed_experts = [torch.zeros(len(ids), 4, 2, dtype=torch.int16) for ids in batch.token_ids]
+    batch.routed_experts = [
+        torch.zeros(len(ids), 4, 2, dtype=torch.int16) for ids in batch.token_ids
+    ]
     backend = start()
     free = chosen(backend, lambda: backend.logprobs(batch, "policy"))
     assert free.float().std() > 1

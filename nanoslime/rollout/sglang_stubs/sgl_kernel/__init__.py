@@ -12,12 +12,18 @@ from torch import Tensor
 
 
 def assign_req_to_token_pool_cpu(
-    req_pool_indices: Tensor, req_to_token: Tensor, start_offset: Tensor, end_offset: Tensor,
-    out_cache_loc: Tensor, pool_len: int,
-) -> None:  # fmt: skip
+    req_pool_indices: Tensor,
+    req_to_token: Tensor,
+    start_offset: Tensor,
+    end_offset: Tensor,
+    out_cache_loc: Tensor,
+    pool_len: int,
+) -> None:
     """Cache slots of each request: the next piece of out_cache_loc into req_to_token[request, start:end]."""
     lengths = (end_offset - start_offset).tolist()
-    rows = zip(req_pool_indices.tolist(), start_offset.tolist(), out_cache_loc.split(lengths), strict=True)
+    rows = zip(
+        req_pool_indices.tolist(), start_offset.tolist(), out_cache_loc.split(lengths), strict=True
+    )
     for row, start, slots in rows:
         req_to_token[row, start : start + len(slots)] = slots.to(req_to_token.dtype)
 
