@@ -38,7 +38,7 @@ class Rule:
 
     megatron: str
     layout: Literal["copy", "vocab", "cat", "halves", "qkv"]
-    parts: tuple[tuple[str, tuple[int, ...]], ...]  # Hugging Face name, full shape
+    hf_tensors: tuple[tuple[str, tuple[int, ...]], ...]  # Hugging Face name, full shape
     tp_dim: int | None = None
     layers: tuple[int, ...] | None = None  # None: outside of the layers
     num_experts: int = 0
@@ -51,7 +51,7 @@ class Rule:
         layers = (
             1 if self.layers is None else sum(layer < shape.num_layers for layer in self.layers)
         )
-        return layers * (self.num_experts or 1) * sum(prod(full) for _, full in self.parts)
+        return layers * (self.num_experts or 1) * sum(prod(full) for _, full in self.hf_tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ModelPartition:
     """The part of a model that one rank holds; the default is all of it, without multi-token prediction."""
 
     tp_rank: int = 0
@@ -244,7 +244,7 @@ def mtp(shape: ModelShape) -> list[Rule]:
 
 def tensors(shape: ModelShape, *, mtp: bool = False) -> dict[str, tuple[int, ...]]:
     """Every Hugging Face tensor of the model, name -> full shape, as in its files (no repeats)."""
-    return {piece.hf: piece.full_shape for piece in pieces(shape, Part(mtp=mtp))}
+    return {piece.hf: piece.full_shape for piece in pieces(shape, ModelPartition(mtp=mtp))}
 
 
 def repeats(shape: ModelShape) -> dict[str, str]:
@@ -257,13 +257,13 @@ def repeats(shape: ModelShape) -> dict[str, str]:
     return found
 
 
-def pieces(shape: ModelShape, part: Part | None = None) -> list[Piece]:
+def pieces(shape: ModelShape, part: ModelPartition | None = None) -> list[Piece]:
     """Everything that `part` of the model (None: all of it) consists of, in a fixed order.
 
     A tied output layer is there only on a last stage that is not the first; it then repeats the embedding.
     Raises RunError where part's tensor-parallel size does not divide the model.
     """
-    part = part or Part()
+    part = part or ModelPartition()
     check_tp_size(shape, part.tp_size)
     found: list[Piece] = []
     for rule in shape.architecture.rules(shape):
@@ -381,7 +381,7 @@ def check_tensors(
         )
 
 
-def _is_here(rule: Rule, shape: ModelShape, part: Part) -> bool:
+def _is_here(rule: Rule, shape: ModelShape, part: ModelPartition) -> bool:
     if rule.megatron.startswith("embedding."):
         return part.first
     if rule.megatron.startswith("output_layer."):
@@ -390,7 +390,7 @@ def _is_here(rule: Rule, shape: ModelShape, part: Part) -> bool:
 
 
 def _rule_pieces(
-    rule: Rule, layer: int, expert: int, shape: ModelShape, part: Part
+    rule: Rule, layer: int, expert: int, shape: ModelShape, part: ModelPartition
 ) -> Iterator[Piece]:
     def name(pattern: str) -> str:
         i = layer - shape.num_layers
@@ -401,7 +401,7 @@ def _rule_pieces(
     megatron, other = name(rule.megatron), name(rule.local or rule.megatron)
     at = 0  # rows of the local tensor filled so far, where the layout stacks rows
     for index, rows in _segments(rule, shape, part):
-        hf, full = rule.parts[index]
+        hf, full = rule.hf_tensors[index]
         box = [slice(0, size) for size in full]
         if rule.tp_dim is not None:
             box[rule.tp_dim] = rows
@@ -415,12 +415,12 @@ def _rule_pieces(
             yield Piece(name(hf), full, tuple(box), megatron, other, tuple(local), rule)
 
 
-def _segments(rule: Rule, shape: ModelShape, part: Part) -> Iterable[tuple[int, slice]]:
+def _segments(rule: Rule, shape: ModelShape, part: ModelPartition) -> Iterable[tuple[int, slice]]:
     """(part index, range along tp_dim) in the order of the local tensor."""
     rank, size = (part.tp_rank, part.tp_size)
     if rule.num_experts and part.expert_tp:
         rank, size = part.expert_tp
-    lengths = [full[rule.tp_dim or 0] for _, full in rule.parts]
+    lengths = [full[rule.tp_dim or 0] for _, full in rule.hf_tensors]
     if rule.layout == "vocab":
         rows = padded_vocab_size(shape, size) // size
         start = min(rank * rows, lengths[0])

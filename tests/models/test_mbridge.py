@@ -26,7 +26,7 @@ from mbridge.core import Bridge
 from mbridge.core.parallel_states import ParallelStates
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
-from nanoslime.models.rules import Part, Piece, pieces, repeats, tensors
+from nanoslime.models.rules import ModelPartition, Piece, pieces, repeats, tensors
 from nanoslime.models.shape import ModelShape
 from tests.models.hf import FAMILIES, SIZES
 
@@ -160,7 +160,7 @@ def test_every_tensor_has_mbridges_names_and_bits_both_ways(case):
     oracle, shape = case
     hf = random_tensors(shape)
     back, repeated = {}, set()
-    for megatron, group in by_megatron_name(pieces(shape, Part(mtp=True))).items():
+    for megatron, group in by_megatron_name(pieces(shape, ModelPartition(mtp=True))).items():
         mine = assemble(group, hf)
         parts = list(dict.fromkeys(piece.hf for piece in group))
         theirs = oracle.to_hf(megatron, mine)
@@ -181,8 +181,10 @@ def test_every_tensor_has_mbridges_names_and_bits_both_ways(case):
 def test_every_tensor_is_cut_over_tensor_parallelism_as_mbridge_cuts_it(case):
     oracle, shape = case
     hf = random_tensors(shape)
-    whole = by_megatron_name(pieces(shape, Part(mtp=True)))
-    ranks = [by_megatron_name(pieces(shape, Part(rank, 2, mtp=True))) for rank in range(2)]
+    whole = by_megatron_name(pieces(shape, ModelPartition(mtp=True)))
+    ranks = [
+        by_megatron_name(pieces(shape, ModelPartition(rank, 2, mtp=True))) for rank in range(2)
+    ]
     num_cut = 0
     for megatron, group in whole.items():
         mine = [assemble(rank[megatron], hf) for rank in ranks]
@@ -195,6 +197,6 @@ def test_every_tensor_is_cut_over_tensor_parallelism_as_mbridge_cuts_it(case):
 def test_a_tied_output_layer_is_mbridges_embedding(case):
     oracle, shape = case
     hf = random_tensors(shape)
-    last = by_megatron_name(pieces(shape, Part(first=False)))["output_layer.weight"]
+    last = by_megatron_name(pieces(shape, ModelPartition(first=False)))["output_layer.weight"]
     theirs = oracle.to_hf("output_layer.weight", assemble(last, hf))
     assert next(iter(theirs)) == last[0].hf

@@ -14,7 +14,7 @@ import pytest
 
 from nanoslime.models import ARCHITECTURES
 from nanoslime.models.rules import (
-    Part,
+    ModelPartition,
     check_tensors,
     check_tp_size,
     has_mtp,
@@ -69,7 +69,7 @@ def shape(directory):
 
 def parts(
     shape: ModelShape, tp_size: int, pp_size: int, ep_size: int, expert_tp_size: int
-) -> list[Part]:
+) -> list[ModelPartition]:
     """The ranks of a layout, one data-parallel replica each, or as many as the experts are spread over."""
     layers = shape.num_layers // pp_size
     experts = shape.moe.num_experts // ep_size if shape.moe else 0
@@ -78,7 +78,7 @@ def parts(
         return rank // expert_tp_size % ep_size * experts
 
     return [
-        Part(
+        ModelPartition(
             rank % tp_size,
             tp_size,
             range(pp * layers, (pp + 1) * layers),
@@ -143,7 +143,7 @@ def test_pieces_fill_each_local_tensor_once_from_its_first_row(shape):
 def test_tensor_parallelism_cuts_the_dimension_that_megatron_core_cuts(shape):
     even = dataclasses.replace(shape, vocab_size=256)
     sizes = []
-    for part in (Part(mtp=True), Part(1, 2, mtp=True)):
+    for part in (ModelPartition(mtp=True), ModelPartition(1, 2, mtp=True)):
         local = defaultdict(list)
         for piece in pieces(even, part):
             local[piece.megatron].append(piece.local)
@@ -154,14 +154,19 @@ def test_tensor_parallelism_cuts_the_dimension_that_megatron_core_cuts(shape):
 
 
 def test_a_rank_holds_its_layers_experts_and_ends_only(shape):
-    names = {p.megatron for p in pieces(shape, Part(layers=range(1, 3), first=False, last=False))}
+    names = {
+        p.megatron
+        for p in pieces(shape, ModelPartition(layers=range(1, 3), first=False, last=False))
+    }
     assert {name.split(".")[2] for name in names} == {"1", "2"}
-    assert pieces(shape, Part(layers=range(0), first=False, last=False)) == []
+    assert pieces(shape, ModelPartition(layers=range(0), first=False, last=False)) == []
     if shape.moe:
-        held = {p.megatron for p in pieces(shape, Part(experts=range(2, 4)))}
+        held = {p.megatron for p in pieces(shape, ModelPartition(experts=range(2, 4)))}
         experts = {name.split(".")[6] for name in held if ".experts." in name}
         assert experts == {"2", "3"}
-        assert not any(".experts." in p.megatron for p in pieces(shape, Part(experts=range(0))))
+        assert not any(
+            ".experts." in p.megatron for p in pieces(shape, ModelPartition(experts=range(0)))
+        )
 
 
 def test_qkv_rows_are_interleaved_by_query_group(shape):
@@ -185,12 +190,16 @@ def test_qkv_rows_are_interleaved_by_query_group(shape):
 def test_vocabulary_is_padded_and_a_rank_of_padding_only_holds_no_piece(shape):
     assert padded_vocab_size(shape, 2) == 256
     last = [
-        p for p in pieces(shape, Part(1, 2)) if p.megatron == "embedding.word_embeddings.weight"
+        p
+        for p in pieces(shape, ModelPartition(1, 2))
+        if p.megatron == "embedding.word_embeddings.weight"
     ]
     assert [p.box[0] for p in last] == [slice(128, 250)] and last[0].local[0] == slice(0, 122)
     tiny = dataclasses.replace(shape, vocab_size=5)
     assert padded_vocab_size(tiny, 2) == 16
-    assert not [p for p in pieces(tiny, Part(1, 2)) if p.megatron.startswith("embedding.")]
+    assert not [
+        p for p in pieces(tiny, ModelPartition(1, 2)) if p.megatron.startswith("embedding.")
+    ]
 
 
 def test_a_tensor_parallel_size_that_does_not_divide_is_refused_with_the_choices(shape):
@@ -198,7 +207,7 @@ def test_a_tensor_parallel_size_that_does_not_divide_is_refused_with_the_choices
     fit = "1, 2 or 4" if shape.mla else "1 or 2"
     ways = 8 if shape.mla else 4
     with pytest.raises(RunError, match=f"tp_size={ways} does not divide {size}; choose {fit}$"):
-        pieces(shape, Part(0, ways))
+        pieces(shape, ModelPartition(0, ways))
     if shape.moe and (shared := shape.moe.shared_intermediate_size):
         odd = dataclasses.replace(shape.moe, shared_intermediate_size=shared + 1)
         with pytest.raises(
@@ -263,7 +272,7 @@ def test_multi_token_prediction_is_all_there_or_not_at_all(tmp_path, family, sha
             check_tensors(shape, {k: v for k, v in every.items() if k != name}, "here")
     with pytest.raises(ValueError, match=r"^here: 1 tensors do not belong .*layers.5.enorm"):
         check_tensors(shape, every | {"model.layers.5.enorm.weight": (32,)}, "here")
-    names = {piece.megatron for piece in pieces(shape, Part(mtp=True))}
+    names = {piece.megatron for piece in pieces(shape, ModelPartition(mtp=True))}
     assert {
         "mtp.layers.0.eh_proj.weight",
         "mtp.layers.0.transformer_layer.mlp.router.weight",
@@ -272,7 +281,11 @@ def test_multi_token_prediction_is_all_there_or_not_at_all(tmp_path, family, sha
 
 
 def test_the_local_layer_spec_has_names_of_its_own(shape):
-    other = {p.megatron: p.other for p in pieces(shape, Part(mtp=True)) if p.megatron != p.other}
+    other = {
+        p.megatron: p.other
+        for p in pieces(shape, ModelPartition(mtp=True))
+        if p.megatron != p.other
+    }
     layer, fused = "decoder.layers.3.", "mlp.linear_fc1.layer_norm_weight"
     sparse = shape.moe is not None and 3 in shape.moe.layers
     assert other[layer + fused if not sparse else layer + "pre_mlp_layernorm.weight"] == (

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nanoslime.models.rules import Part, pieces
+from nanoslime.models.rules import ModelPartition, pieces
 from nanoslime.models.shape import ModelShape
 from nanoslime.storage.safetensors_file import INDEX_FILE, read_headers
 from tests.models.hf import FAMILIES
@@ -38,7 +38,7 @@ def family(request, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp(request.param)
     source = make(directory / "hf", request.param, shards=True)
     assert to_megatron(source, directory / "ours") == 0
-    names = {piece.megatron for piece in pieces(ModelShape.read(source), Part())}
+    names = {piece.megatron for piece in pieces(ModelShape.read(source), ModelPartition())}
     held = {keys.key_of(name)[0] for name in names}
     stored = {
         key: tensor for key, tensor in load_stock(directory / "ours/release").items() if key in held

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanoslime.models.rules import Part, padded_vocab_size, pieces
+from nanoslime.models.rules import ModelPartition, padded_vocab_size, pieces
 from nanoslime.models.shape import ModelShape
 from tests.models.hf import save_model
 from tests.tools.checkpoints import (
@@ -143,7 +143,7 @@ def test_a_rank_finds_its_rows_in_chunks_of_its_own(tmp_path, family, tp_size):
         rows[piece.box[0]] = np.arange(piece.local[0].start, piece.local[0].stop)
     for rank in range(tp_size):
         own: dict[str, set[int]] = {}
-        for piece in pieces(shape, Part(rank, tp_size)):
+        for piece in pieces(shape, ModelPartition(rank, tp_size)):
             if (
                 piece.rule.tp_dim == 0
                 and not piece.rule.num_experts

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from nanoslime.models.rules import Part, Piece, check_tensors, has_mtp, pieces, repeats
+from nanoslime.models.rules import ModelPartition, Piece, check_tensors, has_mtp, pieces, repeats
 from nanoslime.models.shape import ModelShape
 from nanoslime.storage import manifest
 from nanoslime.storage.safetensors_file import (
@@ -52,7 +52,7 @@ class Checkpoint:
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
     def pieces(self) -> list[Piece]:
-        return pieces(self.shape, Part(mtp=self.mtp))
+        return pieces(self.shape, ModelPartition(mtp=self.mtp))
 
     def huggingface(self) -> dict[str, Tensor]:
         """Every Hugging Face tensor of the model, and the repeats that a file may hold."""
@@ -200,7 +200,7 @@ def _open_torch_dist(path: Path, side: Path, checked: Path | None) -> Checkpoint
     tensors = keys.by_name(stored)
     mtp = shape.num_mtp_layers > 0 and any(name.startswith("mtp.") for name in tensors)
     expected: dict[str, tuple[Piece, list[int]]] = {}
-    for piece in pieces(shape, Part(mtp=mtp)):
+    for piece in pieces(shape, ModelPartition(mtp=mtp)):
         _, extent = expected.setdefault(piece.megatron, (piece, [0] * len(piece.local)))
         extent[:] = [max(n, side.stop) for n, side in zip(extent, piece.local, strict=True)]
     found = {}

@@ -10,7 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
 
-from nanoslime.models.rules import Part
+from nanoslime.models.rules import ModelPartition
 from nanoslime.models.shape import ModelShape
 from nanoslime.training.megatron import cpu_compat, weights
 from nanoslime.training.megatron.model import gpt_model, model_config
@@ -34,7 +34,7 @@ def logits(shape: ModelShape, directory: Path, tokens: Tensor) -> Tensor:
         if (directory / "metadata.json").exists():
             load_torch_dist(gpt, directory)
         else:
-            weights.load(weights.bind(gpt, shape, Part()), shape, directory)
+            weights.load(weights.bind(gpt, shape, ModelPartition()), shape, directory)
         inputs = packed_inputs(
             tokens, torch.arange(len(tokens)), torch.tensor([0, len(tokens)]).int()
         )

@@ -12,7 +12,7 @@ from megatron.core import tensor_parallel
 from torch.distributed import ProcessGroup
 
 from nanoslime.config.training import PARALLEL_SIZES, TrainingConfig
-from nanoslime.models.rules import Part
+from nanoslime.models.rules import ModelPartition
 from nanoslime.models.shape import ModelShape
 from nanoslime.training.backend import RankEnv, init_process_group
 
@@ -43,13 +43,13 @@ class Ranks:
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
 
-    def parts(self, shape: ModelShape) -> list[Part]:
+    def parts(self, shape: ModelShape) -> list[ModelPartition]:
         """What lies here, by virtual stage: piece v of rank p is stage v * pp_size + p of the pipeline."""
         stages = self.vpp_size * self.pp_size
         experts = shape.moe.num_experts // self.ep_size if shape.moe else 0
         each, of_expert = shape.num_layers // stages, (self.etp_rank, self.etp_size)
         return [
-            Part(
+            ModelPartition(
                 self.tp_rank,
                 self.tp_size,
                 range(stage * each, (stage + 1) * each),

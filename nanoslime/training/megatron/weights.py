@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from nanoslime.batch import WeightShard
 from nanoslime.models.freezing import frozen_names
-from nanoslime.models.rules import Part, Piece, check_tensors, pieces, tensors
+from nanoslime.models.rules import ModelPartition, Piece, check_tensors, pieces, tensors
 from nanoslime.models.shape import ModelShape
 from nanoslime.storage.safetensors_file import TensorInfo, read_headers
 from nanoslime.types import RunError
@@ -22,7 +22,7 @@ _LOCAL_EXPERT = re.compile(r"experts\.local_experts\.(\d+)\.")
 _GROUPED_EXPERT = re.compile(r"experts\.(linear_fc[12]\.weight)(\d+)$")  # of Transformer Engine
 
 
-def bind(model: GPTModel, shape: ModelShape, part: Part) -> Bound:
+def bind(model: GPTModel, shape: ModelShape, part: ModelPartition) -> Bound:
     """Each piece of the weight map that lies on this rank, with the parameter it belongs to.
 
     Every element of every parameter is in exactly one piece, padding of the vocabulary aside; anything else

@@ -22,7 +22,7 @@ from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from safetensors import safe_open
 
-from nanoslime.models.rules import Part
+from nanoslime.models.rules import ModelPartition
 from nanoslime.models.shape import ModelShape
 from nanoslime.storage.safetensors_file import read_headers
 from nanoslime.training.backend import RankEnv
@@ -48,13 +48,13 @@ class Grid:
     ep: int = 1
     etp: int | None = None  # tensor parallelism within an expert; None: as tp
 
-    def part(self, shape: ModelShape) -> Part:
+    def part(self, shape: ModelShape) -> ModelPartition:
         """What this rank holds by the weight map; needs the process groups of `start`."""
         tp, pp = (parallel_state.get_tensor_model_parallel_rank(), self.tp), self.pp
         stage, layers = parallel_state.get_pipeline_model_parallel_rank(), shape.num_layers // pp
         experts = (shape.moe.num_experts if shape.moe else 0) // self.ep
         ep_rank = parallel_state.get_expert_model_parallel_rank()
-        return Part(
+        return ModelPartition(
             *tp,
             layers=range(stage * layers, (stage + 1) * layers),
             first=stage == 0,
