@@ -1,5 +1,5 @@
-"""Plug-in tables hold strings "package.module:Name"; this is the one function that turns such a string into
-an object.
+"""The one place where a module is imported by name: plug-in tables hold strings
+"package.module:Name".
 """
 
 from collections.abc import Mapping
@@ -7,25 +7,29 @@ from importlib import import_module
 from typing import Any
 
 
-def target(name: str, table: Mapping[str, str], what: str) -> str:
-    """The "package.module:Name" that `name` stands for: a key of `table`, or itself such a string.
+def target(name: str, table: Mapping[str, str], setting: str) -> str:
+    """The "package.module:Name" that `name` stands for: a key of `table`, or itself such a
+    string.
 
-    Raises ValueError naming the valid choices for an unknown key.
+    Raises ValueError that names the valid choices where `name` is neither. `setting` is
+    what errors call it.
     """
     found = table.get(name, name)
     if ":" not in found:
         known = ", ".join(sorted(table))
         raise ValueError(
-            f'{what}={name!r} is unknown; choose one of {known}, or "package.module:name"'
+            f'{setting}={name!r} is unknown; choose one of {known}, or "package.module:name"'
         )
     return found
 
 
-def resolve(name: str, table: Mapping[str, str], what: str) -> Any:
-    """The object that `target` names. Raises ValueError as it does, or for what cannot be imported."""
-    place = target(name, table, what)
+def resolve(name: str, table: Mapping[str, str], setting: str) -> Any:
+    """The object that `target` names. Raises ValueError as `target` does, or where it
+    cannot be imported.
+    """
+    place = target(name, table, setting)
     module, _, attribute = place.partition(":")
     try:
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as e:
-        raise ValueError(f"{what}={name!r}: cannot load {place}: {e}") from e
+        raise ValueError(f"{setting}={name!r}: cannot load {place}: {e}") from e

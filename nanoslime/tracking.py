@@ -1,4 +1,6 @@
-"""Where the numbers of a run go: one line a step on the console, metrics.jsonl, TensorBoard, W&B."""
+"""Where the numbers of a run go: one line a step on the console, metrics.jsonl,
+TensorBoard, W&B.
+"""
 
 import hashlib
 import json
@@ -16,77 +18,97 @@ from nanoslime.storage.shared_files import publish
 logger = logging.getLogger(__name__)
 
 WRITERS = {"tensorboard": "torch.utils.tensorboard:SummaryWriter", "wandb": "wandb:init"}
-
+WANDB_ID_CHARS = 16
 
 Sink = Callable[[int, dict[str, float]], object]  # takes a step and its metrics
 
 
 class Tracker(ExitStack):
-    """Sends each step's metrics to its sinks; with none it is silent. Leaving it closes them."""
+    """Sends the metrics of each step to its sinks; without a sink it is silent. Leaving it
+    closes them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.sinks: list[Sink] = []
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """`metrics` of rollout `step`, named area/what_unit; steps come in rising order."""
+        """Records the metrics of `step`. Names are area/what_unit; steps come in rising order."""
         for sink in self.sinks:
             sink(step, metrics)
 
 
 def make_tracker(config: RunConfig, run: RunDir, start: int, *, leads: bool = True) -> Tracker:
-    """The sinks that `config.tracking` asks for; none for a rank that does not lead.
+    """Opens the sinks that `config.tracking` asks for; none for a rank that does not lead.
 
-    The run goes on at step `start`; what was logged from there on is void. Raises ValueError where a sink was
-    asked for that is not installed.
+    The run goes on at step `start`: lines that an earlier attempt logged from there on are
+    removed. Raises ValueError where a sink is asked for and its package is not installed.
     """
-    tracker, num_rollout = Tracker(), config.rollout.num_rollout
+    tracker = Tracker()
     if not leads:
         return tracker
-    _forget(run, start)
-    tracker.sinks += [_console(num_rollout), _json_lines(run.metrics)]
+    _forget_from(start, run)
+    tracker.sinks.append(_console(config.rollout.num_rollout))
+    tracker.sinks.append(_json_lines(run.metrics))
     if config.tracking.use_tensorboard:
-        tracker.sinks.append(_tensorboard(run.tensorboard, start, tracker))
+        tracker.sinks.append(_tensorboard(run.tensorboard, start, closed_by=tracker))
     if config.tracking.use_wandb:
-        tracker.sinks.append(_wandb(config, run, tracker))
+        tracker.sinks.append(_wandb(config, run, closed_by=tracker))
     return tracker
 
 
 def console_line(step: int, num_rollout: int, metrics: dict[str, float]) -> str:
-    """`step` of `num_rollout`: rewards, KL, logprob gap between engine and trainer, seconds per phase."""
-    kl = "train/ref_kl" if "train/ref_kl" in metrics else "train/ppo_kl_abs"
-    shown = [
+    """One line for a person: rewards, KL, logprob gap between engine and trainer, seconds
+    per phase.
+    """
+    kl_name = "train/ref_kl" if "train/ref_kl" in metrics else "train/ppo_kl_abs"
+    columns = [
         ("reward", "rollout/reward_mean", ".3f"),
         ("eval", "eval/reward_mean", ".3f"),
-        (kl.removeprefix("train/"), kl, ".1e"),
+        (kl_name.removeprefix("train/"), kl_name, ".1e"),
         ("gap", "train/logprob_gap_mean", ".1e"),
         ("gap_max", "train/logprob_gap_max", ".1e"),
     ]
-    parts = [f"{label} {metrics[name]:{form}}" for label, name, form in shown if name in metrics]
+    words = [f"step {step + 1}/{num_rollout}"]
+    for label, name, number_format in columns:
+        if name in metrics:
+            words.append(f"{label} {metrics[name]:{number_format}}")
     if metrics.get("train/skipped"):
-        parts.append("SKIPPED: gradient not finite or too large")
-    phases = {name: seconds for name, seconds in metrics.items() if name.startswith("time/")}
-    parts += [f"{name[len('time/') :].removesuffix('_s')} {s:.1f}s" for name, s in phases.items()]
-    return "  ".join([f"step {step + 1}/{num_rollout}", *parts])
+        words.append("SKIPPED: gradient not finite or too large")
+    for name, seconds in metrics.items():
+        if name.startswith("time/"):
+            phase = name.removeprefix("time/").removesuffix("_s")
+            words.append(f"{phase} {seconds:.1f}s")
+    return "  ".join(words)
 
 
 def _console(num_rollout: int) -> Sink:
-    return lambda step, metrics: logger.info("%s", console_line(step, num_rollout, metrics))
+    def log(step: int, metrics: dict[str, float]) -> None:
+        logger.info("%s", console_line(step, num_rollout, metrics))
+
+    return log
 
 
-def _forget(run: RunDir, start: int) -> None:
-    """Takes out the lines of steps that a run from `start` makes again: from 0, also the evaluation at -1."""
-    for path in filter(Path.exists, (run.metrics, run.evals)):
-        # a line without its end was cut short when the run was killed
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        publish(
-            path,
-            "".join(line for line in lines if json.loads(line)["step"] < (start or -1)).encode(),
-        )
+def _forget_from(start: int, run: RunDir) -> None:
+    """Removes the logged lines of all steps that a run from `start` on makes again.
+
+    A run from step 0 makes the evaluation before training again too, which is logged as
+    step -1.
+    """
+    first_forgotten = start if start > 0 else -1
+    for path in (run.metrics, run.evals):
+        if not path.exists():
+            continue
+        kept = []
+        for line in path.read_text().splitlines(keepends=True):
+            was_cut_short = not line.endswith("\n")  # the run was killed while it wrote
+            if not was_cut_short and json.loads(line)["step"] < first_forgotten:
+                kept.append(line)
+        publish(path, "".join(kept).encode())
 
 
 def _json_lines(path: Path) -> Sink:
-    """One JSON object a step, on the file system when the sink returns."""
+    """Appends one JSON object a step, which is on the file system when the sink returns."""
 
     def log(step: int, metrics: dict[str, float]) -> None:
         with open(path, "a") as file:
@@ -96,8 +118,8 @@ def _json_lines(path: Path) -> Sink:
 
 
 def _tensorboard(directory: Path, start: int, closed_by: ExitStack) -> Sink:
-    make = resolve("tensorboard", WRITERS, "tracking.use_tensorboard=true, writer")
-    writer = make(log_dir=str(directory), purge_step=start)
+    make_writer = resolve("tensorboard", WRITERS, "tracking.use_tensorboard=true, writer")
+    writer = make_writer(log_dir=str(directory), purge_step=start)
     closed_by.callback(writer.close)
 
     def log(step: int, metrics: dict[str, float]) -> None:
@@ -109,17 +131,22 @@ def _tensorboard(directory: Path, start: int, closed_by: ExitStack) -> Sink:
 
 
 def _wandb(config: RunConfig, run: RunDir, closed_by: ExitStack) -> Sink:
-    """One W&B run per run directory; W&B itself ignores steps that it has already seen."""
-    wandb_run = resolve("wandb", WRITERS, "tracking.use_wandb=true, writer")(
+    """Opens one W&B run per run directory. W&B itself ignores steps that it has already seen."""
+    init = resolve("wandb", WRITERS, "tracking.use_wandb=true, writer")
+    # The name alone would not do as an id: another run root may hold a run of this name.
+    path_hash = hashlib.sha256(str(run.path).encode()).hexdigest()
+    wandb_run = init(
         project=config.tracking.wandb_project,
         mode=config.tracking.wandb_mode,
         resume="allow",
-        id=hashlib.sha256(str(run.path).encode()).hexdigest()[
-            :16
-        ],  # other run roots may hold this name
+        id=path_hash[:WANDB_ID_CHARS],
         name=run.name,
         dir=str(run.path),
-        config=asdict(config),  # a pydantic dataclass is a dataclass
+        config=asdict(config),
     )
     closed_by.callback(wandb_run.finish)
-    return lambda step, metrics: wandb_run.log(metrics, step=step)
+
+    def log(step: int, metrics: dict[str, float]) -> None:
+        wandb_run.log(metrics, step=step)
+
+    return log

@@ -1,6 +1,7 @@
-"""The nouns between rooms before anything becomes a tensor: prompts, samples, groups, the engine protocol.
+"""The nouns between rooms before anything becomes a tensor: prompts, samples, groups, engines.
 
-One token axis `[T]` with a mask serves for everything; there is no second axis of response lengths.
+One token axis `[T]` with a mask serves for everything; there is no second axis of response
+lengths.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class Status(StrEnum):
 
 
 class RunError(RuntimeError):
-    """An expected way for a run to fail: one line (value, place, way out), shown without a traceback."""
+    """An expected way for a run to fail, shown as one line: value, place, way out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +39,16 @@ class Prompt:
 
 @dataclass(kw_only=True, slots=True)
 class Sample:
-    """One sampled sequence. Per-token fields have one entry per token: [T], T = prompt + response.
+    """One sampled sequence. Per-token fields are [T], where T = prompt + response tokens.
 
-    rollout_logprobs[t] is log p(token_ids[t] | token_ids[:t]) at the sampling temperature, under the policy
-    that sampled it, 0.0 where loss_mask[t] is False (prompt, tool output).
+    rollout_logprobs[t] is log p(token_ids[t] | token_ids[:t]) at the sampling temperature,
+    under the policy that sampled the token. It is 0.0 where loss_mask[t] is False (prompt,
+    tool output).
+
+    policy_versions are (first token, version) spans: a sample may outlive a weight update.
+
+    routed_experts are the experts that token t went to, by layer that has experts. They end
+    one token early, because the engine never runs the last token.
     """
 
     group_id: int  # the prompt's group; advantages are relative within it
@@ -49,21 +56,16 @@ class Sample:
     token_ids: np.ndarray  # int32 [T]
     loss_mask: np.ndarray  # bool [T]
     rollout_logprobs: np.ndarray  # float32 [T]
-    policy_versions: list[
-        tuple[int, int]
-    ]  # (first token, version): a sample may outlive a weight update
+    policy_versions: list[tuple[int, int]]
     status: Status
     text: str = ""  # the decoded response
     label: Any = None
     metadata: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
+    # [T-1, num_moe_layers, topk]; uint8 up to 256 experts, else int16
     routed_experts: np.ndarray | None = None
-    """[T-1, num_moe_layers, topk], uint8 up to 256 experts, else int16: those that token t went to, by layer
-    that has experts; the engine never runs the last token."""
     reward: float | None = None  # set once, by the reward
-    advantage: float | None = (
-        None  # set once, by the algorithm, one scalar; never stored in `reward`
-    )
+    advantage: float | None = None  # set once, by the algorithm; never stored in `reward`
 
     @property
     def num_tokens(self) -> int:
@@ -76,7 +78,9 @@ class Sample:
 
 @dataclass(slots=True)
 class SampleGroup:
-    """The samples of one prompt; any size. Statistics are taken by `group_id`, never by reshape."""
+    """The samples of one prompt; any size. Statistics are taken by `group_id`, never by
+    reshape.
+    """
 
     group_id: int
     samples: list[Sample]
@@ -84,14 +88,17 @@ class SampleGroup:
     @property
     def rewards(self) -> list[float]:
         """Rewards of the samples, in order. Raises ValueError where one has not been set."""
-        if any(s.reward is None for s in self.samples):
-            raise ValueError(f"group {self.group_id} holds a sample without a reward")
-        return [float(s.reward) for s in self.samples if s.reward is not None]
+        rewards = []
+        for sample in self.samples:
+            if sample.reward is None:
+                raise ValueError(f"group {self.group_id} holds a sample without a reward")
+            rewards.append(float(sample.reward))
+        return rewards
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """`n` samples of one prompt."""
+    """A request for `n` samples of one prompt."""
 
     token_ids: Sequence[int]  # [P]
     n: int
@@ -103,41 +110,42 @@ class GenerateRequest:
     seed: int | None = None  # same seed, same samples: honoured by the embedded engine only
 
     def check_tokens(self, vocab_size: int, engine: str) -> None:
-        """Raises RunError for a token id outside the vocabulary (it would kill a server)."""
+        """Raises RunError for a token id outside the vocabulary, which would kill a server."""
         for position, token in enumerate(self.token_ids):
             if not 0 <= token < vocab_size:
-                what = (
-                    f"token id {token} at position {position} of a prompt is not in the vocabulary"
+                raise RunError(
+                    f"engine {engine}: token id {token} at position {position} of a prompt is not "
+                    f"in the vocabulary of {vocab_size}; is the tokenizer the checkpoint's own?"
                 )
-                question = "is the tokenizer the checkpoint's own?"
-                raise RunError(f"engine {engine}: {what} of {vocab_size}; {question}")
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One continuation; `logprobs` are of the unfiltered distribution at the sampling temperature."""
+    """One continuation; `logprobs` are of the unfiltered distribution at the sampling
+    temperature.
+    """
 
     token_ids: list[int]  # [R], with the stop token where one ended it
     logprobs: list[float]  # [R]
     status: Status
     versions: list[tuple[int, int]]  # (first response token, policy version) spans
     error: str | None = None
-    routed_experts: np.ndarray | None = (
-        None  # [P+R-1, ...] as in Sample, where the engine was to report them
-    )
+    # [P+R-1, ...] as in Sample, where the engine was asked to report them
+    routed_experts: np.ndarray | None = None
 
 
-MemoryPart = Literal[
-    "weights", "cache"
-]  # of an engine: with the weights alone it can be sent new ones
+# What an engine holds on its device. With the weights alone it can be sent new ones.
+MemoryPart = Literal["weights", "cache"]
 
 
 @runtime_checkable
 class Engine(Protocol):
-    """What samples tokens. SGLang over HTTP and the embedded transformers engine look the same from outside.
+    """What samples tokens. SGLang over HTTP and the embedded transformers engine look the
+    same from outside.
 
-    Control calls block, have a deadline, and raise RunError naming the engine and its log. Weights change
-    only between `pause()` and `resume()`; `policy_version` is what the engine itself reports.
+    Control calls block, have a deadline, and raise RunError naming the engine and its log.
+    Weights change only between `pause()` and `resume()`; `policy_version` is what the
+    engine itself reports.
     """
 
     name: str
@@ -148,18 +156,23 @@ class Engine(Protocol):
     def flush(self) -> None: ...
     def policy_version(self) -> int: ...
     def update_weights_from_disk(self, path: str, version: int) -> None: ...
-    def release_memory(
-        self,
-    ) -> None: ...  # of the device, weights and cache; nothing may be running
-    def resume_memory(
-        self, part: MemoryPart
-    ) -> None: ...  # contents undefined: weights have to be sent anew
+
+    def release_memory(self) -> None:
+        """Frees weights and cache on the device; nothing may be running."""
+
+    def resume_memory(self, part: MemoryPart) -> None:
+        """Takes the memory of `part` again, with undefined contents: weights have to be
+        sent anew.
+        """
 
 
 @runtime_checkable
 class BroadcastEngine(Engine, Protocol):
-    """An engine of `world_size` ranks that receives weights through a process group, which they join, or from
-    processes on its devices, one payload for each rank."""
+    """An engine that receives weights from trainer ranks rather than from files.
+
+    Either its `world_size` ranks join a process group with a sender, or processes on its
+    own devices hand it one payload for each of its ranks.
+    """
 
     world_size: int
 
