@@ -26,6 +26,10 @@ class RunError(RuntimeError):
     """An expected way for a run to fail, shown as one line: value, place, way out."""
 
 
+class EngineLost(RunError):
+    """An engine is gone or does not answer in time; its requests may be tried on another one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """One line of the prompt file, already tokenized."""

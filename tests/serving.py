@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from nanoslime.config.rollout import RolloutConfig
-from nanoslime.rollout.sglang import SGLangEngine, SGLangServer
+from nanoslime.rollout.engines.sglang_client import SGLangEngine
+from nanoslime.rollout.engines.sglang_server import SGLangServer
 from tests import processes
 
 VOCAB_SIZE = 320

@@ -24,7 +24,8 @@ from nanoslime.layout import Layout
 from nanoslime.orchestration.groups import TrainGroup
 from nanoslime.orchestration.worker import TrainWorker
 from nanoslime.process_groups import free_port
-from nanoslime.rollout.sglang import SGLangEngine, SGLangServer
+from nanoslime.rollout.engines.sglang_client import SGLangEngine
+from nanoslime.rollout.engines.sglang_server import SGLangServer
 from nanoslime.run_dir import Attempt
 from nanoslime.training.backend import RankEnv
 from nanoslime.types import RunError

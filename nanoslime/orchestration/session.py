@@ -24,7 +24,7 @@ from nanoslime.orchestration.groups import NoTrainer, TrainGroup, resolve_transp
 from nanoslime.orchestration.local_group import LocalTrainGroup
 from nanoslime.orchestration.rollout_manager import Replay, Rollout, RolloutManager
 from nanoslime.orchestration.worker import TrainWorker
-from nanoslime.rollout.embedded import EmbeddedEngine
+from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
 from nanoslime.run_dir import Attempt, RunDir
 from nanoslime.storage.commit import remove_leftovers
 from nanoslime.storage.shared_files import read_json

@@ -3,8 +3,7 @@
 import logging
 from collections.abc import Sequence
 
-from nanoslime.rollout.sglang import EngineLost
-from nanoslime.types import Engine, GenerateRequest, Generation, RunError
+from nanoslime.types import Engine, EngineLost, GenerateRequest, Generation, RunError
 
 logger = logging.getLogger(__name__)
 

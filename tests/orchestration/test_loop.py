@@ -18,7 +18,7 @@ from nanoslime import rehearsal, train
 from nanoslime.batch import TrainBatch
 from nanoslime.config.model import RehearsalConfig
 from nanoslime.orchestration.launch import Launch, parse
-from nanoslime.rollout.embedded import EmbeddedEngine
+from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
 from nanoslime.run_dir import DONE, FAILED, STOPPED, RunDir
 from nanoslime.training.backend import TrainBackend
 from nanoslime.training.fsdp import FSDPBackend

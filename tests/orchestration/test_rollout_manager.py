@@ -8,7 +8,7 @@ import pytest
 
 from nanoslime.config import DataConfig, EvalConfig, RolloutConfig, RunConfig
 from nanoslime.orchestration.rollout_manager import RolloutManager
-from nanoslime.rollout.embedded import EmbeddedEngine
+from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
 from nanoslime.run_dir import RunDir
 from nanoslime.types import RunError, SampleGroup
 

@@ -19,7 +19,7 @@ from nanoslime.batch import TrainBatch
 from nanoslime.config import GRPOConfig, ModelConfig, RolloutConfig, RunConfig, TrainingConfig
 from nanoslime.config.rollout import WeightSyncConfig
 from nanoslime.orchestration.worker import TrainWorker
-from nanoslime.rollout.sglang import SGLangEngine
+from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.training.backend import RankEnv
 from nanoslime.training.batching import plan
 from nanoslime.types import GenerateRequest, Sample, SampleGroup

@@ -10,12 +10,12 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nanoslime.config.rollout import RolloutConfig
-from nanoslime.rollout.embedded import EmbeddedEngine
+from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
 from nanoslime.rollout.generate import group_metrics, sample_groups
 from nanoslime.rollout.recorder import record
 from nanoslime.rollout.router import LeastInflightRouter
-from nanoslime.rollout.sglang import EngineLost
 from nanoslime.types import (
+    EngineLost,
     GenerateRequest,
     Generation,
     Prompt,

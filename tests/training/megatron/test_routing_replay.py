@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nanoslime.algorithms.grpo import GRPO
 from nanoslime.batch import TrainBatch
-from nanoslime.rollout.embedded import EmbeddedEngine
+from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
 from nanoslime.training.batching import plan
 from nanoslime.training.megatron.routing_replay import RouterReplay, routers, training_step
 from nanoslime.types import GenerateRequest, Sample, SampleGroup, Status

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 
 from nanoslime.process_groups import join_group, listen
-from nanoslime.rollout.sglang import SGLangEngine
+from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.types import BroadcastEngine, GenerateRequest, Generation, RunError, Status
 from tests.serving import VOCAB_SIZE, reference_logprobs
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from nanoslime.rollout.sglang import SGLangEngine
+from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from tests.models.hf import save_model
 from tests.serving import make_server, pick_port
 from tests.training.megatron.test_routing_replay import check_r3, sampled

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from nanoslime.rollout.embedded import EmbeddedEngine, pick
+from nanoslime.rollout.engines.embedded_model import EmbeddedEngine, pick
 from nanoslime.types import Engine, GenerateRequest, Generation, RunError, Status
 from tests.models.hf import save_model
 from tests.serving import VOCAB_SIZE, reference_logprobs, save_tiny_model

@@ -17,12 +17,13 @@ import pytest
 
 from nanoslime.config.rollout import RolloutConfig
 from nanoslime.rollout.child_process import ChildProcess
-from nanoslime.rollout.sglang import EngineLost, SGLangEngine, SGLangServer
-from nanoslime.types import GenerateRequest, RunError
+from nanoslime.rollout.engines.sglang_client import SGLangEngine
+from nanoslime.rollout.engines.sglang_server import SGLangServer
+from nanoslime.types import EngineLost, GenerateRequest, RunError
 from tests import processes
 from tests.serving import ServerOwner, make_server, pick_port, process_group
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 # A server that has a child of its own, never answers, and ignores polite requests to end.
 STUBBORN = """
 import signal, subprocess, sys, time

@@ -1,0 +1,1 @@
+"""The engines that sample tokens. Each speaks the protocol `nanoslime.types.Engine`."""
