@@ -1,7 +1,8 @@
-"""A reward that rises also rises with subtly wrong maths: ten one-line faults, each noticed by a test.
+"""A reward that rises also rises with subtly wrong maths: one-line faults, each noticed by a test.
 
-Every fault is put into a copy of the checkout, where the named test then has to fail; without, it passes.
-The tests named run without a server wherever the fault can be seen there.
+Every fault is put into a copy of the checkout, where the named test then has to fail. Without
+the fault the test passes. The tests named run without a server wherever the fault can be seen
+there.
 """
 
 import os
@@ -108,28 +109,16 @@ FAULTS = [
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("sabotage") / "checkout"
-    listed = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    for name in listed.stdout.splitlines():
+    listed = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True)
+    for name in listed.splitlines():
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, copy / name)
     return copy
 
 
 def run_test(checkout: Path, test: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "-W",
-        "ignore",
-        *test.split(),
-    ]
+    quietly = ["-q", "-x", "-p", "no:cacheprovider", "-W", "ignore"]
+    command = [sys.executable, "-m", "pytest", *quietly, *test.split()]
     env = os.environ | {"PYTHONPATH": str(checkout), "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(
         command, cwd=checkout, capture_output=True, text=True, timeout=580, env=env
@@ -140,17 +129,16 @@ def run_test(checkout: Path, test: str) -> subprocess.CompletedProcess[str]:
 def test_a_fault_turns_its_test_red(checkout, fault):
     file = checkout / fault.file
     sound = file.read_text()
-    assert sound.count(fault.old) == 1, (
-        f"{fault.old!r} stands {sound.count(fault.old)} times in {fault.file}"
-    )
+    count = sound.count(fault.old)
+    assert count == 1, f"{fault.old!r} stands {count} times in {fault.file}"
     try:
         file.write_text(sound.replace(fault.old, fault.new))
         done = run_test(checkout, fault.test)
     finally:
         file.write_text(sound)
-    assert done.returncode == 1 and " failed" in done.stdout, (
-        done.stdout[-3000:] + done.stderr[-1000:]
-    )
+    output = done.stdout[-3000:] + done.stderr[-1000:]
+    assert done.returncode == 1, output
+    assert " failed" in done.stdout, output
 
 
 @pytest.mark.parametrize("test", sorted({f.test for f in FAULTS}))

@@ -1,4 +1,4 @@
-"""Where metrics arrive, what a resumed run does to them, and what is said when a writer is missing."""
+"""Where metrics arrive, what a resumed run does to them, what a missing writer says."""
 
 import json
 import logging
@@ -21,6 +21,22 @@ METRICS = {
     "time/generate_s": 1.26,
     "time/weight_sync_s": 0.04,
 }
+
+
+WANDB_STAND_IN = """
+calls = []
+
+class Run:
+    def log(self, metrics, step):
+        calls.append([step, metrics])
+
+    def finish(self):
+        calls.append("finish")
+
+def init(**options):
+    calls.append(options)
+    return Run()
+"""
 
 
 @pytest.fixture
@@ -103,26 +119,15 @@ def test_wandb_asked_for_but_not_installed_is_a_clear_error(run, monkeypatch):
 
 def test_wandb_gets_steps_offline_by_default(run, monkeypatch, tmp_path):
     """A stand-in for the wandb package, which records its calls in a file."""
-    (tmp_path / "wandb.py").write_text(
-        "import json, pathlib\n"
-        "calls = []\n"
-        "class Run:\n"
-        "    def log(self, metrics, step): calls.append([step, metrics])\n"
-        "    def finish(self): calls.append('finish')\n"
-        "def init(**options):\n"
-        "    calls.append(options)\n"
-        "    return Run()\n"
-    )
+    (tmp_path / "wandb.py").write_text(WANDB_STAND_IN)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     with make_tracker(config(use_wandb=True, use_tensorboard=False), run, 0) as tracker:
         tracker.log(0, {"a": 1.0})
     options, *calls = sys.modules["wandb"].calls
     monkeypatch.delitem(sys.modules, "wandb")
-    assert (
-        options["mode"] == "offline"
-        and options["name"] == run.name
-        and options["dir"] == str(run.path)
-    )
+    assert options["mode"] == "offline"
+    assert options["name"] == run.name
+    assert options["dir"] == str(run.path)
     assert options["config"]["rollout"]["num_rollout"] == 9
     assert calls == [[0, {"a": 1.0}], "finish"]
