@@ -14,46 +14,19 @@ on the same slots.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from math import prod
 from pathlib import Path
 
 from pydantic import TypeAdapter
 
 from nanoslime.config import RunConfig
-from nanoslime.config.training import PARALLEL_SIZES, TrainingConfig
-from nanoslime.models.freezing import frozen_names
-from nanoslime.models.rules import check_experts, check_tp_size, divisors, tensors, words
+from nanoslime.memory import check_memory, memory_lines
+from nanoslime.models.parallel_sizes import ParallelDims, divisors, one_of
 from nanoslime.models.shape import ModelShape
+from nanoslime.models.trainable import check_kernels, check_parallel
 from nanoslime.types import RunError
-
-_GIB = 1 << 30
-_SGLANG_MEM_FRACTION = 0.85  # about what SGLang chooses by itself; it depends on the GPU
-COLOCATED_MEM_FRACTION = (
-    0.7  # a sleeping trainer keeps its CUDA context, NCCL's buffers and fragments
-)
-
-
-@dataclass(frozen=True, slots=True)
-class ParallelDims:
-    tp: int
-    pp: int
-    cp: int
-    ep: int
-    dp: int
-
-    @property
-    def world_size(self) -> int:
-        return self.tp * self.pp * self.cp * self.dp
-
-    def coordinates(self, rank: int) -> dict[str, int]:
-        """The rank's place along tp, cp, dp and pp; tp runs fastest."""
-        place = {}
-        for name in ("tp", "cp", "dp", "pp"):
-            rank, place[name] = divmod(rank, getattr(self, name))
-        return place
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,26 +47,30 @@ class EnginePlace:
 class Layout:
     num_nodes: int
     slots_per_node: int
-    device: str  # cuda or cpu
-    backend: str  # megatron or fsdp
+    # cuda or cpu
+    device: str
+    # megatron or fsdp
+    backend: str
     parallel: ParallelDims
-    trainers: tuple[TrainerPlace, ...]  # by rank; none with rollout_only
-    engines: tuple[EnginePlace, ...]  # by index; none with the embedded engine or recorded rollouts
+    # By rank; empty with rollout_only.
+    trainers: tuple[TrainerPlace, ...]
+    # By index; empty with the embedded engine or recorded rollouts.
+    engines: tuple[EnginePlace, ...]
 
     def roles(self, node: int) -> str:
-        """trainer, engine or trainer+engine."""
-        nodes = {
-            "trainer": {t.node for t in self.trainers},
-            "engine": {e.node for e in self.engines},
-        }
-        return "+".join(role for role in nodes if node in nodes[role])
+        """What the node does: trainer, engine, trainer+engine, or nothing (an empty text)."""
+        roles = []
+        if any(trainer.node == node for trainer in self.trainers):
+            roles.append("trainer")
+        if any(engine.node == node for engine in self.engines):
+            roles.append("engine")
+        return "+".join(roles)
 
     def ranks_at(self, engine: EnginePlace) -> list[int]:
         """The trainer ranks on the engine's slots, in their order; none unless they are colocated."""
-        places = {(t.node, t.slot): t.rank for t in self.trainers}
-        return [
-            rank for slot in engine.slots if (rank := places.get((engine.node, slot))) is not None
-        ]
+        rank_of = {(trainer.node, trainer.slot): trainer.rank for trainer in self.trainers}
+        places = [(engine.node, slot) for slot in engine.slots]
+        return [rank_of[place] for place in places if place in rank_of]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -105,439 +82,343 @@ class Layout:
 
     def table(self) -> str:
         """One line a node: its role, trainer ranks and their coordinates, engines and their slots."""
-        rows = [["node", "role", "ranks", "tp", "cp", "dp", "pp", "engines", "slots"]]
-        for node in range(self.num_nodes):
-            ranks = [t.rank for t in self.trainers if t.node == node]
-            engines = [e for e in self.engines if e.node == node]
-            places = [self.parallel.coordinates(rank) for rank in ranks]
-            along = [_span(p[name] for p in places) for name in ("tp", "cp", "dp", "pp")]
-            taken = [_span(e.index for e in engines), _span(s for e in engines for s in e.slots)]
-            rows.append([str(node), self.roles(node) or "idle", _span(ranks), *along, *taken])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        heading = ["node", "role", "ranks", "tp", "cp", "dp", "pp", "engines", "slots"]
+        rows = [heading] + [self._row(node) for node in range(self.num_nodes)]
+        widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+        lines = []
+        for row in rows:
+            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+            lines.append("  ".join(cells).rstrip())
+        return "\n".join(lines)
+
+    def _row(self, node: int) -> list[str]:
+        ranks = [trainer.rank for trainer in self.trainers if trainer.node == node]
+        engines = [engine for engine in self.engines if engine.node == node]
+        coordinates = [self.parallel.coordinates(rank) for rank in ranks]
+        row = [str(node), self.roles(node) or "idle", _span(ranks)]
+        for name in ("tp", "cp", "dp", "pp"):
+            row.append(_span(place[name] for place in coordinates))
+        row.append(_span(engine.index for engine in engines))
+        row.append(_span(slot for engine in engines for slot in engine.slots))
+        return row
 
 
 def plan(config: RunConfig, shape: ModelShape) -> Layout:
-    """Where everything goes. Raises RunError, with value, place and what is valid, for what cannot be."""
-    cluster, slots = config.cluster, _slots(config)
+    """Where everything goes. Raises RunError, with value, place and way out, for what cannot be."""
+    cluster = config.cluster
+    slots = _slots_per_node(config)
     trainer_slots = _trainer_slots(config, slots)
-    places = [(node, slot) for node, count in enumerate(trainer_slots) for slot in range(count)]
-    alone = ParallelDims(tp=1, pp=1, cp=1, ep=1, dp=1)
-    parallel = _parallel(config, shape, len(places), slots) if places else alone
-    if cluster.device == "cuda" and places:
+    trainers = _place_trainers(trainer_slots)
+    if trainers:
+        parallel = _parallel_dims(config, shape, len(trainers), slots)
+    else:
+        parallel = ParallelDims(tp=1, pp=1, cp=1, ep=1, dp=1)
+    if trainers and cluster.device == "cuda":
         check_kernels(config.training, shape, transformer_engine=_has_transformer_engine(config))
     _check_engine(config, shape, slots)
-    colocated = (
-        trainer_slots[0],
-        [0] * cluster.nodes,
-    )  # as if there were no trainers, on their slots
-    trainers = tuple(TrainerPlace(rank, node, slot) for rank, (node, slot) in enumerate(places))
-    layout = Layout(
+    if cluster.colocate:
+        # Engines take the trainers' slots, as if there were no trainers.
+        engines = _place_engines(config, trainer_slots[0], [0] * cluster.nodes)
+    else:
+        engines = _place_engines(config, slots, trainer_slots)
+    check_memory(config, shape, parallel)
+    return Layout(
         num_nodes=cluster.nodes,
         slots_per_node=slots,
         device=cluster.device,
         backend=config.training.backend,
         parallel=parallel,
         trainers=trainers,
-        engines=_engines(config, *(colocated if cluster.colocate else (slots, trainer_slots))),
+        engines=engines,
     )
-    _check_memory(config, shape, layout)
-    return layout
 
 
-def _slots(config: RunConfig) -> int:
+def _slots_per_node(config: RunConfig) -> int:
     """Slots of a node. On one machine without GPUs `num_gpus` says how many ranks there are to be."""
-    cluster, ranks = config.cluster, config.training.num_gpus
+    cluster = config.cluster
+    ranks = config.training.num_gpus
     if cluster.nodes > 1 or cluster.device == "cuda" or ranks is None:
         return cluster.slots
-    engine = config.rollout.engine_tp_size if _apart(config) else 0
-    return max(cluster.slots, ranks + engine)
+    engine_slots = config.rollout.engine_tp_size if _engines_apart(config) else 0
+    return max(cluster.slots, ranks + engine_slots)
 
 
-def _trainer_slots(config: RunConfig, slots: int) -> list[int]:
-    """Slots of each node that trainers take: all of the first nodes, or a part of the only one."""
-    nodes, embedded = config.cluster.nodes, not config.rollout.takes_slots
-    rollout_nodes = config.cluster.rollout_nodes
-    if config.rollout.rollout_only:
-        return [0] * nodes
-    if config.cluster.colocate:
-        _check_colocated(config)
-    if rollout_nodes is None:
-        rollout_nodes = nodes // 2 if _apart(config) else 0
-    if embedded and rollout_nodes:
-        raise RunError(
-            f"cluster.rollout_nodes={rollout_nodes}: the embedded engine needs no nodes; set 0"
-        )
-    if nodes == 1 and not rollout_nodes:
-        return [_one_node_trainer_slots(config, slots)]
-    choices = f"choose {_span(range(1, nodes))}, the rest are trainers"
-    if nodes == 1:
-        choices = "with one node engines share it (cluster.engine_gpus); leave it out"
-    if rollout_nodes >= nodes:
-        raise RunError(f"cluster.rollout_nodes={rollout_nodes} of cluster.nodes={nodes}: {choices}")
-    if _apart(config) and rollout_nodes == 0:
-        raise RunError(f"cluster.rollout_nodes=0: SGLang engines need nodes; {choices}")
-    trainer_nodes, asked = nodes - rollout_nodes, config.training.num_gpus
-    if asked not in (None, trainer_nodes * slots):
-        ranks = f"{trainer_nodes} x {slots} = {trainer_nodes * slots} trainer ranks"
-        way_out = "leave it out, or change cluster.nodes or cluster.rollout_nodes"
-        raise RunError(f"training.num_gpus={asked}: a job of {nodes} nodes has {ranks}; {way_out}")
-    return [slots] * trainer_nodes + [0] * rollout_nodes
-
-
-def _check_colocated(config: RunConfig) -> None:
-    for name in ("rollout_nodes", "engine_gpus"):
-        if (value := getattr(config.cluster, name)) is not None:
-            share = "engines then share the trainers' slots, on every node"
-            raise RunError(
-                f"cluster.{name}={value} with cluster.colocate: {share}; leave one of them out"
-            )
-    if config.rollout.engine == "embedded":
-        what = "it has nothing to share with several ranks"
-        raise RunError(
-            f"cluster.colocate with rollout.engine=embedded: {what}; leave one of them out"
-        )
-
-
-def _apart(config: RunConfig) -> bool:
+def _engines_apart(config: RunConfig) -> bool:
     """Whether engines have slots of their own."""
     return config.rollout.takes_slots and not config.cluster.colocate
 
 
+def _trainer_slots(config: RunConfig, slots: int) -> list[int]:
+    """Slots of each node that trainers take: all of the first nodes, or some of the only one."""
+    nodes = config.cluster.nodes
+    if config.rollout.rollout_only:
+        return [0] * nodes
+    if config.cluster.colocate:
+        _check_colocated(config)
+    rollout_nodes = _rollout_nodes(config)
+    if nodes == 1:
+        return [_one_node_trainer_slots(config, slots)]
+    trainer_nodes = nodes - rollout_nodes
+    ranks = trainer_nodes * slots
+    asked = config.training.num_gpus
+    if asked is not None and asked != ranks:
+        raise RunError(
+            f"training.num_gpus={asked}: a job of {nodes} nodes has "
+            f"{trainer_nodes} x {slots} = {ranks} trainer ranks; "
+            "leave it out, or change cluster.nodes or cluster.rollout_nodes"
+        )
+    return [slots] * trainer_nodes + [0] * rollout_nodes
+
+
+def _check_colocated(config: RunConfig) -> None:
+    cluster = config.cluster
+    if cluster.rollout_nodes is not None:
+        raise RunError(
+            f"cluster.rollout_nodes={cluster.rollout_nodes} with cluster.colocate: engines then "
+            "share the trainers' slots, on every node; leave one of them out"
+        )
+    if cluster.engine_gpus is not None:
+        raise RunError(
+            f"cluster.engine_gpus={cluster.engine_gpus} with cluster.colocate: engines then "
+            "share the trainers' slots, on every node; leave one of them out"
+        )
+    if config.rollout.engine == "embedded":
+        raise RunError(
+            "cluster.colocate with rollout.engine=embedded: it has nothing to share with several "
+            "ranks; leave one of them out"
+        )
+
+
+def _rollout_nodes(config: RunConfig) -> int:
+    """Nodes that hold engines only: as many as asked for, else half of them, rounded down."""
+    nodes = config.cluster.nodes
+    asked = config.cluster.rollout_nodes
+    if asked is None:
+        return nodes // 2 if _engines_apart(config) else 0
+    if asked > 0 and not config.rollout.takes_slots:
+        raise RunError(f"cluster.rollout_nodes={asked}: the embedded engine needs no nodes; set 0")
+    if asked > 0 and nodes == 1:
+        raise RunError(
+            f"cluster.rollout_nodes={asked} of cluster.nodes=1: with one node engines share it "
+            "(cluster.engine_gpus); leave it out"
+        )
+    if asked >= nodes:
+        raise RunError(
+            f"cluster.rollout_nodes={asked} of cluster.nodes={nodes}: "
+            f"choose {_span(range(1, nodes))}, the rest are trainers"
+        )
+    if asked == 0 and nodes > 1 and _engines_apart(config):
+        raise RunError(
+            "cluster.rollout_nodes=0: SGLang engines need nodes; "
+            f"choose {_span(range(1, nodes))}, the rest are trainers"
+        )
+    return asked
+
+
 def _one_node_trainer_slots(config: RunConfig, slots: int) -> int:
-    apart, ranks, slot = _apart(config), config.training.num_gpus, _slot_name(config)
-    given = engine = config.cluster.engine_gpus
-    if not apart and engine:
+    """Slots of the only node that trainers take; engines of their own take the others."""
+    slot = _slot_name(config)
+    ranks = config.training.num_gpus
+    engine_slots = _one_node_engine_slots(config, slots)
+    if ranks is None:
+        return slots - engine_slots
+    if ranks + engine_slots > slots:
         raise RunError(
-            f"cluster.engine_gpus={engine}: the embedded engine takes no GPU of its own; set 0"
+            f"training.num_gpus={ranks}: of the node's {slots} {slot}s {engine_slots} or more are "
+            f"for engines; choose at most {slots - engine_slots}"
         )
-    if apart and slots == 1:
-        field = (
-            "cluster.gpus_per_node" if config.cluster.device == "cuda" else "cluster.slots_per_node"
-        )
-        room = f"one node with one {slot} has no room for an SGLang engine beside the trainer"
-        raise RunError(f"{field}=1: {room}; use --colocate or --engine embedded")
-    if apart and given is not None and not 1 <= given < slots:
-        choices = _span(range(1, slots))
-        raise RunError(f"cluster.engine_gpus={given} of {slots} {slot}s; choose {choices}")
-    if engine is None:
-        engine = max(1, slots - ranks if ranks else slots // 2) if apart else 0
-    trainers = ranks or slots - engine
-    if trainers + engine > slots:
-        taken = f"of the node's {slots} {slot}s {engine} or more are for engines"
-        raise RunError(f"training.num_gpus={trainers}: {taken}; choose at most {slots - engine}")
-    return trainers
+    return ranks
 
 
-def check_parallel(
-    t: TrainingConfig, shape: ModelShape, ranks: int, slots: int, slot: str = "rank"
-) -> None:
-    """Raises RunError as frozen_names does, and for a model that the backend lacks or sizes that do not fit.
-
-    `ranks` are all; the `slots` of a node, each called a `slot`, hold whole tensor-parallel groups.
-    """
-    what = f"training.backend={t.backend} cannot train this {shape.model_type}"
-    if t.backend == "megatron" and shape.megatron_lacks:
-        raise RunError(f"{what}: {', '.join(shape.megatron_lacks)}")
-    if t.backend == "fsdp" and shape.moe:
-        raise RunError(f"{what}, which has experts; use --backend megatron")
-    if t.routing_replay != "none" and not shape.moe_layers:
-        raise RunError(
-            f"training.routing_replay={t.routing_replay}: {shape.model_type} has no experts"
-        )
-    if t.freeze:  # of a model with many experts, naming the tensors takes half a second
-        frozen_names(t.freeze, tensors(shape))
-    if t.backend == "fsdp":
-        check_data_parallel_only(t)
-    tp_choices = check_tp_size(shape, t.tp_size, slots)
-    pp_choices = _check_pp(t.pp_size, t.vpp_size, shape)
-    if ranks % t.cp_size:
-        place = f"training.cp_size={t.cp_size} does not divide the {ranks} trainer {slot}s"
-        raise RunError(f"{place}; choose {words(divisors(ranks))}")
-    model_ranks = t.tp_size * t.cp_size * t.pp_size
-    if ranks % model_ranks:
-        groups = ranks // t.cp_size
-        pairs = [
-            f"{tp} x {pp}" for tp in tp_choices for pp in pp_choices if groups % (tp * pp) == 0
-        ]
-        sizes = ["tp_size", "cp_size", "pp_size"] if t.cp_size > 1 else ["tp_size", "pp_size"]
-        product = (
-            " x ".join(f"training.{name}={getattr(t, name)}" for name in sizes)
-            + f" = {model_ranks}"
-        )
-        place = f"{product} does not divide the {ranks} trainer {slot}s"
-        raise RunError(f"{place}; choose TP x PP {words(pairs)}, or change cluster.nodes")
-    check_experts(shape, t, ranks // t.pp_size)
-
-
-def check_data_parallel_only(t: TrainingConfig) -> None:
-    for name in PARALLEL_SIZES:
-        if getattr(t, name) != 1:
+def _one_node_engine_slots(config: RunConfig, slots: int) -> int:
+    """Slots of the only node that trainers leave to engines: as many as asked for, else what is left, else half."""
+    slot = _slot_name(config)
+    asked = config.cluster.engine_gpus
+    if not _engines_apart(config):
+        if asked:
             raise RunError(
-                f"training.{name}={getattr(t, name)} needs --backend megatron; with fsdp set 1"
+                f"cluster.engine_gpus={asked}: the embedded engine takes no GPU of its own; set 0"
             )
-
-
-def _parallel(config: RunConfig, shape: ModelShape, ranks: int, slots: int) -> ParallelDims:
-    t, steps = config.training, config.training.num_steps_per_rollout
-    check_parallel(t, shape, ranks, slots, _slot_name(config))
-    dp = ranks // (t.tp_size * t.cp_size * t.pp_size)
-    prompts, n = config.rollout.rollout_batch_size, config.rollout.n_samples_per_prompt
-    samples = prompts // steps * n
-    if samples < dp:
-        given = f"rollout.rollout_batch_size={prompts} x rollout.n_samples_per_prompt={n} gives {samples}"
-        way_out = f"choose sizes with a product of at least {dp * steps}"
-        raise RunError(f"{given} samples per optimizer step for DP={dp}; {way_out}")
-    return ParallelDims(tp=t.tp_size, pp=t.pp_size, cp=t.cp_size, ep=t.ep_size, dp=dp)
-
-
-def _check_pp(pp: int, vpp: int, shape: ModelShape) -> list[int]:
-    """All sizes that pipeline parallelism may have; RunError where `pp` is none, or `vpp` does not fit it."""
-    choices = divisors(shape.num_layers)
-    if pp not in choices:
-        place = f"training.pp_size={pp} does not divide num_layers={shape.num_layers}"
-        raise RunError(f"{place}; choose {words(choices)}")
-    virtual = divisors(shape.num_layers // pp) if pp > 1 else [1]
-    if vpp not in virtual:
-        layers = f"the {shape.num_layers // pp} layers of a rank with training.pp_size={pp}"
-        why = f"does not divide {layers}" if pp > 1 else "needs training.pp_size of 2 or more"
-        raise RunError(f"training.vpp_size={vpp} {why}; choose {words(virtual)}")
-    return choices
-
-
-def check_kernels(training: TrainingConfig, shape: ModelShape, *, transformer_engine: bool) -> None:
-    """For trainers on GPUs. Raises RunError for what is slow without Transformer Engine, unless allowed."""
-    if transformer_engine or training.allow_slow or training.backend != "megatron":
-        return
-    way_out = (
-        "install transformer_engine in the environment of the job, or allow that by --allow-slow"
-    )
-    if training.cp_size > 1:
-        slow = "each rank gathers the keys and values of all in every layer"
+        return 0
+    if slots == 1:
+        cuda = config.cluster.device == "cuda"
+        field = "cluster.gpus_per_node" if cuda else "cluster.slots_per_node"
         raise RunError(
-            f"training.cp_size={training.cp_size}: without Transformer Engine {slow}; {way_out}"
+            f"{field}=1: one node with one {slot} has no room for an SGLang engine beside the "
+            "trainer; use --colocate or --engine embedded"
         )
-    if shape.moe:
-        slow = "experts are multiplied one after the other"
-        raise RunError(f"{shape.model_type}: without Transformer Engine {slow}; {way_out}")
+    if asked is not None:
+        if not 1 <= asked < slots:
+            raise RunError(
+                f"cluster.engine_gpus={asked} of {slots} {slot}s; choose {_span(range(1, slots))}"
+            )
+        return asked
+    ranks = config.training.num_gpus
+    if ranks is None:
+        return slots // 2
+    return max(1, slots - ranks)
 
 
-def _has_transformer_engine(config: RunConfig) -> bool:
-    """In the environment of the job; taken to be there where this machine cannot see that environment."""
-    venv = Path(config.cluster.venv)
-    if not config.cluster.venv:
-        return find_spec("transformer_engine") is not None
-    return not venv.is_dir() or any(venv.glob("lib/python*/site-packages/transformer_engine"))
+def _place_trainers(trainer_slots: list[int]) -> tuple[TrainerPlace, ...]:
+    """Ranks fill the first slots of each node, node by node."""
+    trainers: list[TrainerPlace] = []
+    for node, num_slots in enumerate(trainer_slots):
+        for slot in range(num_slots):
+            trainers.append(TrainerPlace(len(trainers), node, slot))
+    return tuple(trainers)
 
 
-def _check_engine(config: RunConfig, shape: ModelShape, slots: int) -> None:
-    if not config.rollout.takes_slots:
-        return
-    if shape.model_type in ("qwen2_moe", "qwen3_moe") and len(shape.moe_layers) < shape.num_layers:
-        what = f"has experts in all layers of a {shape.model_type}, this one in {len(shape.moe_layers)}"
-        raise RunError(f"rollout.engine=sglang: SGLang 0.5.23 {what}; use --engine embedded")
-    tp, groups = config.rollout.engine_tp_size, shape.num_key_value_heads
-    possible = [n for n in divisors(shape.num_attention_heads) if n <= slots]
-    fits = [
-        n for n in possible if groups % n == 0 or n % groups == 0
-    ]  # key-value heads may be copied
-    why = f"does not fit num_attention_heads={shape.num_attention_heads} and num_key_value_heads={groups}"
-    if tp > slots:
-        why = f"exceeds the {slots} slots of a node"
-    if tp not in fits:
-        raise RunError(f"rollout.engine_tp_size={tp} {why}; choose {words(fits)}")
-
-
-def _engines(config: RunConfig, slots: int, trainer_slots: list[int]) -> tuple[EnginePlace, ...]:
-    """Engines fill what trainers leave, from the end of each node."""
+def _place_engines(
+    config: RunConfig, slots: int, trainer_slots: list[int]
+) -> tuple[EnginePlace, ...]:
+    """Engines fill what trainers leave of the `slots` of each node, from its end."""
+    cluster = config.cluster
     if not config.rollout.takes_slots:
         return ()
-    tp, engines = config.rollout.engine_tp_size, list[EnginePlace]()
+    tp = config.rollout.engine_tp_size
+    engines: list[EnginePlace] = []
     for node, taken in enumerate(trainer_slots):
         free = slots - taken
-        if taken and config.cluster.nodes == 1 and config.cluster.engine_gpus is not None:
-            free = min(free, config.cluster.engine_gpus)
+        if taken and cluster.nodes == 1 and cluster.engine_gpus is not None:
+            free = min(free, cluster.engine_gpus)
         if not free:
             continue
-        room, asked = free // tp, config.rollout.engines_per_node
-        if not 1 <= (asked or room) <= room:
-            value = f"rollout.engines_per_node={asked} x " if asked else ""
-            choice = (
-                f"engines_per_node at most {room}" if room else f"engine_tp_size at most {free}"
-            )
-            place = f"the {free} {_slot_name(config)}s that node {node} has for engines"
-            raise RunError(
-                f"{value}rollout.engine_tp_size={tp} does not fit {place}; choose {choice}"
-            )
-        for i in range(asked or room):
+        for i in range(_num_engines(config, node, free)):
             first = slots - free + i * tp
             engines.append(EnginePlace(len(engines), node, tuple(range(first, first + tp))))
     return tuple(engines)
 
 
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Bytes on the fullest GPU of a kind; activations are an estimate of the largest micro-batch."""
-
-    states: int  # trainer: weights, gradients, optimizer state; reference weights wait on the CPU
-    activations: int
-    engine_weights: int
-    kv_bytes_per_token: int
-
-    @property
-    def trainer(self) -> int:
-        return self.states + self.activations
-
-
-def memory(config: RunConfig, shape: ModelShape, layout: Layout) -> Memory:
-    """What a trainer GPU and an engine GPU must hold.
-
-    Activations count what the backward pass of a layer keeps (as arXiv 2205.05198 section 4 does, for gated
-    MLPs and an attention that keeps no scores); the first pipeline stage holds them for `pp` micro-batches,
-    interleaved for (pp - 1) / vpp more. With context parallelism each rank has its part of a micro-batch.
-    Logits exist for a block of some megabytes only (training/logprobs.py).
-    """
-    t, p, width = config.training, layout.parallel, 2 if config.model.dtype == "bfloat16" else 4
-    trained = _trained(t.freeze, shape)
-    if layout.backend == "megatron":
-        sizes = (p.tp, p.pp, p.dp * p.cp, p.ep * t.etp_size)
-        kind = {"distributed_optimizer": t.distributed_optimizer, "offload": t.optimizer_offload}
-        states = shape.training_bytes(*sizes, **kind, trained=trained)
-    else:  # all sharded over DP, but for the largest block that is gathered, and the next one
-        largest = max(shape.num_layer_parameters, shape.num_embedding_parameters)
-        whole_states = shape.training_bytes(1, 1, 1, distributed_optimizer=False, trained=trained)
-        states = (0 if t.optimizer_offload else whole_states // p.dp) + 2 * width * largest
-    heads, groups = (
-        shape.num_attention_heads * shape.head_dim,
-        shape.num_key_value_heads * shape.head_dim,
-    )
-    whole = (
-        4 * shape.hidden_size // (p.tp if t.sequence_parallel else 1)
-    )  # inputs and outputs of two norms
-    mlp, moe = 3 * shape.intermediate_size, shape.moe
-    if moe:  # a token goes to several experts
-        sent = moe.num_experts_per_token * (2 * shape.hidden_size + 3 * moe.intermediate_size)
-        mlp = max(mlp, sent + 3 * moe.shared_intermediate_size)
-    split = (2 * heads + 2 * groups + mlp) // p.tp
-    layer, at_once = (
-        (whole + split) * width,
-        shape.num_layers,
-    )  # of a stage, times its micro-batches
-    if t.vpp_size > 1:
-        at_once += shape.num_layers * (p.pp - 1) // (p.pp * t.vpp_size)
-    kept = at_once * layer if not t.recompute else at_once * shape.hidden_size * width + layer
-    engine_tp = config.rollout.engine_tp_size
-    cached = 2 * -(-shape.num_key_value_heads // engine_tp) * shape.head_dim  # keys and values
-    if shape.mla:  # one latent for all heads, on every rank
-        cached = shape.mla.kv_lora_rank + shape.mla.qk_rope_head_dim
-    return Memory(
-        states=states,
-        activations=t.max_tokens_per_microbatch * kept,
-        engine_weights=width * shape.num_parameters // engine_tp,
-        kv_bytes_per_token=shape.num_layers * cached * width,
-    )
-
-
-def _trained(freeze: Sequence[str], shape: ModelShape) -> float:
-    """The share of parameters that `freeze` leaves."""
-    sizes = {name: prod(full) for name, full in tensors(shape).items()} if freeze else {"": 1}
-    return 1 - sum(sizes[name] for name in frozen_names(freeze, sizes)) / sum(sizes.values())
-
-
-def _check_memory(config: RunConfig, shape: ModelShape, layout: Layout) -> None:
-    """Refuse what cannot fit whatever the batch is; the rest is an estimate that the plan shows."""
-    if layout.device == "cpu":
-        return
-    need, have = memory(config, shape, layout), config.cluster.gpu_memory_gib * _GIB
-    limit = f"cluster.gpu_memory_gib={config.cluster.gpu_memory_gib:g}"
-    if layout.trainers and need.states > have:
-        more = "training.tp_size, training.pp_size or the nodes"
-        way_out = f"raise {more if layout.backend == 'megatron' else 'the trainer GPUs'}"
-        share = f"{need.states / _GIB:.0f} GiB of each trainer GPU, which has {limit}"
-        raise RunError(f"weights, gradients and optimizer state take {share}; {way_out}")
-    both = need.states + need.engine_weights
-    if config.cluster.colocate and both > have:
-        share = (
-            f"{both / _GIB:.0f} GiB, trainer's states and engine's weights, while these are sent"
-        )
-        way_out = f"it has {limit}; raise rollout.engine_tp_size or the nodes"
-        raise RunError(f"cluster.colocate: a GPU holds {share}; {way_out}")
-    if layout.engines and need.engine_weights > have * _mem_fraction(config):
-        given = f"rollout.engine_tp_size={config.rollout.engine_tp_size}"
-        share = f"{need.engine_weights / _GIB:.0f} GiB of each engine GPU"
+def _num_engines(config: RunConfig, node: int, free: int) -> int:
+    """Engines on the `free` slots of a node: as many as asked for, else as many as there is room for."""
+    slot = _slot_name(config)
+    tp = config.rollout.engine_tp_size
+    asked = config.rollout.engines_per_node
+    room = free // tp
+    if room == 0:
         raise RunError(
-            f"{given}: the weights take {share}, more than SGLang's share of {limit}; raise it"
+            f"rollout.engine_tp_size={tp} does not fit the {free} {slot}s that node {node} has "
+            f"for engines; choose engine_tp_size at most {free}"
         )
+    if asked is None:
+        return room
+    if asked > room:
+        raise RunError(
+            f"rollout.engines_per_node={asked} x rollout.engine_tp_size={tp} does not fit the "
+            f"{free} {slot}s that node {node} has for engines; "
+            f"choose engines_per_node at most {room}"
+        )
+    return asked
 
 
-def _mem_fraction(config: RunConfig) -> float:
-    default = COLOCATED_MEM_FRACTION if config.cluster.colocate else _SGLANG_MEM_FRACTION
-    return float(config.rollout.sglang.get("mem_fraction_static") or default)
+def _parallel_dims(config: RunConfig, shape: ModelShape, ranks: int, slots: int) -> ParallelDims:
+    training = config.training
+    rollout = config.rollout
+    check_parallel(training, shape, ranks, slots)
+    dp = ranks // (training.tp_size * training.cp_size * training.pp_size)
+    steps = training.num_steps_per_rollout
+    samples = rollout.rollout_batch_size // steps * rollout.n_samples_per_prompt
+    if samples < dp:
+        raise RunError(
+            f"rollout.rollout_batch_size={rollout.rollout_batch_size} x "
+            f"rollout.n_samples_per_prompt={rollout.n_samples_per_prompt} gives {samples} samples "
+            f"per optimizer step for DP={dp}; choose sizes with a product of at least {dp * steps}"
+        )
+    return ParallelDims(
+        tp=training.tp_size, pp=training.pp_size, cp=training.cp_size, ep=training.ep_size, dp=dp
+    )
+
+
+def _has_transformer_engine(config: RunConfig) -> bool:
+    """Whether the job's environment has it; so we take it where this machine cannot see that environment."""
+    if not config.cluster.venv:
+        return find_spec("transformer_engine") is not None
+    venv = Path(config.cluster.venv)
+    if not venv.is_dir():
+        return True
+    return any(venv.glob("lib/python*/site-packages/transformer_engine"))
+
+
+def _check_engine(config: RunConfig, shape: ModelShape, slots: int) -> None:
+    """Raises RunError for a model or a size that SGLang cannot serve."""
+    if not config.rollout.takes_slots:
+        return
+    moe_layers = len(shape.moe_layers)
+    if shape.model_type in ("qwen2_moe", "qwen3_moe") and moe_layers < shape.num_layers:
+        raise RunError(
+            "rollout.engine=sglang: SGLang 0.5.23 has experts in all layers of a "
+            f"{shape.model_type}, this one in {moe_layers}; use --engine embedded"
+        )
+    tp = config.rollout.engine_tp_size
+    heads = shape.num_attention_heads
+    groups = shape.num_key_value_heads
+    fitting = []
+    for size in divisors(heads):
+        # Key-value heads may be copied, so that either number may divide the other.
+        if size <= slots and (groups % size == 0 or size % groups == 0):
+            fitting.append(size)
+    if tp > slots:
+        raise RunError(
+            f"rollout.engine_tp_size={tp} exceeds the {slots} slots of a node; "
+            f"choose {one_of(fitting)}"
+        )
+    if tp not in fitting:
+        raise RunError(
+            f"rollout.engine_tp_size={tp} does not fit num_attention_heads={heads} and "
+            f"num_key_value_heads={groups}; choose {one_of(fitting)}"
+        )
 
 
 def describe(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
     """The plan as a person reads it: nodes, parallel sizes, engines, memory and GPU hours."""
-    p, slot = layout.parallel, _slot_name(config)
-    nodes = f"{layout.num_nodes} x {layout.slots_per_node} {slot}s"
-    if layout.device == "cuda":
-        gpus, hours = layout.num_nodes * layout.slots_per_node, config.cluster.time_limit_min / 60
-        nodes += f"; at most {gpus * hours:g} GPU hours ({gpus} GPUs for {hours:g} h)"
+    memory = memory_lines(config, shape, layout.parallel)
+    lines = [
+        f"nodes     {_nodes_text(config, layout)}",
+        f"model     {shape.model_type}, {shape.num_parameters:,} parameters, {config.model.dtype}",
+        f"trainers  {_trainers_text(config, shape, layout)}",
+        f"engines   {_engines_text(config, layout)}",
+    ]
+    for i, line in enumerate(memory):
+        heading = "memory" if i == 0 else ""
+        lines.append(f"{heading:10}{line}")
+    return "\n".join([*lines, "", layout.table()])
+
+
+def _nodes_text(config: RunConfig, layout: Layout) -> str:
+    text = f"{layout.num_nodes} x {layout.slots_per_node} {_slot_name(config)}s"
+    if layout.device == "cpu":
+        return text
+    gpus = layout.num_nodes * layout.slots_per_node
+    hours = config.cluster.time_limit_min / 60
+    return f"{text}; at most {gpus * hours:g} GPU hours ({gpus} GPUs for {hours:g} h)"
+
+
+def _trainers_text(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
+    if not layout.trainers:
+        return "none"
     backend = "Megatron" if layout.backend == "megatron" else "FSDP2"
     if layout.backend == "fsdp" and layout.num_nodes == 1:
         backend += " (what one node gets without --backend)"
-    interleaved = (
-        f" (interleaved by {config.training.vpp_size})" if config.training.vpp_size > 1 else ""
-    )
-    experts = f" EP={p.ep} ETP={config.training.etp_size}" if shape.moe else ""
-    sizes = f"TP={p.tp} CP={p.cp} PP={p.pp}{interleaved} DP={p.dp}{experts}"
-    engines = (
-        "none: recorded rollouts" if config.rollout.load_rollouts else "embedded, in the driver"
-    )
-    if layout.engines:
-        engines = f"SGLang: {len(layout.engines)} of {config.rollout.engine_tp_size} {slot}(s) each"
+    dims = layout.parallel
+    stages = f"PP={dims.pp}"
+    if config.training.vpp_size > 1:
+        stages += f" (interleaved by {config.training.vpp_size})"
+    text = f"{backend}: TP={dims.tp} CP={dims.cp} {stages} DP={dims.dp}"
+    if shape.moe:
+        text += f" EP={dims.ep} ETP={config.training.etp_size}"
+    return text
+
+
+def _engines_text(config: RunConfig, layout: Layout) -> str:
+    if config.rollout.load_rollouts:
+        return "none: recorded rollouts"
+    if not layout.engines:
+        return "embedded, in the driver"
+    size = f"{config.rollout.engine_tp_size} {_slot_name(config)}(s)"
+    text = f"SGLang: {len(layout.engines)} of {size} each"
     if config.cluster.colocate:
-        engines += ", the trainers' own; one of the two sleeps"
-    return "\n".join(
-        [
-            f"nodes     {nodes}",
-            f"model     {shape.model_type}, {shape.num_parameters:,} parameters, {config.model.dtype}",
-            f"trainers  {f'{backend}: {sizes}' if layout.trainers else 'none'}",
-            f"engines   {engines}",
-            *_memory_lines(config, shape, layout),
-            "",
-            layout.table(),
-        ]
-    )
-
-
-def _memory_lines(config: RunConfig, shape: ModelShape, layout: Layout) -> list[str]:
-    need, have, gpu = (
-        memory(config, shape, layout),
-        config.cluster.gpu_memory_gib,
-        layout.device == "cuda",
-    )
-    trainer = f"trainer: {_size(need.states)} states, about {_size(need.activations)} activations"
-    engine = f"engine: {_size(need.engine_weights)} weights"
-    if gpu:
-        tokens = (
-            have * _GIB * _mem_fraction(config) - need.engine_weights
-        ) / need.kv_bytes_per_token
-        trainer += f", of {have:g} GiB"
-        engine += f", room for about {tokens:,.0f} tokens of KV cache"
-    if gpu and need.trainer > have * _GIB:
-        trainer += (
-            "; MAY NOT FIT: lower training.max_tokens_per_microbatch, or set training.recompute"
-        )
-    lines = [trainer] * bool(layout.trainers) + [engine] * bool(layout.engines)
-    return [f"{'' if i else 'memory':10}{line}" for i, line in enumerate(lines)]
-
-
-def _size(num_bytes: int) -> str:
-    return (
-        f"{num_bytes / _GIB:.1f} GiB"
-        if num_bytes >= _GIB // 10
-        else f"{num_bytes / (1 << 20):.1f} MiB"
-    )
+        text += ", the trainers' own; one of the two sleeps"
+    return text
 
 
 def _slot_name(config: RunConfig) -> str:
@@ -545,11 +426,13 @@ def _slot_name(config: RunConfig) -> str:
 
 
 def _span(numbers: Iterable[int]) -> str:
-    """[0, 1, 2, 5] -> 0-2,5; nothing -> -."""
-    runs: list[list[int]] = []
-    for n in sorted(set(numbers)):
-        if runs and n == runs[-1][-1] + 1:
-            runs[-1][1:] = [n]
+    """The numbers as ranges: [0, 1, 2, 5] -> "0-2,5"; nothing -> "-"."""
+    runs: list[tuple[int, int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            first, _ = runs.pop()
         else:
-            runs.append([n])
-    return ",".join("-".join(map(str, run)) for run in runs) or "-"
+            first = number
+        runs.append((first, number))
+    texts = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
+    return ",".join(texts) or "-"

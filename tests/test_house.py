@@ -21,6 +21,7 @@ LEVELS = [
     ("config",),
     ("storage",),
     ("models",),
+    ("memory",),
     ("layout",),
     ("run_dir",),
     # above: torch-free, and all that jobs/ sees
@@ -30,7 +31,7 @@ LEVELS = [
     ("orchestration",),
     ("train", "evaluate"),
 ]
-TORCH_FREE = {room for level in LEVELS[:6] for room in level}
+TORCH_FREE = {room for level in LEVELS[:7] for room in level}
 LEVEL_OF = {room: i for i, level in enumerate(LEVELS) for room in level}
 DOORS = {  # the only places that may import these
     "ray": ("nanoslime/orchestration/ray_group.py",),

@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Literal
 
-from nanoslime.config import TrainingConfig
+from nanoslime.models.parallel_sizes import check_tp_size
 from nanoslime.models.shape import ModelShape
-from nanoslime.types import RunError
 
 Box = tuple[slice, ...]  # one slice per dimension, start and stop set
 Gated = tuple[str, str, str]  # the gate, up and down matrix of an MLP
@@ -281,61 +280,6 @@ def pieces(shape: ModelShape, part: ModelPartition | None = None) -> list[Piece]
                 for expert in experts:
                     found += _rule_pieces(rule, layer, expert, shape, part)
     return found
-
-
-def check_tp_size(shape: ModelShape, tp_size: int, slots: int | None = None) -> list[int]:
-    """All sizes that tensor parallelism may have, of those that divide the `slots` of a node where given.
-
-    Raises RunError where `tp_size` is none of them: it cuts heads, query groups and MLPs.
-    """
-    moe = shape.moe
-    cuts = {
-        "num_attention_heads": shape.num_attention_heads,
-        "num_key_value_heads": 0 if shape.mla else shape.num_key_value_heads,
-        "intermediate_size": shape.intermediate_size,
-        "shared_intermediate_size": moe.shared_intermediate_size if moe else 0,
-    }
-    most = slots or shape.num_attention_heads
-    choices = [n for n in divisors(most) if not any(size % n for size in cuts.values())]
-    given = f"training.tp_size={tp_size}"
-    for name, size in cuts.items():
-        if size % tp_size:
-            raise RunError(f"{given} does not divide {name}={size}; choose {words(choices)}")
-    if most % tp_size:
-        rule = f"must lie in one node, and {tp_size} does not divide its {most} slots"
-        raise RunError(f"{given}: a tensor-parallel group {rule}; choose {words(choices)}")
-    return choices
-
-
-def check_experts(shape: ModelShape, config: TrainingConfig, stage_ranks: int) -> None:
-    """Raises RunError where the experts do not fit the sizes of `config` or the ranks of a pipeline stage.
-
-    Those are a grid [tensor, context, data] for attention, and [data, ep, etp] for the experts.
-    """
-    tp, ep, etp, moe = config.tp_size, config.ep_size, config.etp_size, shape.moe
-    if moe and tp > 1 and not config.sequence_parallel:
-        raise RunError(f"training.tp_size={tp} of a model with experts needs --sequence-parallel")
-    num_experts, width = (moe.num_experts, moe.intermediate_size) if moe else (1, 1)
-    for name, size, other, what, whole in (
-        ("etp_size", etp, ep, "moe_intermediate_size", width),
-        ("ep_size", ep, etp, "num_experts", num_experts),
-    ):
-        if whole % size or size > 1 and stage_ranks % (size * other):
-            fit = [n for n in range(1, whole + 1) if whole % n == stage_ranks % (n * other) == 0]
-            rule = f"{what}={whole}" if moe else f"a {shape.model_type}, which has no experts"
-            ranks = f"and training.ep_size x training.etp_size the {stage_ranks} ranks of a pipeline stage"
-            raise RunError(
-                f"training.{name}={size} must divide {rule}, {ranks}; choose one of {fit or [1]}"
-            )
-
-
-def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
-
-
-def words(choices: Iterable[object]) -> str:
-    *others, last = [str(c) for c in choices]
-    return f"{', '.join(others)} or {last}" if others else last
 
 
 def padded_vocab_size(shape: ModelShape, tp_size: int) -> int:

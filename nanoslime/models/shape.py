@@ -162,45 +162,6 @@ class ModelShape:
             rule.num_elements(self) for rule in self.architecture.rules(self) if rule.num_experts
         )
 
-    def rank_parameters(self, tp_size: int, pp_size: int, expert_ways: int = 1) -> tuple[int, int]:
-        """Parameters of the fullest rank, for memory estimates: outside of its experts, and theirs.
-
-        That is an end of the pipeline, or all of it; expert_ways: ranks of a stage that share its experts.
-        """
-        ends = 2 if pp_size == 1 and not self.tie_word_embeddings else 1
-        layers, experts = (
-            -(-self.num_layers // pp_size),
-            self.num_expert_parameters // self.num_layers,
-        )
-        dense = (
-            layers * (self.num_layer_parameters - experts) + ends * self.num_embedding_parameters
-        )
-        return -(-dense // tp_size), -(-layers * experts // expert_ways)
-
-    def training_bytes(
-        self,
-        tp_size: int,
-        pp_size: int,
-        dp_size: int,
-        expert_ways: int = 1,
-        *,
-        distributed_optimizer: bool,
-        offload: bool = False,
-        trained: float = 1.0,
-    ) -> int:
-        """Weights (2 bytes), float32 gradients (4), main parameters and two moments (12) of the fullest rank.
-
-        Activations are not in it. The distributed optimizer spreads the 12 over data parallelism, for experts
-        over the ranks of a stage that have the same ones; with `offload` they are elsewhere. Of a share
-        `trained` of the parameters below 1 the others have weights only.
-        """
-        here = self.rank_parameters(tp_size, pp_size, expert_ways)
-        spread = (dp_size, tp_size * dp_size / expert_ways) if distributed_optimizer else (1, 1)
-        state = 0 if offload else 12
-        return int(
-            sum(n * (2 + trained * (4 + state / r)) for n, r in zip(here, spread, strict=True))
-        )
-
 
 def _megatron_lacks(shape: ModelShape) -> list[str]:
     """What megatron-core 0.16.1 computes in one way only, where transformers has several."""

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from nanoslime.batch import TrainBatch, WeightShard
 from nanoslime.config.run import RunConfig
 from nanoslime.config.training import TrainingConfig
-from nanoslime.layout import check_data_parallel_only
+from nanoslime.models.trainable import check_data_parallel_only
 from nanoslime.training.backend import Algorithm, RankEnv, TrainBackend, init_process_group
 from nanoslime.training.fsdp_model import build_sharded, local_rows
 from nanoslime.training.metrics import MetricSums

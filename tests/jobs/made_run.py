@@ -10,7 +10,8 @@ from jobs.cluster_env import tag
 from nanoslime.config.cluster import ClusterConfig
 from nanoslime.config.load import dump
 from nanoslime.config.run import RunConfig
-from nanoslime.layout import EnginePlace, Layout, ParallelDims, TrainerPlace
+from nanoslime.layout import EnginePlace, Layout, TrainerPlace
+from nanoslime.models.parallel_sizes import ParallelDims
 from nanoslime.run_dir import RunDir
 
 HOSTILE = 'it\'s a; echo "$HOME" run'

@@ -218,34 +218,6 @@ def test_a_missing_or_broken_config_is_named(tmp_path, text, message):
     assert str(tmp_path / "config.json") in str(error.value)
 
 
-def test_memory_estimate_counts_the_fullest_rank(tmp_path):
-    make_model("qwen3_untied").config.save_pretrained(tmp_path)
-    shape = ModelShape.read(tmp_path)
-    assert sum(shape.rank_parameters(1, 1)) == pytest.approx(
-        shape.num_parameters, abs=shape.hidden_size
-    )
-    end_of_pipeline = 2 * shape.num_layer_parameters + shape.num_embedding_parameters
-    assert sum(shape.rank_parameters(2, 2)) == end_of_pipeline // 2
-    alone = shape.training_bytes(2, 2, 1, distributed_optimizer=True)
-    assert alone == 18 * sum(shape.rank_parameters(2, 2))
-    assert shape.training_bytes(2, 2, 4, distributed_optimizer=True) == alone // 2
-    assert shape.training_bytes(2, 2, 4, distributed_optimizer=False) == alone
-
-
-def test_memory_estimate_cuts_experts_over_their_own_ranks(tmp_path):
-    make_model("qwen3_moe").config.save_pretrained(tmp_path)
-    shape = ModelShape.read(tmp_path)
-    experts = 4 * 4 * 3 * 32 * 16  # layers, experts, matrices of an expert
-    dense, here = shape.rank_parameters(2, 1, 4)
-    assert here == experts // 4 and dense == pytest.approx(
-        (shape.num_parameters - experts) / 2, abs=32
-    )
-    need = shape.training_bytes(
-        2, 1, 4, 4, distributed_optimizer=True
-    )  # 8 ranks, 2 with the same experts
-    assert need == dense * 9 + here * 12
-
-
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_untied", "mixtral", "deepseek_v3_no_q_lora"])
 def test_a_layers_parameters_are_those_of_the_model_without_its_ends(tmp_path, family):
     model = make_model(family)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nanoslime.config.rollout import RolloutConfig
-from nanoslime.layout import COLOCATED_MEM_FRACTION
+from nanoslime.memory import COLOCATED_MEM_FRACTION
 from nanoslime.models.shape import ModelShape
 from nanoslime.rollout.child_process import ChildProcess, require_free_port
 from nanoslime.rollout.engines.sglang_client import SGLangEngine

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from nanoslime.batch import TrainBatch, WeightShard
 from nanoslime.config import RunConfig
-from nanoslime.layout import check_kernels, check_parallel
 from nanoslime.models.shape import ModelShape
+from nanoslime.models.trainable import check_kernels, check_parallel
 from nanoslime.storage.safetensors_file import SIDE, copy_other_files
 from nanoslime.training.backend import Algorithm, RankEnv, TrainBackend
 from nanoslime.training.megatron import checkpoint, cpu_compat, model, optimizer, parallel, weights

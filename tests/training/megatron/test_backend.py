@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from nanoslime.algorithms.grpo import GRPO
 from nanoslime.config import GRPOConfig
-from nanoslime.layout import check_parallel
 from nanoslime.models.shape import ModelShape
+from nanoslime.models.trainable import check_parallel
 from nanoslime.training.megatron import weights
 from nanoslime.training.megatron.model import transformer_config
 from nanoslime.types import RunError

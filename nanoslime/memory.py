@@ -1,0 +1,273 @@
+"""How many bytes a trainer GPU and an engine GPU must hold: pure arithmetic, and its errors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, prod
+
+from nanoslime.config import RunConfig, TrainingConfig
+from nanoslime.models.freezing import frozen_names
+from nanoslime.models.parallel_sizes import ParallelDims
+from nanoslime.models.rules import tensors
+from nanoslime.models.shape import ModelShape
+from nanoslime.types import RunError
+
+_MIB = 1 << 20
+_GIB = 1 << 30
+
+# SGLang chooses about this by itself; it depends on the GPU.
+_SGLANG_MEM_FRACTION = 0.85
+# A sleeping trainer keeps its CUDA context, NCCL's buffers and fragments.
+COLOCATED_MEM_FRACTION = 0.7
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes on the fullest GPU of a kind."""
+
+    # Weights, gradients and optimizer state of a trainer; reference weights wait on the CPU.
+    states: int
+    # An estimate for the largest micro-batch.
+    activations: int
+    engine_weights: int
+    kv_bytes_per_token: int
+
+    @property
+    def trainer(self) -> int:
+        return self.states + self.activations
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sharding:
+    """How Megatron's ranks divide weights, gradients and optimizer state among themselves."""
+
+    tp_size: int = 1
+    pp_size: int = 1
+    # Ranks with the same weights outside of the experts: data times context parallelism.
+    dp_size: int = 1
+    # Ranks of a pipeline stage that share its experts: ep_size times etp_size.
+    expert_ways: int = 1
+    distributed_optimizer: bool = True
+    optimizer_offload: bool = False
+    # The share of the parameters that is trained; the rest is frozen and has weights only.
+    trained: float = 1.0
+
+
+def estimate_memory(config: RunConfig, shape: ModelShape, parallel: ParallelDims) -> Memory:
+    """Bytes that the fullest trainer GPU and an engine GPU must hold."""
+    engine_tp = config.rollout.engine_tp_size
+    width = _bytes_per_number(config)
+    return Memory(
+        states=_state_bytes(config, shape, parallel),
+        activations=_activation_bytes(config, shape, parallel),
+        engine_weights=width * shape.num_parameters // engine_tp,
+        kv_bytes_per_token=width * shape.num_layers * _cached_numbers(shape, engine_tp),
+    )
+
+
+def check_memory(config: RunConfig, shape: ModelShape, parallel: ParallelDims) -> None:
+    """Raises RunError for what cannot fit on a GPU whatever the batch is.
+
+    The plan shows the rest, which is an estimate.
+    """
+    if config.cluster.device == "cpu":
+        return
+    need = estimate_memory(config, shape, parallel)
+    gpu_gib = config.cluster.gpu_memory_gib
+    gpu_bytes = gpu_gib * _GIB
+    if not config.rollout.rollout_only and need.states > gpu_bytes:
+        way_out = "the trainer GPUs"
+        if config.training.backend == "megatron":
+            way_out = "training.tp_size, training.pp_size or the nodes"
+        raise RunError(
+            f"weights, gradients and optimizer state take {need.states / _GIB:.0f} GiB of each "
+            f"trainer GPU, which has cluster.gpu_memory_gib={gpu_gib:g}; raise {way_out}"
+        )
+    while_sent = need.states + need.engine_weights
+    if config.cluster.colocate and while_sent > gpu_bytes:
+        raise RunError(
+            f"cluster.colocate: a GPU holds {while_sent / _GIB:.0f} GiB, the trainer's states and "
+            "the engine's weights, while weights are sent; it has "
+            f"cluster.gpu_memory_gib={gpu_gib:g}; raise rollout.engine_tp_size or the nodes"
+        )
+    if config.rollout.takes_slots:
+        _check_engine_memory(config, need)
+
+
+def memory_lines(config: RunConfig, shape: ModelShape, parallel: ParallelDims) -> list[str]:
+    """What a trainer GPU and an engine GPU hold, one line each, as the plan shows it."""
+    need = estimate_memory(config, shape, parallel)
+    lines = []
+    if not config.rollout.rollout_only:
+        lines.append(_trainer_line(config, need))
+    if config.rollout.takes_slots:
+        lines.append(_engine_line(config, need))
+    return lines
+
+
+def _trainer_line(config: RunConfig, need: Memory) -> str:
+    states = size_text(need.states)
+    activations = size_text(need.activations)
+    line = f"trainer: {states} states, about {activations} activations"
+    if config.cluster.device == "cpu":
+        return line
+    gpu_gib = config.cluster.gpu_memory_gib
+    line += f", of {gpu_gib:g} GiB"
+    if need.trainer > gpu_gib * _GIB:
+        line += "; MAY NOT FIT: lower training.max_tokens_per_microbatch, or set training.recompute"
+    return line
+
+
+def size_text(num_bytes: int) -> str:
+    if num_bytes < _GIB // 10:
+        return f"{num_bytes / _MIB:.1f} MiB"
+    return f"{num_bytes / _GIB:.1f} GiB"
+
+
+def rank_parameters(shape: ModelShape, sharding: Sharding) -> tuple[int, int]:
+    """Parameters of the fullest rank: outside of its experts, and in them.
+
+    That rank is an end of the pipeline, or holds all of it.
+    """
+    embeddings = 1
+    if sharding.pp_size == 1 and not shape.tie_word_embeddings:
+        embeddings = 2
+    layers = ceil(shape.num_layers / sharding.pp_size)
+    experts_of_layer = shape.num_expert_parameters // shape.num_layers
+    dense_of_layer = shape.num_layer_parameters - experts_of_layer
+    dense = layers * dense_of_layer + embeddings * shape.num_embedding_parameters
+    experts = layers * experts_of_layer
+    return ceil(dense / sharding.tp_size), ceil(experts / sharding.expert_ways)
+
+
+def training_bytes(shape: ModelShape, sharding: Sharding) -> int:
+    """Bytes of weights, gradients and optimizer state on the fullest rank, without activations.
+
+    A parameter has 2 bytes of weight and, where it is trained, 4 of gradient (float32) and 12 of main
+    parameter and two moments (float32). The distributed optimizer spreads these 12 over data parallelism,
+    for experts over the ranks of a stage that have the same ones; with `optimizer_offload` they are elsewhere.
+    """
+    dense, experts = rank_parameters(shape, sharding)
+    optimizer = 0 if sharding.optimizer_offload else 12
+    dense_copies = 1.0
+    expert_copies = 1.0
+    if sharding.distributed_optimizer:
+        dense_copies = sharding.dp_size
+        expert_copies = sharding.tp_size * sharding.dp_size / sharding.expert_ways
+    of_dense = 2 + sharding.trained * (4 + optimizer / dense_copies)
+    of_experts = 2 + sharding.trained * (4 + optimizer / expert_copies)
+    return int(dense * of_dense + experts * of_experts)
+
+
+def _state_bytes(config: RunConfig, shape: ModelShape, parallel: ParallelDims) -> int:
+    training = config.training
+    trained = _trained_share(training.freeze, shape)
+    if training.backend == "megatron":
+        return training_bytes(
+            shape,
+            Sharding(
+                tp_size=parallel.tp,
+                pp_size=parallel.pp,
+                dp_size=parallel.dp * parallel.cp,
+                expert_ways=parallel.ep * training.etp_size,
+                distributed_optimizer=training.distributed_optimizer,
+                optimizer_offload=training.optimizer_offload,
+                trained=trained,
+            ),
+        )
+    # FSDP shards everything over data parallelism; the largest block is gathered, and the next one.
+    largest_block = max(shape.num_layer_parameters, shape.num_embedding_parameters)
+    gathered = 2 * _bytes_per_number(config) * largest_block
+    if training.optimizer_offload:
+        return gathered
+    unsharded = training_bytes(shape, Sharding(distributed_optimizer=False, trained=trained))
+    return unsharded // parallel.dp + gathered
+
+
+def _trained_share(freeze: Sequence[str], shape: ModelShape) -> float:
+    """The share of the parameters that `freeze` leaves to be trained."""
+    if not freeze:
+        return 1.0
+    sizes = {name: prod(full_shape) for name, full_shape in tensors(shape).items()}
+    frozen = sum(sizes[name] for name in frozen_names(freeze, sizes))
+    return 1 - frozen / sum(sizes.values())
+
+
+def _activation_bytes(config: RunConfig, shape: ModelShape, parallel: ParallelDims) -> int:
+    """Bytes that the backward passes of a rank's micro-batches keep.
+
+    A layer keeps what arXiv 2205.05198 section 4 counts, for gated MLPs and an attention that keeps no
+    scores. The first pipeline stage holds it for `pp` micro-batches, interleaved for (pp - 1) / vpp more. With
+    context parallelism each rank has its share of a micro-batch. Logits exist for a block of some megabytes
+    only (training/logprobs.py).
+    """
+    training = config.training
+    width = _bytes_per_number(config)
+    layer = width * _layer_numbers(training, shape, parallel.tp)
+    # Layers of a stage times its micro-batches in flight.
+    kept_layers = shape.num_layers
+    if training.vpp_size > 1:
+        kept_layers += shape.num_layers * (parallel.pp - 1) // (parallel.pp * training.vpp_size)
+    if training.recompute:
+        per_token = kept_layers * shape.hidden_size * width + layer
+    else:
+        per_token = kept_layers * layer
+    return training.max_tokens_per_microbatch * per_token
+
+
+def _layer_numbers(training: TrainingConfig, shape: ModelShape, tp_size: int) -> int:
+    """Numbers that the backward pass of one layer keeps for one token, on one tensor-parallel rank."""
+    # Inputs and outputs of the two norms.
+    norms = 4 * shape.hidden_size
+    if training.sequence_parallel:
+        norms //= tp_size
+    queries = shape.num_attention_heads * shape.head_dim
+    keys = shape.num_key_value_heads * shape.head_dim
+    attention = 2 * queries + 2 * keys
+    mlp = 3 * shape.intermediate_size
+    moe = shape.moe
+    if moe:
+        # A token goes to several experts.
+        of_expert = 2 * shape.hidden_size + 3 * moe.intermediate_size
+        routed = moe.num_experts_per_token * of_expert
+        shared = 3 * moe.shared_intermediate_size
+        mlp = max(mlp, routed + shared)
+    return norms + (attention + mlp) // tp_size
+
+
+def _bytes_per_number(config: RunConfig) -> int:
+    return 2 if config.model.dtype == "bfloat16" else 4
+
+
+def mem_fraction(config: RunConfig) -> float:
+    """The share of a GPU that an SGLang engine takes for its weights and its cache."""
+    default = COLOCATED_MEM_FRACTION if config.cluster.colocate else _SGLANG_MEM_FRACTION
+    return float(config.rollout.sglang.get("mem_fraction_static") or default)
+
+
+def _check_engine_memory(config: RunConfig, need: Memory) -> None:
+    gpu_gib = config.cluster.gpu_memory_gib
+    if need.engine_weights > gpu_gib * _GIB * mem_fraction(config):
+        raise RunError(
+            f"rollout.engine_tp_size={config.rollout.engine_tp_size}: the weights take "
+            f"{need.engine_weights / _GIB:.0f} GiB of each engine GPU, more than SGLang's share of "
+            f"cluster.gpu_memory_gib={gpu_gib:g}; raise it"
+        )
+
+
+def _engine_line(config: RunConfig, need: Memory) -> str:
+    line = f"engine: {size_text(need.engine_weights)} weights"
+    if config.cluster.device == "cpu":
+        return line
+    share = config.cluster.gpu_memory_gib * _GIB * mem_fraction(config)
+    tokens = (share - need.engine_weights) / need.kv_bytes_per_token
+    return f"{line}, room for about {tokens:,.0f} tokens of KV cache"
+
+
+def _cached_numbers(shape: ModelShape, engine_tp: int) -> int:
+    """Numbers that one engine GPU caches for one token of one layer."""
+    if shape.mla:
+        # One latent serves all heads, and every rank holds it.
+        return shape.mla.kv_lora_rank + shape.mla.qk_rope_head_dim
+    heads = ceil(shape.num_key_value_heads / engine_tp)
+    keys_and_values = 2
+    return keys_and_values * heads * shape.head_dim
