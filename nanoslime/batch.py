@@ -1,8 +1,8 @@
-"""What passes between samples and gradients: packed tensors that carry their own global denominators.
+"""The packed tensors between samples and gradients, which carry their own global denominators.
 
 A `TrainBatch` is the share of one data-parallel rank in one optimizer step. It is cut into micro-batches
-beforehand, with the same number on every rank, and knows the step's denominators over all ranks, so that
-packing, micro-batches, DP, CP and PP cannot change the loss: a loss is a sum, divided once by
+beforehand, with the same number on every rank, and knows the step's denominators over all ranks. Packing,
+micro-batches, DP, CP and PP therefore cannot change the loss: a loss is a sum, and is divided once, by
 `TrainBatch.denominator`.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,22 +19,20 @@ from torch import Tensor
 
 @dataclass(kw_only=True, slots=True)
 class TrainBatch:
-    """One data-parallel rank's sequences of one optimizer step: lists have one entry per sequence.
+    """One data-parallel rank's sequences of one optimizer step; each list has one entry per sequence.
 
     old_logprobs, ref_logprobs and token_advantages are filled in on the ranks before the train step. Position
-    t of a per-token tensor speaks of token t, given those before it; position 0 is never in the loss.
+    t of a per-token tensor describes token t, given the tokens before it; position 0 is never in the loss.
     """
 
     token_ids: list[Tensor]  # int64 [T_i]
     loss_mask: list[Tensor]  # bool [T_i]
     rollout_logprobs: list[Tensor]  # float32 [T_i]
     advantages: list[float]  # one scalar per sequence
-    token_weights: list[
-        float
-    ]  # 1 for a token mean, 1 / (tokens of its rollout) for a sequence mean
-    microbatches: list[
-        list[int]
-    ]  # indices, never none: equally many on each DP rank, by masked-out dummies
+    # 1 for a token mean, 1 / (tokens of the sequence's rollout) for a sequence mean
+    token_weights: list[float]
+    # Indices of sequences. None is empty: masked-out dummy sequences make them equally many on each DP rank.
+    microbatches: list[list[int]]
     denominator: float  # global over DP, > 0: the loss is sum / denominator
     num_tokens: int  # global over DP: tokens in the loss of this optimizer step
     num_sequences: int  # global over DP
@@ -43,49 +40,64 @@ class TrainBatch:
     old_logprobs: list[Tensor] | None = None
     ref_logprobs: list[Tensor] | None = None
     token_advantages: list[Tensor] | None = None
-    routed_experts: list[Tensor] | None = (
-        None  # int16 [T_i, num_moe_layers, topk], -1: as the router likes
-    )
+    # int16 [T_i, num_moe_layers, topk]; -1 leaves the choice to the router
+    routed_experts: list[Tensor] | None = None
 
     def save(self, path: Path) -> None:
-        """As a file for `load`, whose directory is made."""
+        """Writes a file for `load`, and makes its directory."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({f.name: getattr(self, f.name) for f in fields(self)}, path)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        torch.save(values, path)
 
     @classmethod
     def load(cls, path: Path) -> TrainBatch:
-        return cls(**torch.load(path, weights_only=True))
+        values = torch.load(path, weights_only=True)
+        return cls(**values)
 
     def microbatch(self, indices: Sequence[int]) -> MicroBatch:
-        """The given sequences, packed. Raises ValueError where there are none."""
+        """Packs the sequences `indices`. Raises ValueError where there are none."""
         if not indices:
             raise ValueError(
                 "a micro-batch needs at least one sequence; give empty ranks a masked-out one"
             )
-
-        def packed(per_sequence: list[Tensor] | None) -> Any:
-            return None if per_sequence is None else torch.cat([per_sequence[i] for i in indices])
-
-        def spread(per_sequence: list[float]) -> Tensor:
-            return torch.tensor([per_sequence[i] for i in indices]).repeat_interleave(lengths)
-
         lengths = torch.tensor([len(self.token_ids[i]) for i in indices])
+        positions = torch.cat([torch.arange(length) for length in lengths.tolist()])
+        cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        if self.token_advantages:
+            advantages = _packed(self.token_advantages, indices)
+        else:
+            advantages = _on_every_token(self.advantages, indices, lengths)
         return MicroBatch(
-            token_ids=packed(self.token_ids),
-            loss_mask=packed(self.loss_mask),
+            token_ids=_packed(self.token_ids, indices),
+            positions=positions,
+            cu_seqlens=cu_seqlens,
+            loss_mask=_packed(self.loss_mask, indices),
+            token_weights=_on_every_token(self.token_weights, indices, lengths),
+            advantages=advantages,
+            rollout_logprobs=_packed(self.rollout_logprobs, indices),
+            old_logprobs=_packed_if_any(self.old_logprobs, indices),
+            ref_logprobs=_packed_if_any(self.ref_logprobs, indices),
             temperature=self.temperature,
-            positions=torch.cat([torch.arange(n) for n in lengths.tolist()]),
-            cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
-            token_weights=spread(self.token_weights),
-            rollout_logprobs=packed(self.rollout_logprobs),
-            advantages=packed(self.token_advantages)
-            if self.token_advantages
-            else spread(self.advantages),
-            old_logprobs=packed(self.old_logprobs),
-            ref_logprobs=packed(self.ref_logprobs),
-            routed_experts=packed(self.routed_experts),
             denominator=self.denominator,
+            routed_experts=_packed_if_any(self.routed_experts, indices),
         )
+
+
+def _packed(per_sequence: list[Tensor], indices: Sequence[int]) -> Tensor:
+    """[T, ...]: the tensors of the sequences `indices`, one after the other."""
+    return torch.cat([per_sequence[i] for i in indices])
+
+
+def _packed_if_any(per_sequence: list[Tensor] | None, indices: Sequence[int]) -> Tensor | None:
+    if per_sequence is None:
+        return None
+    return _packed(per_sequence, indices)
+
+
+def _on_every_token(per_sequence: list[float], indices: Sequence[int], lengths: Tensor) -> Tensor:
+    """float32 [T]: each token has the value of its sequence. `lengths` [S]: tokens per sequence."""
+    values = torch.tensor([per_sequence[i] for i in indices])
+    return values.repeat_interleave(lengths)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -99,22 +111,26 @@ class MicroBatch:
     token_weights: Tensor  # float32 [T]
     advantages: Tensor  # float32 [T]
     rollout_logprobs: Tensor  # float32 [T]
-    old_logprobs: Tensor | None
-    ref_logprobs: Tensor | None
+    old_logprobs: Tensor | None  # float32 [T]
+    ref_logprobs: Tensor | None  # float32 [T]
     temperature: float
     denominator: float
-    routed_experts: Tensor | None = None  # int16 [T, num_moe_layers, topk], -1: as the router likes
+    # int16 [T, num_moe_layers, topk]; -1 leaves the choice to the router
+    routed_experts: Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(
-            self, **{k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
-        )
+        """A copy whose tensors are on `device`."""
+        moved = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                moved[field.name] = value.to(device)
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True, slots=True)
 class WeightShard:
-    """A rank's own piece of a Hugging Face tensor: the part `slices` of the tensor `name` of `full_shape`.
+    """A rank's own part of a Hugging Face tensor: the box `slices` of the tensor `name` of `full_shape`.
 
     `tensor` is a live view of the parameter (or a copy where the layout forces one): read it before the next
     step.
@@ -127,14 +143,50 @@ class WeightShard:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightedMean:
+    """One micro-batch's part of a metric that is weighted as the loss is.
+
+    The metric is the sum of `total` over all micro-batches and DP ranks of the step, over `denominator`.
+    """
+
+    total: Tensor  # scalar: a sum over tokens, each with its token_weight
+    denominator: float  # the step's own, MicroBatch.denominator: the same everywhere
+
+
+@dataclass(frozen=True, slots=True)
+class TokenMean:
+    """One micro-batch's part of a mean over the tokens in the loss, in which all tokens weigh the same.
+
+    The metric is the sum of `total` over the sum of `count`, over all micro-batches and DP ranks of the step.
+    """
+
+    total: Tensor  # scalar: a sum over the tokens in the loss
+    count: Tensor  # scalar: how many tokens are in the loss
+
+
+@dataclass(frozen=True, slots=True)
+class Maximum:
+    """One micro-batch's part of a maximum over the tokens in the loss."""
+
+    value: Tensor  # scalar
+
+
+Metric = WeightedMean | TokenMean | Maximum
+
+
+@dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """One optimizer step's result, the same on every rank. Means are over the global batch."""
+    """The result of one optimizer step, the same on every rank. Metrics are named area/what_unit."""
 
     loss: float
     grad_norm: float  # before clipping
     lr: float
-    skipped: bool  # a gradient that is not finite or unusually large: no update was made
-    values: dict[
-        str, float
-    ]  # the algorithm's, named area/what_unit; train/logprob_gap_mean and _max
-    num_skipped: int = 0  # so far, also before a resume
+    skipped: bool  # no update was made: the gradient was not finite or unusually large
+    means: dict[str, float]  # over the global batch
+    maxima: dict[str, float]  # over the global batch
+    num_skipped: int = 0  # optimizer steps without an update so far, also before a resume
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Means and maxima together."""
+        return self.means | self.maxima

@@ -3,16 +3,19 @@
 from torch import Tensor
 
 from nanoslime.algorithms.corrections import bounded_exp
-from nanoslime.algorithms.policy_gradient import PolicyGradient, Terms
+from nanoslime.algorithms.policy_gradient import PolicyGradient, PolicyTerms
 from nanoslime.batch import MicroBatch
 
 
 class CISPO(PolicyGradient):
+    """The clip limits the weight of a token's gradient, and takes the gradient from no token."""
+
     def policy_terms(
         self, logp: Tensor, log_ratio: Tensor, advantages: Tensor, batch: MicroBatch
-    ) -> Terms:
-        """-clip(ratio, 1 - eps_clip, 1 + eps_clip_high) A logprob, the first factor detached: equation 4,
-        with the weight of equation 5. No token loses its gradient to the clip.
+    ) -> PolicyTerms:
+        """-clip(ratio, 1 - eps_clip, 1 + eps_clip_high) A logprob (equation 4), the clipped ratio detached.
+
+        The clipped ratio is the weight of equation 5.
         """
         ratio = bounded_exp(log_ratio.detach())
         weight = ratio.clamp(1 - self.config.eps_clip, 1 + self.config.clip_high)

@@ -1,14 +1,25 @@
-"""What to do about engine and trainer disagreeing on the probability of the same tokens.
+"""Corrections for an engine and a trainer that disagree on the probability of the same tokens.
 
-Everything here changes numerators only: a rejected token or sequence gives no gradient and still counts in
-the denominator of the loss, which is that of the original masks.
+All of them change numerators only: a rejected token or sequence gives no gradient and still counts in the
+denominator of the loss, which is computed from the original masks.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nanoslime.algorithms.sequences import sequence_mean, sequence_sum
 from nanoslime.config.algorithm import CorrectionConfig, Level
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """The effect of the configured corrections on each token of a pack."""
+
+    weight: Tensor  # float32 [T]: a factor of the policy term
+    keep: Tensor  # bool [T]: False takes the token out of every numerator
+    flags: dict[str, Tensor]  # by metric name: bool [T], True where that correction acted
 
 
 def bounded_exp(log_ratio: Tensor) -> Tensor:
@@ -18,31 +29,35 @@ def bounded_exp(log_ratio: Tensor) -> Tensor:
 
 def correct(
     config: CorrectionConfig, trainer: Tensor, engine: Tensor, mask: Tensor, cu_seqlens: Tensor
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """By w = exp(trainer - engine): a weight of the policy loss (float32), what is kept in any numerator, and
-    by metric name where anything was done (bool); all [T]. `trainer`, `engine` [T]: logprobs, no gradient.
+) -> Correction:
+    """Corrects by the importance weights w = exp(trainer - engine). `trainer`, `engine` [T]: logprobs.
 
     Truncated importance sampling (F. Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy
-    RL Training", 2025) weighs by w, clamped. By token and weighed, rejection is IcePop (arXiv 2510.18855); by
-    sequence or geometric mean masked importance sampling (J. Liu et al., "When Speed Kills Stability", 2025),
-    with the veto of a sequence that holds a token the trainer finds all but impossible.
+    RL Training", 2025) multiplies by w, clamped. By token, and together with that weight, rejection is IcePop
+    (arXiv 2510.18855). By sequence or geometric mean, it is masked importance sampling (J. Liu et al., "When
+    Speed Kills Stability", 2025); the same source has the veto of a sequence that holds a token which the
+    trainer finds all but impossible. No result has a gradient if the logprobs have none.
     """
-    log_w, shares = torch.where(mask, trainer - engine, 0.0), dict[str, Tensor]()
-    weight, keep = torch.ones_like(log_w), torch.ones_like(mask)
+    log_w = torch.where(mask, trainer - engine, 0.0)
+    weight = torch.ones_like(log_w)
+    keep = torch.ones_like(mask)
+    flags: dict[str, Tensor] = {}
     if config.use_tis:
-        w = importance(log_w, mask, cu_seqlens, config.tis_level)
+        w = importance_weights(log_w, mask, cu_seqlens, config.tis_level)
         weight = w.clamp(config.tis_clip_low, config.tis_clip)
-        shares["tis_clip_ratio"] = weight != w
+        flags["tis_clip_ratio"] = weight != w
     if config.reject != "none":
-        w = importance(log_w, mask, cu_seqlens, config.reject)
+        w = importance_weights(log_w, mask, cu_seqlens, config.reject)
         keep = (w >= config.reject_low) & (w <= config.reject_high)
     if config.veto:
-        vetoed = importance(log_w, mask, cu_seqlens, "token") < config.veto
-        keep = keep & (sequence_sum(vetoed.float(), cu_seqlens) == 0)
-    return weight, keep, shares | {"rejected_ratio": ~keep}
+        impossible = importance_weights(log_w, mask, cu_seqlens, "token") < config.veto
+        num_impossible = sequence_sum(impossible.float(), cu_seqlens)
+        keep = keep & (num_impossible == 0)
+    flags["rejected_ratio"] = ~keep
+    return Correction(weight, keep, flags)
 
 
-def importance(log_w: Tensor, mask: Tensor, cu_seqlens: Tensor, level: Level) -> Tensor:
+def importance_weights(log_w: Tensor, mask: Tensor, cu_seqlens: Tensor, level: Level) -> Tensor:
     """[T]: exp of log_w, of its sum over the sequence, or of its mean over the sequence's tokens in the loss.
 
     `log_w` [T] is 0 outside `mask`.
@@ -54,10 +69,13 @@ def importance(log_w: Tensor, mask: Tensor, cu_seqlens: Tensor, level: Level) ->
     return bounded_exp(log_w)
 
 
-def drifted(
+def off_policy_sequences(
     log_ratio: Tensor, advantages: Tensor, mask: Tensor, cu_seqlens: Tensor, delta: float
 ) -> Tensor:
-    """bool [T], off-policy sequence masking (arXiv 2512.02556): the advantage is negative and the sequence's
-    mean of old - current logprobs is above `delta`. `log_ratio` [T] is current - old, 0 outside `mask`.
+    """bool [T]: the tokens that off-policy sequence masking takes out of the policy loss (arXiv 2512.02556).
+
+    Their advantage is negative, and the mean of old - current logprobs over their sequence is above `delta`.
+    `log_ratio` [T] is current - old, 0 outside `mask`.
     """
-    return (advantages < 0) & (sequence_mean(-log_ratio, mask, cu_seqlens) > delta)
+    drift = sequence_mean(-log_ratio, mask, cu_seqlens)
+    return (advantages < 0) & (drift > delta)

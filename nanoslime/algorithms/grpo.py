@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nanoslime.algorithms.corrections import bounded_exp
-from nanoslime.algorithms.policy_gradient import PolicyGradient, Terms
+from nanoslime.algorithms.policy_gradient import PolicyGradient, PolicyTerms
 from nanoslime.batch import MicroBatch
 from nanoslime.config.algorithm import ClippedConfig
 
@@ -16,9 +16,14 @@ class GRPO(PolicyGradient):
 
     def policy_terms(
         self, logp: Tensor, log_ratio: Tensor, advantages: Tensor, batch: MicroBatch
-    ) -> Terms:
-        bounds = self.config.eps_clip, self.config.clip_high, self.config.eps_clip_c
-        return clipped_policy_loss(bounded_exp(log_ratio), advantages, *bounds)
+    ) -> PolicyTerms:
+        return clipped_policy_loss(
+            bounded_exp(log_ratio),
+            advantages,
+            eps_low=self.config.eps_clip,
+            eps_high=self.config.clip_high,
+            eps_dual=self.config.eps_clip_c,
+        )
 
 
 def clipped_policy_loss(
@@ -27,16 +32,20 @@ def clipped_policy_loss(
     eps_low: float,
     eps_high: float,
     eps_dual: float | None = None,
-) -> Terms:
-    """max(-ratio A, -clip(ratio, 1 - eps_low, 1 + eps_high) A), and where the clip decides (bool); all [T].
+) -> PolicyTerms:
+    """max(-ratio A, -clip(ratio, 1 - eps_low, 1 + eps_high) A) [T], and flags [T] where the clip decides.
 
-    arXiv 1707.06347, equation 7; eps_high other than eps_low is clip-higher, arXiv 2503.14476, equation 10.
-    With `eps_dual`, at most -eps_dual A where A < 0 (dual clip, arXiv 1912.09729).
+    `ratio`, `advantages` [T]. The source is arXiv 1707.06347, equation 7; an eps_high other than eps_low is
+    clip-higher, arXiv 2503.14476, equation 10. With `eps_dual`, a term is at most -eps_dual A where A < 0
+    (dual clip, arXiv 1912.09729).
     """
-    plain, clipped = -ratio * advantages, -ratio.clamp(1 - eps_low, 1 + eps_high) * advantages
-    terms, shares = torch.maximum(plain, clipped), {"clip_ratio": clipped > plain}
+    unclipped = -ratio * advantages
+    clipped = -ratio.clamp(1 - eps_low, 1 + eps_high) * advantages
+    terms = torch.maximum(unclipped, clipped)
+    flags = {"clip_ratio": clipped > unclipped}
     if eps_dual is not None:
         limit = -eps_dual * advantages
-        shares["dual_clip_ratio"] = (advantages < 0) & (terms > limit)
-        terms = torch.where(shares["dual_clip_ratio"], limit, terms)
-    return terms, shares
+        above_limit = (advantages < 0) & (terms > limit)
+        terms = torch.where(above_limit, limit, terms)
+        flags["dual_clip_ratio"] = above_limit
+    return terms, flags

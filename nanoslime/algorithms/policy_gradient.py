@@ -1,8 +1,8 @@
 """What the algorithms have in common; each fills in its own advantages and its own policy term.
 
-rewards -> one advantage per rollout -> token advantages [T] -> a loss, summed over the tokens:
+    rewards -> one advantage per rollout -> token advantages [T] -> a loss, summed over the tokens
 
-sum of token_weight x (correction x policy term + kl_loss_coef x KL - entropy_coef x entropy)
+The loss is the sum of token_weight x (correction x policy term + kl_loss_coef x KL - entropy_coef x entropy).
 """
 
 from abc import ABC, abstractmethod
@@ -12,39 +12,49 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from nanoslime.algorithms.corrections import bounded_exp, correct, drifted
+from nanoslime.algorithms.corrections import bounded_exp, correct, off_policy_sequences
 from nanoslime.algorithms.kl import approx_kl, k3
 from nanoslime.algorithms.rewards import ZERO_STD, overlong_penalty, relative, rewards_by_group
-from nanoslime.batch import MicroBatch, TrainBatch
+from nanoslime.batch import Maximum, Metric, MicroBatch, TokenMean, TrainBatch, WeightedMean
 from nanoslime.config.algorithm import SharedConfig
 from nanoslime.types import SampleGroup
 
 T = TypeVar("T")
-Terms = tuple[Tensor, dict[str, Tensor]]
+
+# Each token's term of the loss [T], and bool flags [T] by metric name: where the token was clipped.
+PolicyTerms = tuple[Tensor, dict[str, Tensor]]
 
 
 class PolicyGradient(ABC):
-    """Satisfies nanoslime.training.backend.Algorithm. `max_response_length` is for overlong_buffer."""
+    """The base of all algorithms; it satisfies nanoslime.training.backend.Algorithm.
+
+    `max_response_length` in tokens is needed for overlong_buffer only.
+    """
 
     def __init__(self, config: SharedConfig, max_response_length: int = 0) -> None:
-        self.config, self._max_response_length = config, max_response_length
+        self.config = config
+        self._max_response_length = max_response_length
         self.denominator: Literal["tokens", "sequences", "fixed"] = config.denominator
         self.needs_old_logprobs = config.old_logprobs == "recomputed"
         self.needs_reference = config.needs_reference
         self.needs_entropy = config.entropy_coef > 0
 
     def rollout_advantages(self, rewards: Sequence[float]) -> list[float]:
-        """One advantage for each of the `rewards` of a group: the reward less their mean, over their standard
-        deviation where the algorithm has normalize_by_std."""
-        return relative(rewards, by_std=getattr(self.config, "normalize_by_std", False))
+        """One advantage for each of the `rewards` of a group.
+
+        It is the reward less the group's mean, over their standard deviation where the algorithm has
+        normalize_by_std.
+        """
+        by_std = getattr(self.config, "normalize_by_std", False)
+        return relative(rewards, by_std=by_std)
 
     @abstractmethod
     def policy_terms(
         self, logp: Tensor, log_ratio: Tensor, advantages: Tensor, batch: MicroBatch
-    ) -> Terms:
+    ) -> PolicyTerms:
         """Each token's term of the loss [T], and by metric name where it was clipped (bool [T]).
 
-        `log_ratio` [T] is current - old logprobs; like the other two it is 0 outside the loss.
+        `log_ratio` [T] is current - old logprobs; like `logp` and `advantages` [T] it is 0 outside the loss.
         """
 
     def returns(self, advantage: float, mask: Tensor, penalty: Tensor) -> Tensor:
@@ -54,98 +64,131 @@ class PolicyGradient(ABC):
     def advantages(self, groups: Sequence[SampleGroup]) -> None:
         """Sets Sample.advantage from the rewards of all samples with the same group_id, shaped for length.
 
-        Siblings (one rollout_id) count once, as long as the longest. Raises ValueError where siblings differ
-        in reward, or a reward is missing or not finite.
+        Siblings (samples with one rollout_id) count once, as long as the longest of them. Raises ValueError
+        where siblings differ in reward, or a reward is missing or not finite.
         """
-        samples = [s for group in groups for s in group.samples]
-        lengths, found = dict[tuple[int, int], int](), dict[tuple[int, int], float]()
-        for s in samples:
-            key = s.group_id, s.rollout_id
-            lengths[key] = max(lengths.get(key, 0), s.num_response_tokens)
-        c, longest = self.config, self._max_response_length
+        samples = [sample for group in groups for sample in group.samples]
+        lengths: dict[tuple[int, int], int] = {}
+        for sample in samples:
+            key = (sample.group_id, sample.rollout_id)
+            lengths[key] = max(lengths.get(key, 0), sample.num_response_tokens)
+        found: dict[tuple[int, int], float] = {}
         for group_id, rewards in rewards_by_group(groups).items():
-            if c.overlong_buffer:
-                limits = longest, c.overlong_buffer, c.overlong_penalty
-                rewards = {
-                    i: r + overlong_penalty(lengths[group_id, i], *limits)
-                    for i, r in rewards.items()
-                }
-            advantages = self.rollout_advantages(list(rewards.values()))
-            found |= {(group_id, i): a for i, a in zip(rewards, advantages, strict=True)}
-        for s in samples:
-            s.advantage = found[s.group_id, s.rollout_id]
+            shaped = [
+                reward + self._overlong_penalty(lengths[group_id, rollout_id])
+                for rollout_id, reward in rewards.items()
+            ]
+            advantages = self.rollout_advantages(shaped)
+            for rollout_id, advantage in zip(rewards, advantages, strict=True):
+                found[group_id, rollout_id] = advantage
+        for sample in samples:
+            sample.advantage = found[sample.group_id, sample.rollout_id]
+
+    def _overlong_penalty(self, length: int) -> float:
+        config = self.config
+        if not config.overlong_buffer:
+            return 0.0
+        return overlong_penalty(
+            length, self._max_response_length, config.overlong_buffer, config.overlong_penalty
+        )
 
     def token_advantages(
         self, shard: TrainBatch, all_sum: Callable[[Tensor], Tensor]
     ) -> list[Tensor]:
-        """[T_i] float32 per sequence of a rollout: its returns, with kl_coef times the KL of old policy to
-        reference taken off, whitened where that is asked for. Zero where loss_mask is False.
+        """float32 [T_i] per sequence of a rollout: its returns, whitened if normalize_advantages says so.
 
-        Needs shard.ref_logprobs, and shard.old_logprobs unless the rollout's serve, when kl_coef > 0; raises
-        ValueError without them. `all_sum` is called equally often whatever the shard.
+        From the returns, kl_coef times the KL of old policy to reference is taken off. They are zero where
+        loss_mask is False. With kl_coef > 0 this needs shard.ref_logprobs, and shard.old_logprobs unless the
+        rollout's logprobs serve as the old ones; it raises ValueError without them. `all_sum` sums a tensor
+        over the data-parallel ranks and is called equally often whatever the shard.
         """
-        c, masks = self.config, shard.loss_mask
-        penalties = [torch.zeros(len(mask)) for mask in masks]
-        if c.kl_coef:
-            old = self._old(shard.rollout_logprobs, shard.old_logprobs)
-            ref = self._present(shard.ref_logprobs, "ref_logprobs")
-            penalties = [
-                c.kl_coef * approx_kl(_in_loss(o, mask), _in_loss(r, mask), c.kl_loss_type)
-                for o, r, mask in zip(old, ref, masks, strict=True)
-            ]
-        found = [self.returns(*one) for one in zip(shard.advantages, masks, penalties, strict=True)]
-        return whitened(found, masks, all_sum) if c.normalize_advantages else found
+        masks = shard.loss_mask
+        penalties = self._kl_penalties(shard)
+        found = [
+            self.returns(advantage, mask, penalty)
+            for advantage, mask, penalty in zip(shard.advantages, masks, penalties, strict=True)
+        ]
+        if self.config.normalize_advantages:
+            return whitened(found, masks, all_sum)
+        return found
 
-    def loss(self, logprobs: Tensor, entropy: Tensor | None, batch: MicroBatch) -> Terms:
-        """The loss of `batch`, a sum over its tokens, each weighted by token_weights.
+    def _kl_penalties(self, shard: TrainBatch) -> list[Tensor]:
+        """[T_i] per sequence: kl_coef times the KL of old policy to reference, 0 outside the loss."""
+        config = self.config
+        masks = shard.loss_mask
+        if not config.kl_coef:
+            return [torch.zeros(len(mask)) for mask in masks]
+        olds = self._old(shard.rollout_logprobs, shard.old_logprobs)
+        refs = self._present(shard.ref_logprobs, "ref_logprobs")
+        penalties = []
+        for old, ref, mask in zip(olds, refs, masks, strict=True):
+            kl = approx_kl(_in_loss(old, mask), _in_loss(ref, mask), config.kl_loss_type)
+            penalties.append(config.kl_coef * kl)
+        return penalties
 
-        Divided by batch.denominator over all micro-batches it is the mean that the denominator names. Tokens
-        with loss_mask False contribute exactly nothing, whatever their logprobs. `logprobs` [T], `entropy`
-        [T] or None. Metrics are sums weighted like the loss; "mean:" before a name says a sum over the
-        tokens of the loss, unweighted, "max:" a maximum.
+    def loss(
+        self, logprobs: Tensor, entropy: Tensor | None, batch: MicroBatch
+    ) -> tuple[Tensor, dict[str, Metric]]:
+        """The loss of `batch` and its metrics. The loss is a sum over tokens, each times its token_weight.
+
+        Divided by batch.denominator, and summed over all micro-batches, it is the mean that the denominator
+        names. Tokens with loss_mask False contribute exactly nothing, whatever their logprobs. `logprobs`
+        [T], `entropy` [T] or None. Raises ValueError where the batch lacks logprobs that the configuration
+        needs.
         """
-        c, mask, bounds = self.config, batch.loss_mask, batch.cu_seqlens
-        logprobs, advantages = _in_loss(logprobs, mask), _in_loss(batch.advantages, mask)
+        config = self.config
+        mask = batch.loss_mask
+        num_tokens = mask.sum()
+        logprobs = _in_loss(logprobs, mask)
+        advantages = _in_loss(batch.advantages, mask)
         old = logprobs.detach()
-        if c.old_logprobs != "current":
+        if config.old_logprobs != "current":
             old = _in_loss(self._old(batch.rollout_logprobs, batch.old_logprobs), mask)
         log_ratio = logprobs - old
-        moved = log_ratio.detach()
+
+        terms, flags = self.policy_terms(logprobs, log_ratio, advantages, batch)
         engine = _in_loss(batch.rollout_logprobs, mask)
-        correction, keep, corrected = correct(c.correction, old, engine, mask, bounds)
-        weights = torch.where(mask & keep, batch.token_weights, 0.0)
-        terms, shares = self.policy_terms(logprobs, log_ratio, advantages, batch)
-        shares |= corrected
-        if c.correction.use_opsm:
-            shares["opsm_ratio"] = drifted(moved, advantages, mask, bounds, c.correction.opsm_delta)
-            correction = torch.where(shares["opsm_ratio"], 0.0, correction)
-        total = (terms * correction * weights).sum()
-        metrics = {
-            "train/policy_loss": total.detach(),
-            "mean:train/ppo_kl_abs": moved.abs().sum(),
-            "max:train/ppo_kl_abs_max": moved.abs().max(),
-            **{f"mean:train/{name}": (where & mask).sum() for name, where in shares.items()},
+        correction = correct(config.correction, old, engine, mask, batch.cu_seqlens)
+        flags = flags | correction.flags
+        policy_weight = correction.weight
+        if config.correction.use_opsm:
+            off_policy = off_policy_sequences(
+                log_ratio.detach(), advantages, mask, batch.cu_seqlens, config.correction.opsm_delta
+            )
+            flags["opsm_ratio"] = off_policy
+            policy_weight = torch.where(off_policy, 0.0, policy_weight)
+
+        token_weights = torch.where(mask & correction.keep, batch.token_weights, 0.0)
+        total = (terms * policy_weight * token_weights).sum()
+        ppo_kl = log_ratio.detach().abs()
+        metrics: dict[str, Metric] = {
+            "train/policy_loss": WeightedMean(total.detach(), batch.denominator),
+            "train/ppo_kl_abs": TokenMean(ppo_kl.sum(), num_tokens),
+            "train/ppo_kl_abs_max": Maximum(ppo_kl.max()),
         }
+        for name, flag in flags.items():
+            metrics[f"train/{name}"] = TokenMean((flag & mask).sum(), num_tokens)
+
         if self.needs_reference:
             ref = _in_loss(self._present(batch.ref_logprobs, "ref_logprobs"), mask)
-            metrics["mean:train/ref_kl"] = k3(logprobs.detach(), ref).sum()
-            if c.use_kl_loss:
-                ratio = bounded_exp(log_ratio) if c.use_unbiased_kl else None
-                kl = (approx_kl(logprobs, ref, c.kl_loss_type, ratio) * weights).sum()
-                metrics["train/kl_loss"] = kl.detach()
-                total = total + c.kl_loss_coef * kl
+            metrics["train/ref_kl"] = TokenMean(k3(logprobs.detach(), ref).sum(), num_tokens)
+            if config.use_kl_loss:
+                ratio = bounded_exp(log_ratio) if config.use_unbiased_kl else None
+                kl_terms = approx_kl(logprobs, ref, config.kl_loss_type, ratio)
+                kl_loss = (kl_terms * token_weights).sum()
+                metrics["train/kl_loss"] = WeightedMean(kl_loss.detach(), batch.denominator)
+                total = total + config.kl_loss_coef * kl_loss
         if self.needs_entropy:
             entropy = _in_loss(self._present(entropy, "entropy"), mask)
-            metrics["mean:train/entropy"] = entropy.detach().sum()
-            total = total - c.entropy_coef * (entropy * weights).sum()
+            metrics["train/entropy"] = TokenMean(entropy.detach().sum(), num_tokens)
+            total = total - config.entropy_coef * (entropy * token_weights).sum()
         return total, metrics
 
     def _old(self, rollout: T, recomputed: T | None) -> T:
-        return (
-            rollout
-            if self.config.old_logprobs == "rollout"
-            else self._present(recomputed, "old_logprobs")
-        )
+        """The old policy's logprobs, from the rollout or recomputed by the trainer, as configured."""
+        if self.config.old_logprobs == "rollout":
+            return rollout
+        return self._present(recomputed, "old_logprobs")
 
     def _present(self, values: T | None, name: str) -> T:
         if values is None:
@@ -156,19 +199,26 @@ class PolicyGradient(ABC):
 def whitened(
     values: Sequence[Tensor], masks: Sequence[Tensor], all_sum: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
-    """(x - mean) / sqrt(var + 1e-8), var unbiased, over all tokens with `masks` on all ranks; 0 elsewhere.
+    """(x - mean) / sqrt(var + 1e-8) over all tokens with `masks` on all ranks; 0 elsewhere. var is unbiased.
 
-    Of the whole rollout, as in arXiv 2501.03262. Float64, in two passes; exactly zero where nothing spreads.
+    Statistics are taken over the whole rollout, as in arXiv 2501.03262, in float64 and in two passes. The
+    result is exactly zero where all values are equal. `values`, `masks`: [T_i] per sequence.
     """
-    mine = torch.cat([x[mask] for x, mask in zip(values, masks, strict=True)]).double()
-    total, count = all_sum(
-        torch.stack([mine.sum(), torch.tensor(float(len(mine)), dtype=torch.float64)])
-    )
+    per_sequence = [value[mask] for value, mask in zip(values, masks, strict=True)]
+    mine = torch.cat(per_sequence).double()
+    my_count = torch.tensor(float(len(mine)), dtype=torch.float64)
+    total, count = all_sum(torch.stack([mine.sum(), my_count]))
     mean = total / count.clamp(min=1)
-    variance = all_sum((mine - mean).square().sum()) / (count - 1).clamp(min=1)
-    scale = (variance + 1e-8).rsqrt() if variance.sqrt() > ZERO_STD else 0.0
-    pairs = zip(values, masks, strict=True)
-    return [torch.where(mask, (x.double() - mean) * scale, 0.0).float() for x, mask in pairs]
+    squares = all_sum((mine - mean).square().sum())
+    variance = squares / (count - 1).clamp(min=1)
+    scale = torch.zeros_like(variance)
+    if variance.sqrt() > ZERO_STD:
+        scale = (variance + 1e-8).rsqrt()
+    found = []
+    for value, mask in zip(values, masks, strict=True):
+        whitened_value = (value.double() - mean) * scale
+        found.append(torch.where(mask, whitened_value, 0.0).float())
+    return found
 
 
 def _in_loss(values: Tensor, mask: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """One trainer rank at work: the backend, the algorithm and this rank's part in weight sync."""
 
 import time
+from collections import defaultdict
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -137,19 +138,19 @@ def _joined(batches: list[TrainBatch]) -> TrainBatch:
 
 
 def metrics_row(steps: list[StepMetrics]) -> dict[str, float]:
-    """One row from a rollout's optimizer steps: means, and maxima for names in _max."""
-    rows = [
-        {
-            "train/loss": s.loss,
-            "train/grad_norm": s.grad_norm,
-            "train/lr": s.lr,
-            "train/skipped": s.skipped,
-        }
-        | s.values
-        for s in steps
-    ]
-    row = {}
-    for name in dict.fromkeys(name for r in rows for name in r):
-        values = [r[name] for r in rows if name in r]
-        row[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
-    return row | {"train/num_skipped": float(steps[-1].num_skipped)}
+    """One row from a rollout's optimizer steps: the means of their means, the maxima of their maxima."""
+    means: dict[str, list[float]] = defaultdict(list)
+    maxima: dict[str, list[float]] = defaultdict(list)
+    for step in steps:
+        means["train/loss"].append(step.loss)
+        means["train/grad_norm"].append(step.grad_norm)
+        means["train/lr"].append(step.lr)
+        means["train/skipped"].append(float(step.skipped))
+        for name, value in step.means.items():
+            means[name].append(value)
+        for name, value in step.maxima.items():
+            maxima[name].append(value)
+    row = {name: sum(values) / len(values) for name, values in means.items()}
+    row |= {name: max(values) for name, values in maxima.items()}
+    row["train/num_skipped"] = float(steps[-1].num_skipped)
+    return row

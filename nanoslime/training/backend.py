@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanoslime.batch import MicroBatch, StepMetrics, TrainBatch, WeightShard
+from nanoslime.batch import Metric, MicroBatch, StepMetrics, TrainBatch, WeightShard
 from nanoslime.config import RunConfig
 from nanoslime.config.training import TrainingConfig
+from nanoslime.training.metrics import ReducedMetrics
 from nanoslime.training.schedule import lr_at
 from nanoslime.training.skipping import Progress
 from nanoslime.training.sleep import DeviceMemory
@@ -55,7 +56,7 @@ class Algorithm(Protocol):
     ) -> list[Tensor]: ...
     def loss(
         self, logprobs: Tensor, entropy: Tensor | None, batch: MicroBatch
-    ) -> tuple[Tensor, dict[str, Tensor]]: ...
+    ) -> tuple[Tensor, dict[str, Metric]]: ...
 
 
 class TrainBackend(ABC):
@@ -103,7 +104,7 @@ class TrainBackend(ABC):
         """
         total_steps = self._config.rollout.num_rollout * self._training.num_steps_per_rollout
         lr = lr_at(self._past.step, config=self._training, total_steps=total_steps)
-        values = self._backward(shard, algorithm)
+        metrics = self._backward(shard, algorithm)
         norm = self._grad_norm()
         accepted = self._past.accepts(norm, self._training.skip_grad_norm_above)
         if accepted:
@@ -115,7 +116,13 @@ class TrainBackend(ABC):
             shard.save(self.skipped_dir / f"step_{self._past.step}" / f"rank_{dist.get_rank()}.pt")
         self._past.step += 1
         return StepMetrics(
-            values.pop("train/loss"), norm, lr, not accepted, values, self._past.num_skipped
+            loss=metrics.loss,
+            grad_norm=norm,
+            lr=lr,
+            skipped=not accepted,
+            means=metrics.means,
+            maxima=metrics.maxima,
+            num_skipped=self._past.num_skipped,
         )
 
     def sleep(self) -> None:
@@ -150,13 +157,13 @@ class TrainBackend(ABC):
         """Restores what `save` wrote, but not the reference: that remains the model's files; collective."""
 
     # What a backend does in its own way. `_backward` fills gradients summed over ranks and returns metrics
-    # with train/loss on every rank; `_grad_norm`, `_grads` and `_update` come after it, in this order.
+    # on every rank; `_grad_norm`, `_grads` and `_update` come after it, in this order.
     @abstractmethod  # [T] per micro-batch, last stage only; the weights are those asked for
     def _packed_logprobs(
         self, shard: TrainBatch, weights: Literal["policy", "ref"]
     ) -> list[Tensor]: ...
     @abstractmethod
-    def _backward(self, shard: TrainBatch, algorithm: Algorithm) -> dict[str, float]: ...
+    def _backward(self, shard: TrainBatch, algorithm: Algorithm) -> ReducedMetrics: ...
     @abstractmethod
     def _grad_norm(self) -> float: ...  # of the whole gradient, the same on every rank
     @abstractmethod

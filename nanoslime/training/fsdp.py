@@ -22,7 +22,7 @@ from nanoslime.config.training import TrainingConfig
 from nanoslime.models.trainable import check_data_parallel_only
 from nanoslime.training.backend import Algorithm, RankEnv, TrainBackend, init_process_group
 from nanoslime.training.fsdp_model import build_sharded, local_rows
-from nanoslime.training.metrics import MetricSums
+from nanoslime.training.metrics import MetricSums, ReducedMetrics
 from nanoslime.training.skipping import Progress
 
 
@@ -75,7 +75,7 @@ class FSDPBackend(TrainBackend):
             self._policy(shard.microbatch(i).to(self._device))[0].cpu() for i in shard.microbatches
         ]
 
-    def _backward(self, shard: TrainBatch, algorithm: Algorithm) -> dict[str, float]:
+    def _backward(self, shard: TrainBatch, algorithm: Algorithm) -> ReducedMetrics:
         self._optimizer.zero_grad()
         sums = MetricSums()
         for indices in shard.microbatches:
@@ -83,8 +83,8 @@ class FSDPBackend(TrainBackend):
             logprobs, entropy = self._policy(batch, with_entropy=algorithm.needs_entropy)
             loss, metrics = algorithm.loss(logprobs, entropy, batch)
             (loss / batch.denominator).backward()
-            sums.add({"train/loss": loss, **metrics}, logprobs, batch)
-        return sums.reduce(dist.group.WORLD, shard.denominator, shard.num_tokens)
+            sums.add(loss, metrics, logprobs, batch)
+        return sums.reduce(dist.group.WORLD)
 
     def _grads(self) -> list[Tensor]:
         return [p.grad.to_local() for p in self._model.parameters() if p.grad is not None]

@@ -1,4 +1,6 @@
-"""Metrics of one optimizer step: sums over micro-batches and data-parallel ranks, divided once."""
+"""The metrics of one optimizer step: summed over micro-batches and data-parallel ranks, divided once."""
+
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -7,66 +9,109 @@ from torch.distributed import ProcessGroup
 
 from nanoslime.algorithms.corrections import bounded_exp
 from nanoslime.algorithms.kl import k3
-from nanoslime.batch import MicroBatch
+from nanoslime.batch import Maximum, Metric, MicroBatch, TokenMean, WeightedMean
 
-_GAP = "train/logprob_gap"
-_MAX, _MEAN = "max:", "mean:"
-_W, _W2 = "sum of importance weights", "sum of their squares"
+_LOSS = "train/loss"
+_ESS = "train/ess_ratio"
+# Two means that are reduced with the others and from which _ESS is made; no metrics of their own.
+_IMPORTANCE = "importance weight"
+_IMPORTANCE_SQUARED = "squared importance weight"
+
+
+@dataclass(frozen=True, slots=True)
+class ReducedMetrics:
+    """The metrics of an optimizer step over all of its micro-batches and data-parallel ranks."""
+
+    loss: float
+    means: dict[str, float]
+    maxima: dict[str, float]
 
 
 class MetricSums:
-    """What a step's micro-batches report: sums weighted like the loss; under "mean:" names sums over the
-    tokens of the loss, under "max:" names maxima.
+    """Adds up the metrics of one rank's micro-batches, and reduces them over ranks.
 
-    Adds how far trainer and engine are apart on the tokens of the loss, where the trainer speaks by its old
-    logprobs if there are any (the policy that sampled): train/logprob_gap_mean and _max, of the absolute
-    difference; train/rollout_kl, k3 of KL(engine || trainer); train/ess_ratio, the effective sample size
-    (sum w)^2 / (n sum w^2) of the importance weights w = trainer / engine, 1 where the two agree.
+    It adds metrics of how far trainer and engine are apart on the tokens in the loss, see
+    `engine_gap_metrics`.
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        # Float64 scalars by metric name. A metric with a total has either a count or a denominator.
+        self._totals: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+        self._denominators: dict[str, float] = {}
         self._maxima: dict[str, Tensor] = {}
 
-    def add(self, metrics: dict[str, Tensor], logprobs: Tensor, batch: MicroBatch) -> None:
-        """`metrics` as Algorithm.loss returns them, `logprobs` [T] those it was given."""
-        trainer = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
-        mask, zero = batch.loss_mask, torch.zeros_like(trainer)
-        log_w = torch.where(mask, trainer - batch.rollout_logprobs, zero)
-        w = torch.where(mask, bounded_exp(log_w.double()), 0.0)
-        metrics = {
-            **metrics,
-            f"{_MEAN}{_GAP}_mean": log_w.abs().sum(),
-            f"{_MAX}{_GAP}_max": log_w.abs().max(),
-            f"{_MEAN}train/rollout_kl": k3(zero, log_w).sum(),
-            _W: w.sum(),
-            _W2: w.square().sum(),
-        }
-        for name, value in metrics.items():
-            value = value.detach().double()
-            if name.startswith(_MAX):
-                name = name.removeprefix(_MAX)
-                self._maxima[name] = torch.maximum(self._maxima.get(name, value), value)
-            else:
-                self._sums[name] = self._sums.get(name, 0) + value
+    def add(
+        self, loss: Tensor, metrics: dict[str, Metric], logprobs: Tensor, batch: MicroBatch
+    ) -> None:
+        """Adds one micro-batch: `loss` and `metrics` as Algorithm.loss returned them for `logprobs` [T]."""
+        self._add(_LOSS, WeightedMean(loss, batch.denominator))
+        for name, metric in metrics.items():
+            self._add(name, metric)
+        for name, metric in engine_gap_metrics(logprobs, batch).items():
+            self._add(name, metric)
 
-    def reduce(
-        self, group: ProcessGroup | None, denominator: float, num_tokens: int
-    ) -> dict[str, float]:
-        """Over the ranks of `group` (None: this one alone), which all have added at least one micro-batch.
+    def _add(self, name: str, metric: Metric) -> None:
+        if isinstance(metric, Maximum):
+            value = metric.value.detach().double()
+            largest = self._maxima.get(name, value)
+            self._maxima[name] = torch.maximum(largest, value)
+            return
+        self._totals[name] = self._totals.get(name, 0.0) + metric.total.detach().double()
+        if isinstance(metric, TokenMean):
+            self._counts[name] = self._counts.get(name, 0.0) + metric.count.double()
+        else:
+            self._denominators[name] = metric.denominator
 
-        Sums are divided by `denominator`, those of "mean:" names by `num_tokens`. Names lose their prefix.
+    def reduce(self, group: ProcessGroup | None) -> ReducedMetrics:
+        """Reduces over the ranks of `group` (None: this rank alone), in two collectives.
+
+        Every rank must have added at least one micro-batch. A mean over no token is 0.
         """
-        sums, maxima = (
-            torch.stack(list(self._sums.values())),
-            torch.stack(list(self._maxima.values())),
-        )
+        sums = torch.stack([*self._totals.values(), *self._counts.values()])
+        largest = torch.stack(list(self._maxima.values()))
         if group is not None:
             dist.all_reduce(sums, group=group)
-            dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
-        values = dict(zip(self._sums, sums.tolist(), strict=True))
-        num_tokens = max(num_tokens, 1)
-        means = {"train/ess_ratio": values.pop(_W) ** 2 / max(num_tokens * values.pop(_W2), 1e-300)}
-        for name, value in values.items():
-            means[name.removeprefix(_MEAN)] = value / (num_tokens if _MEAN in name else denominator)
-        return means | dict(zip(self._maxima, maxima.tolist(), strict=True))
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        num_totals = len(self._totals)
+        totals = dict(zip(self._totals, sums[:num_totals].tolist(), strict=True))
+        counts = dict(zip(self._counts, sums[num_totals:].tolist(), strict=True))
+        maxima = dict(zip(self._maxima, largest.tolist(), strict=True))
+        means = {}
+        for name, total in totals.items():
+            if name in counts:
+                means[name] = total / max(counts[name], 1.0)
+            else:
+                means[name] = total / self._denominators[name]
+        loss = means.pop(_LOSS)
+        importance = means.pop(_IMPORTANCE)
+        importance_squared = means.pop(_IMPORTANCE_SQUARED)
+        means[_ESS] = importance**2 / max(importance_squared, 1e-300)
+        return ReducedMetrics(loss, means, maxima)
+
+
+def engine_gap_metrics(logprobs: Tensor, batch: MicroBatch) -> dict[str, Metric]:
+    """Metrics of how far trainer and engine are apart on the tokens in the loss.
+
+    The trainer's logprobs are the old ones if there are any (the policy that sampled), else `logprobs` [T].
+    train/logprob_gap_mean and train/logprob_gap_max are of the absolute difference. train/rollout_kl is k3 of
+    KL(engine || trainer). Two further means give train/ess_ratio, the effective sample size
+    (sum w)^2 / (n sum w^2) of the importance weights w = trainer / engine over n tokens: it is 1 where the
+    two agree.
+    """
+    trainer = logprobs.detach()
+    if batch.old_logprobs is not None:
+        trainer = batch.old_logprobs
+    mask = batch.loss_mask
+    num_tokens = mask.sum()
+    zero = torch.zeros_like(trainer)
+    log_weight = torch.where(mask, trainer - batch.rollout_logprobs, zero)
+    gap = log_weight.abs()
+    weight = torch.where(mask, bounded_exp(log_weight.double()), 0.0)
+    return {
+        "train/logprob_gap_mean": TokenMean(gap.sum(), num_tokens),
+        "train/logprob_gap_max": Maximum(gap.max()),
+        "train/rollout_kl": TokenMean(k3(zero, log_weight).sum(), num_tokens),
+        _IMPORTANCE: TokenMean(weight.sum(), num_tokens),
+        _IMPORTANCE_SQUARED: TokenMean(weight.square().sum(), num_tokens),
+    }

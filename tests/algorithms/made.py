@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nanoslime import algorithms
 from nanoslime.algorithms.policy_gradient import PolicyGradient
-from nanoslime.batch import MicroBatch, TrainBatch
+from nanoslime.batch import Maximum, Metric, MicroBatch, TrainBatch
 from nanoslime.config.algorithm import GRPOConfig, SharedConfig
 from nanoslime.types import Sample, SampleGroup, Status
 
@@ -93,15 +93,20 @@ def pack(
 def loss(
     current, batch: MicroBatch, made: PolicyGradient | None = None, *, entropy=None, **knobs
 ) -> tuple[float, list[float], dict[str, float]]:
-    """The loss, its gradient to `current` [T], and the metrics."""
+    """The loss, its gradient to `current` [T], and the metrics: their totals, and maxima."""
+    made = made or algorithm(**knobs)
     logprobs = torch.tensor(current, requires_grad=True)
-    total, metrics = (made or algorithm(**knobs)).loss(logprobs, as_tensor(entropy), batch)
+    total, metrics = made.loss(logprobs, as_tensor(entropy), batch)
     total.backward()
-    return (
-        total.item(),
-        logprobs.grad.tolist(),
-        {name: float(value) for name, value in metrics.items()},
-    )
+    numbers = {name: float(number(metric)) for name, metric in metrics.items()}
+    return total.item(), logprobs.grad.tolist(), numbers
+
+
+def number(metric: Metric) -> Tensor:
+    """The total of a mean, before it is divided, or the value of a maximum."""
+    if isinstance(metric, Maximum):
+        return metric.value
+    return metric.total
 
 
 def as_tensor(values) -> Tensor | None:

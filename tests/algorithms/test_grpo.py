@@ -35,14 +35,14 @@ def test_clip_on_both_sides_with_both_signs(config, advantage, ratio, expected, 
     )
     assert total == pytest.approx(expected, rel=1e-5)
     assert grad == pytest.approx([gradient], rel=1e-5)
-    assert metrics["mean:train/clip_ratio"] == clipped
+    assert metrics["train/clip_ratio"] == clipped
 
 
 def test_clip_higher_moves_the_upper_edge_only():
     ratio, ones = torch.tensor([1.25, 0.7]), torch.tensor([1.0, -1.0])
-    terms, shares = clipped_policy_loss(ratio, ones, 0.2, 0.28)
+    terms, flags = clipped_policy_loss(ratio, ones, 0.2, 0.28)
     assert terms.tolist() == pytest.approx([-1.25, 0.8])  # 1.25 is below 1.28; 0.7 is held at 0.8
-    assert shares["clip_ratio"].tolist() == [False, True]
+    assert flags["clip_ratio"].tolist() == [False, True]
     total, _, _ = loss([math.log(1.25)], pack([0.0], [1.0]), eps_clip_high=0.28)
     assert total == pytest.approx(-1.25)
     total, _, _ = loss([math.log(1.5)], pack([0.0], [1.0]), eps_clip_high=0.28)
@@ -64,7 +64,7 @@ def test_dual_clip_bounds_the_loss_of_bad_tokens(advantage, log_ratio, expected,
     assert total == pytest.approx(expected, rel=1e-5) and grad == pytest.approx(
         [gradient], rel=1e-5
     )
-    assert metrics["mean:train/dual_clip_ratio"] == dual
+    assert metrics["train/dual_clip_ratio"] == dual
 
 
 def test_an_overflowing_ratio_gives_a_finite_gradient():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nanoslime.algorithms.policy_gradient import PolicyGradient
+from nanoslime.batch import TokenMean
 from nanoslime.config.algorithm import CISPOConfig
 from tests.algorithms.made import algorithm, loss, pack, shard
 
@@ -24,8 +25,8 @@ def test_weights_and_mask_choose_the_terms():
 def test_moves_are_measured_by_absolute_value_over_the_tokens_of_the_loss():
     batch = pack([-1.0] * 3, [0.0] * 3, mask=[False, True, True], weights=[0.1] * 3)
     _, _, metrics = loss([5.0, -0.7, -1.4], batch)
-    assert metrics["mean:train/ppo_kl_abs"] == pytest.approx(0.3 + 0.4)
-    assert metrics["max:train/ppo_kl_abs_max"] == pytest.approx(
+    assert metrics["train/ppo_kl_abs"] == pytest.approx(0.3 + 0.4)
+    assert metrics["train/ppo_kl_abs_max"] == pytest.approx(
         0.4
     )  # of -0.4: a maximum of values is 0.3
 
@@ -40,7 +41,7 @@ def test_old_logprobs_are_recomputed_the_rollouts_or_current():
         -math.exp(0.1)
     )
     total, grad, metrics = loss([-1.0], batch, old_logprobs="current")
-    assert (total, grad) == (-1.0, [-1.0]) and metrics["mean:train/ppo_kl_abs"] == 0
+    assert (total, grad) == (-1.0, [-1.0]) and metrics["train/ppo_kl_abs"] == 0
     needs = [
         algorithm(old_logprobs=old).needs_old_logprobs
         for old in ("recomputed", "rollout", "current")
@@ -82,9 +83,7 @@ def test_kl_loss_is_added_with_its_coefficient(kind, value, gradient):
         [0.1 * gradient], rel=1e-5
     )
     assert metrics["train/kl_loss"] == pytest.approx(value, rel=1e-5)
-    assert metrics["mean:train/ref_kl"] == pytest.approx(
-        math.exp(-0.5) - 0.5, rel=1e-5
-    )  # always k3
+    assert metrics["train/ref_kl"] == pytest.approx(math.exp(-0.5) - 0.5, rel=1e-5)  # always k3
 
 
 def test_unbiased_kl_is_weighted_by_the_ratio_and_its_gradient():
@@ -142,7 +141,7 @@ def test_entropy_is_a_bonus(config):
     total.backward()
     assert total.item() == pytest.approx(-0.1 * (1 + 2))
     assert entropy.grad.tolist() == pytest.approx([0.0, -0.05, -0.05])
-    assert metrics["mean:train/entropy"] == 6
+    assert metrics["train/entropy"] == TokenMean(torch.tensor(6.0), torch.tensor(2))
 
 
 def test_the_protocol_of_the_backends_is_met():

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from nanoslime import algorithms
-from nanoslime.batch import MicroBatch
+from nanoslime.batch import Maximum, Metric, MicroBatch, TokenMean, WeightedMean
 from nanoslime.config.algorithm import AnyAlgorithm, CorrectionConfig
-from tests.algorithms.made import advantages, algorithm, group, pack, shard
+from tests.algorithms.made import advantages, algorithm, group, number, pack, shard
 
 CONFIGS = {c.name: c for c in get_args(AnyAlgorithm)}
 EXTRAS = {
@@ -108,7 +108,23 @@ def assert_same(got, expected, **tolerance):
         torch.testing.assert_close(one, other, **tolerance)
     assert got[3].keys() == expected[3].keys()
     for name in got[3]:
-        torch.testing.assert_close(got[3][name], expected[3][name], **tolerance)
+        one, other = got[3][name], expected[3][name]
+        assert type(one) is type(other)
+        torch.testing.assert_close(number(one), number(other), **tolerance)
+        if isinstance(one, TokenMean):
+            assert one.count == other.count
+
+
+def combined(one: Metric, other: Metric) -> Metric:
+    """The metric of two micro-batches together."""
+    match one:
+        case Maximum():
+            return Maximum(torch.maximum(one.value, other.value))
+        case TokenMean():
+            return TokenMean(one.total + other.total, one.count + other.count)
+        case WeightedMean():
+            assert one.denominator == other.denominator
+            return WeightedMean(one.total + other.total, one.denominator)
 
 
 def spans():
@@ -169,10 +185,7 @@ def test_cutting_into_microbatches_changes_nothing(made):
             for of_all, of_part in zip(gradients, one[1:3], strict=True):
                 of_all[tokens] = of_part
             for name, value in one[3].items():
-                known = metrics.get(name, torch.zeros_like(value))
-                metrics[name] = (
-                    torch.maximum(known, value) if name.startswith("max:") else known + value
-                )
+                metrics[name] = combined(metrics[name], value) if name in metrics else value
         assert_same((total, *gradients, metrics), whole)
 
 
@@ -284,5 +297,5 @@ def test_the_cases_above_meet_every_switch():
     for name in CONFIGS:
         sizes = [outcome(algorithm(CONFIGS[name](**EXTRAS["all"])), *batch(s))[3] for s in range(3)]
         for share in ("clip_ratio", "tis_clip_ratio", "rejected_ratio", "opsm_ratio"):
-            counts = [int(metrics[f"mean:train/{share}"]) for metrics in sizes]
+            counts = [int(metrics[f"train/{share}"].total) for metrics in sizes]
             assert any(0 < n < sum(LENGTHS) / 2 for n in counts), f"{name}: {share} {counts}"

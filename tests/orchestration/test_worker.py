@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from nanoslime import algorithms
+from nanoslime.batch import StepMetrics
 from nanoslime.config import ModelConfig, RolloutConfig, RunConfig, TrainingConfig
 from nanoslime.config.algorithm import ReinforcePPConfig
-from nanoslime.orchestration.worker import TrainWorker
+from nanoslime.orchestration.worker import TrainWorker, metrics_row
 from nanoslime.training.batching import plan
 from tests.algorithms.made import group
 from tests.models.hf import save_model
@@ -50,3 +51,30 @@ def test_advantages_are_whitened_over_the_rollout_not_its_steps(tmp_path):
             [-one] * 2
         )
         assert norm > 0
+
+
+def test_a_row_has_the_means_of_means_and_the_maxima_of_maxima():
+    steps = [
+        StepMetrics(
+            loss=loss,
+            grad_norm=1.0,
+            lr=0.5,
+            skipped=skipped,
+            means={"train/a": mean},
+            maxima={"train/b": maximum},
+            num_skipped=num_skipped,
+        )
+        for loss, skipped, mean, maximum, num_skipped in [
+            (1.0, False, 2.0, 5.0, 3),
+            (2.0, True, 4.0, -1.0, 4),
+        ]
+    ]
+    assert metrics_row(steps) == {
+        "train/loss": 1.5,
+        "train/grad_norm": 1.0,
+        "train/lr": 0.5,
+        "train/skipped": 0.5,
+        "train/a": 3.0,
+        "train/b": 5.0,
+        "train/num_skipped": 4.0,
+    }

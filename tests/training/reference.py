@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from nanoslime import algorithms
-from nanoslime.batch import StepMetrics
+from nanoslime.batch import Maximum, StepMetrics, TokenMean, WeightedMean
 from tests.training.parity import LENGTHS, TEMPERATURE, Layout, Outcome, train_batch
 
 TIE = 1e-5  # float32 makes scores of up to 1 differ by some 1e-7 between two ways of computing them
@@ -174,13 +174,15 @@ def reference(model_dir: Path, steps: list[dict[str, Any]], name: str = "grpo") 
             as_in_files((name, p.grad.clone()) for name, p in model.named_parameters())
         )
         optimizer.step()
+        means, maxima = _metrics(step, logprobs, algorithm)
         outcome.steps.append(
             StepMetrics(
                 loss=float(loss.detach()),
                 grad_norm=norm,
                 lr=lr,
                 skipped=False,
-                values=_metrics(step, logprobs, algorithm),
+                means=means,
+                maxima=maxima,
             )
         )
     biases = (item for item in model.named_buffers() if item[0].endswith("e_score_correction_bias"))
@@ -215,19 +217,28 @@ def _stay_clear_of_clip_edges(name: str, step: dict[str, Any], logprobs: list[Te
             mask &= ((log_ratio.exp()[:, None] - edges).abs() > 1e-3).all(1)
 
 
-def _metrics(step: dict[str, Any], logprobs: list[Tensor], algorithm: Any) -> dict[str, float]:
+def _metrics(
+    step: dict[str, Any], logprobs: list[Tensor], algorithm: Any
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Means and maxima over the whole batch at once."""
     batch = train_batch(step)
     batch.token_advantages = algorithm.token_advantages(batch, lambda value: value)
     whole = batch.microbatch(range(len(LENGTHS)))
-    _, sums = algorithm.loss(torch.cat(logprobs).detach(), None, whole)
-    over = {"max": 1.0, "mean": batch.num_tokens, "": batch.denominator}
-    parted = {name: name.rpartition(":") for name in sums}
-    values = {parted[name][2]: float(value) / over[parted[name][0]] for name, value in sums.items()}
+    _, metrics = algorithm.loss(torch.cat(logprobs).detach(), None, whole)
+    means: dict[str, float] = {}
+    maxima: dict[str, float] = {}
+    for name, metric in metrics.items():
+        match metric:
+            case WeightedMean():
+                means[name] = float(metric.total) / batch.denominator
+            case TokenMean():
+                means[name] = float(metric.total) / batch.num_tokens
+            case Maximum():
+                maxima[name] = float(metric.value)
     gap = (torch.cat(step["old_logprobs"]) - whole.rollout_logprobs)[whole.loss_mask].double()
     w = gap.exp()
-    return values | {
-        "train/logprob_gap_mean": float(gap.abs().mean()),
-        "train/logprob_gap_max": float(gap.abs().max()),
-        "train/rollout_kl": float((w - 1 - gap).mean()),
-        "train/ess_ratio": float(w.sum() ** 2 / (len(w) * w.square().sum())),
-    }
+    maxima["train/logprob_gap_max"] = float(gap.abs().max())
+    means["train/logprob_gap_mean"] = float(gap.abs().mean())
+    means["train/rollout_kl"] = float((w - 1 - gap).mean())
+    means["train/ess_ratio"] = float(w.sum() ** 2 / (len(w) * w.square().sum()))
+    return means, maxima

@@ -12,7 +12,9 @@ from tests.training.parity import Outcome, assert_parity, compare
 
 @pytest.fixture
 def ref() -> Outcome:
-    steps = [StepMetrics(1.0, 2.0, 0.1, False, {"train/a": 1.0, "train/b": 2.0}) for _ in range(2)]
+    steps = [
+        StepMetrics(1.0, 2.0, 0.1, False, {"train/a": 1.0}, {"train/b": 2.0}) for _ in range(2)
+    ]
     tensors = {"x": torch.ones(2), "y": torch.ones(3)}
     return Outcome([torch.ones(2), torch.ones(3)], steps, [tensors, tensors], tensors)
 
@@ -22,8 +24,9 @@ def poisoned(ref: Outcome, where: str) -> Outcome:
     outcome, bad = copy.deepcopy(ref), torch.tensor([1.0, math.nan, 1.0])
     first, last = outcome.steps
     values = {"loss": last.loss, "norm": last.grad_norm} | {where: math.nan}
-    metrics = last.values | ({"train/b": math.nan} if where == "metrics" else {})
-    outcome.steps = [first, StepMetrics(values["loss"], values["norm"], 0.1, False, metrics)]
+    maxima = {"train/b": math.nan} if where == "metrics" else last.maxima
+    metrics = StepMetrics(values["loss"], values["norm"], 0.1, False, last.means, maxima)
+    outcome.steps = [first, metrics]
     if where == "logprobs":
         outcome.logprobs[1] = bad
     if where == "params":

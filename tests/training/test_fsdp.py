@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from nanoslime.algorithms.grpo import GRPO
-from nanoslime.batch import TrainBatch
+from nanoslime.batch import Maximum, TokenMean, TrainBatch, WeightedMean
 from nanoslime.config.algorithm import GRPOConfig
 from nanoslime.config.model import ModelConfig
 from nanoslime.config.rollout import RolloutConfig
@@ -179,11 +179,15 @@ def plain_training(config, model_dir, plan_by_step):
             loss, metrics = algorithm.loss(plain_logprobs(model, ids), None, shard.microbatch([i]))
             (loss / shard.denominator).backward()
             total += loss.item() / shard.denominator
-            for name, value in metrics.items():
-                kind, _, name = name.rpartition(":")
-                over = {"": shard.denominator, "mean": shard.num_tokens}
-                if kind in over:  # no maxima
-                    values[name] = values.get(name, 0) + value.item() / over[kind]
+            for name, metric in metrics.items():
+                match metric:
+                    case WeightedMean():
+                        value = metric.total.item() / shard.denominator
+                    case TokenMean():
+                        value = metric.total.item() / shard.num_tokens
+                    case Maximum():
+                        continue
+                values[name] = values.get(name, 0) + value
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), knobs.clip_grad).item()
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = knobs.lr * (
             1 - step / 10

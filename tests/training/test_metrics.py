@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nanoslime.batch import MicroBatch
+from nanoslime.batch import Maximum, MicroBatch, TokenMean, WeightedMean
 from nanoslime.training.metrics import MetricSums
 
 
@@ -27,63 +27,83 @@ def micro(rollout, mask):
     )
 
 
+def metrics(weighted, total, count, maximum):
+    return {
+        "a": WeightedMean(torch.tensor(weighted), 4.0),
+        "c": TokenMean(torch.tensor(total), torch.tensor(count)),
+        "b": Maximum(torch.tensor(maximum)),
+    }
+
+
+# the loss, the algorithm's metrics, logprobs, and the micro-batch
 FIRST = (
-    {"a": torch.tensor(2.0), "mean:c": torch.tensor(1.0), "max:b": torch.tensor(-3.0)},
+    8.0,
+    metrics(weighted=2.0, total=1.0, count=2, maximum=-3.0),
     [-1.0, -2.0],
     micro([-1.5, 9.0], [True, False]),
 )
 SECOND = (
-    {"a": torch.tensor(6.0), "mean:c": torch.tensor(4.0), "max:b": torch.tensor(-5.0)},
+    -2.0,
+    metrics(weighted=6.0, total=4.0, count=3, maximum=-5.0),
     [-1.0, -2.0],
     micro([-1.0, -4.0], [True, True]),
 )
 # log w = trainer - engine of the three tokens: 0.5, 0, 2
 E_HALF, E_TWO = math.exp(0.5), math.exp(2)
-EXPECTED = {
+MEANS = {
     "a": 2.0,  # (2 + 6) / 4
-    "c": 1.0,  # (1 + 4) / 5
-    "b": -3.0,
-    "train/logprob_gap_mean": 2.5 / 5,
-    "train/logprob_gap_max": 2.0,
-    "train/rollout_kl": (E_HALF - 1.5 + 0 + E_TWO - 3) / 5,  # exp(log w) - 1 - log w
-    "train/ess_ratio": (E_HALF + 1 + E_TWO) ** 2 / (5 * (E_HALF**2 + 1 + E_TWO**2)),
+    "c": 1.0,  # (1 + 4) / (2 + 3)
+    "train/logprob_gap_mean": 2.5 / 3,
+    "train/rollout_kl": (E_HALF - 1.5 + 0 + E_TWO - 3) / 3,  # exp(log w) - 1 - log w
+    "train/ess_ratio": (E_HALF + 1 + E_TWO) ** 2 / (3 * (E_HALF**2 + 1 + E_TWO**2)),
 }
+MAXIMA = {"b": -3.0, "train/logprob_gap_max": 2.0}
 
 
 def add(sums, part):
-    metrics, logprobs, batch = part
-    sums.add(metrics, torch.tensor(logprobs), batch)
+    loss, metrics, logprobs, batch = part
+    sums.add(torch.tensor(loss), metrics, torch.tensor(logprobs), batch)
+
+
+def assert_expected(reduced):
+    assert reduced.loss == 1.5  # (8 - 2) / 4
+    assert reduced.means == pytest.approx(MEANS)
+    assert reduced.maxima == pytest.approx(MAXIMA)
 
 
 def test_sums_are_divided_once_and_maxima_kept():
     sums = MetricSums()
     add(sums, FIRST)
     add(sums, SECOND)
-    assert sums.reduce(None, denominator=4.0, num_tokens=5) == pytest.approx(EXPECTED)
+    assert_expected(sums.reduce(None))
 
 
 def reduced_over_ranks(env):
     sums = MetricSums()
     add(sums, (FIRST, SECOND)[env.rank])
-    return sums.reduce(dist.group.WORLD, denominator=4.0, num_tokens=5)
+    return sums.reduce(dist.group.WORLD)
 
 
 def test_ranks_add_up_to_the_same(two_ranks):
-    for got in two_ranks(reduced_over_ranks):
-        assert got == pytest.approx(EXPECTED)
+    for reduced in two_ranks(reduced_over_ranks):
+        assert_expected(reduced)
 
 
 def test_masked_logprobs_stay_out_of_the_gap():
     sums = MetricSums()
-    sums.add({"max:b": torch.tensor(0.0)}, torch.tensor([-1.0, float("nan")]), FIRST[2])
-    assert sums.reduce(None, 1.0, 1)["train/logprob_gap_max"] == pytest.approx(0.5)
+    batch = micro([-1.5, 9.0], [True, False])
+    sums.add(torch.tensor(0.0), {}, torch.tensor([-1.0, float("nan")]), batch)
+    assert sums.reduce(None).maxima["train/logprob_gap_max"] == pytest.approx(0.5)
 
 
 def values_of(trainer, rollout, old=None):
-    sums, batch = MetricSums(), micro(rollout, [True] * len(rollout))
+    """All metrics of one micro-batch without metrics of an algorithm."""
+    batch = micro(rollout, [True] * len(rollout))
     batch.old_logprobs = None if old is None else torch.tensor(old)
-    sums.add({}, torch.tensor(trainer), batch)
-    return sums.reduce(None, 1.0, len(rollout))
+    sums = MetricSums()
+    sums.add(torch.tensor(0.0), {}, torch.tensor(trainer), batch)
+    reduced = sums.reduce(None)
+    return reduced.means | reduced.maxima
 
 
 def test_the_gap_is_by_absolute_value():
@@ -109,5 +129,8 @@ def test_the_effective_sample_size_is_whole_where_both_agree_and_falls_to_one_to
 
 def test_a_step_with_nothing_in_the_loss_has_finite_metrics():
     sums = MetricSums()
-    sums.add({}, torch.zeros(2), micro([0.0, 0.0], [False, False]))
-    assert all(math.isfinite(value) for value in sums.reduce(None, 1.0, 0).values())
+    sums.add(torch.tensor(0.0), {}, torch.zeros(2), micro([0.0, 0.0], [False, False]))
+    reduced = sums.reduce(None)
+    values = [reduced.loss, *reduced.means.values(), *reduced.maxima.values()]
+    assert len(values) == 5
+    assert all(math.isfinite(value) for value in values)

@@ -18,6 +18,7 @@ from nanoslime.training.backend import Algorithm, RankEnv, TrainBackend
 from nanoslime.training.megatron import checkpoint, cpu_compat, model, optimizer, parallel, weights
 from nanoslime.training.megatron.routing_replay import install_replay
 from nanoslime.training.megatron.step import Pipeline
+from nanoslime.training.metrics import ReducedMetrics
 
 
 class MegatronBackend(TrainBackend):
@@ -76,7 +77,7 @@ class MegatronBackend(TrainBackend):
             shard.routed_experts = free  # the pass fills in what this rank's routers choose
         return self._pipeline.logprobs(shard)
 
-    def _backward(self, shard: TrainBatch, algorithm: Algorithm) -> dict[str, float]:
+    def _backward(self, shard: TrainBatch, algorithm: Algorithm) -> ReducedMetrics:
         if self._replay != "none" and shard.routed_experts is None:
             source = (
                 "the samples hold none"

@@ -28,7 +28,7 @@ from nanoslime.training.megatron.context_parallel import Spread
 from nanoslime.training.megatron.model import unwrap
 from nanoslime.training.megatron.parallel import Ranks
 from nanoslime.training.megatron.routing_replay import replayed, routers, training_step
-from nanoslime.training.metrics import MetricSums
+from nanoslime.training.metrics import MetricSums, ReducedMetrics
 
 
 class Pipeline:
@@ -54,8 +54,8 @@ class Pipeline:
 
         return self._run(shard, finish, forward_only=True, collect_non_loss_data=True)
 
-    def gradients(self, shard: TrainBatch, algorithm: Algorithm) -> dict[str, float] | None:
-        """Fills the gradient buffers, summed over ranks; metrics with train/loss on the last stage."""
+    def gradients(self, shard: TrainBatch, algorithm: Algorithm) -> ReducedMetrics | None:
+        """Fills the gradient buffers, summed over ranks; metrics on the last stage."""
         sums = MetricSums()
 
         def finish(
@@ -66,7 +66,7 @@ class Pipeline:
                 batch, spread, hidden, with_entropy=with_entropy
             )
             loss, metrics = algorithm.loss(logprobs, entropy, batch)
-            sums.add({"train/loss": loss, **metrics}, logprobs, batch)
+            sums.add(loss, metrics, logprobs, batch)
             num_tokens = torch.zeros([], dtype=torch.int, device=hidden.device)
             return loss / batch.denominator, num_tokens, None
 
@@ -80,7 +80,9 @@ class Pipeline:
             self._run(shard, finish, forward_only=False)
         if not self._ranks.is_last_stage:
             return None
-        return sums.reduce(self._ranks.dp_group, shard.denominator, shard.num_tokens) | routing
+        reduced = sums.reduce(self._ranks.dp_group)
+        reduced.means.update(routing)
+        return reduced
 
     def _run(self, shard: TrainBatch, finish: Callable[..., Any], **options: Any) -> list[Any]:
         """What `finish(microbatch, its spread, hidden)` returned for each of them, on the last stage."""
