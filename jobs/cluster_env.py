@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from jobs.children import ask
+from nanoslime.processes.command import ask
 from nanoslime.types import RunError
 
 _COMMAND_DEADLINE_S = 30.0
@@ -90,21 +90,6 @@ def tag(attempt: Path) -> int:
     return zlib.crc32(str(attempt).encode())
 
 
-def free_ports(first: int, count: int, address: str, tries: int = 100) -> list[int]:
-    """`count` consecutive ports from `first` on, the next candidates where one of them is taken."""
-    for start in range(first, first + tries * count, count):
-        if all(_is_free(address, port) for port in range(start, start + count)):
-            return list(range(start, start + count))
-    raise RunError(f"no {count} free ports on {address} from {first} to {first + tries * count}")
-
-
-def answers(address: str, port: int) -> bool:
-    """Whether something accepts connections there."""
-    with socket.socket() as probe:
-        probe.settimeout(1.0)
-        return probe.connect_ex((address, port)) == 0
-
-
 def expand_nodelist(text: str) -> list[str]:
     """Names in a SLURM node list such as n[1,3-4],m7 or r[1-2]n[01-02], for where scontrol is missing."""
     names: list[str] = []
@@ -161,16 +146,6 @@ def interface_address(name: str) -> str:
             return str(entry.address)
     none = f"cluster.network_interface={name} has no address on {socket.gethostname()}"
     raise RunError(f"{none}; there: {', '.join(there)}")
-
-
-def _is_free(address: str, port: int) -> bool:
-    """Whether nothing listens on the port, neither at `address` nor on all addresses."""
-    try:
-        for place in (address, ""):
-            socket.create_server((place, port)).close()
-    except OSError:
-        return False
-    return True
 
 
 def _output(*command: str) -> str:

@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from jobs import children
 from jobs.cluster_env import ClusterEnv
 from jobs.node import ROOT, handled, remove_scratch, start_agent
 from nanoslime.config.cluster import ClusterConfig
 from nanoslime.config.run import RunConfig
 from nanoslime.layout import Layout
+from nanoslime.processes.child import ChildProcess
+from nanoslime.processes.tree import adopt_orphans, descendants, end_descendants
 from nanoslime.run_dir import FAILED, STOPPED, Attempt, RunDir
 from nanoslime.storage.shared_files import seen
 
@@ -125,8 +126,8 @@ def run_local(config: RunConfig, layout: Layout, run: RunDir, driver: str = "") 
 
     Ctrl-C asks the driver to commit and stop; a second one ends it at once. What failed goes to stderr.
     """
-    others = children.descendants(os.getpid())
-    children.adopt_orphans()
+    others = descendants(os.getpid())
+    adopt_orphans()
     nodes = [
         ClusterEnv.for_local(i, layout.num_nodes, f"l{os.getpid()}")
         for i in range(layout.num_nodes)
@@ -139,7 +140,7 @@ def run_local(config: RunConfig, layout: Layout, run: RunDir, driver: str = "") 
                 attempt, [start_agent(attempt, config, env, driver) for env in nodes], signals
             )
         finally:
-            children.end_descendants(others)
+            end_descendants(others)
             for env in nodes:
                 remove_scratch(env.scratch(attempt.path))
     code, reason = attempt.ended() or (FAILED, "the agents ended without saying why")
@@ -150,20 +151,18 @@ def run_local(config: RunConfig, layout: Layout, run: RunDir, driver: str = "") 
     return code
 
 
-def _supervise(
-    attempt: Attempt, agents: list[children.Child], signals: list[signal.Signals]
-) -> None:
+def _supervise(attempt: Attempt, agents: list[ChildProcess], signals: list[signal.Signals]) -> None:
     """Until all agents have ended: show the driver's lines, hand signals on, report a killed agent."""
     stream: BinaryIO | None = None
     alive, asked, gone, leave_by = True, False, set[int](), float("inf")
     while alive:
-        alive = any(agent.process.poll() is None for agent in agents)
+        alive = any(agent.poll() is None for agent in agents)
         stream = _copy_new_lines(attempt.log("driver", 0), stream)
         while signals:
             sig = signals.pop(0)
             if asked or sig == signal.SIGTERM:
                 for agent in agents:
-                    agent.process.terminate()
+                    agent.send_signal(signal.SIGTERM)
             else:
                 attempt.request_stop("Ctrl-C" if sig == signal.SIGINT else sig.name)
                 print(
@@ -173,10 +172,10 @@ def _supervise(
                 )
             asked = True
         for node, agent in enumerate(agents):
-            if agent.process.poll() and node not in gone:
+            if agent.poll() and node not in gone:
                 gone.add(node)
                 if attempt.ended() is None:
-                    attempt.end(FAILED, agent.obituary())
+                    attempt.end(FAILED, agent.exit_summary())
                 attempt.leave(node)
         if attempt.ended() is not None:
             leave_by = min(leave_by, time.monotonic() + _LEAVE_S)

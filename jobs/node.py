@@ -20,18 +20,22 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from jobs import children, ray_node
-from jobs.children import Child
-from jobs.cluster_env import ClusterEnv, answers, free_ports
+from jobs import ray_node
+from jobs.cluster_env import ClusterEnv
 from nanoslime.config.load import read
 from nanoslime.config.run import RunConfig
 from nanoslime.layout import Layout
+from nanoslime.processes.child import ChildProcess
+from nanoslime.processes.command import ask
+from nanoslime.processes.logs import last_line
+from nanoslime.processes.ports import answers, consecutive_free_ports
+from nanoslime.processes.tree import adopt_orphans, end_descendants
 from nanoslime.run_dir import DONE, FAILED, STOPPED, Attempt, RunDir
 from nanoslime.storage.shared_files import publish_json, read_json, seen
 from nanoslime.types import RunError
@@ -62,8 +66,8 @@ class Agent:
         self._attempt, self._config, self._layout, self._env = attempt, config, layout, env
         self._scratch = env.scratch(attempt.path)
         self._driver_command = shlex.split(driver) or [sys.executable, "-m", "nanoslime.train"]
-        self._children: list[Child] = []
-        self._driver: Child | None = None
+        self._children: list[ChildProcess] = []
+        self._driver: ChildProcess | None = None
         self._signals: list[signal.Signals] = []
         self._kill_at = float("inf")  # monotonic; set once the driver was told to stop
         self._beats, self._next_beat = 0, 0.0
@@ -75,7 +79,7 @@ class Agent:
 
     def run(self) -> int:
         """Live through the attempt. Returns its code on node 0 and on the node that ended it, else 0."""
-        children.adopt_orphans()
+        adopt_orphans()
         with handled(self._signals.append):
             try:
                 self._live()
@@ -117,7 +121,9 @@ class Agent:
             time.sleep(_TICK_S)
 
     def _start_head(self, token: Path) -> str:
-        ports = free_ports(self._env.first_port(self._attempt.path), 2, self._env.address)
+        ports = consecutive_free_ports(
+            self._env.first_port(self._attempt.path), 2, self._env.address
+        )
         ray_node.make_token(token)
         options = ["--head", f"--port={ports[0]}", f"--ray-client-server-port={ports[1]}"]
         log = self._start_ray([*options, "--include-dashboard=false"], token)
@@ -146,10 +152,10 @@ class Agent:
         log = self._attempt.log("ray", self._env.node_index)
         return self._start(f"Ray on {self._env.node_name}", command, log, token).log
 
-    def _start(self, name: str, command: list[str], log: Path, token: Path) -> Child:
+    def _start(self, name: str, command: list[str], log: Path, token: Path) -> ChildProcess:
         logger.info("starting: %s", shlex.join(command))
         env = ray_node.environment(os.environ, token)
-        self._children.append(children.start(name, command, log, env, signal.SIGKILL))
+        self._children.append(start_child(name, command, env, log, signal.SIGKILL))
         return self._children[-1]
 
     def _wait_until_started(self, log: Path) -> None:
@@ -159,7 +165,7 @@ class Agent:
     def _wait_for_ray(self, condition: Callable[[], bool], what: str, log: Path) -> None:
         deadline_s = self._config.cluster.ray_start_deadline_s
         late = f"waited {deadline_s:g} s for {what}; see {log}"
-        self._wait(condition, deadline_s, lambda: f"{late}: {children.last_line(log)}")
+        self._wait(condition, deadline_s, lambda: f"{late}: {last_line(log)}")
 
     def _joined(self, node: int) -> Path:
         return self._attempt.path / "nodes" / f"{node}.json"
@@ -199,7 +205,7 @@ class Agent:
             self._listen()
         self._pass_on_signals()
         for child in self._children:
-            if (code := child.process.poll()) is not None:
+            if (code := child.poll()) is not None:
                 self._mourn(child, code)
         if self._leads:
             self._limit_stop()
@@ -228,7 +234,7 @@ class Agent:
         if time.monotonic() > self._kill_at:
             raise _Over(STOPPED, f"{reason}; the driver did not commit in time and was ended")
 
-    def _mourn(self, child: Child, code: int) -> None:
+    def _mourn(self, child: ChildProcess, code: int) -> None:
         """A child has ended. If by SIGTERM, our own may be on its way, and says better why."""
         stop = self._attempt.must_stop()
         if child is self._driver and code == DONE:
@@ -239,10 +245,10 @@ class Agent:
             time.sleep(0.5)
             self._pass_on_signals()
             if reason := self._attempt.must_stop():
-                raise _Over(STOPPED, f"{reason}; {child.obituary()}")
+                raise _Over(STOPPED, f"{reason}; {child.exit_summary()}")
         if (end := self._attempt.ended()) is not None:
             raise _Over(*end, ours=False)
-        raise _Over(FAILED, child.obituary())
+        raise _Over(FAILED, child.exit_summary())
 
     def _listen(self) -> None:
         """Node 0 listens to all, the others to node 0; one that is silent for too long ends the attempt."""
@@ -265,7 +271,7 @@ class Agent:
         if end.ours:
             self._attempt.end(end.code, end.reason)
         try:
-            children.end_descendants()
+            end_descendants()
         finally:
             remove_scratch(self._scratch)
             self._attempt.leave(self._env.node_index)
@@ -324,14 +330,14 @@ class NodeJob:
 
     def _guard(self, attempt: Attempt, config: RunConfig, env: ClusterEnv) -> int:
         """Start the agent, hand signals on to it, wait for it, and clean up after it if it was killed."""
-        children.adopt_orphans()
+        adopt_orphans()
         agent = start_agent(attempt, config, env, self.driver)
-        with handled(agent.process.send_signal):
-            while (code := agent.process.poll()) is None:
+        with handled(agent.send_signal):
+            while (code := agent.poll()) is None:
                 time.sleep(_TICK_S)
             if code not in (DONE, STOPPED):
-                attempt.end(FAILED, agent.obituary())
-            children.end_descendants()
+                attempt.end(FAILED, agent.exit_summary())
+            end_descendants()
             remove_scratch(env.scratch(attempt.path))
             attempt.leave(env.node_index)
         if code != DONE:
@@ -339,7 +345,7 @@ class NodeJob:
         return code if code in (DONE, STOPPED) else FAILED
 
 
-def start_agent(attempt: Attempt, config: RunConfig, env: ClusterEnv, driver: str) -> Child:
+def start_agent(attempt: Attempt, config: RunConfig, env: ClusterEnv, driver: str) -> ChildProcess:
     """A node's agent as a child, with the job's environment and this code; it ends when we do."""
     command = [
         sys.executable,
@@ -352,7 +358,22 @@ def start_agent(attempt: Attempt, config: RunConfig, env: ClusterEnv, driver: st
     command += ["--local-node", str(env.node_index)] if env.local else []
     command += ["--driver", driver] if driver else []
     log, environ = attempt.log("agent", env.node_index), environment(**config.cluster.env)
-    return children.start(f"the agent of {env.node_name}", command, log, environ, signal.SIGTERM)
+    return start_child(f"the agent of {env.node_name}", command, environ, log, signal.SIGTERM)
+
+
+def start_child(
+    name: str,
+    command: list[str],
+    env: Mapping[str, str],
+    log: Path,
+    death_signal: signal.Signals,
+) -> ChildProcess:
+    """A child that ignores SIGUSR1 and SIGUSR2, as do all processes below it.
+
+    proctrack/linuxproc delivers the signal of a job to every process, and only guard and agent handle it.
+    """
+    ignored = (signal.SIGUSR1, signal.SIGUSR2)
+    return ChildProcess(name, command, env, log, death_signal, ignored)
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -391,7 +412,7 @@ def check_cores(env: ClusterEnv) -> None:
 def check_gpus(env: ClusterEnv, needed: int) -> None:
     """RunError where torch, in a process of its own, does not see exactly the GPUs of the plan."""
     code = "import torch; print(torch.version.cuda, torch.cuda.is_available(), torch.cuda.device_count())"
-    done = children.ask([sys.executable, "-c", code], _CUDA_DEADLINE_S, f"torch on {env.node_name}")
+    done = ask([sys.executable, "-c", code], _CUDA_DEADLINE_S, who=f"torch on {env.node_name}")
     built, available, count = (done.stdout.split() or ["", "", "0"])[-3:]
     if available != "True":
         why = (

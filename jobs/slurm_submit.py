@@ -7,11 +7,11 @@ from typing import Any
 import submitit
 from submitit.core.utils import DelayedSubmission, FailedJobError
 
-from jobs.children import ask
 from jobs.executor import python_of, sbatch_options, sbatch_text, setup_lines, step_options
 from jobs.node import NodeJob
 from nanoslime.config.run import RunConfig
 from nanoslime.layout import Layout
+from nanoslime.processes.command import ask
 from nanoslime.run_dir import RunDir
 from nanoslime.storage.shared_files import publish, publish_json
 from nanoslime.types import RunError

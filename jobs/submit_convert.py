@@ -17,12 +17,12 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from jobs import where
-from jobs.children import ask
 from jobs.executor import batch_script, common_options, python_of, submitted
 from jobs.node import ROOT, environment
 from jobs.submit_grpo import CLUSTERS, yaml_file
 from nanoslime.config import RunConfig
 from nanoslime.config.load import load
+from nanoslime.processes.command import ask
 from nanoslime.types import RunError
 
 CONVERSIONS = {
@@ -143,7 +143,7 @@ def submit(sbatch: Path, script: str, log_folder: Path) -> str:
         raise RunError(
             f"{log_folder} cannot be written, and the job's log goes there: {e.strerror}"
         ) from e
-    done = ask([str(sbatch), "--parsable"], _DEADLINE_S, input=script)
+    done = ask([str(sbatch), "--parsable"], _DEADLINE_S, stdin=script)
     if done.returncode:
         raise RunError(f"sbatch refused the job: {' '.join(done.stderr.split())}")
     return done.stdout.strip().split(";")[0]

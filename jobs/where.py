@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.children import ask
+from nanoslime.processes.command import ask
 from nanoslime.types import RunError
 
 _COMMANDS = ("sbatch", "srun", "squeue", "sinfo", "scontrol")
@@ -72,7 +72,7 @@ def _ask(sbatch: str, environ: Mapping[str, str]) -> str:
 
 def test_only(sbatch: Path, script: str) -> str:
     """What `sbatch --test-only` says about a batch script: when it would start, or why it is refused."""
-    done = ask([str(sbatch), "--test-only"], 60, input=script)
+    done = ask([str(sbatch), "--test-only"], 60, stdin=script)
     said = " ".join((done.stderr + done.stdout).split())
     if done.returncode:
         raise RunError(f"sbatch --test-only refuses the job: {said}")

@@ -1,32 +1,10 @@
 """A process group whose members are not those of the default group: trainer rank 0 and the engines' ranks."""
 
-import random
-import socket
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
-
-from nanoslime.types import RunError
-
-_PORTS = range(
-    10_000, 20_000
-)  # below the ephemeral range (32768 and up): outgoing connections take those
-
-
-def free_port(address: str) -> int:
-    """A TCP port that nobody on this host listens on, for a server at `address` that binds it soon."""
-    for port in random.SystemRandom().sample(_PORTS, 50):
-        with socket.socket() as everywhere, socket.socket() as here:
-            try:
-                here.bind((address, port))
-                here.close()
-                everywhere.bind(("", port))
-            except OSError:
-                continue
-            return port
-    raise RunError(f"no free port on {address}: 50 of {_PORTS.start} to {_PORTS.stop} were tried")
 
 
 def listen(address: str, timeout_s: float) -> dist.TCPStore:

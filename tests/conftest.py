@@ -1,16 +1,15 @@
-"""What every test shares: environment, `--require-slurm`, a real SLURM, free ports, no leftovers."""
+"""What every test shares: environment, `--require-slurm`, a real SLURM, no leftovers."""
 
 import math
 import os
 import shutil
-import socket
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing import resource_tracker
 
 import pytest
 
-from tests import processes
+from tests import process_table
 from tests.slurm.cluster import SlurmCluster
 
 # Before any test module imports torch or transformers.
@@ -30,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    processes.adopt_orphans()
+    process_table.adopt_orphans()
     os.environ["PATH"] += ":/usr/sbin:/sbin"  # where Debian puts slurmctld
 
 
@@ -112,18 +111,6 @@ def slurm_cluster(
 
 
 @pytest.fixture
-def free_port() -> Callable[[], int]:
-    """A TCP port that nothing listened on a moment ago; call it once for each port."""
-
-    def pick() -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return probe.getsockname()[1]
-
-    return pick
-
-
-@pytest.fixture
 def no_leftovers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fail when a process that started during the test is still alive 5 s after it, and end that process.
 
@@ -134,18 +121,19 @@ def no_leftovers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     marker = uuid.uuid4().hex
     resource_tracker.ensure_running()  # Python's own; otherwise the first shared object would start it
     before = {
-        process.pid for process in processes.descendants(os.getpid(), processes.all_processes())
+        process.pid
+        for process in process_table.descendants(os.getpid(), process_table.all_processes())
     }
     monkeypatch.setenv("NANOSLIME_TEST_MARKER", marker)
     yield
 
-    def leftovers() -> set[processes.Process]:
-        now = processes.all_processes()
+    def leftovers() -> set[process_table.Process]:
+        now = process_table.all_processes()
         marked = {p for p in now.values() if p.has_env("NANOSLIME_TEST_MARKER", marker)}
-        return marked | processes.descendants(os.getpid(), now, stop_at=before)
+        return marked | process_table.descendants(os.getpid(), now, stop_at=before)
 
-    if not processes.wait_for(lambda: not leftovers(), timeout_s=5.0, interval_s=0.2):
+    if not process_table.wait_for(lambda: not leftovers(), timeout_s=5.0, interval_s=0.2):
         left = leftovers()
         report = [f"{p.pid}: {p.command}" for p in left]
-        processes.end(left)
+        process_table.end(left)
         pytest.fail("processes left behind by this test:\n" + "\n".join(report), pytrace=False)

@@ -1,9 +1,7 @@
 """Tiny checkpoints, one real SGLang server for the folder, and the reference that engines are compared
 with."""
 
-import os
 import pickle
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,7 +20,7 @@ from transformers import (
 from nanoslime.config.rollout import RolloutConfig
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.rollout.engines.sglang_server import SGLangServer
-from tests import processes
+from tests import process_table
 
 VOCAB_SIZE = 320
 
@@ -74,12 +72,6 @@ def reference_logprobs(
     return rows.gather(1, torch.tensor(response)[:, None])[:, 0]
 
 
-def pick_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def make_server(
     model: Path, log: Path, port: int, name: str = "engine-0", **sglang: object
 ) -> SGLangServer:
@@ -112,8 +104,9 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 OWNER = """
 import pickle, sys
 from pathlib import Path
-from tests.serving import make_server, pick_port
-server = make_server(Path(sys.argv[1]), Path(sys.argv[2]), pick_port())
+from nanoslime.processes.ports import free_port
+from tests.serving import make_server
+server = make_server(Path(sys.argv[1]), Path(sys.argv[2]), free_port('127.0.0.1'))
 print(pickle.dumps((server.start(deadline_s=280), server.process.pid)).hex(), flush=True)
 sys.stdin.read()
 server.close()
@@ -158,19 +151,7 @@ class ServerOwner:
         if self._process is not None and self._process.poll() is None:
             self._process.stdin.close()
             assert self._process.wait(30) == 0
-            assert not process_group(self.server_pid)
-
-
-def process_group(group: int) -> list[str]:
-    """Commands of the live processes in a process group."""
-    found = []
-    for process in processes.all_processes().values():
-        try:
-            if os.getpgid(process.pid) == group:
-                found.append(process.command)
-        except ProcessLookupError:
-            continue
-    return found
+            assert not process_table.process_group(self.server_pid)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import processes
+from tests import process_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,7 +38,7 @@ def test_a_daemon_left_behind_fails_the_test_and_is_ended(run_inner, tmp_path):
         """)
     assert result.returncode == 1, result.stdout
     assert "left behind" in result.stdout and "sleep 61" in result.stdout
-    assert int(pid_file.read_text()) not in processes.all_processes()
+    assert int(pid_file.read_text()) not in process_table.all_processes()
 
 
 def test_an_ended_process_is_no_leftover(run_inner):

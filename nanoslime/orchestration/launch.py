@@ -16,7 +16,7 @@ from nanoslime.models.shape import ModelShape
 from nanoslime.models.tiny import tiny_qwen3_config
 from nanoslime.orchestration.rollout_manager import from_rank_0
 from nanoslime.orchestration.session import Phase, Session, open_local, open_ray
-from nanoslime.process_groups import free_port
+from nanoslime.processes.ports import free_port
 from nanoslime.run_dir import Attempt, RunDir, recorded_rollouts
 from nanoslime.storage.safetensors_file import read_headers
 from nanoslime.training.backend import RankEnv, init_process_group

@@ -23,7 +23,7 @@ from nanoslime.config import RunConfig
 from nanoslime.layout import Layout
 from nanoslime.orchestration.groups import TrainGroup
 from nanoslime.orchestration.worker import TrainWorker
-from nanoslime.process_groups import free_port
+from nanoslime.processes.ports import free_port
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.rollout.engines.sglang_server import SGLangServer
 from nanoslime.run_dir import Attempt

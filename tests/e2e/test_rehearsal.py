@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from nanoslime.models.tiny import BOS, EOS, PAD, VOCAB_SIZE, digit_problems
 from nanoslime.rehearsal import build_tokenizer
 from nanoslime.run_dir import RunDir
-from tests import processes
+from tests import process_table
 from tests.models.hf import save_model
 
 REPOSITORY = Path(__file__).parents[2]
@@ -55,7 +55,7 @@ class Rehearsal:
         return RunDir.open(self.root / "rehearsal")
 
     def wait_for_line(self, text: str, deadline_s: float = 240) -> None:
-        found = processes.wait_for(
+        found = process_table.wait_for(
             lambda: any(text in line for line in self.lines) or self.process.poll() is not None,
             deadline_s,
         )
@@ -70,7 +70,7 @@ class Rehearsal:
 
     def pid_of(self, *words: str) -> int:
         """The process of this rehearsal whose command line has all these words."""
-        family = processes.descendants(self.process.pid, processes.all_processes())
+        family = process_table.descendants(self.process.pid, process_table.all_processes())
         [pid] = [p.pid for p in family if all(word in p.command for word in words)]
         return pid
 

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,13 +11,12 @@ from pathlib import Path
 import pytest
 
 from jobs import ray_node
-from jobs.children import descendants
-from jobs.cluster_env import ClusterEnv, answers, expand_nodelist, free_ports, interface_address
+from jobs.cluster_env import ClusterEnv, expand_nodelist, interface_address
 from jobs.executor import run_local
 from jobs.node import check_cores, check_gpus
 from nanoslime.run_dir import DONE, FAILED, STOPPED, RunDir
 from nanoslime.types import RunError
-from tests import processes
+from tests import process_table
 from tests.jobs.made_run import HOSTILE, MadeRun, driver, make_run, scratches
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +61,7 @@ class Rehearsal:
 
     def wait_for_driver(self) -> None:
         began = self.made.run.attempts / "1" / "driver_began"
-        assert processes.wait_for(
+        assert process_table.wait_for(
             lambda: began.exists() or self.process.poll() is not None, _DEADLINE_S, 0.2
         )
         assert began.exists(), self.process.communicate()
@@ -112,7 +110,7 @@ def test_a_killed_raylet_ends_the_attempt_with_its_log(tmp_path: Path) -> None:
     made = make_run(tmp_path, 1)
     rehearsal = Rehearsal(made, "deaf")
     rehearsal.wait_for_driver()
-    below = processes.descendants(rehearsal.process.pid, processes.all_processes())
+    below = process_table.descendants(rehearsal.process.pid, process_table.all_processes())
     (raylet,) = [p for p in below if "/raylet/raylet" in p.command.split(" ")[0]]
     os.kill(raylet.pid, signal.SIGKILL)
     code, _, err = rehearsal.finish()
@@ -146,10 +144,10 @@ def test_a_killed_rehearsal_takes_its_nodes_along(tmp_path: Path) -> None:
     rehearsal.wait_for_driver()
     rehearsal.process.kill()
     rehearsal.finish()
-    assert processes.wait_for(lambda: (made.run.attempts / "1" / "end.json").exists(), 20)
+    assert process_table.wait_for(lambda: (made.run.attempts / "1" / "end.json").exists(), 20)
     assert made.end[0] == STOPPED and made.end[1].startswith("SIGTERM at node0")
     gone = made.run.attempts / "1" / "heartbeat" / "0.json"
-    assert processes.wait_for(lambda: "left" in gone.read_text(), 20)
+    assert process_table.wait_for(lambda: "left" in gone.read_text(), 20)
 
 
 @pytest.mark.ray
@@ -212,17 +210,6 @@ def test_outside_a_job_the_task_says_how_to_start_it(
     assert done.stderr.count("\n") == 1 and "start this with srun" in done.stderr
 
 
-def test_a_taken_port_is_passed_over() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        assert answers("127.0.0.1", port)
-        found = free_ports(port - 1, 2, "127.0.1.1")  # a listener elsewhere on the host counts too
-    assert port not in found and len(found) == 2 and found[0] > port
-    assert not answers("127.0.0.1", port)
-
-
 def test_ports_are_below_the_ephemeral_range() -> None:
     run = Path("/shared/runs/run/attempts/1")
     ports = {ClusterEnv.for_local(0, 1, str(job)).first_port(run) for job in range(10_000)}
@@ -262,14 +249,6 @@ def test_slurm_facts_of_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_unknown_interface_lists_those_that_exist() -> None:
     with pytest.raises(RunError, match=r"network_interface=ib9 .*there: .*lo"):
         interface_address("ib9")
-
-
-def test_descendants_are_found_through_generations() -> None:
-    with subprocess.Popen(["sh", "-c", "sleep 60 & wait"]) as shell:
-        assert processes.wait_for(lambda: len(descendants(shell.pid)) == 1, 5)
-        (grandchild,) = descendants(shell.pid)
-        assert {shell.pid, grandchild} <= descendants(os.getpid())
-        os.kill(grandchild, signal.SIGTERM)
 
 
 def test_open_run_is_required(tmp_path: Path) -> None:

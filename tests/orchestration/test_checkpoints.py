@@ -12,7 +12,7 @@ import torch
 
 from nanoslime import train
 from nanoslime.run_dir import DONE, FAILED, RunDir
-from tests import processes
+from tests import process_table
 from tests.orchestration import test_loop
 from tests.orchestration.test_loop import rows, run_dir
 
@@ -123,7 +123,9 @@ def test_a_killed_run_resumes_exactly(tmp_path, model, backend, no_leftovers):
         }  # sums depend on it
         process = subprocess.Popen(command, cwd=root, stdout=log, stderr=log, env=threads)
         checkpoint = tmp_path / "killed" / "checkpoints" / "step_2"
-        seen = processes.wait_for(lambda: checkpoint.is_dir() or process.poll() is not None, 240)
+        seen = process_table.wait_for(
+            lambda: checkpoint.is_dir() or process.poll() is not None, 240
+        )
         process.kill()
         process.wait(30)
     assert seen and process.returncode < 0, (tmp_path / "log").read_text()

@@ -12,7 +12,6 @@ alive. There is no accounting: sacct fails, as on many real clusters. Requeued j
 import dataclasses
 import os
 import pwd
-import random
 import re
 import shutil
 import socket
@@ -20,7 +19,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from tests import processes
+from nanoslime.processes.logs import last_lines
+from nanoslime.processes.ports import free_ports
+from tests import process_table
 
 _FINAL_STATES = frozenset(
     "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT".split()
@@ -86,10 +87,10 @@ class SlurmCluster:
             for name in reversed(list(self.daemons)):
                 self._stop_daemon(name)
             # step daemons and job processes, among them any that escaped SLURM by forking twice
-            found = processes.all_processes()
+            found = process_table.all_processes()
             ours = {p for p in found.values() if p.has_env("SLURM_CONF", str(self.config_file))}
             ours -= {found.get(os.getpid())}
-            processes.end(ours.union(*(processes.descendants(p.pid, found) for p in ours)))
+            process_table.end(ours.union(*(process_table.descendants(p.pid, found) for p in ours)))
             shutil.rmtree(self.directory, ignore_errors=True)
 
     def run(
@@ -132,7 +133,7 @@ class SlurmCluster:
             fields.update(self.job(job_id))
             return fields["JobState"] in states or fields["JobState"] in _FINAL_STATES
 
-        in_time = processes.wait_for(arrived, timeout_s, interval_s=0.1)
+        in_time = process_table.wait_for(arrived, timeout_s, interval_s=0.1)
         if in_time and fields["JobState"] in states:
             return fields
         error = RuntimeError if in_time else TimeoutError
@@ -145,11 +146,11 @@ class SlurmCluster:
     def kill_node(self, name: str) -> None:
         """SIGKILL the node's slurmd and everything that it runs, as a power cut would."""
         daemon = self.daemons.pop(f"slurmd-{name}")
-        found = processes.all_processes()
+        found = process_table.all_processes()
         tasks = {
             p for p in found.values() if p.has_env("SLURMD_NODENAME", name) and self._is_ours(p)
         }
-        tasks = tasks.union(*(processes.descendants(p.pid, found) for p in tasks))
+        tasks = tasks.union(*(process_table.descendants(p.pid, found) for p in tasks))
         parents = {found[p.parent] for p in tasks if p.parent in found}
         # the step daemons before their tasks, or they would still report the tasks' end
         for group in (
@@ -157,7 +158,7 @@ class SlurmCluster:
             {p for p in parents if p.command.startswith("slurmstepd")},
             tasks,
         ):
-            processes.end(group, grace_s=0.0)
+            process_table.end(group, grace_s=0.0)
         daemon.wait(timeout=5)
 
     def reset(self) -> None:
@@ -202,7 +203,7 @@ class SlurmCluster:
     def _start_slurm(self, attempts: int = 3) -> None:
         """Ports are free when chosen; when one is taken before its daemon has it, choose again."""
         for attempt in range(1, attempts + 1):
-            self._write_config(_free_ports(1 + self.num_nodes))
+            self._write_config(free_ports("", 1 + self.num_nodes))
             try:
                 self._spawn("slurmctld", "slurmctld", "-D", "-i")
                 for name in self.node_names:
@@ -304,7 +305,7 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefaultTime=30 State=UP Priority
                 )
             return condition()
 
-        if not processes.wait_for(done, timeout_s):
+        if not process_table.wait_for(done, timeout_s):
             raise RuntimeError(f"waited {timeout_s} s until {what}\n{self.log_tails()}")
 
     def _spawn(self, name: str, *command: str) -> None:
@@ -332,7 +333,7 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefaultTime=30 State=UP Priority
             return
         self.run("scancel", f"--user={_user()}", check=False)
         listing = ["squeue", "--noheader"]  # pending, running and completing jobs
-        processes.wait_for(
+        process_table.wait_for(
             lambda: not self.run(*listing).stdout, self.kill_wait_s + 3.0, interval_s=0.1
         )
 
@@ -341,32 +342,16 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefaultTime=30 State=UP Priority
             subprocess.run(command, env=self.env, capture_output=True, timeout=30).returncode == 0
         )
 
-    def _is_ours(self, process: processes.Process) -> bool:
+    def _is_ours(self, process: process_table.Process) -> bool:
         return process.has_env("SLURM_CONF", str(self.config_file))
 
     @staticmethod
     def _tail(file: str | Path | None, num_lines: int = 15) -> str:
         try:
-            lines = Path(file or "/nonexistent").read_text(errors="replace").splitlines()
-            return "\n".join(lines[-num_lines:])
+            return "\n".join(last_lines(Path(file or "/nonexistent"), num_lines))
         except OSError as error:
             return f"({error})"
 
 
 def _user() -> str:
     return pwd.getpwuid(os.geteuid()).pw_name
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports below the range from which the kernel hands out ports to clients, free on every address."""
-    ports: list[int] = []
-    for port in random.SystemRandom().sample(range(15_000, 32_000), 200):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("", port))
-            except OSError:
-                continue
-        ports.append(port)
-        if len(ports) == count:
-            return ports
-    raise RuntimeError(f"found only {len(ports)} free ports of {count}")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import processes
+from tests import process_table
 from tests.slurm.cluster import SlurmCluster
 
 pytestmark = pytest.mark.slurm
@@ -26,7 +26,7 @@ def batch(slurm_cluster, tmp_path):
 
 
 def output_has(file: Path, text: str) -> bool:
-    return processes.wait_for(lambda: file.exists() and text in file.read_text(), timeout_s=20)
+    return process_table.wait_for(lambda: file.exists() and text in file.read_text(), timeout_s=20)
 
 
 def test_srun_reaches_four_nodes_with_two_cpus_each(slurm_cluster):
@@ -77,7 +77,7 @@ def test_a_signal_reaches_the_tasks_of_every_node(slurm_cluster, batch, tmp_path
         f'srun bash -c "{task.replace("$", chr(92) + "$")}"\n', "--nodes=4", "--ntasks-per-node=1"
     )
     output = tmp_path / f"{job_id}.out"
-    assert processes.wait_for(
+    assert process_table.wait_for(
         lambda: output.exists() and output.read_text().count("ready") == 4, 20
     )
     slurm_cluster.run("scancel", "--signal=USR1", str(job_id))
@@ -116,9 +116,11 @@ def test_a_killed_node_takes_its_tasks_along_and_fails_the_job(slurm_cluster, ba
         "--nodelist=n3,n4",
     )
     pids = [tmp_path / "n3", tmp_path / "n4"]
-    assert processes.wait_for(lambda: all(file.exists() and file.read_text() for file in pids), 20)
+    assert process_table.wait_for(
+        lambda: all(file.exists() and file.read_text() for file in pids), 20
+    )
     slurm_cluster.kill_node("n4")
-    alive = processes.all_processes()
+    alive = process_table.all_processes()
     assert int(pids[1].read_text()) not in alive
     assert int(pids[0].read_text()) in alive
     slurm_cluster.run("scontrol", "update", "nodename=n4", "state=down", "reason=test")
@@ -138,9 +140,9 @@ def test_stopping_ends_jobs_daemons_and_daemons_that_escaped(tmp_path):
         assert gpus == "0,1,2,3,4,5,6,7\n"
         job = f"--wrap=setsid --fork bash -c 'echo $$ > {escaped}; exec sleep 60'; sleep 60"
         cluster.sbatch("--output=/dev/null", job)
-        assert processes.wait_for(lambda: escaped.exists() and escaped.read_text(), 20)
-        before = set(processes.descendants(os.getpid(), processes.all_processes()))
-    after = processes.all_processes()
+        assert process_table.wait_for(lambda: escaped.exists() and escaped.read_text(), 20)
+        before = set(process_table.descendants(os.getpid(), process_table.all_processes()))
+    after = process_table.all_processes()
     assert not [p for p in after.values() if p.has_env("SLURM_CONF", str(cluster.config_file))]
     assert int(escaped.read_text()) in {p.pid for p in before}
     assert int(escaped.read_text()) not in after

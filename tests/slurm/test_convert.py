@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import processes
+from tests import process_table
 from tests.jobs.made_run import HOSTILE
 from tests.slurm.cluster import SlurmCluster
 
@@ -82,9 +82,9 @@ def test_a_requeued_job_runs_the_same_command_again(login: Login, tiny_model: Pa
     )
     (login.folder / "site.yaml").write_text(f"setup: ['{first_life_waits}']")
     job = login.submit("hf-to-megatron", tiny_model, "out", "--cluster", "site.yaml")
-    assert processes.wait_for(began.exists, _DEADLINE_S), login.log(job, "out")
+    assert process_table.wait_for(began.exists, _DEADLINE_S), login.log(job, "out")
     login.slurm.run("scontrol", "requeue", str(job))
-    assert processes.wait_for(lambda: login.slurm.job(job)["Restarts"] == "1", _DEADLINE_S)
+    assert process_table.wait_for(lambda: login.slurm.job(job)["Restarts"] == "1", _DEADLINE_S)
     fields = login.slurm.wait_state(job, "COMPLETED", "FAILED", timeout_s=_DEADLINE_S)
     assert fields["JobState"] == "COMPLETED", login.log(job, "out")
     said = login.log(job, "out")

@@ -10,7 +10,7 @@ import pytest
 
 from jobs.node import ROOT
 from nanoslime.run_dir import DONE, STOPPED, RunDir
-from tests import processes
+from tests import process_table
 from tests.slurm.cluster import SlurmCluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.ray, pytest.mark.sglang, pytest.mark.megatron]
@@ -61,7 +61,7 @@ def test_a_submitted_job_is_preempted_requeued_and_completes_at_the_right_step(s
         line.split()[-1] for line in shown.stdout.splitlines() if line.startswith("submitted job")
     ]
     run = RunDir.open(tmp_path / "rehearsal")
-    assert processes.wait_for(
+    assert process_table.wait_for(
         lambda: run.metrics.exists() or run.status().get("phase") == "failed", 280, 0.2
     )
     slurm.run(

@@ -12,7 +12,7 @@ from jobs.node import ROOT
 from jobs.slurm_submit import submit_sbatch, submit_submitit
 from nanoslime.run_dir import DONE, FAILED, STOPPED
 from nanoslime.types import RunError
-from tests import processes
+from tests import process_table
 from tests.jobs.made_run import HOSTILE, MadeRun, driver, make_run, scratches
 from tests.slurm.cluster import SlurmCluster
 
@@ -37,7 +37,7 @@ def logs(made: MadeRun) -> str:
 def wait_for_driver(made: MadeRun, attempt: int) -> None:
     began = made.run.attempts / str(attempt) / "driver_began"
     ended = made.run.attempts / str(attempt) / "end.json"
-    assert processes.wait_for(lambda: began.exists() or ended.exists(), _DEADLINE_S, 0.2), logs(
+    assert process_table.wait_for(lambda: began.exists() or ended.exists(), _DEADLINE_S, 0.2), logs(
         made
     )
     assert began.exists(), logs(made)
@@ -114,7 +114,7 @@ def test_a_cancelled_job_leaves_nothing_and_is_not_requeued(
     wait_for_driver(made, 1)
     slurm.run("scancel", job_id)
     slurm.wait_state(int(job_id), "CANCELLED", timeout_s=30)
-    assert processes.wait_for(lambda: not scratches(tmp_path), timeout_s=15)
+    assert process_table.wait_for(lambda: not scratches(tmp_path), timeout_s=15)
     code, reason = made.end
     assert code == STOPPED and reason.startswith("SIGTERM at n")
 

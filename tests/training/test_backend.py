@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from nanoslime.config import TrainingConfig
-from nanoslime.process_groups import free_port
+from nanoslime.processes.ports import free_port
 from nanoslime.training.backend import RankEnv, init_process_group
 from nanoslime.types import RunError
 

@@ -14,7 +14,7 @@ import numpy as np
 import requests
 
 from nanoslime.models.shape import ModelShape
-from nanoslime.rollout.child_process import last_line
+from nanoslime.processes.logs import last_line
 from nanoslime.types import EngineLost, GenerateRequest, Generation, MemoryPart, RunError, Status
 
 PauseMode = Literal["retract", "in_place", "abort"]

@@ -14,7 +14,8 @@ from typing import Any, Literal
 from nanoslime.config.rollout import RolloutConfig
 from nanoslime.memory import COLOCATED_MEM_FRACTION
 from nanoslime.models.shape import ModelShape
-from nanoslime.rollout.child_process import ChildProcess, require_free_port
+from nanoslime.processes.child import ChildProcess
+from nanoslime.processes.ports import require_free_port
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.types import RunError
 

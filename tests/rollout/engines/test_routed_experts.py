@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from nanoslime.processes.ports import free_port
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from tests.models.hf import save_model
-from tests.serving import make_server, pick_port
+from tests.serving import make_server
 from tests.training.megatron.test_routing_replay import check_r3, sampled
 from tests.training.parity import Layout, make_backend
 
@@ -29,7 +30,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def engine(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangEngine]:
     log = tmp_path_factory.mktemp("sglang") / "engine.log"
-    server = make_server(model_dir, log, pick_port(), skip_tokenizer_init=True)
+    server = make_server(model_dir, log, free_port("127.0.0.1"), skip_tokenizer_init=True)
     server = replace(server, routed_experts=True)
     yield server.start(deadline_s=500)
     server.close()

@@ -5,9 +5,7 @@ The last file of the folder: one of its tests kills the session's SGLang server.
 
 import asyncio
 import os
-import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -16,33 +14,20 @@ from pathlib import Path
 import pytest
 
 from nanoslime.config.rollout import RolloutConfig
-from nanoslime.rollout.child_process import ChildProcess
+from nanoslime.processes.child import ChildProcess
+from nanoslime.processes.ports import free_port
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.rollout.engines.sglang_server import SGLangServer
 from nanoslime.types import EngineLost, GenerateRequest, RunError
-from tests import processes
-from tests.serving import ServerOwner, make_server, pick_port, process_group
-
-ROOT = Path(__file__).parents[3]
-# A server that has a child of its own, never answers, and ignores polite requests to end.
-STUBBORN = """
-import signal, subprocess, sys, time
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(15, 1); time.sleep(600)"])
-print("loading shards", flush=True)
-time.sleep(600)
-"""
+from tests import process_table
+from tests.processes.programs import STUBBORN
+from tests.serving import ServerOwner, make_server
 
 
 def fake_server(model: Path, log: Path, program: str) -> SGLangServer:
-    server = make_server(model, log, pick_port(), name="engine-3")
+    server = make_server(model, log, free_port("127.0.0.1"), name="engine-3")
     server.command = [sys.executable, "-c", program]
     return server
-
-
-def run_owner(program: str, *arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
 def test_a_server_that_never_answers(tiny_model: Path, tmp_path: Path, no_leftovers: None) -> None:
@@ -122,48 +107,6 @@ def test_no_stubs_on_cuda(tiny_model: Path, tmp_path: Path) -> None:
     assert server.env["CUDA_VISIBLE_DEVICES"] == "2,3" and "SGLANG_USE_CPU_ENGINE" not in server.env
 
 
-def test_a_child_outlives_the_thread_that_started_it(tmp_path: Path, no_leftovers: None) -> None:
-    children: list[ChildProcess] = []
-    program = [sys.executable, "-c", STUBBORN]
-    thread = threading.Thread(
-        target=lambda: children.append(
-            ChildProcess("server", program, os.environ, tmp_path / "log")
-        )
-    )
-    thread.start()
-    thread.join()
-    assert processes.wait_for(lambda: len(process_group(children[0].pid)) == 2, timeout_s=20)
-    time.sleep(0.3)
-    assert children[0].alive()
-    children[0].close()
-    assert not process_group(children[0].pid) and not children[0].alive()
-    children[0].close()
-
-
-OWNER_OF_A_CHILD = f"""
-import os, signal, sys, time
-from pathlib import Path
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell is started without it
-from nanoslime.config.rollout import RolloutConfig
-from nanoslime.rollout.child_process import ChildProcess
-child = ChildProcess("server", [sys.executable, "-c", {STUBBORN!r}], os.environ, Path(sys.argv[1]))
-print(child.pid, flush=True)
-time.sleep(600)
-"""
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_nothing_survives_the_owner(
-    tmp_path: Path, no_leftovers: None, how: signal.Signals
-) -> None:
-    owner = run_owner(OWNER_OF_A_CHILD, tmp_path / "log")
-    pid = int(owner.stdout.readline())
-    assert processes.wait_for(lambda: len(process_group(pid)) == 2, timeout_s=20)
-    owner.send_signal(how)
-    owner.wait(10)
-    assert processes.wait_for(lambda: not process_group(pid), timeout_s=5)
-
-
 @pytest.mark.sglang
 def test_no_part_of_a_real_server_survives_its_owner(
     sglang_engine: SGLangEngine, shared_server: ServerOwner, no_leftovers: None
@@ -171,7 +114,7 @@ def test_no_part_of_a_real_server_survives_its_owner(
     """The owner is killed while a request runs; whoever waits for the request learns which engine is lost."""
     pid = shared_server.server_pid
     assert (
-        sglang_engine.health() and len(process_group(pid)) >= 3
+        sglang_engine.health() and len(process_table.process_group(pid)) >= 3
     )  # HTTP server, scheduler, detokenizer
     threading.Timer(1.0, shared_server.kill).start()
     request = GenerateRequest([5], n=1, max_new_tokens=4000, temperature=1.0)
@@ -180,7 +123,9 @@ def test_no_part_of_a_real_server_survives_its_owner(
         match="engine engine-0 at http.*: /generate failed: .*; log: .*engine-0.log; last",
     ):
         asyncio.run(sglang_engine.generate(request))
-    assert processes.wait_for(lambda: not process_group(pid), timeout_s=5), process_group(pid)
+    assert process_table.wait_for(lambda: not process_table.process_group(pid), timeout_s=5), (
+        process_table.process_group(pid)
+    )
     with pytest.raises(RunError, match=r"engine-0 .*/pause_generation failed: ConnectionError"):
         sglang_engine.pause()
     assert not sglang_engine.health()
@@ -199,7 +144,7 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Slow).serve_for
 
 
 def test_an_engine_that_does_not_answer_in_time_is_lost(tmp_path: Path, no_leftovers: None) -> None:
-    port = pick_port()
+    port = free_port("127.0.0.1")
     child = ChildProcess(
         "slow", [sys.executable, "-c", SLOW, str(port)], os.environ, tmp_path / "slow.log"
     )

@@ -61,6 +61,18 @@ def descendants(
     return found
 
 
+def process_group(group: int) -> list[str]:
+    """Commands of the live processes in a process group."""
+    found = []
+    for process in all_processes().values():
+        try:
+            if os.getpgid(process.pid) == group:
+                found.append(process.command)
+        except ProcessLookupError:
+            continue
+    return found
+
+
 def end(processes: Iterable[Process], grace_s: float = 2.0) -> None:
     """SIGTERM, then SIGKILL after `grace_s` (at once where it is 0); a reused pid is left alone."""
 

@@ -1,0 +1,152 @@
+"""A process that this process owns: in a session of its own, with a log, and gone when its owner is gone."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+from nanoslime.processes.logs import last_line
+from nanoslime.types import RunError
+
+# Linux has this command of fcntl(2), Python's module does not name it.
+_F_SETSIG = 10
+_READY_POLL_S = 0.5
+_KILL_DEADLINE_S = 10.0
+
+
+class ChildProcess:
+    """Runs `command` in a new session, with stdout and stderr appended to `log`.
+
+    The kernel sends `death_signal` to the child's process group when this process dies in any way, SIGKILL
+    included. The child holds the read end of a pipe whose only write end is here, and O_ASYNC with F_SETSIG
+    make the kernel send the signal when the write end closes. PR_SET_PDEATHSIG would not do: it fires when
+    the *thread* that started the child ends.
+
+    The child and all that it starts ignore `ignored_signals`. Give some only where this process has one
+    thread: the child sets them between fork and exec.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        log: Path,
+        death_signal: signal.Signals = signal.SIGKILL,
+        ignored_signals: Sequence[signal.Signals] = (),
+    ) -> None:
+        self.name = name
+        self.log = log
+
+        def ignore_signals() -> None:
+            for number in ignored_signals:
+                signal.signal(number, signal.SIG_IGN)
+
+        log.parent.mkdir(parents=True, exist_ok=True)
+        read_end, self._lifeline = os.pipe()
+        try:
+            with log.open("ab") as output:
+                self._process = subprocess.Popen(
+                    command,
+                    env=dict(env),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    pass_fds=[read_end],
+                    preexec_fn=ignore_signals if ignored_signals else None,
+                )
+            fcntl.fcntl(read_end, fcntl.F_SETOWN, -self.pid)
+            fcntl.fcntl(read_end, _F_SETSIG, death_signal)
+            fcntl.fcntl(read_end, fcntl.F_SETFL, os.O_ASYNC)
+        except BaseException:
+            os.close(self._lifeline)
+            raise
+        finally:
+            os.close(read_end)
+
+    @property
+    def pid(self) -> int:
+        """The child's process id, which is also the id of its session and of its process group."""
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        """The exit code, negative for the signal that killed the child; None while it runs."""
+        return self._process.poll()
+
+    def alive(self) -> bool:
+        return self.poll() is None
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal to the child alone, not to what it started. A child that has ended gets none."""
+        self._process.send_signal(number)
+
+    def exit_summary(self) -> str:
+        """One line that says how the child ended and how its log ends."""
+        code = self._process.returncode
+        if code < 0:
+            how = f"was killed by {signal.Signals(-code).name}"
+        else:
+            how = f"ended with exit code {code}"
+        return f"{self.name} {how}; see {self.log}: {last_line(self.log)}"
+
+    def wait_until(self, ready: Callable[[], bool], awaited: str, deadline_s: float) -> None:
+        """Poll `ready` until it holds. RunError, after ending the child, when that exits or is too slow."""
+        deadline = time.monotonic() + deadline_s
+        while not ready():
+            if not self.alive():
+                self.close()
+                raise RunError(
+                    f"{self.name} exited with status {self._process.returncode} before {awaited}; "
+                    f"log: {self.log}; last line: {last_line(self.log)}"
+                )
+            if time.monotonic() > deadline:
+                self.close()
+                raise RunError(
+                    f"{self.name} was not up after {deadline_s:g} s (awaited: {awaited}); "
+                    f"log: {self.log}; last line: {last_line(self.log)}"
+                )
+            time.sleep(_READY_POLL_S)
+
+    def close(self) -> None:
+        """SIGKILL to the process group, for a child that has nothing to save. Returns when the group is empty.
+
+        Raises RunError for processes that are still alive 10 s later.
+        """
+        if self._lifeline < 0:
+            return
+        try:
+            os.killpg(self.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # nothing of the group is left
+        self._process.wait()
+        deadline = time.monotonic() + _KILL_DEADLINE_S
+        left = _group_members(self.pid)
+        while left and time.monotonic() < deadline:
+            time.sleep(0.05)
+            left = _group_members(self.pid)
+        os.close(self._lifeline)
+        self._lifeline = -1
+        if left:
+            raise RunError(
+                f"{self.name}: processes {left} still live {_KILL_DEADLINE_S:g} s after SIGKILL; "
+                f"log: {self.log}"
+            )
+
+
+def _group_members(group: int) -> list[int]:
+    """Live processes of a process group, zombies left out."""
+    members = []
+    for process in psutil.process_iter():
+        try:
+            in_group = os.getpgid(process.pid) == group
+            if in_group and process.status() != psutil.STATUS_ZOMBIE:
+                members.append(process.pid)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return members

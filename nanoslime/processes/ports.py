@@ -1,0 +1,74 @@
+"""TCP ports of this host: which are free, and whether somebody listens on one."""
+
+import random
+import socket
+
+from nanoslime.types import RunError
+
+# Below the ephemeral range (32768 and up), from which the kernel takes ports for outgoing connections.
+_PORTS = range(10_000, 20_000)
+_NUM_TRIES = 50
+
+
+def free_port(address: str) -> int:
+    """A TCP port that nobody on this host listens on, for a server at `address` that binds it soon."""
+    return free_ports(address, 1)[0]
+
+
+def free_ports(address: str, count: int) -> list[int]:
+    """`count` different ports that nobody on this host listens on; an empty address stands for all."""
+    ports: list[int] = []
+    for port in random.SystemRandom().sample(_PORTS, _NUM_TRIES):
+        if _is_free(address, port):
+            ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise RunError(
+        f"found {len(ports)} of {count} free ports on {address or 'all addresses'}: "
+        f"{_NUM_TRIES} of {_PORTS.start} to {_PORTS.stop} were tried"
+    )
+
+
+def consecutive_free_ports(first: int, count: int, address: str, num_tries: int = 100) -> list[int]:
+    """`count` consecutive ports from `first` on; where one of them is taken, the next `count` are tried."""
+    end = first + num_tries * count
+    for start in range(first, end, count):
+        ports = list(range(start, start + count))
+        if all(_is_free(address, port) for port in ports):
+            return ports
+    raise RunError(f"no {count} free ports on {address} from {first} to {end}")
+
+
+def require_free_port(address: str, port: int, who: str) -> None:
+    """Raises RunError in one line when `port` cannot be bound on `address`.
+
+    A port whose last connections have only just closed (TIME_WAIT) counts as free.
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except OSError as error:
+            raise RunError(
+                f"{who}: port {port} on {address} cannot be used ({error.strerror}); "
+                "give it another port or end the process that holds this one"
+            ) from error
+
+
+def answers(address: str, port: int) -> bool:
+    """Whether somebody accepts connections at this address and port."""
+    with socket.socket() as probe:
+        probe.settimeout(1.0)
+        return probe.connect_ex((address, port)) == 0
+
+
+def _is_free(address: str, port: int) -> bool:
+    """Whether nobody has bound the port, neither at `address` nor on all addresses of this host."""
+    for place in (address, ""):
+        with socket.socket() as probe:
+            try:
+                probe.bind((place, port))
+            except OSError:
+                return False
+    return True

@@ -1,0 +1,82 @@
+"""All processes that descend from this one, found and ended by their ids; nothing is ever ended by name.
+
+Linux keeps the tree together: PR_SET_CHILD_SUBREAPER makes orphans of a child our own children.
+"""
+
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Collection
+from contextlib import suppress
+
+import psutil
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_PR_SET_CHILD_SUBREAPER = 36
+_KILL_DEADLINE_S = 10.0
+_POLL_S = 0.05
+
+
+def adopt_orphans() -> None:
+    """From now on, descendants that lose their parent become children of this process."""
+    if _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def descendants(root: int, spare: Collection[int] = ()) -> set[int]:
+    """Ids of the live processes below `root`, without those in `spare` and without all below those."""
+    children: dict[int, list[int]] = {}
+    for pid in psutil.pids():
+        children.setdefault(_parent(pid), []).append(pid)
+    found: set[int] = set()
+    to_visit = [root]
+    while to_visit:
+        parent = to_visit.pop()
+        for pid in children.get(parent, []):
+            if pid not in spare:
+                found.add(pid)
+                to_visit.append(pid)
+    return found
+
+
+def end_descendants(spare: Collection[int] = (), grace_s: float = 3.0) -> None:
+    """End all processes below this one, also those that start meanwhile.
+
+    They get SIGTERM, and SIGKILL after `grace_s`. Processes in `spare` and all below them stay.
+    Raises TimeoutError for processes that are still alive 10 s after SIGKILL.
+    """
+    if _signal_until_gone(signal.SIGTERM, grace_s, spare):
+        return
+    if _signal_until_gone(signal.SIGKILL, _KILL_DEADLINE_S, spare):
+        return
+    left = sorted(descendants(os.getpid(), spare))
+    raise TimeoutError(f"processes {left} are alive {_KILL_DEADLINE_S:g} s after SIGKILL")
+
+
+def _signal_until_gone(number: signal.Signals, patience_s: float, spare: Collection[int]) -> bool:
+    """Send the signal once to each descendant until none is left; False when `patience_s` passed first."""
+    deadline = time.monotonic() + patience_s
+    signalled: set[int] = set()
+    while True:
+        alive = descendants(os.getpid(), spare)
+        if not alive:
+            return True
+        if time.monotonic() > deadline:
+            return False
+        for pid in alive - signalled:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+        signalled |= alive
+        time.sleep(_POLL_S)
+
+
+def _parent(pid: int) -> int:
+    """The parent of a live process; 0 for a process that is gone or a zombie."""
+    try:
+        process = psutil.Process(pid)
+        if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            return 0
+        return process.ppid()
+    except psutil.Error:
+        return 0

@@ -1,0 +1,59 @@
+"""Free ports: a port that somebody listens on is passed over or refused, wherever on the host that is."""
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from nanoslime.processes.ports import (
+    answers,
+    consecutive_free_ports,
+    free_port,
+    require_free_port,
+)
+from nanoslime.types import RunError
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        yield taken.getsockname()[1]
+
+
+def test_a_taken_port_is_passed_over(taken_port: int) -> None:
+    # a listener elsewhere on the host counts too
+    found = consecutive_free_ports(taken_port - 1, 2, "127.0.1.1")
+    assert taken_port not in found
+    assert len(found) == 2
+    assert found[0] > taken_port
+
+
+def test_a_search_without_an_end_says_where_it_searched(taken_port: int) -> None:
+    with pytest.raises(RunError, match=f"no 1 free ports on 127.0.0.1 from {taken_port} to"):
+        consecutive_free_ports(taken_port, 1, "127.0.0.1", num_tries=1)
+
+
+def test_a_listener_answers_until_it_is_closed() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        assert answers("127.0.0.1", port)
+    assert not answers("127.0.0.1", port)
+
+
+def test_a_free_port_can_be_bound() -> None:
+    port = free_port("127.0.0.1")
+    assert 10_000 <= port < 20_000
+    require_free_port("127.0.0.1", port, "engine 0")
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", port))
+
+
+def test_a_taken_port_is_refused_with_a_way_out(taken_port: int) -> None:
+    with pytest.raises(
+        RunError, match=f"engine 0: port {taken_port} on 127.0.0.1 cannot be used .*another port"
+    ):
+        require_free_port("127.0.0.1", taken_port, "engine 0")
