@@ -32,7 +32,7 @@ LEVELS = [
     ("orchestration",),
     ("train", "evaluate"),
 ]
-TORCH_FREE = {room for level in LEVELS[:7] for room in level}
+TORCH_FREE = {room for level in LEVELS[: LEVELS.index(("run_dir",)) + 1] for room in level}
 LEVEL_OF = {room: i for i, level in enumerate(LEVELS) for room in level}
 DOORS = {  # the only places that may import these
     "ray": ("nanoslime/orchestration/ray_group.py",),
