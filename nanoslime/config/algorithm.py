@@ -8,43 +8,71 @@ from nanoslime.config.base import knobs
 
 Level = Literal["token", "sequence", "geometric"]
 Positive = Annotated[float, Field(gt=0)]
-_NEEDS = {  # what does nothing while the other is off
-    "kl_loss_coef": "use_kl_loss",
-    "use_unbiased_kl": "use_kl_loss",
-    "overlong_penalty": "overlong_buffer",
-    "tis_level": "use_tis",
-    "tis_clip": "use_tis",
-    "tis_clip_low": "use_tis",
-    "reject_low": "reject",
-    "reject_high": "reject",
-    "opsm_delta": "use_opsm",
-}
+
+
+def is_set(config: object, name: str) -> bool:
+    """Whether the field has another value than its class gives it."""
+    return bool(getattr(config, name) != getattr(type(config), name))
 
 
 @knobs
 class CorrectionConfig:
-    """What is done about engine and trainer giving the same tokens different probabilities.
+    """What is done where engine and trainer give the same tokens different probabilities.
 
-    w = trainer's old policy / engine's policy, of a token, of a sequence (product of its tokens' w) or as the
-    geometric mean of a sequence. What is rejected stays in the denominator of the loss.
+    w is the probability under the trainer's old policy over that under the engine's policy. It is taken of a
+    token, of a sequence (the product over its tokens), or as the geometric mean over a sequence. Rejected
+    tokens and sequences stay in the denominator of the loss.
     """
 
     use_tis: bool = False
-    """Truncated importance sampling: weight the policy loss by w, held within [tis_clip_low, tis_clip]."""
+    """Truncated importance sampling: weight the policy loss by w, clipped to [tis_clip_low, tis_clip]."""
     tis_level: Level = "token"
     tis_clip: float = Field(default=2.0, gt=0)
     tis_clip_low: float = Field(default=0.0, ge=0)
     reject: Literal["none", "token", "sequence", "geometric"] = "none"
-    """No gradient of what has w outside [reject_low, reject_high]. IcePop: token, with use_tis and
-    tis_clip >= reject_high; masked importance sampling: sequence or geometric."""
+    """Tokens or sequences with w outside [reject_low, reject_high] give no gradient. IcePop is `token`, with
+    use_tis and tis_clip >= reject_high; masked importance sampling is `sequence` or `geometric`."""
     reject_low: float = Field(default=0.5, ge=0)
     reject_high: float = Field(default=2.0, gt=0)
     veto: float = Field(default=0.0, ge=0, lt=1)
     """Reject a sequence in which any token's w is below; 0: off."""
     use_opsm: bool = False
-    """Off-policy sequence masking: no policy loss of a sequence with negative advantage that has drifted."""
+    """Off-policy sequence masking: sequences with negative advantage have no policy loss once the policy
+    has moved away from them."""
     opsm_delta: float = Field(default=1e-4, ge=0)
-    """How far: mean of old - current logprobs."""
+    """A sequence is masked where its mean of old - current logprobs is above."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.tis_clip_low > self.tis_clip:
+            raise ValueError(
+                f"algorithm.correction.tis_clip_low={self.tis_clip_low} is above "
+                f"tis_clip={self.tis_clip}; give both, in ascending order"
+            )
+        if self.reject_low > self.reject_high:
+            raise ValueError(
+                f"algorithm.correction.reject_low={self.reject_low} is above "
+                f"reject_high={self.reject_high}; give both, in ascending order"
+            )
+        if not self.use_tis:
+            self._refuse_without("use_tis", ("tis_level", "tis_clip", "tis_clip_low"))
+        if self.reject == "none":
+            self._refuse_without("reject", ("reject_low", "reject_high"))
+        if not self.use_opsm:
+            self._refuse_without("use_opsm", ("opsm_delta",))
+        return self
+
+    def _refuse_without(self, switch: str, names: tuple[str, ...]) -> None:
+        for name in names:
+            if is_set(self, name):
+                raise ValueError(
+                    f"algorithm.correction.{name}={getattr(self, name)} needs "
+                    f"algorithm.correction.{switch}"
+                )
+
+    @property
+    def compares_with_engine(self) -> bool:
+        return self.use_tis or self.reject != "none" or self.veto > 0
 
 
 @knobs
@@ -88,37 +116,65 @@ class SharedConfig:
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        c, old = self.correction, self.old_logprobs
-        tis, reject = (c.tis_clip_low, c.tis_clip), (c.reject_low, c.reject_high)
-        compares = c.use_tis or c.reject != "none" or c.veto > 0
-        same = "use_tis, reject and veto compare the trainer with the engine; old_logprobs=rollout makes them"
-        none = "needs the old policy, which old_logprobs=current has not; choose recomputed"
-        values, defaults = vars(self) | vars(c), vars(SharedConfig) | vars(CorrectionConfig)
-        off = [name for name, switch in _NEEDS.items() if values[switch] in (False, 0, "none")]
-        idle = {f"{n}={values[n]} needs {_NEEDS[n]}": values[n] != defaults[n] for n in off}
-        ppo_clip, eps = isinstance(self, ClippedConfig), (self.eps_clip, self.clip_high)
-        problems = idle | {
-            f"eps_clip and eps_clip_high {eps} must ascend; give both": ppo_clip
-            and eps[0] > eps[1],
-            "kl_coef and use_kl_loss exclude each other; set one": self.kl_coef > 0
-            and self.use_kl_loss,
-            f"correction.tis_clip_low and tis_clip {tis} must ascend": tis[0] > tis[1],
-            f"correction.reject_low and reject_high {reject} must ascend": reject[0] > reject[1],
-            f"{same} the same; choose recomputed or current": old == "rollout" and compares,
-            f"kl_coef {none}": old == "current" and self.kl_coef > 0,
-            f"use_opsm {none}": old == "current" and c.use_opsm,
-        }
-        for problem in (text for text, is_there in problems.items() if is_there):
-            raise ValueError(problem)
+        self._check_kl()
+        self._check_old_logprobs()
+        if not self.overlong_buffer and is_set(self, "overlong_penalty"):
+            raise ValueError(
+                f"algorithm.overlong_penalty={self.overlong_penalty} needs "
+                "algorithm.overlong_buffer"
+            )
         return self
+
+    def _check_kl(self) -> None:
+        if self.kl_coef > 0 and self.use_kl_loss:
+            raise ValueError(
+                "algorithm.kl_coef and algorithm.use_kl_loss exclude each other; set one"
+            )
+        if self.use_kl_loss:
+            return
+        if is_set(self, "kl_loss_coef"):
+            raise ValueError(
+                f"algorithm.kl_loss_coef={self.kl_loss_coef} needs algorithm.use_kl_loss"
+            )
+        if is_set(self, "use_unbiased_kl"):
+            raise ValueError("algorithm.use_unbiased_kl=True needs algorithm.use_kl_loss")
+
+    def _check_old_logprobs(self) -> None:
+        if self.old_logprobs == "rollout" and self.correction.compares_with_engine:
+            raise ValueError(
+                "algorithm.correction: use_tis, reject and veto compare the trainer with the "
+                "engine; algorithm.old_logprobs=rollout makes them the same; "
+                "choose recomputed or current"
+            )
+        if self.old_logprobs != "current":
+            return
+        if self.kl_coef > 0:
+            raise ValueError(
+                "algorithm.kl_coef needs the old policy, which algorithm.old_logprobs=current "
+                "has not; choose recomputed"
+            )
+        if self.correction.use_opsm:
+            raise ValueError(
+                "algorithm.correction.use_opsm needs the old policy, which "
+                "algorithm.old_logprobs=current has not; choose recomputed"
+            )
 
 
 @knobs
 class ClippedConfig(SharedConfig):
-    """Those whose loss is PPO's clipped one."""
+    """The algorithms whose loss is PPO's clipped one."""
 
     eps_clip_c: Annotated[float, Field(gt=1)] | None = None
-    """Dual clip: upper bound of the loss over |advantage| where the advantage is negative."""
+    """Dual clip: the largest loss over |advantage| where the advantage is negative."""
+
+    @model_validator(mode="after")
+    def _clip_range_ascends(self) -> Self:
+        if self.eps_clip > self.clip_high:
+            raise ValueError(
+                f"algorithm.eps_clip={self.eps_clip} is above "
+                f"algorithm.eps_clip_high={self.clip_high}; give both, in ascending order"
+            )
+        return self
 
 
 @knobs
@@ -152,7 +208,7 @@ class CISPOConfig(SharedConfig):
     name: Literal["cispo"] = "cispo"
     normalize_by_std: bool = True
     eps_clip: float = Field(default=1.0, gt=0, le=1)
-    """1: no lower bound, as in the paper."""
+    """1: the ratio has no lower limit, as in the paper."""
     eps_clip_high: Positive | None = 0.2
 
 

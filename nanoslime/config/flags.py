@@ -9,7 +9,7 @@ that a wrong value reads the same wherever it came from. tyro prints the help.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from typing import Any, get_args, get_origin, get_type_hints
@@ -19,136 +19,227 @@ import tyro
 from nanoslime.config.run import RunConfig
 from nanoslime.types import RunError
 
-_SHORT = {
-    "model": "hf-checkpoint dtype",
-    "training": "backend num-gpus tp-size pp-size vpp-size cp-size ep-size etp-size sequence-parallel "
-    "allow-slow lr num-steps-per-rollout max-tokens-per-microbatch",
-    "rollout": "num-rollout rollout-batch-size n-samples-per-prompt max-new-tokens temperature top-p top-k "
-    "engine engine-tp-size load-rollouts rollout-only",
-    "algorithm": "eps-clip eps-clip-high eps-clip-c kl-coef use-kl-loss kl-loss-coef kl-loss-type "
-    "use-unbiased-kl entropy-coef old-logprobs denominator normalize-advantages gamma",
-    "algorithm.correction": "use-tis tis-clip tis-clip-low tis-level use-opsm opsm-delta",
-    "data": "prompts eval-prompts reward chat-template",
-    "tracking": "use-tensorboard use-wandb",
-    "cluster": "nodes rollout-nodes engine-gpus colocate time-limit-min run-root partition account submit",
+# Fields of each section whose own name is a flag, too.
+_SHORT_NAMES = {
+    "model": "hf_checkpoint dtype",
+    "training": """backend num_gpus tp_size pp_size vpp_size cp_size ep_size etp_size
+        sequence_parallel allow_slow lr num_steps_per_rollout max_tokens_per_microbatch""",
+    "rollout": """num_rollout rollout_batch_size n_samples_per_prompt max_new_tokens temperature
+        top_p top_k engine engine_tp_size load_rollouts rollout_only""",
+    "algorithm": """eps_clip eps_clip_high eps_clip_c kl_coef use_kl_loss kl_loss_coef
+        kl_loss_type use_unbiased_kl entropy_coef old_logprobs denominator normalize_advantages
+        gamma""",
+    "algorithm.correction": "use_tis tis_clip tis_clip_low tis_level use_opsm opsm_delta",
+    "data": "prompts eval_prompts reward chat_template",
+    "tracking": "use_tensorboard use_wandb",
+    "cluster": """nodes rollout_nodes engine_gpus colocate time_limit_min run_root partition
+        account submit""",
 }
-ALIASES = {
+# Short names that differ from their field's name.
+_OTHER_NAMES = {
     "eval-interval": "eval.interval",
     "save-interval": "checkpoint.interval",
     "algorithm": "algorithm.name",
     "advantage-estimator": "algorithm.name",
 }
-ALIASES |= {
-    n: f"{section}.{n.replace('-', '_')}"
-    for section, names in _SHORT.items()
-    for n in names.split()
-}
-SWITCHES = {  # known elsewhere as switches: field, value when on, value when off
-    "use-rollout-logprobs": ("algorithm.old_logprobs", "rollout", "recomputed"),
-    "disable-grpo-std-normalization": ("algorithm.normalize_by_std", "false", "true"),
-    "calculate-per-token-loss": ("algorithm.denominator", "tokens", "sequences"),
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """A switch that other frameworks know; it sets a field to one of two values."""
+
+    field: str
+    on: str
+    off: str
+
+
+SWITCHES = {
+    "use-rollout-logprobs": Switch("algorithm.old_logprobs", on="rollout", off="recomputed"),
+    "disable-grpo-std-normalization": Switch("algorithm.normalize_by_std", on="false", off="true"),
+    "calculate-per-token-loss": Switch("algorithm.denominator", on="tokens", off="sequences"),
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Flag:
-    """One flag as typed: the field it sets and the text of its value (None: the field's "off")."""
+    """One flag as typed: the field it sets, and the value's text; None empties an optional field."""
 
     name: str
     field: str
     value: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """What the name of a flag stands for."""
+
+    field: str
+    # Whether it is the --no- form.
+    negated: bool
+    switch: Switch | None = None
+
+    @property
+    def kind(self) -> Any:
+        """The type of the value that a user gives."""
+        if self.switch:
+            return bool
+        return field_types()[self.field]
+
+
+def _aliases() -> dict[str, str]:
+    """Short names, without dashes in front -> fields."""
+    aliases = dict(_OTHER_NAMES)
+    for section, names in _SHORT_NAMES.items():
+        for name in names.split():
+            aliases[_as_flag(name)] = f"{section}.{name}"
+    return aliases
+
+
+def _as_flag(field: str) -> str:
+    return field.replace("_", "-")
+
+
+ALIASES = _aliases()
+
+
 @cache
 def field_types(section: Any = RunConfig, prefix: str = "") -> dict[str, Any]:
-    """Every field of RunConfig (or a section) by its dotted name, with its type; of a union, those of all."""
-    found, hints = dict[str, Any](), get_type_hints(section)
+    """The fields of RunConfig (or of a section) by dotted name, with their types.
+
+    Where a section is a union of classes, it has the fields of all of them.
+    """
+    hints = get_type_hints(section)
+    found: dict[str, Any] = {}
     for f in fields(section):
-        name, kind = prefix + f.name, hints[f.name]
+        name = prefix + f.name
+        kind = hints[f.name]
         classes: list[Any] = [c for c in (kind, *get_args(kind)) if is_dataclass(c)]
-        for types in [field_types(c, f"{name}.") for c in classes] or [{name: kind}]:
-            found |= types
+        if not classes:
+            found[name] = kind
+        for inner in classes:
+            found.update(field_types(inner, f"{name}."))
     return found
+
+
+@cache
+def spellings() -> dict[str, Spelling]:
+    """Every flag, without the dashes in front, and what it stands for."""
+    plain = {_as_flag(field): Spelling(field, negated=False) for field in field_types()}
+    for name, field in ALIASES.items():
+        plain[name] = Spelling(field, negated=False)
+    for name, switch in SWITCHES.items():
+        plain[name] = Spelling(switch.field, negated=False, switch=switch)
+    negated = {}
+    for name, spelling in plain.items():
+        section, dot, leaf = name.rpartition(".")
+        negated[f"{section}{dot}no-{leaf}"] = replace(spelling, negated=True)
+    return {**negated, **plain}
 
 
 def parse(args: Sequence[str]) -> list[Flag]:
     """Take flags apart. Raises RunError for an unknown flag, a missing value, a stray word."""
-    flags, rest = [], list(args)
+    rest = list(args)
+    found = []
     while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            forms = "--name VALUE, --name=VALUE, --switch or --no-switch"
-            raise RunError(f"{word!r} belongs to no flag; write {forms}")
-        name, equals, value = word.partition("=")
-        plain = name[2:].replace("_", "-")
-        if plain not in spellings():
-            raise RunError(
-                f"unknown flag {name}{suggest(plain, _suggestions())}; --help lists all flags"
-            )
-        field, off = spellings()[plain]
-        switch = SWITCHES.get(plain.removeprefix("no-"))
-        kind: Any = bool if switch else field_types()[field]
-        if off and kind is not bool:
-            flag = f"--{field.replace('_', '-')}"
-            raise RunError(f"{name}: {field} is not a switch; give it a value: {flag} VALUE")
-        if get_origin(kind) in (dict, list):
-            raise RunError(
-                f"{name} sets {field}, a {get_origin(kind).__name__}, which is set in YAML only"
-            )
-        if off and equals:
+        found.append(_take_flag(rest))
+    return found
+
+
+def _take_flag(rest: list[str]) -> Flag:
+    """Take the first flag, and its value where that is the next word, out of `rest`."""
+    word = rest.pop(0)
+    if not word.startswith("--"):
+        raise RunError(
+            f"{word!r} belongs to no flag; write --name VALUE, --name=VALUE, --switch or --no-switch"
+        )
+    name, equals, text = word.partition("=")
+    plain = _as_flag(name.removeprefix("--"))
+    if plain not in spellings():
+        raise RunError(
+            f"unknown flag {name}{suggest(plain, _suggestions())}; --help lists all flags"
+        )
+    spelling = spellings()[plain]
+    _check_can_be_set(name, spelling)
+    if spelling.negated:
+        if equals:
             raise RunError(f"{word}: a --no- flag takes no value")
-        if off or (kind is bool and not equals):
-            value = "false" if off else "true"
-        elif not equals:
-            if not rest or rest[0].startswith("--"):
-                raise RunError(f"{name} needs a value")
-            value = rest.pop(0)
-        if switch:
-            if value not in ("true", "false"):
-                raise RunError(f"{word}: write {name} or --no-{plain}, or true or false behind it")
-            value = switch[1] if value == "true" else switch[2]
-        off = type(None) in get_args(kind) and value.lower() == "none"
-        flags.append(Flag(name, field, None if off else value))
-    return flags
+        text = "false"
+    elif not equals and spelling.kind is bool:
+        text = "true"
+    elif not equals:
+        text = _take_value(name, rest)
+    if spelling.switch:
+        return Flag(name, spelling.field, _switch_value(word, plain, spelling.switch, text))
+    is_optional = type(None) in get_args(spelling.kind)
+    if is_optional and text.lower() == "none":
+        return Flag(name, spelling.field, None)
+    return Flag(name, spelling.field, text)
 
 
-@cache
-def spellings() -> dict[str, tuple[str, bool]]:
-    """Every flag without its dashes -> the field it sets, and whether it is the --no- form."""
-    names = {field.replace("_", "-"): field for field in field_types()} | ALIASES
-    names |= {name: field for name, (field, _, _) in SWITCHES.items()}
-    parted = [(*name.rpartition("."), field) for name, field in names.items()]
-    off = {f"{section}{dot}no-{leaf}": (field, True) for section, dot, leaf, field in parted}
-    return off | {name: (field, False) for name, field in names.items()}
+def _check_can_be_set(name: str, spelling: Spelling) -> None:
+    field = spelling.field
+    container = get_origin(spelling.kind)
+    if spelling.negated and spelling.kind is not bool:
+        raise RunError(
+            f"{name}: {field} is not a switch; give it a value: --{_as_flag(field)} VALUE"
+        )
+    if container in (dict, list):
+        raise RunError(f"{name} sets {field}, a {container.__name__}, which is set in YAML only")
+
+
+def _take_value(name: str, rest: list[str]) -> str:
+    if not rest or rest[0].startswith("--"):
+        raise RunError(f"{name} needs a value")
+    return rest.pop(0)
+
+
+def _switch_value(word: str, plain: str, switch: Switch, text: str) -> str:
+    """The value of the switch's field for the text "true" or "false"."""
+    values = {"true": switch.on, "false": switch.off}
+    if text not in values:
+        raise RunError(f"{word}: write --{plain} or --no-{plain}, or true or false behind it")
+    return values[text]
 
 
 def _suggestions() -> dict[str, str]:
-    """What a user might have meant (flags, or the last parts of dotted ones) -> the flag to suggest."""
-    names = [name for name, (_, off) in spellings().items() if not off]
-    return {name.rpartition(".")[2]: f"--{name}" for name in names} | {
-        name: f"--{name}" for name in names
-    }
+    """What a user might have meant (flags, or the last words of dotted ones) -> the flag to suggest."""
+    names = [name for name, spelling in spellings().items() if not spelling.negated]
+    by_last_word = {name.rpartition(".")[2]: f"--{name}" for name in names}
+    by_name = {name: f"--{name}" for name in names}
+    return {**by_last_word, **by_name}
 
 
 def suggest(word: str, choices: Mapping[str, str]) -> str:
-    """`; did you mean X or Y?`, or nothing where no choice is close."""
-    near = (
-        get_close_matches(word, choices, n=2, cutoff=0.7)
-        or [c for c in choices if c.startswith(word)][:2]
-    )
-    close = [choices[c] for c in near or get_close_matches(word, choices, n=2, cutoff=0.6)]
-    return f"; did you mean {' or '.join(dict.fromkeys(close))}?" if close else ""
+    """`; did you mean X or Y?`, or nothing where no choice is close.
+
+    `choices` maps what a user may have meant to what is suggested for it.
+    """
+    near = get_close_matches(word, choices, n=2, cutoff=0.7)
+    if not near:
+        near = [choice for choice in choices if choice.startswith(word)][:2]
+    if not near:
+        near = get_close_matches(word, choices, n=2, cutoff=0.6)
+    if not near:
+        return ""
+    suggested = dict.fromkeys(choices[choice] for choice in near)
+    return f"; did you mean {' or '.join(suggested)}?"
 
 
 def print_help(default: RunConfig, prog: str) -> None:
-    """Every flag with its value after the YAML files, and before them the short names; ends the process."""
-    meaning = ALIASES | {name: f"{field} {on}" for name, (field, on, _) in SWITCHES.items()}
-    width = max(map(len, meaning))
-    short = "\n".join(
-        f"  --{name:{width}}  --{field.replace('_', '-')}" for name, field in meaning.items()
+    """Print every flag with its value after the YAML files, below the short names, and end the process."""
+    meanings = {name: _as_flag(field) for name, field in ALIASES.items()}
+    for name, switch in SWITCHES.items():
+        meanings[name] = f"{_as_flag(switch.field)} {switch.on}"
+    width = max(len(name) for name in meanings)
+    short_names = [f"  --{name:{width}}  --{meaning}" for name, meaning in meanings.items()]
+    intro = (
+        "Values shown, and the algorithm, are those of the recipe, cluster file and flags given. "
+        "Short names:\n\n" + "\n".join(short_names)
     )
-    shown = (
-        "Values shown, and the algorithm, are those of the recipe, cluster file and flags given."
+    tyro.cli(
+        tyro.conf.AvoidSubcommands[RunConfig],
+        default=default,
+        args=["--help"],
+        prog=prog,
+        description=intro,
     )
-    intro, chosen = f"{shown} Short names:\n\n{short}", tyro.conf.AvoidSubcommands[RunConfig]
-    tyro.cli(chosen, default=default, args=["--help"], prog=prog, description=intro)

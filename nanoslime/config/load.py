@@ -2,12 +2,12 @@
 
     recipe.yaml  <  cluster.yaml (under `cluster:`)  <  flags
 
-Nothing is guessed: an unknown key or a value of the wrong type is refused with its place and what is valid.
+Nothing is guessed: an unknown key or a value of the wrong type is refused with its place and the valid choices.
 """
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -31,14 +31,18 @@ def load(recipe: Path | None, cluster: Path | None, flags: Sequence[str]) -> Run
     named anywhere, one node means FSDP2. Raises RunError, one line for each thing that is wrong.
     """
     layers = _Layers()
-    for path, section in ((recipe, ""), (cluster, "cluster")):
-        if path is not None:
-            layers.add_file(path, section)
-    for flag in flag_table.parse([f for f in flags if f not in _HELP]):
-        layers.put(flag.field, flag.value, f"flag {flag.name}")
-    if _HELP & set(flags):
+    if recipe is not None:
+        layers.add_file(recipe, "")
+    if cluster is not None:
+        layers.add_file(cluster, "cluster")
+    settings = [flag for flag in flags if flag not in _HELP]
+    for flag in flag_table.parse(settings):
+        layers.put(flag.field, flag.value, _Source(f"flag {flag.name}", is_flag=True))
+    if len(settings) < len(flags):
         flag_table.print_help(layers.validate(), Path(sys.argv[0]).name)
-    config = _one_node_means_fsdp(layers.validate(), layers.sources)
+    config = layers.validate()
+    if _falls_back_to_fsdp(config, layers.sources):
+        config = _with_fsdp(config)
     upstream.check("megatron", "training.megatron", config.training.megatron)
     upstream.check("sglang", "rollout.sglang", config.rollout.sglang)
     return config
@@ -60,12 +64,23 @@ class _UniqueKeys(yaml.SafeLoader):
     """Refuses a key that stands twice in one mapping; YAML would silently take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for i, key in enumerate(keys) if key in keys[:i]]
-        if twice:
-            problem = f"key {twice[0]!r} stands twice"
-            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        seen = []
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"key {key!r} stands twice", problem_mark=node.start_mark
+                )
+            seen.append(key)
         return super().construct_mapping(node, deep)
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """The file or the flag that a value came from."""
+
+    text: str
+    is_flag: bool = False
 
 
 class _Layers:
@@ -73,7 +88,8 @@ class _Layers:
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
-        self.sources: dict[str, str] = {}  # dotted field -> file or flag
+        # By the dotted name of the field.
+        self.sources: dict[str, _Source] = {}
 
     def add_file(self, path: Path, section: str) -> None:
         """Lay a YAML file over what is there, below `section`."""
@@ -82,35 +98,42 @@ class _Layers:
         except (OSError, UnicodeDecodeError) as e:
             raise RunError(f"cannot read {path}: {e}") from e
         except yaml.YAMLError as e:
-            raise RunError(f"{path} is not YAML: {' '.join(str(e).split())}") from e
-        self._add(section, content if content is not None else {}, str(path))
+            one_line = " ".join(str(e).split())
+            raise RunError(f"{path} is not YAML: {one_line}") from e
+        if content is None:
+            content = {}
+        self._add(section, content, _Source(str(path)))
 
-    def _add(self, place: str, content: Any, source: str) -> None:
+    def _add(self, place: str, content: Any, source: _Source) -> None:
         known = flag_table.field_types()
         if place in known:
-            return self.put(place, content, source)
+            self.put(place, content, source)
+            return
         if not isinstance(content, dict):
-            where = f"{source}: {place or 'the file'}"
-            raise RunError(f"{where} must be a mapping of keys to values, not {content!r}")
+            raise RunError(
+                f"{source.text}: {place or 'the file'} must be a mapping of keys to values, "
+                f"not {content!r}"
+            )
         prefix = f"{place}." if place else ""
-        inside = {f.removeprefix(prefix).split(".")[0] for f in known if f.startswith(prefix)}
+        valid = {
+            name.removeprefix(prefix).split(".")[0] for name in known if name.startswith(prefix)
+        }
         for key, value in content.items():
-            if key not in inside:
-                elsewhere = [f for f in known if f.endswith(f".{key}")]
-                near = f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else ""
-                near = near or flag_table.suggest(str(key), {name: name for name in sorted(inside)})
-                near = near or f"; valid here: {', '.join(sorted(inside))}"
-                raise RunError(f"{source}: unknown key {prefix}{key}{near}")
+            if key not in valid:
+                raise RunError(
+                    f"{source.text}: unknown key {prefix}{key}{_hint(str(key), sorted(valid))}"
+                )
             self._add(prefix + key, value, source)
 
-    def put(self, field: str, value: Any, source: str) -> None:
+    def put(self, field: str, value: Any, source: _Source) -> None:
         """Set a field. The keys of a dict field are merged one by one."""
         *sections, leaf = field.split(".")
         target = self.values
         for section in sections:
             target = target.setdefault(section, {})
-        if get_origin(flag_table.field_types()[field]) is dict and isinstance(value, dict):
-            value = target.get(leaf, {}) | value
+        is_mapping = get_origin(flag_table.field_types()[field]) is dict
+        if is_mapping and isinstance(value, dict):
+            value = {**target.get(leaf, {}), **value}
         target[leaf] = value
         self.sources[field] = source
 
@@ -120,51 +143,86 @@ class _Layers:
         try:
             return TypeAdapter(RunConfig).validate_python(self.values)
         except ValidationError as e:
-            raise RunError("\n".join(self._line(dict(error)) for error in e.errors())) from None
+            lines = [self._line(dict(error)) for error in e.errors()]
+            raise RunError("\n".join(lines)) from None
 
     def _line(self, error: dict[str, Any]) -> str:
-        parts = [str(part) for part in error["loc"]]
-        if parts[:1] == ["algorithm"] and error["type"] != "union_tag_invalid":
-            del parts[1]  # the name of the algorithm, by which pydantic chose the class
-        place = ".".join(parts)
-        outward = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
-        source = next(
-            (self.sources[field] for field in outward if field in self.sources), "default"
-        )
-        if error["type"] == "unexpected_keyword_argument":
-            return f"{source}: {place}: {self._not_of_this_algorithm(parts[-1])}"
-        if error["type"] == "union_tag_invalid":
-            given, choices = (
-                f"algorithm.name={error['ctx']['tag']!r}",
-                error["ctx"]["expected_tags"],
+        """One of pydantic's errors in one line: where the value came from, its place, what is valid."""
+        kind = error["type"]
+        if kind == "value_error":
+            # A rule of ours; its message names its fields itself.
+            return str(error["ctx"]["error"])
+        place = self._place(error)
+        source = self._source(place)
+        field = ".".join(place)
+        if kind == "unexpected_keyword_argument":
+            return f"{source}: {field}: {self._not_of_this_algorithm(place[-1])}"
+        if kind == "union_tag_invalid":
+            return (
+                f"{self.sources['algorithm.name'].text}: algorithm.name={error['ctx']['tag']!r} "
+                f"is unknown; choose one of {error['ctx']['expected_tags']}"
             )
-            return f"{self.sources['algorithm.name']}: {given} is unknown; choose one of {choices}"
-        message = (
-            error["msg"].removeprefix("Value error, ").replace("Input should be", "must be", 1)
-        )
+        message = error["msg"].replace("Input should be", "must be", 1)
         message = message.replace("String should match pattern", "must match", 1)
-        if error["type"] == "value_error":  # a rule of ours, which names its fields itself
-            return message if message.startswith(place) else f"{place}: {message}"
-        return f"{source}: {place}={error['input']!r}: {message}"
+        return f"{source}: {field}={error['input']!r}: {message}"
+
+    def _place(self, error: dict[str, Any]) -> list[str]:
+        """The words of the field's dotted name."""
+        place = [str(word) for word in error["loc"]]
+        if place[0] == "algorithm" and error["type"] != "union_tag_invalid":
+            # Without the name of the algorithm, by which pydantic chose the class.
+            del place[1]
+        return place
+
+    def _source(self, place: list[str]) -> str:
+        """The file or flag that set the field, or the nearest mapping around it."""
+        for length in range(len(place), 0, -1):
+            source = self.sources.get(".".join(place[:length]))
+            if source is not None:
+                return source.text
+        return "default"
 
     def _not_of_this_algorithm(self, field: str) -> str:
-        """A key that another class of the union has; one that none has is refused on the way in."""
-        classes: dict[str, Any] = {c.name: c for c in get_args(AnyAlgorithm)}
-        having = [name for name, c in classes.items() if field in {f.name for f in fields(c)}]
-        chosen = f"algorithm.name={self.values['algorithm']['name']}"
-        return f"{chosen} has no such field; these have: {', '.join(having)}"
+        """For a key that another class of the union has; one that none has is refused on the way in."""
+        having = []
+        for algorithm in get_args(AnyAlgorithm):
+            if field in {f.name for f in fields(algorithm)}:
+                having.append(algorithm.name)
+        chosen = self.values["algorithm"]["name"]
+        return f"algorithm.name={chosen} has no such field; these have: {', '.join(having)}"
 
 
-def _one_node_means_fsdp(config: RunConfig, sources: dict[str, str]) -> RunConfig:
-    """FSDP2 where nobody named a backend and there is one node; a recipe's parallel sizes then do not apply.
+def _hint(key: str, valid: Sequence[str]) -> str:
+    """What may be meant by an unknown key: the same key in other sections, a similar one, or any valid one."""
+    elsewhere = [name for name in flag_table.field_types() if name.endswith(f".{key}")]
+    if elsewhere:
+        return f"; did you mean {' or '.join(elsewhere)}?"
+    similar = flag_table.suggest(key, {name: name for name in valid})
+    return similar or f"; valid here: {', '.join(valid)}"
 
-    A flag for parallelism asks for Megatron, and so do routing replay and options in training.megatron.
+
+def _falls_back_to_fsdp(config: RunConfig, sources: dict[str, _Source]) -> bool:
+    """Whether there is one node, nobody named a backend, and nothing asks for Megatron.
+
+    A flag for parallelism asks for it, and so do routing replay and options in training.megatron.
     """
     training = config.training
-    names = (*PARALLEL_SIZES, "sequence_parallel") if training.sequence_parallel else PARALLEL_SIZES
-    asked = any(sources.get(f"training.{name}", "").startswith("flag ") for name in names)
-    asked |= training.routing_replay != "none" or bool(training.megatron)
-    if asked or "training.backend" in sources or config.cluster.nodes > 1:
-        return config
-    off: dict[str, Any] = dict.fromkeys(PARALLEL_SIZES, 1) | {"sequence_parallel": False}
-    return replace(config, training=replace(training, backend="fsdp", **off))
+    if "training.backend" in sources or config.cluster.nodes > 1:
+        return False
+    if training.routing_replay != "none" or training.megatron:
+        return False
+    names = list(PARALLEL_SIZES)
+    if training.sequence_parallel:
+        names.append("sequence_parallel")
+    for name in names:
+        source = sources.get(f"training.{name}")
+        if source is not None and source.is_flag:
+            return False
+    return True
+
+
+def _with_fsdp(config: RunConfig) -> RunConfig:
+    """The same run with FSDP2; the parallel sizes of a recipe do not apply to it."""
+    sizes: dict[str, Any] = dict.fromkeys(PARALLEL_SIZES, 1)
+    training = replace(config.training, backend="fsdp", sequence_parallel=False, **sizes)
+    return replace(config, training=training)

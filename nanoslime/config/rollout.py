@@ -14,7 +14,7 @@ class RolloutConfig:
     rollout_batch_size: int = Field(default=32, ge=1)
     """Prompts per rollout."""
     dynamic_sampling_rounds: int = Field(default=1, ge=1)
-    """Further prompts take the place of filtered groups in at most so many rounds of sampling, until
+    """Rounds of sampling at most in which further prompts take the place of filtered groups, until
     rollout_batch_size groups are left (dynamic sampling, arXiv 2503.14476, section 3.2); 1: off."""
     n_samples_per_prompt: int = Field(default=8, ge=1)
     max_new_tokens: int = Field(default=1024, ge=1)
@@ -45,8 +45,8 @@ class RolloutConfig:
 @knobs
 class WeightSyncConfig:
     transport: Literal["auto", "broadcast", "tensor", "disk", "in_process"] = "auto"
-    """auto: in_process for an embedded engine beside one rank, disk for other such; SGLang takes broadcast,
-    and with cluster.colocate tensor (handles of the trainer's GPU memory)."""
+    """auto: an embedded engine takes in_process beside one rank, and disk beside several; SGLang takes
+    broadcast, and with cluster.colocate tensor (handles of the trainer's GPU memory)."""
     bucket_bytes: int = Field(default=512 << 20, ge=1)
     deadline_s: float = Field(default=300.0, gt=0)
 
@@ -62,4 +62,8 @@ class EvalConfig:
     seed: int = 0
 
     def due(self, step: int, num_rollout: int) -> bool:
-        return step + 1 == num_rollout or bool(self.interval) and (step + 1) % self.interval == 0
+        """Whether the policy is evaluated after this step; after the last one it always is."""
+        done = step + 1
+        if done == num_rollout:
+            return True
+        return self.interval > 0 and done % self.interval == 0

@@ -31,56 +31,76 @@ class RunConfig:
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        self._check_rehearsal()
+        self._check_backend()
+        self._check_sizes()
+        if self.rollout.load_rollouts or self.rollout.rollout_only:
+            self._check_half_a_run()
+        else:
+            self._check_group_size()
+        return self
+
+    def _check_rehearsal(self) -> None:
         if self.rehearsal.enabled and self.model.hf_checkpoint:
-            given = f"model.hf_checkpoint={self.model.hf_checkpoint!r}"
             raise ValueError(
-                f"rehearsal.enabled makes its own model; {given} needs --rehearsal.no-enabled"
+                "rehearsal.enabled makes its own model; "
+                f"model.hf_checkpoint={self.model.hf_checkpoint!r} needs --rehearsal.no-enabled"
             )
-        asked = f"training.routing_replay={self.training.routing_replay}"
-        if not asked.endswith("none") and self.training.backend != "megatron":
-            raise ValueError(f"{asked} needs training.backend=megatron")
-        if asked.endswith("R2") and self.algorithm.old_logprobs != "recomputed":
+
+    def _check_backend(self) -> None:
+        training = self.training
+        replay = training.routing_replay
+        if replay != "none" and training.backend != "megatron":
+            raise ValueError(f"training.routing_replay={replay} needs training.backend=megatron")
+        if replay == "R2" and self.algorithm.old_logprobs != "recomputed":
             raise ValueError(
-                f"{asked} needs algorithm.old_logprobs=recomputed, a pass to record; or set R3"
+                "training.routing_replay=R2 needs algorithm.old_logprobs=recomputed, a pass to "
+                "record; or set R3"
             )
-        if self.training.backend == "fsdp" and (
-            self.training.sequence_parallel or self.training.megatron
-        ):
+        if training.backend == "fsdp" and (training.sequence_parallel or training.megatron):
             raise ValueError(
-                "training.sequence_parallel and training.megatron need backend=megatron"
+                "training.sequence_parallel and training.megatron need training.backend=megatron"
             )
-        steps, prompts = self.training.num_steps_per_rollout, self.rollout.rollout_batch_size
+
+    def _check_sizes(self) -> None:
+        steps = self.training.num_steps_per_rollout
+        prompts = self.rollout.rollout_batch_size
         if prompts % steps:
-            name = f"training.num_steps_per_rollout={steps}"
-            raise ValueError(f"{name} does not divide rollout.rollout_batch_size={prompts}")
-        if (buffer := self.algorithm.overlong_buffer) > (limit := self.rollout.max_new_tokens):
+            raise ValueError(
+                f"training.num_steps_per_rollout={steps} does not divide "
+                f"rollout.rollout_batch_size={prompts}"
+            )
+        buffer = self.algorithm.overlong_buffer
+        limit = self.rollout.max_new_tokens
+        if buffer > limit:
             raise ValueError(
                 f"algorithm.overlong_buffer={buffer} is above rollout.max_new_tokens={limit}"
             )
-        self._check_half_a_run()
-        return self
+
+    def _check_group_size(self) -> None:
+        """One sample of a prompt has no others to be compared with."""
+        name = self.algorithm.name
+        if self.rollout.n_samples_per_prompt == 1 and name != "reinforce_plus_plus":
+            raise ValueError(
+                f"rollout.n_samples_per_prompt=1: {name} compares samples; set 2 or more"
+            )
 
     def _check_half_a_run(self) -> None:
-        """A replay has no engines, rollout-only has no trainer: refuses what speaks of what is not there."""
-        rollout, transport, name = self.rollout, self.weight_sync.transport, self.algorithm.name
-        if not (rollout.load_rollouts or rollout.rollout_only):
-            if rollout.n_samples_per_prompt == 1 and name != "reinforce_plus_plus":
-                raise ValueError(
-                    f"rollout.n_samples_per_prompt=1: {name} compares samples; set 2 or more"
-                )
-            return
-        if rollout.load_rollouts and rollout.rollout_only:
+        """A replay has no engines and rollout-only has no trainer; refuse fields of what is not there."""
+        if self.rollout.load_rollouts and self.rollout.rollout_only:
             raise ValueError(
                 "rollout.load_rollouts and rollout.rollout_only exclude each other; set one"
             )
-        mode = "rollout.load_rollouts" if rollout.load_rollouts else "rollout.rollout_only"
-        given = {
+        mode = "rollout.load_rollouts" if self.rollout.load_rollouts else "rollout.rollout_only"
+        transport = self.weight_sync.transport
+        fields_without_use = {
             "weight_sync.transport": None if transport == "auto" else transport,
             "cluster.rollout_nodes": self.cluster.rollout_nodes,
             "cluster.engine_gpus": self.cluster.engine_gpus,
             "cluster.colocate": self.cluster.colocate or None,
-            "training.num_gpus": self.training.num_gpus if rollout.rollout_only else None,
         }
-        for field, value in given.items():
+        if self.rollout.rollout_only:
+            fields_without_use["training.num_gpus"] = self.training.num_gpus
+        for field, value in fields_without_use.items():
             if value is not None:
                 raise ValueError(f"{field}={value} makes no sense with {mode}; leave it out")

@@ -7,23 +7,19 @@ from pydantic import AfterValidator, Field
 
 from nanoslime.config.base import knobs
 
+# Fields of TrainingConfig.
+PARALLEL_SIZES = ("tp_size", "pp_size", "vpp_size", "cp_size", "ep_size", "etp_size")
 
-def _is_regex(pattern: str) -> str:
+
+def _check_frozen_pattern(pattern: str) -> str:
     try:
-        return re.compile(pattern).pattern
+        re.compile(pattern)
     except re.error as e:
-        raise ValueError(f"{pattern!r} is not a regular expression: {e}") from e
+        raise ValueError(f"training.freeze: {pattern!r} is not a regular expression: {e}") from e
+    return pattern
 
 
-Regex = Annotated[str, AfterValidator(_is_regex)]
-PARALLEL_SIZES = (
-    "tp_size",
-    "pp_size",
-    "vpp_size",
-    "cp_size",
-    "ep_size",
-    "etp_size",
-)  # of TrainingConfig
+FrozenPattern = Annotated[str, AfterValidator(_check_frozen_pattern)]
 
 
 @knobs
@@ -39,10 +35,10 @@ class TrainingConfig:
     etp_size: int = Field(default=1, ge=1)
     """Tensor parallel size within an expert."""
     vpp_size: int = Field(default=1, ge=1)
-    """Pieces of the model on each pipeline rank; above 1 the schedule is interleaved (arXiv 2104.04473)."""
+    """Chunks of the model on each pipeline rank; above 1 the schedule is interleaved (arXiv 2104.04473)."""
     sequence_parallel: bool = False
     allow_slow: bool = False
-    """On GPUs without Transformer Engine, context parallelism and experts all the same."""
+    """Allow context parallelism and experts on GPUs without Transformer Engine, which is slow."""
     lr: float = Field(default=1e-6, ge=0)
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     lr_warmup_steps: int = Field(default=0, ge=0)
@@ -54,9 +50,10 @@ class TrainingConfig:
     clip_grad: float = Field(default=1.0, ge=0)
     """Global gradient norm; 0: no clipping."""
     skip_grad_norm_above: float | None = Field(default=None, gt=1)
-    """Leave out a step whose gradient norm is above so many times the median of the last 128 norms of steps
-    that were made, once there are 16; the run directory keeps its batch, under skipped/. After 8 left out
-    in a row those norms are forgotten and the next step is made; one that is not finite never is."""
+    """Skip an optimizer step whose gradient norm is above so many times the median of the norms of the last
+    128 steps that were made, once there are 16. The run directory keeps the batch of a skipped step, under
+    skipped/. After 8 skipped in a row these norms are forgotten and the next step is made; a step whose norm
+    is not finite is always skipped."""
     num_steps_per_rollout: int = Field(default=1, ge=1)
     """Optimizer steps per rollout, each over its share of the groups."""
     max_tokens_per_microbatch: int = Field(default=8192, ge=1)
@@ -65,15 +62,16 @@ class TrainingConfig:
     routing_replay: Literal["none", "R2", "R3"] = "none"
     """The training pass of an MoE model takes the experts that the pass for old logprobs chose (R2, arXiv
     2507.18071 section 5.3) or that the engine ran (R3, arXiv 2510.11370)."""
-    freeze: list[Regex] = Field(default_factory=list)
-    """Regular expressions, found anywhere in a tensor's Hugging Face name, of what is not trained."""
+    freeze: list[FrozenPattern] = Field(default_factory=list)
+    """Tensors that are not trained: regular expressions, found anywhere in a tensor's Hugging Face name."""
     optimizer_offload: bool = False
     """Adam's state and step on the CPU; with fsdp, the weights between uses too."""
     distributed_optimizer: bool = True
     megatron: dict[str, Any] = Field(default_factory=dict)
     """Fields of megatron-core's TransformerConfig as written there."""
     collective_deadline_s: float = Field(default=600.0, gt=0)
-    """Of one collective, but also of a whole training on a rollout (all passes and steps) and of a save."""
+    """Deadline of one collective, and also of the whole training on a rollout (all passes and steps) and of
+    a save."""
     start_deadline_s: float = Field(default=600.0, gt=0)
 
 
@@ -83,14 +81,18 @@ class CheckpointConfig:
     """Commit a checkpoint after every so many rollouts; 0: only at the end and when the job must stop."""
     keep_last: int = Field(default=2, ge=1)
     keep_every: int = Field(default=0, ge=0)
-    """Keep for good those whose step is a multiple; 0: none."""
+    """Keep the checkpoints whose step is a multiple of this for good; 0: none."""
     keep_best: bool = False
-    """Keep the one with the best evaluation reward."""
+    """Keep the checkpoint with the best evaluation reward."""
     export_hf: bool = True
     """Write a Hugging Face checkpoint at the end."""
 
     def due(self, step: int, num_rollout: int) -> bool:
-        return step + 1 == num_rollout or bool(self.interval) and (step + 1) % self.interval == 0
+        """Whether a checkpoint is committed after this step; after the last one it always is."""
+        done = step + 1
+        if done == num_rollout:
+            return True
+        return self.interval > 0 and done % self.interval == 0
 
 
 @knobs

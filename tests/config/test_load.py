@@ -151,24 +151,38 @@ def test_fsdp_refuses_what_it_would_ignore(tmp_path, knob):
 @pytest.mark.parametrize(
     ("algorithm", "says"),
     [
-        ("kl_loss_coef: 0.1", "kl_loss_coef=0.1 needs use_kl_loss"),
-        ("use_unbiased_kl: true", "use_unbiased_kl=True needs use_kl_loss"),
-        ("overlong_penalty: 2", "overlong_penalty=2.0 needs overlong_buffer"),
-        ("correction: {tis_clip: 5}", "tis_clip=5.0 needs use_tis"),
-        ("correction: {tis_clip_low: 0.5}", "tis_clip_low=0.5 needs use_tis"),
-        ("correction: {tis_level: sequence}", "tis_level=sequence needs use_tis"),
-        ("correction: {reject_low: 0.1, use_tis: true}", "reject_low=0.1 needs reject"),
-        ("correction: {reject_high: 3}", "reject_high=3.0 needs reject"),
-        ("correction: {opsm_delta: 1}", "opsm_delta=1.0 needs use_opsm"),
-        ("name: gspo, eps_clip: 0.2", r"eps_clip and eps_clip_high \(0.2, 0.0004\) must ascend"),
+        ("kl_loss_coef: 0.1", "kl_loss_coef=0.1 needs algorithm.use_kl_loss"),
+        ("use_unbiased_kl: true", "use_unbiased_kl=True needs algorithm.use_kl_loss"),
+        ("overlong_penalty: 2", "overlong_penalty=2.0 needs algorithm.overlong_buffer"),
+        ("correction: {tis_clip: 5}", "correction.tis_clip=5.0 needs .*use_tis"),
+        ("correction: {tis_clip_low: 0.5}", "correction.tis_clip_low=0.5 needs .*use_tis"),
+        ("correction: {tis_level: sequence}", "correction.tis_level=sequence needs .*use_tis"),
+        (
+            "correction: {reject_low: 0.1, use_tis: true}",
+            "correction.reject_low=0.1 needs .*reject",
+        ),
+        ("correction: {reject_high: 3}", "correction.reject_high=3.0 needs .*reject"),
+        ("correction: {opsm_delta: 1}", "correction.opsm_delta=1.0 needs .*use_opsm"),
+        (
+            "correction: {use_tis: true, tis_clip_low: 3}",
+            "correction.tis_clip_low=3.0 is above tis_clip=2.0; give both, in ascending order",
+        ),
+        (
+            "correction: {reject: token, reject_low: 3}",
+            "correction.reject_low=3.0 is above reject_high=2.0; give both, in ascending order",
+        ),
+        (
+            "name: gspo, eps_clip: 0.2",
+            "eps_clip=0.2 is above algorithm.eps_clip_high=0.0004; give both, in ascending order",
+        ),
         (
             "eps_clip: 0.3, eps_clip_high: 0.2",
-            r"eps_clip and eps_clip_high \(0.3, 0.2\) must ascend",
+            "eps_clip=0.3 is above algorithm.eps_clip_high=0.2; give both, in ascending order",
         ),
     ],
 )
 def test_settings_of_the_algorithm_without_effect_are_refused(tmp_path, algorithm, says):
-    with pytest.raises(RunError, match=f"^algorithm: {says}"):
+    with pytest.raises(RunError, match=f"^algorithm.{says}"):
         load(write(tmp_path / "r.yaml", f"algorithm: {{{algorithm}}}"), None, [])
 
 

@@ -19,9 +19,8 @@ from tools import option_names
 
 @pytest.mark.parametrize("which", option_names.SOURCES)
 def test_list_is_that_of_the_installed_package(which):
-    assert upstream.known(which) == option_names.installed(which), (
-        "run `python -m tools.option_names`"
-    )
+    way_out = "run `python -m tools.option_names`"
+    assert upstream.known(which) == option_names.installed(which), way_out
 
 
 @pytest.mark.parametrize("which", upstream.OURS)
@@ -43,6 +42,8 @@ def test_a_known_option_passes_and_an_unknown_one_is_refused():
         ("moe_router_topk", "model.hf_checkpoint (its config.json)"),
         ("moe_aux_loss_coeff", "algorithm.*"),
         ("pipeline_dtype", "model.dtype"),
+        ("gtp_weight_remat_size", "training.tp_size"),
+        ("use_mup", "model.hf_checkpoint"),
     ],
 )
 def test_what_the_maths_rests_on_is_refused_with_what_to_set_instead(name, instead):
@@ -51,7 +52,8 @@ def test_what_the_maths_rests_on_is_refused_with_what_to_set_instead(name, inste
         upstream.check("megatron", "training.megatron", {name: 1})
 
 
-FREE = {  # what nanoslime sets, and a user may set otherwise
+# Options that nanoslime sets, and a user may set otherwise.
+FREE = {
     "hidden_dropout",
     "attention_dropout",
     "moe_token_dispatcher_type",

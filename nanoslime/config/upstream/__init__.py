@@ -11,15 +11,25 @@ from typing import Any
 from nanoslime.config.flags import suggest
 from nanoslime.types import RunError
 
+# Options that config.json decides.
 _SHAPE = """num_layers hidden_size num_attention_heads num_query_groups ffn_hidden_size kv_channels
     qk_layernorm rotary_interleaved add_bias_linear add_qkv_bias normalization layernorm_epsilon
-    gated_linear_unit activation_func num_moe_experts moe_layer_freq moe_ffn_hidden_size mtp_num_layers
-    moe_shared_expert_intermediate_size moe_shared_expert_gate moe_router_topk moe_router_score_function
-    moe_router_pre_softmax moe_router_topk_scaling_factor moe_router_num_groups moe_router_group_topk
-    moe_router_enable_expert_bias""".split()
-_LOSS = "calculate_per_token_loss moe_aux_loss_coeff moe_z_loss_coeff moe_router_bias_update_rate".split()
+    gated_linear_unit activation_func num_moe_experts moe_layer_freq moe_ffn_hidden_size
+    mtp_num_layers moe_shared_expert_intermediate_size moe_shared_expert_gate moe_router_topk
+    moe_router_score_function moe_router_pre_softmax moe_router_topk_scaling_factor
+    moe_router_num_groups moe_router_group_topk moe_router_enable_expert_bias use_mup""".split()
+# Options that would add to the loss, or divide it.
+_LOSS = """calculate_per_token_loss moe_aux_loss_coeff moe_z_loss_coeff
+    moe_router_bias_update_rate""".split()
+# Options that packed sequences and the loading of weights rest on.
 _FIXED = "variable_seq_lengths use_cpu_initialization perform_initialization".split()
-OURS = {  # names that nanoslime sets itself, and what to set instead
+# Options that cut weights in another way than the weight map does.
+_WEIGHT_SHARDS = """tensor_parallel_num_weight_shards gtp_weight_remat_size
+    expert_tensor_parallel_num_weight_shards expert_gtp_weight_remat_size""".split()
+_DTYPES = "params_dtype pipeline_dtype bf16 fp16".split()
+
+# Options that nanoslime sets itself, and what to set instead.
+OURS = {
     "megatron": {
         "tensor_model_parallel_size": "training.tp_size",
         "pipeline_model_parallel_size": "training.pp_size",
@@ -28,13 +38,15 @@ OURS = {  # names that nanoslime sets itself, and what to set instead
         "expert_tensor_parallel_size": "training.etp_size",
         "virtual_pipeline_model_parallel_size": "training.vpp_size",
         "sequence_parallel": "training.sequence_parallel",
-        **dict.fromkeys(("params_dtype", "pipeline_dtype", "bf16", "fp16"), "model.dtype"),
+        **dict.fromkeys(_DTYPES, "model.dtype"),
         **dict.fromkeys(_LOSS, "algorithm.*: gradients are those of its loss alone, divided once"),
         **dict.fromkeys(_FIXED, "nothing: packed sequences and the weights' loading rest on it"),
+        **dict.fromkeys(_WEIGHT_SHARDS, "training.tp_size: the weight map knows no other shards"),
         **dict.fromkeys(_SHAPE, "model.hf_checkpoint (its config.json)"),
     },
     "sglang": {
-        **dict.fromkeys(("model_path", "tokenizer_path"), "model.hf_checkpoint"),
+        "model_path": "model.hf_checkpoint",
+        "tokenizer_path": "model.hf_checkpoint",
         "trust_remote_code": "model.trust_remote_code",
         "dtype": "model.dtype",
         "tp_size": "rollout.engine_tp_size",
@@ -53,9 +65,10 @@ def check(which: str, place: str, options: Mapping[str, Any]) -> None:
         if name in OURS[which]:
             raise RunError(f"{place}.{name} is set by nanoslime; use {OURS[which][name]}")
         if name not in listed["names"]:
-            near = suggest(name, {n: n for n in listed["names"]})
-            package = f"{listed['package']} {listed['version']}"
-            raise RunError(f"{place}.{name}: {package} has no such option{near}")
+            hint = suggest(name, {known_name: known_name for known_name in listed["names"]})
+            raise RunError(
+                f"{place}.{name}: {listed['package']} {listed['version']} has no such option{hint}"
+            )
 
 
 def list_file(which: str) -> Path:
