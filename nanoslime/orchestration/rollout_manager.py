@@ -14,11 +14,11 @@ import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from nanoslime import algorithms
-from nanoslime.algorithms.filters import filter_groups
-from nanoslime.config import AlgorithmConfig, RolloutConfig, RunConfig
+from nanoslime.algorithms.prepare import PreparedGroups, prepare
+from nanoslime.config import RolloutConfig, RunConfig
 from nanoslime.plugins import resolve
 from nanoslime.rollout import recorder
-from nanoslime.rollout.generate import group_metrics, sample_groups
+from nanoslime.rollout.generate import sample_groups
 from nanoslime.rollout.prompts import PromptSource, load_prompts
 from nanoslime.rollout.rewards import REWARDS
 from nanoslime.rollout.router import LeastInflightRouter
@@ -63,7 +63,9 @@ class RolloutManager:
             prompts = self._source.next(size - len(kept))
             seed = (self.config.seed, 0, number)
             groups += self._sample(prompts, rollout, first_group_id=number * size, seed=seed)
-            kept, self.metrics = prepare(groups, self.config.algorithm, self._algorithm)
+            prepared = _prepare(groups, self._algorithm)
+            kept = prepared.groups
+            self.metrics = prepared.metrics
             if len(kept) == size:
                 break
         self._check_versions(groups)
@@ -168,9 +170,10 @@ class Replay:
         if algorithm.denominator == "fixed" or algorithm.overlong_buffer:
             drawn["max_new_tokens"] = rollout.max_new_tokens
         groups = recorder.load(Path(rollout.load_rollouts), step, **drawn)
-        kept, self.metrics = prepare(groups, algorithm, self._algorithm)
+        prepared = _prepare(groups, self._algorithm)
+        self.metrics = prepared.metrics
         self.metrics["time/generate_s"] = time.monotonic() - start
-        return kept
+        return prepared.groups
 
     def evaluate(self, step: int) -> None: ...
 
@@ -185,18 +188,14 @@ class Replay:
     def close(self) -> None: ...
 
 
-def prepare(
-    groups: list[SampleGroup], config: AlgorithmConfig, algorithm: algorithms.PolicyGradient
-) -> tuple[list[SampleGroup], dict[str, float]]:
-    """The groups to train on, with advantages, and what all of `groups` look like."""
-    kept, dropped = filter_groups(groups, drop_zero_std=config.filter_zero_std)
-    if groups and not kept:
+def _prepare(groups: list[SampleGroup], algorithm: algorithms.PolicyGradient) -> PreparedGroups:
+    """Filters `groups` and computes advantages and metrics; warns where no group is left to train on."""
+    prepared = prepare(groups, algorithm)
+    if groups and not prepared.groups:
         logger.warning(
-            "none of %d groups is left to train on, dropped for: %s", len(groups), dict(dropped)
+            "none of %d groups is left to train on, dropped for: %s", len(groups), prepared.dropped
         )
-    algorithm.advantages(kept)
-    metrics = {f"rollout/dropped_{reason}": float(n) for reason, n in dropped.items()}
-    return kept, group_metrics(groups) | metrics
+    return prepared
 
 
 def from_rank_0(value: Any) -> Any:

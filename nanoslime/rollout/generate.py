@@ -100,30 +100,6 @@ def make_sample(
     )
 
 
-def group_metrics(groups: Sequence[SampleGroup]) -> dict[str, float]:
-    """What the samples of one rollout look like, filtered ones included; rewards over those that have one."""
-    samples = [sample for group in groups for sample in group.samples]
-    scored = [
-        r for group in groups if (r := [s.reward for s in group.samples if s.reward is not None])
-    ]
-    flat = [reward for group in scored for reward in group]
-    lengths = [sample.num_response_tokens for sample in samples]
-    share = {
-        status: sum(s.status is status for s in samples) / max(len(samples), 1) for status in Status
-    }
-    return {
-        "rollout/reward_mean": float(np.mean(flat)) if flat else math.nan,
-        "rollout/reward_std": float(np.std(flat)) if flat else math.nan,
-        "rollout/zero_std_ratio": sum(min(r) == max(r) for r in scored) / max(len(scored), 1),
-        "rollout/response_tokens_mean": float(np.mean(lengths)) if lengths else 0.0,
-        "rollout/response_tokens_max": float(max(lengths, default=0)),
-        "rollout/truncated_ratio": share[Status.TRUNCATED],
-        "rollout/aborted_ratio": share[Status.ABORTED],
-        "rollout/error_ratio": share[Status.ERROR],
-        "rollout/num_samples": float(len(samples)),
-    }
-
-
 def _score(reward: Reward, sample: Sample, prompt: Prompt) -> float:
     name = getattr(reward, "__module__", reward)
     try:

@@ -1,0 +1,65 @@
+"""From scored groups to the groups that are trained on: filters, advantages and the metrics of a rollout."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanoslime.algorithms.filters import filter_groups
+from nanoslime.algorithms.policy_gradient import PolicyGradient
+from nanoslime.types import SampleGroup, Status
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedGroups:
+    """The groups of one rollout as training takes them."""
+
+    groups: list[SampleGroup]  # those to train on, in order, with advantages
+    dropped: dict[str, int]  # how many samples or groups the filters dropped, by reason
+    metrics: dict[str, float]  # of all groups, filtered ones included
+
+
+def prepare(groups: Sequence[SampleGroup], algorithm: PolicyGradient) -> PreparedGroups:
+    """Filters `groups`, whose rewards must be set, and gives the samples that are left their advantages.
+
+    Raises what `filter_groups` and `PolicyGradient.advantages` raise.
+    """
+    kept, dropped = filter_groups(groups, drop_zero_std=algorithm.config.filter_zero_std)
+    algorithm.advantages(kept)
+    metrics = group_metrics(groups)
+    for reason, number in dropped.items():
+        metrics[f"rollout/dropped_{reason}"] = float(number)
+    return PreparedGroups(kept, dict(dropped), metrics)
+
+
+def group_metrics(groups: Sequence[SampleGroup]) -> dict[str, float]:
+    """Describes all samples of a rollout. Rewards are taken over the samples that have one.
+
+    Means are NaN where no sample has a reward.
+    """
+    samples = [sample for group in groups for sample in group.samples]
+    lengths = [sample.num_response_tokens for sample in samples]
+    statuses = [sample.status for sample in samples]
+    rewards: list[float] = []
+    num_scored_groups = 0
+    num_equal_groups = 0
+    for group in groups:
+        group_rewards = [sample.reward for sample in group.samples if sample.reward is not None]
+        if group_rewards:
+            num_scored_groups += 1
+            num_equal_groups += min(group_rewards) == max(group_rewards)
+        rewards += group_rewards
+    # A rollout may be empty: ratios and lengths are then 0.
+    num_samples = max(len(samples), 1)
+    return {
+        "rollout/reward_mean": float(np.mean(rewards)) if rewards else math.nan,
+        "rollout/reward_std": float(np.std(rewards)) if rewards else math.nan,
+        "rollout/zero_std_ratio": num_equal_groups / max(num_scored_groups, 1),
+        "rollout/response_tokens_mean": float(np.mean(lengths)) if lengths else 0.0,
+        "rollout/response_tokens_max": float(max(lengths, default=0)),
+        "rollout/truncated_ratio": statuses.count(Status.TRUNCATED) / num_samples,
+        "rollout/aborted_ratio": statuses.count(Status.ABORTED) / num_samples,
+        "rollout/error_ratio": statuses.count(Status.ERROR) / num_samples,
+        "rollout/num_samples": float(len(samples)),
+    }

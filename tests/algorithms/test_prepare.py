@@ -1,0 +1,86 @@
+"""What of a rollout is trained on, with which advantages, and how the whole rollout is described."""
+
+import math
+
+import numpy as np
+import pytest
+
+from nanoslime.algorithms.prepare import group_metrics, prepare
+from nanoslime.types import Sample, SampleGroup, Status
+from tests.algorithms.made import algorithm, group
+
+
+def sample(reward: float | None, num_response: int, status: Status) -> Sample:
+    mask = np.array([False, False] + [True] * num_response)
+    return Sample(
+        group_id=0,
+        rollout_id=0,
+        token_ids=np.zeros(len(mask), np.int32),
+        loss_mask=mask,
+        status=status,
+        rollout_logprobs=np.zeros(len(mask), np.float32),
+        policy_versions=[(2, 0)],
+        reward=reward,
+    )
+
+
+def test_metrics_by_hand():
+    first = [
+        sample(1.0, 1, Status.COMPLETED),
+        sample(0.0, 2, Status.TRUNCATED),
+        sample(0.0, 3, Status.COMPLETED),
+    ]
+    second = [sample(1.0, 6, Status.COMPLETED), sample(None, 0, Status.ERROR)]
+    assert group_metrics([SampleGroup(0, first), SampleGroup(1, second)]) == {
+        "rollout/reward_mean": 0.5,
+        "rollout/reward_std": 0.5,
+        "rollout/zero_std_ratio": 0.5,
+        "rollout/response_tokens_mean": 2.4,
+        "rollout/response_tokens_max": 6.0,
+        "rollout/truncated_ratio": 0.2,
+        "rollout/aborted_ratio": 0.0,
+        "rollout/error_ratio": 0.2,
+        "rollout/num_samples": 5.0,
+    }
+
+
+def test_ratios_are_over_samples_with_and_without_a_reward():
+    failed = SampleGroup(0, [sample(None, 0, Status.ERROR) for _ in range(3)])
+    cut = SampleGroup(1, [sample(1.0, 4, Status.TRUNCATED) for _ in range(3)])
+    metrics = group_metrics([failed, cut])
+    assert metrics["rollout/error_ratio"] == 0.5
+    assert metrics["rollout/truncated_ratio"] == 0.5
+    assert metrics["rollout/zero_std_ratio"] == 1.0
+
+
+@pytest.mark.parametrize("groups", [[], [SampleGroup(0, [])]])
+def test_an_empty_rollout_has_metrics_too(groups):
+    metrics = group_metrics(groups)
+    assert math.isnan(metrics["rollout/reward_mean"])
+    assert metrics["rollout/num_samples"] == 0
+    assert metrics["rollout/zero_std_ratio"] == 0
+
+
+def test_what_is_kept_has_advantages_and_what_is_dropped_is_counted():
+    equal = group(1, [0.5, 0.5])
+    failed = group(2, [0.0, 1.0])
+    failed.samples[0].status = Status.ERROR
+    mixed = group(3, [1.0, 0.0])
+    made = algorithm(normalize_by_std=False, filter_zero_std=True)
+    prepared = prepare([equal, failed, mixed], made)
+    [kept] = prepared.groups
+    assert kept.group_id == 3
+    assert [s.advantage for s in kept.samples] == [0.5, -0.5]
+    assert prepared.dropped == {"sample_error": 1, "group_zero_std": 2}
+    assert prepared.metrics["rollout/dropped_sample_error"] == 1
+    assert prepared.metrics["rollout/dropped_group_zero_std"] == 2
+    assert prepared.metrics["rollout/num_samples"] == 6
+    assert [s.advantage for s in equal.samples] == [None, None]
+
+
+def test_all_is_kept_where_groups_of_equal_rewards_are_not_filtered():
+    equal = group(1, [0.5, 0.5])
+    prepared = prepare([equal], algorithm(filter_zero_std=False))
+    assert len(prepared.groups) == 1
+    assert prepared.dropped == {}
+    assert [s.advantage for s in prepared.groups[0].samples] == [0.0, 0.0]
