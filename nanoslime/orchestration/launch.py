@@ -7,8 +7,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-
 from nanoslime import layout
 from nanoslime.config import RunConfig
 from nanoslime.config.load import dump, load, read
@@ -18,7 +16,7 @@ from nanoslime.orchestration.rollout_manager import from_rank_0
 from nanoslime.orchestration.session import Phase, Session, open_local, open_ray
 from nanoslime.processes.ports import free_port
 from nanoslime.run_dir import Attempt, RunDir, recorded_rollouts
-from nanoslime.storage.safetensors_file import read_headers
+from nanoslime.storage.hub import find_checkpoint
 from nanoslime.training.backend import RankEnv, init_process_group
 from nanoslime.types import RunError
 
@@ -60,16 +58,14 @@ def _with_local_checkpoint(config: RunConfig) -> tuple[RunConfig, ModelShape]:
     """The configuration with a checkpoint that is a whole local directory; a hub id is fetched."""
     if config.rehearsal.enabled:
         return config, ModelShape.from_config(tiny_qwen3_config())
-    name, path = config.model.hf_checkpoint, Path(config.model.hf_checkpoint)
-    if not path.is_dir():
-        try:
-            path = Path(snapshot_download(name, revision=config.model.revision or None))
-        except (OSError, ValueError) as e:  # the hub's own errors are OSErrors
-            problem = f"neither a directory nor a hub id to fetch: {type(e).__name__}"
-            raise RunError(f"model.hf_checkpoint={name!r} is {problem}") from e
-    shape = ModelShape.read(path)
-    read_headers(path)
-    return replace(config, model=replace(config.model, hf_checkpoint=str(path.absolute()))), shape
+    found = find_checkpoint(
+        config.model.hf_checkpoint,
+        config.model.revision,
+        download=True,
+        needs_tokenizer=not config.rollout.load_rollouts,
+    )
+    model = replace(config.model, hf_checkpoint=str(found.directory), revision=found.revision)
+    return replace(config, model=model), ModelShape.read(found.directory)
 
 
 def _on_this_machine(config: RunConfig, run: RunDir | None) -> Launch:

@@ -1,17 +1,15 @@
 """The prompt file, tokenized, and the order in which a run goes through it."""
 
-import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from nanoslime.config.model import DataConfig
+from nanoslime.storage.prompt_files import read_prompt_file
 from nanoslime.types import Prompt, RunError
 
 logger = logging.getLogger(__name__)
@@ -27,22 +25,10 @@ def load_prompts(
     """
     use_template = _use_template(tokenizer, config)
     rows = []
-    for place, record in _records(path):
-        for key in filter(None, (config.prompt_key, config.label_key)):
-            if key not in record:
-                has = ", ".join(sorted(record))
-                raise RunError(
-                    f"{place}: no key {key!r}; it has: {has} (data.prompt_key, data.label_key)"
-                )
-        rows.append(
-            (
-                place,
-                record,
-                _text(record[config.prompt_key], place, tokenizer, config, use_template),
-            )
-        )
-    if not rows:
-        raise RunError(f"{path} holds no prompts")
+    for record in read_prompt_file(path, config.prompt_key, config.label_key):
+        prompt = record.fields[config.prompt_key]
+        text = _text(prompt, record.place, tokenizer, config, use_template)
+        rows.append((record.place, record.fields, text))
     token_ids = tokenizer([text for _, _, text in rows], add_special_tokens=not use_template)[
         "input_ids"
     ]
@@ -114,36 +100,6 @@ class PromptSource:
             .permutation(len(self._prompts))
             .tolist()
         )
-
-
-def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file:line, record) pairs."""
-    if not path.is_file():
-        raise RunError(f"prompt file {path} does not exist")
-    if path.suffix == ".parquet":
-        try:
-            table = pq.read_table(path)
-        except (pa.ArrowException, OSError) as e:
-            raise RunError(
-                f"{path} is not a readable parquet file: {str(e).splitlines()[0]}"
-            ) from e
-        rows = (row for batch in table.to_batches(1024) for row in batch.to_pylist())
-        for number, row in enumerate(rows):
-            yield f"{path}:row {number}", row
-        return
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as e:
-                raise RunError(f"{path}:{number}: not a line of JSON: {e}") from e
-            if not isinstance(record, dict):
-                raise RunError(
-                    f"{path}:{number}: a JSON object is needed, found {type(record).__name__}"
-                )
-            yield f"{path}:{number}", record
 
 
 def _use_template(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> bool:

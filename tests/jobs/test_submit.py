@@ -287,20 +287,20 @@ def test_a_damaged_checkpoint_is_refused_before_submission(machine, model, promp
     ("name", "content", "says"),
     [
         (None, "", "data.prompts is not set: give --prompts FILE"),
-        ("none.jsonl", None, "no such file"),
+        ("none.jsonl", None, "none.jsonl does not exist; set data.prompts"),
         ("a.txt", "x", "choose a file that ends in .jsonl or .parquet"),
-        ("a.jsonl", "{broken", "a.jsonl does not begin with a JSON object: '{broken'"),
-        ("a.jsonl", "[1]", "does not begin with a JSON object"),
-        ("a.jsonl", "", "does not begin with a JSON object: ''"),
+        ("a.jsonl", "{broken", "): '{broken'"),
+        ("a.jsonl", "[1]", "a.jsonl:1: a JSON object is needed, found list"),
+        ("a.jsonl", "\n \n", "a.jsonl holds no prompts"),
         (
             "a.jsonl",
             '{"question": 1, "answer": 2}',
-            "has no 'prompt'; set data.prompt_key to one of answer, question",
+            "a.jsonl:1: no key 'prompt'; set data.prompt_key to one of answer, question",
         ),
         (
             "a.jsonl",
-            '{"prompt": 1, "answer": 2}',
-            "has no 'label'; set data.label_key to one of answer, prompt",
+            '\n{"prompt": 1, "answer": 2}',
+            "a.jsonl:2: no key 'label'; set data.label_key to one of answer, prompt",
         ),
     ],
 )

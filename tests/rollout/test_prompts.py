@@ -81,9 +81,13 @@ def test_chat_template(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> No
         (
             ['{"question": "a", "answer": 1}'],
             {},
-            r"p.jsonl:1: no key 'prompt'; it has: answer, question",
+            r"p.jsonl:1: no key 'prompt'; set data.prompt_key to one of answer, question",
         ),
-        (['{"prompt": "a"}'], {}, r"p.jsonl:1: no key 'label'; it has: prompt"),
+        (
+            ['{"prompt": "a"}'],
+            {},
+            r"p.jsonl:1: no key 'label'; set data.label_key to one of prompt",
+        ),
         (['{"prompt": 5, "label": 1}'], {}, r"p.jsonl:1: a prompt is a string or a list"),
         (
             ['{"prompt": [{"text": "a"}], "label": 1}'],

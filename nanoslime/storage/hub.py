@@ -1,0 +1,79 @@
+"""Finds a checkpoint by its directory or its hub id, and makes sure of it before anything is started."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanoslime.plugins import resolve
+from nanoslime.storage.safetensors_file import read_headers
+from nanoslime.types import RunError
+
+# Importing huggingface_hub takes as long as planning a run: it is imported only where a hub id is given.
+_HUB = {"hub": "huggingface_hub:snapshot_download"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.safetensors")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True, slots=True)
+class LocalCheckpoint:
+    """The absolute directory of a checkpoint, and the commit of a hub snapshot."""
+
+    directory: Path
+    revision: str
+
+
+def find_checkpoint(
+    name: str, revision: str, *, download: bool, needs_tokenizer: bool
+) -> LocalCheckpoint:
+    """The checkpoint that `model.hf_checkpoint=name` stands for: a directory, or a hub id to fetch.
+
+    download: a hub id is fetched whole; otherwise only its config.json, and nothing else is looked at.
+    The `revision` of a hub id becomes the commit that was fetched. Raises RunError for a name that leads
+    nowhere and, naming the file, for missing or truncated weights and for a missing tokenizer.
+    """
+    if not name:
+        raise RunError(
+            "model.hf_checkpoint is not set: "
+            "give --hf-checkpoint a directory or a hub id (Qwen/Qwen3-4B)"
+        )
+    directory = Path(name).expanduser().absolute()
+    is_local = directory.is_dir()
+    if not is_local:
+        if not _HUB_ID.fullmatch(name):
+            raise RunError(
+                f"model.hf_checkpoint={name!r} is neither a directory nor a hub id (OWNER/NAME)"
+            )
+        directory = _snapshot(name, revision, _HUB_FILES if download else ("config.json",))
+        revision = directory.name
+    if is_local or download:
+        read_headers(directory)
+        if needs_tokenizer:
+            _require_tokenizer(directory)
+    return LocalCheckpoint(directory, revision)
+
+
+def _require_tokenizer(directory: Path) -> None:
+    for file in _TOKENIZER_FILES:
+        if (directory / file).exists():
+            return
+    raise RunError(f"{directory} holds no tokenizer: none of {', '.join(_TOKENIZER_FILES)}")
+
+
+def _snapshot(name: str, revision: str, files: Sequence[str]) -> Path:
+    """The local snapshot of a hub model, whose directory is named after its commit.
+
+    The job itself runs offline. Progress shows on stderr.
+    """
+    snapshot_download = resolve("hub", _HUB, "model.hf_checkpoint")
+    try:
+        path = snapshot_download(name, revision=revision or None, allow_patterns=list(files))
+    except Exception as error:
+        # The hub raises OSErrors and ValueErrors, its transports whatever they like.
+        cause = " ".join(str(error).split())
+        raise RunError(
+            f"model.hf_checkpoint={name!r} is no directory, and the hub did not give it ({cause}); "
+            "give the directory of a checkpoint, or fetch it where there is a network"
+        ) from error
+    return Path(path)
