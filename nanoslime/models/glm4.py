@@ -1,13 +1,12 @@
 """GLM-4 (0414, dense): gate and up in one tensor, norms also after attention and MLP; and GLM-4.5 (MoE).
 
-megatron-core 0.16.1 has no layer with GLM-4's two norms after attention and MLP. Their Megatron names are
-those of the layers that slime and mbridge patch in: GLM-4 converts, it does not train with Megatron.
+megatron-core 0.19.2 has no GPTModel layer with GLM-4's two norms after attention and MLP. Their Megatron names are
+the names in the layers that slime and mbridge patch in: GLM-4 converts, it does not train with Megatron.
 """
 
-from nanoslime.models.rules import Rule, all_layers, attention, dense_mlp, ends, mixed_mlp, mtp
+from nanoslime.models.blocks import all_layers, attention, dense_mlp, ends, mixed_mlp, mtp
+from nanoslime.models.rules import HFTensor, Rule
 from nanoslime.models.shape import Architecture, ConfigFile, ModelShape
-
-_POST_NORMS = ("post_self_attn_layernorm.weight", "post_mlp_layernorm.weight")
 
 
 def _read(config: ConfigFile) -> ModelShape:
@@ -17,8 +16,11 @@ def _read(config: ConfigFile) -> ModelShape:
 
 
 def _rules(shape: ModelShape) -> list[Rule]:
-    norms = [all_layers(shape).copy(name, name, shape.hidden_size) for name in _POST_NORMS]
-    return [*ends(shape), *attention(shape), *dense_mlp(shape, fused=True), *norms]
+    layers = all_layers(shape)
+    rules = [*ends(shape), *attention(shape), *dense_mlp(shape, fused=True)]
+    for name in ("post_self_attn_layernorm.weight", "post_mlp_layernorm.weight"):
+        rules.append(layers.copy(name, HFTensor(name, (shape.hidden_size,))))
+    return rules
 
 
 def _read_moe(config: ConfigFile) -> ModelShape:
@@ -38,6 +40,7 @@ def _moe_rules(shape: ModelShape) -> list[Rule]:
 GLM4 = Architecture(
     _read,
     _rules,
-    "the norms after attention and MLP are named as slime and mbridge do: no GPTModel has them",
+    unconfirmed="the norms after attention and MLP are named as slime and mbridge do: "
+    "no GPTModel has them",
 )
 GLM4_MOE = Architecture(_read_moe, _moe_rules)

@@ -1,6 +1,6 @@
 """Llama 2, 3 and models of its shape: no biases; Llama 3.1 and later scale their rotary frequencies."""
 
-from nanoslime.models.rules import dense_decoder
+from nanoslime.models.blocks import dense_decoder
 from nanoslime.models.shape import Architecture, ConfigFile, ModelShape
 
 
@@ -11,6 +11,6 @@ def _read(config: ConfigFile) -> ModelShape:
 
 
 LLAMA = Architecture(_read, dense_decoder)
-MISTRAL = Architecture(
-    _read, dense_decoder
-)  # the same tensors; version 0.1 attends within a sliding window
+
+# Mistral has the same tensors; its version 0.1 attends within a sliding window.
+MISTRAL = Architecture(_read, dense_decoder)

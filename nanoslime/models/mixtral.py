@@ -1,7 +1,10 @@
 """Mixtral: every layer has experts, which Hugging Face names w1 (gate), w3 (up) and w2 (down)."""
 
-from nanoslime.models.rules import Rule, attention, ends, experts_mlp
+from nanoslime.models.blocks import ExpertNames, attention, ends, experts_mlp
+from nanoslime.models.rules import Rule
 from nanoslime.models.shape import Architecture, ConfigFile, ModelShape, MoE
+
+_NAMES = ExpertNames(block="block_sparse_moe.", gate="w1", up="w3", down="w2")
 
 
 def _read(config: ConfigFile) -> ModelShape:
@@ -15,8 +18,7 @@ def _read(config: ConfigFile) -> ModelShape:
 
 
 def _rules(shape: ModelShape) -> list[Rule]:
-    moe = experts_mlp(shape, block="block_sparse_moe.", names=("w1", "w3", "w2"))
-    return [*ends(shape), *attention(shape), *moe]
+    return [*ends(shape), *attention(shape), *experts_mlp(shape, _NAMES)]
 
 
 MIXTRAL = Architecture(_read, _rules)

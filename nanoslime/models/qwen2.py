@@ -1,7 +1,10 @@
 """Qwen 2 and 2.5: biases on queries, keys and values; Qwen2-MoE with a gated shared expert."""
 
-from nanoslime.models.rules import Rule, attention, dense_decoder, ends, mixed_mlp
+from nanoslime.models.blocks import ExpertNames, attention, dense_decoder, ends, mixed_mlp
+from nanoslime.models.rules import Rule
 from nanoslime.models.shape import Architecture, ConfigFile, ModelShape, MoE
+
+_MOE_NAMES = ExpertNames(shared="mlp.shared_expert.", shared_gate="mlp.shared_expert_gate.weight")
 
 
 def _read(config: ConfigFile) -> ModelShape:
@@ -22,7 +25,7 @@ def _read_moe(config: ConfigFile) -> ModelShape:
 
 
 def _moe_rules(shape: ModelShape) -> list[Rule]:
-    return [*ends(shape), *attention(shape), *mixed_mlp(shape, shared="mlp.shared_expert.")]
+    return [*ends(shape), *attention(shape), *mixed_mlp(shape, _MOE_NAMES)]
 
 
 QWEN2 = Architecture(_read, dense_decoder)

@@ -1,56 +1,78 @@
 """The one weight map: which rows of which Hugging Face tensors make up a Megatron tensor, on any rank.
 
 A rule says (Megatron name, layout, Hugging Face tensors, the dimension that tensor parallelism splits). A
-Megatron tensor is a permutation of rows of its Hugging Face parts, so a conversion is a copy of boxes:
+Megatron tensor is a permutation of rows of its Hugging Face tensors, so a conversion is a copy of boxes:
 
-    copy    one part, as it is
-    vocab   one part; Megatron pads its rows at the end to a multiple of the tensor-parallel size
-    cat     the parts one after the other; every part is split by itself, so a rank holds [gate_r; up_r]
-    halves  one part that holds [gate; up] already; each half is split by itself
+    copy    one tensor, as it is
+    vocab   one tensor; Megatron pads its rows at the end to a multiple of the tensor-parallel size
+    cat     the tensors one after the other; each is split by itself, so a rank holds [gate_r; up_r]
+    halves  one tensor that holds [gate; up] already; each half is split by itself
     qkv     for each query group its query rows, then its key rows, then its value rows
 
 Loading, live weight sync, offline conversion and the tests all read these boxes.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from math import prod
-from typing import Literal
+from dataclasses import dataclass
+from math import ceil, prod
+from typing import Literal, NamedTuple
 
 from nanoslime.models.parallel_sizes import check_tp_size
 from nanoslime.models.shape import ModelShape
 
-Box = tuple[slice, ...]  # one slice per dimension, start and stop set
-Gated = tuple[str, str, str]  # the gate, up and down matrix of an MLP
-GATED: Gated = ("gate_proj", "up_proj", "down_proj")
-FLOAT32 = "gate.e_score_correction_bias"  # names ending so: float32 whatever the model's dtype, everywhere
-VOCAB_MULTIPLE = 8  # rows of the vocabulary per rank are a multiple of this, for the matrix kernels
+Box = tuple[slice, ...]
+"""A slice for each dimension, with start and stop set."""
+
+# Tensors whose Hugging Face name ends so are float32 everywhere, whatever the dtype of the model is.
+FLOAT32 = "gate.e_score_correction_bias"
+
+# Rows of the vocabulary on each rank are a multiple of this, for the matrix kernels.
+VOCAB_MULTIPLE = 8
+
+
+class HFTensor(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """{l} in a name is the layer, {e} the expert, {i} the multi-token prediction layer.
+    """How Hugging Face tensors make up the Megatron tensors of some layers and experts.
 
-    `megatron` is the name in torch_dist files and in Transformer Engine modules, `local` the one of the local
-    layer spec where that differs. Experts are named one by one, `mlp.experts.experts.{e}.linear_fc1.weight`.
+    In names {l} is the layer, {e} the expert, {i} the multi-token prediction layer. `megatron` is the name in
+    torch_dist files and in Transformer Engine modules. Experts are named one by one,
+    `mlp.experts.experts.{e}.linear_fc1.weight`.
     """
 
     megatron: str
     layout: Literal["copy", "vocab", "cat", "halves", "qkv"]
-    hf_tensors: tuple[tuple[str, tuple[int, ...]], ...]  # Hugging Face name, full shape
+    hf_tensors: tuple[HFTensor, ...]
     tp_dim: int | None = None
-    layers: tuple[int, ...] | None = None  # None: outside of the layers
+    # None: the tensor is outside of the layers.
+    layers: tuple[int, ...] | None = None
+    # 0: the tensor belongs to no expert.
     num_experts: int = 0
-    local: str | None = None
+    # The name in modules of the local layer spec, where it differs.
+    local_spec_name: str | None = None
 
     def num_elements(self, shape: ModelShape) -> int:
         """Elements of its Hugging Face tensors in a model without multi-token prediction."""
-        if self.megatron.startswith("output_layer.") and shape.tie_word_embeddings:
+        if self.is_output_layer and shape.tie_word_embeddings:
             return 0
-        layers = (
-            1 if self.layers is None else sum(layer < shape.num_layers for layer in self.layers)
-        )
-        return layers * (self.num_experts or 1) * sum(prod(full) for _, full in self.hf_tensors)
+        num_layers = 1
+        if self.layers is not None:
+            num_layers = sum(layer < shape.num_layers for layer in self.layers)
+        num_experts = self.num_experts or 1
+        each = sum(prod(tensor.shape) for tensor in self.hf_tensors)
+        return num_layers * num_experts * each
+
+    @property
+    def is_embedding(self) -> bool:
+        return self.megatron.startswith("embedding.")
+
+    @property
+    def is_output_layer(self) -> bool:
+        return self.megatron.startswith("output_layer.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,187 +80,53 @@ class Piece:
     """One box of a Hugging Face tensor and where it lies in a rank's Megatron tensor."""
 
     hf: str
-    full_shape: tuple[int, ...]  # of the Hugging Face tensor
-    box: Box  # in it
+    # Shape of the whole Hugging Face tensor.
+    full_shape: tuple[int, ...]
+    # Where the piece lies in the Hugging Face tensor.
+    box: Box
     megatron: str
-    other: str  # the Megatron tensor's second name, see Rule.local
-    local: Box  # in the rank's tensor
+    # The Megatron tensor's name in the local layer spec; mostly the same.
+    other: str
+    # Where the piece lies in the rank's Megatron tensor.
+    local: Box
     rule: Rule
 
 
 @dataclass(frozen=True, slots=True)
 class ModelPartition:
-    """The part of a model that one rank holds; the default is all of it, without multi-token prediction."""
+    """What of a model one rank holds; the default is all of it, without multi-token prediction."""
 
     tp_rank: int = 0
     tp_size: int = 1
-    layers: range | None = None  # None: all
-    first: bool = True  # holds the input embedding
-    last: bool = True  # holds the final norm and the output layer
-    experts: range | None = None  # of every layer that has them; None: all
-    expert_tp: tuple[int, int] | None = None  # rank and size within an expert; None: those of tp
-    mtp: bool = False  # holds the multi-token prediction layers
+    # None: all decoder layers.
+    layers: range | None = None
+    # Whether it holds the input embedding.
+    first: bool = True
+    # Whether it holds the final norm and the output layer.
+    last: bool = True
+    # The experts it holds of every layer that has them; None: all.
+    experts: range | None = None
+    # Tensor-parallel rank and size within an expert; None: as outside of experts.
+    expert_tp: tuple[int, int] | None = None
+    # Whether it holds the multi-token prediction layers.
+    mtp: bool = False
 
+    def holds_layer(self, layer: int, shape: ModelShape) -> bool:
+        if layer >= shape.num_layers:
+            return self.mtp
+        return self.layers is None or layer in self.layers
 
-@dataclass(frozen=True, slots=True)
-class Layers:
-    """Makes the rules of decoder layers; names are relative to the layer."""
+    def experts_of(self, rule: Rule) -> range:
+        """The experts here that the rule has tensors of; range(1) where it belongs to no expert."""
+        if not rule.num_experts:
+            return range(1)
+        return range(rule.num_experts) if self.experts is None else self.experts
 
-    layers: tuple[int, ...]
-    hf: str = "model.layers.{l}."
-    megatron: str = "decoder.layers.{l}."
-    num_experts: int = field(default=0, kw_only=True)
-
-    def copy(
-        self,
-        megatron: str,
-        hf: str,
-        *full: int,
-        tp_dim: int | None = None,
-        local: str | None = None,
-    ) -> Rule:
-        return self.stack(megatron, "copy", [hf], [full], tp_dim, local)
-
-    def stack(
-        self,
-        megatron: str,
-        layout: Literal["copy", "cat", "halves", "qkv"],
-        hf: list[str],
-        full: list[tuple[int, ...]],
-        tp_dim: int | None = 0,
-        local: str | None = None,
-    ) -> Rule:
-        parts = tuple((self.hf + name, sizes) for name, sizes in zip(hf, full, strict=True))
-        other = None if local is None else self.megatron + local
-        return Rule(
-            self.megatron + megatron, layout, parts, tp_dim, self.layers, self.num_experts, other
-        )
-
-
-def all_layers(shape: ModelShape) -> Layers:
-    """The decoder's layers, and after them those of multi-token prediction."""
-    return Layers(tuple(range(shape.num_layers + shape.num_mtp_layers)))
-
-
-def ends(shape: ModelShape) -> list[Rule]:
-    """Embedding, final norm and output layer."""
-    full = (shape.vocab_size, shape.hidden_size)
-    embedding = "model.embed_tokens.weight"
-    head = embedding if shape.tie_word_embeddings else "lm_head.weight"
-    return [
-        Rule("embedding.word_embeddings.weight", "vocab", ((embedding, full),), 0),
-        Rule("decoder.final_layernorm.weight", "copy", (("model.norm.weight", full[1:]),)),
-        Rule("output_layer.weight", "vocab", ((head, full),), 0),
-    ]
-
-
-def attention(shape: ModelShape) -> list[Rule]:
-    """Attention with query groups, and the norm before it."""
-    h, d, layer = shape.hidden_size, shape.head_dim, all_layers(shape)
-    q, kv = shape.num_attention_heads * d, shape.num_key_value_heads * d
-    proj = [f"self_attn.{x}_proj." for x in "qkv"]
-    weight, bias = [x + "weight" for x in proj], [x + "bias" for x in proj]
-    rules = [
-        layer.copy(
-            "self_attention.linear_qkv.layer_norm_weight",
-            "input_layernorm.weight",
-            h,
-            local="input_layernorm.weight",
-        ),
-        layer.stack("self_attention.linear_qkv.weight", "qkv", weight, [(q, h), (kv, h), (kv, h)]),
-        layer.copy("self_attention.linear_proj.weight", "self_attn.o_proj.weight", h, q, tp_dim=1),
-    ]
-    if shape.qkv_bias:
-        rules.append(
-            layer.stack("self_attention.linear_qkv.bias", "qkv", bias, [(q,), (kv,), (kv,)])
-        )
-    for x in "qk" if shape.qk_norm else "":
-        rules.append(
-            layer.copy(f"self_attention.{x}_layernorm.weight", f"self_attn.{x}_norm.weight", d)
-        )
-    return rules
-
-
-def dense_mlp(
-    shape: ModelShape, layers: Layers | None = None, *, fused: bool = False
-) -> list[Rule]:
-    """A gated MLP and the norm before it; `fused`: Hugging Face holds gate and up in one tensor."""
-    h, f, layer = shape.hidden_size, shape.intermediate_size, layers or all_layers(shape)
-    norm, hf = "mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight"
-    fc1, fc2 = _gated(layer, "mlp.", "mlp.", h, f)
-    if fused:
-        fc1 = layer.stack(
-            "mlp.linear_fc1.weight", "halves", ["mlp.gate_up_proj.weight"], [(2 * f, h)]
-        )
-    return [layer.copy(norm, hf, h, local="pre_mlp_layernorm.weight"), fc1, fc2]
-
-
-def dense_decoder(shape: ModelShape) -> list[Rule]:
-    """The rules of a Llama-like decoder without experts."""
-    return [*ends(shape), *attention(shape), *dense_mlp(shape)]
-
-
-def experts_mlp(
-    shape: ModelShape,
-    *,
-    block: str = "mlp.",
-    names: Gated = GATED,
-    shared: str = "mlp.shared_experts.",
-) -> list[Rule]:
-    """Router, experts and shared experts of the layers that have them, and the norm before them.
-
-    names: of an expert's matrices; block, shared: the prefixes that Hugging Face gives them.
-    """
-    moe, h = shape.moe, shape.hidden_size
-    assert moe is not None
-    layer, expert = Layers(moe.layers), Layers(moe.layers, num_experts=moe.num_experts)
-    norm = "mlp.linear_fc1.layer_norm_weight"  # the key that the local layer spec gives it in torch_dist
-    each = "experts.{e}."
-    rules = [
-        layer.copy("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", h, local=norm),
-        layer.copy("mlp.router.weight", block + "gate.weight", moe.num_experts, h),
-        *_gated(expert, "mlp.experts." + each, block + each, h, moe.intermediate_size, names),
-    ]
-    if moe.score_bias:
-        rules.append(layer.copy("mlp.router.expert_bias", block + FLOAT32, moe.num_experts))
-    if moe.shared_intermediate_size:
-        rules += _gated(layer, "mlp.shared_experts.", shared, h, moe.shared_intermediate_size)
-    if moe.shared_gate:
-        gate = shared.removesuffix(".") + "_gate.weight"
-        rules.append(layer.copy("mlp.shared_experts.gate_weight", gate, 1, h))
-    return rules
-
-
-def _gated(
-    layer: Layers, megatron: str, hf: str, h: int, f: int, names: Gated = GATED
-) -> list[Rule]:
-    """The matrices of a gated MLP, h -> f -> h; megatron, hf: what stands before their names."""
-    gate, up, down = (f"{hf}{name}.weight" for name in names)
-    return [
-        layer.stack(megatron + "linear_fc1.weight", "cat", [gate, up], [(f, h), (f, h)]),
-        layer.copy(megatron + "linear_fc2.weight", down, h, f, tp_dim=1),
-    ]
-
-
-def mixed_mlp(shape: ModelShape, shared: str = "mlp.shared_experts.") -> list[Rule]:
-    """Experts in some layers and dense MLPs in the others."""
-    assert shape.moe is not None
-    dense = tuple(layer for layer in all_layers(shape).layers if layer not in shape.moe.layers)
-    return [*dense_mlp(shape, Layers(dense)), *experts_mlp(shape, shared=shared)]
-
-
-def mtp(shape: ModelShape) -> list[Rule]:
-    """What a multi-token prediction layer has around its decoder layer (arXiv 2412.19437, section 2.2)."""
-    if not shape.num_mtp_layers:
-        return []
-    h, first = shape.hidden_size, shape.num_layers
-    layer = Layers(tuple(range(first, first + shape.num_mtp_layers)), megatron="mtp.layers.{i}.")
-    return [
-        layer.copy("enorm.weight", "enorm.weight", h),
-        layer.copy("hnorm.weight", "hnorm.weight", h),
-        layer.copy("eh_proj.weight", "eh_proj.weight", h, 2 * h, tp_dim=0),
-        layer.copy("final_layernorm.weight", "shared_head.norm.weight", h),
-    ]
+    def tensor_parallel(self, rule: Rule) -> tuple[int, int]:
+        """Tensor-parallel rank and size of the rule's tensors."""
+        if rule.num_experts and self.expert_tp:
+            return self.expert_tp
+        return self.tp_rank, self.tp_size
 
 
 def tensors(shape: ModelShape, *, mtp: bool = False) -> dict[str, tuple[int, ...]]:
@@ -247,45 +135,17 @@ def tensors(shape: ModelShape, *, mtp: bool = False) -> dict[str, tuple[int, ...
 
 
 def repeats(shape: ModelShape) -> dict[str, str]:
-    """Tensors that a file may hold although they are others once more: name -> the tensor they repeat."""
-    head = "model.embed_tokens.weight" if shape.tie_word_embeddings else "lm_head.weight"
-    found = {"lm_head.weight": head} if shape.tie_word_embeddings else {}
+    """Tensors that a file may hold although they repeat others: name -> the tensor that it repeats."""
+    embedding = "model.embed_tokens.weight"
+    head = "lm_head.weight"
+    found = {}
+    if shape.tie_word_embeddings:
+        found[head] = embedding
+        head = embedding
     for layer in range(shape.num_layers, shape.num_layers + shape.num_mtp_layers):
-        found[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
+        found[f"model.layers.{layer}.embed_tokens.weight"] = embedding
         found[f"model.layers.{layer}.shared_head.head.weight"] = head
     return found
-
-
-def pieces(shape: ModelShape, part: ModelPartition | None = None) -> list[Piece]:
-    """Everything that `part` of the model (None: all of it) consists of, in a fixed order.
-
-    A tied output layer is there only on a last stage that is not the first; it then repeats the embedding.
-    Raises RunError where part's tensor-parallel size does not divide the model.
-    """
-    part = part or ModelPartition()
-    check_tp_size(shape, part.tp_size)
-    found: list[Piece] = []
-    for rule in shape.architecture.rules(shape):
-        if rule.layers is None and _is_here(rule, shape, part):
-            found += _rule_pieces(rule, 0, 0, shape, part)
-        experts = range(1)
-        if rule.num_experts:
-            experts = range(rule.num_experts) if part.experts is None else part.experts
-        for layer in rule.layers or ():
-            if (
-                (part.layers is None or layer in part.layers)
-                if layer < shape.num_layers
-                else part.mtp
-            ):
-                for expert in experts:
-                    found += _rule_pieces(rule, layer, expert, shape, part)
-    return found
-
-
-def padded_vocab_size(shape: ModelShape, tp_size: int) -> int:
-    """Rows of Megatron's embedding over all ranks. Rows from shape.vocab_size on are padding."""
-    multiple = VOCAB_MULTIPLE * tp_size
-    return -(-shape.vocab_size // multiple) * multiple
 
 
 def has_mtp(shape: ModelShape, names: Iterable[str]) -> bool:
@@ -301,82 +161,146 @@ def check_tensors(
     files: dict[str, str] | None = None,
 ) -> None:
     """Raises ValueError unless `present` (name -> shape), found at `where`, are exactly the model's tensors.
-    files: where each of them is, for the message.
 
     Multi-token prediction layers may be there, whole, or not; repeats, such as a tied lm_head.weight, too.
+    `files` says where each tensor is, for the message.
     """
-    expected, files = tensors(shape, mtp=has_mtp(shape, present)), files or {}
-    expected |= {name: expected[of] for name, of in repeats(shape).items() if name in present}
-    for name, full in expected.items():
+    file_of = files or {}
+    expected = tensors(shape, mtp=has_mtp(shape, present))
+    for name, repeated in repeats(shape).items():
+        if name in present:
+            expected[name] = expected[repeated]
+    for name, full_shape in expected.items():
         if name not in present:
             raise ValueError(
-                f"{where} has no tensor {name} {list(full)}, part of every {shape.model_type}"
+                f"{where} has no tensor {name} {list(full_shape)}, part of every {shape.model_type}"
             )
-        if tuple(present[name]) != full:
-            file = files.get(name, where)
+        if tuple(present[name]) != full_shape:
             raise ValueError(
-                f"{file}: {name} is {list(present[name])}, config.json asks for {list(full)}"
+                f"{file_of.get(name, where)}: {name} is {list(present[name])}, "
+                f"config.json asks for {list(full_shape)}"
             )
     extra = sorted(present.keys() - expected.keys())
     if extra:
-        file = files.get(extra[0], where)
         raise ValueError(
-            f"{file}: {len(extra)} tensors do not belong to a {shape.model_type}: {extra[:3]}"
+            f"{file_of.get(extra[0], where)}: {len(extra)} tensors do not belong to a "
+            f"{shape.model_type}: {extra[:3]}"
         )
 
 
-def _is_here(rule: Rule, shape: ModelShape, part: ModelPartition) -> bool:
-    if rule.megatron.startswith("embedding."):
-        return part.first
-    if rule.megatron.startswith("output_layer."):
-        return part.last and not (shape.tie_word_embeddings and part.first)
-    return part.last
+def pieces(shape: ModelShape, partition: ModelPartition | None = None) -> list[Piece]:
+    """Everything that `partition` holds of the model (None: all of it), in a fixed order.
+
+    A tied output layer is there only on a last stage that is not the first; it then repeats the embedding.
+    Raises RunError where the partition's tensor-parallel size does not divide the model.
+    """
+    partition = partition or ModelPartition()
+    check_tp_size(shape, partition.tp_size)
+    found: list[Piece] = []
+    for rule in shape.architecture.rules(shape):
+        for names in _instances(rule, shape, partition):
+            found += _instance_pieces(rule, names, shape, partition)
+    return found
 
 
-def _rule_pieces(
-    rule: Rule, layer: int, expert: int, shape: ModelShape, part: ModelPartition
-) -> Iterator[Piece]:
-    def name(pattern: str) -> str:
-        i = layer - shape.num_layers
-        if i >= 0:
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """Fills in the names of a rule for one layer and one expert."""
+
+    layer: int
+    expert: int
+    num_layers: int
+
+    def fill_in(self, pattern: str) -> str:
+        mtp_layer = self.layer - self.num_layers
+        if mtp_layer >= 0:
             pattern = pattern.replace("decoder.layers.{l}.", "mtp.layers.{i}.transformer_layer.")
-        return pattern.format(l=layer, e=expert, i=i)
+        return pattern.format(l=self.layer, e=self.expert, i=mtp_layer)
 
-    megatron, other = name(rule.megatron), name(rule.local or rule.megatron)
-    at = 0  # rows of the local tensor filled so far, where the layout stacks rows
-    for index, rows in _segments(rule, shape, part):
-        hf, full = rule.hf_tensors[index]
-        box = [slice(0, size) for size in full]
+
+def _instances(rule: Rule, shape: ModelShape, partition: ModelPartition) -> Iterator[_Names]:
+    """The layers and experts of the rule that the partition holds; one where it is outside of the layers."""
+    if rule.layers is None:
+        if _holds_end(rule, shape, partition):
+            yield _Names(0, 0, shape.num_layers)
+        return
+    for layer in rule.layers:
+        if partition.holds_layer(layer, shape):
+            for expert in partition.experts_of(rule):
+                yield _Names(layer, expert, shape.num_layers)
+
+
+def _holds_end(rule: Rule, shape: ModelShape, partition: ModelPartition) -> bool:
+    """Whether the partition holds the tensor of a rule outside of the layers."""
+    if rule.is_embedding:
+        return partition.first
+    if rule.is_output_layer and shape.tie_word_embeddings and partition.first:
+        return False
+    return partition.last
+
+
+def _instance_pieces(
+    rule: Rule, names: _Names, shape: ModelShape, partition: ModelPartition
+) -> Iterator[Piece]:
+    # Rows of the rank's tensor that are filled so far, where the layout stacks rows.
+    filled = 0
+    for index, split in _segments(rule, shape, partition):
+        tensor = rule.hf_tensors[index]
+        box = [slice(0, size) for size in tensor.shape]
         if rule.tp_dim is not None:
-            box[rule.tp_dim] = rows
-        local = [slice(0, side.stop - side.start) for side in box]
+            box[rule.tp_dim] = split
+        local = [slice(0, _length(along)) for along in box]
         if rule.tp_dim == 0:
-            local[0] = slice(at, at + rows.stop - rows.start)
-            at = local[0].stop
-        if all(
-            side.stop > side.start for side in box
-        ):  # a rank may hold only padding of the vocabulary
-            yield Piece(name(hf), full, tuple(box), megatron, other, tuple(local), rule)
+            local[0] = slice(filled, filled + _length(split))
+            filled += _length(split)
+        # A rank may hold nothing but padding of the vocabulary.
+        if all(_length(along) > 0 for along in box):
+            yield Piece(
+                hf=names.fill_in(tensor.name),
+                full_shape=tensor.shape,
+                box=tuple(box),
+                megatron=names.fill_in(rule.megatron),
+                other=names.fill_in(rule.local_spec_name or rule.megatron),
+                local=tuple(local),
+                rule=rule,
+            )
 
 
-def _segments(rule: Rule, shape: ModelShape, part: ModelPartition) -> Iterable[tuple[int, slice]]:
-    """(part index, range along tp_dim) in the order of the local tensor."""
-    rank, size = (part.tp_rank, part.tp_size)
-    if rule.num_experts and part.expert_tp:
-        rank, size = part.expert_tp
-    lengths = [full[rule.tp_dim or 0] for _, full in rule.hf_tensors]
+def _length(along: slice) -> int:
+    return along.stop - along.start
+
+
+def _segments(
+    rule: Rule, shape: ModelShape, partition: ModelPartition
+) -> Iterator[tuple[int, slice]]:
+    """(index in rule.hf_tensors, range along tp_dim), in the order of the rank's tensor."""
+    rank, size = partition.tensor_parallel(rule)
+    lengths = [tensor.shape[rule.tp_dim or 0] for tensor in rule.hf_tensors]
     if rule.layout == "vocab":
         rows = padded_vocab_size(shape, size) // size
         start = min(rank * rows, lengths[0])
-        return [(0, slice(start, min(start + rows, lengths[0])))]
-    if rule.layout == "qkv":
-        groups = shape.num_key_value_heads
-        mine = range(rank * groups // size, (rank + 1) * groups // size)
-        cut = [[slice(g * n // groups, (g + 1) * n // groups) for n in lengths] for g in mine]
-        return [part for group in cut for part in enumerate(group)]
-    if rule.layout == "halves":
-        n = lengths[0] // 2
-        return [
-            (0, slice(h * n + rank * n // size, h * n + (rank + 1) * n // size)) for h in (0, 1)
-        ]
-    return [(i, slice(rank * n // size, (rank + 1) * n // size)) for i, n in enumerate(lengths)]
+        yield 0, slice(start, min(start + rows, lengths[0]))
+    elif rule.layout == "qkv":
+        num_groups = shape.num_key_value_heads
+        for group in range(rank * num_groups // size, (rank + 1) * num_groups // size):
+            for index, length in enumerate(lengths):
+                yield index, _share(length, group, num_groups)
+    elif rule.layout == "halves":
+        half = lengths[0] // 2
+        for start in (0, half):
+            share = _share(half, rank, size)
+            yield 0, slice(start + share.start, start + share.stop)
+    else:
+        for index, length in enumerate(lengths):
+            yield index, _share(length, rank, size)
+
+
+def _share(length: int, rank: int, size: int) -> slice:
+    """The rank's range of `length` rows that are divided into `size` equal ranges."""
+    return slice(rank * length // size, (rank + 1) * length // size)
+
+
+def padded_vocab_size(shape: ModelShape, tp_size: int) -> int:
+    """Rows of Megatron's embedding over all ranks. Rows from shape.vocab_size on are padding."""
+    multiple = VOCAB_MULTIPLE * tp_size
+    return ceil(shape.vocab_size / multiple) * multiple
