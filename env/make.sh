@@ -116,11 +116,12 @@ run_step_once() {
 
 # The lock is the whole closure, and overrules some of what its packages ask for (env/cpu.exceptions.txt): --no-deps.
 # The environment is made in this step too, because an interrupted installation may leave halves of packages.
-# Whole downloads lie in uv's cache, so that the second try does not repeat them.
+# Whole downloads lie in uv's cache, so that the second try does not repeat them. Bytecode is compiled here, once,
+# because a hundred processes that import torch at the same time would each compile it for themselves.
 install_lock() {
     uv venv --clear --python "$python" "$venv" &&
         write "$begun_stamp" "$wanted" &&
-        uv pip install --python "$venv/bin/python" --no-deps --requirement "$lock"
+        uv pip install --python "$venv/bin/python" --no-deps --compile-bytecode --requirement "$lock"
 }
 
 # Transformer Engine is compiled with the compiler and the headers of the lock, whatever CUDA this machine has, and
