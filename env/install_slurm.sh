@@ -1,37 +1,61 @@
 #!/usr/bin/env bash
 # Installs what the SLURM tests need on Debian or Ubuntu: slurm-wlm (slurmctld, slurmd and the commands) and munge.
 # No daemon of the system is configured or started; tests bring up a cluster of their own (tests/slurm/cluster.py).
-# No database either: without accounting `sacct` fails, which nanoslime has to bear.
+# There is no database either: without accounting `sacct` fails, which nanoslime has to bear.
 set -euo pipefail
 
 packages=(slurm-wlm munge)
-say() { echo "env/install_slurm.sh: $*" >&2; }
-
+commands=(slurmctld slurmd sbatch srun scontrol munged munge)
 PATH="$PATH:/usr/sbin:/sbin"
-missing=()
-for command in slurmctld slurmd sbatch srun scontrol munged munge; do
-    command -v "$command" >/dev/null || missing+=("$command")
-done
+
+say() {
+    echo "env/install_slurm.sh: $*" >&2
+}
+
+die() {
+    say "$*"
+    exit 1
+}
+
+# Sets missing to the commands that are not on PATH.
+find_missing() {
+    local command
+    missing=()
+    for command in "${commands[@]}"; do
+        if ! command -v "$command" >/dev/null; then
+            missing+=("$command")
+        fi
+    done
+}
+
+# dpkg asks this program before it starts a service, and 101 means no. One that the system already has stays.
+forbid_services() {
+    local policy=/usr/sbin/policy-rc.d
+    if [[ ! -e "$policy" ]]; then
+        printf '#!/bin/sh\nexit 101\n' >"$policy"
+        chmod 755 "$policy"
+        trap 'rm -f /usr/sbin/policy-rc.d' EXIT
+    fi
+}
+
+find_missing
 if [[ ${#missing[@]} == 0 ]]; then
     say "SLURM is installed: $(slurmctld -V)"
     exit 0
 fi
-command -v apt-get >/dev/null || { say "no apt-get here; install SLURM 22.05 or newer, and munge, by your system's means"; exit 1; }
+if ! command -v apt-get >/dev/null; then
+    die "no apt-get here; install SLURM 22.05 or newer, and munge, by your system's means"
+fi
 if [[ $EUID != 0 ]]; then
-    say "needs root; run: sudo bash $(printf %q "${BASH_SOURCE[0]}")"
-    exit 1
+    die "needs root; run: sudo bash $(printf %q "${BASH_SOURCE[0]}")"
 fi
 
 say "missing ${missing[*]}; installing ${packages[*]}"
 export DEBIAN_FRONTEND=noninteractive
 # A machine's other package sources may be unreachable; only a failed installation counts.
-apt-get update -qq || say "apt-get update reported errors, going on"
-# dpkg asks this before it starts a service: 101 is no
-policy=/usr/sbin/policy-rc.d
-if [[ ! -e "$policy" ]]; then
-    printf '#!/bin/sh\nexit 101\n' >"$policy"
-    chmod 755 "$policy"
-    trap 'rm -f "$policy"' EXIT
+if ! apt-get update -qq; then
+    say "apt-get update reported errors, going on"
 fi
+forbid_services
 apt-get install -y -qq --no-install-recommends "${packages[@]}" >/dev/null
 say "installed: $(slurmctld -V)"
