@@ -136,8 +136,10 @@ build_pinned() {
     uv pip install --python "$venv/bin/python" --no-deps --no-build-isolation --requirement "$pinned"
 }
 
+# In the project's directory, because uv reads a semicolon in a path as the beginning of a marker.
 install_project() {
-    uv pip install --python "$venv/bin/python" --no-deps --no-build-isolation --editable "$root"
+    cd -- "$root" &&
+        uv pip install --python "$venv/bin/python" --no-deps --no-build-isolation --editable .
 }
 
 # Sets python to a Python 3.12.
