@@ -14,9 +14,8 @@ import time
 
 from transformers.utils.logging import disable_progress_bar
 
-from nanoslime.orchestration.launch import Launch, parse
+from nanoslime.orchestration.launch import Launch, parse, serve_rank_0, serves_rank_0
 from nanoslime.orchestration.report import Clock, write_summary
-from nanoslime.orchestration.rollout_manager import from_rank_0
 from nanoslime.orchestration.session import Session
 from nanoslime.run_dir import DONE, FAILED, STOPPED
 from nanoslime.tracking import Tracker, make_tracker
@@ -27,8 +26,10 @@ logger = logging.getLogger(__name__)
 
 def train(session: Session, tracker: Tracker, clock: Clock, start: int) -> int:
     """The loop, from rollout `start` on. Returns DONE, or STOPPED after committing when told to stop."""
-    config, trainer, rollout = session.config, session.trainer, session.rollout
-    checkpoints, num_rollout = session.checkpoints, config.rollout.num_rollout
+    config = session.config
+    trainer = session.trainer
+    rollout = session.rollout
+    num_rollout = config.rollout.num_rollout
     trainer.sync_weights(rollout, version=start)
     if start == 0:
         clock("evaluate")
@@ -45,11 +46,13 @@ def train(session: Session, tracker: Tracker, clock: Clock, start: int) -> int:
         if config.eval.due(step, num_rollout):
             clock("evaluate")
             reward = rollout.evaluate(step)
-        tracker.log(step, metrics if reward is None else metrics | {"eval/reward_mean": reward})
-        stop = from_rank_0(session.attempt.must_stop())
+        if reward is not None:
+            metrics["eval/reward_mean"] = reward
+        tracker.log(step, metrics)
+        stop = session.attempt.must_stop()
         if stop or config.checkpoint.due(step, num_rollout):
             clock("checkpoint")
-            checkpoints.commit(step + 1, reward)
+            session.checkpoints.commit(step + 1, reward)
         if stop and step + 1 < num_rollout:
             logger.warning("stopped after %d rollouts: %s", step + 1, stop)
             return STOPPED
@@ -62,28 +65,31 @@ def train(session: Session, tracker: Tracker, clock: Clock, start: int) -> int:
 
 def run(launch: Launch) -> int:
     """Opens the session, trains and sums up. An expected failure is one line, in log and run status."""
-    started, leads = time.monotonic(), launch.leads
-    clock = Clock(launch.attempt.run, leads=leads)
+    started = time.monotonic()
+    run_dir = launch.attempt.run
+    clock = Clock(run_dir)
     try:
         with launch.open(clock) as session:
-            start = clock.step = session.checkpoints.resume()
-            with make_tracker(session.config, session.attempt.run, start, leads=leads) as tracker:
+            start = session.checkpoints.resume()
+            clock.step = start
+            with make_tracker(session.config, run_dir, start) as tracker:
                 code = train(session, tracker, clock, start)
-            if code == DONE and leads:
+            if code == DONE:
                 write_summary(session, clock, time.monotonic() - started)
     except (RunError, ValueError) as e:
         logger.error("%s", e, exc_info=logger.isEnabledFor(logging.DEBUG))
-        launch.attempt.run.write_status("failed", clock.step, error=str(e))
+        run_dir.write_status("failed", clock.step, error=str(e))
         return FAILED
-    if leads:
-        launch.attempt.run.write_status("done" if code == DONE else "stopped", clock.step)
+    run_dir.write_status("done" if code == DONE else "stopped", clock.step)
     return code
 
 
 def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    disable_progress_bar()  # of transformers: a bar for each of many small reads
+    disable_progress_bar()  # transformers shows one for each of many small reads
     try:
+        if serves_rank_0():
+            return serve_rank_0(argv)
         launch = parse(argv)
     except (RunError, ValueError) as e:
         logger.error("%s", e)

@@ -1,8 +1,8 @@
 """Checkpoints: everything that a run's next step depends on, written aside, hashed, committed by one rename.
 
-checkpoints/step_<k>/   trainer/  weights, optimizer, RNG and schedule as the backend writes them
-                        driver.json  rollouts done, policy version, data cursor
-                        manifest.json  checksum of every file, written last
+checkpoints/step_<k>/   trainer/       weights, optimizer, RNG and schedule as the backend writes them
+                        driver.json    rollouts done, policy version, data cursor, best evaluation
+                        manifest.json  the checksum of every file, written last
 """
 
 import json
@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 from nanoslime.config import RunConfig
 from nanoslime.orchestration.groups import TrainGroup
-from nanoslime.orchestration.rollout_manager import Replay, RolloutManager, from_rank_0
+from nanoslime.orchestration.rollout_manager import Replay, RolloutManager
 from nanoslime.run_dir import RunDir
-from nanoslime.storage.commit import checkpoints, commit, partial_dir, partial_path, retain
+from nanoslime.storage.commit import checkpoints, commit, partial_dir, retain
 from nanoslime.storage.manifest import DamagedError, verify
 from nanoslime.types import RunError
 
@@ -27,9 +27,7 @@ class Checkpoints:
     config: RunConfig
     run: RunDir
     trainer: TrainGroup
-    rollout: (
-        RolloutManager | Replay | None
-    )  # None on a rank that follows: it neither commits nor reports
+    rollout: RolloutManager | Replay
     _best: tuple[float, int] | None = field(default=None, init=False)  # reward, rollouts
 
     def resume(self) -> int:
@@ -37,15 +35,12 @@ class Checkpoints:
 
         Raises RunError where there are checkpoints, but none that verifies.
         """
-        rollouts = from_rank_0(self._newest_good() if self.rollout else 0)
-        if isinstance(rollouts, str):
-            raise RunError(rollouts)
+        rollouts = self._newest_good()
         if rollouts:
             path = self.run.checkpoint(rollouts)
             driver = json.loads((path / "driver.json").read_text())
             self.trainer.load(path / "trainer")
-            if self.rollout:
-                self.rollout.load_state_dict(driver["rollout"])
+            self.rollout.load_state_dict(driver["rollout"])
             self._best = tuple(driver["best"]) if driver["best"] else None
             logger.info("resumed after %d rollouts from %s", rollouts, path)
         return rollouts
@@ -58,24 +53,23 @@ class Checkpoints:
         if reward is not None and (self._best is None or reward > self._best[0]):
             self._best = (reward, rollouts)
         final = self.run.checkpoint(rollouts)
-        if self.rollout:
-            (partial_dir(final) / "trainer").mkdir()
-        from_rank_0(None)  # the directory exists on every rank from here on
-        partial = partial_path(final)
+        partial = partial_dir(final)
+        (partial / "trainer").mkdir()
         self.trainer.save(partial / "trainer")
-        if self.rollout is None:
-            return
         state = {"rollouts": rollouts, "rollout": self.rollout.state_dict(), "best": self._best}
         (partial / "driver.json").write_text(json.dumps(state))
         commit(partial, final)
+        self._retain()
+
+    def _retain(self) -> None:
         keep = self.config.checkpoint
         best = self._best[1] if keep.keep_best and self._best else None
         retain(
             self.run.checkpoints, keep_last=keep.keep_last, keep_every=keep.keep_every, best=best
         )
 
-    def _newest_good(self) -> int | str:
-        """Its number of rollouts, 0 where there is none at all; what is wrong, where all are damaged."""
+    def _newest_good(self) -> int:
+        """Its number of rollouts, 0 where there is none at all."""
         refused = []
         for step, path in reversed(checkpoints(self.run.checkpoints)):
             try:
@@ -86,5 +80,9 @@ class Checkpoints:
             for reason in refused:
                 logger.warning("%s; %s is used instead", reason, path.name)
             return step
-        way_out = f"put one back, or empty {self.run.checkpoints} to begin anew"
-        return "; ".join([*refused, f"no other is left: {way_out}"]) if refused else 0
+        if refused:
+            raise RunError(
+                f"{'; '.join(refused)}; no other is left: put one back, "
+                f"or empty {self.run.checkpoints} to begin anew"
+            )
+        return 0

@@ -11,7 +11,7 @@ from typing import Any
 from nanoslime.batch import TrainBatch
 from nanoslime.config import RunConfig
 from nanoslime.models.shape import ModelShape
-from nanoslime.orchestration.rollout_manager import Rollout
+from nanoslime.orchestration.rollout_manager import Replay, RolloutManager
 from nanoslime.run_dir import RunDir
 from nanoslime.training.batching import plan
 from nanoslime.types import SampleGroup
@@ -26,7 +26,7 @@ class TrainGroup(ABC):
 
     def __init__(self, config: RunConfig, run: RunDir, model_dir: Path, transport: str):
         self.config, self.run, self.transport = config, run, transport
-        self._engines_turn: Rollout | None = (
+        self._engines_turn: RolloutManager | Replay | None = (
             None  # whose engines have the device, the trainer asleep
         )
         self._version = 0  # of the weights that the engines have
@@ -91,7 +91,7 @@ class TrainGroup(ABC):
     def load(self, path: Path) -> None:
         self.call("load", path, what=f"load {path}")
 
-    def sync_weights(self, rollout: Rollout, version: int) -> dict[str, float]:
+    def sync_weights(self, rollout: RolloutManager | Replay, version: int) -> dict[str, float]:
         """The current weights into every engine, labelled `version`; returns the seconds that it took.
 
         Colocated, the engines have the device afterwards, and the trainer sleeps until it is needed.
@@ -103,14 +103,14 @@ class TrainGroup(ABC):
 
         def send() -> None:
             if self.config.cluster.colocate:
-                rollout.tell_engines("resume_memory", "weights")
+                rollout.each("resume_memory", "weights")
             if self.transport == "disk":
-                rollout.tell_engines("update_weights_from_disk", str(path), version)
+                rollout.each("update_weights_from_disk", str(path), version)
             elif self.transport != "none":
                 self.broadcast(version)
             if self.config.cluster.colocate:
                 times["time/sleep_s"] = self._timed("sleep")
-                rollout.tell_engines("resume_memory", "cache")
+                rollout.each("resume_memory", "cache")
                 self._engines_turn = rollout
 
         rollout.update_weights(send, version)
@@ -121,7 +121,7 @@ class TrainGroup(ABC):
         """Takes the device where the engines have it; they lose their weights."""
         if self._engines_turn is None:
             return {}
-        self._engines_turn.tell_engines("release_memory")
+        self._engines_turn.each("release_memory")
         self._engines_turn = None
         return {"time/wake_s": self._timed("wake")}
 
@@ -151,7 +151,7 @@ class NoTrainer(TrainGroup):
 
     def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> None: ...
 
-    def sync_weights(self, rollout: Rollout, version: int) -> dict[str, float]:
+    def sync_weights(self, rollout: RolloutManager | Replay, version: int) -> dict[str, float]:
         return super().sync_weights(rollout, version=0)
 
     def close(self) -> None: ...

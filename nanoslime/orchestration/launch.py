@@ -12,12 +12,12 @@ from nanoslime.config import RunConfig
 from nanoslime.config.load import dump, load, read
 from nanoslime.models.shape import ModelShape
 from nanoslime.models.tiny import tiny_qwen3_config
-from nanoslime.orchestration.rollout_manager import from_rank_0
+from nanoslime.orchestration import torchrun_group
 from nanoslime.orchestration.session import Phase, Session, open_local, open_ray
 from nanoslime.processes.ports import free_port
-from nanoslime.run_dir import Attempt, RunDir, recorded_rollouts
+from nanoslime.run_dir import DONE, FAILED, Attempt, RunDir, recorded_rollouts
 from nanoslime.storage.hub import find_checkpoint
-from nanoslime.training.backend import RankEnv, init_process_group
+from nanoslime.training.backend import RankEnv
 from nanoslime.types import RunError
 
 MOCK_RECIPE = Path(__file__).parents[2] / "jobs" / "recipes" / "mock.yaml"
@@ -27,31 +27,109 @@ MOCK_RECIPE = Path(__file__).parents[2] / "jobs" / "recipes" / "mock.yaml"
 class Launch:
     attempt: Attempt
     open: Callable[[Phase], AbstractContextManager[Session]]
-    leads: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CommandLine:
+    run: Path | None  # a submitted run
+    attempt: int | None
+    resume: Path | None  # a run of this machine
+    mock: bool
+    rest: list[str]  # a recipe, and flags of the configuration
+
+    @classmethod
+    def parse(cls, argv: list[str]) -> "CommandLine":
+        parser = argparse.ArgumentParser(
+            prog="python -m nanoslime.train", add_help=False, allow_abbrev=False
+        )
+        parser.add_argument("--run", type=Path)
+        parser.add_argument("--attempt", type=int)
+        parser.add_argument("--resume", type=Path)
+        parser.add_argument("--mock", action="store_true")
+        known, rest = parser.parse_known_args(argv)
+        return cls(known.run, known.attempt, known.resume, known.mock, rest)
+
+    def config(self) -> RunConfig:
+        """The configuration of a run on this machine."""
+        if self.resume:
+            return load(RunDir.open(self.resume).config, None, self.rest)
+        flags = list(self.rest)
+        recipe = MOCK_RECIPE if self.mock else None
+        if flags and not flags[0].startswith("-"):
+            given = Path(flags.pop(0))
+            recipe = recipe or given
+        return load(recipe, None, flags)
 
 
 def parse(argv: list[str]) -> Launch:
     """What the command line asks for. Raises RunError or ValueError in one line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m nanoslime.train", add_help=False, allow_abbrev=False
-    )
-    parser.add_argument("--run", type=Path)
-    parser.add_argument("--attempt", type=int)
-    parser.add_argument("--resume", type=Path)
-    parser.add_argument("--mock", action="store_true")
-    known, rest = parser.parse_known_args(argv)
-    if known.run:
-        run = RunDir.open(known.run)
-        attempt, config = run.attempt(known.attempt), read(run.config)
-        plan = layout.Layout.from_json(run.plan.read_text())
-        return Launch(
-            attempt, lambda phase: open_ray(config, attempt, plan, phase, local=False), leads=True
+    asked = CommandLine.parse(argv)
+    if asked.run:
+        return _submitted(asked)
+    return _on_this_machine(asked.config(), RunDir.open(asked.resume) if asked.resume else None)
+
+
+def serves_rank_0() -> bool:
+    """Whether this process is one of torchrun's ranks, but not the one that drives the run."""
+    return int(os.environ.get("RANK", 0)) > 0
+
+
+def serve_rank_0(argv: list[str]) -> int:
+    """Takes part in the run that torchrun's rank 0 drives, until its end."""
+    config = CommandLine.parse(argv).config()
+    _check_torchrun(config)
+    went_well = torchrun_group.serve(_rank_env(config), config)
+    return DONE if went_well else FAILED
+
+
+def _submitted(asked: CommandLine) -> Launch:
+    """A run that a node agent starts: its directory holds everything."""
+    run = RunDir.open(asked.run)
+    attempt = run.attempt(asked.attempt)
+    config = read(run.config)
+    plan = layout.Layout.from_json(run.plan.read_text())
+
+    def open_session(phase: Phase) -> AbstractContextManager[Session]:
+        return open_ray(config, attempt, plan, phase, local=False)
+
+    return Launch(attempt, open_session)
+
+
+def _on_this_machine(config: RunConfig, run: RunDir | None) -> Launch:
+    """`run`: goes on with an existing run."""
+    config, shape = _with_local_checkpoint(config)
+    rollout = config.rollout
+    if rollout.load_rollouts:
+        recorded = recorded_rollouts(rollout.load_rollouts, rollout.num_rollout)
+        config = replace(config, rollout=replace(rollout, load_rollouts=recorded))
+    _check_torchrun(config)
+    has_servers_only = rollout.rollout_only and rollout.takes_slots
+    has_ranks_of_ray = config.training.num_gpus is not None and "RANK" not in os.environ
+    if has_servers_only or has_ranks_of_ray:
+        return _on_own_ray(config, run, shape)
+    if config.cluster.device == "cuda" and rollout.takes_slots and not config.cluster.colocate:
+        raise RunError(
+            "rollout.engine=sglang has no GPU beside the trainer of this process: share the trainer's "
+            "by --colocate, give both their own by --num-gpus N, or --engine embedded"
         )
-    if known.resume:
-        run = RunDir.open(known.resume)
-        return _on_this_machine(load(run.config, None, rest), run)
-    recipe = Path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
-    return _on_this_machine(load(MOCK_RECIPE if known.mock else recipe, None, rest), None)
+    env = _rank_env(config)
+    attempt = _new_attempt(config, run)
+
+    def open_session(phase: Phase) -> AbstractContextManager[Session]:
+        return open_local(config, attempt, env, phase)
+
+    return Launch(attempt, open_session)
+
+
+def _on_own_ray(config: RunConfig, run: RunDir | None, shape: ModelShape) -> Launch:
+    plan = layout.plan(config, shape)
+    attempt = _new_attempt(config, run)
+    attempt.run.plan.write_text(plan.to_json())
+
+    def open_session(phase: Phase) -> AbstractContextManager[Session]:
+        return open_ray(config, attempt, plan, phase, local=True)
+
+    return Launch(attempt, open_session)
 
 
 def _with_local_checkpoint(config: RunConfig) -> tuple[RunConfig, ModelShape]:
@@ -68,48 +146,23 @@ def _with_local_checkpoint(config: RunConfig) -> tuple[RunConfig, ModelShape]:
     return replace(config, model=model), ModelShape.read(found.directory)
 
 
-def _on_this_machine(config: RunConfig, run: RunDir | None) -> Launch:
-    """`run`: goes on with an existing run."""
-    config, shape = _with_local_checkpoint(config)
-    rollout = config.rollout
-    if rollout.load_rollouts:
-        recorded = recorded_rollouts(rollout.load_rollouts, rollout.num_rollout)
-        config = replace(config, rollout=replace(rollout, load_rollouts=recorded))
-    if rollout.rollout_only and "RANK" in os.environ:
+def _check_torchrun(config: RunConfig) -> None:
+    if config.rollout.rollout_only and "RANK" in os.environ:
         raise RunError("rollout.rollout_only has no trainer ranks; start it without torchrun")
-    has_servers_only = rollout.rollout_only and rollout.takes_slots
-    if has_servers_only or config.training.num_gpus and "RANK" not in os.environ:
-        plan = layout.plan(config, shape)
-        attempt = _new_attempt(config, run)
-        attempt.run.plan.write_text(plan.to_json())
-        return Launch(
-            attempt, lambda phase: open_ray(config, attempt, plan, phase, local=True), leads=True
-        )
-    if config.cluster.device == "cuda" and rollout.takes_slots and not config.cluster.colocate:
-        ways_out = "share the trainer's by --colocate, give both their own by --num-gpus N, or --engine embedded"
-        raise RunError(
-            f"rollout.engine=sglang has no GPU beside the trainer of this process: {ways_out}"
-        )
-    env = _rank_env(config)
-    # the other ranks wait in a collective while rank 0 starts its engine, samples and evaluates
-    longest = (
-        config.training.collective_deadline_s
-        + rollout.start_deadline_s
-        + rollout.request_deadline_s
-    )
-    init_process_group(env, replace(config.training, collective_deadline_s=longest))
-    attempt = from_rank_0(_new_attempt(config, run) if env.rank == 0 else None)
-    return Launch(
-        attempt, lambda phase: open_local(config, attempt, env, phase), leads=env.rank == 0
-    )
 
 
 def _rank_env(config: RunConfig) -> RankEnv:
     """From torchrun's variables where they are set, else the only rank."""
-    defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-    place = [int(os.environ.get(name, default)) for name, default in defaults.items()]
-    meet_at = "env://" if "RANK" in os.environ else f"tcp://127.0.0.1:{free_port('127.0.0.1')}"
-    return RankEnv(*place, config.cluster.device, meet_at)
+    device = config.cluster.device
+    if "RANK" not in os.environ:
+        return RankEnv(0, 1, 0, device, f"tcp://127.0.0.1:{free_port('127.0.0.1')}")
+    return RankEnv(
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        local_rank=int(os.environ["LOCAL_RANK"]),
+        device=device,
+        init_method="env://",
+    )
 
 
 def _new_attempt(config: RunConfig, run: RunDir | None) -> Attempt:

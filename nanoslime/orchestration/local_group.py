@@ -1,8 +1,4 @@
-"""Trainer ranks without Ray: this process alone, or this process as one of torchrun's ranks.
-
-Under torchrun every rank runs the same loop. Rank 0 owns engines, prompts and rewards and broadcasts each
-batch; the others receive it and take part in the collectives of weight sync and checkpoints.
-"""
+"""The only trainer rank, in the driver's own process."""
 
 from pathlib import Path
 from typing import Any
@@ -10,26 +6,40 @@ from typing import Any
 import torch.distributed as dist
 
 from nanoslime.batch import TrainBatch
+from nanoslime.config import RunConfig
 from nanoslime.orchestration.groups import TrainGroup
 from nanoslime.orchestration.worker import TrainWorker
 from nanoslime.run_dir import RunDir
+from nanoslime.training.backend import RankEnv
 
 
 class LocalTrainGroup(TrainGroup):
-    """`engines`: those of this process; with the transport in_process, one that is embedded."""
+    """`engines` has one element with the transport in_process: the engine of this process."""
 
     def __init__(
-        self, run: RunDir, model_dir: Path, transport: str, worker: TrainWorker, engines: list[Any]
+        self,
+        config: RunConfig,
+        run: RunDir,
+        model_dir: Path,
+        transport: str,
+        env: RankEnv,
+        engines: list[Any],
     ):
-        super().__init__(worker.config, run, model_dir, transport)
-        self._worker, self._engines, self.dp_size = worker, engines, worker.dp_size
+        super().__init__(config, run, model_dir, transport)
+        self._model_dir = model_dir
+        self._env = env
+        self._engines = engines
+        self._worker: TrainWorker | None = None
+
+    def setup(self) -> None:
+        self._worker = TrainWorker(self.config, self._model_dir, self._env, self.run.skipped)
+        self.dp_size = self._worker.dp_size
 
     def _train(self, shards: list[list[TrainBatch]]) -> dict[str, float]:
-        return self._worker.train(shards[self._worker.dp_rank])
+        return self._worker.train(shards[0])
 
     def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> None:
         getattr(self._worker, method)(*args)
-        dist.barrier()
 
     def broadcast(self, version: int) -> None:
         if self.transport != "in_process":
@@ -37,4 +47,7 @@ class LocalTrainGroup(TrainGroup):
         self._engines[0].load_weights(self._worker.tensors(), version)
 
     def close(self) -> None:
-        self._worker.close()
+        if self._worker is not None:
+            self._worker.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -3,6 +3,7 @@
 import json
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from nanoslime.storage.shared_files import publish_json
 class Clock:
     """Seconds per phase; a phase lasts until the next one begins. Publishes the run's status as it goes."""
 
-    def __init__(self, run: RunDir, *, leads: bool):
-        self._run, self._leads, self._phase, self._start = run, leads, "", time.monotonic()
+    def __init__(self, run: RunDir):
+        self._run = run
+        self._phase = ""
+        self._start = time.monotonic()
         self.seconds: dict[str, float] = defaultdict(float)
         self.step = 0
 
@@ -23,9 +26,9 @@ class Clock:
         now = time.monotonic()
         if self._phase:
             self.seconds[self._phase] += now - self._start
-        self._phase, self._start = phase, now
-        if self._leads:
-            self._run.write_status(phase, self.step)
+        self._phase = phase
+        self._start = now
+        self._run.write_status(phase, self.step)
 
 
 def write_summary(session: Session, clock: Clock, seconds: float) -> None:
@@ -33,15 +36,15 @@ def write_summary(session: Session, clock: Clock, seconds: float) -> None:
 
     seconds and phase_s are those of the last attempt.
     """
-    run, rollouts = session.attempt.run, session.config.rollout.num_rollout
-    evals, rows = _json_lines(run.evals), _json_lines(run.metrics)
-    gaps = [r["train/logprob_gap_max"] for r in rows if "train/logprob_gap_max" in r]
+    run = session.attempt.run
+    rollouts = session.config.rollout.num_rollout
+    evals = _json_lines(run.evals)
+    rows = _json_lines(run.metrics)
+    gaps = [row["train/logprob_gap_max"] for row in rows if "train/logprob_gap_max" in row]
     hf = run.hf(rollouts)
     summary = {
-        "reward_before": next((e["reward"] for e in evals if e["step"] == -1), None),
-        "reward_after": next(
-            (e["reward"] for e in reversed(evals) if e["step"] == rollouts - 1), None
-        ),
+        "reward_before": _reward_at(-1, evals),
+        "reward_after": _reward_at(rollouts - 1, reversed(evals)),
         "steps": rollouts,
         "logprob_gap_max": max(gaps, default=None),
         "seconds": round(seconds, 1),
@@ -53,5 +56,15 @@ def write_summary(session: Session, clock: Clock, seconds: float) -> None:
     publish_json(run.summary, summary)
 
 
+def _reward_at(step: int, evals: Iterable[dict[str, Any]]) -> float | None:
+    """The reward of the first of these evaluations that is of `step`."""
+    for evaluation in evals:
+        if evaluation["step"] == step:
+            return evaluation["reward"]
+    return None
+
+
 def _json_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]

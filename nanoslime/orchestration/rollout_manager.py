@@ -10,7 +10,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from nanoslime import algorithms
@@ -196,39 +195,3 @@ def _prepare(groups: list[SampleGroup], algorithm: algorithms.PolicyGradient) ->
             "none of %d groups is left to train on, dropped for: %s", len(groups), prepared.dropped
         )
     return prepared
-
-
-def from_rank_0(value: Any) -> Any:
-    """`value` of rank 0 on every rank that runs the loop; the value itself where that is one process."""
-    box = [value]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-class Rollout:
-    """The rollout on a rank that runs the loop: the manager's where there is one, else what rank 0 tells."""
-
-    def __init__(self, manager: RolloutManager | Replay | None):
-        self.manager = manager
-        self.metrics: dict[str, float] = {}
-
-    def generate(self, step: int) -> list[SampleGroup]:
-        groups = self.manager.generate(step) if self.manager else None
-        self.metrics = self.manager.metrics if self.manager else {}
-        return from_rank_0(groups)
-
-    def evaluate(self, step: int) -> float | None:
-        return from_rank_0(self.manager.evaluate(step) if self.manager else None)
-
-    def update_weights(self, send: Callable[[], object], version: int) -> None:
-        if self.manager:
-            self.manager.update_weights(send, version)
-        else:
-            send()
-
-    def tell_engines(self, method: str, *args: Any) -> None:
-        """Has all of them do it, before any rank goes on."""
-        if self.manager:
-            self.manager.each(method, *args)
-        from_rank_0(None)

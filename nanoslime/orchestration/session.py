@@ -2,7 +2,7 @@
 
     submitted or rehearsed  the node agents started Ray on every node; trainers and engines are actors on it
     --num-gpus N            a Ray of our own on this machine, otherwise the same
-    torchrun                N processes, each a trainer rank that runs the loop; rank 0 owns the engine
+    torchrun                N processes, each a trainer rank; rank 0 also drives the run and owns the engine
     alone                   one process is the only rank, the engine in it (embedded) or beside it (SGLang)
 
 Whatever was started is ended when the session closes, also when opening it fails half way.
@@ -13,8 +13,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch.distributed as dist
-
 from nanoslime import rehearsal
 from nanoslime.config import RunConfig
 from nanoslime.layout import Layout
@@ -22,8 +20,8 @@ from nanoslime.orchestration import ray_group
 from nanoslime.orchestration.checkpoints import Checkpoints
 from nanoslime.orchestration.groups import NoTrainer, TrainGroup, resolve_transport
 from nanoslime.orchestration.local_group import LocalTrainGroup
-from nanoslime.orchestration.rollout_manager import Replay, Rollout, RolloutManager
-from nanoslime.orchestration.worker import TrainWorker
+from nanoslime.orchestration.rollout_manager import Replay, RolloutManager
+from nanoslime.orchestration.torchrun_group import Ranks, TorchrunTrainGroup
 from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
 from nanoslime.run_dir import Attempt, RunDir
 from nanoslime.storage.commit import remove_leftovers
@@ -31,7 +29,7 @@ from nanoslime.storage.shared_files import read_json
 from nanoslime.training.backend import RankEnv
 from nanoslime.types import Engine
 
-Phase = Callable[[str], None]  # called with the name of what starts now
+Phase = Callable[[str], None]  # called with the name of the phase that starts
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +37,7 @@ class Session:
     config: RunConfig
     attempt: Attempt
     trainer: TrainGroup
-    rollout: Rollout
+    rollout: RolloutManager | Replay
     checkpoints: Checkpoints
 
 
@@ -64,77 +62,86 @@ def open_ray(
         if local:
             ray_group.start_local(layout.slots_per_node, layout.device)
         else:
-            ray_group.connect(
-                read_json(attempt.head), layout.num_nodes, config.cluster.node_join_deadline_s
-            )
+            head = read_json(attempt.head)
+            ray_group.connect(head, layout.num_nodes, config.cluster.node_join_deadline_s)
         resources.callback(ray_group.disconnect)
-        servers, colocate = None, config.cluster.colocate
+
+        colocate = config.cluster.colocate
+        servers: ray_group.RayEngines | None = None
         if layout.engines and config.rollout.engine == "sglang":
             servers = ray_group.RayEngines(config, attempt, layout, model_dir)
             resources.callback(servers.close)
             if not colocate:
-                servers.start()
+                servers.start()  # they start while the trainers do
+
         transport = resolve_transport(config, same_process=False)
-        trainer: TrainGroup = NoTrainer(config, attempt.run, model_dir, transport)
+        trainer: TrainGroup
         if layout.trainers:
             trainer = ray_group.RayTrainGroup(config, attempt, layout, model_dir, transport)
+        else:
+            trainer = NoTrainer(config, attempt.run, model_dir, transport)
         resources.callback(trainer.close)
-        if servers is not None and colocate:  # the engines measure the free memory: they come first
+        if servers is not None and colocate:
+            # An engine measures the memory that is free, so it starts before the trainers take theirs.
             servers.start(trainer.gpu_ids)
             for engine in servers.wait():
                 engine.release_memory()
         trainer.setup()
+
         engines: list[Engine] = []
         if servers is not None:
             engines = list(servers.wait())
-            trainer.connect(engines, trainer.address, [layout.ranks_at(e) for e in layout.engines])
+            ranks_by_engine = [layout.ranks_at(place) for place in layout.engines]
+            trainer.connect(engines, trainer.address, ranks_by_engine)
         elif not config.rollout.load_rollouts:
             engines = [EmbeddedEngine(str(model_dir), config.model.dtype, "cpu", config.seed)]
-        yield _session(config, attempt, model_dir, trainer, engines, resources, leads=True)
+        yield _session(config, attempt, model_dir, trainer, engines, resources)
 
 
 @contextmanager
 def open_local(
     config: RunConfig, attempt: Attempt, env: RankEnv, phase: Phase
 ) -> Iterator[Session]:
-    """The session of a process that is itself a trainer rank: the only one, or one of torchrun's."""
-    leads = env.rank == 0
+    """The session of a process that is itself a trainer rank: the only one, or rank 0 of torchrun's."""
     with ExitStack() as resources:
-        resources.callback(
-            dist.destroy_process_group
-        )  # launch has joined it, to agree on the run directory
+        ranks: Ranks | None = None
+        if env.world_size > 1:
+            phase("start")
+            ranks = Ranks(env, config)
+            resources.callback(ranks.close)
         phase("model")
-        if leads:
-            prepare_model(config, attempt.run)
-        dist.barrier()
-        config, model_dir = prepare_model(
-            config, attempt.run
-        )  # made by rank 0: only reads where it lies
+        config, model_dir = prepare_model(config, attempt.run)
         phase("start")
-        transport = resolve_transport(config, same_process=env.world_size == 1)
-        has_engine = leads and not config.rollout.load_rollouts
-        engines = [_local_engine(config, attempt, model_dir, env, resources)] if has_engine else []
+        engines: list[Engine] = []
+        if not config.rollout.load_rollouts:
+            engines.append(_local_engine(config, attempt, model_dir, env, resources))
         if config.cluster.colocate:
             for engine in engines:
                 engine.release_memory()
-            dist.barrier()
-        trainer: TrainGroup = NoTrainer(config, attempt.run, model_dir, transport)
-        if not config.rollout.rollout_only:
-            worker = TrainWorker(config, model_dir, env, attempt.run.skipped)
-            trainer = LocalTrainGroup(attempt.run, model_dir, transport, worker, engines)
+
+        run = attempt.run
+        transport = resolve_transport(config, same_process=env.world_size == 1)
+        trainer: TrainGroup
+        if config.rollout.rollout_only:
+            trainer = NoTrainer(config, run, model_dir, transport)
+        elif ranks is not None:
+            trainer = TorchrunTrainGroup(config, run, model_dir, transport, ranks)
+        else:
+            trainer = LocalTrainGroup(config, run, model_dir, transport, env, engines)
         resources.callback(trainer.close)
+        trainer.setup()
         trainer.connect(engines, trainer.address, [[0]])
-        yield _session(config, attempt, model_dir, trainer, engines, resources, leads=leads)
+        yield _session(config, attempt, model_dir, trainer, engines, resources)
 
 
 def _local_engine(
     config: RunConfig, attempt: Attempt, model_dir: Path, env: RankEnv, resources: ExitStack
 ) -> Engine:
     if config.rollout.engine == "embedded":
-        return EmbeddedEngine(
-            str(model_dir), config.model.dtype, str(env.torch_device), config.seed
-        )
-    gpu_ids, log = [env.local_rank] if env.device == "cuda" else [], attempt.log("sglang", 0)
+        device = str(env.torch_device)
+        return EmbeddedEngine(str(model_dir), config.model.dtype, device, config.seed)
+    gpu_ids = [env.local_rank] if env.device == "cuda" else []
+    log = attempt.log("sglang", 0)
     server = ray_group.engine_server(config, 0, model_dir, env.device, log, "127.0.0.1", gpu_ids)
     resources.callback(server.close)
     return server.start(config.rollout.start_deadline_s)
@@ -147,16 +154,13 @@ def _session(
     trainer: TrainGroup,
     engines: list[Engine],
     resources: ExitStack,
-    *,
-    leads: bool,
 ) -> Session:
     run = attempt.run
-    manager: RolloutManager | Replay | None = None
-    if leads:
-        replays = bool(config.rollout.load_rollouts)
-        manager = Replay(config) if replays else RolloutManager(config, run, model_dir, engines)
-        resources.callback(manager.close)
-        remove_leftovers(run.checkpoints)
-    return Session(
-        config, attempt, trainer, Rollout(manager), Checkpoints(config, run, trainer, manager)
-    )
+    rollout: RolloutManager | Replay
+    if config.rollout.load_rollouts:
+        rollout = Replay(config)
+    else:
+        rollout = RolloutManager(config, run, model_dir, engines)
+    resources.callback(rollout.close)
+    remove_leftovers(run.checkpoints)
+    return Session(config, attempt, trainer, rollout, Checkpoints(config, run, trainer, rollout))

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,6 +23,7 @@ from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
 from nanoslime.run_dir import DONE, FAILED, STOPPED, RunDir
 from nanoslime.training.backend import TrainBackend
 from nanoslime.training.fsdp import FSDPBackend
+from tests import process_table
 from tests.models.hf import save_model
 
 SMALL = [
@@ -213,24 +215,58 @@ def test_bad_input_ends_in_one_line(tmp_path, model, caplog, flags, message):
 @pytest.mark.parametrize(
     "backend", ["fsdp", pytest.param("megatron --tp-size 2", marks=pytest.mark.megatron)]
 )
-def test_two_torchrun_ranks_equal_one(tmp_path, model, backend):
-    """Rank 0 owns the engine and broadcasts each batch; the losses are those of a single process."""
+def test_two_torchrun_ranks_equal_one(tmp_path, model, backend, no_leftovers):
+    """Rank 0 owns the engine and drives the other rank; the losses are those of a single process."""
     flags = run_dir(tmp_path, "one", model, "--num-rollout 2")
     assert train.main(flags) == DONE
     flags[flags.index("one")] = "two"
-    torchrun = f"{sys.executable} -m torch.distributed.run --nproc-per-node 2 --standalone -m nanoslime.train"
-    done = subprocess.run(
-        [*torchrun.split(), *flags, "--backend", *backend.split()],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        cwd=Path(train.__file__).parents[1],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    command = torchrun([*flags, "--backend", *backend.split()])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, **TORCHRUN)
     assert done.returncode == 0, done.stderr[-2000:]
-    one, two = losses(RunDir.open(tmp_path / "one")), losses(RunDir.open(tmp_path / "two"))
+    one = losses(RunDir.open(tmp_path / "one"))
+    two = losses(RunDir.open(tmp_path / "two"))
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-7)
+
+
+TORCHRUN = {
+    "cwd": Path(train.__file__).parents[1],
+    "env": os.environ | {"OMP_NUM_THREADS": "1"},
+}
+
+
+def torchrun(flags: list[str], module: str = "nanoslime.train") -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    return [sys.executable, *launcher, "-m", module, *flags]
+
+
+def test_a_torchrun_rank_that_dies_ends_the_run_with_its_name(tmp_path, model, no_leftovers):
+    """It dies while rank 0 samples or trains; torchrun then ends rank 0, which first says why."""
+    flags = run_dir(tmp_path, "dies", model, "--num-rollout 1000 --backend fsdp")
+    process = subprocess.Popen(
+        torchrun(flags), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **TORCHRUN
+    )
+    try:
+        run_path = tmp_path / "dies"
+        process_table.wait_for(lambda: (run_path / "metrics.jsonl").exists(), 120)
+        family = process_table.descendants(process.pid, process_table.all_processes())
+        [victim] = [p.pid for p in family if p.has_env("RANK", "1")]
+        os.kill(victim, signal.SIGKILL)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    status = RunDir.open(run_path).status()
+    assert status["phase"] == "failed", output[-3000:]
+    assert status["error"].startswith("trainer rank 1 died")
+
+
+def test_a_torchrun_rank_that_fails_ends_the_run_with_its_name(tmp_path, model, no_leftovers):
+    flags = run_dir(tmp_path, "fails", model, "--num-rollout 1000 --backend fsdp")
+    command = torchrun(flags, module="tests.orchestration.failing_rank")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, **TORCHRUN)
+    status = RunDir.open(tmp_path / "fails").status()
+    assert done.returncode != 0 and status["phase"] == "failed", done.stderr[-3000:]
+    assert status["error"].startswith("trainer rank 1 failed to train: no memory in the third step")
 
 
 def test_the_gsm8k_recipe_trains_on_its_real_file(tmp_path, tiny_model):

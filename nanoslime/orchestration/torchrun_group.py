@@ -1,0 +1,296 @@
+"""Trainer ranks under torchrun. Rank 0 is the driver, as under Ray, and every rank serves the driver's calls.
+
+    rank 0        the training loop in its main thread, and a second thread that serves calls
+    other ranks   `serve`: nothing but calls, until rank 0 ends
+
+A call travels to each rank over a connection of its own, as (method, arguments), and its answer comes back.
+A connection that closes says at once that the process behind it has died. A rank whose call failed ends after
+its answer, so that the collectives in which the others wait for it break instead of running into a deadline.
+"""
+
+import hmac
+import logging
+import os
+import pickle
+import secrets
+import signal
+import socket
+import threading
+import time
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nanoslime.batch import TrainBatch
+from nanoslime.config import RunConfig
+from nanoslime.orchestration.groups import TrainGroup
+from nanoslime.orchestration.worker import TrainWorker
+from nanoslime.run_dir import RunDir
+from nanoslime.training.backend import RankEnv, init_process_group
+from nanoslime.types import RunError
+
+logger = logging.getLogger(__name__)
+
+TOKEN_BYTES = 32
+NEWS_OF_A_DEATH_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """`method` is `setup`, or a collective method of TrainWorker."""
+
+    method: str
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The result of a call, or the reason why it failed."""
+
+    result: Any = None
+    failure: str | None = None
+
+
+class Ranks:
+    """The driver's connections to all ranks, its own among them."""
+
+    def __init__(self, env: RankEnv, config: RunConfig):
+        """Meets the other ranks. Raises RunError naming those that are late."""
+        init_process_group(env, config.training)
+        connections = _accept(env, config.training.start_deadline_s)
+        connections[0], own_end = Pipe()
+        self._connections = [connections[rank] for rank in range(env.world_size)]
+        self._thread = threading.Thread(
+            target=_answer_calls, args=(env, own_end, None), name="trainer-rank-0", daemon=True
+        )
+        self._thread.start()
+        self.failed = False
+        signal.signal(signal.SIGTERM, self._told_to_end)
+
+    def __len__(self) -> int:
+        return len(self._connections)
+
+    def ask(self, calls: Sequence[Call], what: str, deadline_s: float) -> list[Any]:
+        """One call for each rank; the results in order. Raises RunError as soon as one rank fails or dies,
+        or at the deadline; `what` says what they were asked to do."""
+        for rank, call in enumerate(calls):
+            self._send(rank, call, what)
+        results: dict[int, Any] = {}
+        end = time.monotonic() + deadline_s
+        while len(results) < len(calls):
+            pending = self._pending(results)
+            ready = wait(pending.values(), timeout=max(0.0, end - time.monotonic()))
+            if not ready:
+                late = ", ".join(str(rank) for rank in pending)
+                raise self._error(f"trainer ranks {late} did not {what} within {deadline_s:.0f}s")
+            for rank, connection in pending.items():
+                if connection in ready:
+                    results[rank] = self._result(rank, what)
+        return [results[rank] for rank in range(len(calls))]
+
+    def close(self) -> None:
+        """Ends the other ranks, which wait for their next call, and this process's group."""
+        for connection in self._connections:
+            try:
+                connection.send_bytes(pickle.dumps(None))
+            except OSError:  # that rank has ended already
+                continue
+        self._thread.join(timeout=NEWS_OF_A_DEATH_S if self.failed else 60.0)
+        for connection in self._connections:
+            connection.close()
+        if self._thread.is_alive():
+            return  # it hangs in a collective; a group that is in use cannot be destroyed
+        dist.destroy_process_group()
+        if not self.failed:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def _send(self, rank: int, call: Call, what: str) -> None:
+        # Plain pickle: a Connection's own send() would pass tensors as file descriptors.
+        try:
+            self._connections[rank].send_bytes(pickle.dumps(call))
+        except OSError as e:
+            raise self._error(f"trainer rank {rank} died before it was asked to {what}") from e
+
+    def _result(self, rank: int, what: str) -> Any:
+        answer = self._receive(rank)
+        if answer is None:
+            raise self._error(f"trainer rank {rank} died while asked to {what}")
+        if answer.failure is None:
+            return answer.result
+        dead = self._first_dead()  # a death breaks the collectives of all other ranks
+        if dead is not None:
+            raise self._error(f"trainer rank {dead} died while asked to {what}")
+        raise self._error(f"trainer rank {rank} failed to {what}: {answer.failure}")
+
+    def _receive(self, rank: int) -> Answer | None:
+        """The next answer of a rank; None where its process has died."""
+        try:
+            return pickle.loads(self._connections[rank].recv_bytes())
+        except (EOFError, OSError):
+            return None
+
+    def _first_dead(self) -> int | None:
+        """The first rank whose connection closes without a word, within two seconds."""
+        heard = {0}
+        end = time.monotonic() + NEWS_OF_A_DEATH_S
+        while pending := self._pending(heard):
+            ready = wait(pending.values(), timeout=max(0.0, end - time.monotonic()))
+            if not ready:
+                return None
+            for rank, connection in pending.items():
+                if connection in ready:
+                    if self._receive(rank) is None:
+                        return rank
+                    heard.add(rank)
+        return None
+
+    def _pending(self, heard: Container[int]) -> dict[int, Connection]:
+        return {
+            rank: connection
+            for rank, connection in enumerate(self._connections)
+            if rank not in heard
+        }
+
+    def _told_to_end(self, signum: int, frame: Any) -> None:
+        """torchrun ends all other ranks when one has died, maybe before this one noticed."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        dead = self._first_dead()
+        if dead is not None:
+            raise self._error(f"trainer rank {dead} died")
+        raise self._error("torchrun ended the run by SIGTERM; its own lines say why")
+
+    def _error(self, message: str) -> RunError:
+        """From here on torchrun's SIGTERM is ignored: rank 0 has to write down why the run failed."""
+        self.failed = True
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return RunError(f"{message}; torchrun's output holds the last lines of each rank")
+
+
+class TorchrunTrainGroup(TrainGroup):
+    """The ranks that torchrun started, as the driver on rank 0 sees them."""
+
+    def __init__(
+        self, config: RunConfig, run: RunDir, model_dir: Path, transport: str, ranks: Ranks
+    ):
+        super().__init__(config, run, model_dir, transport)
+        self._model_dir = model_dir
+        self._ranks = ranks
+        self._dp_ranks: list[int] = []
+
+    def setup(self) -> None:
+        call = Call("setup", (self.config, self._model_dir, self.run.skipped))
+        deadline_s = self.config.training.start_deadline_s
+        places = self._ranks.ask([call] * len(self._ranks), "load the model", deadline_s)
+        self._dp_ranks = [dp_rank for dp_rank, _ in places]
+        self.dp_size = places[0][1]
+
+    def _train(self, shards: list[list[TrainBatch]]) -> dict[str, float]:
+        calls = [Call("train", (shards[dp_rank],)) for dp_rank in self._dp_ranks]
+        deadline_s = self.config.training.collective_deadline_s
+        return self._ranks.ask(calls, "train", deadline_s)[0]
+
+    def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> None:
+        calls = [Call(method, args)] * len(self._ranks)
+        deadline_s = deadline_s or self.config.training.collective_deadline_s
+        self._ranks.ask(calls, what, deadline_s)
+
+    def close(self) -> None:
+        """What the ranks have open to engines; the ranks themselves are the session's to end."""
+        if not self._ranks.failed:
+            self.call("close", what="close the way to the engines")
+
+
+def serve(env: RankEnv, config: RunConfig) -> bool:
+    """Serves rank 0 until the run ends; returns whether every call went well.
+
+    Raises RunError where rank 0 dies, or has no call for longer than a rollout may take.
+    """
+    init_process_group(env, config.training)
+    connection = _connect(env)
+    rollout = config.rollout
+    longest_s = (
+        rollout.start_deadline_s
+        + rollout.request_deadline_s * rollout.dynamic_sampling_rounds
+        + config.training.collective_deadline_s
+    )
+    if not _answer_calls(env, connection, longest_s):
+        return False
+    dist.destroy_process_group()
+    return True
+
+
+def _answer_calls(env: RankEnv, connection: Connection, longest_s: float | None) -> bool:
+    """Runs each call that comes and answers it, until the driver ends the run (True) or a call has failed
+    (False)."""
+    if env.device == "cuda":
+        torch.cuda.set_device(env.local_rank)  # every thread has a current device of its own
+    worker: TrainWorker | None = None
+    while (call := _next_call(env, connection, longest_s)) is not None:
+        try:
+            if call.method == "setup":
+                config, model_dir, skipped_dir = call.arguments
+                worker = TrainWorker(config, model_dir, env, skipped_dir)
+                result: Any = (worker.dp_rank, worker.dp_size)
+            else:
+                result = getattr(worker, call.method)(*call.arguments)
+        except Exception as e:
+            logger.exception("trainer rank %d failed", env.rank)
+            lines = str(e).strip().splitlines() or [type(e).__name__]
+            connection.send_bytes(pickle.dumps(Answer(failure=lines[-1])))
+            return False
+        connection.send_bytes(pickle.dumps(Answer(result)))
+    return True
+
+
+def _next_call(env: RankEnv, connection: Connection, longest_s: float | None) -> Call | None:
+    """None at the end of the run."""
+    try:
+        if not connection.poll(longest_s):
+            raise RunError(f"trainer rank {env.rank} had no call from rank 0 for {longest_s:.0f}s")
+        return pickle.loads(connection.recv_bytes())
+    except (EOFError, OSError) as e:
+        raise RunError(f"trainer rank {env.rank}: rank 0, which drives the run, died") from e
+
+
+def _accept(env: RankEnv, deadline_s: float) -> dict[int, Connection]:
+    """Rank 0 tells the others where it listens, and a token without which nobody is heard."""
+    on_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(env.world_size)
+    token = secrets.token_bytes(TOKEN_BYTES)
+    connections: dict[int, Connection] = {}
+    with socket.create_server(("127.0.0.1" if on_one_machine else "", 0)) as server:
+        host = "127.0.0.1" if on_one_machine else os.environ["MASTER_ADDR"]
+        dist.broadcast_object_list([(host, server.getsockname()[1], token)], src=0)
+        server.settimeout(deadline_s)
+        while len(connections) < env.world_size - 1:
+            try:
+                peer, _ = server.accept()
+            except TimeoutError as e:
+                late = [rank for rank in range(1, env.world_size) if rank not in connections]
+                raise RunError(
+                    f"trainer ranks {late} did not connect to rank 0 at {host} within "
+                    f"training.start_deadline_s={deadline_s:g}"
+                ) from e
+            peer.settimeout(None)
+            connection = Connection(peer.detach())
+            hello = connection.recv_bytes(maxlength=2 * TOKEN_BYTES)
+            if hmac.compare_digest(hello[:TOKEN_BYTES], token):
+                connections[int(hello[TOKEN_BYTES:])] = connection
+            else:
+                connection.close()
+    return connections
+
+
+def _connect(env: RankEnv) -> Connection:
+    """The way to rank 0 of any other rank."""
+    told: list[Any] = [None]
+    dist.broadcast_object_list(told, src=0)
+    host, port, token = told[0]
+    connection = Connection(socket.create_connection((host, port)).detach())
+    connection.send_bytes(token + str(env.rank).encode())
+    return connection
