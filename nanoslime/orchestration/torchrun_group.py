@@ -123,7 +123,7 @@ class Ranks:
             raise self._error(f"trainer rank {rank} died while asked to {what}")
         if answer.failure is None:
             return answer.result
-        dead = self._first_dead()  # a death breaks the collectives of all other ranks
+        dead = self._first_dead({0, rank})  # a death breaks the collectives of all other ranks
         if dead is not None:
             raise self._error(f"trainer rank {dead} died while asked to {what}")
         raise self._error(f"trainer rank {rank} failed to {what}: {answer.failure}")
@@ -135,9 +135,8 @@ class Ranks:
         except (EOFError, OSError):
             return None
 
-    def _first_dead(self) -> int | None:
-        """The first rank whose connection closes without a word, within two seconds."""
-        heard = {0}
+    def _first_dead(self, heard: set[int]) -> int | None:
+        """The first rank that is not in `heard` whose connection closes without a word, within two seconds."""
         end = time.monotonic() + NEWS_OF_A_DEATH_S
         while pending := self._pending(heard):
             ready = wait(pending.values(), timeout=max(0.0, end - time.monotonic()))
@@ -160,7 +159,7 @@ class Ranks:
     def _told_to_end(self, signum: int, frame: Any) -> None:
         """torchrun ends all other ranks when one has died, maybe before this one noticed."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        dead = self._first_dead()
+        dead = self._first_dead({0})
         if dead is not None:
             raise self._error(f"trainer rank {dead} died")
         raise self._error("torchrun ended the run by SIGTERM; its own lines say why")
