@@ -14,30 +14,42 @@ from nanoslime.plugins import resolve
 if TYPE_CHECKING:
     from nanoslime.models.rules import Rule
 
+# The only parameters of Llama 3.1's rotary scaling that megatron-core computes with.
+_LLAMA3_SCALING = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
 
 class Architecture(NamedTuple):
     """What models/<architecture>.py provides."""
 
     read: Callable[[ConfigFile], ModelShape]
     rules: Callable[[ModelShape], list[Rule]]
-    unconfirmed: str = ""  # which names rest on another project's code alone; the tools say it
+    # Says which Megatron names rest on another project's code alone; the tools print it.
+    unconfirmed: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoE:
     """The experts of the layers that have them."""
 
-    layers: tuple[
-        int, ...
-    ]  # which decoder layers; multi-token prediction layers count on from the last
+    # These are decoder layers; multi-token prediction layers count on from the last.
+    layers: tuple[int, ...]
     num_experts: int
     num_experts_per_token: int
-    intermediate_size: int  # of one expert
-    shared_intermediate_size: int = 0  # of the shared experts together; 0: none
-    shared_gate: bool = False  # the shared experts' output is gated
+    # Size of one expert.
+    intermediate_size: int
+    # Size of the shared experts together; 0: there are none.
+    shared_intermediate_size: int = 0
+    # Whether the shared experts' output is gated.
+    shared_gate: bool = False
     score: Literal["softmax", "sigmoid"] = "softmax"
-    score_bias: bool = False  # a float32 bias that only the choice of experts sees
-    normalized: bool = True  # the chosen scores are divided by their sum
+    # Whether there is a float32 bias that only the choice of experts sees.
+    score_bias: bool = False
+    # Whether the chosen scores are divided by their sum.
+    normalized: bool = True
     scaling_factor: float = 1.0
     num_groups: int = 1
     num_groups_per_token: int = 1
@@ -47,7 +59,8 @@ class MoE:
 class MLA:
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
 
-    q_lora_rank: int | None  # None: queries are not compressed
+    # None: queries are not compressed.
+    q_lora_rank: int | None
     kv_lora_rank: int
     qk_nope_head_dim: int
     qk_rope_head_dim: int
@@ -64,27 +77,26 @@ class ModelShape:
     intermediate_size: int
     num_attention_heads: int
     num_key_value_heads: int
-    head_dim: int  # of queries and keys
+    # Size of a head's queries and keys.
+    head_dim: int
     vocab_size: int
     max_position_embeddings: int
     tie_word_embeddings: bool
     rms_norm_eps: float
     rope_theta: float
-    rope_scaling_factor: float | None = (
-        None  # of Llama 3.1's scaling (rope_type llama3); None: no scaling
-    )
-    rotary_fraction: float = 1.0  # of head_dim
+    # Factor of Llama 3.1's scaling (rope_type llama3); None: no scaling.
+    rope_scaling_factor: float | None = None
+    # The share of head_dim that is rotated.
+    rotary_fraction: float = 1.0
     rotary_interleaved: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
     moe: MoE | None = None
     mla: MLA | None = None
-    num_mtp_layers: int = (
-        0  # multi-token prediction layers that a checkpoint may hold beside num_layers
-    )
-    megatron_lacks: tuple[
-        str, ...
-    ] = ()  # what the Megatron backend cannot compute; it converts all the same
+    # Multi-token prediction layers that a checkpoint may hold beside num_layers.
+    num_mtp_layers: int = 0
+    # What the Megatron backend cannot compute; the model converts all the same.
+    megatron_lacks: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, directory: Path | str) -> ModelShape:
@@ -102,23 +114,27 @@ class ModelShape:
         file = ConfigFile(path, values)
         model_type = file["model_type"]
         if model_type not in ARCHITECTURES:
-            known = ", ".join(sorted(ARCHITECTURES))
             raise ValueError(
-                f"{path}: model_type={model_type!r} is not supported; known are {known}"
+                f"{path}: model_type={model_type!r} is not supported; "
+                f"known are {', '.join(sorted(ARCHITECTURES))}"
             )
-        shape: ModelShape = resolve(model_type, ARCHITECTURES, "model_type").read(file)
+        shape = _architecture(model_type).read(file)
         return replace(shape, megatron_lacks=(*shape.megatron_lacks, *_megatron_lacks(shape)))
 
     @property
     def architecture(self) -> Architecture:
-        architecture: Architecture = resolve(self.model_type, ARCHITECTURES, "model_type")
-        return architecture
+        return _architecture(self.model_type)
 
     @property
-    def num_layer_parameters(self) -> int:
-        """Parameters of one decoder layer; the mean where layers differ."""
-        embeddings = self.num_embedding_parameters * (1 if self.tie_word_embeddings else 2)
-        return (self.num_parameters - embeddings - self.hidden_size) // self.num_layers
+    def num_parameters(self) -> int:
+        """All parameters, without multi-token prediction; tied embeddings count once."""
+        return sum(rule.num_elements(self) for rule in self.architecture.rules(self))
+
+    @property
+    def num_expert_parameters(self) -> int:
+        """Parameters of the experts that tokens choose from, of all layers."""
+        rules = [rule for rule in self.architecture.rules(self) if rule.num_experts]
+        return sum(rule.num_elements(self) for rule in rules)
 
     @property
     def num_embedding_parameters(self) -> int:
@@ -126,53 +142,59 @@ class ModelShape:
         return self.vocab_size * self.hidden_size
 
     @property
-    def num_parameters(self) -> int:
-        """All of them, without multi-token prediction; tied embeddings count once."""
-        return sum(rule.num_elements(self) for rule in self.architecture.rules(self))
+    def num_layer_parameters(self) -> int:
+        """Parameters of one decoder layer; the mean where layers differ."""
+        num_embeddings = 1 if self.tie_word_embeddings else 2
+        embeddings = num_embeddings * self.num_embedding_parameters
+        final_norm = self.hidden_size
+        return (self.num_parameters - embeddings - final_norm) // self.num_layers
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The decoder layers that have experts, without multi-token prediction layers."""
+        if self.moe is None:
+            return ()
+        return tuple(layer for layer in self.moe.layers if layer < self.num_layers)
 
     @property
     def attention_parity_tokens(self) -> float:
         """Length at which causal attention costs a sequence as many FLOPs as its products with weights."""
-        active = self.num_parameters - (
-            0 if self.tie_word_embeddings else self.num_embedding_parameters
-        )
-        if moe := self.moe:
-            layers = sum(layer < self.num_layers for layer in moe.layers)
-            idle = layers * (moe.num_experts - moe.num_experts_per_token)
-            active -= idle * 3 * self.hidden_size * moe.intermediate_size
+        active = self.num_parameters
+        if not self.tie_word_embeddings:
+            # The input embedding is looked up and not multiplied with.
+            active -= self.num_embedding_parameters
+        moe = self.moe
+        if moe:
+            idle_experts = moe.num_experts - moe.num_experts_per_token
+            expert = 3 * self.hidden_size * moe.intermediate_size
+            active -= len(self.moe_layers) * idle_experts * expert
         mla = self.mla
-        dims = (
-            mla.qk_nope_head_dim + mla.qk_rope_head_dim + mla.v_head_dim
-            if mla
-            else 2 * self.head_dim
-        )
-        return 2 * active / (self.num_layers * self.num_attention_heads * dims)
+        if mla:
+            head_dims = mla.qk_nope_head_dim + mla.qk_rope_head_dim + mla.v_head_dim
+        else:
+            head_dims = 2 * self.head_dim
+        return 2 * active / (self.num_layers * self.num_attention_heads * head_dims)
 
-    @property
-    def moe_layers(self) -> tuple[int, ...]:
-        """The decoder layers that have experts; without those of multi-token prediction."""
-        return (
-            tuple(layer for layer in self.moe.layers if layer < self.num_layers) if self.moe else ()
-        )
 
-    @property
-    def num_expert_parameters(self) -> int:
-        """Parameters of the experts that tokens choose from, of all layers."""
-        return sum(
-            rule.num_elements(self) for rule in self.architecture.rules(self) if rule.num_experts
-        )
+def _architecture(model_type: str) -> Architecture:
+    architecture: Architecture = resolve(model_type, ARCHITECTURES, "model_type")
+    return architecture
 
 
 def _megatron_lacks(shape: ModelShape) -> list[str]:
-    """What megatron-core 0.16.1 computes in one way only, where transformers has several."""
-    found, moe = [], shape.moe
+    """What megatron-core 0.19.2 computes in one way only, where transformers has several."""
+    found = []
     if shape.mla and not shape.rotary_interleaved:
         found.append("rope_interleave=false")
-    if moe and moe.score == "sigmoid" and moe.normalized != (moe.num_experts_per_token > 1):
+    moe = shape.moe
+    if moe is None:
+        return found
+    several = moe.num_experts_per_token > 1
+    if moe.score == "sigmoid" and moe.normalized != several:
         found.append(
             f"norm_topk_prob={moe.normalized} with {moe.num_experts_per_token} sigmoid scores"
         )
-    if moe and moe.num_groups > 1 and moe.num_experts_per_token // moe.num_groups_per_token != 2:
+    if moe.num_groups > 1 and moe.num_experts_per_token // moe.num_groups_per_token != 2:
         found.append(
             "groups of experts ranked by two scores, with other than two experts of each group"
         )
@@ -197,53 +219,61 @@ class ConfigFile:
     """A config.json whose errors name the file."""
 
     def __init__(self, path: Path, values: dict[str, Any]) -> None:
-        self.path, self._values = path, values
+        self.path = path
+        self._values = values
 
     def __getitem__(self, key: str) -> Any:
-        if self._values.get(key) is None:
+        """The value of `key`. Raises ValueError where it is missing or null."""
+        value = self._values.get(key)
+        if value is None:
             raise ValueError(f"{self.path} has no {key}, which the model's shape needs")
-        return self._values[key]
+        return value
 
     def get(self, key: str, default: Any) -> Any:
-        return default if (value := self._values.get(key)) is None else value
+        """The value of `key`, or `default` where it is missing or null."""
+        value = self._values.get(key)
+        return default if value is None else value
 
     def refuse(self, key: str, allowed: Any) -> None:
         """Raises ValueError where `key` is present with another value than `allowed`."""
-        if self.get(key, allowed) != allowed:
-            raise ValueError(
-                f"{self.path}: {key}={self._values[key]!r} is not supported, only {allowed!r}"
-            )
+        value = self.get(key, allowed)
+        if value != allowed:
+            raise ValueError(f"{self.path}: {key}={value!r} is not supported, only {allowed!r}")
 
     def sizes(self, rotary_fraction: float = 1.0) -> dict[str, Any]:
-        """The fields of ModelShape that every decoder spells alike; rotary_fraction: where no key has it."""
+        """The fields of ModelShape that every decoder spells alike.
+
+        `rotary_fraction` is taken where no key holds it.
+        """
         self.refuse("hidden_act", "silu")
-        if self.get("quantization_config", None):
-            method = self["quantization_config"].get("quant_method")
+        quantization = self.get("quantization_config", None)
+        if quantization:
             raise ValueError(
-                f"{self.path}: {method} weights are not supported; dequantize them first"
+                f"{self.path}: {quantization.get('quant_method')} weights are not supported; "
+                "dequantize them first"
             )
         heads = self["num_attention_heads"]
-        own = (
-            "model_type",
-            "hidden_size",
-            "intermediate_size",
-            "vocab_size",
-            "max_position_embeddings",
-        )
-        return {name: self[name] for name in (*own, "num_attention_heads", "rms_norm_eps")} | {
+        return {
+            "model_type": self["model_type"],
             "num_layers": self["num_hidden_layers"],
+            "hidden_size": self["hidden_size"],
+            "intermediate_size": self["intermediate_size"],
+            "num_attention_heads": heads,
             "num_key_value_heads": self.get("num_key_value_heads", heads),
             "head_dim": self.get("head_dim", self["hidden_size"] // heads),
+            "vocab_size": self["vocab_size"],
+            "max_position_embeddings": self["max_position_embeddings"],
             "tie_word_embeddings": self.get("tie_word_embeddings", False),
-            **self._rope(rotary_fraction),
+            "rms_norm_eps": self["rms_norm_eps"],
+            **self._rotary_fields(rotary_fraction),
         }
 
     def sparse_layers(self) -> tuple[int, ...]:
         """The layers with experts: every decoder_sparse_step-th, mlp_only_layers aside (Qwen)."""
-        step, dense = self.get("decoder_sparse_step", 1), self.get("mlp_only_layers", [])
-        return tuple(
-            i for i in range(self["num_hidden_layers"]) if (i + 1) % step == 0 and i not in dense
-        )
+        step = self.get("decoder_sparse_step", 1)
+        dense = self.get("mlp_only_layers", [])
+        layers = range(self["num_hidden_layers"])
+        return tuple(layer for layer in layers if (layer + 1) % step == 0 and layer not in dense)
 
     def sigmoid_moe(self) -> MoE:
         """Experts as DeepSeek-V3 and GLM-4.5 spell them: dense layers first, shared experts, a score bias."""
@@ -263,26 +293,37 @@ class ConfigFile:
             num_groups_per_token=self.get("topk_group", 1),
         )
 
-    def _rope(self, fraction: float) -> dict[str, Any]:
-        """The rotary fields: from `rope_parameters` of transformers 5, or the flat keys before it."""
+    def _rotary_fields(self, rotary_fraction: float) -> dict[str, Any]:
+        """Fields from `rope_parameters` of transformers 5, or from the flat keys before it."""
         rope = self.get("rope_parameters", None) or self.get("rope_scaling", None) or {}
-        fraction = rope.get("partial_rotary_factor") or self.get("partial_rotary_factor", fraction)
-        theta = float(
-            rope.get("rope_theta") or self.get("rope_theta", 10000.0)
-        )  # Llama 2 leaves it out
-        fields = {"rope_theta": theta, "rotary_fraction": fraction}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        fixed = {
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        }
+        theta = rope.get("rope_theta")
+        if theta is None:
+            # Llama 2 leaves it out.
+            theta = self.get("rope_theta", 10000.0)
+        fraction = rope.get("partial_rotary_factor")
+        if fraction is None:
+            fraction = self.get("partial_rotary_factor", rotary_fraction)
+        scaling_factor = None
         lacks = []
-        if kind == "llama3" and all(rope.get(key) == value for key, value in fixed.items()):
-            fields["rope_scaling_factor"] = float(rope["factor"])
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind == "llama3" and _LLAMA3_SCALING.items() <= rope.items():
+            scaling_factor = float(rope["factor"])
         elif kind != "default":
-            lacks.append(f"rope scaling {rope} (only default, or llama3 with {fixed})")
-        window = self.get("sliding_window", 0)
-        if window and self.get("use_sliding_window", self["model_type"] in ("mistral", "mixtral")):
+            lacks.append(f"rope scaling {rope} (only default, or llama3 with {_LLAMA3_SCALING})")
+        window = self._sliding_window()
+        if window:
             lacks.append(f"sliding_window={window}")
-        return fields | {"megatron_lacks": tuple(lacks)}
+        return {
+            "rope_theta": float(theta),
+            "rotary_fraction": fraction,
+            "rope_scaling_factor": scaling_factor,
+            "megatron_lacks": tuple(lacks),
+        }
+
+    def _sliding_window(self) -> int:
+        """Tokens of the window that attention is limited to; 0: no limit."""
+        is_mistral = self["model_type"] in ("mistral", "mixtral")
+        if not self.get("use_sliding_window", is_mistral):
+            return 0
+        window: int = self.get("sliding_window", 0)
+        return window

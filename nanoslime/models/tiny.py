@@ -7,19 +7,27 @@ import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-PAD, BOS, EOS, UNK = range(4)
-SPECIAL_TOKENS = (
-    "<pad>",
-    "<bos>",
-    "<eos>",
-    "<unk>",
-)  # in the order of their ids; the 256 bytes follow
-VOCAB_SIZE = 320  # 60 ids are unused, and no multiple of 128: Megatron's padded rows are exercised
+# Ids of the special tokens; the 256 bytes follow.
+PAD = 0
+BOS = 1
+EOS = 2
+UNK = 3
+# In the order of their ids.
+SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 
-TASKS: dict[str, Callable[[str], str]] = {
-    "reverse": lambda digits: digits[::-1],
-    "sort": lambda digits: "".join(sorted(digits)),
-}
+# 60 ids are unused. The size is no multiple of 128, so that Megatron pads its rows.
+VOCAB_SIZE = 320
+
+
+def _reverse(digits: str) -> str:
+    return digits[::-1]
+
+
+def _sort(digits: str) -> str:
+    return "".join(sorted(digits))
+
+
+TASKS: dict[str, Callable[[str], str]] = {"reverse": _reverse, "sort": _sort}
 """Name -> the right answer. GRPO learns reverse in 80 steps; sort is harder for this model."""
 
 
@@ -31,7 +39,10 @@ class Problem(NamedTuple):
 def digit_problems(
     task: str, seed: int, num_held_out: int, num_digits: int = 4
 ) -> tuple[list[Problem], list[Problem]]:
-    """(train, held out): all 10 ** num_digits problems, each once, shuffled by `seed` and then divided."""
+    """(train, held out): all 10 ** num_digits problems, each once, shuffled by `seed` and then divided.
+
+    Raises ValueError for an unknown task, and where `num_held_out` is not between 1 and half of the problems.
+    """
     if task not in TASKS:
         raise ValueError(f"rehearsal.task={task!r} is not known; choose {' or '.join(TASKS)}")
     count = 10**num_digits
@@ -39,9 +50,10 @@ def digit_problems(
         raise ValueError(
             f"rehearsal.num_held_out={num_held_out}; choose 1 to {count // 2} of {count}"
         )
+    answer = TASKS[task]
     questions = [f"{number:0{num_digits}d}" for number in range(count)]
     random.Random(seed).shuffle(questions)
-    problems = [Problem(f"{digits}=", TASKS[task](digits)) for digits in questions]
+    problems = [Problem(f"{digits}=", answer(digits)) for digits in questions]
     return problems[num_held_out:], problems[:num_held_out]
 
 
