@@ -1,14 +1,17 @@
-"""Which node and GPU does what: pure arithmetic from the configuration and the model's shape, and its errors.
+"""Which node and GPU does what: arithmetic on configuration and model shape, and its errors.
 
-    node 0   trainer ranks 0 1 ...          trainers take the first nodes, in Megatron's rank order:
-    node 1   trainer ranks ...              rank = ((pp * dp_size + dp) * cp_size + cp) * tp_size + tp
-    node 2   engine 0, engine 1 ...         engines take the last nodes
+    node 0   trainer ranks 0 1 ...     trainers take the first nodes
+    node 1   trainer ranks ...
+    node 2   engine 0, engine 1 ...    engines take the last nodes
     node 3   engine ...
 
-A slot is a GPU of a node, or a share of its cores where it has no GPUs. On one node trainers take the first
-slots, engines the last. The embedded engine lives in the driver and takes no slot, recorded rollouts need no
-engine: trainers then have all. With rollout_only engines have all; with cluster.colocate every node has both
-on the same slots.
+Ranks are in Megatron's order: ((pp * dp_size + dp) * cp_size + cp) * tp_size + tp.
+
+A slot is a GPU of a node, or a share of its cores where it has no GPUs. On one node
+trainers take the first slots, engines the last. The embedded engine lives in the driver
+and takes no slot, recorded rollouts need no engine: trainers then have all. With
+rollout_only engines have all; with cluster.colocate every node has both on the same
+slots.
 """
 
 from __future__ import annotations
@@ -67,7 +70,7 @@ class Layout:
         return "+".join(roles)
 
     def ranks_at(self, engine: EnginePlace) -> list[int]:
-        """The trainer ranks on the engine's slots, in their order; none unless they are colocated."""
+        """The trainer ranks on the engine's slots, in their order; none unless colocated."""
         rank_of = {(trainer.node, trainer.slot): trainer.rank for trainer in self.trainers}
         places = [(engine.node, slot) for slot in engine.slots]
         return [rank_of[place] for place in places if place in rank_of]
@@ -81,7 +84,7 @@ class Layout:
         return TypeAdapter(cls).validate_json(text)
 
     def table(self) -> str:
-        """One line a node: its role, trainer ranks and their coordinates, engines and their slots."""
+        """One line a node: role, trainer ranks and their coordinates, engines and slots."""
         heading = ["node", "role", "ranks", "tp", "cp", "dp", "pp", "engines", "slots"]
         rows = [heading] + [self._row(node) for node in range(self.num_nodes)]
         widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
@@ -104,7 +107,7 @@ class Layout:
 
 
 def plan(config: RunConfig, shape: ModelShape) -> Layout:
-    """Where everything goes. Raises RunError, with value, place and way out, for what cannot be."""
+    """Where everything goes. Raises RunError, with value, place and way out, where it cannot."""
     cluster = config.cluster
     slots = _slots_per_node(config)
     trainer_slots = _trainer_slots(config, slots)
@@ -134,7 +137,8 @@ def plan(config: RunConfig, shape: ModelShape) -> Layout:
 
 
 def _slots_per_node(config: RunConfig) -> int:
-    """Slots of a node. On one machine without GPUs `num_gpus` says how many ranks there are to be."""
+    """Slots of a node. On one machine without GPUs `num_gpus` says how many ranks there
+    are to be."""
     cluster = config.cluster
     ranks = config.training.num_gpus
     if cluster.nodes > 1 or cluster.device == "cuda" or ranks is None:
@@ -231,7 +235,10 @@ def _one_node_trainer_slots(config: RunConfig, slots: int) -> int:
 
 
 def _one_node_engine_slots(config: RunConfig, slots: int) -> int:
-    """Slots of the only node that trainers leave to engines: as many as asked for, else what is left, else half."""
+    """Slots of the only node that engines take.
+
+    They are as many as asked for, else as many as the trainers leave, else half.
+    """
     slot = _slot_name(config)
     asked = config.cluster.engine_gpus
     if not _engines_apart(config):
@@ -290,7 +297,7 @@ def _place_engines(
 
 
 def _num_engines(config: RunConfig, node: int, free: int) -> int:
-    """Engines on the `free` slots of a node: as many as asked for, else as many as there is room for."""
+    """Engines on the `free` slots of a node: as many as asked for, else as many as fit."""
     slot = _slot_name(config)
     tp = config.rollout.engine_tp_size
     asked = config.rollout.engines_per_node
@@ -330,7 +337,7 @@ def _parallel_dims(config: RunConfig, shape: ModelShape, ranks: int, slots: int)
 
 
 def _has_transformer_engine(config: RunConfig) -> bool:
-    """Whether the job's environment has it; so we take it where this machine cannot see that environment."""
+    """Whether the job's environment has it; assumed where this machine cannot see it."""
     if not config.cluster.venv:
         return find_spec("transformer_engine") is not None
     venv = Path(config.cluster.venv)

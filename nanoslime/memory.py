@@ -140,11 +140,13 @@ def rank_parameters(shape: ModelShape, sharding: Sharding) -> tuple[int, int]:
 
 
 def training_bytes(shape: ModelShape, sharding: Sharding) -> int:
-    """Bytes of weights, gradients and optimizer state on the fullest rank, without activations.
+    """Bytes of weights, gradients and optimizer state on the fullest rank, without
+    activations.
 
-    A parameter has 2 bytes of weight and, where it is trained, 4 of gradient (float32) and 12 of main
-    parameter and two moments (float32). The distributed optimizer spreads these 12 over data parallelism,
-    for experts over the ranks of a stage that have the same ones; with `optimizer_offload` they are elsewhere.
+    A parameter has 2 bytes of weight and, where it is trained, 4 of gradient (float32)
+    and 12 of main parameter and two moments (float32). The distributed optimizer
+    spreads these 12 over data parallelism, for experts over the ranks of a stage that
+    have the same ones; with `optimizer_offload` they are elsewhere.
     """
     dense, experts = rank_parameters(shape, sharding)
     optimizer = 0 if sharding.optimizer_offload else 12
@@ -174,7 +176,8 @@ def _state_bytes(config: RunConfig, shape: ModelShape, parallel: ParallelDims) -
                 trained=trained,
             ),
         )
-    # FSDP shards everything over data parallelism; the largest block is gathered, and the next one.
+    # FSDP shards everything over data parallelism; the largest block is gathered, and
+    # the next one.
     largest_block = max(shape.num_layer_parameters, shape.num_embedding_parameters)
     gathered = 2 * _bytes_per_number(config) * largest_block
     if training.optimizer_offload:
@@ -195,10 +198,11 @@ def _trained_share(freeze: Sequence[str], shape: ModelShape) -> float:
 def _activation_bytes(config: RunConfig, shape: ModelShape, parallel: ParallelDims) -> int:
     """Bytes that the backward passes of a rank's micro-batches keep.
 
-    A layer keeps what arXiv 2205.05198 section 4 counts, for gated MLPs and an attention that keeps no
-    scores. The first pipeline stage holds it for `pp` micro-batches, interleaved for (pp - 1) / vpp more. With
-    context parallelism each rank has its share of a micro-batch. Logits exist for a block of some megabytes
-    only (training/logprobs.py).
+    A layer keeps what arXiv 2205.05198 section 4 counts, for gated MLPs and an
+    attention that keeps no scores. The first pipeline stage holds it for `pp`
+    micro-batches, interleaved for (pp - 1) / vpp more. With context parallelism each
+    rank has its share of a micro-batch. Logits exist for a block of some megabytes only
+    (training/logprobs.py).
     """
     training = config.training
     width = _bytes_per_number(config)
@@ -215,7 +219,8 @@ def _activation_bytes(config: RunConfig, shape: ModelShape, parallel: ParallelDi
 
 
 def _layer_numbers(training: TrainingConfig, shape: ModelShape, tp_size: int) -> int:
-    """Numbers that the backward pass of one layer keeps for one token, on one tensor-parallel rank."""
+    """Numbers that the backward pass of one layer keeps for one token, on one
+    tensor-parallel rank."""
     # Inputs and outputs of the two norms.
     norms = 4 * shape.hidden_size
     if training.sequence_parallel:

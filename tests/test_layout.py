@@ -1,4 +1,5 @@
-"""Which slot does what: the plans that are promised, what is refused and how; no slot is used twice."""
+"""Which slot does what: the plans that are promised, what is refused and how; no slot
+is used twice."""
 
 from dataclasses import replace
 from itertools import product

@@ -1,4 +1,4 @@
-"""Every knob of a run, by subject. Torch-free; validated where the user is, on the login node."""
+"""Every knob of a run, by subject. Torch-free; validated on the login node."""
 
 from nanoslime.config.algorithm import AlgorithmConfig, GRPOConfig
 from nanoslime.config.cluster import ClusterConfig

@@ -1,4 +1,5 @@
-"""Knobs of the algorithms, one class each. Their maths is in nanoslime/algorithms; `name` picks it there."""
+"""Knobs of the algorithms, one class each. Their maths is in nanoslime/algorithms;
+`name` picks it there."""
 
 from typing import Annotated, Literal, Self
 
@@ -19,26 +20,29 @@ def is_set(config: object, name: str) -> bool:
 class CorrectionConfig:
     """What is done where engine and trainer give the same tokens different probabilities.
 
-    w is the probability under the trainer's old policy over that under the engine's policy. It is taken of a
-    token, of a sequence (the product over its tokens), or as the geometric mean over a sequence. Rejected
-    tokens and sequences stay in the denominator of the loss.
+    w is the probability under the trainer's old policy over that under the engine's
+    policy. It is taken of a token, of a sequence (the product over its tokens), or as
+    the geometric mean over a sequence. Rejected tokens and sequences stay in the
+    denominator of the loss.
     """
 
     use_tis: bool = False
-    """Truncated importance sampling: weight the policy loss by w, clipped to [tis_clip_low, tis_clip]."""
+    """Truncated importance sampling: weight the policy loss by w, clipped to
+    [tis_clip_low, tis_clip]."""
     tis_level: Level = "token"
     tis_clip: float = Field(default=2.0, gt=0)
     tis_clip_low: float = Field(default=0.0, ge=0)
     reject: Literal["none", "token", "sequence", "geometric"] = "none"
-    """Tokens or sequences with w outside [reject_low, reject_high] give no gradient. IcePop is `token`, with
-    use_tis and tis_clip >= reject_high; masked importance sampling is `sequence` or `geometric`."""
+    """Tokens or sequences with w outside [reject_low, reject_high] give no gradient.
+    IcePop is `token`, with use_tis and tis_clip >= reject_high; masked importance
+    sampling is `sequence` or `geometric`."""
     reject_low: float = Field(default=0.5, ge=0)
     reject_high: float = Field(default=2.0, gt=0)
     veto: float = Field(default=0.0, ge=0, lt=1)
     """Reject a sequence in which any token's w is below; 0: off."""
     use_opsm: bool = False
-    """Off-policy sequence masking: sequences with negative advantage have no policy loss once the policy
-    has moved away from them."""
+    """Off-policy sequence masking: sequences with negative advantage have no policy
+    loss once the policy has moved away from them."""
     opsm_delta: float = Field(default=1e-4, ge=0)
     """A sequence is masked where its mean of old - current logprobs is above."""
 
@@ -83,13 +87,16 @@ class SharedConfig:
     eps_clip_high: Positive | None = None
     """Upper clip where it differs from the lower (clip-higher, arXiv 2503.14476)."""
     denominator: Literal["tokens", "sequences", "fixed"] = "tokens"
-    """Mean over the tokens of the optimizer step, mean over rollouts of their token means, or mean over
-    rollouts of their sum over rollout.max_new_tokens (arXiv 2503.20783)."""
+    """Mean over the tokens of the optimizer step, mean over rollouts of their token
+    means, or mean over rollouts of their sum over rollout.max_new_tokens (arXiv
+    2503.20783)."""
     overlong_buffer: int = Field(default=0, ge=0)
-    """Last tokens before rollout.max_new_tokens in which the reward falls by overlong_penalty; 0: off."""
+    """Last tokens before rollout.max_new_tokens in which the reward falls by
+    overlong_penalty; 0: off."""
     overlong_penalty: float = Field(default=1.0, gt=0)
     old_logprobs: Literal["recomputed", "rollout", "current"] = "recomputed"
-    """Those of the trainer before its steps, those the engine reported, or those of the step itself."""
+    """Those of the trainer before its steps, those the engine reported, or those of the
+    step itself."""
     kl_coef: float = Field(default=0.0, ge=0)
     """KL in the reward (subtracted from the token advantages); excludes use_kl_loss."""
     use_kl_loss: bool = False
@@ -101,7 +108,8 @@ class SharedConfig:
     entropy_coef: float = Field(default=0.0, ge=0)
     """Bonus for entropy: subtracted from the loss."""
     normalize_advantages: bool = False
-    """Whiten the token advantages over all tokens of a rollout, on all ranks and of all its steps."""
+    """Whiten the token advantages over all tokens of a rollout, on all ranks and of all
+    its steps."""
     filter_zero_std: bool = True
     """Drop groups whose rewards, as given and not shaped for length, are all equal."""
     correction: CorrectionConfig = Field(default_factory=CorrectionConfig)
@@ -179,10 +187,12 @@ class ClippedConfig(SharedConfig):
 
 @knobs
 class GRPOConfig(ClippedConfig):
-    """Group-relative policy optimization (arXiv 2402.03300) and the variants that differ by a switch.
+    """Group-relative policy optimization (arXiv 2402.03300) and the variants that
+    differ by a switch.
 
-    Dr.GRPO (arXiv 2503.20783): normalize_by_std false, denominator fixed. DAPO (arXiv 2503.14476):
-    eps_clip_high 0.28, denominator tokens, overlong_buffer, and rollout.dynamic_sampling_rounds.
+    Dr.GRPO (arXiv 2503.20783): normalize_by_std false, denominator fixed. DAPO (arXiv
+    2503.14476): eps_clip_high 0.28, denominator tokens, overlong_buffer, and
+    rollout.dynamic_sampling_rounds.
     """
 
     name: Literal["grpo"] = "grpo"
@@ -192,7 +202,8 @@ class GRPOConfig(ClippedConfig):
 
 @knobs
 class GSPOConfig(ClippedConfig):
-    """Group sequence policy optimization (arXiv 2507.18071): one ratio per sequence, clipped much closer."""
+    """Group sequence policy optimization (arXiv 2507.18071): one ratio per sequence,
+    clipped much closer."""
 
     name: Literal["gspo"] = "gspo"
     normalize_by_std: bool = True
@@ -214,14 +225,16 @@ class CISPOConfig(SharedConfig):
 
 @knobs
 class RLOOConfig(ClippedConfig):
-    """REINFORCE leave-one-out (arXiv 2402.14740): the baseline is the mean of the other rewards."""
+    """REINFORCE leave-one-out (arXiv 2402.14740): the baseline is the mean of the other
+    rewards."""
 
     name: Literal["rloo"] = "rloo"
 
 
 @knobs
 class ReinforcePPConfig(ClippedConfig):
-    """REINFORCE++ (arXiv 2501.03262): discounted token returns, whitened; no baseline of the group."""
+    """REINFORCE++ (arXiv 2501.03262): discounted token returns, whitened; no baseline
+    of the group."""
 
     name: Literal["reinforce_plus_plus"] = "reinforce_plus_plus"
     gamma: float = Field(default=1.0, gt=0, le=1)
@@ -231,7 +244,8 @@ class ReinforcePPConfig(ClippedConfig):
 
 @knobs
 class ReinforcePPBaselineConfig(ClippedConfig):
-    """REINFORCE++ with the group's mean as baseline (arXiv 2501.03262), whitened over the batch."""
+    """REINFORCE++ with the group's mean as baseline (arXiv 2501.03262), whitened over
+    the batch."""
 
     name: Literal["reinforce_plus_plus_baseline"] = "reinforce_plus_plus_baseline"
     normalize_advantages: bool = True

@@ -1,4 +1,5 @@
-"""A cluster or one machine: what a node has, how jobs are asked for, where runs go (env/clusters/*.yaml)."""
+"""A cluster or one machine: what a node has, how jobs are asked for, where runs go
+(env/clusters/*.yaml)."""
 
 from typing import Literal
 
@@ -12,15 +13,18 @@ class ClusterConfig:
     name: str = "local"
     nodes: int = Field(default=1, ge=1)
     rollout_nodes: int | None = Field(default=None, ge=0)
-    """Nodes that hold engines only; default: half of the nodes (rounded down), 0 with one node."""
+    """Nodes that hold engines only; default: half of the nodes (rounded down), 0 with
+    one node."""
     gpus_per_node: int = Field(default=0, ge=0)
     """0: a CPU cluster; the trainers then run on gloo and SGLang by its CPU recipe."""
     slots_per_node: int = Field(default=2, ge=1)
     """Ranks or engines per node where there are no GPUs."""
     engine_gpus: int | None = Field(default=None, ge=0)
-    """With one node: GPUs (or slots) of it that the engines take; default half, 0 for the embedded engine."""
+    """With one node: GPUs (or slots) of it that the engines take; default half, 0 for
+    the embedded engine."""
     colocate: bool = False
-    """Engines on the trainers' own GPUs, on all nodes: one of the two sleeps while the other is at work."""
+    """Engines on the trainers' own GPUs, on all nodes: one of the two sleeps while the
+    other is at work."""
     gpu_memory_gib: float = Field(default=80.0, gt=0)
     cpus_per_node: int | None = Field(default=None, ge=1)
     memory_per_node: str = ""
@@ -41,7 +45,8 @@ class ClusterConfig:
     env: dict[str, str] = Field(default_factory=dict)
     """Environment of the job (NCCL_IB_HCA ...). Never secrets."""
     network_interface: str = ""
-    """Interface whose address a node publishes and NCCL and gloo use; empty: that of the default route."""
+    """Interface whose address a node publishes and NCCL and gloo use; empty: that of
+    the default route."""
     run_root: str = ""
     venv: str = ""
     """Virtual environment of the compute nodes; empty: the one that submits."""

@@ -1,11 +1,15 @@
-"""Command-line flags: short names that the field knows, and `--section.field` for everything else.
+"""Command-line flags: short names that the field knows, and `--section.field` for
+everything else.
 
-    --tp-size 2   --tp-size=2   --training.tp-size 2   --use-kl-loss   --no-use-kl-loss   --use-kl-loss=false
+    --tp-size 2       --tp-size=2           --training.tp-size 2
+    --use-kl-loss     --no-use-kl-loss      --use-kl-loss=false
 
-The fields of `algorithm` are those of all algorithms; whether the chosen one has a field is validated later.
+The fields of `algorithm` are those of all algorithms; whether the chosen one has a
+field is validated later.
 
-A flag is only taken apart here. Its value stays text, is laid over the YAML files and validated with them, so
-that a wrong value reads the same wherever it came from. tyro prints the help.
+A flag is only taken apart here. Its value stays text, is laid over the YAML files and
+validated with them, so that a wrong value reads the same wherever it came from. tyro
+prints the help.
 """
 
 from collections.abc import Mapping, Sequence
@@ -62,7 +66,8 @@ SWITCHES = {
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """One flag as typed: the field it sets, and the value's text; None empties an optional field."""
+    """One flag as typed: the field it sets, and the value's text; None empties an
+    optional field."""
 
     name: str
     field: str
@@ -150,7 +155,8 @@ def _take_flag(rest: list[str]) -> Flag:
     word = rest.pop(0)
     if not word.startswith("--"):
         raise RunError(
-            f"{word!r} belongs to no flag; write --name VALUE, --name=VALUE, --switch or --no-switch"
+            f"{word!r} belongs to no flag; "
+            "write --name VALUE, --name=VALUE, --switch or --no-switch"
         )
     name, equals, text = word.partition("=")
     plain = _as_flag(name.removeprefix("--"))
@@ -202,7 +208,8 @@ def _switch_value(word: str, plain: str, switch: Switch, text: str) -> str:
 
 
 def _suggestions() -> dict[str, str]:
-    """What a user might have meant (flags, or the last words of dotted ones) -> the flag to suggest."""
+    """What a user might have meant (flags, or the last words of dotted ones) -> the
+    flag to suggest."""
     names = [name for name, spelling in spellings().items() if not spelling.negated]
     by_last_word = {name.rpartition(".")[2]: f"--{name}" for name in names}
     by_name = {name: f"--{name}" for name in names}
@@ -226,7 +233,8 @@ def suggest(word: str, choices: Mapping[str, str]) -> str:
 
 
 def print_help(default: RunConfig, prog: str) -> None:
-    """Print every flag with its value after the YAML files, below the short names, and end the process."""
+    """Print every flag with its value after the YAML files, below the short names, and
+    end the process."""
     meanings = {name: _as_flag(field) for name, field in ALIASES.items()}
     for name, switch in SWITCHES.items():
         meanings[name] = f"{_as_flag(switch.field)} {switch.on}"

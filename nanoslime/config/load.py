@@ -1,8 +1,9 @@
-"""From YAML files and flags to one RunConfig, and from RunConfig to the file that a job reads.
+"""From YAML files and flags to one RunConfig, and from it to the file that a job reads.
 
     recipe.yaml  <  cluster.yaml (under `cluster:`)  <  flags
 
-Nothing is guessed: an unknown key or a value of the wrong type is refused with its place and the valid choices.
+Nothing is guessed: an unknown key or a value of the wrong type is refused with its
+place and the valid choices.
 """
 
 import sys
@@ -27,8 +28,9 @@ _HELP = {"-h", "--help"}
 def load(recipe: Path | None, cluster: Path | None, flags: Sequence[str]) -> RunConfig:
     """The configuration that a recipe, a cluster file and flags add up to.
 
-    `--help` or `-h` among the flags prints every field with its value and ends the process. Without a backend
-    named anywhere, one node means FSDP2. Raises RunError, one line for each thing that is wrong.
+    `--help` or `-h` among the flags prints every field with its value and ends the
+    process. Without a backend named anywhere, one node means FSDP2. Raises RunError,
+    one line for each thing that is wrong.
     """
     layers = _Layers()
     if recipe is not None:
@@ -147,7 +149,7 @@ class _Layers:
             raise RunError("\n".join(lines)) from None
 
     def _line(self, error: dict[str, Any]) -> str:
-        """One of pydantic's errors in one line: where the value came from, its place, what is valid."""
+        """One of pydantic's errors in one line, with the value, its source and its place."""
         kind = error["type"]
         if kind == "value_error":
             # A rule of ours; its message names its fields itself.
@@ -183,7 +185,8 @@ class _Layers:
         return "default"
 
     def _not_of_this_algorithm(self, field: str) -> str:
-        """For a key that another class of the union has; one that none has is refused on the way in."""
+        """For a key that another class of the union has; one that none has is refused
+        on the way in."""
         having = []
         for algorithm in get_args(AnyAlgorithm):
             if field in {f.name for f in fields(algorithm)}:
@@ -193,7 +196,8 @@ class _Layers:
 
 
 def _hint(key: str, valid: Sequence[str]) -> str:
-    """What may be meant by an unknown key: the same key in other sections, a similar one, or any valid one."""
+    """What may be meant by an unknown key: the same key in other sections, a similar
+    one, or any valid one."""
     elsewhere = [name for name in flag_table.field_types() if name.endswith(f".{key}")]
     if elsewhere:
         return f"; did you mean {' or '.join(elsewhere)}?"
@@ -204,7 +208,8 @@ def _hint(key: str, valid: Sequence[str]) -> str:
 def _falls_back_to_fsdp(config: RunConfig, sources: dict[str, _Source]) -> bool:
     """Whether there is one node, nobody named a backend, and nothing asks for Megatron.
 
-    A flag for parallelism asks for it, and so do routing replay and options in training.megatron.
+    A flag for parallelism asks for it, and so do routing replay and options in
+    training.megatron.
     """
     training = config.training
     if "training.backend" in sources or config.cluster.nodes > 1:

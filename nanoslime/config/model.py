@@ -1,4 +1,5 @@
-"""Which model is trained. Its shape comes from the checkpoint's config.json, never from flags."""
+"""Which model is trained. Its shape comes from the checkpoint's config.json, never from
+flags."""
 
 from typing import Literal
 
@@ -11,23 +12,27 @@ REWARDS = {
     "exact_match": "nanoslime.rollout.rewards.exact_match:reward",
     "math_answer": "nanoslime.rollout.rewards.math_answer:reward",
 }
-"""A reward is `reward(text, label, metadata) -> float`: the response's text, the prompt's label."""
+"""A reward is `reward(text, label, metadata) -> float`: the response's text, the
+prompt's label."""
 
 
 @knobs
 class ModelConfig:
     hf_checkpoint: str = ""
-    """Directory of a Hugging Face checkpoint, or a hub id; submission resolves an id to a local path."""
+    """Directory of a Hugging Face checkpoint, or a hub id; submission resolves an id to
+    a local path."""
     revision: str = ""
     """Commit of the hub snapshot; filled in at submission."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Compute dtype of trainers and engines. Main parameters, gradients, optimizer state: float32 always."""
+    """Compute dtype of trainers and engines. Main parameters, gradients, optimizer
+    state: float32 always."""
     trust_remote_code: bool = False
 
 
 @knobs
 class RehearsalConfig:
-    """The tiny model and digits task that a run makes for itself, for want of a checkpoint and prompts."""
+    """The tiny model and digits task that a run makes for itself, for want of a
+    checkpoint and prompts."""
 
     enabled: bool = False
     task: str = "reverse"

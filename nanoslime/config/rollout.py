@@ -14,8 +14,9 @@ class RolloutConfig:
     rollout_batch_size: int = Field(default=32, ge=1)
     """Prompts per rollout."""
     dynamic_sampling_rounds: int = Field(default=1, ge=1)
-    """Rounds of sampling at most in which further prompts take the place of filtered groups, until
-    rollout_batch_size groups are left (dynamic sampling, arXiv 2503.14476, section 3.2); 1: off."""
+    """Rounds of sampling at most in which further prompts take the place of filtered
+    groups, until rollout_batch_size groups are left (dynamic sampling, arXiv
+    2503.14476, section 3.2); 1: off."""
     n_samples_per_prompt: int = Field(default=8, ge=1)
     max_new_tokens: int = Field(default=1024, ge=1)
     temperature: float = Field(default=1.0, gt=0)
@@ -28,9 +29,11 @@ class RolloutConfig:
     engines_per_node: int | None = Field(default=None, ge=1)
     """Engines on a node that has them; default: as many as its free GPUs (or slots) hold."""
     load_rollouts: str = ""
-    """Train on the rollouts that a run recorded (its directory, or the rollouts/ in it), without engines."""
+    """Train on the rollouts that a run recorded (its directory, or the rollouts/ in
+    it), without engines."""
     rollout_only: bool = False
-    """Generate, score and record without a trainer: engines serve model.hf_checkpoint on all GPUs."""
+    """Generate, score and record without a trainer: engines serve model.hf_checkpoint
+    on all GPUs."""
     sglang: dict[str, Any] = Field(default_factory=dict)
     """SGLang server options as written there (mem_fraction_static: 0.8)."""
     start_deadline_s: float = Field(default=600.0, gt=0)
@@ -45,8 +48,9 @@ class RolloutConfig:
 @knobs
 class WeightSyncConfig:
     transport: Literal["auto", "broadcast", "tensor", "disk", "in_process"] = "auto"
-    """auto: an embedded engine takes in_process beside one rank, and disk beside several; SGLang takes
-    broadcast, and with cluster.colocate tensor (handles of the trainer's GPU memory)."""
+    """auto: an embedded engine takes in_process beside one rank, and disk beside
+    several; SGLang takes broadcast, and with cluster.colocate tensor (handles of the
+    trainer's GPU memory)."""
     bucket_bytes: int = Field(default=512 << 20, ge=1)
     deadline_s: float = Field(default=300.0, gt=0)
 
@@ -54,7 +58,8 @@ class WeightSyncConfig:
 @knobs
 class EvalConfig:
     interval: int = Field(default=0, ge=0)
-    """Evaluate on eval_prompts after every so many rollouts; 0: only before the first and after the last."""
+    """Evaluate on eval_prompts after every so many rollouts; 0: only before the first
+    and after the last."""
     n_samples_per_prompt: int = Field(default=1, ge=1)
     temperature: float = Field(default=1.0, gt=0)
     max_prompts: int = Field(default=0, ge=0)

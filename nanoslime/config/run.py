@@ -1,4 +1,5 @@
-"""The whole configuration of one run, as its run directory holds it and every process of it reads it."""
+"""The whole configuration of one run, as its run directory holds it and every process
+of it reads it."""
 
 from typing import Self
 
@@ -86,7 +87,8 @@ class RunConfig:
             )
 
     def _check_half_a_run(self) -> None:
-        """A replay has no engines and rollout-only has no trainer; refuse fields of what is not there."""
+        """A replay has no engines and rollout-only has no trainer; refuse fields of
+        what is not there."""
         if self.rollout.load_rollouts and self.rollout.rollout_only:
             raise ValueError(
                 "rollout.load_rollouts and rollout.rollout_only exclude each other; set one"

@@ -26,19 +26,23 @@ FrozenPattern = Annotated[str, AfterValidator(_check_frozen_pattern)]
 class TrainingConfig:
     backend: Literal["megatron", "fsdp"] = "megatron"
     num_gpus: int | None = Field(default=None, ge=1)
-    """Trainer ranks of `python -m nanoslime.train`; a submitted job derives them from its nodes."""
+    """Trainer ranks of `python -m nanoslime.train`; a submitted job derives them from
+    its nodes."""
     tp_size: int = Field(default=1, ge=1)
     pp_size: int = Field(default=1, ge=1)
     cp_size: int = Field(default=1, ge=1)
-    """Ranks that share each sequence; a micro-batch then holds cp_size times the token budget."""
+    """Ranks that share each sequence; a micro-batch then holds cp_size times the token
+    budget."""
     ep_size: int = Field(default=1, ge=1)
     etp_size: int = Field(default=1, ge=1)
     """Tensor parallel size within an expert."""
     vpp_size: int = Field(default=1, ge=1)
-    """Chunks of the model on each pipeline rank; above 1 the schedule is interleaved (arXiv 2104.04473)."""
+    """Chunks of the model on each pipeline rank; above 1 the schedule is interleaved
+    (arXiv 2104.04473)."""
     sequence_parallel: bool = False
     allow_slow: bool = False
-    """Allow context parallelism and experts on GPUs without Transformer Engine, which is slow."""
+    """Allow context parallelism and experts on GPUs without Transformer Engine, which
+    is slow."""
     lr: float = Field(default=1e-6, ge=0)
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     lr_warmup_steps: int = Field(default=0, ge=0)
@@ -50,35 +54,40 @@ class TrainingConfig:
     clip_grad: float = Field(default=1.0, ge=0)
     """Global gradient norm; 0: no clipping."""
     skip_grad_norm_above: float | None = Field(default=None, gt=1)
-    """Skip an optimizer step whose gradient norm is above so many times the median of the norms of the last
-    128 steps that were made, once there are 16. The run directory keeps the batch of a skipped step, under
-    skipped/. After 8 skipped in a row these norms are forgotten and the next step is made; a step whose norm
-    is not finite is always skipped."""
+    """Skip an optimizer step whose gradient norm is above so many times the median of
+    the norms of the last 128 steps that were made, once there are 16. The run directory
+    keeps the batch of a skipped step, under skipped/. After 8 skipped in a row these
+    norms are forgotten and the next step is made; a step whose norm is not finite is
+    always skipped."""
     num_steps_per_rollout: int = Field(default=1, ge=1)
     """Optimizer steps per rollout, each over its share of the groups."""
     max_tokens_per_microbatch: int = Field(default=8192, ge=1)
-    """Token budget of a packed micro-batch, per rank of cp_size; a longer sequence goes alone."""
+    """Token budget of a packed micro-batch, per rank of cp_size; a longer sequence goes
+    alone."""
     recompute: bool = False
     routing_replay: Literal["none", "R2", "R3"] = "none"
-    """The training pass of an MoE model takes the experts that the pass for old logprobs chose (R2, arXiv
-    2507.18071 section 5.3) or that the engine ran (R3, arXiv 2510.11370)."""
+    """The training pass of an MoE model takes the experts that the pass for old
+    logprobs chose (R2, arXiv 2507.18071 section 5.3) or that the engine ran (R3, arXiv
+    2510.11370)."""
     freeze: list[FrozenPattern] = Field(default_factory=list)
-    """Tensors that are not trained: regular expressions, found anywhere in a tensor's Hugging Face name."""
+    """Tensors that are not trained: regular expressions, found anywhere in a tensor's
+    Hugging Face name."""
     optimizer_offload: bool = False
     """Adam's state and step on the CPU; with fsdp, the weights between uses too."""
     distributed_optimizer: bool = True
     megatron: dict[str, Any] = Field(default_factory=dict)
     """Fields of megatron-core's TransformerConfig as written there."""
     collective_deadline_s: float = Field(default=600.0, gt=0)
-    """Deadline of one collective, and also of the whole training on a rollout (all passes and steps) and of
-    a save."""
+    """Deadline of one collective, and also of the whole training on a rollout (all
+    passes and steps) and of a save."""
     start_deadline_s: float = Field(default=600.0, gt=0)
 
 
 @knobs
 class CheckpointConfig:
     interval: int = Field(default=0, ge=0)
-    """Commit a checkpoint after every so many rollouts; 0: only at the end and when the job must stop."""
+    """Commit a checkpoint after every so many rollouts; 0: only at the end and when the
+    job must stop."""
     keep_last: int = Field(default=2, ge=1)
     keep_every: int = Field(default=0, ge=0)
     """Keep the checkpoints whose step is a multiple of this for good; 0: none."""

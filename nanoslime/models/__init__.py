@@ -1,6 +1,7 @@
-"""The architectures: sizes read from config.json, and how their tensors lie in Megatron. Torch-free.
+"""The architectures: sizes read from config.json, and their tensors' place in Megatron.
 
-One file per family and one line here: the `model_type` of config.json -> an `Architecture` of shape.py.
+One file per family and one line here: the `model_type` of config.json -> an
+`Architecture` of shape.py. Torch-free.
 """
 
 ARCHITECTURES = {

@@ -44,7 +44,8 @@ class Layers:
         )
 
     def combine(self, megatron: str, layout: Combination, hf: list[HFTensor]) -> Rule:
-        """Several Hugging Face tensors, or halves of one; tensor parallelism splits their rows."""
+        """Several Hugging Face tensors, or halves of one; tensor parallelism splits
+        their rows."""
         return Rule(
             self.megatron_prefix + megatron,
             layout,
@@ -196,7 +197,8 @@ DEEPSEEK_NAMES = ExpertNames()
 
 
 def experts_mlp(shape: ModelShape, names: ExpertNames = DEEPSEEK_NAMES) -> list[Rule]:
-    """Router, experts and shared experts of the layers that have them, and the norm before them."""
+    """Router, experts and shared experts of the layers that have them, and the norm
+    before them."""
     moe = shape.moe
     assert moe is not None
     hidden = shape.hidden_size
@@ -243,7 +245,8 @@ def mixed_mlp(shape: ModelShape, names: ExpertNames = DEEPSEEK_NAMES) -> list[Ru
 
 
 def mtp(shape: ModelShape) -> list[Rule]:
-    """The tensors of a multi-token prediction layer around its decoder layer (arXiv 2412.19437, section 2.2)."""
+    """The tensors of a multi-token prediction layer around its decoder layer (arXiv
+    2412.19437, section 2.2)."""
     if not shape.num_mtp_layers:
         return []
     hidden = shape.hidden_size

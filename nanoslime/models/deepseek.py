@@ -1,6 +1,8 @@
-"""DeepSeek-V3 and R1 in bfloat16: multi-head latent attention, experts chosen by sigmoid scores and a bias.
+"""DeepSeek-V3 and R1 in bfloat16: multi-head latent attention, experts chosen by
+sigmoid scores and a bias.
 
-https://arxiv.org/abs/2412.19437. The checkpoints that DeepSeek publishes are in FP8: dequantize them first.
+https://arxiv.org/abs/2412.19437. The checkpoints that DeepSeek publishes are in FP8:
+dequantize them first.
 """
 
 from nanoslime.models.blocks import all_layers, ends, mixed_mlp, mtp

@@ -8,9 +8,11 @@ from nanoslime.types import RunError
 
 
 def frozen_names(patterns: Sequence[str], names: Iterable[str]) -> set[str]:
-    """The tensors of a model, whose tensors are `names`, in whose name a pattern is found (anywhere in it).
+    """The tensors of a model, whose tensors are `names`, in whose name a pattern is
+    found (anywhere in it).
 
-    Raises RunError for a pattern that is found in none of them, and where no tensor is left to train.
+    Raises RunError for a pattern that is found in none of them, and where no tensor is
+    left to train.
     """
     all_names = list(names)
     frozen: set[str] = set()

@@ -1,7 +1,9 @@
-"""GLM-4 (0414, dense): gate and up in one tensor, norms also after attention and MLP; and GLM-4.5 (MoE).
+"""GLM-4 (0414, dense): gate and up in one tensor, norms also after attention and MLP;
+and GLM-4.5 (MoE).
 
-megatron-core 0.19.2 has no GPTModel layer with GLM-4's two norms after attention and MLP. Their Megatron names are
-the names in the layers that slime and mbridge patch in: GLM-4 converts, it does not train with Megatron.
+megatron-core 0.19.2 has no GPTModel layer with GLM-4's two norms after attention and
+MLP. Their Megatron names are the names in the layers that slime and mbridge patch in:
+GLM-4 converts, it does not train with Megatron.
 """
 
 from nanoslime.models.blocks import all_layers, attention, dense_mlp, ends, mixed_mlp, mtp

@@ -1,4 +1,5 @@
-"""Llama 2, 3 and models of its shape: no biases; Llama 3.1 and later scale their rotary frequencies."""
+"""Llama 2, 3 and models of its shape: no biases; Llama 3.1 and later scale their rotary
+frequencies."""
 
 from nanoslime.models.blocks import dense_decoder
 from nanoslime.models.shape import Architecture, ConfigFile, ModelShape

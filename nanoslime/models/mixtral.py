@@ -1,4 +1,5 @@
-"""Mixtral: every layer has experts, which Hugging Face names w1 (gate), w3 (up) and w2 (down)."""
+"""Mixtral: every layer has experts, which Hugging Face names w1 (gate), w3 (up) and w2
+(down)."""
 
 from nanoslime.models.blocks import ExpertNames, attention, ends, experts_mlp
 from nanoslime.models.rules import Rule

@@ -1,7 +1,8 @@
 """Sizes of the parallel groups: which ones a model allows, and where a rank lies along them.
 
-The short names are those of Megatron: tp (tensor), pp (pipeline), vpp (virtual pipeline, which interleaves
-stages), cp (context), dp (data), ep (expert) and etp (tensor parallelism within an expert).
+The short names are those of Megatron: tp (tensor), pp (pipeline), vpp (virtual
+pipeline, which interleaves stages), cp (context), dp (data), ep (expert) and etp
+(tensor parallelism within an expert).
 """
 
 from collections.abc import Iterable
@@ -34,7 +35,8 @@ class ParallelDims:
 
 
 def tp_sizes(shape: ModelShape, slots: int | None = None) -> list[int]:
-    """The sizes that tensor parallelism may have; where `slots` of a node are given, they divide these."""
+    """The sizes that tensor parallelism may have; where `slots` of a node are given,
+    they divide these."""
     cut = _sizes_cut_by_tp(shape).values()
     largest = slots or shape.num_attention_heads
     return [tp for tp in divisors(largest) if all(size % tp == 0 for size in cut)]
@@ -67,7 +69,8 @@ def _sizes_cut_by_tp(shape: ModelShape) -> dict[str, int]:
 
 
 def check_pp_size(shape: ModelShape, pp_size: int, vpp_size: int) -> None:
-    """Raises RunError where the layers cannot be cut into `pp_size` stages of `vpp_size` chunks each."""
+    """Raises RunError where the layers cannot be cut into `pp_size` stages of
+    `vpp_size` chunks each."""
     layers = shape.num_layers
     if layers % pp_size:
         raise RunError(
@@ -87,9 +90,11 @@ def check_pp_size(shape: ModelShape, pp_size: int, vpp_size: int) -> None:
 
 
 def check_experts(shape: ModelShape, config: TrainingConfig, stage_ranks: int) -> None:
-    """Raises RunError where the experts do not fit the sizes of `config` or the ranks of a pipeline stage.
+    """Raises RunError where the experts do not fit the sizes of `config` or the ranks
+    of a pipeline stage.
 
-    These ranks are a grid [tensor, context, data] for attention, and a grid [data, ep, etp] for the experts.
+    These ranks are a grid [tensor, context, data] for attention, and a grid [data, ep,
+    etp] for the experts.
     """
     moe = shape.moe
     if moe is None:
@@ -124,13 +129,14 @@ def _check_no_expert_sizes(shape: ModelShape, config: TrainingConfig) -> None:
         )
     if config.ep_size > 1:
         raise RunError(
-            f"training.ep_size={config.ep_size} spreads experts, and a {shape.model_type} has none; "
-            "choose 1"
+            f"training.ep_size={config.ep_size} spreads experts, and a {shape.model_type} has "
+            "none; choose 1"
         )
 
 
 def _sizes_of_experts(whole: int, stage_ranks: int, other_size: int) -> list[int]:
-    """The sizes that divide `whole` and, times `other_size`, the ranks of a stage; 1 is always allowed."""
+    """The sizes that divide `whole` and, times `other_size`, the ranks of a stage; 1 is
+    always allowed."""
     fitting = [n for n in divisors(whole) if stage_ranks % (n * other_size) == 0]
     return fitting or [1]
 

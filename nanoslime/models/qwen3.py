@@ -1,4 +1,5 @@
-"""Qwen 3, dense and MoE: queries and keys are normalized per head; head_dim is apart from the hidden size."""
+"""Qwen 3, dense and MoE: queries and keys are normalized per head; head_dim is apart
+from the hidden size."""
 
 from nanoslime.models.blocks import attention, dense_decoder, ends, mixed_mlp
 from nanoslime.models.rules import Rule

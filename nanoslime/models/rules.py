@@ -1,7 +1,8 @@
-"""The one weight map: which rows of which Hugging Face tensors make up a Megatron tensor, on any rank.
+"""The one weight map: which rows of Hugging Face tensors make up a rank's Megatron tensors.
 
-A rule says (Megatron name, layout, Hugging Face tensors, the dimension that tensor parallelism splits). A
-Megatron tensor is a permutation of rows of its Hugging Face tensors, so a conversion is a copy of boxes:
+A rule says (Megatron name, layout, Hugging Face tensors, the dimension that tensor
+parallelism splits). A Megatron tensor is a permutation of rows of its Hugging Face
+tensors, so a conversion is a copy of boxes:
 
     copy    one tensor, as it is
     vocab   one tensor; Megatron pads its rows at the end to a multiple of the tensor-parallel size
@@ -23,7 +24,7 @@ from nanoslime.models.shape import ModelShape
 Box = tuple[slice, ...]
 """A slice for each dimension, with start and stop set."""
 
-# Tensors whose Hugging Face name ends so are float32 everywhere, whatever the dtype of the model is.
+# Tensors whose Hugging Face name ends so are float32, whatever the model's dtype is.
 FLOAT32 = "gate.e_score_correction_bias"
 
 # Rows of the vocabulary on each rank are a multiple of this, for the matrix kernels.
@@ -39,9 +40,9 @@ class HFTensor(NamedTuple):
 class Rule:
     """How Hugging Face tensors make up the Megatron tensors of some layers and experts.
 
-    In names {l} is the layer, {e} the expert, {i} the multi-token prediction layer. `megatron` is the name in
-    torch_dist files and in Transformer Engine modules. Experts are named one by one,
-    `mlp.experts.experts.{e}.linear_fc1.weight`.
+    In names {l} is the layer, {e} the expert, {i} the multi-token prediction layer.
+    `megatron` is the name in torch_dist files and in Transformer Engine modules.
+    Experts are named one by one, `mlp.experts.experts.{e}.linear_fc1.weight`.
     """
 
     megatron: str
@@ -94,7 +95,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class ModelPartition:
-    """What of a model one rank holds; the default is all of it, without multi-token prediction."""
+    """What of a model one rank holds; the default is all, without multi-token prediction."""
 
     tp_rank: int = 0
     tp_size: int = 1
@@ -117,7 +118,7 @@ class ModelPartition:
         return self.layers is None or layer in self.layers
 
     def experts_of(self, rule: Rule) -> range:
-        """The experts here that the rule has tensors of; range(1) where it belongs to no expert."""
+        """The experts here that the rule has tensors of; range(1) for a rule of no expert."""
         if not rule.num_experts:
             return range(1)
         return range(rule.num_experts) if self.experts is None else self.experts
@@ -130,12 +131,12 @@ class ModelPartition:
 
 
 def tensors(shape: ModelShape, *, mtp: bool = False) -> dict[str, tuple[int, ...]]:
-    """Every Hugging Face tensor of the model, name -> full shape, as in its files (no repeats)."""
+    """Name -> full shape of every Hugging Face tensor in the model's files, without repeats."""
     return {piece.hf: piece.full_shape for piece in pieces(shape, ModelPartition(mtp=mtp))}
 
 
 def repeats(shape: ModelShape) -> dict[str, str]:
-    """Tensors that a file may hold although they repeat others: name -> the tensor that it repeats."""
+    """Tensors that a file may hold and that repeat another one: name -> the repeated one."""
     embedding = "model.embed_tokens.weight"
     head = "lm_head.weight"
     found = {}
@@ -149,7 +150,8 @@ def repeats(shape: ModelShape) -> dict[str, str]:
 
 
 def has_mtp(shape: ModelShape, names: Iterable[str]) -> bool:
-    """Whether a checkpoint with these Hugging Face tensors holds the multi-token prediction layers."""
+    """Whether a checkpoint with these Hugging Face tensors holds the multi-token
+    prediction layers."""
     prefix = f"model.layers.{shape.num_layers}."
     return shape.num_mtp_layers > 0 and any(name.startswith(prefix) for name in names)
 
@@ -160,10 +162,11 @@ def check_tensors(
     where: str,
     files: dict[str, str] | None = None,
 ) -> None:
-    """Raises ValueError unless `present` (name -> shape), found at `where`, are exactly the model's tensors.
+    """Raises ValueError unless the tensors at `where` are exactly the model's.
 
-    Multi-token prediction layers may be there, whole, or not; repeats, such as a tied lm_head.weight, too.
-    `files` says where each tensor is, for the message.
+    `present` maps their names to their shapes. Multi-token prediction layers may be
+    there, whole, or not; repeats, such as a tied lm_head.weight, too. `files` says
+    where each tensor is, for the message.
     """
     file_of = files or {}
     expected = tensors(shape, mtp=has_mtp(shape, present))
@@ -191,8 +194,9 @@ def check_tensors(
 def pieces(shape: ModelShape, partition: ModelPartition | None = None) -> list[Piece]:
     """Everything that `partition` holds of the model (None: all of it), in a fixed order.
 
-    A tied output layer is there only on a last stage that is not the first; it then repeats the embedding.
-    Raises RunError where the partition's tensor-parallel size does not divide the model.
+    A tied output layer is there only on a last stage that is not the first; it then
+    repeats the embedding. Raises RunError where the partition's tensor-parallel size
+    does not divide the model.
     """
     partition = partition or ModelPartition()
     check_tp_size(shape, partition.tp_size)
@@ -219,7 +223,7 @@ class _Names:
 
 
 def _instances(rule: Rule, shape: ModelShape, partition: ModelPartition) -> Iterator[_Names]:
-    """The layers and experts of the rule that the partition holds; one where it is outside of the layers."""
+    """The layers and experts of the rule that are here; one for a rule outside of layers."""
     if rule.layers is None:
         if _holds_end(rule, shape, partition):
             yield _Names(0, 0, shape.num_layers)

@@ -102,8 +102,8 @@ class ModelShape:
     def read(cls, directory: Path | str) -> ModelShape:
         """The shape of the checkpoint in `directory`.
 
-        Raises ValueError for a missing or broken config.json, a key that is missing, and an architecture or a
-        setting of it that nanoslime does not have.
+        Raises ValueError for a missing or broken config.json, a key that is missing,
+        and an architecture or a setting of it that nanoslime does not have.
         """
         path = Path(directory) / "config.json"
         return cls.from_config(_read_object(path), path)
@@ -138,7 +138,8 @@ class ModelShape:
 
     @property
     def num_embedding_parameters(self) -> int:
-        """Parameters of the input embedding; the output layer has as many again, unless tied to it."""
+        """Parameters of the input embedding; the output layer has as many again, unless
+        tied to it."""
         return self.vocab_size * self.hidden_size
 
     @property
@@ -158,7 +159,8 @@ class ModelShape:
 
     @property
     def attention_parity_tokens(self) -> float:
-        """Length at which causal attention costs a sequence as many FLOPs as its products with weights."""
+        """Length at which causal attention costs a sequence as many FLOPs as its
+        products with weights."""
         active = self.num_parameters
         if not self.tie_word_embeddings:
             # The input embedding is looked up and not multiplied with.
@@ -269,14 +271,16 @@ class ConfigFile:
         }
 
     def sparse_layers(self) -> tuple[int, ...]:
-        """The layers with experts: every decoder_sparse_step-th, mlp_only_layers aside (Qwen)."""
+        """The layers with experts: every decoder_sparse_step-th, mlp_only_layers aside
+        (Qwen)."""
         step = self.get("decoder_sparse_step", 1)
         dense = self.get("mlp_only_layers", [])
         layers = range(self["num_hidden_layers"])
         return tuple(layer for layer in layers if (layer + 1) % step == 0 and layer not in dense)
 
     def sigmoid_moe(self) -> MoE:
-        """Experts as DeepSeek-V3 and GLM-4.5 spell them: dense layers first, shared experts, a score bias."""
+        """Experts as DeepSeek-V3 and GLM-4.5 spell them: dense layers first, shared
+        experts, a score bias."""
         size = self["moe_intermediate_size"]
         num_layers = self["num_hidden_layers"] + self.get("num_nextn_predict_layers", 0)
         return MoE(

@@ -1,4 +1,5 @@
-"""The rehearsal's tiny Qwen3 and its tasks over digits: shape, vocabulary and problems. Torch-free.
+"""The rehearsal's tiny Qwen3 and its tasks over digits: shape, vocabulary and problems.
+Torch-free.
 
 The vocabulary is byte-level, so that the tiny model reads any text; a digit is one token.
 """
@@ -39,9 +40,11 @@ class Problem(NamedTuple):
 def digit_problems(
     task: str, seed: int, num_held_out: int, num_digits: int = 4
 ) -> tuple[list[Problem], list[Problem]]:
-    """(train, held out): all 10 ** num_digits problems, each once, shuffled by `seed` and then divided.
+    """(train, held out): all 10 ** num_digits problems, each once, shuffled by `seed`
+    and then divided.
 
-    Raises ValueError for an unknown task, and where `num_held_out` is not between 1 and half of the problems.
+    Raises ValueError for an unknown task, and where `num_held_out` is not between 1 and
+    half of the problems.
     """
     if task not in TASKS:
         raise ValueError(f"rehearsal.task={task!r} is not known; choose {' or '.join(TASKS)}")
@@ -58,7 +61,8 @@ def digit_problems(
 
 
 def tiny_qwen3_config() -> dict[str, Any]:
-    """config.json of the tiny model. Its heads, layers and vocabulary divide by TP=2 and PP=2."""
+    """config.json of the tiny model. Its heads, layers and vocabulary divide by TP=2
+    and PP=2."""
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",

@@ -1,4 +1,5 @@
-"""Whether a backend can train a model with the parallel sizes and settings of a configuration."""
+"""Whether a backend can train a model with the parallel sizes and settings of a
+configuration."""
 
 from nanoslime.config.training import PARALLEL_SIZES, TrainingConfig
 from nanoslime.models.freezing import frozen_names
@@ -16,9 +17,11 @@ from nanoslime.types import RunError
 
 
 def check_parallel(training: TrainingConfig, shape: ModelShape, ranks: int, slots: int) -> None:
-    """Whether `ranks` trainers, on nodes of `slots` each, can train this model with these sizes.
+    """Whether `ranks` trainers, on nodes of `slots` each, can train this model with
+    these sizes.
 
-    Raises RunError for a model that the backend cannot train, sizes that do not fit, and as frozen_names does.
+    Raises RunError for a model that the backend cannot train, sizes that do not fit,
+    and as frozen_names does.
     """
     _check_backend(training, shape)
     if training.freeze:
@@ -81,7 +84,8 @@ def _fitting_pairs(shape: ModelShape, slots: int, ranks: int) -> list[str]:
 
 
 def check_kernels(training: TrainingConfig, shape: ModelShape, *, transformer_engine: bool) -> None:
-    """For trainers on GPUs. Raises RunError for what is slow without Transformer Engine, unless allowed."""
+    """For trainers on GPUs. Raises RunError for what is slow without Transformer
+    Engine, unless allowed."""
     if transformer_engine or training.allow_slow or training.backend != "megatron":
         return
     if training.cp_size > 1:

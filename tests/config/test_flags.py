@@ -1,4 +1,5 @@
-"""Flags: every short name resolves, sets its field and nothing else; others are refused with a suggestion."""
+"""Flags: every short name resolves, sets its field and nothing else; others are refused
+with a suggestion."""
 
 from typing import Any, Literal, get_args, get_origin
 

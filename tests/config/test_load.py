@@ -1,4 +1,5 @@
-"""Recipe, cluster file and flags become one configuration; whatever is wrong is named with its place."""
+"""Recipe, cluster file and flags become one configuration; whatever is wrong is named
+with its place."""
 
 from dataclasses import fields
 from pathlib import Path

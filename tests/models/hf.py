@@ -105,7 +105,8 @@ def save_model(
     dtype: torch.dtype = torch.float32,
     **changes: object,
 ) -> Path:
-    """A checkpoint as transformers writes it; in any `dtype` the bias of the experts' scores is float32."""
+    """A checkpoint as transformers writes it; in any `dtype` the bias of the experts'
+    scores is float32."""
     model = make_model(family, **changes)
     biases = {
         n: b.clone() for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")
@@ -118,10 +119,12 @@ def save_model(
 
 
 def add_mtp(directory: Path, *, repeats: bool = True) -> Path:
-    """Adds the multi-token prediction layer that published checkpoints hold and transformers leaves out.
+    """Adds the multi-token prediction layer that published checkpoints hold and
+    transformers leaves out.
 
-    It is a decoder layer like the last one, numbered after it, with two norms, a projection and a final norm;
-    `repeats`: and the embedding and the output layer once more.
+    It is a decoder layer like the last one, numbered after it, with two norms, a
+    projection and a final norm; `repeats`: and the embedding and the output layer once
+    more.
     """
     config = json.loads((directory / "config.json").read_text())
     last, new = (f"model.layers.{config['num_hidden_layers'] + i}." for i in (-1, 0))

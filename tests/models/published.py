@@ -1,6 +1,8 @@
-"""Excerpts of config.json files as their authors published them, before transformers 5 renamed keys.
+"""Excerpts of config.json files as their authors published them, before transformers 5
+renamed keys.
 
-Left out: ids of tokens, dropout and initialization, and the quantization of DeepSeek-V3's FP8 weights.
+Left out: ids of tokens, dropout and initialization, and the quantization of
+DeepSeek-V3's FP8 weights.
 """
 
 _COMMON = dict(hidden_act="silu", tie_word_embeddings=False, use_cache=True)

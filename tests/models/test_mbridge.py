@@ -1,7 +1,9 @@
-"""The weight map against mbridge 0.15.1: its own functions for names and tensors, with no model built.
+"""The weight map against mbridge 0.15.1: its own functions for names and tensors, with
+no model built.
 
-For every Megatron tensor of a model: mbridge's Hugging Face names are ours, it makes the same bits of them in
-both directions, and it cuts them over tensor parallelism as we do. The names are those of Transformer Engine.
+For every Megatron tensor of a model: mbridge's Hugging Face names are ours, it makes
+the same bits of them in both directions, and it cuts them over tensor parallelism as we
+do. The names are those of Transformer Engine.
 
 | family | class of mbridge | what it confirms |
 |---|---|---|
@@ -13,7 +15,8 @@ both directions, and it cuts them over tensor parallelism as we do. The names ar
 | glm4_moe | GLM4MoEBridge | everything and multi-token prediction; repeats: nothing |
 | deepseek_v3 | DeepseekV3Bridge | everything, multi-token prediction and repeats of 61 layers |
 
-mbridge is made for older releases of transformers and megatron-core; the fixture names what is patched.
+mbridge is made for older releases of transformers and megatron-core; the fixture names
+what is patched.
 """
 
 import copy
@@ -69,7 +72,8 @@ class Oracle:
         )
 
     def name(self, megatron: str) -> str:
-        """mlp.experts.experts.3.linear_fc1.weight is mlp.experts.linear_fc1.weight3 in Transformer Engine."""
+        """mlp.experts.experts.3.linear_fc1.weight is mlp.experts.linear_fc1.weight3 in
+        Transformer Engine."""
         head, experts, tail = megatron.partition("experts.experts.")
         if experts:
             expert, _, rest = tail.partition(".")
@@ -94,11 +98,13 @@ class Oracle:
 
 @pytest.fixture(params=CASES)
 def case(request, monkeypatch):
-    """(oracle, shape). Patched is what does not suit transformers 5, megatron-core 0.16 or a second model:
+    """(oracle, shape). Patched is what does not suit transformers 5, megatron-core 0.16
+    or a second model:
 
-    rope_theta, which has moved; a head_dim of null; a field of MLATransformerConfig that has another name;
-    GLM-4V's config, which wants a vision tower; and a dictionary of the class, where Qwen2Bridge writes that
-    the output layer is tied and it stays tied for every later model.
+    rope_theta, which has moved; a head_dim of null; a field of MLATransformerConfig
+    that has another name; GLM-4V's config, which wants a vision tower; and a dictionary
+    of the class, where Qwen2Bridge writes that the output layer is tied and it stays
+    tied for every later model.
     """
     bridge_class, changes = CASES[request.param]
     config_class, own = FAMILIES[request.param]

@@ -1,7 +1,9 @@
-"""The weight map as arithmetic, for every architecture, against the files that transformers writes.
+"""The weight map as arithmetic, for every architecture, against the files that
+transformers writes.
 
-Every element of every tensor exactly once, for a model and over its ranks; nothing missing, extra, misshapen.
-What the rows mean is for test_mbridge.py and for the real GPTModel (tests/training/megatron).
+Every element of every tensor exactly once, for a model and over its ranks; nothing
+missing, extra, misshapen. What the rows mean is for test_mbridge.py and for the real
+GPTModel (tests/training/megatron).
 """
 
 import dataclasses
@@ -70,7 +72,8 @@ def shape(directory):
 def parts(
     shape: ModelShape, tp_size: int, pp_size: int, ep_size: int, expert_tp_size: int
 ) -> list[ModelPartition]:
-    """The ranks of a layout, one data-parallel replica each, or as many as the experts are spread over."""
+    """The ranks of a layout, one data-parallel replica each, or as many as the experts
+    are spread over."""
     layers = shape.num_layers // pp_size
     experts = shape.moe.num_experts // ep_size if shape.moe else 0
 

@@ -20,7 +20,8 @@ def read(tmp_path, config: dict) -> ModelShape:
 
 
 def num_elements(model: torch.nn.Module) -> int:
-    """In its files: parameters, tied ones once, and the biases of experts' scores, which are buffers."""
+    """In its files: parameters, tied ones once, and the biases of experts' scores,
+    which are buffers."""
     biases = (b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias"))
     return sum(tensor.numel() for tensor in (*model.parameters(), *biases))
 

@@ -1,4 +1,5 @@
-"""What a backend cannot train is refused before submission, with the value, its place and a way out."""
+"""What a backend cannot train is refused before submission, with the value, its place
+and a way out."""
 
 from dataclasses import replace
 

@@ -1,6 +1,8 @@
-"""Names of the options that Megatron and SGLang take: a typo is found on the login node, importing neither.
+"""Names of the options that Megatron and SGLang take: a typo is found on the login
+node, importing neither.
 
-The lists come from the sources of the installed packages; `python -m tools.option_names` writes them.
+The lists come from the sources of the installed packages; `python -m
+tools.option_names` writes them.
 """
 
 import json
@@ -59,7 +61,8 @@ OURS = {
 
 
 def check(which: str, place: str, options: Mapping[str, Any]) -> None:
-    """Raises RunError for an option that the package does not have, or that another field of ours sets."""
+    """Raises RunError for an option that the package does not have, or that another
+    field of ours sets."""
     listed = known(which)
     for name in options:
         if name in OURS[which]:
