@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Refuses a machine on which the CUDA environment cannot be made or could not run, before anything is downloaded.
-# Called by env/make.sh. A machine without a GPU, and without a CUDA toolkit, may build for others that have one.
+# Refuses a machine on which the CUDA environment cannot be made or could not run, before anything
+# is downloaded. Called by env/make.sh. A machine without a GPU, and without a CUDA toolkit, may
+# build for others that have one.
 set -euo pipefail
 
 glibc_needed=2.34
@@ -59,7 +60,8 @@ header = os.path.join(sysconfig.get_path('include'), 'Python.h')
 print('' if os.path.exists(header) else header)
 ")" || true
     if [[ -n "$missing" ]]; then
-        refuse "Python 3.12 is here without its headers ($missing); install them (Ubuntu: apt-get install python3.12-dev)"
+        refuse "Python 3.12 is here without its headers ($missing);" \
+            "install them (Ubuntu: apt-get install python3.12-dev)"
     fi
 }
 
@@ -79,7 +81,8 @@ find_nvcc() {
     fi
 }
 
-# The environment brings an nvcc of its own. Libraries that compile kernels when they run prefer the machine's, though.
+# The environment brings an nvcc of its own. Libraries that compile kernels when they run prefer
+# the machine's, though.
 check_nvcc() {
     local nvcc
     local found
@@ -89,7 +92,8 @@ check_nvcc() {
     fi
     found="$("$nvcc" --version 2>/dev/null | sed -nE 's/.*release ([0-9]+\.[0-9]+).*/\1/p')" || true
     if [[ -z "$found" ]]; then
-        refuse "$nvcc does not say its release; set CUDA_HOME to a CUDA $cuda toolkit, or take nvcc off PATH"
+        refuse "$nvcc does not say its release;" \
+            "set CUDA_HOME to a CUDA $cuda toolkit, or take nvcc off PATH"
     elif [[ "${found%%.*}" != "${cuda%%.*}" ]]; then
         refuse "$nvcc is of CUDA $found, and torch of env/cuda.lock is built for CUDA $cuda;" \
             "load a CUDA ${cuda%%.*} toolkit, or none (the lock has its own nvcc)"
@@ -105,14 +109,17 @@ check_driver() {
         return
     fi
     if ! said="$(nvidia-smi 2>&1)"; then
-        say "nvidia-smi reaches no driver here (${said%%$'\n'*}): GPU nodes need one that runs CUDA $cuda"
+        say "nvidia-smi reaches no driver here (${said%%$'\n'*}):" \
+            "GPU nodes need one that runs CUDA $cuda"
         return
     fi
     found="$(sed -nE 's/.*CUDA [A-Za-z ]*Version: *([0-9]+\.[0-9]+).*/\1/p' <<<"$said" | sed -n 1p)"
     if [[ -z "$found" ]]; then
-        refuse "nvidia-smi does not say which CUDA its driver runs; torch of env/cuda.lock needs CUDA $cuda"
+        refuse "nvidia-smi does not say which CUDA its driver runs," \
+            "and torch of env/cuda.lock needs CUDA $cuda"
     elif ! at_least "$found" "${cuda%%.*}.0"; then
-        refuse "the NVIDIA driver runs CUDA $found at most, and torch of env/cuda.lock is built for CUDA $cuda;" \
+        refuse "the NVIDIA driver runs CUDA $found at most," \
+            "and torch of env/cuda.lock is built for CUDA $cuda;" \
             "update the driver, or build on a machine without a GPU for nodes with a newer one"
     fi
 }

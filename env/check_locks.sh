@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Checks that both locks still hold together, and changes nothing. With --update it writes env/cuda.lock anew.
-#   CUDA: env/cuda.in resolves without a conflict, and to exactly env/cuda.lock. Only metadata is read, nothing is built.
-#   CPU:  the environment is exactly env/cpu.lock, and lacks nothing but what env/cpu.exceptions.txt lists.
+# Checks that both locks still hold together, and changes nothing.
+#   CUDA: env/cuda.in resolves without a conflict, and to exactly env/cuda.lock. Only metadata is
+#         read, nothing is built. With --update env/cuda.lock is written anew instead.
+#   CPU:  the environment is exactly env/cpu.lock, and lacks nothing but what
+#         env/cpu.exceptions.txt lists.
 set -euo pipefail
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
@@ -15,9 +17,11 @@ fail() {
     failed=1
 }
 
-# resolve OUTPUT: versions that already stand in OUTPUT are kept, so that a new release elsewhere turns nothing red.
+# resolve OUTPUT: versions that already stand in OUTPUT are kept, so that a new release elsewhere
+# turns nothing red.
 resolve() {
-    timeout 600 bash env/uv.sh pip compile env/cuda.in --override env/overrides.txt --only-binary :all: \
+    timeout 600 bash env/uv.sh pip compile env/cuda.in \
+        --override env/overrides.txt --only-binary :all: \
         --python-version 3.12 --python-platform x86_64-manylinux_2_34 \
         --quiet --no-header --no-annotate --output-file "$1" >/dev/null
 }
@@ -25,9 +29,11 @@ resolve() {
 check_cuda_lock() {
     cp env/cuda.lock "$work/cuda.lock"
     if ! resolve "$work/cuda.lock"; then
-        fail "env/cuda.in does not resolve (above); resolve the conflict there, or in env/overrides.txt with its reason"
+        fail "env/cuda.in does not resolve (above); resolve the conflict there," \
+            "or in env/overrides.txt with its reason"
     elif ! diff -u env/cuda.lock "$work/cuda.lock" >&2; then
-        fail "env/cuda.lock is not what env/cuda.in resolves to; run: bash env/check_locks.sh --update"
+        fail "env/cuda.lock is not what env/cuda.in resolves to;" \
+            "run: bash env/check_locks.sh --update"
     fi
 }
 
@@ -39,20 +45,27 @@ update_cuda_lock() {
     fi
 }
 
-# The lines NAME==VERSION of the input, sorted, with names as in PEP 503 and without local versions (+cpu, +cu130).
+# The lines NAME==VERSION of the input, sorted, with names as in PEP 503 and without local versions
+# (+cpu, +cu130).
 canonical() {
-    sed -E '/==/!d; s/\+.*//' | awk -F== '{gsub(/[-_.]+/, "-", $1); print tolower($1) "==" $2}' | sort
+    sed -E '/==/!d; s/\+.*//' |
+        awk -F== '{gsub(/[-_.]+/, "-", $1); print tolower($1) "==" $2}' |
+        sort
 }
 
 check_cpu_environment() {
     canonical <env/cpu.lock >"$work/locked"
-    bash env/uv.sh pip freeze --quiet --python .venv/cpu --exclude-editable | canonical >"$work/installed"
-    if ! diff -u --label env/cpu.lock --label "the installed environment" "$work/locked" "$work/installed" >&2; then
-        fail "the CPU environment is not its lock: a package was added to .venv/cpu, or dependencies are missing in the lock"
+    bash env/uv.sh pip freeze --quiet --python .venv/cpu --exclude-editable >"$work/frozen"
+    canonical <"$work/frozen" >"$work/installed"
+    if ! diff -u --label env/cpu.lock --label "the installed environment" \
+        "$work/locked" "$work/installed" >&2; then
+        fail "the CPU environment is not its lock:" \
+            "make it anew (remove .venv/cpu), or correct env/cpu.lock"
     fi
 }
 
-# From `uv pip check`, the lines "PACKAGE REQUIREMENT" of what is not installed, or installed in another version.
+# From `uv pip check`, the lines "PACKAGE REQUIREMENT" of what is not installed, or installed in
+# another version.
 lacking() {
     sed -nE "s/^The package \`([^\`]+)\` requires \`([A-Za-z0-9._-]+).*\`, but .*$/\1 \2/p" | sort
 }
@@ -66,8 +79,10 @@ check_cpu_exceptions() {
     fi
     lacking <"$work/check" >"$work/lacking"
     sed -E 's/ *#.*//; /^$/d' env/cpu.exceptions.txt | sort >"$work/known"
-    if ! diff -u --label env/cpu.exceptions.txt --label "uv pip check" "$work/known" "$work/lacking" >&2; then
-        fail "env/cpu.lock does not cover itself: add what is missing (+), or list it with its reason; drop what is stale (-)"
+    if ! diff -u --label env/cpu.exceptions.txt --label "uv pip check" \
+        "$work/known" "$work/lacking" >&2; then
+        fail "env/cpu.lock does not cover itself: add what is missing (+)," \
+            "or list it with its reason; drop what is stale (-)"
     fi
 }
 

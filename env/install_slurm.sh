@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Installs what the SLURM tests need on Debian or Ubuntu: slurm-wlm (slurmctld, slurmd and the commands) and munge.
-# No daemon of the system is configured or started; tests bring up a cluster of their own (tests/slurm/cluster.py).
-# There is no database either: without accounting `sacct` fails, which nanoslime has to bear.
+# Installs what the SLURM tests need on Debian or Ubuntu: slurm-wlm (slurmctld, slurmd and the
+# commands) and munge. No daemon of the system is configured or started; tests bring up a cluster
+# of their own (tests/slurm/cluster.py). There is no database either: without accounting `sacct`
+# fails, which nanoslime has to bear.
 set -euo pipefail
 
 packages=(slurm-wlm munge)
@@ -28,7 +29,8 @@ find_missing() {
     done
 }
 
-# dpkg asks this program before it starts a service, and 101 means no. One that the system already has stays.
+# dpkg asks this program before it starts a service, and 101 means no. One that the system already
+# has stays.
 forbid_services() {
     local policy=/usr/sbin/policy-rc.d
     if [[ ! -e "$policy" ]]; then

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# make.sh cpu|cuda: makes the virtual environment .venv/TARGET from env/TARGET.lock, or does nothing if it is there.
-# Called by env/run.sh. A set-up that failed or was interrupted is continued; one of another lock begins anew.
+# make.sh cpu|cuda: makes the virtual environment .venv/TARGET from env/TARGET.lock, or does
+# nothing if it is there. Called by env/run.sh. A set-up that failed or was interrupted is
+# continued; one of another lock begins anew.
 set -euo pipefail
 
 target="$1"
@@ -14,8 +15,9 @@ log="$root/.venv/$target.log"
 # shellcheck source=env/pythons.sh
 source "$root/env/pythons.sh"
 
-# The target, the lock and the place of an environment. The first file holds them from the set-up's first step on, the
-# second one from its last step on; the third one holds the project's own installation.
+# The first two files hold the target, the lock and the place of an environment: the first one from
+# the beginning of its set-up on, the second one from its end on. The third one says which
+# pyproject.toml the project was installed from.
 begun_stamp="$venv/.nanoslime-begun"
 ready_stamp="$venv/.nanoslime-target"
 project_stamp="$venv/.nanoslime-project"
@@ -77,9 +79,14 @@ version_of() {
     "$1" --version 2>/dev/null </dev/null || echo "not usable"
 }
 
-# uv ARGUMENT...: what it says goes to the log. Downloads of a crowded machine take longer than uv's 30 seconds.
+# uv ARGUMENT...: runs uv, whose messages go to the log. A busy machine may let a connection wait
+# for longer than the 30 seconds that uv grants.
 uv() {
     UV_HTTP_TIMEOUT="${UV_HTTP_TIMEOUT:-180}" bash "$root/env/uv.sh" "$@" 2>>"$log"
+}
+
+install_packages() {
+    uv pip install --python "$venv/bin/python" --no-deps "$@"
 }
 
 fetch_python() {
@@ -114,33 +121,35 @@ run_step_once() {
     write "$done_stamp" "$((SECONDS - begin)) s"
 }
 
-# The lock is the whole closure, and overrules some of what its packages ask for (env/cpu.exceptions.txt): --no-deps.
-# The environment is made in this step too, because an interrupted installation may leave halves of packages.
-# Whole downloads lie in uv's cache, so that the second try does not repeat them. Bytecode is compiled here, once,
-# because a hundred processes that import torch at the same time would each compile it for themselves.
+# The lock is the whole closure, and overrules some of what its packages ask for
+# (env/cpu.exceptions.txt): --no-deps. The environment is made in this step too, because an
+# interrupted installation may leave halves of packages. Whole downloads lie in uv's cache, so that
+# the second try does not repeat them. Bytecode is compiled here, once, because a hundred processes
+# that import torch at the same time would each compile it for themselves.
 install_lock() {
     uv venv --clear --python "$python" "$venv" &&
         write "$begun_stamp" "$wanted" &&
-        uv pip install --python "$venv/bin/python" --no-deps --compile-bytecode --requirement "$lock"
+        install_packages --compile-bytecode --requirement "$lock"
 }
 
-# Transformer Engine is compiled with the compiler and the headers of the lock, whatever CUDA this machine has, and
-# never replaced by a wheel that its set-up script finds elsewhere. uv's cache for it belongs to the environment,
-# because a wheel that was built against one torch does not fit another.
-build_pinned() {
+# Transformer Engine is compiled with the compiler and the headers of the lock, whatever CUDA this
+# machine has, and never replaced by a wheel that its set-up script finds elsewhere. uv's cache for
+# it belongs to the environment, because a wheel that was built against one torch does not fit
+# another.
+build_pinned() (
     export CUDA_HOME="$venv/lib/python3.12/site-packages/nvidia/cu13"
     export NVTE_BUILD_USE_NVIDIA_WHEELS=1
     export NVTE_PYTORCH_FORCE_BUILD=TRUE
     export UV_CACHE_DIR="$venv/.built"
     export PATH="$venv/bin:$PATH"
-    uv pip install --python "$venv/bin/python" --no-deps --no-build-isolation --requirement "$pinned"
-}
+    install_packages --no-build-isolation --requirement "$pinned"
+)
 
 # In the project's directory, because uv reads a semicolon in a path as the beginning of a marker.
-install_project() {
+install_project() (
     cd -- "$root" &&
-        uv pip install --python "$venv/bin/python" --no-deps --no-build-isolation --editable .
-}
+        install_packages --no-build-isolation --editable .
+)
 
 # Sets python to a Python 3.12.
 choose_python() {
@@ -148,11 +157,13 @@ choose_python() {
         return
     fi
     if [[ -n "${NANOSLIME_PYTHON-}" ]]; then
-        die "needs Python 3.12, but NANOSLIME_PYTHON=$NANOSLIME_PYTHON is $(version_of "$NANOSLIME_PYTHON")"
+        die "needs Python 3.12, but NANOSLIME_PYTHON=$NANOSLIME_PYTHON" \
+            "is $(version_of "$NANOSLIME_PYTHON")"
     fi
     if ! python="$(fetch_python)"; then
-        die "needs Python 3.12, which is neither on PATH nor among pyenv's versions, and uv could not fetch it (see $log);" \
-            "install it (Ubuntu 24.04: apt-get install python3.12-dev; elsewhere: pyenv install 3.12)" \
+        die "needs Python 3.12, which is neither on PATH nor among pyenv's versions," \
+            "and uv could not fetch it (see $log); install it" \
+            "(Ubuntu 24.04: apt-get install python3.12-dev; elsewhere: pyenv install 3.12)" \
             "or name one in NANOSLIME_PYTHON"
     fi
 }
@@ -186,7 +197,8 @@ make_project() {
     write "$project_stamp" "$wanted_project"
 }
 
-# One set-up at a time: the lock is held by this process, and released by its end however it ends.
+# One set-up at a time: the lock is held by this process and by all that it starts, until the last
+# of them has ended, however it ends.
 wait_for_other_set_ups() {
     if flock --nonblock 9; then
         return

@@ -13,8 +13,9 @@ python_candidates() {
     printf '%s\n' "$versions"/3.12.*/bin/python3.12 | sort --version-sort --reverse
 }
 
-# first_python CODE: prints what CODE prints in the first Python that runs it without an error; fails if there is none.
-# Each one is run, because a name on PATH proves little: pyenv puts python3.12 there even where it is not chosen.
+# first_python CODE: prints what CODE prints in the first Python that runs it without an error;
+# fails if there is none. Each one is run, because a name on PATH proves little: pyenv puts
+# python3.12 there even where it is not chosen.
 first_python() {
     local code="$1"
     local candidate

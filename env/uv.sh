@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# uv.sh ARGUMENT...: runs the one version of uv that nanoslime uses.
-# Where it is missing, pip installs it from PyPI into a small environment of its own, .venv/uv-VERSION.
+# uv.sh ARGUMENT...: runs the one version of uv that nanoslime uses. Where it is missing, pip
+# installs it from PyPI into a small environment of its own, .venv/uv-VERSION.
 set -euo pipefail
 
 version=0.13.9
@@ -36,7 +36,8 @@ install() {
     fi
     if ! python="$(find_python_with_venv)"; then
         say "needs a Python of 3.9 or newer with venv to install uv $version, and found none;" \
-            "install one (Debian: apt-get install python3 python3-venv) or name it in NANOSLIME_PYTHON"
+            "install one (Debian: apt-get install python3 python3-venv)" \
+            "or name it in NANOSLIME_PYTHON"
         exit 1
     fi
     say "installing uv $version into .venv/uv-$version ..."
@@ -46,7 +47,8 @@ install() {
         say "could not install uv $version with $python; the whole log is $log"
         exit 1
     fi
-    # uv is a program without paths of its own, so its environment may be moved. A rename leaves no half of it.
+    # uv is a program without paths of its own, so its environment may be moved. A rename leaves no
+    # half of it.
     rm -rf -- "$home"
     mv -- "$home.new" "$home"
 }
