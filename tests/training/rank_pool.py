@@ -1,7 +1,6 @@
-"""Processes that are the ranks of one gloo group and run test functions together, for many tests."""
+"""Processes that are the ranks of one gloo group and run functions together, for many tests."""
 
 import gc
-import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from nanoslime.config import TrainingConfig
+from nanoslime.processes.ports import free_port
 from nanoslime.training.backend import RankEnv, init_process_group
 
 DEADLINE_S = 120.0
@@ -24,26 +24,27 @@ _PRELOAD = [
     "tests.training.megatron.gpt",
 ]
 
-
-_used: set["RankPool"] = set()  # by the test that runs
+# The pools that the present test has used.
+_used: set["RankPool"] = set()
 
 
 class RankPool:
-    """`pool(fn, *args)` calls fn(env, *args) on every rank and returns the results by rank.
+    """`pool(fn, *args)` calls fn(env, *args) on every rank; it returns results by rank.
 
-    `fn` is a module-level function. A rank that raises, dies or is late fails the call with its name. What a
-    backend leaves in a rank is good for the calls of one test: after it, its process groups end.
+    `fn` is a module-level function. A rank that raises, dies or is late fails the call
+    with its name. A backend that a call leaves in a rank serves the calls of one test;
+    after the test its process groups end.
     """
 
     def __init__(self, size: int, device: Literal["cpu", "cuda"] = "cpu") -> None:
-        self._size, self._device = size, device
+        self._size = size
+        self._device = device
         self._start()
 
     def _start(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-        context = mp.get_context("forkserver")  # imports what is slow to import once, for all pools
+        port = free_port("127.0.0.1")
+        # The fork server imports what is slow to import once, for all pools.
+        context = mp.get_context("forkserver")
         context.set_forkserver_preload(_PRELOAD)
         self._ranks = []
         for rank in range(self._size):
@@ -53,7 +54,7 @@ class RankPool:
                 world_size=self._size,
                 local_rank=rank,
                 device=self._device,
-                init_method=address,
+                init_method=f"tcp://127.0.0.1:{port}",
             )
             process = context.Process(target=_serve, args=(env, theirs), daemon=True)
             process.start()
@@ -64,17 +65,22 @@ class RankPool:
         _used.add(self)
         for _, pipe in self._ranks:
             pipe.send((fn, args))
-        results = []
+        replies = []
         for rank, (_, pipe) in enumerate(self._ranks):
             if not pipe.poll(DEADLINE_S):
-                self.close()  # what still comes would be taken for later results
-                self._start()
+                self.restart()  # a reply that still comes would be taken for a later one
                 raise TimeoutError(f"rank {rank} did not finish {fn.__name__} in {DEADLINE_S} s")
-            results.append(pipe.recv())
-        for rank, (ok, value) in enumerate(results):
-            if not ok:
+            replies.append(pipe.recv())
+        results = []
+        for rank, (succeeded, value) in enumerate(replies):
+            if not succeeded:
                 raise AssertionError(f"rank {rank}:\n{value}")
-        return [value for _, value in results]
+            results.append(value)
+        return results
+
+    def restart(self) -> None:
+        self.close()
+        self._start()
 
     def close(self) -> None:
         _used.discard(self)
@@ -89,10 +95,9 @@ class RankPool:
 
 def _serve(env: RankEnv, pipe: Any) -> None:
     torch.set_num_threads(1)
-    init_process_group(
-        env, TrainingConfig(start_deadline_s=DEADLINE_S, collective_deadline_s=DEADLINE_S)
-    )
-    gc.freeze()  # what was imported: no collection need look at it
+    config = TrainingConfig(start_deadline_s=DEADLINE_S, collective_deadline_s=DEADLINE_S)
+    init_process_group(env, config)
+    gc.freeze()  # collections need not look at what was imported
     while True:
         try:
             fn, args = pipe.recv()
@@ -106,19 +111,24 @@ def _serve(env: RankEnv, pipe: Any) -> None:
 
 
 def leave_groups(env: RankEnv | None = None) -> None:
-    """Ends all groups but the default one: each of them keeps threads that wake up, hundreds in all."""
+    """Ends all groups but the default one.
+
+    Each of them keeps threads that wake up, hundreds in all.
+    """
     dist.barrier()  # all ranks are done with them
     if not _groups():
         return
-    if megatron := sys.modules.get("megatron.core.parallel_state"):
-        megatron.destroy_model_parallel()
-    gc.collect()  # what still holds them
+    parallel_state = sys.modules.get("megatron.core.parallel_state")
+    if parallel_state is not None:
+        parallel_state.destroy_model_parallel()
+    gc.collect()  # objects that nothing uses may still hold groups
     for group in _groups():  # megatron-core has ended some
         dist.destroy_process_group(group)
 
 
 def _groups() -> list[dist.ProcessGroup]:
-    return [group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]
+    groups = dist.distributed_c10d._world.pg_map
+    return [group for group in groups if group is not dist.group.WORLD]
 
 
 @pytest.fixture(autouse=True)
@@ -128,8 +138,7 @@ def _groups_end_with_the_test() -> Iterator[None]:
         try:
             pool(leave_groups)
         except Exception:  # after a test that failed, or stopped a rank
-            pool.close()
-            pool._start()
+            pool.restart()
     _used.clear()
 
 

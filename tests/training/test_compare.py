@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,34 +13,48 @@ from tests.training.parity import Outcome, assert_parity, compare
 
 @pytest.fixture
 def ref() -> Outcome:
-    steps = [
-        StepMetrics(1.0, 2.0, 0.1, False, {"train/a": 1.0}, {"train/b": 2.0}) for _ in range(2)
-    ]
+    step = StepMetrics(
+        loss=1.0,
+        grad_norm=2.0,
+        lr=0.1,
+        skipped=False,
+        means={"train/a": 1.0},
+        maxima={"train/b": 2.0},
+    )
     tensors = {"x": torch.ones(2), "y": torch.ones(3)}
-    return Outcome([torch.ones(2), torch.ones(3)], steps, [tensors, tensors], tensors)
+    return Outcome(
+        logprobs=[torch.ones(2), torch.ones(3)],
+        steps=[step, step],
+        grads=[tensors, tensors],
+        params=tensors,
+    )
 
 
 def poisoned(ref: Outcome, where: str) -> Outcome:
     """NaN in the last entry of a quantity, after others that agree."""
-    outcome, bad = copy.deepcopy(ref), torch.tensor([1.0, math.nan, 1.0])
+    outcome = copy.deepcopy(ref)
+    bad = torch.tensor([1.0, math.nan, 1.0])
     first, last = outcome.steps
-    values = {"loss": last.loss, "norm": last.grad_norm} | {where: math.nan}
-    maxima = {"train/b": math.nan} if where == "metrics" else last.maxima
-    metrics = StepMetrics(values["loss"], values["norm"], 0.1, False, last.means, maxima)
-    outcome.steps = [first, metrics]
     if where == "logprobs":
         outcome.logprobs[1] = bad
-    if where == "params":
-        outcome.params = outcome.params | {"y": bad}
-    if where == "grads":
-        outcome.grads = [outcome.grads[0], outcome.grads[1] | {"y": bad}]
+    elif where == "loss":
+        outcome.steps = [first, replace(last, loss=math.nan)]
+    elif where == "norm":
+        outcome.steps = [first, replace(last, grad_norm=math.nan)]
+    elif where == "metrics":
+        outcome.steps = [first, replace(last, maxima={"train/b": math.nan})]
+    elif where == "params":
+        outcome.params = {**outcome.params, "y": bad}
+    elif where == "grads":
+        outcome.grads = [outcome.grads[0], {**outcome.grads[1], "y": bad}]
     return outcome
 
 
 @pytest.mark.parametrize("where", ["logprobs", "loss", "norm", "metrics", "params", "grads"])
 def test_nan_is_a_difference(ref, where):
     outcome = poisoned(ref, where)
-    assert [name for name, value in compare(outcome, ref).items() if math.isnan(value)] == [where]
+    differences = compare(outcome, ref)
+    assert [name for name, value in differences.items() if math.isnan(value)] == [where]
     with pytest.raises(AssertionError, match=rf"\['{where}'\] differ from plain PyTorch"):
         assert_parity(outcome, ref, "poisoned")
     if where != "grads":  # nor without gradients, which some layouts do not collect

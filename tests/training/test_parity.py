@@ -15,125 +15,174 @@ from tests.training import parity
 from tests.training.megatron.resume import grow, interrupted, reshard, sent
 from tests.training.megatron.test_architectures import changes
 from tests.training.megatron.test_backend import rewrite
-from tests.training.parity import LENGTHS, NUM_STEPS, Layout, Outcome, assert_parity, collect, train
+from tests.training.parity import (
+    LENGTHS,
+    NUM_STEPS,
+    Job,
+    Layout,
+    Outcome,
+    RankFunction,
+    assert_parity,
+    collect,
+    train,
+)
 from tests.training.reference import make_step, reference
 
 pytestmark = pytest.mark.megatron
 
 DISTRIBUTED = (("distributed_optimizer", True),)
-ALONE, TP2, PP2, DP2 = Layout(), Layout(tp_size=2), Layout(pp_size=2), Layout(dp_size=2)
-TP2_PP2 = Layout(tp_size=2, pp_size=2)
-TP2_PP2_DISTRIBUTED = Layout(tp_size=2, pp_size=2, options=DISTRIBUTED)
-DP2_DISTRIBUTED = Layout(dp_size=2, options=DISTRIBUTED)
-TP2_DP2_DISTRIBUTED = Layout(tp_size=2, dp_size=2, options=DISTRIBUTED)
-PP2_DP2 = Layout(pp_size=2, dp_size=2)
-CP2, VPP2 = Layout(cp_size=2), Layout(pp_size=2, vpp_size=2, sequences=2)
-TP2_DP2, TP2_CP2 = Layout(tp_size=2, dp_size=2), Layout(tp_size=2, cp_size=2)
-CP2_DISTRIBUTED = Layout(cp_size=2, options=DISTRIBUTED)
 SEQUENCE_PARALLEL = (("sequence_parallel", True),)
 RECOMPUTE = (("recompute", True),)
-EP2, ETP2 = (("ep_size", 2),), (("etp_size", 2),)
+EP2 = (("ep_size", 2),)
+EP4 = (("ep_size", 4),)
+ETP2 = (("etp_size", 2),)
+
+ALONE = Layout()
+TP2 = Layout(tp_size=2)
+PP2 = Layout(pp_size=2)
+DP2 = Layout(dp_size=2)
+CP2 = Layout(cp_size=2)
+VPP2 = Layout(pp_size=2, vpp_size=2, sequences=2)
+TP2_PP2 = Layout(tp_size=2, pp_size=2)
+TP2_DP2 = Layout(tp_size=2, dp_size=2)
+TP2_CP2 = Layout(tp_size=2, cp_size=2)
+PP2_DP2 = Layout(pp_size=2, dp_size=2)
+DP2_EP2 = Layout(dp_size=2, options=EP2)
+DP2_DISTRIBUTED = replace(DP2, options=DISTRIBUTED)
+CP2_DISTRIBUTED = replace(CP2, options=DISTRIBUTED)
+VPP2_DISTRIBUTED = replace(VPP2, options=DISTRIBUTED)
+TP2_PP2_DISTRIBUTED = replace(TP2_PP2, options=DISTRIBUTED)
+TP2_DP2_DISTRIBUTED = replace(TP2_DP2, options=DISTRIBUTED)
+TP2_CP2_DISTRIBUTED = replace(TP2_CP2, options=DISTRIBUTED)
 EP2_DISTRIBUTED = Layout(dp_size=2, options=EP2 + DISTRIBUTED)
-IDLE = "glm4_moe_idle"  # half of the experts, which are one rank's, get no token at all
+TP2_EP2 = Layout(tp_size=2, options=SEQUENCE_PARALLEL + EP2)
+TP2_DP2_EP2_ETP2 = replace(TP2_DP2, options=SEQUENCE_PARALLEL + EP2 + ETP2)
+FSDP1 = Layout(backend="fsdp")
+FSDP2 = Layout(backend="fsdp", dp_size=2)
+FSDP4 = Layout(backend="fsdp", dp_size=4)
+
+IDLE = "glm4_moe_idle"  # half of the experts, all on one rank, get no token at all
 
 EXPERTS = [
     DP2,
-    Layout(tp_size=2, options=SEQUENCE_PARALLEL),
-    Layout(tp_size=2, options=SEQUENCE_PARALLEL + EP2),
-    Layout(tp_size=2, options=SEQUENCE_PARALLEL + ETP2),
-    Layout(dp_size=2, options=EP2),
+    replace(TP2, options=SEQUENCE_PARALLEL),
+    TP2_EP2,
+    replace(TP2, options=SEQUENCE_PARALLEL + ETP2),
+    DP2_EP2,
     Layout(dp_size=2, options=ETP2),
     EP2_DISTRIBUTED,
-    Layout(pp_size=2, dp_size=2, options=EP2),
-    Layout(tp_size=2, dp_size=2, options=SEQUENCE_PARALLEL + EP2 + ETP2),
-    Layout(tp_size=2, pp_size=2, options=SEQUENCE_PARALLEL + EP2 + RECOMPUTE + DISTRIBUTED),
-    Layout(dp_size=4, options=(("ep_size", 4),)),
+    replace(PP2_DP2, options=EP2),
+    TP2_DP2_EP2_ETP2,
+    replace(TP2_PP2, options=SEQUENCE_PARALLEL + EP2 + RECOMPUTE + DISTRIBUTED),
+    Layout(dp_size=4, options=EP4),
 ]
 
-# Each mechanism once, with embeddings tied and not, biases, qk norm. The vocabulary of 250 is padded in all.
-ONCE = [
+Case = tuple[str, Layout]  # the model's family, the layout
+
+# Each mechanism once, with embeddings tied and not, biases, qk norm. The vocabulary of
+# 250 is padded in all.
+ONCE: list[Case] = [
     ("llama", ALONE),
     ("llama", TP2),
     ("qwen2", PP2),
     ("qwen3", DP2),
     ("qwen3", DP2_DISTRIBUTED),
     ("qwen3", TP2_PP2),
-    ("qwen3_moe", Layout(dp_size=2, options=EP2)),
+    ("qwen3_moe", DP2_EP2),
     ("qwen2", CP2),
     ("qwen3", VPP2),
     ("llama", replace(TP2_CP2, options=SEQUENCE_PARALLEL)),
-    ("qwen3", Layout(backend="fsdp")),
-    ("qwen3", Layout(backend="fsdp", dp_size=2)),
+    ("qwen3", FSDP1),
+    ("qwen3", FSDP2),
 ]
-# Each layout under each algorithm, and by families of models under one.
+
+# Each layout is run under each algorithm.
 LAYOUTS = [
-    *(Layout(backend="fsdp", dp_size=size) for size in (1, 2, 4)),
-    *(Layout(backend="fsdp", dp_size=2, sequences=n) for n in (1, len(LENGTHS))),
-    Layout(backend="fsdp", dp_size=2, options=RECOMPUTE),
-    *(ALONE, TP2, PP2, VPP2, DP2, CP2, TP2_PP2),
-    *(replace(layout, options=SEQUENCE_PARALLEL) for layout in (TP2, TP2_PP2, TP2_CP2)),
-    *(replace(layout, options=DISTRIBUTED) for layout in (DP2, CP2, VPP2, TP2_DP2)),
-    *(replace(layout, options=RECOMPUTE) for layout in (TP2, PP2, VPP2, CP2)),
-    *(replace(layout, sequences=n) for layout in (ALONE, TP2, CP2) for n in (1, len(LENGTHS))),
-    *(replace(layout, sequences=1) for layout in (PP2, VPP2)),
-    *(
-        TP2_CP2,
-        TP2_DP2,
-        PP2_DP2,
-        Layout(pp_size=4),
-        Layout(cp_size=4),
-        Layout(dp_size=4, options=DISTRIBUTED),
-    ),
+    FSDP1,
+    FSDP2,
+    FSDP4,
+    replace(FSDP2, sequences=1),
+    replace(FSDP2, sequences=len(LENGTHS)),
+    replace(FSDP2, options=RECOMPUTE),
+    ALONE,
+    TP2,
+    PP2,
+    VPP2,
+    DP2,
+    CP2,
+    TP2_PP2,
+    replace(TP2, options=SEQUENCE_PARALLEL),
+    replace(TP2_PP2, options=SEQUENCE_PARALLEL),
+    replace(TP2_CP2, options=SEQUENCE_PARALLEL),
+    DP2_DISTRIBUTED,
+    CP2_DISTRIBUTED,
+    VPP2_DISTRIBUTED,
+    TP2_DP2_DISTRIBUTED,
+    replace(TP2, options=RECOMPUTE),
+    replace(PP2, options=RECOMPUTE),
+    replace(VPP2, options=RECOMPUTE),
+    replace(CP2, options=RECOMPUTE),
+    replace(ALONE, sequences=1),
+    replace(ALONE, sequences=len(LENGTHS)),
+    replace(TP2, sequences=1),
+    replace(TP2, sequences=len(LENGTHS)),
+    replace(CP2, sequences=1),
+    replace(CP2, sequences=len(LENGTHS)),
+    replace(PP2, sequences=1),
+    replace(VPP2, sequences=1),
+    TP2_CP2,
+    TP2_DP2,
+    PP2_DP2,
+    Layout(pp_size=4),
+    Layout(cp_size=4),
+    Layout(dp_size=4, options=DISTRIBUTED),
     Layout(cp_size=2, pp_size=2, vpp_size=2, sequences=2, options=DISTRIBUTED),
     Layout(cp_size=2, dp_size=2, options=DISTRIBUTED),
     Layout(tp_size=2, pp_size=2, vpp_size=2, sequences=2, options=SEQUENCE_PARALLEL + RECOMPUTE),
 ]
-MATRIX = [
-    *(
-        ("qwen3", replace(layout, algorithm=name))
-        for name in parity.ALGORITHMS
-        for layout in LAYOUTS
-    ),
-    *(
-        (f, layout)
-        for f in ("llama", "qwen2", "qwen3_untied")
-        for layout in (ALONE, TP2, PP2, VPP2, CP2, TP2_PP2)
-    ),
-    *(
-        (f, layout)
-        for f in ("llama", "qwen2")
-        for layout in (DP2, DP2_DISTRIBUTED, TP2_DP2_DISTRIBUTED, PP2_DP2)
-    ),
-    *(("llama3", layout) for layout in (ALONE, CP2)),
-    *((family, layout) for family in ("qwen3_moe", "glm4_moe") for layout in EXPERTS),
-    ("deepseek_v3", Layout(tp_size=2, options=SEQUENCE_PARALLEL + EP2)),
-    ("qwen2_moe", Layout(tp_size=2, options=SEQUENCE_PARALLEL + EP2)),
-    ("qwen3_moe_mixed", Layout(pp_size=4)),  # two stages have no experts
-    *(
-        (family, layout)
-        for family in ("qwen3_moe", "glm4_moe", "deepseek_v3")
-        for layout in (CP2, VPP2)
-    ),
-    (IDLE, Layout(dp_size=2, options=EP2)),
-]
-RESHARDED: list[tuple[str, Layout, Any]] = [  # into one rank, or from one
+
+
+def _matrix() -> list[Case]:
+    cases: list[Case] = []
+    for algorithm in parity.ALGORITHMS:
+        cases += [("qwen3", replace(layout, algorithm=algorithm)) for layout in LAYOUTS]
+    for family in ("llama", "qwen2", "qwen3_untied"):
+        cases += [(family, layout) for layout in (ALONE, TP2, PP2, VPP2, CP2, TP2_PP2)]
+    for family in ("llama", "qwen2"):
+        layouts = (DP2, DP2_DISTRIBUTED, TP2_DP2_DISTRIBUTED, PP2_DP2)
+        cases += [(family, layout) for layout in layouts]
+    cases += [("llama3", layout) for layout in (ALONE, CP2)]
+    for family in ("qwen3_moe", "glm4_moe"):
+        cases += [(family, layout) for layout in EXPERTS]
+    cases += [("deepseek_v3", TP2_EP2), ("qwen2_moe", TP2_EP2)]
+    cases.append(("qwen3_moe_mixed", Layout(pp_size=4)))  # two stages have no experts
+    for family in ("qwen3_moe", "glm4_moe", "deepseek_v3"):
+        cases += [(family, layout) for layout in (CP2, VPP2)]
+    cases.append((IDLE, DP2_EP2))
+    return cases
+
+
+MATRIX = _matrix()
+
+# A checkpoint is loaded into one rank (reshard), or from one (grow).
+RESHARDED: list[tuple[str, Layout, RankFunction]] = [
     ("qwen3", TP2_PP2_DISTRIBUTED, reshard),
     ("qwen3", TP2_DP2_DISTRIBUTED, reshard),
     ("qwen3", CP2, reshard),
-    ("qwen3", replace(VPP2, options=DISTRIBUTED), reshard),
-    ("qwen3", replace(VPP2, options=DISTRIBUTED), grow),
-    ("qwen3", replace(TP2_CP2, options=DISTRIBUTED), reshard),
+    ("qwen3", VPP2_DISTRIBUTED, reshard),
+    ("qwen3", VPP2_DISTRIBUTED, grow),
+    ("qwen3", TP2_CP2_DISTRIBUTED, reshard),
     ("qwen3_moe", EP2_DISTRIBUTED, reshard),
     ("qwen3_moe", EP2_DISTRIBUTED, grow),
-    ("qwen3_moe", Layout(dp_size=2, options=EP2), reshard),
-    ("qwen3_moe", Layout(tp_size=2, options=SEQUENCE_PARALLEL + EP2), grow),
+    ("qwen3_moe", DP2_EP2, reshard),
+    ("qwen3_moe", TP2_EP2, grow),
     ("qwen3_moe_mixed", Layout(pp_size=4, options=DISTRIBUTED), reshard),
     ("qwen3_moe_mixed", Layout(pp_size=4), grow),
 ]
 
 
 def unwanted(tensors: dict[str, torch.Tensor]) -> None:
-    """The second half of the experts is never chosen."""
+    """Biases the scores so that the second half of the experts is never chosen."""
     for name, bias in tensors.items():
         if name.endswith("e_score_correction_bias"):
             bias[len(bias) // 2 :] = -9.0
@@ -155,60 +204,81 @@ class Problem:
         return cls(model_dir, steps, reference(model_dir, steps, algorithm))
 
 
-def run_all(cases: list[tuple[str, Layout]], tmp: Path, more: list[Any], deadline_s: float) -> Any:
-    """The problem and the outcome of each case, and what the functions of `more` returned by rank."""
-    jobs = [(*case, train) for case in cases] + more
-    made = {
-        key: Problem.make(*key, tmp)
-        for key in sorted({(f, layout.algorithm) for f, layout, _ in jobs})
-    }
-    problems = [made[family, layout.algorithm] for family, layout, _ in jobs]
-    results = parity.run(
-        [(job[1], p.model_dir, job[2], p.steps) for job, p in zip(jobs, problems, strict=True)],
-        tmp,
-        deadline_s,
-    )
-    outcomes = {case: collect(r, case[1]) for case, r in zip(cases, results, strict=False)}
-    return dict(zip(cases, problems, strict=False)), outcomes, results[len(cases) :]
+@dataclass
+class Runs:
+    """Results of one set of rank processes."""
+
+    problems: dict[Case, Problem]
+    outcomes: dict[Case, Outcome]
+    others: list[list[dict[str, Any]]]  # what the further functions returned, by rank
+
+
+def run_all(
+    cases: list[Case],
+    tmp: Path,
+    others: list[tuple[str, Layout, RankFunction]],
+    deadline_s: float,
+) -> Runs:
+    """Trains in each case, and runs the functions of `others`."""
+    functions = [(*case, train) for case in cases] + others
+    made: dict[tuple[str, str], Problem] = {}
+    jobs = []
+    for family, layout, function in functions:
+        key = (family, layout.algorithm)
+        if key not in made:
+            made[key] = Problem.make(*key, tmp)
+        problem = made[key]
+        jobs.append(Job(layout, problem.model_dir, function, problem.steps))
+    results = parity.run(jobs, tmp, deadline_s)
+    problems = {}
+    outcomes = {}
+    for case, ranks in zip(cases, results[: len(cases)], strict=True):
+        family, layout = case
+        problems[case] = made[family, layout.algorithm]
+        outcomes[case] = collect(ranks, layout)
+    return Runs(problems, outcomes, results[len(cases) :])
+
+
+def label(case: tuple[Any, ...]) -> str:
+    family, layout, *_ = case
+    return f"{family}-{layout}"
 
 
 @pytest.fixture(scope="module")
-def once(tmp_path_factory):
-    resumes = [("qwen3", layout, interrupted) for layout in (TP2_PP2, DP2_DISTRIBUTED, VPP2)]
-    others = [("qwen3", layout, reshard) for layout in (VPP2, CP2_DISTRIBUTED)]
-    return run_all(ONCE, tmp_path_factory.mktemp("parity"), resumes + others, deadline_s=240)
+def once(tmp_path_factory) -> Runs:
+    others = [("qwen3", layout, interrupted) for layout in (TP2_PP2, DP2_DISTRIBUTED, VPP2)]
+    others += [("qwen3", layout, reshard) for layout in (VPP2, CP2_DISTRIBUTED)]
+    return run_all(ONCE, tmp_path_factory.mktemp("parity"), others, deadline_s=240)
 
 
-@pytest.mark.parametrize("case", ONCE, ids=lambda case: f"{case[0]}-{case[1]}")
+@pytest.mark.parametrize("case", ONCE, ids=label)
 def test_training_equals_plain_pytorch(once, case):
-    problems, outcomes, _ = once
-    assert_parity(outcomes[case], problems[case].reference, case[1])
+    _, layout = case
+    assert_parity(once.outcomes[case], once.problems[case].reference, layout)
 
 
-@pytest.mark.parametrize("case", ONCE, ids=lambda case: f"{case[0]}-{case[1]}")
+@pytest.mark.parametrize("case", ONCE, ids=label)
 def test_weight_shards_are_the_checkpoint_bit_for_bit(once, case):
-    problems, outcomes, _ = once
-    saved = load_file(problems[case].model_dir / "model.safetensors")
-    initial = outcomes[case].extra["initial"]
-    assert (
-        initial.keys() == saved.keys() == {tensor.name for tensor in outcomes[case].extra["plan"]}
-    )
-    assert all(torch.equal(initial[name], saved[name]) for name in saved)
+    saved = load_file(once.problems[case].model_dir / "model.safetensors")
+    extra = once.outcomes[case].extra
+    assert extra["initial"].keys() == saved.keys()
+    assert {tensor.name for tensor in extra["plan"]} == saved.keys()
+    for name, tensor in saved.items():
+        assert torch.equal(extra["initial"][name], tensor), name
 
 
-@pytest.mark.parametrize("case", ONCE, ids=lambda case: f"{case[0]}-{case[1]}")
+@pytest.mark.parametrize("case", ONCE, ids=label)
 def test_reference_logprobs_are_those_of_the_initial_weights_and_leave_the_policy_alone(once, case):
-    _, outcomes, _ = once
-    outcome = outcomes[case]
-    for reference_, initial in zip(outcome.extra["ref_logprobs"], outcome.logprobs, strict=True):
-        assert torch.equal(reference_, initial)
-    after = outcome.extra["params_after_ref"]
-    assert all(torch.equal(after[name], value) for name, value in outcome.params.items())
+    outcome = once.outcomes[case]
+    for ref_logprobs, initial in zip(outcome.extra["ref_logprobs"], outcome.logprobs, strict=True):
+        assert torch.equal(ref_logprobs, initial)
+    for name, value in outcome.params.items():
+        assert torch.equal(outcome.extra["params_after_ref"][name], value), name
 
 
 @pytest.mark.parametrize("index", range(3), ids=["tp2-pp2", "dp2-distributed", "vpp2"])
 def test_a_resumed_run_continues_bit_for_bit(once, index):
-    check_resumed(once[2][index])
+    check_resumed(once.others[index])
 
 
 def check_resumed(ranks: list[dict[str, Any]]) -> None:
@@ -222,49 +292,51 @@ def check_resumed(ranks: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("index", [3, 4], ids=["vpp2", "cp2-distributed"])
 def test_a_checkpoint_of_either_mechanism_loads_into_one_rank(once, index):
-    assert max(rank["difference"] for rank in once[2][index]) <= parity.ABSOLUTE
+    for rank in once.others[index]:
+        assert rank["difference"] <= parity.ABSOLUTE
 
 
 @pytest.fixture(scope="module")
-def matrix(tmp_path_factory):
-    both = Layout(tp_size=2, dp_size=2, options=SEQUENCE_PARALLEL + EP2 + ETP2)
-    more = [*RESHARDED, ("qwen3_moe", both, sent), ("qwen3_moe", EP2_DISTRIBUTED, interrupted)]
-    return run_all(MATRIX, tmp_path_factory.mktemp("matrix"), more, deadline_s=3000)
+def matrix(tmp_path_factory) -> Runs:
+    others = [
+        *RESHARDED,
+        ("qwen3_moe", TP2_DP2_EP2_ETP2, sent),
+        ("qwen3_moe", EP2_DISTRIBUTED, interrupted),
+    ]
+    return run_all(MATRIX, tmp_path_factory.mktemp("matrix"), others, deadline_s=3000)
 
 
 @pytest.mark.matrix
 @pytest.mark.timeout(3100)
-@pytest.mark.parametrize("case", MATRIX, ids=lambda case: f"{case[0]}-{case[1]}")
+@pytest.mark.parametrize("case", MATRIX, ids=label)
 def test_matrix_equals_plain_pytorch(matrix, case, record_property):
-    problems, outcomes, _ = matrix
-    differences = parity.compare(outcomes[case], problems[case].reference)
-    record_property("parity", (str(replace(case[1], algorithm="grpo")), differences))
-    assert_parity(outcomes[case], problems[case].reference, case[1])
+    _, layout = case
+    expected = matrix.problems[case].reference
+    differences = parity.compare(matrix.outcomes[case], expected)
+    record_property("parity", (str(layout), differences))
+    assert_parity(matrix.outcomes[case], expected, layout)
 
 
 @pytest.mark.matrix
 @pytest.mark.timeout(3100)
-@pytest.mark.parametrize(
-    "index", range(len(RESHARDED)), ids=lambda i: "-".join(map(str, RESHARDED[i][:2]))
-)
+@pytest.mark.parametrize("index", range(len(RESHARDED)), ids=lambda index: label(RESHARDED[index]))
 def test_a_checkpoint_loads_into_another_layout(matrix, index):
-    for rank in matrix[2][index]:
-        assert rank["difference"] <= parity.ABSOLUTE, rank["difference"]
+    for rank in matrix.others[index]:
+        assert rank["difference"] <= parity.ABSOLUTE
 
 
 @pytest.mark.matrix
 @pytest.mark.timeout(3100)
 def test_a_resumed_run_with_experts_continues_bit_for_bit(matrix):
-    check_resumed(matrix[2][-1])
+    check_resumed(matrix.others[-1])
 
 
 @pytest.mark.matrix
 @pytest.mark.timeout(3100)
 def test_a_weight_sync_assembles_experts_bit_for_bit(matrix):
-    problems, _, more = matrix
-    saved, [found, *others] = (
-        load_file(problems["qwen3_moe", DP2].model_dir / "model.safetensors"),
-        more[-2],
-    )
-    assert found.keys() == saved.keys() and not any(others)
-    assert all(torch.equal(found[name], saved[name]) for name in saved)
+    saved = load_file(matrix.problems["qwen3_moe", DP2].model_dir / "model.safetensors")
+    on_rank_0, *on_others = matrix.others[-2]
+    assert on_rank_0.keys() == saved.keys()
+    assert not any(on_others)
+    for name, tensor in saved.items():
+        assert torch.equal(on_rank_0[name], tensor), name

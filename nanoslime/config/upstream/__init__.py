@@ -24,7 +24,8 @@ _SHAPE = """num_layers hidden_size num_attention_heads num_query_groups ffn_hidd
 _LOSS = """calculate_per_token_loss moe_aux_loss_coeff moe_z_loss_coeff
     moe_router_bias_update_rate""".split()
 # Options that packed sequences and the loading of weights rest on.
-_FIXED = "variable_seq_lengths use_cpu_initialization perform_initialization".split()
+_FIXED = """variable_seq_lengths use_cpu_initialization perform_initialization
+    transformer_impl""".split()
 # Options that cut weights in another way than the weight map does.
 _WEIGHT_SHARDS = """tensor_parallel_num_weight_shards gtp_weight_remat_size
     expert_tensor_parallel_num_weight_shards expert_gtp_weight_remat_size""".split()

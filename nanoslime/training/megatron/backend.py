@@ -24,27 +24,26 @@ from nanoslime.training.metrics import ReducedMetrics
 class MegatronBackend(TrainBackend):
     def __init__(self, config: RunConfig, model_dir: Path, env: RankEnv) -> None:
         super().__init__(config, env)
-        self._shape, self._model_dir = ModelShape.read(model_dir), model_dir
+        self._model_dir = model_dir
+        self._shape = ModelShape.read(model_dir)
         check_parallel(config.training, self._shape, env.world_size, slots=env.world_size)
         if env.device == "cuda":
             found = model.has_transformer_engine(self._device)
             check_kernels(config.training, self._shape, transformer_engine=found)
         cpu_compat.install()
-        self._ranks = ranks = parallel.initialize(config.training, env, config.seed)
-        self.dp_rank, self.dp_size = ranks.dp_rank, ranks.dp_size
-        self.is_last_stage = ranks.is_last_stage
-        distributed = model.build(self._shape, config, ranks, self._device)
-        self._pieces = [model.unwrap(piece) for piece in distributed]
-        here = zip(self._pieces, ranks.parts(self._shape), strict=True)
-        self._weights_here = [
-            b for piece, part in here for b in weights.bind(piece, self._shape, part)
-        ]
-        weights.load(self._weights_here, self._shape, model_dir)
+        self._ranks = parallel.initialize(config.training, env, config.seed)
+        self.dp_rank = self._ranks.dp_rank
+        self.dp_size = self._ranks.dp_size
+        self.is_last_stage = self._ranks.is_last_stage
+        distributed = model.build(self._shape, config, self._ranks, self._device)
+        self._model_chunks = [model.unwrap(chunk) for chunk in distributed]
+        self._parameter_pieces = self._bind()
+        weights.load(self._parameter_pieces, self._shape, model_dir)
         self._optimizer = optimizer.build(distributed, config)
         self._replay = config.training.routing_replay
         if self._replay != "none":
-            install_replay(self._pieces, self._shape)
-        self._pipeline = Pipeline(distributed, self._shape, ranks, self._device)
+            install_replay(self._model_chunks, self._shape)
+        self._pipeline = Pipeline(distributed, self._shape, self._ranks, self._device)
         self._keep_reference()
 
     def all_sum(self, value: Tensor) -> Tensor:
@@ -53,65 +52,82 @@ class MegatronBackend(TrainBackend):
         return total.to(value.device)
 
     def weight_shards(self) -> Iterator[WeightShard]:
-        return weights.shards(self._weights_here)
+        return weights.shards(self._parameter_pieces)
 
     def grad_shards(self) -> Iterator[WeightShard]:
-        return weights.shards(self._weights_here, "main_grad")
+        return weights.shards(self._parameter_pieces, "main_grad")
 
     def save(self, path: Path) -> None:
-        checkpoint.save(path, self._pieces, self._optimizer, self._past, self._ranks)
+        checkpoint.save(path, self._model_chunks, self._optimizer, self._past, self._ranks)
         if dist.get_rank() == 0:  # with these it converts back to Hugging Face's format
             copy_other_files(self._model_dir, path / SIDE)
 
     def load(self, path: Path) -> None:
-        self._past = checkpoint.load(path, self._pieces, self._optimizer, self._ranks)
+        self._past = checkpoint.load(path, self._model_chunks, self._optimizer, self._ranks)
+
+    def _bind(self) -> weights.ParameterPieces:
+        found = []
+        partitions = self._ranks.partitions(self._shape)
+        for chunk, partition in zip(self._model_chunks, partitions, strict=True):
+            found += weights.bind(chunk, self._shape, partition)
+        return found
 
     def _packed_logprobs(
         self, shard: TrainBatch, weights: Literal["policy", "ref"]
     ) -> list[Tensor]:
         if weights == "ref":
             shard = replace(shard, routed_experts=None)
-        elif self._replay == "R2" and (moe := self._shape.moe):
-            size = (len(self._shape.moe_layers), moe.num_experts_per_token)
-            free = [torch.full((len(ids), *size), -1, dtype=torch.int16) for ids in shard.token_ids]
-            shard.routed_experts = free  # the pass fills in what this rank's routers choose
+        elif self._replay == "R2" and self._shape.moe:
+            # All unknown: the pass fills in what this rank's routers choose.
+            size = (len(self._shape.moe_layers), self._shape.moe.num_experts_per_token)
+            shard.routed_experts = [
+                torch.full((len(ids), *size), -1, dtype=torch.int16) for ids in shard.token_ids
+            ]
         return self._pipeline.logprobs(shard)
 
     def _backward(self, shard: TrainBatch, algorithm: Algorithm) -> ReducedMetrics:
-        if self._replay != "none" and shard.routed_experts is None:
-            source = (
-                "the samples hold none"
-                if self._replay == "R3"
-                else "logprobs were not computed before"
-            )
-            raise ValueError(f"training.routing_replay={self._replay}: no routed experts; {source}")
+        if shard.routed_experts is None:
+            self._refuse_without_experts()
         self._optimizer.zero_grad()
-        return parallel.from_last_stage(self._pipeline.gradients(shard, algorithm), self._ranks)
+        metrics = self._pipeline.gradients(shard, algorithm)
+        return parallel.from_last_stage(metrics, self._ranks)
+
+    def _refuse_without_experts(self) -> None:
+        if self._replay == "R2":
+            raise ValueError(
+                "training.routing_replay=R2: no routed experts; logprobs were not computed before"
+                " the step"
+            )
+        if self._replay == "R3":
+            raise ValueError("training.routing_replay=R3: no routed experts; the samples hold none")
 
     def _grad_norm(self) -> float:
         self._optimizer.prepare_grads()
         return float(self._optimizer.get_grad_norm())
 
     def _grads(self) -> list[Tensor]:
-        parameters = (
-            p for inner in self._optimizer.chained_optimizers for p in inner.get_parameters()
-        )
-        grads = (
-            getattr(p, "decoupled_grad", p.grad) for p in parameters
-        )  # the former when it is offloaded
-        return [grad for grad in grads if grad is not None]
+        found = []
+        for inner in self._optimizer.chained_optimizers:
+            for parameter in inner.get_parameters():
+                # An offloaded parameter has its gradient in decoupled_grad.
+                grad = getattr(parameter, "decoupled_grad", parameter.grad)
+                if grad is not None:
+                    found.append(grad)
+        return found
 
     def _update(self, lr: float) -> None:
         optimizer.set_rates(self._optimizer, lr, self._training.weight_decay)
         self._optimizer.step_with_ready_grads()
 
     def _parameters(self) -> list[Tensor]:
-        return [p.detach() for piece in self._pieces for p in piece.parameters()]
+        return [p.detach() for chunk in self._model_chunks for p in chunk.parameters()]
 
     def _live_tensors(self) -> tuple[list[Tensor], list[Tensor]]:
         self._optimizer.zero_grad()
-        buffers = [buffer for piece in self._pieces for buffer in piece.buffers()]
-        grads = [
-            p.main_grad for piece in self._pieces for p in piece.parameters() if p.requires_grad
-        ]
-        return [*self._parameters(), *buffers, *optimizer.tensors(self._optimizer)], grads
+        kept = self._parameters()
+        grads = []
+        for chunk in self._model_chunks:
+            kept += chunk.buffers()
+            grads += [p.main_grad for p in chunk.parameters() if p.requires_grad]
+        kept += optimizer.tensors(self._optimizer)
+        return kept, grads

@@ -1,6 +1,7 @@
 """Weights, optimizer, random state and step in megatron-core's torch_dist format.
 
-Optimizer state is written in its fully reshardable form, gathered on data-parallel rank 0 over gloo.
+Optimizer state is written in its fully reshardable form, gathered on data-parallel rank
+0 over gloo.
 """
 
 import logging
@@ -11,11 +12,12 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
 from megatron.core.dist_checkpointing.serialization import load_content_metadata
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel.random import _get_all_rng_states, _set_all_rng_states
@@ -30,73 +32,62 @@ _CONTENT = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": True,
     "chained_optim_avoid_prefix": True,
-    "non_homogeneous_layers": True,  # layers apart: where one is frozen, others' optimizer state is not
+    # Layers are kept apart: where one is frozen, the others still have optimizer state.
+    "non_homogeneous_layers": True,
 }
 
 
-class _InProcessWriter(torch_dist.TorchDistSaveShardedStrategy):
-    """torch_dist files written by the rank itself.
+class InProcessWriter(torch_dist.TorchDistSaveShardedStrategy):
+    """Writes torch_dist files in the rank itself.
 
-    megatron-core 0.16.1 writes in forked processes and collects their results through a spawned
-    multiprocessing manager, also when asked to save synchronously: that imports __main__ anew (it hangs
-    without a guard there) and outlives a rank that dies.
+    megatron-core 0.19.2 collects the results of its writers through a spawned
+    multiprocessing manager, also when asked to save synchronously: that imports
+    __main__ anew (it hangs without a guard there) and outlives a rank that dies.
     """
 
-    def __init__(self) -> None:
-        super().__init__("torch_dist", 1)
-
     def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
-        rename = torch_dist._replace_state_dict_keys_with_sharded_keys
-        renamed = rename(sharded_state_dict, keep_only_main_replica=True)[0]
+        by_key, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(
+            sharded_state_dict, keep_only_main_replica=True
+        )
+        state = torch_dist.mcore_to_pyt_state_dict(by_key, is_loading=False)
         planner = torch_dist.MCoreSavePlanner(
             dedup_replicated_tensors=False, flatten_state_dict=False
         )
-        writer = dcp.FileSystemWriter(checkpoint_dir)
-        state = torch_dist.mcore_to_pyt_state_dict(renamed, False)
-        dcp.save(state, storage_writer=writer, planner=planner)
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(checkpoint_dir), planner=planner)
 
 
 def save(
-    path: Path, pieces: list[GPTModel], optimizer: ChainedOptimizer, past: Progress, ranks: Ranks
+    path: Path,
+    model_chunks: list[GPTModel],
+    optimizer: ChainedOptimizer,
+    past: Progress,
+    ranks: Ranks,
 ) -> None:
-    """Writes the model's pieces on this rank into the existing empty directory `path`; collective."""
+    """Writes this rank's model chunks into the existing empty directory `path`; collective."""
     _make_state(optimizer)
-    state = _sharded_state(pieces, optimizer, ranks, _CONTENT, is_loading=False)
-    state |= {"progress": asdict(past), "layout": _layout(ranks)}
-    dist_checkpointing.save(state, str(path), _InProcessWriter(), content_metadata=_CONTENT)
+    state = _sharded_state(model_chunks, optimizer, ranks, _CONTENT, is_loading=False)
+    state["progress"] = asdict(past)
+    state["layout"] = _layout(ranks)
+    dist_checkpointing.save(state, str(path), InProcessWriter(), content_metadata=_CONTENT)
 
 
-def load(path: Path, pieces: list[GPTModel], optimizer: ChainedOptimizer, ranks: Ranks) -> Progress:
+def load(
+    path: Path, model_chunks: list[GPTModel], optimizer: ChainedOptimizer, ranks: Ranks
+) -> Progress:
     """Restores what `save` wrote and returns the progress; collective.
 
-    The random state belongs to a rank, so it is left as it is under another layout than the one that saved.
-    Raises RunError for a checkpoint that is damaged or of another model.
+    The random state belongs to a rank. A layout other than the one that saved leaves it
+    as it is. Raises RunError for a checkpoint that is damaged or of another model.
     """
     _make_state(optimizer)
     try:
-        common = dist_checkpointing.load_common_state_dict(str(path))
-        content, layout = (
-            load_content_metadata(preloaded_state_dict=common) or _CONTENT,
-            common["layout"],
-        )
-        state = _sharded_state(pieces, optimizer, ranks, content, is_loading=True)
-        if layout != _layout(ranks):
-            logger.warning(
-                "random state not restored: saved by layout %s, now %s", layout, _layout(ranks)
-            )
-            del state["random"]
-        loaded = dist_checkpointing.load(state, str(path))
-    except (
-        dist_checkpointing.core.CheckpointingException,
-        dcp.CheckpointException,
-        OSError,
-        KeyError,
-    ) as e:
+        loaded = _read(path, model_chunks, optimizer, ranks)
+    except (CheckpointingException, dcp.CheckpointException, OSError, KeyError) as e:
         raise RunError(
             f"{path} cannot be loaded as a Megatron checkpoint of this model: {e}"
         ) from e
-    for number, piece in enumerate(pieces):
-        piece.load_state_dict(loaded["model"][number])
+    for number, chunk in enumerate(model_chunks):
+        chunk.load_state_dict(loaded["model"][number])
     past = Progress(**loaded["progress"])
     _load_optimizer(optimizer, loaded["optimizer"], past.step - past.num_skipped)
     if "random" in loaded:
@@ -104,49 +95,65 @@ def load(path: Path, pieces: list[GPTModel], optimizer: ChainedOptimizer, ranks:
     return past
 
 
+def _read(
+    path: Path, model_chunks: list[GPTModel], optimizer: ChainedOptimizer, ranks: Ranks
+) -> dict[str, Any]:
+    """Reads the state in `path` for this rank; collective.
+
+    It has "random" only where the same layout saved it.
+    """
+    common = dist_checkpointing.load_common_state_dict(str(path))
+    content = load_content_metadata(preloaded_state_dict=common) or _CONTENT
+    state = _sharded_state(model_chunks, optimizer, ranks, content, is_loading=True)
+    saved_layout = common["layout"]
+    if saved_layout != _layout(ranks):
+        logger.warning(
+            "random state not restored: saved by layout %s, now %s", saved_layout, _layout(ranks)
+        )
+        del state["random"]
+    return dist_checkpointing.load(state, str(path))
+
+
 def _sharded_state(
-    pieces: list[GPTModel],
+    model_chunks: list[GPTModel],
     optimizer: ChainedOptimizer,
     ranks: Ranks,
     content: dict[str, Any],
     *,
     is_loading: bool,
 ) -> dict[str, Any]:
-    weights = dict(enumerate(piece.sharded_state_dict(metadata=dict(content)) for piece in pieces))
-    options = {"is_loading": is_loading, "metadata": dict(content)}
+    """Model, optimizer and random state of this rank, and where each tensor lies in the whole."""
+    weights = {}
+    for number, chunk in enumerate(model_chunks):
+        weights[number] = chunk.sharded_state_dict(metadata=dict(content))
+    moments = {}
+    for number, inner in enumerate(optimizer.chained_optimizers):
+        moments[number] = {}
+        if inner.get_parameters():
+            moments[number] = inner.sharded_state_dict(
+                weights, is_loading=is_loading, metadata=dict(content)
+            )
     grid = (ranks.pp_size, ranks.dp_size, ranks.cp_size, ranks.tp_size)
     place = (ranks.pp_rank, ranks.dp_rank, ranks.cp_rank, ranks.tp_rank)
-    return {
-        "model": weights,
-        "optimizer": {
-            number: inner.sharded_state_dict(weights, **options) if inner.get_parameters() else {}
-            for number, inner in enumerate(optimizer.chained_optimizers)
-        },
-        "random": ShardedObject("random", _get_all_rng_states(), grid, place),
-    }
+    random_state = ShardedObject("random", _get_all_rng_states(), grid, place)
+    return {"model": weights, "optimizer": moments, "random": random_state}
 
 
 def _layout(ranks: Ranks) -> str:
-    experts = (
-        f" ep{ranks.ep_size} etp{ranks.etp_size}" if ranks.ep_size * ranks.etp_size > 1 else ""
-    )
-    pp = f"pp{ranks.pp_size}x{ranks.vpp_size}"
-    return f"tp{ranks.tp_size} cp{ranks.cp_size} {pp} dp{ranks.dp_size}{experts}"
+    pipeline = f"pp{ranks.pp_size}x{ranks.vpp_size}"
+    layout = f"tp{ranks.tp_size} cp{ranks.cp_size} {pipeline} dp{ranks.dp_size}"
+    if ranks.ep_size * ranks.etp_size > 1:
+        layout += f" ep{ranks.ep_size} etp{ranks.etp_size}"
+    return layout
 
 
 def _make_state(optimizer: ChainedOptimizer) -> None:
-    """Moments and step before the first update, which the distributed optimizer does not make by itself."""
-    for inner in (each for each in optimizer.chained_optimizers if each.get_parameters()):
-        if isinstance(
-            inner.optimizer, HybridDeviceOptimizer
-        ):  # its own way is a step with random gradients
-            for one in inner.optimizer.sub_optimizers:
-                for p in (
-                    p for group in one.param_groups for p in group["params"] if not one.state[p]
-                ):
-                    moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-                    one.state[p] = {"step": torch.tensor(0.0), **moments}
-            inner.optimizer._sync_sub_optimizers_state_to_hdo()
+    """Makes moments and step before the first update; megatron-core does not do so itself."""
+    for inner in optimizer.chained_optimizers:
+        if not inner.get_parameters():
+            continue
+        if isinstance(inner.optimizer, HybridDeviceOptimizer):
+            _make_offloaded_state(inner.optimizer)
             continue
         inner.init_state_fn(inner.optimizer, inner.config)
         if isinstance(inner.optimizer, torch.optim.AdamW):
@@ -154,41 +161,65 @@ def _make_state(optimizer: ChainedOptimizer) -> None:
                 state.setdefault("step", torch.tensor(0.0))
 
 
-def _load_optimizer(optimizer: ChainedOptimizer, loaded: dict[int, Any], updates: int) -> None:
-    """Moments and main parameters; the settings remain those of this run.
+def _make_offloaded_state(optimizer: HybridDeviceOptimizer) -> None:
+    """Makes zero moments; megatron-core's own way is an update with random gradients."""
+    for sub_optimizer in optimizer.sub_optimizers:
+        for group in sub_optimizer.param_groups:
+            for parameter in group["params"]:
+                if not sub_optimizer.state[parameter]:
+                    sub_optimizer.state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+    optimizer._sync_sub_optimizers_state_to_hdo()
 
-    The step is the number of `updates`: megatron-core keeps that of rank 0, which may have nothing to train,
-    as may each of the optimizers (the second is that of experts) on any rank.
+
+def _load_optimizer(optimizer: ChainedOptimizer, loaded: dict[int, Any], num_updates: int) -> None:
+    """Restores moments and main parameters; the settings remain those of this run.
+
+    The optimizer's step becomes `num_updates`, because megatron-core keeps the step of
+    rank 0. Rank 0 may have nothing to train, and so may each optimizer on any rank (the
+    second one is for experts).
     """
     for number, inner in enumerate(optimizer.chained_optimizers):
         if not inner.get_parameters():
             continue
-        by_parameter = isinstance(inner.optimizer, torch.optim.AdamW)
-        of_group = (
-            {}
-            if by_parameter and not isinstance(inner, DistributedOptimizer)
-            else {"step": updates}
-        )
-        groups = [group | of_group for group in inner.optimizer.state_dict()["param_groups"]]
         if isinstance(inner, DistributedOptimizer):
-            _load_distributed(inner, groups, loaded[number])
-            continue
-        own = loaded[number].get("optimizer", loaded[number])
-        own["param_groups"] = groups
-        if not of_group:
-            own["state"]["common_step"] = torch.tensor(float(updates))
-        inner.load_state_dict(loaded[number])
+            _load_distributed(inner, loaded[number], num_updates)
+        else:
+            _load_plain(inner, loaded[number], num_updates)
+
+
+def _load_plain(optimizer: MegatronOptimizer, loaded: dict[str, Any], num_updates: int) -> None:
+    # In bfloat16 the moments lie one level deeper, beside the main parameters.
+    state = loaded.get("optimizer", loaded)
+    groups = optimizer.optimizer.state_dict()["param_groups"]
+    if isinstance(optimizer.optimizer, torch.optim.AdamW):
+        # torch keeps a step for each parameter, Transformer Engine's and apex's Adam
+        # one for a group.
+        state["state"]["common_step"] = torch.tensor(float(num_updates))
+    else:
+        groups = [{**group, "step": num_updates} for group in groups]
+    state["param_groups"] = groups
+    optimizer.load_state_dict(loaded)
 
 
 def _load_distributed(
-    optimizer: DistributedOptimizer, groups: list[dict[str, Any]], loaded: dict[str, Any]
+    optimizer: DistributedOptimizer, loaded: dict[str, Any], num_updates: int
 ) -> None:
-    # megatron-core 0.16.1 with torch's AdamW: it hands one step tensor to all parameters, which would then
-    # be counted once for each of them, and it looks for "step" among the sharded tensors, where it is not
+    groups = optimizer.optimizer.state_dict()["param_groups"]
+    groups = [{**group, "step": num_updates} for group in groups]
     optimizer.load_state_dict({"optimizer": {"param_groups": groups}})
+    # With torch's AdamW, megatron-core 0.19.2 hands one step tensor to all parameters,
+    # which would then be counted once for each of them; and it looks for "step" among
+    # the sharded tensors, where it is not.
     states = optimizer.optimizer.state
-    steps = {key: state.pop("step").clone() for key, state in states.items() if "step" in state}
+    steps = {}
+    for parameter, state in states.items():
+        if "step" in state:
+            steps[parameter] = state.pop("step").clone()
     with torch.no_grad():
         optimizer.load_parameter_state_from_fully_reshardable(loaded["param_state"])
-    for key, step in steps.items():
-        states[key]["step"] = step
+    for parameter, step in steps.items():
+        states[parameter]["step"] = step

@@ -1,9 +1,13 @@
-"""Which tokens of a pack lie on which rank of a context-parallel group, and how they come together.
+"""Which tokens of a pack each rank of a context-parallel group has.
 
-A sequence is cut into 2 cp chunks; rank r has chunks r and 2 cp - 1 - r, so that all ranks attend to equally
-much. It is padded at its end for that, where causal attention lets no other token see:
+A sequence is cut into 2 cp_size chunks; rank r has chunks r and 2 cp_size - 1 - r, so
+that the attention of all ranks costs the same. A sequence is padded at its end until
+the chunks are equally long; causal attention lets no other token see the padding:
 
-    sequences 0-6 and 0-2, cp 2    0 1 2 3 4 5 6 . | 0 1 2 .     rank 0: 0 1 6 . 0 .   rank 1: 2 3 4 5 1 2
+    sequences 0-6 and 0-2, cp_size 2
+    padded pack   0 1 2 3 4 5 6 . | 0 1 2 .
+    rank 0        0 1         6 . | 0     .
+    rank 1            2 3 4 5     |   1 2
 """
 
 from itertools import pairwise
@@ -14,55 +18,74 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 
-class Spread:
-    """A pack of sequences over the ranks of `group`: `cu_seqlens` [N + 1], `positions` [T] within them.
+class ContextParallelShard:
+    """The tokens of a pack of sequences that this rank of `group` has.
 
-    `multiple` divides the P places of the padded pack, which `bounds` [N + 1] describes; it must itself be a
-    multiple of 2 cp_size where cp_size is above 1.
+    cu_seqlens [N + 1] says where each of the N sequences begins, positions [T] number
+    the tokens within them. The padded pack has P tokens, a multiple of
+    `length_multiple`, which must itself be a multiple of 2 cp_size where cp_size is
+    above 1. `padded_cu_seqlens` [N + 1] describes it.
     """
 
     def __init__(
-        self, cu_seqlens: Tensor, positions: Tensor, group: ProcessGroup, multiple: int
+        self, cu_seqlens: Tensor, positions: Tensor, group: ProcessGroup, length_multiple: int
     ) -> None:
-        chunks = 2 * group.size() if group.size() > 1 else 1
-        lengths = -(-cu_seqlens.diff() // chunks) * chunks
-        lengths[-1] += -lengths.sum() % multiple
-        self.bounds = torch.cat([cu_seqlens[:1], lengths.cumsum(0, dtype=cu_seqlens.dtype)])
-        self._places = positions + self.bounds[:-1].repeat_interleave(cu_seqlens.diff())
-        self._held = held_by_ranks(self.bounds, group.size())[group.rank()]
+        num_chunks = 2 * group.size() if group.size() > 1 else 1
+        lengths = cu_seqlens.diff()
+        padded_lengths = -(-lengths // num_chunks) * num_chunks
+        padded_lengths[-1] += -padded_lengths.sum() % length_multiple
+        ends = padded_lengths.cumsum(0, dtype=cu_seqlens.dtype)
+        self.padded_cu_seqlens = torch.cat([cu_seqlens[:1], ends])
+        starts = self.padded_cu_seqlens[:-1].repeat_interleave(lengths)
+        self._padded_positions = starts + positions  # [T], of each token in the padded pack
+        self._local_positions = positions_by_rank(self.padded_cu_seqlens, group.size())[
+            group.rank()
+        ]
         self._group = group
 
-    def here(self, values: Tensor) -> Tensor:
-        """[P / cp_size], this rank's share of `values` [T]; zero where there is padding."""
-        padded = values.new_zeros(int(self.bounds[-1]))
-        padded[self._places] = values
-        return padded[self._held]
+    def local(self, values: Tensor) -> Tensor:
+        """[P / cp_size]: this rank's part of `values` [T]; zero where there is padding."""
+        padded = values.new_zeros(int(self.padded_cu_seqlens[-1]))
+        padded[self._padded_positions] = values
+        return padded[self._local_positions]
 
-    def whole(self, here: Tensor) -> Tensor:
-        """[T, ...] from what each rank has, [P / cp_size, ...]; all must go on with it in the same way."""
-        return gather(here, self.bounds, self._group, sum_gradients=False)[self._places]
+    def gather(self, local: Tensor) -> Tensor:
+        """[T, ...] from the [P / cp_size, ...] of each rank.
+
+        All ranks must compute the same from it.
+        """
+        padded = gather(local, self.padded_cu_seqlens, self._group, sum_gradients=False)
+        return padded[self._padded_positions]
 
 
-def held_by_ranks(bounds: Tensor, cp_size: int) -> Tensor:
-    """[cp_size, P / cp_size]: the places in a pack, padded as above, that each rank has, in its order."""
-    places = torch.arange(int(bounds[-1]), device=bounds.device)
+def positions_by_rank(padded_cu_seqlens: Tensor, cp_size: int) -> Tensor:
+    """[cp_size, P / cp_size]: the positions in a padded pack that each rank has, in its order."""
+    positions = torch.arange(int(padded_cu_seqlens[-1]), device=padded_cu_seqlens.device)
     if cp_size == 1:
-        return places[None]
-    chunks = [places[a:b].view(2 * cp_size, -1) for a, b in pairwise(bounds.tolist())]
-    return torch.stack(
-        [torch.cat([c[[r, -1 - r]].flatten() for c in chunks]) for r in range(cp_size)]
-    )
+        return positions[None]
+    chunks_by_sequence = []
+    for start, end in pairwise(padded_cu_seqlens.tolist()):
+        chunks_by_sequence.append(positions[start:end].view(2 * cp_size, -1))
+    by_rank = []
+    for rank in range(cp_size):
+        own = [chunks[[rank, -1 - rank]].flatten() for chunks in chunks_by_sequence]
+        by_rank.append(torch.cat(own))
+    return torch.stack(by_rank)
 
 
-def gather(here: Tensor, bounds: Tensor, group: ProcessGroup, *, sum_gradients: bool) -> Tensor:
-    """[P, ...] in the order of the pack, from what the ranks of `group` have, [P / cp_size, ...] each.
+def gather(
+    local: Tensor, padded_cu_seqlens: Tensor, group: ProcessGroup, *, sum_gradients: bool
+) -> Tensor:
+    """[P, ...] in the order of the padded pack, from each rank's [P / cp_size, ...].
 
-    The gradient of `here` is the sum over ranks of what they do with the whole; without `sum_gradients`,
-    where all do the same, it is this rank's share of it.
+    With `sum_gradients`, the gradient of `local` is the sum over the ranks, which may
+    each use the result in another way. Without, all ranks must use it in the same way,
+    and the gradient is this rank's part.
     """
     if group.size() == 1:
-        return here
-    held = gather_from_sequence_parallel_region(
-        here, tensor_parallel_output_grad=sum_gradients, group=group
+        return local
+    by_rank = gather_from_sequence_parallel_region(
+        local, tensor_parallel_output_grad=sum_gradients, group=group
     )
-    return held[held_by_ranks(bounds, group.size()).flatten().argsort()]
+    order = positions_by_rank(padded_cu_seqlens, group.size()).flatten().argsort()
+    return by_rank[order]

@@ -1,29 +1,42 @@
-"""megatron-core 0.16.1 on a machine without CUDA. Everything here does nothing where CUDA is available.
+"""megatron-core 0.19.2 on a machine without CUDA.
 
-megatron-core names the CUDA device in some hundred places. `install` gives its modules a stand-in for their
-global name `torch` that turns those into the CPU; torch itself stays as it is for everybody else. What
-cannot be reached by that name is changed for the time of a `with cuda_names():` block.
+Everything here does nothing where CUDA is available.
+
+megatron-core names the CUDA device in some hundred places. `install` gives its modules
+a stand-in for their global name `torch` that turns the CUDA device into the CPU; torch
+itself stays as it is for everybody else. The names that this stand-in cannot reach are
+changed inside a `with cuda_names():` block.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies import (
+    async_utils,
+    filesystem_async,
+    state_dict_saver,
+)
+from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer import multi_latent_attention
-from megatron.core.transformer.moe import moe_utils, token_dispatcher
+from megatron.core.transformer.moe import token_dispatcher
 
 _CPU = torch.device("cpu")
 
+# megatron-core's own save loads these modules only while it runs. They are imported
+# here, so that `install` finds them.
+LOADED_BY_A_SAVE = (async_utils, filesystem_async, state_dict_saver)
+
 
 class _Stream:
-    """Stands in for torch.cuda.Stream and Event: on the CPU everything is in order."""
+    """Stands in for torch.cuda.Stream and Event: on the CPU everything runs in order."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def wait_stream(self, stream: Any) -> None: ...
@@ -35,6 +48,8 @@ class _Stream:
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Wraps a tensor factory so that it takes a CUDA device for the CPU."""
+
     def make(*args: Any, **kwargs: Any) -> torch.Tensor:
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs["device"] = _CPU
@@ -44,46 +59,70 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 class _Cuda(ModuleType):
-    """torch.cuda as megatron-core may see it: the device is the CPU, its generator the CPU's."""
+    """torch.cuda as megatron-core sees it: device and random generator are the CPU's."""
 
-    Stream = Event = _Stream
-    current_device = staticmethod(lambda: _CPU)
-    set_device = staticmethod(lambda *args: None)
-    synchronize = staticmethod(lambda *args: None)
-    current_stream = default_stream = staticmethod(lambda *args: _Stream())
-    stream = staticmethod(lambda stream: nullcontext())
-    get_rng_state = staticmethod(lambda *args, **kwargs: torch.get_rng_state())
+    Stream = _Stream
+    Event = _Stream
     manual_seed = staticmethod(torch.manual_seed)
+
+    @staticmethod
+    def current_device() -> torch.device:
+        return _CPU
+
+    @staticmethod
+    def set_device(*args: Any) -> None: ...
+
+    @staticmethod
+    def synchronize(*args: Any) -> None: ...
+
+    @staticmethod
+    def current_stream(*args: Any) -> _Stream:
+        return _Stream()
+
+    @staticmethod
+    def default_stream(*args: Any) -> _Stream:
+        return _Stream()
+
+    @staticmethod
+    def stream(stream: Any) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    @staticmethod
+    def get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.get_rng_state()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cuda, name)
 
 
 class _Distributed(ModuleType):
-    """torch.distributed as megatron-core may see it: gloo gathers tensors of one size only, NCCL of any.
+    """torch.distributed as megatron-core sees it.
 
-    Ranks that share an expert have different numbers of its tokens.
+    gloo gathers only tensors of one size, NCCL of any. Ranks that share an expert have
+    different numbers of its tokens.
     """
 
     @staticmethod
     def all_gather(
-        parts: list[torch.Tensor], tensor: torch.Tensor, group: dist.ProcessGroup
+        outputs: list[torch.Tensor], tensor: torch.Tensor, group: dist.ProcessGroup
     ) -> None:
-        if len({part.shape for part in parts}) == 1:
-            dist.all_gather(parts, tensor, group=group)
+        sizes = {output.shape for output in outputs}
+        if len(sizes) == 1:
+            dist.all_gather(outputs, tensor, group=group)
             return
-        parts[group.rank()].copy_(tensor)
-        for source, part in enumerate(parts):
-            dist.broadcast(part, group=group, group_src=source)
+        outputs[group.rank()].copy_(tensor)
+        for source, output in enumerate(outputs):
+            dist.broadcast(output, group=group, group_src=source)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(dist, name)
 
 
 class _Torch(ModuleType):
-    """torch as megatron-core may see it."""
+    """torch as megatron-core sees it."""
 
-    cuda, distributed = _Cuda("torch.cuda"), _Distributed("torch.distributed")
+    cuda = _Cuda("torch.cuda")
+    distributed = _Distributed("torch.distributed")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -95,43 +134,68 @@ for _name in ("tensor", "zeros", "ones", "empty", "full", "arange"):
 
 
 def install() -> None:
-    """Gives every megatron module loaded so far the stand-in. Call it again after loading more of them."""
+    """Gives every megatron module loaded so far the stand-in.
+
+    Call it again after loading more of them.
+    """
     if torch.cuda.is_available():
         return
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and vars(module).get("torch") is torch:
             module.torch = _TORCH  # type: ignore[attr-defined]
-    # the tracker of model-parallel random states reaches the CUDA generators through torch._C
-    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    # without Transformer Engine 0.16.1 does not define the one, and takes it to be there in the other
-    moe_utils.te_general_gemm, multi_latent_attention.HAVE_TE = None, False
+    # The tracker of model-parallel random states reaches the CUDA generators through
+    # torch._C.
+    megatron_random._get_cuda_rng_state = _get_rng_state
+    megatron_random._set_cuda_rng_state = _set_rng_state
     token_dispatcher.maybe_move_tensor_to_cpu = _to_cpu
+    # 0.19.2 imports this layer only beside Transformer Engine, although it needs
+    # nothing of it, and latent attention takes no other layer that is whole on every
+    # rank.
+    multi_latent_attention.Linear = Linear
+
+
+def _get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    torch.set_rng_state(state)
 
 
 def _to_cpu(tensor: Any, as_numpy: bool = False, **_: Any) -> Any:
-    """megatron-core's makes an array of a CUDA tensor only, but then splits by it wherever it came from."""
-    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+    """Makes an array of a CPU tensor too: megatron-core splits by it wherever it came from."""
+    if as_numpy and torch.is_tensor(tensor):
+        return tensor.numpy()
+    return tensor
 
 
 @contextmanager
 def cuda_names() -> Iterator[None]:
-    """While megatron-core builds model or optimizer: Tensor.cuda() stays on the CPU, Tensor.type() says cuda.
+    """Inside, Tensor.cuda() stays on the CPU, and Tensor.type() says cuda.
 
-    language_module.py moves a tied output layer by .cuda(); the optimizers sort parameters by
-    param.type() == "torch.cuda.FloatTensor".
+    megatron-core needs it to build models and optimizers: language_module.py moves a
+    tied output layer by .cuda(); the optimizers sort parameters by param.type() ==
+    "torch.cuda.FloatTensor".
     """
     if torch.cuda.is_available():
         yield
         return
-    plain = torch.Tensor.type, torch.Tensor.cuda
+    plain_type = torch.Tensor.type
+    plain_cuda = torch.Tensor.cuda
 
     def cuda_type(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        result = plain[0](tensor, *args, **kwargs)
-        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+        result = plain_type(tensor, *args, **kwargs)
+        if isinstance(result, str):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
 
-    torch.Tensor.type, torch.Tensor.cuda = cuda_type, lambda tensor, *args, **kwargs: tensor
+    def stay(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return tensor
+
+    torch.Tensor.type = cuda_type
+    torch.Tensor.cuda = stay
     try:
         yield
     finally:
-        torch.Tensor.type, torch.Tensor.cuda = plain
+        torch.Tensor.type = plain_type
+        torch.Tensor.cuda = plain_cuda

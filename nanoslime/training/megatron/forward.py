@@ -1,4 +1,7 @@
-"""Logits of the real GPTModel, from Hugging Face or torch_dist files: one process, on the CPU, in float32."""
+"""Logits of the real GPTModel, from Hugging Face or torch_dist files.
+
+They are computed in one process, on the CPU, in float32.
+"""
 
 import re
 from pathlib import Path
@@ -19,12 +22,16 @@ from nanoslime.training.megatron.step import packed_inputs
 
 @torch.no_grad()
 def logits(shape: ModelShape, directory: Path, tokens: Tensor) -> Tensor:
-    """[T, vocab_size] for one sequence of `tokens` [T]; makes process groups of its own and ends them.
+    """[T, vocab_size] for one sequence of `tokens` [T].
 
-    Raises ValueError for a model that megatron-core cannot compute, and what loading raises for bad files.
+    It makes process groups of its own and ends them.
+
+    Raises ValueError for a model that megatron-core cannot compute, and whatever
+    loading raises for bad files.
     """
     cpu_compat.install()
-    settings = model_config(shape, torch.float32, cpu := torch.device("cpu"))
+    cpu = torch.device("cpu")
+    settings = model_config(shape, torch.float32, cpu)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         parallel_state.destroy_model_parallel()  # of an earlier backend in this process
@@ -34,18 +41,21 @@ def logits(shape: ModelShape, directory: Path, tokens: Tensor) -> Tensor:
         if (directory / "metadata.json").exists():
             load_torch_dist(gpt, directory)
         else:
-            weights.load(weights.bind(gpt, shape, ModelPartition()), shape, directory)
-        inputs = packed_inputs(
-            tokens, torch.arange(len(tokens)), torch.tensor([0, len(tokens)]).int()
-        )
-        return gpt(**inputs)[0, :, : shape.vocab_size]
+            parameter_pieces = weights.bind(gpt, shape, ModelPartition())
+            weights.load(parameter_pieces, shape, directory)
+        positions = torch.arange(len(tokens))
+        cu_seqlens = torch.tensor([0, len(tokens)], dtype=torch.int32)
+        padded = gpt(**packed_inputs(tokens, positions, cu_seqlens))  # [1, T, padded vocabulary]
+        return padded[0, :, : shape.vocab_size]
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
 
 def load_torch_dist(gpt: GPTModel, directory: Path) -> None:
-    """This rank's part of the weights, read by megatron-core in the layout that the names show; collective.
+    """Loads this rank's part of the weights; collective.
+
+    megatron-core reads them in the layout that their names in the files show.
 
     Raises megatron-core's CheckpointingException where one is missing.
     """
@@ -54,9 +64,12 @@ def load_torch_dist(gpt: GPTModel, directory: Path) -> None:
         "non_homogeneous_layers": any(re.match(r"decoder\.layers\.\d", key) for key in keys),
         "singleton_local_shards": any(key.endswith("linear_fc1.weight_w") for key in keys),
     }
-    state = gpt.sharded_state_dict(metadata=layout)
-    unused = [key for key in state if key.endswith("_extra_state")]  # of FP8, and not in every file
-    wanted = {"model": {key: value for key, value in state.items() if key not in unused}}
-    gpt.load_state_dict(
-        dist_checkpointing.load(wanted, str(directory))["model"] | dict.fromkeys(unused)
-    )
+    wanted = {}
+    fp8_state = {}  # FP8's state is not in every file, and float32 needs none
+    for key, value in gpt.sharded_state_dict(metadata=layout).items():
+        if key.endswith("_extra_state"):
+            fp8_state[key] = None
+        else:
+            wanted[key] = value
+    loaded = dist_checkpointing.load({"model": wanted}, str(directory))["model"]
+    gpt.load_state_dict({**loaded, **fp8_state})

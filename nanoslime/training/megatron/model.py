@@ -1,5 +1,8 @@
 """A GPTModel of the checkpoint's shape, wrapped for data parallelism."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any
@@ -20,23 +23,136 @@ from nanoslime.models.rules import padded_vocab_size
 from nanoslime.models.shape import MLA, ModelShape, MoE
 from nanoslime.training.megatron import weights
 from nanoslime.training.megatron.cpu_compat import cuda_names
-from nanoslime.training.megatron.local_layers import local_block_spec
+from nanoslime.training.megatron.local_layers import local_block_spec, use_latent_attention
 from nanoslime.training.megatron.parallel import Ranks, megatron_sizes
 
 
 def model_config(
     shape: ModelShape, dtype: torch.dtype, device: torch.device, **options: Any
 ) -> TransformerConfig:
-    """megatron-core's configuration of this model; `options` are further fields of it, or others' values.
+    """megatron-core's configuration of this model, with further fields in `options`.
 
-    Raises ValueError for a field that megatron-core does not have, and for a model that it cannot compute.
+    Raises ValueError for a field that megatron-core does not have, and for a model that
+    it cannot compute.
     """
-    if lacks := shape.megatron_lacks:
+    if shape.megatron_lacks:
+        lacks = "; ".join(shape.megatron_lacks)
+        raise ValueError(f"megatron-core cannot compute this {shape.model_type}: it lacks {lacks}")
+    values = _dense_fields(shape, dtype, device)
+    if shape.moe:
+        grouped = has_transformer_engine(device)
+        values.update(_expert_fields(shape.moe, shape.num_layers, grouped=grouped))
+    if shape.mla:
+        values.update(_latent_fields(shape.mla, shape))
+    values.update(options)
+    config_class = MLATransformerConfig if shape.mla else TransformerConfig
+    unknown = options.keys() - {field.name for field in fields(config_class)}
+    if unknown:
         raise ValueError(
-            f"megatron-core cannot compute this {shape.model_type}: it lacks {'; '.join(lacks)}"
+            f"training.megatron: megatron-core's {config_class.__name__} has no field"
+            f" {sorted(unknown)}"
         )
+    return config_class(**values)
+
+
+def transformer_config(
+    shape: ModelShape, config: RunConfig, device: torch.device
+) -> TransformerConfig:
+    """The configuration for training; `training.megatron` replaces single fields.
+
+    Raises ValueError as model_config does.
+    """
+    training = config.training
+    options: dict[str, Any] = dict(megatron_sizes(training))
+    options["sequence_parallel"] = training.sequence_parallel and training.tp_size > 1
+    if training.vpp_size > 1:
+        # megatron-core's own training sends between virtual stages in this way.
+        options["overlap_p2p_comm"] = True
+        options["batch_p2p_comm"] = False
+    if training.recompute:
+        options["recompute_granularity"] = "full"
+        options["recompute_method"] = "uniform"
+        options["recompute_num_layers"] = 1
+    options.update(training.megatron)
+    return model_config(shape, getattr(torch, config.model.dtype), device, **options)
+
+
+def gpt_model(
+    shape: ModelShape,
+    settings: TransformerConfig,
+    device: torch.device,
+    *,
+    first: bool,
+    last: bool,
+    vp_stage: int | None = None,
+) -> GPTModel:
+    """One model chunk of this rank, with uninitialized weights.
+
+    first, last: whether it is at this end of the pipeline. vp_stage: its number among
+    the chunks of this rank, where there are several.
+    """
+    if has_transformer_engine(device):
+        spec = get_gpt_decoder_block_spec(settings, use_transformer_engine=True, vp_stage=vp_stage)
+        use_latent_attention(spec)
+    else:
+        spec = local_block_spec(settings, vp_stage)
+    with cuda_names(), _without_deprecation_notice():
+        model = GPTModel(
+            settings,
+            spec,
+            padded_vocab_size(shape, settings.tensor_model_parallel_size),
+            shape.max_position_embeddings,
+            pre_process=first,
+            post_process=last,
+            share_embeddings_and_output_weights=shape.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_percent=shape.rotary_fraction,
+            rotary_base=shape.rope_theta,
+            rope_scaling=shape.rope_scaling_factor is not None,
+            rope_scaling_factor=shape.rope_scaling_factor or 1.0,
+            vp_stage=vp_stage,
+        )
+        return model.to(device)
+
+
+def build(shape: ModelShape, config: RunConfig, ranks: Ranks, device: torch.device) -> list[DDP]:
+    """This rank's model chunks for training, with gradient buffers of float32."""
+    settings = transformer_config(shape, config, device)
+    settings.finalize_model_grads_func = _finalize_grads
+    buffers = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=config.training.distributed_optimizer
+    )
+    model_chunks = []
+    for number, partition in enumerate(ranks.partitions(shape)):
+        vp_stage = number if ranks.vpp_size > 1 else None
+        gpt = gpt_model(
+            shape, settings, device, first=partition.first, last=partition.last, vp_stage=vp_stage
+        )
+        bound = weights.bind(gpt, shape, partition)
+        weights.freeze(gpt, bound, shape, config.training.freeze)
+        model: torch.nn.Module = gpt
+        if settings.bf16:
+            model = Float16Module(settings, gpt)
+            _keep_float32_biases(model)
+        _mark_experts(model)
+        model_chunks.append(DDP(settings, buffers, model))
+    return model_chunks
+
+
+def has_transformer_engine(device: torch.device) -> bool:
+    return device.type == "cuda" and find_spec("transformer_engine") is not None
+
+
+def unwrap(model: torch.nn.Module) -> GPTModel:
+    while not isinstance(model, GPTModel):
+        model = model.module
+    return model
+
+
+def _dense_fields(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """The fields that every model sets."""
     on_cpu = device.type == "cpu"
-    values: dict[str, Any] = dict(
+    return dict(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.intermediate_size,
@@ -56,118 +172,29 @@ def model_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        transformer_impl="transformer_engine" if has_transformer_engine(device) else "local",
         use_cpu_initialization=on_cpu,
-        perform_initialization=True,  # it also marks what TP splits; without, the norm counts rank 0 only
+        # Initialization also marks what TP splits. Without the marks the norm would
+        # count rank 0 only.
+        perform_initialization=True,
         variable_seq_lengths=True,  # packed micro-batches differ in length
-        moe_token_dispatcher_type="alltoall",  # the default refuses variable_seq_lengths, MoE or not
+        # The default dispatcher refuses variable_seq_lengths, in a model without
+        # experts too.
+        moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,  # gradients are summed over data parallelism, not averaged
         deallocate_pipeline_outputs=not on_cpu,  # gloo may still read what NCCL has already taken
         batch_p2p_sync=False,
     )
-    if shape.moe:
-        values |= _expert_fields(
-            shape.moe, shape.num_layers, grouped=has_transformer_engine(device)
-        )
-    if shape.mla:
-        values |= _latent_fields(shape.mla, shape)
-    kind = MLATransformerConfig if shape.mla else TransformerConfig
-    if unknown := options.keys() - {field.name for field in fields(kind)}:
-        raise ValueError(
-            f"training.megatron: megatron-core's {kind.__name__} has no field {sorted(unknown)}"
-        )
-    return kind(**values | options)
-
-
-def transformer_config(
-    shape: ModelShape, config: RunConfig, device: torch.device
-) -> TransformerConfig:
-    """The configuration for training; `training.megatron` overrides single fields. Raises as model_config."""
-    training = config.training
-    options: dict[str, Any] = dict(
-        sequence_parallel=training.sequence_parallel and training.tp_size > 1
-    )
-    options |= megatron_sizes(training)
-    if training.vpp_size > 1:  # how megatron-core's own training sends between virtual stages
-        options |= dict(overlap_p2p_comm=True, batch_p2p_comm=False)
-    if training.recompute:
-        options |= dict(
-            recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
-        )
-    return model_config(
-        shape, getattr(torch, config.model.dtype), device, **options | training.megatron
-    )
-
-
-def gpt_model(
-    shape: ModelShape,
-    settings: TransformerConfig,
-    device: torch.device,
-    *,
-    first: bool,
-    last: bool,
-    vp_stage: int | None = None,
-) -> GPTModel:
-    """This rank's part of the model with uninitialized weights; first, last: at that end of the pipeline.
-
-    `vp_stage`: which of this rank's pieces, where it has several.
-    """
-    if has_transformer_engine(device):
-        spec = get_gpt_decoder_block_spec(settings, use_transformer_engine=True, vp_stage=vp_stage)
-    else:
-        spec = local_block_spec(settings, vp_stage)
-    with cuda_names():
-        return GPTModel(
-            settings,
-            spec,
-            padded_vocab_size(shape, settings.tensor_model_parallel_size),
-            shape.max_position_embeddings,
-            pre_process=first,
-            post_process=last,
-            share_embeddings_and_output_weights=shape.tie_word_embeddings,
-            position_embedding_type="rope",
-            rotary_percent=shape.rotary_fraction,
-            rotary_base=shape.rope_theta,
-            rope_scaling=shape.rope_scaling_factor is not None,
-            rope_scaling_factor=shape.rope_scaling_factor or 1.0,
-            vp_stage=vp_stage,
-        ).to(device)
-
-
-def build(shape: ModelShape, config: RunConfig, ranks: Ranks, device: torch.device) -> list[DDP]:
-    """This rank's pieces of the model for training, in gradient buffers of float32."""
-    settings = transformer_config(shape, config, device)
-    settings.finalize_model_grads_func = _finalize_grads
-    buffers = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=config.training.distributed_optimizer
-    )
-    pieces: list[DDP] = []
-    for number, part in enumerate(ranks.parts(shape)):
-        vp_stage = number if ranks.vpp_size > 1 else None
-        gpt = gpt_model(
-            shape, settings, device, first=part.first, last=part.last, vp_stage=vp_stage
-        )
-        weights.freeze(gpt, weights.bind(gpt, shape, part), shape, config.training.freeze)
-        model: torch.nn.Module = gpt
-        if settings.bf16:
-            model = Float16Module(settings, gpt)
-            for router in (module for module in model.modules() if isinstance(module, TopKRouter)):
-                router._maintain_float32_expert_bias()  # else only at the first forward, after loading
-        for name, parameter in model.named_parameters():
-            if ".mlp.experts." in name:
-                # gradients are summed over the ranks with the same experts, which have an optimizer of their
-                # own, and each rank's part counts in the norm; megatron-core does so only where ep_size > 1
-                parameter.allreduce, parameter.tensor_model_parallel = False, True
-        pieces.append(DDP(settings, buffers, model))
-    return pieces
 
 
 def _expert_fields(moe: MoE, num_layers: int, *, grouped: bool) -> dict[str, Any]:
-    """Routing as transformers does it; no auxiliary loss, and the bias of the scores stays as it is."""
-    pattern = [int(layer in moe.layers) for layer in range(num_layers)]
-    sigmoid, in_groups = moe.score == "sigmoid", moe.num_groups > 1
+    """Routing as transformers does it: no auxiliary loss, and a constant bias of the scores."""
+    has_experts = [int(layer in moe.layers) for layer in range(num_layers)]
+    sigmoid = moe.score == "sigmoid"
+    in_groups = moe.num_groups > 1
     return dict(
         num_moe_experts=moe.num_experts,
-        moe_layer_freq=1 if all(pattern) else pattern,
+        moe_layer_freq=1 if all(has_experts) else has_experts,
         moe_ffn_hidden_size=moe.intermediate_size,
         moe_grouped_gemm=grouped,
         moe_shared_expert_intermediate_size=moe.shared_intermediate_size or None,
@@ -186,7 +213,7 @@ def _expert_fields(moe: MoE, num_layers: int, *, grouped: bool) -> dict[str, Any
 
 
 def _latent_fields(mla: MLA, shape: ModelShape) -> dict[str, Any]:
-    """Latent attention, which has no query groups; megatron-core pairs its rotary dimensions by itself."""
+    """Latent attention has no query groups, and megatron-core pairs its rotary dimensions."""
     return dict(
         num_query_groups=shape.num_attention_heads,
         qk_layernorm=True,
@@ -203,16 +230,43 @@ def _latent_fields(mla: MLA, shape: ModelShape) -> dict[str, Any]:
     )
 
 
-def has_transformer_engine(device: torch.device) -> bool:
-    return device.type == "cuda" and find_spec("transformer_engine") is not None
+def _keep_float32_biases(model: torch.nn.Module) -> None:
+    """Makes the bias of experts' scores float32 now, before the weights are loaded.
+
+    megatron-core would do so at the first forward.
+    """
+    for module in model.modules():
+        if isinstance(module, TopKRouter):
+            module._maintain_float32_expert_bias()
 
 
-def unwrap(model: torch.nn.Module) -> GPTModel:
-    while not isinstance(model, GPTModel):
-        model = model.module
-    return model
+def _mark_experts(model: torch.nn.Module) -> None:
+    """Gives experts an optimizer of their own in every layout.
+
+    megatron-core does so only where ep_size > 1. Their gradients are summed over the
+    ranks with the same experts, and each rank's part counts in the norm.
+    """
+    for name, parameter in model.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = False
+            parameter.tensor_model_parallel = True
+
+
+@contextmanager
+def _without_deprecation_notice() -> Iterator[None]:
+    """Inside, megatron-core 0.19.2 does not log that HybridModel shall replace each GPTModel."""
+    logger = logging.getLogger(GPTModel.__module__)
+    logger.addFilter(_is_no_deprecation_notice)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_no_deprecation_notice)
+
+
+def _is_no_deprecation_notice(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("GPTModel IS DEPRECATED")
 
 
 def _finalize_grads(model: list[torch.nn.Module], num_tokens: Tensor | None, **kwargs: Any) -> None:
-    """Sums gradients over ranks, no more: the loss was already divided by the global denominator."""
+    """Only sums gradients over ranks: the loss was already divided by the global denominator."""
     finalize_model_grads(model, None, **kwargs)

@@ -17,22 +17,23 @@ from nanoslime.training.megatron.cpu_compat import cuda_names
 from nanoslime.training.megatron.model import has_transformer_engine
 
 
-def build(pieces: list[DDP], config: RunConfig) -> ChainedOptimizer:
-    """AdamW over the model's `pieces`, whose weights must be loaded: it copies them to float32."""
-    possible = has_transformer_engine(next(pieces[0].parameters()).device)
-    if config.training.optimizer_offload and not (
-        possible and config.training.distributed_optimizer
-    ):
-        # megatron-core 0.16.1 would train without Transformer Engine, but not load what it has saved
-        needs = "Megatron's needs CUDA, Transformer Engine, distributed_optimizer=true; backend=fsdp does not"
-        raise ValueError(f"training.optimizer_offload=true: {needs}")
+def build(model_chunks: list[DDP], config: RunConfig) -> ChainedOptimizer:
+    """AdamW over the model chunks, whose weights must be loaded: it copies them to float32."""
+    device = next(model_chunks[0].parameters()).device
+    if config.training.optimizer_offload:
+        _check_offload(config, device)
     settings = optimizer_config(config)
     with cuda_names():
-        return get_megatron_optimizer(settings, pieces, get_standard_config_overrides(settings))
+        overrides = get_standard_config_overrides(settings)
+        return get_megatron_optimizer(settings, model_chunks, overrides)
 
 
 def optimizer_config(config: RunConfig) -> OptimizerConfig:
-    training, dtype = config.training, getattr(torch, config.model.dtype)
+    training = config.training
+    dtype = getattr(torch, config.model.dtype)
+    # With a precision-aware optimizer the main parameters leave the GPU too.
+    # megatron-core's class itself looks for Transformer Engine.
+    precision_aware = training.optimizer_offload and find_spec("transformer_engine") is not None
     return OptimizerConfig(
         optimizer="adam",
         lr=training.lr,
@@ -46,14 +47,15 @@ def optimizer_config(config: RunConfig) -> OptimizerConfig:
         use_distributed_optimizer=training.distributed_optimizer,
         optimizer_cpu_offload=training.optimizer_offload,
         optimizer_offload_fraction=1.0,
-        # then the main parameters leave the GPU too; the class itself looks for that package
-        use_precision_aware_optimizer=training.optimizer_offload
-        and bool(find_spec("transformer_engine")),
+        use_precision_aware_optimizer=precision_aware,
     )
 
 
 def set_rates(optimizer: ChainedOptimizer, lr: float, weight_decay: float) -> None:
-    """By the groups' multipliers, which Megatron's own scheduler would apply: vectors do not decay."""
+    """Sets the rates by the groups' multipliers, as Megatron's own scheduler would.
+
+    By them, vectors do not decay.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_mult"]
         group["weight_decay"] = weight_decay * group["wd_mult"]
@@ -61,9 +63,24 @@ def set_rates(optimizer: ChainedOptimizer, lr: float, weight_decay: float) -> No
 
 def tensors(optimizer: ChainedOptimizer) -> list[Tensor]:
     """This rank's main parameters and their moments."""
-    inner = [each.optimizer for each in optimizer.chained_optimizers if each.optimizer is not None]
-    states = [state for each in inner for state in each.state.values()]
-    parameters = [
-        p.detach() for each in inner for group in each.param_groups for p in group["params"]
-    ]
-    return parameters + [v for state in states for v in state.values() if isinstance(v, Tensor)]
+    parameters = []
+    moments = []
+    for chained in optimizer.chained_optimizers:
+        inner = chained.optimizer
+        if inner is None:
+            continue
+        for group in inner.param_groups:
+            parameters += [parameter.detach() for parameter in group["params"]]
+        for state in inner.state.values():
+            moments += [value for value in state.values() if isinstance(value, Tensor)]
+    return parameters + moments
+
+
+def _check_offload(config: RunConfig, device: torch.device) -> None:
+    if not (has_transformer_engine(device) and config.training.distributed_optimizer):
+        # megatron-core 0.19.2 would train without Transformer Engine, but not load what
+        # it has saved.
+        raise ValueError(
+            "training.optimizer_offload=true: Megatron's needs CUDA, Transformer Engine and"
+            " training.distributed_optimizer=true; training.backend=fsdp does not"
+        )

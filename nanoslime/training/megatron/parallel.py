@@ -1,5 +1,6 @@
-"""Which rank does what: Megatron's process groups, in its default order tp, cp, dp, pp (tp varies fastest).
+"""Which rank does what: Megatron's process groups.
 
+They are in Megatron's default order tp, cp, dp, pp, in which tp varies fastest.
 Experts have a grid of their own over the same ranks of a pipeline stage: etp, ep, edp.
 """
 
@@ -19,7 +20,7 @@ from nanoslime.training.backend import RankEnv, init_process_group
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This rank's place in the grids [pp, dp, cp, tp] and [pp, edp, ep, etp], and its groups."""
+    """This rank's place in the grids [pp, dp, cp, tp] and [pp, edp, ep, etp], and groups."""
 
     tp_rank: int
     tp_size: int
@@ -29,7 +30,7 @@ class Ranks:
     dp_size: int
     pp_rank: int
     pp_size: int
-    vpp_size: int  # pieces of the model on this rank
+    vpp_size: int  # model chunks on this rank
     ep_rank: int
     ep_size: int
     etp_rank: int
@@ -43,23 +44,25 @@ class Ranks:
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
 
-    def parts(self, shape: ModelShape) -> list[ModelPartition]:
-        """What lies here, by virtual stage: piece v of rank p is stage v * pp_size + p of the pipeline."""
-        stages = self.vpp_size * self.pp_size
-        experts = shape.moe.num_experts // self.ep_size if shape.moe else 0
-        each, of_expert = shape.num_layers // stages, (self.etp_rank, self.etp_size)
-        return [
-            ModelPartition(
+    def partitions(self, shape: ModelShape) -> list[ModelPartition]:
+        """The part of the model in each model chunk; chunk v of rank p is stage v * pp_size + p."""
+        num_stages = self.vpp_size * self.pp_size
+        num_layers = shape.num_layers // num_stages
+        num_experts = shape.moe.num_experts // self.ep_size if shape.moe else 0
+        first_expert = self.ep_rank * num_experts
+        found = []
+        for stage in range(self.pp_rank, num_stages, self.pp_size):
+            partition = ModelPartition(
                 self.tp_rank,
                 self.tp_size,
-                range(stage * each, (stage + 1) * each),
+                layers=range(stage * num_layers, (stage + 1) * num_layers),
                 first=stage == 0,
-                last=stage == stages - 1,
-                experts=range(self.ep_rank * experts, (self.ep_rank + 1) * experts),
-                expert_tp=of_expert,
+                last=stage == num_stages - 1,
+                experts=range(first_expert, first_expert + num_experts),
+                expert_tp=(self.etp_rank, self.etp_size),
             )
-            for stage in range(self.pp_rank, stages, self.pp_size)
-        ]
+            found.append(partition)
+        return found
 
 
 def megatron_sizes(config: TrainingConfig) -> dict[str, int | None]:
@@ -75,9 +78,10 @@ def megatron_sizes(config: TrainingConfig) -> dict[str, int | None]:
 
 
 def initialize(config: TrainingConfig, env: RankEnv, seed: int) -> Ranks:
-    """Joins the default process group, where that has not been done, and makes Megatron's groups.
+    """Joins the default process group and makes Megatron's groups.
 
-    Every collective has training.collective_deadline_s.
+    Nothing happens to a default group that is there already. Every collective has
+    training.collective_deadline_s.
     """
     init_process_group(env, config)
     state.destroy_model_parallel()  # of an earlier backend in this process
@@ -101,9 +105,9 @@ def initialize(config: TrainingConfig, env: RankEnv, seed: int) -> Ranks:
 
 
 def from_last_stage(value: Any, ranks: Ranks) -> Any:
-    """`value` of the last pipeline stage, on every stage; what other stages pass in is ignored."""
+    """The `value` of the last pipeline stage, on every stage; others are ignored."""
     if ranks.pp_size == 1:
         return value
-    box = [value]
-    dist.broadcast_object_list(box, group_src=ranks.pp_size - 1, group=ranks.pp_group)
-    return box[0]
+    message = [value]
+    dist.broadcast_object_list(message, group_src=ranks.pp_size - 1, group=ranks.pp_group)
+    return message[0]

@@ -1,13 +1,16 @@
-"""Packed micro-batches through Megatron's pipeline schedules: logprobs, and the gradient of a loss.
+"""Logprobs and gradients of packed micro-batches by Megatron's pipeline schedules.
 
-TrainBatch -> MicroBatch [T] -> GPTModel (thd) -> hidden [T, H] -> logprobs [T] -> loss / denominator
+TrainBatch -> MicroBatch [T] -> GPTModel (thd) -> hidden [T, H] -> logprobs [T] -> loss
+/ denominator
 
-Under context parallelism a rank has a part of each sequence, from its tokens to their logprobs; these come
-together before the loss, which is the same on all ranks of the group.
+Under context parallelism a rank has a part of each sequence, from the tokens to their
+logprobs. The logprobs come together before the loss, which is the same on all ranks of
+the group.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,160 +27,224 @@ from nanoslime.models.rules import padded_vocab_size
 from nanoslime.models.shape import ModelShape
 from nanoslime.training.backend import Algorithm
 from nanoslime.training.logprobs import linear_logprobs
-from nanoslime.training.megatron.context_parallel import Spread
+from nanoslime.training.megatron.context_parallel import ContextParallelShard
 from nanoslime.training.megatron.model import unwrap
 from nanoslime.training.megatron.parallel import Ranks
 from nanoslime.training.megatron.routing_replay import replayed, routers, training_step
 from nanoslime.training.metrics import MetricSums, ReducedMetrics
 
 
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """A micro-batch, and the tokens of it that this context-parallel rank has."""
+
+    indices: list[int]  # of its sequences in the TrainBatch
+    batch: MicroBatch
+    cp_shard: ContextParallelShard
+
+
 class Pipeline:
-    """This rank's pieces of the model, driven over the micro-batches of a TrainBatch."""
+    """This rank's model chunks, driven over the micro-batches of a TrainBatch."""
 
     def __init__(
-        self, pieces: list[DDP], shape: ModelShape, ranks: Ranks, device: torch.device
+        self, model_chunks: list[DDP], shape: ModelShape, ranks: Ranks, device: torch.device
     ) -> None:
-        self._pieces, self._shape, self._ranks, self._device = pieces, shape, ranks, device
-        self._multiple = (
-            ranks.tp_size if pieces[0].config.sequence_parallel else 1
-        )  # of tokens on a rank
+        self._model_chunks = model_chunks
+        self._shape = shape
+        self._ranks = ranks
+        self._device = device
+        self._sequence_parallel = model_chunks[0].config.sequence_parallel
+        self._length_multiple = 1
+        if self._sequence_parallel:
+            self._length_multiple *= ranks.tp_size
         if ranks.cp_size > 1:
-            self._multiple *= 2 * ranks.cp_size
+            self._length_multiple *= 2 * ranks.cp_size
 
     def logprobs(self, shard: TrainBatch) -> list[Tensor]:
-        """[T] per micro-batch of `shard` on the last stage, on the CPU; empty elsewhere."""
+        """[T] on the CPU per micro-batch of `shard`; nothing before the last stage.
 
-        def finish(
-            batch: MicroBatch, spread: Spread, hidden: Tensor, non_loss_data: bool
-        ) -> Tensor:
-            return self._token_logprobs(batch, spread, hidden)[0].cpu()
+        If `shard` has routed experts, the unknown ones (-1) are set to what this rank's
+        routers choose.
+        """
 
-        return self._run(shard, finish, forward_only=True, collect_non_loss_data=True)
+        def logprobs_of(pack: Pack, hidden: Tensor, non_loss_data: bool) -> Tensor:
+            logprobs, _ = self._token_logprobs(pack, hidden)
+            return logprobs.cpu()
+
+        return self._run(shard, logprobs_of, forward_only=True, collect_non_loss_data=True)
 
     def gradients(self, shard: TrainBatch, algorithm: Algorithm) -> ReducedMetrics | None:
         """Fills the gradient buffers, summed over ranks; metrics on the last stage."""
         sums = MetricSums()
 
-        def finish(
-            batch: MicroBatch, spread: Spread, hidden: Tensor
-        ) -> tuple[Tensor, Tensor, None]:
-            with_entropy = algorithm.needs_entropy
+        def loss_of(pack: Pack, hidden: Tensor) -> tuple[Tensor, Tensor, None]:
             logprobs, entropy = self._token_logprobs(
-                batch, spread, hidden, with_entropy=with_entropy
+                pack, hidden, with_entropy=algorithm.needs_entropy
             )
-            loss, metrics = algorithm.loss(logprobs, entropy, batch)
-            sums.add(loss, metrics, logprobs, batch)
+            loss, metrics = algorithm.loss(logprobs, entropy, pack.batch)
+            sums.add(loss, metrics, logprobs, pack.batch)
             num_tokens = torch.zeros([], dtype=torch.int, device=hidden.device)
-            return loss / batch.denominator, num_tokens, None
+            return loss / pack.batch.denominator, num_tokens, None
 
-        for piece in self._pieces:
-            piece.zero_grad_buffer()
-        routing, all_routers = (
-            dict[str, float](),
-            [r for p in self._pieces for r in routers(unwrap(p))],
-        )
-        with training_step(all_routers, routing) if shard.routed_experts else nullcontext():
-            self._run(shard, finish, forward_only=False)
+        for chunk in self._model_chunks:
+            chunk.zero_grad_buffer()
+        routing_metrics: dict[str, float] = {}
+        routing: AbstractContextManager[None] = nullcontext()
+        if shard.routed_experts:
+            all_routers = [r for chunk in self._model_chunks for r in routers(unwrap(chunk))]
+            routing = training_step(all_routers, routing_metrics)
+        with routing:
+            self._run(shard, loss_of, forward_only=False)
         if not self._ranks.is_last_stage:
             return None
         reduced = sums.reduce(self._ranks.dp_group)
-        reduced.means.update(routing)
+        reduced.means.update(routing_metrics)
         return reduced
 
-    def _run(self, shard: TrainBatch, finish: Callable[..., Any], **options: Any) -> list[Any]:
-        """What `finish(microbatch, its spread, hidden)` returned for each of them, on the last stage."""
+    def _run(self, shard: TrainBatch, loss_func: Callable[..., Any], **options: Any) -> list[Any]:
+        """Runs all micro-batches; the results of loss_func(pack, hidden), on the last stage."""
 
-        def forward(batches: Iterator[Any], model: DDP) -> tuple[Tensor, Callable[..., Any]]:
-            indices, batch = next(batches)
-            spread = Spread(batch.cu_seqlens, batch.positions, self._ranks.cp_group, self._multiple)
-            tokens, positions = spread.here(batch.token_ids), spread.here(batch.positions)
-            with _without_output_layer(gpt := unwrap(model)), self._routed(gpt, batch, spread):
-                hidden = model(**packed_inputs(tokens, positions, spread.bounds))
-            if (
-                shard.routed_experts
-                and batch.routed_experts is not None
-                and not torch.is_grad_enabled()
-            ):
-                lengths = [len(shard.token_ids[i]) for i in indices]
-                for i, part in zip(indices, batch.routed_experts.cpu().split(lengths), strict=True):
-                    shard.routed_experts[i] = torch.maximum(shard.routed_experts[i], part)
-            return hidden, partial(finish, batch, spread)
+        def forward_step(packs: Iterator[Pack], model: DDP) -> tuple[Tensor, Callable[..., Any]]:
+            pack = next(packs)
+            inputs = packed_inputs(
+                pack.cp_shard.local(pack.batch.token_ids),
+                pack.cp_shard.local(pack.batch.positions),
+                pack.cp_shard.padded_cu_seqlens,
+            )
+            gpt = unwrap(model)
+            with _without_output_layer(gpt), self._routed(gpt, pack):
+                hidden = model(**inputs)
+            if not torch.is_grad_enabled():
+                _record_experts(shard, pack)
+            return hidden, partial(loss_func, pack)
 
-        interleaved = len(self._pieces) > 1
-        data = [
-            ((i, shard.microbatch(i).to(self._device)) for i in shard.microbatches)
-            for _ in self._pieces
-        ]
+        iterators = [self._packs(shard) for _ in self._model_chunks]
+        interleaved = len(self._model_chunks) > 1
         return get_forward_backward_func()(
-            forward_step_func=forward,
-            data_iterator=data if interleaved else data[0],
-            model=self._pieces if interleaved else self._pieces[0],
+            forward_step_func=forward_step,
+            data_iterator=iterators if interleaved else iterators[0],
+            model=self._model_chunks if interleaved else self._model_chunks[0],
             num_microbatches=len(shard.microbatches),
             seq_length=1,  # the stages tell one another the shapes (variable_seq_lengths)
             micro_batch_size=1,
             **options,
         )
 
+    def _packs(self, shard: TrainBatch) -> Iterator[Pack]:
+        for indices in shard.microbatches:
+            batch = shard.microbatch(indices).to(self._device)
+            cp_shard = ContextParallelShard(
+                batch.cu_seqlens, batch.positions, self._ranks.cp_group, self._length_multiple
+            )
+            yield Pack(indices, batch, cp_shard)
+
     @contextmanager
-    def _routed(self, piece: GPTModel, batch: MicroBatch, spread: Spread) -> Iterator[None]:
-        """The forward inside takes the experts of the batch, and adds what this rank's routers choose."""
-        if (experts := batch.routed_experts) is None:
+    def _routed(self, gpt: GPTModel, pack: Pack) -> Iterator[None]:
+        """Inside, a forward takes the experts of the pack.
+
+        Afterwards the unknown ones (-1) among them are what the routers of this rank
+        chose.
+        """
+        experts = pack.batch.routed_experts
+        if experts is None:
             yield
             return
-        rows = spread.here(torch.arange(1, len(experts) + 1, device=experts.device)) - 1
-        if unwrap(self._pieces[0]).config.sequence_parallel:
-            rows = rows.chunk(self._ranks.tp_size)[self._ranks.tp_rank]
-        here = experts[rows]
-        here[rows < 0] = -1  # padding
-        with replayed(routers(piece), here):
+        tokens = torch.arange(len(experts), device=experts.device)
+        local_tokens = pack.cp_shard.local(tokens + 1) - 1  # -1 at padding
+        if self._sequence_parallel:
+            local_tokens = local_tokens.chunk(self._ranks.tp_size)[self._ranks.tp_rank]
+        is_padding = local_tokens < 0
+        local_experts = experts[local_tokens]
+        local_experts[is_padding] = -1
+        with replayed(routers(gpt), local_experts):
             yield
-        experts[rows[rows >= 0]] = here[rows >= 0]
+        experts[local_tokens[~is_padding]] = local_experts[~is_padding]
 
     def _token_logprobs(
-        self, batch: MicroBatch, spread: Spread, hidden: Tensor, *, with_entropy: bool = False
+        self, pack: Pack, hidden: Tensor, *, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """[T] each, as logprobs.token_logprobs, from hidden states [P / cp or P / cp / tp, 1, H]."""
-        gpt = unwrap(self._pieces[-1])
-        if (
-            gpt.config.sequence_parallel
-        ):  # the gradient is whole on each rank, which takes its part of it
+        """Logprobs and entropies [T] as logprobs.token_logprobs defines them.
+
+        hidden is [P / cp_size, 1, H], or [P / cp_size / tp_size, 1, H] with sequence
+        parallelism.
+        """
+        gpt = unwrap(self._model_chunks[-1])
+        if self._sequence_parallel:
+            # Each rank gets the whole gradient, and takes its own part of it.
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        tied = gpt.share_embeddings_and_output_weights
-        weight = gpt.shared_embedding_or_output_weight() if tied else gpt.output_layer.weight
-        columns = padded_vocab_size(self._shape, self._ranks.tp_size) // self._ranks.tp_size
-        found = linear_logprobs(
+        if gpt.share_embeddings_and_output_weights:
+            weight = gpt.shared_embedding_or_output_weight()
+        else:
+            weight = gpt.output_layer.weight
+        padded_size = padded_vocab_size(self._shape, self._ranks.tp_size)
+        vocab_per_rank = padded_size // self._ranks.tp_size
+        next_tokens = pack.batch.token_ids.roll(-1)  # row t of hidden predicts token t + 1
+        local_logprobs, local_entropy = linear_logprobs(
             hidden[:, 0].to(weight.dtype),  # Float16Module returns float32
             weight,
-            spread.here(batch.token_ids.roll(-1)),  # row t speaks of token t + 1
-            temperature=batch.temperature,
+            pack.cp_shard.local(next_tokens),
+            temperature=pack.batch.temperature,
             vocab_size=self._shape.vocab_size,
-            vocab_start=self._ranks.tp_rank * columns,
+            vocab_start=self._ranks.tp_rank * vocab_per_rank,
             tp_group=self._ranks.tp_group if self._ranks.tp_size > 1 else None,
             with_entropy=with_entropy,
         )
-        first = batch.positions == 0
-        logprobs, *entropy = (
-            spread.whole(x).roll(1).masked_fill(first, 0.0) for x in found if x is not None
-        )
-        return logprobs, entropy[0] if entropy else None
+        logprobs = _of_tokens(local_logprobs, pack)
+        if local_entropy is None:
+            return logprobs, None
+        return logprobs, _of_tokens(local_entropy, pack)
+
+
+def _of_tokens(local_predictions: Tensor, pack: Pack) -> Tensor:
+    """[T]: moves each value from the row that predicts a token to the token.
+
+    The first token of a sequence gets 0. local_predictions is [P / cp_size].
+    """
+    predictions = pack.cp_shard.gather(local_predictions)
+    return predictions.roll(1).masked_fill(pack.batch.positions == 0, 0.0)
+
+
+def _record_experts(shard: TrainBatch, pack: Pack) -> None:
+    """Puts the experts that a forward used into `shard`, where it has room for them."""
+    if not shard.routed_experts or pack.batch.routed_experts is None:
+        return
+    lengths = [len(shard.token_ids[index]) for index in pack.indices]
+    by_sequence = pack.batch.routed_experts.cpu().split(lengths)
+    for index, experts in zip(pack.indices, by_sequence, strict=True):
+        shard.routed_experts[index] = torch.maximum(shard.routed_experts[index], experts)
 
 
 @contextmanager
 def _without_output_layer(gpt: GPTModel) -> Iterator[None]:
-    """Inside, forward returns hidden states on every stage, after the final norm on the last: [T, 1, H]."""
-    last, gpt.post_process = gpt.post_process, False  # the decoder has its own word for its norm
+    """Inside, forward returns hidden states [T, 1, H] on every stage.
+
+    On the last stage they come after the final norm.
+    """
+    post_process = gpt.post_process
+    gpt.post_process = False  # the decoder has a flag of its own, which adds the final norm
     try:
         yield
     finally:
-        gpt.post_process = last
+        gpt.post_process = post_process
 
 
-def packed_inputs(tokens: Tensor, positions: Tensor, bounds: Tensor) -> dict[str, Any]:
-    """GPTModel's arguments for sequences one after the other: [T], [T], and [N + 1], where each begins."""
-    longest = int(bounds.diff().max())
-    ends = dict(
-        cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
+def packed_inputs(tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> dict[str, Any]:
+    """GPTModel's arguments for sequences one after the other.
+
+    tokens [T], positions [T] within each sequence, cu_seqlens [N + 1] where each
+    sequence begins.
+    """
+    longest = int(cu_seqlens.diff().max())
+    packed_seq_params = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
     )
-    packed = PackedSeqParams(qkv_format="thd", **ends)
-    inputs = {"input_ids": tokens[None], "position_ids": positions[None]}
-    return {**inputs, "attention_mask": None, "packed_seq_params": packed}
+    return {
+        "input_ids": tokens[None],
+        "position_ids": positions[None],
+        "attention_mask": None,
+        "packed_seq_params": packed_seq_params,
+    }

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing
 from safetensors.torch import load_file, save_file
 
 from nanoslime.algorithms.grpo import GRPO
@@ -48,44 +49,55 @@ def parameters(backend):
 
 
 def with_dummies(batch):
-    """The batch with masked-out sequences alone in the first and last micro-batch, as plan() pads a rank."""
-    first, last = len(batch.token_ids), len(batch.token_ids) + 1
-    nothing = {
-        name: [torch.zeros(2)] * 2 for name in ("rollout_logprobs", "old_logprobs", "ref_logprobs")
+    """Adds masked-out sequences in micro-batches of their own, as batching pads a rank."""
+    dummy = {
+        "token_ids": torch.zeros(2, dtype=torch.long),
+        "loss_mask": torch.zeros(2, dtype=torch.bool),
+        "rollout_logprobs": torch.zeros(2),
+        "old_logprobs": torch.zeros(2),
+        "ref_logprobs": torch.zeros(2),
+        "advantages": 0.0,
+        "token_weights": 0.0,
     }
-    nothing |= {"token_ids": [torch.zeros(2, dtype=torch.long)] * 2, "advantages": [0.0] * 2}
-    nothing |= {"loss_mask": [torch.zeros(2, dtype=torch.bool)] * 2, "token_weights": [0.0] * 2}
-    longer = {name: getattr(batch, name) + values for name, values in nothing.items()}
+    longer = {name: [*getattr(batch, name), value, value] for name, value in dummy.items()}
+    first = len(batch.token_ids)
+    last = first + 1
     return replace(batch, **longer, microbatches=[[first], *batch.microbatches, [last]])
 
 
 def test_a_masked_out_micro_batch_changes_nothing(start, steps):
-    backend, batch = start(), train_batch(steps[0])
-    spare = with_dummies(batch)
-    plain, padded = backend.logprobs(batch, "policy"), backend.logprobs(spare, "policy")
+    backend = start()
+    batch = train_batch(steps[0])
+    with_dummy = with_dummies(batch)
+    plain = backend.logprobs(batch, "policy")
+    padded = backend.logprobs(with_dummy, "policy")
     assert all(torch.equal(a, b) for a, b in zip(plain, padded[:-2], strict=True))
-    step = backend.train_step(spare, GRPO(KL))
+    step = backend.train_step(with_dummy, GRPO(KL))
     dist.destroy_process_group()
     assert start().train_step(batch, GRPO(KL)).loss == pytest.approx(step.loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("distributed", [False, True])
 def test_a_gradient_that_is_not_finite_skips_the_update(start, steps, distributed):
-    backend, batch = start(distributed_optimizer=distributed), train_batch(steps[0])
+    backend = start(distributed_optimizer=distributed)
+    batch = train_batch(steps[0])
     before = parameters(backend)
     broken = replace(batch, advantages=[math.nan] * len(LENGTHS))
     step = backend.train_step(broken, GRPO(KL))
-    assert step.skipped and math.isnan(step.grad_norm)
+    assert step.skipped
+    assert math.isnan(step.grad_norm)
     assert all(torch.equal(value, before[name]) for name, value in parameters(backend).items())
     good = backend.train_step(batch, GRPO(KL))
-    assert not good.skipped and good.lr < step.lr, "a skipped step still counts in the schedule"
+    assert not good.skipped
+    assert good.lr < step.lr, "a skipped step still counts in the schedule"
     assert not torch.equal(parameters(backend)["model.norm.weight"], before["model.norm.weight"])
 
 
 def test_without_clipping_the_update_uses_the_whole_gradient(start, steps):
     backend = start(clip_grad=0.0)
     step = backend.train_step(train_batch(steps[0]), GRPO(KL))
-    squares = sum(float(g.square().sum()) for g in assemble(copied(backend.grad_shards())).values())
+    grads = assemble(copied(backend.grad_shards()))
+    squares = sum(float(grad.square().sum()) for grad in grads.values())
     assert math.sqrt(squares) == pytest.approx(step.grad_norm, rel=1e-4)
 
 
@@ -103,17 +115,16 @@ def test_bfloat16_trains_near_float32_and_sends_bfloat16(model_dir, steps, tmp_p
 def test_a_bfloat16_run_resumes_from_its_float32_main_parameters(
     model_dir, steps, tmp_path, start, distributed
 ):
-    batches, path = [train_batch(step) for step in steps], tmp_path / "saved"
-    options = {"distributed_optimizer": distributed}
-    first = make_backend(Layout(dtype="bfloat16"), model_dir, 0, tmp_path / "rendezvous", **options)
+    batches = [train_batch(step) for step in steps]
+    path = tmp_path / "saved"
+    layout = Layout(dtype="bfloat16", options=(("distributed_optimizer", distributed),))
+    first = make_backend(layout, model_dir, 0, tmp_path / "rendezvous")
     first.train_step(batches[0], GRPO(KL))
     path.mkdir()
     first.save(path)
     expected = [first.train_step(batch, GRPO(KL)) for batch in batches]
     dist.destroy_process_group()
-    second = make_backend(
-        Layout(dtype="bfloat16"), model_dir, 0, tmp_path / "rendezvous-2", **options
-    )
+    second = make_backend(layout, model_dir, 0, tmp_path / "rendezvous-2")
     second.load(path)
     assert [second.train_step(batch, GRPO(KL)) for batch in batches] == expected
     after = parameters(second)
@@ -132,9 +143,10 @@ def test_reference_logprobs_need_a_configured_reference(model_dir, steps, tmp_pa
 
 def test_a_damaged_or_foreign_megatron_checkpoint_is_named(start, steps, tmp_path):
     backend = start()
+    empty = tmp_path / "empty"
+    empty.mkdir()
     with pytest.raises(RunError, match="empty cannot be loaded"):
-        (tmp_path / "empty").mkdir()
-        backend.load(tmp_path / "empty")
+        backend.load(empty)
     path = tmp_path / "saved"
     path.mkdir()
     backend.save(path)
@@ -144,20 +156,31 @@ def test_a_damaged_or_foreign_megatron_checkpoint_is_named(start, steps, tmp_pat
         backend.load(path)
 
 
+def test_a_checkpoint_has_the_files_of_the_pinned_release(start, tmp_path):
+    """Since 0.19 the common state is an object among the tensors, and has no backend of its own."""
+    path = tmp_path / "saved"
+    path.mkdir()
+    start().save(path)
+    assert not (path / "common.pt").exists()
+    metadata = json.loads((path / "metadata.json").read_text())
+    assert metadata == {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    assert dist_checkpointing.load_common_state_dict(str(path))["progress"]["step"] == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "world_size", "message"),
     [
         (
             {"tp_size": 2, "cp_size": 2},
             6,
-            "tp_size=2 x training.cp_size=2 x training.pp_size=1 = 4 does not divide the 6 trainer ranks",
+            "tp_size=2 x training.cp_size=2 x training.pp_size=1 = 4 does not divide the 6 trainer",
         ),
         (
             {"pp_size": 2, "vpp_size": 4},
             2,
             "vpp_size=4 does not divide the 2 layers of a rank with",
         ),
-        ({"ep_size": 2}, 2, "training.ep_size=2 must divide a qwen3, which has no experts"),
+        ({"ep_size": 2}, 2, "training.ep_size=2 spreads experts, and a qwen3 has none"),
         ({"tp_size": 4}, 4, "tp_size=4 does not divide num_key_value_heads=2"),
         ({"pp_size": 3}, 3, "pp_size=3 does not divide num_layers=4; choose 1, 2 or 4"),
         ({"tp_size": 2, "pp_size": 2}, 6, "training.pp_size=2 = 4 does not divide the 6 trainer"),
@@ -170,13 +193,14 @@ def test_impossible_layouts_are_refused(model_dir, changes, world_size, message)
 
 
 def test_megatron_fields_are_passed_through_and_unknown_ones_refused(model_dir):
-    shape, cpu = ModelShape.read(model_dir), torch.device("cpu")
+    shape = ModelShape.read(model_dir)
+    cpu = torch.device("cpu")
     config = transformer_config(shape, Layout().config(megatron={"attention_dropout": 0.5}), cpu)
     assert config.attention_dropout == 0.5
-    with pytest.raises(
-        ValueError, match=r"megatron-core's TransformerConfig has no field \['atention_dropout'\]"
-    ):
-        transformer_config(shape, Layout().config(megatron={"atention_dropout": 0.5}), cpu)
+    misspelt = Layout().config(megatron={"atention_dropout": 0.5})
+    unknown = r"megatron-core's TransformerConfig has no field \['atention_dropout'\]"
+    with pytest.raises(ValueError, match=unknown):
+        transformer_config(shape, misspelt, cpu)
 
 
 def shard_with(directory, name):
@@ -232,14 +256,19 @@ def test_a_damaged_checkpoint_is_refused_by_name(start, tmp_path, damage, messag
     backend = start()
     damage(directory)
     with pytest.raises((ValueError, RunError), match=message):
-        weights.load(backend._weights_here, backend._shape, directory)
+        weights.load(backend._parameter_pieces, backend._shape, directory)
+
+
+def add_equal_head(tensors):
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
 
 
 def test_a_tied_checkpoint_whose_head_differs_is_refused(start, tmp_path):
     directory = save_model(tmp_path / "model", "qwen3")
-    backend, file = start(), directory / "model.safetensors"
-    rewrite(file, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
-    weights.load(backend._weights_here, backend._shape, directory)
-    rewrite(file, lambda t: t["lm_head.weight"].mul_(1.01))
+    backend = start()
+    file = directory / "model.safetensors"
+    rewrite(file, add_equal_head)
+    weights.load(backend._parameter_pieces, backend._shape, directory)
+    rewrite(file, lambda tensors: tensors["lm_head.weight"].mul_(1.01))
     with pytest.raises(ValueError, match="lm_head.weight differs from the embedding"):
-        weights.load(backend._weights_here, backend._shape, directory)
+        weights.load(backend._parameter_pieces, backend._shape, directory)

@@ -1,4 +1,4 @@
-"""Each thing that megatron-core expects of CUDA and gets from the CPU; nobody else sees a difference."""
+"""Each thing that megatron-core expects of CUDA and gets from the CPU; torch is unchanged."""
 
 import sys
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.optimizer import clip_grads
+from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel import mappings
 from megatron.core.transformer import multi_latent_attention, transformer_layer
-from megatron.core.transformer.moe import moe_utils, token_dispatcher
+from megatron.core.transformer.moe import token_dispatcher
 
 from nanoslime.training.megatron import cpu_compat
 
@@ -31,6 +32,11 @@ def test_every_loaded_megatron_module_sees_the_stand_in():
     ]
     assert len(modules) > 50
     assert not [m.__name__ for m in modules if m.torch is torch]
+
+
+def test_the_modules_that_a_save_loads_see_the_stand_in():
+    for module in cpu_compat.LOADED_BY_A_SAVE:
+        assert module.torch is cpu_compat._TORCH, module.__name__
 
 
 def test_a_module_loaded_later_is_reached_by_installing_again(monkeypatch):
@@ -101,8 +107,8 @@ def test_the_random_state_tracker_forks_the_cpu_generator():
     tracker.reset()
 
 
-def test_what_megatron_core_takes_from_transformer_engine_unasked_is_absent():
-    assert moe_utils.te_general_gemm is None and not multi_latent_attention.HAVE_TE
+def test_latent_attention_knows_the_layer_that_is_whole_on_every_rank():
+    assert multi_latent_attention.Linear is Linear
 
 
 def test_counts_of_tokens_on_the_cpu_become_the_arrays_that_experts_split_by():

@@ -1,22 +1,38 @@
-"""Frozen parameters where the model lies on several ranks: the same step as FSDP on one rank."""
+"""With frozen parameters, several ranks make the same step as FSDP on one rank."""
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from nanoslime.algorithms.grpo import GRPO
+from nanoslime.batch import StepMetrics
 from nanoslime.plugins import resolve
+from nanoslime.training.backend import RankEnv
 from tests.models.hf import save_model
-from tests.training.parity import BACKENDS, KL, Layout, assemble, copied, train_batch
+from tests.training.parity import (
+    BACKENDS,
+    KL,
+    CopiedShard,
+    Layout,
+    assemble,
+    copied,
+    train_batch,
+)
+from tests.training.rank_pool import RankPool
 from tests.training.reference import make_step
 
 pytestmark = pytest.mark.megatron
+
 DISTRIBUTED = (("distributed_optimizer", True),)
 RECOMPUTE = (("recompute", True),)
 SOME = ("embed_tokens", r"layers\.0\.mlp", r"layers\.3\.self_attn", "model.norm")
 FIRST_STAGE = ("embed_tokens", r"layers\.[01]\.")
+ALL_BUT_EXPERTS = r"^(?!.*\.experts\.)"
 
 
 @pytest.fixture(scope="module", params=["qwen3", "qwen3_untied"])
@@ -24,21 +40,47 @@ def model_dir(request, tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("model"), request.param)
 
 
-def frozen_step(env, layout, model_dir, step, patterns):
-    """On one rank: weights, metrics of a step, weights after it."""
-    make = resolve(layout.backend, BACKENDS, "backend")
-    backend = make(layout.config(freeze=list(patterns)), model_dir, env)
+@dataclass
+class Step:
+    """A step's metrics, and the weights before and after it: of one rank, or assembled."""
+
+    before: Any
+    metrics: StepMetrics
+    after: Any
+
+
+def frozen_step(
+    env: RankEnv, layout: Layout, model_dir: Path, step: dict[str, Any], patterns: tuple[str, ...]
+) -> Step:
+    """Runs on one rank."""
+    backend_class = resolve(layout.backend, BACKENDS, "backend")
+    backend = backend_class(layout.config(freeze=list(patterns)), model_dir, env)
     before = copied(backend.weight_shards())
     batch = train_batch(step, backend.dp_rank, backend.dp_size, layout.sequences)
     metrics = backend.train_step(batch, GRPO(KL))
-    return before, metrics, copied(backend.weight_shards())
+    return Step(before, metrics, copied(backend.weight_shards()))
 
 
-def together(pool, *arguments):
-    results = pool(frozen_step, *arguments)
-    whole = [assemble(piece for result in results for piece in result[i]) for i in (0, 2)]
-    assert all(result[1] == results[0][1] for result in results)
-    return *whole, results[0][1]
+def together(pool: RankPool, *arguments: Any) -> Step:
+    """The step of all ranks."""
+    ranks = pool(frozen_step, *arguments)
+    for rank in ranks:
+        assert rank.metrics == ranks[0].metrics
+    return Step(
+        before=assemble(shard for rank in ranks for shard in rank.before),
+        metrics=ranks[0].metrics,
+        after=assemble(shard for rank in ranks for shard in rank.after),
+    )
+
+
+def unchanged(step: Step) -> set[str]:
+    return {name for name, value in step.before.items() if torch.equal(value, step.after[name])}
+
+
+def assert_same_step(found: Step, expected: Step) -> None:
+    assert found.metrics.grad_norm == pytest.approx(expected.metrics.grad_norm, rel=1e-5)
+    for name, value in expected.after.items():
+        torch.testing.assert_close(found.after[name], value, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -57,59 +99,66 @@ def together(pool, *arguments):
 def test_in_any_layout_the_step_is_that_of_one_rank(
     patterns, layout, model_dir, one_rank, two_ranks, four_ranks
 ):
-    step, pool = make_step(model_dir, 0), {2: two_ranks, 4: four_ranks}[layout.world_size]
-    before, after, metrics = together(pool, layout, model_dir, step, patterns)
-    _, expected, alone = together(one_rank, Layout(backend="fsdp"), model_dir, step, patterns)
-    assert metrics.grad_norm == pytest.approx(alone.grad_norm, rel=1e-5) and metrics.grad_norm > 0
-    still = {name for name in before if torch.equal(before[name], after[name])}
-    assert still == {name for name in before if torch.equal(before[name], expected[name])}
-    assert len(still) == {SOME: 1 + 3 + 6 + 1, FIRST_STAGE: 1 + 2 * 11}[patterns]
-    for name in before:
-        torch.testing.assert_close(after[name], expected[name], rtol=0, atol=1e-5)
+    step = make_step(model_dir, 0)
+    pool = two_ranks if layout.world_size == 2 else four_ranks
+    found = together(pool, layout, model_dir, step, patterns)
+    expected = together(one_rank, Layout(backend="fsdp"), model_dir, step, patterns)
+    assert found.metrics.grad_norm > 0
+    assert found.before.keys() == expected.after.keys()
+    assert unchanged(found) == unchanged(expected)
+    num_frozen = {SOME: 1 + 3 + 6 + 1, FIRST_STAGE: 1 + 2 * 11}[patterns]
+    assert len(unchanged(found)) == num_frozen
+    assert_same_step(found, expected)
 
 
 def test_a_megatron_tensor_frozen_in_part_is_refused_by_name(model_dir, one_rank):
-    part = "selects a part of Megatron's decoder.layers.0.self_attention.linear_qkv.weight"
-    with pytest.raises(
-        AssertionError, match=rf"{part}; freeze .*k_proj.weight, .*v_proj.weight as well"
-    ):
-        one_rank(frozen_step, Layout(), model_dir, make_step(model_dir, 0), ["q_proj"])
+    step = make_step(model_dir, 0)
+    refused = (
+        "selects a part of Megatron's decoder.layers.0.self_attention.linear_qkv.weight;"
+        " freeze .*k_proj.weight, .*v_proj.weight as well"
+    )
+    with pytest.raises(AssertionError, match=refused):
+        one_rank(frozen_step, Layout(), model_dir, step, ["q_proj"])
 
 
 def test_one_expert_of_a_layer_is_refused_which_no_checkpoint_could_hold(one_rank, tmp_path):
     model_dir = save_model(tmp_path / "model", "qwen3_moe")
-    part = "selects a part of Megatron's decoder.layers.1.mlp.experts.experts.linear_fc[12].weight"
-    with pytest.raises(
-        AssertionError, match=rf"{part}; freeze .*1.mlp.experts.1.*_proj.weight, .* as well"
-    ):
-        one_rank(
-            frozen_step,
-            Layout(),
-            model_dir,
-            make_step(model_dir, 0),
-            [r"layers\.1\..*experts\.0\."],
-        )
+    step = make_step(model_dir, 0)
+    refused = (
+        "selects a part of Megatron's decoder.layers.1.mlp.experts.experts.linear_fc[12].weight;"
+        " freeze .*1.mlp.experts.1.*_proj.weight, .* as well"
+    )
+    with pytest.raises(AssertionError, match=refused):
+        one_rank(frozen_step, Layout(), model_dir, step, [r"layers\.1\..*experts\.0\."])
 
 
-def resumed(env, layout, model_dir, tmp, patterns):
-    """On one rank, the weights after: a step, save, a step; and load of that in another backend, a step."""
-    make, results = resolve(layout.backend, BACKENDS, "backend"), []
-    for number in range(2):
-        backend = make(layout.config(freeze=patterns), model_dir, env)
-        batches = [
-            train_batch(make_step(model_dir, i), backend.dp_rank, backend.dp_size) for i in range(2)
-        ]
-        if number:
-            backend.load(tmp)
-        else:
-            backend.train_step(batches[0], GRPO(KL))
-            backend.save(tmp)
-        metrics = backend.train_step(batches[1], GRPO(KL))
-        results.append((metrics, copied(backend.weight_shards())))
-    return results
+@dataclass
+class Continued:
+    """The step after a save or a load, on one rank."""
+
+    metrics: StepMetrics
+    after: list[CopiedShard]
 
 
-ALL_BUT_EXPERTS = r"^(?!.*\.experts\.)"
+def resumed(
+    env: RankEnv, layout: Layout, model_dir: Path, path: Path, patterns: list[str]
+) -> tuple[Continued, Continued]:
+    """A step, save, a step; and in another backend load, a step. Runs on one rank."""
+    backend_class = resolve(layout.backend, BACKENDS, "backend")
+    config = layout.config(freeze=patterns)
+    steps = [make_step(model_dir, number) for number in range(2)]
+
+    first = backend_class(config, model_dir, env)
+    batches = [train_batch(step, first.dp_rank, first.dp_size) for step in steps]
+    first.train_step(batches[0], GRPO(KL))
+    first.save(path)
+    metrics = first.train_step(batches[1], GRPO(KL))
+    uninterrupted = Continued(metrics, copied(first.weight_shards()))
+
+    second = backend_class(config, model_dir, env)
+    second.load(path)
+    metrics = second.train_step(batches[1], GRPO(KL))
+    return uninterrupted, Continued(metrics, copied(second.weight_shards()))
 
 
 @pytest.mark.parametrize("options", [(), DISTRIBUTED], ids=["whole", "distributed"])
@@ -125,24 +174,30 @@ ALL_BUT_EXPERTS = r"^(?!.*\.experts\.)"
 def test_what_has_nothing_to_train_is_saved_and_loaded(
     family, layout, patterns, options, one_rank, two_ranks, tmp_path
 ):
-    model_dir, saved = save_model(tmp_path / "model", family), tmp_path / "saved"
-    saved.mkdir()
+    model_dir = save_model(tmp_path / "model", family)
+    path = tmp_path / "saved"
+    path.mkdir()
     pool = two_ranks if layout.world_size > 1 else one_rank
-    results = pool(resumed, replace(layout, options=options), model_dir, saved, list(patterns))
-    for (metrics, expected), (again, found) in results:
-        assert again == metrics
-        assert all(torch.equal(a[3], b[3]) for a, b in zip(found, expected, strict=True))
+    ranks = pool(resumed, replace(layout, options=options), model_dir, path, list(patterns))
+    for uninterrupted, continued in ranks:
+        assert continued.metrics == uninterrupted.metrics
+        for found, expected in zip(continued.after, uninterrupted.after, strict=True):
+            assert torch.equal(values_of(found), values_of(expected))
+
+
+def values_of(shard: CopiedShard) -> Tensor:
+    _, _, _, values = shard
+    return values
 
 
 @pytest.mark.parametrize("frozen", [r"mlp\.gate\.", r"\.experts\.", r"layers\.[01]\..*experts"])
 def test_experts_and_their_routers_can_be_frozen(frozen, two_ranks, one_rank, tmp_path):
     model_dir = save_model(tmp_path, "qwen3_moe")
-    split = Layout(dp_size=2, options=(("ep_size", 2), *DISTRIBUTED))
     step = make_step(model_dir, 0)
-    before, after, metrics = together(two_ranks, split, model_dir, step, [frozen])
-    still = {name for name in before if torch.equal(before[name], after[name])}
-    assert still == {name for name in before if re.search(frozen, name)} and still
-    _, expected, alone = together(one_rank, Layout(), model_dir, step, [frozen])
-    assert metrics.grad_norm == pytest.approx(alone.grad_norm, rel=1e-5)
-    for name in before:
-        torch.testing.assert_close(after[name], expected[name], rtol=0, atol=1e-5)
+    distributed = Layout(dp_size=2, options=(("ep_size", 2), *DISTRIBUTED))
+    found = together(two_ranks, distributed, model_dir, step, [frozen])
+    selected = {name for name in found.before if re.search(frozen, name)}
+    assert selected
+    assert unchanged(found) == selected
+    expected = together(one_rank, Layout(), model_dir, step, [frozen])
+    assert_same_step(found, expected)

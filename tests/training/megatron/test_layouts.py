@@ -1,4 +1,4 @@
-"""What megatron-core writes in one grid of ranks it loads in another, as the weight map says."""
+"""megatron-core loads in any grid of ranks what it wrote in another, as the weight map says."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from tests.training.megatron.gpt import LAYOUTS, Grid, differences, save
 from tests.training.megatron.test_architectures import NOISE, TOKENS, changes
 
 pytestmark = pytest.mark.megatron
+
 TWO = [Grid(), Grid(tp=2), Grid(pp=2), Grid(ep=2), Grid(tp=2, ep=2, etp=1)]
 FOUR = [Grid(tp=2, ep=2), Grid(pp=2, ep=2)]
 
@@ -32,7 +33,9 @@ def model_dir(request, tmp_path_factory):
 
 
 def fitting(model_dir, grids):
-    return [grid for grid in grids if grid.ep == 1 or ModelShape.read(model_dir).moe]
+    """Those of the grids that the model fits into."""
+    has_experts = ModelShape.read(model_dir).moe is not None
+    return [grid for grid in grids if grid.ep == 1 or has_experts]
 
 
 def test_any_grid_loads_what_another_saved(model_dir, two_ranks, four_ranks, tmp_path):
@@ -45,23 +48,28 @@ def test_any_grid_loads_what_another_saved(model_dir, two_ranks, four_ranks, tmp
 
 @pytest.mark.parametrize("layout", ["A", "C"])
 def test_stacked_and_split_layouts_hold_the_same(model_dir, two_ranks, tmp_path, layout):
-    *_, last = fitting(model_dir, TWO)
-    two_ranks(save, model_dir, tmp_path / layout, last, layout)
-    assert not any(two_ranks(differences, model_dir, tmp_path / layout, Grid(tp=2), layout))
+    path = tmp_path / layout
+    grid = fitting(model_dir, TWO)[-1]
+    two_ranks(save, model_dir, path, grid, layout)
+    assert not any(two_ranks(differences, model_dir, path, Grid(tp=2), layout))
 
 
 def test_megatron_core_names_its_tensors_as_the_weight_map_does(model_dir, two_ranks, tmp_path):
     two_ranks(save, model_dir, tmp_path / "saved", Grid(), "B")
     written = dist_checkpointing.load_tensors_metadata(str(tmp_path / "saved")).keys()
-    stacked = {piece.megatron for piece in pieces(ModelShape.read(model_dir))}
-    assert written == {re.sub(r"(experts\.experts)\.\d+", r"\1", name) for name in stacked}
+    expected = set()
+    for piece in pieces(ModelShape.read(model_dir)):
+        stacked = re.sub(r"(experts\.experts)\.\d+", r"\1", piece.megatron)
+        expected.add(stacked)
+    assert written == expected
 
 
 def test_one_changed_bit_is_found_on_the_rank_that_holds_it(model_dir, two_ranks, tmp_path):
     two_ranks(save, model_dir, tmp_path / "saved", Grid(tp=2), "B")
     other = tmp_path / "other"
     shutil.copytree(model_dir, other)
-    tensors, name = load_file(other / "model.safetensors"), "model.layers.3.self_attn.o_proj.weight"
+    tensors = load_file(other / "model.safetensors")
+    name = "model.layers.3.self_attn.o_proj.weight"
     tensors[name].view(torch.int16)[0, -1] ^= 1
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
     wrong = f"decoder.layers.3.self_attention.linear_proj.weight <- {name}"
@@ -78,8 +86,9 @@ def test_ranks_compute_together_what_one_computes_alone(family, two_ranks, tmp_p
             torch.tensor(values)
             for values in two_ranks(gpt.logits, model_dir, grid, TOKENS.tolist())
         ]
-        whole = [torch.cat(ranks, dim=1)] if grid.tp == 2 else ranks
-        for found in whole:
+        if grid.tp == 2:
+            ranks = [torch.cat(ranks, dim=1)]
+        for found in ranks:
             assert (found[:, :250] - expected).abs().max() < NOISE, grid
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from nanoslime.algorithms.grpo import GRPO
@@ -21,38 +24,40 @@ from nanoslime.types import GenerateRequest, Sample, SampleGroup, Status
 from tests.models.hf import save_model
 from tests.training import parity
 from tests.training.megatron.test_architectures import changes
-from tests.training.parity import KL, RELATIVE, Layout, copied, make_backend, train_batch
+from tests.training.parity import KL, RELATIVE, Job, Layout, copied, make_backend, train_batch
 from tests.training.reference import make_step
 
 pytestmark = pytest.mark.megatron
 
-RECOMPUTE, SEQUENCE_PARALLEL = ("recompute", True), ("sequence_parallel", True)
+RECOMPUTE = ("recompute", True)
+SEQUENCE_PARALLEL = ("sequence_parallel", True)
+NUM_MICROBATCHES = 4
 
 
 def disturb(backend: Any, scale: float = 0.2) -> None:
-    """Other routers, so that they choose otherwise; the same in every layout."""
+    """Changes the routers so that they choose otherwise; in the same way in every layout."""
     with torch.no_grad():
         for shard in backend.weight_shards():
             if shard.name.endswith("mlp.gate.weight"):
-                noise = torch.randn(
-                    shard.full_shape, generator=torch.Generator().manual_seed(len(shard.name))
-                )
+                generator = torch.Generator().manual_seed(len(shard.name))
+                noise = torch.randn(shard.full_shape, generator=generator)
                 shard.tensor.add_(scale * noise[shard.slices])
 
 
 def replay(
     layout: Layout, model_dir: Any, rank: int, tmp: Any, step: dict[str, Any]
 ) -> dict[str, Any]:
-    """Records under the old weights, disturbs the routers, and makes a step of four micro-batches."""
+    """Records, disturbs the routers, and makes a step of four micro-batches."""
     backend = make_backend(layout, model_dir, rank, tmp / "rendezvous", routing_replay="R2")
     batch = train_batch(step, backend.dp_rank, backend.dp_size)
-    num = len(batch.token_ids)
-    batch.microbatches = [[*range(i, i + num // 4)] for i in range(0, num, num // 4)]
+    indices = list(range(len(batch.token_ids)))
+    size = len(indices) // NUM_MICROBATCHES
+    batch.microbatches = [indices[i : i + size] for i in range(0, len(indices), size)]
     backend.logprobs(batch, "policy")
     recorded = [experts.clone() for experts in batch.routed_experts or []]
     disturb(backend)
-    result = backend.train_step(batch, GRPO(KL))
-    return {"experts": recorded, "grads": copied(backend.grad_shards()), "step": result}
+    metrics = backend.train_step(batch, GRPO(KL))
+    return {"experts": recorded, "grads": copied(backend.grad_shards()), "step": metrics}
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +75,13 @@ def step(model_dir):
 @pytest.fixture
 def start(model_dir, tmp_path):
     """Makes one-rank backends, one after the other; the process group ends with the test."""
-    numbers = iter(range(9))
+    numbers = itertools.count()
 
     def make(directory=model_dir, **options):
         if dist.is_initialized():
             dist.destroy_process_group()
-        return make_backend(
-            Layout(), directory, 0, tmp_path / f"rendezvous-{next(numbers)}", **options
-        )
+        rendezvous = tmp_path / f"rendezvous-{next(numbers)}"
+        return make_backend(Layout(), directory, 0, rendezvous, **options)
 
     yield make
     if dist.is_initialized():
@@ -89,8 +93,12 @@ def whole_grads(results: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    pairs = [(found[name], g) for name, g in expected.items() if g.any()]
-    return parity.largest(float((a - g).abs().max() / g.abs().max()) for a, g in pairs)
+    """The largest relative difference; tensors without a gradient are left out."""
+    differences = []
+    for name, grad in expected.items():
+        if grad.any():
+            differences.append(float((found[name] - grad).abs().max() / grad.abs().max()))
+    return parity.largest(differences)
 
 
 LAYOUTS = [
@@ -108,24 +116,24 @@ LAYOUTS = [
 
 
 def test_a_replayed_step_is_the_same_in_every_layout_and_with_recompute(model_dir, step, tmp_path):
-    jobs = [(layout, model_dir, replay, step) for layout in [Layout(), *LAYOUTS]]
+    jobs = [Job(layout, model_dir, replay, step) for layout in [Layout(), *LAYOUTS]]
     alone, *others = parity.run(jobs, tmp_path)
-    expected, [recorded] = whole_grads(alone), [result["experts"] for result in alone]
-    assert all((experts >= 0).all() for experts in recorded)
-    ratio = alone[0]["step"].values["train/routing_mismatch_ratio"]
-    assert 0.2 < ratio < 0.9, "the disturbed routers choose otherwise, mostly or partly"
+    [expected] = alone
+    expected_grads = whole_grads(alone)
+    assert all((experts >= 0).all() for experts in expected["experts"])
+    mismatch = expected["step"].values["train/routing_mismatch_ratio"]
+    assert 0.2 < mismatch < 0.9, "the disturbed routers choose otherwise, mostly or partly"
     for layout, results in zip(LAYOUTS, others, strict=True):
-        found = difference(whole_grads(results), expected)
+        found = difference(whole_grads(results), expected_grads)
         print(f"{layout}: gradients differ by {found:.1e}")
         assert found < RELATIVE, layout
         for result in results:
-            assert result["step"].loss == pytest.approx(alone[0]["step"].loss, rel=RELATIVE)
-            assert result["step"].values["train/routing_mismatch_ratio"] == pytest.approx(
-                ratio, abs=1e-9
-            )
+            assert result["step"].loss == pytest.approx(expected["step"].loss, rel=RELATIVE)
+            found_mismatch = result["step"].values["train/routing_mismatch_ratio"]
+            assert found_mismatch == pytest.approx(mismatch, abs=1e-9)
         if layout.dp_size == 1:  # each rank has recorded its own layers and tokens
-            parts = [torch.cat(result["experts"]) for result in results]
-            assert torch.equal(torch.stack(parts).amax(0), torch.cat(recorded)), layout
+            by_rank = torch.stack([torch.cat(result["experts"]) for result in results])
+            assert torch.equal(by_rank.amax(0), torch.cat(expected["experts"])), layout
 
 
 def grads(backend: Any, batch: TrainBatch) -> dict[str, Tensor]:
@@ -135,132 +143,153 @@ def grads(backend: Any, batch: TrainBatch) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "glm4_moe", "deepseek_v3"])
 def test_replaying_the_routers_own_choice_changes_nothing(family, start, tmp_path):
-    """Softmax before and after the choice, sigmoid with a bias, groups; layers without experts among them."""
+    """Scores are softmax before or after the choice, or a biased sigmoid in groups.
+
+    Some of their layers have no experts.
+    """
     directory = save_model(tmp_path / "model", family, **changes(family))
     step = make_step(directory, 0)
     expected = grads(start(directory), train_batch(step))
-    backend, batch = start(directory, routing_replay="R2"), train_batch(step)
+    backend = start(directory, routing_replay="R2")
+    batch = train_batch(step)
     backend.logprobs(batch, "policy")
-    found = backend.train_step(batch, GRPO(KL))
-    assert found.values["train/routing_mismatch_ratio"] == 0
+    metrics = backend.train_step(batch, GRPO(KL))
+    assert metrics.values["train/routing_mismatch_ratio"] == 0
     assert difference(parity.assemble(copied(backend.grad_shards())), expected) == 0
 
 
-def chosen(backend: Any, call: Any) -> Tensor:
-    """Experts [tokens of all micro-batches, layers, topk], in ascending order, that the forwards of `call`
-    used."""
+def chosen(backend: Any, call: Callable[[], Any]) -> Tensor:
+    """The experts that the forwards of `call` used: [tokens, layers, topk].
+
+    Tokens are in the order of the micro-batches. The experts of a token are in
+    ascending order.
+    """
     maps: dict[int, list[Tensor]] = {}
 
     def keep(module: Any, _: Any, output: tuple[Tensor, Tensor]) -> None:
-        maps.setdefault(module.layer_number, []).append(output[1])
+        _, routing_map = output
+        maps.setdefault(module.layer_number, []).append(routing_map)
 
-    modules = [m for m in backend._pieces[0].modules() if type(m).__name__ == "TopKRouter"]
-    hooks = [module.register_forward_hook(keep) for module in modules]
+    hooks = []
+    for module in backend._model_chunks[0].modules():
+        if isinstance(module, TopKRouter):
+            hooks.append(module.register_forward_hook(keep))
     call()
     for hook in hooks:
         hook.remove()
-    layers = [torch.cat(maps[layer]) for layer in sorted(maps)]
-    return torch.stack([layer.nonzero()[:, 1].view(len(layer), -1) for layer in layers], 1)
+    by_layer = []
+    for layer in sorted(maps):
+        routing_map = torch.cat(maps[layer])
+        by_layer.append(routing_map.nonzero()[:, 1].view(len(routing_map), -1))
+    return torch.stack(by_layer, 1)
 
 
 def test_the_recorded_experts_are_those_that_train_and_the_reference_has_its_own(start, step):
-    backend, batch = start(routing_replay="R2"), train_batch(step)
+    backend = start(routing_replay="R2")
+    batch = train_batch(step)
     free = chosen(backend, lambda: backend.logprobs(batch, "policy"))
-    recorded = torch.cat([batch.routed_experts[i] for m in batch.microbatches for i in m]).long()
-    assert torch.equal(recorded.sort(-1).values, free)
+    recorded = [batch.routed_experts[i] for indices in batch.microbatches for i in indices]
+    assert torch.equal(torch.cat(recorded).long().sort(-1).values, free)
     disturb(backend)
     assert torch.equal(chosen(backend, lambda: backend.train_step(batch, GRPO(KL))), free)
-    assert all(
-        (router.given, len(router.to_recompute)) == (None, 0)
-        for router in routers(backend._pieces[0])
-    )
-    assert torch.equal(chosen(backend, lambda: backend.logprobs(batch, "ref")), free), (
-        "by its own weights"
-    )
+    for router in routers(backend._model_chunks[0]):
+        assert router.given is None
+        assert not router.to_recompute
+    by_reference = chosen(backend, lambda: backend.logprobs(batch, "ref"))
+    assert torch.equal(by_reference, free), "by its own weights"
     disturb(backend)
     again = chosen(backend, lambda: backend.logprobs(batch, "policy"))
     assert not torch.equal(again, free), "recorded anew"
 
 
 def sampled(engine: Any) -> TrainBatch:
-    """What the loop makes of six samples of an engine."""
+    """The batch that the loop makes of six samples of an engine."""
     groups = []
     for group_id, prompt in enumerate([[5, 6, 7], [9, 8, 7, 6, 5, 4]]):
         request = GenerateRequest(prompt, n=3, max_new_tokens=12, temperature=1.0)
-        samples = [to_sample(group_id, prompt, g) for g in asyncio.run(engine.generate(request))]
+        generations = asyncio.run(engine.generate(request))
+        samples = [to_sample(group_id, prompt, generation) for generation in generations]
         groups.append(SampleGroup(group_id, samples))
-    sizes = dict(num_steps=1, dp_size=1, max_tokens=40)
-    [[batch]] = plan(groups, **sizes, denominator="tokens", temperature=1.0)
-    batch.ref_logprobs = batch.old_logprobs = batch.rollout_logprobs
+    [[batch]] = plan(
+        groups, num_steps=1, dp_size=1, max_tokens=40, denominator="tokens", temperature=1.0
+    )
+    batch.old_logprobs = batch.rollout_logprobs
+    batch.ref_logprobs = batch.rollout_logprobs
     return batch
 
 
-def to_sample(group_id, prompt, generation) -> Sample:
-    num_prompt, num_tokens = len(prompt), len(prompt) + len(generation.token_ids)
+def to_sample(group_id: int, prompt: list[int], generation: Any) -> Sample:
+    token_ids = [*prompt, *generation.token_ids]
+    logprobs = [0.0] * len(prompt) + generation.logprobs
     return Sample(
         group_id=group_id,
         rollout_id=group_id * 100 + generation.token_ids[0],
-        token_ids=np.array([*prompt, *generation.token_ids], dtype=np.int32),
-        loss_mask=np.arange(num_tokens) >= num_prompt,
-        rollout_logprobs=np.array([0.0] * num_prompt + generation.logprobs, dtype=np.float32),
-        policy_versions=[(num_prompt, 0)],
+        token_ids=np.array(token_ids, dtype=np.int32),
+        loss_mask=np.arange(len(token_ids)) >= len(prompt),
+        rollout_logprobs=np.array(logprobs, dtype=np.float32),
+        policy_versions=[(len(prompt), 0)],
         status=Status.TRUNCATED,
         advantage=float(generation.token_ids[0] % 3 - 1),
         routed_experts=generation.routed_experts,
     )
 
 
-def gap(batch: TrainBatch, logprobs: list[Tensor]) -> float:
-    pairs = zip(logprobs, batch.rollout_logprobs, batch.loss_mask, strict=True)
-    return float(torch.cat([(a - b).abs()[mask] for a, b, mask in pairs]).max())
-
-
 def packed_experts(batch: TrainBatch) -> tuple[Tensor, Tensor]:
-    """Those of the engine in the order of the micro-batches, sorted as by `chosen`; and where it has some."""
-    experts = torch.cat(
-        [batch.routed_experts[i] for indices in batch.microbatches for i in indices]
-    )
-    return experts.long().sort(-1).values, (experts >= 0).flatten(1).all(-1)
+    """The engine's experts [tokens, layers, topk], and which tokens have some [tokens].
+
+    Tokens are in the order of the micro-batches, experts sorted as by `chosen`.
+    """
+    in_order = [batch.routed_experts[i] for indices in batch.microbatches for i in indices]
+    experts = torch.cat(in_order)
+    is_known = (experts >= 0).flatten(1).all(-1)
+    return experts.long().sort(-1).values, is_known
 
 
 def logprob_gap(backend: Any, batch: TrainBatch) -> float:
-    """Largest difference between the engine's logprobs and the trainer's; experts as the batch has them."""
-    found = zip(
-        backend.logprobs(batch, "policy"), batch.rollout_logprobs, batch.loss_mask, strict=True
-    )
-    return max(float((trainer - engine).abs()[mask].max()) for trainer, engine, mask in found)
+    """The largest difference between the engine's logprobs and the trainer's."""
+    gaps = []
+    logprobs = backend.logprobs(batch, "policy")
+    for trainer, engine, mask in zip(
+        logprobs, batch.rollout_logprobs, batch.loss_mask, strict=True
+    ):
+        gaps.append(float((trainer - engine).abs()[mask].max()))
+    return parity.largest(gaps)
+
+
+def unrecorded(batch: TrainBatch) -> TrainBatch:
+    """The batch with a list of its own for the experts that a pass fills in."""
+    return replace(batch, routed_experts=list(batch.routed_experts))
 
 
 def check_r3(start: Any, batch: TrainBatch) -> None:
-    engine, known = packed_experts(batch)
-    assert int((~known).sum()) == len(batch.token_ids), (
-        "of each sequence only the last token is unknown"
-    )
+    engine, is_known = packed_experts(batch)
+    num_unknown = int((~is_known).sum())
+    assert num_unknown == len(batch.token_ids), "only the last token of a sequence is unknown"
     free = start()
     own = chosen(free, lambda: free.logprobs(batch, "policy"))
-    assert torch.equal(own[known], engine[known]), "trainer and engine choose alike, entry by entry"
+    alike = torch.equal(own[is_known], engine[is_known])
+    assert alike, "trainer and engine choose alike, entry by entry"
     disturb(free, scale=0.03)
     gap_of_free = logprob_gap(free, batch)
-    disturbed = chosen(free, lambda: free.logprobs(batch, "policy"))[known]
+    disturbed = chosen(free, lambda: free.logprobs(batch, "policy"))
 
     backend = start(routing_replay="R3")
-    gap = logprob_gap(backend, replace(batch, routed_experts=list(batch.routed_experts)))
+    gap = logprob_gap(backend, unrecorded(batch))
     disturb(backend, scale=0.03)
-    gap_of_disturbed = logprob_gap(
-        backend, replace(batch, routed_experts=list(batch.routed_experts))
-    )
+    gap_of_disturbed = logprob_gap(backend, unrecorded(batch))
     results = []
     held = chosen(backend, lambda: results.append(backend.train_step(batch, GRPO(KL))))
-    assert torch.equal(held[known], engine[known])
-    ratio = results[0].values["train/routing_mismatch_ratio"]
-    others = (disturbed != engine[known]).any(-1).double().mean()
+    assert torch.equal(held[is_known], engine[is_known])
+    mismatch = results[0].values["train/routing_mismatch_ratio"]
+    free_mismatch = (disturbed[is_known] != engine[is_known]).any(-1).double().mean()
     print(
-        f"logprob gap: {gap:.1e} with R3; disturbed routers: {gap_of_disturbed:.1e} with R3, ",
-        end="",
+        f"logprob gap: {gap:.1e} with R3; disturbed routers: {gap_of_disturbed:.1e} with R3,"
+        f" {gap_of_free:.1e} without; they choose otherwise in {mismatch:.1%}"
+        f" (freely: {free_mismatch:.1%})"
     )
-    print(f"{gap_of_free:.1e} without; they choose otherwise in {ratio:.1%} (freely: {others:.1%})")
     assert gap < 1e-4
-    assert 0.02 < ratio and gap_of_disturbed < gap_of_free / 3
+    assert mismatch > 0.02
+    assert gap_of_disturbed < gap_of_free / 3
 
 
 def test_r3_holds_the_engines_experts_whatever_the_routers_say(start, model_dir):
@@ -269,13 +298,11 @@ def test_r3_holds_the_engines_experts_whatever_the_routers_say(start, model_dir)
 
 
 def test_a_batch_without_experts_is_refused(start, step):
-    with pytest.raises(
-        ValueError, match="routing_replay=R3: no routed experts; the samples hold none"
-    ):
+    r3 = "routing_replay=R3: no routed experts; the samples hold none"
+    with pytest.raises(ValueError, match=r3):
         start(routing_replay="R3").train_step(train_batch(step), GRPO(KL))
-    with pytest.raises(
-        ValueError, match="routing_replay=R2: no routed experts; logprobs were not computed"
-    ):
+    r2 = "routing_replay=R2: no routed experts; logprobs were not computed"
+    with pytest.raises(ValueError, match=r2):
         start(routing_replay="R2").train_step(train_batch(step), GRPO(KL))
 
 
@@ -294,9 +321,8 @@ def test_routers_that_do_not_ask_are_refused(start):
 
 def test_without_replay_the_engines_experts_are_ignored(start, step):
     batch = train_batch(step)
-    batch.routed_experts = [
-        torch.zeros(len(ids), 4, 2, dtype=torch.int16) for ids in batch.token_ids
-    ]
+    zeros = [torch.zeros(len(ids), 4, 2, dtype=torch.int16) for ids in batch.token_ids]
+    batch.routed_experts = zeros
     backend = start()
     free = chosen(backend, lambda: backend.logprobs(batch, "policy"))
     assert free.float().std() > 1
