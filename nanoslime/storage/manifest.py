@@ -1,4 +1,6 @@
-"""manifest.json of a directory: size and XXH3-128 of every file in it, and the check against it."""
+"""manifest.json of a directory: size and XXH3-128 of every file in it, and the check against
+it.
+"""
 
 import hashlib
 import os
@@ -15,54 +17,70 @@ NAME = "manifest.json"
 
 
 class DamagedError(RunError):
-    """A directory is not what its manifest says; the message names the first file that differs."""
+    """A directory differs from its manifest; the message names the first file that does."""
 
 
 def write(directory: Path, known: Mapping[str, str] | None = None) -> None:
-    """Hash every file below `directory` and write its manifest; `known` are hashes by relative path."""
+    """Hash every file below `directory` and write its manifest.
+
+    `known` are hashes, by relative path, that need not be computed again.
+    """
     hashes = dict(known or {})
-    hashes |= _hashes(directory, [name for name in _files(directory) if name not in hashes])
-    entries = {
-        n: {"bytes": (directory / n).stat().st_size, "xxh3_128": h}
-        for n, h in sorted(hashes.items())
-    }
+    unknown = [name for name in _files(directory) if name not in hashes]
+    hashes.update(_hashes(directory, unknown))
+    entries = {}
+    for name in sorted(hashes):
+        size = (directory / name).stat().st_size
+        entries[name] = {"bytes": size, "xxh3_128": hashes[name]}
     publish_json(directory / NAME, {"hash": "xxh3_128", "files": entries})
 
 
 def verify(directory: Path) -> None:
-    """Raise DamagedError for a file that is missing, truncated, altered or not in the manifest."""
+    """Raise DamagedError for a file that is missing, truncated, altered or not in the
+    manifest.
+    """
+    sizes, hashes = _read(directory)
+    present = set(_files(directory))
+    for name in sorted(sizes):
+        path = directory / name
+        if name not in present:
+            raise DamagedError(f"{path} is missing; {NAME} lists it with {sizes[name]} bytes")
+        size = path.stat().st_size
+        if size < sizes[name]:
+            raise DamagedError(f"{path} is truncated: {size} bytes, {NAME} says {sizes[name]}")
+        if size != sizes[name]:
+            raise DamagedError(f"{path} is too long: {size} bytes, {NAME} says {sizes[name]}")
+    for name in sorted(present - sizes.keys()):
+        raise DamagedError(f"{directory / name} is not listed in {NAME}; it does not belong here")
+    for name, digest in _hashes(directory, hashes).items():
+        if digest != hashes[name]:
+            raise DamagedError(f"{directory / name} was altered: its XXH3-128 differs from {NAME}")
+
+
+def _read(directory: Path) -> tuple[dict[str, int], dict[str, str]]:
+    """(size, hash) of every file by name, as the manifest has them."""
+    sizes = {}
+    hashes = {}
     try:
-        entries = read_json(directory / NAME)["files"]
-        expected = {
-            name: {key: e[key] for key in ("bytes", "xxh3_128")} for name, e in entries.items()
-        }
+        for name, entry in read_json(directory / NAME)["files"].items():
+            sizes[name] = entry["bytes"]
+            hashes[name] = entry["xxh3_128"]
     except FileNotFoundError as error:
         raise DamagedError(
             f"{directory} has no {NAME}: it was never completed, or lost it"
         ) from error
     except (RunError, LookupError, TypeError, AttributeError) as error:
         raise DamagedError(f"{directory / NAME} is not a manifest: {error}") from error
-    present = set(_files(directory))
-    for name, entry in sorted(expected.items()):
-        if name not in present:
-            raise DamagedError(
-                f"{directory / name} is missing; {NAME} lists it with {entry['bytes']} bytes"
-            )
-        if (size := (directory / name).stat().st_size) != entry["bytes"]:
-            kind = "truncated" if size < entry["bytes"] else "too long"
-            raise DamagedError(
-                f"{directory / name} is {kind}: {size} bytes, {NAME} says {entry['bytes']}"
-            )
-    for name in sorted(present - set(expected)):
-        raise DamagedError(f"{directory / name} is not listed in {NAME}; it does not belong here")
-    for name, digest in _hashes(directory, expected).items():
-        if digest != expected[name]["xxh3_128"]:
-            raise DamagedError(f"{directory / name} was altered: its XXH3-128 differs from {NAME}")
+    return sizes, hashes
 
 
 def _files(directory: Path) -> list[str]:
-    found = (path for path in directory.rglob("*") if path.is_file())
-    return sorted(str(path.relative_to(directory)) for path in found if path != directory / NAME)
+    """The relative paths of all files below `directory`, without its manifest."""
+    found = []
+    for path in directory.rglob("*"):
+        if path.is_file() and path != directory / NAME:
+            found.append(str(path.relative_to(directory)))
+    return sorted(found)
 
 
 def _hashes(directory: Path, names: Collection[str]) -> dict[str, str]:

@@ -1,7 +1,9 @@
-"""Safetensors files without torch: headers, read and checked, and checkpoints written as a stream.
+"""Safetensors files without torch: headers, read and checked, and checkpoints written as a
+stream.
 
-Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the
-tensors' bytes without holes; offsets count from the end of the header (https://github.com/huggingface/safetensors).
+A file is 8 bytes with the little-endian length of the header, a JSON header {name: {dtype,
+shape, data_offsets}}, and the tensors' bytes without holes; the offsets count from the end of
+the header (https://github.com/huggingface/safetensors).
 """
 
 import json
@@ -18,7 +20,7 @@ from nanoslime.types import RunError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-SIDE = "hf"  # beside a Megatron checkpoint: configuration and tokenizer of the Hugging Face one
+METADATA_DIR = "hf"  # beside a Megatron checkpoint: configuration and tokenizer of the model
 DTYPE_BYTES = {
     "F64": 8,
     "F32": 4,
@@ -45,9 +47,10 @@ _WEIGHT_SUFFIXES = (
     ".pth",
 )
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-Spec = tuple[
-    str, str, tuple[int, ...]
-]  # of a tensor: its name, dtype as safetensors names it, shape
+_MAX_SHARD_BYTES = 5_000_000_000
+
+# A tensor as it is declared: name, dtype (as safetensors names it), shape.
+Spec = tuple[str, str, tuple[int, ...]]
 
 
 class SafetensorsError(RunError):
@@ -56,10 +59,13 @@ class SafetensorsError(RunError):
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies: bytes [start, stop) of `file`, counted from the file's beginning."""
+    """Where one tensor lies: bytes [start, stop) of `file`, counted from the file's beginning.
+
+    The dtype is named as safetensors does: F32, BF16 ...
+    """
 
     file: Path
-    dtype: str  # as safetensors names it: F32, BF16 ...
+    dtype: str
     shape: tuple[int, ...]
     start: int
     stop: int
@@ -68,43 +74,57 @@ class TensorInfo:
 def read_headers(directory: Path) -> dict[str, TensorInfo]:
     """Every tensor of a Hugging Face checkpoint directory, by name; no tensor data is read.
 
-    Raises SafetensorsError for a missing or truncated file, a bad header, overlapping tensors, and an index
-    that disagrees with its files.
+    Raises SafetensorsError for a missing or truncated file, a bad header, overlapping tensors,
+    and an index that disagrees with its files.
     """
-    if not (directory / INDEX_FILE).exists():
-        if not (directory / SINGLE_FILE).exists():
-            kind = "holds" if directory.is_dir() else "is not a directory: it holds"
-            raise SafetensorsError(f"{directory} {kind} neither {SINGLE_FILE} nor {INDEX_FILE}")
+    if (directory / INDEX_FILE).exists():
+        weight_map = read_json(directory / INDEX_FILE).get("weight_map", {})
+        return _read_sharded_headers(directory, weight_map)
+    if (directory / SINGLE_FILE).exists():
         return read_file_header(directory / SINGLE_FILE)
-    index = read_json(directory / INDEX_FILE).get("weight_map", {})
+    if directory.is_dir():
+        raise SafetensorsError(f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+    raise SafetensorsError(
+        f"{directory} is not a directory: it holds neither {SINGLE_FILE} nor {INDEX_FILE}"
+    )
+
+
+def _read_sharded_headers(directory: Path, weight_map: dict[str, str]) -> dict[str, TensorInfo]:
+    """The tensors of all files that the index lists; `weight_map` maps a tensor to its file."""
     found: dict[str, TensorInfo] = {}
-    for file in sorted(set(index.values())):
-        if not (directory / file).exists():
-            raise SafetensorsError(f"{directory / file} is missing; {INDEX_FILE} lists it")
-        held = read_file_header(directory / file)
-        if twice := sorted(held.keys() & found.keys()):
-            raise SafetensorsError(
-                f"{directory / file} holds {twice[0]}, and so does {found[twice[0]].file}"
-            )
-        found |= held
-    for name, file in index.items():
+    for file in sorted(set(weight_map.values())):
+        path = directory / file
+        if not path.exists():
+            raise SafetensorsError(f"{path} is missing; {INDEX_FILE} lists it")
+        for name, info in read_file_header(path).items():
+            if name in found:
+                raise SafetensorsError(f"{path} holds {name}, and so does {found[name].file}")
+            found[name] = info
+    for name, file in weight_map.items():
         if name not in found or found[name].file.name != file:
             raise SafetensorsError(
                 f"{directory / file} does not hold {name}, although {INDEX_FILE} says so"
             )
-    for name in found.keys() - index.keys():
-        raise SafetensorsError(f"{found[name].file} holds {name}, which {INDEX_FILE} does not list")
+    for name, info in found.items():
+        if name not in weight_map:
+            raise SafetensorsError(f"{info.file} holds {name}, which {INDEX_FILE} does not list")
     return found
 
 
 def read_file_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file, in the order of their bytes."""
-    size, head = path.stat().st_size, read_head(path)
+    size = path.stat().st_size
+    head = read_head(path)
     tensors = parse_head(path, head)
-    stop = max((info.stop for info in tensors.values()), default=len(head))
-    if stop != size:
-        kind = "truncated" if size < stop else "too long"
-        raise SafetensorsError(f"{path} is {kind}: {size} bytes, its header describes {stop}")
+    described = max((info.stop for info in tensors.values()), default=len(head))
+    if size < described:
+        raise SafetensorsError(
+            f"{path} is truncated: {size} bytes, its header describes {described}"
+        )
+    if size > described:
+        raise SafetensorsError(
+            f"{path} is too long: {size} bytes, its header describes {described}"
+        )
     return tensors
 
 
@@ -113,7 +133,9 @@ def read_head(path: Path) -> bytes:
     size = path.stat().st_size
     with open(path, "rb") as file:
         prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+        length = -1
+        if len(prefix) == 8:
+            (length,) = struct.unpack("<Q", prefix)
         if not 0 < length <= min(size - 8, _MAX_HEADER_BYTES):
             raise SafetensorsError(
                 f"{path} is truncated or not safetensors: {size} bytes, header {length}"
@@ -131,9 +153,9 @@ def parse_head(path: Path, head: bytes) -> dict[str, TensorInfo]:
         raise SafetensorsError(
             f"{path} has a broken header: {type(error).__name__}: {error}"
         ) from error
-    ordered = sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop))
+    ordered = dict(sorted(tensors.items(), key=_place))
     position = len(head)
-    for name, info in ordered:
+    for name, info in ordered.items():
         if info.start != position:
             raise SafetensorsError(
                 f"{path}: {name} is at byte {info.start}, not {position}: overlap or hole"
@@ -144,66 +166,84 @@ def parse_head(path: Path, head: bytes) -> dict[str, TensorInfo]:
                 f"{path}: {name} is {info.dtype} {list(info.shape)} in {size_bytes} bytes"
             )
         position = info.stop
-    return dict(ordered)
+    return ordered
+
+
+def _place(item: tuple[str, TensorInfo]) -> tuple[int, int]:
+    _, info = item
+    return info.start, info.stop
 
 
 def _info(path: Path, entry: dict[str, Any], data_start: int) -> TensorInfo:
-    if entry["dtype"] not in DTYPE_BYTES:
-        raise ValueError(f"dtype {entry['dtype']!r} is none of {', '.join(DTYPE_BYTES)}")
+    dtype = entry["dtype"]
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPE_BYTES)}")
     start, stop = entry["data_offsets"]
-    return TensorInfo(
-        path, entry["dtype"], tuple(entry["shape"]), data_start + start, data_start + stop
-    )
+    return TensorInfo(path, dtype, tuple(entry["shape"]), data_start + start, data_start + stop)
 
 
 def plan_files(
-    tensors: Iterable[Spec], max_shard_bytes: int = 5_000_000_000
+    tensors: Iterable[Spec], max_shard_bytes: int = _MAX_SHARD_BYTES
 ) -> tuple[dict[str, bytes], dict[str, Any] | None]:
-    """File name -> its first bytes, for the tensors in order; and the content of the index, None for a single
-    file. A file has at most `max_shard_bytes`, or one larger tensor.
+    """(file name -> its first bytes, content of the index) for the tensors in order.
+
+    The index is None for a single file. A file has at most `max_shard_bytes`, or one larger
+    tensor.
 
     Raises ValueError for an unknown dtype, a name that stands twice, and no tensors at all.
     """
     shards: list[dict[str, Any]] = [{}]
     shard_of: dict[str, int] = {}
-    stop = total = 0
+    position = 0
+    total_bytes = 0
     for name, dtype, shape in tensors:
         if dtype not in DTYPE_BYTES:
             raise ValueError(f"{name}: dtype {dtype!r} is none of {', '.join(DTYPE_BYTES)}")
         if name in shard_of:
             raise ValueError(f"a tensor is declared twice: {name}")
-        size = math.prod(shape) * DTYPE_BYTES[dtype]
-        if shards[-1] and stop + size > max_shard_bytes:
+        num_bytes = math.prod(shape) * DTYPE_BYTES[dtype]
+        if shards[-1] and position + num_bytes > max_shard_bytes:
             shards.append({})
-            stop = 0
-        start, stop, total = stop, stop + size, total + size
-        shards[-1][name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
+            position = 0
+        offsets = [position, position + num_bytes]
+        shards[-1][name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
         shard_of[name] = len(shards)
+        position += num_bytes
+        total_bytes += num_bytes
     if not shard_of:
         raise ValueError("a checkpoint without tensors")
     if len(shards) == 1:
         return {SINGLE_FILE: _head(shards[0])}, None
-    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    weight_map = {name: files[shard - 1] for name, shard in shard_of.items()}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    return {file: _head(shard) for file, shard in zip(files, shards, strict=True)}, index
+    heads = {}
+    for number, shard in enumerate(shards, 1):
+        heads[_shard_name(number, len(shards))] = _head(shard)
+    weight_map = {name: _shard_name(number, len(shards)) for name, number in shard_of.items()}
+    return heads, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+
+
+def _shard_name(number: int, num_shards: int) -> str:
+    return f"model-{number:05d}-of-{num_shards:05d}.safetensors"
 
 
 def _head(tensors: dict[str, Any]) -> bytes:
-    text = json.dumps({"__metadata__": {"format": "pt"}, **tensors}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+    """The first bytes of a file with these entries; transformers wants the format named."""
+    entries = {"__metadata__": {"format": "pt"}, **tensors}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    padding = b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text) + len(padding)) + text + padding
 
 
 def write_files(
     directory: Path,
     specs: Iterable[Spec],
     tensors: Iterable[tuple[str, Any]],
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = _MAX_SHARD_BYTES,
 ) -> None:
-    """Stream (name, contiguous buffer), in the order of `specs` (see plan_files), into safetensors files.
+    """Stream (name, contiguous buffer), in the order of `specs`, into the files of
+    `plan_files`.
 
-    At most one tensor is in memory: the caller's. Raises ValueError for one that is missing or not declared.
+    At most one tensor is in memory: the caller's. Raises ValueError for a tensor that is
+    missing or not declared.
     """
     heads, index = plan_files(specs, max_shard_bytes)
     incoming = iter(tensors)
@@ -217,26 +257,29 @@ def write_files(
                     raise ValueError(
                         f"{name} was handed over where {expected} is next in the declared order"
                     )
-                data, size = memoryview(buffer), info.stop - info.start
-                if data.nbytes != size:
+                data = memoryview(buffer)
+                declared_bytes = info.stop - info.start
+                if data.nbytes != declared_bytes:
                     raise ValueError(
-                        f"{name}: {data.nbytes} bytes came, its dtype and shape declare {size}"
+                        f"{name}: {data.nbytes} bytes came, "
+                        f"its dtype and shape declare {declared_bytes}"
                     )
-                if size:
+                if declared_bytes:  # an empty view cannot be cast
                     file.write(data.cast("B"))
-    if extra := next(incoming, None):
+    extra = next(incoming, None)
+    if extra is not None:
         raise ValueError(f"{extra[0]} was handed over after the last declared tensor")
-    if index:
+    if index is not None:
         publish_json(directory / INDEX_FILE, index)
 
 
 def copy_other_files(source: Path, target: Path) -> None:
-    """Copy what stands beside the weights of a Hugging Face checkpoint: configuration, tokenizer, code."""
+    """Copy what stands beside the weights of a Hugging Face checkpoint.
+
+    That is configuration, tokenizer and code, but no manifest.
+    """
     target.mkdir(exist_ok=True)
     for path in source.iterdir():
-        if (
-            path.is_file()
-            and not path.name.endswith(_WEIGHT_SUFFIXES)
-            and path.name != "manifest.json"
-        ):
+        is_weight = path.name.endswith(_WEIGHT_SUFFIXES)
+        if path.is_file() and not is_weight and path.name != "manifest.json":
             shutil.copy2(path, target / path.name)

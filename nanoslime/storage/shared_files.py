@@ -1,7 +1,8 @@
-"""Small files through which processes on different nodes speak, on a filesystem that may be slow.
+"""Small files through which processes on different nodes speak, on a filesystem that may be
+slow.
 
-A file is published by writing it aside and renaming it, so a reader sees all of it or nothing. What a reader
-still meets is a network filesystem that caches "no such file" (listing the directory renews that).
+A file is published by writing it aside and renaming it, so a reader sees all of it or nothing.
+A network filesystem may still cache "no such file"; listing the directory renews that.
 """
 
 import json
@@ -18,7 +19,8 @@ def publish(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Write `data` aside and rename it to `path`; `mode` holds from the first byte."""
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -29,20 +31,23 @@ def publish(path: Path, data: bytes, mode: int = 0o644) -> None:
 
 
 def publish_json(path: Path, value: Any, mode: int = 0o644) -> None:
-    publish(path, (json.dumps(value, indent=1) + "\n").encode(), mode)
+    """Write `value` as JSON, as `publish` does."""
+    text = json.dumps(value, indent=1) + "\n"
+    publish(path, text.encode(), mode)
 
 
 def read_json(path: Path, deadline_s: float = 5.0) -> Any:
-    """The parsed file; one that is cut short is read again until `deadline_s`, then RunError names it.
+    """The parsed file. A file that is cut short is read again until `deadline_s` has passed.
 
-    A file that does not exist raises FileNotFoundError at once.
+    Raises RunError for a file that is still no JSON then, and FileNotFoundError at once for a
+    file that does not exist.
     """
-    end = time.monotonic() + deadline_s
+    deadline = time.monotonic() + deadline_s
     while True:
         try:
             return json.loads(path.read_bytes())
         except ValueError as error:
-            if time.monotonic() > end:
+            if time.monotonic() > deadline:
                 raise RunError(
                     f"{path} is still not JSON after {deadline_s:g} s: {error}"
                 ) from error
@@ -50,7 +55,9 @@ def read_json(path: Path, deadline_s: float = 5.0) -> Any:
 
 
 def seen(path: Path) -> bool:
-    """Whether `path` exists, by listing its directory: network filesystems may cache an absence."""
+    """Whether `path` exists, by listing its directory: network filesystems may cache an
+    absence.
+    """
     try:
         return path.name in os.listdir(path.parent)
     except FileNotFoundError:

@@ -12,6 +12,17 @@ from tools import hf_to_megatron, megatron_to_hf
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "numpy", "transformers", "ray", "megatron", "sglang", "safetensors", "tqdm")
+BLOCK_AND_RUN = """
+import runpy, sys
+blocked = {blocked!r}
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in blocked:
+            raise ModuleNotFoundError(f"{{name}} is blocked", name=name)
+sys.meta_path.insert(0, Blocked())
+sys.argv = {argv!r}
+runpy.run_path({script!r}, run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -27,20 +38,12 @@ def run_blocked(
     blocked: tuple[str, ...], tool: str, *arguments: object
 ) -> subprocess.CompletedProcess[str]:
     """The command in a process where `blocked` cannot be imported."""
-    code = f"""
-import runpy, sys
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {blocked!r}:
-            raise ModuleNotFoundError(f"{{name}} is blocked", name=name)
-sys.meta_path.insert(0, Blocked())
-sys.argv = {[tool, *map(str, arguments)]!r}
-runpy.run_path({str(ROOT / "tools" / tool)!r}, run_name="__main__")
-"""
+    argv = [tool, *map(str, arguments)]
+    script = str(ROOT / "tools" / tool)
+    code = BLOCK_AND_RUN.format(blocked=blocked, argv=argv, script=script)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def test_conversions_need_neither_torch_nor_numpy(models, tmp_path):
@@ -51,51 +54,68 @@ def test_conversions_need_neither_torch_nor_numpy(models, tmp_path):
     assert contents(tmp_path / "megatron") == contents(models / "megatron")
     assert contents(models / "hf").items() <= contents(tmp_path / "back").items()
     last = done.stdout.splitlines()[-1]
-    assert last.startswith(f"{tmp_path / 'back'}: 0.000 GB in ") and "GB/s, peak memory " in last
+    assert last.startswith(f"{tmp_path / 'back'}: 0.000 GB in ")
+    assert "GB/s, peak memory " in last
 
 
 def test_another_dtype_needs_no_torch(models, tmp_path):
     blocked = tuple(name for name in HEAVY if name != "numpy")
-    done = run_blocked(
-        blocked, "megatron_to_hf.py", models / "megatron", tmp_path / "back", "--dtype", "BF16"
-    )
+    arguments = (models / "megatron", tmp_path / "back", "--dtype", "BF16")
+    done = run_blocked(blocked, "megatron_to_hf.py", *arguments)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_dry_run_prints_the_plan_and_writes_nothing(models, tmp_path, capsys):
+def size_of(directory: Path, pattern: str) -> int:
+    return sum(file.stat().st_size for file in directory.glob(pattern))
+
+
+def number_before(text: str, word: str) -> int:
+    """The number that stands in front of a word."""
+    return int(text.partition(f" {word}")[0].split()[-1].replace(",", ""))
+
+
+def test_a_dry_run_to_megatron_prints_the_plan_and_writes_nothing(models, tmp_path, capsys):
     before = contents(models)
     out = tmp_path / "deep" / "out"
     assert to_megatron(models / "hf", out, "--dry-run") == 0
     text = capsys.readouterr().out
-    size = sum(file.stat().st_size for file in (models / "megatron" / "release").glob("*.distcp"))
-    tensors = sum(file.stat().st_size for file in (models / "hf").glob("*.safetensors"))
+    num_bytes = size_of(models / "megatron" / "release", "*.distcp")
     for line in (
         "model    qwen3_moe, ",
         "4 layers, 4 experts",
         f"read     {models / 'hf'} (Hugging Face)",
-        f"write    {out} (1 files, {size:,} bytes)",
-        f"release/__0_0.distcp  {size:,}",
+        f"write    {out} (1 files, {num_bytes:,} bytes)",
+        f"release/__0_0.distcp  {num_bytes:,}",
         "move as whole rows, 0 block by block",
         f"note: {models / 'hf'} has no manifest: its structure is checked, its bits are not",
     ):
         assert line in text
-    said = int(text.partition(" tensors, ")[2].partition(" bytes")[0].replace(",", ""))
-    assert 0.9 * tensors < said < tensors
+    tensor_bytes = number_before(text.partition(" tensors, ")[2], "bytes")
+    file_bytes = size_of(models / "hf", "*.safetensors")
+    assert 0.9 * file_bytes < tensor_bytes < file_bytes
+    assert not (tmp_path / "deep").exists()
+    assert contents(models) == before
+
+
+def test_a_dry_run_to_hugging_face_prints_the_plan_and_writes_nothing(models, tmp_path, capsys):
+    before = contents(models)
+    out = tmp_path / "deep" / "out"
     assert to_huggingface(models / "megatron", out, "--dry-run", "--dtype", "F16") == 0
     text = capsys.readouterr().out
-    assert f"read     {models / 'megatron' / 'release'} (torch_dist)" in text and "note" not in text
-    assert f"0 bytes move as whole rows, {said // 2:,} block by block" in text
-    assert not (tmp_path / "deep").exists() and contents(models) == before
+    assert f"read     {models / 'megatron' / 'release'} (torch_dist)" in text
+    assert "note" not in text
+    tensor_bytes = number_before(text.partition(" tensors, ")[2], "bytes")
+    assert f"0 bytes move as whole rows, {tensor_bytes // 2:,} block by block" in text
+    assert not (tmp_path / "deep").exists()
+    assert contents(models) == before
 
 
 def test_names_that_nothing_here_confirms_are_said_so(models, tmp_path, capsys):
-    for options in (["--dry-run"], []):
-        assert to_megatron(models / "glm4", tmp_path / "out", *options) == 0
-        captured = capsys.readouterr()
-        assert (
-            "note: glm4: the norms after attention and MLP are named as slime and mbridge do"
-            in (captured.out if options else captured.err)
-        )
+    note = "note: glm4: the norms after attention and MLP are named as slime and mbridge do"
+    assert to_megatron(models / "glm4", tmp_path / "out", "--dry-run") == 0
+    assert note in capsys.readouterr().out
+    assert to_megatron(models / "glm4", tmp_path / "out") == 0
+    assert note in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -109,8 +129,10 @@ def test_help_says_what_it_does(capsys, main, source, own):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     text = capsys.readouterr().out
-    assert f"{source} OUT" in text and (main.__module__.rpartition(".")[2] + ".py") in text
-    for option in ["--dry-run", "--force", "--threads", "--no-checksums", *own]:
+    script = main.__module__.rpartition(".")[2] + ".py"
+    for part in (f"{source} OUT", script, "--dry-run", "--force", "--threads", "--no-checksums"):
+        assert part in text
+    for option in own:
         assert option in text
 
 

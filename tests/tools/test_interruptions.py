@@ -1,4 +1,4 @@
-"""Whatever ends a conversion, whenever: source and earlier output are whole, and a rerun continues."""
+"""Whatever ends a conversion: source and earlier output are whole, and a rerun continues."""
 
 import errno
 import json
@@ -24,17 +24,20 @@ ROOT = Path(__file__).parents[2]
 SLOW_DISK = """
 import functools, os, runpy, signal, sys, time
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs the suite in background
+# a shell that runs the suite in the background lets its children ignore SIGINT
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def slow(read, *arguments):
     time.sleep(0.005)
     return read(*arguments)
 
-os.preadv, os.copy_file_range = (functools.partial(slow, f) for f in (os.preadv, os.copy_file_range))
+os.preadv = functools.partial(slow, os.preadv)
+os.copy_file_range = functools.partial(slow, os.copy_file_range)
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-TOOLS = {"hf_to_megatron": "hf", "megatron_to_hf": "megatron"}  # name -> what it reads
+# name: the directory of the fixture that it reads, and the one that equals its output
+TOOLS = {"hf_to_megatron": ("hf", "megatron"), "megatron_to_hf": ("megatron", "back")}
 
 
 @pytest.fixture(scope="module")
@@ -58,71 +61,82 @@ def start(tool: str, *arguments: object) -> subprocess.Popen[str]:
 
 
 def size_of(directory: Path) -> int:
-    files = (
-        os.path.join(d, n)
-        for d, _, names in os.walk(directory)
-        for n in names
-        if not n.startswith(".")
-    )
-    return sum(os.stat(file).st_size for file in files)
+    """Bytes of all files below `directory`, without those that are still being published."""
+    total = 0
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            if not name.startswith("."):
+                total += os.stat(os.path.join(folder, name)).st_size
+    return total
 
 
 def wait_for_bytes(process: subprocess.Popen[str], directory: Path, count: float) -> None:
     """Until the files below `directory` have `count` bytes, or the process has ended."""
-    end = time.monotonic() + 120
+    deadline = time.monotonic() + 120
     while process.poll() is None:
-        if (size := size_of(directory)) >= count:
+        size = size_of(directory)
+        if size >= count:
             return
-        assert time.monotonic() < end, f"{directory} has {size} of {count} bytes after 120 s"
+        assert time.monotonic() < deadline, f"{directory} has {size} of {count} bytes after 120 s"
         time.sleep(0.001)
 
 
+def identity(file: Path) -> tuple[int, int]:
+    """Inode and time of the last change."""
+    state = file.stat()
+    return state.st_ino, state.st_mtime_ns
+
+
 def whole_files(partial: Path) -> dict[str, tuple[int, int]]:
-    """name -> inode and time of the last change, of the files that the journal calls whole."""
-    if not (partial / run.PROGRESS).exists():
+    """name -> identity of the files that the journal calls whole."""
+    journal = partial / run.PROGRESS
+    if not journal.exists():
         return {}
-    done = json.loads((partial / run.PROGRESS).read_text())["done"]
-    return {
-        name: ((partial / name).stat().st_ino, (partial / name).stat().st_mtime_ns) for name in done
-    }
+    done = json.loads(journal.read_text())["done"]
+    return {name: identity(partial / name) for name in done}
 
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_killed_at_any_moment_and_continued(big, tmp_path, tool):
-    source, out, partial = big / TOOLS[tool], tmp_path / "out", tmp_path / "out.partial"
-    expected, rng = (
-        contents(big / ("megatron" if tool == "hf_to_megatron" else "back")),
-        random.Random(3),
-    )
-    before, finished, killed, kept = contents(source), {}, 0, 0
+    read, equal = TOOLS[tool]
+    source = big / read
+    out = tmp_path / "out"
+    partial = tmp_path / "out.partial"
+    expected = contents(big / equal)
+    before = contents(source)
+    rng = random.Random(3)
+    finished: dict[str, tuple[int, int]] = {}
+    killed = 0
     for _ in range(30):
-        there = size_of(partial)
+        size = size_of(partial)
         process = start(tool, source, out, "--threads", 1)
-        wait_for_bytes(process, partial, there + rng.uniform(0.05, 0.6) * (128e6 - there))
-        process.send_signal(signal.SIGINT if killed == 2 else signal.SIGKILL)
+        wait_for_bytes(process, partial, size + rng.uniform(0.05, 0.6) * (128e6 - size))
+        if killed == 2:
+            process.send_signal(signal.SIGINT)
+            codes = (130, -signal.SIGINT)  # -SIGINT: while Python starts or ends
+        else:
+            process.kill()
+            codes = (-signal.SIGKILL,)
         output, error = process.communicate(timeout=60)
         if out.exists():  # it was faster than the signal: again from the beginning
             assert contents(out) == expected and not partial.exists()
             shutil.rmtree(out)
             finished = {}
             continue
-        codes = (
-            (130, -signal.SIGINT) if killed == 2 else (-signal.SIGKILL,)
-        )  # -SIGINT: while Python starts or ends
         assert process.returncode in codes, (output, error)
         killed += 1
-        now = whole_files(partial)
-        assert finished.items() <= now.items()
-        finished, kept = now, max(kept, len(now))
+        still_there = whole_files(partial)
+        assert finished.items() <= still_there.items()
+        finished = still_there
         if killed >= 4 and finished:
             break
-    assert killed >= 4 and kept >= 1
+    assert killed >= 4 and finished
     process = start(tool, source, out)
-    output, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
     assert contents(out) == expected and not partial.exists()
     for name, known in finished.items():
-        assert ((out / name).stat().st_ino, (out / name).stat().st_mtime_ns) == known
+        assert identity(out / name) == known
     assert contents(source) == before
     shutil.rmtree(out)
 
@@ -153,14 +167,28 @@ def small(tmp_path_factory) -> Path:
     return directory
 
 
-def break_write(monkeypatch: pytest.MonkeyPatch, number: int, error: Exception | None) -> list[str]:
+def break_write(monkeypatch: pytest.MonkeyPatch, number: int, error: Exception) -> list[str]:
     """Raises `error` in the write of that number; the files whose writing was begun."""
-    begun, real = [], run.write
+    begun = []
+    real = run.write
 
     def write(target: TargetFile, *arguments, **options) -> str | None:
         begun.append(target.name)
-        if len(begun) == number and error:
+        if len(begun) == number:
             raise error
+        return real(target, *arguments, **options)
+
+    monkeypatch.setattr(run, "write", write)
+    return begun
+
+
+def spy_on_write(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files whose writing was begun."""
+    begun = []
+    real = run.write
+
+    def write(target: TargetFile, *arguments, **options) -> str | None:
+        begun.append(target.name)
         return real(target, *arguments, **options)
 
     monkeypatch.setattr(run, "write", write)
@@ -179,69 +207,102 @@ def test_a_broken_worker_ends_all_and_a_rerun_continues(
     assert 4 <= len(begun) < 4 + threads and not (tmp_path / "out").exists()
     finished = whole_files(tmp_path / "out.partial")
     assert len(finished) >= 4 - threads
-    begun = break_write(monkeypatch, 0, None)
+    begun = spy_on_write(monkeypatch)
     assert to_huggingface(*convert) == 0
     assert not finished.keys() & set(begun)
     assert contents(tmp_path / "out") == contents(small / "back")
 
 
-@pytest.mark.parametrize(
-    "how", ["source", "options", "a file is gone", "a file is short", "a file is not whole"]
-)
-def test_what_cannot_be_continued_starts_anew(small, tmp_path, monkeypatch, how):
-    source = shutil.copytree(small / "hf", tmp_path / "hf")
-    middle = shutil.copytree(small / "megatron", tmp_path / "megatron")
+def change_source(small: Path, source: Path) -> None:
+    """Convert a model with another norm to the checkpoint that is read."""
+    model = source.with_name("changed")
+    shutil.copytree(small / "hf", model)
+    edit(model, "model.norm.weight", lambda tensors: tensors["model.norm.weight"].add_(1))
+    assert to_megatron(model, source, "--force") == 0
+
+
+def forget_and_clear(partial: Path, name: str) -> None:
+    """As a file whose bytes are not yet forced to disk: of full size, and not in the journal."""
+    file = partial / name
+    file.write_bytes(bytes(file.stat().st_size))
+    journal = partial / run.PROGRESS
+    values = json.loads(journal.read_text())
+    del values["done"][name]
+    journal.write_text(json.dumps(values))
+
+
+@pytest.fixture
+def interrupted(small, tmp_path, monkeypatch) -> Path:
+    """A directory with megatron, and with a conversion of it that ended after three files."""
+    shutil.copytree(small / "megatron", tmp_path / "megatron")
     with monkeypatch.context() as broken:
         break_write(broken, 4, OSError(errno.EIO, "broken"))
-        assert to_huggingface(middle, tmp_path / "out", "--threads", 1) == 1
-    finished = sorted(whole_files(tmp_path / "out.partial"))
-    assert len(finished) == 3
-    options = ["--no-checksums"] if how == "options" else []
-    if how == "source":
-        edit(source, "model.norm.weight", lambda t: t["model.norm.weight"].add_(1))
-        assert to_megatron(source, middle, "--force") == 0
-    elif how == "a file is gone":
-        (tmp_path / "out.partial" / finished[0]).unlink()
-    elif how == "a file is short":
-        os.truncate(tmp_path / "out.partial" / finished[0], 10)
-    elif (
-        how == "a file is not whole"
-    ):  # its bytes were not yet forced to disk: of full size, not in the journal
-        (tmp_path / "out.partial" / finished[0]).write_bytes(
-            bytes((source / finished[0]).stat().st_size)
-        )
-        journal = tmp_path / "out.partial" / run.PROGRESS
-        values = json.loads(journal.read_text())
-        del values["done"][finished[0]]
-        journal.write_text(json.dumps(values))
-    begun = break_write(monkeypatch, 0, None)
-    assert to_huggingface(middle, tmp_path / "out", *options) == 0
-    again = finished[:1] if how.startswith("a file") else finished
-    assert [name for name in finished if name in begun] == again
-    result = contents(tmp_path / "out")
-    assert (result.pop("manifest.json", None) is None) == (how == "options")
-    assert result == contents(source)
+        assert to_huggingface(tmp_path / "megatron", tmp_path / "out", "--threads", 1) == 1
+    assert len(whole_files(tmp_path / "out.partial")) == 3
+    return tmp_path
+
+
+@pytest.mark.parametrize("damage", ["gone", "short", "not whole"])
+def test_a_damaged_file_of_an_interrupted_run_is_written_anew(
+    small, interrupted, monkeypatch, damage
+):
+    partial = interrupted / "out.partial"
+    finished = sorted(whole_files(partial))
+    if damage == "gone":
+        (partial / finished[0]).unlink()
+    elif damage == "short":
+        os.truncate(partial / finished[0], 10)
+    else:
+        forget_and_clear(partial, finished[0])
+    begun = spy_on_write(monkeypatch)
+    assert to_huggingface(interrupted / "megatron", interrupted / "out") == 0
+    assert [name for name in finished if name in begun] == finished[:1]
+    assert contents(interrupted / "out") == contents(small / "back")
+
+
+def test_another_source_starts_anew(small, interrupted, monkeypatch):
+    finished = sorted(whole_files(interrupted / "out.partial"))
+    change_source(small, interrupted / "megatron")
+    begun = spy_on_write(monkeypatch)
+    assert to_huggingface(interrupted / "megatron", interrupted / "out") == 0
+    assert [name for name in finished if name in begun] == finished
+    result = contents(interrupted / "out")
+    assert result.pop("manifest.json")
+    assert result == contents(interrupted / "changed")
+
+
+def test_other_options_start_anew(small, interrupted, monkeypatch):
+    finished = sorted(whole_files(interrupted / "out.partial"))
+    begun = spy_on_write(monkeypatch)
+    assert to_huggingface(interrupted / "megatron", interrupted / "out", "--no-checksums") == 0
+    assert [name for name in finished if name in begun] == finished
+    assert contents(interrupted / "out") == contents(small / "hf")
+
+
+def before_the_copy(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
+    """Lets something happen between the plan and the copy."""
+    real = run._check_space
+
+    def check_space(num_bytes: int, directory: Path) -> None:
+        real(num_bytes, directory)
+        action()
+
+    monkeypatch.setattr(run, "_check_space", check_space)
 
 
 @pytest.mark.parametrize(
-    "how, code, message",
+    "change, code, message",
     [
         (lambda file: os.truncate(file, 3000), 2, "{file} has no byte"),
         (lambda file: file.unlink(), 1, "No such file or directory: '{file}'"),
     ],
 )
 def test_a_source_that_changes_under_the_copy_ends_it(
-    small, tmp_path, monkeypatch, capsys, how, code, message
+    small, tmp_path, monkeypatch, capsys, change, code, message
 ):
     source = shutil.copytree(small / "hf", tmp_path / "hf")
     file = sorted(source.glob("*.safetensors"))[4]
-    real = run._check_space
-
-    def check_space(num_bytes: int, directory: Path) -> None:  # after the plan, before the copy
-        real(num_bytes, directory)
-        how(file)
-
-    monkeypatch.setattr(run, "_check_space", check_space)
+    before_the_copy(monkeypatch, lambda: change(file))
     assert to_megatron(source, tmp_path / "out") == code
     assert message.format(file=file) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -252,9 +313,8 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     """A filesystem of 4 MB."""
     mounted = tmp_path / "disk"
     mounted.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", mounted], capture_output=True, text=True
-    )
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", mounted]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"a small tmpfs needs the right to mount: {done.stderr}")
     yield mounted
@@ -269,7 +329,8 @@ def fill_up(disk: Path, leave: int) -> Path:
 
 def test_a_full_disk_leaves_everything_as_it_was(disk, tmp_path, monkeypatch, capsys):
     source = save_model(tmp_path / "hf", "llama", vocab_size=11_000, max_shard_size="200KB")  # 3 MB
-    old, before = disk / "out" / "old", contents(source)
+    before = contents(source)
+    old = disk / "out" / "old"
     old.parent.mkdir()
     old.write_text("an earlier output")
     filler = fill_up(disk, 1 << 20)
@@ -277,20 +338,12 @@ def test_a_full_disk_leaves_everything_as_it_was(disk, tmp_path, monkeypatch, ca
     assert "0.00 GB are to be written, 0.00 GB are free" in capsys.readouterr().err
     assert old.exists() and not contents(disk / "out.partial")
     filler.unlink()
-    real = run._check_space
-
-    def check_space(num_bytes: int, directory: Path) -> None:
-        real(num_bytes, directory)
-        fill_up(disk, 1 << 20)  # by somebody else, meanwhile
-
     with monkeypatch.context() as filling:
-        filling.setattr(run, "_check_space", check_space)
+        before_the_copy(filling, lambda: fill_up(disk, 1 << 20))  # by somebody else, meanwhile
         assert to_megatron(source, disk / "out", "--force") == 2
-    assert (
-        "out.partial: no space left; free some and run the same command again"
-        in capsys.readouterr().err
-    )
-    assert contents(disk / "out") == {"old": contents(tmp_path / "disk/out")["old"]}
+    message = "out.partial: no space left; free some and run the same command again"
+    assert message in capsys.readouterr().err
+    assert contents(disk / "out").keys() == {"old"}
     assert old.read_text() == "an earlier output" and contents(source) == before
     filler.unlink()
     assert to_megatron(source, disk / "out", "--force") == 0
@@ -306,9 +359,8 @@ def test_an_output_is_replaced_only_with_force_and_only_at_the_end(
     out.mkdir()
     (out / "old").write_text("old")
     assert to_huggingface(small / "megatron", out) == 2
-    assert (
-        "out exists; choose another output, or replace it with --force" in capsys.readouterr().err
-    )
+    message = "out exists; choose another output, or replace it with --force"
+    assert message in capsys.readouterr().err
     seen: list[tuple[str, bool, bool]] = []
 
     def spy(name: str, module: object, function: str) -> None:
@@ -331,13 +383,7 @@ def test_an_output_is_replaced_only_with_force_and_only_at_the_end(
 
 
 def test_an_output_that_appears_meanwhile_is_not_replaced(small, tmp_path, monkeypatch, capsys):
-    real = run._check_space
-
-    def check_space(num_bytes: int, directory: Path) -> None:
-        (tmp_path / "out").mkdir()
-        real(num_bytes, directory)
-
-    monkeypatch.setattr(run, "_check_space", check_space)
+    before_the_copy(monkeypatch, (tmp_path / "out").mkdir)
     assert to_huggingface(small / "megatron", tmp_path / "out") == 2
     assert "out exists" in capsys.readouterr().err and not contents(tmp_path / "out")
 
@@ -353,9 +399,8 @@ def test_a_link_to_an_output_keeps_pointing_to_it(small, tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     assert to_huggingface(small / "megatron", tmp_path / "link", "--force") == 0
-    assert (tmp_path / "link").is_symlink() and contents(tmp_path / "real") == contents(
-        small / "back"
-    )
+    assert (tmp_path / "link").is_symlink()
+    assert contents(tmp_path / "real") == contents(small / "back")
 
 
 @pytest.mark.parametrize(

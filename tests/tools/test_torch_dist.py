@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,9 +24,22 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
+from nanoslime.storage.shared_files import read_json
 from nanoslime.training.megatron import cpu_compat
+from tests.tools.checkpoints import (
+    COMMON_FILE,
+    COMMON_OBJECT,
+    FORMS,
+    Extents,
+    Tensors,
+    contents,
+    cut_out,
+    read_stock_metadata,
+    same_bits,
+    turn_into_old_form,
+)
 from tools.conversion import torch_dist, torch_pickle
-from tools.conversion.torch_dist import Chunk, StoredTensor, TorchDistError
+from tools.conversion.torch_dist import Chunk, StoredObject, StoredTensor, TorchDistError
 
 DTYPES = {name: getattr(torch, names[0]) for name, names in torch_pickle.DTYPES.items()}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -40,7 +54,8 @@ TENSORS = {
     "fp8": torch.arange(8.0).to(torch.float8_e4m3fn),
     "bool": torch.tensor([True, False, True]),
 }
-Boxes = list[tuple[tuple[int, ...], tuple[int, ...]]]  # (start, shape)
+COMMON = {"iteration": 7, "nested": {"a": [1.5, None, True, "x" * 300]}}
+EXTRA_STATE = "linear._extra_state/shard_0_1"
 
 
 @contextmanager
@@ -55,34 +70,38 @@ def raw(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
-def box_of(tensor: torch.Tensor, start: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
-    return tensor[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))]
-
-
 def write(
     directory: Path,
-    tensors: dict[str, torch.Tensor],
-    boxes: dict[str, Boxes] | None = None,
+    tensors: Tensors,
+    boxes: dict[str, list[Extents]] | None = None,
+    *,
     objects: tuple[str, ...] = (),
+    form: str = COMMON_OBJECT,
 ) -> dict[str, StoredTensor]:
     """As the converter does: head, data, tail, one after the other, then the metadata."""
-    stored, file = {}, directory / "__0_0.distcp"
+    boxes = boxes or {}
+    file = directory / "__0_0.distcp"
+    stored = {}
     with open(file, "wb") as out:
         for key, tensor in tensors.items():
-            name, chunks, shape = NAMES[tensor.dtype], [], tuple(tensor.shape)
-            for start, size in (boxes or {}).get(key, [((0,) * len(shape), shape)]):
-                head, tail = torch_dist.container(name, size)
-                chunks.append(Chunk(start, size, file, out.tell() + len(head)))
-                out.write(head + raw(box_of(tensor, start, size)) + tail)
-            stored[key] = StoredTensor(name, shape, tuple(chunks))
+            dtype = NAMES[tensor.dtype]
+            shape = tuple(tensor.shape)
+            all_of_it = ((0,) * len(shape), shape)
+            chunks = []
+            for start, box_shape in boxes.get(key, [all_of_it]):
+                head, tail = torch_pickle.tensor_container(dtype, box_shape)
+                chunks.append(Chunk(start, box_shape, file, out.tell() + len(head)))
+                out.write(head + raw(cut_out(tensor, start, box_shape)) + tail)
+            stored[key] = StoredTensor(dtype, shape, tuple(chunks))
+        containers = dict.fromkeys(objects, torch_pickle.EMPTY_OBJECT)
+        containers[torch_dist.COMMON_STATE] = torch_pickle.object_container([COMMON])
         places = {}
-        for key in objects:
-            places[key] = (file.name, out.tell(), len(torch_pickle.OBJECT_STUB))
-            out.write(torch_pickle.OBJECT_STUB)
+        for key, container in containers.items():
+            places[key] = StoredObject(file, out.tell(), len(container))
+            out.write(container)
     torch_dist.write_metadata(directory, stored, places)
-    torch_dist.write_common(
-        directory, {"iteration": 7, "nested": {"a": [1.5, None, True, "x" * 300]}}
-    )
+    if form == COMMON_FILE:
+        turn_into_old_form(directory)
     return stored
 
 
@@ -91,21 +110,17 @@ def assemble(tensor: StoredTensor) -> torch.Tensor:
     for chunk in tensor.chunks:
         with open(chunk.file, "rb") as file:
             file.seek(chunk.offset)
-            part = box_of(whole, chunk.start, chunk.shape)
+            part = cut_out(whole, chunk.start, chunk.shape)
             data = bytearray(file.read(part.numel() * part.element_size()))
             part.copy_(torch.frombuffer(data, dtype=whole.dtype).reshape(chunk.shape))
     return whole
-
-
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and raw(a) == raw(b)
 
 
 def stock_save(directory: Path, state: dict[str, object]) -> None:
     dcp.save(state, storage_writer=dcp.FileSystemWriter(directory), no_dist=True)
 
 
-def stock_load(directory: Path, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def stock_load(directory: Path, like: Tensors) -> Tensors:
     state = {key: torch.full_like(tensor, 1) for key, tensor in like.items()}
     dcp.load(state, storage_reader=dcp.FileSystemReader(directory), no_dist=True)
     return state
@@ -118,26 +133,31 @@ def test_what_torch_saves_is_read(tmp_path: Path, crc: bool) -> None:
         stock_save(tmp_path, {**TENSORS, "nested": {"object": {1, 2}, "b": TENSORS["f32"]}})
     finally:
         torch.serialization.set_crc32_options(True)
-    tensors, objects = torch_dist.read(tmp_path)
-    assert objects == ["nested.object"]
-    assert tensors.keys() == TENSORS.keys() | {"nested.b"}
+    found = torch_dist.read(tmp_path)
+    assert list(found.objects) == ["nested.object"]
+    assert found.tensors.keys() == TENSORS.keys() | {"nested.b"}
     for key, tensor in TENSORS.items():
-        assert same(assemble(tensors[key]), tensor), key
-    some, _ = torch_dist.read(tmp_path, lambda key: key.startswith("f"))
-    assert some == {key: tensors[key] for key in ("f32", "f16", "fp8")}
+        assert same_bits(assemble(found.tensors[key]), tensor), key
+    some = torch_dist.read(tmp_path, lambda key: key.startswith("f"))
+    assert some.tensors == {key: found.tensors[key] for key in ("f32", "f16", "fp8")}
 
 
 def sharded_state() -> dict[str, object]:
-    layers = {
-        f"layer{i}": ShardedTensor.from_rank_offsets(
-            "layers.weight", torch.full((3, 4), i + 0.5).bfloat16(), (0, i, 3), prepend_axis_num=1
+    layers = {}
+    for number in range(3):
+        weight = torch.full((3, 4), number + 0.5).bfloat16()
+        layers[f"layer{number}"] = ShardedTensor.from_rank_offsets(
+            "layers.weight", weight, (0, number, 3), prepend_axis_num=1
         )
-        for i in range(3)
+    return {
+        "layers": layers,
+        "norm": ShardedTensor.from_rank_offsets(
+            "norm", torch.arange(6.0), allow_shape_mismatch=True
+        ),
+        "extra": ShardedObject("linear._extra_state", None, (1,), (0,)),
+        "args": argparse.Namespace(num_layers=3, params_dtype=torch.bfloat16, seed=None),
+        "iteration": 5,
     }
-    norm = ShardedTensor.from_rank_offsets("norm", torch.arange(6.0), allow_shape_mismatch=True)
-    args = argparse.Namespace(num_layers=3, params_dtype=torch.bfloat16, seed=None)
-    extra = ShardedObject("linear._extra_state", None, (1,), (0,))
-    return {"layers": layers, "norm": norm, "extra": extra, "args": args, "iteration": 5}
 
 
 def save_by_megatron_core(directory: str) -> None:
@@ -146,53 +166,88 @@ def save_by_megatron_core(directory: str) -> None:
         dist_checkpointing.save(sharded_state(), directory, strategy, content_metadata={"a": 1})
 
 
-@pytest.mark.megatron
-def test_what_megatron_core_saves_is_read(tmp_path: Path) -> None:
-    """Saved in a process of its own: megatron-core's writers fork, which this one's threads may not stand."""
-    call = f"import {__name__} as here; here.save_by_megatron_core({str(tmp_path)!r})"
+@pytest.fixture(scope="module")
+def saved_by_megatron_core(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One checkpoint in both forms: as the installed megatron-core writes it, and as 0.16 did.
+
+    It is saved in a process of its own: megatron-core's writers fork, which the threads of this
+    process may not stand.
+    """
+    found = {}
+    new_form = tmp_path_factory.mktemp("megatron_core")
+    call = f"import {__name__} as here; here.save_by_megatron_core({str(new_form)!r})"
     subprocess.run([sys.executable, "-W", "ignore", "-c", call], check=True, timeout=240)
-    tensors, objects = torch_dist.read(tmp_path)
-    assert objects == ["linear._extra_state/shard_0_1"]
-    assert tensors.keys() == {"layers.weight", "norm"}
-    assert [chunk.start for chunk in tensors["layers.weight"].chunks] == [
-        (0, 0, 0),
-        (1, 0, 0),
-        (2, 0, 0),
-    ]
+    found[COMMON_OBJECT] = new_form
+    old_form = tmp_path_factory.mktemp("megatron_core_0_16")
+    for file in new_form.iterdir():
+        (old_form / file.name).write_bytes(file.read_bytes())
+    turn_into_old_form(old_form)
+    found[COMMON_FILE] = old_form
+    return found
+
+
+@pytest.mark.megatron
+@pytest.mark.parametrize("form", FORMS)
+def test_what_megatron_core_saves_is_read(
+    saved_by_megatron_core: dict[str, Path], form: str
+) -> None:
+    directory = saved_by_megatron_core[form]
+    assert (directory / "common.pt").exists() == (form == COMMON_FILE)
+    found = torch_dist.read(directory)
+    assert list(found.objects) == [EXTRA_STATE]
+    assert found.tensors.keys() == {"layers.weight", "norm"}
+    starts = [chunk.start for chunk in found.tensors["layers.weight"].chunks]
+    assert starts == [(0, 0, 0), (1, 0, 0), (2, 0, 0)]
     expected = torch.tensor([0.5, 1.5, 2.5]).bfloat16()[:, None, None].expand(3, 3, 4)
-    assert same(assemble(tensors["layers.weight"]), expected)
-    assert same(assemble(tensors["norm"]), torch.arange(6.0))
-    common = torch_dist.read_common(tmp_path)
+    assert same_bits(assemble(found.tensors["layers.weight"]), expected)
+    assert same_bits(assemble(found.tensors["norm"]), torch.arange(6.0))
+    common = found.read_common()
     assert (common["iteration"], common["content_metadata"]) == (5, {"a": 1})
     assert (common["args"].num_layers, common["args"].seed) == (3, None)
     assert common["args"].params_dtype.__name__ == "bfloat16"
 
 
 @pytest.mark.megatron
-def test_megatron_core_loads_what_is_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_megatron_core_loads_what_is_written(tmp_path: Path, form: str) -> None:
     tensors = {"layers.weight": torch.randn(3, 3, 4).bfloat16(), "norm": torch.randn(6)}
-    rows: Boxes = [((i, j, 0), (1, 1, 4)) for i in range(3) for j in range(3)]
-    write(tmp_path, tensors, {"layers.weight": rows}, ("linear._extra_state/shard_0_1",))
+    rows: list[Extents] = [((i, j, 0), (1, 1, 4)) for i in range(3) for j in range(3)]
+    write(tmp_path, tensors, {"layers.weight": rows}, objects=(EXTRA_STATE,), form=form)
     with one_rank():
         loaded = dist_checkpointing.load(sharded_state(), str(tmp_path))
-    assert [same(loaded["layers"][f"layer{i}"], tensors["layers.weight"][i]) for i in range(3)] == [
-        True
-    ] * 3
-    assert same(loaded["norm"], tensors["norm"])
-    assert loaded["extra"] is None and loaded["iteration"] == 7
+    for number in range(3):
+        assert same_bits(loaded["layers"][f"layer{number}"], tensors["layers.weight"][number])
+    assert same_bits(loaded["norm"], tensors["norm"])
+    assert loaded["extra"] is None
+    assert (loaded["iteration"], loaded["nested"]) == (COMMON["iteration"], COMMON["nested"])
+
+
+@pytest.mark.megatron
+def test_what_is_written_has_the_form_of_the_installed_megatron_core(
+    saved_by_megatron_core: dict[str, Path], tmp_path: Path
+) -> None:
+    theirs = saved_by_megatron_core[COMMON_OBJECT]
+    write(tmp_path, {"layers.weight": torch.zeros(3, 3, 4).bfloat16(), "norm": torch.zeros(6)})
+    assert contents(tmp_path).keys() <= contents(theirs).keys()
+    our_config = read_json(tmp_path / torch_dist.CONFIG)
+    assert our_config == read_json(theirs / torch_dist.CONFIG)
+    our_keys = read_stock_metadata(tmp_path).state_dict_metadata.keys()
+    their_keys = read_stock_metadata(theirs).state_dict_metadata.keys()
+    assert our_keys == their_keys - {EXTRA_STATE}
 
 
 @pytest.mark.parametrize("dtype", sorted(torch_pickle.DTYPES))
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3, 1, 2, 5)])
 def test_a_container_is_what_torch_saves(dtype: str, shape: tuple[int, ...]) -> None:
     ones = torch.ones(shape).to(DTYPES[dtype])
-    head, tail = torch_dist.container(dtype, shape)
-    ours, theirs = io.BytesIO(head + raw(ones) + tail), io.BytesIO()
+    head, tail = torch_pickle.tensor_container(dtype, shape)
+    ours = io.BytesIO(head + raw(ones) + tail)
+    theirs = io.BytesIO()
     torch.save(ones, theirs)
     assert len(head) % 64 == 0
-    assert same(torch.load(ours, weights_only=True), ones)
+    assert same_bits(torch.load(ours, weights_only=True), ones)
     ours.seek(0)
-    assert same(torch.load(ours, weights_only=False), ones)
+    assert same_bits(torch.load(ours, weights_only=False), ones)
     names = zipfile.ZipFile(theirs).namelist()
     names.remove("archive/.data/serialization_id")  # a hash of the rest, which no reader needs
     assert sorted(zipfile.ZipFile(ours).namelist()) == sorted(names)
@@ -200,62 +255,66 @@ def test_a_container_is_what_torch_saves(dtype: str, shape: tuple[int, ...]) -> 
         assert zipfile.ZipFile(ours).read(name) == zipfile.ZipFile(theirs).read(name)
 
 
-def test_an_object_stub_is_what_megatron_core_saves_for_none() -> None:
-    assert torch.load(io.BytesIO(torch_pickle.OBJECT_STUB), weights_only=True) == [None]
+def test_an_empty_object_is_what_megatron_core_saves_for_none() -> None:
+    assert torch.load(io.BytesIO(torch_pickle.EMPTY_OBJECT), weights_only=True) == [None]
 
 
-def test_a_round_trip_through_torch_is_bit_exact(tmp_path: Path) -> None:
-    grid: Boxes = [((i, j), (350, 25)) for i in (0, 350) for j in range(0, 100, 25)]
-    uneven: Boxes = [((0,), (1,)), ((1,), (4,))]
-    stored = write(tmp_path, TENSORS, {"large": grid, "f32": uneven}, ("object/shard_0_1",))
-    tensors, objects = torch_dist.read(tmp_path)
-    assert objects == ["object/shard_0_1"]
+@pytest.mark.parametrize("form", FORMS)
+def test_a_round_trip_through_torch_is_bit_exact(tmp_path: Path, form: str) -> None:
+    boxes: dict[str, list[Extents]] = {
+        "large": [((i, j), (350, 25)) for i in (0, 350) for j in range(0, 100, 25)],
+        "f32": [((0,), (1,)), ((1,), (4,))],
+    }
+    stored = write(tmp_path, TENSORS, boxes, objects=("object/shard_0_1",), form=form)
+    found = torch_dist.read(tmp_path)
+    assert list(found.objects) == ["object/shard_0_1"]
     stored["empty"] = StoredTensor("F32", (0, 3), ())
-    assert tensors == stored
+    assert found.tensors == stored
     loaded = stock_load(tmp_path, TENSORS)
     for key, tensor in TENSORS.items():
-        assert same(loaded[key], tensor) and same(assemble(tensors[key]), tensor), key
-    common = torch.load(tmp_path / "common.pt", weights_only=True)
-    assert common == torch_dist.read_common(tmp_path)
-    assert common == {"iteration": 7, "nested": {"a": [1.5, None, True, "x" * 300]}}
+        assert same_bits(loaded[key], tensor), key
+        assert same_bits(assemble(found.tensors[key]), tensor), key
+    assert found.read_common() == COMMON
 
 
 def test_metadata_are_the_objects_that_torch_makes(tmp_path: Path) -> None:
     (tmp_path / "stock").mkdir()
-    stock_save(tmp_path / "stock", {**TENSORS, "object": {1}})
+    stock_save(tmp_path / "stock", {**TENSORS, "object": {1}, torch_dist.COMMON_STATE: {2}})
     write(tmp_path, TENSORS, objects=("object",))
-    ours, theirs = (
-        pickle.loads((d / ".metadata").read_bytes()) for d in (tmp_path, tmp_path / "stock")
-    )
+    ours = read_stock_metadata(tmp_path)
+    theirs = read_stock_metadata(tmp_path / "stock")
     assert ours.state_dict_metadata == theirs.state_dict_metadata
     assert ours.storage_data.keys() == theirs.storage_data.keys()
-    assert ours.version == theirs.version and type(ours.storage_meta) is type(theirs.storage_meta)
-    assert {type(value) for value in ours.storage_data.values()} == {
-        type(theirs.storage_data.popitem()[1])
-    }
-    properties = (m.state_dict_metadata["bf16"].properties.__dict__ for m in (ours, theirs))
-    assert next(properties) == next(properties)
+    assert ours.version == theirs.version
+    assert type(ours.storage_meta) is type(theirs.storage_meta)
+    kinds = {type(value) for value in ours.storage_data.values()}
+    assert kinds == {type(value) for value in theirs.storage_data.values()}
+    our_properties = ours.state_dict_metadata["bf16"].properties
+    their_properties = theirs.state_dict_metadata["bf16"].properties
+    assert vars(our_properties) == vars(their_properties)
 
 
 def test_two_keys_may_share_their_bytes(tmp_path: Path) -> None:
     stored = write(tmp_path, {"embedding": TENSORS["bf16"]})
     torch_dist.write_metadata(tmp_path, {**stored, "output": stored["embedding"]}, {})
-    tensors, _ = torch_dist.read(tmp_path)
+    tensors = torch_dist.read(tmp_path).tensors
     assert tensors["output"] == tensors["embedding"]
     loaded = stock_load(tmp_path, {"output": TENSORS["bf16"], "embedding": TENSORS["bf16"]})
-    assert same(loaded["output"], TENSORS["bf16"]) and same(loaded["embedding"], TENSORS["bf16"])
+    assert same_bits(loaded["output"], TENSORS["bf16"])
+    assert same_bits(loaded["embedding"], TENSORS["bf16"])
 
 
 @pytest.mark.parametrize("size", [2**32 - 2, 2**32 - 1, 2**32 + 70])
 def test_tensors_beyond_four_gib(tmp_path: Path, size: int) -> None:
-    file, (head, tail) = tmp_path / "__0_0.distcp", torch_dist.container("U8", (size,))
+    file = tmp_path / "__0_0.distcp"
+    head, tail = torch_pickle.tensor_container("U8", (size,))
     with open(file, "wb") as out:  # sparse
         out.write(head)
         out.seek(len(head) + size - 1)
         out.write(b"\7" + tail)
     stored = {"large": StoredTensor("U8", (size,), (Chunk((0,), (size,), file, len(head)),))}
     torch_dist.write_metadata(tmp_path, stored, {})
-    assert torch_dist.read(tmp_path)[0] == stored
+    assert torch_dist.read(tmp_path).tensors == stored
     loaded = torch.load(file, mmap=True, weights_only=True)
     assert loaded.shape == (size,) and loaded[-1] == 7 and loaded[0] == 0
 
@@ -280,48 +339,90 @@ def evil(tmp_path: Path) -> Iterator[bytes]:
     assert not witness.exists()
 
 
+def archived(pickled: bytes) -> bytes:
+    """A container of torch.save that holds this pickle and no tensor."""
+    return b"".join(torch_pickle.archive(pickled))
+
+
+def put_common(directory: Path, pickled: bytes, form: str) -> None:
+    """Make this pickle the common state of a directory without tensors."""
+    container = archived(pickled)
+    if form == COMMON_FILE:
+        torch_dist.write_metadata(directory, {}, {})
+        (directory / "common.pt").write_bytes(container)
+        return
+    file = directory / "__0_0.distcp"
+    file.write_bytes(container)
+    stored = StoredObject(file, 0, len(container))
+    torch_dist.write_metadata(directory, {}, {torch_dist.COMMON_STATE: stored})
+
+
+COMMON_PLACE = {
+    COMMON_FILE: r"common\.pt",
+    COMMON_OBJECT: r"__0_0\.distcp: common_state/shard_0_1",
+}
+
+
 def test_a_malicious_metadata_is_refused(tmp_path: Path, evil: bytes) -> None:
     (tmp_path / ".metadata").write_bytes(evil)
-    with pytest.raises(
-        TorchDistError, match=r"\.metadata: its pickle names (posix|nt)\.system.*refused"
-    ):
+    message = r"\.metadata: its pickle names (posix|nt)\.system.*refused"
+    with pytest.raises(TorchDistError, match=message):
         torch_dist.read(tmp_path)
 
 
 def test_a_malicious_chunk_is_refused(tmp_path: Path, evil: bytes) -> None:
     write(tmp_path, {"weight": TENSORS["bf16"]})
-    head, tail = torch_dist.container("BF16", (3, 4))
-    (tmp_path / "__0_0.distcp").write_bytes(
-        b"".join(torch_pickle.archive(evil)).rjust(len(head + tail) + 24, b" ")
-    )
+    head, tail = torch_pickle.tensor_container("BF16", (3, 4))
+    length = len(head) + TENSORS["bf16"].nbytes + len(tail)
+    with open(tmp_path / "__0_0.distcp", "r+b") as file:
+        file.write(archived(evil).rjust(length, b" "))
     with pytest.raises(TorchDistError, match=r"__0_0\.distcp: weight: .*system.*refused"):
         torch_dist.read(tmp_path)
 
 
-def test_a_malicious_common_is_refused(tmp_path: Path, evil: bytes) -> None:
-    (tmp_path / "common.pt").write_bytes(b"".join(torch_pickle.archive(evil)))
-    with pytest.raises(
-        TorchDistError, match=r"common\.pt: its pickle names (posix|nt)\.system.*refused"
-    ):
-        torch_dist.read_common(tmp_path)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_malicious_common_state_is_refused(tmp_path: Path, evil: bytes, form: str) -> None:
+    put_common(tmp_path, evil, form)
+    message = rf"{COMMON_PLACE[form]}: its pickle names (posix|nt)\.system.*refused"
+    with pytest.raises(TorchDistError, match=message):
+        torch_dist.read(tmp_path).read_common()
 
 
-def test_other_objects_in_common_are_inert(tmp_path: Path) -> None:
-    args = argparse.Namespace(call=Fraction(1, 3), kind=getattr)
-    (tmp_path / "common.pt").write_bytes(
-        b"".join(torch_pickle.archive(pickle.dumps({"args": args}, 2)))
-    )
-    value = torch_dist.read_common(tmp_path)["args"]
+@pytest.mark.parametrize("form", FORMS)
+def test_other_objects_in_the_common_state_are_inert(tmp_path: Path, form: str) -> None:
+    common: Any = {"args": argparse.Namespace(call=Fraction(1, 3), kind=getattr)}
+    if form == COMMON_OBJECT:
+        common = [common]
+    put_common(tmp_path, pickle.dumps(common, 2), form)
+    value = torch_dist.read(tmp_path).read_common()["args"]
     assert type(value.call).__name__ == "Fraction" and value.call.args == (1, 3)
     assert value.kind.__name__ == "getattr" and value.kind is not getattr
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_common_state_that_is_no_dictionary_is_refused(tmp_path: Path, form: str) -> None:
+    for value, message in ((3, "holds a int"), ([3], "holds a (list|int), not a dictionary")):
+        put_common(tmp_path, pickle.dumps(value, 2), form)
+        with pytest.raises(TorchDistError, match=rf"{COMMON_PLACE[form]}: it {message}"):
+            torch_dist.read(tmp_path).read_common()
+
+
+def test_a_missing_common_state_is_named(tmp_path: Path) -> None:
+    write(tmp_path, {"weight": TENSORS["bf16"]}, form=COMMON_FILE)
+    (tmp_path / "common.pt").unlink()
+    message = r"common\.pt is missing, and \.metadata has no common_state/shard_0_1: .* no whole"
+    with pytest.raises(TorchDistError, match=message):
+        torch_dist.read(tmp_path).read_common()
+
+
 def truncate(directory: Path) -> None:
-    os.truncate(directory / "__0_0.distcp", (directory / "__0_0.distcp").stat().st_size - 1)
+    file = directory / "__0_0.distcp"
+    os.truncate(file, file.stat().st_size - 1)
 
 
 def overwrite(directory: Path) -> None:
-    (directory / "__0_0.distcp").write_bytes(bytes((directory / "__0_0.distcp").stat().st_size))
+    file = directory / "__0_0.distcp"
+    file.write_bytes(bytes(file.stat().st_size))
 
 
 def replace_in(name: str, old: bytes, new: bytes, directory: Path) -> None:
@@ -331,9 +432,12 @@ def replace_in(name: str, old: bytes, new: bytes, directory: Path) -> None:
 
 
 DAMAGE = {
-    "truncated": (truncate, r"__0_0\.distcp: f32: truncated"),
+    "truncated": (truncate, r"__0_0\.distcp: common_state/shard_0_1: truncated"),
     "overwritten": (overwrite, r"__0_0\.distcp: bf16: no container"),
-    "missing file": (lambda d: (d / "__0_0.distcp").unlink(), r"__0_0\.distcp is missing; .* bf16"),
+    "missing file": (
+        lambda d: (d / "__0_0.distcp").unlink(),
+        r"__0_0\.distcp is missing; .* bf16",
+    ),
     "missing metadata": (lambda d: (d / ".metadata").unlink(), r"no \.metadata"),
     "cut metadata": (lambda d: os.truncate(d / ".metadata", 900), r"\.metadata is damaged"),
     "no dictionary": (
@@ -341,6 +445,7 @@ DAMAGE = {
         r"\.metadata is damaged",
     ),
     "other backend": (lambda d: replace_in("metadata.json", b"torch_dist", b"zarr", d), "zarr"),
+    "other version": (lambda d: replace_in("metadata.json", b": 1", b": 2", d), "2}; only"),
     "wrong dtype": (
         lambda d: replace_in(".metadata", b"ctorch\nbfloat16\n", b"ctorch\nfloat16\n", d),
         r"__0_0\.distcp: bf16: it holds \['BF16', \(3, 4\)\], .* \['F16', \(3, 4\)\]",
@@ -376,8 +481,24 @@ def test_damage_is_named(tmp_path: Path, kind: str) -> None:
         torch_dist.read(tmp_path)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_another_backend_is_refused_in_both_forms(tmp_path: Path, form: str) -> None:
+    write(tmp_path, {"weight": TENSORS["bf16"]}, form=form)
+    torch_dist.read(tmp_path)
+    replace_in("metadata.json", b"torch_dist", b"zarr", tmp_path)
+    with pytest.raises(TorchDistError, match=r"metadata\.json says .*'zarr'.* is read here"):
+        torch_dist.read(tmp_path)
+
+
+def test_another_common_backend_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, {"weight": TENSORS["bf16"]}, form=COMMON_FILE)
+    replace_in("metadata.json", b'"torch"', b'"msgpack"', tmp_path)
+    with pytest.raises(TorchDistError, match=r"metadata\.json says .*'msgpack'.* is read here"):
+        torch_dist.read(tmp_path)
+
+
 SQUARE = torch.arange(9.0).reshape(3, 3)
-PINWHEEL: Boxes = [
+PINWHEEL: list[Extents] = [
     ((0, 0), (1, 2)),
     ((0, 2), (2, 1)),
     ((1, 0), (2, 1)),
@@ -388,10 +509,10 @@ PINWHEEL: Boxes = [
 
 def test_any_partition_is_read(tmp_path: Path) -> None:
     write(tmp_path, {"square": SQUARE}, {"square": PINWHEEL})
-    assert same(assemble(torch_dist.read(tmp_path)[0]["square"]), SQUARE)
+    assert same_bits(assemble(torch_dist.read(tmp_path).tensors["square"]), SQUARE)
 
 
-WRONG: dict[str, Boxes] = {
+WRONG: dict[str, list[Extents]] = {
     "hole": PINWHEEL[:3] + PINWHEEL[4:],
     "hole at the end": [((0, 0), (2, 3))],
     "overlap": [((0, 0), (2, 3)), ((1, 0), (2, 3))],
@@ -429,7 +550,7 @@ STORED: dict[str, tuple[object, str]] = {
 def test_a_chunk_that_is_not_one_plain_tensor_is_refused(tmp_path: Path, kind: str) -> None:
     value, message = STORED[kind]
     stock_save(tmp_path, {"weight": torch.zeros(4, 4)})
-    metadata = pickle.loads((tmp_path / ".metadata").read_bytes())
+    metadata = read_stock_metadata(tmp_path)
     content = contained(value)
     next(iter(metadata.storage_data.values())).length = len(content)
     (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
@@ -440,7 +561,7 @@ def test_a_chunk_that_is_not_one_plain_tensor_is_refused(tmp_path: Path, kind: s
 
 def test_a_chunk_stored_transformed_is_refused(tmp_path: Path) -> None:
     stock_save(tmp_path, {"weight": torch.zeros(4, 4)})
-    metadata = pickle.loads((tmp_path / ".metadata").read_bytes())
+    metadata = read_stock_metadata(tmp_path)
     next(iter(metadata.storage_data.values())).transform_descriptors = ["zstd"]
     (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(TorchDistError, match="weight is stored transformed: .*zstd"):
@@ -450,19 +571,17 @@ def test_a_chunk_stored_transformed_is_refused(tmp_path: Path) -> None:
 def test_strides_of_axes_of_one_element_do_not_matter(tmp_path: Path) -> None:
     odd = torch.arange(4.0).as_strided((1, 4, 1), (77, 1, 99))
     stock_save(tmp_path, {"odd": odd})
-    assert same(assemble(torch_dist.read(tmp_path)[0]["odd"]), odd)
+    assert same_bits(assemble(torch_dist.read(tmp_path).tensors["odd"]), odd)
 
 
-def test_only_plain_values_are_written_to_common(tmp_path: Path) -> None:
+def test_only_plain_values_become_an_object(tmp_path: Path) -> None:
     with pytest.raises(TorchDistError, match="PosixPath"):
-        torch_dist.write_common(tmp_path, {"path": tmp_path})
-    assert not list(tmp_path.iterdir())
+        torch_pickle.object_container([{"path": tmp_path}])
 
 
 def test_a_thousand_chunks_of_one_tensor(tmp_path: Path) -> None:
     experts = torch.arange(1000.0).reshape(1000, 1, 1)
-    write(
-        tmp_path, {"experts": experts}, {"experts": [((i, 0, 0), (1, 1, 1)) for i in range(1000)]}
-    )
-    tensors, _ = torch_dist.read(tmp_path)
-    assert len(tensors["experts"].chunks) == 1000 and same(assemble(tensors["experts"]), experts)
+    one_by_one: list[Extents] = [((i, 0, 0), (1, 1, 1)) for i in range(1000)]
+    write(tmp_path, {"experts": experts}, {"experts": one_by_one})
+    found = torch_dist.read(tmp_path).tensors["experts"]
+    assert len(found.chunks) == 1000 and same_bits(assemble(found), experts)

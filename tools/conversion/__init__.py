@@ -1,6 +1,6 @@
 """Hugging Face and Megatron checkpoints as byte ranges of one another.
 
-Without torch: it takes longer to import than a gigabyte to copy.
+The package does not import torch, which takes longer to import than a gigabyte to copy.
 
     checkpoint.py    opens and checks a directory of either format
     plan.py          the files of the other format, each a list of byte ranges and boxes

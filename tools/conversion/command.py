@@ -1,4 +1,6 @@
-"""What the conversion commands share: arguments, the printed plan, progress and the final line."""
+"""What the conversion commands share: arguments, the printed plan, progress and the final
+line.
+"""
 
 import os
 import resource
@@ -12,113 +14,156 @@ from pathlib import Path
 from nanoslime.plugins import resolve
 from nanoslime.types import RunError
 from tools.conversion.checkpoint import Checkpoint, open_checkpoint
-from tools.conversion.plan import Plan
-from tools.conversion.run import check_output, run
+from tools.conversion.plan import ConversionPlan
+from tools.conversion.run import Options, check_output, run
 from tools.conversion.tensor_copy import Fill, Progress
 
+_BAR = "tqdm:tqdm"  # is imported only where a person watches
 
-def parser(doc: str | None, name: str, source: str) -> ArgumentParser:
-    kind = RawDescriptionHelpFormatter
-    made = ArgumentParser(name, description=doc, formatter_class=kind, allow_abbrev=False)
-    add, threads = made.add_argument, min(8, 2 * (os.cpu_count() or 1))
-    add("source", type=Path, metavar=source)
-    add("out", type=Path, metavar="OUT", help="a directory that does not exist yet")
-    add("--dry-run", action="store_true", help="print the plan and the bytes; write nothing")
-    add("--force", action="store_true", help="replace OUT, once the new one is complete")
-    add("--threads", type=int, default=threads, help="files written at a time (%(default)s)")
-    add(
+
+def make_parser(doc: str | None, command: str, source: str) -> ArgumentParser:
+    """The arguments of every conversion; `source` is how the help calls the directory that is
+    read.
+    """
+    parser = ArgumentParser(
+        command,
+        description=doc,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", type=Path, metavar=source)
+    parser.add_argument("out", type=Path, metavar="OUT", help="a directory that does not exist yet")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan and the bytes; write nothing"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="replace OUT, once the new one is complete"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=min(8, 2 * (os.cpu_count() or 1)),
+        help="files written at a time (%(default)s)",
+    )
+    parser.add_argument(
         "--no-checksums",
         action="store_true",
         help="neither compare the source's manifest nor write one",
     )
-    return made
+    return parser
 
 
 def convert(
-    arguments: Namespace, plan_of: Callable[[Checkpoint], Plan], side: Path | None = None
+    arguments: Namespace,
+    make_plan: Callable[[Checkpoint], ConversionPlan],
+    metadata_dir: Path | None = None,
 ) -> None:
-    """From the checkpoint, with its configuration in `side` if not beside it, to the last line."""
-    started, checksums = time.monotonic(), not arguments.no_checksums
+    """The whole command, from the checkpoint to the last line.
+
+    `metadata_dir` holds the configuration of the checkpoint, if it is not beside it.
+    """
+    started = time.monotonic()
+    checksums = not arguments.no_checksums
     verify = checksums and not arguments.dry_run
-    plan = plan_of(open_checkpoint(arguments.source, side, verify=verify))
+    plan = make_plan(open_checkpoint(arguments.source, metadata_dir, verify=verify))
     if arguments.dry_run:
         check_output(plan, arguments.out, arguments.force)
         print(describe(plan, arguments.out))
         return
-    for line in notes(plan.source):
-        print(line, file=sys.stderr)
-    threads = max(1, arguments.threads)
-    with bar(plan.num_bytes) as progress:
-        run(
-            plan,
-            arguments.out,
-            arguments.force,
-            threads=threads,
-            checksums=checksums,
-            progress=progress,
-        )
+    for note in notes(plan.source):
+        print(note, file=sys.stderr)
+    options = Options(arguments.force, max(1, arguments.threads), checksums)
+    with progress_bar(plan.num_bytes) as progress:
+        run(plan, arguments.out, options, progress)
     print(f"{arguments.out}: {summary(plan.num_bytes, time.monotonic() - started)}")
 
 
 @contextmanager
-def bar(num_bytes: int) -> Iterator[Progress]:
-    """A function that takes bytes done; where a person watches, it moves a bar with bytes and rate."""
+def progress_bar(num_bytes: int) -> Iterator[Progress]:
+    """A function that takes the bytes done; where a person watches, it moves a bar."""
     if not sys.stderr.isatty():
-        yield lambda count: None
+        yield _ignore
         return
-    with resolve("tqdm:tqdm", {}, "bar")(total=num_bytes, unit="B", unit_scale=True) as shown:
-        yield shown.update
+    make_bar = resolve(_BAR, {}, "bar")
+    with make_bar(total=num_bytes, unit="B", unit_scale=True) as bar:
+        yield bar.update
+
+
+def _ignore(num_bytes: int) -> None:
+    pass
 
 
 def summary(num_bytes: int, seconds: float) -> str:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    rate = num_bytes / 1e9 / seconds
+    """Size, time, rate and the largest resident memory of this process."""
+    gigabytes = num_bytes / 1e9
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return (
-        f"{num_bytes / 1e9:.3f} GB in {seconds:.2f} s, {rate:.2f} GB/s, peak memory {peak:.0f} MB"
+        f"{gigabytes:.3f} GB in {seconds:.2f} s, {gigabytes / seconds:.2f} GB/s, "
+        f"peak memory {peak_mb:.0f} MB"
     )
 
 
-def describe(plan: Plan, out: Path) -> str:
-    """The plan as a table: the model, what is read and written, file by file."""
-    source, shape = plan.source, plan.source.shape
-    fills = [item for file in plan.files for item in file.content if isinstance(item, Fill)]
-    rows = sum(item.num_bytes for item in fills if item.ranges() is not None)
-    total = sum(item.num_bytes for item in fills)
+def describe(plan: ConversionPlan, out: Path) -> str:
+    """The plan as a table: the model, what is read, and what is written file by file."""
+    source = plan.source
+    whole_row_bytes = 0
+    block_bytes = 0
+    for file in plan.files:
+        for item in file.content:
+            if not isinstance(item, Fill):
+                continue
+            if item.ranges() is None:
+                block_bytes += item.num_bytes
+            else:
+                whole_row_bytes += item.num_bytes
     lines = [
-        f"model    {shape.model_type}, {shape.num_parameters:,} parameters, {shape.num_layers} layers"
-        + (f", {shape.moe.num_experts} experts" if shape.moe else "")
-        + (f", {shape.num_mtp_layers} for multi-token prediction" if source.mtp else ""),
+        f"model    {_describe_model(source)}",
         f"read     {source.path} ({source.format})",
         f"         {len(source.tensors)} tensors, {source.num_bytes:,} bytes",
         f"write    {out} ({len(plan.files)} files, {plan.num_bytes:,} bytes)",
-        f"         {rows:,} bytes move as whole rows, {total - rows:,} block by block",
+        f"         {whole_row_bytes:,} bytes move as whole rows, {block_bytes:,} block by block",
     ]
-    lines += [f"         {file.name}  {file.num_bytes:,}" for file in plan.files]
+    for file in plan.files:
+        lines.append(f"         {file.name}  {file.num_bytes:,}")
     return "\n".join(lines + notes(source))
+
+
+def _describe_model(source: Checkpoint) -> str:
+    shape = source.shape
+    text = f"{shape.model_type}, {shape.num_parameters:,} parameters, {shape.num_layers} layers"
+    if shape.moe:
+        text += f", {shape.moe.num_experts} experts"
+    if source.mtp:
+        text += f", {shape.num_mtp_layers} for multi-token prediction"
+    return text
 
 
 def notes(source: Checkpoint) -> list[str]:
     """What a user should know about the source before trusting the result."""
     found = []
-    if source.manifest is None:
+    if source.manifest_dir is None:
         found.append(
             f"note: {source.path} has no manifest: its structure is checked, its bits are not"
         )
-    if why := source.shape.architecture.unconfirmed:
-        found.append(f"note: {source.shape.model_type}: {why}")
+    unconfirmed = source.shape.architecture.unconfirmed
+    if unconfirmed:
+        found.append(f"note: {source.shape.model_type}: {unconfirmed}")
     return found
 
 
-def finish(name: str, main: Callable[[], int]) -> int:
-    """The exit code of `main`; with one line, 2 for what it refuses and 1 for what the system does."""
+def finish(command: str, main: Callable[[], int]) -> int:
+    """The exit code of `main`.
+
+    It is 2, with one line on stderr, for what `main` refuses, and 1 for an error of the system.
+    """
     try:
         return main()
     except RunError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"{command}: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"{name}: {error}; the same command continues", file=sys.stderr)
+        print(f"{command}: {error}; the same command continues", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; the same command continues", file=sys.stderr)
+        print(f"{command}: interrupted; the same command continues", file=sys.stderr)
         return 130

@@ -1,4 +1,6 @@
-"""What a checkpoint computes: transformers for Hugging Face's, megatron-core's GPTModel for Megatron's."""
+"""What a checkpoint computes: by transformers for Hugging Face's, by GPTModel for
+Megatron's.
+"""
 
 import torch
 from torch import Tensor
@@ -6,18 +8,19 @@ from transformers import AutoModelForCausalLM
 
 from nanoslime.training.megatron import forward
 from nanoslime.types import RunError
-from tools.conversion.checkpoint import Checkpoint
+from tools.conversion.checkpoint import HUGGING_FACE, Checkpoint
 
 
 @torch.no_grad()
 def logits(checkpoint: Checkpoint, num_tokens: int) -> Tensor:
-    """[num_tokens, vocab_size] in float32 of the same random tokens for every checkpoint of a shape.
+    """[num_tokens, vocab_size] in float32; every checkpoint of one shape gets the same random
+    tokens.
 
     Raises RunError for a model that megatron-core cannot compute.
     """
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(checkpoint.shape.vocab_size, (num_tokens,), generator=generator)
-    if checkpoint.format == "Hugging Face":
+    if checkpoint.format == HUGGING_FACE:
         model = AutoModelForCausalLM.from_pretrained(
             checkpoint.path, dtype=torch.float32, attn_implementation="eager"
         )

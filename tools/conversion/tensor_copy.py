@@ -1,11 +1,12 @@
 """Files made of boxes of stored tensors: planned as byte ranges, copied, and hashed on the way.
 
-    TargetFile  a name and its content in order: bytes given here, or tensors filled from boxes of others
-    Fill        one tensor (or chunk) of the target, row-major, with the boxes that fill it, each exactly once
+    TargetFile  a name, and the content in order: bytes given here, or tensors filled from others
+    Fill        one tensor (or chunk) of the target, row-major, and the boxes that fill it
 
-What is hashed passes through a block of memory that stays in the cache, read, hashed and written: faster than
-a copy inside the kernel that is read again for its hash. Without checksums whole rows stay in the kernel
-(copy_file_range). Parts of columns and other dtypes are put together by tensor_blocks.py.
+Content that is hashed passes through a block of memory that stays in the cache: read, hashed
+and written, it is faster than a copy inside the kernel that is read again for its hash. Without
+checksums whole rows stay in the kernel (copy_file_range). Columns that are split, and other
+dtypes, are put together by tensor_blocks.py.
 """
 
 from __future__ import annotations
@@ -20,44 +21,48 @@ from pathlib import Path
 
 import xxhash
 
+from nanoslime.models.rules import Box
 from nanoslime.plugins import resolve
 from nanoslime.storage.safetensors_file import DTYPE_BYTES
 from nanoslime.types import RunError
 from tools.conversion.torch_dist import Chunk, StoredTensor
 
-BLOCK_BYTES = 1 << 20  # still in the cache when it is hashed
-CAST = {"F32", "F16", "BF16"}  # dtypes that become one another
-_KERNEL_BYTES = 64 << 20
+BLOCK_BYTES = 1 << 20  # a block of this size is still in the cache when it is hashed
+CAST = {"F32", "F16", "BF16"}  # dtypes that can become one another
 PAGE_BYTES = (
-    4096  # inside the kernel, a copy between other places in the page costs half as much again
+    4096  # a copy inside the kernel between other places in the page takes half as long again
 )
-Box = tuple[slice, ...]  # one slice per dimension, start and stop set
-Progress = Callable[[int], object]  # is called with the number of bytes done, often
-Link = tuple[
-    StoredTensor, Box, Box
-]  # a box of a stored tensor, and the same box of the target tensor
-_BLOCKS = "tools.conversion.tensor_blocks:blocks"  # numpy, which takes longer to import than 100 MB to copy
-_NO_COPY_RANGE = {
-    errno.EXDEV,
-    errno.EINVAL,
-    errno.ENOSYS,
-    errno.EOPNOTSUPP,
-}  # of this pair of filesystems
+_KERNEL_BYTES = 64 << 20
+# numpy, which tensor_blocks imports, takes longer to import than 100 MB take to copy.
+_BLOCKS = "tools.conversion.tensor_blocks:blocks"
+# The kernel answers so where it cannot copy between two filesystems.
+_NO_COPY_RANGE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
+
+Progress = Callable[[int], object]  # is called often, with the number of bytes done
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A box of a stored tensor, and the box of the target tensor that gets its elements."""
+
+    stored: StoredTensor
+    box: Box
+    target_box: Box
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A box of a stored chunk and where it goes."""
+    """A box of a stored chunk, and the box of the target that gets its elements."""
 
     chunk: Chunk
     dtype: str
-    box: Box  # in the chunk
-    to: Box  # in what it fills
+    box: Box
+    target_box: Box
 
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """`shape` elements of `dtype` from boxes that cover them exactly once."""
+    """A tensor of the target; the boxes of its sources cover it exactly once."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -68,17 +73,31 @@ class Fill:
         return prod(self.shape) * DTYPE_BYTES[self.dtype]
 
     def ranges(self) -> list[tuple[Path, int, int]] | None:
-        """(file, first byte, number of bytes) in the order of the target; None if rows do not move whole."""
-        found, row = [], prod(self.shape[1:]) * DTYPE_BYTES[self.dtype]
-        for source in sorted(self.sources, key=lambda s: s.to[0].start if s.to else 0):
-            sides = tuple(side.stop - side.start for side in source.box[1:])
-            if source.dtype != self.dtype or not sides == source.chunk.shape[1:] == self.shape[1:]:
+        """(file, first byte, number of bytes) in the order of the target.
+
+        None where rows do not move whole, or the dtype changes.
+        """
+        row_bytes = prod(self.shape[1:]) * DTYPE_BYTES[self.dtype]
+        found = []
+        for source in sorted(self.sources, key=_first_target_row):
+            chunk = source.chunk
+            taken_columns = box_shape(source.box)[1:]
+            whole_rows = taken_columns == chunk.shape[1:] == self.shape[1:]
+            if source.dtype != self.dtype or not whole_rows:
                 return None
-            first, stop = (source.box[0].start, source.box[0].stop) if source.box else (0, 1)
-            found.append(
-                (source.chunk.file, source.chunk.offset + first * row, (stop - first) * row)
-            )
+            rows = source.box[0] if source.box else slice(0, 1)
+            first_byte = chunk.offset + rows.start * row_bytes
+            num_bytes = (rows.stop - rows.start) * row_bytes
+            found.append((chunk.file, first_byte, num_bytes))
         return found
+
+
+def _first_target_row(source: Source) -> int:
+    return source.target_box[0].start if source.target_box else 0
+
+
+def box_shape(box: Box) -> tuple[int, ...]:
+    return tuple(side.stop - side.start for side in box)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,64 +107,76 @@ class TargetFile:
 
     @property
     def num_bytes(self) -> int:
-        return sum(
-            len(item) if isinstance(item, bytes) else item.num_bytes for item in self.content
-        )
+        total = 0
+        for item in self.content:
+            total += len(item) if isinstance(item, bytes) else item.num_bytes
+        return total
 
 
 def fill(
-    what: str, dtype: str, start: Sequence[int], shape: Sequence[int], links: Iterable[Link]
+    name: str, dtype: str, start: Sequence[int], shape: Sequence[int], links: Iterable[Link]
 ) -> Fill:
-    """The sources of the box at `start` of size `shape` of a tensor whose boxes `links` describe.
+    """The box at `start`, of size `shape`, of the tensor that `links` describe.
 
-    Raises RunError naming `what` where they do not cover it.
+    Raises RunError naming the tensor `name` where the links do not cover the box exactly once,
+    or `dtype` cannot be made of theirs.
     """
-    found: list[Source] = []
-    for stored, box, to in links:
-        if stored.dtype != dtype and not {stored.dtype, dtype} <= CAST:
+    sources: list[Source] = []
+    for link in links:
+        stored = link.stored
+        castable = stored.dtype in CAST and dtype in CAST
+        if stored.dtype != dtype and not castable:
             file = stored.chunks[0].file
             raise RunError(
-                f"{file}: {what} is {stored.dtype}; {dtype} is made of {sorted(CAST)} only"
+                f"{file}: {name} is {stored.dtype}; {dtype} is made of {sorted(CAST)} only"
             )
-        overlaps = (_overlap(stored.dtype, chunk, box, to, start, shape) for chunk in stored.chunks)
-        found += filter(None, overlaps)
-    covered = sum(prod(side.stop - side.start for side in source.to) for source in found)
+        for chunk in stored.chunks:
+            source = _overlap(link, chunk, start, shape)
+            if source is not None:
+                sources.append(source)
+    covered = sum(prod(box_shape(source.target_box)) for source in sources)
     if covered != prod(shape):
-        raise RunError(f"{what}: {covered} of its {prod(shape)} elements have a source")
-    return Fill(dtype, tuple(shape), tuple(found))
+        raise RunError(f"{name}: {covered} of its {prod(shape)} elements have a source")
+    return Fill(dtype, tuple(shape), tuple(sources))
 
 
-def _overlap(
-    dtype: str, chunk: Chunk, box: Box, to: Box, start: Sequence[int], shape: Sequence[int]
-) -> Source | None:
-    inside, out = [], []
-    for b, t, first, size, c, n in zip(
-        box, to, start, shape, chunk.start, chunk.shape, strict=True
-    ):
-        shift = t.start - b.start  # from the source tensor to the target tensor
-        low = max(b.start, c, first - shift)
-        high = min(b.stop, c + n, first + size - shift)
+def _overlap(link: Link, chunk: Chunk, start: Sequence[int], shape: Sequence[int]) -> Source | None:
+    """What a chunk of the link's tensor gives to the box at `start` of size `shape`; None:
+    nothing.
+    """
+    box = []
+    target_box = []
+    for axis, side in enumerate(link.box):
+        chunk_start = chunk.start[axis]
+        chunk_stop = chunk_start + chunk.shape[axis]
+        # from a position in the stored tensor to the one in the target tensor
+        shift = link.target_box[axis].start - side.start
+        wanted_start = start[axis] - shift
+        wanted_stop = wanted_start + shape[axis]
+        low = max(side.start, chunk_start, wanted_start)
+        high = min(side.stop, chunk_stop, wanted_stop)
         if low >= high:
             return None
-        inside.append(slice(low - c, high - c))
-        out.append(slice(low + shift - first, high + shift - first))
-    return Source(chunk, dtype, tuple(inside), tuple(out))
+        box.append(slice(low - chunk_start, high - chunk_start))
+        target_box.append(slice(low - wanted_start, high - wanted_start))
+    return Source(chunk, link.stored.dtype, tuple(box), tuple(target_box))
 
 
 class Files(ExitStack):
-    """Source files, each opened once; close it, or use it as a context manager."""
+    """Source files, each opened once; use it as a context manager, or close it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._open = dict[Path, int]()
+        self._descriptors: dict[Path, int] = {}
 
     def descriptor(self, path: Path) -> int:
-        if path not in self._open:
-            self._open[path] = self.enter_context(open(path, "rb", buffering=0)).fileno()
-        return self._open[path]
+        if path not in self._descriptors:
+            file = self.enter_context(open(path, "rb", buffering=0))
+            self._descriptors[path] = file.fileno()
+        return self._descriptors[path]
 
     def read(self, path: Path, offset: int, view: memoryview) -> None:
-        """Fill `view` from byte `offset` on. RunError where the file ends before."""
+        """Fill `view` from byte `offset` on. Raises RunError where the file ends before."""
         done = 0
         while done < len(view):
             count = os.preadv(self.descriptor(path), [view[done:]], offset + done)
@@ -155,41 +186,49 @@ class Files(ExitStack):
 
 
 def blocks(item: Fill, files: Files) -> Iterator[memoryview]:
-    """The bytes of `item`, row-major, in pieces of about BLOCK_BYTES; a piece is valid until the next."""
+    """The bytes of `item`, row-major, in blocks of about BLOCK_BYTES; each is valid until the
+    next.
+    """
     ranges = item.ranges()
     if ranges is None:
-        yield from resolve(_BLOCKS, {}, "blocks")(item, files, BLOCK_BYTES)
+        blocks_by_numpy = resolve(_BLOCKS, {}, "blocks")
+        yield from blocks_by_numpy(item, files, BLOCK_BYTES)
         return
     buffer = memoryview(bytearray(min(BLOCK_BYTES, item.num_bytes)))
-    for path, offset, size in ranges:
-        for at in range(0, size, BLOCK_BYTES):
-            view = buffer[: min(BLOCK_BYTES, size - at)]
-            files.read(path, offset + at, view)
+    for path, offset, num_bytes in ranges:
+        for done in range(0, num_bytes, BLOCK_BYTES):
+            view = buffer[: min(BLOCK_BYTES, num_bytes - done)]
+            files.read(path, offset + done, view)
             yield view
 
 
 def same(one: Fill, other: Fill) -> bool:
-    """Whether both have the same bits."""
+    """Whether both have the same dtype, shape and bits."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     with Files() as files:
-        a, b = blocks(one, files), blocks(other, files)
-        x = y = memoryview(b"")  # what is left of the two blocks
+        blocks_of_one = blocks(one, files)
+        blocks_of_other = blocks(other, files)
+        rest_of_one = memoryview(b"")
+        rest_of_other = memoryview(b"")
         left = one.num_bytes
         while left:
-            x, y = x or next(a), y or next(b)
-            n = min(len(x), len(y))
-            left -= n
-            if x[:n].tobytes() != y[:n].tobytes():  # memcmp; views are compared byte by byte
+            rest_of_one = rest_of_one or next(blocks_of_one)
+            rest_of_other = rest_of_other or next(blocks_of_other)
+            count = min(len(rest_of_one), len(rest_of_other))
+            # bytes are compared by memcmp, views element by element
+            if rest_of_one[:count].tobytes() != rest_of_other[:count].tobytes():
                 return False
-            x, y = x[n:], y[n:]
+            rest_of_one = rest_of_one[count:]
+            rest_of_other = rest_of_other[count:]
+            left -= count
         return True
 
 
 def write(target: TargetFile, directory: Path, *, checksum: bool, progress: Progress) -> str | None:
-    """Write the file, force it to disk, and return its XXH3-128 (None without `checksum`).
+    """Write the file, force it to disk, and return its XXH3-128; None without `checksum`.
 
-    An exception of `progress` ends the copy.
+    An exception that `progress` raises ends the copy.
     """
     digest = xxhash.xxh3_128() if checksum else None
     with Files() as files, open(directory / target.name, "wb", buffering=0) as out:
@@ -213,13 +252,17 @@ def write(target: TargetFile, directory: Path, *, checksum: bool, progress: Prog
                 for view in blocks(item, files):
                     put(view)
         os.fsync(out.fileno())
-    return digest.hexdigest() if digest is not None else None
+    if digest is None:
+        return None
+    return digest.hexdigest()
 
 
 def _copy_rows(item: Fill, files: Files, out: int, position: int, progress: Progress) -> None:
-    """Copy whole rows within the kernel, and through memory where these filesystems do not let it."""
-    for path, offset, size in item.ranges() or ():
-        stop = position + size
+    """Copy whole rows within the kernel, or through memory where these filesystems do not allow
+    it.
+    """
+    for path, offset, num_bytes in item.ranges() or ():
+        stop = position + num_bytes
         while position < stop:
             count = min(_KERNEL_BYTES, stop - position)
             try:
@@ -233,11 +276,13 @@ def _copy_rows(item: Fill, files: Files, out: int, position: int, progress: Prog
                 count = len(view)
             if not count:
                 raise RunError(f"{path} has no byte {offset}: it was cut while it was read")
-            offset, position = offset + count, position + count
+            offset += count
+            position += count
             progress(count)
 
 
 def _write_all(out: int, data: bytes | memoryview, position: int) -> None:
-    view, done = memoryview(data), 0
+    view = memoryview(data)
+    done = 0
     while done < len(view):
         done += os.pwrite(out, view[done:], position + done)

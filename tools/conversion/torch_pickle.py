@@ -1,7 +1,9 @@
-"""What torch.save writes, without torch: zip containers and pickles, none of which gets to execute anything.
+"""What torch.save writes, read and written without torch: zip containers and pickles.
 
-A container is a zip of uncompressed records: data.pkl describes the objects, data/<key> is the storage of a
-tensor (torch/csrc/jit/serialization and caffe2/serialize/inline_container.cc of torch 2.13).
+Loading a pickle here executes nothing that the pickle names. A container is a zip of
+uncompressed records: data.pkl describes the objects, data/<key> is the storage of a tensor (the
+format is that of torch/csrc/jit/serialization and caffe2/serialize/inline_container.cc of torch
+2.13).
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from typing import Any
 from nanoslime.storage.safetensors_file import DTYPE_BYTES
 from nanoslime.types import RunError
 
-DTYPES = {  # as safetensors names it: torch's dtype, and the class in pickles of storages of their own
+# A dtype as safetensors names it: torch's dtype, and the class of its storage in a pickle.
+# A dtype without a storage class lies in an UntypedStorage.
+DTYPES = {
     "F64": ("float64", "DoubleStorage"),
     "F32": ("float32", "FloatStorage"),
     "F16": ("float16", "HalfStorage"),
@@ -39,10 +43,14 @@ DTYPES = {  # as safetensors names it: torch's dtype, and the class in pickles o
     "F8_E4M3": ("float8_e4m3fn", ""),
     "F8_E5M2": ("float8_e5m2", ""),
 }
+# torch's dtype or storage class: the dtype as safetensors names it.
 DTYPE_NAMES = {
-    torch_name: name for name, names in DTYPES.items() for torch_name in names if torch_name
+    torch_name: dtype
+    for dtype, torch_names in DTYPES.items()
+    for torch_name in torch_names
+    if torch_name
 }
-_OF_TENSORS = {f"torch.{name}" for name in DTYPE_NAMES} | {
+_TENSOR_GLOBALS = {f"torch.{name}" for name in DTYPE_NAMES} | {
     "torch._utils._rebuild_tensor_v2",
     "torch._utils._rebuild_tensor_v3",
     "torch.storage.UntypedStorage",
@@ -53,26 +61,34 @@ _PLAIN = {
     "builtins.set": set,
     "__builtin__.set": set,
 }
-_HARMFUL = re.compile(  # no value is made of these: whoever wrote them wanted to execute something
+# No value is made by these: whoever wrote them into a pickle wanted to execute something.
+_HARMFUL = re.compile(
     r"(os|posix|nt|sys|subprocess|shutil|socket|importlib|runpy|ctypes|pty|code|pdb|webbrowser)\."
     r"|(builtins|__builtin__)\.(eval|exec|compile|open|__import__|breakpoint)$"
 )
-_ENTRY = struct.Struct("<4s6H3I5H2I")  # of a zip's directory
-_LOCAL = struct.Struct("<4s5H3I2H")  # in front of a record
-_END = struct.Struct(
-    "<4sQ2H2I4Q4sIQI4s4H2IH"
-)  # zip64 end of directory, its locator, end of directory
-_MAX32 = 0xFFFFFFFF
-_ALIGNMENT = 64  # of a record in its container
+
+# The structures of a zip file, as PKWARE's APPNOTE.TXT lays them out.
+_DIRECTORY_ENTRY = struct.Struct("<4s6H3I5H2I")
+_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+_ZIP64_SIZES = struct.Struct("<2H2Q")
+_ZIP64_END = struct.Struct("<4sQ2H2I4Q")
+_ZIP64_LOCATOR = struct.Struct("<4sIQI")
+_END = struct.Struct("<4s4H2IH")
+_ZIP_VERSION = 45  # the first version of the format that knows zip64
+_MAX_UINT32 = 0xFFFFFFFF
+_ALIGNMENT = 64  # of the records in a container, in bytes
 
 
 class TorchDistError(RunError):
-    """A checkpoint is damaged, not torch_dist, or holds what is refused; the message names the file."""
+    """A checkpoint is damaged, is not torch_dist, or holds something that is refused.
+
+    The message names the file.
+    """
 
 
 @contextmanager
 def naming(place: object) -> Iterator[None]:
-    """Whatever goes wrong in the block becomes a TorchDistError that names `place`."""
+    """Turns every error of the block into a TorchDistError that names `place`."""
     try:
         yield
     except RunError as error:
@@ -82,9 +98,11 @@ def naming(place: object) -> Iterator[None]:
 
 
 class Foreign:
-    """An object of a class that is not imported here: the arguments it is made with, or its state.
+    """Stands for an object whose class is not imported here.
 
-    Entries of a state that is a dictionary are its attributes too. What was appended to it is dropped.
+    It holds the arguments that the object is made with, or its state. The entries of a state
+    that is a dictionary can be read as attributes. Items that a pickle appends to the object
+    are dropped.
     """
 
     args: tuple[Any, ...]
@@ -92,15 +110,17 @@ class Foreign:
     __slots__ = ("args", "state")
 
     def __new__(cls, *args: Any, **_: Any) -> Foreign:
-        made = super().__new__(cls)
-        made.args, made.state = args, None
-        return made
+        instance = super().__new__(cls)
+        instance.args = args
+        instance.state = None
+        return instance
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
     def __getattr__(self, name: str) -> Any:
-        if isinstance(state := object.__getattribute__(self, "state"), dict) and name in state:
+        state = object.__getattribute__(self, "state")
+        if isinstance(state, dict) and name in state:
             return state[name]
         raise AttributeError(f"{type(self).__name__} has no {name}")
 
@@ -110,28 +130,34 @@ class Foreign:
 
 @lru_cache(maxsize=4096)
 def foreign(path: str) -> type[Foreign]:
-    """Stands for the class or function `path`, "module.name"; calling it makes a Foreign."""
+    """The class that stands for the class or function `path` ("module.name").
+
+    Calling the result makes a Foreign with these arguments.
+    """
     module, _, name = path.rpartition(".")
     return type(name, (Foreign,), {"__module__": module, "__slots__": ()})
 
 
-def made(path: str, state: Any) -> Foreign:
-    """An object of the class `path` with this state."""
-    made = foreign(path)()
-    made.state = state
-    return made
+def foreign_object(path: str, state: Any) -> Foreign:
+    """An object of the class `path` that has this state."""
+    instance = foreign(path)()
+    instance.state = state
+    return instance
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, data: bytes, allowed: Collection[str] | None) -> None:
-        super().__init__(io.BytesIO(data))
+    """Replaces every class and function that a pickle names by a Foreign."""
+
+    def __init__(self, pickled: bytes, allowed: Collection[str] | None) -> None:
+        super().__init__(io.BytesIO(pickled))
         self._allowed = allowed
 
     def find_class(self, module: str, name: str) -> type:
         path = f"{module}.{name}"
         if path in _PLAIN:
             return _PLAIN[path]
-        if _HARMFUL.match(path) or (self._allowed is not None and path not in self._allowed):
+        unexpected = self._allowed is not None and path not in self._allowed
+        if unexpected or _HARMFUL.match(path):
             raise TorchDistError(f"its pickle names {path}, which does not belong there: refused")
         return foreign(path)
 
@@ -140,70 +166,92 @@ class _Unpickler(pickle.Unpickler):
 
 
 def load(pickled: bytes, allowed: Collection[str] | None) -> Any:
-    """The value with Foreign in place of everything that is not Python's own, so that nothing is executed.
+    """The value of a pickle, with a Foreign in place of every object that is not Python's own.
 
-    allowed: paths of the classes and functions that it may name (TorchDistError for another); None for any
-    that does not serve to execute something. A damaged pickle raises anything.
+    Nothing that the pickle names is executed. `allowed` lists the paths of the classes and
+    functions that the pickle may name; None allows every path that does not serve to execute
+    something.
+
+    Raises TorchDistError for a path that is not allowed. A damaged pickle may raise any
+    exception.
     """
     return _Unpickler(pickled, allowed).load()
 
 
+class PersistentId(tuple[Any, ...]):
+    """How a pickle refers to a storage."""
+
+
 def dump(value: Any) -> bytes:
-    """The pickle of plain values and Foreign: of `state` where there is one, else of the call with `args`."""
-    return b"\x80\x02" + _fragment(value) + b"."
+    """The pickle (protocol 2) of plain values and Foreign objects.
+
+    A Foreign that has a state is written as class and state, any other one as a call with its
+    `args`.
+    """
+    return b"\x80\x02" + _opcodes(value) + b"."
 
 
-class Pid(tuple[Any, ...]):
-    """A persistent id: how a pickle refers to a storage."""
-
-
-def _fragment(value: Any) -> bytes:
+def _opcodes(value: Any) -> bytes:
+    """The pickle opcodes that push `value` onto the stack."""
     if isinstance(value, type):
         return f"c{value.__module__}\n{value.__name__}\n".encode()
     if isinstance(value, Foreign):
-        kind = _fragment(type(value))
+        kind = _opcodes(type(value))
         if value.state is None:
-            return kind + _fragment(value.args) + b"R"
-        return kind + b")\x81" + _fragment(value.state) + b"b"
+            return kind + _opcodes(value.args) + b"R"
+        return kind + b")\x81" + _opcodes(value.state) + b"b"
     if isinstance(value, dict):
-        return b"}(" + b"".join(_fragment(k) + _fragment(v) for k, v in value.items()) + b"u"
+        items = b"".join(_opcodes(key) + _opcodes(item) for key, item in value.items())
+        return b"}(" + items + b"u"
     if isinstance(value, list):
-        return b"](" + b"".join(map(_fragment, value)) + b"e"
+        return b"](" + b"".join(map(_opcodes, value)) + b"e"
     if isinstance(value, tuple):
-        return b"(" + b"".join(map(_fragment, value)) + (b"tQ" if isinstance(value, Pid) else b"t")
-    return pickle.dumps(value, 2)[2:-1]
+        pushed = b"(" + b"".join(map(_opcodes, value)) + b"t"
+        if isinstance(value, PersistentId):
+            return pushed + b"Q"
+        return pushed
+    protocol_and_stop_removed = pickle.dumps(value, 2)[2:-1]
+    return protocol_and_stop_removed
 
 
-class _View(io.RawIOBase):
+class _FileRange(io.RawIOBase):
     """Bytes [offset, offset + length) of an open file, as far as zipfile needs a file."""
 
     def __init__(self, file: int, offset: int, length: int) -> None:
-        self._file, self._offset, self._length, self._position = file, offset, length, 0
+        self._file = file
+        self._offset = offset
+        self._length = length
+        self._position = 0
 
     def seek(self, to: int, whence: int = os.SEEK_SET) -> int:
-        self._position = to + (0, self._position, self._length)[whence]
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}
+        self._position = to + base[whence]
         return self._position
 
     def read(self, size: int = -1) -> bytes:
         left = self._length - self._position
-        data = os.pread(
-            self._file, left if size < 0 else min(size, left), self._offset + self._position
-        )
+        count = left if size < 0 else min(size, left)
+        data = os.pread(self._file, count, self._offset + self._position)
         self._position += len(data)
         return data
 
 
 class Container:
-    """The records of what torch.save wrote into bytes [offset, offset + length) of an open file."""
+    """The records that torch.save wrote into bytes [offset, offset + length) of an open
+    file.
+    """
 
     def __init__(self, file: int, offset: int, length: int) -> None:
-        if offset + length > (size := os.fstat(file).st_size):
+        size = os.fstat(file).st_size
+        if offset + length > size:
             raise TorchDistError(
                 f"truncated: bytes {offset} to {offset + length} of {size} are expected"
             )
-        self._file, self._offset, self._length = file, offset, length
+        self._file = file
+        self._offset = offset
+        self._length = length
         try:
-            records = zipfile.ZipFile(_View(file, offset, length)).infolist()
+            records = zipfile.ZipFile(_FileRange(file, offset, length)).infolist()
         except zipfile.BadZipFile as error:
             raise TorchDistError(
                 f"no container of torch.save, the only one read here: {error}"
@@ -211,32 +259,33 @@ class Container:
         self._records = {record.filename.partition("/")[2]: record for record in records}
 
     def find(self, name: str) -> tuple[int, int]:
-        """(offset in the file, size) of a record."""
-        if (record := self._records.get(name)) is None:
-            raise TorchDistError(
-                f"its container has no record {name}, only {', '.join(self._records)}"
-            )
-        local = os.pread(self._file, _LOCAL.size, self._offset + record.header_offset)
-        magic, *_, name_length, extra_length = _LOCAL.unpack(local)
-        start, size = (
-            record.header_offset + _LOCAL.size + name_length + extra_length,
-            record.file_size,
-        )
-        stored = (
-            not record.compress_type and not record.flag_bits & 1 and record.compress_size == size
-        )
-        if magic != b"PK\3\4" or not stored or start + size > self._length:
+        """(offset in the file, size) of a record, in bytes."""
+        record = self._records.get(name)
+        if record is None:
+            held = ", ".join(self._records)
+            raise TorchDistError(f"its container has no record {name}, only {held}")
+        header = os.pread(self._file, _LOCAL_HEADER.size, self._offset + record.header_offset)
+        magic, *_, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+        size = record.file_size
+        start = record.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+        compressed = record.compress_type != 0 or record.compress_size != size
+        encrypted = record.flag_bits & 1 != 0
+        outside = start + size > self._length
+        if magic != b"PK\3\4" or compressed or encrypted or outside:
             raise TorchDistError(
                 f"its container does not hold the record {name} as it is, uncompressed"
             )
         return self._offset + start, size
 
     def content(self, name: str) -> bytes:
+        """The bytes of a record."""
         start, size = self.find(name)
         return os.pread(self._file, size, start)
 
     def tensor(self) -> tuple[str, tuple[int, ...], int]:
-        """(dtype, shape, offset of the data in the file) of the one contiguous tensor that it holds."""
+        """(dtype, shape, offset of the data in the file) of the one contiguous tensor it
+        holds.
+        """
         dtype, shape, key = _describe(self.content("data.pkl"))
         if "byteorder" in self._records and self.content("byteorder") != b"little":
             raise TorchDistError("its bytes are not in little-endian order")
@@ -248,77 +297,155 @@ class Container:
 
 @lru_cache(maxsize=4096)
 def _describe(pickled: bytes) -> tuple[str, tuple[int, ...], str]:
-    """(dtype, shape, key of the storage) of a tensor; TorchDistError if it is not all of a storage."""
-    value = load(pickled, _OF_TENSORS)
+    """(dtype, shape, key of the storage) of the tensor that data.pkl describes.
+
+    Raises TorchDistError for a tensor that is not all of its storage, row by row.
+    """
+    value = load(pickled, _TENSOR_GLOBALS)
     kind = type(value).__name__
     if not kind.startswith("_rebuild_tensor"):
         raise TorchDistError(f"it holds a {kind}, not one plain tensor")
-    (_, storage, key, _, count), start, shape, strides, *_ = value.args
-    untyped = storage.__name__ == "UntypedStorage"
-    dtype = DTYPE_NAMES[(value.args[6] if untyped else storage).__name__]
-    whole = math.prod(shape) * (DTYPE_BYTES[dtype] if untyped else 1)
-    if start or count != whole or len(value.args) > 6 + untyped:  # one more marks a negated view
-        raise TorchDistError(f"its tensor {list(shape)} is a view: {count} stored, offset {start}")
-    by_axis = zip(shape, strides, _strides(shape), strict=True)
-    if any(stride != dense for size, stride, dense in by_axis if size != 1):
-        raise TorchDistError(f"its tensor {list(shape)} is not contiguous: strides {list(strides)}")
+    (_, storage, key, _, storage_length), start, shape, strides, *_ = value.args
+    # An UntypedStorage counts bytes, and its tensor has one argument more: the dtype.
+    # A tensor with a further argument is a negated or conjugated view.
+    if storage.__name__ == "UntypedStorage":
+        dtype = DTYPE_NAMES[value.args[6].__name__]
+        expected_length = math.prod(shape) * DTYPE_BYTES[dtype]
+        num_arguments = 7
+    else:
+        dtype = DTYPE_NAMES[storage.__name__]
+        expected_length = math.prod(shape)
+        num_arguments = 6
+    if start or storage_length != expected_length or len(value.args) > num_arguments:
+        raise TorchDistError(
+            f"its tensor {list(shape)} is a view: {storage_length} stored, offset {start}"
+        )
+    for size, stride, dense_stride in zip(shape, strides, _strides(shape), strict=True):
+        if size != 1 and stride != dense_stride:
+            raise TorchDistError(
+                f"its tensor {list(shape)} is not contiguous: strides {list(strides)}"
+            )
     return dtype, tuple(shape), key
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def archive(pickled: bytes, data_bytes: int | None = None) -> tuple[bytes, bytes]:
-    """What torch.save writes before and after `data_bytes` bytes of one storage (None: has none).
+    """What torch.save writes before and after `data_bytes` bytes of one storage.
 
-    The checksum of the data stands as 0: torch does not look at it, and writes none after
-    `torch.serialization.set_crc32_options(False)`.
+    None: the container has no storage. The checksum of the data is written as 0: torch does not
+    look at it, and writes none itself after `torch.serialization.set_crc32_options(False)`.
     """
-    head, directory = b"", b""
     records = {
         "data.pkl": pickled,
         ".format_version": b"1",
         ".storage_alignment": b"%d" % _ALIGNMENT,
+        "byteorder": b"little",
+        "version": b"3\n",
     }
-    records |= {"byteorder": b"little", "version": b"3\n"} | (
-        {} if data_bytes is None else {"data/0": b""}
-    )
+    head = b""
+    directory = b""
     for name, content in records.items():
-        path = f"archive/{name}".encode()
-        size = data_bytes or 0 if name == "data/0" else len(content)
-        wide = struct.pack("<2H2Q", 1, 16, size, size) if size >= _MAX32 else b""
-        sizes = (zlib.crc32(content), min(size, _MAX32), min(size, _MAX32), len(path))
-        padding = -(len(head) + _LOCAL.size + len(path) + len(wide) + 4) % _ALIGNMENT
-        extra = wide + struct.pack("<2sH", b"FB", padding) + bytes(padding)
-        directory += _ENTRY.pack(
-            b"PK\1\2", 45, 45, 0, 0, 0, 0, *sizes, len(wide), 0, 0, 0, 0, len(head)
-        )
-        directory += path + wide
-        head += _LOCAL.pack(b"PK\3\4", 45, 0, 0, 0, 0, *sizes, len(extra)) + path + extra + content
-    count, start = len(records), len(head) + (data_bytes or 0)
-    end = (b"PK\6\6", 44, 45, 45, 0, 0, count, count, len(directory), start)
-    locator = (b"PK\6\7", 0, start + len(directory), 1)
-    old_end = (b"PK\5\6", 0, 0, count, count, len(directory), min(start, _MAX32), 0)
-    return head, directory + _END.pack(*end, *locator, *old_end)
+        header, entry = _record_headers(name, zlib.crc32(content), len(content), len(head))
+        head += header + content
+        directory += entry
+    num_records = len(records)
+    if data_bytes is not None:
+        header, entry = _record_headers("data/0", 0, data_bytes, len(head))
+        head += header
+        directory += entry
+        num_records += 1
+    directory_start = len(head) + (data_bytes or 0)
+    return head, directory + _end_of_archive(num_records, len(directory), directory_start)
+
+
+def _record_headers(name: str, crc32: int, size: int, offset: int) -> tuple[bytes, bytes]:
+    """(the bytes in front of a record that lies at `offset`, its entry in the zip's
+    directory).
+    """
+    path = f"archive/{name}".encode()
+    zip64_sizes = b""
+    if size >= _MAX_UINT32:
+        zip64_sizes = _ZIP64_SIZES.pack(1, 16, size, size)
+    sizes = (crc32, min(size, _MAX_UINT32), min(size, _MAX_UINT32), len(path))
+    padding_header_bytes = 4
+    unpadded = offset + _LOCAL_HEADER.size + len(path) + len(zip64_sizes) + padding_header_bytes
+    padding = -unpadded % _ALIGNMENT
+    extra = zip64_sizes + struct.pack("<2sH", b"FB", padding) + bytes(padding)
+    header = _LOCAL_HEADER.pack(b"PK\3\4", _ZIP_VERSION, 0, 0, 0, 0, *sizes, len(extra))
+    versions = (_ZIP_VERSION, _ZIP_VERSION)
+    rest = (len(zip64_sizes), 0, 0, 0, 0, offset)
+    entry = _DIRECTORY_ENTRY.pack(b"PK\1\2", *versions, 0, 0, 0, 0, *sizes, *rest)
+    return header + path + extra, entry + path + zip64_sizes
+
+
+def _end_of_archive(num_records: int, directory_bytes: int, directory_start: int) -> bytes:
+    """Everything after the directory of a zip file: the ends of zip64 and of zip."""
+    bytes_after_this_field = 44
+    zip64_end = _ZIP64_END.pack(
+        b"PK\6\6",
+        bytes_after_this_field,
+        _ZIP_VERSION,
+        _ZIP_VERSION,
+        0,
+        0,
+        num_records,
+        num_records,
+        directory_bytes,
+        directory_start,
+    )
+    locator = _ZIP64_LOCATOR.pack(b"PK\6\7", 0, directory_start + directory_bytes, 1)
+    end = _END.pack(
+        b"PK\5\6",
+        0,
+        0,
+        num_records,
+        num_records,
+        directory_bytes,
+        min(directory_start, _MAX_UINT32),
+        0,
+    )
+    return zip64_end + locator + end
 
 
 @lru_cache(maxsize=4096)
-def container(dtype: str, shape: tuple[int, ...]) -> tuple[bytes, bytes]:
-    """What torch.save writes before and after the bytes of a contiguous CPU tensor; see `archive`.
+def tensor_container(dtype: str, shape: tuple[int, ...]) -> tuple[bytes, bytes]:
+    """What torch.save writes before and after the bytes of a contiguous CPU tensor; see
+    `archive`.
 
     The data begin at a multiple of 64 bytes of the container.
     """
-    torch_name, storage = DTYPES[dtype]
-    size, typed = math.prod(shape) * DTYPE_BYTES[dtype], bool(storage)
-    kind = foreign(f"torch.{storage}" if typed else "torch.storage.UntypedStorage")
-    stored = Pid(("storage", kind, "0", "cpu", math.prod(shape) if typed else size))
-    rebuild = foreign(f"torch._utils._rebuild_tensor_v{2 if typed else 3}")
-    last = () if typed else (foreign(f"torch.{torch_name}"),)
-    hooks = foreign("collections.OrderedDict")()
-    return archive(dump(rebuild(stored, 0, shape, _strides(shape), False, hooks, *last)), size)
+    num_elements = math.prod(shape)
+    num_bytes = num_elements * DTYPE_BYTES[dtype]
+    torch_dtype, storage_class = DTYPES[dtype]
+    no_hooks = foreign("collections.OrderedDict")()
+    if storage_class:
+        storage = foreign(f"torch.{storage_class}")
+        stored = PersistentId(("storage", storage, "0", "cpu", num_elements))
+        rebuild = foreign("torch._utils._rebuild_tensor_v2")
+        tensor = rebuild(stored, 0, shape, _strides(shape), False, no_hooks)
+    else:
+        storage = foreign("torch.storage.UntypedStorage")
+        stored = PersistentId(("storage", storage, "0", "cpu", num_bytes))
+        rebuild = foreign("torch._utils._rebuild_tensor_v3")
+        element_type = foreign(f"torch.{torch_dtype}")
+        tensor = rebuild(stored, 0, shape, _strides(shape), False, no_hooks, element_type)
+    return archive(dump(tensor), num_bytes)
 
 
-OBJECT_STUB = b"".join(
-    archive(dump([None]))
-)  # what megatron-core saves for an _extra_state that is None
+def object_container(value: Any) -> bytes:
+    """What torch.save writes for a value that consists of Python's plain values only.
+
+    Raises TorchDistError for an object of any class.
+    """
+    pickled = pickle.dumps(value, 2)
+    no_classes = frozenset[str]()
+    load(pickled, no_classes)
+    head, tail = archive(pickled)
+    return head + tail
+
+
+# megatron-core saves an _extra_state that is None so.
+EMPTY_OBJECT = object_container([None])

@@ -13,7 +13,7 @@ from nanoslime.batch import TrainBatch, WeightShard
 from nanoslime.config import RunConfig
 from nanoslime.models.shape import ModelShape
 from nanoslime.models.trainable import check_kernels, check_parallel
-from nanoslime.storage.safetensors_file import SIDE, copy_other_files
+from nanoslime.storage.safetensors_file import METADATA_DIR, copy_other_files
 from nanoslime.training.backend import Algorithm, RankEnv, TrainBackend
 from nanoslime.training.megatron import checkpoint, cpu_compat, model, optimizer, parallel, weights
 from nanoslime.training.megatron.routing_replay import install_replay
@@ -60,7 +60,7 @@ class MegatronBackend(TrainBackend):
     def save(self, path: Path) -> None:
         checkpoint.save(path, self._model_chunks, self._optimizer, self._past, self._ranks)
         if dist.get_rank() == 0:  # with these it converts back to Hugging Face's format
-            copy_other_files(self._model_dir, path / SIDE)
+            copy_other_files(self._model_dir, path / METADATA_DIR)
 
     def load(self, path: Path) -> None:
         self._past = checkpoint.load(path, self._model_chunks, self._optimizer, self._ranks)
