@@ -1,49 +1,73 @@
 """python -m tools.option_names: write the option names of the installed Megatron and SGLang.
 
-The login node checks against them. They are read from the sources of the packages; nothing is imported.
+The login node checks options against these lists. The names are read from the sources of the
+packages; nothing is imported.
 """
 
 import ast
 import json
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from nanoslime.config.upstream import list_file
 
-SOURCES = {  # package, and where it declares options: annotated names of (file pattern, class); "": any class
-    "megatron": (
+
+@dataclass(frozen=True, slots=True)
+class Declarations:
+    """Options are the annotated names in the bodies of classes: of `class_name`, or of any
+    class.
+    """
+
+    file_pattern: str
+    class_name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    name: str
+    declarations: tuple[Declarations, ...]
+
+
+SOURCES = {
+    "megatron": Package(
         "megatron-core",
         (
-            ("megatron/core/model_parallel_config.py", "ModelParallelConfig"),
-            ("megatron/core/transformer/transformer_config.py", "TransformerConfig"),
+            Declarations("megatron/core/model_parallel_config.py", "ModelParallelConfig"),
+            Declarations("megatron/core/transformer/transformer_config.py", "TransformerConfig"),
         ),
     ),
-    "sglang": ("sglang", (("sglang/srt/arg_groups/fields/*.py", ""),)),
+    "sglang": Package("sglang", (Declarations("sglang/srt/arg_groups/fields/*.py"),)),
 }
 
 
 def installed(which: str) -> dict[str, Any]:
-    """Package, version and sorted public option names of what is installed here."""
-    name, classes = SOURCES[which]
-    package = metadata.distribution(name)
-    root = Path(str(package.locate_file("")))
-    options = {
-        option
-        for pattern, cls in classes
-        for file in root.glob(pattern)
-        for option in _annotated(ast.parse(file.read_text(encoding="utf-8")), cls)
-    }
+    """Package, version and sorted public option names of the package that is installed here."""
+    source = SOURCES[which]
+    distribution = metadata.distribution(source.name)
+    root = Path(str(distribution.locate_file("")))
+    options: set[str] = set()
+    for declarations in source.declarations:
+        for file in root.glob(declarations.file_pattern):
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+            options |= _annotated_names(tree, declarations.class_name)
     public = sorted(option for option in options if not option.startswith("_"))
-    return {"package": name, "version": package.version, "names": public}
+    return {"package": source.name, "version": distribution.version, "names": public}
 
 
-def _annotated(tree: ast.Module, cls: str) -> list[str]:
-    bodies = [n.body for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and cls in ("", n.name)]
-    fields = [n for body in bodies for n in body if isinstance(n, ast.AnnAssign)]
-    return [n.target.id for n in fields if isinstance(n.target, ast.Name)]
+def _annotated_names(tree: ast.Module, class_name: str | None) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ClassDef) or class_name not in (None, node.name):
+            continue
+        for statement in node.body:
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                found.add(statement.target.id)
+    return found
 
 
 if __name__ == "__main__":
     for which in SOURCES:
-        list_file(which).write_text(json.dumps(installed(which), indent=0) + "\n", encoding="utf-8")
+        text = json.dumps(installed(which), indent=0) + "\n"
+        list_file(which).write_text(text, encoding="utf-8")

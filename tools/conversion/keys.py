@@ -3,9 +3,11 @@
 megatron-core writes them in one of three ways (its sharded_state_dict, by the metadata asked
 for):
 
-    A  homogeneous             decoder.layers.mlp.linear_fc1.weight of all layers, [num_layers, ...]
-    B  non_homogeneous_layers  decoder.layers.3.mlp.linear_fc1.weight; experts together, [num_experts, ...]
-    C  singleton_local_shards  as B, experts one by one, and gate and up apart as weight_w and weight_v
+    A  homogeneous: decoder.layers.mlp.linear_fc1.weight of all layers, [num_layers, ...]
+    B  non_homogeneous_layers: decoder.layers.3.mlp.linear_fc1.weight; the experts of a layer
+       together, [num_experts, ...]
+    C  singleton_local_shards: as B, but experts one by one, and gate and up apart as weight_w
+       and weight_v
 
 The weight map names layers and experts one by one. B is the way written here.
 """
