@@ -36,7 +36,9 @@ def test_what_is_written_loads_in_the_library(
 ) -> None:
     write(tmp_path, max_shard_bytes)
     shards = sorted(tmp_path.glob("*.safetensors"))
-    loaded = {name: array for shard in shards for name, array in load_file(shard).items()}
+    loaded = {}
+    for shard in shards:
+        loaded.update(load_file(shard))
     assert len(shards) == files
     assert loaded.keys() == TENSORS.keys()
     for name, array in TENSORS.items():
@@ -66,11 +68,12 @@ def test_headers_of_the_librarys_own_files(tmp_path: Path) -> None:
 
 def edit_header(file: Path, old: str, new: str) -> None:
     data = file.read_bytes()
-    length = struct.unpack("<Q", data[:8])[0]
+    (length,) = struct.unpack("<Q", data[:8])
     header = data[8 : 8 + length].decode()
+    tensors = data[8 + length :]
     assert old in header
     header = header.replace(old, new, 1)
-    file.write_bytes(struct.pack("<Q", len(header)) + header.encode() + data[8 + length :])
+    file.write_bytes(struct.pack("<Q", len(header)) + header.encode() + tensors)
 
 
 def truncate(file: Path, count: int) -> None:
@@ -122,15 +125,14 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, case: str) -> None:
 
 
 def test_overlapping_tensors_are_refused(tmp_path: Path) -> None:
-    save_file(
-        {"a": np.zeros(2, np.float32), "b": np.zeros(2, np.float32)}, tmp_path / "model.safetensors"
-    )
-    edit_header(tmp_path / "model.safetensors", "[8,16]", "[4,12]")
+    file = tmp_path / "model.safetensors"
+    save_file({"a": np.zeros(2, np.float32), "b": np.zeros(2, np.float32)}, file)
+    edit_header(file, "[8,16]", "[4,12]")
     with pytest.raises(SafetensorsError, match="overlap"):
         read_headers(tmp_path)
 
 
-def test_the_writer_refuses_what_was_not_declared(tmp_path: Path) -> None:
+def test_the_writer_refuses_tensors_that_differ_from_the_declared(tmp_path: Path) -> None:
     declared = [("a", "F32", (2,)), ("b", "F32", (2,))]
     with pytest.raises(ValueError, match="b was handed over where a is next"):
         write_files(tmp_path, declared, [("b", bytes(8))])
@@ -140,7 +142,12 @@ def test_the_writer_refuses_what_was_not_declared(tmp_path: Path) -> None:
         write_files(tmp_path, declared, [("a", bytes(8))])
     with pytest.raises(ValueError, match="c was handed over after the last"):
         write_files(tmp_path, declared, [(name, bytes(8)) for name in "abc"])
+
+
+def test_wrong_declarations_are_refused() -> None:
     with pytest.raises(ValueError, match="twice"):
         plan_files([("a", "F32", (2,)), ("a", "F32", (2,))])
+    with pytest.raises(ValueError, match="without tensors"):
+        plan_files([])
     with pytest.raises(ValueError, match="float32"):
         plan_files([("a", "float32", (2,))])

@@ -1,6 +1,7 @@
-"""Manifests, atomic commits and retention: what is on disk is whole or is named as damaged."""
+"""Manifests, atomic commits and retention: a directory on disk is whole or is named as damaged."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,20 +30,30 @@ def flip_a_bit(file: Path) -> None:
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (lambda folder: (folder / "weights.bin").unlink(), ["weights.bin", "missing"]),
-        (
-            lambda folder: os.truncate(folder / "weights.bin", 4999),
-            ["weights.bin", "truncated", "4999", "5000"],
-        ),
-        (lambda folder: flip_a_bit(folder / "weights.bin"), ["weights.bin", "altered"]),
-        (lambda folder: (folder / "ranks" / "rng 1.bin").touch(), ["rng 1.bin", "not listed"]),
-        (lambda folder: (folder / "manifest.json").unlink(), ["never completed"]),
-    ],
-)
-def test_damage_is_named(checkpoint: Path, damage, words: list[str]) -> None:
+def append_a_byte(file: Path) -> None:
+    file.write_bytes(file.read_bytes() + b"x")
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "missing": (lambda d: (d / "weights.bin").unlink(), ["weights.bin", "missing"]),
+    "truncated": (
+        lambda d: os.truncate(d / "weights.bin", 4999),
+        ["weights.bin", "truncated", "4999", "5000"],
+    ),
+    "too long": (
+        lambda d: append_a_byte(d / "weights.bin"),
+        ["weights.bin", "too long", "5001", "5000"],
+    ),
+    "altered": (lambda d: flip_a_bit(d / "weights.bin"), ["weights.bin", "altered"]),
+    "not listed": (lambda d: (d / "ranks" / "rng 1.bin").touch(), ["rng 1.bin", "not listed"]),
+    "no manifest": (lambda d: (d / "manifest.json").unlink(), ["never completed"]),
+    "no entries": (lambda d: (d / "manifest.json").write_text("{}"), ["is not a manifest"]),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damage_is_named(checkpoint: Path, kind: str) -> None:
+    damage, words = DAMAGES[kind]
     damage(checkpoint)
     with pytest.raises(DamagedError) as error:
         manifest.verify(checkpoint)
@@ -98,6 +109,7 @@ def test_retention_never_removes_the_only_checkpoint(tmp_path: Path) -> None:
 
 def test_leftovers_of_a_killed_write_go_at_the_next_start(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    (commit.partial_dir(tmp_path / "step_2") / "half").write_bytes(b"x")
+    partial = commit.partial_dir(tmp_path / "step_2")
+    (partial / "half").write_bytes(b"x")
     assert commit.remove_leftovers(tmp_path) == [tmp_path / "step_2.partial"]
     assert os.listdir(tmp_path) == ["step_1"]
