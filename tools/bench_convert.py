@@ -2,9 +2,9 @@
 
     python tools/bench_convert.py [--sizes 1 4] [--memory-sizes 0.25] [--rounds 5] [--dir DIR]
 
-It makes random Llama models, then runs in every round, in turn and in both directions: cp +
-sync of the source's files, a conversion, and a conversion without checksums. Every run is a
-process of its own, its start included, until its output is on disk.
+It makes random Llama models, then runs in every round, in turn and in both directions: cp
++ sync of the source's files, a conversion, and a conversion without checksums. Every run
+is a process of its own, its start included, until its output is on disk.
 """
 
 import json
@@ -30,8 +30,8 @@ from nanoslime.models.shape import ModelShape
 from nanoslime.storage.safetensors_file import Spec, write_files
 
 TOOLS = Path(__file__).parent
-# Bytes of the model below in bfloat16: of a layer, and of embedding, output layer and final
-# norm.
+# Bytes of the model below in bfloat16: of a layer, and of embedding, output layer and
+# final norm.
 _LAYER_BYTES = 90_185_728
 _ENDS_BYTES = 262_148_096
 _MODEL: dict[str, Any] = {
@@ -84,8 +84,8 @@ class Kind:
 
 
 def make_model(directory: Path, gigabytes: float) -> int:
-    """A random Llama of about this size in bfloat16, in files of a quarter of it; returns its
-    bytes.
+    """A random Llama of about this size in bfloat16, in files of a quarter of it; returns
+    its bytes.
     """
     num_layers = max(1, round((gigabytes * 1e9 - _ENDS_BYTES) / _LAYER_BYTES))
     config = {

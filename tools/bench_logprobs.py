@@ -6,10 +6,11 @@ logits.
         [--only nanoslime|naive]
 
 naive: float32 logits = hidden weight^T / temperature of all tokens, log_softmax, gather,
-entropy, autograd. Every measurement is a process of its own, the two ways in turn; the table
-shows medians. Extra memory is the peak (CPU: VmHWM of /proc/self/status, CUDA:
-max_memory_allocated) less what is there before the call (hidden, weight, targets, the gradients
-given) and less what both return: logprobs, entropy, the gradients of hidden and weight.
+entropy, autograd. Every measurement is a process of its own, the two ways in turn; the
+table shows medians. Extra memory is the peak (CPU: VmHWM of /proc/self/status, CUDA:
+max_memory_allocated) less what is there before the call (hidden, weight, targets, the
+gradients given) and less what both return: logprobs, entropy, the gradients of hidden and
+weight.
 """
 
 import json
@@ -32,8 +33,8 @@ WAYS = ("naive", "nanoslime")
 
 
 def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Logprobs [T] and entropy [T] by whole logits, of hidden [T, H], weight [V, H], targets
-    [T].
+    """Logprobs [T] and entropy [T] by whole logits, of hidden [T, H], weight [V, H],
+    targets [T].
     """
     logits = hidden.float() @ weight.float().T / TEMPERATURE
     log_probabilities = logits.log_softmax(dim=-1)

@@ -2,10 +2,11 @@
 
     python tools/bench_packing.py [--gsm8k DIR] [--seeds 20]
 
-The table shows per packing: its fill, which is tokens over (micro-batches x budget), the most
-that any packing with equally many micro-batches per rank can have, the slowest rank's cost over
-the mean, and the time. The traces: prompts and answers of GSM8K at four characters to a token,
-each once and eight times, and log-normal lengths, exp(Normal(ln median, 1)), cut at the budget.
+The table shows per packing: its fill, which is tokens over (micro-batches x budget), the
+most that any packing with equally many micro-batches per rank can have, the slowest
+rank's cost over the mean, and the time. The traces: prompts and answers of GSM8K at four
+characters to a token, each once and eight times, and log-normal lengths, exp(Normal(ln
+median, 1)), cut at the budget.
 """
 
 import heapq
@@ -63,12 +64,12 @@ def first_fit(lengths: list[int]) -> Packing:
 
 
 def karmarkar_karp(lengths: list[int]) -> Packing:
-    """Sequences to ranks by the largest differencing method, then first-fit-decreasing on each
-    rank.
+    """Sequences to ranks by the largest differencing method, then first-fit-decreasing on
+    each rank.
 
-    A division is one share for each rank, the lightest first; a share is (cost, sequences). The
-    two most uneven divisions become one, the lightest share of one with the heaviest of the
-    other, until a single division is left.
+    A division is one share for each rank, the lightest first; a share is (cost,
+    sequences). The two most uneven divisions become one, the lightest share of one with
+    the heaviest of the other, until a single division is left.
     """
     heap: list[tuple[float, int, list[tuple[float, list[int]]]]] = []
     for sequence, cost in enumerate(sequence_costs(lengths, PARITY_TOKENS)):
@@ -91,8 +92,8 @@ def karmarkar_karp(lengths: list[int]) -> Packing:
 
 
 def first_fit_decreasing(sequences: Iterable[int], lengths: list[int]) -> list[list[int]]:
-    """Micro-batches of at most BUDGET tokens: the longest sequence first, each where it first
-    fits.
+    """Micro-batches of at most BUDGET tokens: the longest sequence first, each where it
+    first fits.
     """
     bins: list[list[int]] = []
     room: list[int] = []

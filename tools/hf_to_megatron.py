@@ -2,10 +2,10 @@
 
     python tools/hf_to_megatron.py HF_DIR OUT
 
-The result loads into any TP, PP and EP layout. Everything is read from config.json. OUT is what
-Megatron-LM's --load takes, the checkpoint is OUT/release; OUT/hf keeps configuration, tokenizer
-and headers, so that megatron_to_hf.py gives the same files back. The same command continues an
-interrupted conversion.
+The result loads into any TP, PP and EP layout. Everything is read from config.json. OUT
+is what Megatron-LM's --load takes, the checkpoint is OUT/release; OUT/hf keeps
+configuration, tokenizer and headers, so that megatron_to_hf.py gives the same files back.
+The same command continues an interrupted conversion.
 """
 
 import sys

@@ -1,5 +1,5 @@
-"""Say what a checkpoint is: format, model, sizes, dtypes, training state; --tensors lists every
-tensor.
+"""Say what a checkpoint is: format, model, sizes, dtypes, training state; --tensors lists
+every tensor.
 
     python tools/inspect_checkpoint.py DIR [--tensors]
 

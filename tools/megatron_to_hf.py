@@ -3,7 +3,8 @@
     python tools/megatron_to_hf.py MEGATRON_DIR OUT
 
 MEGATRON_DIR is what hf_to_megatron.py wrote, a step of a run (checkpoints/step_<k>), or a
-checkpoint of Megatron-LM or slime, of any TP, PP and EP layout. Optimizer state is left out.
+checkpoint of Megatron-LM or slime, of any TP, PP and EP layout. Optimizer state is left
+out.
 """
 
 import sys

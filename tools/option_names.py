@@ -1,7 +1,7 @@
 """python -m tools.option_names: write the option names of the installed Megatron and SGLang.
 
-The login node checks options against these lists. The names are read from the sources of the
-packages; nothing is imported.
+The login node checks options against these lists. The names are read from the sources of
+the packages; nothing is imported.
 """
 
 import ast
@@ -16,8 +16,8 @@ from nanoslime.config.upstream import list_file
 
 @dataclass(frozen=True, slots=True)
 class Declarations:
-    """Options are the annotated names in the bodies of classes: of `class_name`, or of any
-    class.
+    """Options are the annotated names in the bodies of classes: of `class_name`, or of
+    any class.
     """
 
     file_pattern: str

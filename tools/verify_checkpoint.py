@@ -3,9 +3,9 @@
     python tools/verify_checkpoint.py A B             every tensor of A is the tensor of B
     python tools/verify_checkpoint.py A B --logits    both compute the same, in float32 on the CPU
 
---logits computes Hugging Face checkpoints with transformers and Megatron's with megatron-core's
-own GPTModel, on random tokens; it needs the whole model in memory, as float32. Exit code: 0
-equal, 1 different, 2 refused.
+--logits computes Hugging Face checkpoints with transformers and Megatron's with
+megatron-core's own GPTModel, on random tokens; it needs the whole model in memory, as
+float32. Exit code: 0 equal, 1 different, 2 refused.
 """
 
 import os
@@ -76,7 +76,8 @@ def compare_bits(a: Checkpoint, b: Checkpoint) -> int:
     tensors_a = a.huggingface()
     tensors_b = b.huggingface()
     names = {piece.hf for piece in a.pieces() + b.pieces()}
-    # A file may hold a repeat of a tensor or not, so repeats count only where both have one.
+    # A file may hold a repeat of a tensor or not, so repeats count only where both have
+    # one.
     names |= tensors_a.keys() & tensors_b.keys()
     ordered = sorted(names)
     num_threads = min(8, os.cpu_count() or 1)

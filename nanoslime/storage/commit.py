@@ -76,8 +76,8 @@ def complete_checkpoints(directory: Path) -> list[tuple[int, Path]]:
 def retain(
     directory: Path, keep_last: int, keep_every: int = 0, best: int | None = None
 ) -> list[int]:
-    """Remove committed checkpoints that no rule keeps; returns their steps. Call it after a
-    commit.
+    """Remove committed checkpoints that no rule keeps; returns their steps. Call it after
+    a commit.
 
     Kept are the newest `keep_last` (at least one), multiples of `keep_every`, and step `best`.
     """

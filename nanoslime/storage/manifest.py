@@ -1,5 +1,5 @@
-"""manifest.json of a directory: size and XXH3-128 of every file in it, and the check against
-it.
+"""manifest.json of a directory: size and XXH3-128 of every file in it, and the check
+against it.
 """
 
 import hashlib

@@ -1,9 +1,9 @@
-"""Safetensors files without torch: headers, read and checked, and checkpoints written as a
-stream.
+"""Safetensors files without torch: headers, read and checked, and checkpoints written as
+a stream.
 
-A file is 8 bytes with the little-endian length of the header, a JSON header {name: {dtype,
-shape, data_offsets}}, and the tensors' bytes without holes; the offsets count from the end of
-the header (https://github.com/huggingface/safetensors).
+A file is 8 bytes with the little-endian length of the header, a JSON header {name:
+{dtype, shape, data_offsets}}, and the tensors' bytes without holes; the offsets count
+from the end of the header (https://github.com/huggingface/safetensors).
 """
 
 import json
@@ -74,8 +74,8 @@ class TensorInfo:
 def read_headers(directory: Path) -> dict[str, TensorInfo]:
     """Every tensor of a Hugging Face checkpoint directory, by name; no tensor data is read.
 
-    Raises SafetensorsError for a missing or truncated file, a bad header, overlapping tensors,
-    and an index that disagrees with its files.
+    Raises SafetensorsError for a missing or truncated file, a bad header, overlapping
+    tensors, and an index that disagrees with its files.
     """
     if (directory / INDEX_FILE).exists():
         weight_map = read_json(directory / INDEX_FILE).get("weight_map", {})
@@ -187,8 +187,8 @@ def plan_files(
 ) -> tuple[dict[str, bytes], dict[str, Any] | None]:
     """(file name -> its first bytes, content of the index) for the tensors in order.
 
-    The index is None for a single file. A file has at most `max_shard_bytes`, or one larger
-    tensor.
+    The index is None for a single file. A file has at most `max_shard_bytes`, or one
+    larger tensor.
 
     Raises ValueError for an unknown dtype, a name that stands twice, and no tensors at all.
     """

@@ -1,8 +1,9 @@
-"""Small files through which processes on different nodes speak, on a filesystem that may be
-slow.
+"""Small files through which processes on different nodes speak, on a filesystem that may
+be slow.
 
-A file is published by writing it aside and renaming it, so a reader sees all of it or nothing.
-A network filesystem may still cache "no such file"; listing the directory renews that.
+A file is published by writing it aside and renaming it, so a reader sees all of it or
+nothing. A network filesystem may still cache "no such file"; listing the directory renews
+that.
 """
 
 import json
@@ -39,8 +40,8 @@ def publish_json(path: Path, value: Any, mode: int = 0o644) -> None:
 def read_json(path: Path, deadline_s: float = 5.0) -> Any:
     """The parsed file. A file that is cut short is read again until `deadline_s` has passed.
 
-    Raises RunError for a file that is still no JSON then, and FileNotFoundError at once for a
-    file that does not exist.
+    Raises RunError for a file that is still no JSON then, and FileNotFoundError at once
+    for a file that does not exist.
     """
     deadline = time.monotonic() + deadline_s
     while True:

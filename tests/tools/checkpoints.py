@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import pickle
+import shutil
 from collections.abc import Callable, Iterable
 from itertools import product
 from pathlib import Path
@@ -31,9 +32,10 @@ from tools.conversion.command import finish
 Extents = tuple[tuple[int, ...], tuple[int, ...]]  # start and shape of a box
 Tensors = dict[str, torch.Tensor]
 TOKENIZER = "tokenizer.json"
+HOSTILE_CALL = r"(\w+\.exec|(posix|nt)\.system)"  # what the pickles of the fixture `evil` name
 
-# Where megatron-core keeps the values that are not sharded: up to 0.18 in a file, since 0.19 in an
-# object among the chunks.
+# Where megatron-core keeps the values that are not sharded: up to 0.18 in a file, since
+# 0.19 in an object among the chunks.
 COMMON_FILE = "common.pt"
 COMMON_OBJECT = "common_state"
 FORMS = (COMMON_OBJECT, COMMON_FILE)
@@ -58,7 +60,8 @@ def make(
 ) -> Path:
     """A Hugging Face checkpoint with a tokenizer.
 
-    `mtp` adds the multi-token prediction layers, with repeats of embedding and head or without.
+    `mtp` adds the multi-token prediction layers, with repeats of embedding and head or
+    without.
     """
     dtype = torch.bfloat16 if bf16 else torch.float32
     save_model(directory, family, max_shard_size="20KB" if shards else "5GB", dtype=dtype)
@@ -87,6 +90,13 @@ def contents(directory: Path) -> dict[str, str]:
         if path.is_file():
             found[str(path.relative_to(directory))] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
+
+
+def copy(source: Path, target: Path) -> Path:
+    """Copy a directory to `target`, in place of what is there."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+    return target
 
 
 def load(directory: Path) -> Tensors:
@@ -201,7 +211,8 @@ def save_stock(
 def turn_into_old_form(directory: Path) -> None:
     """Turn a torch_dist directory of megatron-core 0.19 into one of 0.16.
 
-    The container of the common state stays in its .distcp file, where nothing names it any more.
+    The container of the common state stays in its .distcp file, where nothing names it
+    any more.
     """
     state: dict[str, Any] = {torch_dist.COMMON_STATE: io.BytesIO()}
     dcp.load(state, storage_reader=dcp.FileSystemReader(directory), no_dist=True)

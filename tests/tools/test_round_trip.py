@@ -21,7 +21,8 @@ from tests.tools.checkpoints import (
 )
 from tools.conversion.checkpoint import HEADERS
 
-# Every second family is sharded; then the options of `make` that a family alone does not cover.
+# Every second family is sharded; then the options of `make` that a family alone does not
+# cover.
 CASES = [(family, {"shards": number % 2 == 1}) for number, family in enumerate(FAMILIES)]
 CASES += [
     ("qwen2", {"shards": True}),

@@ -50,9 +50,9 @@ class Tensor:
 class Checkpoint:
     """A checkpoint whose structure was checked.
 
-    `tensors` has Hugging Face's names or the weight map's Megatron names. `metadata_dir` holds
-    config.json and the tokenizer. `other_keys` are keys that are no weights. `manifest_dir` is
-    the directory whose manifest covers the tensors, if there is one.
+    `tensors` has Hugging Face's names or the weight map's Megatron names. `metadata_dir`
+    holds config.json and the tokenizer. `other_keys` are keys that are no weights.
+    `manifest_dir` is the directory whose manifest covers the tensors, if there is one.
     """
 
     path: Path
@@ -112,11 +112,12 @@ class Checkpoint:
 def open_checkpoint(
     path: Path, metadata_dir: Path | None = None, *, verify: bool = True
 ) -> Checkpoint:
-    """The checkpoint at `path`: a Hugging Face directory, a torch_dist directory, or one that
-    holds a torch_dist directory (of Megatron-LM, of slime, or a run's checkpoints/step_<k>).
+    """The checkpoint at `path`: a Hugging Face directory, a torch_dist directory, or one
+    that holds a torch_dist directory (of Megatron-LM, of slime, or a run's
+    checkpoints/step_<k>).
 
-    `metadata_dir` is where config.json of a Megatron checkpoint is, if not beside it. `verify`
-    compares the checksums of the manifest, if there is one.
+    `metadata_dir` is where config.json of a Megatron checkpoint is, if not beside it.
+    `verify` compares the checksums of the manifest, if there is one.
 
     Raises RunError, naming file and tensor, for everything that is not as it should be.
     """
@@ -198,8 +199,8 @@ def original_heads(metadata_dir: Path) -> dict[str, bytes] | None:
 
 
 def _find_manifest(data_dir: Path, verify: bool) -> Path | None:
-    """The directory whose manifest covers `data_dir`, itself or its parent; None if there is
-    none.
+    """The directory whose manifest covers `data_dir`, itself or its parent; None if there
+    is none.
 
     With `verify` the checksums are compared. A manifest of another program is not looked at.
     """

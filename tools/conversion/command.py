@@ -22,8 +22,8 @@ _BAR = "tqdm:tqdm"  # is imported only where a person watches
 
 
 def make_parser(doc: str | None, command: str, source: str) -> ArgumentParser:
-    """The arguments of every conversion; `source` is how the help calls the directory that is
-    read.
+    """The arguments of every conversion; `source` is how the help calls the directory
+    that is read.
     """
     parser = ArgumentParser(
         command,

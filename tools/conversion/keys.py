@@ -1,7 +1,7 @@
 """The keys of model weights in torch_dist files, and the names of the weight map.
 
-megatron-core writes them in one of three ways (its sharded_state_dict, by the metadata asked
-for):
+megatron-core writes them in one of three ways (its sharded_state_dict, by the metadata
+asked for):
 
     A  homogeneous: decoder.layers.mlp.linear_fc1.weight of all layers, [num_layers, ...]
     B  non_homogeneous_layers: decoder.layers.3.mlp.linear_fc1.weight; the experts of a layer
@@ -33,15 +33,15 @@ _TE_MODULES = ("layernorm", "core_attention", "eh_proj")
 
 
 def is_weight(key: str) -> bool:
-    """Whether a torch_dist key belongs to the model: not to optimizer, scheduler or random
-    state.
+    """Whether a torch_dist key belongs to the model: not to optimizer, scheduler or
+    random state.
     """
     return not _NOT_WEIGHTS.search(key)
 
 
 def by_name(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The weights by the names of the weight map, whichever of the three ways they are written
-    in.
+    """The weights by the names of the weight map, whichever of the three ways they are
+    written in.
 
     Raises TorchDistError for a weight that is stored twice, and for halves that do not match.
     """

@@ -13,8 +13,8 @@ from tools.conversion.checkpoint import HUGGING_FACE, Checkpoint
 
 @torch.no_grad()
 def logits(checkpoint: Checkpoint, num_tokens: int) -> Tensor:
-    """[num_tokens, vocab_size] in float32; every checkpoint of one shape gets the same random
-    tokens.
+    """[num_tokens, vocab_size] in float32; every checkpoint of one shape gets the same
+    random tokens.
 
     Raises RunError for a model that megatron-core cannot compute.
     """

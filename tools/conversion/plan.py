@@ -49,8 +49,8 @@ _COMMON_STATE: dict[str, Any] = {
     "iteration": 0,
     "content_metadata": {"non_homogeneous_layers": True, "singleton_local_shards": False},
 }
-# Rows that tensor parallelism splits are cut in so many chunks: a rank of TP=8 reads its own
-# rows.
+# Rows that tensor parallelism splits are cut in so many chunks: a rank of TP=8 reads its
+# own rows.
 _MAX_ROW_CHUNKS = 8
 _MIN_CHUNK_ELEMENTS = 1 << 12
 # Content of this size is worth up to a page of padding before it.
@@ -75,8 +75,8 @@ class ConversionPlan:
 
 
 def to_megatron(source: Checkpoint) -> ConversionPlan:
-    """torch_dist as megatron-core loads it into any layout, with what Megatron-LM's --load asks
-    for.
+    """torch_dist as megatron-core loads it into any layout, with what Megatron-LM's
+    --load asks for.
 
     Rows that tensor parallelism splits are chunks of their own, and so are experts; no
     vocabulary is padded. Raises RunError for a source that is no Hugging Face checkpoint.
@@ -134,8 +134,8 @@ def _keep_model_files(metadata_dir: Path, target: Path) -> None:
 def to_huggingface(source: Checkpoint, dtype: str | None = None) -> ConversionPlan:
     """Safetensors files: those of the original, byte for byte, where its heads are kept.
 
-    Without the heads the tensors stand layer by layer, in files of 5 GB, with the dtypes as
-    stored. `dtype` (BF16, F16, F32) asks for another one of all tensors.
+    Without the heads the tensors stand layer by layer, in files of 5 GB, with the dtypes
+    as stored. `dtype` (BF16, F16, F32) asks for another one of all tensors.
 
     Raises RunError for a source that is no torch_dist checkpoint or does not fit the kept
     heads.

@@ -39,8 +39,8 @@ class _Stopped(Exception):
 class Options:
     """How a plan is carried out.
 
-    `force` replaces an existing output. `threads` files are written at a time. `checksums` are
-    computed on the way and written as a manifest.
+    `force` replaces an existing output. `threads` files are written at a time.
+    `checksums` are computed on the way and written as a manifest.
     """
 
     force: bool
@@ -99,9 +99,9 @@ class _Journal:
 def run(plan: ConversionPlan, out: Path, options: Options, progress: Progress) -> None:
     """Write `plan` to `out`, with a manifest unless checksums are off.
 
-    Raises RunError where `out` exists without `force`, another conversion writes it, or the
-    disk is full. Whatever fails ends everything and leaves `out` and the source as they are;
-    running it again continues.
+    Raises RunError where `out` exists without `force`, another conversion writes it, or
+    the disk is full. Whatever fails ends everything and leaves `out` and the source as
+    they are; running it again continues.
     """
     out = out.resolve()
     check_output(plan, out, options.force)
@@ -132,8 +132,8 @@ def run(plan: ConversionPlan, out: Path, options: Options, progress: Progress) -
 def check_output(plan: ConversionPlan, out: Path, force: bool) -> None:
     """Raises RunError where `out` may not be written.
 
-    It may not exist without `force`. Neither it nor its partial directory may be, hold, or be
-    in something that the plan reads.
+    It may not exist without `force`. Neither it nor its partial directory may be, hold,
+    or be in something that the plan reads.
     """
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} exists; choose another output, it is no directory")
@@ -235,8 +235,8 @@ def _check_space(num_bytes: int, directory: Path) -> None:
 
 
 def _fingerprint(plan: ConversionPlan, checksums: bool) -> str:
-    """Names the plan and the very files it reads: a rerun continues only what would become the
-    same.
+    """Names the plan and the very files it reads: a rerun continues only what would
+    become the same.
     """
     digest = xxhash.xxh3_128(str(checksums).encode())
     files_read: set[Path] = set()

@@ -42,8 +42,8 @@ def blocks(item: Fill, files: Files, block_bytes: int) -> Iterator[memoryview]:
 
 
 def _place(source: Source, item: Fill, first: int, block: np.ndarray, files: Files) -> None:
-    """Write the rows of `source` that belong to `block`, whose first row is row `first` of
-    `item`.
+    """Write the rows of `source` that belong to `block`, whose first row is row `first`
+    of `item`.
     """
     rows = source.target_box[0] if source.target_box else slice(0, 1)
     low = max(rows.start, first)
@@ -66,8 +66,8 @@ def _place(source: Source, item: Fill, first: int, block: np.ndarray, files: Fil
 def cast(values: np.ndarray, source: str, target: str) -> np.ndarray:
     """Bits of `source` floats as bits of `target` floats (dtypes of CAST).
 
-    Numbers are rounded to the nearest, ties to even. Raises RunError for a number beyond the
-    range of F16.
+    Numbers are rounded to the nearest, ties to even. Raises RunError for a number beyond
+    the range of F16.
     """
     if source == target:
         return values
@@ -87,8 +87,8 @@ def cast(values: np.ndarray, source: str, target: str) -> np.ndarray:
 
 
 def _rounded_to_bf16(numbers: np.ndarray) -> np.ndarray:
-    """The bits of BF16 numbers nearest to `numbers`; a NaN stays one, also where its low half
-    is lost.
+    """The bits of BF16 numbers nearest to `numbers`; a NaN stays one, also where its low
+    half is lost.
     """
     bits = numbers.astype(np.float32).view(np.uint32)
     last_kept_bit = bits >> 16 & 1

@@ -3,10 +3,10 @@
     TargetFile  a name, and the content in order: bytes given here, or tensors filled from others
     Fill        one tensor (or chunk) of the target, row-major, and the boxes that fill it
 
-Content that is hashed passes through a block of memory that stays in the cache: read, hashed
-and written, it is faster than a copy inside the kernel that is read again for its hash. Without
-checksums whole rows stay in the kernel (copy_file_range). Columns that are split, and other
-dtypes, are put together by tensor_blocks.py.
+Content that is hashed passes through a block of memory that stays in the cache: read,
+hashed and written, it is faster than a copy inside the kernel that is read again for its
+hash. Without checksums whole rows stay in the kernel (copy_file_range). Columns that are
+split, and other dtypes, are put together by tensor_blocks.py.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ def fill(
 ) -> Fill:
     """The box at `start`, of size `shape`, of the tensor that `links` describe.
 
-    Raises RunError naming the tensor `name` where the links do not cover the box exactly once,
-    or `dtype` cannot be made of theirs.
+    Raises RunError naming the tensor `name` where the links do not cover the box exactly
+    once, or `dtype` cannot be made of theirs.
     """
     sources: list[Source] = []
     for link in links:
@@ -141,8 +141,8 @@ def fill(
 
 
 def _overlap(link: Link, chunk: Chunk, start: Sequence[int], shape: Sequence[int]) -> Source | None:
-    """What a chunk of the link's tensor gives to the box at `start` of size `shape`; None:
-    nothing.
+    """What a chunk of the link's tensor gives to the box at `start` of size `shape`;
+    None: nothing.
     """
     box = []
     target_box = []
@@ -186,8 +186,8 @@ class Files(ExitStack):
 
 
 def blocks(item: Fill, files: Files) -> Iterator[memoryview]:
-    """The bytes of `item`, row-major, in blocks of about BLOCK_BYTES; each is valid until the
-    next.
+    """The bytes of `item`, row-major, in blocks of about BLOCK_BYTES; each is valid until
+    the next.
     """
     ranges = item.ranges()
     if ranges is None:
@@ -258,8 +258,8 @@ def write(target: TargetFile, directory: Path, *, checksum: bool, progress: Prog
 
 
 def _copy_rows(item: Fill, files: Files, out: int, position: int, progress: Progress) -> None:
-    """Copy whole rows within the kernel, or through memory where these filesystems do not allow
-    it.
+    """Copy whole rows within the kernel, or through memory where these filesystems do not
+    allow it.
     """
     for path, offset, num_bytes in item.ranges() or ():
         stop = position + num_bytes

@@ -1,5 +1,5 @@
-"""torch_dist checkpoints (torch's distributed checkpoint as megatron-core writes it) without
-torch.
+"""torch_dist checkpoints (torch's distributed checkpoint as megatron-core writes it)
+without torch.
 
 A directory holds these files:
 
@@ -9,8 +9,8 @@ A directory holds these files:
     common.pt       the common state: the values that are not sharded; up to megatron-core 0.18 only
 
 Since megatron-core 0.19 the common state is an object in the .distcp files, under the key
-`common_state/shard_0_1`, and metadata.json names no backend for it. Both forms are read here;
-the form of 0.19 is written.
+`common_state/shard_0_1`, and metadata.json names no backend for it. Both forms are read
+here; the form of 0.19 is written.
 """
 
 import math
@@ -71,8 +71,8 @@ _ALLOWED = {f"{module}.{name}" for module, names in _GLOBALS.items() for name in
 class Chunk:
     """A box of a tensor whose bytes lie row-major in one place of a file.
 
-    `start` is the position of its first element in the tensor, `offset` the position of its
-    first byte in the file.
+    `start` is the position of its first element in the tensor, `offset` the position of
+    its first byte in the file.
     """
 
     start: tuple[int, ...]
@@ -121,8 +121,8 @@ class Contents:
 
         As in megatron-core, common.pt comes first where a directory has both forms.
 
-        Raises TorchDistError, naming the file, where neither form is there or the state is
-        damaged.
+        Raises TorchDistError, naming the file, where neither form is there or the state
+        is damaged.
         """
         path = self.directory / COMMON
         if path.is_file():
@@ -189,9 +189,9 @@ def _every_key(key: str) -> bool:
 def read(directory: Path, wanted: Callable[[str], bool] = _every_key) -> Contents:
     """The wanted tensors and all objects of a torch_dist directory; no tensor data is read.
 
-    Raises TorchDistError, naming tensor and file, for a file that is missing, truncated, of
-    another format or contradicts another one, and for a tensor whose chunks overlap or leave a
-    hole. No pickle gets to execute anything.
+    Raises TorchDistError, naming tensor and file, for a file that is missing, truncated,
+    of another format or contradicts another one, and for a tensor whose chunks overlap or
+    leave a hole. No pickle gets to execute anything.
     """
     _check_config(directory / CONFIG)
     listing = _read_metadata(directory / METADATA, wanted)
@@ -236,8 +236,8 @@ def _read_metadata(path: Path, wanted: Callable[[str], bool]) -> _Listing:
     containers: dict[str, list[_ListedChunk | _ListedObject]] = defaultdict(list)
     with naming(path):
         root = torch_pickle.load(path.read_bytes(), _ALLOWED)
-        # The place of a chunk is known by key and start, the place of an object by its key
-        # alone.
+        # The place of a chunk is known by key and start, the place of an object by its
+        # key alone.
         places = {
             (index.fqn, index.state.get("offset")): info
             for index, info in root.storage_data.items()
@@ -286,8 +286,8 @@ def _sizes(values: Any) -> tuple[int, ...]:
 def _locate(
     file: Path, containers: list[_ListedChunk | _ListedObject]
 ) -> list[tuple[str, Chunk | StoredObject]]:
-    """Opens every container that `file` should hold and checks it; (key, where its content
-    lies).
+    """Opens every container that `file` should hold and checks it; (key, where its
+    content lies).
     """
     if not file.is_file():
         raise TorchDistError(
@@ -329,8 +329,8 @@ def _check_partition(chunks: list[Chunk], shape: tuple[int, ...]) -> None:
 def _is_partition(boxes: list[_Extents], shape: tuple[int, ...], axis: int = 0) -> bool:
     """Whether the boxes fill `shape` exactly once, from `axis` on.
 
-    A sweep along the axis: the boxes that are open between two neighbouring edges have to fill
-    the axes after it.
+    A sweep along the axis: the boxes that are open between two neighbouring edges have to
+    fill the axes after it.
     """
     if axis == len(shape) or not boxes:
         return len(boxes) == 1
@@ -363,8 +363,9 @@ def write_metadata(
 ) -> None:
     """Write .metadata and metadata.json, in the form of megatron-core 0.19.
 
-    The bytes of every chunk have to stand between the two parts of `tensor_container(dtype,
-    chunk.shape)`. Two tensors may share their chunks. The common state is one of the objects.
+    The bytes of every chunk have to stand between the two parts of
+    `tensor_container(dtype, chunk.shape)`. Two tensors may share their chunks. The common
+    state is one of the objects.
     """
     entries: dict[str, Foreign] = {}
     places: dict[Foreign, Foreign] = {}

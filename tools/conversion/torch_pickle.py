@@ -1,9 +1,9 @@
 """What torch.save writes, read and written without torch: zip containers and pickles.
 
 Loading a pickle here executes nothing that the pickle names. A container is a zip of
-uncompressed records: data.pkl describes the objects, data/<key> is the storage of a tensor (the
-format is that of torch/csrc/jit/serialization and caffe2/serialize/inline_container.cc of torch
-2.13).
+uncompressed records: data.pkl describes the objects, data/<key> is the storage of a
+tensor (the format is that of torch/csrc/jit/serialization and
+caffe2/serialize/inline_container.cc of torch 2.13).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import Any
 from nanoslime.storage.safetensors_file import DTYPE_BYTES
 from nanoslime.types import RunError
 
-# A dtype as safetensors names it: torch's dtype, and the class of its storage in a pickle.
-# A dtype without a storage class lies in an UntypedStorage.
+# A dtype as safetensors names it: torch's dtype, and the class of its storage in a
+# pickle. A dtype without a storage class lies in an UntypedStorage.
 DTYPES = {
     "F64": ("float64", "DoubleStorage"),
     "F32": ("float32", "FloatStorage"),
@@ -100,9 +100,9 @@ def naming(place: object) -> Iterator[None]:
 class Foreign:
     """Stands for an object whose class is not imported here.
 
-    It holds the arguments that the object is made with, or its state. The entries of a state
-    that is a dictionary can be read as attributes. Items that a pickle appends to the object
-    are dropped.
+    It holds the arguments that the object is made with, or its state. The entries of a
+    state that is a dictionary can be read as attributes. Items that a pickle appends to
+    the object are dropped.
     """
 
     args: tuple[Any, ...]
@@ -168,9 +168,9 @@ class _Unpickler(pickle.Unpickler):
 def load(pickled: bytes, allowed: Collection[str] | None) -> Any:
     """The value of a pickle, with a Foreign in place of every object that is not Python's own.
 
-    Nothing that the pickle names is executed. `allowed` lists the paths of the classes and
-    functions that the pickle may name; None allows every path that does not serve to execute
-    something.
+    Nothing that the pickle names is executed. `allowed` lists the paths of the classes
+    and functions that the pickle may name; None allows every path that does not serve to
+    execute something.
 
     Raises TorchDistError for a path that is not allowed. A damaged pickle may raise any
     exception.
@@ -185,8 +185,8 @@ class PersistentId(tuple[Any, ...]):
 def dump(value: Any) -> bytes:
     """The pickle (protocol 2) of plain values and Foreign objects.
 
-    A Foreign that has a state is written as class and state, any other one as a call with its
-    `args`.
+    A Foreign that has a state is written as class and state, any other one as a call with
+    its `args`.
     """
     return b"\x80\x02" + _opcodes(value) + b"."
 
@@ -335,8 +335,9 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 def archive(pickled: bytes, data_bytes: int | None = None) -> tuple[bytes, bytes]:
     """What torch.save writes before and after `data_bytes` bytes of one storage.
 
-    None: the container has no storage. The checksum of the data is written as 0: torch does not
-    look at it, and writes none itself after `torch.serialization.set_crc32_options(False)`.
+    None: the container has no storage. The checksum of the data is written as 0: torch
+    does not look at it, and writes none itself after
+    `torch.serialization.set_crc32_options(False)`.
     """
     records = {
         "data.pkl": pickled,
