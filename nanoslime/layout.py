@@ -25,8 +25,9 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from nanoslime.config import RunConfig
+from nanoslime.engine_kind import engine_kind, takes_slots
 from nanoslime.memory import check_memory, memory_lines
-from nanoslime.models.parallel_sizes import ParallelDims, divisors, one_of
+from nanoslime.models.parallel_sizes import ParallelDims
 from nanoslime.models.shape import ModelShape
 from nanoslime.models.trainable import check_kernels, check_parallel
 from nanoslime.types import RunError
@@ -118,7 +119,8 @@ def plan(config: RunConfig, shape: ModelShape) -> Layout:
         parallel = ParallelDims(tp=1, pp=1, cp=1, ep=1, dp=1)
     if trainers and cluster.device == "cuda":
         check_kernels(config.training, shape, transformer_engine=_has_transformer_engine(config))
-    _check_engine(config, shape, slots)
+    if takes_slots(config.rollout):
+        engine_kind(config.rollout).check_plan(config.rollout, shape, slots)
     if cluster.colocate:
         # Engines take the trainers' slots, as if there were no trainers.
         engines = _place_engines(config, trainer_slots[0], [0] * cluster.nodes)
@@ -149,7 +151,7 @@ def _slots_per_node(config: RunConfig) -> int:
 
 def _engines_apart(config: RunConfig) -> bool:
     """Whether engines have slots of their own."""
-    return config.rollout.takes_slots and not config.cluster.colocate
+    return takes_slots(config.rollout) and not config.cluster.colocate
 
 
 def _trainer_slots(config: RunConfig, slots: int) -> list[int]:
@@ -186,10 +188,11 @@ def _check_colocated(config: RunConfig) -> None:
             f"cluster.engine_gpus={cluster.engine_gpus} with cluster.colocate: engines then "
             "share the trainers' slots, on every node; leave one of them out"
         )
-    if config.rollout.engine == "embedded":
+    engine = engine_kind(config.rollout)
+    if not engine.takes_slots:
         raise RunError(
-            "cluster.colocate with rollout.engine=embedded: it has nothing to share with several "
-            "ranks; leave one of them out"
+            f"cluster.colocate with rollout.engine={engine.name}: it has nothing to share with "
+            "several ranks; leave one of them out"
         )
 
 
@@ -197,10 +200,11 @@ def _rollout_nodes(config: RunConfig) -> int:
     """Nodes that hold engines only: as many as asked for, else half of them, rounded down."""
     nodes = config.cluster.nodes
     asked = config.cluster.rollout_nodes
+    engine = engine_kind(config.rollout).title
     if asked is None:
         return nodes // 2 if _engines_apart(config) else 0
-    if asked > 0 and not config.rollout.takes_slots:
-        raise RunError(f"cluster.rollout_nodes={asked}: the embedded engine needs no nodes; set 0")
+    if asked > 0 and not takes_slots(config.rollout):
+        raise RunError(f"cluster.rollout_nodes={asked}: the {engine} engine needs no nodes; set 0")
     if asked > 0 and nodes == 1:
         raise RunError(
             f"cluster.rollout_nodes={asked} of cluster.nodes=1: with one node engines share it "
@@ -213,7 +217,7 @@ def _rollout_nodes(config: RunConfig) -> int:
         )
     if asked == 0 and nodes > 1 and _engines_apart(config):
         raise RunError(
-            "cluster.rollout_nodes=0: SGLang engines need nodes; "
+            f"cluster.rollout_nodes=0: {engine} engines need nodes; "
             f"choose {_span(range(1, nodes))}, the rest are trainers"
         )
     return asked
@@ -241,18 +245,19 @@ def _one_node_engine_slots(config: RunConfig, slots: int) -> int:
     """
     slot = _slot_name(config)
     asked = config.cluster.engine_gpus
+    engine = engine_kind(config.rollout).title
     if not _engines_apart(config):
         if asked:
             raise RunError(
-                f"cluster.engine_gpus={asked}: the embedded engine takes no GPU of its own; set 0"
+                f"cluster.engine_gpus={asked}: the {engine} engine takes no GPU of its own; set 0"
             )
         return 0
     if slots == 1:
         cuda = config.cluster.device == "cuda"
         field = "cluster.gpus_per_node" if cuda else "cluster.slots_per_node"
         raise RunError(
-            f"{field}=1: one node with one {slot} has no room for an SGLang engine beside the "
-            "trainer; use --colocate or --engine embedded"
+            f"{field}=1: one node with one {slot} has no room for an engine of {engine} beside "
+            "the trainer; use --colocate or --engine embedded"
         )
     if asked is not None:
         if not 1 <= asked < slots:
@@ -280,7 +285,7 @@ def _place_engines(
 ) -> tuple[EnginePlace, ...]:
     """Engines fill what trainers leave of the `slots` of each node, from its end."""
     cluster = config.cluster
-    if not config.rollout.takes_slots:
+    if not takes_slots(config.rollout):
         return ()
     tp = config.rollout.engine_tp_size
     engines: list[EnginePlace] = []
@@ -346,36 +351,6 @@ def _has_transformer_engine(config: RunConfig) -> bool:
     return any(venv.glob("lib/python*/site-packages/transformer_engine"))
 
 
-def _check_engine(config: RunConfig, shape: ModelShape, slots: int) -> None:
-    """Raises RunError for a model or a size that SGLang cannot serve."""
-    if not config.rollout.takes_slots:
-        return
-    moe_layers = len(shape.moe_layers)
-    if shape.model_type in ("qwen2_moe", "qwen3_moe") and moe_layers < shape.num_layers:
-        raise RunError(
-            "rollout.engine=sglang: SGLang 0.5.23 has experts in all layers of a "
-            f"{shape.model_type}, this one in {moe_layers}; use --engine embedded"
-        )
-    tp = config.rollout.engine_tp_size
-    heads = shape.num_attention_heads
-    groups = shape.num_key_value_heads
-    fitting = []
-    for size in divisors(heads):
-        # Key-value heads may be copied, so that either number may divide the other.
-        if size <= slots and (groups % size == 0 or size % groups == 0):
-            fitting.append(size)
-    if tp > slots:
-        raise RunError(
-            f"rollout.engine_tp_size={tp} exceeds the {slots} slots of a node; "
-            f"choose {one_of(fitting)}"
-        )
-    if tp not in fitting:
-        raise RunError(
-            f"rollout.engine_tp_size={tp} does not fit num_attention_heads={heads} and "
-            f"num_key_value_heads={groups}; choose {one_of(fitting)}"
-        )
-
-
 def describe(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
     """The plan as a person reads it: nodes, parallel sizes, engines, memory and GPU hours."""
     memory = memory_lines(config, shape, layout.parallel)
@@ -419,10 +394,11 @@ def _trainers_text(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
 def _engines_text(config: RunConfig, layout: Layout) -> str:
     if config.rollout.load_rollouts:
         return "none: recorded rollouts"
+    engine = engine_kind(config.rollout).title
     if not layout.engines:
-        return "embedded, in the driver"
+        return f"{engine}, in the driver"
     size = f"{config.rollout.engine_tp_size} {_slot_name(config)}(s)"
-    text = f"SGLang: {len(layout.engines)} of {size} each"
+    text = f"{engine}: {len(layout.engines)} of {size} each"
     if config.cluster.colocate:
         text += ", the trainers' own; one of the two sleeps"
     return text

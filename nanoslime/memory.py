@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import ceil, prod
 
 from nanoslime.config import RunConfig, TrainingConfig
+from nanoslime.engine_kind import engine_kind, takes_slots
 from nanoslime.models.freezing import frozen_names
 from nanoslime.models.parallel_sizes import ParallelDims
 from nanoslime.models.rules import tensors
@@ -13,11 +14,6 @@ from nanoslime.types import RunError
 
 _MIB = 1 << 20
 _GIB = 1 << 30
-
-# SGLang chooses about this by itself; it depends on the GPU.
-_SGLANG_MEM_FRACTION = 0.85
-# A sleeping trainer keeps its CUDA context, NCCL's buffers and fragments.
-COLOCATED_MEM_FRACTION = 0.7
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +85,7 @@ def check_memory(config: RunConfig, shape: ModelShape, parallel: ParallelDims) -
             "the engine's weights, while weights are sent; it has "
             f"cluster.gpu_memory_gib={gpu_gib:g}; raise rollout.engine_tp_size or the nodes"
         )
-    if config.rollout.takes_slots:
+    if takes_slots(config.rollout):
         _check_engine_memory(config, need)
 
 
@@ -99,7 +95,7 @@ def memory_lines(config: RunConfig, shape: ModelShape, parallel: ParallelDims) -
     lines = []
     if not config.rollout.rollout_only:
         lines.append(_trainer_line(config, need))
-    if config.rollout.takes_slots:
+    if takes_slots(config.rollout):
         lines.append(_engine_line(config, need))
     return lines
 
@@ -243,19 +239,14 @@ def _bytes_per_number(config: RunConfig) -> int:
     return 2 if config.model.dtype == "bfloat16" else 4
 
 
-def mem_fraction(config: RunConfig) -> float:
-    """The share of a GPU that an SGLang engine takes for its weights and its cache."""
-    default = COLOCATED_MEM_FRACTION if config.cluster.colocate else _SGLANG_MEM_FRACTION
-    return float(config.rollout.sglang.get("mem_fraction_static") or default)
-
-
 def _check_engine_memory(config: RunConfig, need: Memory) -> None:
     gpu_gib = config.cluster.gpu_memory_gib
-    if need.engine_weights > gpu_gib * _GIB * mem_fraction(config):
+    engine = engine_kind(config.rollout)
+    if need.engine_weights > gpu_gib * _GIB * engine.memory_fraction(config):
         raise RunError(
             f"rollout.engine_tp_size={config.rollout.engine_tp_size}: the weights take "
-            f"{need.engine_weights / _GIB:.0f} GiB of each engine GPU, more than SGLang's share of "
-            f"cluster.gpu_memory_gib={gpu_gib:g}; raise it"
+            f"{need.engine_weights / _GIB:.0f} GiB of each engine GPU, more than {engine.title}'s "
+            f"share of cluster.gpu_memory_gib={gpu_gib:g}; raise it"
         )
 
 
@@ -263,7 +254,8 @@ def _engine_line(config: RunConfig, need: Memory) -> str:
     line = f"engine: {size_text(need.engine_weights)} weights"
     if config.cluster.device == "cpu":
         return line
-    share = config.cluster.gpu_memory_gib * _GIB * mem_fraction(config)
+    fraction = engine_kind(config.rollout).memory_fraction(config)
+    share = config.cluster.gpu_memory_gib * _GIB * fraction
     tokens = (share - need.engine_weights) / need.kv_bytes_per_token
     return f"{line}, room for about {tokens:,.0f} tokens of KV cache"
 

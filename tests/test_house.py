@@ -22,6 +22,7 @@ LEVELS = [
     ("config",),
     ("storage",),
     ("models",),
+    ("engine_kind",),
     ("memory",),
     ("layout",),
     ("run_dir",),

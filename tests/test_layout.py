@@ -211,7 +211,7 @@ def test_the_embedded_engine_takes_no_node():
         ("--nodes 4 --num-gpus 3", "2 x 8 = 16 trainer ranks; leave it out"),
         (
             "--nodes 1 --cluster.gpus-per-node 1",
-            "has no room for an SGLang engine .* use --colocate or --engine embedded",
+            "has no room for an engine of SGLang .* use --colocate or --engine embedded",
         ),
         (
             "--nodes 4 --rollout-batch-size 3 --n-samples-per-prompt 2",

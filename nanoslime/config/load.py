@@ -18,8 +18,10 @@ from pydantic import TypeAdapter, ValidationError
 from nanoslime.config import flags as flag_table
 from nanoslime.config import upstream
 from nanoslime.config.algorithm import AnyAlgorithm, GRPOConfig
+from nanoslime.config.rollout import ENGINES
 from nanoslime.config.run import RunConfig
 from nanoslime.config.training import PARALLEL_SIZES
+from nanoslime.plugins import resolve
 from nanoslime.types import RunError
 
 _HELP = {"-h", "--help"}
@@ -45,8 +47,11 @@ def load(recipe: Path | None, cluster: Path | None, flags: Sequence[str]) -> Run
     config = layers.validate()
     if _falls_back_to_fsdp(config, layers.sources):
         config = _with_fsdp(config)
-    upstream.check("megatron", "training.megatron", config.training.megatron)
-    upstream.check("sglang", "rollout.sglang", config.rollout.sglang)
+    upstream.check(
+        "megatron", "training.megatron", config.training.megatron, upstream.SET_BY_NANOSLIME
+    )
+    for engine in {*ENGINES, config.rollout.engine}:
+        resolve(engine, ENGINES, "rollout.engine")().check_options(config.rollout)
     return config
 
 

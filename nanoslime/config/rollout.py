@@ -2,9 +2,16 @@
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from nanoslime.config.base import knobs
+from nanoslime.plugins import target
+
+# Each names a subclass of `nanoslime.engine_kind.EngineKind`, in a file that imports no torch.
+ENGINES = {
+    "sglang": "nanoslime.rollout.engines.sglang:SGLang",
+    "embedded": "nanoslime.rollout.engines.embedded:Embedded",
+}
 
 
 @knobs
@@ -22,8 +29,9 @@ class RolloutConfig:
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = -1
-    engine: Literal["sglang", "embedded"] = "sglang"
-    """embedded: transformers in process, for machines without SGLang and for tests."""
+    engine: str = "sglang"
+    """A name of the engine table, or "package.module:Class". sglang: servers. embedded: transformers in
+    process, for machines without SGLang and for tests."""
     engine_tp_size: int = Field(default=1, ge=1)
     """GPUs per engine."""
     engines_per_node: int | None = Field(default=None, ge=1)
@@ -39,10 +47,11 @@ class RolloutConfig:
     start_deadline_s: float = Field(default=600.0, gt=0)
     request_deadline_s: float = Field(default=1800.0, gt=0)
 
-    @property
-    def takes_slots(self) -> bool:
-        """Whether there are engines with GPUs (or slots) of their own."""
-        return self.engine == "sglang" and not self.load_rollouts
+    @field_validator("engine")
+    @classmethod
+    def _known_engine(cls, engine: str) -> str:
+        target(engine, ENGINES, "rollout.engine")
+        return engine
 
 
 @knobs

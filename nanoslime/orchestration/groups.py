@@ -10,6 +10,7 @@ from typing import Any
 
 from nanoslime.batch import TrainBatch
 from nanoslime.config import RunConfig
+from nanoslime.engine_kind import engine_kind
 from nanoslime.models.shape import ModelShape
 from nanoslime.orchestration.rollout_manager import Replay, RolloutManager
 from nanoslime.run_dir import RunDir
@@ -158,31 +159,37 @@ class NoTrainer(TrainGroup):
 
 
 def resolve_transport(config: RunConfig, *, same_process: bool) -> str:
-    """weight_sync.transport with "auto" decided; `same_process`: one trainer rank beside its engine.
+    """weight_sync.transport with "auto" decided; "none" where there is no engine or no trainer.
 
-    "none" where there is no engine or no trainer.
+    `same_process`: the engine lives in the process of the only trainer rank. Raises ValueError for
+    a transport that the engine cannot take, or not here.
     """
-    transport, engine, colocate = (
-        config.weight_sync.transport,
-        config.rollout.engine,
-        config.cluster.colocate,
-    )
     if config.rollout.load_rollouts or config.rollout.rollout_only:
         return "none"
-    if transport == "auto" and engine == "sglang":
-        return "tensor" if colocate else "broadcast"
-    if transport == "auto":
-        return "in_process" if same_process else "disk"
-    if transport == "tensor" and not (engine == "sglang" and colocate):
-        raise ValueError("weight_sync.transport=tensor needs SGLang and --colocate; choose auto")
-    if transport == "broadcast" and colocate and config.cluster.device == "cuda":
-        why = "NCCL refuses two ranks on one GPU, as with --colocate"
-        raise ValueError(f"weight_sync.transport=broadcast: {why}; choose tensor, disk or auto")
-    if transport == "broadcast" and engine == "embedded":
+    kind = engine_kind(config.rollout)
+    obstacles = _transport_obstacles(config, same_process)
+    possible = [name for name in kind.transports if name not in obstacles]
+    asked = config.weight_sync.transport
+    if asked == "auto":
+        return possible[0]
+    choices = f"choose {', '.join(possible)} or auto"
+    if asked not in kind.transports:
         raise ValueError(
-            "weight_sync.transport=broadcast needs rollout.engine=sglang; choose disk or auto"
+            f"weight_sync.transport={asked}: rollout.engine={kind.name} cannot take weights that "
+            f"way; {choices}"
         )
-    if transport == "in_process" and not (engine == "embedded" and same_process):
-        where = "the embedded engine in the trainer's own process"
-        raise ValueError(f"weight_sync.transport=in_process needs {where}; choose disk or auto")
-    return transport
+    if asked in obstacles:
+        raise ValueError(f"weight_sync.transport={asked} {obstacles[asked]}; {choices}")
+    return asked
+
+
+def _transport_obstacles(config: RunConfig, same_process: bool) -> dict[str, str]:
+    """Why a transport is impossible in this run, whatever the engine; the others have no entry."""
+    obstacles = {}
+    if not config.cluster.colocate:
+        obstacles["tensor"] = "needs engines on the trainers' own GPUs (--colocate)"
+    if config.cluster.colocate and config.cluster.device == "cuda":
+        obstacles["broadcast"] = "cannot be used with --colocate: NCCL refuses two ranks on one GPU"
+    if not same_process:
+        obstacles["in_process"] = "needs the engine in the process of the only trainer rank"
+    return obstacles

@@ -10,6 +10,7 @@ from pathlib import Path
 from nanoslime import layout
 from nanoslime.config import RunConfig
 from nanoslime.config.load import dump, load, read
+from nanoslime.engine_kind import takes_slots
 from nanoslime.models.shape import ModelShape
 from nanoslime.models.tiny import tiny_qwen3_config
 from nanoslime.orchestration import torchrun_group
@@ -103,14 +104,14 @@ def _on_this_machine(config: RunConfig, run: RunDir | None) -> Launch:
         recorded = recorded_rollouts(rollout.load_rollouts, rollout.num_rollout)
         config = replace(config, rollout=replace(rollout, load_rollouts=recorded))
     _check_torchrun(config)
-    has_servers_only = rollout.rollout_only and rollout.takes_slots
+    has_servers_only = rollout.rollout_only and takes_slots(rollout)
     has_ranks_of_ray = config.training.num_gpus is not None and "RANK" not in os.environ
     if has_servers_only or has_ranks_of_ray:
         return _on_own_ray(config, run, shape)
-    if config.cluster.device == "cuda" and rollout.takes_slots and not config.cluster.colocate:
+    if config.cluster.device == "cuda" and takes_slots(rollout) and not config.cluster.colocate:
         raise RunError(
-            "rollout.engine=sglang has no GPU beside the trainer of this process: share the trainer's "
-            "by --colocate, give both their own by --num-gpus N, or --engine embedded"
+            f"rollout.engine={rollout.engine} has no GPU beside the trainer of this process: share "
+            "the trainer's by --colocate, give both their own by --num-gpus N, or --engine embedded"
         )
     env = _rank_env(config)
     attempt = _new_attempt(config, run)

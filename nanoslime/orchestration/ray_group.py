@@ -1,7 +1,7 @@
 """Trainer ranks and engines as Ray actors on the node that the plan names. The only file that imports ray.
 
     driver (node 0) ── RayTrainGroup ── one RankActor per trainer rank, on the node of the plan
-                    └─ RayEngines ───── one EngineActor per engine, each the owner of one SGLang server
+                    └─ RayEngines ───── one EngineActor per engine, each the owner of one server
 
 Batches travel as one Ray object per data-parallel rank. Whoever dies ends the run: RunError says its name,
 node and log.
@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,14 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 
 from nanoslime.batch import TrainBatch
 from nanoslime.config import RunConfig
+from nanoslime.engine_kind import EngineOwner, EngineStart, engine_kind
 from nanoslime.layout import Layout
 from nanoslime.orchestration.groups import TrainGroup
 from nanoslime.orchestration.worker import TrainWorker
 from nanoslime.processes.ports import free_port
-from nanoslime.rollout.engines.sglang_client import SGLangEngine
-from nanoslime.rollout.engines.sglang_server import SGLangServer
 from nanoslime.run_dir import Attempt
 from nanoslime.training.backend import RankEnv
-from nanoslime.types import RunError
+from nanoslime.types import Engine, RunError
 
 logger = logging.getLogger(__name__)
 NODE_LABEL = "nanoslime-node"
@@ -106,52 +106,33 @@ class RankActor:
         return getattr(self._worker, method)(*args)
 
 
-def engine_server(
-    config: RunConfig,
-    index: int,
-    model_dir: Path,
-    device: str,
-    log: Path,
-    host: str,
-    gpu_ids: list[int],
-) -> SGLangServer:
-    """Engine `index` of the run, on this machine; on a CPU its thread has a core, the last one first."""
-    cores = sorted(os.sched_getaffinity(0))
-    return SGLangServer(
-        name=f"engine-{index}",
-        model_path=str(model_dir),
-        config=config.rollout,
-        dtype=config.model.dtype,
-        device=device,
-        host=host,
-        port=free_port(host),
-        log=log,
-        seed=config.seed * 1000 + index,
-        cpu_core=cores[-1 - index % len(cores)],
-        gpu_ids=gpu_ids,
-        colocated=config.cluster.colocate,
-        routed_experts=config.training.routing_replay == "R3",
-    )
-
-
 @ray.remote
 class EngineActor:
-    """The owner of one SGLang server on its node."""
+    """The owner of one engine on its node."""
 
     def __init__(self, index: int, config: RunConfig, model_dir: Path, device: str, log: Path):
         _log_to(log)
-        self._server: SGLangServer | None = None
-        self._where = (config, index, model_dir, device, log.with_name(f"sglang-{index}.log"))
+        self._kind = engine_kind(config.rollout)
+        self._owner: EngineOwner | None = None
+        self._start = EngineStart(
+            config=config,
+            index=index,
+            model_dir=model_dir,
+            device=device,
+            host=ray.util.get_node_ip_address(),
+            log=log.with_name(f"{self._kind.name}-{index}.log"),
+        )
 
-    def start(self, deadline_s: float, gpu_ids: list[int] | None) -> SGLangEngine:
+    def start(self, deadline_s: float, gpu_ids: list[int] | None) -> Engine:
         """`gpu_ids`: of the trainers that it shares them with; None: those that Ray gave."""
-        gpu_ids = [int(i) for i in ray.get_gpu_ids()] if gpu_ids is None else gpu_ids
-        self._server = engine_server(*self._where, ray.util.get_node_ip_address(), gpu_ids)
-        return self._server.start(deadline_s)
+        if gpu_ids is None:
+            gpu_ids = [int(i) for i in ray.get_gpu_ids()]
+        self._owner = self._kind.make_owner(replace(self._start, gpu_ids=gpu_ids))
+        return self._owner.start(deadline_s)
 
     def close(self) -> None:
-        if self._server is not None:
-            self._server.close()
+        if self._owner is not None:
+            self._owner.close()
 
 
 class _Actors:
@@ -288,6 +269,7 @@ class RayEngines:
         places = [(p.index, p.node, 0 if shared else len(p.slots)) for p in layout.engines]
         self._actors = _Actors(EngineActor, "engine", places, config, attempt, layout, model_dir)
         self._deadline_s = config.rollout.start_deadline_s
+        self._title = engine_kind(config.rollout).title
         self._starting: list[Any] = []
 
     def start(self, gpus_by_rank: Sequence[int] | None = None) -> None:
@@ -300,8 +282,9 @@ class RayEngines:
             )
             self._starting.append(actor.start.remote(self._deadline_s, gpus))
 
-    def wait(self) -> list[SGLangEngine]:
-        return self._actors.gather(self._starting, "start its SGLang server", self._deadline_s + 30)
+    def wait(self) -> list[Engine]:
+        what = f"start its {self._title} server"
+        return self._actors.gather(self._starting, what, self._deadline_s + 30)
 
     def close(self) -> None:
         refs = self._actors.each("close")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from nanoslime import rehearsal
 from nanoslime.config import RunConfig
+from nanoslime.engine_kind import EngineStart, engine_kind
 from nanoslime.layout import Layout
 from nanoslime.orchestration import ray_group
 from nanoslime.orchestration.checkpoints import Checkpoints
@@ -22,7 +23,6 @@ from nanoslime.orchestration.groups import NoTrainer, TrainGroup, resolve_transp
 from nanoslime.orchestration.local_group import LocalTrainGroup
 from nanoslime.orchestration.rollout_manager import Replay, RolloutManager
 from nanoslime.orchestration.torchrun_group import Ranks, TorchrunTrainGroup
-from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
 from nanoslime.run_dir import Attempt, RunDir
 from nanoslime.storage.commit import remove_leftovers
 from nanoslime.storage.shared_files import read_json
@@ -68,7 +68,7 @@ def open_ray(
 
         colocate = config.cluster.colocate
         servers: ray_group.RayEngines | None = None
-        if layout.engines and config.rollout.engine == "sglang":
+        if layout.engines:
             servers = ray_group.RayEngines(config, attempt, layout, model_dir)
             resources.callback(servers.close)
             if not colocate:
@@ -94,7 +94,7 @@ def open_ray(
             ranks_by_engine = [layout.ranks_at(place) for place in layout.engines]
             trainer.connect(engines, trainer.address, ranks_by_engine)
         elif not config.rollout.load_rollouts:
-            engines = [EmbeddedEngine(str(model_dir), config.model.dtype, "cpu", config.seed)]
+            engines.append(_engine_here(config, attempt, model_dir, "cpu", [], resources))
         yield _session(config, attempt, model_dir, trainer, engines, resources)
 
 
@@ -114,7 +114,8 @@ def open_local(
         phase("start")
         engines: list[Engine] = []
         if not config.rollout.load_rollouts:
-            engines.append(_local_engine(config, attempt, model_dir, env, resources))
+            gpu_ids = [env.local_rank] if env.device == "cuda" else []
+            engines.append(_engine_here(config, attempt, model_dir, env.device, gpu_ids, resources))
         if config.cluster.colocate:
             for engine in engines:
                 engine.release_memory()
@@ -134,17 +135,28 @@ def open_local(
         yield _session(config, attempt, model_dir, trainer, engines, resources)
 
 
-def _local_engine(
-    config: RunConfig, attempt: Attempt, model_dir: Path, env: RankEnv, resources: ExitStack
+def _engine_here(
+    config: RunConfig,
+    attempt: Attempt,
+    model_dir: Path,
+    device: str,
+    gpu_ids: list[int],
+    resources: ExitStack,
 ) -> Engine:
-    if config.rollout.engine == "embedded":
-        device = str(env.torch_device)
-        return EmbeddedEngine(str(model_dir), config.model.dtype, device, config.seed)
-    gpu_ids = [env.local_rank] if env.device == "cuda" else []
-    log = attempt.log("sglang", 0)
-    server = ray_group.engine_server(config, 0, model_dir, env.device, log, "127.0.0.1", gpu_ids)
-    resources.callback(server.close)
-    return server.start(config.rollout.start_deadline_s)
+    """The only engine of a run: in this process, or owned by it."""
+    kind = engine_kind(config.rollout)
+    start = EngineStart(
+        config=config,
+        index=0,
+        model_dir=model_dir,
+        device=device,
+        host="127.0.0.1",
+        log=attempt.log(kind.name, 0),
+        gpu_ids=gpu_ids,
+    )
+    owner = kind.make_owner(start)
+    resources.callback(owner.close)
+    return owner.start(config.rollout.start_deadline_s)
 
 
 def _session(

@@ -33,7 +33,8 @@ def other_value(dotted: str) -> Any:
     if kinds[0] is bool:
         return not default
     if kinds[0] is str:
-        return "math_answer" if dotted == "data.reward" else "other"
+        names = {"data.reward": "math_answer", "rollout.engine": "embedded"}
+        return names.get(dotted, "other")
     if dotted == "algorithm.eps_clip_c":  # above 1
         return 3.0
     return (default or 0) * 2 + 2 * (not default) if kinds[0] is int else (default or 0) / 2 + 0.125

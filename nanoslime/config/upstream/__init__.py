@@ -31,43 +31,32 @@ _WEIGHT_SHARDS = """tensor_parallel_num_weight_shards gtp_weight_remat_size
     expert_tensor_parallel_num_weight_shards expert_gtp_weight_remat_size""".split()
 _DTYPES = "params_dtype pipeline_dtype bf16 fp16".split()
 
-# Options that nanoslime sets itself, and what to set instead.
-OURS = {
-    "megatron": {
-        "tensor_model_parallel_size": "training.tp_size",
-        "pipeline_model_parallel_size": "training.pp_size",
-        "context_parallel_size": "training.cp_size",
-        "expert_model_parallel_size": "training.ep_size",
-        "expert_tensor_parallel_size": "training.etp_size",
-        "virtual_pipeline_model_parallel_size": "training.vpp_size",
-        "sequence_parallel": "training.sequence_parallel",
-        **dict.fromkeys(_DTYPES, "model.dtype"),
-        **dict.fromkeys(_LOSS, "algorithm.*: gradients are those of its loss alone, divided once"),
-        **dict.fromkeys(_FIXED, "nothing: packed sequences and the weights' loading rest on it"),
-        **dict.fromkeys(_WEIGHT_SHARDS, "training.tp_size: the weight map knows no other shards"),
-        **dict.fromkeys(_SHAPE, "model.hf_checkpoint (its config.json)"),
-    },
-    "sglang": {
-        "model_path": "model.hf_checkpoint",
-        "tokenizer_path": "model.hf_checkpoint",
-        "trust_remote_code": "model.trust_remote_code",
-        "dtype": "model.dtype",
-        "tp_size": "rollout.engine_tp_size",
-        "device": "cluster.gpus_per_node",
-        "host": "cluster.network_interface",
-        "port": "nothing: it is chosen per job",
-        "random_seed": "seed",
-    },
+# Options of Megatron that nanoslime sets itself, and what to set instead.
+SET_BY_NANOSLIME = {
+    "tensor_model_parallel_size": "training.tp_size",
+    "pipeline_model_parallel_size": "training.pp_size",
+    "context_parallel_size": "training.cp_size",
+    "expert_model_parallel_size": "training.ep_size",
+    "expert_tensor_parallel_size": "training.etp_size",
+    "virtual_pipeline_model_parallel_size": "training.vpp_size",
+    "sequence_parallel": "training.sequence_parallel",
+    **dict.fromkeys(_DTYPES, "model.dtype"),
+    **dict.fromkeys(_LOSS, "algorithm.*: gradients are those of its loss alone, divided once"),
+    **dict.fromkeys(_FIXED, "nothing: packed sequences and the weights' loading rest on it"),
+    **dict.fromkeys(_WEIGHT_SHARDS, "training.tp_size: the weight map knows no other shards"),
+    **dict.fromkeys(_SHAPE, "model.hf_checkpoint (its config.json)"),
 }
 
 
-def check(which: str, place: str, options: Mapping[str, Any]) -> None:
+def check(
+    which: str, place: str, options: Mapping[str, Any], set_by_nanoslime: Mapping[str, str]
+) -> None:
     """Raises RunError for an option that the package does not have, or that another
     field of ours sets."""
     listed = known(which)
     for name in options:
-        if name in OURS[which]:
-            raise RunError(f"{place}.{name} is set by nanoslime; use {OURS[which][name]}")
+        if name in set_by_nanoslime:
+            raise RunError(f"{place}.{name} is set by nanoslime; use {set_by_nanoslime[name]}")
         if name not in listed["names"]:
             hint = suggest(name, {known_name: known_name for known_name in listed["names"]})
             raise RunError(

@@ -1,1 +1,6 @@
-"""The engines that sample tokens. Each speaks the protocol `nanoslime.types.Engine`."""
+"""The engines that sample tokens: a file here and a line in ENGINES, as nanoslime/engine_kind.py says.
+
+The table lies in `config`, where the login node can check the name of an engine.
+"""
+
+from nanoslime.config.rollout import ENGINES as ENGINES

@@ -1,7 +1,8 @@
 """Sampling in this process with transformers: for machines without SGLang, and the fast path of tests.
 
-Requests that arrive together are one batch: left-padded prompts, one forward per token for all of them, with
-a cache. It is no fast engine (finished rows stay in the batch until its last one ends), but an honest one.
+Requests that arrive together are one batch: left-padded prompts, one forward per token for all of
+them, with a KV cache. The engine is not fast (a finished sequence stays in the batch until the last
+one ends), but its logprobs are exact.
 """
 
 from __future__ import annotations
@@ -12,30 +13,55 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from nanoslime.engine_kind import EngineStart
 from nanoslime.models.shape import ModelShape
 from nanoslime.rollout.weight_check import checkpoint_shapes, first_problem, missing
 from nanoslime.storage.safetensors_file import read_headers
 from nanoslime.types import GenerateRequest, Generation, MemoryPart, RunError, Status
 
-_MAX_ROWS = 1024  # sequences of one forward
-_DEADLINE_S = 300.0  # for a batch or a weight update to end
+# The most sequences in one forward.
+_MAX_SEQUENCES = 1024
+# How long a batch or a weight update may take before whoever waits for it gives up.
+_DEADLINE_S = 300.0
+
+
+class EmbeddedOwner:
+    """Makes the engine of a run in this process; it ends with the process."""
+
+    def __init__(self, start: EngineStart) -> None:
+        self._start = start
+
+    def start(self, deadline_s: float) -> EmbeddedEngine:
+        config = self._start.config
+        device = "cpu"
+        if self._start.device == "cuda":
+            device = f"cuda:{self._start.gpu_ids[0]}"
+        return EmbeddedEngine(
+            str(self._start.model_dir), config.model.dtype, device, seed=config.seed
+        )
+
+    def close(self) -> None:
+        """Nothing is left to end."""
 
 
 @dataclass(eq=False, slots=True)
 class _Job:
+    """A request that waits for its batch."""
+
     request: GenerateRequest
     answer: list[Generation] | None = None
 
 
 class EmbeddedEngine:
-    """An `Engine` in this process. Weights and forwards exclude each other by a lock with a deadline."""
+    """An `Engine` in this process. A lock with a deadline keeps weight updates and forwards apart."""
 
     name = "embedded"
 
@@ -44,24 +70,16 @@ class EmbeddedEngine:
         self._expected = checkpoint_shapes(model_path)
         self._model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype))
         self._model.to(device).eval()
-        self._routed: list[
-            Tensor
-        ] = []  # experts [tokens, topk] of each layer that has some, in one forward
-        if moe := (shape := ModelShape.read(model_path)).moe:
-            number = torch.uint8 if moe.num_experts <= 256 else torch.int16
-            for layer in shape.moe_layers:
-                experts = self._model.get_submodule(f"model.layers.{layer}.mlp.experts")
-                experts.register_forward_pre_hook(
-                    lambda _, args: self._routed.append(args[1].to(number))
-                )
+        self._experts = ExpertRecorder(self._model, ModelShape.read(model_path))
         self._seeds = torch.Generator().manual_seed(seed)
-        self._version, self._paused = 0, False
+        self._version = 0
+        self._paused = False
         self._busy = threading.Lock()
         self._waiting: list[_Job] = []
-        self._released: list[torch.Size] = []
+        self._released_shapes: list[torch.Size] = []
 
     async def generate(self, request: GenerateRequest) -> list[Generation]:
-        """`request.n` continuations. A prompt that leaves no room for a token gives status error.
+        """`request.n` continuations. A prompt that leaves no room for a token gets status error.
 
         Raises RunError for a token id outside the vocabulary.
         """
@@ -69,10 +87,12 @@ class EmbeddedEngine:
         job = _Job(request)
         self._waiting.append(job)
         try:
-            await asyncio.sleep(0)  # whoever was started together with this request joins its batch
+            # Requests that were started together with this one join its batch here.
+            await asyncio.sleep(0)
             while self._paused:
                 await asyncio.sleep(0.01)
-            if job.answer is None:  # the first to wake up answers for all
+            # The first one to wake up answers for all.
+            if job.answer is None:
                 self._answer([job for job in self._waiting if job.answer is None])
         finally:
             self._waiting.remove(job)
@@ -89,22 +109,27 @@ class EmbeddedEngine:
         self._paused = False
 
     def flush(self) -> None:
-        """Nothing to do: no cache outlives its batch."""
+        """Nothing needs to be done: a cache ends with its batch."""
 
     def policy_version(self) -> int:
         return self._version
 
     def update_weights_from_disk(self, path: str, version: int) -> None:
-        """`load_weights` from a directory's safetensors."""
-        files = sorted({info.file for info in read_headers(Path(path)).values()})
-        self.load_weights((pair for file in files for pair in load_file(file).items()), version)
+        """`load_weights` from the safetensors of a directory."""
+        files = {info.file for info in read_headers(Path(path)).values()}
+        self.load_weights(_tensors_of(sorted(files)), version)
 
     def load_weights(self, named: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Copy tensors, under the names of the checkpoint, into the model. Raises RunError, weights
-        unchanged, for unknown, repeated and missing names and other shapes."""
+        """Copy tensors, under the names of the checkpoint, into the model.
+
+        Raises RunError, with the weights as they were, for unknown, repeated and missing names and
+        other shapes.
+        """
         pairs = list(named)
-        shapes, tensors = [(name, tuple(tensor.shape)) for name, tensor in pairs], dict(pairs)
-        if problem := first_problem(shapes, self._expected) or missing(self._expected, tensors):
+        tensors = dict(pairs)
+        shapes = [(name, tuple(tensor.shape)) for name, tensor in pairs]
+        problem = first_problem(shapes, self._expected) or missing(self._expected, tensors)
+        if problem:
             raise RunError(f"engine {self.name} refused version {version}: {problem}")
         with self._alone("the running batch"):
             self._copy(tensors)
@@ -113,17 +138,19 @@ class EmbeddedEngine:
     def release_memory(self) -> None:
         with self._alone("the running batch"):
             for parameter in self._model.parameters():
-                self._released.append(parameter.shape)
+                self._released_shapes.append(parameter.shape)
                 parameter.data = parameter.data.new_empty(0)
 
     def resume_memory(self, part: MemoryPart) -> None:
-        if part == "weights":  # a cache lives only as long as its batch
-            for parameter, shape in zip(self._model.parameters(), self._released, strict=True):
-                parameter.data = parameter.data.new_empty(shape)
-            self._released.clear()
+        if part == "cache":
+            return  # the next batch makes its own
+        for parameter, shape in zip(self._model.parameters(), self._released_shapes, strict=True):
+            parameter.data = parameter.data.new_empty(shape)
+        self._released_shapes.clear()
 
     @contextmanager
     def _alone(self, other: str) -> Iterator[None]:
+        """Inside, no forward and no weight update of another thread runs; `other` is awaited."""
         if not self._busy.acquire(timeout=_DEADLINE_S):
             raise RunError(f"engine {self.name}: waited {_DEADLINE_S:g} s for {other} to end")
         try:
@@ -132,56 +159,99 @@ class EmbeddedEngine:
             self._busy.release()
 
     def _copy(self, tensors: dict[str, Tensor]) -> None:
-        parameters = dict((model := self._model).named_parameters(remove_duplicate=False))
+        model = self._model
+        parameters = dict(model.named_parameters(remove_duplicate=False))
         if not tensors.keys() <= parameters.keys():
-            # transformers 5 holds the experts of a layer fused, under other names
-            like = {"config": model.config, "dtype": model.dtype}
-            fresh = type(model).from_pretrained(None, state_dict=tensors, **like)
-            tensors, parameters = dict(fresh.named_parameters()), dict(model.named_parameters())
+            # transformers 5 holds the experts of a layer in one tensor, under another name; a fresh
+            # model translates the names of the checkpoint.
+            fresh = type(model).from_pretrained(
+                None, state_dict=tensors, config=model.config, dtype=model.dtype
+            )
+            tensors = dict(fresh.named_parameters())
+            parameters = dict(model.named_parameters())
         with torch.no_grad():
             for name, tensor in tensors.items():
                 parameters[name].copy_(tensor)
 
     def _answer(self, jobs: Sequence[_Job]) -> None:
-        rows_of = {job: self._rows(job.request) for job in jobs}
-        rows = [row for rows in rows_of.values() for row in rows if row.limit > 0]
+        sequences_of = {job: self._sequences(job.request) for job in jobs}
+        running = [
+            sequence
+            for sequences in sequences_of.values()
+            for sequence in sequences
+            if sequence.max_tokens > 0
+        ]
         with self._alone("a weight update"):
-            for first in range(0, len(rows), _MAX_ROWS):
-                _sample(self._model, rows[first : first + _MAX_ROWS], self._routed)
-            for job, own in rows_of.items():
-                job.answer = [row.generation(self._version) for row in own]
+            for first in range(0, len(running), _MAX_SEQUENCES):
+                batch = running[first : first + _MAX_SEQUENCES]
+                _sample(self._model, batch, self._experts)
+            for job, sequences in sequences_of.items():
+                job.answer = [sequence.generation(self._version) for sequence in sequences]
 
-    def _rows(self, request: GenerateRequest) -> list[_Row]:
-        seed = (
-            int(torch.randint(2**62, (), generator=self._seeds))
-            if request.seed is None
-            else request.seed
-        )
-        context = self._model.config.get_text_config().max_position_embeddings
-        limit = max(0, min(request.max_new_tokens, context - len(request.token_ids)))
+    def _sequences(self, request: GenerateRequest) -> list[_Sequence]:
+        """The `request.n` sequences of a request, before their first token."""
+        seed = request.seed
+        if seed is None:
+            seed = int(torch.randint(2**62, (), generator=self._seeds))
+        context_length = self._model.config.get_text_config().max_position_embeddings
+        room = context_length - len(request.token_ids)
+        max_tokens = max(0, min(request.max_new_tokens, room))
         generator = torch.Generator().manual_seed(seed)
-        randoms = torch.rand(request.n, limit, dtype=torch.float64, generator=generator)
-        eos = self._model.generation_config.eos_token_id if self._model.generation_config else None
-        eos_ids = [] if eos is None else [eos] if isinstance(eos, int) else eos
-        stop_ids = frozenset([*request.stop_token_ids, *eos_ids])
-        return [_Row(request, limit, stop_ids, own) for own in randoms]
+        randoms = torch.rand(request.n, max_tokens, dtype=torch.float64, generator=generator)
+        stop_ids = frozenset(request.stop_token_ids) | self._eos_ids()
+        return [_Sequence(request, max_tokens, stop_ids, row) for row in randoms]
+
+    def _eos_ids(self) -> frozenset[int]:
+        """The tokens that end a response by the model's generation config."""
+        generation_config = self._model.generation_config
+        eos = generation_config.eos_token_id if generation_config else None
+        if eos is None:
+            return frozenset()
+        return frozenset([eos] if isinstance(eos, int) else eos)
+
+
+class ExpertRecorder:
+    """Keeps the experts that each layer with experts chose in the last forward."""
+
+    def __init__(self, model: nn.Module, shape: ModelShape) -> None:
+        self._by_layer: list[Tensor] = []
+        if shape.moe is None:
+            return
+        self._dtype = torch.uint8 if shape.moe.num_experts <= 256 else torch.int16
+        for layer in shape.moe_layers:
+            experts = model.get_submodule(f"model.layers.{layer}.mlp.experts")
+            experts.register_forward_pre_hook(self._record)
+
+    def _record(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        """A hook before the experts of a layer, which get (hidden states, chosen experts, ...)."""
+        chosen: Tensor = arguments[1]
+        self._by_layer.append(chosen.to(self._dtype))
+
+    def clear(self) -> None:
+        self._by_layer.clear()
+
+    def of_sequences(self, num_sequences: int) -> Tensor | None:
+        """The experts of the last forward [B, tokens, num_moe_layers, topk]; None without experts."""
+        if not self._by_layer:
+            return None
+        # Each layer gave [B * tokens, topk].
+        return torch.stack(self._by_layer, dim=1).unflatten(0, (num_sequences, -1)).cpu()
 
 
 @dataclass(slots=True)
-class _Row:
-    """One sequence being sampled."""
+class _Sequence:
+    """One sequence that is being sampled."""
 
     request: GenerateRequest
-    limit: int  # tokens it may get: max_new_tokens, or less where the context ends
+    # max_new_tokens, or fewer where the model's context ends.
+    max_tokens: int
     stop_ids: frozenset[int]
-    randoms: (
-        Tensor  # float64 [limit] in [0, 1): its own, so that other rows do not change its samples
-    )
+    # float64 [max_tokens] in [0, 1): its own, so that other sequences do not change its samples.
+    randoms: Tensor
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    experts: list[Tensor] = field(
-        default_factory=list
-    )  # [tokens, num_moe_layers, topk] of each forward
+    # [tokens, num_moe_layers, topk] of each forward.
+    experts: list[Tensor] = field(default_factory=list)
 
     @property
     def stopped(self) -> bool:
@@ -189,77 +259,108 @@ class _Row:
 
     @property
     def done(self) -> bool:
-        return self.stopped or len(self.token_ids) == self.limit
+        return self.stopped or len(self.token_ids) == self.max_tokens
 
     def generation(self, version: int) -> Generation:
-        if self.limit == 0:
+        if self.max_tokens == 0:
             error = f"a prompt of {len(self.request.token_ids)} tokens fills the model's context"
             return Generation([], [], Status.ERROR, [], error=error)
-        status = Status.COMPLETED if self.stopped else Status.TRUNCATED
-        experts = torch.cat(self.experts).numpy() if self.experts else None
         return Generation(
-            self.token_ids, self.logprobs, status, [(0, version)], routed_experts=experts
+            token_ids=self.token_ids,
+            logprobs=self.logprobs,
+            status=Status.COMPLETED if self.stopped else Status.TRUNCATED,
+            versions=[(0, version)],
+            routed_experts=torch.cat(self.experts).numpy() if self.experts else None,
         )
 
 
 @torch.inference_mode()
-def _sample(model: PreTrainedModel, rows: Sequence[_Row], routed: list[Tensor]) -> None:
-    """Fill in the rows' tokens, logprobs and experts, one token of each per forward, which fills `routed`."""
+def _sample(
+    model: PreTrainedModel, sequences: Sequence[_Sequence], experts: ExpertRecorder
+) -> None:
+    """Fills in the tokens, logprobs and experts of the sequences, one token of each per forward."""
     device = model.device
-    prompts = [torch.tensor(row.request.token_ids) for row in rows]
-    tokens = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)  # [B, P]
+    prompts = [torch.tensor(sequence.request.token_ids) for sequence in sequences]
     attended = [torch.ones_like(prompt) for prompt in prompts]
-    mask = pad_sequence(attended, batch_first=True, padding_side="left").to(device)
+    tokens = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)  # [B, P]
+    mask = pad_sequence(attended, batch_first=True, padding_side="left").to(device)  # [B, P]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    temperatures = torch.tensor([row.request.temperature for row in rows], device=device)
-    randoms = pad_sequence([row.randoms for row in rows], batch_first=True).to(
-        device
-    )  # [B, longest limit]
+    randoms = pad_sequence([sequence.randoms for sequence in sequences], batch_first=True)
+    randoms = randoms.to(device)  # [B, the largest max_tokens]
+    temperatures = torch.tensor([s.request.temperature for s in sequences], device=device)
     cache = None
     for step in range(randoms.shape[1]):
-        inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
-        routed.clear()
-        output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        experts.clear()
+        output = model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         cache = output.past_key_values
-        if routed:
-            experts = (
-                torch.stack(routed, 1).unflatten(0, (len(rows), -1)).cpu()
-            )  # [B, P or 1, layers, topk]
-            for row, own in zip(rows, experts, strict=True):
-                row.experts += [] if row.done else [own[-len(row.request.token_ids) :]]
-        logprobs = torch.log_softmax(
-            output.logits[:, -1].float() / temperatures[:, None], -1
-        )  # [B, V]
-        chosen = pick(_filtered(logprobs, rows), randoms[:, step])[:, None]  # [B, 1]
-        picked = logprobs.gather(1, chosen)
-        for row, [token], [logprob] in zip(rows, chosen.tolist(), picked.tolist(), strict=True):
-            if not row.done:
-                row.token_ids.append(token)
-                row.logprobs.append(logprob)
-        if all(row.done for row in rows):
+        _keep_experts(sequences, experts.of_sequences(len(sequences)))
+        logits = output.logits[:, -1].float()
+        logprobs = torch.log_softmax(logits / temperatures[:, None], -1)  # [B, V]
+        probs = _filtered(logprobs, sequences)
+        chosen = pick(probs, randoms[:, step])[:, None]  # [B, 1]
+        _keep_tokens(sequences, chosen, logprobs.gather(1, chosen))
+        if all(sequence.done for sequence in sequences):
             return
-        tokens, positions = chosen, positions[:, -1:] + 1
+        tokens = chosen
+        positions = positions[:, -1:] + 1
         mask = torch.cat([mask, torch.ones_like(chosen)], 1)
+
+
+def _keep_experts(sequences: Sequence[_Sequence], experts: Tensor | None) -> None:
+    """Gives each running sequence its own of `experts` [B, P or 1, num_moe_layers, topk]."""
+    if experts is None:
+        return
+    for sequence, own in zip(sequences, experts, strict=True):
+        if not sequence.done:
+            # The first forward has the prompt, after the padding on its left; later ones one token.
+            sequence.experts.append(own[-len(sequence.request.token_ids) :])
+
+
+def _keep_tokens(sequences: Sequence[_Sequence], chosen: Tensor, logprobs: Tensor) -> None:
+    """Gives each running sequence its token of `chosen` [B, 1] and its logprob of `logprobs` [B, 1]."""
+    token_of = chosen[:, 0].tolist()
+    logprob_of = logprobs[:, 0].tolist()
+    for sequence, token, logprob in zip(sequences, token_of, logprob_of, strict=True):
+        if not sequence.done:
+            sequence.token_ids.append(token)
+            sequence.logprobs.append(logprob)
 
 
 def pick(probs: Tensor, randoms: Tensor) -> Tensor:
     """One token per row, by inverting its distribution: probs [B, V], randoms [B] in [0, 1) -> [B]."""
     cumulative = probs.double().cumsum(-1)
-    chosen = torch.searchsorted(cumulative, randoms[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    mass_below = randoms[:, None] * cumulative[:, -1:]
+    chosen = torch.searchsorted(cumulative, mass_below, right=True)[:, 0]
     return chosen.clamp(max=probs.shape[-1] - 1)
 
 
-def _filtered(logprobs: Tensor, rows: Sequence[_Row]) -> Tensor:
-    """Probabilities [B, V], zero but for the top k and the top p of each row's mass; not normalised."""
+def _filtered(logprobs: Tensor, sequences: Sequence[_Sequence]) -> Tensor:
+    """Probabilities [B, V], zero outside the top k and the top p of each row's mass; not normalised."""
+    requests = [sequence.request for sequence in sequences]
     probs = logprobs.exp()
-    if all(row.request.top_p == 1.0 and row.request.top_k <= 0 for row in rows):
+    if all(request.top_p == 1.0 and request.top_k <= 0 for request in requests):
         return probs
-    rank = torch.arange(probs.shape[-1], device=probs.device)
-    top_p = torch.tensor([[row.request.top_p] for row in rows], device=probs.device)
-    top_k = torch.tensor([[k if (k := row.request.top_k) > 0 else len(rank)] for row in rows]).to(
-        rank
-    )
+    vocab_size = probs.shape[-1]
+    rank = torch.arange(vocab_size, device=probs.device)
+    top_k = [request.top_k if request.top_k > 0 else vocab_size for request in requests]
+    top_k = torch.tensor(top_k, device=probs.device)[:, None]  # [B, 1]
+    top_p = torch.tensor([request.top_p for request in requests], device=probs.device)[:, None]
     ordered, order = probs.sort(-1, descending=True)
-    before = ordered.cumsum(-1) - ordered  # mass of the tokens ahead of each
-    dropped = (rank >= top_k) | (before >= top_p) & (top_p < 1.0)
-    return probs.masked_fill(torch.zeros_like(dropped).scatter(1, order, dropped), 0.0)
+    mass_before = ordered.cumsum(-1) - ordered
+    beyond_top_k = rank >= top_k
+    beyond_top_p = (mass_before >= top_p) & (top_p < 1.0)
+    dropped_of_order = beyond_top_k | beyond_top_p
+    dropped = torch.zeros_like(dropped_of_order).scatter(1, order, dropped_of_order)
+    return probs.masked_fill(dropped, 0.0)
+
+
+def _tensors_of(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+    for file in files:
+        yield from load_file(file).items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from base64 import b64decode, b64encode
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,82 +19,113 @@ from nanoslime.types import EngineLost, GenerateRequest, Generation, MemoryPart,
 
 PauseMode = Literal["retract", "in_place", "abort"]
 
+# SGLang answers /health by generating a token, which takes about a second on a CPU.
+_HEALTH_DEADLINE_S = 25.0
 _STATUS = {"stop": Status.COMPLETED, "length": Status.TRUNCATED, "abort": Status.ABORTED}
 
 
 @dataclass(frozen=True, slots=True)
 class SGLangEngine:
-    """Client of one server, picklable: an `Engine` and a `BroadcastEngine`. Ignores proxy variables."""
+    """The client of one server: an `Engine` and a `BroadcastEngine`.
+
+    It can be pickled, and it ignores the proxy variables of the environment.
+    """
 
     name: str
     url: str
     log: str
     vocab_size: int
     world_size: int = 1
-    experts_of: ModelShape | None = None  # the model, where the experts of each token are asked for
+    # The model, where the server reports the experts of each token.
+    experts_of: ModelShape | None = None
     request_deadline_s: float = 1800.0
     control_deadline_s: float = 300.0
 
     async def generate(self, request: GenerateRequest) -> list[Generation]:
-        """`request.n` continuations. What SGLang rejects (too long) gets status error with its words.
+        """`request.n` continuations. A prompt that SGLang rejects gets status error, with its words.
 
-        Raises RunError for a token id outside the vocabulary, EngineLost for a server that does not answer
-        within `request_deadline_s`, or that is gone.
+        Raises RunError for a token id outside the vocabulary, and EngineLost for a server that is
+        gone or does not answer within `request_deadline_s`.
         """
         request.check_tokens(self.vocab_size, self.name)
-        sampling = {
-            **asdict(request),
+        status, answer = await self._post_generate(self._generate_body(request))
+        if status == 400:
+            message = str(answer.get("error", answer))
+            rejected = Generation([], [], Status.ERROR, [], error=message)
+            return [rejected] * request.n
+        if status != 200:
+            raise self._error(f"/generate answered {status}: {str(answer)[:300]}", EngineLost)
+        answers = answer if isinstance(answer, list) else [answer]
+        num_prompt_tokens = len(request.token_ids)
+        return [_generation(item, num_prompt_tokens, self.experts_of) for item in answers]
+
+    def _generate_body(self, request: GenerateRequest) -> dict[str, Any]:
+        sampling_params = {
+            "n": request.n,
+            "max_new_tokens": request.max_new_tokens,
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "top_k": request.top_k,
+            "stop_token_ids": list(request.stop_token_ids),
             "skip_special_tokens": False,
-        }  # the fields have SGLang's own names
-        token_ids, _ = [int(token) for token in sampling.pop("token_ids")], sampling.pop("seed")
-        body = {"input_ids": token_ids, "sampling_params": sampling, "return_logprob": True}
-        body["return_routed_experts"] = self.experts_of is not None
+        }
+        return {
+            "input_ids": [int(token) for token in request.token_ids],
+            "sampling_params": sampling_params,
+            "return_logprob": True,
+            "return_routed_experts": self.experts_of is not None,
+        }
+
+    async def _post_generate(self, body: dict[str, Any]) -> tuple[int, Any]:
+        """The status and the JSON of the answer. Raises EngineLost where there is none."""
         timeout = aiohttp.ClientTimeout(total=self.request_deadline_s)
+        # Each request has a session of its own: event loops come and go, and SGLang aborts a
+        # request whose connection closes.
+        session = aiohttp.ClientSession(trust_env=False, timeout=timeout)
         try:
-            # A session per request: event loops come and go, and a closed connection makes SGLang abort it.
-            async with (
-                aiohttp.ClientSession(trust_env=False, timeout=timeout) as session,
-                session.post(f"{self.url}/generate", json=body) as response,
-            ):
-                answer = await response.json(content_type=None)
+            async with session, session.post(f"{self.url}/generate", json=body) as response:
+                return response.status, await response.json(content_type=None)
         except TimeoutError as e:
-            late = f"/generate was not answered within {self.request_deadline_s:g} s"
-            raise self._error(late, EngineLost) from e
+            raise self._error(
+                f"/generate was not answered within {self.request_deadline_s:g} s", EngineLost
+            ) from e
         except (aiohttp.ClientError, OSError, json.JSONDecodeError) as e:
             raise self._error(f"/generate failed: {type(e).__name__}: {e}", EngineLost) from e
-        if response.status == 400:
-            return [
-                Generation([], [], Status.ERROR, [], str(answer.get("error", answer)))
-            ] * request.n
-        if response.status != 200:
-            raise self._error(
-                f"/generate answered {response.status}: {str(answer)[:300]}", EngineLost
-            )
-        answers = answer if isinstance(answer, list) else [answer]
-        return [_generation(item, len(token_ids), self.experts_of) for item in answers]
 
     def health(self) -> bool:
-        """Whether the server generates. False while it starts, is paused, or is gone."""
+        """Whether the server generates. It does not while it starts, is paused, or is gone."""
         try:
-            return self._request("GET", "/health", timeout_s=25).status_code == 200
+            response = self._request("GET", "/health", deadline_s=_HEALTH_DEADLINE_S)
         except RunError:
             return False
+        return response.status_code == 200
 
     def pause(self, mode: PauseMode = "retract") -> None:
-        """Stop generating; new requests wait. Running ones: retract, kept and recomputed after `resume`, so
-        that the cache can be flushed; in_place, kept with their cache; abort, ended with what they have."""
+        """Stop generating. New requests wait; what happens to running ones is the mode.
+
+        retract: they are kept and computed again after `resume`, so that the cache can be flushed.
+        in_place: they are kept together with their cache. abort: they end with what they have.
+        """
         self._post("/pause_generation", mode=mode)
 
     def resume(self) -> None:
         self._post("/continue_generation")
 
     def flush(self) -> None:
-        """Empty the prefix cache; SGLang refuses while requests run, hence tried again until the deadline."""
+        """Empty the prefix cache.
+
+        SGLang refuses while requests run, so this tries again until the deadline.
+        """
         end = time.monotonic() + self.control_deadline_s
-        while (response := self._request("POST", "/flush_cache", {})).status_code != 200:
+        while True:
+            response = self._request("POST", "/flush_cache", {})
+            if response.status_code == 200:
+                return
             if time.monotonic() > end:
-                late = f"cache not flushed in {self.control_deadline_s:g} s, requests still run"
-                raise self._error(f"{late}: {response.text}")
+                raise self._error(
+                    f"cache not flushed in {self.control_deadline_s:g} s, requests still run: "
+                    f"{response.text}"
+                )
             time.sleep(0.05)
 
     def policy_version(self) -> int:
@@ -105,7 +136,10 @@ class SGLangEngine:
             raise self._error(f"reports weight version {version!r}, which is not a number") from e
 
     def update_weights_from_disk(self, path: str, version: int) -> None:
-        """Load a directory's safetensors. Raises RunError, weights unchanged, when names or shapes differ."""
+        """Load the safetensors of a directory.
+
+        Raises RunError, with the weights as they were, where names or shapes differ.
+        """
         answer = self._post(
             "/update_weights_from_disk", model_path=path, weight_version=str(version)
         )
@@ -121,58 +155,82 @@ class SGLangEngine:
         group: str,
         backend: str,
     ) -> None:
-        """Join as ranks rank_offset .. rank_offset + self.world_size - 1; blocks until all have joined."""
-        ranks = {"rank_offset": rank_offset, "world_size": world_size}
-        meet = {
-            "master_address": address,
-            "master_port": port,
-            "group_name": group,
-            "backend": backend,
-        }
-        self._post("/init_weights_update_group", **meet, **ranks)
+        """Join the group as ranks rank_offset .. rank_offset + self.world_size - 1.
+
+        Blocks until all of its `world_size` ranks have joined.
+        """
+        self._post(
+            "/init_weights_update_group",
+            master_address=address,
+            master_port=port,
+            rank_offset=rank_offset,
+            world_size=world_size,
+            group_name=group,
+            backend=backend,
+        )
 
     def begin_update(self) -> None:
-        self._require_plugin(self._post("/begin_weight_update"), "tensors expected")
+        answer = self._post("/begin_weight_update")
+        self._require_plugin(answer, "tensors expected")
 
     def receive_bucket(
         self, *, names: list[str], dtypes: list[str], shapes: list[list[int]], group: str
     ) -> None:
-        """Receive one broadcast from rank 0 of the group per tensor, in the order of `names`, which are those
-        of the checkpoint; blocks until all were sent. Raises RunError, once they were received, for an
-        unknown or repeated name or another shape."""
-        bucket = {"names": names, "dtypes": dtypes, "shapes": shapes, "group_name": group}
-        self._post("/update_weights_from_distributed", **bucket, flush_cache=False)
+        """Receive one broadcast from rank 0 of the group per tensor, in the order of `names`.
+
+        The names are the checkpoint's. Blocks until all were sent. Raises RunError, once they were
+        received, for an unknown or repeated name or another shape.
+        """
+        self._post(
+            "/update_weights_from_distributed",
+            names=names,
+            dtypes=dtypes,
+            shapes=shapes,
+            group_name=group,
+            flush_cache=False,
+        )
+
+    def receive_payloads(self, payloads: list[bytes]) -> None:
+        """Receive one bucket, which weight_sync/colocated.py serialized for each rank.
+
+        Raises RunError for the same causes as `receive_bucket`.
+        """
+        encoded = [b64encode(payload).decode() for payload in payloads]
+        self._post(
+            "/update_weights_from_tensor",
+            serialized_named_tensors=encoded,
+            load_format="flattened_bucket",
+            flush_cache=False,
+        )
 
     def end_update(self, version: int) -> None:
-        """Close the session, flush the cache, set the version. Raises RunError when a tensor never came."""
+        """Close the session, flush the cache, set the version.
+
+        Raises RunError where a tensor never came.
+        """
         self._post("/end_weight_update")
         self.flush()
         self._post("/update_weight_version", new_version=str(version), abort_all_requests=False)
 
-    def receive_payloads(self, payloads: list[bytes]) -> None:
-        """One bucket, serialized for each rank by weight_sync/colocated.py; refused as a broadcast is."""
-        encoded = [b64encode(payload).decode() for payload in payloads]
-        body = {
-            "serialized_named_tensors": encoded,
-            "load_format": "flattened_bucket",
-            "flush_cache": False,
-        }
-        self._post("/update_weights_from_tensor", **body)
-
-    def release_memory(self) -> None:
-        """Free weights, KV cache and CUDA graphs; on a CPU, SGLang keeps them. Waits until nothing runs."""
-        self.flush()  # SGLang dies when asked to release while a request is on its way out
-        self._post("/release_memory_occupation")
-
-    def resume_memory(self, part: MemoryPart) -> None:
-        """Each part once after `release_memory`; SGLang dies of another order."""
-        tags = ["weights"] if part == "weights" else ["kv_cache", "cuda_graph"]
-        self._post("/resume_memory_occupation", tags=tags)
-
     def destroy_weight_group(self, group: str) -> None:
         self._post("/destroy_weights_update_group", group_name=group)
 
+    def release_memory(self) -> None:
+        """Free weights, KV cache and CUDA graphs; on a CPU, SGLang keeps them.
+
+        Waits until nothing runs: SGLang dies when it is asked to release while a request is on its
+        way out.
+        """
+        self.flush()
+        self._post("/release_memory_occupation")
+
+    def resume_memory(self, part: MemoryPart) -> None:
+        """Take back each part once after `release_memory`; SGLang dies of another order."""
+        tags = ["weights"] if part == "weights" else ["kv_cache", "cuda_graph"]
+        self._post("/resume_memory_occupation", tags=tags)
+
     def _post(self, path: str, **body: Any) -> dict[str, Any]:
+        """The answer's JSON. Raises RunError where SGLang refuses, by status or by `success`."""
         response = self._request("POST", path, body)
         answer = response.json() if response.text.startswith("{") else {}
         if response.status_code != 200 or answer.get("success") is False:
@@ -181,48 +239,72 @@ class SGLangEngine:
         return answer
 
     def _request(
-        self, method: str, path: str, body: Any = None, timeout_s: float = 0
+        self, method: str, path: str, body: Any = None, deadline_s: float | None = None
     ) -> requests.Response:
-        timeout_s = timeout_s or self.control_deadline_s
+        if deadline_s is None:
+            deadline_s = self.control_deadline_s
         try:
             with requests.Session() as session:
                 session.trust_env = False
-                return session.request(method, f"{self.url}{path}", json=body, timeout=timeout_s)
+                return session.request(method, f"{self.url}{path}", json=body, timeout=deadline_s)
         except requests.Timeout as e:
-            raise self._error(f"{path} was not answered within {timeout_s:g} s") from e
+            raise self._error(f"{path} was not answered within {deadline_s:g} s") from e
         except requests.RequestException as e:
             raise self._error(f"{path} failed: {type(e).__name__}: {e}") from e
 
     def _require_plugin(self, answer: dict[str, Any], mark: str) -> None:
+        """Raises RunError unless the answer bears the mark that our plug-in leaves in it."""
         if mark not in str(answer.get("message")):
-            cause = "SGLang did not load our plug-in; pip install -e . the project"
-            raise self._error(f"does not check tensor names: {cause}")
+            raise self._error(
+                "does not check tensor names: SGLang did not load our plug-in; "
+                "pip install -e . the project"
+            )
 
-    def _error(self, what: str, kind: type[RunError] = RunError) -> RunError:
+    def _error(self, problem: str, kind: type[RunError] = RunError) -> RunError:
         line = last_line(Path(self.log))
-        return kind(f"engine {self.name} at {self.url}: {what}; log: {self.log}; last line: {line}")
+        return kind(
+            f"engine {self.name} at {self.url}: {problem}; log: {self.log}; last line: {line}"
+        )
 
 
-def _generation(answer: dict[str, Any], num_prompt: int, shape: ModelShape | None) -> Generation:
+def _generation(
+    answer: dict[str, Any], num_prompt_tokens: int, shape: ModelShape | None
+) -> Generation:
     meta = answer["meta_info"]
-    logprobs = [entry[0] for entry in meta["output_token_logprobs"]]
     token_ids = list(answer["output_ids"])
-    reason = meta["finish_reason"]
+    logprobs = [logprob for logprob, *_ in meta["output_token_logprobs"]]
     if len(logprobs) != len(token_ids):
         raise RunError(
             f"SGLang gave {len(token_ids)} tokens, {len(logprobs)} logprobs (request {meta['id']})"
         )
     spans = meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0}]
-    versions = [(int(span["start"]), int(span["version"])) for span in spans]
-    experts = None
-    if (
-        shape and (moe := shape.moe) and token_ids
-    ):  # a request that was ended before it ran has none
-        size = (num_prompt + len(token_ids) - 1, shape.num_layers, moe.num_experts_per_token)
-        numbers = np.frombuffer(b64decode(meta["routed_experts"]), dtype=np.int32).reshape(size)
-        experts = numbers[:, list(shape.moe_layers)].astype(
-            np.uint8 if moe.num_experts <= 256 else np.int16
-        )
+    finish_reason = meta["finish_reason"]
     return Generation(
-        token_ids, logprobs, _STATUS[reason["type"]], versions, reason.get("message"), experts
+        token_ids=token_ids,
+        logprobs=logprobs,
+        status=_STATUS[finish_reason["type"]],
+        versions=[(int(span["start"]), int(span["version"])) for span in spans],
+        error=finish_reason.get("message"),
+        routed_experts=_routed_experts(meta, num_prompt_tokens, len(token_ids), shape),
     )
+
+
+def _routed_experts(
+    meta: dict[str, Any],
+    num_prompt_tokens: int,
+    num_response_tokens: int,
+    shape: ModelShape | None,
+) -> np.ndarray | None:
+    """The experts of each token but the last [T-1, num_moe_layers, topk], as in `Sample`.
+
+    SGLang reports every layer, also those without experts. Returns None where the server does not
+    report experts, and for a request that was ended before it ran.
+    """
+    if shape is None or shape.moe is None or num_response_tokens == 0:
+        return None
+    num_reported = num_prompt_tokens + num_response_tokens - 1
+    of_all_layers = np.frombuffer(b64decode(meta["routed_experts"]), dtype=np.int32).reshape(
+        num_reported, shape.num_layers, shape.moe.num_experts_per_token
+    )
+    dtype = np.uint8 if shape.moe.num_experts <= 256 else np.int16
+    return of_all_layers[:, list(shape.moe_layers)].astype(dtype)

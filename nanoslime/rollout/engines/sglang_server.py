@@ -1,4 +1,4 @@
-"""SGLang as a server process that this process owns. The same code on CPU and CUDA."""
+"""SGLang as a server process that this process owns. The code is the same on CPU and CUDA."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from nanoslime.config.rollout import RolloutConfig
-from nanoslime.memory import COLOCATED_MEM_FRACTION
+from nanoslime.config import RolloutConfig
+from nanoslime.engine_kind import EngineStart
 from nanoslime.models.shape import ModelShape
 from nanoslime.processes.child import ChildProcess
-from nanoslime.processes.ports import require_free_port
+from nanoslime.processes.ports import free_port, require_free_port
+from nanoslime.rollout.engines.sglang import COLOCATED_MEM_FRACTION
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.types import RunError
 
-# Files of sglang/srt/models that a text model of ours needs; importing all 200 takes half a minute.
-_MODEL_FILES = (
+# Stand-ins for packages that SGLang imports and that do not exist for a CPU.
+_STUBS = Path(__file__).parents[1] / "sglang_stubs"
+
+# Files of sglang/srt/models that our text models need; importing all 200 takes half a minute.
+_MODEL_FILES = {
     "llama",
     "qwen2",
     "qwen2_moe",
@@ -29,64 +33,83 @@ _MODEL_FILES = (
     "utils",
     "registry",
     "__init__",
-)
+}
+
+# Defaults of an engine on a CPU, for a model of some megabytes.
+_CPU_OPTIONS = {
+    "attention_backend": "torch_native",
+    "sampling_backend": "pytorch",
+    "disable_overlap_schedule": True,
+    "cuda_graph_backend_decode": "disabled",
+    "cuda_graph_backend_prefill": "disabled",
+    "max_total_tokens": 65536,
+    "max_running_requests": 256,
+    # Otherwise an idle scheduler keeps its core busy.
+    "sleep_on_idle": True,
+}
+
+
+def owner(start: EngineStart) -> SGLangServer:
+    """The server of an engine of a run, at a free port.
+
+    On a CPU each engine computes on one core; engine 0 has the last one, engine 1 the one before.
+    """
+    config = start.config
+    cores = sorted(os.sched_getaffinity(0))
+    return SGLangServer(
+        name=f"engine-{start.index}",
+        model_path=str(start.model_dir),
+        config=config.rollout,
+        dtype=config.model.dtype,
+        device=start.device,
+        host=start.host,
+        port=free_port(start.host),
+        log=start.log,
+        seed=config.seed * 1000 + start.index,
+        cpu_core=cores[-1 - start.index % len(cores)],
+        gpu_ids=start.gpu_ids,
+        colocated=config.cluster.colocate,
+        routed_experts=config.training.routing_replay == "R3",
+    )
 
 
 @dataclass(kw_only=True)
 class SGLangServer:
-    """One SGLang server process and all that it starts: `start()` gives the engine, `close()` ends it all.
+    """One SGLang server process and everything that it starts.
 
-    Raises RunError for an option in config.sglang that is set elsewhere.
+    `start()` gives the engine and `close()` ends all of it. Raises RunError for an option in
+    config.sglang that nanoslime sets itself.
     """
 
     name: str
     model_path: str
     config: RolloutConfig
     dtype: str
-    device: Literal["cpu", "cuda"]
+    # "cuda" or "cpu".
+    device: str
     host: str
     port: int
     log: Path
     seed: int
-    cpu_core: int | None = None  # where the one thread of a CPU engine computes
-    gpu_ids: Sequence[int] = ()  # the GPUs that it sees
-    routed_experts: bool = False  # whether its engine reports them
-    colocated: bool = False  # gives its memory to trainers on the same GPUs and takes it back
+    # The core on which the one thread of a CPU engine computes.
+    cpu_core: int | None = None
+    # The GPUs that the server sees.
+    gpu_ids: Sequence[int] = ()
+    # Whether the engine reports the experts of each token.
+    routed_experts: bool = False
+    # Whether the engine gives its memory to trainers on the same GPUs and takes it back.
+    colocated: bool = False
     process: ChildProcess | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        place = {
-            "model_path": self.model_path,
-            "host": self.host,
-            "port": self.port,
-            "device": self.device,
-        }
-        ours = place | {"tp_size": self.config.engine_tp_size, "weight_version": "0"}
-        ours["enable_return_routed_experts"] = self.routed_experts
-        if taken := sorted(ours.keys() & self.config.sglang):
-            raise RunError(f"rollout.sglang.{taken[0]} is set by nanoslime itself; remove it")
-        options = ours | {"dtype": self.dtype, "random_seed": self.seed}
-        self.env = os.environ | {
-            "NO_PROXY": "*",
-            "no_proxy": "*",
-        }  # SGLang calls itself over HTTP to warm up
-        if self.device == "cpu":
-            options |= _CPU_OPTIONS
-            core = min(os.sched_getaffinity(0)) if self.cpu_core is None else self.cpu_core
-            self.env |= _cpu_environment(self.model_path, core)
-        elif self.gpu_ids:
-            self.env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpu_ids))
-        if self.device == "cuda" and self.colocated:
-            options |= {"enable_memory_saver": True, "mem_fraction_static": COLOCATED_MEM_FRACTION}
-        self.command = [
-            sys.executable,
-            "-m",
-            "sglang.launch_server",
-            *_flags(options | self.config.sglang),
-        ]
+        self.command = [sys.executable, "-m", "sglang.launch_server", *_flags(self._options())]
+        self.env = os.environ | self._environment()
 
     def start(self, deadline_s: float) -> SGLangEngine:
-        """Start the process and wait until it generates. RunError names engine, what was awaited and log."""
+        """Start the process and wait until it generates.
+
+        Raises RunError naming the engine, what was awaited, and the log.
+        """
         require_free_port(self.host, self.port, f"engine {self.name}")
         shape = ModelShape.read(self.model_path)
         engine = SGLangEngine(
@@ -106,24 +129,49 @@ class SGLangServer:
         if self.process is not None:
             self.process.close()
 
+    def _options(self) -> dict[str, Any]:
+        """The server's options by SGLang's names; the later ones take precedence."""
+        fixed = {
+            "model_path": self.model_path,
+            "host": self.host,
+            "port": self.port,
+            "device": self.device,
+            "tp_size": self.config.engine_tp_size,
+            "weight_version": "0",
+            "enable_return_routed_experts": self.routed_experts,
+        }
+        for name in sorted(self.config.sglang):
+            if name in fixed:
+                raise RunError(f"rollout.sglang.{name} is set by nanoslime itself; remove it")
+        options = {**fixed, "dtype": self.dtype, "random_seed": self.seed}
+        if self.device == "cpu":
+            options.update(_CPU_OPTIONS)
+        elif self.colocated:
+            options["enable_memory_saver"] = True
+            options["mem_fraction_static"] = COLOCATED_MEM_FRACTION
+        options.update(self.config.sglang)
+        return options
 
-# Defaults of an engine on CPU, with a model of some megabytes in mind.
-_CPU_OPTIONS = {
-    "attention_backend": "torch_native",
-    "sampling_backend": "pytorch",
-    "disable_overlap_schedule": True,
-    "cuda_graph_backend_decode": "disabled",
-    "cuda_graph_backend_prefill": "disabled",
-    "max_total_tokens": 65536,
-    "max_running_requests": 256,
-    "sleep_on_idle": True,  # an idle scheduler otherwise spins on its core
-}
+    def _environment(self) -> dict[str, str]:
+        """What the server's environment has beyond ours."""
+        # SGLang warms up by calling itself over HTTP.
+        environment = {"NO_PROXY": "*", "no_proxy": "*"}
+        if self.device == "cpu":
+            environment.update(_cpu_environment(self.model_path, self.cpu_core))
+        elif self.gpu_ids:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in self.gpu_ids)
+        return environment
 
 
-def _cpu_environment(model_path: str, core: int) -> dict[str, str]:
-    stubs = Path(__file__).parents[1] / "sglang_stubs"
+def _cpu_environment(model_path: str, core: int | None) -> dict[str, str]:
+    if core is None:
+        core = min(os.sched_getaffinity(0))
+    path = [str(_STUBS)]
+    ours = os.environ.get("PYTHONPATH")
+    if ours:
+        path.append(ours)
     return {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(stubs), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(path),
         "SGLANG_DISABLED_MODEL_ARCHS": ",".join(_model_files_to_skip(model_path)),
         "SGLANG_USE_CPU_ENGINE": "1",
         "SGLANG_CPU_OMP_THREADS_BIND": str(core),
@@ -132,28 +180,35 @@ def _cpu_environment(model_path: str, core: int) -> dict[str, str]:
 
 
 def _model_files_to_skip(model_path: str) -> list[str]:
-    """Architecture files that SGLang need not import; none for an architecture that is not in our list."""
+    """Files of sglang/srt/models that the server need not import.
+
+    There are none for an architecture that is not in `_MODEL_FILES`. Raises RunError where SGLang
+    is not installed.
+    """
     spec = importlib.util.find_spec("sglang")
     if spec is None or not spec.submodule_search_locations:
         raise RunError(
             "rollout.engine=sglang: sglang is not installed; install it or use engine=embedded"
         )
-    if (
-        json.loads((Path(model_path) / "config.json").read_text()).get("model_type")
-        not in _MODEL_FILES
-    ):
+    model_config = json.loads((Path(model_path) / "config.json").read_text())
+    if model_config.get("model_type") not in _MODEL_FILES:
         return []
-    files = Path(spec.submodule_search_locations[0], "srt", "models").glob("*.py")
-    return sorted({file.stem for file in files} - set(_MODEL_FILES))
+    models = Path(spec.submodule_search_locations[0], "srt", "models")
+    return sorted({file.stem for file in models.glob("*.py")} - _MODEL_FILES)
 
 
-def _flags(options: dict[str, Any]) -> Iterator[str]:
-    """--name value for each option: nothing for None or False, the flag for True, all values of a list."""
+def _flags(options: Mapping[str, Any]) -> Iterator[str]:
+    """--name value for each option: nothing for None or False, the flag alone for True, every value
+    of a list, JSON for a dict."""
     for name, value in options.items():
         if value is None or value is False:
             continue
         yield f"--{name.replace('_', '-')}"
+        if value is True:
+            continue
         if isinstance(value, dict):
             yield json.dumps(value)
-        elif value is not True:
-            yield from map(str, value if isinstance(value, list | tuple) else [value])
+        elif isinstance(value, list | tuple):
+            yield from (str(item) for item in value)
+        else:
+            yield str(value)

@@ -1,0 +1,90 @@
+"""What the rest of nanoslime asks of a kind of engine, before one runs and to start one.
+
+An engine is one file in `nanoslime/rollout/engines/` and one line in the table ENGINES. The line
+names a subclass of `EngineKind`. The plan on the login node imports the file of that class, so the
+file imports nothing of torch, transformers, ray, megatron or the engine's own package; what needs
+them stands in a file of its own, which `EngineKind.owner` names.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from nanoslime.config import RolloutConfig, RunConfig
+from nanoslime.config.rollout import ENGINES
+from nanoslime.models.shape import ModelShape
+from nanoslime.plugins import resolve
+from nanoslime.types import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStart:
+    """Which engine of a run is to start, and where."""
+
+    config: RunConfig
+    index: int
+    model_dir: Path
+    # "cuda" or "cpu".
+    device: str
+    # The address of this machine, at which the others of the run reach it.
+    host: str
+    log: Path
+    # The GPUs of this machine that the engine may use.
+    gpu_ids: Sequence[int] = ()
+
+
+class EngineOwner(Protocol):
+    """Holds one engine of a run: nothing runs before `start` and nothing is left after `close`."""
+
+    def start(self, deadline_s: float) -> Engine:
+        """Returns the engine once it generates.
+
+        Raises RunError naming the engine and its log where it does not within `deadline_s`.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+class EngineKind(ABC):
+    """The facts and checks of one kind of engine."""
+
+    # The name in the table; the engine's logs bear it.
+    name: ClassVar[str]
+    # The name in the plan and in errors.
+    title: ClassVar[str]
+    # Whether its engines have GPUs (or slots) of their own. Otherwise one engine lives in the driver.
+    takes_slots: ClassVar[bool]
+    # The values of weight_sync.transport that it can take. "auto" is the first one that is possible.
+    transports: ClassVar[tuple[str, ...]]
+    # "package.module:name" of a function from EngineStart to EngineOwner.
+    owner: ClassVar[str]
+
+    @abstractmethod
+    def check_options(self, rollout: RolloutConfig) -> None:
+        """Raises RunError for an option of the engine's own that it does not have."""
+
+    @abstractmethod
+    def check_plan(self, rollout: RolloutConfig, shape: ModelShape, slots_per_node: int) -> None:
+        """Raises RunError for a model or a size that the engine cannot serve."""
+
+    @abstractmethod
+    def memory_fraction(self, config: RunConfig) -> float:
+        """The part of a GPU's memory that the engine takes for weights and KV cache."""
+
+    def make_owner(self, start: EngineStart) -> EngineOwner:
+        owner: EngineOwner = resolve(self.owner, {}, "rollout.engine")(start)
+        return owner
+
+
+def engine_kind(rollout: RolloutConfig) -> EngineKind:
+    """The kind that `rollout.engine` names. Raises ValueError where it cannot be loaded."""
+    kind: EngineKind = resolve(rollout.engine, ENGINES, "rollout.engine")()
+    return kind
+
+
+def takes_slots(rollout: RolloutConfig) -> bool:
+    """Whether the run has engines with GPUs (or slots) of their own."""
+    return engine_kind(rollout).takes_slots and not rollout.load_rollouts

@@ -1,0 +1,78 @@
+"""The kind `sglang`: its options, and what it can serve. Its server is in sglang_server.py."""
+
+from nanoslime.config import RolloutConfig, RunConfig, upstream
+from nanoslime.engine_kind import EngineKind
+from nanoslime.models.parallel_sizes import divisors, one_of
+from nanoslime.models.shape import ModelShape
+from nanoslime.types import RunError
+
+# About what SGLang chooses by itself, which depends on the GPU.
+_MEM_FRACTION = 0.85
+# A sleeping trainer keeps its CUDA context, NCCL's buffers and fragments on the GPU.
+COLOCATED_MEM_FRACTION = 0.7
+
+SET_BY_NANOSLIME = {
+    "model_path": "model.hf_checkpoint",
+    "tokenizer_path": "model.hf_checkpoint",
+    "trust_remote_code": "model.trust_remote_code",
+    "dtype": "model.dtype",
+    "tp_size": "rollout.engine_tp_size",
+    "device": "cluster.gpus_per_node",
+    "host": "cluster.network_interface",
+    "port": "nothing: it is chosen per job",
+    "random_seed": "seed",
+}
+"""Options of SGLang that nanoslime sets itself, and what to set instead."""
+
+
+class SGLang(EngineKind):
+    name = "sglang"
+    title = "SGLang"
+    takes_slots = True
+    transports = ("tensor", "broadcast", "disk")
+    owner = "nanoslime.rollout.engines.sglang_server:owner"
+
+    def check_options(self, rollout: RolloutConfig) -> None:
+        """Raises RunError for a name in rollout.sglang that is not SGLang's, or that nanoslime sets."""
+        upstream.check("sglang", "rollout.sglang", rollout.sglang, SET_BY_NANOSLIME)
+
+    def check_plan(self, rollout: RolloutConfig, shape: ModelShape, slots_per_node: int) -> None:
+        _check_layers_with_experts(shape)
+        _check_tp_size(rollout.engine_tp_size, shape, slots_per_node)
+
+    def memory_fraction(self, config: RunConfig) -> float:
+        asked = config.rollout.sglang.get("mem_fraction_static")
+        if asked:
+            return float(asked)
+        return COLOCATED_MEM_FRACTION if config.cluster.colocate else _MEM_FRACTION
+
+
+def _check_layers_with_experts(shape: ModelShape) -> None:
+    """SGLang 0.5.23 takes every layer of these models for one with experts."""
+    num_sparse = len(shape.moe_layers)
+    if shape.model_type in ("qwen2_moe", "qwen3_moe") and num_sparse < shape.num_layers:
+        raise RunError(
+            "rollout.engine=sglang: SGLang 0.5.23 has experts in all layers of a "
+            f"{shape.model_type}, this one in {num_sparse}; use --engine embedded"
+        )
+
+
+def _check_tp_size(tp_size: int, shape: ModelShape, slots_per_node: int) -> None:
+    """SGLang cuts the attention heads evenly; it may copy key-value heads to several ranks."""
+    num_heads = shape.num_attention_heads
+    num_kv_heads = shape.num_key_value_heads
+    fitting = [
+        size
+        for size in divisors(num_heads)
+        if size <= slots_per_node and (num_kv_heads % size == 0 or size % num_kv_heads == 0)
+    ]
+    if tp_size > slots_per_node:
+        raise RunError(
+            f"rollout.engine_tp_size={tp_size} exceeds the {slots_per_node} slots of a node; "
+            f"choose {one_of(fitting)}"
+        )
+    if tp_size not in fitting:
+        raise RunError(
+            f"rollout.engine_tp_size={tp_size} does not fit num_attention_heads={num_heads} and "
+            f"num_key_value_heads={num_kv_heads}; choose {one_of(fitting)}"
+        )
