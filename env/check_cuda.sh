@@ -66,7 +66,7 @@ print('' if os.path.exists(header) else header)
 }
 
 check_compiler() {
-    local compiler="${CXX:-g++}"
+    local compiler="${CXX:-c++}"
     if ! command -v "$compiler" >/dev/null; then
         refuse "there is no C++ compiler ($compiler), which Transformer Engine is built with;" \
             "install one (Debian: apt-get install g++) or name it in CXX"

@@ -125,7 +125,8 @@ def write_source_package(folder: Path, name: str, version: str, backend: str) ->
 
 def real_uv() -> Path:
     """The environment of the pinned uv in this repository, which installs it if it is missing."""
-    subprocess.run(["bash", str(ROOT / "env/uv.sh"), "--version"], check=True, timeout=240)
+    command = ["bash", str(ROOT / "env/uv.sh"), "--version"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=240)
     return ROOT / f".venv/uv-{uv_version()}"
 
 

@@ -47,7 +47,7 @@ def machine(checkout, tmp_path) -> Checkout:
     checkout.set("NANOSLIME_PYTHON", tmp_path / "python")
     checkout.program("uname", "echo x86_64")
     checkout.program("getconf", "echo glibc 2.36")
-    checkout.program("g++", "exit 0")
+    checkout.program("c++", "exit 0")
     checkout.program("nvcc", NVCC.format(release="13.0"))
     checkout.program("nvidia-smi", NVIDIA_SMI.format(cuda="13.0"))
     return checkout
