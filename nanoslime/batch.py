@@ -1,9 +1,10 @@
-"""The packed tensors between samples and gradients, which carry their own global denominators.
+"""The packed tensors between samples and gradients, which carry their own global
+denominators.
 
-A `TrainBatch` is the share of one data-parallel rank in one optimizer step. It is cut into micro-batches
-beforehand, with the same number on every rank, and knows the step's denominators over all ranks. Packing,
-micro-batches, DP, CP and PP therefore cannot change the loss: a loss is a sum, and is divided once, by
-`TrainBatch.denominator`.
+A `TrainBatch` is the share of one data-parallel rank in one optimizer step. It is cut
+into micro-batches beforehand, with the same number on every rank, and knows the step's
+denominators over all ranks. Packing, micro-batches, DP, CP and PP therefore cannot change
+the loss: a loss is a sum, and is divided once, by `TrainBatch.denominator`.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from torch import Tensor
 
 @dataclass(kw_only=True, slots=True)
 class TrainBatch:
-    """One data-parallel rank's sequences of one optimizer step; each list has one entry per sequence.
+    """One data-parallel rank's sequences of one optimizer step; each list has one entry
+    per sequence.
 
-    old_logprobs, ref_logprobs and token_advantages are filled in on the ranks before the train step. Position
-    t of a per-token tensor describes token t, given the tokens before it; position 0 is never in the loss.
+    old_logprobs, ref_logprobs and token_advantages are filled in on the ranks before the
+    train step. Position t of a per-token tensor describes token t, given the tokens
+    before it; position 0 is never in the loss.
     """
 
     token_ids: list[Tensor]  # int64 [T_i]
@@ -31,7 +34,8 @@ class TrainBatch:
     advantages: list[float]  # one scalar per sequence
     # 1 for a token mean, 1 / (tokens of the sequence's rollout) for a sequence mean
     token_weights: list[float]
-    # Indices of sequences. None is empty: masked-out dummy sequences make them equally many on each DP rank.
+    # Indices of sequences. None is empty: masked-out dummy sequences make them equally
+    # many on each DP rank.
     microbatches: list[list[int]]
     denominator: float  # global over DP, > 0: the loss is sum / denominator
     num_tokens: int  # global over DP: tokens in the loss of this optimizer step
@@ -95,14 +99,18 @@ def _packed_if_any(per_sequence: list[Tensor] | None, indices: Sequence[int]) ->
 
 
 def _on_every_token(per_sequence: list[float], indices: Sequence[int], lengths: Tensor) -> Tensor:
-    """float32 [T]: each token has the value of its sequence. `lengths` [S]: tokens per sequence."""
+    """float32 [T]: each token has the value of its sequence. `lengths` [S]: tokens per
+    sequence.
+    """
     values = torch.tensor([per_sequence[i] for i in indices])
     return values.repeat_interleave(lengths)
 
 
 @dataclass(kw_only=True, slots=True)
 class MicroBatch:
-    """Whole sequences packed on one token axis [T]; sequence s is cu_seqlens[s]:cu_seqlens[s+1]."""
+    """Whole sequences packed on one token axis [T]; sequence s is
+    cu_seqlens[s]:cu_seqlens[s+1].
+    """
 
     token_ids: Tensor  # int64 [T]
     positions: Tensor  # int64 [T], from 0 within each sequence
@@ -130,10 +138,11 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class WeightShard:
-    """A rank's own part of a Hugging Face tensor: the box `slices` of the tensor `name` of `full_shape`.
+    """A rank's own part of a Hugging Face tensor: the box `slices` of the tensor `name`
+    of `full_shape`.
 
-    `tensor` is a live view of the parameter (or a copy where the layout forces one): read it before the next
-    step.
+    `tensor` is a live view of the parameter (or a copy where the layout forces one): read
+    it before the next step.
     """
 
     name: str
@@ -146,7 +155,8 @@ class WeightShard:
 class WeightedMean:
     """One micro-batch's part of a metric that is weighted as the loss is.
 
-    The metric is the sum of `total` over all micro-batches and DP ranks of the step, over `denominator`.
+    The metric is the sum of `total` over all micro-batches and DP ranks of the step, over
+    `denominator`.
     """
 
     total: Tensor  # scalar: a sum over tokens, each with its token_weight
@@ -155,9 +165,11 @@ class WeightedMean:
 
 @dataclass(frozen=True, slots=True)
 class TokenMean:
-    """One micro-batch's part of a mean over the tokens in the loss, in which all tokens weigh the same.
+    """One micro-batch's part of a mean over the tokens in the loss, in which all tokens
+    weigh the same.
 
-    The metric is the sum of `total` over the sum of `count`, over all micro-batches and DP ranks of the step.
+    The metric is the sum of `total` over the sum of `count`, over all micro-batches and
+    DP ranks of the step.
     """
 
     total: Tensor  # scalar: a sum over the tokens in the loss
@@ -176,7 +188,9 @@ Metric = WeightedMean | TokenMean | Maximum
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """The result of one optimizer step, the same on every rank. Metrics are named area/what_unit."""
+    """The result of one optimizer step, the same on every rank. Metrics are named
+    area/what_unit.
+    """
 
     loss: float
     grad_norm: float  # before clipping

@@ -47,6 +47,8 @@ def make_tracker(config: RunConfig, run: RunDir, start: int, *, leads: bool = Tr
     tracker = Tracker()
     if not leads:
         return tracker
+    if start:
+        logger.info("resuming after step %d/%d", start, config.rollout.num_rollout)
     _forget_from(start, run)
     tracker.sinks.append(_console(config.rollout.num_rollout))
     tracker.sinks.append(_json_lines(run.metrics))

@@ -84,6 +84,13 @@ def test_a_resumed_run_supersedes_later_steps_and_a_cut_line(run):
     assert rows(run) == [{"step": 0, "a": 0.0}, {"step": 1, "a": 1.0}, {"step": 2, "a": 20.0}]
 
 
+@pytest.mark.parametrize(("start", "logged"), [(0, []), (3, ["resuming after step 3/9"])])
+def test_a_resumed_run_says_after_which_step(run, caplog, start, logged):
+    caplog.set_level(logging.INFO, "nanoslime")
+    with make_tracker(config(use_tensorboard=False), run, start):
+        assert [r.getMessage() for r in caplog.records] == logged
+
+
 @pytest.mark.parametrize(("start", "left"), [(0, []), (1, [-1, 0]), (2, [-1, 0, 1])])
 def test_a_resumed_run_supersedes_later_evaluations_and_a_cut_line(run, start, left):
     lines = [json.dumps({"step": step, "reward": 0.5}) + "\n" for step in (-1, 0, 1, 2)]

@@ -1,4 +1,6 @@
-"""CISPO (MiniMax-M1, arXiv 2506.13585): REINFORCE under a clipped importance weight that has no gradient."""
+"""CISPO (MiniMax-M1, arXiv 2506.13585): REINFORCE under a clipped importance weight that
+has no gradient.
+"""
 
 from torch import Tensor
 
@@ -8,12 +10,15 @@ from nanoslime.batch import MicroBatch
 
 
 class CISPO(PolicyGradient):
-    """The clip limits the weight of a token's gradient, and takes the gradient from no token."""
+    """The clip limits the weight of a token's gradient, and takes the gradient from no
+    token.
+    """
 
     def policy_terms(
         self, logp: Tensor, log_ratio: Tensor, advantages: Tensor, batch: MicroBatch
     ) -> PolicyTerms:
-        """-clip(ratio, 1 - eps_clip, 1 + eps_clip_high) A logprob (equation 4), the clipped ratio detached.
+        """-clip(ratio, 1 - eps_clip, 1 + eps_clip_high) A logprob (equation 4), the
+        clipped ratio detached.
 
         The clipped ratio is the weight of equation 5.
         """

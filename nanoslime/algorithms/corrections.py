@@ -1,7 +1,8 @@
-"""Corrections for an engine and a trainer that disagree on the probability of the same tokens.
+"""Corrections for an engine and a trainer that disagree on the probability of the same
+tokens.
 
-All of them change numerators only: a rejected token or sequence gives no gradient and still counts in the
-denominator of the loss, which is computed from the original masks.
+All of them change numerators only: a rejected token or sequence gives no gradient and
+still counts in the denominator of the loss, which is computed from the original masks.
 """
 
 from dataclasses import dataclass
@@ -23,20 +24,25 @@ class Correction:
 
 
 def bounded_exp(log_ratio: Tensor) -> Tensor:
-    """exp, flat beyond +-20: an infinite ratio would have a NaN gradient even where a clip decides."""
+    """exp, flat beyond +-20: an infinite ratio would have a NaN gradient even where a
+    clip decides.
+    """
     return log_ratio.clamp(-20.0, 20.0).exp()
 
 
 def correct(
     config: CorrectionConfig, trainer: Tensor, engine: Tensor, mask: Tensor, cu_seqlens: Tensor
 ) -> Correction:
-    """Corrects by the importance weights w = exp(trainer - engine). `trainer`, `engine` [T]: logprobs.
+    """Corrects by the importance weights w = exp(trainer - engine). `trainer`, `engine`
+    [T]: logprobs.
 
-    Truncated importance sampling (F. Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy
-    RL Training", 2025) multiplies by w, clamped. By token, and together with that weight, rejection is IcePop
-    (arXiv 2510.18855). By sequence or geometric mean, it is masked importance sampling (J. Liu et al., "When
-    Speed Kills Stability", 2025); the same source has the veto of a sequence that holds a token which the
-    trainer finds all but impossible. No result has a gradient if the logprobs have none.
+    Truncated importance sampling (F. Yao et al., "Your Efficient RL Framework Secretly
+    Brings You Off-Policy RL Training", 2025) multiplies by w, clamped. By token, and
+    together with that weight, rejection is IcePop (arXiv 2510.18855). By sequence or
+    geometric mean, it is masked importance sampling (J. Liu et al., "When Speed Kills
+    Stability", 2025); the same source has the veto of a sequence that holds a token which
+    the trainer finds all but impossible. No result has a gradient if the logprobs have
+    none.
     """
     log_w = torch.where(mask, trainer - engine, 0.0)
     weight = torch.ones_like(log_w)
@@ -58,7 +64,8 @@ def correct(
 
 
 def importance_weights(log_w: Tensor, mask: Tensor, cu_seqlens: Tensor, level: Level) -> Tensor:
-    """[T]: exp of log_w, of its sum over the sequence, or of its mean over the sequence's tokens in the loss.
+    """[T]: exp of log_w, of its sum over the sequence, or of its mean over the sequence's
+    tokens in the loss.
 
     `log_w` [T] is 0 outside `mask`.
     """
@@ -72,10 +79,11 @@ def importance_weights(log_w: Tensor, mask: Tensor, cu_seqlens: Tensor, level: L
 def off_policy_sequences(
     log_ratio: Tensor, advantages: Tensor, mask: Tensor, cu_seqlens: Tensor, delta: float
 ) -> Tensor:
-    """bool [T]: the tokens that off-policy sequence masking takes out of the policy loss (arXiv 2512.02556).
+    """bool [T]: the tokens that off-policy sequence masking takes out of the policy loss
+    (arXiv 2512.02556).
 
-    Their advantage is negative, and the mean of old - current logprobs over their sequence is above `delta`.
-    `log_ratio` [T] is current - old, 0 outside `mask`.
+    Their advantage is negative, and the mean of old - current logprobs over their
+    sequence is above `delta`. `log_ratio` [T] is current - old, 0 outside `mask`.
     """
     drift = sequence_mean(-log_ratio, mask, cu_seqlens)
     return (advantages < 0) & (drift > delta)

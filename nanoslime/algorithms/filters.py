@@ -12,12 +12,14 @@ _UNUSABLE = {Status.ERROR: "sample_error", Status.ABORTED: "sample_aborted"}
 def filter_groups(
     groups: Sequence[SampleGroup], *, drop_zero_std: bool
 ) -> tuple[list[SampleGroup], Counter[str]]:
-    """The groups to train on, in order, and how many samples or groups were dropped for which reason.
+    """The groups to train on, in order, and how many samples or groups were dropped for
+    which reason.
 
-    Samples: sample_error, sample_aborted, sample_no_response (no token in the loss). Groups: group_empty (no
-    sample left) and, with `drop_zero_std`, group_zero_std: the rewards left to a group_id do not differ, so
-    that all its advantages are zero. Truncated samples are kept, also where a whole group was truncated: the
-    reward speaks for them. Rewards must be set; the given groups stay as they are.
+    Samples: sample_error, sample_aborted, sample_no_response (no token in the loss).
+    Groups: group_empty (no sample left) and, with `drop_zero_std`, group_zero_std: the
+    rewards left to a group_id do not differ, so that all its advantages are zero.
+    Truncated samples are kept, also where a whole group was truncated: the reward speaks
+    for them. Rewards must be set; the given groups stay as they are.
     """
     reasons: Counter[str] = Counter()
     left = []

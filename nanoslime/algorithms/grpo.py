@@ -1,4 +1,6 @@
-"""Group-relative policy optimization (arXiv 2402.03300) and the variants that differ from it by a switch."""
+"""Group-relative policy optimization (arXiv 2402.03300) and the variants that differ from
+it by a switch.
+"""
 
 import torch
 from torch import Tensor
@@ -33,11 +35,12 @@ def clipped_policy_loss(
     eps_high: float,
     eps_dual: float | None = None,
 ) -> PolicyTerms:
-    """max(-ratio A, -clip(ratio, 1 - eps_low, 1 + eps_high) A) [T], and flags [T] where the clip decides.
+    """max(-ratio A, -clip(ratio, 1 - eps_low, 1 + eps_high) A) [T], and flags [T] where
+    the clip decides.
 
-    `ratio`, `advantages` [T]. The source is arXiv 1707.06347, equation 7; an eps_high other than eps_low is
-    clip-higher, arXiv 2503.14476, equation 10. With `eps_dual`, a term is at most -eps_dual A where A < 0
-    (dual clip, arXiv 1912.09729).
+    `ratio`, `advantages` [T]. The source is arXiv 1707.06347, equation 7; an eps_high
+    other than eps_low is clip-higher, arXiv 2503.14476, equation 10. With `eps_dual`, a
+    term is at most -eps_dual A where A < 0 (dual clip, arXiv 1912.09729).
     """
     unclipped = -ratio * advantages
     clipped = -ratio.clamp(1 - eps_low, 1 + eps_high) * advantages

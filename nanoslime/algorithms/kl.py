@@ -1,6 +1,8 @@
-"""Estimators of KL(policy || reference) per token (J. Schulman, "Approximating KL divergence", 2020).
+"""Estimators of KL(policy || reference) per token (J. Schulman, "Approximating KL
+divergence", 2020).
 
-All take logprobs of the sampled tokens, of any one shape, and work with d = ref_logprobs - logprobs.
+All take logprobs of the sampled tokens, of any one shape, and work with d = ref_logprobs
+- logprobs.
 """
 
 from collections.abc import Callable
@@ -24,7 +26,9 @@ def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor, limit: float = torch.inf) -> Tensor:
-    """exp(d) - 1 - d: unbiased in value, never negative, zero at equality (arXiv 2402.03300, equation 4)."""
+    """exp(d) - 1 - d: unbiased in value, never negative, zero at equality (arXiv
+    2402.03300, equation 4).
+    """
     d = (ref_logprobs - logprobs).clamp(-limit, limit)
     return torch.expm1(d) - d
 
@@ -41,11 +45,13 @@ _ESTIMATORS: dict[str, Estimator] = {
 def approx_kl(
     logprobs: Tensor, ref_logprobs: Tensor, kind: KLType, ratio: Tensor | None = None
 ) -> Tensor:
-    """The estimator `kind`, times the importance ratio where one is given; low_var_kl is k3 held within +-10.
+    """The estimator `kind`, times the importance ratio where one is given; low_var_kl is
+    k3 held within +-10.
 
-    With the ratio of the current to the sampling policy, not detached, value and gradient are those of the KL
-    of the current policy (arXiv 2512.02556, "unbiased KL estimate"). low_var_kl also holds d within +-20,
-    since an infinite exp(d) has a NaN gradient even where it is clamped.
+    With the ratio of the current to the sampling policy, not detached, value and gradient
+    are those of the KL of the current policy (arXiv 2512.02556, "unbiased KL estimate").
+    low_var_kl also holds d within +-20, since an infinite exp(d) has a NaN gradient even
+    where it is clamped.
     """
     if kind not in _ESTIMATORS:
         raise ValueError(

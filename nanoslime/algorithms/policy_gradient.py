@@ -1,8 +1,10 @@
-"""What the algorithms have in common; each fills in its own advantages and its own policy term.
+"""What the algorithms have in common; each fills in its own advantages and its own policy
+term.
 
     rewards -> one advantage per rollout -> token advantages [T] -> a loss, summed over the tokens
 
-The loss is the sum of token_weight x (correction x policy term + kl_loss_coef x KL - entropy_coef x entropy).
+The loss is the sum of token_weight x (correction x policy term + kl_loss_coef x KL -
+entropy_coef x entropy).
 """
 
 from abc import ABC, abstractmethod
@@ -21,7 +23,8 @@ from nanoslime.types import SampleGroup
 
 T = TypeVar("T")
 
-# Each token's term of the loss [T], and bool flags [T] by metric name: where the token was clipped.
+# Each token's term of the loss [T], and bool flags [T] by metric name: where the token
+# was clipped.
 PolicyTerms = tuple[Tensor, dict[str, Tensor]]
 
 
@@ -42,8 +45,8 @@ class PolicyGradient(ABC):
     def rollout_advantages(self, rewards: Sequence[float]) -> list[float]:
         """One advantage for each of the `rewards` of a group.
 
-        It is the reward less the group's mean, over their standard deviation where the algorithm has
-        normalize_by_std.
+        It is the reward less the group's mean, over their standard deviation where the
+        algorithm has normalize_by_std.
         """
         by_std = getattr(self.config, "normalize_by_std", False)
         return relative(rewards, by_std=by_std)
@@ -52,20 +55,26 @@ class PolicyGradient(ABC):
     def policy_terms(
         self, logp: Tensor, log_ratio: Tensor, advantages: Tensor, batch: MicroBatch
     ) -> PolicyTerms:
-        """Each token's term of the loss [T], and by metric name where it was clipped (bool [T]).
+        """Each token's term of the loss [T], and by metric name where it was clipped
+        (bool [T]).
 
-        `log_ratio` [T] is current - old logprobs; like `logp` and `advantages` [T] it is 0 outside the loss.
+        `log_ratio` [T] is current - old logprobs; like `logp` and `advantages` [T] it is
+        0 outside the loss.
         """
 
     def returns(self, advantage: float, mask: Tensor, penalty: Tensor) -> Tensor:
-        """[T] of one sequence from its advantage; `penalty` [T] is the KL in the reward. 0 outside `mask`."""
+        """[T] of one sequence from its advantage; `penalty` [T] is the KL in the reward.
+        0 outside `mask`.
+        """
         return torch.where(mask, advantage - penalty, 0.0)
 
     def advantages(self, groups: Sequence[SampleGroup]) -> None:
-        """Sets Sample.advantage from the rewards of all samples with the same group_id, shaped for length.
+        """Sets Sample.advantage from the rewards of all samples with the same group_id,
+        shaped for length.
 
-        Siblings (samples with one rollout_id) count once, as long as the longest of them. Raises ValueError
-        where siblings differ in reward, or a reward is missing or not finite.
+        Siblings (samples with one rollout_id) count once, as long as the longest of them.
+        Raises ValueError where siblings differ in reward, or a reward is missing or not
+        finite.
         """
         samples = [sample for group in groups for sample in group.samples]
         lengths: dict[tuple[int, int], int] = {}
@@ -95,12 +104,14 @@ class PolicyGradient(ABC):
     def token_advantages(
         self, shard: TrainBatch, all_sum: Callable[[Tensor], Tensor]
     ) -> list[Tensor]:
-        """float32 [T_i] per sequence of a rollout: its returns, whitened if normalize_advantages says so.
+        """float32 [T_i] per sequence of a rollout: its returns, whitened if
+        normalize_advantages says so.
 
-        From the returns, kl_coef times the KL of old policy to reference is taken off. They are zero where
-        loss_mask is False. With kl_coef > 0 this needs shard.ref_logprobs, and shard.old_logprobs unless the
-        rollout's logprobs serve as the old ones; it raises ValueError without them. `all_sum` sums a tensor
-        over the data-parallel ranks and is called equally often whatever the shard.
+        From the returns, kl_coef times the KL of old policy to reference is taken off.
+        They are zero where loss_mask is False. With kl_coef > 0 this needs
+        shard.ref_logprobs, and shard.old_logprobs unless the rollout's logprobs serve as
+        the old ones; it raises ValueError without them. `all_sum` sums a tensor over the
+        data-parallel ranks and is called equally often whatever the shard.
         """
         masks = shard.loss_mask
         penalties = self._kl_penalties(shard)
@@ -113,7 +124,9 @@ class PolicyGradient(ABC):
         return found
 
     def _kl_penalties(self, shard: TrainBatch) -> list[Tensor]:
-        """[T_i] per sequence: kl_coef times the KL of old policy to reference, 0 outside the loss."""
+        """[T_i] per sequence: kl_coef times the KL of old policy to reference, 0 outside
+        the loss.
+        """
         config = self.config
         masks = shard.loss_mask
         if not config.kl_coef:
@@ -129,12 +142,13 @@ class PolicyGradient(ABC):
     def loss(
         self, logprobs: Tensor, entropy: Tensor | None, batch: MicroBatch
     ) -> tuple[Tensor, dict[str, Metric]]:
-        """The loss of `batch` and its metrics. The loss is a sum over tokens, each times its token_weight.
+        """The loss of `batch` and its metrics. The loss is a sum over tokens, each times
+        its token_weight.
 
-        Divided by batch.denominator, and summed over all micro-batches, it is the mean that the denominator
-        names. Tokens with loss_mask False contribute exactly nothing, whatever their logprobs. `logprobs`
-        [T], `entropy` [T] or None. Raises ValueError where the batch lacks logprobs that the configuration
-        needs.
+        Divided by batch.denominator, and summed over all micro-batches, it is the mean
+        that the denominator names. Tokens with loss_mask False contribute exactly
+        nothing, whatever their logprobs. `logprobs` [T], `entropy` [T] or None. Raises
+        ValueError where the batch lacks logprobs that the configuration needs.
         """
         config = self.config
         mask = batch.loss_mask
@@ -185,7 +199,9 @@ class PolicyGradient(ABC):
         return total, metrics
 
     def _old(self, rollout: T, recomputed: T | None) -> T:
-        """The old policy's logprobs, from the rollout or recomputed by the trainer, as configured."""
+        """The old policy's logprobs, from the rollout or recomputed by the trainer, as
+        configured.
+        """
         if self.config.old_logprobs == "rollout":
             return rollout
         return self._present(recomputed, "old_logprobs")
@@ -199,10 +215,12 @@ class PolicyGradient(ABC):
 def whitened(
     values: Sequence[Tensor], masks: Sequence[Tensor], all_sum: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
-    """(x - mean) / sqrt(var + 1e-8) over all tokens with `masks` on all ranks; 0 elsewhere. var is unbiased.
+    """(x - mean) / sqrt(var + 1e-8) over all tokens with `masks` on all ranks; 0
+    elsewhere. var is unbiased.
 
-    Statistics are taken over the whole rollout, as in arXiv 2501.03262, in float64 and in two passes. The
-    result is exactly zero where all values are equal. `values`, `masks`: [T_i] per sequence.
+    Statistics are taken over the whole rollout, as in arXiv 2501.03262, in float64 and in
+    two passes. The result is exactly zero where all values are equal. `values`, `masks`:
+    [T_i] per sequence.
     """
     per_sequence = [value[mask] for value, mask in zip(values, masks, strict=True)]
     mine = torch.cat(per_sequence).double()
@@ -222,5 +240,7 @@ def whitened(
 
 
 def _in_loss(values: Tensor, mask: Tensor) -> Tensor:
-    """Zero outside the loss, before any exp: a masked inf or NaN must reach neither value nor gradient."""
+    """Zero outside the loss, before any exp: a masked inf or NaN must reach neither value
+    nor gradient.
+    """
     return torch.where(mask, values, 0.0)

@@ -1,4 +1,6 @@
-"""From scored groups to the groups that are trained on: filters, advantages and the metrics of a rollout."""
+"""From scored groups to the groups that are trained on: filters, advantages and the
+metrics of a rollout.
+"""
 
 import math
 from collections.abc import Sequence
@@ -21,7 +23,8 @@ class PreparedGroups:
 
 
 def prepare(groups: Sequence[SampleGroup], algorithm: PolicyGradient) -> PreparedGroups:
-    """Filters `groups`, whose rewards must be set, and gives the samples that are left their advantages.
+    """Filters `groups`, whose rewards must be set, and gives the samples that are left
+    their advantages.
 
     Raises what `filter_groups` and `PolicyGradient.advantages` raise.
     """
@@ -34,7 +37,8 @@ def prepare(groups: Sequence[SampleGroup], algorithm: PolicyGradient) -> Prepare
 
 
 def group_metrics(groups: Sequence[SampleGroup]) -> dict[str, float]:
-    """Describes all samples of a rollout. Rewards are taken over the samples that have one.
+    """Describes all samples of a rollout. Rewards are taken over the samples that have
+    one.
 
     Means are NaN where no sample has a reward.
     """

@@ -1,4 +1,6 @@
-"""REINFORCE with a baseline instead of a critic: leave-one-out (RLOO), and REINFORCE++ in its two forms."""
+"""REINFORCE with a baseline instead of a critic: leave-one-out (RLOO), and REINFORCE++ in
+its two forms.
+"""
 
 from collections.abc import Sequence
 
@@ -11,7 +13,9 @@ from nanoslime.config.algorithm import ReinforcePPConfig
 
 
 class RLOO(GRPO):
-    """arXiv 2402.14740; the loss is PPO's clipped one, the same as REINFORCE's with one step per rollout."""
+    """arXiv 2402.14740; the loss is PPO's clipped one, the same as REINFORCE's with one
+    step per rollout.
+    """
 
     def rollout_advantages(self, rewards: Sequence[float]) -> list[float]:
         """r_i - mean of the others, which is n / (n - 1) (r_i - mean of all)."""
@@ -24,7 +28,9 @@ class ReinforcePPBaseline(GRPO):
 
 
 class ReinforcePP(GRPO):
-    """arXiv 2501.03262: the reward itself, as a return of each token, whitened over the batch."""
+    """arXiv 2501.03262: the reward itself, as a return of each token, whitened over the
+    batch.
+    """
 
     config: ReinforcePPConfig
 
@@ -32,8 +38,9 @@ class ReinforcePP(GRPO):
         return list(rewards)
 
     def returns(self, advantage: float, mask: Tensor, penalty: Tensor) -> Tensor:
-        """[T]: sum over s >= t of gamma^(s-t) x_s, where x is -penalty, plus the reward on the last token in
-        the loss (not always the last: tool output may follow). s - t counts all positions.
+        """[T]: sum over s >= t of gamma^(s-t) x_s, where x is -penalty, plus the reward
+        on the last token in the loss (not always the last: tool output may follow). s - t
+        counts all positions.
         """
         rewards = torch.where(mask, -penalty, 0.0).double()
         rewards[mask.nonzero()[-1:, 0]] += advantage
@@ -41,7 +48,9 @@ class ReinforcePP(GRPO):
 
 
 def discounted(rewards: Tensor, gamma: float) -> Tensor:
-    """[T]: sum over s >= t of gamma^(s-t) rewards[s], in log2(T) steps that double the span."""
+    """[T]: sum over s >= t of gamma^(s-t) rewards[s], in log2(T) steps that double the
+    span.
+    """
     total, span = rewards, 1
     while span < len(total):
         total = total + gamma**span * F.pad(total[span:], (0, span))

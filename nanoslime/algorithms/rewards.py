@@ -1,4 +1,6 @@
-"""From rewards to one advantage per rollout: by group_id, for groups of any size, in float64."""
+"""From rewards to one advantage per rollout: by group_id, for groups of any size, in
+float64.
+"""
 
 from collections.abc import Sequence
 
@@ -10,9 +12,11 @@ ZERO_STD = 1e-6  # what spreads no more than this counts as equal
 
 
 def rewards_by_group(groups: Sequence[SampleGroup]) -> dict[int, dict[int, float]]:
-    """{group_id: {rollout_id: reward}}, also where a group_id is spread over several SampleGroups.
+    """{group_id: {rollout_id: reward}}, also where a group_id is spread over several
+    SampleGroups.
 
-    Raises ValueError where siblings of one rollout differ in reward, or a reward is missing or not finite.
+    Raises ValueError where siblings of one rollout differ in reward, or a reward is
+    missing or not finite.
     """
     found: dict[int, dict[int, float]] = {}
     for group in groups:
@@ -31,8 +35,9 @@ def rewards_by_group(groups: Sequence[SampleGroup]) -> dict[int, dict[int, float
 
 
 def overlong_penalty(length: int, max_length: int, buffer: int, penalty: float) -> float:
-    """What is added to the reward of a response of `length` tokens: 0 up to max_length - buffer, from there
-    falling linearly to -penalty at max_length (soft over-long punishment, arXiv 2503.14476, equation 13).
+    """What is added to the reward of a response of `length` tokens: 0 up to max_length
+    - buffer, from there falling linearly to -penalty at max_length (soft over-long
+    punishment, arXiv 2503.14476, equation 13).
     """
     return -penalty * min(max((length - (max_length - buffer)) / buffer, 0.0), 1.0)
 
@@ -45,7 +50,8 @@ def spreads(rewards: Sequence[float]) -> bool:
 
 
 def relative(rewards: Sequence[float], *, by_std: bool) -> list[float]:
-    """r - mean (arXiv 2503.20783), with `by_std` over std + 1e-6 (arXiv 2402.03300, section 4.1.2; unbiased).
+    """r - mean (arXiv 2503.20783), with `by_std` over std + 1e-6 (arXiv 2402.03300,
+    section 4.1.2; unbiased).
 
     Exactly zero for a group of one and for equal rewards, whose mean may not be exact.
     """

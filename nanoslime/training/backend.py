@@ -1,5 +1,6 @@
 """One trainer rank as the rest of the program sees it, and what all backends do alike."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,34 +18,38 @@ from nanoslime.config import RunConfig
 from nanoslime.config.training import TrainingConfig
 from nanoslime.training.metrics import ReducedMetrics
 from nanoslime.training.schedule import lr_at
-from nanoslime.training.skipping import Progress
+from nanoslime.training.skipping import StepHistory
 from nanoslime.training.sleep import DeviceMemory
 from nanoslime.types import RunError
 
-MAX_KEPT = (
-    16  # batches of skipped steps in a run: a run that skips all of them shall not fill the disk
-)
+logger = logging.getLogger(__name__)
+
+# A run keeps so many batches of skipped steps: one that skips all shall not fill the disk.
+MAX_KEPT = 16
 
 
 @dataclass(frozen=True, slots=True)
 class RankEnv:
-    """Who this rank is. `init_method` is tcp://ADDRESS:PORT of rank 0, or env:// under torchrun."""
+    """Who this rank is."""
 
     rank: int
     world_size: int
     local_rank: int
     device: Literal["cpu", "cuda"]
-    init_method: str
+    init_method: str  # tcp://ADDRESS:PORT of rank 0, or env:// under torchrun
 
     @property
     def torch_device(self) -> torch.device:
-        return (
-            torch.device("cuda", self.local_rank) if self.device == "cuda" else torch.device("cpu")
-        )
+        if self.device == "cuda":
+            return torch.device("cuda", self.local_rank)
+        return torch.device("cpu")
 
 
 class Algorithm(Protocol):
-    """See nanoslime/algorithms: maths on tensors, no I/O, no process groups."""
+    """What a backend asks of an algorithm: maths on tensors, no I/O, no process groups.
+
+    nanoslime.algorithms.policy_gradient says what the methods return.
+    """
 
     denominator: Literal["tokens", "sequences", "fixed"]
     needs_old_logprobs: bool
@@ -54,6 +59,7 @@ class Algorithm(Protocol):
     def token_advantages(
         self, shard: TrainBatch, all_sum: Callable[[Tensor], Tensor]
     ) -> list[Tensor]: ...
+
     def loss(
         self, logprobs: Tensor, entropy: Tensor | None, batch: MicroBatch
     ) -> tuple[Tensor, dict[str, Metric]]: ...
@@ -62,29 +68,36 @@ class Algorithm(Protocol):
 class TrainBackend(ABC):
     """One rank's view; all ranks make the same calls, each with its data-parallel shard.
 
-    Construction is collective: it joins the process group and loads the weights of a model's directory.
-    For parity tests backends also have `grad_shards()`: as weight_shards, but the clipped float32 gradients
-    of the last step, summed over data parallelism (under Megatron's distributed optimizer, its share only).
+    Construction is collective: it joins the process group and loads the weights of a
+    model's directory. For parity tests backends also have `grad_shards()`: as
+    weight_shards, but the clipped float32 gradients of the last step, summed over data
+    parallelism (under Megatron's distributed optimizer, the rank's share only).
     """
 
     dp_rank: int
     dp_size: int
     is_last_stage: bool  # of the pipeline: logprobs exist here
+    # Keeps the batches of the first skipped steps, as step_<k>/rank_<r>.pt for
+    # TrainBatch.load: on the weights of that time they give the same gradient norm again.
     skipped_dir: Path | None = None
-    """Where the batches of the first skipped steps are kept: step_<k>/rank_<r>.pt, for TrainBatch.load;
-    with the weights of that time a step on them has the same gradient norm."""
 
     def __init__(self, config: RunConfig, env: RankEnv) -> None:
-        self._config, self._training, self._device = config, config.training, env.torch_device
-        self._reference, self._policy_aside = list[Tensor](), list[Tensor]()  # both on the host
-        self._past, self._memory = Progress(), DeviceMemory(self._device)
+        self._config = config
+        self._training = config.training
+        self._device = env.torch_device
+        self._history = StepHistory()
+        self._memory = DeviceMemory(self._device)
+        # The reference's weights, and room for the policy's while the reference is in
+        # use; both on the host.
+        self._reference: list[Tensor] = []
+        self._policy_aside: list[Tensor] = []
 
     def logprobs(self, shard: TrainBatch, weights: Literal["policy", "ref"]) -> list[Tensor] | None:
-        """[T_i] float32 per sequence of `shard.token_ids`, in order, on the CPU; on the last pipeline stage.
+        """float32 [T_i] per sequence of `shard`, on the CPU; None before the last stage.
 
-        None elsewhere. Under training.routing_replay=R2 the policy's choice of experts is put into `shard`;
-        the reference makes its own in any case.
-        Raises ValueError for "ref" where the algorithm was configured without one.
+        Under training.routing_replay=R2 the policy's choice of experts is put into
+        `shard`; the reference chooses for itself in any case. Raises ValueError for "ref"
+        where the algorithm was configured without a reference.
         """
         with torch.no_grad(), self._weights(weights):
             packs = self._packed_logprobs(shard, weights)
@@ -92,29 +105,30 @@ class TrainBackend(ABC):
             return None
         found: dict[int, Tensor] = {}
         for indices, pack in zip(shard.microbatches, packs, strict=True):
-            parts = pack.cpu().split([len(shard.token_ids[i]) for i in indices])
-            found.update(zip(indices, parts, strict=True))
+            lengths = [len(shard.token_ids[i]) for i in indices]
+            sequences = pack.cpu().split(lengths)
+            found.update(zip(indices, sequences, strict=True))
         return [found[i] for i in range(len(shard.token_ids))]
 
     def train_step(self, shard: TrainBatch, algorithm: Algorithm) -> StepMetrics:
-        """Forward, backward and optimizer step over the shard's micro-batches; the same result on every rank.
+        """Makes an optimizer step; the result is the same on every rank.
 
-        The gradient is clipped to a global norm of clip_grad. A norm that is not finite, or that
-        skip_grad_norm_above refuses, skips the update, but counts in the schedule of the learning rate.
+        The gradient is clipped to a global norm of clip_grad. A norm that is not finite,
+        or that skip_grad_norm_above refuses, skips the update, but counts in the schedule
+        of the learning rate.
         """
+        history = self._history
         total_steps = self._config.rollout.num_rollout * self._training.num_steps_per_rollout
-        lr = lr_at(self._past.step, config=self._training, total_steps=total_steps)
+        lr = lr_at(history.optimizer_step, config=self._training, total_steps=total_steps)
         metrics = self._backward(shard, algorithm)
         norm = self._grad_norm()
-        accepted = self._past.accepts(norm, self._training.skip_grad_norm_above)
+        accepted = history.accepts(norm, self._training.skip_grad_norm_above)
         if accepted:
-            scale = self._training.clip_grad / (norm + 1e-6)
-            if 0 < scale < 1 and (grads := self._grads()):  # a stage may have nothing to train
-                torch._foreach_mul_(grads, scale)
+            self._clip(norm)
             self._update(lr)
-        elif self.skipped_dir and self._past.num_skipped <= MAX_KEPT:
-            shard.save(self.skipped_dir / f"step_{self._past.step}" / f"rank_{dist.get_rank()}.pt")
-        self._past.step += 1
+        elif self.skipped_dir and history.num_skipped <= MAX_KEPT:
+            self._keep_skipped(shard, norm, self.skipped_dir)
+        history.optimizer_step += 1
         return StepMetrics(
             loss=metrics.loss,
             grad_norm=norm,
@@ -122,14 +136,38 @@ class TrainBackend(ABC):
             skipped=not accepted,
             means=metrics.means,
             maxima=metrics.maxima,
-            num_skipped=self._past.num_skipped,
+            num_skipped=history.num_skipped,
         )
 
-    def sleep(self) -> None:
-        """Frees the memory of weights, gradients and optimizer state until `wake`; no collective.
+    def _clip(self, norm: float) -> None:
+        """Scales the gradient of global norm `norm` down to clip_grad; 0 is no limit."""
+        scale = self._training.clip_grad / (norm + 1e-6)
+        if not 0 < scale < 1:
+            return
+        grads = self._grads()
+        if grads:  # a pipeline stage may have nothing to train
+            torch._foreach_mul_(grads, scale)
 
-        Weights and optimizer state are the same bits afterwards; gradients are zeros, or none, since each
-        step begins by clearing them. In between the rank can do nothing else.
+    def _keep_skipped(self, shard: TrainBatch, norm: float, skipped_dir: Path) -> None:
+        """Saves this rank's share of a skipped step's batch for a later look."""
+        optimizer_step = self._history.optimizer_step
+        directory = skipped_dir / f"step_{optimizer_step}"
+        rank = dist.get_rank()
+        shard.save(directory / f"rank_{rank}.pt")
+        if rank == 0:
+            logger.warning(
+                "optimizer step %d skipped: gradient norm %g; its batch is kept in %s",
+                optimizer_step,
+                norm,
+                directory,
+            )
+
+    def sleep(self) -> None:
+        """Frees the memory of weights, gradients and optimizer state; no collective.
+
+        `wake` takes it again: weights and optimizer state are then the same bits; gradients
+        are zeros, or none, since each step begins by clearing them. In between the rank can
+        do nothing else.
         """
         self._memory.release(*self._live_tensors())
 
@@ -143,58 +181,80 @@ class TrainBackend(ABC):
 
     @abstractmethod
     def weight_shards(self) -> Iterator[WeightShard]:
-        """This rank's pieces of the Hugging Face tensors, in the same order at every call; no collective.
+        """This rank's shards of the Hugging Face tensors; no collective.
 
-        Over all ranks each element comes at least once; replicas (DP, norms under TP) may repeat it.
+        They come in the same order at every call.
+        Over all ranks each element comes at least once; replicas (DP, norms under TP) may
+        repeat it.
         """
 
     @abstractmethod
     def save(self, path: Path) -> None:
-        """Writes weights, optimizer, RNG and step into the existing empty directory `path`; collective."""
+        """Writes weights, optimizer, RNG and history into the empty directory `path`.
+
+        It is a collective call.
+        """
 
     @abstractmethod
     def load(self, path: Path) -> None:
-        """Restores what `save` wrote, but not the reference: that remains the model's files; collective."""
+        """Restores what `save` wrote; a collective call.
 
-    # What a backend does in its own way. `_backward` fills gradients summed over ranks and returns metrics
-    # on every rank; `_grad_norm`, `_grads` and `_update` come after it, in this order.
-    @abstractmethod  # [T] per micro-batch, last stage only; the weights are those asked for
+        The reference stays as the model's files have it.
+        """
+
+    # The methods below are what each backend does in its own way. train_step calls
+    # `_backward`, `_grad_norm`, `_grads` and `_update` in this order.
+
+    @abstractmethod
     def _packed_logprobs(
         self, shard: TrainBatch, weights: Literal["policy", "ref"]
-    ) -> list[Tensor]: ...
+    ) -> list[Tensor]:
+        """[T] per micro-batch, on the last stage only. The model holds `weights` already."""
+
     @abstractmethod
-    def _backward(self, shard: TrainBatch, algorithm: Algorithm) -> ReducedMetrics: ...
+    def _backward(self, shard: TrainBatch, algorithm: Algorithm) -> ReducedMetrics:
+        """Fills the gradients, summed over ranks, and returns metrics on every rank."""
+
     @abstractmethod
-    def _grad_norm(self) -> float: ...  # of the whole gradient, the same on every rank
+    def _grad_norm(self) -> float:
+        """The norm of the whole gradient, the same on every rank."""
+
     @abstractmethod
-    def _grads(self) -> list[Tensor]: ...  # what the optimizer will use on this rank
+    def _grads(self) -> list[Tensor]:
+        """The gradients that the optimizer will use on this rank."""
+
     @abstractmethod
-    def _update(self, lr: float) -> None: ...
+    def _update(self, lr: float) -> None:
+        """Makes the optimizer's step."""
+
     @abstractmethod
-    def _parameters(self) -> list[Tensor]: ...  # the live tensors of this rank
+    def _parameters(self) -> list[Tensor]:
+        """The live parameters of this rank."""
+
     @abstractmethod
-    def _live_tensors(
-        self,
-    ) -> tuple[list[Tensor], list[Tensor]]: ...  # to keep asleep, and gradient buffers
+    def _live_tensors(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What to keep while asleep, and gradient buffers, which need not be kept."""
 
     def _keep_reference(self) -> None:
-        """On the CPU, where the algorithm needs a reference: the weights as they are, and room for others."""
-        if self._config.algorithm.needs_reference:
-            live = self._parameters()
-            self._reference = [p.detach().to("cpu", copy=True) for p in live]
-            self._policy_aside = [
-                torch.empty_like(p, device="cpu", pin_memory=p.is_cuda) for p in live
-            ]
+        """Keeps the present weights on the host if the algorithm needs a reference."""
+        if not self._config.algorithm.needs_reference:
+            return
+        for param in self._parameters():
+            copy = param.detach().to("cpu", copy=True)
+            room = torch.empty_like(param, device="cpu", pin_memory=param.is_cuda)
+            self._reference.append(copy)
+            self._policy_aside.append(room)
 
     @contextmanager
     def _weights(self, which: Literal["policy", "ref"]) -> Iterator[None]:
-        """Inside, the model's parameters are the reference's where asked; the policy's again after it."""
+        """Inside, the model has the weights `which`; afterwards, the policy's again."""
         if which == "policy":
             yield
             return
         if not self._reference:
             raise ValueError(
-                "reference logprobs need kl_coef > 0 or use_kl_loss; no such weights are kept"
+                "reference logprobs need kl_coef > 0 or use_kl_loss;"
+                " without one of them the reference's weights are not kept"
             )
         live = self._parameters()
         torch._foreach_copy_(self._policy_aside, live)
@@ -206,26 +266,34 @@ class TrainBackend(ABC):
 
 
 def init_process_group(env: RankEnv, config: TrainingConfig) -> None:
-    """Joins the trainers' default process group, unless this process is in it: gloo, with CUDA also NCCL.
+    """Joins the trainers' default process group, unless this process is in it already.
 
-    All ranks must be here within start_deadline_s, else RunError; collectives have collective_deadline_s.
+    Its backend is gloo, and on CUDA also NCCL. Raises RunError where not all ranks are here
+    within start_deadline_s. Collectives have collective_deadline_s.
     """
     if dist.is_initialized():
         return
     if env.device == "cuda":
         torch.cuda.set_device(env.local_rank)
-    start = timedelta(seconds=config.start_deadline_s)
+    start_deadline = timedelta(seconds=config.start_deadline_s)
+    collective_deadline = timedelta(seconds=config.collective_deadline_s)
     try:
-        meeting = dist.rendezvous(env.init_method, env.rank, env.world_size, timeout=start)
-        store, rank, world_size = next(meeting)
+        rendezvous = dist.rendezvous(
+            env.init_method, env.rank, env.world_size, timeout=start_deadline
+        )
+        store, rank, world_size = next(rendezvous)
         store.set(f"trainer rank {rank}", "here")
-        store.wait([f"trainer rank {other}" for other in range(world_size)], start)
+        store.wait([f"trainer rank {other}" for other in range(world_size)], start_deadline)
     except RuntimeError as e:
-        who = f"trainer rank {env.rank} of {env.world_size}"
-        late = f"at {env.init_method} within training.start_deadline_s={config.start_deadline_s:g}"
-        raise RunError(f"{who} did not meet the others {late}; their logs say why: {e}") from e
-    backend = "cpu:gloo,cuda:nccl" if env.device == "cuda" else "gloo"
-    place = {"store": dist.PrefixStore("default_pg", store), "rank": rank, "world_size": world_size}
+        raise RunError(
+            f"trainer rank {env.rank} of {env.world_size} did not meet the others at"
+            f" {env.init_method} within training.start_deadline_s={config.start_deadline_s:g};"
+            f" their logs say why: {e}"
+        ) from e
     dist.init_process_group(
-        backend, **place, timeout=timedelta(seconds=config.collective_deadline_s)
+        backend="cpu:gloo,cuda:nccl" if env.device == "cuda" else "gloo",
+        store=dist.PrefixStore("default_pg", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=collective_deadline,
     )

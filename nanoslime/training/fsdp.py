@@ -1,6 +1,8 @@
-"""The FSDP2 backend: data parallelism of a transformers model, for one node or where Megatron has no model.
+"""The FSDP2 backend: data parallelism of a transformers model, for one node or where
+Megatron has no model.
 
-files -> shards (fsdp_model) -> packed forward to logprobs -> loss, a sum -> summed gradients -> clip -> AdamW
+files -> shards (fsdp_model) -> packed forward to logprobs -> loss, a sum -> summed
+gradients -> clip -> AdamW
 """
 
 import math
@@ -23,11 +25,13 @@ from nanoslime.models.trainable import check_data_parallel_only
 from nanoslime.training.backend import Algorithm, RankEnv, TrainBackend, init_process_group
 from nanoslime.training.fsdp_model import build_sharded, local_rows
 from nanoslime.training.metrics import MetricSums, ReducedMetrics
-from nanoslime.training.skipping import Progress
+from nanoslime.training.skipping import StepHistory
 
 
 class FSDPBackend(TrainBackend):
-    """Joins the default process group where that has not been done."""
+    """TrainBackend on FSDP2. It joins the default process group where that has not been
+    done.
+    """
 
     is_last_stage = True
 
@@ -35,7 +39,8 @@ class FSDPBackend(TrainBackend):
         check_data_parallel_only(config.training)
         super().__init__(config, env)
         init_process_group(env, config.training)
-        self.dp_rank, self.dp_size = env.rank, env.world_size
+        self.dp_rank = env.rank
+        self.dp_size = env.world_size
         mesh = init_device_mesh(env.device, (env.world_size,))
         self._policy = build_sharded(model_dir, config, mesh, self._device)
         self._model = self._policy.causal_lm
@@ -48,22 +53,29 @@ class FSDPBackend(TrainBackend):
         return total
 
     def weight_shards(self) -> Iterator[WeightShard]:
-        """Own rows of each tensor, float32; of tied tensors the first name only."""
-        return self._shards(of_gradients=False)
+        """This rank's rows of each tensor, float32; tied tensors come once, under their
+        first name.
+        """
+        for name, param in self._model.named_parameters():
+            yield from _own_rows(name, param, param.detach())
 
     def grad_shards(self) -> Iterator[WeightShard]:
-        return self._shards(of_gradients=True)
+        for name, param in self._model.named_parameters():
+            if param.grad is not None:
+                yield from _own_rows(name, param, param.grad)
 
     def save(self, path: Path) -> None:
         dcp.save(self._state(), checkpoint_id=path)
 
     def load(self, path: Path) -> None:
-        """Reads what `save` wrote, by any number of ranks."""
+        """Reads what `save` wrote, on any number of ranks."""
         stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        # fewer ranks leave fewer generators' states
-        state = {k: v for k, v in self._state().items() if k in stored or not k.startswith("rng.")}
+        state = self._state()
+        for name in self._generators():
+            if name not in stored:  # saved by fewer ranks
+                del state[name]
         dcp.load(state, checkpoint_id=path)
-        self._past = Progress(**state["progress"])
+        self._history = StepHistory(**state["step_history"])
         for name, generator in self._generators().items():
             if name in state:
                 generator.set_state(state[name])
@@ -71,9 +83,12 @@ class FSDPBackend(TrainBackend):
     def _packed_logprobs(
         self, shard: TrainBatch, weights: Literal["policy", "ref"]
     ) -> list[Tensor]:
-        return [
-            self._policy(shard.microbatch(i).to(self._device))[0].cpu() for i in shard.microbatches
-        ]
+        packs = []
+        for indices in shard.microbatches:
+            batch = shard.microbatch(indices).to(self._device)
+            logprobs, _ = self._policy(batch)
+            packs.append(logprobs.cpu())
+        return packs
 
     def _backward(self, shard: TrainBatch, algorithm: Algorithm) -> ReducedMetrics:
         self._optimizer.zero_grad()
@@ -90,8 +105,8 @@ class FSDPBackend(TrainBackend):
         return [p.grad.to_local() for p in self._model.parameters() if p.grad is not None]
 
     def _grad_norm(self) -> float:
-        squares = torch.stack([grad.double().square().sum() for grad in self._grads()]).sum()
-        return math.sqrt(self.all_sum(squares).item())
+        squares = torch.stack([grad.double().square().sum() for grad in self._grads()])
+        return math.sqrt(self.all_sum(squares.sum()).item())
 
     def _update(self, lr: float) -> None:
         for group in self._optimizer.param_groups:
@@ -103,47 +118,64 @@ class FSDPBackend(TrainBackend):
 
     def _live_tensors(self) -> tuple[list[Tensor], list[Tensor]]:
         self._optimizer.zero_grad()
-        states = [value for state in self._optimizer.state.values() for value in state.values()]
-        moments = [value.to_local() for value in states if isinstance(value, DTensor)]
-        return [*self._parameters(), *self._model.buffers(), *moments], []
-
-    def _shards(self, *, of_gradients: bool) -> Iterator[WeightShard]:
-        for name, param in self._model.named_parameters():
-            rows = local_rows(param)
-            value = param.grad if of_gradients else param.detach()
-            if rows.start < rows.stop and value is not None:
-                slices = (rows, *(slice(0, size) for size in param.shape[1:]))
-                yield WeightShard(name, tuple(param.shape), slices, value.to_local())
+        kept = [*self._parameters(), *self._model.buffers()]
+        for state in self._optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, DTensor):
+                    kept.append(value.to_local())
+        return kept, []
 
     def _state(self) -> dict[str, Any]:
-        """What a checkpoint holds, by flat names. Tensors are the live ones: loading fills them in place."""
-        state: dict[str, Any] = {"progress": asdict(self._past)}
+        """The contents of a checkpoint, by flat names. Tensors are the live ones: loading
+        fills them in place.
+        """
+        state: dict[str, Any] = {"step_history": asdict(self._history)}
         for name, param in self._model.named_parameters():
-            moments = self._optimizer.state[param] if param.requires_grad else {}
-            if param.requires_grad and not moments:  # before the first step
-                moments["step"] = torch.tensor(0.0)
-                moments["exp_avg"] = torch.zeros_like(param)
-                moments["exp_avg_sq"] = torch.zeros_like(param)
             state[f"model.{name}"] = param.detach()
-            state |= {f"optimizer.{name}.{kind}": value for kind, value in moments.items()}
-        return state | {
-            name: generator.get_state() for name, generator in self._generators().items()
-        }
+            if param.requires_grad:
+                for kind, value in self._optimizer_state(param).items():
+                    state[f"optimizer.{name}.{kind}"] = value
+        for name, generator in self._generators().items():
+            state[name] = generator.get_state()
+        return state
+
+    def _optimizer_state(self, param: Tensor) -> dict[str, Tensor]:
+        """AdamW's live state of a parameter, which is made here before the first step."""
+        state = self._optimizer.state[param]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(param)
+            state["exp_avg_sq"] = torch.zeros_like(param)
+        return state
 
     def _generators(self) -> dict[str, torch.Generator]:
+        """The random generators of this rank, by their names in a checkpoint."""
         generators = {f"rng.{self.dp_rank}.cpu": torch.default_generator}
         if self._device.type == "cuda":
-            generators[f"rng.{self.dp_rank}.cuda"] = torch.cuda.default_generators[
-                self._device.index
-            ]
+            default = torch.cuda.default_generators[self._device.index]
+            generators[f"rng.{self.dp_rank}.cuda"] = default
         return generators
+
+
+def _own_rows(name: str, param: DTensor, value: DTensor) -> Iterator[WeightShard]:
+    """The shard of `value`, which is distributed as `param`; none where this rank has no
+    row of it.
+    """
+    rows = local_rows(param)
+    if rows.start < rows.stop:
+        other_dimensions = [slice(0, size) for size in param.shape[1:]]
+        slices = (rows, *other_dimensions)
+        yield WeightShard(name, tuple(param.shape), slices, value.to_local())
 
 
 def _make_optimizer(model: torch.nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     """AdamW (arXiv 1711.05101) without decay of vectors (norms, biases)."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trained if p.dim() >= 2]
-    others = {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, others]
+    matrices = [p for p in trained if p.dim() >= 2]
+    vectors = [p for p in trained if p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     betas = (config.adam_beta1, config.adam_beta2)
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.adam_eps)

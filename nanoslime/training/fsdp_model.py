@@ -1,4 +1,6 @@
-"""A transformers causal LM as FSDP2 shards, built without memory: a rank reads its own rows of the files."""
+"""A transformers causal LM as FSDP2 shards, built without memory: a rank reads its own
+rows of the files.
+"""
 
 from collections import defaultdict
 from pathlib import Path
@@ -10,7 +12,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from torch.nn.modules.dropout import _DropoutNd
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from nanoslime.batch import MicroBatch
@@ -20,7 +23,8 @@ from nanoslime.storage.safetensors_file import read_headers
 from nanoslime.training.logprobs import token_logprobs
 from nanoslime.types import RunError
 
-# settings of models that do more to the hidden states than multiply them with the output weight
+# settings of models that do more to the hidden states than multiply them with the output
+# weight
 _LOGITS_ARE_CHANGED_BY = (
     "final_logit_softcapping",
     "logit_scale",
@@ -30,30 +34,45 @@ _LOGITS_ARE_CHANGED_BY = (
 
 
 class Policy(torch.nn.Module):
-    """A causal LM whose forward gives logprobs; as the root of FSDP it has the output weight whole."""
+    """A causal LM whose forward gives logprobs; as the root of FSDP it has the output
+    weight whole.
+
+    Raises RunError for a model whose logits are not the product of hidden states and one
+    weight.
+    """
 
     def __init__(self, causal_lm: PreTrainedModel) -> None:
         super().__init__()
-        self.causal_lm, config = causal_lm, causal_lm.config.get_text_config()
-        self.vocab_size, head = config.vocab_size, causal_lm.get_output_embeddings()
-        changed = [
-            name
-            for name in _LOGITS_ARE_CHANGED_BY
-            if getattr(config, name, None) not in (None, 1.0)
-        ]
-        if changed or not isinstance(head, torch.nn.Linear) or head.bias is not None:
-            what = changed[0] if changed else f"an output layer that is {head}"
+        self.causal_lm = causal_lm
+        config = causal_lm.config.get_text_config()
+        self.vocab_size = config.vocab_size
+        model_name = type(causal_lm).__name__
+        for name in _LOGITS_ARE_CHANGED_BY:
+            value = getattr(config, name, None)
+            if value not in (None, 1.0):
+                raise RunError(
+                    f"{model_name} has {name}={value} in its config.json: its logits are not the"
+                    " product of hidden states and a weight, which the fsdp backend computes"
+                )
+        head = causal_lm.get_output_embeddings()
+        if not isinstance(head, torch.nn.Linear) or head.bias is not None:
             raise RunError(
-                f"{type(causal_lm).__name__} has {what}: its logits are no product with a weight"
+                f"{model_name} has an output layer that is {head}: its logits are not the"
+                " product of hidden states and a weight, which the fsdp backend computes"
             )
 
     def forward(
         self, batch: MicroBatch, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """[T] each, as token_logprobs has it."""
-        # Without a mask, transformers separates packed sequences where the positions start again.
-        pack = {"input_ids": batch.token_ids[None], "position_ids": batch.positions[None]}
-        hidden = self.causal_lm.get_decoder()(**pack, use_cache=False).last_hidden_state[0]
+        """Logprobs [T] and, where asked, entropies [T] of the tokens of `batch`, as
+        `token_logprobs` gives.
+        """
+        # Without a mask, transformers separates packed sequences where the positions
+        # start again.
+        output = self.causal_lm.get_decoder()(
+            input_ids=batch.token_ids[None], position_ids=batch.positions[None], use_cache=False
+        )
+        hidden = output.last_hidden_state[0]
         weight = self.causal_lm.get_output_embeddings().weight
         return token_logprobs(
             hidden,
@@ -69,37 +88,23 @@ class Policy(torch.nn.Module):
 def build_sharded(
     model_dir: Path, config: RunConfig, mesh: DeviceMesh, device: torch.device
 ) -> Policy:
-    """The model of `model_dir`, sharded over `mesh` by decoder layer, with float32 parameters from its files.
+    """The model of `model_dir`, sharded over `mesh` by decoder layer, with float32
+    parameters from its files.
 
-    Gradients are summed over the mesh, not averaged: losses are divided by global denominators beforehand.
-    Raises RunError where tensors of model and files differ in name or shape, and as frozen_names does.
+    Gradients are summed over the mesh, not averaged: losses are divided by global
+    denominators beforehand. Raises RunError where tensors of model and files differ in
+    name or shape, and as frozen_names does.
     """
-    half, trusted = config.model.dtype == "bfloat16", config.model.trust_remote_code
-    flash = half and device.type == "cuda" and is_flash_attn_2_available()
-    hf_config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trusted)
-    text_config = hf_config.get_text_config()
-    for (
-        name,
-        value,
-    ) in text_config.to_dict().items():  # old and current logprobs must be the same function
-        if ("drop" in name or "jitter" in name) and isinstance(value, float):
-            setattr(text_config, name, 0.0)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            hf_config,
-            dtype=torch.float32,
-            trust_remote_code=trusted,
-            attn_implementation="flash_attention_2" if flash else "sdpa",
-        )
-    model.eval()
-    if config.training.recompute:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()  # transformers recomputes in training mode only
+    half = config.model.dtype == "bfloat16"
+    model = _build_on_meta(model_dir, config, device)
     parameters = dict(model.named_parameters())
     for name in frozen_names(config.training.freeze, parameters):
         parameters[name].requires_grad_(False)
-    policy, home = Policy(model), device
-    options = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)} if half else {}
+    policy = Policy(model)
+    options: dict[str, Any] = {}
+    if half:
+        options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    home = device
     if config.training.optimizer_offload:
         home = torch.device("cpu")
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
@@ -112,16 +117,59 @@ def build_sharded(
     return policy
 
 
+def _build_on_meta(model_dir: Path, config: RunConfig, device: torch.device) -> PreTrainedModel:
+    """The model of `model_dir` without memory, in eval mode, or in training mode where it
+    recomputes.
+    """
+    trusted = config.model.trust_remote_code
+    half = config.model.dtype == "bfloat16"
+    flash = half and device.type == "cuda" and is_flash_attn_2_available()
+    hf_config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trusted)
+    _set_dropout_to_zero(hf_config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            hf_config,
+            dtype=torch.float32,
+            trust_remote_code=trusted,
+            attn_implementation="flash_attention_2" if flash else "sdpa",
+        )
+    model.eval()
+    if config.training.recompute:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()  # transformers recomputes in training mode only
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0  # a model may have a probability that no setting names
+    return model
+
+
+def _set_dropout_to_zero(hf_config: PretrainedConfig) -> None:
+    """Sets all probabilities of dropout and router jitter to 0, also those that functions
+    are called with.
+
+    Old and current logprobs must be the same function of the weights.
+    """
+    text_config = hf_config.get_text_config()
+    for name, value in text_config.to_dict().items():
+        if ("drop" in name or "jitter" in name) and isinstance(value, float):
+            setattr(text_config, name, 0.0)
+
+
 def local_rows(param: DTensor) -> slice:
-    """The rows (dimension 0) of this rank. Cut as torch.chunk does: the last ranks may have fewer or none."""
-    mesh, size = param.device_mesh, param.shape[0]
-    rows_per_rank = -(-size // mesh.size())
-    start = min(mesh.get_local_rank() * rows_per_rank, size)
-    return slice(start, min(start + rows_per_rank, size))
+    """The rows (dimension 0) of this rank, cut as torch.chunk does: the last ranks may
+    have fewer or none.
+    """
+    num_rows = param.shape[0]
+    mesh = param.device_mesh
+    rows_per_rank = -(-num_rows // mesh.size())
+    start = min(mesh.get_local_rank() * rows_per_rank, num_rows)
+    stop = min(start + rows_per_rank, num_rows)
+    return slice(start, stop)
 
 
 def _shard(policy: Policy, mesh: DeviceMesh, options: dict[str, Any]) -> None:
-    # The root reshards too: parameters left whole after a forward would hide a swap to the reference weights.
+    # The root reshards too: parameters left whole after a forward would hide a swap to
+    # the reference weights.
     for module in (*policy.causal_lm.get_decoder().layers, policy):
         fully_shard(module, mesh=mesh, reshard_after_forward=True, **options)
     for module in policy.modules():
@@ -132,38 +180,51 @@ def _shard(policy: Policy, mesh: DeviceMesh, options: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def _fill_buffers(model: PreTrainedModel) -> None:
-    """Computes what no file holds, such as the rotary inv_freq. RunError where a buffer stays undefined."""
+    """Computes what no file holds, for example the rotary inv_freq. RunError where a
+    buffer stays undefined.
+    """
     for buffer in model.buffers():
         if buffer.is_floating_point():
             buffer.fill_(torch.nan)
     for module in model.modules():
-        if any(True for _ in module.buffers(recurse=False)):
+        own_buffers = list(module.buffers(recurse=False))
+        if own_buffers:
             model._init_weights(module)
     for name, buffer in model.named_buffers():
         if buffer.is_floating_point() and buffer.isnan().any():
-            what = f"buffer {name} of {type(model).__name__}"
-            raise RunError(f"transformers does not say how {what} is computed")
+            raise RunError(
+                f"transformers does not say how buffer {name} of {type(model).__name__} is"
+                " computed; the fsdp backend cannot train this model"
+            )
 
 
 @torch.no_grad()
 def _load_weights(model: PreTrainedModel, model_dir: Path) -> None:
+    """Copies this rank's rows of every parameter from the safetensors files of
+    `model_dir`.
+    """
+    model_name = type(model).__name__
     params = dict(model.named_parameters())
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - params.keys()
+    all_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tensors = read_headers(model_dir)
-    if missing := sorted(params.keys() - tensors.keys()):
+    missing = sorted(params.keys() - tensors.keys())
+    if missing:
+        raise RunError(f"{model_dir} has no {missing[0]} ({len(missing)} missing) for {model_name}")
+    unexpected = sorted(tensors.keys() - all_names)
+    if unexpected:
         raise RunError(
-            f"{model_dir} has no {missing[0]} ({len(missing)} missing) for {type(model).__name__}"
+            f"{tensors[unexpected[0]].file} holds {unexpected[0]}, which {model_name} does not know"
+            f" ({len(unexpected)} unknown tensors)"
         )
-    if unexpected := sorted(tensors.keys() - params.keys() - tied):
-        name = unexpected[0]
-        held = f"{tensors[name].file} holds {name} ({len(unexpected)} such)"
-        raise RunError(f"{held}, unknown to {type(model).__name__}")
     names_by_file: dict[Path, list[str]] = defaultdict(list)
     for name, param in params.items():
-        if tensors[name].shape != tuple(param.shape):
-            shapes = f"{list(tensors[name].shape)}, the model needs {list(param.shape)}"
-            raise RunError(f"{tensors[name].file}: {name} has shape {shapes}")
-        names_by_file[tensors[name].file].append(name)
+        header = tensors[name]
+        if header.shape != tuple(param.shape):
+            raise RunError(
+                f"{header.file}: {name} has shape {list(header.shape)},"
+                f" the model needs {list(param.shape)}"
+            )
+        names_by_file[header.file].append(name)
     for file, names in names_by_file.items():
         with safe_open(file, framework="pt") as opened:
             for name in names:

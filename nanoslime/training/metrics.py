@@ -1,4 +1,4 @@
-"""The metrics of one optimizer step: summed over micro-batches and data-parallel ranks, divided once."""
+"""Metrics of one optimizer step: summed over micro-batches and DP ranks, divided once."""
 
 from dataclasses import dataclass
 
@@ -13,14 +13,14 @@ from nanoslime.batch import Maximum, Metric, MicroBatch, TokenMean, WeightedMean
 
 _LOSS = "train/loss"
 _ESS = "train/ess_ratio"
-# Two means that are reduced with the others and from which _ESS is made; no metrics of their own.
+# Two means that are reduced with the others, and from which _ESS is made.
 _IMPORTANCE = "importance weight"
 _IMPORTANCE_SQUARED = "squared importance weight"
 
 
 @dataclass(frozen=True, slots=True)
 class ReducedMetrics:
-    """The metrics of an optimizer step over all of its micro-batches and data-parallel ranks."""
+    """The metrics of an optimizer step over all of its micro-batches and DP ranks."""
 
     loss: float
     means: dict[str, float]
@@ -30,12 +30,11 @@ class ReducedMetrics:
 class MetricSums:
     """Adds up the metrics of one rank's micro-batches, and reduces them over ranks.
 
-    It adds metrics of how far trainer and engine are apart on the tokens in the loss, see
-    `engine_gap_metrics`.
+    To each micro-batch's metrics it adds `engine_gap_metrics`.
     """
 
     def __init__(self) -> None:
-        # Float64 scalars by metric name. A metric with a total has either a count or a denominator.
+        # Float64 scalars by name. Each total has either a count or a denominator.
         self._totals: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
         self._denominators: dict[str, float] = {}
@@ -44,7 +43,7 @@ class MetricSums:
     def add(
         self, loss: Tensor, metrics: dict[str, Metric], logprobs: Tensor, batch: MicroBatch
     ) -> None:
-        """Adds one micro-batch: `loss` and `metrics` as Algorithm.loss returned them for `logprobs` [T]."""
+        """Adds a micro-batch: `loss` and `metrics` of Algorithm.loss for `logprobs` [T]."""
         self._add(_LOSS, WeightedMean(loss, batch.denominator))
         for name, metric in metrics.items():
             self._add(name, metric)
@@ -93,11 +92,11 @@ class MetricSums:
 def engine_gap_metrics(logprobs: Tensor, batch: MicroBatch) -> dict[str, Metric]:
     """Metrics of how far trainer and engine are apart on the tokens in the loss.
 
-    The trainer's logprobs are the old ones if there are any (the policy that sampled), else `logprobs` [T].
-    train/logprob_gap_mean and train/logprob_gap_max are of the absolute difference. train/rollout_kl is k3 of
-    KL(engine || trainer). Two further means give train/ess_ratio, the effective sample size
-    (sum w)^2 / (n sum w^2) of the importance weights w = trainer / engine over n tokens: it is 1 where the
-    two agree.
+    The trainer's logprobs are the old ones if there are any (the policy that sampled),
+    else `logprobs` [T]. train/logprob_gap_mean and train/logprob_gap_max are of the
+    absolute difference. train/rollout_kl is k3 of KL(engine || trainer). Two further
+    means give train/ess_ratio, the effective sample size (sum w)^2 / (n sum w^2) of the
+    importance weights w = trainer / engine over n tokens: it is 1 where the two agree.
     """
     trainer = logprobs.detach()
     if batch.old_logprobs is not None:

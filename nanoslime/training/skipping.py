@@ -1,33 +1,48 @@
-"""Which optimizer steps are left out, by the gradient norms of those before them."""
+"""Which optimizer steps are left out: a decision by the gradient norms of earlier steps."""
 
 import math
 from dataclasses import dataclass, field
 from statistics import median
 
-WINDOW, LEAST, MOST_REFUSED = 128, 16, 8
+WINDOW = 128  # so many accepted norms are remembered
+LEAST = 16  # so many there must be before a limit is applied
+# So many refusals in a row are no outliers: the history begins anew.
+MOST_REFUSED = 8
 
 
 @dataclass
-class Progress:
-    """What a checkpoint holds of a rank's past beside tensors and random state."""
+class StepHistory:
+    """What a rank remembers of its optimizer steps. A checkpoint holds it."""
 
-    step: int = 0  # of the optimizer, skipped ones included
+    optimizer_step: int = 0  # steps so far, skipped ones included
     num_skipped: int = 0
-    norms: list[float] = field(default_factory=list)  # the last WINDOW accepted ones
-    num_refused: int = 0  # above the limit, since the last accepted one
+    # The gradient norms of the last WINDOW accepted steps.
+    norms: list[float] = field(default_factory=list)
+    # How many finite norms have been above the limit since the last accepted one.
+    num_refused: int = 0
 
     def accepts(self, norm: float, limit: float | None) -> bool:
-        """Whether to make the step of this gradient norm, which is counted or remembered.
+        """Whether the step with the gradient norm `norm` is made; counts or remembers it.
 
-        Not if it is not finite; nor, with a `limit`, if it is above `limit` x the median of `norms`, once
-        there are LEAST of them. MOST_REFUSED in a row are no outliers: `norms` then begins anew.
+        A norm that is not finite is refused. With a `limit`, a norm above `limit` x the
+        median of `norms` is refused as well, once there are LEAST of them. After
+        MOST_REFUSED refusals in a row for being too large, `norms` begins anew.
         """
-        most = limit * median(self.norms) if limit and len(self.norms) >= LEAST else math.inf
-        accepted = math.isfinite(norm) and norm <= most
-        if accepted:
+        if not math.isfinite(norm):
+            self.num_skipped += 1
+            return False
+        if norm <= self._largest_accepted(limit):
             self.norms = [*self.norms, norm][-WINDOW:]
-        self.num_refused = 0 if accepted else self.num_refused + math.isfinite(norm)
+            self.num_refused = 0
+            return True
+        self.num_skipped += 1
+        self.num_refused += 1
         if self.num_refused == MOST_REFUSED:
-            self.norms, self.num_refused = [], 0
-        self.num_skipped += not accepted
-        return accepted
+            self.norms = []
+            self.num_refused = 0
+        return False
+
+    def _largest_accepted(self, limit: float | None) -> float:
+        if limit is None or len(self.norms) < LEAST:
+            return math.inf
+        return limit * median(self.norms)

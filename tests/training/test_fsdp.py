@@ -1,6 +1,8 @@
 """The FSDP2 backend against plain PyTorch, one sequence at a time, on one rank and on two."""
 
+import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -364,6 +366,34 @@ def test_recomputing_drops_nothing_out(family, dropout, tmp_path, one_rank):
     getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(tmp_path)
     [plain] = one_rank(logprobs_twice, run_config(algorithm={}), tmp_path)
     [recomputed] = one_rank(logprobs_twice, run_config({"recompute": True}, algorithm={}), tmp_path)
+    for values in zip(*plain, *recomputed, strict=True):
+        assert all(torch.equal(values[0], other) for other in values[1:])
+
+
+# Its modules drop half of their input out, and no setting says so.
+DROPPING_MODEL = """
+import torch
+from transformers import Qwen3ForCausalLM
+
+
+class DroppingForCausalLM(Qwen3ForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.mlp.act_fn = torch.nn.Sequential(layer.mlp.act_fn, torch.nn.Dropout(0.5))
+"""
+
+
+def test_recomputing_drops_nothing_out_that_no_setting_names(model_dir, tmp_path, one_rank):
+    shutil.copytree(model_dir, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "modeling_dropping.py").write_text(DROPPING_MODEL)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings["auto_map"] = {"AutoModelForCausalLM": "modeling_dropping.DroppingForCausalLM"}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    config = run_config({"recompute": True}, algorithm={})
+    trusting = replace(config, model=replace(config.model, trust_remote_code=True))
+    [plain] = one_rank(logprobs_twice, run_config(algorithm={}), model_dir)
+    [recomputed] = one_rank(logprobs_twice, trusting, tmp_path)
     for values in zip(*plain, *recomputed, strict=True):
         assert all(torch.equal(values[0], other) for other in values[1:])
 

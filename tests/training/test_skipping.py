@@ -2,11 +2,11 @@
 
 import math
 
-from nanoslime.training.skipping import LEAST, MOST_REFUSED, WINDOW, Progress
+from nanoslime.training.skipping import LEAST, MOST_REFUSED, WINDOW, StepHistory
 
 
 def after(norms):
-    made = Progress()
+    made = StepHistory()
     assert all(made.accepts(norm, None) for norm in norms)
     return made
 

@@ -63,7 +63,9 @@ def spiky(batch):
     return replace(batch, advantages=[100 * a for a in batch.advantages])
 
 
-def test_a_spike_is_skipped_counted_and_can_be_replayed(start, batches, tmp_path, monkeypatch):
+def test_a_spike_is_skipped_counted_and_can_be_replayed(
+    start, batches, tmp_path, monkeypatch, caplog
+):
     monkeypatch.setattr(skipping, "LEAST", 2)
     backend, saved = start(skip_grad_norm_above=5.0), tmp_path / "saved"
     backend.skipped_dir = tmp_path / "skipped"
@@ -73,6 +75,7 @@ def test_a_spike_is_skipped_counted_and_can_be_replayed(start, batches, tmp_path
     before = parameters(backend)
     spike = backend.train_step(spiky(batches[1]), GRPO(KL))
     assert spike.skipped and spike.num_skipped == 1 and spike.grad_norm > 5 * max(usual)
+    assert f"step 2 skipped: gradient norm {spike.grad_norm:g}; its batch is kept" in caplog.text
     assert same(parameters(backend), before)
     good = backend.train_step(batches[1], GRPO(KL))
     assert not good.skipped and good.num_skipped == 1
@@ -249,5 +252,5 @@ def test_a_checkpoint_from_before_the_first_step_takes_back_all_progress(
     again = start(**options)
     again.train_step(batches[1], GRPO(KL))
     again.load(tmp_path / "saved")
-    assert again._past == skipping.Progress()
+    assert again._history == skipping.StepHistory()
     assert again.train_step(batches[0], GRPO(KL)) == expected and same(parameters(again), after)

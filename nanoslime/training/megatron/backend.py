@@ -58,12 +58,12 @@ class MegatronBackend(TrainBackend):
         return weights.shards(self._parameter_pieces, "main_grad")
 
     def save(self, path: Path) -> None:
-        checkpoint.save(path, self._model_chunks, self._optimizer, self._past, self._ranks)
+        checkpoint.save(path, self._model_chunks, self._optimizer, self._history, self._ranks)
         if dist.get_rank() == 0:  # with these it converts back to Hugging Face's format
             copy_other_files(self._model_dir, path / METADATA_DIR)
 
     def load(self, path: Path) -> None:
-        self._past = checkpoint.load(path, self._model_chunks, self._optimizer, self._ranks)
+        self._history = checkpoint.load(path, self._model_chunks, self._optimizer, self._ranks)
 
     def _bind(self) -> weights.ParameterPieces:
         found = []

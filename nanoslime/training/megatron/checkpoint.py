@@ -23,7 +23,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel.random import _get_all_rng_states, _set_all_rng_states
 
 from nanoslime.training.megatron.parallel import Ranks
-from nanoslime.training.skipping import Progress
+from nanoslime.training.skipping import StepHistory
 from nanoslime.types import RunError
 
 logger = logging.getLogger(__name__)
@@ -60,21 +60,21 @@ def save(
     path: Path,
     model_chunks: list[GPTModel],
     optimizer: ChainedOptimizer,
-    past: Progress,
+    history: StepHistory,
     ranks: Ranks,
 ) -> None:
     """Writes this rank's model chunks into the existing empty directory `path`; collective."""
     _make_state(optimizer)
     state = _sharded_state(model_chunks, optimizer, ranks, _CONTENT, is_loading=False)
-    state["progress"] = asdict(past)
+    state["step_history"] = asdict(history)
     state["layout"] = _layout(ranks)
     dist_checkpointing.save(state, str(path), InProcessWriter(), content_metadata=_CONTENT)
 
 
 def load(
     path: Path, model_chunks: list[GPTModel], optimizer: ChainedOptimizer, ranks: Ranks
-) -> Progress:
-    """Restores what `save` wrote and returns the progress; collective.
+) -> StepHistory:
+    """Restores what `save` wrote and returns the step history; collective.
 
     The random state belongs to a rank. A layout other than the one that saved leaves it
     as it is. Raises RunError for a checkpoint that is damaged or of another model.
@@ -88,11 +88,11 @@ def load(
         ) from e
     for number, chunk in enumerate(model_chunks):
         chunk.load_state_dict(loaded["model"][number])
-    past = Progress(**loaded["progress"])
-    _load_optimizer(optimizer, loaded["optimizer"], past.step - past.num_skipped)
+    history = StepHistory(**loaded["step_history"])
+    _load_optimizer(optimizer, loaded["optimizer"], history.optimizer_step - history.num_skipped)
     if "random" in loaded:
         _set_all_rng_states(*loaded["random"])
-    return past
+    return history
 
 
 def _read(
