@@ -1,1 +1,1 @@
-"""The login node and the node agent: planning, submission, supervision. Never imports torch or ray."""
+"""Login node and node agent: planning, submission, supervision. Never imports torch or ray."""

@@ -1,10 +1,11 @@
-"""What SLURM tells a task about where it runs, behind one object; a rehearsal makes the same object up."""
+"""What SLURM tells a task about its place, in one object; a rehearsal makes the same object up."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import re
+import shutil
 import socket
 import zlib
 from collections.abc import Mapping
@@ -17,6 +18,15 @@ from nanoslime.processes.command import ask
 from nanoslime.types import RunError
 
 _COMMAND_DEADLINE_S = 30.0
+_DEFAULT_KILL_WAIT_S = 30.0
+# Ports from 20,000 on, a block of eight for each job, all below the ephemeral range
+# (32768 and up).
+_FIRST_PORT = 20_000
+_NUM_PORT_BLOCKS = 1500
+_PORTS_PER_BLOCK = 8
+# A connected UDP socket sends nothing. This address (RFC 5737) shows the default route.
+_ANY_DESTINATION = "192.0.2.1"
+_DISCARD_PORT = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +35,14 @@ class ClusterEnv:
     num_nodes: int
     node_name: str
     node_names: tuple[str, ...]
-    address: str  # of this node, reachable from the others
+    # The address of this node, reachable from the others.
+    address: str
     job_id: str
     restart_count: int
-    cpus: int  # granted on this node; 0: unknown
-    local: bool = False  # a simulated node
+    # Cores granted on this node; 0 where that is unknown.
+    cpus: int
+    # Whether this is a simulated node.
+    local: bool = False
 
     @property
     def attempt_key(self) -> str:
@@ -37,52 +50,68 @@ class ClusterEnv:
         return f"{self.job_id}-{self.restart_count}"
 
     def scratch(self, attempt: Path) -> Path:
-        """Node-local directory of an attempt; short, since Ray puts AF_UNIX sockets (107 bytes) deep in it.
+        """Node-local directory of an attempt; short, since Ray puts AF_UNIX sockets (107
+        bytes) deep in it.
 
-        Named after the attempt's directory too, since job ids of two clusters on one host are the same.
+        Named after the attempt's directory too, since job ids of two clusters on one host
+        are the same.
         """
         return Path("/tmp") / f"ns-{self.job_id}-{self.node_index}-{tag(attempt):08x}"
 
     def first_port(self, attempt: Path) -> int:
-        """First candidate of the attempt's ports, below the ephemeral range (32768 and up)."""
-        return 20000 + zlib.crc32(self.job_id.encode(), tag(attempt)) % 1500 * 8
+        """The first port that an attempt tries."""
+        block = zlib.crc32(self.job_id.encode(), tag(attempt)) % _NUM_PORT_BLOCKS
+        return _FIRST_PORT + block * _PORTS_PER_BLOCK
 
     def kill_wait_s(self) -> float:
-        """Seconds between SIGTERM and SIGKILL of a job that must go: SLURM's KillWait, by default 30."""
+        """Seconds between SIGTERM and SIGKILL of a job that must go: SLURM's KillWait, by
+        default 30.
+        """
         if self.local:
             return 0.0
         match = re.search(r"KillWait\s*=\s*(\d+)", _output("scontrol", "show", "config"))
-        return float(match[1]) if match else 30.0
+        return float(match[1]) if match else _DEFAULT_KILL_WAIT_S
 
     @classmethod
     def from_slurm(cls, environ: Mapping[str, str], network_interface: str = "") -> ClusterEnv:
-        """The facts of the task that has this environment; RunError where it is no SLURM task."""
+        """The facts of the task that has this environment; RunError where it is no SLURM
+        task.
+        """
         if "SLURM_JOB_ID" not in environ or "SLURM_NODEID" not in environ:
             raise RunError(
                 "SLURM_JOB_ID and SLURM_NODEID are not set: start this with srun inside a job"
             )
-        nodes = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]
-        names = tuple(
-            _output("scontrol", "show", "hostnames", nodes).split() or expand_nodelist(nodes)
-        )
+        node_list = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]
+        listed = _output("scontrol", "show", "hostnames", node_list).split()
+        names = tuple(listed or expand_nodelist(node_list))
         index = int(environ["SLURM_NODEID"])
+        cpus = environ.get("SLURM_CPUS_PER_TASK") or environ.get("SLURM_CPUS_ON_NODE", "0")
         return cls(
             node_index=index,
             num_nodes=len(names),
-            node_names=names,
-            job_id=environ["SLURM_JOB_ID"],
             node_name=environ.get("SLURMD_NODENAME", names[index]),
+            node_names=names,
             address=_address(names, index, network_interface),
+            job_id=environ["SLURM_JOB_ID"],
             restart_count=int(environ.get("SLURM_RESTART_COUNT", "0")),
-            cpus=int(environ.get("SLURM_CPUS_PER_TASK") or environ.get("SLURM_CPUS_ON_NODE", "0")),
+            cpus=int(cpus),
         )
 
     @classmethod
     def for_local(cls, index: int, num_nodes: int, job_id: str, cpus: int = 0) -> ClusterEnv:
-        """Node `index` of a rehearsal: an own loopback address each."""
+        """Node `index` of a rehearsal; each has a loopback address of its own."""
         names = tuple(f"node{i}" for i in range(num_nodes))
-        address = f"127.0.1.{1 + index}"
-        return cls(index, num_nodes, names[index], names, address, job_id, 0, cpus, local=True)
+        return cls(
+            node_index=index,
+            num_nodes=num_nodes,
+            node_name=names[index],
+            node_names=names,
+            address=f"127.0.1.{1 + index}",
+            job_id=job_id,
+            restart_count=0,
+            cpus=cpus,
+            local=True,
+        )
 
 
 def tag(attempt: Path) -> int:
@@ -90,68 +119,106 @@ def tag(attempt: Path) -> int:
     return zlib.crc32(str(attempt).encode())
 
 
+def remove_scratch(path: Path) -> None:
+    """Remove a scratch directory if it is ours; RunError if somebody else's is in its
+    place.
+    """
+    if not path.exists():
+        return
+    if path.is_symlink() or path.stat().st_uid != os.getuid():
+        raise RunError(
+            f"{path} belongs to another user; it is this job's scratch directory: remove it"
+        )
+    shutil.rmtree(path, ignore_errors=True)
+
+
 def expand_nodelist(text: str) -> list[str]:
-    """Names in a SLURM node list such as n[1,3-4],m7 or r[1-2]n[01-02], for where scontrol is missing."""
+    """Names in a SLURM node list such as n[1,3-4],m7 or r[1-2]n[01-02], for where
+    scontrol is missing.
+    """
     names: list[str] = []
-    for part in re.split(r",(?![^\[]*\])", text):
-        pieces = re.split(r"\[([^\]]*)\]", part)  # text, ranges, text, ranges, ..., text
-        options = [_numbers(piece) if i % 2 else [piece] for i, piece in enumerate(pieces)]
-        names += map("".join, itertools.product(*options))
+    for item in re.split(r",(?![^\[]*\])", text):
+        # Alternately a literal text and the inside of brackets: text, ranges, text, ...,
+        # text.
+        fragments = re.split(r"\[([^\]]*)\]", item)
+        choices = []
+        for i, fragment in enumerate(fragments):
+            is_ranges = i % 2 == 1
+            choices.append(_numbers(fragment) if is_ranges else [fragment])
+        for combination in itertools.product(*choices):
+            names.append("".join(combination))
     return names
 
 
+def interface_address(name: str) -> str:
+    """IPv4 address of a network interface; RunError lists the interfaces that exist."""
+    interfaces = psutil.net_if_addrs()
+    for entry in interfaces.get(name, []):
+        if entry.family == socket.AF_INET:
+            return str(entry.address)
+    raise RunError(
+        f"cluster.network_interface={name} has no address on {socket.gethostname()}; "
+        f"there: {', '.join(interfaces)}"
+    )
+
+
 def _numbers(ranges: str) -> list[str]:
+    """The numbers in 1,3-4 or 01-02, with the leading zeros of each range's first."""
     found = []
     for item in ranges.split(","):
-        low, _, high = item.partition("-")
-        found += [str(number).zfill(len(low)) for number in range(int(low), int(high or low) + 1)]
+        first, _, last = item.partition("-")
+        for number in range(int(first), int(last or first) + 1):
+            found.append(str(number).zfill(len(first)))
     return found
 
 
 def _address(names: tuple[str, ...], index: int, network_interface: str) -> str:
-    """Of the named interface; else of the one that leads to the other nodes.
+    """This node's address on the named interface; without one, on the interface that
+    leads to other nodes.
 
-    Nodes of a one-host cluster, whose addresses are loopback ones, are told apart only by SLURM's NodeAddr.
+    Nodes of a one-host cluster, whose addresses are loopback ones, are told apart only by
+    SLURM's NodeAddr.
     """
     if network_interface:
         return interface_address(network_interface)
-    own = _node_address(names[index])
-    if own.startswith("127."):
-        return own
-    other = next((name for i, name in enumerate(names) if i != index), "")
-    target = _node_address(other) if other else own
+    own_address = _node_address(names[index])
+    if own_address.startswith("127."):
+        return own_address
+    destination = own_address
+    if len(names) > 1:
+        other = names[0] if index > 0 else names[1]
+        destination = _node_address(other)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:  # sends nothing; 192.0.2.1 (RFC 5737) shows the default route
-            probe.connect((target or "192.0.2.1", 9))
+        try:
+            probe.connect((destination or _ANY_DESTINATION, _DISCARD_PORT))
         except OSError as error:
-            none = f"{names[index]} finds no address that reaches {target or 'anything'}"
-            raise RunError(f"{none} ({error}); set cluster.network_interface") from error
+            raise RunError(
+                f"{names[index]} finds no address that reaches {destination or 'anything'} "
+                f"({error}); set cluster.network_interface"
+            ) from error
         return str(probe.getsockname()[0])
 
 
 def _node_address(name: str) -> str:
-    """SLURM's NodeAddr of a node as an IPv4 address; empty where SLURM or the resolver does not know it."""
+    """SLURM's NodeAddr of a node as an IPv4 address; empty where SLURM or the resolver
+    does not know it.
+    """
     match = re.search(r"NodeAddr=(\S+)", _output("scontrol", "show", "node", name, "-o"))
+    if not match:
+        return ""
     try:
-        return socket.gethostbyname(match[1]) if match else ""
+        return socket.gethostbyname(match[1])
     except OSError:
         return ""
 
 
-def interface_address(name: str) -> str:
-    """IPv4 address of a network interface; RunError lists the interfaces there are."""
-    there = psutil.net_if_addrs()
-    for entry in there.get(name, []):
-        if entry.family == socket.AF_INET:
-            return str(entry.address)
-    none = f"cluster.network_interface={name} has no address on {socket.gethostname()}"
-    raise RunError(f"{none}; there: {', '.join(there)}")
-
-
 def _output(*command: str) -> str:
-    """Output of a SLURM command; empty where it is missing, fails, or does not answer in time."""
+    """Output of a SLURM command; empty where it is missing, fails, or does not answer in
+    time.
+    """
+    environ = {**os.environ, "LC_ALL": "C"}
     try:
-        done = ask(command, _COMMAND_DEADLINE_S, env=dict(os.environ, LC_ALL="C"))
+        done = ask(command, _COMMAND_DEADLINE_S, env=environ)
     except (RunError, OSError):
         return ""
     return done.stdout if done.returncode == 0 else ""

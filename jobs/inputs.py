@@ -1,4 +1,4 @@
-"""Makes sure before submission of what a run reads: checkpoint, prompt files, environment of the nodes."""
+"""Checks before submission what a run reads: checkpoint, prompt files, environment of the nodes."""
 
 import hashlib
 import sys
@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from jobs.node import ROOT
+from jobs.checkout import ROOT
 from nanoslime.config import DataConfig, RunConfig
 from nanoslime.models.shape import ModelShape
 from nanoslime.models.tiny import tiny_qwen3_config
@@ -15,7 +15,7 @@ from nanoslime.storage.hub import find_checkpoint
 from nanoslime.storage.prompt_files import check_prompt_file
 from nanoslime.types import RunError
 
-# A run whose last heartbeat is younger is taken to be alive; heartbeats come every few seconds.
+# A run with a younger heartbeat is taken to be alive; heartbeats come every few seconds.
 _ALIVE_S = 60
 # env/run.sh writes into an environment for which target and from which locks it was made.
 _STAMP = ".nanoslime-target"
@@ -25,7 +25,8 @@ _CUDA_LOCKS = ("cuda.lock", "cuda.pinned.txt")
 def resolve(config: RunConfig, *, download: bool) -> tuple[RunConfig, ModelShape]:
     """The configuration with every path absolute and found, and the model's shape.
 
-    download: a hub id is fetched whole; otherwise only its config.json. Raises RunError for what is missing.
+    download: a hub id is fetched whole; otherwise only its config.json. Raises RunError
+    for what is missing.
     """
     config = _with_absolute_paths(config)
     replays = bool(config.rollout.load_rollouts)
@@ -60,7 +61,7 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
 
 
 def _with_prompt_files(data: DataConfig) -> DataConfig:
-    """The absolute paths of prompt files that are there and whose first prompt has the keys it should have."""
+    """Absolute paths of prompt files that exist and whose first prompt has the right keys."""
     if not data.prompts:
         raise RunError("data.prompts is not set: give --prompts FILE (.jsonl or .parquet)")
     prompts = _absolute(data.prompts)
@@ -78,7 +79,7 @@ def _absolute(path: str) -> Path:
 
 
 def refuse_if_running(run: RunDir) -> None:
-    """Raises RunError where a node of the run's last attempt has lately given a sign of life."""
+    """RunError where a node of the run's last attempt has lately given a sign of life."""
     attempt = run.latest_attempt()
     if attempt is None or attempt.ended() is not None:
         return
@@ -93,7 +94,7 @@ def refuse_if_running(run: RunDir) -> None:
 
 
 def check_environment(config: RunConfig, repository: Path = ROOT) -> None:
-    """Refuse GPU nodes whose environment does not come from the CUDA lock of this checkout."""
+    """Refuse GPU nodes whose environment does not come from this checkout's CUDA lock."""
     if config.cluster.device != "cuda":
         return
     venv = Path(config.cluster.venv or sys.prefix)
@@ -112,7 +113,8 @@ def check_environment(config: RunConfig, repository: Path = ROOT) -> None:
     raise RunError(
         f"cluster {config.cluster.name!r} has GPUs, but {place} ({venv}) {fault}. Make it with\n"
         "    bash env/run.sh --target cuda true\n"
-        f"on a machine that builds for the GPU nodes, and set cluster.venv to {repository}/.venv/cuda"
+        "on a machine that builds for the GPU nodes, "
+        f"and set cluster.venv to {repository}/.venv/cuda"
     )
 
 

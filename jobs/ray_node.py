@@ -1,4 +1,4 @@
-"""Ray on one node, as text: the `ray start` command of a head or a worker, and the environment it needs."""
+"""Ray on one node, as text: the `ray start` command of a head or a worker, and its environment."""
 
 import json
 import os
@@ -14,38 +14,49 @@ from nanoslime.storage.shared_files import publish
 STARTED = "Ray runtime started."
 """What `ray start` (2.60) prints once its raylet is registered with the head."""
 _CPU_OBJECT_STORE_BYTES = 200_000_000
+# How long Ray's processes linger once the head is gone.
+_RECONNECT_TIMEOUT_S = 30
 
 
 def make_token(path: Path) -> None:
-    """This job's secret: without one, whoever reaches the port runs code as us."""
+    """Write this job's secret: without one, whoever reaches the port runs code as us."""
     publish(path, secrets.token_hex(32).encode(), mode=0o600)
 
 
 def environment(base: Mapping[str, str], token: Path) -> dict[str, str]:
-    """For everything that talks to this Ray, `ray start` and the driver, and so for all that they start."""
+    """The environment of `ray start` and of the driver, and so of all that they start."""
     return {
         **base,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_gcs_rpc_server_reconnect_timeout_s": "30",  # how long processes linger once the head is gone
+        "RAY_gcs_rpc_server_reconnect_timeout_s": str(_RECONNECT_TIMEOUT_S),
         "PYTHONUNBUFFERED": "1",
-        # compute nodes have no network: what submission did not find is an error, not a long wait
+        # Compute nodes have no network: a file that submission did not find is an error,
+        # not a long wait.
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
     }
 
 
 def start_command(env: ClusterEnv, layout: Layout, scratch: Path, options: list[str]) -> list[str]:
-    """`options`: of the head, or a worker's --address. Ports that are not named are chosen by the kernel."""
-    role, slots = layout.roles(env.node_index).replace("+", "_") or "idle", layout.slots_per_node
-    on_cpu = ["--num-cpus=1", f"--object-store-memory={_CPU_OBJECT_STORE_BYTES}"]
+    """The `ray start` of one node.
+
+    options: of the head, or a worker's --address. The kernel chooses all ports that are
+    not named.
+    """
+    role = layout.roles(env.node_index).replace("+", "_") or "idle"
+    slots = layout.slots_per_node
+    if layout.device == "cuda":
+        sizes = [f"--num-cpus={slots}", f"--num-gpus={slots}"]
+    else:
+        sizes = ["--num-cpus=1", f"--object-store-memory={_CPU_OBJECT_STORE_BYTES}"]
     return [
         os.fspath(Path(sys.executable).with_name("ray")),
         "start",
         "--block",
         f"--node-ip-address={env.address}",
-        *([f"--num-cpus={slots}", f"--num-gpus={slots}"] if layout.device == "cuda" else on_cpu),
+        *sizes,
         f"--resources={json.dumps({'slot': slots})}",
         f"--labels=nanoslime-node={env.node_index},nanoslime-role={role}",
         f"--temp-dir={scratch}",

@@ -1,4 +1,4 @@
-"""Submits a checkpoint conversion to SLURM, a job of one node; where nothing of SLURM exists, it runs here.
+"""Submits a checkpoint conversion to SLURM as a job of one node; without SLURM, it runs here.
 
     python jobs/submit_convert.py hf-to-megatron HF_DIR OUT [options of tools/hf_to_megatron.py]
 
@@ -13,159 +13,219 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 
 from jobs import where
-from jobs.executor import batch_script, common_options, python_of, submitted
-from jobs.node import ROOT, environment
+from jobs.checkout import ROOT, environment
+from jobs.sbatch import batch_script, common_options, python_of, submitted
 from jobs.submit_grpo import CLUSTERS, yaml_file
 from nanoslime.config import RunConfig
 from nanoslime.config.load import load
 from nanoslime.processes.command import ask
 from nanoslime.types import RunError
 
-CONVERSIONS = {
-    "hf-to-megatron": "HF_DIR OUT",
-    "megatron-to-hf": "MEGATRON_DIR OUT",
-}  # and what they take
-TOOLS = CONVERSIONS | {"verify-checkpoint": "A B", "inspect-checkpoint": "DIR"}
-_DEADLINE_S = 120.0  # of a plan, which reads the headers of all files, and of sbatch
+# The tools and the directories that they take.
+CONVERSIONS = {"hf-to-megatron": "HF_DIR OUT", "megatron-to-hf": "MEGATRON_DIR OUT"}
+TOOLS = {**CONVERSIONS, "verify-checkpoint": "A B", "inspect-checkpoint": "DIR"}
+# A plan reads the headers of all files; sbatch may be slow to answer.
+_DEADLINE_S = 120.0
 _MAX_CPUS = 8
 
 
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What is to run, and how it is submitted."""
+
+    tool: str
+    paths: tuple[Path, ...]
+    # Options of the tool, as typed.
+    options: tuple[str, ...]
+    cluster: Path | None
+    # Flags that set fields of the configuration over the cluster file.
+    flags: list[str]
+    cpus: int | None
+    local: bool
+    dry_run: bool
+
+    @property
+    def is_conversion(self) -> bool:
+        return self.tool in CONVERSIONS
+
+
 def main(argv: list[str], environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
-    """The exit code: 0 submitted, 2 refused. A tool that runs here takes the place of this process."""
+    """The exit code: 0 submitted, 2 refused. A tool that runs here takes the place of
+    this process.
+    """
     try:
         command = parse(argv)
         config = load(None, command.cluster, command.flags)
-        return run(
-            command, config, where.detect(environ.get("PATH", ""), environ, root, command.cluster)
-        )
-    except RunError as e:
-        print(f"submit_convert: {e}", file=sys.stderr)
+        slurm = where.detect(environ.get("PATH", ""), environ, root, command.cluster)
+        return run(command, config, slurm)
+    except RunError as error:
+        print(f"submit_convert: {error}", file=sys.stderr)
         return 2
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """What is to run and how it is submitted; what this command does not know is the tool's (`options`)."""
-    what = (__doc__ or "").splitlines()[0]
-    parser = argparse.ArgumentParser("submit_convert.py", description=what, allow_abbrev=False)
-    add = parser.add_argument
-    add(
-        "tool",
-        choices=TOOLS,
-        metavar="TOOL",
-        help=", ".join(f"{t} {dirs}" for t, dirs in TOOLS.items()),
-    )
-    add(
+def parse(argv: list[str]) -> Command:
+    """The options of this command; those that it does not know are the tool's."""
+    summary = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser("submit_convert.py", description=summary, allow_abbrev=False)
+    tools = ", ".join(f"{tool} {directories}" for tool, directories in TOOLS.items())
+    parser.add_argument("tool", choices=TOOLS, metavar="TOOL", help=tools)
+    parser.add_argument(
         "paths",
         nargs="+",
         type=Path,
         metavar="DIR",
         help="what the tool takes; then its own options",
     )
-    add("--cluster", metavar="FILE|NAME", help="a cluster: a YAML file, or one of env/clusters")
-    add("--partition", help="in place of the cluster file's; a conversion needs no GPU")
-    add("--time-limit-min", help="in place of the cluster file's")
-    add(
+    parser.add_argument(
+        "--cluster", metavar="FILE|NAME", help="a cluster: a YAML file, or one of env/clusters"
+    )
+    parser.add_argument(
+        "--partition", help="in place of the cluster file's; a conversion needs no GPU"
+    )
+    parser.add_argument("--time-limit-min", help="in place of the cluster file's")
+    parser.add_argument(
         "--cpus",
         type=int,
         help=f"cores, and threads of a conversion (as the node has, up to {_MAX_CPUS})",
     )
-    add("--local", action="store_true", help="run on this machine, whatever SLURM there is")
-    add(
+    parser.add_argument(
+        "--local", action="store_true", help="run on this machine, whatever SLURM there is"
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="print the tool's plan and the batch script; submit nothing",
     )
-    command, options = parser.parse_known_args(argv)
-    command.options = options
-    if len(command.paths) != len(TOOLS[command.tool].split()):
-        raise RunError(f"{command.tool} takes {TOOLS[command.tool]}, and then its own options")
-    command.paths = [path.absolute() for path in command.paths]
-    command.cluster = yaml_file(command.cluster, CLUSTERS)
-    given = {"--partition": command.partition, "--time-limit-min": command.time_limit_min}
-    command.flags = [f"{flag}={value}" for flag, value in given.items() if value is not None]
-    return command
+    arguments, options = parser.parse_known_args(argv)
+    directories = TOOLS[arguments.tool]
+    if len(arguments.paths) != len(directories.split()):
+        raise RunError(f"{arguments.tool} takes {directories}, and then its own options")
+    flags = []
+    if arguments.partition is not None:
+        flags.append(f"--partition={arguments.partition}")
+    if arguments.time_limit_min is not None:
+        flags.append(f"--time-limit-min={arguments.time_limit_min}")
+    return Command(
+        tool=arguments.tool,
+        paths=tuple(path.absolute() for path in arguments.paths),
+        options=tuple(options),
+        cluster=yaml_file(arguments.cluster, CLUSTERS),
+        flags=flags,
+        cpus=arguments.cpus,
+        local=arguments.local,
+        dry_run=arguments.dry_run,
+    )
 
 
-def run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> int:
-    """From the command to a job id, a printed plan, or the tool itself in place of this process."""
-    here = f"LOCAL, nothing is submitted: {command.tool} runs on this machine"
+def run(command: Command, config: RunConfig, slurm: where.Where) -> int:
+    """From the command to a job id, a printed plan, or the tool itself in place of this
+    process.
+    """
+    local_line = f"LOCAL, nothing is submitted: {command.tool} runs on this machine"
     if not command.dry_run and not slurm.has_slurm(local=command.local):
-        print(here, flush=True)
-        os.execve(sys.executable, tool_words(command, sys.executable, command.cpus), environment())
+        print(local_line, flush=True)
+        words = tool_words(command, sys.executable, command.cpus)
+        os.execve(sys.executable, words, environment())
     plan = check(command)
-    log = (
-        f"{command.paths[-1] if command.tool in CONVERSIONS else Path.cwd() / command.tool}.slurm-"
-    )
+    log = _log_prefix(command)
     script = sbatch_text(command, config, log, Path.cwd())
-    print(
-        f"--- plan\n{plan}--- batch script\n{script}--- checks\n" if command.dry_run else plan,
-        end="",
-    )
+    if command.dry_run:
+        print(f"--- plan\n{plan}--- batch script\n{script}--- checks")
+    else:
+        print(plan, end="")
     if not slurm.has_slurm(local=command.local) or slurm.sbatch is None:
-        print(f"without --dry-run: {here}")
+        print(f"without --dry-run: {local_line}")
         return 0
-    if not os.access(python := python_of(config), os.X_OK):
+    python = python_of(config)
+    if not os.access(python, os.X_OK):
         raise RunError(f"cluster.venv: there is no {python}; make it, or leave cluster.venv out")
     if command.dry_run:
         print(where.test_only(slurm.sbatch, script))
         return 0
     job = submit(slurm.sbatch, script, Path(log).parent)
-    resume = (
-        "the same command; what is written already is kept" if command.tool in CONVERSIONS else ""
-    )
+    resume = "the same command; what is written already is kept" if command.is_conversion else ""
     print(submitted(job, shlex.quote(f"{log}{job}.out"), resume))
     return 0
 
 
-def check(command: argparse.Namespace) -> str:
-    """The conversion's own plan. Raises RunError with what the tool refuses, or for a missing directory."""
-    if command.tool in CONVERSIONS:
+def check(command: Command) -> str:
+    """The conversion's own plan.
+
+    Raises RunError with the reason why the tool refuses, or for a missing directory.
+    """
+    if command.is_conversion:
         words = [*tool_words(command, sys.executable, None), "--dry-run"]
         done = ask(words, _DEADLINE_S, env=environment())
         if done.returncode:
             raise RunError(done.stderr.strip())
         return done.stdout
-    if missing := [str(path) for path in command.paths if not path.is_dir()]:
+    missing = [str(path) for path in command.paths if not path.is_dir()]
+    if missing:
         raise RunError(f"no directory: {', '.join(missing)}")
     return ""
 
 
 def submit(sbatch: Path, script: str, log_folder: Path) -> str:
-    """The job's id. Without its log's directory, SLURM would drop what the job says."""
+    """Submit the script and return the job's id.
+
+    SLURM would drop the output of a job whose log has no directory, so this makes it.
+    Raises RunError where it cannot be written, and where sbatch refuses the job.
+    """
     try:
         log_folder.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=log_folder).close()
-    except OSError as e:
+    except OSError as error:
         raise RunError(
-            f"{log_folder} cannot be written, and the job's log goes there: {e.strerror}"
-        ) from e
+            f"{log_folder} cannot be written, and the job's log goes there: {error.strerror}"
+        ) from error
     done = ask([str(sbatch), "--parsable"], _DEADLINE_S, stdin=script)
     if done.returncode:
         raise RunError(f"sbatch refused the job: {' '.join(done.stderr.split())}")
+    # With several clusters it prints JOB;CLUSTER.
     return done.stdout.strip().split(";")[0]
 
 
-def tool_words(command: argparse.Namespace, python: str, threads: int | None) -> list[str]:
+def tool_words(command: Command, python: str, threads: int | None) -> list[str]:
     """The tool as a command; of two --threads it takes the last, a user's own."""
-    more = ["--threads", str(threads)] if threads and command.tool in CONVERSIONS else []
     script = ROOT / "tools" / f"{command.tool.replace('-', '_')}.py"
-    return [python, str(script), *map(str, command.paths), *more, *command.options]
+    words = [python, str(script), *map(str, command.paths)]
+    if threads and command.is_conversion:
+        words += ["--threads", str(threads)]
+    return [*words, *command.options]
 
 
-def sbatch_text(command: argparse.Namespace, config: RunConfig, log: str, folder: Path) -> str:
-    """The batch script; its job runs in `folder`, its output is `log`<job id>.out. Pure; paths are quoted."""
-    if {"\n", "\\"} & set(log):
+def sbatch_text(command: Command, config: RunConfig, log: str, folder: Path) -> str:
+    """The batch script. Pure; paths are quoted.
+
+    Its job runs in `folder` and writes its output to `log`<job id>.out.
+    """
+    if "\n" in log or "\\" in log:
         raise RunError(f"{log!r}: SLURM writes no log to a path with a line break or a backslash")
     cluster = config.cluster
     cpus = command.cpus or min(_MAX_CPUS, cluster.cpus_per_node or _MAX_CPUS)
-    options = common_options(cluster, command.tool, cpus) | {"nodes": "1", "ntasks": "1"}
-    options |= cluster.extra_sbatch | {"output": f"{log.replace('%', '%%')}%j.out"}
-    task = shlex.join(tool_words(command, os.path.abspath(python_of(config)), cpus))
+    options = common_options(cluster, command.tool, cpus)
+    options["nodes"] = "1"
+    options["ntasks"] = "1"
+    options.update(cluster.extra_sbatch)
+    # sbatch takes % for a pattern in this path.
+    options["output"] = f"{log.replace('%', '%%')}%j.out"
+    python = os.path.abspath(python_of(config))
+    task = shlex.join(tool_words(command, python, cpus))
     return batch_script(options, config, f"cd {shlex.quote(str(folder))}", f"exec {task}")
+
+
+def _log_prefix(command: Command) -> str:
+    """The path of the job's log up to the job's id: beside the output, or in this
+    directory.
+    """
+    if command.is_conversion:
+        return f"{command.paths[-1]}.slurm-"
+    return f"{Path.cwd() / command.tool}.slurm-"
 
 
 if __name__ == "__main__":

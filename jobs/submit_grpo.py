@@ -1,8 +1,10 @@
-"""Plans a GRPO run, checks it, and submits it to SLURM; where nothing of SLURM exists, it is rehearsed here.
+"""Plans a GRPO run, checks it and submits it to SLURM, or rehearses it where there is no SLURM.
 
-    recipe + cluster file + flags -> configuration -> plan -> checks -> run directory -> job or rehearsal
+    recipe + cluster file + flags -> configuration -> plan -> checks -> run directory
+    -> job or rehearsal
 
-Deliberately not here: what runs inside the job (jobs/node.py), and torch. A plan takes less than a second.
+Deliberately not here: what runs inside the job (jobs/node.py), and torch. A plan takes less than a
+second.
 """
 
 import argparse
@@ -11,7 +13,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from jobs import executor, inputs, where
+from jobs import inputs, local, sbatch, where
+from jobs.checkout import ROOT
 from nanoslime import layout as layouts
 from nanoslime.config import RunConfig
 from nanoslime.config.flags import parse as parse_flags
@@ -22,13 +25,23 @@ from nanoslime.run_dir import RunDir
 from nanoslime.storage.shared_files import publish, read_json
 from nanoslime.types import RunError
 
-RECIPES = executor.ROOT / "jobs" / "recipes"
-CLUSTERS = executor.ROOT / "env" / "clusters"
+RECIPES = ROOT / "jobs" / "recipes"
+CLUSTERS = ROOT / "env" / "clusters"
 SUBMITTERS = {
     "submitit": "jobs.slurm_submit:submit_submitit",
     "sbatch": "jobs.slurm_submit:submit_sbatch",
 }
 _HELP = {"-h", "--help"}
+_SUMMARY_KEYS = (
+    "reward_before",
+    "reward_after",
+    "steps",
+    "seconds",
+    "logprob_gap_max",
+    "checkpoint",
+    "hf_export",
+    "tensorboard",
+)
 
 
 def main(argv: list[str], environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
@@ -36,21 +49,21 @@ def main(argv: list[str], environ: Mapping[str, str] = os.environ, root: Path = 
     try:
         command, flags = parse(argv)
         config = configure(command, flags)
-        return run(
-            command, config, where.detect(environ.get("PATH", ""), environ, root, command.cluster)
-        )
-    except RunError as e:
-        print(f"submit_grpo: {e}", file=sys.stderr)
+        slurm = where.detect(environ.get("PATH", ""), environ, root, command.cluster)
+        if command.dry_run:
+            return dry_run(command, config, slurm)
+        return run(command, config, slurm)
+    except RunError as error:
+        print(f"submit_grpo: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader of a plan or of the help, `| head`, has seen enough
+    except BrokenPipeError:
+        # The reader of a plan or of the help, `| head`, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
 def run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> int:
-    """From the configuration to a job id, a rehearsal's end, or a printed plan."""
-    if command.dry_run:
-        return dry_run(command, config, slurm)
+    """From the configuration to a job id, a rehearsal's end, or a prepared run directory."""
     submits = command.prepare or slurm.has_slurm(local=command.local)
     check_target(config, submits)
     config, shape = inputs.resolve(config, download=True)
@@ -66,74 +79,115 @@ def run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> i
     print(f"{layouts.describe(config, shape, layout)}\n\nrun directory: {run.path}", flush=True)
     if submits:
         return submit(config, layout, run)
-    code = executor.run_local(config, layout, run)
+    code = local.run_local(config, layout, run)
     print(summary_table(run))
     return code
 
 
+def dry_run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> int:
+    """Print plan, configuration and batch script, and whether the run would be refused
+    (code 2).
+    """
+    config, shape = inputs.resolve(config, download=False)
+    layout = layouts.plan(config, shape)
+    run_dir = command.resume or Path(config.cluster.run_root) / config.name
+    script = sbatch.sbatch_text(config, layout, run_dir)
+    print(f"--- plan\n{layouts.describe(config, shape, layout)}\n")
+    print(f"--- configuration\n{dump(config)}")
+    print(f"--- batch script\n{script}")
+    print("--- checks")
+    try:
+        submits = slurm.has_slurm(local=command.local)
+        check_target(config, submits)
+        if submits and slurm.sbatch:
+            inputs.check_environment(config)
+            print(where.test_only(slurm.sbatch, script))
+        else:
+            print(f"without --dry-run: {rehearsal_line(config)}")
+    except RunError as error:
+        print(f"would be refused: {error}")
+        return 2
+    return 0
+
+
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """What this command takes, and the flags that set configuration fields."""
-    what = (__doc__ or "").splitlines()[0]
+    """The options of this command, and the flags that set configuration fields."""
+    summary = (__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser(
-        "submit_grpo.py", description=what, add_help=False, allow_abbrev=False
+        "submit_grpo.py", description=summary, add_help=False, allow_abbrev=False
     )
-    add = parser.add_argument
-    add(
+    parser.add_argument(
         "--recipe",
         metavar="FILE|NAME",
         help=f"an experiment: a YAML file, or one of {_names(RECIPES)}",
     )
-    add(
+    parser.add_argument(
         "--cluster",
         metavar="FILE|NAME",
         help=f"a cluster: a YAML file, or one of {_names(CLUSTERS)}",
     )
-    add("--local", action="store_true", help="rehearse on this machine, whatever SLURM there is")
-    add(
+    parser.add_argument(
+        "--local", action="store_true", help="rehearse on this machine, whatever SLURM there is"
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="print plan, configuration and batch script; submit nothing",
     )
-    add("--resume", metavar="RUN_DIR", type=Path, help="go on with a run after its last checkpoint")
-    add("--prepare", action="store_true", help="make the run directory, print its path and end")
+    parser.add_argument(
+        "--resume", metavar="RUN_DIR", type=Path, help="go on with a run after its last checkpoint"
+    )
+    parser.add_argument(
+        "--prepare", action="store_true", help="make the run directory, print its path and end"
+    )
     command, flags = parser.parse_known_args(argv)
     if command.resume and command.recipe:
         raise RunError("--resume takes the configuration of the run; leave out --recipe")
-    command.recipe, command.cluster = (
-        yaml_file(command.recipe, RECIPES),
-        yaml_file(command.cluster, CLUSTERS),
-    )
+    command.recipe = yaml_file(command.recipe, RECIPES)
+    command.cluster = yaml_file(command.cluster, CLUSTERS)
     if _HELP & set(flags):
         parser.print_help()
     return command, flags
 
 
 def configure(command: argparse.Namespace, flags: list[str]) -> RunConfig:
-    """The run's own configuration, the recipe's, or without either the rehearsal's, and flags over it."""
+    """The configuration of the run to resume, else of the recipe, with the flags over it.
+
+    Without a recipe it is the rehearsal's, unless a flag names a checkpoint or help is
+    wanted.
+    """
     if command.resume:
         return load(RunDir.open(command.resume).config, command.cluster, flags)
-    given = command.recipe or _HELP & set(flags)
-    given = given or "model.hf_checkpoint" in {flag.field for flag in parse_flags(flags)}
-    return load(command.recipe if given else RECIPES / "rehearsal.yaml", command.cluster, flags)
+    recipe = command.recipe
+    wants_help = bool(_HELP & set(flags))
+    if recipe is None and not wants_help:
+        fields = {flag.field for flag in parse_flags(flags)}
+        if "model.hf_checkpoint" not in fields:
+            recipe = RECIPES / "rehearsal.yaml"
+    return load(recipe, command.cluster, flags)
 
 
 def check_target(config: RunConfig, submits: bool) -> None:
-    if not submits and config.cluster.device == "cuda":
-        given = f"cluster.gpus_per_node={config.cluster.gpus_per_node}: a rehearsal takes no GPUs"
-        way_out = (
+    """Refuse a rehearsal of a cluster with GPUs."""
+    if config.cluster.device == "cuda" and not submits:
+        raise RunError(
+            f"cluster.gpus_per_node={config.cluster.gpus_per_node}: a rehearsal takes no GPUs; "
             "leave out the cluster file. One machine with GPUs runs `python -m nanoslime.train`"
         )
-        raise RunError(f"{given}; {way_out}")
 
 
 def rehearsal_line(config: RunConfig) -> str:
     model = "a tiny model" if config.rehearsal.enabled else config.model.hf_checkpoint
-    nodes = config.cluster.nodes
-    return f"LOCAL REHEARSAL, nothing is submitted: {nodes} simulated node(s) on this machine, {model}, CPU"
+    return (
+        f"LOCAL REHEARSAL, nothing is submitted: {config.cluster.nodes} simulated node(s) "
+        f"on this machine, {model}, CPU"
+    )
 
 
 def open_run(command: argparse.Namespace, config: RunConfig, layout: Layout) -> RunDir:
-    """A new run directory, or the one to go on with, holding what every process of the run reads."""
+    """A new run directory, or the one to go on with, holding what every process of the
+    run reads.
+    """
     if command.resume:
         run = RunDir.open(command.resume)
         inputs.refuse_if_running(run)
@@ -146,45 +200,30 @@ def open_run(command: argparse.Namespace, config: RunConfig, layout: Layout) -> 
 
 
 def submit(config: RunConfig, layout: Layout, run: RunDir) -> int:
-    job = resolve(config.cluster.submit, SUBMITTERS, "cluster.submit")(config, layout, run)
+    submitter = resolve(config.cluster.submit, SUBMITTERS, "cluster.submit")
+    job = submitter(config, layout, run)
     log = f"{run.path}/attempts/latest/logs/driver-0.log"
-    print(executor.submitted(job, log, f"python jobs/submit_grpo.py --resume {run.path}"))
+    print(sbatch.submitted(job, log, f"python jobs/submit_grpo.py --resume {run.path}"))
     return 0
 
 
 def summary_table(run: RunDir) -> str:
-    """What came out of a run: reward before and after, seconds, and where everything lies."""
+    """What came out of a run: reward before and after, seconds, and where everything
+    lies.
+    """
     if not run.summary.exists():
-        return f"no summary: the run did not reach its end; its logs are in {run.path}/attempts/latest/logs"
+        logs = f"{run.path}/attempts/latest/logs"
+        return f"no summary: the run did not reach its end; its logs are in {logs}"
     summary = read_json(run.summary)
-    keys = ["reward_before", "reward_after", "steps", "seconds", "logprob_gap_max"]
-    keys += ["checkpoint", "hf_export", "tensorboard"]
-    rows = [(key, summary.get(key)) for key in keys] + [("summary", run.summary)]
-    shown = [(key, f"{value:.4g}" if isinstance(value, float) else value) for key, value in rows]
-    return "\n".join(f"{key:16} {value}" for key, value in shown if value is not None)
-
-
-def dry_run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> int:
-    """Plan, configuration and batch script; what would be refused later is said, and is the exit code."""
-    config, shape = inputs.resolve(config, download=False)
-    layout = layouts.plan(config, shape)
-    run_dir = command.resume or Path(config.cluster.run_root) / config.name
-    script = executor.sbatch_text(config, layout, run_dir)
-    print(f"--- plan\n{layouts.describe(config, shape, layout)}\n")
-    print(f"--- configuration\n{dump(config)}\n--- batch script\n{script}")
-    print("--- checks")
-    try:
-        submits = slurm.has_slurm(local=command.local)
-        check_target(config, submits)
-        if submits and slurm.sbatch:
-            inputs.check_environment(config)
-            print(where.test_only(slurm.sbatch, script))
-        else:
-            print(f"without --dry-run: {rehearsal_line(config)}")
-    except RunError as e:
-        print(f"would be refused: {e}")
-        return 2
-    return 0
+    rows = []
+    for key in _SUMMARY_KEYS:
+        value = summary.get(key)
+        if isinstance(value, float):
+            value = f"{value:.4g}"
+        if value is not None:
+            rows.append(f"{key:16} {value}")
+    rows.append(f"{'summary':16} {run.summary}")
+    return "\n".join(rows)
 
 
 def yaml_file(name: str | None, folder: Path) -> Path | None:

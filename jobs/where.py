@@ -1,7 +1,7 @@
 """Where am I: on a SLURM cluster, or on a machine of one's own, where a rehearsal may start?
 
-A rehearsal starts by itself only where nothing of SLURM exists: a shared login node on which a module was not
-loaded must not be surprised by four Ray nodes.
+A rehearsal starts by itself only where nothing of SLURM exists: a shared login node on which a
+module was not loaded must not be surprised by four Ray nodes.
 """
 
 import shutil
@@ -15,65 +15,88 @@ from nanoslime.types import RunError
 _COMMANDS = ("sbatch", "srun", "squeue", "sinfo", "scontrol")
 _SOCKETS = ("run/munge/munge.socket.2", "var/run/munge/munge.socket.2")
 _ANSWER_DEADLINE_S = 10.0
+_TEST_DEADLINE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """`sbatch`: the one that answers, None without. `problem`: why the one that is there does not."""
+    """What of SLURM was found: whatever hints at a cluster, and the sbatch that answers."""
 
     traces: tuple[str, ...]
+    # None where there is no sbatch, or where it does not answer.
     sbatch: Path | None = None
+    # Why the sbatch in PATH does not answer; empty where it does, or where there is none.
     problem: str = ""
 
     def has_slurm(self, *, local: bool) -> bool:
-        """True: submit. False: rehearse, as `local` asks for. Raises RunError where neither is safe."""
+        """True: submit. False: rehearse, as `local` asks for. RunError where neither is
+        safe.
+        """
         if local or not self.traces:
             return False
         if self.sbatch is None:
+            problem = f" ({self.problem})" if self.problem else ""
             raise RunError(
-                f"there is no usable sbatch here{self.problem}, but this looks like a cluster: "
-                f"{'; '.join(self.traces)}. Load the SLURM module (module load slurm) and try again, or add "
-                "--local for a rehearsal on this machine alone"
+                f"there is no usable sbatch here{problem}, but this looks like a cluster: "
+                f"{'; '.join(self.traces)}. Load the SLURM module (module load slurm) and try "
+                "again, or add --local for a rehearsal on this machine alone"
             )
         return True
 
 
 def detect(path: str, environ: Mapping[str, str], root: Path, cluster_file: Path | None) -> Where:
-    """What of SLURM is below `root`, in PATH and in the environment, and whether sbatch answers."""
-    commands = [command for command in _COMMANDS if shutil.which(command, path=path)]
-    traces = [f"{', '.join(commands)} in PATH"] if commands else []
-    traces += [f"configuration in {file}" for file in sorted(root.glob("etc/slurm*"))]
-    traces += [
-        f"{name} is set" for name in sorted(environ) if name.startswith(("SLURM_", "SBATCH_"))
-    ]
-    traces += [f"a munge socket ({root / name})" for name in _SOCKETS if (root / name).exists()]
+    """Look for SLURM below `root`, in PATH and in the environment, and ask sbatch whether
+    it works.
+    """
+    traces = _traces(path, environ, root)
     if cluster_file is not None:
         traces.append(f"a cluster file was given ({cluster_file})")
     sbatch = shutil.which("sbatch", path=path)
     if sbatch is None:
         return Where(tuple(traces))
-    problem = _ask(sbatch, environ)
-    return Where(tuple(traces), None if problem else Path(sbatch), problem)
+    problem = _problem_of(sbatch, environ)
+    if problem:
+        return Where(tuple(traces), problem=problem)
+    return Where(tuple(traces), Path(sbatch))
 
 
-def _ask(sbatch: str, environ: Mapping[str, str]) -> str:
+def _traces(path: str, environ: Mapping[str, str], root: Path) -> list[str]:
+    traces = []
+    commands = [command for command in _COMMANDS if shutil.which(command, path=path)]
+    if commands:
+        traces.append(f"{', '.join(commands)} in PATH")
+    for file in sorted(root.glob("etc/slurm*")):
+        traces.append(f"configuration in {file}")
+    for name in sorted(environ):
+        if name.startswith(("SLURM_", "SBATCH_")):
+            traces.append(f"{name} is set")
+    for name in _SOCKETS:
+        if (root / name).exists():
+            traces.append(f"a munge socket ({root / name})")
+    return traces
+
+
+def _problem_of(sbatch: str, environ: Mapping[str, str]) -> str:
     """Why `sbatch --version` gives no answer; empty where it does."""
     try:
-        done = ask([sbatch, "--version"], _ANSWER_DEADLINE_S, env=dict(environ))
-    except RunError as e:
-        return f" ({e})"
-    except OSError as e:
-        return f" ({sbatch}: {e.strerror})"
+        done = ask([sbatch, "--version"], _ANSWER_DEADLINE_S, env=environ)
+    except RunError as error:
+        return str(error)
+    except OSError as error:
+        return f"{sbatch}: {error.strerror}"
     if done.returncode == 0:
         return ""
-    said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return f" ({said})"
+    errors = done.stderr.strip().splitlines()
+    return errors[-1] if errors else f"exit code {done.returncode}"
 
 
 def test_only(sbatch: Path, script: str) -> str:
-    """What `sbatch --test-only` says about a batch script: when it would start, or why it is refused."""
-    done = ask([str(sbatch), "--test-only"], 60, stdin=script)
-    said = " ".join((done.stderr + done.stdout).split())
+    """The answer of `sbatch --test-only` to a batch script: when it would start.
+
+    Raises RunError with the reason why SLURM refuses it.
+    """
+    done = ask([str(sbatch), "--test-only"], _TEST_DEADLINE_S, stdin=script)
+    answer = " ".join((done.stderr + done.stdout).split())
     if done.returncode:
-        raise RunError(f"sbatch --test-only refuses the job: {said}")
-    return said
+        raise RunError(f"sbatch --test-only refuses the job: {answer}")
+    return answer

@@ -1,1 +1,1 @@
-"""Processes that this process starts, the ports that they listen on, and the logs that they write."""
+"""Processes that this process starts, the ports on which they listen, and their logs."""

@@ -1,4 +1,4 @@
-"""A process that this process owns: in a session of its own, with a log, and gone when its owner is gone."""
+"""A process that this process owns: in its own session, with a log, gone when its owner is gone."""
 
 import fcntl
 import os
@@ -22,13 +22,14 @@ _KILL_DEADLINE_S = 10.0
 class ChildProcess:
     """Runs `command` in a new session, with stdout and stderr appended to `log`.
 
-    The kernel sends `death_signal` to the child's process group when this process dies in any way, SIGKILL
-    included. The child holds the read end of a pipe whose only write end is here, and O_ASYNC with F_SETSIG
-    make the kernel send the signal when the write end closes. PR_SET_PDEATHSIG would not do: it fires when
-    the *thread* that started the child ends.
+    The kernel sends `death_signal` to the child's process group when this process dies in
+    any way, SIGKILL included. The child holds the read end of a pipe whose only write end
+    is here, and O_ASYNC with F_SETSIG make the kernel send the signal when the write end
+    closes. PR_SET_PDEATHSIG would not do: it fires when the *thread* that started the
+    child ends.
 
-    The child and all that it starts ignore `ignored_signals`. Give some only where this process has one
-    thread: the child sets them between fork and exec.
+    The child and all that it starts ignore `ignored_signals`. Give some only where this
+    process has one thread: the child sets them between fork and exec.
     """
 
     def __init__(
@@ -72,18 +73,18 @@ class ChildProcess:
 
     @property
     def pid(self) -> int:
-        """The child's process id, which is also the id of its session and of its process group."""
+        """The child's process id; its session and its process group have the same id."""
         return self._process.pid
 
     def poll(self) -> int | None:
-        """The exit code, negative for the signal that killed the child; None while it runs."""
+        """The exit code, negative after a signal that killed the child; None while it runs."""
         return self._process.poll()
 
     def alive(self) -> bool:
         return self.poll() is None
 
     def send_signal(self, number: signal.Signals) -> None:
-        """Send a signal to the child alone, not to what it started. A child that has ended gets none."""
+        """Send a signal to the child alone. A child that has ended gets none."""
         self._process.send_signal(number)
 
     def exit_summary(self) -> str:
@@ -96,7 +97,10 @@ class ChildProcess:
         return f"{self.name} {how}; see {self.log}: {last_line(self.log)}"
 
     def wait_until(self, ready: Callable[[], bool], awaited: str, deadline_s: float) -> None:
-        """Poll `ready` until it holds. RunError, after ending the child, when that exits or is too slow."""
+        """Poll `ready` until it holds.
+
+        Ends the child and raises RunError when the child exits or takes over `deadline_s`.
+        """
         deadline = time.monotonic() + deadline_s
         while not ready():
             if not self.alive():
@@ -114,9 +118,9 @@ class ChildProcess:
             time.sleep(_READY_POLL_S)
 
     def close(self) -> None:
-        """SIGKILL to the process group, for a child that has nothing to save. Returns when the group is empty.
+        """End the process group by SIGKILL, for a child that has nothing to save.
 
-        Raises RunError for processes that are still alive 10 s later.
+        Returns when the group is empty.         Raises RunError for processes that are still alive 10 s later.
         """
         if self._lifeline < 0:
             return

@@ -17,8 +17,9 @@ def ask(
 ) -> subprocess.CompletedProcess[str]:
     """Run a command and return its exit code and its output as text.
 
-    who: what the error calls the command, by default the command itself. env: the environment, by default ours.
-    stdin: text that the command reads. Raises RunError if it does not answer in time, OSError if it cannot be run.
+    who: what the error calls the command, by default the command itself. env: the
+    environment, by default ours. stdin: text that the command reads. Raises RunError if
+    it does not answer in time, OSError if it cannot be run.
     """
     try:
         return subprocess.run(

@@ -7,7 +7,10 @@ _MAX_LINE_CHARS = 300
 
 
 def last_lines(log: Path, count: int) -> list[str]:
-    """The last `count` lines of the log's last 8 KiB that are not blank; OSError where there is no log."""
+    """The last lines that are not blank, at most `count`, of the log's last 8 KiB.
+
+    Raises OSError where there is no log.
+    """
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
         text = file.read().decode(errors="replace")
@@ -16,7 +19,10 @@ def last_lines(log: Path, count: int) -> list[str]:
 
 
 def last_line(log: Path) -> str:
-    """The last line that is not blank, at most 300 characters; a word in brackets where there is none."""
+    """The first 300 characters of the last line that is not blank.
+
+    Where there is none, it says so in brackets.
+    """
     try:
         lines = last_lines(log, 1)
     except OSError as error:

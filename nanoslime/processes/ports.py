@@ -5,18 +5,21 @@ import socket
 
 from nanoslime.types import RunError
 
-# Below the ephemeral range (32768 and up), from which the kernel takes ports for outgoing connections.
+# Outgoing connections take ports from the ephemeral range, 32768 and up.
 _PORTS = range(10_000, 20_000)
 _NUM_TRIES = 50
 
 
 def free_port(address: str) -> int:
-    """A TCP port that nobody on this host listens on, for a server at `address` that binds it soon."""
+    """A TCP port that nobody on this host has bound, for a server at `address`."""
     return free_ports(address, 1)[0]
 
 
 def free_ports(address: str, count: int) -> list[int]:
-    """`count` different ports that nobody on this host listens on; an empty address stands for all."""
+    """`count` different ports that nobody on this host has bound.
+
+    The empty address stands for all addresses. The ports are free now: bind them soon.
+    """
     ports: list[int] = []
     for port in random.SystemRandom().sample(_PORTS, _NUM_TRIES):
         if _is_free(address, port):
@@ -30,7 +33,7 @@ def free_ports(address: str, count: int) -> list[int]:
 
 
 def consecutive_free_ports(first: int, count: int, address: str, num_tries: int = 100) -> list[int]:
-    """`count` consecutive ports from `first` on; where one of them is taken, the next `count` are tried."""
+    """`count` consecutive ports from `first` on; if one is taken, the next `count` are tried."""
     end = first + num_tries * count
     for start in range(first, end, count):
         ports = list(range(start, start + count))
@@ -64,7 +67,7 @@ def answers(address: str, port: int) -> bool:
 
 
 def _is_free(address: str, port: int) -> bool:
-    """Whether nobody has bound the port, neither at `address` nor on all addresses of this host."""
+    """Whether nobody has bound the port, neither at `address` nor on all addresses."""
     for place in (address, ""):
         with socket.socket() as probe:
             try:

@@ -1,4 +1,4 @@
-"""All processes that descend from this one, found and ended by their ids; nothing is ever ended by name.
+"""All processes below this one, found and ended by their ids; nothing is ever ended by name.
 
 Linux keeps the tree together: PR_SET_CHILD_SUBREAPER makes orphans of a child our own children.
 """
@@ -25,7 +25,10 @@ def adopt_orphans() -> None:
 
 
 def descendants(root: int, spare: Collection[int] = ()) -> set[int]:
-    """Ids of the live processes below `root`, without those in `spare` and without all below those."""
+    """Ids of the live processes below `root`.
+
+    Processes in `spare`, and all below them, are left out.
+    """
     children: dict[int, list[int]] = {}
     for pid in psutil.pids():
         children.setdefault(_parent(pid), []).append(pid)
@@ -43,8 +46,8 @@ def descendants(root: int, spare: Collection[int] = ()) -> set[int]:
 def end_descendants(spare: Collection[int] = (), grace_s: float = 3.0) -> None:
     """End all processes below this one, also those that start meanwhile.
 
-    They get SIGTERM, and SIGKILL after `grace_s`. Processes in `spare` and all below them stay.
-    Raises TimeoutError for processes that are still alive 10 s after SIGKILL.
+    They get SIGTERM, and SIGKILL after `grace_s`. Processes in `spare` and all below them
+    stay. Raises TimeoutError for processes that are still alive 10 s after SIGKILL.
     """
     if _signal_until_gone(signal.SIGTERM, grace_s, spare):
         return
@@ -55,7 +58,10 @@ def end_descendants(spare: Collection[int] = (), grace_s: float = 3.0) -> None:
 
 
 def _signal_until_gone(number: signal.Signals, patience_s: float, spare: Collection[int]) -> bool:
-    """Send the signal once to each descendant until none is left; False when `patience_s` passed first."""
+    """Send the signal once to each descendant, also to new ones, until none is left.
+
+    False when `patience_s` passed first.
+    """
     deadline = time.monotonic() + patience_s
     signalled: set[int] = set()
     while True:

@@ -1,4 +1,4 @@
-"""Finds a checkpoint by its directory or its hub id, and makes sure of it before anything is started."""
+"""Finds a checkpoint by its directory or its hub id, and checks it before anything starts."""
 
 import re
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from nanoslime.plugins import resolve
 from nanoslime.storage.safetensors_file import read_headers
 from nanoslime.types import RunError
 
-# Importing huggingface_hub takes as long as planning a run: it is imported only where a hub id is given.
+# huggingface_hub is slow to import, as slow as planning a run: only a hub id needs it.
 _HUB = {"hub": "huggingface_hub:snapshot_download"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.safetensors")
@@ -27,11 +27,12 @@ class LocalCheckpoint:
 def find_checkpoint(
     name: str, revision: str, *, download: bool, needs_tokenizer: bool
 ) -> LocalCheckpoint:
-    """The checkpoint that `model.hf_checkpoint=name` stands for: a directory, or a hub id to fetch.
+    """The checkpoint of `model.hf_checkpoint=name`: a directory, or a hub id to fetch.
 
-    download: a hub id is fetched whole; otherwise only its config.json, and nothing else is looked at.
-    The `revision` of a hub id becomes the commit that was fetched. Raises RunError for a name that leads
-    nowhere and, naming the file, for missing or truncated weights and for a missing tokenizer.
+    download: a hub id is fetched whole; otherwise only its config.json, and nothing else
+    is looked at. The `revision` of a hub id becomes the commit that was fetched. Raises
+    RunError for a name that leads nowhere and, naming the file, for missing or truncated
+    weights and for a missing tokenizer.
     """
     if not name:
         raise RunError(

@@ -1,4 +1,4 @@
-"""Reads prompt files, JSONL or parquet, and refuses what cannot serve, with the file and line of the fault."""
+"""Reads prompt files, JSONL or parquet; refuses a bad one with the file and line of the fault."""
 
 import json
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from nanoslime.plugins import resolve
 from nanoslime.types import RunError
 
 SUFFIXES = (".jsonl", ".parquet")
-# Importing pyarrow takes a good part of planning a run: it is imported only where a parquet file is given.
+# pyarrow is slow to import: it is imported only where a parquet file is given.
 _PARQUET = {"file": "pyarrow.parquet:ParquetFile", "error": "pyarrow:ArrowException"}
 _ROWS_PER_BATCH = 1024
 _MAX_QUOTED_CHARS = 80
@@ -18,21 +18,25 @@ _MAX_QUOTED_CHARS = 80
 
 @dataclass(frozen=True, slots=True)
 class PromptRecord:
-    """One prompt as the file holds it. `place` is FILE:LINE, or FILE:row N in parquet, for messages."""
+    """One prompt as the file holds it.
+
+    For messages, `place` is FILE:LINE, or FILE:row N in parquet.
+    """
 
     place: str
     fields: dict[str, Any]
 
 
 def read_prompt_file(path: Path, prompt_key: str, label_key: str) -> Iterator[PromptRecord]:
-    """Every record of the file, each with `prompt_key` and, unless that is empty, `label_key`.
+    """Every record of the file, each with `prompt_key` and, where given, `label_key`.
 
-    Raises RunError in one line that names file and line for what cannot be used: a missing file, another
-    suffix, a broken line, a missing key, a file without any record.
+    Raises RunError in one line that names file and line for what cannot be used: a
+    missing file, another suffix, a broken line, a missing key, a file without any record.
     """
     if not path.is_file():
         raise RunError(
-            f"prompt file {path} does not exist; set data.prompts or data.eval_prompts to one that does"
+            f"prompt file {path} does not exist; "
+            "set data.prompts or data.eval_prompts to one that does"
         )
     if path.suffix == ".parquet":
         records = _parquet_records(path)
@@ -52,7 +56,10 @@ def read_prompt_file(path: Path, prompt_key: str, label_key: str) -> Iterator[Pr
 
 
 def check_prompt_file(path: Path, prompt_key: str, label_key: str) -> None:
-    """Raises RunError as `read_prompt_file` does, from the first record alone: quick for a file of any size."""
+    """Raises RunError as `read_prompt_file` does, but for the first record alone.
+
+    It is quick for a file of any size.
+    """
     next(read_prompt_file(path, prompt_key, label_key))
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from jobs import ray_node
 from jobs.cluster_env import ClusterEnv, expand_nodelist, interface_address
-from jobs.executor import run_local
-from jobs.node import check_cores, check_gpus
+from jobs.local import run_local
+from jobs.preflight import check_cores, check_gpus
 from nanoslime.run_dir import DONE, FAILED, STOPPED, RunDir
 from nanoslime.types import RunError
 from tests import process_table
@@ -45,7 +45,7 @@ class Rehearsal:
 
     def __init__(self, made: MadeRun, mode: str):
         code = (
-            "import sys; from pathlib import Path; from jobs.executor import run_local\n"
+            "import sys; from pathlib import Path; from jobs.local import run_local\n"
             "from nanoslime.config.load import read; from nanoslime.layout import Layout\n"
             "from nanoslime.run_dir import RunDir; run = RunDir.open(Path(sys.argv[1]))\n"
             "sys.exit(run_local(read(run.config), Layout.from_json(run.plan.read_text()), run, sys.argv[2]))"

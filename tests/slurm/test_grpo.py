@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.node import ROOT
+from jobs.checkout import ROOT
 from nanoslime.run_dir import DONE, STOPPED, RunDir
 from tests import process_table
 from tests.slurm.cluster import SlurmCluster

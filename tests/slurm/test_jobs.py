@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.node import ROOT
+from jobs.checkout import ROOT
 from jobs.slurm_submit import submit_sbatch, submit_submitit
 from nanoslime.run_dir import DONE, FAILED, STOPPED
 from nanoslime.types import RunError

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs import executor
-from jobs.executor import cpus_per_node, sbatch_options, sbatch_text, step_options
+from jobs.checkout import ROOT
+from jobs.sbatch import cpus_per_node, sbatch_options, sbatch_text, step_options
 from tests.jobs.made_run import HOSTILE, make_run
 
 
@@ -132,11 +132,11 @@ def test_the_python_of_the_nodes_is_that_of_the_cluster_file(tmp_path: Path) -> 
     assert "/shared/envs/cuda/bin/python" in srun_line(
         sbatch_text(made.config, made.layout, made.run.path)
     )
-    assert executor.ROOT.joinpath("jobs", "node.py").exists()
+    assert ROOT.joinpath("jobs", "node.py").exists()
 
 
 def test_the_template_is_a_shell_script_with_the_options_of_the_job(tmp_path: Path) -> None:
-    template = executor.ROOT / "jobs" / "templates" / "grpo.sbatch"
+    template = ROOT / "jobs" / "templates" / "grpo.sbatch"
     subprocess.run(["bash", "-n", str(template)], check=True)
     made = make_run(tmp_path, 4)
     asked = [

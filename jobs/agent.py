@@ -1,0 +1,375 @@
+"""The node agent, one per node: it starts Ray, on node 0 also the driver, and watches both.
+
+    check the machine -> Ray head | Ray worker -> all joined: head.json, driver -> watch
+    -> end everything that was started
+
+Agents meet in the attempt's directory: nodes/<i>.json says that a node has joined,
+heartbeat/<i>.json that it lives, stop.json that the driver must stop, end.json that the attempt
+is over and why. The agent that sees the end first writes it; all others follow. A non-zero exit
+code comes last, when the other agents have left, since SLURM then kills the step.
+"""
+
+import logging
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from jobs import ray_node
+from jobs.cluster_env import ClusterEnv, remove_scratch
+from jobs.preflight import check_cores, check_gpus
+from jobs.signals import WARNINGS, handled
+from nanoslime.config.run import RunConfig
+from nanoslime.layout import Layout
+from nanoslime.processes.child import ChildProcess
+from nanoslime.processes.logs import last_line
+from nanoslime.processes.ports import answers, consecutive_free_ports
+from nanoslime.processes.tree import adopt_orphans, end_descendants
+from nanoslime.run_dir import DONE, FAILED, STOPPED, Attempt
+from nanoslime.storage.shared_files import publish_json, read_json, seen
+from nanoslime.types import RunError
+
+logger = logging.getLogger(__name__)
+
+_TICK_S = 0.25
+_HEARTBEAT_S = 5.0
+# A node whose heartbeat stands still for this long is lost.
+_SILENCE_S = 90.0
+# Other agents may take this long to clean up.
+_LEAVE_S = 30.0
+# A driver that was told to stop may use this much of the time until SLURM kills the job.
+_SIGNAL_LEAD_SHARE = 0.8
+_KILL_WAIT_SHARE = 0.6
+# A child that SIGTERM ended may have got it together with us: our own is then on its way.
+_SIGTERM_DELAY_S = 0.5
+_ENDED_BY_SIGTERM = (-signal.SIGTERM, 128 + signal.SIGTERM)
+
+
+class AttemptOver(Exception):
+    """The attempt is over, so all waiting ends. `published`: another agent has said so
+    already.
+    """
+
+    def __init__(self, code: int, reason: str, published: bool = False) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason
+        self.published = published
+
+
+class Agent:
+    """One node's part of one attempt."""
+
+    def __init__(
+        self, attempt: Attempt, config: RunConfig, layout: Layout, env: ClusterEnv, driver: str
+    ) -> None:
+        """`driver`: the command to start in place of `python -m nanoslime.train`, empty
+        for that one.
+        """
+        self._attempt = attempt
+        self._config = config
+        self._layout = layout
+        self._env = env
+        self._is_head = env.node_index == 0
+        self._scratch = env.scratch(attempt.path)
+        self._token = attempt.path / "ray_token"
+        self._driver_command = shlex.split(driver) or [sys.executable, "-m", "nanoslime.train"]
+        self._children: list[ChildProcess] = []
+        self._driver: ChildProcess | None = None
+        # Signals that have come and are not yet passed on.
+        self._signals: list[signal.Signals] = []
+        # When a driver that was told to stop is ended, on the monotonic clock.
+        self._kill_at = float("inf")
+        self._num_beats = 0
+        self._next_beat_at = 0.0
+        # Of each node the last count, and when it changed on our monotonic clock.
+        self._last_beats: dict[str, tuple[int, float]] = {}
+
+    def run(self) -> int:
+        """Live through the attempt. Returns its code on node 0 and on the node that ended
+        it, else 0.
+        """
+        adopt_orphans()
+        with handled(self._signals.append):
+            try:
+                self._live()
+            except AttemptOver as over:
+                end = over
+            except RunError as error:
+                end = AttemptOver(FAILED, str(error))
+            except Exception as error:
+                logger.exception("the agent of %s failed", self._env.node_name)
+                end = AttemptOver(FAILED, f"agent of {self._env.node_name}: {error!r}")
+            return self._leave(end)
+
+    def _live(self) -> None:
+        """Everything up to the end of the attempt, which always comes as an exception."""
+        self._tick()
+        check_cores(self._env)
+        if self._layout.device == "cuda":
+            check_gpus(self._env, self._layout.slots_per_node)
+        if self._is_head:
+            ray_address = self._start_head()
+            self._join()
+            self._wait_for_nodes()
+            self._publish_head(ray_address)
+            self._start_driver()
+        else:
+            self._start_worker()
+            self._join()
+        while True:
+            self._tick()
+            time.sleep(_TICK_S)
+
+    def _start_head(self) -> str:
+        """Start the Ray head and tell the other agents of it; returns its address."""
+        host = self._env.address
+        first_port = self._env.first_port(self._attempt.path)
+        port, client_port = consecutive_free_ports(first_port, 2, host)
+        ray_node.make_token(self._token)
+        options = [
+            "--head",
+            f"--port={port}",
+            f"--ray-client-server-port={client_port}",
+            "--include-dashboard=false",
+        ]
+        log = self._start_ray(options)
+        # The others may start as soon as the head's port answers, which is before `ray
+        # start` is done.
+        self._wait_for_ray(lambda: answers(host, port), "the port of the Ray head", log)
+        ray_address = f"{host}:{port}"
+        publish_json(self._ray_head_file, {"ray_address": ray_address})
+        self._wait_until_started(log)
+        return ray_address
+
+    def _start_worker(self) -> None:
+        """Wait for the Ray head and start a worker that joins it."""
+
+        def head_is_up() -> bool:
+            return seen(self._ray_head_file) and seen(self._token)
+
+        awaited = f"the Ray head on {self._env.node_names[0]}"
+        self._wait_for_ray(head_is_up, awaited, self._attempt.log("agent", 0))
+        ray_address = read_json(self._ray_head_file)["ray_address"]
+        log = self._start_ray([f"--address={ray_address}"])
+        self._wait_until_started(log)
+
+    def _start_ray(self, options: list[str]) -> Path:
+        """Start this node's Ray in a new scratch directory; returns its log."""
+        # A killed agent of this very job may have left one.
+        remove_scratch(self._scratch)
+        self._scratch.mkdir(mode=0o700)
+        command = ray_node.start_command(self._env, self._layout, self._scratch, options)
+        log = self._attempt.log("ray", self._env.node_index)
+        self._start(f"Ray on {self._env.node_name}", command, log)
+        return log
+
+    def _start_driver(self) -> None:
+        attempt = self._attempt
+        place = ["--run", str(attempt.run.path), "--attempt", str(attempt.number)]
+        command = [*self._driver_command, *place]
+        self._driver = self._start("the driver", command, attempt.log("driver", 0))
+
+    def _start(self, name: str, command: list[str], log: Path) -> ChildProcess:
+        logger.info("starting: %s", shlex.join(command))
+        env = ray_node.environment(os.environ, self._token)
+        child = ChildProcess(name, command, env, log, ignored_signals=WARNINGS)
+        self._children.append(child)
+        return child
+
+    @property
+    def _ray_head_file(self) -> Path:
+        return self._attempt.path / "ray_head.json"
+
+    def _joined_file(self, node: int) -> Path:
+        return self._attempt.path / "nodes" / f"{node}.json"
+
+    def _join(self) -> None:
+        """Say that this node's Ray is up."""
+        facts = {
+            "index": self._env.node_index,
+            "name": self._env.node_name,
+            "address": self._env.address,
+            "pid": os.getpid(),
+        }
+        publish_json(self._joined_file(self._env.node_index), facts)
+        logger.info("%s has joined", self._env.node_name)
+
+    def _publish_head(self, ray_address: str) -> None:
+        """Write down for the driver how to reach Ray and which nodes it consists of."""
+        nodes = [read_json(self._joined_file(node)) for node in range(self._env.num_nodes)]
+        head = {
+            "ray_address": ray_address,
+            "node_ip": self._env.address,
+            "token_path": str(self._token),
+            "nodes": nodes,
+        }
+        publish_json(self._attempt.head, head)
+
+    def _wait_until_started(self, log: Path) -> None:
+        def has_started() -> bool:
+            return ray_node.STARTED in log.read_text(errors="replace")
+
+        awaited = f"Ray on {self._env.node_name} ({self._env.address}) to start"
+        self._wait_for_ray(has_started, awaited, log)
+
+    def _wait_for_ray(self, condition: Callable[[], bool], awaited: str, log: Path) -> None:
+        deadline_s = self._config.cluster.ray_start_deadline_s
+        if not self._wait_until(condition, deadline_s):
+            raise RunError(f"waited {deadline_s:g} s for {awaited}; see {log}: {last_line(log)}")
+
+    def _wait_for_nodes(self) -> None:
+        deadline_s = self._config.cluster.node_join_deadline_s
+        if not self._wait_until(lambda: not self._missing_nodes(), deadline_s):
+            missing = ", ".join(self._describe_node(node) for node in self._missing_nodes())
+            raise RunError(f"did not join within {deadline_s:g} s: {missing}")
+
+    def _missing_nodes(self) -> list[int]:
+        joined = os.listdir(self._joined_file(0).parent)
+        return [node for node in range(self._env.num_nodes) if f"{node}.json" not in joined]
+
+    def _describe_node(self, node: int) -> str:
+        return f"{self._env.node_names[node]} (node {node}, {self._attempt.log('agent', node)})"
+
+    def _wait_until(self, condition: Callable[[], bool], deadline_s: float) -> bool:
+        """Tick until `condition()` holds; False when `deadline_s` passed first."""
+        deadline = time.monotonic() + deadline_s
+        while not condition():
+            if time.monotonic() > deadline:
+                return False
+            self._tick()
+            time.sleep(_TICK_S)
+        return True
+
+    def _tick(self) -> None:
+        """What an agent does all the time, whatever it waits for. Raises when the attempt
+        is over.
+        """
+        self._follow_end()
+        if time.monotonic() >= self._next_beat_at:
+            self._next_beat_at = time.monotonic() + _HEARTBEAT_S
+            self._num_beats += 1
+            self._attempt.beat(self._env.node_index, self._num_beats)
+            self._check_heartbeats()
+        self._pass_on_signals()
+        for child in self._children:
+            code = child.poll()
+            if code is not None:
+                self._handle_exit(child, code)
+        if self._is_head:
+            self._limit_stop()
+
+    def _follow_end(self) -> None:
+        """Raises AttemptOver when another agent has published the end of the attempt."""
+        end = self._attempt.ended()
+        if end is not None:
+            code, reason = end
+            raise AttemptOver(code, reason, published=True)
+
+    def _pass_on_signals(self) -> None:
+        """Have the driver told to stop for every signal that has come."""
+        while self._signals:
+            number = self._signals.pop(0)
+            logger.warning("%s: the driver is told to stop", number.name)
+            requeue = number in WARNINGS
+            self._attempt.request_stop(f"{number.name} at {self._env.node_name}", requeue=requeue)
+            if not requeue:
+                # SIGKILL follows, from SLURM after KillWait.
+                patience_s = max(1.0, self._env.kill_wait_s() * _KILL_WAIT_SHARE)
+                self._kill_at = min(self._kill_at, time.monotonic() + patience_s)
+
+    def _limit_stop(self) -> None:
+        """Without a driver a stop is immediate; the driver has most of the signal lead to
+        commit.
+        """
+        reason = self._attempt.must_stop()
+        if reason is None:
+            return
+        if self._driver is None:
+            raise AttemptOver(STOPPED, f"{reason}, before the driver started")
+        if self._kill_at == float("inf"):
+            patience_s = self._config.cluster.signal_lead_s * _SIGNAL_LEAD_SHARE
+            self._kill_at = time.monotonic() + patience_s
+        if time.monotonic() > self._kill_at:
+            raise AttemptOver(STOPPED, f"{reason}; the driver did not commit in time and was ended")
+
+    def _handle_exit(self, child: ChildProcess, code: int) -> None:
+        """The end of a child is the end of the attempt. Raises AttemptOver with the best
+        reason for it.
+        """
+        if child is self._driver and code == DONE:
+            raise AttemptOver(DONE, "")
+        if child is self._driver and code == STOPPED:
+            reason = self._attempt.must_stop() or "the driver stopped by itself"
+            raise AttemptOver(STOPPED, reason)
+        if code in _ENDED_BY_SIGTERM:
+            time.sleep(_SIGTERM_DELAY_S)
+            self._pass_on_signals()
+            stop_reason = self._attempt.must_stop()
+            if stop_reason is not None:
+                raise AttemptOver(STOPPED, f"{stop_reason}; {child.exit_summary()}")
+        self._follow_end()
+        raise AttemptOver(FAILED, child.exit_summary())
+
+    def _check_heartbeats(self) -> None:
+        """Node 0 looks at all nodes, the others at node 0. Raises RunError for one that
+        is silent too long.
+        """
+        now = time.monotonic()
+        for node, beat in self._attempt.heartbeats().items():
+            if node != "0" and not self._is_head:
+                continue
+            count = beat.get("count", 0)
+            last_count, changed_at = self._last_beats.get(node, (-1, 0.0))
+            if count != last_count:
+                self._last_beats[node] = (count, now)
+            elif now - changed_at > _SILENCE_S and not beat.get("left"):
+                name = self._env.node_names[int(node)]
+                log = self._attempt.log("agent", int(node))
+                raise RunError(
+                    f"no heartbeat from {name} (node {node}) for {_SILENCE_S:g} s; see {log}"
+                )
+
+    def _leave(self, end: AttemptOver) -> int:
+        """Publish the end, end every process, remove scratch, wait for the others if need
+        be.
+        """
+        level = logging.ERROR if end.code == FAILED else logging.INFO
+        logger.log(level, "end: code %d %s", end.code, end.reason)
+        if not end.published:
+            self._attempt.end(end.code, end.reason)
+        try:
+            end_descendants()
+        finally:
+            remove_scratch(self._scratch)
+            self._attempt.leave(self._env.node_index)
+        if self._is_head:
+            self._write_final_status()
+        reports_code = self._is_head or not end.published
+        if end.code == DONE or not reports_code:
+            return 0
+        self._wait_for_others_to_leave()
+        return end.code
+
+    def _wait_for_others_to_leave(self) -> None:
+        deadline = time.monotonic() + _LEAVE_S
+        while time.monotonic() < deadline:
+            beats = self._attempt.heartbeats().values()
+            if all("left" in beat for beat in beats):
+                return
+            time.sleep(_TICK_S)
+
+    def _write_final_status(self) -> None:
+        """The status of a run whose driver could not say how it ended."""
+        code, reason = self._attempt.ended() or (FAILED, "unknown")
+        if code == DONE:
+            return
+        run = self._attempt.run
+        status = run.status()
+        if status.get("attempt") == self._attempt.number and status.get("error"):
+            return
+        phase = "stopped" if code == STOPPED else "failed"
+        run.write_status(phase, int(status.get("step", 0)), error=reason)

@@ -1,0 +1,17 @@
+"""This checkout, and the environment of commands that shall run its code."""
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def environment(**additions: str) -> dict[str, str]:
+    """The environment of this process with `additions`, and with this checkout first in
+    PYTHONPATH.
+    """
+    path = str(ROOT)
+    inherited = os.environ.get("PYTHONPATH")
+    if inherited:
+        path = f"{path}{os.pathsep}{inherited}"
+    return {**os.environ, **additions, "PYTHONPATH": path}

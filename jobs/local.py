@@ -1,0 +1,130 @@
+"""A rehearsal: the node agents of a run as children of this process, one per simulated node."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import BinaryIO
+
+from jobs.cluster_env import ClusterEnv, remove_scratch
+from jobs.node import start_agent
+from jobs.signals import handled
+from nanoslime.config.run import RunConfig
+from nanoslime.layout import Layout
+from nanoslime.processes.child import ChildProcess
+from nanoslime.processes.tree import adopt_orphans, descendants, end_descendants
+from nanoslime.run_dir import FAILED, STOPPED, Attempt, RunDir
+from nanoslime.storage.shared_files import seen
+
+_POLL_S = 0.2
+# Agents may take this long to leave once the attempt has ended.
+_LEAVE_S = 60.0
+_BLOCK_BYTES = 65536
+
+
+def run_local(config: RunConfig, layout: Layout, run: RunDir, driver: str = "") -> int:
+    """Run an attempt on this machine, the driver's lines on stdout. Returns the attempt's
+    code.
+
+    Ctrl-C asks the driver to commit and stop; a second one ends it at once. The reason of
+    an attempt that failed or was stopped goes to stderr.
+    """
+    others = descendants(os.getpid())
+    adopt_orphans()
+    job_id = f"l{os.getpid()}"
+    nodes = [ClusterEnv.for_local(i, layout.num_nodes, job_id) for i in range(layout.num_nodes)]
+    attempt = run.new_attempt(nodes[0].attempt_key)
+    signals: list[signal.Signals] = []
+    with handled(signals.append):
+        try:
+            agents = [start_agent(attempt, config, env, driver) for env in nodes]
+            _Supervisor(attempt, agents, signals).run()
+        finally:
+            end_descendants(others)
+            for env in nodes:
+                remove_scratch(env.scratch(attempt.path))
+    code, reason = attempt.ended() or (FAILED, "the agents ended without saying why")
+    if code:
+        outcome = "stopped" if code == STOPPED else "failed"
+        print(f"{outcome}: {reason}", file=sys.stderr, flush=True)
+    return code
+
+
+class _Supervisor:
+    """Until all agents have ended: shows the driver's lines, hands signals on, reports a
+    killed agent.
+    """
+
+    def __init__(
+        self, attempt: Attempt, agents: list[ChildProcess], signals: list[signal.Signals]
+    ) -> None:
+        """`signals`: those that have come and are not yet handed on."""
+        self._attempt = attempt
+        self._agents = agents
+        self._signals = signals
+        self._output = _Follower(attempt.log("driver", 0))
+        self._was_asked_to_stop = False
+        # Nodes whose agent has failed and is reported.
+        self._failed: set[int] = set()
+        self._leave_by = float("inf")
+
+    def run(self) -> None:
+        """Returns when all agents have ended, or do not leave in time after the attempt's
+        end.
+        """
+        any_alive = True
+        while any_alive:
+            any_alive = any(agent.alive() for agent in self._agents)
+            self._output.copy_new_lines()
+            self._hand_on_signals()
+            self._report_failed_agents()
+            if self._attempt.ended() is not None:
+                self._leave_by = min(self._leave_by, time.monotonic() + _LEAVE_S)
+            if time.monotonic() > self._leave_by:
+                return
+            if any_alive:
+                time.sleep(_POLL_S)
+
+    def _hand_on_signals(self) -> None:
+        """The first signal asks the driver to stop; SIGTERM, and any further one, ends
+        the agents.
+        """
+        while self._signals:
+            number = self._signals.pop(0)
+            if self._was_asked_to_stop or number == signal.SIGTERM:
+                for agent in self._agents:
+                    agent.send_signal(signal.SIGTERM)
+            else:
+                reason = "Ctrl-C" if number == signal.SIGINT else number.name
+                self._attempt.request_stop(reason)
+                message = "stopping after this step; once more ends it at once"
+                print(message, file=sys.stderr, flush=True)
+            self._was_asked_to_stop = True
+
+    def _report_failed_agents(self) -> None:
+        for node, agent in enumerate(self._agents):
+            if agent.poll() and node not in self._failed:
+                self._failed.add(node)
+                if self._attempt.ended() is None:
+                    self._attempt.end(FAILED, agent.exit_summary())
+                self._attempt.leave(node)
+
+
+class _Follower:
+    """Copies to stdout what is appended to a log, which need not exist yet."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._stream: BinaryIO | None = None
+
+    def copy_new_lines(self) -> None:
+        if self._stream is None and seen(self._log):
+            self._stream = self._log.open("rb")
+        if self._stream is None:
+            return
+        block = self._stream.read(_BLOCK_BYTES)
+        while block:
+            sys.stdout.write(block.decode(errors="replace"))
+            block = self._stream.read(_BLOCK_BYTES)
+        sys.stdout.flush()

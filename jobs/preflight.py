@@ -1,0 +1,53 @@
+"""What an agent makes sure of on its node before it starts Ray."""
+
+import json
+import os
+import sys
+
+from jobs.cluster_env import ClusterEnv
+from nanoslime.processes.command import ask
+from nanoslime.types import RunError
+
+_CUDA_DEADLINE_S = 30.0
+_CUDA_PROBE = """
+import json, torch
+print(json.dumps([torch.version.cuda, torch.cuda.is_available(), torch.cuda.device_count()]))
+"""
+_MAX_ERROR_CHARS = 200
+
+
+def check_cores(env: ClusterEnv) -> None:
+    """RunError where this process may use fewer cores than it was given: a forgotten
+    --cpus-per-task.
+    """
+    allowed = len(os.sched_getaffinity(0))
+    given = min(env.cpus, os.cpu_count() or 1)
+    if allowed < given:
+        raise RunError(
+            f"the agent of {env.node_name} is pinned to {allowed} of the {given} cores "
+            f"it was given; "
+            f"start it with srun --cpus-per-task={env.cpus}, without taskset or --cpu-bind"
+        )
+
+
+def check_gpus(env: ClusterEnv, needed: int) -> None:
+    """RunError where torch, in a process of its own, does not see exactly the GPUs of the
+    plan.
+    """
+    command = [sys.executable, "-c", _CUDA_PROBE]
+    done = ask(command, _CUDA_DEADLINE_S, who=f"torch on {env.node_name}")
+    errors = " ".join(done.stderr.split())[-_MAX_ERROR_CHARS:]
+    if done.returncode:
+        raise RunError(f"torch of {sys.executable} does not start on {env.node_name}: {errors}")
+    built_for, available, count = json.loads(done.stdout.splitlines()[-1])
+    if not available:
+        build = f"for CUDA {built_for}" if built_for else "without CUDA"
+        raise RunError(
+            f"torch of {sys.executable} sees no CUDA on {env.node_name}: it was built {build}. "
+            "Make the environment with `bash env/run.sh --target cuda true`, "
+            f"or look at nvidia-smi there. {errors}"
+        )
+    if count != needed:
+        raise RunError(
+            f"{env.node_name} shows {count} GPUs, the plan needs {needed}; check --gpus-per-node"
+        )

@@ -1,0 +1,150 @@
+"""The text of a run's job: its sbatch options, its srun step and its batch script.
+
+All functions are pure and tested as text; jobs/slurm_submit.py hands the text to SLURM.
+"""
+
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from jobs.checkout import ROOT
+from nanoslime.config.cluster import ClusterConfig
+from nanoslime.config.run import RunConfig
+from nanoslime.layout import Layout
+from nanoslime.run_dir import STOPPED
+
+_CPUS_PER_GPU = 8
+# An option of sbatch with its value; True is an option without a value.
+Options = dict[str, str | bool]
+
+
+def cpus_per_node(config: RunConfig, layout: Layout) -> int:
+    """Cores that a job asks for on each node; srun does not inherit it, so the step says
+    it again.
+    """
+    if config.cluster.cpus_per_node:
+        return config.cluster.cpus_per_node
+    cpus_per_slot = _CPUS_PER_GPU if layout.device == "cuda" else 1
+    return layout.slots_per_node * cpus_per_slot
+
+
+def common_options(cluster: ClusterConfig, name: str, cpus: int) -> Options:
+    """What every job asks for, as sbatch's long options."""
+    options: Options = {
+        "job-name": name,
+        "cpus-per-task": str(cpus),
+        "time": str(cluster.time_limit_min),
+        "requeue": True,
+        "open-mode": "append",
+    }
+    for option in ("account", "constraint", "partition", "qos", "reservation"):
+        value = getattr(cluster, option)
+        if value:
+            options[option] = value
+    return options
+
+
+def sbatch_options(config: RunConfig, layout: Layout) -> Options:
+    """What the job of a run asks for; the cluster file's extra_sbatch comes last and
+    wins.
+    """
+    cluster = config.cluster
+    options = common_options(cluster, config.name, cpus_per_node(config, layout))
+    options["nodes"] = str(layout.num_nodes)
+    options["ntasks-per-node"] = "1"
+    options["signal"] = f"USR2@{cluster.signal_lead_s}"
+    if layout.device == "cuda":
+        options["gpus-per-node"] = str(layout.slots_per_node)
+    if cluster.memory_per_node:
+        options["mem"] = cluster.memory_per_node
+    options.update(cluster.extra_sbatch)
+    return options
+
+
+def step_options(config: RunConfig, layout: Layout) -> list[str]:
+    """Options of the one srun step that runs a node agent on every node."""
+    options = [
+        "--kill-on-bad-exit=1",
+        "--export=ALL",
+        f"--nodes={layout.num_nodes}",
+        f"--ntasks={layout.num_nodes}",
+        "--ntasks-per-node=1",
+        f"--cpus-per-task={cpus_per_node(config, layout)}",
+    ]
+    if config.cluster.memory_per_node:
+        options.append(f"--mem={config.cluster.memory_per_node}")
+    if layout.device == "cuda":
+        options += [f"--gpus-per-node={layout.slots_per_node}", "--gpu-bind=none"]
+    return options
+
+
+def setup_lines(config: RunConfig) -> list[str]:
+    """Shell lines before the step: the site's own, the job's environment, and where the
+    code is.
+    """
+    lines = list(config.cluster.setup)
+    for name, value in sorted(config.cluster.env.items()):
+        lines.append(f"export {name}={shlex.quote(value)}")
+    lines.append(f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}")
+    return lines
+
+
+def python_of(config: RunConfig) -> str:
+    """The Python of the compute nodes: that of cluster.venv, else the one that runs this."""
+    venv = config.cluster.venv
+    if not venv:
+        return sys.executable
+    return str(Path(venv).expanduser() / "bin" / "python")
+
+
+def batch_script(options: Mapping[str, str | bool], config: RunConfig, *lines: str) -> str:
+    """A batch script that sets up the job and goes on with `lines`. Pure; the options'
+    values are quoted.
+    """
+    directives = []
+    for option, value in options.items():
+        if value is True or value == "":
+            directives.append(f"#SBATCH --{option}")
+        else:
+            directives.append(f"#SBATCH --{option}={shlex.quote(str(value))}")
+    script = ["#!/bin/bash", *directives, "", *setup_lines(config), *lines]
+    return "\n".join(script) + "\n"
+
+
+def sbatch_text(config: RunConfig, layout: Layout, run_dir: Path, driver: str = "") -> str:
+    """The batch script of a run's job. Pure; any path is quoted."""
+    options = sbatch_options(config, layout)
+    # sbatch takes % for a pattern in this path.
+    options["output"] = str(run_dir).replace("%", "%%") + "/slurm-%j.out"
+    task = [python_of(config), "-m", "jobs.node", str(run_dir)]
+    if driver:
+        task += ["--driver", driver]
+    step = ["srun", "--unbuffered", *step_options(config, layout), *task]
+    return batch_script(
+        options,
+        config,
+        "",
+        shlex.join(step),
+        "code=$?",
+        "# A run that was stopped in time has committed and goes on in a new attempt.",
+        f'if [ "$code" -eq {STOPPED} ]; then',
+        '    scontrol requeue "$SLURM_JOB_ID" && exit 0',
+        "fi",
+        'exit "$code"',
+    )
+
+
+def submitted(job: str, log: str, resume: str) -> str:
+    """What to tell the user of a job that SLURM has taken; `resume` says how to go on
+    with it, if at all.
+    """
+    lines = [
+        f"submitted job {job}",
+        f"  state   squeue -j {job}",
+        f"  follow  tail -F {log}",
+        f"  stop    scancel {job}",
+    ]
+    if resume:
+        lines.append(f"  resume  {resume}")
+    return "\n".join(lines)
