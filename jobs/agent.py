@@ -49,8 +49,9 @@ _ENDED_BY_SIGTERM = (-signal.SIGTERM, 128 + signal.SIGTERM)
 
 
 class AttemptOver(Exception):
-    """The attempt is over, so all waiting ends. `published`: another agent has said so
-    already.
+    """The attempt is over, so all waiting ends.
+
+    published: another agent has said so already.
     """
 
     def __init__(self, code: int, reason: str, published: bool = False) -> None:
@@ -66,9 +67,7 @@ class Agent:
     def __init__(
         self, attempt: Attempt, config: RunConfig, layout: Layout, env: ClusterEnv, driver: str
     ) -> None:
-        """`driver`: the command to start in place of `python -m nanoslime.train`, empty
-        for that one.
-        """
+        """`driver` is started in place of `python -m nanoslime.train`, unless it is empty."""
         self._attempt = attempt
         self._config = config
         self._layout = layout
@@ -89,8 +88,9 @@ class Agent:
         self._last_beats: dict[str, tuple[int, float]] = {}
 
     def run(self) -> int:
-        """Live through the attempt. Returns its code on node 0 and on the node that ended
-        it, else 0.
+        """Live through the attempt.
+
+        Returns its code on node 0 and on the node that ended it, else 0.
         """
         adopt_orphans()
         with handled(self._signals.append):
@@ -245,9 +245,7 @@ class Agent:
         return True
 
     def _tick(self) -> None:
-        """What an agent does all the time, whatever it waits for. Raises when the attempt
-        is over.
-        """
+        """What an agent does whatever it waits for. Raises when the attempt is over."""
         self._follow_end()
         if time.monotonic() >= self._next_beat_at:
             self._next_beat_at = time.monotonic() + _HEARTBEAT_S
@@ -282,9 +280,7 @@ class Agent:
                 self._kill_at = min(self._kill_at, time.monotonic() + patience_s)
 
     def _limit_stop(self) -> None:
-        """Without a driver a stop is immediate; the driver has most of the signal lead to
-        commit.
-        """
+        """End a stop that takes too long: the driver has most of the signal lead to commit."""
         reason = self._attempt.must_stop()
         if reason is None:
             return
@@ -297,9 +293,7 @@ class Agent:
             raise AttemptOver(STOPPED, f"{reason}; the driver did not commit in time and was ended")
 
     def _handle_exit(self, child: ChildProcess, code: int) -> None:
-        """The end of a child is the end of the attempt. Raises AttemptOver with the best
-        reason for it.
-        """
+        """The end of a child ends the attempt: raises AttemptOver with the best reason."""
         if child is self._driver and code == DONE:
             raise AttemptOver(DONE, "")
         if child is self._driver and code == STOPPED:
@@ -315,9 +309,7 @@ class Agent:
         raise AttemptOver(FAILED, child.exit_summary())
 
     def _check_heartbeats(self) -> None:
-        """Node 0 looks at all nodes, the others at node 0. Raises RunError for one that
-        is silent too long.
-        """
+        """Raises RunError for a silent node. Node 0 looks at all nodes, the others at node 0."""
         now = time.monotonic()
         for node, beat in self._attempt.heartbeats().items():
             if node != "0" and not self._is_head:
@@ -334,9 +326,7 @@ class Agent:
                 )
 
     def _leave(self, end: AttemptOver) -> int:
-        """Publish the end, end every process, remove scratch, wait for the others if need
-        be.
-        """
+        """Publish the end, end every process, remove scratch, wait for the other agents."""
         level = logging.ERROR if end.code == FAILED else logging.INFO
         logger.log(level, "end: code %d %s", end.code, end.reason)
         if not end.published:

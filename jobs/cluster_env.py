@@ -64,9 +64,7 @@ class ClusterEnv:
         return _FIRST_PORT + block * _PORTS_PER_BLOCK
 
     def kill_wait_s(self) -> float:
-        """Seconds between SIGTERM and SIGKILL of a job that must go: SLURM's KillWait, by
-        default 30.
-        """
+        """Seconds from SIGTERM to SIGKILL of a job that must go: SLURM's KillWait."""
         if self.local:
             return 0.0
         match = re.search(r"KillWait\s*=\s*(\d+)", _output("scontrol", "show", "config"))
@@ -74,9 +72,7 @@ class ClusterEnv:
 
     @classmethod
     def from_slurm(cls, environ: Mapping[str, str], network_interface: str = "") -> ClusterEnv:
-        """The facts of the task that has this environment; RunError where it is no SLURM
-        task.
-        """
+        """The facts of the SLURM task with this environment; RunError where it is no task."""
         if "SLURM_JOB_ID" not in environ or "SLURM_NODEID" not in environ:
             raise RunError(
                 "SLURM_JOB_ID and SLURM_NODEID are not set: start this with srun inside a job"
@@ -120,9 +116,7 @@ def tag(attempt: Path) -> int:
 
 
 def remove_scratch(path: Path) -> None:
-    """Remove a scratch directory if it is ours; RunError if somebody else's is in its
-    place.
-    """
+    """Remove our scratch directory; RunError if somebody else's is in its place."""
     if not path.exists():
         return
     if path.is_symlink() or path.stat().st_uid != os.getuid():
@@ -133,9 +127,7 @@ def remove_scratch(path: Path) -> None:
 
 
 def expand_nodelist(text: str) -> list[str]:
-    """Names in a SLURM node list such as n[1,3-4],m7 or r[1-2]n[01-02], for where
-    scontrol is missing.
-    """
+    """The names in a node list such as n[1,3-4],m7 or r[1-2]n[01-02], without scontrol."""
     names: list[str] = []
     for item in re.split(r",(?![^\[]*\])", text):
         # Alternately a literal text and the inside of brackets: text, ranges, text, ...,
@@ -200,9 +192,7 @@ def _address(names: tuple[str, ...], index: int, network_interface: str) -> str:
 
 
 def _node_address(name: str) -> str:
-    """SLURM's NodeAddr of a node as an IPv4 address; empty where SLURM or the resolver
-    does not know it.
-    """
+    """SLURM's NodeAddr of a node as an IPv4 address; empty where it is not known."""
     match = re.search(r"NodeAddr=(\S+)", _output("scontrol", "show", "node", name, "-o"))
     if not match:
         return ""
@@ -213,9 +203,7 @@ def _node_address(name: str) -> str:
 
 
 def _output(*command: str) -> str:
-    """Output of a SLURM command; empty where it is missing, fails, or does not answer in
-    time.
-    """
+    """Output of a SLURM command; empty where it is missing, fails, or does not answer."""
     environ = {**os.environ, "LC_ALL": "C"}
     try:
         done = ask(command, _COMMAND_DEADLINE_S, env=environ)

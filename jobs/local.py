@@ -52,9 +52,7 @@ def run_local(config: RunConfig, layout: Layout, run: RunDir, driver: str = "") 
 
 
 class _Supervisor:
-    """Until all agents have ended: shows the driver's lines, hands signals on, reports a
-    killed agent.
-    """
+    """Shows the driver's lines, hands signals on and reports a killed agent."""
 
     def __init__(
         self, attempt: Attempt, agents: list[ChildProcess], signals: list[signal.Signals]
@@ -70,9 +68,7 @@ class _Supervisor:
         self._leave_by = float("inf")
 
     def run(self) -> None:
-        """Returns when all agents have ended, or do not leave in time after the attempt's
-        end.
-        """
+        """Returns when all agents have ended, or when one does not leave after the end."""
         any_alive = True
         while any_alive:
             any_alive = any(agent.alive() for agent in self._agents)
@@ -87,9 +83,7 @@ class _Supervisor:
                 time.sleep(_POLL_S)
 
     def _hand_on_signals(self) -> None:
-        """The first signal asks the driver to stop; SIGTERM, and any further one, ends
-        the agents.
-        """
+        """The first signal asks the driver to stop; SIGTERM or a second one ends the agents."""
         while self._signals:
             number = self._signals.pop(0)
             if self._was_asked_to_stop or number == signal.SIGTERM:

@@ -51,8 +51,9 @@ class NodeJob:
     driver: str = ""
 
     def __call__(self) -> int:
-        """Returns DONE, or STOPPED (75) where the job shall be requeued; raises RunError
-        where it failed.
+        """Returns DONE, or STOPPED (75) where the job shall be requeued.
+
+        Raises RunError where the attempt failed.
         """
         run = RunDir.open(Path(self.run_dir))
         config = read(run.config)
@@ -80,9 +81,7 @@ class NodeJob:
         return STOPPED
 
     def _guard(self, attempt: Attempt, config: RunConfig, env: ClusterEnv) -> int:
-        """Start the agent, hand signals on to it, wait for it, and clean up after it if
-        it was killed.
-        """
+        """Start the agent, hand signals on to it, wait for its end and clean up after it."""
         adopt_orphans()
         agent = start_agent(attempt, config, env, self.driver)
         with handled(agent.send_signal):

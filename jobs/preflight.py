@@ -17,9 +17,7 @@ _MAX_ERROR_CHARS = 200
 
 
 def check_cores(env: ClusterEnv) -> None:
-    """RunError where this process may use fewer cores than it was given: a forgotten
-    --cpus-per-task.
-    """
+    """RunError where this process may use fewer cores than its node was given."""
     allowed = len(os.sched_getaffinity(0))
     given = min(env.cpus, os.cpu_count() or 1)
     if allowed < given:
@@ -31,9 +29,7 @@ def check_cores(env: ClusterEnv) -> None:
 
 
 def check_gpus(env: ClusterEnv, needed: int) -> None:
-    """RunError where torch, in a process of its own, does not see exactly the GPUs of the
-    plan.
-    """
+    """RunError unless torch, in a process of its own, sees exactly the GPUs of the plan."""
     command = [sys.executable, "-c", _CUDA_PROBE]
     done = ask(command, _CUDA_DEADLINE_S, who=f"torch on {env.node_name}")
     errors = " ".join(done.stderr.split())[-_MAX_ERROR_CHARS:]

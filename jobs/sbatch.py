@@ -20,9 +20,7 @@ Options = dict[str, str | bool]
 
 
 def cpus_per_node(config: RunConfig, layout: Layout) -> int:
-    """Cores that a job asks for on each node; srun does not inherit it, so the step says
-    it again.
-    """
+    """Cores that a job asks for on each node. srun does not inherit them from the job."""
     if config.cluster.cpus_per_node:
         return config.cluster.cpus_per_node
     cpus_per_slot = _CPUS_PER_GPU if layout.device == "cuda" else 1
@@ -46,9 +44,7 @@ def common_options(cluster: ClusterConfig, name: str, cpus: int) -> Options:
 
 
 def sbatch_options(config: RunConfig, layout: Layout) -> Options:
-    """What the job of a run asks for; the cluster file's extra_sbatch comes last and
-    wins.
-    """
+    """What the job of a run asks for; the cluster file's extra_sbatch has the last word."""
     cluster = config.cluster
     options = common_options(cluster, config.name, cpus_per_node(config, layout))
     options["nodes"] = str(layout.num_nodes)
@@ -80,9 +76,7 @@ def step_options(config: RunConfig, layout: Layout) -> list[str]:
 
 
 def setup_lines(config: RunConfig) -> list[str]:
-    """Shell lines before the step: the site's own, the job's environment, and where the
-    code is.
-    """
+    """Shell lines before the step: the site's setup, the job's environment, PYTHONPATH."""
     lines = list(config.cluster.setup)
     for name, value in sorted(config.cluster.env.items()):
         lines.append(f"export {name}={shlex.quote(value)}")
@@ -99,9 +93,7 @@ def python_of(config: RunConfig) -> str:
 
 
 def batch_script(options: Mapping[str, str | bool], config: RunConfig, *lines: str) -> str:
-    """A batch script that sets up the job and goes on with `lines`. Pure; the options'
-    values are quoted.
-    """
+    """A batch script that sets up the job and goes on with `lines`; all values are quoted."""
     directives = []
     for option, value in options.items():
         if value is True or value == "":
@@ -136,8 +128,9 @@ def sbatch_text(config: RunConfig, layout: Layout, run_dir: Path, driver: str = 
 
 
 def submitted(job: str, log: str, resume: str) -> str:
-    """What to tell the user of a job that SLURM has taken; `resume` says how to go on
-    with it, if at all.
+    """What to tell the user of a submitted job.
+
+    resume: how to go on with the job; empty where it cannot.
     """
     lines = [
         f"submitted job {job}",

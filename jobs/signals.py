@@ -14,9 +14,7 @@ _HANDLED = (*WARNINGS, signal.SIGTERM, signal.SIGINT)
 
 @contextmanager
 def handled(action: Callable[[signal.Signals], object]) -> Iterator[None]:
-    """The signals of a job call `action`; the handlers that were there before come back
-    at the end.
-    """
+    """The signals of a job call `action`; at the end the earlier handlers come back."""
 
     def handler(number: int, _: FrameType | None) -> None:
         action(signal.Signals(number))

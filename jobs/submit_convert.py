@@ -55,8 +55,9 @@ class Command:
 
 
 def main(argv: list[str], environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
-    """The exit code: 0 submitted, 2 refused. A tool that runs here takes the place of
-    this process.
+    """The exit code: 0 submitted, 2 refused.
+
+    A tool that runs here takes the place of this process.
     """
     try:
         command = parse(argv)
@@ -123,9 +124,7 @@ def parse(argv: list[str]) -> Command:
 
 
 def run(command: Command, config: RunConfig, slurm: where.Where) -> int:
-    """From the command to a job id, a printed plan, or the tool itself in place of this
-    process.
-    """
+    """From the command to a job id, a printed plan, or the tool in place of this process."""
     local_line = f"LOCAL, nothing is submitted: {command.tool} runs on this machine"
     if not command.dry_run and not slurm.has_slurm(local=command.local):
         print(local_line, flush=True)
@@ -220,9 +219,7 @@ def sbatch_text(command: Command, config: RunConfig, log: str, folder: Path) -> 
 
 
 def _log_prefix(command: Command) -> str:
-    """The path of the job's log up to the job's id: beside the output, or in this
-    directory.
-    """
+    """The job's log up to the job's id: beside the output, or in this directory."""
     if command.is_conversion:
         return f"{command.paths[-1]}.slurm-"
     return f"{Path.cwd() / command.tool}.slurm-"

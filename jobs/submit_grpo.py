@@ -85,9 +85,7 @@ def run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> i
 
 
 def dry_run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> int:
-    """Print plan, configuration and batch script, and whether the run would be refused
-    (code 2).
-    """
+    """Print plan, configuration and batch script; the code is 2 for a run to be refused."""
     config, shape = inputs.resolve(config, download=False)
     layout = layouts.plan(config, shape)
     run_dir = command.resume or Path(config.cluster.run_root) / config.name
@@ -153,8 +151,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def configure(command: argparse.Namespace, flags: list[str]) -> RunConfig:
     """The configuration of the run to resume, else of the recipe, with the flags over it.
 
-    Without a recipe it is the rehearsal's, unless a flag names a checkpoint or help is
-    wanted.
+    Without a recipe it is the rehearsal's, unless a flag names a checkpoint or asks for help.
     """
     if command.resume:
         return load(RunDir.open(command.resume).config, command.cluster, flags)
@@ -185,9 +182,7 @@ def rehearsal_line(config: RunConfig) -> str:
 
 
 def open_run(command: argparse.Namespace, config: RunConfig, layout: Layout) -> RunDir:
-    """A new run directory, or the one to go on with, holding what every process of the
-    run reads.
-    """
+    """A new run directory, or the one to go on with, with the files that its processes read."""
     if command.resume:
         run = RunDir.open(command.resume)
         inputs.refuse_if_running(run)
@@ -208,9 +203,7 @@ def submit(config: RunConfig, layout: Layout, run: RunDir) -> int:
 
 
 def summary_table(run: RunDir) -> str:
-    """What came out of a run: reward before and after, seconds, and where everything
-    lies.
-    """
+    """The outcome of a run: reward before and after, seconds, and where everything lies."""
     if not run.summary.exists():
         logs = f"{run.path}/attempts/latest/logs"
         return f"no summary: the run did not reach its end; its logs are in {logs}"

@@ -29,8 +29,9 @@ class Where:
     problem: str = ""
 
     def has_slurm(self, *, local: bool) -> bool:
-        """True: submit. False: rehearse, as `local` asks for. RunError where neither is
-        safe.
+        """True: submit. False: rehearse. RunError where neither is safe.
+
+        local: the user wants a rehearsal, whatever SLURM there is.
         """
         if local or not self.traces:
             return False
@@ -45,9 +46,7 @@ class Where:
 
 
 def detect(path: str, environ: Mapping[str, str], root: Path, cluster_file: Path | None) -> Where:
-    """Look for SLURM below `root`, in PATH and in the environment, and ask sbatch whether
-    it works.
-    """
+    """Look for SLURM below `root`, in PATH and in the environment, and try sbatch."""
     traces = _traces(path, environ, root)
     if cluster_file is not None:
         traces.append(f"a cluster file was given ({cluster_file})")

@@ -1,12 +1,14 @@
-"""The run directory: where everything of a run lies, and how its processes tell each other what they do.
+"""The run directory: where everything of a run lies, and how its processes speak to each other.
 
-    config.yaml plan.json provenance.json status.json summary.json metrics.jsonl tensorboard/ rollouts/
-    checkpoints/step_<k>/  hf/step_<k>/  model/ (what a rehearsal makes)  weights/ (weight sync by disk)
+    config.yaml plan.json provenance.json status.json summary.json metrics.jsonl evals.jsonl
+    tensorboard/ rollouts/  checkpoints/step_<k>/  hf/step_<k>/
+    model/ (a rehearsal makes it)  weights/ (weight sync by disk)
     skipped/step_<k>/ (batches of steps left out)
-    attempts/<n>/  logs/<role>-<rank>.log  nodes/ heartbeat/<node>.json  stop.json end.json;  attempts/latest
+    attempts/<n>/  logs/<role>-<rank>.log  nodes/ heartbeat/<node>.json  stop.json end.json
+    attempts/latest
 
-An attempt is one life of the job: every requeue is a new one. Files are published by rename and read with
-patience, since the directory usually is on a network filesystem.
+An attempt is one life of the job: every requeue is a new one. Files are published by rename and
+read with patience, since the directory usually is on a network filesystem.
 """
 
 from __future__ import annotations
@@ -19,18 +21,24 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
 from nanoslime.storage.shared_files import publish_json, read_json, seen
 from nanoslime.types import RunError
 
-DONE, FAILED, STOPPED = 0, 1, 75
-"""How an attempt may end. STOPPED (EX_TEMPFAIL): told to stop, committed; another attempt can go on."""
+DONE = 0
+FAILED = 1
+STOPPED = 75
+"""How an attempt may end.
+
+STOPPED (EX_TEMPFAIL): told to stop, committed; another attempt can go on.
+"""
 _VERSIONS = ("torch", "megatron-core", "sglang", "ray", "transformers", "submitit")
+_MAX_DIFF_CHARS = 1_000_000
+_GIT_DEADLINE_S = 60.0
 
 
 def _at(name: str) -> property:
@@ -42,19 +50,26 @@ def _at(name: str) -> property:
 class RunDir:
     path: Path
 
-    config, plan = _at("config.yaml"), _at("plan.json")
-    provenance, summary = _at("provenance.json"), _at("summary.json")
-    metrics, evals, tensorboard = _at("metrics.jsonl"), _at("evals.jsonl"), _at("tensorboard")
-    rollouts, skipped, checkpoints = _at("rollouts"), _at("skipped"), _at("checkpoints")
-    model, weights, attempts = _at("model"), _at("weights"), _at("attempts")
+    config = _at("config.yaml")
+    plan = _at("plan.json")
+    provenance = _at("provenance.json")
+    summary = _at("summary.json")
+    metrics = _at("metrics.jsonl")
+    evals = _at("evals.jsonl")
+    tensorboard = _at("tensorboard")
+    rollouts = _at("rollouts")
+    skipped = _at("skipped")
+    checkpoints = _at("checkpoints")
+    model = _at("model")
+    weights = _at("weights")
+    attempts = _at("attempts")
 
     @classmethod
     def create(cls, run_root: Path, name: str) -> RunDir:
         """A new directory (mode 0700): `name`, or `name`-<time> where that is taken."""
         run_root = run_root.expanduser().absolute()
         run_root.mkdir(parents=True, exist_ok=True)
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        for candidate in (name, f"{name}-{stamp}", *(f"{name}-{stamp}-{i}" for i in range(2, 100))):
+        for candidate in _candidate_names(name):
             try:
                 (run_root / candidate).mkdir(mode=0o700)
             except FileExistsError:
@@ -84,70 +99,82 @@ class RunDir:
         return self.path / "hf" / f"step_{step}"
 
     def new_attempt(self, key: str = "") -> Attempt:
-        """The next attempt. `key` (job id, restart count) lets other nodes find it with `find_attempt`."""
+        """The next attempt.
+
+        key: job id and restart count, by which other nodes find the attempt (`find_attempt`).
+        """
         staged = self.attempts / f".new-{uuid.uuid4().hex}"
         for folder in ("logs", "heartbeat", "nodes"):
             (staged / folder).mkdir(parents=True)
         record = {"key": key, "started": time.time(), "host": socket.gethostname()}
         publish_json(staged / "attempt.json", record)
-        for number in count(max(self._numbers(), default=0) + 1):
-            try:
-                os.rename(staged, self.attempts / str(number))
-                break
-            except OSError:  # taken meanwhile: a non-empty directory is never replaced
-                if not (self.attempts / str(number)).exists():
-                    raise
+        number = self._take_next_number(staged)
         link = self.attempts / f".latest-{uuid.uuid4().hex}"
         link.symlink_to(str(number))
         os.replace(link, self.attempts / "latest")
         return self.attempt(number)
 
+    def _take_next_number(self, staged: Path) -> int:
+        """Rename a prepared attempt to the first number that nobody else takes meanwhile."""
+        number = max(self._numbers(), default=0) + 1
+        while True:
+            target = self.attempts / str(number)
+            try:
+                os.rename(staged, target)
+                return number
+            except OSError:
+                # A non-empty directory is never replaced.
+                if not target.exists():
+                    raise
+                number += 1
+
     def attempt(self, number: int) -> Attempt:
         attempt = Attempt(self, number)
         if not attempt.path.is_dir():
-            raise RunError(
-                f"{self.path} has no attempt {number}; it has {self._numbers() or 'none'}"
-            )
+            existing = self._numbers() or "none"
+            raise RunError(f"{self.path} has no attempt {number}; it has {existing}")
         return attempt
 
     def find_attempt(self, key: str) -> Attempt | None:
         """The newest attempt made with `key`."""
-        made = (Attempt(self, number) for number in reversed(self._numbers()))
-        return next((attempt for attempt in made if attempt.key == key), None)
+        for number in reversed(self._numbers()):
+            attempt = Attempt(self, number)
+            if attempt.key == key:
+                return attempt
+        return None
 
     def latest_attempt(self) -> Attempt | None:
         numbers = self._numbers()
         return Attempt(self, numbers[-1]) if numbers else None
 
     def write_status(self, phase: str, step: int, **facts: Any) -> None:
-        """Publish what the run is doing. One writer: the driver, or node 0's agent before and after it."""
+        """Publish what the run is doing.
+
+        It has one writer: the driver, or node 0's agent before and after the driver.
+        """
         attempt = self.latest_attempt()
-        beats = attempt.heartbeats() if attempt else {}
-        where = {
+        status = {
+            "phase": phase,
+            "step": step,
             "attempt": attempt.number if attempt else 0,
             "time": time.time(),
-            "heartbeat": beats,
+            "heartbeat": attempt.heartbeats() if attempt else {},
+            **facts,
         }
-        publish_json(self.path / "status.json", {"phase": phase, "step": step, **where, **facts})
+        publish_json(self.path / "status.json", status)
 
     def status(self) -> dict[str, Any]:
         """The last published status, {} before the first."""
         return _read(self.path / "status.json")
 
     def write_provenance(self, argv: Sequence[str]) -> None:
-        """Record command line, git commit and diff of this code, and the versions of what it runs on."""
-        versions = {}
-        for name in _VERSIONS:
-            try:
-                versions[name] = importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
-                versions[name] = "not installed"
+        """Record command line, git commit and diff of this code, and all versions it runs on."""
         record = {
             "argv": list(argv),
             "python": sys.version.split()[0],
-            "versions": versions,
+            "versions": {name: _version(name) for name in _VERSIONS},
             "git_commit": _git("rev-parse", "HEAD").strip(),
-            "git_diff": _git("diff", "HEAD")[:1_000_000],
+            "git_diff": _git("diff", "HEAD")[:_MAX_DIFF_CHARS],
             "host": socket.gethostname(),
             "time": time.time(),
         }
@@ -159,12 +186,13 @@ class RunDir:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One life of the job: its logs, its nodes' heartbeats, whether it must stop, and how it ended."""
+    """One life of the job: its logs, its nodes' heartbeats, whether it must stop, how it ended."""
 
     run: RunDir
     number: int
 
-    head = _at("head.json")  # how to reach Ray: {ray_address, node_ip, token_path, nodes}
+    head = _at("head.json")
+    """How to reach Ray: {ray_address, node_ip, token_path, nodes}."""
 
     @property
     def path(self) -> Path:
@@ -172,7 +200,7 @@ class Attempt:
 
     @property
     def key(self) -> str:
-        """What `new_attempt` was given."""
+        """The key that `new_attempt` was given."""
         return str(read_json(self.path / "attempt.json")["key"])
 
     def log(self, role: str, rank: int) -> Path:
@@ -188,19 +216,20 @@ class Attempt:
 
     def heartbeats(self) -> dict[str, dict[str, Any]]:
         """By node: the last count, that node's clock, or that it has left."""
-        return {
-            path.stem: read_json(path) for path in sorted((self.path / "heartbeat").glob("*.json"))
-        }
+        files = sorted((self.path / "heartbeat").glob("*.json"))
+        return {file.stem: read_json(file) for file in files}
 
     def request_stop(self, reason: str, *, requeue: bool = False) -> None:
         """Ask the driver to commit a checkpoint and end with STOPPED. The first reason stays.
 
-        requeue: the job shall go on in a new attempt (its time is up), rather than end (somebody asked).
-        A later request may add it, as when SIGUSR2 follows SIGTERM.
+        requeue: the job shall go on in a new attempt (its time is up), rather than end (somebody
+        asked). A later request may add it, as when SIGUSR2 follows SIGTERM.
         """
-        first = self.must_stop()
-        if first is None or (requeue and not self.requeue_wanted()):
-            self._publish("stop", reason=first or reason, requeue=requeue)
+        first_reason = self.must_stop()
+        if first_reason is None:
+            self._publish("stop", reason=reason, requeue=requeue)
+        elif requeue and not self.requeue_wanted():
+            self._publish("stop", reason=first_reason, requeue=True)
 
     def must_stop(self) -> str | None:
         """Why the attempt must stop, or None."""
@@ -211,37 +240,48 @@ class Attempt:
         return bool(_read(self.path / "stop.json").get("requeue"))
 
     def end(self, code: int, reason: str) -> None:
-        """Record how the attempt ended: DONE, STOPPED or FAILED. The first one to say so is right."""
+        """Record how the attempt ended: DONE, STOPPED or FAILED. The first record stays."""
         if not self.ended():
             self._publish("end", code=code, reason=reason)
 
     def ended(self) -> tuple[int, str] | None:
         """(code, reason) once the attempt has ended."""
         end = _read(self.path / "end.json")
-        return (end["code"], end["reason"]) if end else None
+        if not end:
+            return None
+        return end["code"], end["reason"]
 
     def _publish(self, name: str, **facts: Any) -> None:
         publish_json(self.path / f"{name}.json", {**facts, "time": time.time()})
 
 
 def recorded_rollouts(directory: str, num_rollout: int) -> str:
-    """The absolute directory of the rollouts recorded in `directory` (a run's, or the rollouts/ in it).
+    """The absolute directory of the rollouts recorded in `directory`: a run's, or its rollouts/.
 
     Raises RunError where it does not hold rollouts 0 to num_rollout - 1.
     """
     path = Path(directory).expanduser().absolute()
-    path = path / "rollouts" if (path / "rollouts").is_dir() else path
-    found = sum(
-        1 for _ in takewhile(Path.exists, (path / f"step_{i}.npz" for i in range(num_rollout)))
-    )
-    if found < num_rollout:
-        holds = (
-            f"rollout.load_rollouts={directory!r} holds {found} rollouts (step_<k>.npz, from 0 on)"
-        )
+    if (path / "rollouts").is_dir():
+        path = path / "rollouts"
+    num_found = 0
+    while num_found < num_rollout and (path / f"step_{num_found}.npz").exists():
+        num_found += 1
+    if num_found < num_rollout:
         raise RunError(
-            f"{holds}, rollout.num_rollout={num_rollout} asks for more; lower it or record more"
+            f"rollout.load_rollouts={directory!r} holds {num_found} rollouts "
+            f"(step_<k>.npz, from 0 on), rollout.num_rollout={num_rollout} asks for more; "
+            "lower it or record more"
         )
     return str(path)
+
+
+def _candidate_names(name: str) -> Iterator[str]:
+    """`name`, then `name` with the time, then with a number too."""
+    yield name
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    yield f"{name}-{stamp}"
+    for i in range(2, 100):
+        yield f"{name}-{stamp}-{i}"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -249,11 +289,19 @@ def _read(path: Path) -> dict[str, Any]:
     return dict(read_json(path)) if seen(path) else {}
 
 
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def _git(*arguments: str) -> str:
     """Output of git about this checkout; empty where there is no git or no checkout."""
     if shutil.which("git") is None:
         return ""
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=60, errors="replace"
-    ).stdout
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=_GIT_DEADLINE_S, errors="replace"
+    )
+    return done.stdout

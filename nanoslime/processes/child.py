@@ -120,7 +120,7 @@ class ChildProcess:
     def close(self) -> None:
         """End the process group by SIGKILL, for a child that has nothing to save.
 
-        Returns when the group is empty.         Raises RunError for processes that are still alive 10 s later.
+        Returns when the group is empty. Raises RunError for processes that are alive 10 s later.
         """
         if self._lifeline < 0:
             return
