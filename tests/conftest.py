@@ -43,53 +43,67 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     report = yield
-    required = any(item.get_closest_marker(mark) for mark in _REQUIRED_MARKS)
-    return _refuse_skip(report) if required and item.config.option.require_slurm else report
+    is_required = any(item.get_closest_marker(mark) for mark in _REQUIRED_MARKS)
+    if is_required and item.config.option.require_slurm:
+        _refuse_skip(report)
+    return report
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
     report = yield
-    return _refuse_skip(report) if collector.config.option.require_slurm else report
-
-
-def _refuse_skip(report):
-    """Turn a skip into a failure; an expected failure (xfail) is not a skip."""
-    if report.skipped and not hasattr(report, "wasxfail"):
-        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
-        report.outcome = "failed"
-        report.longrepr = f"{report.nodeid}: skipped although --require-slurm forbids it: {reason}"
+    if collector.config.option.require_slurm:
+        _refuse_skip(report)
     return report
 
 
-def pytest_terminal_summary(terminalreporter) -> None:
-    skipped = [r for r in terminalreporter.stats.get("skipped", []) if _NO_SLURM in str(r.longrepr)]
-    if skipped:
-        terminalreporter.write_line(f"{len(skipped)} SLURM tests skipped: {_NO_SLURM}", yellow=True)
+def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Turn a skip into a failure; an expected failure (xfail) is not a skip."""
+    if not report.skipped or hasattr(report, "wasxfail"):
+        return
+    reason = report.longrepr
+    if isinstance(reason, tuple):
+        _, _, reason = reason
+    report.outcome = "failed"
+    report.longrepr = f"{report.nodeid}: skipped although --require-slurm forbids it: {reason}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    num_skipped = sum(_NO_SLURM in str(report.longrepr) for report in skipped)
+    if num_skipped:
+        terminalreporter.write_line(f"{num_skipped} SLURM tests skipped: {_NO_SLURM}", yellow=True)
     for kind in ("parity", "resume"):
-        _differences(terminalreporter, kind)
+        _print_differences(terminalreporter, kind)
 
 
-def _differences(terminalreporter, kind: str) -> None:
-    """What tests recorded as `kind`, (a layout, differences by quantity): the largest of each layout."""
-    reports = [
-        r for outcome in ("passed", "failed") for r in terminalreporter.stats.get(outcome, [])
-    ]
-    recorded = [value for r in reports for name, value in r.user_properties if name == kind]
-    rows: dict[str, list[dict[str, float]]] = {}
-    for layout, differences in recorded:
-        rows.setdefault(layout, []).append(differences)
-    for number, (layout, runs) in enumerate(rows.items()):
-        if not number:
-            names = list(runs[0])
-            terminalreporter.write_line(
-                f"| {kind}: layout (runs) | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}"
-            )
-        largest = [max(run[name] for run in runs) for name in names]
-        cells = [
-            "-" if math.isnan(value) else f"{value:.1e}".replace("e-0", "e-") for value in largest
-        ]
+def _print_differences(terminalreporter: pytest.TerminalReporter, kind: str) -> None:
+    """A table of what tests recorded as `kind`: of each layout the largest differences.
+
+    A record is (layout, differences by quantity).
+    """
+    runs_of: dict[str, list[dict[str, float]]] = {}
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for name, value in report.user_properties:
+                if name == kind:
+                    layout, differences = value
+                    runs_of.setdefault(layout, []).append(differences)
+    if not runs_of:
+        return
+    first_runs = next(iter(runs_of.values()))
+    quantities = list(first_runs[0])
+    terminalreporter.write_line(f"| {kind}: layout (runs) | {' | '.join(quantities)} |")
+    terminalreporter.write_line("|" + "---|" * (len(quantities) + 1))
+    for layout, runs in runs_of.items():
+        cells = [_cell(max(run[quantity] for run in runs)) for quantity in quantities]
         terminalreporter.write_line(f"| {layout} ({len(runs)}) | {' | '.join(cells)} |")
+
+
+def _cell(difference: float) -> str:
+    if math.isnan(difference):
+        return "-"
+    return f"{difference:.1e}".replace("e-0", "e-")
 
 
 @pytest.fixture(scope="session")
@@ -112,18 +126,18 @@ def slurm_cluster(
 
 @pytest.fixture
 def no_leftovers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fail when a process that started during the test is still alive 5 s after it, and end that process.
+    """Fail when a process that started during the test is alive 5 s after it, and end that process.
 
-    Counted: every new descendant of the test session, daemons included, and every process with the test's
-    environment, which SLURM jobs inherit. Not counted: what servers started before the test start for
-    themselves. Ask for a session's servers (SLURM, Ray, SGLang) before this fixture.
+    This counts every new descendant of the test session, daemons included, and every process with
+    the test's environment, which SLURM jobs inherit. It does not count processes that servers from
+    before the test start for themselves. Ask for a session's servers (SLURM, Ray, SGLang) before
+    this fixture.
     """
     marker = uuid.uuid4().hex
-    resource_tracker.ensure_running()  # Python's own; otherwise the first shared object would start it
-    before = {
-        process.pid
-        for process in process_table.descendants(os.getpid(), process_table.all_processes())
-    }
+    # Python's own tracker would otherwise be started by the first shared object.
+    resource_tracker.ensure_running()
+    earlier = process_table.descendants(os.getpid(), process_table.all_processes())
+    before = {process.pid for process in earlier}
     monkeypatch.setenv("NANOSLIME_TEST_MARKER", marker)
     yield
 

@@ -31,42 +31,38 @@ def test_open_refuses_what_is_no_run(run: RunDir, tmp_path: Path) -> None:
 
 def test_paths_are_those_of_the_design(run: RunDir) -> None:
     attempt = run.new_attempt()
-    places = [
-        run.config,
-        run.plan,
-        run.checkpoint(3),
-        run.hf(3),
-        attempt.log("trainer", 1),
-        run.metrics,
-    ]
-    assert [str(place.relative_to(run.path)) for place in places] == [
-        "config.yaml",
-        "plan.json",
-        "checkpoints/step_3",
-        "hf/step_3",
-        "attempts/1/logs/trainer-1.log",
-        "metrics.jsonl",
-    ]
+    expected = {
+        "config.yaml": run.config,
+        "plan.json": run.plan,
+        "checkpoints/step_3": run.checkpoint(3),
+        "hf/step_3": run.hf(3),
+        "attempts/1/logs/trainer-1.log": attempt.log("trainer", 1),
+        "metrics.jsonl": run.metrics,
+    }
+    for name, path in expected.items():
+        assert path == run.path / name
 
 
 def test_attempts_count_up_and_latest_follows(run: RunDir) -> None:
     assert run.latest_attempt() is None
-    first, second = run.new_attempt("7-0"), run.new_attempt("7-1")
+    first = run.new_attempt("7-0")
+    second = run.new_attempt("7-1")
     assert (first.number, second.number) == (1, 2)
     assert os.readlink(run.attempts / "latest") == "2"
     assert run.latest_attempt() == second
-    assert (run.find_attempt("7-0"), run.find_attempt("8-0")) == (first, None)
-    with pytest.raises(
-        RunError, match=r"no attempt 3; it has \[1, 2\]|no attempt 3; it has \[2, 1\]"
-    ):
+    assert run.find_attempt("7-0") == first
+    assert run.find_attempt("8-0") is None
+    with pytest.raises(RunError, match=r"no attempt 3; it has \[1, 2\]"):
         run.attempt(3)
 
 
 def test_attempts_made_at_once_are_different(run: RunDir) -> None:
     numbers: list[int] = []
-    threads = [
-        threading.Thread(target=lambda: numbers.append(run.new_attempt().number)) for _ in range(8)
-    ]
+
+    def make_attempt() -> None:
+        numbers.append(run.new_attempt().number)
+
+    threads = [threading.Thread(target=make_attempt) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -103,13 +99,12 @@ def test_status_holds_phase_step_and_every_nodes_heartbeat(run: RunDir) -> None:
     attempt.leave(2)
     run.write_status("train", 2, reward=0.5)
     status = run.status()
-    assert (status["phase"], status["step"], status["attempt"], status["reward"]) == (
-        "train",
-        2,
-        1,
-        0.5,
-    )
-    assert {n: b.get("count", "left") for n, b in status["heartbeat"].items()} == {
+    assert status["phase"] == "train"
+    assert status["step"] == 2
+    assert status["attempt"] == 1
+    assert status["reward"] == 0.5
+    beats = status["heartbeat"]
+    assert {node: beat.get("count", "left") for node, beat in beats.items()} == {
         "0": 4,
         "2": "left",
         "3": 9,
@@ -119,4 +114,5 @@ def test_status_holds_phase_step_and_every_nodes_heartbeat(run: RunDir) -> None:
 def test_provenance_names_commit_and_versions(run: RunDir) -> None:
     run.write_provenance(["submit_grpo.py", "--nodes", "4"])
     text = run.provenance.read_text()
-    assert '"--nodes"' in text and '"ray": "2.' in text
+    assert '"--nodes"' in text
+    assert '"ray": "2.' in text

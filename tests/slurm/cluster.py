@@ -1,12 +1,13 @@
-"""A real SLURM of several nodes on this host: slurmctld, one slurmd per node and a munged of its own.
+"""A real SLURM of several nodes on this host: slurmctld, a slurmd per node and its own munged.
 
     with SlurmCluster(num_nodes=4) as cluster:
         job_id = cluster.sbatch("--nodes=4", "--wrap=srun hostname")
         cluster.wait_state(job_id, "COMPLETED", timeout_s=30)
 
-Works from Debian's slurm-wlm without systemd and without root; jobs run as the caller. A node is a slurmd at
-127.0.1.<i>; all share the host's name, files and processes, so SIGKILL of a slurmd leaves its job's processes
-alive. There is no accounting: sacct fails, as on many real clusters. Requeued jobs wait 6 s, not 2 minutes.
+It works from Debian's slurm-wlm without systemd and without root; jobs run as the caller. A node is
+a slurmd at 127.0.1.<i>. All nodes share the host's name, files and processes, so SIGKILL of a slurmd
+leaves its job's processes alive. There is no accounting: sacct fails, as on many real clusters.
+Requeued jobs wait 6 s, not 2 minutes.
 """
 
 import dataclasses
@@ -23,9 +24,19 @@ from nanoslime.processes.logs import last_lines
 from nanoslime.processes.ports import free_ports
 from tests import process_table
 
-_FINAL_STATES = frozenset(
-    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT".split()
-)
+_FINAL_STATES = {
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "TIMEOUT",
+}
+_SUBMITTER_VARIABLES = ("SLURM_", "SBATCH_")
+_DAEMON_DEADLINE_S = 5.0
 
 
 @dataclasses.dataclass
@@ -36,7 +47,8 @@ class SlurmCluster:
     cpus_per_node: int = 2
     gpus_per_node: int = 0
     mem_per_node_mb: int = 16_000
-    kill_wait_s: int = 5  # between SIGTERM and SIGKILL of a job that is cancelled or requeued
+    # Between SIGTERM and SIGKILL of a job that is cancelled or requeued.
+    kill_wait_s: int = 5
     directory: Path = dataclasses.field(init=False)
     daemons: dict[str, subprocess.Popen[bytes]] = dataclasses.field(
         init=False, default_factory=dict
@@ -53,8 +65,9 @@ class SlurmCluster:
     @property
     def env(self) -> dict[str, str]:
         """The environment for commands that speak to this cluster."""
-        ours = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}
-        return ours | {"SLURM_CONF": str(self.config_file)}
+        env = {k: v for k, v in os.environ.items() if not k.startswith(_SUBMITTER_VARIABLES)}
+        env["SLURM_CONF"] = str(self.config_file)
+        return env
 
     def __enter__(self) -> "SlurmCluster":
         return self.start()
@@ -63,13 +76,12 @@ class SlurmCluster:
         self.stop()
 
     def start(self) -> "SlurmCluster":
-        """Start all daemons and wait until every node is idle; takes well under a second on an idle machine.
+        """Start all daemons and wait until every node is idle.
 
-        Raises RuntimeError with the ends of the daemons' logs when they do not come up.
+        That takes well under a second on an idle machine. Raises RuntimeError with the ends of the daemons' logs when they do not come up.
         """
-        self.directory = Path(
-            tempfile.mkdtemp(prefix="slurm-", dir="/tmp")
-        )  # socket paths must stay short
+        # Paths of sockets must stay short.
+        self.directory = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
         self.directory.chmod(0o755)
         try:
             self._start_munge()
@@ -86,17 +98,26 @@ class SlurmCluster:
         finally:
             for name in reversed(list(self.daemons)):
                 self._stop_daemon(name)
-            # step daemons and job processes, among them any that escaped SLURM by forking twice
-            found = process_table.all_processes()
-            ours = {p for p in found.values() if p.has_env("SLURM_CONF", str(self.config_file))}
-            ours -= {found.get(os.getpid())}
-            process_table.end(ours.union(*(process_table.descendants(p.pid, found) for p in ours)))
+            self._end_left_processes()
             shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _end_left_processes(self) -> None:
+        """Step daemons and job processes, also those that escaped SLURM by forking twice."""
+        found = process_table.all_processes()
+        left = set()
+        for process in found.values():
+            if self._is_ours(process) and process.pid != os.getpid():
+                left.add(process)
+                left |= process_table.descendants(process.pid, found)
+        process_table.end(left)
 
     def run(
         self, *command: str, timeout_s: float = 30.0, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command against this cluster; on failure the error holds its output and the daemons' logs."""
+        """Run a command against this cluster.
+
+        The error of a command that fails holds its output and the ends of the daemons' logs.
+        """
         try:
             result = subprocess.run(
                 command, env=self.env, capture_output=True, text=True, timeout=timeout_s
@@ -114,18 +135,20 @@ class SlurmCluster:
 
     def sbatch(self, *arguments: str) -> int:
         """Submit and return the job id."""
-        return int(self.run("sbatch", "--parsable", *arguments).stdout.strip().partition(";")[0])
+        answer = self.run("sbatch", "--parsable", *arguments).stdout
+        return int(answer.strip().partition(";")[0])
 
     def job(self, job_id: int) -> dict[str, str]:
-        """The fields of `scontrol show job`, such as JobState, NodeList, Restarts, Reason, StdOut."""
+        """The fields of `scontrol show job`: JobState, NodeList, Restarts, Reason, StdOut, ..."""
         text = self.run("scontrol", "show", "job", "--oneliner", str(job_id)).stdout
         return dict(re.findall(r"(\S+?)=(\S*)", text))
 
     def wait_state(self, job_id: int, *states: str, timeout_s: float) -> dict[str, str]:
         """Wait until the job is in one of `states` and return its fields.
 
-        Raises RuntimeError as soon as it has ended in another state, TimeoutError after `timeout_s`. A job
-        that is requeued passes through PENDING, so wait for RUNNING before waiting for what comes after.
+        Raises RuntimeError as soon as it has ended in another state, TimeoutError after
+        `timeout_s`. A job that is requeued passes through PENDING, so wait for RUNNING before
+        waiting for what comes after.
         """
         fields: dict[str, str] = {}
 
@@ -137,29 +160,28 @@ class SlurmCluster:
         if in_time and fields["JobState"] in states:
             return fields
         error = RuntimeError if in_time else TimeoutError
+        output = fields.get("StdOut")
         raise error(
-            f"job {job_id} is {fields['JobState']} ({fields.get('Reason')}), awaited {' or '.join(states)} "
-            f"for {timeout_s} s; output: {fields.get('StdOut')}\n{self._tail(fields.get('StdOut'))}\n"
-            f"{self.log_tails()}"
+            f"job {job_id} is {fields['JobState']} ({fields.get('Reason')}), "
+            f"awaited {' or '.join(states)} for {timeout_s} s; "
+            f"output: {output}\n{self._tail(output)}\n{self.log_tails()}"
         )
 
     def kill_node(self, name: str) -> None:
         """SIGKILL the node's slurmd and everything that it runs, as a power cut would."""
         daemon = self.daemons.pop(f"slurmd-{name}")
         found = process_table.all_processes()
-        tasks = {
-            p for p in found.values() if p.has_env("SLURMD_NODENAME", name) and self._is_ours(p)
-        }
-        tasks = tasks.union(*(process_table.descendants(p.pid, found) for p in tasks))
-        parents = {found[p.parent] for p in tasks if p.parent in found}
-        # the step daemons before their tasks, or they would still report the tasks' end
-        for group in (
-            {found[daemon.pid]},
-            {p for p in parents if p.command.startswith("slurmstepd")},
-            tasks,
-        ):
+        tasks = set()
+        for process in found.values():
+            if process.has_env("SLURMD_NODENAME", name) and self._is_ours(process):
+                tasks.add(process)
+                tasks |= process_table.descendants(process.pid, found)
+        parents = {found[task.parent] for task in tasks if task.parent in found}
+        step_daemons = {p for p in parents if p.command.startswith("slurmstepd")}
+        # The step daemons go before their tasks, or they would still report the tasks' end.
+        for group in ({found[daemon.pid]}, step_daemons, tasks):
             process_table.end(group, grace_s=0.0)
-        daemon.wait(timeout=5)
+        daemon.wait(_DAEMON_DEADLINE_S)
 
     def reset(self) -> None:
         """Cancel every job, start the nodes that were killed, and wait until all nodes are idle."""
@@ -173,17 +195,15 @@ class SlurmCluster:
 
     def log_tails(self, num_lines: int = 15) -> str:
         """The last lines of every daemon's log, slurmctld's first."""
-        files = sorted(
-            (self.directory / "log").glob("*.log"), key=lambda f: f.name != "slurmctld.log"
-        )
-        return "\n".join(f"--- {file.name}\n{self._tail(file, num_lines)}" for file in files)
-
-    # -- inside
+        logs = (self.directory / "log").glob("*.log")
+        logs = sorted(logs, key=lambda log: log.name != "slurmctld.log")
+        return "\n".join(f"--- {log.name}\n{self._tail(log, num_lines)}" for log in logs)
 
     def _start_munge(self) -> None:
         for name in ("log", "state", "spool", "gpu", "munge"):
             (self.directory / name).mkdir()
-        key, socket_path = self.directory / "munge/key", self.directory / "munge/socket"
+        key = self.directory / "munge/key"
+        socket_path = self.directory / "munge/socket"
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
         self._spawn(
@@ -217,13 +237,18 @@ class SlurmCluster:
                     self._stop_daemon(name)
 
     def _write_config(self, ports: list[int]) -> None:
-        directory, user, host = self.directory, _user(), socket.gethostname().partition(".")[0]
+        """Write slurm.conf and gres.conf; `ports` are those of slurmctld and of each node."""
+        directory = self.directory
+        user = _user()
+        host = socket.gethostname().partition(".")[0]
         gres = f"Gres=gpu:{self.gpus_per_node} " if self.gpus_per_node else ""
-        nodes = "\n".join(
-            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.1.{i} Port={port} CPUs={self.cpus_per_node} "
-            f"RealMemory={self.mem_per_node_mb} {gres}State=UNKNOWN"
-            for i, (name, port) in enumerate(zip(self.node_names, ports[1:], strict=True), 1)
-        )
+        node_lines = []
+        for i, name in enumerate(self.node_names, start=1):
+            node_lines.append(
+                f"NodeName={name} NodeHostname={host} NodeAddr=127.0.1.{i} Port={ports[i]} "
+                f"CPUs={self.cpus_per_node} RealMemory={self.mem_per_node_mb} {gres}State=UNKNOWN"
+            )
+        nodes = "\n".join(node_lines)
         self.config_file.write_text(
             f"""\
 ClusterName=test
@@ -268,8 +293,13 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=30 State=U
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefaultTime=30 State=UP PriorityTier=10 PreemptMode=OFF
 """
         )
+        self._write_gres()
+
+    def _write_gres(self) -> None:
+        directory = self.directory
         for i in range(self.gpus_per_node):
-            # slurmd wants a device file behind each GPU: with a bare count it reports none and is drained
+            # slurmd wants a device file behind each GPU: with a bare count it reports none
+            # and is drained.
             device = directory / f"gpu/nvidia{i}"
             device.unlink(missing_ok=True)
             device.symlink_to("/dev/null")
@@ -281,7 +311,9 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefaultTime=30 State=UP Priority
 
     def _wait_idle(self, names: list[str]) -> None:
         def idle() -> bool:
-            return self._succeeds("scontrol", "ping") and set(names) <= set(self._nodes_in("idle"))
+            if not self._succeeds("scontrol", "ping"):
+                return False
+            return set(names) <= set(self._nodes_in("idle"))
 
         self._wait(f"nodes {' '.join(names)} idle", idle)
 
@@ -323,24 +355,25 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefaultTime=30 State=UP Priority
         daemon = self.daemons.pop(name)
         daemon.terminate()
         try:
-            daemon.wait(timeout=5)
+            daemon.wait(_DAEMON_DEADLINE_S)
         except subprocess.TimeoutExpired:
             daemon.kill()
-            daemon.wait(timeout=5)
+            daemon.wait(_DAEMON_DEADLINE_S)
 
     def _cancel_all_jobs(self) -> None:
         if not self._succeeds("scontrol", "ping"):
             return
         self.run("scancel", f"--user={_user()}", check=False)
-        listing = ["squeue", "--noheader"]  # pending, running and completing jobs
-        process_table.wait_for(
-            lambda: not self.run(*listing).stdout, self.kill_wait_s + 3.0, interval_s=0.1
-        )
+
+        def no_jobs() -> bool:
+            """Whether no job is pending, running or completing."""
+            return not self.run("squeue", "--noheader").stdout
+
+        process_table.wait_for(no_jobs, self.kill_wait_s + 3.0, interval_s=0.1)
 
     def _succeeds(self, *command: str) -> bool:
-        return (
-            subprocess.run(command, env=self.env, capture_output=True, timeout=30).returncode == 0
-        )
+        done = subprocess.run(command, env=self.env, capture_output=True, timeout=30)
+        return done.returncode == 0
 
     def _is_ours(self, process: process_table.Process) -> bool:
         return process.has_env("SLURM_CONF", str(self.config_file))
