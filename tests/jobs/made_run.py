@@ -35,17 +35,18 @@ class MadeRun:
 
 def make_run(root: Path, num_nodes: int, device: str = "cpu", **cluster: Any) -> MadeRun:
     """Trainers on the first half of the nodes (at least one), one engine on each of the others."""
-    trainer_nodes = max(1, num_nodes // 2)
+    num_trainer_nodes = max(1, num_nodes // 2)
+    num_engines = num_nodes - num_trainer_nodes
+    trainers = [TrainerPlace(rank, *divmod(rank, 2)) for rank in range(2 * num_trainer_nodes)]
+    engines = [EnginePlace(i, num_trainer_nodes + i, (0,)) for i in range(num_engines)]
     layout = Layout(
         num_nodes=num_nodes,
         slots_per_node=2,
         device=device,
         backend="megatron",
-        parallel=ParallelDims(tp=2, pp=trainer_nodes, cp=1, ep=1, dp=1),
-        trainers=tuple(TrainerPlace(rank, *divmod(rank, 2)) for rank in range(2 * trainer_nodes)),
-        engines=tuple(
-            EnginePlace(i, trainer_nodes + i, (0,)) for i in range(num_nodes - trainer_nodes)
-        ),
+        parallel=ParallelDims(tp=2, pp=num_trainer_nodes, cp=1, ep=1, dp=1),
+        trainers=tuple(trainers),
+        engines=tuple(engines),
     )
     config = RunConfig(name="jobs-test", cluster=ClusterConfig(nodes=num_nodes, **cluster))
     run = RunDir.create(root, "run")
@@ -56,11 +57,16 @@ def make_run(root: Path, num_nodes: int, device: str = "cpu", **cluster: Any) ->
 
 def scratches(root: Path) -> list[Path]:
     """Scratch directories of every attempt of the runs below `root`."""
-    attempts = [file.parent for file in root.rglob("attempt.json") if file.parent.name.isdigit()]
-    return [path for attempt in attempts for path in Path("/tmp").glob(f"ns-*-{tag(attempt):08x}")]
+    found = []
+    for file in root.rglob("attempt.json"):
+        attempt = file.parent
+        if attempt.name.isdigit():
+            found += Path("/tmp").glob(f"ns-*-{tag(attempt):08x}")
+    return found
 
 
 def driver(mode: str) -> str:
     """Command of the stand-in driver that ends as `mode` says; `ray` looks at Ray's nodes."""
-    program = "ray_driver_program.py" if mode == "ray" else "driver_program.py"
-    return shlex.join([sys.executable, str(HERE / program), *([] if mode == "ray" else [mode])])
+    if mode == "ray":
+        return shlex.join([sys.executable, str(HERE / "ray_driver_program.py")])
+    return shlex.join([sys.executable, str(HERE / "driver_program.py"), mode])

@@ -18,15 +18,15 @@ def main() -> int:
     attempt = RunDir.open(args.run).attempt(args.attempt)
     head = json.loads(attempt.head.read_text())
     ray.init(address=head["ray_address"], _node_ip_address=head["node_ip"], log_to_driver=False)
-    seen = [
-        {
-            "address": n["NodeManagerAddress"],
-            "labels": n["Labels"],
-            "slots": n["Resources"].get("slot"),
-        }
-        for n in ray.nodes()
-        if n["Alive"]
-    ]
+    seen = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            facts = {
+                "address": node["NodeManagerAddress"],
+                "labels": node["Labels"],
+                "slots": node["Resources"].get("slot"),
+            }
+            seen.append(facts)
     (attempt.path / "seen.json").write_text(json.dumps(seen))
     print(f"the driver sees {len(seen)} Ray nodes", flush=True)
     return 0

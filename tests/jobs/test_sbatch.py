@@ -8,7 +8,11 @@ import pytest
 
 from jobs.checkout import ROOT
 from jobs.sbatch import cpus_per_node, sbatch_options, sbatch_text, step_options
-from tests.jobs.made_run import HOSTILE, make_run
+from tests.jobs.made_run import HOSTILE, MadeRun, make_run
+
+
+def text_of(made: MadeRun, driver: str = "") -> str:
+    return sbatch_text(made.config, made.layout, made.run.path, driver)
 
 
 def srun_line(text: str) -> list[str]:
@@ -49,39 +53,40 @@ def test_the_step_says_again_what_srun_does_not_inherit(tmp_path: Path) -> None:
         "--gpu-bind=none",
     ]
     options = sbatch_options(made.config, made.layout)
-    assert (options["gpus-per-node"], options["mem"], options["cpus-per-task"]) == (
-        "2",
-        "500G",
-        "48",
-    )
+    assert options["gpus-per-node"] == "2"
+    assert options["mem"] == "500G"
+    assert options["cpus-per-task"] == "48"
 
 
-def test_cores_follow_the_slots_unless_given(tmp_path: Path) -> None:
-    for device, cluster, expected in (
+@pytest.mark.parametrize(
+    ("device", "cluster", "expected"),
+    [
         ("cpu", {}, 2),
         ("cuda", {"gpus_per_node": 2}, 16),
         ("cpu", {"cpus_per_node": 5}, 5),
-    ):
-        made = make_run(tmp_path, 1, device, **cluster)
-        assert cpus_per_node(made.config, made.layout) == expected
+    ],
+)
+def test_cores_follow_the_slots_unless_given(
+    tmp_path: Path, device: str, cluster: dict[str, int], expected: int
+) -> None:
+    made = make_run(tmp_path, 1, device, **cluster)
+    assert cpus_per_node(made.config, made.layout) == expected
 
 
 def test_extra_options_have_the_last_word(tmp_path: Path) -> None:
     made = make_run(tmp_path, 1, extra_sbatch={"exclusive": "user", "open-mode": "truncate"})
-    text = sbatch_text(made.config, made.layout, made.run.path)
-    assert "#SBATCH --exclusive=user\n" in text and "#SBATCH --open-mode=truncate\n" in text
+    text = text_of(made)
+    assert "#SBATCH --exclusive=user\n" in text
+    assert "#SBATCH --open-mode=truncate\n" in text
 
 
 @pytest.mark.parametrize("name", [HOSTILE, "50% off", "new\\line", "a b"])
 def test_hostile_paths_stay_one_word(tmp_path: Path, name: str) -> None:
     made = make_run(tmp_path / name, 1)
-    text = sbatch_text(made.config, made.layout, made.run.path, driver="prog --flag 'a b'")
+    text = text_of(made, driver="prog --flag 'a b'")
     words = srun_line(text)
-    assert words[words.index("jobs.node") + 1 :] == [
-        str(made.run.path),
-        "--driver",
-        "prog --flag 'a b'",
-    ]
+    after_module = words[words.index("jobs.node") + 1 :]
+    assert after_module == [str(made.run.path), "--driver", "prog --flag 'a b'"]
     (output,) = [line for line in text.splitlines() if line.startswith("#SBATCH --output=")]
     (value,) = shlex.split(output.removeprefix("#SBATCH --output="))
     assert value.replace("%%", "%") == f"{made.run.path}/slurm-%j.out"
@@ -92,13 +97,11 @@ def test_environment_and_setup_come_before_the_step(tmp_path: Path) -> None:
     made = make_run(
         tmp_path, 1, setup=["module load cuda"], env={"NCCL_IB_HCA": "mlx5_0; rm -rf x"}
     )
-    lines = sbatch_text(made.config, made.layout, made.run.path).splitlines()
-    step = next(i for i, line in enumerate(lines) if line.startswith("srun "))
-    assert (
-        lines.index("module load cuda")
-        < lines.index("export NCCL_IB_HCA='mlx5_0; rm -rf x'")
-        < step
-    )
+    lines = text_of(made).splitlines()
+    setup = lines.index("module load cuda")
+    export = lines.index("export NCCL_IB_HCA='mlx5_0; rm -rf x'")
+    (step,) = [i for i, line in enumerate(lines) if line.startswith("srun ")]
+    assert setup < export < step
     assert any(line.startswith("export PYTHONPATH=") for line in lines[:step])
 
 
@@ -107,14 +110,12 @@ def run_script(tmp_path: Path, srun_code: int) -> tuple[int, str]:
     calls = tmp_path / "calls"
     for name, code in (("srun", srun_code), ("scontrol", 0)):
         program = tmp_path / name
-        program.write_text(
-            f'#!/bin/sh\necho {name} "$@" >> {shlex.quote(str(calls))}\nexit {code}\n'
-        )
+        record = f'echo {name} "$@" >> {shlex.quote(str(calls))}'
+        program.write_text(f"#!/bin/sh\n{record}\nexit {code}\n")
         program.chmod(0o755)
     made = make_run(tmp_path / "root", 1)
-    text = sbatch_text(made.config, made.layout, made.run.path)
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "42"}
-    done = subprocess.run(["bash"], input=text, text=True, env=env, timeout=30)
+    done = subprocess.run(["bash"], input=text_of(made), text=True, env=env, timeout=30)
     return done.returncode, calls.read_text()
 
 
@@ -129,19 +130,18 @@ def test_only_a_stop_is_requeued(tmp_path: Path, srun_code: int, code: int, requ
 
 def test_the_python_of_the_nodes_is_that_of_the_cluster_file(tmp_path: Path) -> None:
     made = make_run(tmp_path, 1, venv="/shared/envs/cuda")
-    assert "/shared/envs/cuda/bin/python" in srun_line(
-        sbatch_text(made.config, made.layout, made.run.path)
-    )
-    assert ROOT.joinpath("jobs", "node.py").exists()
+    assert "/shared/envs/cuda/bin/python" in srun_line(text_of(made))
+    assert (ROOT / "jobs" / "node.py").exists()
 
 
 def test_the_template_is_a_shell_script_with_the_options_of_the_job(tmp_path: Path) -> None:
     template = ROOT / "jobs" / "templates" / "grpo.sbatch"
     subprocess.run(["bash", "-n", str(template)], check=True)
+    in_template = set()
+    for line in template.read_text().splitlines():
+        if line.startswith("#SBATCH"):
+            option, _, _ = line.partition("=")
+            in_template.add(option)
     made = make_run(tmp_path, 4)
-    asked = [
-        line.partition("=")[0]
-        for line in template.read_text().splitlines()
-        if line.startswith("#SBATCH")
-    ]
-    assert {f"#SBATCH --{name}" for name in sbatch_options(made.config, made.layout)} == set(asked)
+    options = sbatch_options(made.config, made.layout)
+    assert in_template == {f"#SBATCH --{name}" for name in options}

@@ -85,14 +85,10 @@ def test_an_sbatch_that_answers_is_slurm(machine):
 
 
 def test_what_sbatch_complains_about_is_shown(machine):
-    program(
-        machine,
-        "sbatch",
-        "echo error: first >&2; echo 'sbatch: fatal: no configuration' >&2; exit 1",
-    )
-    with pytest.raises(
-        RunError, match=r"no usable sbatch here \(sbatch: fatal: no configuration\)"
-    ):
+    complaint = "echo error: first >&2; echo 'sbatch: fatal: no configuration' >&2; exit 1"
+    program(machine, "sbatch", complaint)
+    expected = r"no usable sbatch here \(sbatch: fatal: no configuration\)"
+    with pytest.raises(RunError, match=expected):
         detect(machine).has_slurm(local=False)
 
 
