@@ -23,11 +23,20 @@ esac
 """
 
 
+REFUSING_SBATCH = """#!/bin/sh
+[ "$1" = --version ] && exit 0
+/bin/cat > /dev/null
+echo "error: no\nroom" >&2
+exit 1
+"""
+
+
 class Login:
     """A machine without SLURM until `slurm()`; `submit` runs the command in a directory of its own."""
 
     def __init__(self, root: Path, capsys, monkeypatch):
-        self.root, self._capsys = root, capsys
+        self.root = root
+        self._capsys = capsys
         (root / "bin").mkdir()
         monkeypatch.chdir(root)
 
@@ -44,7 +53,8 @@ class Login:
 
     def refusal(self, *argv: str | Path) -> str:
         code, out, err = self.submit(*argv)
-        assert (code, out) == (2, "") and err.startswith("submit_convert: ")
+        assert (code, out) == (2, "")
+        assert err.startswith("submit_convert: ")
         assert not (self.root / "submitted").exists()
         return err
 
@@ -71,15 +81,13 @@ def batch(
 
 
 def asked(script: str) -> dict[str, str]:
-    lines = [
-        line.removeprefix("#SBATCH --")
-        for line in script.splitlines()
-        if line.startswith("#SBATCH")
-    ]
-    return {
-        name: "".join(shlex.split(value))
-        for name, _, value in (line.partition("=") for line in lines)
-    }
+    """The options in a batch script, without their quotes."""
+    options = {}
+    for line in script.splitlines():
+        if line.startswith("#SBATCH --"):
+            name, _, value = line.removeprefix("#SBATCH --").partition("=")
+            options[name] = "".join(shlex.split(value))
+    return options
 
 
 def test_the_job_is_one_task_that_slurm_may_requeue_and_asks_for_no_gpu(login):
@@ -114,41 +122,33 @@ venv: envs/shared
 """
     script = batch("megatron-to-hf", "a", "b", "--time-limit-min", "30", cluster=cluster)
     given = asked(script)
-    found = [
-        given[name]
-        for name in ("partition", "account", "time", "cpus-per-task", "gpus", "exclusive")
-    ]
-    assert found == ["cpu", "team", "30", "4", "1", ""]
+    assert given["partition"] == "cpu"
+    assert given["account"] == "team"
+    assert given["time"] == "30"
+    assert given["cpus-per-task"] == "4"
+    assert given["gpus"] == "1"
+    assert given["exclusive"] == ""
     assert given["output"] == "/out.slurm-%j.out"
-    assert "mem" not in given and "gpus-per-node" not in given
+    assert "mem" not in given
+    assert "gpus-per-node" not in given
     lines = script.splitlines()
-    assert (
-        lines.index("module load python")
-        < lines.index("export KEY='a b; c'")
-        < lines.index("cd /here")
-    )
+    setup = lines.index("module load python")
+    export = lines.index("export KEY='a b; c'")
+    assert setup < export < lines.index("cd /here")
     assert lines[-1].startswith(f"exec {login.root}/envs/shared/bin/python ")
-    assert (
-        asked(batch("megatron-to-hf", "a", "b", "--partition=other", cluster=cluster))["partition"]
-        == "other"
-    )
+    script = batch("megatron-to-hf", "a", "b", "--partition=other", cluster=cluster)
+    assert asked(script)["partition"] == "other"
 
 
 @pytest.mark.parametrize("name", [HOSTILE, "50% off", "a'; echo foo", "two\nlines"])
 def test_hostile_paths_stay_one_word(login, name):
     options = ["--hf-checkpoint", f"{name}/hf", "--dtype", "BF16"]
-    script = batch(
-        "megatron-to-hf", name, "b", *options, log="/logs/it's 50% ", folder=f"/x/{name}"
-    )
+    folder = f"/x/{name}"
+    script = batch("megatron-to-hf", name, "b", *options, log="/logs/it's 50% ", folder=folder)
     *_, words = script.split("\nexec ")
-    assert shlex.split(words)[2:] == [
-        f"{login.root}/{name}",
-        f"{login.root}/b",
-        "--threads",
-        "8",
-        *options,
-    ]
-    assert f"\ncd {shlex.quote(f'/x/{name}')}\n" in script
+    paths = [f"{login.root}/{name}", f"{login.root}/b"]
+    assert shlex.split(words)[2:] == [*paths, "--threads", "8", *options]
+    assert f"\ncd {shlex.quote(folder)}\n" in script
     assert asked(script)["output"] == "/logs/it's 50%% %j.out"
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
@@ -168,26 +168,30 @@ def test_threads_follow_the_cores_unless_the_tool_is_told(login):
 
 @pytest.mark.parametrize("tool", submit_convert.TOOLS)
 def test_every_tool_exists_and_takes_what_is_passed_to_it(tool, tmp_path):
-    command = submit_convert.parse(
-        [tool, *(f"none{i}" for i in submit_convert.TOOLS[tool].split())]
-    )
+    paths = [f"none{directory}" for directory in submit_convert.TOOLS[tool].split()]
+    command = submit_convert.parse([tool, *paths])
     words = submit_convert.tool_words(command, sys.executable, 1)
-    words += ["--dry-run"] if tool in submit_convert.CONVERSIONS else []
+    if command.is_conversion:
+        words.append("--dry-run")
     environ = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
     done = subprocess.run(words, env=environ, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "none" in done.stderr and "usage" not in done.stderr
+    assert done.returncode == 2
+    assert "none" in done.stderr
+    assert "usage" not in done.stderr
 
 
 def test_submission_shows_plan_and_job_and_where_its_log_is(login, tiny_model):
     login.slurm()
     code, out, err = login.submit("hf-to-megatron", tiny_model, "new/it's out", "--cpus", "2")
     assert (code, err) == (0, "")
-    assert "model    qwen3" in out and f"write    {login.root}/new/it's out (" in out
+    assert "model    qwen3" in out
+    assert f"write    {login.root}/new/it's out (" in out
     log = f"{login.root}/new/it's out.slurm-42.out"
     *_, submitted, state, follow, stop, resume = out.splitlines()
     assert submitted == "submitted job 42"
     assert shlex.split(follow) == ["follow", "tail", "-F", log]
-    assert (state.split()[1:], stop.split()[1:]) == (["squeue", "-j", "42"], ["scancel", "42"])
+    assert state.split() == ["state", "squeue", "-j", "42"]
+    assert stop.split() == ["stop", "scancel", "42"]
     assert "same command" in resume
     assert asked(login.submitted)["output"] == log.replace("slurm-42", "slurm-%j")
     assert (login.root / "asked").read_text() == "--parsable\n"
@@ -197,14 +201,17 @@ def test_submission_shows_plan_and_job_and_where_its_log_is(login, tiny_model):
 def test_dry_run_shows_the_plan_and_the_script_that_sbatch_was_asked_about(login, tiny_model):
     login.slurm()
     code, out, _ = login.submit("hf-to-megatron", tiny_model, "new/out", "--dry-run")
-    assert code == 0 and "model    qwen3" in out and "Job 42 to start at noon" in out
+    assert code == 0
+    assert "model    qwen3" in out
+    assert "Job 42 to start at noon" in out
     assert (login.root / "tested").read_text() in out
     assert sorted(path.name for path in login.root.iterdir()) == ["bin", "tested"]
 
 
 def test_dry_run_without_slurm_says_that_it_would_run_here(login, tiny_model):
     code, out, _ = login.submit("hf-to-megatron", tiny_model, "out", "--dry-run")
-    assert code == 0 and "#SBATCH --nodes=1" in out
+    assert code == 0
+    assert "#SBATCH --nodes=1" in out
     assert "without --dry-run: LOCAL, nothing is submitted" in out
     assert [path.name for path in login.root.iterdir()] == ["bin"]
 
@@ -212,9 +219,8 @@ def test_dry_run_without_slurm_says_that_it_would_run_here(login, tiny_model):
 def test_what_the_tool_refuses_is_shown_and_not_submitted(login, tiny_model):
     login.slurm()
     (login.root / "taken").mkdir()
-    assert "taken exists; choose another output" in login.refusal(
-        "hf-to-megatron", tiny_model, "taken"
-    )
+    said = login.refusal("hf-to-megatron", tiny_model, "taken")
+    assert "taken exists; choose another output" in said
     said = login.refusal("hf-to-megatron", tiny_model, "out", "--dtype", "BF16")
     assert "unrecognized arguments: --dtype BF16" in said
     assert "no directory" in login.refusal("verify-checkpoint", tiny_model, "nowhere")
@@ -231,36 +237,34 @@ def test_what_the_tool_refuses_is_shown_and_not_submitted(login, tiny_model):
 )
 def test_bad_input_ends_in_one_line(login, words, says):
     said = login.refusal(*words)
-    assert says in said and said.count("\n") == 1
+    assert says in said
+    assert said.count("\n") == 1
 
 
 def refused_after_the_plan(login, *argv: str | Path) -> str:
     code, _, err = login.submit(*argv)
-    assert code == 2 and not (login.root / "submitted").exists()
+    assert code == 2
+    assert not (login.root / "submitted").exists()
     return err
 
 
 def test_an_environment_that_is_not_there_is_refused(login, tiny_model):
     login.slurm()
     (login.root / "cluster.yaml").write_text("venv: none")
-    said = refused_after_the_plan(
-        login, "hf-to-megatron", tiny_model, "out", "--cluster", "cluster.yaml"
-    )
+    command = ["hf-to-megatron", tiny_model, "out", "--cluster", "cluster.yaml"]
+    said = refused_after_the_plan(login, *command)
     assert "cluster.venv: there is no none/bin/python" in said
 
 
 def test_a_log_that_cannot_be_written_is_refused(login, tiny_model):
     login.slurm()
     (login.root / "file").write_text("")
-    assert "file cannot be written" in refused_after_the_plan(
-        login, "hf-to-megatron", tiny_model, "file/out"
-    )
+    said = refused_after_the_plan(login, "hf-to-megatron", tiny_model, "file/out")
+    assert "file cannot be written" in said
 
 
 def test_what_sbatch_says_is_one_line(login, tiny_model):
-    login.slurm(
-        '#!/bin/sh\n[ "$1" = --version ] && exit 0\n/bin/cat > /dev/null\necho "error: no\nroom" >&2; exit 1'
-    )
+    login.slurm(REFUSING_SBATCH)
     said = refused_after_the_plan(login, "hf-to-megatron", tiny_model, "out")
     assert said == "submit_convert: sbatch refused the job: error: no room\n"
 
@@ -291,4 +295,5 @@ def test_a_conversion_runs_here_both_ways_and_says_so_first(tmp_path, tiny_model
     assert back.read_bytes() == original.read_bytes()
     assert "equal, bit for bit" in here(folder, "verify-checkpoint", "it's mcore", "back").stdout
     again = here(folder, "hf-to-megatron", tiny_model, "it's mcore")
-    assert again.returncode == 2 and "it's mcore exists" in again.stderr
+    assert again.returncode == 2
+    assert "it's mcore exists" in again.stderr
