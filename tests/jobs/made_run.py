@@ -55,6 +55,19 @@ def make_run(root: Path, num_nodes: int, device: str = "cpu", **cluster: Any) ->
     return MadeRun(config, layout, run)
 
 
+def make_venv_with_fake_ray(venv: Path) -> Path:
+    """An environment with the packages of this one, whose `ray` is a stand-in that starts at once."""
+    (venv / "bin").mkdir(parents=True)
+    (venv / "pyvenv.cfg").write_text(f"home = {sys.base_prefix}/bin\n")
+    (venv / "lib").symlink_to(Path(sys.prefix) / "lib")
+    python = venv / "bin" / "python"
+    python.symlink_to(sys.executable)
+    ray = venv / "bin" / "ray"
+    ray.write_text(f'#!/bin/sh\nexec "{python}" "{HERE / "fake_ray.py"}" "$@"\n')
+    ray.chmod(0o755)
+    return venv
+
+
 def scratches(root: Path) -> list[Path]:
     """Scratch directories of every attempt of the runs below `root`."""
     found = []

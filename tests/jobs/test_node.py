@@ -18,10 +18,16 @@ from jobs.preflight import check_cores, check_gpus
 from nanoslime.run_dir import DONE, FAILED, STOPPED, RunDir
 from nanoslime.types import RunError
 from tests import process_table
-from tests.jobs.made_run import HOSTILE, MadeRun, driver, make_run, scratches
+from tests.jobs.made_run import (
+    HOSTILE,
+    MadeRun,
+    driver,
+    make_run,
+    make_venv_with_fake_ray,
+    scratches,
+)
 
 _DEADLINE_S = 120.0
-FAKE_RAY = Path(__file__).with_name("fake_ray.py")
 RUN_LOCAL = """
 import sys
 from pathlib import Path
@@ -45,17 +51,7 @@ def clean(no_leftovers: None, tmp_path: Path) -> Iterator[None]:
 
 @pytest.fixture
 def python_with_fake_ray(tmp_path: Path) -> str:
-    """This Python, in an environment of its own whose `ray` is a stand-in that starts at once."""
-    venv = tmp_path / "venv"
-    (venv / "bin").mkdir(parents=True)
-    (venv / "pyvenv.cfg").write_text(f"home = {sys.base_prefix}/bin\n")
-    (venv / "lib").symlink_to(Path(sys.prefix) / "lib")
-    python = venv / "bin" / "python"
-    python.symlink_to(sys.executable)
-    ray = venv / "bin" / "ray"
-    ray.write_text(f'#!/bin/sh\nexec "{python}" "{FAKE_RAY}" "$@"\n')
-    ray.chmod(0o755)
-    return str(python)
+    return str(make_venv_with_fake_ray(tmp_path / "venv") / "bin" / "python")
 
 
 def start_agent(

@@ -20,17 +20,15 @@ class Login:
     """A shell on the login node, in a directory with a hostile name."""
 
     def __init__(self, slurm: SlurmCluster, folder: Path):
-        self.slurm, self.folder = slurm, folder
+        self.slurm = slurm
+        self.folder = folder
 
     def type(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        command = [
-            sys.executable,
-            str(ROOT / "jobs/submit_convert.py"),
-            *map(str, arguments),
-            "--cpus",
-            "2",
-        ]
-        environ = os.environ | {"SLURM_CONF": str(self.slurm.config_file), "PYTHONPATH": str(ROOT)}
+        program = str(ROOT / "jobs/submit_convert.py")
+        command = [sys.executable, program, *map(str, arguments), "--cpus", "2"]
+        environ = dict(os.environ)
+        environ["SLURM_CONF"] = str(self.slurm.config_file)
+        environ["PYTHONPATH"] = str(ROOT)
         return subprocess.run(
             command, cwd=self.folder, env=environ, capture_output=True, text=True, timeout=60
         )
@@ -38,11 +36,8 @@ class Login:
     def submit(self, *arguments: str | Path) -> int:
         shown = self.type(*arguments)
         assert shown.returncode == 0, shown.stderr
-        [job] = [
-            line.split()[-1]
-            for line in shown.stdout.splitlines()
-            if line.startswith("submitted job")
-        ]
+        lines = shown.stdout.splitlines()
+        (job,) = [line.split()[-1] for line in lines if line.startswith("submitted job")]
         return int(job)
 
     def log(self, job: int, name: str) -> str:
@@ -58,41 +53,47 @@ def login(slurm_cluster: SlurmCluster, no_leftovers: None, tmp_path: Path) -> Lo
 
 
 def test_conversions_there_and_back_and_their_comparison(login: Login, tiny_model: Path) -> None:
-    mcore, back = "100% it's; mcore", "back"
-    for name, *arguments in (
-        (mcore, "hf-to-megatron", tiny_model, mcore),
-        (back, "megatron-to-hf", mcore, back),
-        ("verify-checkpoint", "verify-checkpoint", tiny_model, back),
-    ):
+    mcore = "100% it's; mcore"
+    back = "back"
+    commands_by_log = {
+        mcore: ("hf-to-megatron", tiny_model, mcore),
+        back: ("megatron-to-hf", mcore, back),
+        "verify-checkpoint": ("verify-checkpoint", tiny_model, back),
+    }
+    for name, arguments in commands_by_log.items():
         job = login.submit(*arguments)
         fields = login.slurm.wait_state(job, "COMPLETED", "FAILED", timeout_s=_DEADLINE_S)
         assert fields["JobState"] == "COMPLETED", login.log(job, name)
-        assert (fields["NumNodes"], fields["NumCPUs"], fields["Requeue"]) == ("1", "2", "1")
+        assert fields["NumNodes"] == "1"
+        assert fields["NumCPUs"] == "2"
+        assert fields["Requeue"] == "1"
         assert "peak memory" in login.log(job, name)
     assert "equal, bit for bit" in login.log(job, "verify-checkpoint")
     assert (login.folder / mcore / "release" / ".metadata").is_file()
-    original, other = (path / "model.safetensors" for path in (tiny_model, login.folder / back))
-    assert other.read_bytes() == original.read_bytes()
+    original = (tiny_model / "model.safetensors").read_bytes()
+    assert (login.folder / back / "model.safetensors").read_bytes() == original
 
 
 def test_a_requeued_job_runs_the_same_command_again(login: Login, tiny_model: Path) -> None:
     began = login.folder / "began"
-    first_life_waits = (
-        '[ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || { echo first; touch began; sleep 200; }'
-    )
+    is_second_life = '[ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]'
+    first_life_waits = f"{is_second_life} || {{ echo first; touch began; sleep 200; }}"
     (login.folder / "site.yaml").write_text(f"setup: ['{first_life_waits}']")
     job = login.submit("hf-to-megatron", tiny_model, "out", "--cluster", "site.yaml")
     assert process_table.wait_for(began.exists, _DEADLINE_S), login.log(job, "out")
     login.slurm.run("scontrol", "requeue", str(job))
-    assert process_table.wait_for(lambda: login.slurm.job(job)["Restarts"] == "1", _DEADLINE_S)
+
+    def has_restarted() -> bool:
+        return login.slurm.job(job)["Restarts"] == "1"
+
+    assert process_table.wait_for(has_restarted, _DEADLINE_S)
     fields = login.slurm.wait_state(job, "COMPLETED", "FAILED", timeout_s=_DEADLINE_S)
     assert fields["JobState"] == "COMPLETED", login.log(job, "out")
     said = login.log(job, "out")
-    assert said.startswith("first\n") and "peak memory" in said
-    assert sorted(path.name for path in login.folder.glob("out*")) == [
-        "out",
-        f"out.slurm-{job}.out",
-    ]
+    assert said.startswith("first\n")
+    assert "peak memory" in said
+    outputs = sorted(path.name for path in login.folder.glob("out*"))
+    assert outputs == ["out", f"out.slurm-{job}.out"]
 
 
 def test_a_source_that_goes_while_the_job_waits_fails_it_in_one_line(
@@ -106,12 +107,15 @@ def test_a_source_that_goes_while_the_job_waits_fails_it_in_one_line(
     login.slurm.run("scontrol", "release", str(job))
     login.slurm.wait_state(job, "FAILED", timeout_s=_DEADLINE_S)
     said = login.log(job, "out")
-    assert said.startswith("hf_to_megatron: ") and said.count("\n") == 1
-    assert not list(login.folder.glob("out/")) and not list(login.folder.glob("out.partial"))
+    assert said.startswith("hf_to_megatron: ")
+    assert said.count("\n") == 1
+    assert not (login.folder / "out").exists()
+    assert not (login.folder / "out.partial").exists()
 
 
 def test_sbatch_refusing_is_one_line(login: Login, tiny_model: Path) -> None:
     shown = login.type("hf-to-megatron", tiny_model, "out", "--partition", "nowhere")
-    assert shown.returncode == 2 and "invalid partition specified: nowhere" in shown.stderr
+    assert shown.returncode == 2
+    assert "invalid partition specified: nowhere" in shown.stderr
     assert shown.stderr.startswith("submit_convert: sbatch refused the job: ")
     assert shown.stderr.count("\n") == 1

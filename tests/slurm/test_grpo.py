@@ -33,15 +33,17 @@ def tails(run: RunDir) -> str:
 
 
 def check_outcome(run: RunDir, attempts: int, trainers: list[str], engines: list[str]) -> None:
-    """Three steps, each once and in order; trainer ranks and engines on the nodes of these addresses."""
+    """Three steps, each once and in order.
+
+    Trainer ranks and engines ran on the nodes of these addresses.
+    """
     steps = [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()]
     assert steps == [0, 1, 2], tails(run)
     summary = json.loads(run.summary.read_text())
-    assert summary["steps"] == 3 and summary["logprob_gap_max"] < 1e-4
-    assert (
-        0 < summary["reward_before"] < 1
-        and Path(summary["hf_export"], "model.safetensors").is_file()
-    )
+    assert summary["steps"] == 3
+    assert summary["logprob_gap_max"] < 1e-4
+    assert 0 < summary["reward_before"] < 1
+    assert Path(summary["hf_export"], "model.safetensors").is_file()
     last = run.attempt(attempts)
     assert last.ended() == (DONE, ""), tails(run)
     for rank, address in enumerate(trainers):
@@ -57,22 +59,24 @@ def test_a_submitted_job_is_preempted_requeued_and_completes_at_the_right_step(s
     command = [sys.executable, "jobs/submit_grpo.py", *sizes, "--run-root", str(tmp_path), *FLAGS]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ)
     assert shown.returncode == 0, shown.stderr
-    [job_id] = [
-        line.split()[-1] for line in shown.stdout.splitlines() if line.startswith("submitted job")
-    ]
+    lines = shown.stdout.splitlines()
+    (job_id,) = [line.split()[-1] for line in lines if line.startswith("submitted job")]
     run = RunDir.open(tmp_path / "rehearsal")
-    assert process_table.wait_for(
-        lambda: run.metrics.exists() or run.status().get("phase") == "failed", 280, 0.2
-    )
-    slurm.run(
-        "scancel", "--signal=USR2", job_id
-    )  # what SLURM sends before the time limit and a preemption
+
+    def first_step_or_failure() -> bool:
+        return run.metrics.exists() or run.status().get("phase") == "failed"
+
+    assert process_table.wait_for(first_step_or_failure, 280, 0.2)
+    # SLURM sends this signal before the time limit and a preemption.
+    slurm.run("scancel", "--signal=USR2", job_id)
     slurm.wait_state(int(job_id), "COMPLETED", timeout_s=280)
     code, reason = run.attempt(1).ended() or (None, "")
-    assert code == STOPPED and reason.startswith("SIGUSR2"), tails(run)
+    assert code == STOPPED, tails(run)
+    assert reason.startswith("SIGUSR2"), tails(run)
     assert slurm.job(int(job_id))["Restarts"] == "1"
-    committed = [json.loads(line)["step"] for line in run.evals.read_text().splitlines()]
-    assert committed[0] == -1 and committed[-1] == 2
+    evaluated = [json.loads(line)["step"] for line in run.evals.read_text().splitlines()]
+    assert evaluated[0] == -1
+    assert evaluated[-1] == 2
     assert "resumed after" in run.attempt(2).log("driver", 0).read_text()
     check_outcome(run, 2, trainers=["127.0.1.1"] * 2, engines=["127.0.1.2"])
 
@@ -80,16 +84,10 @@ def test_a_submitted_job_is_preempted_requeued_and_completes_at_the_right_step(s
 @pytest.mark.timeout(400)
 def test_the_template_runs_the_same_job(slurm, tmp_path):
     output = tmp_path / "job.out"
-    job_id = slurm.sbatch(
-        "--nodes=4",
-        f"--output={output}",
-        "jobs/templates/grpo.sbatch",
-        "--run-root",
-        str(tmp_path),
-        *FLAGS,
-    )
+    template = "jobs/templates/grpo.sbatch"
+    flags = ["--run-root", str(tmp_path), *FLAGS]
+    job_id = slurm.sbatch("--nodes=4", f"--output={output}", template, *flags)
     slurm.wait_state(job_id, "COMPLETED", timeout_s=280)
     trainers = ["127.0.1.1", "127.0.1.1", "127.0.1.2", "127.0.1.2"]
-    check_outcome(
-        RunDir.open(tmp_path / "rehearsal"), 1, trainers, engines=["127.0.1.3", "127.0.1.4"]
-    )
+    engines = ["127.0.1.3", "127.0.1.4"]
+    check_outcome(RunDir.open(tmp_path / "rehearsal"), 1, trainers, engines)

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,14 @@ from jobs.slurm_submit import submit_sbatch, submit_submitit
 from nanoslime.run_dir import DONE, FAILED, STOPPED
 from nanoslime.types import RunError
 from tests import process_table
-from tests.jobs.made_run import HOSTILE, MadeRun, driver, make_run, scratches
+from tests.jobs.made_run import (
+    HOSTILE,
+    MadeRun,
+    driver,
+    make_run,
+    make_venv_with_fake_ray,
+    scratches,
+)
 from tests.slurm.cluster import SlurmCluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.ray]
@@ -37,9 +45,11 @@ def logs(made: MadeRun) -> str:
 def wait_for_driver(made: MadeRun, attempt: int) -> None:
     began = made.run.attempts / str(attempt) / "driver_began"
     ended = made.run.attempts / str(attempt) / "end.json"
-    assert process_table.wait_for(lambda: began.exists() or ended.exists(), _DEADLINE_S, 0.2), logs(
-        made
-    )
+
+    def began_or_ended() -> bool:
+        return began.exists() or ended.exists()
+
+    assert process_table.wait_for(began_or_ended, _DEADLINE_S), logs(made)
     assert began.exists(), logs(made)
 
 
@@ -52,9 +62,10 @@ def test_submitit_job_has_an_agent_per_node_and_roles_where_the_plan_says(
 
     assert made.end == (DONE, "")
     seen = json.loads((made.run.attempts / "1" / "seen.json").read_text())
-    found = {
-        n["labels"]["nanoslime-node"]: (n["labels"]["nanoslime-role"], n["address"]) for n in seen
-    }
+    found = {}
+    for node in seen:
+        labels = node["labels"]
+        found[labels["nanoslime-node"]] = (labels["nanoslime-role"], node["address"])
     assert found == {
         "0": ("trainer", "127.0.1.1"),
         "1": ("trainer", "127.0.1.2"),
@@ -69,22 +80,30 @@ def test_submitit_job_has_an_agent_per_node_and_roles_where_the_plan_says(
     assert scratches(tmp_path) == []
 
 
-@pytest.mark.parametrize("submit", [submit_submitit, submit_sbatch])
+@pytest.mark.parametrize(
+    ("submit", "has_ray"),
+    [(submit_submitit, True), (submit_sbatch, False)],
+    ids=["submitit-ray", "sbatch-fake_ray"],
+)
 def test_a_job_told_that_its_time_is_up_commits_requeues_and_goes_on(
-    slurm: SlurmCluster, tmp_path: Path, submit
+    slurm: SlurmCluster, tmp_path: Path, submit: Callable[..., str], has_ray: bool
 ) -> None:
-    made = make_run(tmp_path / HOSTILE, 2)
+    venv = "" if has_ray else str(make_venv_with_fake_ray(tmp_path / "venv"))
+    made = make_run(tmp_path / HOSTILE, 2, venv=venv)
     job_id = submit(made.config, made.layout, made.run, driver("until-stop"))
     wait_for_driver(made, 1)
     slurm.run("scancel", "--signal=USR2", job_id)
     wait_for_driver(made, 2)
     slurm.wait_state(int(job_id), "COMPLETED", timeout_s=_DEADLINE_S)
 
-    first, second = (made.run.attempt(number) for number in (1, 2))
+    first = made.run.attempt(1)
+    second = made.run.attempt(2)
     code, reason = first.ended() or (None, "")
-    assert (code, reason[:12]) == (STOPPED, "SIGUSR2 at n"), logs(made)
+    assert code == STOPPED, logs(made)
+    assert reason.startswith("SIGUSR2 at n"), logs(made)
     assert second.ended() == (DONE, "")
-    assert (first.key, second.key) == (f"{job_id}-0", f"{job_id}-1")
+    assert first.key == f"{job_id}-0"
+    assert second.key == f"{job_id}-1"
     assert slurm.job(int(job_id))["Restarts"] == "1"
     assert scratches(tmp_path) == []
 
@@ -101,8 +120,11 @@ def test_a_killed_agent_fails_the_job_in_one_line_and_leaves_nothing(
 
     code, reason = made.end
     assert code == FAILED
-    assert "the agent of n2 was killed by SIGKILL" in reason and "agent-1.log" in reason
-    assert made.run.status()["phase"] == "failed" and made.run.status()["error"] == reason
+    assert "the agent of n2 was killed by SIGKILL" in reason
+    assert "agent-1.log" in reason
+    status = made.run.status()
+    assert status["phase"] == "failed"
+    assert status["error"] == reason
     assert scratches(tmp_path) == []
 
 
@@ -116,17 +138,17 @@ def test_a_cancelled_job_leaves_nothing_and_is_not_requeued(
     slurm.wait_state(int(job_id), "CANCELLED", timeout_s=30)
     assert process_table.wait_for(lambda: not scratches(tmp_path), timeout_s=15)
     code, reason = made.end
-    assert code == STOPPED and reason.startswith("SIGTERM at n")
+    assert code == STOPPED
+    assert reason.startswith("SIGTERM at n")
 
 
 def test_sbatch_refusing_is_one_line(slurm: SlurmCluster, tmp_path: Path) -> None:
     made = make_run(tmp_path, 1, partition="nowhere")
+    refusal = "sbatch refused the job: .*invalid partition specified: nowhere"
     for submit in (submit_submitit, submit_sbatch):
-        with pytest.raises(
-            RunError, match="sbatch refused the job: .*invalid partition specified: nowhere"
-        ) as e:
+        with pytest.raises(RunError, match=refusal) as error:
             submit(made.config, made.layout, made.run)
-        assert "\n" not in str(e.value)
+        assert "\n" not in str(error.value)
 
 
 def test_the_template_ends_before_the_step_when_its_flags_are_refused(
@@ -138,4 +160,6 @@ def test_the_template_ends_before_the_step_when_its_flags_are_refused(
     template = str(ROOT / "jobs" / "templates" / "grpo.sbatch")
     job_id = slurm.sbatch("--nodes=1", f"--output={output}", template, "--no-such-flag=1")
     slurm.wait_state(job_id, "FAILED", timeout_s=60)
-    assert "no-such-flag" in output.read_text() and "the run was not prepared" in output.read_text()
+    said = output.read_text()
+    assert "no-such-flag" in said
+    assert "the run was not prepared" in said
