@@ -122,9 +122,11 @@ class Layout:
 class Outcome:
     """The results of a run, assembled from all ranks."""
 
-    logprobs: list[Tensor] = field(default_factory=list)  # per sequence, under the initial weights
+    # Per sequence, under the initial weights.
+    logprobs: list[Tensor] = field(default_factory=list)
     steps: list[StepMetrics] = field(default_factory=list)
-    grads: list[dict[str, Tensor]] = field(default_factory=list)  # per step, after clipping
+    # Per step, after clipping.
+    grads: list[dict[str, Tensor]] = field(default_factory=list)
     params: dict[str, Tensor] = field(default_factory=dict)  # after the last step
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -176,10 +178,11 @@ def train_batch(
 
 
 def copied(shards: Iterable[WeightShard]) -> list[CopiedShard]:
-    return [
-        (shard.name, shard.full_shape, shard.slices, shard.tensor.detach().float().cpu().clone())
-        for shard in shards
-    ]
+    found = []
+    for shard in shards:
+        values = shard.tensor.detach().float().cpu().clone()
+        found.append((shard.name, shard.full_shape, shard.slices, values))
+    return found
 
 
 def assemble(shards: Iterable[CopiedShard]) -> dict[str, Tensor]:
@@ -217,13 +220,14 @@ def make_backend(
 def train(
     layout: Layout, model_dir: Path, rank: int, tmp: Path, steps: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Makes NUM_STEPS steps on this rank and returns the values that `collect` assembles."""
+    """Makes NUM_STEPS steps on this rank and returns what `collect` assembles."""
     backend = make_backend(layout, model_dir, rank, tmp / "rendezvous")
     config = layout.config()
     algorithm = algorithms.make(config.algorithm)
-    batches = [
-        train_batch(step, backend.dp_rank, backend.dp_size, layout.sequences) for step in steps
-    ]
+    batches = []
+    for step in steps:
+        batch = train_batch(step, backend.dp_rank, backend.dp_size, layout.sequences)
+        batches.append(batch)
     initial = copied(backend.weight_shards())
     logprobs = backend.logprobs(batches[0], "policy")
     metrics = []
@@ -252,10 +256,12 @@ def collect(results: list[dict[str, Any]], layout: Layout) -> Outcome:
     """The outcome from what `train` returned, by rank."""
     first = results[0]
     for result in results:
-        assert result["steps"] == first["steps"], f"{layout}: StepMetrics differ between ranks"
+        same_steps = result["steps"] == first["steps"]
+        assert same_steps, f"{layout}: StepMetrics differ between ranks"
     grads = []
     for number in range(len(first["grads"])):
-        grads.append(assemble(shard for result in results for shard in result["grads"][number]))
+        shards = (shard for result in results for shard in result["grads"][number])
+        grads.append(assemble(shards))
     boxes_by_rank = []
     for result in results:
         boxes = []
@@ -303,10 +309,11 @@ def run(jobs: list[Job], tmp: Path, deadline_s: float = 240.0) -> list[list[dict
     world_size = max(job.layout.world_size for job in jobs)
     for number in range(len(jobs)):
         (tmp / str(number)).mkdir()
-    torch.save(jobs, tmp / "jobs.pt")  # as arguments, tensors would travel as one open file each
-    workers = [
-        context.Process(target=_work, args=(tmp, rank), daemon=True) for rank in range(world_size)
-    ]
+    # As arguments of the processes, tensors would travel as one open file each.
+    torch.save(jobs, tmp / "jobs.pt")
+    workers = []
+    for rank in range(world_size):
+        workers.append(context.Process(target=_work, args=(tmp, rank), daemon=True))
     try:
         for worker in workers:
             worker.start()
@@ -323,7 +330,8 @@ def run(jobs: list[Job], tmp: Path, deadline_s: float = 240.0) -> list[list[dict
     assert not late, f"ranks {late} were still running after {deadline_s} s"
     results = []
     for number, job in enumerate(jobs):
-        files = [tmp / str(number) / f"rank-{rank}.pt" for rank in range(job.layout.world_size)]
+        directory = tmp / str(number)
+        files = [directory / f"rank-{rank}.pt" for rank in range(job.layout.world_size)]
         results.append([torch.load(file, weights_only=False) for file in files])
     return results
 
@@ -336,7 +344,8 @@ def _wait(workers: list[Any], deadline_s: float) -> None:
         remaining_s = deadline - time.monotonic()
         if remaining_s <= 0:
             return
-        multiprocessing.connection.wait([worker.sentinel for worker in running], remaining_s)
+        ends = [worker.sentinel for worker in running]
+        multiprocessing.connection.wait(ends, remaining_s)
         if any(worker.exitcode for worker in workers):
             return
         running = [worker for worker in running if worker.is_alive()]
@@ -362,7 +371,7 @@ def _work(tmp: Path, rank: int) -> None:
 
 
 def largest(values: Iterable[float]) -> float:
-    """The largest value, or NaN if any of them is NaN; max drops a NaN that is not the first."""
+    """The largest value, or NaN if any is NaN; max drops a NaN that is not the first."""
     values = list(values)
     if any(math.isnan(value) for value in values):
         return math.nan

@@ -118,7 +118,7 @@ def written_out(algorithm: str, step: dict[str, Any], logprobs: list[Tensor]) ->
 
 
 class Closest(TorchFunctionMode):
-    """Inside, `gap` becomes the least distance between scores on either side of a torch.topk."""
+    """Inside, `gap` becomes the least distance of scores on either side of a torch.topk."""
 
     gap = math.inf
 

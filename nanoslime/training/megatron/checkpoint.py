@@ -53,7 +53,8 @@ class InProcessWriter(torch_dist.TorchDistSaveShardedStrategy):
         planner = torch_dist.MCoreSavePlanner(
             dedup_replicated_tensors=False, flatten_state_dict=False
         )
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(checkpoint_dir), planner=planner)
+        writer = dcp.FileSystemWriter(checkpoint_dir)
+        dcp.save(state, storage_writer=writer, planner=planner)
 
 
 def save(
@@ -63,7 +64,7 @@ def save(
     history: StepHistory,
     ranks: Ranks,
 ) -> None:
-    """Writes this rank's model chunks into the existing empty directory `path`; collective."""
+    """Writes this rank's state into the existing empty directory `path`; collective."""
     _make_state(optimizer)
     state = _sharded_state(model_chunks, optimizer, ranks, _CONTENT, is_loading=False)
     state["step_history"] = asdict(history)
@@ -105,11 +106,10 @@ def _read(
     common = dist_checkpointing.load_common_state_dict(str(path))
     content = load_content_metadata(preloaded_state_dict=common) or _CONTENT
     state = _sharded_state(model_chunks, optimizer, ranks, content, is_loading=True)
-    saved_layout = common["layout"]
-    if saved_layout != _layout(ranks):
-        logger.warning(
-            "random state not restored: saved by layout %s, now %s", saved_layout, _layout(ranks)
-        )
+    before = common["layout"]
+    now = _layout(ranks)
+    if before != now:
+        logger.warning("random state not restored: saved by layout %s, now %s", before, now)
         del state["random"]
     return dist_checkpointing.load(state, str(path))
 
@@ -122,7 +122,7 @@ def _sharded_state(
     *,
     is_loading: bool,
 ) -> dict[str, Any]:
-    """Model, optimizer and random state of this rank, and where each tensor lies in the whole."""
+    """This rank's state, and where each of its tensors lies in the whole."""
     weights = {}
     for number, chunk in enumerate(model_chunks):
         weights[number] = chunk.sharded_state_dict(metadata=dict(content))
@@ -148,7 +148,7 @@ def _layout(ranks: Ranks) -> str:
 
 
 def _make_state(optimizer: ChainedOptimizer) -> None:
-    """Makes moments and step before the first update; megatron-core does not do so itself."""
+    """Makes moments and step before the first update, as megatron-core does not."""
     for inner in optimizer.chained_optimizers:
         if not inner.get_parameters():
             continue

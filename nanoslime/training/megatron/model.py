@@ -120,13 +120,19 @@ def build(shape: ModelShape, config: RunConfig, ranks: Ranks, device: torch.devi
     settings = transformer_config(shape, config, device)
     settings.finalize_model_grads_func = _finalize_grads
     buffers = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=config.training.distributed_optimizer
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.training.distributed_optimizer,
     )
     model_chunks = []
     for number, partition in enumerate(ranks.partitions(shape)):
         vp_stage = number if ranks.vpp_size > 1 else None
         gpt = gpt_model(
-            shape, settings, device, first=partition.first, last=partition.last, vp_stage=vp_stage
+            shape,
+            settings,
+            device,
+            first=partition.first,
+            last=partition.last,
+            vp_stage=vp_stage,
         )
         bound = weights.bind(gpt, shape, partition)
         weights.freeze(gpt, bound, shape, config.training.freeze)
@@ -152,6 +158,7 @@ def unwrap(model: torch.nn.Module) -> GPTModel:
 def _dense_fields(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """The fields that every model sets."""
     on_cpu = device.type == "cpu"
+    layers = "transformer_engine" if has_transformer_engine(device) else "local"
     return dict(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -172,7 +179,7 @@ def _dense_fields(shape: ModelShape, dtype: torch.dtype, device: torch.device) -
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        transformer_impl="transformer_engine" if has_transformer_engine(device) else "local",
+        transformer_impl=layers,
         use_cpu_initialization=on_cpu,
         # Initialization also marks what TP splits. Without the marks the norm would
         # count rank 0 only.
@@ -181,14 +188,16 @@ def _dense_fields(shape: ModelShape, dtype: torch.dtype, device: torch.device) -
         # The default dispatcher refuses variable_seq_lengths, in a model without
         # experts too.
         moe_token_dispatcher_type="alltoall",
-        calculate_per_token_loss=True,  # gradients are summed over data parallelism, not averaged
-        deallocate_pipeline_outputs=not on_cpu,  # gloo may still read what NCCL has already taken
+        # Gradients are summed over data parallelism, not averaged.
+        calculate_per_token_loss=True,
+        # gloo may still read what NCCL has already taken.
+        deallocate_pipeline_outputs=not on_cpu,
         batch_p2p_sync=False,
     )
 
 
 def _expert_fields(moe: MoE, num_layers: int, *, grouped: bool) -> dict[str, Any]:
-    """Routing as transformers does it: no auxiliary loss, and a constant bias of the scores."""
+    """Routing as in transformers: no auxiliary loss, and a constant bias of the scores."""
     has_experts = [int(layer in moe.layers) for layer in range(num_layers)]
     sigmoid = moe.score == "sigmoid"
     in_groups = moe.num_groups > 1
@@ -213,7 +222,7 @@ def _expert_fields(moe: MoE, num_layers: int, *, grouped: bool) -> dict[str, Any
 
 
 def _latent_fields(mla: MLA, shape: ModelShape) -> dict[str, Any]:
-    """Latent attention has no query groups, and megatron-core pairs its rotary dimensions."""
+    """Latent attention: no query groups; megatron-core pairs the rotary dimensions itself."""
     return dict(
         num_query_groups=shape.num_attention_heads,
         qk_layernorm=True,
@@ -254,7 +263,7 @@ def _mark_experts(model: torch.nn.Module) -> None:
 
 @contextmanager
 def _without_deprecation_notice() -> Iterator[None]:
-    """Inside, megatron-core 0.19.2 does not log that HybridModel shall replace each GPTModel."""
+    """Inside, megatron-core 0.19.2 does not log that HybridModel shall replace GPTModel."""
     logger = logging.getLogger(GPTModel.__module__)
     logger.addFilter(_is_no_deprecation_notice)
     try:
@@ -268,5 +277,5 @@ def _is_no_deprecation_notice(record: logging.LogRecord) -> bool:
 
 
 def _finalize_grads(model: list[torch.nn.Module], num_tokens: Tensor | None, **kwargs: Any) -> None:
-    """Only sums gradients over ranks: the loss was already divided by the global denominator."""
+    """Only sums gradients over ranks; the loss was divided by the global denominator."""
     finalize_model_grads(model, None, **kwargs)

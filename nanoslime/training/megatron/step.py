@@ -91,7 +91,9 @@ class Pipeline:
         routing_metrics: dict[str, float] = {}
         routing: AbstractContextManager[None] = nullcontext()
         if shard.routed_experts:
-            all_routers = [r for chunk in self._model_chunks for r in routers(unwrap(chunk))]
+            all_routers = []
+            for chunk in self._model_chunks:
+                all_routers += routers(unwrap(chunk))
             routing = training_step(all_routers, routing_metrics)
         with routing:
             self._run(shard, loss_of, forward_only=False)
@@ -102,7 +104,7 @@ class Pipeline:
         return reduced
 
     def _run(self, shard: TrainBatch, loss_func: Callable[..., Any], **options: Any) -> list[Any]:
-        """Runs all micro-batches; the results of loss_func(pack, hidden), on the last stage."""
+        """Runs all micro-batches; what loss_func(pack, hidden) gave, on the last stage."""
 
         def forward_step(packs: Iterator[Pack], model: DDP) -> tuple[Tensor, Callable[..., Any]]:
             pack = next(packs)
@@ -178,7 +180,8 @@ class Pipeline:
             weight = gpt.output_layer.weight
         padded_size = padded_vocab_size(self._shape, self._ranks.tp_size)
         vocab_per_rank = padded_size // self._ranks.tp_size
-        next_tokens = pack.batch.token_ids.roll(-1)  # row t of hidden predicts token t + 1
+        # Row t of hidden predicts token t + 1.
+        next_tokens = pack.batch.token_ids.roll(-1)
         local_logprobs, local_entropy = linear_logprobs(
             hidden[:, 0].to(weight.dtype),  # Float16Module returns float32
             weight,
@@ -221,7 +224,8 @@ def _without_output_layer(gpt: GPTModel) -> Iterator[None]:
     On the last stage they come after the final norm.
     """
     post_process = gpt.post_process
-    gpt.post_process = False  # the decoder has a flag of its own, which adds the final norm
+    # The decoder has a flag of its own, which adds the final norm.
+    gpt.post_process = False
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""From Hugging Face weights to this rank's parameters, and back to pieces of HF tensors."""
+"""From Hugging Face weights to this rank's parameters, and back."""
 
 import re
 from collections import defaultdict
@@ -22,7 +22,8 @@ ParameterPieces = list[tuple[Piece, Tensor]]
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"(experts\.experts)\.\d+")
 _LOCAL_EXPERT = re.compile(r"experts\.local_experts\.(\d+)\.")
-_GROUPED_EXPERT = re.compile(r"experts\.(linear_fc[12]\.weight)(\d+)$")  # in Transformer Engine
+# Transformer Engine numbers the experts of a rank at the end.
+_GROUPED_EXPERT = re.compile(r"experts\.(linear_fc[12]\.weight)(\d+)$")
 _NUM_SHOWN = 4  # names in a message
 
 
@@ -64,7 +65,8 @@ def load(parameter_pieces: ParameterPieces, shape: ModelShape, directory: Path) 
     The headers of all files are checked before anything is read.
     """
     found = read_headers(directory)
-    check_tensors(shape, {name: info.shape for name, info in found.items()}, str(directory))
+    shapes = {name: info.shape for name, info in found.items()}
+    check_tensors(shape, shapes, str(directory))
     pieces_by_file: dict[Path, ParameterPieces] = defaultdict(list)
     for piece, parameter in parameter_pieces:
         parameter.zero_()
@@ -104,7 +106,7 @@ def freeze(
 
 
 def shards(parameter_pieces: ParameterPieces, attribute: str = "data") -> Iterator[WeightShard]:
-    """The pieces with views of the parameters, or with "main_grad" of their float32 gradients."""
+    """The pieces, with views of the parameters or (main_grad) of their float32 gradients."""
     for piece, parameter in parameter_pieces:
         if hasattr(parameter, attribute):  # the bias of a router's scores has no gradient
             values = getattr(parameter, attribute)[piece.local]
@@ -112,10 +114,11 @@ def shards(parameter_pieces: ParameterPieces, attribute: str = "data") -> Iterat
 
 
 def _check_frozen_whole(frozen: set[str], shape: ModelShape) -> None:
-    """Raises RunError where `frozen` has only some of the tensors that Megatron saves as one."""
+    """Raises RunError where `frozen` has only some tensors of a Megatron tensor."""
     hf_names: dict[str, set[str]] = defaultdict(set)
     for piece in pieces(shape):
-        saved_as = _EXPERT.sub(r"\1", piece.megatron)  # the experts of a layer are saved as one
+        # The experts of a layer are saved as one tensor.
+        saved_as = _EXPERT.sub(r"\1", piece.megatron)
         hf_names[saved_as].add(piece.hf)
     for megatron, names in hf_names.items():
         not_frozen = sorted(names - frozen)
@@ -148,7 +151,7 @@ def _check_tied_head(parameter_pieces: ParameterPieces, head: TensorInfo) -> Non
 
 
 def _parameters(model: GPTModel, first_expert: int) -> dict[str, Tensor]:
-    """Weights by their names in the weight map, which numbers layers and experts globally."""
+    """Weights by name in the weight map, which numbers layers and experts globally."""
     found = {}
     for name, parameter in model.named_parameters():
         found[_global_name(name, model, first_expert)] = parameter
@@ -162,7 +165,8 @@ def _global_name(name: str, model: GPTModel, first_expert: int) -> str:
     """The name in the weight map of a parameter that this model chunk calls `name`."""
     layer = _LAYER.match(name)
     if layer:
-        layer_number = model.decoder.layers[int(layer[1])].layer_number  # from 1, over all chunks
+        # Megatron's layer_number counts from 1, over all model chunks.
+        layer_number = model.decoder.layers[int(layer[1])].layer_number
         name = f"decoder.layers.{layer_number - 1}.{name[layer.end() :]}"
     expert = _LOCAL_EXPERT.search(name)
     if expert:

@@ -1,4 +1,4 @@
-"""One Megatron rank in this process: what it refuses, what it skips, and mixed precision."""
+"""One Megatron rank in this process: what it refuses and skips, and mixed precision."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def parameters(backend):
 
 
 def with_dummies(batch):
-    """Adds masked-out sequences in micro-batches of their own, as batching pads a rank."""
+    """Adds masked-out sequences in micro-batches of their own, as batching does."""
     dummy = {
         "token_ids": torch.zeros(2, dtype=torch.long),
         "loss_mask": torch.zeros(2, dtype=torch.bool),
@@ -157,7 +157,7 @@ def test_a_damaged_or_foreign_megatron_checkpoint_is_named(start, steps, tmp_pat
 
 
 def test_a_checkpoint_has_the_files_of_the_pinned_release(start, tmp_path):
-    """Since 0.19 the common state is an object among the tensors, and has no backend of its own."""
+    """Since 0.19 the common state is an object among the tensors, without a backend."""
     path = tmp_path / "saved"
     path.mkdir()
     start().save(path)
@@ -173,7 +173,8 @@ def test_a_checkpoint_has_the_files_of_the_pinned_release(start, tmp_path):
         (
             {"tp_size": 2, "cp_size": 2},
             6,
-            "tp_size=2 x training.cp_size=2 x training.pp_size=1 = 4 does not divide the 6 trainer",
+            "tp_size=2 x training.cp_size=2 x training.pp_size=1 = 4 does not divide the 6"
+            " trainer ranks",
         ),
         (
             {"pp_size": 2, "vpp_size": 4},

@@ -1,4 +1,4 @@
-"""Experts chosen once and replayed: R2 from the pass for old logprobs, R3 from the engine."""
+"""Experts are chosen once: R2 in the pass for old logprobs, R3 in the engine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NUM_MICROBATCHES = 4
 
 
 def disturb(backend: Any, scale: float = 0.2) -> None:
-    """Changes the routers so that they choose otherwise; in the same way in every layout."""
+    """Changes the routers, in the same way in every layout, so that they choose otherwise."""
     with torch.no_grad():
         for shard in backend.weight_shards():
             if shard.name.endswith("mlp.gate.weight"):
@@ -74,7 +74,7 @@ def step(model_dir):
 
 @pytest.fixture
 def start(model_dir, tmp_path):
-    """Makes one-rank backends, one after the other; the process group ends with the test."""
+    """Makes one-rank backends, one at a time; the process group ends with the test."""
     numbers = itertools.count()
 
     def make(directory=model_dir, **options):
