@@ -6,19 +6,20 @@ missing, extra, misshapen. What the rows mean is for test_mbridge.py and for the
 GPTModel (tests/training/megatron).
 """
 
-import dataclasses
 import math
 from collections import defaultdict
-from itertools import product
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
 from nanoslime.models import ARCHITECTURES
+from nanoslime.models.parallel_sizes import check_tp_size
 from nanoslime.models.rules import (
+    Box,
     ModelPartition,
+    Piece,
     check_tensors,
-    check_tp_size,
     has_mtp,
     padded_vocab_size,
     pieces,
@@ -30,7 +31,9 @@ from nanoslime.storage.safetensors_file import read_headers
 from nanoslime.types import RunError
 from tests.models.hf import FAMILIES, add_mtp, save_model
 
-COLUMN_PARALLEL = (  # in megatron-core 0.16.1, by the classes that its layer specs name; rows are dim 0
+# The dimension that megatron-core 0.19.2 cuts, by the classes that its layer specs name.
+# All other tensors are replicated.
+COLUMN_PARALLEL = (
     "word_embeddings.weight",
     "output_layer.weight",
     "linear_qkv.weight",
@@ -41,22 +44,74 @@ COLUMN_PARALLEL = (  # in megatron-core 0.16.1, by the classes that its layer sp
     "linear_fc1.weight",
     "eh_proj.weight",
 )
-ROW_PARALLEL = ("linear_proj.weight", "linear_fc2.weight")  # dim 1; all others are replicated
-LAYOUTS = [  # tp, pp, ep, tensor parallelism within an expert
-    (1, 1, 1, 1),
-    (2, 1, 1, 2),
-    (1, 2, 1, 1),
-    (1, 4, 1, 1),
-    (2, 2, 1, 2),
-    (1, 1, 2, 1),
-    (2, 1, 2, 1),
-    (2, 2, 4, 2),
-    (1, 2, 2, 2),
+ROW_PARALLEL = ("linear_proj.weight", "linear_fc2.weight")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    # Tensor parallelism within an expert.
+    expert_tp: int = 1
+
+
+LAYOUTS = [
+    Sizes(),
+    Sizes(tp=2, expert_tp=2),
+    Sizes(pp=2),
+    Sizes(pp=4),
+    Sizes(tp=2, pp=2, expert_tp=2),
+    Sizes(ep=2),
+    Sizes(tp=2, ep=2),
+    Sizes(tp=2, pp=2, ep=4, expert_tp=2),
+    Sizes(pp=2, ep=2, expert_tp=2),
 ]
+
+
+def partitions(shape: ModelShape, sizes: Sizes) -> list[ModelPartition]:
+    """The ranks of a layout: one data-parallel replica, or as many as share the experts."""
+    num_layers = shape.num_layers // sizes.pp
+    num_experts = shape.moe.num_experts // sizes.ep if shape.moe else 0
+    found = []
+    for pp_rank in range(sizes.pp):
+        first_layer = pp_rank * num_layers
+        is_last = pp_rank == sizes.pp - 1
+        for rank in range(max(sizes.tp, sizes.ep * sizes.expert_tp)):
+            first_expert = rank // sizes.expert_tp % sizes.ep * num_experts
+            partition = ModelPartition(
+                tp_rank=rank % sizes.tp,
+                tp_size=sizes.tp,
+                layers=range(first_layer, first_layer + num_layers),
+                first=pp_rank == 0,
+                last=is_last,
+                experts=range(first_expert, first_expert + num_experts),
+                expert_tp=(rank % sizes.expert_tp, sizes.expert_tp),
+                mtp=is_last,
+            )
+            found.append(partition)
+    return found
 
 
 def shapes_in(directory) -> dict[str, tuple[int, ...]]:
     return {name: info.shape for name, info in read_headers(directory).items()}
+
+
+def lengths(box: Box) -> list[int]:
+    return [along.stop - along.start for along in box]
+
+
+def extent(boxes: list[Box]) -> list[int]:
+    num_dims = len(boxes[0])
+    return [max(box[dim].stop for box in boxes) for dim in range(num_dims)]
+
+
+def local_boxes(found: list[Piece]) -> dict[str, list[Box]]:
+    """The boxes that the pieces fill, by Megatron tensor."""
+    boxes = defaultdict(list)
+    for piece in found:
+        boxes[piece.megatron].append(piece.local)
+    return boxes
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -67,36 +122,6 @@ def directory(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def shape(directory):
     return ModelShape.read(directory)
-
-
-def parts(
-    shape: ModelShape, tp_size: int, pp_size: int, ep_size: int, expert_tp_size: int
-) -> list[ModelPartition]:
-    """The ranks of a layout, one data-parallel replica each, or as many as the experts
-    are spread over."""
-    layers = shape.num_layers // pp_size
-    experts = shape.moe.num_experts // ep_size if shape.moe else 0
-
-    def first(rank: int) -> int:
-        return rank // expert_tp_size % ep_size * experts
-
-    return [
-        ModelPartition(
-            rank % tp_size,
-            tp_size,
-            range(pp * layers, (pp + 1) * layers),
-            pp == 0,
-            pp == pp_size - 1,
-            range(first(rank), first(rank) + experts),
-            (rank % expert_tp_size, expert_tp_size),
-            mtp=pp == pp_size - 1,
-        )
-        for pp, rank in product(range(pp_size), range(max(tp_size, ep_size * expert_tp_size)))
-    ]
-
-
-def extent(boxes) -> list[int]:
-    return [max(box[d].stop for box in boxes) for d in range(len(boxes[0]))]
 
 
 def test_every_architecture_has_a_family():
@@ -114,29 +139,27 @@ def test_tensors_are_those_that_transformers_writes(directory, shape, request, t
 
 def test_pieces_of_all_ranks_cover_every_element_once(shape):
     for layout in LAYOUTS:
-        seen = {name: np.zeros(full, dtype=int) for name, full in tensors(shape, mtp=True).items()}
+        count = {name: np.zeros(full, dtype=int) for name, full in tensors(shape, mtp=True).items()}
+        # Replicas of a tensor and a tied output layer repeat a box.
         known = set()
-        for part in parts(shape, *layout):
-            for piece in pieces(shape, part):
-                key = (piece.hf, str(piece.box))
-                if key not in known:  # replicas of a tensor and a tied output layer repeat a box
-                    known.add(key)
-                    seen[piece.hf][piece.box] += 1
-        assert [name for name, count in seen.items() if not (count == 1).all()] == [], layout
+        for partition in partitions(shape, layout):
+            for piece in pieces(shape, partition):
+                if (piece.hf, piece.box) not in known:
+                    known.add((piece.hf, piece.box))
+                    count[piece.hf][piece.box] += 1
+        for name, times in count.items():
+            assert (times == 1).all(), (layout, name)
 
 
 def test_pieces_fill_each_local_tensor_once_from_its_first_row(shape):
     expected = tensors(shape, mtp=True)
     for layout in LAYOUTS:
-        for part in parts(shape, *layout):
-            local = defaultdict(list)
-            for piece in pieces(shape, part):
-                assert [s.stop - s.start for s in piece.box] == [
-                    s.stop - s.start for s in piece.local
-                ]
+        for partition in partitions(shape, layout):
+            found = pieces(shape, partition)
+            for piece in found:
+                assert lengths(piece.box) == lengths(piece.local)
                 assert expected[piece.hf] == piece.full_shape
-                local[piece.megatron].append(piece.local)
-            for name, boxes in local.items():
+            for name, boxes in local_boxes(found).items():
                 filled = np.zeros(extent(boxes), dtype=int)
                 for box in boxes:
                     filled[box] += 1
@@ -144,116 +167,125 @@ def test_pieces_fill_each_local_tensor_once_from_its_first_row(shape):
 
 
 def test_tensor_parallelism_cuts_the_dimension_that_megatron_core_cuts(shape):
-    even = dataclasses.replace(shape, vocab_size=256)
-    sizes = []
-    for part in (ModelPartition(mtp=True), ModelPartition(1, 2, mtp=True)):
-        local = defaultdict(list)
-        for piece in pieces(even, part):
-            local[piece.megatron].append(piece.local)
-        sizes.append({name: extent(boxes) for name, boxes in local.items()})
-    for name, full in sizes[0].items():
-        cut = 0 if name.endswith(COLUMN_PARALLEL) else 1 if name.endswith(ROW_PARALLEL) else None
-        assert sizes[1][name] == [n // 2 if d == cut else n for d, n in enumerate(full)], name
+    even = replace(shape, vocab_size=256)
+    whole = local_boxes(pieces(even, ModelPartition(mtp=True)))
+    half = local_boxes(pieces(even, ModelPartition(tp_rank=1, tp_size=2, mtp=True)))
+    for name, boxes in whole.items():
+        expected = extent(boxes)
+        if name.endswith(COLUMN_PARALLEL):
+            expected[0] //= 2
+        elif name.endswith(ROW_PARALLEL):
+            expected[1] //= 2
+        assert extent(half[name]) == expected, name
+
+
+def names_here(shape: ModelShape, partition: ModelPartition) -> set[str]:
+    return {piece.megatron for piece in pieces(shape, partition)}
 
 
 def test_a_rank_holds_its_layers_experts_and_ends_only(shape):
-    names = {
-        p.megatron
-        for p in pieces(shape, ModelPartition(layers=range(1, 3), first=False, last=False))
-    }
-    assert {name.split(".")[2] for name in names} == {"1", "2"}
-    assert pieces(shape, ModelPartition(layers=range(0), first=False, last=False)) == []
+    middle = ModelPartition(layers=range(1, 3), first=False, last=False)
+    layers = {name.split(".")[2] for name in names_here(shape, middle)}
+    assert layers == {"1", "2"}
+    nothing = ModelPartition(layers=range(0), first=False, last=False)
+    assert pieces(shape, nothing) == []
     if shape.moe:
-        held = {p.megatron for p in pieces(shape, ModelPartition(experts=range(2, 4)))}
+        held = names_here(shape, ModelPartition(experts=range(2, 4)))
         experts = {name.split(".")[6] for name in held if ".experts." in name}
         assert experts == {"2", "3"}
-        assert not any(
-            ".experts." in p.megatron for p in pieces(shape, ModelPartition(experts=range(0)))
-        )
+        without_experts = names_here(shape, ModelPartition(experts=range(0)))
+        assert not [name for name in without_experts if ".experts." in name]
 
 
 def test_qkv_rows_are_interleaved_by_query_group(shape):
     name = "decoder.layers.3.self_attention.linear_qkv.weight"
-    rows = [(p.hf[-13], p.box[0].start, p.box[0].stop) for p in pieces(shape) if p.megatron == name]
+    found = [piece for piece in pieces(shape) if piece.megatron == name]
     if shape.mla:
-        assert rows == []  # queries, keys and values have matrices of their own
+        # Queries, keys and values have matrices of their own.
+        assert found == []
         return
-    d, per_group = shape.head_dim, shape.num_attention_heads // shape.num_key_value_heads
-    q = per_group * d
+    prefix = "model.layers.3.self_attn."
+    rows = [(piece.hf.removeprefix(prefix), piece.box[0]) for piece in found]
+    d = shape.head_dim
+    q = d * shape.num_attention_heads // shape.num_key_value_heads
     assert rows == [
-        ("q", 0, q),
-        ("k", 0, d),
-        ("v", 0, d),
-        ("q", q, 2 * q),
-        ("k", d, 2 * d),
-        ("v", d, 2 * d),
+        ("q_proj.weight", slice(0, q)),
+        ("k_proj.weight", slice(0, d)),
+        ("v_proj.weight", slice(0, d)),
+        ("q_proj.weight", slice(q, 2 * q)),
+        ("k_proj.weight", slice(d, 2 * d)),
+        ("v_proj.weight", slice(d, 2 * d)),
     ]
 
 
 def test_vocabulary_is_padded_and_a_rank_of_padding_only_holds_no_piece(shape):
+    name = "embedding.word_embeddings.weight"
+    second = ModelPartition(tp_rank=1, tp_size=2)
     assert padded_vocab_size(shape, 2) == 256
-    last = [
-        p
-        for p in pieces(shape, ModelPartition(1, 2))
-        if p.megatron == "embedding.word_embeddings.weight"
-    ]
-    assert [p.box[0] for p in last] == [slice(128, 250)] and last[0].local[0] == slice(0, 122)
-    tiny = dataclasses.replace(shape, vocab_size=5)
+    (last,) = [piece for piece in pieces(shape, second) if piece.megatron == name]
+    assert last.box[0] == slice(128, 250)
+    assert last.local[0] == slice(0, 122)
+    tiny = replace(shape, vocab_size=5)
     assert padded_vocab_size(tiny, 2) == 16
-    assert not [
-        p for p in pieces(tiny, ModelPartition(1, 2)) if p.megatron.startswith("embedding.")
-    ]
+    assert name not in names_here(tiny, second)
 
 
 def test_a_tensor_parallel_size_that_does_not_divide_is_refused_with_the_choices(shape):
-    size = "num_attention_heads=4" if shape.mla else "num_key_value_heads=2"
-    fit = "1, 2 or 4" if shape.mla else "1 or 2"
-    ways = 8 if shape.mla else 4
-    with pytest.raises(RunError, match=f"tp_size={ways} does not divide {size}; choose {fit}$"):
-        pieces(shape, ModelPartition(0, ways))
-    if shape.moe and (shared := shape.moe.shared_intermediate_size):
-        odd = dataclasses.replace(shape.moe, shared_intermediate_size=shared + 1)
-        with pytest.raises(
-            RunError, match=f"does not divide shared_intermediate_size={shared + 1}"
-        ):
-            check_tp_size(dataclasses.replace(shape, moe=odd), 2)
+    if shape.mla:
+        tp_size = 8
+        says = "tp_size=8 does not divide num_attention_heads=4; choose 1, 2 or 4$"
+    else:
+        tp_size = 4
+        says = "tp_size=4 does not divide num_key_value_heads=2; choose 1 or 2$"
+    with pytest.raises(RunError, match=says):
+        pieces(shape, ModelPartition(0, tp_size))
+    if shape.moe and shape.moe.shared_intermediate_size:
+        odd = shape.moe.shared_intermediate_size + 1
+        odd_shape = replace(shape, moe=replace(shape.moe, shared_intermediate_size=odd))
+        with pytest.raises(RunError, match=f"does not divide shared_intermediate_size={odd}"):
+            check_tp_size(odd_shape, 2)
 
 
-def test_missing_renamed_extra_and_misshapen_tensors_are_named(directory, shape):
+def without(content: dict, name: str) -> dict:
+    return {key: value for key, value in content.items() if key != name}
+
+
+def test_missing_renamed_and_misshapen_tensors_are_named(directory, shape):
     good = shapes_in(directory)
     check_tensors(shape, good, "here")
-    for name, full in good.items():
-        rest = {k: v for k, v in good.items() if k != name}
-        for bad in (rest, rest | {name.replace("model", "modul") + "_": full}):
+    for name, full_shape in good.items():
+        missing = without(good, name)
+        renamed = {**missing, name.replace("model", "modul") + "_": full_shape}
+        for bad in (missing, renamed):
             with pytest.raises(ValueError, match=f"^here has no tensor {name} "):
                 check_tensors(shape, bad, "here")
-        wrong = (*full[:-1], full[-1] - 1)
+        wrong = (*full_shape[:-1], full_shape[-1] - 1)
         with pytest.raises(ValueError) as error:
             check_tensors(shape, {**good, name: wrong}, "here")
-        assert (
-            str(error.value) == f"here: {name} is {list(wrong)}, config.json asks for {list(full)}"
-        )
-    for extra in (
-        "model.layers.4.mlp.up_proj.bias",
-        "model.layers.0.self_attn.o_proj.bias",
-        "score.weight",
-    ):
-        if extra.startswith("model.layers.4.") and shape.num_mtp_layers:
-            continue  # there it is a part of multi-token prediction, see below
-        with pytest.raises(ValueError, match=f"^here: 1 tensors do not belong .*{extra}"):
-            check_tensors(shape, {**good, extra: (1,)}, "here")
+        says = f"here: {name} is {list(wrong)}, config.json asks for {list(full_shape)}"
+        assert str(error.value) == says
+
+
+def test_tensors_that_do_not_belong_to_the_model_are_named(directory, shape):
+    good = shapes_in(directory)
+    extra = ["model.layers.0.self_attn.o_proj.bias", "score.weight"]
+    if not shape.num_mtp_layers:
+        # Layer 4 is the multi-token prediction layer of the others.
+        extra.append("model.layers.4.mlp.up_proj.bias")
+    for name in extra:
+        with pytest.raises(ValueError, match=f"^here: 1 tensors do not belong .*{name}"):
+            check_tensors(shape, {**good, name: (1,)}, "here")
 
 
 def test_repeats_are_allowed_in_the_shape_of_what_they_repeat(directory, shape):
     good = shapes_in(directory)
-    full = good["model.embed_tokens.weight"]
+    full_shape = good["model.embed_tokens.weight"]
     if shape.tie_word_embeddings:
         assert repeats(shape)["lm_head.weight"] == "model.embed_tokens.weight"
-        check_tensors(shape, good | {"lm_head.weight": full}, "here")
-        with pytest.raises(
-            ValueError, match=r"lm_head.weight is \[1, 32\], config.json asks for \[250, 32\]"
-        ):
-            check_tensors(shape, good | {"lm_head.weight": (1, 32)}, "here")
+        check_tensors(shape, {**good, "lm_head.weight": full_shape}, "here")
+        says = r"lm_head.weight is \[1, 32\], config.json asks for \[250, 32\]"
+        with pytest.raises(ValueError, match=says):
+            check_tensors(shape, {**good, "lm_head.weight": (1, 32)}, "here")
     elif not shape.num_mtp_layers:
         assert repeats(shape) == {}
 
@@ -262,51 +294,53 @@ def test_repeats_are_allowed_in_the_shape_of_what_they_repeat(directory, shape):
 @pytest.mark.parametrize("family", ["glm4_moe", "glm4_moe_no_dense", "deepseek_v3"])
 def test_multi_token_prediction_is_all_there_or_not_at_all(tmp_path, family, shard_size):
     directory = save_model(tmp_path, family, max_shard_size=shard_size)
-    shape, without = ModelShape.read(directory), shapes_in(directory)
-    assert not has_mtp(shape, without)
+    shape = ModelShape.read(directory)
+    without_mtp = shapes_in(directory)
+    assert not has_mtp(shape, without_mtp)
     every = shapes_in(add_mtp(directory))
     assert has_mtp(shape, every)
     check_tensors(shape, every, "here")
+
     expected = tensors(shape, mtp=True)
-    assert every == expected | {name: expected[of] for name, of in repeats(shape).items()}
-    check_tensors(shape, {k: v for k, v in every.items() if k not in repeats(shape)}, "here")
-    for name in expected.keys() - without.keys():
+    repeated = {name: expected[source] for name, source in repeats(shape).items()}
+    assert every == {**expected, **repeated}
+    check_tensors(shape, expected, "here")
+    for name in expected.keys() - without_mtp.keys():
         with pytest.raises(ValueError, match=f"^here has no tensor {name} "):
-            check_tensors(shape, {k: v for k, v in every.items() if k != name}, "here")
+            check_tensors(shape, without(every, name), "here")
+    one_more = {**every, "model.layers.5.enorm.weight": (32,)}
     with pytest.raises(ValueError, match=r"^here: 1 tensors do not belong .*layers.5.enorm"):
-        check_tensors(shape, every | {"model.layers.5.enorm.weight": (32,)}, "here")
-    names = {piece.megatron for piece in pieces(shape, ModelPartition(mtp=True))}
-    assert {
-        "mtp.layers.0.eh_proj.weight",
-        "mtp.layers.0.transformer_layer.mlp.router.weight",
-    } <= names
-    assert not any("layers.4." in name for name in names)
+        check_tensors(shape, one_more, "here")
+
+    names = names_here(shape, ModelPartition(mtp=True))
+    assert "mtp.layers.0.eh_proj.weight" in names
+    assert "mtp.layers.0.transformer_layer.mlp.router.weight" in names
+    assert not [name for name in names if "layers.4." in name]
 
 
 def test_the_local_layer_spec_has_names_of_its_own(shape):
-    other = {
-        p.megatron: p.other
-        for p in pieces(shape, ModelPartition(mtp=True))
-        if p.megatron != p.other
-    }
-    layer, fused = "decoder.layers.3.", "mlp.linear_fc1.layer_norm_weight"
-    sparse = shape.moe is not None and 3 in shape.moe.layers
-    assert other[layer + fused if not sparse else layer + "pre_mlp_layernorm.weight"] == (
-        layer + "pre_mlp_layernorm.weight" if not sparse else layer + fused
-    )
-    if shape.mla:
-        up = layer + "self_attention.linear_kv_up_proj.layer_norm_weight"
-        assert other[up] == layer + "self_attention.kv_layernorm.weight"
-        q = layer + "self_attention.linear_q_up_proj.layer_norm_weight"
-        assert (other.get(q) == layer + "self_attention.q_layernorm.weight") == bool(
-            shape.mla.q_lora_rank
-        )
+    other = {piece.megatron: piece.other for piece in pieces(shape, ModelPartition(mtp=True))}
+    layer = "decoder.layers.3."
+    norm = "pre_mlp_layernorm.weight"
+    fused_norm = "mlp.linear_fc1.layer_norm_weight"
+    if shape.moe and 3 in shape.moe.layers:
+        assert other[layer + norm] == layer + fused_norm
     else:
-        qkv = layer + "self_attention.linear_qkv.layer_norm_weight"
-        assert other[qkv] == layer + "input_layernorm.weight"
+        assert other[layer + fused_norm] == layer + norm
+    if shape.mla:
+        kv_norm = layer + "self_attention.linear_kv_up_proj.layer_norm_weight"
+        assert other[kv_norm] == layer + "self_attention.kv_layernorm.weight"
+        q_norm = layer + "self_attention.linear_q_up_proj.layer_norm_weight"
+        if shape.mla.q_lora_rank:
+            assert other[q_norm] == layer + "self_attention.q_layernorm.weight"
+        else:
+            assert q_norm not in other
+    else:
+        qkv_norm = layer + "self_attention.linear_qkv.layer_norm_weight"
+        assert other[qkv_norm] == layer + "input_layernorm.weight"
     if shape.num_mtp_layers:
         layer = "mtp.layers.0.transformer_layer."
-        assert other[layer + "pre_mlp_layernorm.weight"] == layer + fused
+        assert other[layer + norm] == layer + fused_norm
 
 
 def test_a_model_whose_layers_are_all_dense_has_no_experts_anywhere(tmp_path):

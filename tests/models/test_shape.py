@@ -8,7 +8,7 @@ import transformers
 
 from nanoslime.models import ARCHITECTURES
 from nanoslime.models.shape import MLA, ModelShape, MoE
-from tests.models.hf import FAMILIES, LLAMA3_ROPE, make_model
+from tests.models.hf import FAMILIES, LLAMA3_ROPE, make_model, score_biases
 from tests.models.published import CONFIGS
 
 
@@ -20,10 +20,9 @@ def read(tmp_path, config: dict) -> ModelShape:
 
 
 def num_elements(model: torch.nn.Module) -> int:
-    """In its files: parameters, tied ones once, and the biases of experts' scores,
-    which are buffers."""
-    biases = (b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias"))
-    return sum(tensor.numel() for tensor in (*model.parameters(), *biases))
+    """Elements in its files: parameters, tied ones once, and the biases of experts' scores."""
+    held = [*model.parameters(), *score_biases(model).values()]
+    return sum(tensor.numel() for tensor in held)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -34,11 +33,11 @@ def test_shape_is_read_from_the_config_that_transformers_writes(tmp_path, family
     assert shape.num_parameters == num_elements(model)
     assert (shape.num_layers, shape.vocab_size) == (4, 250)
     assert shape.tie_word_embeddings == model.config.tie_word_embeddings
-    assert shape.rope_scaling_factor == (8.0 if family == "llama3" else None)
+    scaling_factor = 8.0 if family == "llama3" else None
+    assert shape.rope_scaling_factor == scaling_factor
     assert shape.model_type == model.config.model_type
-    assert shape.megatron_lacks == (
-        ("norms after attention and MLP",) if shape.model_type == "glm4" else ()
-    )
+    lacks = ("norms after attention and MLP",) if shape.model_type == "glm4" else ()
+    assert shape.megatron_lacks == lacks
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -53,7 +52,8 @@ def test_published_configs_are_read_as_transformers_reads_them(tmp_path, name):
 
 
 def test_experts_and_latent_attention_are_read():
-    assert ModelShape.from_config(CONFIGS["DeepSeek-V3"]).moe == MoE(
+    deepseek = ModelShape.from_config(CONFIGS["DeepSeek-V3"])
+    assert deepseek.moe == MoE(
         layers=tuple(range(3, 62)),
         num_experts=256,
         num_experts_per_token=8,
@@ -65,7 +65,7 @@ def test_experts_and_latent_attention_are_read():
         num_groups=8,
         num_groups_per_token=4,
     )
-    assert ModelShape.from_config(CONFIGS["DeepSeek-V3"]).mla == MLA(
+    assert deepseek.mla == MLA(
         q_lora_rank=1536,
         kv_lora_rank=512,
         qk_nope_head_dim=128,
@@ -98,7 +98,8 @@ def test_a_moe_layer_is_every_nth_but_those_listed_as_dense():
 
 def test_both_names_of_the_number_of_experts_are_read():
     config = CONFIGS["Qwen3-30B-A3B"]
-    renamed = {k: v for k, v in config.items() if k != "num_experts"} | {"num_local_experts": 128}
+    renamed = dict(config)
+    renamed["num_local_experts"] = renamed.pop("num_experts")
     assert ModelShape.from_config(renamed) == ModelShape.from_config(config)
 
 
@@ -106,7 +107,8 @@ def test_both_names_of_the_number_of_experts_are_read():
 def test_what_glm_leaves_out_means_what_transformers_takes_it_for(tmp_path, model_type):
     name = {"glm4": "GLM-4-9B-0414", "glm4_moe": "GLM-4.5-Air"}[model_type]
     left_out = {"attention_bias", "partial_rotary_factor", "use_qk_norm"}
-    shape = read(tmp_path, {k: v for k, v in CONFIGS[name].items() if k not in left_out})
+    rest = {key: value for key, value in CONFIGS[name].items() if key not in left_out}
+    shape = read(tmp_path, rest)
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     assert shape.rotary_fraction == config.rope_parameters["partial_rotary_factor"] == 0.5
     assert shape.qkv_bias == config.attention_bias
@@ -114,14 +116,17 @@ def test_what_glm_leaves_out_means_what_transformers_takes_it_for(tmp_path, mode
 
 def test_a_head_dim_of_null_is_the_share_of_the_hidden_size(tmp_path):
     assert read(tmp_path, CONFIGS["Mistral-7B-v0.3"]).head_dim == 128
-    assert read(tmp_path, CONFIGS["Mistral-Nemo-2407"]).head_dim == 128  # of 5120, with 32 heads
-    assert read(tmp_path, CONFIGS["Mistral-Nemo-2407"] | {"head_dim": None}).head_dim == 160
+    # The hidden size is 5120, and there are 32 heads.
+    nemo = CONFIGS["Mistral-Nemo-2407"]
+    assert read(tmp_path, nemo).head_dim == 128
+    assert read(tmp_path, nemo | {"head_dim": None}).head_dim == 160
 
 
 def test_flat_rope_keys_of_older_configs_are_read(tmp_path):
     config = json.loads(make_model("llama3").config.to_json_string())
     rope = config.pop("rope_parameters")
-    config |= {"rope_theta": rope.pop("rope_theta") * 2, "rope_scaling": rope}
+    config["rope_theta"] = 2 * rope.pop("rope_theta")
+    config["rope_scaling"] = rope
     shape = read(tmp_path, config)
     assert (shape.rope_theta, shape.rope_scaling_factor) == (20000.0, 8.0)
 
@@ -162,9 +167,11 @@ def test_what_megatron_cannot_compute_is_listed_and_converts_all_the_same(
     tmp_path, name, changes, lacks
 ):
     shape = read(tmp_path, CONFIGS[name] | changes)
-    assert len(shape.megatron_lacks) == bool(lacks) and "".join(shape.megatron_lacks).startswith(
-        lacks
-    )
+    if lacks:
+        (listed,) = shape.megatron_lacks
+        assert listed.startswith(lacks)
+    else:
+        assert shape.megatron_lacks == ()
     assert shape.architecture.rules(shape)
 
 
