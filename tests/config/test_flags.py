@@ -11,78 +11,103 @@ from nanoslime.types import RunError
 
 
 def field(config: Any, dotted: str) -> Any:
-    """None where the chosen algorithm has no such field."""
-    for part in dotted.split("."):
-        config = getattr(config, part, None)
+    """The value of a field; None where the chosen algorithm has no such field."""
+    for name in dotted.split("."):
+        config = getattr(config, name, None)
     return config
 
 
-def value_of(config: RunConfig) -> dict[str, Any]:
-    return {f: field(config, f) for f in flags.field_types()}
+def values_of(config: RunConfig) -> dict[str, Any]:
+    return {dotted: field(config, dotted) for dotted in flags.field_types()}
 
 
-BASE = value_of(RunConfig())
+DEFAULTS = values_of(RunConfig())
 
 
 def other_value(dotted: str) -> Any:
     """A valid value that differs from the default."""
-    kind, default = flags.field_types()[dotted], BASE[dotted]
-    kinds = get_args(kind) if type(None) in get_args(kind) else (kind,)
-    if get_origin(kinds[0]) is Literal:
-        return next(v for v in get_args(kinds[0]) if v != default)
-    if kinds[0] is bool:
-        return not default
-    if kinds[0] is str:
-        names = {"data.reward": "math_answer", "rollout.engine": "embedded"}
-        return names.get(dotted, "other")
-    if dotted == "algorithm.eps_clip_c":  # above 1
+    if dotted == "data.reward":
+        return "math_answer"
+    if dotted == "rollout.engine":
+        return "embedded"
+    if dotted == "algorithm.eps_clip_c":
+        # It has to be above 1.
         return 3.0
-    return (default or 0) * 2 + 2 * (not default) if kinds[0] is int else (default or 0) / 2 + 0.125
+    kind = flags.field_types()[dotted]
+    default = DEFAULTS[dotted]
+    if type(None) in get_args(kind):
+        kind = get_args(kind)[0]
+    if get_origin(kind) is Literal:
+        return next(choice for choice in get_args(kind) if choice != default)
+    if kind is bool:
+        return not default
+    if kind is str:
+        return "other"
+    if kind is int:
+        return 2 * default if default else 2
+    return (default or 0) / 2 + 0.125
 
 
-NEEDED = {  # flags without which the field is refused, or more than it would change
+# Flags without which the field is refused, or more than the field would change.
+NEEDED = {
     "training.backend": ["--nodes", "2"],
     "cluster.nodes": ["--backend", "megatron"],
-    **{
-        f"training.{size}_size": ["--backend", "megatron"]
-        for size in ("tp", "pp", "vpp", "cp", "ep", "etp")
-    },
+    "training.tp_size": ["--backend", "megatron"],
+    "training.pp_size": ["--backend", "megatron"],
+    "training.vpp_size": ["--backend", "megatron"],
+    "training.cp_size": ["--backend", "megatron"],
+    "training.ep_size": ["--backend", "megatron"],
+    "training.etp_size": ["--backend", "megatron"],
     "training.sequence_parallel": ["--backend", "megatron"],
     "algorithm.use_unbiased_kl": ["--use-kl-loss"],
     "algorithm.kl_loss_coef": ["--use-kl-loss"],
     "algorithm.eps_clip_high": ["--eps-clip", "0.1"],
-    **{f"algorithm.correction.tis_{name}": ["--use-tis"] for name in ("level", "clip", "clip_low")},
+    "algorithm.correction.tis_level": ["--use-tis"],
+    "algorithm.correction.tis_clip": ["--use-tis"],
+    "algorithm.correction.tis_clip_low": ["--use-tis"],
     "algorithm.correction.opsm_delta": ["--use-opsm"],
     "algorithm.gamma": ["--algorithm", "reinforce_plus_plus"],
 }
 
+ALIASES_OF_A_VALUE = [
+    alias for alias, dotted in flags.ALIASES.items() if dotted != "algorithm.name"
+]
 
-@pytest.mark.parametrize("alias", [a for a, f in flags.ALIASES.items() if f != "algorithm.name"])
-@pytest.mark.parametrize("form", ["--{} {}", "--{}={}", "underscore"])
+
+def words_of(alias: str, value: Any, form: str) -> list[str]:
+    """The alias with this value, as a user may write it."""
+    if form == "underscore":
+        return [f"--{alias.replace('-', '_')}={value}"]
+    if form == "equals sign":
+        return [f"--{alias}={value}"]
+    if value is True:
+        return [f"--{alias}"]
+    if value is False:
+        return [f"--no-{alias}"]
+    return [f"--{alias}", str(value)]
+
+
+@pytest.mark.parametrize("alias", ALIASES_OF_A_VALUE)
+@pytest.mark.parametrize("form", ["two words", "equals sign", "underscore"])
 def test_every_alias_sets_its_field_and_nothing_else(alias, form):
     dotted = flags.ALIASES[alias]
     value = other_value(dotted)
-    if form == "underscore":
-        args = [f"--{alias.replace('-', '_')}={value}"]
-    elif isinstance(value, bool) and form == "--{} {}":
-        args = [f"--{alias}" if value else f"--no-{alias}"]
-    else:
-        args = form.format(alias, value).split()
     needed = NEEDED.get(dotted, [])
-    before, after = (value_of(load(None, None, given)) for given in (needed, [*needed, *args]))
-    assert {f for f in before if after[f] != before[f]} == {dotted}
+    before = values_of(load(None, None, needed))
+    after = values_of(load(None, None, [*needed, *words_of(alias, value, form)]))
+    assert [name for name in before if after[name] != before[name]] == [dotted]
     assert after[dotted] == value
 
 
 @pytest.mark.parametrize("alias", ["algorithm", "advantage-estimator", "algorithm.name"])
 @pytest.mark.parametrize("name", ["grpo", "gspo", "cispo", "rloo", "reinforce_plus_plus"])
 def test_the_algorithm_is_chosen_by_name_whatever_the_order_of_flags(alias, name):
-    for args in (
-        [f"--{alias}", name, "--eps-clip", "1e-4"],
-        ["--eps-clip", "1e-4", f"--{alias}={name}"],
-    ):
+    name_first = [f"--{alias}", name, "--eps-clip", "1e-4"]
+    name_last = ["--eps-clip", "1e-4", f"--{alias}={name}"]
+    for args in (name_first, name_last):
         algorithm = load(None, None, args).algorithm
-        assert (algorithm.name, algorithm.eps_clip) == (name, 1e-4)
+        assert algorithm.name == name
+        assert algorithm.eps_clip == 1e-4
 
 
 @pytest.mark.parametrize(
@@ -114,13 +139,18 @@ def test_the_names_the_field_knows_are_there():
 
 
 def test_an_alias_is_the_name_of_its_field():
-    others = {"eval-interval": "eval.interval", "save-interval": "checkpoint.interval"}
-    others |= {"algorithm": "algorithm.name", "advantage-estimator": "algorithm.name"}
-    for alias, field_name in flags.ALIASES.items():
-        assert others.get(alias, alias.replace("-", "_")) in (
-            field_name,
-            field_name.rpartition(".")[2],
-        )
+    others = {
+        "eval-interval": "eval.interval",
+        "save-interval": "checkpoint.interval",
+        "algorithm": "algorithm.name",
+        "advantage-estimator": "algorithm.name",
+    }
+    for alias, dotted in flags.ALIASES.items():
+        if alias in others:
+            assert others[alias] == dotted
+        else:
+            _, _, last_word = dotted.rpartition(".")
+            assert alias.replace("-", "_") == last_word
 
 
 def test_every_field_has_a_dotted_flag_unless_it_is_a_mapping_or_list():
@@ -158,7 +188,8 @@ def test_every_field_has_a_dotted_flag_unless_it_is_a_mapping_or_list():
         ),
         (
             ["--algorithm", "gspo", "--gamma", ".9"],
-            "flag --gamma: algorithm.gamma: algorithm.name=gspo has no such field; these have: reinforce_p",
+            "flag --gamma: algorithm.gamma: algorithm.name=gspo has no such field; "
+            "these have: reinforce_p",
         ),
         (
             ["--algorithm", "rloo", "--disable-grpo-std-normalization"],
@@ -209,16 +240,15 @@ def test_a_wrong_flag_is_refused_in_one_line(args, says):
 
 def test_a_later_flag_wins_and_none_clears_an_optional_field():
     assert load(None, None, ["--lr", "1", "--lr", "2"]).training.lr == 2
-    assert (
-        load(None, None, ["--rollout-nodes", "1", "--rollout-nodes=none"]).cluster.rollout_nodes
-        is None
-    )
+    cleared = load(None, None, ["--rollout-nodes", "1", "--rollout-nodes=none"])
+    assert cleared.cluster.rollout_nodes is None
     assert load(None, None, ["--name", "none"]).name == "none"
 
 
 def test_a_reward_is_a_name_of_the_table_or_a_function_of_the_user():
     for reward in ("math_answer", "my.module:score"):
-        assert load(None, None, ["--reward", reward]).data.reward == reward
+        config = load(None, None, ["--reward", reward])
+        assert config.data.reward == reward
 
 
 @pytest.mark.filterwarnings("error")
@@ -226,10 +256,9 @@ def test_help_shows_the_fields_of_the_chosen_algorithm(capsys):
     with pytest.raises(SystemExit):
         load(None, None, ["--help", "--algorithm", "reinforce_plus_plus"])
     shown = capsys.readouterr().out
-    assert (
-        "--algorithm.gamma FLOAT" in shown
-        and "--algorithm.normalize-by-std" not in shown.split("options")[1]
-    )
+    assert "--algorithm.gamma FLOAT" in shown
+    options = shown.split("options")[1]
+    assert "--algorithm.normalize-by-std" not in options
     assert "--use-rollout-logprobs" in shown
 
 
@@ -240,4 +269,6 @@ def test_help_shows_aliases_and_the_values_of_the_recipe(tmp_path, capsys):
         load(recipe, None, ["--nodes", "4", "--help"])
     shown = capsys.readouterr().out
     assert ended.value.code == 0
-    assert "--tp-size" in shown and "--training.tp-size INT" in shown and "(default: 16)" in shown
+    assert "--tp-size" in shown
+    assert "--training.tp-size INT" in shown
+    assert "(default: 16)" in shown

@@ -22,14 +22,16 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_flags_lie_over_the_cluster_file_over_the_recipe(tmp_path):
-    recipe = write(
-        tmp_path / "r.yaml",
-        "training: {lr: 1e-4, tp_size: 2}\ncluster: {nodes: 2, partition: a, account: r}",
-    )
+    training = "training: {lr: 1e-4, tp_size: 2}\n"
+    cluster_of_recipe = "cluster: {nodes: 2, partition: a, account: r}\n"
+    recipe = write(tmp_path / "r.yaml", training + cluster_of_recipe)
     cluster = write(tmp_path / "c.yaml", "partition: b\nnodes: 3\n")
     config = load(recipe, cluster, ["--nodes", "5"])
-    assert (config.training.lr, config.training.tp_size) == (1e-4, 2)
-    assert (config.cluster.nodes, config.cluster.partition, config.cluster.account) == (5, "b", "r")
+    assert config.training.lr == 1e-4
+    assert config.training.tp_size == 2
+    assert config.cluster.nodes == 5
+    assert config.cluster.partition == "b"
+    assert config.cluster.account == "r"
 
 
 def test_mappings_are_merged_key_by_key(tmp_path):
@@ -126,13 +128,15 @@ def test_a_missing_file_is_named(tmp_path):
 )
 def test_one_node_means_fsdp_unless_megatron_is_asked_for(tmp_path, flags, backend, tp):
     training = load(write(tmp_path / "r.yaml", "training: {tp_size: 2}"), None, flags).training
-    assert (training.backend, training.tp_size) == (backend, tp)
+    assert training.backend == backend
+    assert training.tp_size == tp
 
 
 def test_a_recipe_s_sequence_parallel_does_not_apply_to_fsdp(tmp_path):
     recipe = write(tmp_path / "r.yaml", "training: {tp_size: 2, sequence_parallel: true}")
     training = load(recipe, None, []).training
-    assert (training.backend, training.sequence_parallel) == ("fsdp", False)
+    assert training.backend == "fsdp"
+    assert not training.sequence_parallel
 
 
 def test_options_of_megatron_ask_for_it(tmp_path):
@@ -188,16 +192,23 @@ def test_settings_of_the_algorithm_without_effect_are_refused(tmp_path, algorith
 
 
 def test_settings_of_the_algorithm_with_effect_are_taken(tmp_path):
-    correction = (
-        "use_tis: true, tis_clip: 5, reject: token, reject_low: 0.1, use_opsm: true, opsm_delta: 1"
-    )
-    rest = "use_kl_loss: true, kl_loss_coef: 0.1, overlong_buffer: 8, overlong_penalty: 2"
-    load(
-        write(tmp_path / "r.yaml", f"algorithm: {{{rest}, correction: {{{correction}}}}}"), None, []
-    )
-    load(
-        write(tmp_path / "c.yaml", "algorithm: {name: cispo}"), None, []
-    )  # its clips are no interval
+    with_switches = """
+        algorithm:
+          use_kl_loss: true
+          kl_loss_coef: 0.1
+          overlong_buffer: 8
+          overlong_penalty: 2
+          correction:
+            use_tis: true
+            tis_clip: 5
+            reject: token
+            reject_low: 0.1
+            use_opsm: true
+            opsm_delta: 1
+    """
+    load(write(tmp_path / "r.yaml", with_switches), None, [])
+    # The two clips of CISPO are no range.
+    load(write(tmp_path / "c.yaml", "algorithm: {name: cispo}"), None, [])
 
 
 @pytest.mark.parametrize("name", ["grpo", "gspo", "cispo", "rloo", "reinforce_plus_plus_baseline"])
@@ -205,22 +216,21 @@ def test_one_sample_of_a_prompt_is_refused_where_samples_are_compared(name):
     flags = ["--algorithm.name", name, "--n-samples-per-prompt", "1"]
     with pytest.raises(RunError, match=f"n_samples_per_prompt=1: {name} compares"):
         load(None, None, flags)
-    for more in (
-        ["--rollout-only"],
-        ["--load-rollouts", "x"],
-        ["--algorithm.name", "reinforce_plus_plus"],
-    ):
-        load(None, None, [*flags, *more])
+    load(None, None, [*flags, "--rollout-only"])
+    load(None, None, [*flags, "--load-rollouts", "x"])
+    load(None, None, [*flags, "--algorithm.name", "reinforce_plus_plus"])
 
 
 def test_no_field_is_a_secret():
     text = dump(RunConfig()).lower()
-    assert not [word for word in ("token:", "password", "secret", "api_key") if word in text]
+    for word in ("token:", "password", "secret", "api_key"):
+        assert word not in text
 
 
 def test_cluster_files_have_the_fields_of_cluster_config_only():
+    known = {f.name for f in fields(ClusterConfig)}
     for path in CLUSTERS:
-        assert set(yaml.safe_load(path.read_text())) <= {f.name for f in fields(ClusterConfig)}
+        assert set(yaml.safe_load(path.read_text())) <= known
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path):
@@ -232,10 +242,10 @@ def test_a_key_that_stands_twice_is_refused(tmp_path):
 
 def test_routing_replay_asks_for_megatron_and_r2_for_a_pass_to_record():
     assert load(None, None, ["--training.routing-replay", "R3"]).training.backend == "megatron"
-    with pytest.raises(
-        RunError, match="training.routing_replay=R3 needs training.backend=megatron"
-    ):
-        load(None, None, ["--training.routing-replay", "R3", "--backend", "fsdp"])
+    with_fsdp = ["--training.routing-replay", "R3", "--backend", "fsdp"]
+    says = "training.routing_replay=R3 needs training.backend=megatron"
+    with pytest.raises(RunError, match=says):
+        load(None, None, with_fsdp)
     engine_logprobs = ["--training.routing-replay", "R2", "--use-rollout-logprobs"]
     with pytest.raises(RunError, match="routing_replay=R2 needs algorithm.old_logprobs=recomputed"):
         load(None, None, engine_logprobs)

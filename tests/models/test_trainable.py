@@ -46,7 +46,8 @@ def test_what_the_megatron_backend_cannot_compute_is_refused_by_name(name, chang
         ),
         (
             "--tp-size 8 --cp-size 2 --pp-size 3",
-            "tp_size=8 x training.cp_size=2 x training.pp_size=3 = 48 does not divide the 16 .* 8 x 1,",
+            "tp_size=8 x training.cp_size=2 x training.pp_size=3 = 48 does not divide "
+            "the 16 .* 8 x 1,",
         ),
         ("--vpp-size 2", "training.vpp_size=2 needs training.pp_size of 2 or more; choose 1"),
         (
