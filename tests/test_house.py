@@ -47,7 +47,7 @@ DOORS = {  # the only places that may import these
 HEAVY = ("torch", "transformers", "ray", "megatron", "sglang")
 MAX_FILE = 500
 MAX_FUNCTION = 100
-MAX_ALL = 20_000
+MAX_ALL = 20_000  # lines that are not blank
 MAX_UNFORMATTED = 10
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -255,11 +255,15 @@ def test_functions_are_short():
 
 
 def test_the_whole_stays_small():
-    assert sum(num_lines(path) for path in CODE) < MAX_ALL
+    written = 0
+    for path in CODE:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        written += sum(bool(line.strip()) for line in lines)
+    assert written < MAX_ALL
 
 
 def test_the_formatter_decides_line_breaks():
-    """Only a table that is read as a table may be excepted; `ruff format --check` holds the rest."""
+    """Only a table that is read as a table may be excepted; `ruff format` holds the rest."""
     excepted = [
         f"{path.relative_to(ROOT)}:{number}"
         for path in [*CODE, *sources("tests")]

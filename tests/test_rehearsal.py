@@ -1,4 +1,4 @@
-"""The rehearsal's task, its tokenizer, and its warm start, which ends at one reward for all seeds."""
+"""The rehearsal's task, its tokenizer, and the reward at which its warm start ends."""
 
 import json
 from pathlib import Path
