@@ -5,12 +5,17 @@ pipeline, which interleaves stages), cp (context), dp (data), ep (expert) and et
 (tensor parallelism within an expert).
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from nanoslime.config import TrainingConfig
 from nanoslime.models.shape import ModelShape
 from nanoslime.types import RunError
+
+if TYPE_CHECKING:  # a conversion would take longer to import the configuration than to start
+    from nanoslime.config import TrainingConfig
 
 
 @dataclass(frozen=True, slots=True)
