@@ -199,9 +199,9 @@ def save_stock(
     directory.mkdir(parents=True, exist_ok=True)
     common = {"iteration": 3, "checkpoint_version": 3.0}
     if form == COMMON_OBJECT:
-        state = state | {torch_dist.COMMON_STATE: [common]}
+        state = state | {torch_dist.COMMON_KEY: [common]}
     else:
-        torch.save(common, directory / torch_dist.COMMON)
+        torch.save(common, directory / torch_dist.COMMON_FILE)
     writer = dcp.FileSystemWriter(directory)
     dcp.save(state, storage_writer=writer, planner=Grid(grid), no_dist=True)
     (directory / torch_dist.CONFIG).write_text(json.dumps(CONFIGS[form]))
@@ -214,14 +214,14 @@ def turn_into_old_form(directory: Path) -> None:
     The container of the common state stays in its .distcp file, where nothing names it
     any more.
     """
-    state: dict[str, Any] = {torch_dist.COMMON_STATE: io.BytesIO()}
+    state: dict[str, Any] = {torch_dist.COMMON_KEY: io.BytesIO()}
     dcp.load(state, storage_reader=dcp.FileSystemReader(directory), no_dist=True)
-    [common] = state[torch_dist.COMMON_STATE]
+    [common] = state[torch_dist.COMMON_KEY]
     metadata = pickle.loads((directory / torch_dist.METADATA).read_bytes())
-    del metadata.state_dict_metadata[torch_dist.COMMON_STATE]
-    del metadata.storage_data[MetadataIndex(torch_dist.COMMON_STATE)]
+    del metadata.state_dict_metadata[torch_dist.COMMON_KEY]
+    del metadata.storage_data[MetadataIndex(torch_dist.COMMON_KEY)]
     (directory / torch_dist.METADATA).write_bytes(pickle.dumps(metadata))
-    torch.save(common, directory / torch_dist.COMMON)
+    torch.save(common, directory / torch_dist.COMMON_FILE)
     (directory / torch_dist.CONFIG).write_text(json.dumps(CONFIGS[COMMON_FILE]))
 
 

@@ -203,7 +203,7 @@ def move_container(release: Path, key: str, content: bytes) -> None:
 
 def forget_common_state(release: Path) -> None:
     metadata = read_stock_metadata(release)
-    del metadata.state_dict_metadata[torch_dist.COMMON_STATE]
+    del metadata.state_dict_metadata[torch_dist.COMMON_KEY]
     (release / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
@@ -222,13 +222,13 @@ COMMON_DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "cut object": (
         "megatron",
         lambda release: move_container(
-            release, torch_dist.COMMON_STATE, torch_pickle.EMPTY_OBJECT[:-9]
+            release, torch_dist.COMMON_KEY, torch_pickle.EMPTY_OBJECT[:-9]
         ),
         r"__0_0\.distcp: common_state/shard_0_1: no container",
     ),
     "empty object": (
         "megatron",
-        lambda release: move_container(release, torch_dist.COMMON_STATE, torch_pickle.EMPTY_OBJECT),
+        lambda release: move_container(release, torch_dist.COMMON_KEY, torch_pickle.EMPTY_OBJECT),
         r"__0_0\.distcp: common_state/shard_0_1: it holds a NoneType, not a dictionary",
     ),
 }
@@ -247,7 +247,7 @@ def test_a_damaged_common_state_is_refused(llama, tmp_path, refused, kind):
     [
         ("megatron", ".metadata"),
         ("megatron", "output_layer.weight"),
-        ("megatron", torch_dist.COMMON_STATE),
+        ("megatron", torch_dist.COMMON_KEY),
         ("old_megatron", "common.pt"),
     ],
 )

@@ -182,7 +182,7 @@ def test_a_round_trip_through_torch_is_bit_exact(tmp_path: Path, form: str) -> N
 
 def test_metadata_are_the_objects_that_torch_makes(tmp_path: Path) -> None:
     (tmp_path / "stock").mkdir()
-    stock_save(tmp_path / "stock", {**TENSORS, "object": {1}, torch_dist.COMMON_STATE: {2}})
+    stock_save(tmp_path / "stock", {**TENSORS, "object": {1}, torch_dist.COMMON_KEY: {2}})
     write(tmp_path, TENSORS, objects=("object",))
     ours = read_stock_metadata(tmp_path)
     theirs = read_stock_metadata(tmp_path / "stock")

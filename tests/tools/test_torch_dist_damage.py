@@ -45,7 +45,7 @@ def put_common(directory: Path, pickled: bytes, form: str) -> None:
     file = directory / "__0_0.distcp"
     file.write_bytes(container)
     stored = StoredObject(file, 0, len(container))
-    torch_dist.write_metadata(directory, {}, {torch_dist.COMMON_STATE: stored})
+    torch_dist.write_metadata(directory, {}, {torch_dist.COMMON_KEY: stored})
 
 
 COMMON_PLACE = {

@@ -159,7 +159,7 @@ def test_every_module_has_an_empty_extra_state(tmp_path, family, module, shard):
     metadata = pickle.loads((release / ".metadata").read_bytes())
     objects = set()
     for key, entry in metadata.state_dict_metadata.items():
-        if type(entry).__name__ == "BytesStorageMetadata" and key != torch_dist.COMMON_STATE:
+        if type(entry).__name__ == "BytesStorageMetadata" and key != torch_dist.COMMON_KEY:
             objects.add(key)
     assert f"decoder.layers.1.{module}._extra_state/{shard}" in objects
     assert "decoder.layers.1.self_attention.core_attention._extra_state/shard_0_1" in objects

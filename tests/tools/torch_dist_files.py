@@ -71,7 +71,7 @@ def write(
                 out.write(head + raw(cut_out(tensor, start, box_shape)) + tail)
             stored[key] = StoredTensor(dtype, shape, tuple(chunks))
         containers = dict.fromkeys(objects, torch_pickle.EMPTY_OBJECT)
-        containers[torch_dist.COMMON_STATE] = torch_pickle.object_container([COMMON])
+        containers[torch_dist.COMMON_KEY] = torch_pickle.object_container([COMMON])
         places = {}
         for key, container in containers.items():
             places[key] = StoredObject(file, out.tell(), len(container))

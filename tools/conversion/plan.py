@@ -89,7 +89,7 @@ def to_megatron(source: Checkpoint) -> ConversionPlan:
     extra_state = files.append_object(EMPTY_OBJECT)
     objects = {key: extra_state for key in keys.extra_states(named, num_experts)}
     common_state = object_container([_COMMON_STATE])
-    objects[torch_dist.COMMON_STATE] = files.append_object(common_state)
+    objects[torch_dist.COMMON_KEY] = files.append_object(common_state)
     growing: dict[str, _GrowingTensor] = {}
     for name, (tensor, piece) in named.items():
         key, expert = keys.key_of(name)

@@ -28,8 +28,8 @@ from tools.conversion import torch_pickle
 from tools.conversion.torch_pickle import Foreign, TorchDistError, foreign, naming, tensor_container
 
 METADATA = ".metadata"
-COMMON = "common.pt"
-COMMON_STATE = "common_state/shard_0_1"
+COMMON_FILE = "common.pt"
+COMMON_KEY = "common_state/shard_0_1"
 CONFIG = "metadata.json"
 _SHARDED_BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 _COMMON_BACKEND = {"common_backend": "torch", "common_backend_version": 1}
@@ -124,17 +124,17 @@ class Contents:
         Raises TorchDistError, naming the file, where neither form is there or the state
         is damaged.
         """
-        path = self.directory / COMMON
+        path = self.directory / COMMON_FILE
         if path.is_file():
             whole_file = StoredObject(path, 0, path.stat().st_size)
             with naming(path):
                 return _dictionary(_load_object(whole_file))
         if self.common_state is None:
             raise TorchDistError(
-                f"{path} is missing, and {METADATA} has no {COMMON_STATE}: "
+                f"{path} is missing, and {METADATA} has no {COMMON_KEY}: "
                 f"{self.directory} is no whole torch_dist checkpoint"
             )
-        with naming(f"{self.common_state.file}: {COMMON_STATE}"):
+        with naming(f"{self.common_state.file}: {COMMON_KEY}"):
             values = _load_object(self.common_state)
             if not isinstance(values, list) or len(values) != 1:
                 raise TorchDistError(f"it holds a {type(values).__name__}, not a list of one value")
@@ -211,7 +211,7 @@ def read(directory: Path, wanted: Callable[[str], bool] = _every_key) -> Content
         with naming(f"{directory}: {key}"):
             _check_partition(ordered, shape)
         tensors[key] = StoredTensor(dtype, shape, tuple(ordered))
-    common_state = objects.pop(COMMON_STATE, None)
+    common_state = objects.pop(COMMON_KEY, None)
     return Contents(directory, tensors, objects, common_state)
 
 
