@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,8 @@ class RolloutManager:
             if len(kept) == size:
                 break
         self._check_versions(groups)
-        recorder.record(self.run.rollouts, step, groups, **asdict(rollout))
+        settings = recorder.SamplingSettings.of(rollout)
+        recorder.record(self.run.rollouts, step, groups, settings)
         self.metrics["time/generate_s"] = time.monotonic() - start
         return kept
 

@@ -1,4 +1,5 @@
-"""Whether the tensors of a weight update are those of the checkpoint that an engine was started from."""
+"""Whether the tensors of a weight update are the tensors of the checkpoint that an engine was
+started from."""
 
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -6,34 +7,46 @@ from pathlib import Path
 from nanoslime.storage.safetensors_file import read_headers
 
 Shapes = dict[str, tuple[int, ...]]
-Named = tuple[str, tuple[int, ...]]  # a tensor's name and shape
+# The name and the shape of a tensor.
+Named = tuple[str, tuple[int, ...]]
+
+_MAX_NAMES = 5
 
 
 def checkpoint_shapes(path: str) -> Shapes:
-    """Name -> shape of every tensor in a directory's safetensors. Raises OSError, ValueError, RunError."""
+    """Name -> shape of every tensor in a directory's safetensors.
+
+    Raises OSError, ValueError or RunError for a directory that cannot be read.
+    """
     return {name: info.shape for name, info in read_headers(Path(path)).items()}
 
 
 def first_problem(
     received: Iterable[Named], expected: Shapes, seen: Collection[str] = ()
 ) -> str | None:
-    """The first tensor that is unknown, came before (also in `seen`) or has another shape; None: no such."""
+    """Names the first tensor that is unknown, came before (also in `seen`) or has another shape.
+
+    Returns None where there is no such tensor.
+    """
     names = set(seen)
     for name, shape in received:
         if name not in expected:
-            return (
-                f"unknown tensor {name!r}; the engine's checkpoint has {sorted(expected)[:3]} ..."
-            )
+            examples = sorted(expected)[:3]
+            return f"unknown tensor {name!r}; the engine's checkpoint has {examples} ..."
         if name in names:
             return f"tensor {name!r} came twice"
         if shape != expected[name]:
-            return f"tensor {name!r} has shape {list(shape)}, the engine's checkpoint {list(expected[name])}"
+            return (
+                f"tensor {name!r} has shape {list(shape)}, the engine's checkpoint "
+                f"{list(expected[name])}"
+            )
         names.add(name)
     return None
 
 
 def missing(expected: Shapes, received: Iterable[str]) -> str | None:
+    """Counts and names the tensors that never came; None where all did."""
     left = sorted(set(expected) - set(received))
-    return (
-        f"{len(left)} of {len(expected)} tensors missing: {', '.join(left[:5])}" if left else None
-    )
+    if not left:
+        return None
+    return f"{len(left)} of {len(expected)} tensors missing: {', '.join(left[:_MAX_NAMES])}"

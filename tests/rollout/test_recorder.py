@@ -1,7 +1,8 @@
-"""What is recorded comes back as it was, bit for bit, or not at all."""
+"""A recorded rollout comes back as it was, bit for bit, or not at all."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,113 +10,192 @@ import pytest
 from nanoslime.rollout import recorder
 from nanoslime.types import RunError, Sample, SampleGroup, Status
 
+SETTINGS = recorder.SamplingSettings(
+    n_samples_per_prompt=2, max_new_tokens=4, temperature=0.7, top_p=1.0, top_k=-1
+)
 
-def groups() -> list[SampleGroup]:
-    """Unequal groups and lengths, a fan-out, an error, hostile text, and floats that text would round."""
-    rng = np.random.default_rng(0)
 
-    def sample(group_id: int, rollout_id: int, length: int, **more) -> Sample:
-        mask = np.arange(length) >= length // 2
-        logprobs = np.where(mask, rng.normal(size=length) * 10.0 ** rng.integers(-40, 3, length), 0)
-        known = dict(
-            group_id=group_id,
-            rollout_id=rollout_id,
-            token_ids=rng.integers(0, 2**31, length, np.int32),
-            loss_mask=mask,
-            rollout_logprobs=logprobs.astype(np.float32),
-            policy_versions=[(1, 3), (2, 4)],
-            status=Status.COMPLETED,
-            text="line\nand\u2028separator\r\x85 é\N{GRINNING FACE}",
-            label=["4", 2],
-            metadata={"prompt_id": 7, "source": {"a": [1.5, None]}},
-            reward=0.1 + 0.2,
-            advantage=-1 / 3,
-        )
-        return Sample(**known | more)
-
-    experts = rng.integers(0, 256, (6, 3, 2)).astype(np.uint8)
-    failed = dict(
-        status=Status.ERROR, error="engine-0: too long", reward=None, advantage=None, text=""
+def make_sample(rng: np.random.Generator, group_id: int, rollout_id: int, length: int) -> Sample:
+    """Hostile text, and floats that text would round."""
+    mask = np.arange(length) >= length // 2
+    logprobs = rng.normal(size=length) * 10.0 ** rng.integers(-40, 3, length)
+    return Sample(
+        group_id=group_id,
+        rollout_id=rollout_id,
+        token_ids=rng.integers(0, 2**31, length, np.int32),
+        loss_mask=mask,
+        rollout_logprobs=np.where(mask, logprobs, 0).astype(np.float32),
+        policy_versions=[(1, 3), (2, 4)],
+        status=Status.COMPLETED,
+        text="line\nand\u2028separator\r\x85 é\N{GRINNING FACE}",
+        label=["4", 2],
+        metadata={"prompt_id": 7, "source": {"a": [1.5, None]}},
+        reward=0.1 + 0.2,
+        advantage=-1 / 3,
     )
-    return [
-        SampleGroup(5, [sample(5, 10, 7, routed_experts=experts), sample(5, 11, 2)]),
-        SampleGroup(
-            6, [sample(6, 12, 9, routed_experts=experts[:3]), sample(6, 12, 4), sample(6, 13, 1)]
-        ),
-        SampleGroup(9, [sample(9, 20, 3, **failed)]),
+
+
+def make_groups() -> list[SampleGroup]:
+    """Unequal groups and lengths, two samples of one rollout, experts of some, an error."""
+    rng = np.random.default_rng(0)
+    experts = rng.integers(0, 256, (6, 3, 2)).astype(np.uint8)
+    first = [
+        replace(make_sample(rng, 5, 10, 7), routed_experts=experts),
+        make_sample(rng, 5, 11, 2),
     ]
+    second = [
+        replace(make_sample(rng, 6, 12, 9), routed_experts=experts[:3]),
+        make_sample(rng, 6, 12, 4),
+        make_sample(rng, 6, 13, 1),
+    ]
+    failed = replace(
+        make_sample(rng, 9, 20, 3),
+        status=Status.ERROR,
+        error="engine-0: too long",
+        reward=None,
+        advantage=None,
+        text="",
+    )
+    return [SampleGroup(5, first), SampleGroup(6, second), SampleGroup(9, [failed])]
 
 
-def test_what_is_loaded_is_what_was_recorded(tmp_path):
-    recorder.record(tmp_path / "rollouts", 3, groups(), temperature=0.7, max_new_tokens=4)
+def assert_equal(mine: Sample, theirs: Sample) -> None:
+    for name in (field.name for field in fields(Sample)):
+        left = getattr(mine, name)
+        right = getattr(theirs, name)
+        assert type(left) is type(right), name
+        if isinstance(left, np.ndarray):
+            assert left.dtype == right.dtype, name
+            assert left.shape == right.shape, name
+            assert left.tobytes() == right.tobytes(), name
+        else:
+            assert left == right, name
+
+
+def test_the_loaded_groups_are_the_recorded_ones(tmp_path: Path) -> None:
+    recorder.record(tmp_path / "rollouts", 3, make_groups(), SETTINGS)
     loaded = recorder.load(tmp_path / "rollouts", 3, temperature=0.7)
-    assert [g.group_id for g in loaded] == [5, 6, 9]
-    for mine, theirs in zip(groups(), loaded, strict=True):
-        for a, b in zip(mine.samples, theirs.samples, strict=True):
-            for name in (f.name for f in fields(Sample)):
-                x, y = getattr(a, name), getattr(b, name)
-                if isinstance(x, np.ndarray):
-                    assert (
-                        x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
-                    ), name
-                else:
-                    assert x == y and type(x) is type(y), name
+    assert [group.group_id for group in loaded] == [5, 6, 9]
+    for mine, theirs in zip(make_groups(), loaded, strict=True):
+        for left, right in zip(mine.samples, theirs.samples, strict=True):
+            assert_equal(left, right)
 
 
-def test_people_read_a_line_per_sample(tmp_path):
-    recorder.record(tmp_path, 0, groups())
+def test_people_read_a_line_per_sample(tmp_path: Path) -> None:
+    recorder.record(tmp_path, 0, make_groups(), SETTINGS)
     lines = [json.loads(line) for line in (tmp_path / "step_0.jsonl").read_bytes().splitlines()]
-    assert [(line["group"], line["rollout"]) for line in lines] == [
-        (5, 10),
-        (5, 11),
-        (6, 12),
-        (6, 12),
-        (6, 13),
-        (9, 20),
-    ]
-    assert lines[0]["tokens"] == [7, 4] and lines[5]["error"] == "engine-0: too long"
+    assert [line["group"] for line in lines] == [5, 5, 6, 6, 6, 9]
+    assert [line["rollout"] for line in lines] == [10, 11, 12, 12, 13, 20]
+    assert lines[0]["tokens"] == [7, 4]
+    assert lines[5]["error"] == "engine-0: too long"
 
 
-def test_other_settings_than_those_asked_for_are_refused_with_both_values(tmp_path):
-    recorder.record(tmp_path, 0, groups(), temperature=0.7, max_new_tokens=4)
-    with pytest.raises(
-        RunError, match=r"step_0\.npz has samples of rollout\.temperature=0\.7, not 1\.0"
-    ):
+def test_other_settings_than_those_asked_for_are_refused_with_both_values(tmp_path: Path) -> None:
+    recorder.record(tmp_path, 0, make_groups(), SETTINGS)
+    message = r"step_0\.npz has samples of rollout\.temperature=0\.7, not 1\.0"
+    with pytest.raises(RunError, match=message):
         recorder.load(tmp_path, 0, temperature=1.0, max_new_tokens=4)
     with pytest.raises(RunError, match=r"rollout\.max_new_tokens=4, not 5"):
         recorder.load(tmp_path, 0, temperature=0.7, max_new_tokens=5)
 
 
-def test_a_rollout_without_samples_is_one(tmp_path):
-    recorder.record(tmp_path, 0, [])
+def test_a_rollout_without_samples_is_one(tmp_path: Path) -> None:
+    recorder.record(tmp_path, 0, [], SETTINGS)
     assert recorder.load(tmp_path, 0) == []
 
 
-def test_float32_and_token_ids_take_their_own_bytes_only(tmp_path):
-    long = [SampleGroup(0, [s for g in groups() for s in g.samples][:1])]
-    sample = long[0].samples[0]
-    sample.token_ids, sample.loss_mask = np.zeros(50_000, np.int32), np.ones(50_000, bool)
+def test_float32_and_token_ids_take_their_own_bytes_only(tmp_path: Path) -> None:
+    sample = make_groups()[0].samples[0]
+    sample.token_ids = np.zeros(50_000, np.int32)
+    sample.loss_mask = np.ones(50_000, bool)
     sample.rollout_logprobs = np.full(50_000, -1 / 3, np.float32)
-    recorder.record(tmp_path, 0, long)
+    recorder.record(tmp_path, 0, [SampleGroup(0, [sample])], SETTINGS)
     assert (tmp_path / "step_0.npz").stat().st_size < 50_000 * 9 + 3_000
 
 
+def flip_a_byte_of_an_array(data: bytearray) -> None:
+    place = data.index(make_groups()[0].samples[0].token_ids.tobytes())
+    data[place] ^= 1
+
+
+def name_a_compression_that_does_not_exist(data: bytearray) -> None:
+    data[directory_entry(data) + 10] ^= 77
+
+
+def say_it_is_encrypted(data: bytearray) -> None:
+    data[directory_entry(data) + 8] ^= 1
+
+
+def directory_entry(data: bytearray) -> int:
+    """Where the first entry of the zip file's directory begins, at its end."""
+    return data.index(b"PK\x01\x02")
+
+
+def cut_the_end(data: bytearray) -> None:
+    del data[-100:]
+
+
+def write_something_else(data: bytearray) -> None:
+    data[:] = b"{}"
+
+
 @pytest.mark.parametrize(
-    "damage", ["missing", "truncated", "a flipped byte", "no zip", "method", "locked"]
+    "damage",
+    [
+        flip_a_byte_of_an_array,
+        name_a_compression_that_does_not_exist,
+        say_it_is_encrypted,
+        cut_the_end,
+        write_something_else,
+    ],
 )
-def test_a_damaged_file_is_refused_by_name(tmp_path, damage):
-    recorder.record(tmp_path, 0, groups())
+def test_a_damaged_file_is_refused_by_name(tmp_path: Path, damage) -> None:
+    recorder.record(tmp_path, 0, make_groups(), SETTINGS)
     path = tmp_path / "step_0.npz"
     data = bytearray(path.read_bytes())
-    place, change = data.index(groups()[0].samples[0].token_ids.tobytes()), 1
-    entry = data.index(b"PK\x01\x02")  # of the directory at the end
-    if damage == "method":  # of compression, one that does not exist
-        place, change = entry + 10, 77
-    elif damage == "locked":  # said to be encrypted
-        place, change = entry + 8, 1
-    data[place] ^= change
-    whole = {"missing": None, "truncated": data[:-100], "no zip": b"{}"}
-    damaged = whole.get(damage, data)
-    path.unlink() if damaged is None else path.write_bytes(damaged)
+    damage(data)
+    path.write_bytes(data)
     with pytest.raises(RunError, match=r"step_0\.npz is not a recorded rollout"):
         recorder.load(tmp_path, 0)
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
+    recorder.record(tmp_path, 0, make_groups(), SETTINGS)
+    (tmp_path / "step_0.npz").unlink()
+    with pytest.raises(RunError, match=r"step_0\.npz is not a recorded rollout"):
+        recorder.load(tmp_path, 0)
+
+
+def test_a_line_by_hand(tmp_path: Path) -> None:
+    sample = Sample(
+        group_id=0,
+        rollout_id=1,
+        token_ids=np.zeros(4, np.int32),
+        loss_mask=np.array([False, False, True, True]),
+        rollout_logprobs=np.zeros(4, np.float32),
+        policy_versions=[(2, 0)],
+        status=Status.TRUNCATED,
+        text="é",
+        metadata={"prompt_id": 3},
+        reward=0.0,
+    )
+    recorder.record(tmp_path / "rollouts", 3, [SampleGroup(0, [sample])], SETTINGS)
+    written = sorted(path.name for path in (tmp_path / "rollouts").iterdir())
+    assert written == ["step_3.jsonl", "step_3.npz"]
+    text = (tmp_path / "rollouts" / "step_3.jsonl").read_text()
+    assert "é" in text
+    assert json.loads(text) == {
+        "group": 0,
+        "rollout": 1,
+        "prompt": 3,
+        "text": "é",
+        "label": None,
+        "reward": 0.0,
+        "advantage": None,
+        "tokens": [4, 2],
+        "experts": None,
+        "status": "truncated",
+        "error": None,
+        "versions": [[2, 0]],
+        "metadata": {"prompt_id": 3},
+    }

@@ -1,3 +1,6 @@
-"""Rewards by name: one file here and one line in REWARDS, which lies where the login node can check names."""
+"""Rewards by name: a file here and a line in REWARDS.
+
+The table lies in `config`, where the login node can check the name of a reward.
+"""
 
 from nanoslime.config.model import REWARDS as REWARDS

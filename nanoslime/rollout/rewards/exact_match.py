@@ -4,5 +4,5 @@ from typing import Any
 
 
 def reward(text: str, label: Any, metadata: dict[str, Any]) -> float:
-    """Compared as text, without surrounding white space."""
+    """Compares both as text, without surrounding white space."""
     return float(text.strip() == str(label).strip())

@@ -1,62 +1,91 @@
 """1 where the final answer of a worked solution is the label's, else 0; numbers are compared by value.
 
-The final answer is what follows the last "####" (GSM8K, arXiv:2110.14168), else the last \\boxed{...}, else
-the last number of the text. Labels may be worked solutions themselves, as in GSM8K.
+The final answer is the text after the last "####" (GSM8K, arXiv:2110.14168), else in the last
+\\boxed{...}, else the last number of the text. Labels may be worked solutions themselves, as in GSM8K.
 """
 
 import re
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+_MARK = "####"
+_BOXED = "\\boxed{"
 _NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?")
-_NOISE = re.compile(r"\\[!,;: ]|\\(?:left|right|%|\$)|[$%\s]|\\text\{[^{}]*\}")
 _FRACTION = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
+# LaTeX spacing, \left and \right, currency and percent signs, white space, and \text{...}.
+_NOISE = re.compile(r"\\[!,;: ]|\\(?:left|right|%|\$)|[$%\s]|\\text\{[^{}]*\}")
+_THOUSANDS_SEPARATOR = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
 def reward(text: str, label: Any, metadata: dict[str, Any]) -> float:
-    answer, wanted = final_answer(text), final_answer(str(label))
-    return float(answer is not None and wanted is not None and _equal(answer, wanted))
+    answer = final_answer(text)
+    wanted = final_answer(str(label))
+    if answer is None or wanted is None:
+        return 0.0
+    return float(_equal(answer, wanted))
 
 
 def final_answer(text: str) -> str | None:
     """The answer as written, or None where the text holds none."""
-    if "####" in text:
-        line = (text.rpartition("####")[2].strip().splitlines() or [""])[0].strip()
-        number = _NUMBER.match(line.lstrip("$ "))
-        return number.group() if number else line or None
-    if (start := text.rfind("\\boxed{")) >= 0:
-        return _balanced(text[start + len("\\boxed{") :])
+    if _MARK in text:
+        return _answer_after_mark(text)
+    start = text.rfind(_BOXED)
+    if start >= 0:
+        return _before_closing_brace(text[start + len(_BOXED) :])
     numbers = _NUMBER.findall(text)
-    return numbers[-1] if numbers else text.strip() or None
+    if numbers:
+        return numbers[-1]
+    return text.strip() or None
 
 
-def _balanced(text: str) -> str | None:
-    """What stands before the brace that closes an already open one; None when it never closes."""
+def _answer_after_mark(text: str) -> str | None:
+    """The number with which the rest of the line begins, else the whole of it."""
+    _, _, rest = text.rpartition(_MARK)
+    lines = rest.strip().splitlines()
+    if not lines:
+        return None
+    line = lines[0].strip()
+    number = _NUMBER.match(line.lstrip("$ "))
+    if number:
+        return number.group()
+    return line or None
+
+
+def _before_closing_brace(text: str) -> str | None:
+    """The text before the brace that closes an already open one; None when that never closes."""
     depth = 1
     for i, character in enumerate(text):
-        depth += {"{": 1, "}": -1}.get(character, 0)
+        if character == "{":
+            depth += 1
+        elif character == "}":
+            depth -= 1
         if depth == 0:
             return text[:i].strip()
     return None
 
 
 def _equal(left: str, right: str) -> bool:
-    left, right = _normal(left), _normal(right)
+    left = _normal_form(left)
+    right = _normal_form(right)
     if left == right:
-        return bool(left)
-    a, b = _value(left), _value(right)
-    return a is not None and a == b
+        return left != ""
+    left_value = _value(left)
+    return left_value is not None and left_value == _value(right)
 
 
-def _normal(text: str) -> str:
-    """Without LaTeX spacing, currency and percent signs, thousands separators, \\text and a full stop."""
-    text = _NOISE.sub("", _FRACTION.sub(r"\1/\2", text)).rstrip(".")
-    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+def _normal_form(text: str) -> str:
+    """The text with plain fractions, and without noise, thousands separators and a full stop."""
+    with_fractions = _FRACTION.sub(r"\1/\2", text)
+    without_noise = _NOISE.sub("", with_fractions)
+    return _THOUSANDS_SEPARATOR.sub("", without_noise.rstrip("."))
 
 
 def _value(text: str) -> Decimal | None:
+    """The value of a number or a fraction; None for any other text."""
     numerator, slash, denominator = text.partition("/")
     try:
-        return Decimal(numerator) / Decimal(denominator) if slash else Decimal(numerator)
+        if slash:
+            return Decimal(numerator) / Decimal(denominator)
+        return Decimal(numerator)
     except (InvalidOperation, ZeroDivisionError):
         return None

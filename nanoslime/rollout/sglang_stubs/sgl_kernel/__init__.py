@@ -1,8 +1,8 @@
-"""Stands in for the sgl-kernel package on machines without CUDA; on the engine's PYTHONPATH only there.
+"""Stands in for the sgl-kernel package in the engine's processes on a machine without CUDA.
 
-SGLang 0.5.23 with SGLANG_USE_CPU_ENGINE=1 imports the *_cpu names of sgl_kernel unconditionally, but the
-wheels hold CUDA objects only. Its layers take their PyTorch paths as long as torch.ops.sgl_kernel is empty,
-so that the names have to exist and are not called, but for the one below.
+SGLang 0.5.23 with SGLANG_USE_CPU_ENGINE=1 imports the *_cpu names of sgl_kernel unconditionally,
+but the wheels hold CUDA objects only. Its layers take their PyTorch paths as long as
+torch.ops.sgl_kernel is empty: the names have to exist, and only the one below is called.
 """
 
 from collections.abc import Callable
@@ -19,13 +19,16 @@ def assign_req_to_token_pool_cpu(
     out_cache_loc: Tensor,
     pool_len: int,
 ) -> None:
-    """Cache slots of each request: the next piece of out_cache_loc into req_to_token[request, start:end]."""
+    """Writes the new cache slots of each request to req_to_token[request, start:end].
+
+    `out_cache_loc` holds the slots of all requests, one request after the other.
+    """
+    requests = req_pool_indices.tolist()
+    starts = start_offset.tolist()
     lengths = (end_offset - start_offset).tolist()
-    rows = zip(
-        req_pool_indices.tolist(), start_offset.tolist(), out_cache_loc.split(lengths), strict=True
-    )
-    for row, start, slots in rows:
-        req_to_token[row, start : start + len(slots)] = slots.to(req_to_token.dtype)
+    slots_by_request = out_cache_loc.split(lengths)
+    for request, start, slots in zip(requests, starts, slots_by_request, strict=True):
+        req_to_token[request, start : start + len(slots)] = slots.to(req_to_token.dtype)
 
 
 def __getattr__(name: str) -> Callable[..., Any]:
