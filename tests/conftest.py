@@ -116,7 +116,10 @@ def slurm_session() -> Iterator[SlurmCluster]:
 def slurm_cluster(
     slurm_session: SlurmCluster, request: pytest.FixtureRequest
 ) -> Iterator[SlurmCluster]:
-    """Four idle nodes of two CPUs; after a test its jobs are cancelled and nodes it killed come back."""
+    """Four idle nodes of two CPUs.
+
+    After a test its jobs are cancelled, and the nodes that it killed come back.
+    """
     failed_before = request.session.testsfailed
     yield slurm_session
     if request.session.testsfailed > failed_before:

@@ -28,7 +28,7 @@ TRAININGS = [c for c in COMMANDS if c.startswith("python -m nanoslime.train")]
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> Path:
-    """A directory in which the README's names of models and prompt files lead to small local ones."""
+    """A directory where the README's models and prompt files are small local ones."""
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k" / "train.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n')
     for name in ("Qwen3-0.6B", "Qwen3-4B"):

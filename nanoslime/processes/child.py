@@ -22,14 +22,12 @@ _KILL_DEADLINE_S = 10.0
 class ChildProcess:
     """Runs `command` in a new session, with stdout and stderr appended to `log`.
 
-    The kernel sends `death_signal` to the child's process group when this process dies in
-    any way, SIGKILL included. The child holds the read end of a pipe whose only write end
-    is here, and O_ASYNC with F_SETSIG make the kernel send the signal when the write end
-    closes. PR_SET_PDEATHSIG would not do: it fires when the *thread* that started the
-    child ends.
+    The kernel sends `death_signal` to the child's process group when this process dies in any
+    way, SIGKILL included: the child holds the read end of a pipe whose only write end is here.
+    PR_SET_PDEATHSIG would not do: it fires when the *thread* that started the child ends.
 
-    The child and all that it starts ignore `ignored_signals`. Give some only where this
-    process has one thread: the child sets them between fork and exec.
+    The child and all that it starts ignore `ignored_signals`. Give some only where this process
+    has one thread, since the child sets them between fork and exec.
     """
 
     def __init__(
@@ -43,13 +41,15 @@ class ChildProcess:
     ) -> None:
         self.name = name
         self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        read_end, self._lifeline = os.pipe()
 
-        def ignore_signals() -> None:
+        def before_exec() -> None:
+            """The child leads its own process group by now."""
+            _signal_when_closed(read_end, os.getpid(), death_signal)
             for number in ignored_signals:
                 signal.signal(number, signal.SIG_IGN)
 
-        log.parent.mkdir(parents=True, exist_ok=True)
-        read_end, self._lifeline = os.pipe()
         try:
             with log.open("ab") as output:
                 self._process = subprocess.Popen(
@@ -60,11 +60,9 @@ class ChildProcess:
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                     pass_fds=[read_end],
-                    preexec_fn=ignore_signals if ignored_signals else None,
+                    preexec_fn=before_exec if ignored_signals else None,
                 )
-            fcntl.fcntl(read_end, fcntl.F_SETOWN, -self.pid)
-            fcntl.fcntl(read_end, _F_SETSIG, death_signal)
-            fcntl.fcntl(read_end, fcntl.F_SETFL, os.O_ASYNC)
+            _signal_when_closed(read_end, self.pid, death_signal)
         except BaseException:
             os.close(self._lifeline)
             raise
@@ -141,6 +139,13 @@ class ChildProcess:
                 f"{self.name}: processes {left} still live {_KILL_DEADLINE_S:g} s after SIGKILL; "
                 f"log: {self.log}"
             )
+
+
+def _signal_when_closed(read_end: int, group: int, number: signal.Signals) -> None:
+    """Have the kernel signal a process group when the write end of this pipe closes."""
+    fcntl.fcntl(read_end, fcntl.F_SETOWN, -group)
+    fcntl.fcntl(read_end, _F_SETSIG, number)
+    fcntl.fcntl(read_end, fcntl.F_SETFL, os.O_ASYNC)
 
 
 def _group_members(group: int) -> list[int]:

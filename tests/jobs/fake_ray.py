@@ -1,4 +1,4 @@
-"""A stand-in for `ray start --block`: it listens where a head would, says that it is up, and stays."""
+"""A stand-in for `ray start --block`: it listens as a head does, says that it is up, stays."""
 
 import argparse
 import socket

@@ -56,7 +56,7 @@ def make_run(root: Path, num_nodes: int, device: str = "cpu", **cluster: Any) ->
 
 
 def make_venv_with_fake_ray(venv: Path) -> Path:
-    """An environment with the packages of this one, whose `ray` is a stand-in that starts at once."""
+    """An environment with the packages of this one; its `ray` is a stand-in that starts at once."""
     (venv / "bin").mkdir(parents=True)
     (venv / "pyvenv.cfg").write_text(f"home = {sys.base_prefix}/bin\n")
     (venv / "lib").symlink_to(Path(sys.prefix) / "lib")

@@ -1,4 +1,4 @@
-"""A stand-in for the trainer that writes down which nodes Ray consists of (seen.json) and ends well."""
+"""A stand-in for the trainer: it writes the nodes of Ray to seen.json and ends well."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""The node agent: bad machines end in one line, whatever dies ends the attempt, and nothing stays."""
+"""The node agent: bad machines end in one line, any death ends the attempt, nothing stays."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""submit_grpo.py as a user meets it: plans, refusals before submission, and what a submission leaves."""
+"""submit_grpo.py as a user meets it: plans, refusals, and the files that a submission leaves."""
 
 import json
 import re
@@ -29,7 +29,7 @@ esac
 
 
 class Machine:
-    """A machine without SLURM until `slurm()`; `submit` runs the command in a directory of its own."""
+    """A machine without SLURM until `slurm()`; `submit` runs the command in its own directory."""
 
     def __init__(self, root: Path, capsys, monkeypatch):
         self.root = root

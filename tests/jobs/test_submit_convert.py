@@ -1,4 +1,4 @@
-"""submit_convert.py as a user meets it: batch script, refusals, submission, and a conversion run here."""
+"""submit_convert.py as a user meets it: batch script, refusals, submission, local conversion."""
 
 import os
 import shlex
@@ -32,7 +32,7 @@ exit 1
 
 
 class Login:
-    """A machine without SLURM until `slurm()`; `submit` runs the command in a directory of its own."""
+    """A machine without SLURM until `slurm()`; `submit` runs the command in its own directory."""
 
     def __init__(self, root: Path, capsys, monkeypatch):
         self.root = root

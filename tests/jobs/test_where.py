@@ -1,4 +1,4 @@
-"""A rehearsal starts by itself only where nothing of SLURM exists; each trace stops it, and is named."""
+"""A rehearsal starts by itself only where nothing of SLURM exists; each trace stops it."""
 
 import time
 from pathlib import Path

@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[2]
 OWNER_OF_A_CHILD = """
 import os, signal, sys, time
 from pathlib import Path
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell is started without it
+# A background job of a shell is started without this handler.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from nanoslime.processes.child import ChildProcess
 death_signal = signal.Signals[sys.argv[3]]
 command = [sys.executable, "-c", sys.argv[2]]
@@ -39,7 +40,8 @@ while True:
 
 SAYS_WHICH_SIGNALS_IT_IGNORES = """
 import signal
-ignored = [s.name for s in (signal.SIGUSR1, signal.SIGUSR2) if signal.getsignal(s) == signal.SIG_IGN]
+signals = (signal.SIGUSR1, signal.SIGUSR2)
+ignored = [s.name for s in signals if signal.getsignal(s) == signal.SIG_IGN]
 print("ignored:", *ignored)
 """
 

@@ -1,4 +1,4 @@
-"""Free ports: a port that somebody listens on is passed over or refused, wherever on the host that is."""
+"""Free ports: a port with a listener anywhere on the host is passed over or refused."""
 
 import socket
 from collections.abc import Iterator

@@ -4,10 +4,10 @@
         job_id = cluster.sbatch("--nodes=4", "--wrap=srun hostname")
         cluster.wait_state(job_id, "COMPLETED", timeout_s=30)
 
-It works from Debian's slurm-wlm without systemd and without root; jobs run as the caller. A node is
-a slurmd at 127.0.1.<i>. All nodes share the host's name, files and processes, so SIGKILL of a slurmd
-leaves its job's processes alive. There is no accounting: sacct fails, as on many real clusters.
-Requeued jobs wait 6 s, not 2 minutes.
+It works from Debian's slurm-wlm without systemd and without root; jobs run as the caller. A node
+is a slurmd at 127.0.1.<i>. All nodes share the host's name, files and processes, so SIGKILL of a
+slurmd leaves its job's processes alive. There is no accounting: sacct fails, as on many real
+clusters. Requeued jobs wait 6 s, not 2 minutes.
 """
 
 import dataclasses
@@ -78,7 +78,8 @@ class SlurmCluster:
     def start(self) -> "SlurmCluster":
         """Start all daemons and wait until every node is idle.
 
-        That takes well under a second on an idle machine. Raises RuntimeError with the ends of the daemons' logs when they do not come up.
+        That takes well under a second on an idle machine. Raises RuntimeError with the ends of
+        the daemons' logs when they do not come up.
         """
         # Paths of sockets must stay short.
         self.directory = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
@@ -289,8 +290,9 @@ JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=30 State=UP PriorityTier=1
-PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefaultTime=30 State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=DEFAULT Nodes=ALL MaxTime=INFINITE DefaultTime=30 State=UP
+PartitionName=main Default=YES PriorityTier=1
+PartitionName=urgent PriorityTier=10 PreemptMode=OFF
 """
         )
         self._write_gres()

@@ -1,4 +1,4 @@
-"""The real SLURM that other tests rely on: four nodes, signals, requeue, node failure, nothing left."""
+"""The real SLURM of other tests: four nodes, signals, requeue, node failure, nothing left."""
 
 import os
 from pathlib import Path

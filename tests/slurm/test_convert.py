@@ -1,4 +1,4 @@
-"""Conversions as jobs of a real SLURM: submitted, requeued, completed, and what a failed one leaves."""
+"""Conversions as jobs of a real SLURM: submitted, requeued, completed, failed."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The main job on a real SLURM: by its template on four nodes; submitted to two, preempted and requeued."""
+"""The main job on a real SLURM: by its template on four nodes; on two, preempted and requeued."""
 
 import json
 import os

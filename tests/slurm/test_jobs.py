@@ -1,4 +1,4 @@
-"""Submission, supervision and requeue on a real SLURM, with a real Ray and a stand-in for the trainer."""
+"""Submission, supervision and requeue on a real SLURM and Ray, with a stand-in for the trainer."""
 
 import json
 import os

@@ -24,7 +24,7 @@ def write_checkpoint(directory: Path) -> Path:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A hub's cache without a network, as HF_HUB_CACHE and HF_HUB_OFFLINE in the environment would make it."""
+    """A hub's cache without a network, as HF_HUB_CACHE and HF_HUB_OFFLINE make it."""
     cache = tmp_path / "hub"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -1,4 +1,4 @@
-"""Prompt files, JSONL and parquet: what they hold, and one line for each way in which they are bad."""
+"""Prompt files, JSONL and parquet: their records, and one line for each way to be bad."""
 
 from pathlib import Path
 
