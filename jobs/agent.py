@@ -1,12 +1,17 @@
-"""The node agent, one per node: it starts Ray, on node 0 also the driver, and watches both.
+"""The agent of one node: it starts Ray, on node 0 also the driver, and watches both.
 
     check the machine -> Ray head | Ray worker -> all joined: head.json, driver -> watch
     -> end everything that was started
 
-Agents meet in the attempt's directory: nodes/<i>.json says that a node has joined,
-heartbeat/<i>.json that it lives, stop.json that the driver must stop, end.json that the attempt
-is over and why. The agent that sees the end first writes it; all others follow. A non-zero exit
-code comes last, when the other agents have left, since SLURM then kills the step.
+Agents meet in the attempt's directory:
+
+    nodes/<i>.json      a node has joined
+    heartbeat/<i>.json  it lives, or has left
+    stop.json           the driver must stop
+    end.json            the attempt is over, and why
+
+The agent that sees the end first writes it; all others follow. A non-zero exit code comes last,
+when the other agents have left, since SLURM then kills the step.
 """
 
 import logging
@@ -200,12 +205,12 @@ class Agent:
 
     def _publish_head(self, ray_address: str) -> None:
         """Write down for the driver how to reach Ray and which nodes it consists of."""
-        nodes = [read_json(self._joined_file(node)) for node in range(self._env.num_nodes)]
+        files = [self._joined_file(node) for node in range(self._env.num_nodes)]
         head = {
             "ray_address": ray_address,
             "node_ip": self._env.address,
             "token_path": str(self._token),
-            "nodes": nodes,
+            "nodes": [read_json(file) for file in files],
         }
         publish_json(self._attempt.head, head)
 
@@ -224,15 +229,16 @@ class Agent:
     def _wait_for_nodes(self) -> None:
         deadline_s = self._config.cluster.node_join_deadline_s
         if not self._wait_until(lambda: not self._missing_nodes(), deadline_s):
-            missing = ", ".join(self._describe_node(node) for node in self._missing_nodes())
-            raise RunError(f"did not join within {deadline_s:g} s: {missing}")
+            missing = [self._describe_node(node) for node in self._missing_nodes()]
+            raise RunError(f"did not join within {deadline_s:g} s: {', '.join(missing)}")
 
     def _missing_nodes(self) -> list[int]:
         joined = os.listdir(self._joined_file(0).parent)
         return [node for node in range(self._env.num_nodes) if f"{node}.json" not in joined]
 
     def _describe_node(self, node: int) -> str:
-        return f"{self._env.node_names[node]} (node {node}, {self._attempt.log('agent', node)})"
+        log = self._attempt.log("agent", node)
+        return f"{self._env.node_names[node]} (node {node}, {log})"
 
     def _wait_until(self, condition: Callable[[], bool], deadline_s: float) -> bool:
         """Tick until `condition()` holds; False when `deadline_s` passed first."""
@@ -273,14 +279,15 @@ class Agent:
             number = self._signals.pop(0)
             logger.warning("%s: the driver is told to stop", number.name)
             requeue = number in WARNINGS
-            self._attempt.request_stop(f"{number.name} at {self._env.node_name}", requeue=requeue)
+            reason = f"{number.name} at {self._env.node_name}"
+            self._attempt.request_stop(reason, requeue=requeue)
             if not requeue:
                 # SIGKILL follows, from SLURM after KillWait.
                 patience_s = max(1.0, self._env.kill_wait_s() * _KILL_WAIT_SHARE)
                 self._kill_at = min(self._kill_at, time.monotonic() + patience_s)
 
     def _limit_stop(self) -> None:
-        """End a stop that takes too long: the driver has most of the signal lead to commit."""
+        """End a stop that takes too long: the driver has most of the signal lead."""
         reason = self._attempt.must_stop()
         if reason is None:
             return
@@ -293,7 +300,7 @@ class Agent:
             raise AttemptOver(STOPPED, f"{reason}; the driver did not commit in time and was ended")
 
     def _handle_exit(self, child: ChildProcess, code: int) -> None:
-        """The end of a child ends the attempt: raises AttemptOver with the best reason."""
+        """The end of a child ends the attempt: raises AttemptOver with the reason."""
         if child is self._driver and code == DONE:
             raise AttemptOver(DONE, "")
         if child is self._driver and code == STOPPED:
@@ -309,7 +316,7 @@ class Agent:
         raise AttemptOver(FAILED, child.exit_summary())
 
     def _check_heartbeats(self) -> None:
-        """Raises RunError for a silent node. Node 0 looks at all nodes, the others at node 0."""
+        """RunError for a silent node. Node 0 looks at all, the others at node 0."""
         now = time.monotonic()
         for node, beat in self._attempt.heartbeats().items():
             if node != "0" and not self._is_head:
@@ -326,7 +333,7 @@ class Agent:
                 )
 
     def _leave(self, end: AttemptOver) -> int:
-        """Publish the end, end every process, remove scratch, wait for the other agents."""
+        """Publish the end, end all processes, remove scratch, wait for the others."""
         level = logging.ERROR if end.code == FAILED else logging.INFO
         logger.log(level, "end: code %d %s", end.code, end.reason)
         if not end.published:

@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def environment(**additions: str) -> dict[str, str]:
-    """This process's environment with `additions`, and this checkout first in PYTHONPATH."""
+    """Our environment with `additions`, and this checkout first in PYTHONPATH."""
     path = str(ROOT)
     inherited = os.environ.get("PYTHONPATH")
     if inherited:

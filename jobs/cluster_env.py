@@ -1,4 +1,4 @@
-"""What SLURM tells a task about its place, in one object; a rehearsal makes the same object up."""
+"""The facts that SLURM tells a task about its place; a rehearsal makes them up."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class ClusterEnv:
 
     @classmethod
     def from_slurm(cls, environ: Mapping[str, str], network_interface: str = "") -> ClusterEnv:
-        """The facts of the SLURM task with this environment; RunError where it is no task."""
+        """The facts of the SLURM task with this environment; RunError outside a task."""
         if "SLURM_JOB_ID" not in environ or "SLURM_NODEID" not in environ:
             raise RunError(
                 "SLURM_JOB_ID and SLURM_NODEID are not set: start this with srun inside a job"
@@ -127,7 +127,7 @@ def remove_scratch(path: Path) -> None:
 
 
 def expand_nodelist(text: str) -> list[str]:
-    """The names in a node list such as n[1,3-4],m7 or r[1-2]n[01-02], without scontrol."""
+    """The names in a node list like n[1,3-4],m7 or r[1-2]n[01-02], without scontrol."""
     names: list[str] = []
     for item in re.split(r",(?![^\[]*\])", text):
         # Alternately a literal text and the inside of brackets: text, ranges, text, ...,

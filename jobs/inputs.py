@@ -1,4 +1,4 @@
-"""Checks before submission what a run reads: checkpoint, prompt files, environment of the nodes."""
+"""Checks a run's inputs before submission: checkpoint, prompt files, environment."""
 
 import hashlib
 import sys
@@ -31,8 +31,9 @@ def resolve(config: RunConfig, *, download: bool) -> tuple[RunConfig, ModelShape
     config = _with_absolute_paths(config)
     replays = bool(config.rollout.load_rollouts)
     if replays:
-        recorded = recorded_rollouts(config.rollout.load_rollouts, config.rollout.num_rollout)
-        config = replace(config, rollout=replace(config.rollout, load_rollouts=recorded))
+        rollout = config.rollout
+        recorded = recorded_rollouts(rollout.load_rollouts, rollout.num_rollout)
+        config = replace(config, rollout=replace(rollout, load_rollouts=recorded))
     if config.rehearsal.enabled:
         return config, ModelShape.from_config(tiny_qwen3_config())
     found = find_checkpoint(
@@ -57,11 +58,12 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     venv = config.cluster.venv
     if venv:
         venv = str(_absolute(venv))
-    return replace(config, cluster=replace(config.cluster, run_root=str(run_root), venv=venv))
+    cluster = replace(config.cluster, run_root=str(run_root), venv=venv)
+    return replace(config, cluster=cluster)
 
 
 def _with_prompt_files(data: DataConfig) -> DataConfig:
-    """Absolute paths of prompt files that exist and whose first prompt has the right keys."""
+    """Absolute paths of prompt files whose first prompt has the right keys."""
     if not data.prompts:
         raise RunError("data.prompts is not set: give --prompts FILE (.jsonl or .parquet)")
     prompts = _absolute(data.prompts)
@@ -99,7 +101,8 @@ def check_environment(config: RunConfig, repository: Path = ROOT) -> None:
         return
     venv = Path(config.cluster.venv or sys.prefix)
     made = _read_stamp(venv / _STAMP)
-    if made.get("target") == "cuda" and made.get("lock_sha256") == _cuda_lock_sha256(repository):
+    is_of_lock = made.get("lock_sha256") == _cuda_lock_sha256(repository)
+    if made.get("target") == "cuda" and is_of_lock:
         return
     if not venv.is_dir():
         fault = "does not exist"

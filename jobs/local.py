@@ -1,4 +1,4 @@
-"""A rehearsal: the node agents of a run as children of this process, one per simulated node."""
+"""A rehearsal: a run's node agents as children of this process, one per simulated node."""
 
 import os
 import signal
@@ -33,7 +33,8 @@ def run_local(config: RunConfig, layout: Layout, run: RunDir, driver: str = "") 
     others = descendants(os.getpid())
     adopt_orphans()
     job_id = f"l{os.getpid()}"
-    nodes = [ClusterEnv.for_local(i, layout.num_nodes, job_id) for i in range(layout.num_nodes)]
+    num_nodes = layout.num_nodes
+    nodes = [ClusterEnv.for_local(i, num_nodes, job_id) for i in range(num_nodes)]
     attempt = run.new_attempt(nodes[0].attempt_key)
     signals: list[signal.Signals] = []
     with handled(signals.append):
@@ -68,7 +69,7 @@ class _Supervisor:
         self._leave_by = float("inf")
 
     def run(self) -> None:
-        """Returns when all agents have ended, or when one does not leave after the end."""
+        """Returns when all agents have ended, or one does not leave after the end."""
         any_alive = True
         while any_alive:
             any_alive = any(agent.alive() for agent in self._agents)
@@ -83,7 +84,7 @@ class _Supervisor:
                 time.sleep(_POLL_S)
 
     def _hand_on_signals(self) -> None:
-        """The first signal asks the driver to stop; SIGTERM or a second one ends the agents."""
+        """The first signal asks for a stop; SIGTERM or a second one ends the agents."""
         while self._signals:
             number = self._signals.pop(0)
             if self._was_asked_to_stop or number == signal.SIGTERM:

@@ -1,11 +1,10 @@
 """What runs on each node of a job: a guard that starts the node's agent and outlives it.
 
-    python -m jobs.node RUN_DIR                               a SLURM task: finds the attempt and
-                                                              guards an agent
-    python -m jobs.node RUN_DIR --attempt N [--local-node I]  the agent itself (jobs/agent.py)
+    python -m jobs.node RUN_DIR                               a SLURM task: the guard
+    python -m jobs.node RUN_DIR --attempt N [--local-node I]  the agent (jobs/agent.py)
 
-Guard and agent watch each other: orphans of the agent become children of its guard, and an agent
-whose guard dies ends.
+Guard and agent watch each other: orphans of the agent become children of its guard, and an
+agent whose guard dies ends.
 """
 
 import argparse
@@ -81,7 +80,7 @@ class NodeJob:
         return STOPPED
 
     def _guard(self, attempt: Attempt, config: RunConfig, env: ClusterEnv) -> int:
-        """Start the agent, hand signals on to it, wait for its end and clean up after it."""
+        """Start the agent, hand signals on, wait for its end and clean up after it."""
         adopt_orphans()
         agent = start_agent(attempt, config, env, self.driver)
         with handled(agent.send_signal):

@@ -11,7 +11,8 @@ from nanoslime.types import RunError
 _CUDA_DEADLINE_S = 30.0
 _CUDA_PROBE = """
 import json, torch
-print(json.dumps([torch.version.cuda, torch.cuda.is_available(), torch.cuda.device_count()]))
+from torch import cuda
+print(json.dumps([torch.version.cuda, cuda.is_available(), cuda.device_count()]))
 """
 _MAX_ERROR_CHARS = 200
 
@@ -29,7 +30,7 @@ def check_cores(env: ClusterEnv) -> None:
 
 
 def check_gpus(env: ClusterEnv, needed: int) -> None:
-    """RunError unless torch, in a process of its own, sees exactly the GPUs of the plan."""
+    """RunError unless torch, in its own process, sees exactly the GPUs of the plan."""
     command = [sys.executable, "-c", _CUDA_PROBE]
     done = ask(command, _CUDA_DEADLINE_S, who=f"torch on {env.node_name}")
     errors = " ".join(done.stderr.split())[-_MAX_ERROR_CHARS:]

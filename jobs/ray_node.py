@@ -1,4 +1,4 @@
-"""Ray on one node, as text: the `ray start` command of a head or a worker, and its environment."""
+"""Ray on one node, as text: the `ray start` of a head or worker, and its environment."""
 
 import json
 import os

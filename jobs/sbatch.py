@@ -44,7 +44,7 @@ def common_options(cluster: ClusterConfig, name: str, cpus: int) -> Options:
 
 
 def sbatch_options(config: RunConfig, layout: Layout) -> Options:
-    """What the job of a run asks for; the cluster file's extra_sbatch has the last word."""
+    """What a run's job asks for; the cluster file's extra_sbatch has the last word."""
     cluster = config.cluster
     options = common_options(cluster, config.name, cpus_per_node(config, layout))
     options["nodes"] = str(layout.num_nodes)
@@ -76,7 +76,7 @@ def step_options(config: RunConfig, layout: Layout) -> list[str]:
 
 
 def setup_lines(config: RunConfig) -> list[str]:
-    """Shell lines before the step: the site's setup, the job's environment, PYTHONPATH."""
+    """Shell lines before the step: site setup, the job's environment, PYTHONPATH."""
     lines = list(config.cluster.setup)
     for name, value in sorted(config.cluster.env.items()):
         lines.append(f"export {name}={shlex.quote(value)}")
@@ -85,7 +85,7 @@ def setup_lines(config: RunConfig) -> list[str]:
 
 
 def python_of(config: RunConfig) -> str:
-    """The Python of the compute nodes: that of cluster.venv, else the one that runs this."""
+    """The Python of the compute nodes: that of cluster.venv, else this one."""
     venv = config.cluster.venv
     if not venv:
         return sys.executable
@@ -93,7 +93,7 @@ def python_of(config: RunConfig) -> str:
 
 
 def batch_script(options: Mapping[str, str | bool], config: RunConfig, *lines: str) -> str:
-    """A batch script that sets up the job and goes on with `lines`; all values are quoted."""
+    """A batch script that sets up the job and goes on with `lines`; values are quoted."""
     directives = []
     for option, value in options.items():
         if value is True or value == "":

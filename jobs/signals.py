@@ -1,4 +1,4 @@
-"""The signals of a job: SIGUSR1 and SIGUSR2 ahead of its end, SIGTERM and SIGINT at its end."""
+"""A job's signals: SIGUSR1 and SIGUSR2 ahead of its end, SIGTERM and SIGINT at its end."""
 
 import signal
 from collections.abc import Callable, Iterator

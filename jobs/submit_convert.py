@@ -1,11 +1,11 @@
-"""Submits a checkpoint conversion to SLURM as a job of one node; without SLURM, it runs here.
+"""Submits a checkpoint conversion to SLURM, a job of one node, or runs it without SLURM.
 
     python jobs/submit_convert.py hf-to-megatron HF_DIR OUT [options of tools/hf_to_megatron.py]
 
     the tool's own --dry-run, on this machine -> batch script -> sbatch
 
-A job that SLURM requeues goes on where it was: it runs the same command, and the tool continues.
-Deliberately not here: whatever a checkpoint is. The tools are run as commands.
+A job that SLURM requeues goes on where it was: it runs the same command, and the tool
+continues. Deliberately not here: whatever a checkpoint is. The tools are run as commands.
 """
 
 import argparse
@@ -124,7 +124,7 @@ def parse(argv: list[str]) -> Command:
 
 
 def run(command: Command, config: RunConfig, slurm: where.Where) -> int:
-    """From the command to a job id, a printed plan, or the tool in place of this process."""
+    """From the command to a job id, a printed plan, or the tool in our place."""
     local_line = f"LOCAL, nothing is submitted: {command.tool} runs on this machine"
     if not command.dry_run and not slurm.has_slurm(local=command.local):
         print(local_line, flush=True)
@@ -147,7 +147,9 @@ def run(command: Command, config: RunConfig, slurm: where.Where) -> int:
         print(where.test_only(slurm.sbatch, script))
         return 0
     job = submit(slurm.sbatch, script, Path(log).parent)
-    resume = "the same command; what is written already is kept" if command.is_conversion else ""
+    resume = ""
+    if command.is_conversion:
+        resume = "the same command; what is written already is kept"
     print(submitted(job, shlex.quote(f"{log}{job}.out"), resume))
     return 0
 

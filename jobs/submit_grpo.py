@@ -1,10 +1,10 @@
-"""Plans a GRPO run, checks it and submits it to SLURM, or rehearses it where there is no SLURM.
+"""Plans a GRPO run, checks it and submits it to SLURM, or rehearses it without SLURM.
 
     recipe + cluster file + flags -> configuration -> plan -> checks -> run directory
     -> job or rehearsal
 
-Deliberately not here: what runs inside the job (jobs/node.py), and torch. A plan takes less than a
-second.
+Deliberately not here: what runs inside the job (jobs/node.py), and torch. A plan takes less
+than a second.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def main(argv: list[str], environ: Mapping[str, str] = os.environ, root: Path = 
 
 
 def run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> int:
-    """From the configuration to a job id, a rehearsal's end, or a prepared run directory."""
+    """From the configuration to a job id, a rehearsal's end, or a prepared directory."""
     submits = command.prepare or slurm.has_slurm(local=command.local)
     check_target(config, submits)
     config, shape = inputs.resolve(config, download=True)
@@ -76,7 +76,8 @@ def run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> i
     if command.prepare:
         print(run.path)
         return 0
-    print(f"{layouts.describe(config, shape, layout)}\n\nrun directory: {run.path}", flush=True)
+    description = layouts.describe(config, shape, layout)
+    print(f"{description}\n\nrun directory: {run.path}", flush=True)
     if submits:
         return submit(config, layout, run)
     code = local.run_local(config, layout, run)
@@ -85,7 +86,7 @@ def run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> i
 
 
 def dry_run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> int:
-    """Print plan, configuration and batch script; the code is 2 for a run to be refused."""
+    """Print plan, configuration and batch script; code 2 for a run to be refused."""
     config, shape = inputs.resolve(config, download=False)
     layout = layouts.plan(config, shape)
     run_dir = command.resume or Path(config.cluster.run_root) / config.name
@@ -151,7 +152,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def configure(command: argparse.Namespace, flags: list[str]) -> RunConfig:
     """The configuration of the run to resume, else of the recipe, with the flags over it.
 
-    Without a recipe it is the rehearsal's, unless a flag names a checkpoint or asks for help.
+    Without a recipe it is the rehearsal's, unless a flag names a checkpoint or is --help.
     """
     if command.resume:
         return load(RunDir.open(command.resume).config, command.cluster, flags)
@@ -182,7 +183,7 @@ def rehearsal_line(config: RunConfig) -> str:
 
 
 def open_run(command: argparse.Namespace, config: RunConfig, layout: Layout) -> RunDir:
-    """A new run directory, or the one to go on with, with the files that its processes read."""
+    """A new or resumed run directory, with the files that its processes read."""
     if command.resume:
         run = RunDir.open(command.resume)
         inputs.refuse_if_running(run)
@@ -203,7 +204,7 @@ def submit(config: RunConfig, layout: Layout, run: RunDir) -> int:
 
 
 def summary_table(run: RunDir) -> str:
-    """The outcome of a run: reward before and after, seconds, and where everything lies."""
+    """The outcome of a run: rewards, seconds, and where everything lies."""
     if not run.summary.exists():
         logs = f"{run.path}/attempts/latest/logs"
         return f"no summary: the run did not reach its end; its logs are in {logs}"

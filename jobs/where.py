@@ -1,7 +1,7 @@
 """Where am I: on a SLURM cluster, or on a machine of one's own, where a rehearsal may start?
 
-A rehearsal starts by itself only where nothing of SLURM exists: a shared login node on which a
-module was not loaded must not be surprised by four Ray nodes.
+A rehearsal starts by itself only where nothing of SLURM exists: a shared login node on which
+a module was not loaded must not be surprised by four Ray nodes.
 """
 
 import shutil
@@ -20,7 +20,7 @@ _TEST_DEADLINE_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """What of SLURM was found: whatever hints at a cluster, and the sbatch that answers."""
+    """What of SLURM was found: all that hints at a cluster, and a working sbatch."""
 
     traces: tuple[str, ...]
     # None where there is no sbatch, or where it does not answer.

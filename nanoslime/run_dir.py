@@ -1,14 +1,15 @@
-"""The run directory: where everything of a run lies, and how its processes speak to each other.
+"""The run directory: where everything of a run lies, and how its processes communicate.
 
-    config.yaml plan.json provenance.json status.json summary.json metrics.jsonl evals.jsonl
-    tensorboard/ rollouts/  checkpoints/step_<k>/  hf/step_<k>/
+    config.yaml plan.json provenance.json status.json summary.json
+    metrics.jsonl evals.jsonl tensorboard/ rollouts/
+    checkpoints/step_<k>/  hf/step_<k>/
     model/ (a rehearsal makes it)  weights/ (weight sync by disk)
     skipped/step_<k>/ (batches of steps left out)
-    attempts/<n>/  logs/<role>-<rank>.log  nodes/ heartbeat/<node>.json  stop.json end.json
+    attempts/<n>/ logs/<role>-<rank>.log nodes/ heartbeat/<node>.json stop.json end.json
     attempts/latest
 
-An attempt is one life of the job: every requeue is a new one. Files are published by rename and
-read with patience, since the directory usually is on a network filesystem.
+An attempt is one life of the job: every requeue is a new one. Files are published by rename
+and read with patience, since the directory usually is on a network filesystem.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class RunDir:
     def new_attempt(self, key: str = "") -> Attempt:
         """The next attempt.
 
-        key: job id and restart count, by which other nodes find the attempt (`find_attempt`).
+        key: job id and restart count; other nodes find the attempt by it.
         """
         staged = self.attempts / f".new-{uuid.uuid4().hex}"
         for folder in ("logs", "heartbeat", "nodes"):
@@ -115,7 +116,7 @@ class RunDir:
         return self.attempt(number)
 
     def _take_next_number(self, staged: Path) -> int:
-        """Rename a prepared attempt to the first number that nobody else takes meanwhile."""
+        """Rename a prepared attempt to the first number that nobody else takes."""
         number = max(self._numbers(), default=0) + 1
         while True:
             target = self.attempts / str(number)
@@ -168,7 +169,7 @@ class RunDir:
         return _read(self.path / "status.json")
 
     def write_provenance(self, argv: Sequence[str]) -> None:
-        """Record command line, git commit and diff of this code, and all versions it runs on."""
+        """Record the command line, the code's git commit and diff, and all versions."""
         record = {
             "argv": list(argv),
             "python": sys.version.split()[0],
@@ -186,7 +187,7 @@ class RunDir:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One life of the job: its logs, its nodes' heartbeats, whether it must stop, how it ended."""
+    """One life of the job: logs, heartbeats, whether it must stop, how it ended."""
 
     run: RunDir
     number: int
@@ -211,7 +212,7 @@ class Attempt:
         self._publish(f"heartbeat/{node}", count=count)
 
     def leave(self, node: int) -> None:
-        """In place of further heartbeats: nothing of this attempt runs on `node` any more."""
+        """In place of further heartbeats: nothing runs on `node` any more."""
         self._publish(f"heartbeat/{node}", left=True)
 
     def heartbeats(self) -> dict[str, dict[str, Any]]:
@@ -220,10 +221,11 @@ class Attempt:
         return {file.stem: read_json(file) for file in files}
 
     def request_stop(self, reason: str, *, requeue: bool = False) -> None:
-        """Ask the driver to commit a checkpoint and end with STOPPED. The first reason stays.
+        """Ask the driver to commit a checkpoint and end with STOPPED.
 
-        requeue: the job shall go on in a new attempt (its time is up), rather than end (somebody
-        asked). A later request may add it, as when SIGUSR2 follows SIGTERM.
+        requeue: the job shall go on in a new attempt (its time is up), rather than end
+        (somebody asked). The first reason stays. A later request may add the requeue, as when
+        SIGUSR2 follows SIGTERM.
         """
         first_reason = self.must_stop()
         if first_reason is None:
@@ -240,7 +242,7 @@ class Attempt:
         return bool(_read(self.path / "stop.json").get("requeue"))
 
     def end(self, code: int, reason: str) -> None:
-        """Record how the attempt ended: DONE, STOPPED or FAILED. The first record stays."""
+        """Record how the attempt ended, DONE, STOPPED or FAILED. The first record stays."""
         if not self.ended():
             self._publish("end", code=code, reason=reason)
 
@@ -256,7 +258,7 @@ class Attempt:
 
 
 def recorded_rollouts(directory: str, num_rollout: int) -> str:
-    """The absolute directory of the rollouts recorded in `directory`: a run's, or its rollouts/.
+    """The absolute directory of rollouts in `directory`: a run's, or its rollouts/.
 
     Raises RunError where it does not hold rollouts 0 to num_rollout - 1.
     """

@@ -1,4 +1,4 @@
-"""A process that this process owns: in its own session, with a log, gone when its owner is gone."""
+"""A process with an owner: in its own session, with a log, gone when its owner is gone."""
 
 import fcntl
 import os
@@ -22,12 +22,13 @@ _KILL_DEADLINE_S = 10.0
 class ChildProcess:
     """Runs `command` in a new session, with stdout and stderr appended to `log`.
 
-    The kernel sends `death_signal` to the child's process group when this process dies in any
-    way, SIGKILL included: the child holds the read end of a pipe whose only write end is here.
-    PR_SET_PDEATHSIG would not do: it fires when the *thread* that started the child ends.
+    The kernel sends `death_signal` to the child's process group when this process dies in
+    any way, SIGKILL included: the child holds the read end of a pipe whose only write end is
+    here. PR_SET_PDEATHSIG would not do: it fires when the *thread* that started the child
+    ends.
 
-    The child and all that it starts ignore `ignored_signals`. Give some only where this process
-    has one thread, since the child sets them between fork and exec.
+    The child and all that it starts ignore `ignored_signals`. Give some only where this
+    process has one thread, since the child sets them between fork and exec.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class ChildProcess:
         return self._process.pid
 
     def poll(self) -> int | None:
-        """The exit code, negative after a signal that killed the child; None while it runs."""
+        """The exit code, negative after a deadly signal; None while the child runs."""
         return self._process.poll()
 
     def alive(self) -> bool:
@@ -97,7 +98,7 @@ class ChildProcess:
     def wait_until(self, ready: Callable[[], bool], awaited: str, deadline_s: float) -> None:
         """Poll `ready` until it holds.
 
-        Ends the child and raises RunError when the child exits or takes over `deadline_s`.
+        Ends the child and raises RunError when it exits or takes over `deadline_s`.
         """
         deadline = time.monotonic() + deadline_s
         while not ready():
@@ -118,7 +119,7 @@ class ChildProcess:
     def close(self) -> None:
         """End the process group by SIGKILL, for a child that has nothing to save.
 
-        Returns when the group is empty. Raises RunError for processes that are alive 10 s later.
+        Returns when the group is empty. Raises RunError for those alive 10 s later.
         """
         if self._lifeline < 0:
             return

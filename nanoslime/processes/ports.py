@@ -33,7 +33,7 @@ def free_ports(address: str, count: int) -> list[int]:
 
 
 def consecutive_free_ports(first: int, count: int, address: str, num_tries: int = 100) -> list[int]:
-    """`count` consecutive ports from `first` on; if one is taken, the next `count` are tried."""
+    """`count` consecutive ports from `first` on, the next `count` where one is taken."""
     end = first + num_tries * count
     for start in range(first, end, count):
         ports = list(range(start, start + count))

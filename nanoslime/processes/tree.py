@@ -1,6 +1,6 @@
-"""All processes below this one, found and ended by their ids; nothing is ever ended by name.
+"""All processes below this one, found and ended by their ids, never by name.
 
-Linux keeps the tree together: PR_SET_CHILD_SUBREAPER makes orphans of a child our own children.
+Linux keeps the tree together: PR_SET_CHILD_SUBREAPER makes a child's orphans our children.
 """
 
 import ctypes

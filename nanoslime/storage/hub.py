@@ -1,4 +1,4 @@
-"""Finds a checkpoint by its directory or its hub id, and checks it before anything starts."""
+"""Finds a checkpoint by its directory or hub id, and checks it before anything starts."""
 
 import re
 from collections.abc import Sequence
@@ -46,7 +46,8 @@ def find_checkpoint(
             raise RunError(
                 f"model.hf_checkpoint={name!r} is neither a directory nor a hub id (OWNER/NAME)"
             )
-        directory = _snapshot(name, revision, _HUB_FILES if download else ("config.json",))
+        files = _HUB_FILES if download else ("config.json",)
+        directory = _snapshot(name, revision, files)
         revision = directory.name
     if is_local or download:
         read_headers(directory)

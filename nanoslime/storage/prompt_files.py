@@ -1,4 +1,4 @@
-"""Reads prompt files, JSONL or parquet; refuses a bad one with the file and line of the fault."""
+"""Reads prompt files, JSONL or parquet; refuses bad ones with file and line."""
 
 import json
 from collections.abc import Iterator
