@@ -130,13 +130,13 @@ def run(command: Command, config: RunConfig, slurm: where.Where) -> int:
         print(local_line, flush=True)
         words = tool_words(command, sys.executable, command.cpus)
         os.execve(sys.executable, words, environment())
-    plan = check(command)
+    tool_plan = check(command)
     log = _log_prefix(command)
     script = sbatch_text(command, config, log, Path.cwd())
     if command.dry_run:
-        print(f"--- plan\n{plan}--- batch script\n{script}--- checks")
+        print(f"--- plan\n{tool_plan}--- batch script\n{script}--- checks")
     else:
-        print(plan, end="")
+        print(tool_plan, end="")
     if not slurm.has_slurm(local=command.local) or slurm.sbatch is None:
         print(f"without --dry-run: {local_line}")
         return 0
