@@ -118,7 +118,8 @@ def plan(config: RunConfig, shape: ModelShape) -> Layout:
     else:
         parallel = ParallelDims(tp=1, pp=1, cp=1, ep=1, dp=1)
     if trainers and cluster.device == "cuda":
-        check_kernels(config.training, shape, transformer_engine=_has_transformer_engine(config))
+        has_kernels = _has_transformer_engine(config)
+        check_kernels(config.training, shape, transformer_engine=has_kernels)
     if takes_slots(config.rollout):
         engine_kind(config.rollout).check_plan(config.rollout, shape, slots)
     if cluster.colocate:
@@ -337,7 +338,11 @@ def _parallel_dims(config: RunConfig, shape: ModelShape, ranks: int, slots: int)
             f"per optimizer step for DP={dp}; choose sizes with a product of at least {dp * steps}"
         )
     return ParallelDims(
-        tp=training.tp_size, pp=training.pp_size, cp=training.cp_size, ep=training.ep_size, dp=dp
+        tp=training.tp_size,
+        pp=training.pp_size,
+        cp=training.cp_size,
+        ep=training.ep_size,
+        dp=dp,
     )
 
 

@@ -206,7 +206,8 @@ def _activation_bytes(config: RunConfig, shape: ModelShape, parallel: ParallelDi
     # Layers of a stage times its micro-batches in flight.
     kept_layers = shape.num_layers
     if training.vpp_size > 1:
-        kept_layers += shape.num_layers * (parallel.pp - 1) // (parallel.pp * training.vpp_size)
+        num_chunks = parallel.pp * training.vpp_size
+        kept_layers += shape.num_layers * (parallel.pp - 1) // num_chunks
     if training.recompute:
         per_token = kept_layers * shape.hidden_size * width + layer
     else:

@@ -1,5 +1,7 @@
-"""Knobs of the algorithms, one class each. Their maths is in nanoslime/algorithms;
-`name` picks it there."""
+"""Knobs of the algorithms, one class each.
+
+Their maths is in nanoslime/algorithms, where `name` picks it.
+"""
 
 from typing import Annotated, Literal, Self
 
@@ -87,16 +89,16 @@ class SharedConfig:
     eps_clip_high: Positive | None = None
     """Upper clip where it differs from the lower (clip-higher, arXiv 2503.14476)."""
     denominator: Literal["tokens", "sequences", "fixed"] = "tokens"
-    """Mean over the tokens of the optimizer step, mean over rollouts of their token
-    means, or mean over rollouts of their sum over rollout.max_new_tokens (arXiv
-    2503.20783)."""
+    """tokens: the loss is a mean over the tokens of the optimizer step. sequences: a
+    mean over rollouts of their means over tokens. fixed: a mean over rollouts of their
+    sums, divided by rollout.max_new_tokens (arXiv 2503.20783)."""
     overlong_buffer: int = Field(default=0, ge=0)
     """Last tokens before rollout.max_new_tokens in which the reward falls by
     overlong_penalty; 0: off."""
     overlong_penalty: float = Field(default=1.0, gt=0)
     old_logprobs: Literal["recomputed", "rollout", "current"] = "recomputed"
-    """Those of the trainer before its steps, those the engine reported, or those of the
-    step itself."""
+    """Logprobs of the old policy. recomputed: by the trainer before its optimizer steps.
+    rollout: as the engine reported them. current: of the optimizer step itself."""
     kl_coef: float = Field(default=0.0, ge=0)
     """KL in the reward (subtracted from the token advantages); excludes use_kl_loss."""
     use_kl_loss: bool = False
@@ -187,12 +189,11 @@ class ClippedConfig(SharedConfig):
 
 @knobs
 class GRPOConfig(ClippedConfig):
-    """Group-relative policy optimization (arXiv 2402.03300) and the variants that
-    differ by a switch.
+    """Group-relative policy optimization (arXiv 2402.03300) and its variants by switches.
 
-    Dr.GRPO (arXiv 2503.20783): normalize_by_std false, denominator fixed. DAPO (arXiv
-    2503.14476): eps_clip_high 0.28, denominator tokens, overlong_buffer, and
-    rollout.dynamic_sampling_rounds.
+    Dr.GRPO (arXiv 2503.20783) sets normalize_by_std to false and denominator to fixed.
+    DAPO (arXiv 2503.14476) sets eps_clip_high to 0.28 and denominator to tokens, and
+    uses overlong_buffer and rollout.dynamic_sampling_rounds.
     """
 
     name: Literal["grpo"] = "grpo"
@@ -202,8 +203,10 @@ class GRPOConfig(ClippedConfig):
 
 @knobs
 class GSPOConfig(ClippedConfig):
-    """Group sequence policy optimization (arXiv 2507.18071): one ratio per sequence,
-    clipped much closer."""
+    """Group sequence policy optimization (arXiv 2507.18071).
+
+    A sequence has one ratio, and the clip range is much smaller.
+    """
 
     name: Literal["gspo"] = "gspo"
     normalize_by_std: bool = True
@@ -214,7 +217,10 @@ class GSPOConfig(ClippedConfig):
 
 @knobs
 class CISPOConfig(SharedConfig):
-    """Clipped importance weights, detached (arXiv 2506.13585): no token loses its gradient."""
+    """Clipped importance weights, detached (arXiv 2506.13585).
+
+    No token loses its gradient.
+    """
 
     name: Literal["cispo"] = "cispo"
     normalize_by_std: bool = True
@@ -225,16 +231,20 @@ class CISPOConfig(SharedConfig):
 
 @knobs
 class RLOOConfig(ClippedConfig):
-    """REINFORCE leave-one-out (arXiv 2402.14740): the baseline is the mean of the other
-    rewards."""
+    """REINFORCE leave-one-out (arXiv 2402.14740).
+
+    The baseline of a sample is the mean reward of the other samples in its group.
+    """
 
     name: Literal["rloo"] = "rloo"
 
 
 @knobs
 class ReinforcePPConfig(ClippedConfig):
-    """REINFORCE++ (arXiv 2501.03262): discounted token returns, whitened; no baseline
-    of the group."""
+    """REINFORCE++ (arXiv 2501.03262).
+
+    Token returns are discounted and whitened; the group gives no baseline.
+    """
 
     name: Literal["reinforce_plus_plus"] = "reinforce_plus_plus"
     gamma: float = Field(default=1.0, gt=0, le=1)
@@ -244,8 +254,10 @@ class ReinforcePPConfig(ClippedConfig):
 
 @knobs
 class ReinforcePPBaselineConfig(ClippedConfig):
-    """REINFORCE++ with the group's mean as baseline (arXiv 2501.03262), whitened over
-    the batch."""
+    """REINFORCE++ with the group's mean as baseline (arXiv 2501.03262).
+
+    Advantages are whitened over the batch.
+    """
 
     name: Literal["reinforce_plus_plus_baseline"] = "reinforce_plus_plus_baseline"
     normalize_advantages: bool = True

@@ -1,5 +1,7 @@
-"""A cluster or one machine: what a node has, how jobs are asked for, where runs go
-(env/clusters/*.yaml)."""
+"""A cluster or one machine: what a node has, how jobs are asked for, where runs go.
+
+A cluster's values stand in env/clusters/*.yaml.
+"""
 
 from typing import Literal
 
@@ -16,19 +18,19 @@ class ClusterConfig:
     """Nodes that hold engines only; default: half of the nodes (rounded down), 0 with
     one node."""
     gpus_per_node: int = Field(default=0, ge=0)
-    """0: a CPU cluster; the trainers then run on gloo and SGLang by its CPU recipe."""
+    """0: a CPU cluster, on which trainers run on gloo and SGLang by its CPU recipe."""
     slots_per_node: int = Field(default=2, ge=1)
     """Ranks or engines per node where there are no GPUs."""
     engine_gpus: int | None = Field(default=None, ge=0)
-    """With one node: GPUs (or slots) of it that the engines take; default half, 0 for
-    the embedded engine."""
+    """With one node: its GPUs (or slots) that engines take. Default: half, and 0 for the
+    embedded engine."""
     colocate: bool = False
-    """Engines on the trainers' own GPUs, on all nodes: one of the two sleeps while the
-    other is at work."""
+    """Engines run on the trainers' own GPUs, on all nodes; one of the two sleeps while
+    the other works."""
     gpu_memory_gib: float = Field(default=80.0, gt=0)
     cpus_per_node: int | None = Field(default=None, ge=1)
     memory_per_node: str = ""
-    """As sbatch --mem takes it; empty: the site's default."""
+    """Memory as sbatch --mem takes it; empty: the site's default."""
     partition: str = ""
     account: str = ""
     qos: str = ""
@@ -49,7 +51,7 @@ class ClusterConfig:
     the default route."""
     run_root: str = ""
     venv: str = ""
-    """Virtual environment of the compute nodes; empty: the one that submits."""
+    """Virtual environment of the compute nodes; empty: the environment that submits."""
     submit: Literal["submitit", "sbatch"] = "submitit"
     ray_start_deadline_s: float = Field(default=300.0, gt=0)
     node_join_deadline_s: float = Field(default=300.0, gt=0)

@@ -1,5 +1,4 @@
-"""Command-line flags: short names that the field knows, and `--section.field` for
-everything else.
+"""Command-line flags: short names that the field knows, and `--section.field` for all else.
 
     --tp-size 2       --tp-size=2           --training.tp-size 2
     --use-kl-loss     --no-use-kl-loss      --use-kl-loss=false
@@ -241,7 +240,7 @@ def print_help(default: RunConfig, prog: str) -> None:
     width = max(len(name) for name in meanings)
     short_names = [f"  --{name:{width}}  --{meaning}" for name, meaning in meanings.items()]
     intro = (
-        "Values shown, and the algorithm, are those of the recipe, cluster file and flags given. "
+        "The values shown, and the algorithm, come from the given recipe, cluster file and flags. "
         "Short names:\n\n" + "\n".join(short_names)
     )
     tyro.cli(

@@ -122,14 +122,11 @@ class _Layers:
                 f"not {content!r}"
             )
         prefix = f"{place}." if place else ""
-        valid = {
-            name.removeprefix(prefix).split(".")[0] for name in known if name.startswith(prefix)
-        }
+        valid = _keys_below(prefix)
         for key, value in content.items():
             if key not in valid:
-                raise RunError(
-                    f"{source.text}: unknown key {prefix}{key}{_hint(str(key), sorted(valid))}"
-                )
+                hint = _hint(str(key), valid)
+                raise RunError(f"{source.text}: unknown key {prefix}{key}{hint}")
             self._add(prefix + key, value, source)
 
     def put(self, field: str, value: Any, source: _Source) -> None:
@@ -198,6 +195,16 @@ class _Layers:
                 having.append(algorithm.name)
         chosen = self.values["algorithm"]["name"]
         return f"algorithm.name={chosen} has no such field; these have: {', '.join(having)}"
+
+
+def _keys_below(prefix: str) -> list[str]:
+    """The keys that a mapping may have whose fields' dotted names begin with `prefix`."""
+    keys = set()
+    for name in flag_table.field_types():
+        if name.startswith(prefix):
+            key, _, _ = name.removeprefix(prefix).partition(".")
+            keys.add(key)
+    return sorted(keys)
 
 
 def _hint(key: str, valid: Sequence[str]) -> str:

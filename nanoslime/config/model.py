@@ -1,5 +1,7 @@
-"""Which model is trained. Its shape comes from the checkpoint's config.json, never from
-flags."""
+"""Which model is trained, and on which data.
+
+A model's shape comes from the checkpoint's config.json, never from flags.
+"""
 
 from typing import Literal
 
@@ -12,8 +14,10 @@ REWARDS = {
     "exact_match": "nanoslime.rollout.rewards.exact_match:reward",
     "math_answer": "nanoslime.rollout.rewards.math_answer:reward",
 }
-"""A reward is `reward(text, label, metadata) -> float`: the response's text, the
-prompt's label."""
+"""A reward is `reward(text, label, metadata) -> float`.
+
+It takes the text of the response, and label and metadata of the prompt.
+"""
 
 
 @knobs
@@ -24,15 +28,14 @@ class ModelConfig:
     revision: str = ""
     """Commit of the hub snapshot; filled in at submission."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Compute dtype of trainers and engines. Main parameters, gradients, optimizer
-    state: float32 always."""
+    """Compute dtype of trainers and engines. Main parameters, gradients and optimizer
+    state are always float32."""
     trust_remote_code: bool = False
 
 
 @knobs
 class RehearsalConfig:
-    """The tiny model and digits task that a run makes for itself, for want of a
-    checkpoint and prompts."""
+    """The tiny model and digits task of a run that has no checkpoint and no prompts."""
 
     enabled: bool = False
     task: str = "reverse"

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator
 from nanoslime.config.base import knobs
 from nanoslime.plugins import target
 
-# Each names a subclass of `nanoslime.engine_kind.EngineKind`, in a file that imports no torch.
+# Each names a subclass of `nanoslime.engine_kind.EngineKind`, in a file without torch.
 ENGINES = {
     "sglang": "nanoslime.rollout.engines.sglang:SGLang",
     "embedded": "nanoslime.rollout.engines.embedded:Embedded",
@@ -21,17 +21,17 @@ class RolloutConfig:
     rollout_batch_size: int = Field(default=32, ge=1)
     """Prompts per rollout."""
     dynamic_sampling_rounds: int = Field(default=1, ge=1)
-    """Rounds of sampling at most in which further prompts take the place of filtered
-    groups, until rollout_batch_size groups are left (dynamic sampling, arXiv
-    2503.14476, section 3.2); 1: off."""
+    """Rounds of sampling at most, until rollout_batch_size groups are left: further
+    prompts take the place of filtered groups (dynamic sampling, arXiv 2503.14476,
+    section 3.2). 1: off."""
     n_samples_per_prompt: int = Field(default=8, ge=1)
     max_new_tokens: int = Field(default=1024, ge=1)
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = -1
     engine: str = "sglang"
-    """A name of the engine table, or "package.module:Class". sglang: servers. embedded: transformers in
-    process, for machines without SGLang and for tests."""
+    """A name of the engine table, or "package.module:Class". sglang: servers. embedded:
+    transformers in process, for machines without SGLang and for tests."""
     engine_tp_size: int = Field(default=1, ge=1)
     """GPUs per engine."""
     engines_per_node: int | None = Field(default=None, ge=1)
@@ -67,12 +67,12 @@ class WeightSyncConfig:
 @knobs
 class EvalConfig:
     interval: int = Field(default=0, ge=0)
-    """Evaluate on eval_prompts after every so many rollouts; 0: only before the first
-    and after the last."""
+    """Evaluate on eval_prompts after every so many rollouts. 0: only before the first
+    and after the last one."""
     n_samples_per_prompt: int = Field(default=1, ge=1)
     temperature: float = Field(default=1.0, gt=0)
     max_prompts: int = Field(default=0, ge=0)
-    """0: all."""
+    """Evaluate on so many prompts at most; 0: on all."""
     seed: int = 0
 
     def due(self, step: int, num_rollout: int) -> bool:

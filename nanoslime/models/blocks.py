@@ -143,9 +143,8 @@ class GatedMLP:
 
     def fused_rules(self, layers: Layers) -> list[Rule]:
         """The rules where Hugging Face holds gate and up in one tensor."""
-        gate_up = HFTensor(
-            f"{self.hf_prefix}gate_up_proj.weight", (2 * self.intermediate_size, self.hidden_size)
-        )
+        both = (2 * self.intermediate_size, self.hidden_size)
+        gate_up = HFTensor(f"{self.hf_prefix}gate_up_proj.weight", both)
         fc1 = layers.combine(f"{self.megatron_prefix}linear_fc1.weight", "halves", [gate_up])
         return [fc1, self._fc2(layers)]
 
@@ -213,6 +212,7 @@ def experts_mlp(shape: ModelShape, names: ExpertNames = DEEPSEEK_NAMES) -> list[
         up=names.up,
         down=names.down,
     )
+    router = HFTensor(names.block + "gate.weight", (moe.num_experts, hidden))
     rules = [
         layers.copy(
             "pre_mlp_layernorm.weight",
@@ -220,9 +220,7 @@ def experts_mlp(shape: ModelShape, names: ExpertNames = DEEPSEEK_NAMES) -> list[
             # The key that the local layer spec gives the norm in torch_dist.
             local_spec_name="mlp.linear_fc1.layer_norm_weight",
         ),
-        layers.copy(
-            "mlp.router.weight", HFTensor(names.block + "gate.weight", (moe.num_experts, hidden))
-        ),
+        layers.copy("mlp.router.weight", router),
         *expert.rules(experts),
     ]
     if moe.score_bias:
@@ -250,10 +248,8 @@ def mtp(shape: ModelShape) -> list[Rule]:
     if not shape.num_mtp_layers:
         return []
     hidden = shape.hidden_size
-    first = shape.num_layers
-    layers = Layers(
-        numbers=tuple(range(first, first + shape.num_mtp_layers)), megatron_prefix="mtp.layers.{i}."
-    )
+    numbers = range(shape.num_layers, shape.num_layers + shape.num_mtp_layers)
+    layers = Layers(numbers=tuple(numbers), megatron_prefix="mtp.layers.{i}.")
     return [
         layers.copy("enorm.weight", HFTensor("enorm.weight", (hidden,))),
         layers.copy("hnorm.weight", HFTensor("hnorm.weight", (hidden,))),

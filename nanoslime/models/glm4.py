@@ -14,7 +14,8 @@ from nanoslime.models.shape import Architecture, ConfigFile, ModelShape
 def _read(config: ConfigFile) -> ModelShape:
     sizes = config.sizes(rotary_fraction=0.5)
     sizes["megatron_lacks"] += ("norms after attention and MLP",)
-    return ModelShape(**sizes, qkv_bias=config.get("attention_bias", True), rotary_interleaved=True)
+    qkv_bias = config.get("attention_bias", True)
+    return ModelShape(**sizes, qkv_bias=qkv_bias, rotary_interleaved=True)
 
 
 def _rules(shape: ModelShape) -> list[Rule]:

@@ -1,6 +1,6 @@
 """Sizes of the parallel groups: which ones a model allows, and where a rank lies along them.
 
-The short names are those of Megatron: tp (tensor), pp (pipeline), vpp (virtual
+The short names are Megatron's: tp (tensor), pp (pipeline), vpp (virtual
 pipeline, which interleaves stages), cp (context), dp (data), ep (expert) and etp
 (tensor parallelism within an expert).
 """

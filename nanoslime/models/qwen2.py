@@ -4,7 +4,10 @@ from nanoslime.models.blocks import ExpertNames, attention, dense_decoder, ends,
 from nanoslime.models.rules import Rule
 from nanoslime.models.shape import Architecture, ConfigFile, ModelShape, MoE
 
-_MOE_NAMES = ExpertNames(shared="mlp.shared_expert.", shared_gate="mlp.shared_expert_gate.weight")
+_MOE_NAMES = ExpertNames(
+    shared="mlp.shared_expert.",
+    shared_gate="mlp.shared_expert_gate.weight",
+)
 
 
 def _read(config: ConfigFile) -> ModelShape:

@@ -119,7 +119,8 @@ class ModelShape:
                 f"known are {', '.join(sorted(ARCHITECTURES))}"
             )
         shape = _architecture(model_type).read(file)
-        return replace(shape, megatron_lacks=(*shape.megatron_lacks, *_megatron_lacks(shape)))
+        lacks = (*shape.megatron_lacks, *_megatron_lacks(shape))
+        return replace(shape, megatron_lacks=lacks)
 
     @property
     def architecture(self) -> Architecture:

@@ -1,8 +1,7 @@
-"""Names of the options that Megatron and SGLang take: a typo is found on the login
-node, importing neither.
+"""Names of the options that Megatron and SGLang take, known without importing either.
 
-The lists come from the sources of the installed packages; `python -m
-tools.option_names` writes them.
+A typo is thus found on the login node. The lists come from the sources of the installed
+packages; `python -m tools.option_names` writes them.
 """
 
 import json
@@ -51,8 +50,10 @@ SET_BY_NANOSLIME = {
 def check(
     which: str, place: str, options: Mapping[str, Any], set_by_nanoslime: Mapping[str, str]
 ) -> None:
-    """Raises RunError for an option that the package does not have, or that another
-    field of ours sets."""
+    """Raises RunError for an option that the package does not have, or that nanoslime sets.
+
+    `set_by_nanoslime` maps the options that nanoslime sets to what a user sets instead.
+    """
     listed = known(which)
     for name in options:
         if name in set_by_nanoslime:
