@@ -92,8 +92,8 @@ FAULTS = [
     Fault(
         "gradients summed instead of averaged over DP",
         "nanoslime/training/batching.py",
-        "denominator=float(total),",
-        "denominator=float(total / dp_size),",
+        "denominator=float(denominator),",
+        "denominator=float(denominator / options.dp_size),",
         "tests/training/test_batching.py",
     ),
     Fault(

@@ -14,7 +14,7 @@ from nanoslime.engine_kind import engine_kind
 from nanoslime.models.shape import ModelShape
 from nanoslime.orchestration.rollout_manager import Replay, RolloutManager
 from nanoslime.run_dir import RunDir
-from nanoslime.training.batching import plan
+from nanoslime.training.batching import BatchingOptions, make_train_batches
 from nanoslime.types import SampleGroup
 
 
@@ -50,8 +50,7 @@ class TrainGroup(ABC):
     def train(self, groups: list[SampleGroup]) -> dict[str, float]:
         """The optimizer steps of one rollout; metrics of the row, few where every group was dropped."""
         training = self.config.training
-        steps = plan(
-            groups,
+        options = BatchingOptions(
             num_steps=training.num_steps_per_rollout,
             dp_size=self.dp_size,
             max_tokens=training.max_tokens_per_microbatch * training.cp_size,
@@ -61,6 +60,7 @@ class TrainGroup(ABC):
             fixed_length=self.config.rollout.max_new_tokens,
             parity_tokens=self._parity_tokens,
         )
+        steps = make_train_batches(groups, options)
         return self._wake() | self._train(
             [[step[dp] for step in steps] for dp in range(self.dp_size)]
         )

@@ -1,14 +1,16 @@
-"""From scored groups to the TrainBatch of each optimizer step and data-parallel rank. Deterministic, no I/O.
+"""From scored groups to the TrainBatch of each optimizer step and data-parallel rank.
 
-    groups -> steps (contiguous) -> micro-batches on ranks (training/packing.py)
+    groups -> optimizer steps (contiguous) -> micro-batches on ranks (training/packing.py)
 
-Denominators are those of the whole step, taken before the split, so that the split cannot change the loss.
+It is deterministic and without I/O. Denominators belong to a whole step and are computed
+before the split, so that the split cannot change the loss.
 """
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
-from typing import Any, Literal
+from dataclasses import dataclass
+from itertools import count
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,131 +22,141 @@ from nanoslime.types import Sample, SampleGroup
 _DUMMY_TOKENS = 2
 
 
-def plan(
-    groups: Sequence[SampleGroup],
-    *,
-    num_steps: int,
-    dp_size: int,
-    max_tokens: int,
-    denominator: Literal["tokens", "sequences", "fixed"],
-    temperature: float,
-    fixed_length: int = 1,
-    parity_tokens: float = 24_576,
-    microbatch_multiple: int = 1,
-) -> list[list[TrainBatch]]:
-    """[optimizer step][data-parallel rank]: each sample once, in micro-batches of at most `max_tokens`.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchingOptions:
+    """How the samples of a rollout are cut into optimizer steps, ranks and micro-batches.
 
-    A longer sequence goes alone. Ranks of a step have equally many micro-batches, a multiple of
-    `microbatch_multiple`; where sequences do not suffice, one of a masked-out dummy sequence fills the gap.
-    `denominator`: "tokens", the step's loss is the mean over its tokens; "sequences", the mean over its
-    rollouts of the mean over each rollout's tokens (siblings together); "fixed", over its rollouts of their
-    sum over `fixed_length`. `parity_tokens`, for the balance: see ModelShape.attention_parity_tokens. With
-    fewer groups than `num_steps` there are fewer steps, with none an empty list.
-    Raises ValueError for a sample without an advantage, or with token 0 in the loss.
+    The loss of a step is, by `denominator`: "tokens", the mean over its tokens; "sequences",
+    the mean over its rollouts of the mean over each rollout's tokens, siblings together;
+    "fixed", the mean over its rollouts of their sum over `fixed_length`.
     """
-    by_id: dict[int, list[Sample]] = {}
+
+    num_steps: int  # with fewer groups there are fewer steps
+    dp_size: int
+    max_tokens: int  # per micro-batch; a longer sequence has one for itself
+    denominator: Literal["tokens", "sequences", "fixed"]
+    temperature: float
+    fixed_length: int = 1
+    # A sequence of so many tokens costs as much in attention as in matrix products: see
+    # ModelShape.attention_parity_tokens.
+    parity_tokens: float = 24_576
+    microbatch_multiple: int = 1  # the number of micro-batches per rank is a multiple of it
+
+
+def make_train_batches(
+    groups: Sequence[SampleGroup], options: BatchingOptions
+) -> list[list[TrainBatch]]:
+    """[optimizer step][data-parallel rank]: batches that hold each sample once.
+
+    The ranks of a step have equally many micro-batches. Where sequences do not suffice, a
+    masked-out dummy sequence fills a micro-batch. Without groups there are no steps. Raises
+    ValueError for a sample without an advantage, or with token 0 in the loss.
+    """
+    steps = _split_into_steps(groups, options.num_steps)
+    return [_make_step(samples, options) for samples in steps if samples]
+
+
+def _split_into_steps(groups: Sequence[SampleGroup], num_steps: int) -> list[list[Sample]]:
+    """The samples of each step. Those of one group_id stay together."""
+    samples_by_id: dict[int, list[Sample]] = {}
     for group in groups:
         for sample in group.samples:
-            by_id.setdefault(sample.group_id, []).append(sample)
-    whole_groups, bounds = (
-        list(by_id.values()),
-        [len(by_id) * i // num_steps for i in range(num_steps + 1)],
-    )
-    steps = [[s for group in whole_groups[a:b] for s in group] for a, b in pairwise(bounds)]
-    options = (
-        dp_size,
-        max_tokens,
-        parity_tokens,
-        microbatch_multiple,
-        denominator,
-        temperature,
-        fixed_length,
-    )
-    return [_plan_step(step, *options) for step in steps if step]
+            samples_by_id.setdefault(sample.group_id, []).append(sample)
+    whole_groups = list(samples_by_id.values())
+    steps = []
+    for step in range(num_steps):
+        start = len(whole_groups) * step // num_steps
+        stop = len(whole_groups) * (step + 1) // num_steps
+        steps.append([sample for group in whole_groups[start:stop] for sample in group])
+    return steps
 
 
-def _plan_step(
-    samples: list[Sample],
-    dp_size: int,
-    max_tokens: int,
-    parity_tokens: float,
-    multiple: int,
-    denominator: str,
-    temperature: float,
-    fixed_length: int,
-) -> list[TrainBatch]:
-    tokens_of_rollout: Counter[tuple[int, int]] = Counter()
+def _make_step(samples: list[Sample], options: BatchingOptions) -> list[TrainBatch]:
+    """One TrainBatch per data-parallel rank, from all samples of an optimizer step."""
+    rollout_tokens: Counter[tuple[int, int]] = Counter()
     for sample in samples:
         _check(sample)
-        tokens_of_rollout[sample.group_id, sample.rollout_id] += sample.num_response_tokens
-    num_tokens = tokens_of_rollout.total()
-    experts = next(
-        (s.routed_experts.shape[1:] for s in samples if s.routed_experts is not None), None
+        rollout_tokens[sample.group_id, sample.rollout_id] += sample.num_response_tokens
+    num_tokens = rollout_tokens.total()
+    num_rollouts = len(rollout_tokens)
+    match options.denominator:
+        case "tokens":
+            denominator = max(num_tokens, 1)
+        case "sequences":
+            denominator = num_rollouts
+        case "fixed":
+            denominator = num_rollouts * options.fixed_length
+
+    def token_weight(sample: Sample) -> float:
+        if options.denominator != "sequences":
+            return 1.0
+        return 1 / max(rollout_tokens[sample.group_id, sample.rollout_id], 1)
+
+    expert_shape = _expert_shape(samples)
+    ranks = pack(
+        [sample.num_tokens for sample in samples],
+        num_ranks=options.dp_size,
+        max_tokens=options.max_tokens,
+        parity_tokens=options.parity_tokens,
+        multiple=options.microbatch_multiple,
     )
-
-    def weight(sample: Sample) -> float:
-        size = (
-            tokens_of_rollout[sample.group_id, sample.rollout_id]
-            if denominator == "sequences"
-            else 1
-        )
-        return 1 / max(size, 1)
-
-    per_rollout = fixed_length if denominator == "fixed" else 1
-    total = max(num_tokens, 1) if denominator == "tokens" else per_rollout * len(tokens_of_rollout)
-    lengths = [sample.num_tokens for sample in samples]
-    limits = {"max_tokens": max_tokens, "parity_tokens": parity_tokens, "multiple": multiple}
-    ranks = pack(lengths, num_ranks=dp_size, **limits)
-    return [
-        _shard(
-            [samples[i] for i in indices],
-            [list(range(a, b)) for a, b in pairwise(accumulate(map(len, microbatches), initial=0))],
-            experts,
-            token_weights=[weight(samples[i]) for i in indices],
-            denominator=float(total),
+    batches = []
+    for microbatches in ranks:
+        mine = [samples[i] for microbatch in microbatches for i in microbatch]
+        batch = TrainBatch(
+            token_ids=[torch.tensor(s.token_ids, dtype=torch.long) for s in mine],
+            loss_mask=[torch.tensor(s.loss_mask, dtype=torch.bool) for s in mine],
+            rollout_logprobs=[torch.tensor(s.rollout_logprobs, dtype=torch.float32) for s in mine],
+            advantages=[float(s.advantage) for s in mine if s.advantage is not None],
+            token_weights=[token_weight(s) for s in mine],
+            microbatches=_counted_from_zero(microbatches),
+            denominator=float(denominator),
             num_tokens=num_tokens,
             num_sequences=len(samples),
-            temperature=temperature,
+            temperature=options.temperature,
         )
-        for microbatches in ranks
-        for indices in [[i for microbatch in microbatches for i in microbatch]]
-    ]
+        if expert_shape is not None:
+            batch.routed_experts = [_routed_experts(s, expert_shape) for s in mine]
+        _fill_with_dummies(batch, expert_shape)
+        batches.append(batch)
+    return batches
 
 
-def _shard(
-    samples: list[Sample],
-    microbatches: list[list[int]],
-    experts: tuple[int, ...] | None,
-    **of_the_step: Any,
-) -> TrainBatch:
-    """The tensors of one rank; each empty micro-batch gets a dummy sequence, which is not in the loss.
-    `experts`: (num_moe_layers, topk), where samples of the step hold routed experts."""
-    batch = TrainBatch(
-        token_ids=[torch.tensor(s.token_ids, dtype=torch.long) for s in samples],
-        loss_mask=[torch.tensor(s.loss_mask, dtype=torch.bool) for s in samples],
-        rollout_logprobs=[torch.tensor(s.rollout_logprobs, dtype=torch.float32) for s in samples],
-        advantages=[float(s.advantage) for s in samples if s.advantage is not None],
-        microbatches=microbatches,
-        routed_experts=[_experts(s, experts) for s in samples] if experts else None,
-        **of_the_step,
-    )
-    for empty in (m for m in microbatches if not m):
-        empty.append(len(batch.token_ids))
+def _counted_from_zero(microbatches: list[list[int]]) -> list[list[int]]:
+    """Micro-batches of the same sizes whose sequences are numbered in order."""
+    numbers = count()
+    return [[next(numbers) for _ in microbatch] for microbatch in microbatches]
+
+
+def _fill_with_dummies(batch: TrainBatch, expert_shape: tuple[int, ...] | None) -> None:
+    """Gives each empty micro-batch a dummy sequence, which is not in the loss."""
+    for microbatch in batch.microbatches:
+        if microbatch:
+            continue
+        microbatch.append(len(batch.token_ids))
         batch.token_ids.append(torch.zeros(_DUMMY_TOKENS, dtype=torch.long))
         batch.loss_mask.append(torch.zeros(_DUMMY_TOKENS, dtype=torch.bool))
         batch.rollout_logprobs.append(torch.zeros(_DUMMY_TOKENS))
-        if experts and batch.routed_experts is not None:
-            batch.routed_experts.append(
-                torch.full((_DUMMY_TOKENS, *experts), -1, dtype=torch.int16)
-            )
         batch.advantages.append(0.0)
         batch.token_weights.append(0.0)
-    return batch
+        if expert_shape is not None and batch.routed_experts is not None:
+            batch.routed_experts.append(_unknown_experts(_DUMMY_TOKENS, expert_shape))
 
 
-def _experts(sample: Sample, size: tuple[int, ...]) -> Tensor:
-    """int16 [T, *size]; -1 for what the engine did not run: the last token, and a sample without response."""
-    experts = torch.full((sample.num_tokens, *size), -1, dtype=torch.int16)
+def _expert_shape(samples: list[Sample]) -> tuple[int, ...] | None:
+    """(num_moe_layers, topk) if any sample holds routed experts."""
+    for sample in samples:
+        if sample.routed_experts is not None:
+            return sample.routed_experts.shape[1:]
+    return None
+
+
+def _routed_experts(sample: Sample, expert_shape: tuple[int, ...]) -> Tensor:
+    """int16 [T, *expert_shape]; -1 for the tokens that the engine did not run.
+
+    These are the last token, and all tokens of a sample without a response.
+    """
+    experts = _unknown_experts(sample.num_tokens, expert_shape)
     if sample.routed_experts is not None:
         experts[:-1] = torch.tensor(sample.routed_experts)
     elif sample.num_response_tokens:
@@ -154,11 +166,19 @@ def _experts(sample: Sample, size: tuple[int, ...]) -> Tensor:
     return experts
 
 
+def _unknown_experts(num_tokens: int, expert_shape: tuple[int, ...]) -> Tensor:
+    return torch.full((num_tokens, *expert_shape), -1, dtype=torch.int16)
+
+
 def _check(sample: Sample) -> None:
-    where = f"sample of group {sample.group_id}, rollout {sample.rollout_id}"
+    name = f"sample of group {sample.group_id}, rollout {sample.rollout_id}"
     if sample.advantage is None:
-        raise ValueError(f"{where} has no advantage; Algorithm.advantages comes before the plan")
+        raise ValueError(f"{name} has no advantage; Algorithm.advantages comes before batching")
     if not len(sample.token_ids) == len(sample.loss_mask) == len(sample.rollout_logprobs):
-        raise ValueError(f"{where}: token_ids, loss_mask and rollout_logprobs must be equally long")
+        raise ValueError(
+            f"{name}: token_ids, loss_mask and rollout_logprobs must be equally long, but have"
+            f" {len(sample.token_ids)}, {len(sample.loss_mask)}"
+            f" and {len(sample.rollout_logprobs)} entries"
+        )
     if sample.loss_mask[0]:
-        raise ValueError(f"{where}: token 0 is in the loss, but nothing precedes it to predict it")
+        raise ValueError(f"{name}: token 0 is in the loss, but nothing precedes it to predict it")

@@ -21,7 +21,7 @@ from nanoslime.config.rollout import WeightSyncConfig
 from nanoslime.orchestration.worker import TrainWorker
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.training.backend import RankEnv
-from nanoslime.training.batching import plan
+from nanoslime.training.batching import BatchingOptions, make_train_batches
 from nanoslime.types import GenerateRequest, Sample, SampleGroup
 from tests.training.rank_pool import RankPool
 
@@ -75,14 +75,14 @@ def sample(engine: SGLangEngine, seed: int) -> list[SampleGroup]:
 
 def own_share(worker: TrainWorker, groups: list[SampleGroup]) -> TrainBatch:
     """This rank's part of the one optimizer step that the groups make."""
-    [shards] = plan(
-        groups,
+    options = BatchingOptions(
         num_steps=1,
         dp_size=worker.dp_size,
         max_tokens=64,
         denominator="tokens",
         temperature=TEMPERATURE,
     )
+    [shards] = make_train_batches(groups, options)
     return shards[worker.dp_rank]
 
 

@@ -8,7 +8,7 @@ from nanoslime.batch import StepMetrics
 from nanoslime.config import ModelConfig, RolloutConfig, RunConfig, TrainingConfig
 from nanoslime.config.algorithm import ReinforcePPConfig
 from nanoslime.orchestration.worker import TrainWorker, metrics_row
-from nanoslime.training.batching import plan
+from nanoslime.training.batching import BatchingOptions, make_train_batches
 from tests.algorithms.made import group
 from tests.models.hf import save_model
 from tests.training.rank_pool import RankPool
@@ -37,9 +37,10 @@ def test_advantages_are_whitened_over_the_rollout_not_its_steps(tmp_path):
     """Every reward of the first step is 1, of the second 0: on its own neither has anything to learn from."""
     groups = [group(0, [1.0, 1.0]), group(1, [0.0, 0.0])]
     algorithms.make(CONFIG.algorithm, 2).advantages(groups)
-    steps = plan(
-        groups, num_steps=2, dp_size=2, max_tokens=64, denominator="tokens", temperature=1.0
+    options = BatchingOptions(
+        num_steps=2, dp_size=2, max_tokens=64, denominator="tokens", temperature=1.0
     )
+    steps = make_train_batches(groups, options)
     ranks = RankPool(2)
     try:
         found = ranks(train, save_model(tmp_path, "qwen3"), steps)

@@ -2,12 +2,13 @@
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from nanoslime.training.batching import plan
+from nanoslime.training.batching import BatchingOptions, make_train_batches
 from nanoslime.types import Sample, SampleGroup, Status
 
 
@@ -42,11 +43,11 @@ def random_groups(seed, num_groups=7):
     return groups
 
 
-def planned(groups, **changes):
-    options = (
-        dict(num_steps=1, dp_size=2, max_tokens=50, denominator="tokens", temperature=1.0) | changes
+def batches(groups, **changes):
+    options = BatchingOptions(
+        num_steps=1, dp_size=2, max_tokens=50, denominator="tokens", temperature=1.0
     )
-    return plan(groups, **options)
+    return make_train_batches(groups, replace(options, **changes))
 
 
 def real_sequences(shard):
@@ -84,7 +85,7 @@ def test_every_sequence_once_within_the_budget_and_equally_many_microbatches(
     seed, dp_size, max_tokens, num_steps
 ):
     groups = random_groups(seed)
-    steps = planned(groups, dp_size=dp_size, max_tokens=max_tokens, num_steps=num_steps)
+    steps = batches(groups, dp_size=dp_size, max_tokens=max_tokens, num_steps=num_steps)
     assert len(steps) == num_steps and all(len(step) == dp_size for step in steps)
     got = Counter(s for step in steps for shard in step for s in real_sequences(shard))
     assert got == Counter((s.rollout_id, s.num_tokens) for g in groups for s in g.samples)
@@ -102,10 +103,10 @@ def test_every_sequence_once_within_the_budget_and_equally_many_microbatches(
 
 def test_micro_batches_come_in_multiples_with_dummies_where_sequences_do_not_suffice():
     groups = random_groups(0)
-    [step] = planned(groups, max_tokens=10**6, microbatch_multiple=4)
+    [step] = batches(groups, max_tokens=10**6, microbatch_multiple=4)
     assert [len(shard.microbatches) for shard in step] == [4, 4]
-    assert summed_loss([step]) == pytest.approx(summed_loss(planned(groups)), rel=1e-6)
-    [[shard]] = planned([SampleGroup(0, [sample(0, 1, 5, 4)])], dp_size=1, microbatch_multiple=2)
+    assert summed_loss([step]) == pytest.approx(summed_loss(batches(groups)), rel=1e-6)
+    [[shard]] = batches([SampleGroup(0, [sample(0, 1, 5, 4)])], dp_size=1, microbatch_multiple=2)
     assert shard.microbatches == [[0], [1]] and not shard.loss_mask[1].any()
 
 
@@ -117,7 +118,7 @@ def test_layout_does_not_change_the_loss(denominator, seed):
     def losses(dp_size, max_tokens):
         options = dict(dp_size=dp_size, max_tokens=max_tokens, num_steps=2, denominator=denominator)
         options |= dict(fixed_length=30)
-        return summed_loss(planned(groups, **options))
+        return summed_loss(batches(groups, **options))
 
     reference = losses(*LAYOUTS[0])
     for layout in LAYOUTS[1:]:
@@ -126,16 +127,16 @@ def test_layout_does_not_change_the_loss(denominator, seed):
 
 def test_denominators_by_hand():
     groups = [SampleGroup(0, [sample(0, 1, 5, 4), sample(0, 2, 5, 2), sample(0, 2, 5, 3)])]
-    (step,) = planned(groups, dp_size=1)
+    (step,) = batches(groups, dp_size=1)
     assert (
         step[0].denominator == 9 and step[0].num_tokens == 9 and step[0].token_weights == [1, 1, 1]
     )
-    (step,) = planned(groups, dp_size=1, denominator="sequences")
+    (step,) = batches(groups, dp_size=1, denominator="sequences")
     assert (
         step[0].denominator == 2 and step[0].num_sequences == 3
     )  # two rollouts, one of two siblings
     assert step[0].token_weights == [1 / 4, 1 / 5, 1 / 5]
-    (step,) = planned(groups, dp_size=1, denominator="fixed", fixed_length=10)
+    (step,) = batches(groups, dp_size=1, denominator="fixed", fixed_length=10)
     assert step[0].denominator == 20 and step[0].token_weights == [1, 1, 1]  # two rollouts of ten
 
 
@@ -148,16 +149,16 @@ def test_groups_go_to_steps_in_order_and_stay_whole():
             sorted(t // 10 for shard in step for t, _ in real_sequences(shard)) for step in steps
         ]
 
-    assert ids(planned(groups, num_steps=2)) == [[0, 0, 1, 1], [2, 2, 3, 3, 4, 4]]
-    assert ids(planned(parts, num_steps=2)) == [[0, 0, 0, 1, 1], [2, 2, 3, 3]]
-    assert len(planned(groups[:2], num_steps=4)) == 2
-    assert planned([], num_steps=4) == []
+    assert ids(batches(groups, num_steps=2)) == [[0, 0, 1, 1], [2, 2, 3, 3, 4, 4]]
+    assert ids(batches(parts, num_steps=2)) == [[0, 0, 0, 1, 1], [2, 2, 3, 3]]
+    assert len(batches(groups[:2], num_steps=4)) == 2
+    assert batches([], num_steps=4) == []
 
 
 def test_load_is_balanced_by_cost():
     lengths = [100, 60, 50, 40, 30, 20, 20, 10]
     groups = [SampleGroup(0, [sample(0, i + 1, n, 1) for i, n in enumerate(lengths)])]
-    (step,) = planned(groups, max_tokens=1000)
+    (step,) = batches(groups, max_tokens=1000)
     tokens = [sum(n for _, n in real_sequences(shard)) for shard in step]
     assert sorted(tokens) == [160, 170]
 
@@ -165,13 +166,13 @@ def test_load_is_balanced_by_cost():
 def test_micro_batches_are_split_before_dummies_are_added():
     lengths = [60, 60, 40, 40, 40]  # 60 + 40 + 40 on one rank, 60 + 40 on the other
     groups = [SampleGroup(0, [sample(0, i + 1, n, 1) for i, n in enumerate(lengths)])]
-    (step,) = planned(groups, max_tokens=100)
+    (step,) = batches(groups, max_tokens=100)
     assert [len(shard.microbatches) for shard in step] == [2, 2]
     assert [len(shard.token_ids) for shard in step] == [3, 2]
 
 
 def test_the_same_groups_give_the_same_plan():
-    a, b = (planned(random_groups(1), dp_size=3) for _ in range(2))
+    a, b = (batches(random_groups(1), dp_size=3) for _ in range(2))
     assert [[s.microbatches for s in step] for step in a] == [
         [s.microbatches for s in step] for step in b
     ]
@@ -183,33 +184,33 @@ def test_the_same_groups_give_the_same_plan():
 
 
 def test_a_rank_without_sequences_gets_a_dummy_out_of_the_loss():
-    (step,) = planned([SampleGroup(0, [sample(0, 1, 6, 3)])], dp_size=2)
+    (step,) = batches([SampleGroup(0, [sample(0, 1, 6, 3)])], dp_size=2)
     dummy = step[1].microbatch(step[1].microbatches[0])
     assert not dummy.loss_mask.any() and dummy.token_weights.sum() == 0
     assert dummy.denominator == 3
 
 
 def test_a_step_with_nothing_in_the_loss_divides_by_one():
-    (step,) = planned([SampleGroup(0, [sample(0, 1, 6, 0)])], dp_size=1)
+    (step,) = batches([SampleGroup(0, [sample(0, 1, 6, 0)])], dp_size=1)
     assert step[0].denominator == 1 and step[0].num_tokens == 0
 
 
 def test_unusable_samples_are_refused_by_name():
     with pytest.raises(ValueError, match="group 3, rollout 9 has no advantage"):
-        planned([SampleGroup(3, [sample(3, 9, 4, 2, advantage=None)])])
+        batches([SampleGroup(3, [sample(3, 9, 4, 2, advantage=None)])])
     with pytest.raises(ValueError, match="group 3, rollout 9: token 0 is in the loss"):
-        planned([SampleGroup(3, [sample(3, 9, 4, 4)])])
+        batches([SampleGroup(3, [sample(3, 9, 4, 4)])])
     short = sample(3, 9, 4, 2)
     short.rollout_logprobs = short.rollout_logprobs[1:]
     with pytest.raises(ValueError, match="equally long"):
-        planned([SampleGroup(3, [short])])
+        batches([SampleGroup(3, [short])])
 
 
 def test_no_two_ranks_differ_by_much_however_the_lengths_are_spread():
     rng = np.random.default_rng(0)
     lengths = rng.lognormal(5, 1, 60).clip(2, 1000).astype(int)
     groups = [SampleGroup(0, [sample(0, i + 1, n, 1) for i, n in enumerate(lengths)])]
-    (step,) = planned(groups, dp_size=4, max_tokens=1000, parity_tokens=500.0)
+    (step,) = batches(groups, dp_size=4, max_tokens=1000, parity_tokens=500.0)
     costs = [sum(n * (1 + n / 500) for _, n in real_sequences(shard)) for shard in step]
     assert max(costs) <= 1.01 * np.mean(costs)
 
@@ -223,7 +224,7 @@ def with_experts(groups):
 
 
 def test_routed_experts_stay_with_their_tokens_and_unknown_ones_are_minus_one():
-    for shard in itertools.chain(*planned(with_experts(random_groups(0)), dp_size=4, num_steps=2)):
+    for shard in itertools.chain(*batches(with_experts(random_groups(0)), dp_size=4, num_steps=2)):
         for ids, mask, experts in zip(
             shard.token_ids, shard.loss_mask, shard.routed_experts, strict=True
         ):
@@ -238,7 +239,7 @@ def test_routed_experts_stay_with_their_tokens_and_unknown_ones_are_minus_one():
 
 def test_a_rank_of_dummies_knows_the_size_of_the_experts():
     only = SampleGroup(0, [sample(0, 1, 5, 3)])
-    shards = planned(with_experts([only]))[0]
+    shards = batches(with_experts([only]))[0]
     assert [[len(e) for e in shard.routed_experts] for shard in shards] in ([[5], [2]], [[2], [5]])
 
 
@@ -248,4 +249,4 @@ def test_a_sample_of_the_loss_without_experts_is_named():
     with pytest.raises(
         ValueError, match="a sample of group 1 lacks routed_experts, which others have"
     ):
-        planned(groups)
+        batches(groups)

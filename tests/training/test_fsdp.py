@@ -20,7 +20,7 @@ from nanoslime.config.model import ModelConfig
 from nanoslime.config.rollout import RolloutConfig
 from nanoslime.config.run import RunConfig
 from nanoslime.config.training import TrainingConfig
-from nanoslime.training.batching import plan
+from nanoslime.training.batching import BatchingOptions, make_train_batches
 from nanoslime.training.fsdp import FSDPBackend
 from nanoslime.types import RunError, Sample, SampleGroup, Status
 
@@ -89,10 +89,14 @@ def steps(dp_size, max_tokens=40, num_steps=2):
             )
             rollout += 1
         groups.append(SampleGroup(group_id, samples))
-    options = dict(
-        num_steps=num_steps, max_tokens=max_tokens, denominator="sequences", temperature=TEMPERATURE
+    options = BatchingOptions(
+        num_steps=num_steps,
+        dp_size=dp_size,
+        max_tokens=max_tokens,
+        denominator="sequences",
+        temperature=TEMPERATURE,
     )
-    return plan(groups, dp_size=dp_size, **options)
+    return make_train_batches(groups, options)
 
 
 def with_old_and_ref(shard: TrainBatch, of_policy, of_reference) -> TrainBatch:

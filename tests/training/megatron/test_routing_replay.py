@@ -18,7 +18,7 @@ from torch import Tensor
 from nanoslime.algorithms.grpo import GRPO
 from nanoslime.batch import TrainBatch
 from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
-from nanoslime.training.batching import plan
+from nanoslime.training.batching import BatchingOptions, make_train_batches
 from nanoslime.training.megatron.routing_replay import RouterReplay, routers, training_step
 from nanoslime.types import GenerateRequest, Sample, SampleGroup, Status
 from tests.models.hf import save_model
@@ -210,9 +210,10 @@ def sampled(engine: Any) -> TrainBatch:
         generations = asyncio.run(engine.generate(request))
         samples = [to_sample(group_id, prompt, generation) for generation in generations]
         groups.append(SampleGroup(group_id, samples))
-    [[batch]] = plan(
-        groups, num_steps=1, dp_size=1, max_tokens=40, denominator="tokens", temperature=1.0
+    options = BatchingOptions(
+        num_steps=1, dp_size=1, max_tokens=40, denominator="tokens", temperature=1.0
     )
+    [[batch]] = make_train_batches(groups, options)
     batch.old_logprobs = batch.rollout_logprobs
     batch.ref_logprobs = batch.rollout_logprobs
     return batch
