@@ -1,9 +1,13 @@
-"""The training loop: sample, train, sync weights. Everything else is where the loop's calls lead.
+"""The training loop: sample, train, sync weights. Everything else lies behind its calls.
 
-    python -m nanoslime.train [RECIPE.yaml] [flags]   one machine: alone, --num-gpus N by Ray, or torchrun
-    python -m nanoslime.train --mock --num-rollout 5  the smallest run: a tiny model on the CPU, a minute
-    python -m nanoslime.train --resume DIR [flags]    goes on with a run of this machine
-    python -m nanoslime.train --run DIR --attempt N   the driver of a submitted run, started by its node agent
+    python -m nanoslime.train [RECIPE.yaml] [flags]
+        trains on one machine: alone, with --num-gpus N through Ray, or under torchrun
+    python -m nanoslime.train --mock --num-rollout 5
+        is the smallest run: a tiny model on the CPU, in a minute
+    python -m nanoslime.train --resume DIR [flags]
+        goes on with a run of this machine
+    python -m nanoslime.train --run DIR --attempt N
+        drives a submitted run; its node agent starts it so
 
 The loop is the same in all of them.
 """
@@ -25,12 +29,13 @@ logger = logging.getLogger(__name__)
 
 
 def train(session: Session, tracker: Tracker, clock: Clock, start: int) -> int:
-    """The loop, from rollout `start` on. Returns DONE, or STOPPED after committing when told to stop."""
+    """Trains from rollout `start` on; returns DONE, or STOPPED once a stop is committed."""
     config = session.config
     trainer = session.trainer
     rollout = session.rollout
+    checkpoints = session.checkpoints
     num_rollout = config.rollout.num_rollout
-    trainer.sync_weights(rollout, version=start)
+    session.weights.sync(start)
     if start == 0:
         clock("evaluate")
         rollout.evaluate(-1)
@@ -39,8 +44,12 @@ def train(session: Session, tracker: Tracker, clock: Clock, start: int) -> int:
         groups = rollout.generate(step)
         clock("train")
         metrics = rollout.metrics | trainer.train(groups)
+        due = config.checkpoint.due(step, num_rollout)
+        if due or session.attempt.must_stop():
+            clock("checkpoint")
+            checkpoints.save(step + 1)  # while the trainer is awake; committed with the evaluation
         clock("weight_sync")
-        metrics |= trainer.sync_weights(rollout, version=step + 1)
+        metrics |= session.weights.sync(step + 1)
         clock.step = step + 1
         reward = None
         if config.eval.due(step, num_rollout):
@@ -50,9 +59,9 @@ def train(session: Session, tracker: Tracker, clock: Clock, start: int) -> int:
             metrics["eval/reward_mean"] = reward
         tracker.log(step, metrics)
         stop = session.attempt.must_stop()
-        if stop or config.checkpoint.due(step, num_rollout):
+        if due or stop:
             clock("checkpoint")
-            session.checkpoints.commit(step + 1, reward)
+            checkpoints.commit(step + 1, reward)
         if stop and step + 1 < num_rollout:
             logger.warning("stopped after %d rollouts: %s", step + 1, stop)
             return STOPPED
@@ -64,7 +73,10 @@ def train(session: Session, tracker: Tracker, clock: Clock, start: int) -> int:
 
 
 def run(launch: Launch) -> int:
-    """Opens the session, trains and sums up. An expected failure is one line, in log and run status."""
+    """Opens the session, trains and sums up.
+
+    An expected failure is one line, in the log and in the run's status.
+    """
     started = time.monotonic()
     run_dir = launch.attempt.run
     clock = Clock(run_dir)

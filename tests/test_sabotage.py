@@ -45,10 +45,11 @@ FAULTS = [
     Fault(
         "weights stale by one version",
         "nanoslime/weight_sync/assemble.py",
-        "        shards = list(self._shards())\n",
+        "        return list(self._shards())\n",
         "        now = [WeightShard(s.name, s.full_shape, s.slices, s.tensor.clone())\n"
         "               for s in self._shards()]\n"
-        "        shards, self._late = getattr(self, '_late', now), now\n",
+        "        late, self._late = getattr(self, '_late', now), now\n"
+        "        return late\n",
         "tests/orchestration/test_weight_sync.py -k broadcast_from_megatron",
     ),
     Fault(
@@ -68,8 +69,8 @@ FAULTS = [
     Fault(
         "a TP rank's part not synced",
         "nanoslime/weight_sync/assemble.py",
-        "                dist.recv(part, src=piece.rank)\n                full[where] = part\n",
-        "                dist.recv(part, src=piece.rank)\n",
+        "                dist.recv(part, src=source.rank)\n                full[source.box] = part\n",
+        "                dist.recv(part, src=source.rank)\n",
         "tests/weight_sync/test_assemble.py",
     ),
     Fault(

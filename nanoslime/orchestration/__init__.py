@@ -1,1 +1,1 @@
-"""Who runs where: trainer ranks, engines and the rollout, in one process, under torchrun, or on Ray."""
+"""Places trainer ranks, engines and the rollout: in one process, under torchrun or on Ray."""

@@ -1,8 +1,10 @@
-"""Checkpoints: everything that a run's next step depends on, written aside, hashed, committed by one rename.
+"""A checkpoint holds everything that the next step of a run depends on. It is written
+aside, hashed, and committed by one rename.
 
-checkpoints/step_<k>/   trainer/       weights, optimizer, RNG and schedule as the backend writes them
-                        driver.json    rollouts done, policy version, data cursor, best evaluation
-                        manifest.json  the checksum of every file, written last
+checkpoints/step_<k>/
+    trainer/       weights, optimizer, RNG and schedule, as the backend writes them
+    driver.json    rollouts done, policy version, data cursor, best evaluation
+    manifest.json  the checksum of every file, written last
 """
 
 import json
@@ -13,27 +15,36 @@ from nanoslime.config import RunConfig
 from nanoslime.orchestration.groups import TrainGroup
 from nanoslime.orchestration.rollout_manager import Replay, RolloutManager
 from nanoslime.run_dir import RunDir
-from nanoslime.storage.commit import checkpoints, commit, partial_dir, retain
+from nanoslime.storage.commit import checkpoints, commit, partial_dir, partial_path, retain
 from nanoslime.storage.manifest import DamagedError, verify
 from nanoslime.types import RunError
+from nanoslime.weight_sync.session import SyncSession
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class Checkpoints:
-    """`step_<k>` is the state after k rollouts."""
+    """`step_<k>` is the state after k rollouts.
+
+    It is made in two parts: `save` comes while the trainer is awake, `commit` after the
+    weight sync and the evaluation of the step. A trainer and engines that share devices
+    then change turns no more often than without checkpoints.
+    """
 
     config: RunConfig
     run: RunDir
     trainer: TrainGroup
     rollout: RolloutManager | Replay
+    weights: SyncSession
     _best: tuple[float, int] | None = field(default=None, init=False)  # reward, rollouts
+    _saved: int | None = field(default=None, init=False)  # rollouts of what `save` has put aside
 
     def resume(self) -> int:
-        """Loads the newest checkpoint that verifies; returns its number of rollouts, 0 before the first.
+        """Loads the newest checkpoint that verifies; returns its number of rollouts.
 
-        Raises RunError where there are checkpoints, but none that verifies.
+        Returns 0 where there is no checkpoint yet. Raises RunError where there are
+        checkpoints, but none that verifies.
         """
         rollouts = self._newest_good()
         if rollouts:
@@ -45,20 +56,35 @@ class Checkpoints:
             logger.info("resumed after %d rollouts from %s", rollouts, path)
         return rollouts
 
-    def commit(self, rollouts: int, reward: float | None) -> None:
-        """The state after `rollouts` rollouts; older ones are removed only once this one is committed.
-
-        reward: of the evaluation at this step, if there was one; it decides which checkpoint is the best.
-        """
-        if reward is not None and (self._best is None or reward > self._best[0]):
-            self._best = (reward, rollouts)
-        final = self.run.checkpoint(rollouts)
-        partial = partial_dir(final)
+    def save(self, rollouts: int) -> None:
+        """Puts the trainer's state aside; `commit` makes it a checkpoint."""
+        partial = partial_dir(self.run.checkpoint(rollouts))
         (partial / "trainer").mkdir()
         self.trainer.save(partial / "trainer")
-        state = {"rollouts": rollouts, "rollout": self.rollout.state_dict(), "best": self._best}
+        self._saved = rollouts
+
+    def commit(self, rollouts: int, reward: float | None) -> None:
+        """Makes the state after `rollouts` rollouts a checkpoint, then removes older ones.
+
+        Saves first where `save` was not called: a trainer and engines that share
+        devices then change turns. `reward` comes from the evaluation at this step, if
+        there was one; it decides which checkpoint is the best.
+        """
+        if self._saved != rollouts:
+            self.save(rollouts)
+        if reward is not None and (self._best is None or reward > self._best[0]):
+            self._best = (reward, rollouts)
+        state = {
+            "rollouts": rollouts,
+            "policy_version": self.weights.version,
+            "rollout": self.rollout.state_dict(),
+            "best": self._best,
+        }
+        final = self.run.checkpoint(rollouts)
+        partial = partial_path(final)
         (partial / "driver.json").write_text(json.dumps(state))
         commit(partial, final)
+        self._saved = None
         self._retain()
 
     def _retain(self) -> None:
@@ -69,7 +95,7 @@ class Checkpoints:
         )
 
     def _newest_good(self) -> int:
-        """Its number of rollouts, 0 where there is none at all."""
+        """The rollouts of the newest checkpoint that verifies; 0 where there is none at all."""
         refused = []
         for step, path in reversed(checkpoints(self.run.checkpoints)):
             try:

@@ -1,10 +1,7 @@
 """The group of trainer ranks as the training loop sees it, whatever processes they live in."""
 
-import shutil
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +9,44 @@ from nanoslime.batch import TrainBatch
 from nanoslime.config import RunConfig
 from nanoslime.engine_kind import engine_kind
 from nanoslime.models.shape import ModelShape
-from nanoslime.orchestration.rollout_manager import Replay, RolloutManager
+from nanoslime.orchestration.devices import SeparateDevices, SharedDevices
 from nanoslime.run_dir import RunDir
 from nanoslime.training.batching import BatchingOptions, make_train_batches
 from nanoslime.types import SampleGroup
+from nanoslime.weight_sync.engine_calls import EngineCalls
 
 
 class TrainGroup(ABC):
-    """All trainer ranks. A call returns when all are done, or raises RunError naming who is not."""
+    """All trainer ranks. A call returns when every rank has finished it; RunError names
+    the rank that fails, dies or is late.
+
+    What needs the trainer's memory takes shared devices from the engines first.
+    """
 
     dp_size: int
     address = "127.0.0.1"  # of rank 0
     gpu_ids: Sequence[int] = ()  # by rank; none on a CPU
 
-    def __init__(self, config: RunConfig, run: RunDir, model_dir: Path, transport: str):
-        self.config, self.run, self.transport = config, run, transport
-        self._engines_turn: RolloutManager | Replay | None = (
-            None  # whose engines have the device, the trainer asleep
-        )
-        self._version = 0  # of the weights that the engines have
+    def __init__(self, config: RunConfig, run: RunDir, model_dir: Path):
+        self.config = config
+        self.run = run
+        self.model_dir = model_dir
+        self.devices: SeparateDevices | SharedDevices = SeparateDevices()
         self._parity_tokens = ModelShape.read(model_dir).attention_parity_tokens
 
     @abstractmethod
     def _train(self, shards: list[list[TrainBatch]]) -> dict[str, float]:
-        """TrainWorker.train on every rank, with its data-parallel rank's shards; rank 0's metrics."""
+        """Calls TrainWorker.train on every rank; returns the metrics of rank 0.
+
+        `shards` holds the batches of each data-parallel rank.
+        """
 
     @abstractmethod
     def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> None:
-        """A collective method of TrainWorker on every rank; `what` says in errors what it was asked to do."""
+        """Calls a collective method of TrainWorker on every rank.
+
+        `what` says in errors what the ranks were asked to do.
+        """
 
     @abstractmethod
     def close(self) -> None: ...
@@ -47,8 +54,15 @@ class TrainGroup(ABC):
     def setup(self) -> None:  # noqa: B027
         """Builds what construction has only reserved, if anything."""
 
+    def share_devices(self, engines: EngineCalls) -> None:
+        """From now on the trainer and these engines take turns; the trainer has the first."""
+        self.devices = SharedDevices(self, engines)
+
     def train(self, groups: list[SampleGroup]) -> dict[str, float]:
-        """The optimizer steps of one rollout; metrics of the row, few where every group was dropped."""
+        """Makes the optimizer steps of one rollout; returns the metrics of its row.
+
+        They are few where every group was dropped.
+        """
         training = self.config.training
         options = BatchingOptions(
             num_steps=training.num_steps_per_rollout,
@@ -61,84 +75,20 @@ class TrainGroup(ABC):
             parity_tokens=self._parity_tokens,
         )
         steps = make_train_batches(groups, options)
-        return self._wake() | self._train(
-            [[step[dp] for step in steps] for dp in range(self.dp_size)]
-        )
-
-    def connect(self, engines: list[Any], address: str, ranks_by_engine: list[list[int]]) -> None:
-        """The way of weights to the engines: a group of rank 0 at `address` with them, or with `tensor` from
-        the trainer ranks on each engine's devices."""
-        if self.transport in ("broadcast", "tensor"):
-            shared = ranks_by_engine if self.transport == "tensor" else None
-            self.call("connect", engines, address, shared, what="open the way of weights")
-
-    def broadcast(self, version: int) -> None:
-        deadline_s = self.config.weight_sync.deadline_s
-        self.call(
-            "broadcast",
-            version,
-            what=f"send the weights of version {version}",
-            deadline_s=deadline_s,
-        )
+        shards = [[step[dp_rank] for step in steps] for dp_rank in range(self.dp_size)]
+        times = self.devices.give_to_trainer()
+        return times | self._train(shards)
 
     def export_hf(self, path: Path) -> None:
-        with self._awake():
-            self.call("write_hf", path, what=f"write {path}")
+        self.devices.give_to_trainer()
+        self.call("write_hf", path, what=f"write {path}")
 
     def save(self, path: Path) -> None:
-        with self._awake():
-            self.call("save", path, what=f"save {path}")
+        self.devices.give_to_trainer()
+        self.call("save", path, what=f"save {path}")
 
     def load(self, path: Path) -> None:
         self.call("load", path, what=f"load {path}")
-
-    def sync_weights(self, rollout: RolloutManager | Replay, version: int) -> dict[str, float]:
-        """The current weights into every engine, labelled `version`; returns the seconds that it took.
-
-        Colocated, the engines have the device afterwards, and the trainer sleeps until it is needed.
-        """
-        start, self._version, times = time.monotonic(), version, dict[str, float]()
-        path = self.run.weights / f"version_{version}"
-        if self.transport == "disk":
-            self.export_hf(path)
-
-        def send() -> None:
-            if self.config.cluster.colocate:
-                rollout.each("resume_memory", "weights")
-            if self.transport == "disk":
-                rollout.each("update_weights_from_disk", str(path), version)
-            elif self.transport != "none":
-                self.broadcast(version)
-            if self.config.cluster.colocate:
-                times["time/sleep_s"] = self._timed("sleep")
-                rollout.each("resume_memory", "cache")
-                self._engines_turn = rollout
-
-        rollout.update_weights(send, version)
-        shutil.rmtree(path, ignore_errors=True)
-        return {"time/weight_sync_s": time.monotonic() - start, **times}
-
-    def _wake(self) -> dict[str, float]:
-        """Takes the device where the engines have it; they lose their weights."""
-        if self._engines_turn is None:
-            return {}
-        self._engines_turn.each("release_memory")
-        self._engines_turn = None
-        return {"time/wake_s": self._timed("wake")}
-
-    @contextmanager
-    def _awake(self) -> Iterator[None]:
-        """Has the device inside; afterwards engines that had it have it again, with their weights."""
-        rollout = self._engines_turn
-        self._wake()
-        yield
-        if rollout is not None:
-            self.sync_weights(rollout, self._version)
-
-    def _timed(self, method: str) -> float:
-        start = time.monotonic()
-        self.call(method, what=method)
-        return time.monotonic() - start
 
 
 class NoTrainer(TrainGroup):
@@ -152,17 +102,15 @@ class NoTrainer(TrainGroup):
 
     def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> None: ...
 
-    def sync_weights(self, rollout: RolloutManager | Replay, version: int) -> dict[str, float]:
-        return super().sync_weights(rollout, version=0)
-
     def close(self) -> None: ...
 
 
 def resolve_transport(config: RunConfig, *, same_process: bool) -> str:
-    """weight_sync.transport with "auto" decided; "none" where there is no engine or no trainer.
+    """Decides what weight_sync.transport="auto" means; returns a key of TRANSPORTS.
 
-    `same_process`: the engine lives in the process of the only trainer rank. Raises ValueError for
-    a transport that the engine cannot take, or not here.
+    It is "none" where there is no engine or no trainer. `same_process` says that the
+    engine lives in the process of the only trainer rank. Raises ValueError for a
+    transport that the engine cannot take, or not here.
     """
     if config.rollout.load_rollouts or config.rollout.rollout_only:
         return "none"
@@ -175,8 +123,8 @@ def resolve_transport(config: RunConfig, *, same_process: bool) -> str:
     choices = f"choose {', '.join(possible)} or auto"
     if asked not in kind.transports:
         raise ValueError(
-            f"weight_sync.transport={asked}: rollout.engine={kind.name} cannot take weights that "
-            f"way; {choices}"
+            f"weight_sync.transport={asked}: rollout.engine={kind.name} cannot take weights "
+            f"that way; {choices}"
         )
     if asked in obstacles:
         raise ValueError(f"weight_sync.transport={asked} {obstacles[asked]}; {choices}")
@@ -184,7 +132,7 @@ def resolve_transport(config: RunConfig, *, same_process: bool) -> str:
 
 
 def _transport_obstacles(config: RunConfig, same_process: bool) -> dict[str, str]:
-    """Why a transport is impossible in this run, whatever the engine; the others have no entry."""
+    """Why a transport is impossible in this run, whatever the engine; others have no entry."""
     obstacles = {}
     if not config.cluster.colocate:
         obstacles["tensor"] = "needs engines on the trainers' own GPUs (--colocate)"

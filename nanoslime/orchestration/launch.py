@@ -1,4 +1,6 @@
-"""From a command line of `nanoslime.train` to a session: which run, which attempt, which way to run it."""
+"""Finds out what a command line of `nanoslime.train` asks for: which run, which
+attempt, and how to open its session.
+"""
 
 import argparse
 import os
@@ -97,7 +99,7 @@ def _submitted(asked: CommandLine) -> Launch:
 
 
 def _on_this_machine(config: RunConfig, run: RunDir | None) -> Launch:
-    """`run`: goes on with an existing run."""
+    """`run` is an existing run to go on with; None makes a new one."""
     config, shape = _with_local_checkpoint(config)
     rollout = config.rollout
     if rollout.load_rollouts:
@@ -134,7 +136,7 @@ def _on_own_ray(config: RunConfig, run: RunDir | None, shape: ModelShape) -> Lau
 
 
 def _with_local_checkpoint(config: RunConfig) -> tuple[RunConfig, ModelShape]:
-    """The configuration with a checkpoint that is a whole local directory; a hub id is fetched."""
+    """The configuration with a checkpoint that is a local directory; a hub id is fetched."""
     if config.rehearsal.enabled:
         return config, ModelShape.from_config(tiny_qwen3_config())
     found = find_checkpoint(

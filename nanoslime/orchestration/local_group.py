@@ -14,25 +14,13 @@ from nanoslime.training.backend import RankEnv
 
 
 class LocalTrainGroup(TrainGroup):
-    """`engines` has one element with the transport in_process: the engine of this process."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        run: RunDir,
-        model_dir: Path,
-        transport: str,
-        env: RankEnv,
-        engines: list[Any],
-    ):
-        super().__init__(config, run, model_dir, transport)
-        self._model_dir = model_dir
+    def __init__(self, config: RunConfig, run: RunDir, model_dir: Path, env: RankEnv):
+        super().__init__(config, run, model_dir)
         self._env = env
-        self._engines = engines
         self._worker: TrainWorker | None = None
 
     def setup(self) -> None:
-        self._worker = TrainWorker(self.config, self._model_dir, self._env, self.run.skipped)
+        self._worker = TrainWorker(self.config, self.model_dir, self._env, self.run.skipped)
         self.dp_size = self._worker.dp_size
 
     def _train(self, shards: list[list[TrainBatch]]) -> dict[str, float]:
@@ -40,11 +28,6 @@ class LocalTrainGroup(TrainGroup):
 
     def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> None:
         getattr(self._worker, method)(*args)
-
-    def broadcast(self, version: int) -> None:
-        if self.transport != "in_process":
-            return super().broadcast(version)
-        self._engines[0].load_weights(self._worker.tensors(), version)
 
     def close(self) -> None:
         if self._worker is not None:

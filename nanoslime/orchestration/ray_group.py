@@ -1,10 +1,11 @@
-"""Trainer ranks and engines as Ray actors on the node that the plan names. The only file that imports ray.
+"""Trainer ranks and engines are Ray actors on the nodes that the plan names. No other
+file imports ray.
 
-    driver (node 0) ── RayTrainGroup ── one RankActor per trainer rank, on the node of the plan
-                    └─ RayEngines ───── one EngineActor per engine, each the owner of one server
+    driver (node 0) ── RayTrainGroup ── one RankActor for each trainer rank
+                    └─ RayEngines ───── one EngineActor for each engine; it owns a server
 
-Batches travel as one Ray object per data-parallel rank. Whoever dies ends the run: RunError says its name,
-node and log.
+Batches travel as one Ray object for each data-parallel rank. An actor that dies ends
+the run: RunError says its name, node and log.
 """
 
 import logging
@@ -12,9 +13,9 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
@@ -32,41 +33,58 @@ from nanoslime.types import Engine, RunError
 
 logger = logging.getLogger(__name__)
 NODE_LABEL = "nanoslime-node"
-SLOT = "slot"  # the Ray resource that stands for a GPU on nodes that have none
+# The Ray resource that stands for a GPU on nodes that have none.
+SLOT = "slot"
 
 
 def connect(head: dict[str, Any], num_nodes: int, deadline_s: float) -> None:
-    """Connects the driver to the cluster that the node agents started; waits until every node has joined."""
+    """Connects the driver to the cluster of the node agents; waits until every node joined."""
     _init(address=head["ray_address"], _node_ip_address=head["node_ip"])
     end = time.monotonic() + deadline_s
-    while (
-        len(labels := {n["Labels"].get(NODE_LABEL) for n in ray.nodes() if n["Alive"]}) < num_nodes
-    ):
+    while len(joined := _joined_nodes()) < num_nodes:
         if time.monotonic() > end:
-            missing = [i for i in range(num_nodes) if str(i) not in labels]
-            cluster = f"the Ray cluster at {head['ray_address']}"
-            raise RunError(f"nodes {missing} are not in {cluster} after {deadline_s:.0f}s")
+            missing = [node for node in range(num_nodes) if str(node) not in joined]
+            raise RunError(
+                f"nodes {missing} are not in the Ray cluster at {head['ray_address']} "
+                f"after {deadline_s:.0f}s"
+            )
         time.sleep(0.2)
 
 
+def _joined_nodes() -> set[str]:
+    """The plan's numbers of the nodes that are alive in the cluster."""
+    return {node["Labels"].get(NODE_LABEL) for node in ray.nodes() if node["Alive"]}
+
+
 def start_local(num_slots: int, device: str) -> None:
-    """A Ray of this process's own, with one node (node 0), for `python -m nanoslime.train --num-gpus N`."""
-    # Ray's own switch: a cluster on loopback that ends with this process
+    """Starts a Ray of this process's own, with one node, which is node 0 of the plan.
+
+    `python -m nanoslime.train --num-gpus N` runs on it.
+    """
+    # This is Ray's own switch: the cluster listens on loopback and ends with this process.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    node = {"labels": {NODE_LABEL: "0"}, "num_cpus": max(2, num_slots), **_slots(num_slots, device)}
-    _init(_node_ip_address="127.0.0.1", include_dashboard=False, **node)
+    _init(
+        _node_ip_address="127.0.0.1",
+        include_dashboard=False,
+        labels={NODE_LABEL: "0"},
+        num_cpus=max(2, num_slots),
+        **_slots(num_slots, device),
+    )
 
 
 def _init(**options: Any) -> None:
     ray.init(logging_level=logging.WARNING, log_to_driver=False, namespace="nanoslime", **options)
 
 
-disconnect = ray.shutdown
+def disconnect() -> None:
+    ray.shutdown()
 
 
 def _slots(num: int, device: str) -> dict[str, Any]:
-    """Ray's options for so many GPUs, or CPU slots."""
-    return {"num_gpus": num} if device == "cuda" else {"resources": {SLOT: num}}
+    """Ray's options that reserve so many GPUs, or CPU slots."""
+    if device == "cuda":
+        return {"num_gpus": num}
+    return {"resources": {SLOT: num}}
 
 
 def _log_to(path: Path) -> None:
@@ -74,31 +92,63 @@ def _log_to(path: Path) -> None:
     with path.open("ab") as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
-    line = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-    logging.basicConfig(level=logging.INFO, format=line, stream=sys.stderr, force=True)
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+        force=True,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ActorSetup:
+    """What an actor process is told when it starts."""
+
+    index: int  # the rank of a trainer, the number of an engine
+    config: RunConfig
+    model_dir: Path
+    device: Literal["cpu", "cuda"]
+    log: Path
+
+
+@dataclass(frozen=True, slots=True)
+class RankPlace:
+    """Where a trainer rank was put."""
+
+    address: str
+    port: int  # one that was free a moment ago
+    gpu_ids: list[int]  # the node's numbers of the GPUs that Ray gave
 
 
 @ray.remote
 class RankActor:
-    """One trainer rank. `setup` follows a `place` of rank 0, which then listens at the port found there."""
+    """One trainer rank. `place` comes before `setup`: rank 0 then listens where it said."""
 
-    def __init__(self, rank: int, config: RunConfig, model_dir: Path, device: str, log: Path):
-        _log_to(log)
-        self._rank, self._config, self._model_dir, self._device = rank, config, model_dir, device
+    def __init__(self, setup: ActorSetup):
+        _log_to(setup.log)
+        self._setup = setup
+        self._worker: TrainWorker | None = None
 
-    def place(self) -> tuple[tuple[str, int], list[int]]:
-        """An address to meet at, and the node's numbers of the GPUs that Ray gave."""
-        ip = ray.util.get_node_ip_address()
-        return (ip, free_port(ip)), [int(i) for i in ray.get_gpu_ids()]
+    def place(self) -> RankPlace:
+        address = ray.util.get_node_ip_address()
+        gpu_ids = [int(gpu_id) for gpu_id in ray.get_gpu_ids()]
+        return RankPlace(address, free_port(address), gpu_ids)
 
-    def setup(self, world_size: int, meet: tuple[str, int], skipped_dir: Path) -> tuple[int, int]:
+    def setup(self, world_size: int, meeting: RankPlace, skipped_dir: Path) -> tuple[int, int]:
         """Builds the worker; returns (dp_rank, dp_size)."""
-        env = RankEnv(self._rank, world_size, 0, self._device, f"tcp://{meet[0]}:{meet[1]}")
-        here = ray.util.get_node_ip_address()
-        logger.info(
-            "trainer rank %d of %d on %s, pid %d", self._rank, world_size, here, os.getpid()
+        setup = self._setup
+        env = RankEnv(
+            rank=setup.index,
+            world_size=world_size,
+            local_rank=0,
+            device=setup.device,
+            init_method=f"tcp://{meeting.address}:{meeting.port}",
         )
-        self._worker = TrainWorker(self._config, self._model_dir, env, skipped_dir)
+        address = ray.util.get_node_ip_address()
+        logger.info(
+            "trainer rank %d of %d on %s, pid %d", env.rank, world_size, address, os.getpid()
+        )
+        self._worker = TrainWorker(setup.config, setup.model_dir, env, skipped_dir)
         return self._worker.dp_rank, self._worker.dp_size
 
     def call(self, method: str, *args: Any) -> Any:
@@ -110,24 +160,27 @@ class RankActor:
 class EngineActor:
     """The owner of one engine on its node."""
 
-    def __init__(self, index: int, config: RunConfig, model_dir: Path, device: str, log: Path):
-        _log_to(log)
-        self._kind = engine_kind(config.rollout)
+    def __init__(self, setup: ActorSetup):
+        _log_to(setup.log)
+        self._setup = setup
         self._owner: EngineOwner | None = None
-        self._start = EngineStart(
-            config=config,
-            index=index,
-            model_dir=model_dir,
-            device=device,
-            host=ray.util.get_node_ip_address(),
-            log=log.with_name(f"{self._kind.name}-{index}.log"),
-        )
 
     def start(self, deadline_s: float, gpu_ids: list[int] | None) -> Engine:
-        """`gpu_ids`: of the trainers that it shares them with; None: those that Ray gave."""
+        """Starts it on the GPUs of `gpu_ids`; None stands for those that Ray gave."""
+        setup = self._setup
         if gpu_ids is None:
-            gpu_ids = [int(i) for i in ray.get_gpu_ids()]
-        self._owner = self._kind.make_owner(replace(self._start, gpu_ids=gpu_ids))
+            gpu_ids = [int(gpu_id) for gpu_id in ray.get_gpu_ids()]
+        kind = engine_kind(setup.config.rollout)
+        start = EngineStart(
+            config=setup.config,
+            index=setup.index,
+            model_dir=setup.model_dir,
+            device=setup.device,
+            host=ray.util.get_node_ip_address(),
+            log=setup.log.with_name(f"{kind.name}-{setup.index}.log"),
+            gpu_ids=gpu_ids,
+        )
+        self._owner = kind.make_owner(start)
         return self._owner.start(deadline_s)
 
     def close(self) -> None:
@@ -135,41 +188,58 @@ class EngineActor:
             self._owner.close()
 
 
+@dataclass(frozen=True, slots=True)
+class ActorPlace:
+    """Where the plan puts an actor."""
+
+    index: int
+    node: int
+    num_slots: int  # of the node's GPUs or CPU slots
+
+
 class _Actors:
-    """One actor per place (number, node of the plan, how many of its GPUs or CPU slots), on just that node.
+    """One actor for each place, on just the node that the plan names.
 
     Their results are waited for together, with a deadline and a name for whoever fails.
     """
 
     def __init__(
         self,
-        cls: Any,
+        actor_class: Any,
         role: str,
-        places: list[tuple[int, int, int]],
-        config: RunConfig,
+        places: Sequence[ActorPlace],
         attempt: Attempt,
-        layout: Layout,
+        config: RunConfig,
         model_dir: Path,
     ):
-        kind, interface = role.split()[0], config.cluster.network_interface
-        env = (
-            {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}
-        )
-        self._names = [f"{role} {i} on node {node}" for i, node, _ in places]
-        self._logs = [attempt.log(kind, i) for i, _, _ in places]
-        self.actors = [
-            cls.options(
-                name=f"{kind}-{i}",
+        """Errors call the actors by `role`; its first word names them in Ray, and their logs."""
+        device = config.cluster.device
+        interface = config.cluster.network_interface
+        environment = {}
+        if interface:
+            environment["GLOO_SOCKET_IFNAME"] = interface
+            environment["NCCL_SOCKET_IFNAME"] = interface
+        short_role = role.split()[0]
+        self.actors: list[Any] = []
+        self._names: list[str] = []
+        self._logs: list[Path] = []
+        for place in places:
+            log = attempt.log(short_role, place.index)
+            options = actor_class.options(
+                name=f"{short_role}-{place.index}",
                 num_cpus=0,
                 max_restarts=0,
-                label_selector={NODE_LABEL: str(node)},
-                runtime_env={"env_vars": env},
-                **_slots(num_slots, layout.device),
-            ).remote(i, config, model_dir, layout.device, log)
-            for (i, node, num_slots), log in zip(places, self._logs, strict=True)
-        ]
+                label_selector={NODE_LABEL: str(place.node)},
+                runtime_env={"env_vars": environment},
+                **_slots(place.num_slots, device),
+            )
+            setup = ActorSetup(place.index, config, model_dir, device, log)
+            self.actors.append(options.remote(setup))
+            self._names.append(f"{role} {place.index} on node {place.node}")
+            self._logs.append(log)
 
-    def each(self, method: str, *args: Any) -> list[Any]:
+    def start_on_each(self, method: str, *args: Any) -> list[Any]:
+        """Starts the call on every actor; `gather` waits for the results."""
         return [getattr(actor, method).remote(*args) for actor in self.actors]
 
     def kill(self) -> None:
@@ -177,41 +247,48 @@ class _Actors:
             ray.kill(actor)
 
     def gather(self, refs: list[Any], what: str, deadline_s: float) -> list[Any]:
-        """Results in order. Raises RunError as soon as one actor fails or dies, or at the deadline."""
-        pending, end = list(refs), time.monotonic() + deadline_s
+        """Waits for one result of each actor; returns the results in order.
+
+        Raises RunError as soon as one actor fails or dies, or at the deadline. `what`
+        says in errors what the actors were asked to do.
+        """
+        actor_of = {ref: i for i, ref in enumerate(refs)}
+        pending = list(refs)
+        end = time.monotonic() + deadline_s
         while pending:
-            ready, pending = ray.wait(
-                pending, num_returns=1, timeout=max(0.0, end - time.monotonic())
-            )
+            time_left_s = max(0.0, end - time.monotonic())
+            ready, pending = ray.wait(pending, num_returns=1, timeout=time_left_s)
             if not ready:
-                late = [refs.index(ref) for ref in pending]
+                late = [actor_of[ref] for ref in pending]
                 names = ", ".join(self._names[i] for i in late)
                 raise RunError(
                     f"{names} did not {what} within {deadline_s:.0f}s; log: {self._logs[late[0]]}"
                 )
-            self._check(refs.index(ready[0]), ready[0], what)
+            self._check(actor_of[ready[0]], ready[0], what)
         return ray.get(refs)
 
     def _check(self, i: int, ref: Any, what: str) -> None:
+        """Raises RunError where the finished call `ref` of actor `i` has failed."""
         try:
             ray.get(ref)
-        except (RayTaskError, RayActorError) as e:
-            failed = isinstance(e, RayTaskError)
-            dead = (
-                self._first_dead() if failed else i
-            )  # the others' broken collectives follow from a death
+        except RayActorError as e:
+            raise self._died(i, what) from e
+        except RayTaskError as e:
+            dead = self._first_dead()  # a death breaks the collectives of all other ranks
             if dead is not None:
-                died = f"{self._names[dead]} died while asked to {what}"
-                raise RunError(f"{died}; log: {self._logs[dead]}") from e
+                raise self._died(dead, what) from e
             cause = e.cause if isinstance(e.cause, Exception) else e
-            reason = (str(cause).strip().splitlines() or [type(cause).__name__])[-1]
+            lines = str(cause).strip().splitlines() or [type(cause).__name__]
             raise RunError(
-                f"{self._names[i]} failed to {what}: {reason}; log: {self._logs[i]}"
+                f"{self._names[i]} failed to {what}: {lines[-1]}; log: {self._logs[i]}"
             ) from e
 
+    def _died(self, i: int, what: str) -> RunError:
+        return RunError(f"{self._names[i]} died while asked to {what}; log: {self._logs[i]}")
+
     def _first_dead(self) -> int | None:
-        """Which actor is dead, if one is: all are asked, with two seconds for news of a death to arrive."""
-        pings = self.each("__ray_ready__")
+        """Asks all actors and returns the first dead one; news of a death gets two seconds."""
+        pings = self.start_on_each("__ray_ready__")
         ray.wait(pings, num_returns=len(pings), timeout=2.0)
         for i, ping in enumerate(pings):
             try:
@@ -224,69 +301,78 @@ class _Actors:
 
 
 class RayTrainGroup(TrainGroup):
-    def __init__(
-        self, config: RunConfig, attempt: Attempt, layout: Layout, model_dir: Path, transport: str
-    ):
-        super().__init__(config, attempt.run, model_dir, transport)
-        places, deadline_s = (
-            [(p.rank, p.node, 1) for p in layout.trainers],
-            config.training.start_deadline_s,
-        )
-        self._ranks = _Actors(RankActor, "trainer rank", places, config, attempt, layout, model_dir)
-        found = self._ranks.gather(self._ranks.each("place"), "start", deadline_s)
-        self.address: str = found[0][0][0]  # of rank 0
-        self.gpu_ids = [gpu for _, gpus in found for gpu in gpus]  # by rank; none on a CPU
+    """Construction reserves the ranks' places; `setup` builds their models."""
+
+    def __init__(self, config: RunConfig, attempt: Attempt, layout: Layout, model_dir: Path):
+        super().__init__(config, attempt.run, model_dir)
+        places = [ActorPlace(place.rank, place.node, num_slots=1) for place in layout.trainers]
+        self._ranks = _Actors(RankActor, "trainer rank", places, attempt, config, model_dir)
         self._deadline_s = config.training.collective_deadline_s
+        found: list[RankPlace] = self._ranks.gather(
+            self._ranks.start_on_each("place"), "start", config.training.start_deadline_s
+        )
+        self.address = found[0].address
+        self.gpu_ids = [gpu_id for place in found for gpu_id in place.gpu_ids]
+        self._dp_ranks: list[int] = []
 
     def setup(self) -> None:
-        """Builds the ranks' models; before it they are processes that hold a place."""
-        first = [self._ranks.actors[0].place.remote()]  # again: engines have taken ports meanwhile
-        [(meet, _)] = self._ranks.gather(first, "choose a port", self._deadline_s)
-        refs = self._ranks.each("setup", len(self._ranks.actors), meet, self.run.skipped)
-        dp = self._ranks.gather(refs, "load the model", self.config.training.start_deadline_s)
-        self._dp_ranks, self.dp_size = [rank for rank, _ in dp], dp[0][1]
+        # A port is chosen only now: engines have taken some since the ranks were placed.
+        first = self._ranks.actors[0].place.remote()
+        [meeting] = self._ranks.gather([first], "choose a port", self._deadline_s)
+        world_size = len(self._ranks.actors)
+        refs = self._ranks.start_on_each("setup", world_size, meeting, self.run.skipped)
+        found = self._ranks.gather(refs, "load the model", self.config.training.start_deadline_s)
+        self._dp_ranks = [dp_rank for dp_rank, _ in found]
+        self.dp_size = found[0][1]
 
     def _train(self, shards: list[list[TrainBatch]]) -> dict[str, float]:
-        stored = [ray.put(of_rank) for of_rank in shards]
-        pairs = zip(self._ranks.actors, self._dp_ranks, strict=True)
-        refs = [actor.call.remote("train", stored[dp_rank]) for actor, dp_rank in pairs]
+        stored = [ray.put(of_dp_rank) for of_dp_rank in shards]
+        refs = [
+            actor.call.remote("train", stored[dp_rank])
+            for actor, dp_rank in zip(self._ranks.actors, self._dp_ranks, strict=True)
+        ]
         return self._ranks.gather(refs, "train", self._deadline_s)[0]
 
     def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> None:
-        self._ranks.gather(
-            self._ranks.each("call", method, *args), what, deadline_s or self._deadline_s
-        )
+        refs = self._ranks.start_on_each("call", method, *args)
+        self._ranks.gather(refs, what, deadline_s or self._deadline_s)
 
     def close(self) -> None:
         self._ranks.kill()
 
 
 class RayEngines:
-    """The engine servers of a run; `start` starts them side by side, `wait` gives their clients once up."""
+    """The engine servers of a run. `start` starts them side by side; `wait` returns their
+    clients once all are up.
+    """
 
     def __init__(self, config: RunConfig, attempt: Attempt, layout: Layout, model_dir: Path):
-        self._layout, shared = layout, config.cluster.colocate  # then the trainers hold the slots
-        places = [(p.index, p.node, 0 if shared else len(p.slots)) for p in layout.engines]
-        self._actors = _Actors(EngineActor, "engine", places, config, attempt, layout, model_dir)
+        self._layout = layout
         self._deadline_s = config.rollout.start_deadline_s
         self._title = engine_kind(config.rollout).title
         self._starting: list[Any] = []
+        # Colocated, the trainers hold the slots.
+        places = [
+            ActorPlace(place.index, place.node, 0 if config.cluster.colocate else len(place.slots))
+            for place in layout.engines
+        ]
+        self._actors = _Actors(EngineActor, "engine", places, attempt, config, model_dir)
 
-    def start(self, gpus_by_rank: Sequence[int] | None = None) -> None:
-        """`gpus_by_rank`: of the trainers, where engines share theirs; none: the engines have their own."""
+    def start(self, gpus_by_rank: Sequence[int] = ()) -> None:
+        """Starts every server. `gpus_by_rank` are the trainers' GPUs, where the engines
+        share them; without it the engines have their own.
+        """
         for actor, place in zip(self._actors.actors, self._layout.engines, strict=True):
-            gpus = (
-                [gpus_by_rank[rank] for rank in self._layout.ranks_at(place)]
-                if gpus_by_rank
-                else None
-            )
-            self._starting.append(actor.start.remote(self._deadline_s, gpus))
+            gpu_ids = None
+            if gpus_by_rank:
+                gpu_ids = [gpus_by_rank[rank] for rank in self._layout.ranks_at(place)]
+            self._starting.append(actor.start.remote(self._deadline_s, gpu_ids))
 
     def wait(self) -> list[Engine]:
         what = f"start its {self._title} server"
         return self._actors.gather(self._starting, what, self._deadline_s + 30)
 
     def close(self) -> None:
-        refs = self._actors.each("close")
+        refs = self._actors.start_on_each("close")
         ray.wait(refs, num_returns=len(refs), timeout=20)
         self._actors.kill()

@@ -1,4 +1,4 @@
-"""What a run tells about itself: its phase while it runs, seconds per phase, and the summary at its end."""
+"""What a run tells of itself: its phase while it runs, and a summary at its end."""
 
 import json
 import time
@@ -13,7 +13,9 @@ from nanoslime.storage.shared_files import publish_json
 
 
 class Clock:
-    """Seconds per phase; a phase lasts until the next one begins. Publishes the run's status as it goes."""
+    """Counts the seconds of each phase, which lasts until the next one begins, and
+    publishes the run's status.
+    """
 
     def __init__(self, run: RunDir):
         self._run = run
@@ -32,9 +34,9 @@ class Clock:
 
 
 def write_summary(session: Session, clock: Clock, seconds: float) -> None:
-    """summary.json from what the run left in its files: a resumed run's rewards cover all of its attempts.
+    """Writes summary.json from what the run left in its files.
 
-    seconds and phase_s are those of the last attempt.
+    The rewards of a resumed run cover all of its attempts; seconds and phase_s are of the last.
     """
     run = session.attempt.run
     rollouts = session.config.rollout.num_rollout

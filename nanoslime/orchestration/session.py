@@ -1,11 +1,12 @@
-"""Puts the parts of a run together for each way to start one: all that the loop needs, and its clean end.
+"""Puts the parts of a run together, for each way to start one, and ends them cleanly.
 
-    submitted or rehearsed  the node agents started Ray on every node; trainers and engines are actors on it
-    --num-gpus N            a Ray of our own on this machine, otherwise the same
-    torchrun                N processes, each a trainer rank; rank 0 also drives the run and owns the engine
-    alone                   one process is the only rank, the engine in it (embedded) or beside it (SGLang)
+    submitted, rehearsed  node agents started Ray on every node; trainers and engines are actors
+    --num-gpus N          the same on a Ray of our own, on this machine
+    torchrun              N processes are trainer ranks; rank 0 also drives the run and its engine
+    alone                 one process is the only rank; its engine is in it (embedded) or beside
+                          it (SGLang)
 
-Whatever was started is ended when the session closes, also when opening it fails half way.
+A session that closes ends whatever it started, also when opening it fails half way.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,6 +29,8 @@ from nanoslime.storage.commit import remove_leftovers
 from nanoslime.storage.shared_files import read_json
 from nanoslime.training.backend import RankEnv
 from nanoslime.types import Engine
+from nanoslime.weight_sync.engine_calls import EngineCalls
+from nanoslime.weight_sync.session import SyncSession
 
 Phase = Callable[[str], None]  # called with the name of the phase that starts
 
@@ -38,11 +41,25 @@ class Session:
     attempt: Attempt
     trainer: TrainGroup
     rollout: RolloutManager | Replay
+    weights: SyncSession
     checkpoints: Checkpoints
 
 
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The processes of a run, and how weights go from one kind to the other."""
+
+    trainer: TrainGroup
+    engines: list[Engine]
+    ranks_by_engine: list[list[int]]  # the trainer ranks on each engine's devices, where they share
+    transport: str
+
+
 def prepare_model(config: RunConfig, run: RunDir) -> tuple[RunConfig, Path]:
-    """The configuration with its data paths, and the model's directory; a rehearsal makes its own first."""
+    """Returns the configuration with its data paths, and the model's directory.
+
+    A rehearsal makes its data and its model first.
+    """
     if not config.rehearsal.enabled:
         return config, Path(config.model.hf_checkpoint)
     files = rehearsal.make(run.model, config.rehearsal)
@@ -54,7 +71,8 @@ def prepare_model(config: RunConfig, run: RunDir) -> tuple[RunConfig, Path]:
 def open_ray(
     config: RunConfig, attempt: Attempt, layout: Layout, phase: Phase, *, local: bool
 ) -> Iterator[Session]:
-    """The driver's session on Ray; `local`: on a Ray of its own rather than the node agents'."""
+    """Opens the driver's session on Ray: on one of its own where `local`, else the agents'."""
+    transport = resolve_transport(config, same_process=False)
     with ExitStack() as resources:
         phase("model")
         config, model_dir = prepare_model(config, attempt.run)
@@ -74,15 +92,15 @@ def open_ray(
             if not colocate:
                 servers.start()  # they start while the trainers do
 
-        transport = resolve_transport(config, same_process=False)
         trainer: TrainGroup
         if layout.trainers:
-            trainer = ray_group.RayTrainGroup(config, attempt, layout, model_dir, transport)
+            trainer = ray_group.RayTrainGroup(config, attempt, layout, model_dir)
         else:
-            trainer = NoTrainer(config, attempt.run, model_dir, transport)
+            trainer = NoTrainer(config, attempt.run, model_dir)
         resources.callback(trainer.close)
         if servers is not None and colocate:
-            # An engine measures the memory that is free, so it starts before the trainers take theirs.
+            # An engine measures the free memory, so it starts before the trainers take
+            # theirs.
             servers.start(trainer.gpu_ids)
             for engine in servers.wait():
                 engine.release_memory()
@@ -91,18 +109,19 @@ def open_ray(
         engines: list[Engine] = []
         if servers is not None:
             engines = list(servers.wait())
-            ranks_by_engine = [layout.ranks_at(place) for place in layout.engines]
-            trainer.connect(engines, trainer.address, ranks_by_engine)
         elif not config.rollout.load_rollouts:
             engines.append(_engine_here(config, attempt, model_dir, "cpu", [], resources))
-        yield _session(config, attempt, model_dir, trainer, engines, resources)
+        ranks_by_engine = [layout.ranks_at(place) for place in layout.engines]
+        started = Started(trainer, engines, ranks_by_engine, transport)
+        yield _session(config, attempt, model_dir, started, resources)
 
 
 @contextmanager
 def open_local(
     config: RunConfig, attempt: Attempt, env: RankEnv, phase: Phase
 ) -> Iterator[Session]:
-    """The session of a process that is itself a trainer rank: the only one, or rank 0 of torchrun's."""
+    """Opens the session of a process that is a trainer rank itself: the only one, or rank 0."""
+    transport = resolve_transport(config, same_process=env.world_size == 1)
     with ExitStack() as resources:
         ranks: Ranks | None = None
         if env.world_size > 1:
@@ -120,19 +139,17 @@ def open_local(
             for engine in engines:
                 engine.release_memory()
 
-        run = attempt.run
-        transport = resolve_transport(config, same_process=env.world_size == 1)
         trainer: TrainGroup
         if config.rollout.rollout_only:
-            trainer = NoTrainer(config, run, model_dir, transport)
+            trainer = NoTrainer(config, attempt.run, model_dir)
         elif ranks is not None:
-            trainer = TorchrunTrainGroup(config, run, model_dir, transport, ranks)
+            trainer = TorchrunTrainGroup(config, attempt.run, model_dir, ranks)
         else:
-            trainer = LocalTrainGroup(config, run, model_dir, transport, env, engines)
+            trainer = LocalTrainGroup(config, attempt.run, model_dir, env)
         resources.callback(trainer.close)
         trainer.setup()
-        trainer.connect(engines, trainer.address, [[0]])
-        yield _session(config, attempt, model_dir, trainer, engines, resources)
+        started = Started(trainer, engines, [[0]], transport)
+        yield _session(config, attempt, model_dir, started, resources)
 
 
 def _engine_here(
@@ -143,7 +160,7 @@ def _engine_here(
     gpu_ids: list[int],
     resources: ExitStack,
 ) -> Engine:
-    """The only engine of a run: in this process, or owned by it."""
+    """Starts the only engine of a run: in this process, or owned by it."""
     kind = engine_kind(config.rollout)
     start = EngineStart(
         config=config,
@@ -163,16 +180,29 @@ def _session(
     config: RunConfig,
     attempt: Attempt,
     model_dir: Path,
-    trainer: TrainGroup,
-    engines: list[Engine],
+    started: Started,
     resources: ExitStack,
 ) -> Session:
     run = attempt.run
+    trainer = started.trainer
+    calls = EngineCalls(started.engines)
+    resources.callback(calls.close)
+    if config.cluster.colocate:
+        trainer.share_devices(calls)
+    weights = SyncSession(
+        trainer,
+        calls,
+        trainer.devices,
+        transport=started.transport,
+        directory=run.weights,
+        deadline_s=config.weight_sync.deadline_s,
+    )
+    weights.open(started.ranks_by_engine)
     rollout: RolloutManager | Replay
     if config.rollout.load_rollouts:
         rollout = Replay(config)
     else:
-        rollout = RolloutManager(config, run, model_dir, engines)
-    resources.callback(rollout.close)
+        rollout = RolloutManager(config, run, model_dir, started.engines, weights)
     remove_leftovers(run.checkpoints)
-    return Session(config, attempt, trainer, rollout, Checkpoints(config, run, trainer, rollout))
+    checkpoints = Checkpoints(config, run, trainer, rollout, weights)
+    return Session(config, attempt, trainer, rollout, weights, checkpoints)

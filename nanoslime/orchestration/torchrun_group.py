@@ -1,11 +1,12 @@
-"""Trainer ranks under torchrun. Rank 0 is the driver, as under Ray, and every rank serves the driver's calls.
+"""Trainer ranks under torchrun: rank 0 is the driver, as under Ray; every rank serves its calls.
 
     rank 0        the training loop in its main thread, and a second thread that serves calls
     other ranks   `serve`: nothing but calls, until rank 0 ends
 
-A call travels to each rank over a connection of its own, as (method, arguments), and its answer comes back.
-A connection that closes says at once that the process behind it has died. A rank whose call failed ends after
-its answer, so that the collectives in which the others wait for it break instead of running into a deadline.
+A call travels to each rank over a connection of its own, and its answer comes back. A
+connection that closes says at once that the process behind it has died. A rank whose
+call failed ends after its answer, so that the collectives in which the others wait for
+it break instead of running into a deadline.
 """
 
 import hmac
@@ -77,8 +78,11 @@ class Ranks:
         return len(self._connections)
 
     def ask(self, calls: Sequence[Call], what: str, deadline_s: float) -> list[Any]:
-        """One call for each rank; the results in order. Raises RunError as soon as one rank fails or dies,
-        or at the deadline; `what` says what they were asked to do."""
+        """Sends one call to each rank; returns the results in order.
+
+        Raises RunError as soon as one rank fails or dies, or at the deadline. `what`
+        says in errors what the ranks were asked to do.
+        """
         for rank, call in enumerate(calls):
             self._send(rank, call, what)
         results: dict[int, Any] = {}
@@ -95,7 +99,7 @@ class Ranks:
         return [results[rank] for rank in range(len(calls))]
 
     def close(self) -> None:
-        """Ends the other ranks, which wait for their next call, and this process's group."""
+        """Ends the other ranks, which wait for their next call, and leaves the process group."""
         for connection in self._connections:
             try:
                 connection.send_bytes(pickle.dumps(None))
@@ -136,7 +140,9 @@ class Ranks:
             return None
 
     def _first_dead(self, heard: set[int]) -> int | None:
-        """The first rank that is not in `heard` whose connection closes without a word, within two seconds."""
+        """Returns the first rank outside `heard` whose connection closes within two
+        seconds without another answer.
+        """
         end = time.monotonic() + NEWS_OF_A_DEATH_S
         while pending := self._pending(heard):
             ready = wait(pending.values(), timeout=max(0.0, end - time.monotonic()))
@@ -157,7 +163,7 @@ class Ranks:
         }
 
     def _told_to_end(self, signum: int, frame: Any) -> None:
-        """torchrun ends all other ranks when one has died, maybe before this one noticed."""
+        """Handles SIGTERM, which torchrun sends to all ranks when one has died."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         dead = self._first_dead({0})
         if dead is not None:
@@ -165,7 +171,7 @@ class Ranks:
         raise self._error("torchrun ended the run by SIGTERM; its own lines say why")
 
     def _error(self, message: str) -> RunError:
-        """From here on torchrun's SIGTERM is ignored: rank 0 has to write down why the run failed."""
+        """From here on SIGTERM is ignored: rank 0 has to write down why the run failed."""
         self.failed = True
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return RunError(f"{message}; torchrun's output holds the last lines of each rank")
@@ -174,16 +180,13 @@ class Ranks:
 class TorchrunTrainGroup(TrainGroup):
     """The ranks that torchrun started, as the driver on rank 0 sees them."""
 
-    def __init__(
-        self, config: RunConfig, run: RunDir, model_dir: Path, transport: str, ranks: Ranks
-    ):
-        super().__init__(config, run, model_dir, transport)
-        self._model_dir = model_dir
+    def __init__(self, config: RunConfig, run: RunDir, model_dir: Path, ranks: Ranks):
+        super().__init__(config, run, model_dir)
         self._ranks = ranks
         self._dp_ranks: list[int] = []
 
     def setup(self) -> None:
-        call = Call("setup", (self.config, self._model_dir, self.run.skipped))
+        call = Call("setup", (self.config, self.model_dir, self.run.skipped))
         deadline_s = self.config.training.start_deadline_s
         places = self._ranks.ask([call] * len(self._ranks), "load the model", deadline_s)
         self._dp_ranks = [dp_rank for dp_rank, _ in places]
@@ -200,7 +203,7 @@ class TorchrunTrainGroup(TrainGroup):
         self._ranks.ask(calls, what, deadline_s)
 
     def close(self) -> None:
-        """What the ranks have open to engines; the ranks themselves are the session's to end."""
+        """Closes the way to the engines; the session ends the ranks."""
         if not self._ranks.failed:
             self.call("close", what="close the way to the engines")
 
@@ -225,8 +228,10 @@ def serve(env: RankEnv, config: RunConfig) -> bool:
 
 
 def _answer_calls(env: RankEnv, connection: Connection, longest_s: float | None) -> bool:
-    """Runs each call that comes and answers it, until the driver ends the run (True) or a call has failed
-    (False)."""
+    """Runs and answers each call that comes, until the run ends.
+
+    Returns True where the driver ended it, False after a call that failed.
+    """
     if env.device == "cuda":
         torch.cuda.set_device(env.local_rank)  # every thread has a current device of its own
     worker: TrainWorker | None = None
@@ -286,7 +291,7 @@ def _accept(env: RankEnv, deadline_s: float) -> dict[int, Connection]:
 
 
 def _connect(env: RankEnv) -> Connection:
-    """The way to rank 0 of any other rank."""
+    """Connects a rank other than 0 to the driver."""
     told: list[Any] = [None]
     dist.broadcast_object_list(told, src=0)
     host, port, token = told[0]

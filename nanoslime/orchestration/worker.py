@@ -1,4 +1,4 @@
-"""One trainer rank at work: the backend, the algorithm and this rank's part in weight sync."""
+"""What one trainer rank does: training steps, checkpoints, and its part in weight sync."""
 
 import time
 from collections import defaultdict
@@ -15,10 +15,10 @@ from nanoslime.config import RunConfig
 from nanoslime.plugins import resolve
 from nanoslime.training import BACKENDS
 from nanoslime.training.backend import RankEnv, TrainBackend
-from nanoslime.types import BroadcastEngine, RunError
+from nanoslime.types import RunError
 from nanoslime.weight_sync.assemble import Assembler
-from nanoslime.weight_sync.broadcast import Broadcaster
 from nanoslime.weight_sync.disk import write_checkpoint
+from nanoslime.weight_sync.transport import EngineSide, RankSide, Sender
 
 
 class TrainWorker:
@@ -29,33 +29,35 @@ class TrainWorker:
     ):
         if env.device == "cuda" and not torch.cuda.is_available():
             raise RunError(
-                f"trainer rank {env.rank}: torch {torch.__version__} sees no CUDA on a node that has GPUs; "
-                "make the environment with `bash env/run.sh --target cuda true` and name it in cluster.venv"
+                f"trainer rank {env.rank}: torch {torch.__version__} sees no CUDA on a node that "
+                "has GPUs; make the environment with `bash env/run.sh --target cuda true` and "
+                "name it in cluster.venv"
             )
-        self.config, self.model_dir, self.env = config, model_dir, env
+        self.config = config
+        self.model_dir = model_dir
+        self.env = env
         backend = resolve(config.training.backend, BACKENDS, "training.backend")
         self.backend: TrainBackend = backend(config, model_dir, env)
         self.backend.skipped_dir = skipped_dir
-        self.dp_rank, self.dp_size = self.backend.dp_rank, self.backend.dp_size
+        self.dp_rank = self.backend.dp_rank
+        self.dp_size = self.backend.dp_size
         self.algorithm = algorithms.make(config.algorithm, config.rollout.max_new_tokens)
-        place: dict[str, Any] = dict(
-            rank=env.rank, world_size=env.world_size, device=env.torch_device
+        self._assembler = Assembler(
+            self.backend.weight_shards,
+            rank=env.rank,
+            world_size=env.world_size,
+            dtype=getattr(torch, config.model.dtype),
+            device=env.torch_device,
+            bucket_bytes=config.weight_sync.bucket_bytes,
         )
-        dtype = getattr(torch, config.model.dtype)
-        self._assembler = Assembler(self.backend.weight_shards, dtype=dtype, **place)
-        self.tensors = (
-            self._assembler.tensors
-        )  # whole on rank 0; none on other ranks, which exhaust it too
-        self.save, self.load = self.backend.save, self.backend.load
-        self.sleep, self.wake = self.backend.sleep, self.backend.wake
-        self._broadcaster: Broadcaster | None = None
-        self._sender: Any = None  # a TensorSender
+        self._sender: Sender | None = None
 
     def train(self, batches: list[TrainBatch]) -> dict[str, float]:
-        """One optimizer step per batch; before the first, old and reference logprobs are taken of all, and
-        token advantages, which may be whitened over the rollout.
+        """Makes one optimizer step for each batch of the rollout.
 
-        Returns the metrics of the rollout's row, none without batches.
+        Before the first step all batches get old and reference logprobs, and token
+        advantages, which may be whitened over the rollout. Returns the metrics of the
+        rollout's row; none without batches.
         """
         if not batches:
             return {}
@@ -66,79 +68,75 @@ class TrainWorker:
             if self.algorithm.needs_reference:
                 batch.ref_logprobs = self.backend.logprobs(batch, "ref")
         if self.backend.is_last_stage:
-            values = iter(self.algorithm.token_advantages(_joined(batches), self.backend.all_sum))
-            for batch in batches:
-                batch.token_advantages = list(islice(values, len(batch.token_ids)))
+            self._set_token_advantages(batches)
         middle = time.monotonic()
         steps = [self.backend.train_step(batch, self.algorithm) for batch in batches]
-        times = {"time/logprobs_s": middle - begin, "time/train_s": time.monotonic() - middle}
+        end = time.monotonic()
+        times = {"time/logprobs_s": middle - begin, "time/train_s": end - middle}
         return times | metrics_row(steps)
 
-    def connect(
-        self,
-        engines: list[BroadcastEngine],
-        address: str,
-        ranks_by_engine: list[list[int]] | None = None,
-    ) -> None:
-        """Rank 0 opens the weight group with the engines; or, where `ranks_by_engine` says which ranks are on
-        each engine's devices, every rank a way to its own."""
-        sync = self.config.weight_sync
-        if ranks_by_engine is not None:
-            sender = resolve(
-                "nanoslime.weight_sync.colocated:TensorSender", {}, "weight_sync.transport"
-            )
-            own = (self.env.rank, self.env.torch_device, sync.bucket_bytes, sync.deadline_s)
-            self._sender = sender(self._assembler, engines, ranks_by_engine, *own)
-        elif self.env.rank == 0:
-            limits: dict[str, Any] = {
-                "bucket_bytes": sync.bucket_bytes,
-                "deadline_s": sync.deadline_s,
-            }
-            self._broadcaster = Broadcaster(
-                engines, address=address, device=self.env.device, **limits
-            )
+    def save(self, path: Path) -> None:
+        """Writes the backend's state into the existing empty directory `path`."""
+        self.backend.save(path)
 
-    def broadcast(self, version: int) -> int:
-        """Sends the current weights to the engines as `version`; returns the bytes that this rank sent."""
-        if self._sender is not None:
-            return self._sender.send(version)
-        if self.env.rank == 0:
-            if self._broadcaster is None:
-                raise RuntimeError("connect() comes before broadcast()")
-            return self._broadcaster.send(self.tensors(), version)
-        self._drain()
-        return 0
+    def load(self, path: Path) -> None:
+        self.backend.load(path)
+
+    def sleep(self) -> None:
+        self.backend.sleep()
+
+    def wake(self) -> None:
+        self.backend.wake()
+
+    def connect(self, sender: str, engines: EngineSide) -> None:
+        """Opens this rank's part of the way to the engines; `sender` is that of a Transport."""
+        make_sender = resolve(sender, {}, "weight_sync.transport")
+        rank = RankSide(
+            assembler=self._assembler,
+            rank=self.env.rank,
+            device=self.env.torch_device,
+            model_dir=self.model_dir,
+            deadline_s=self.config.weight_sync.deadline_s,
+        )
+        self._sender = make_sender(rank, engines)
+
+    def send(self, version: int) -> int:
+        """Sends the current weights as `version`; returns the bytes that this rank sent."""
+        if self._sender is None:
+            raise RuntimeError("connect() comes before send()")
+        return self._sender.send(version)
 
     def write_hf(self, destination: Path) -> None:
-        """The current weights as a Hugging Face checkpoint, with the original's tokenizer and config."""
-        if self.env.rank == 0:
-            write_checkpoint(
-                self.tensors(), self._assembler.specs, destination, like=self.model_dir
-            )
-        else:
-            self._drain()
+        """Writes the current weights as a Hugging Face checkpoint.
+
+        Tokenizer and config are those of the original.
+        """
+        write_checkpoint(self._assembler, self.env.rank, destination, like=self.model_dir)
 
     def close(self) -> None:
-        if self._broadcaster is not None:
-            self._broadcaster.close()
-            self._broadcaster = None
+        if self._sender is not None:
+            self._sender.close()
+            self._sender = None
 
-    def _drain(self) -> None:
-        for _ in self.tensors():
-            raise RuntimeError("only rank 0 assembles tensors")
+    def _set_token_advantages(self, batches: list[TrainBatch]) -> None:
+        joined = _joined(batches)
+        values = iter(self.algorithm.token_advantages(joined, self.backend.all_sum))
+        for batch in batches:
+            batch.token_advantages = list(islice(values, len(batch.token_ids)))
 
 
 def _joined(batches: list[TrainBatch]) -> TrainBatch:
-    """The sequences of all, with what token advantages need."""
-    names = ("loss_mask", "advantages", "rollout_logprobs", "old_logprobs", "ref_logprobs")
-    parts = {name: [getattr(batch, name) for batch in batches] for name in names}
-    return replace(
-        batches[0], **{name: [*chain(*of)] for name, of in parts.items() if of[0] is not None}
-    )
+    """The sequences of all batches, with the fields that token advantages need."""
+    fields: dict[str, Any] = {}
+    for name in ("loss_mask", "advantages", "rollout_logprobs", "old_logprobs", "ref_logprobs"):
+        of_batches = [getattr(batch, name) for batch in batches]
+        if of_batches[0] is not None:
+            fields[name] = list(chain.from_iterable(of_batches))
+    return replace(batches[0], **fields)
 
 
 def metrics_row(steps: list[StepMetrics]) -> dict[str, float]:
-    """One row from a rollout's optimizer steps: the means of their means, the maxima of their maxima."""
+    """Makes one row from a rollout's optimizer steps: means of means, maxima of maxima."""
     means: dict[str, list[float]] = defaultdict(list)
     maxima: dict[str, list[float]] = defaultdict(list)
     for step in steps:

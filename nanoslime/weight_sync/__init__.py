@@ -1,1 +1,6 @@
-"""Trainer weights to engines and files: whole Hugging Face tensors from ranks' pieces, then sent."""
+"""From the trainer's weights to the engines.
+
+plan.py       which rank sends which part of which tensor in which bucket
+session.py    the driver's state machine: pause, begin, send, end, verify, resume
+broadcast.py, colocated.py, disk.py, in_process.py    ways for a bucket; TRANSPORTS is their table
+"""

@@ -1,18 +1,15 @@
-"""Whole Hugging Face tensors from the pieces that the trainer ranks hold, one at a time, on rank 0.
+"""Makes whole Hugging Face tensors on rank 0 from the shards of all trainer ranks.
 
-Every rank lists the pieces it owns (`WeightShard`). The lists are exchanged once and give a plan: whose
-piece fills which part of which tensor. The plan is refused unless the pieces cover every tensor exactly. At
-each sync the owners send their pieces in the plan's order and rank 0 yields complete tensors:
+Every rank lists the shards it owns (`WeightShard`). The lists are exchanged once and give
+the plan. At each sync the owners send their shards in the plan's order and rank 0 yields
+whole tensors:
 
-    ranks 1..N  pieces in plan order --send-->  rank 0  fills one buffer  --> (name, tensor) --> file, engines
+    ranks 1..N  shards in plan order  --send-->  rank 0  fills one buffer  -->  file, engines
 
 One tensor is in flight at a time, so that rank 0 needs memory for the largest tensor only.
 """
 
-import math
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import combinations
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -21,66 +18,18 @@ from torch import Tensor
 from nanoslime.batch import WeightShard
 from nanoslime.models.rules import FLOAT32
 from nanoslime.storage.safetensors_file import Spec
+from nanoslime.weight_sync.plan import OwnedShard, PlannedTensor, make_sync_plan
 
-Box = tuple[tuple[int, int], ...]  # (start, stop) per dimension of a full tensor
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    rank: int
-    index: int  # in the rank's own list of shards
-    box: Box
-
-    @property
-    def numel(self) -> int:
-        return math.prod(stop - start for start, stop in self.box)
-
-
-@dataclass(frozen=True, slots=True)
-class TensorPlan:
-    name: str
-    shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
-
-
-def make_plan(per_rank: list[list[tuple[str, tuple[int, ...], Box]]]) -> list[TensorPlan]:
-    """The plan for the shards (name, full shape, box) of each rank; of replicas the lowest rank's is taken.
-
-    Raises ValueError naming the tensor where shapes disagree, pieces overlap, or a part has no owner.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    pieces: dict[str, dict[Box, Piece]] = {}
-    for rank, shards in enumerate(per_rank):
-        for index, (name, shape, box) in enumerate(shards):
-            if shapes.setdefault(name, shape) != shape:
-                raise ValueError(
-                    f"{name}: rank {rank} has full shape {shape}, another rank {shapes[name]}"
-                )
-            pieces.setdefault(name, {}).setdefault(box, Piece(rank, index, box))
-    plan = []
-    for name, shape in shapes.items():
-        parts = [p for p in pieces[name].values() if p.numel]
-        for a, b in combinations(parts, 2):
-            if all(max(x[0], y[0]) < min(x[1], y[1]) for x, y in zip(a.box, b.box, strict=True)):
-                raise ValueError(
-                    f"{name}: ranks {a.rank} and {b.rank} hold overlapping {a.box}, {b.box}"
-                )
-        covered = sum(p.numel for p in parts)
-        if covered != math.prod(shape):
-            raise ValueError(
-                f"{name}: the ranks' pieces cover {covered} of {math.prod(shape)} elements"
-            )
-        plan.append(TensorPlan(name, shape, tuple(parts)))
-    return plan
-
-
 class Assembler:
-    """One rank's part in assembling. `shards` is called at each pass, so that it may return fresh views.
+    """One rank's part in assembling; `shards` is called at each sync and may return new views.
 
-    Pieces meet on `device`, where whole tensors come as `dtype`, those that are always float32 first.
-    Needs the default process group when there is more than one rank. All ranks must call `tensors()` equally
-    often and exhaust it: only rank 0 gets tensors from it.
+    Shards meet on `device`, where whole tensors come as `dtype`; those that are always
+    float32 come first. Needs the default process group when there is more than one rank.
+    All ranks must assemble the same tensors in the same order and exhaust the iterators:
+    only rank 0 gets tensors from them.
     """
 
     def __init__(
@@ -91,49 +40,61 @@ class Assembler:
         world_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        bucket_bytes: int = 512 << 20,
     ):
-        self._shards, self._rank, self._dtype, self._device = shards, rank, dtype, device
-        own = [(s.name, s.full_shape, tuple((x.start, x.stop) for x in s.slices)) for s in shards()]
+        self._shards = shards
+        self._rank = rank
+        self._dtype = dtype
+        self._device = device
+        own = [OwnedShard(shard.name, shard.full_shape, shard.slices) for shard in shards()]
         everyone = [own] * world_size
         if world_size > 1:
             dist.all_gather_object(everyone, own)
-        # so that in a bucket of several dtypes each tensor is aligned
-        self.plan = sorted(
-            make_plan(everyone), key=lambda tensor: -self.dtype_of(tensor.name).itemsize
-        )
-
-    def dtype_of(self, name: str) -> torch.dtype:
-        return torch.float32 if name.endswith(FLOAT32) else self._dtype
+        self.plan = make_sync_plan(everyone, self._dtype_of, bucket_bytes)
 
     @property
     def specs(self) -> list[Spec]:
-        """Of every tensor, in the order in which they come."""
-        return [(t.name, SAFETENSORS_DTYPES[self.dtype_of(t.name)], t.shape) for t in self.plan]
+        """Name, safetensors dtype and shape of every tensor, in the plan's order."""
+        return [
+            (tensor.name, SAFETENSORS_DTYPES[tensor.dtype], tensor.shape)
+            for tensor in self.plan.tensors
+        ]
+
+    def shards(self) -> list[WeightShard]:
+        """This rank's shards with its current weights; `assemble` takes them."""
+        return list(self._shards())
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Assembles all tensors from the current weights."""
+        yield from self.assemble(self.plan.tensors, self.shards())
 
     @torch.no_grad()
-    def tensors(self, only: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Rank 0: each (name, whole tensor of its `dtype_of`), in plan order, `only` with these names.
-        Other ranks: sends, yields nothing."""
-        shards = list(self._shards())
-        for tensor in (t for t in self.plan if only is None or t.name in only):
+    def assemble(
+        self, tensors: Sequence[PlannedTensor], shards: list[WeightShard]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """On rank 0 yields each (name, whole tensor); elsewhere sends shards, yields nothing."""
+        for tensor in tensors:
             if self._rank == 0:
                 yield tensor.name, self._receive(tensor, shards)
             else:
-                for piece in tensor.pieces:
-                    if piece.rank == self._rank:
-                        part = shards[piece.index].tensor.to(
-                            self._device, self.dtype_of(tensor.name)
-                        )
-                        dist.send(part.contiguous(), dst=0)
+                self._send(tensor, shards)
 
-    def _receive(self, tensor: TensorPlan, shards: list[WeightShard]) -> Tensor:
-        full = torch.empty(tensor.shape, dtype=self.dtype_of(tensor.name), device=self._device)
-        for piece in tensor.pieces:
-            where = tuple(slice(start, stop) for start, stop in piece.box)
-            if piece.rank == 0:
-                full[where] = shards[piece.index].tensor.to(full)
+    def _send(self, tensor: PlannedTensor, shards: list[WeightShard]) -> None:
+        for source in tensor.sources:
+            if source.rank == self._rank:
+                part = shards[source.index].tensor.to(self._device, tensor.dtype)
+                dist.send(part.contiguous(), dst=0)
+
+    def _receive(self, tensor: PlannedTensor, shards: list[WeightShard]) -> Tensor:
+        full = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
+        for source in tensor.sources:
+            if source.rank == 0:
+                full[source.box] = shards[source.index].tensor.to(full)
             else:
-                part = torch.empty_like(full[where], memory_format=torch.contiguous_format)
-                dist.recv(part, src=piece.rank)
-                full[where] = part
+                part = torch.empty_like(full[source.box], memory_format=torch.contiguous_format)
+                dist.recv(part, src=source.rank)
+                full[source.box] = part
         return full
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        return torch.float32 if name.endswith(FLOAT32) else self._dtype

@@ -1,113 +1,107 @@
-"""Weights into running engines through a process group: trainer rank 0 sends, every engine rank receives.
+"""Broadcasts weights from trainer rank 0 to every rank of every engine, in one process group.
 
-    connect  rank 0 opens the group; one HTTP call per engine, each in a thread, makes the engines join it
-    send     begin -> per bucket: announce names, dtypes, shapes; broadcast the tensors -> end, with version
-
-The caller pauses the engines around `send`; an engine where it failed keeps its old version label.
+open   rank 0 opens the group; one HTTP call per engine, each in a thread, makes the engines join it
+send   per bucket: announce names, dtypes and shapes, then broadcast the tensors
 """
 
 import logging
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
-from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from nanoslime.process_groups import join_group, listen
-from nanoslime.types import BroadcastEngine, RunError
+from nanoslime.types import RunError
+from nanoslime.weight_sync.engine_calls import EngineCalls
+from nanoslime.weight_sync.transport import EngineSide, RankSide
 
 logger = logging.getLogger(__name__)
 
-
-def buckets(
-    tensors: Iterable[tuple[str, Tensor]], limit_bytes: int
-) -> Iterator[list[tuple[str, Tensor]]]:
-    """Consecutive tensors of at most `limit_bytes` together; a larger one goes alone."""
-    bucket: list[tuple[str, Tensor]] = []
-    size = 0
-    for name, tensor in tensors:
-        if bucket and size + tensor.nbytes > limit_bytes:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append((name, tensor))
-        size += tensor.nbytes
-    if bucket:
-        yield bucket
+GROUP = "nanoslime-weights"
 
 
-class Broadcaster:
-    """Lives on trainer rank 0. `address` is that rank's own, reachable from the engines."""
+class BroadcastSender:
+    """A `Sender`. Rank 0 talks to the engines; the other ranks send it their shards."""
 
-    GROUP = "nanoslime-weights"
+    def __init__(self, rank: RankSide, engines: EngineSide):
+        self._assembler = rank.assembler
+        self._deadline_s = rank.deadline_s
+        self._is_first = rank.rank == 0
+        if self._is_first:
+            self._calls = EngineCalls(engines.engines)
+            backend = "nccl" if rank.device.type == "cuda" else "gloo"
+            self._group = self._open_group(engines.address, backend)
 
-    def __init__(
-        self,
-        engines: list[BroadcastEngine],
-        *,
-        address: str,
-        device: str,
-        bucket_bytes: int,
-        deadline_s: float,
-    ):
-        self._engines, self._bucket_bytes, self._deadline_s = engines, bucket_bytes, deadline_s
-        self._threads = ThreadPoolExecutor(
-            max_workers=max(1, len(engines)), thread_name_prefix="weight-sync"
-        )
-        *offsets, world_size = accumulate((e.world_size for e in engines), initial=1)
-        store, backend = listen(address, deadline_s), "nccl" if device == "cuda" else "gloo"
-        meet: dict[str, Any] = {"address": address, "port": store.port, "group": self.GROUP}
-        ranks: dict[str, Any] = {"world_size": world_size, "backend": backend}
+    def send(self, version: int) -> int:
+        num_bytes = 0
+        shards = self._assembler.shards()
+        for bucket in self._assembler.plan.buckets:
+            tensors = list(self._assembler.assemble(bucket, shards))
+            if self._is_first:
+                self._broadcast(tensors, version)
+                num_bytes += sum(tensor.nbytes for _, tensor in tensors)
+        return num_bytes
+
+    def close(self) -> None:
+        if not self._is_first:
+            return
+        calls = self._calls.start("destroy_weight_group", GROUP)
+        try:
+            self._calls.collect(calls, "leave the weight group", self._deadline_s)
+        except RunError as e:  # an engine that is gone has left too; why it went is told elsewhere
+            logger.warning("%s", e)
+        self._calls.close()
+
+    def _open_group(self, address: str, backend: str) -> dist.ProcessGroup:
+        """Opens the group with this rank as its first; the ranks of each engine follow."""
+        sizes = [engine.world_size for engine in self._calls.engines]
+        *offsets, world_size = accumulate(sizes, initial=1)
+        store = listen(address, self._deadline_s)
         joins = [
-            self._threads.submit(e.init_weight_group, rank_offset=offset, **meet, **ranks)
-            for e, offset in zip(engines, offsets, strict=True)
+            self._calls.start_one(
+                engine,
+                "init_weight_group",
+                address=address,
+                port=store.port,
+                rank_offset=offset,
+                world_size=world_size,
+                group=GROUP,
+                backend=backend,
+            )
+            for engine, offset in zip(self._calls.engines, offsets, strict=True)
         ]
         try:
-            self._group = join_group(store, rank=0, name=self.GROUP, timeout_s=deadline_s, **ranks)
+            group = join_group(
+                store,
+                rank=0,
+                world_size=world_size,
+                name=GROUP,
+                backend=backend,
+                timeout_s=self._deadline_s,
+            )
         except RuntimeError as e:
-            failed = [str(j.exception()) for j in joins if j.done() and j.exception()]
-            where = f"trainer rank 0: no weight group at {address}:{store.port} within {deadline_s:.0f}s"
-            raise RunError(f"{where}: {'; '.join(failed) or e}") from e
-        self._collect(joins, "join the weight group")
+            failures = [str(join.exception()) for join in joins if join.done() and join.exception()]
+            raise RunError(
+                f"trainer rank 0: no weight group at {address}:{store.port} within "
+                f"{self._deadline_s:.0f}s: {'; '.join(failures) or e}"
+            ) from e
+        self._calls.collect(joins, "join the weight group", self._deadline_s)
         logger.info(
             "weight group of %d ranks at %s:%d over %s", world_size, address, store.port, backend
         )
+        return group
 
-    def send(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> int:
-        """Sends all, labels the engines with `version`; returns the bytes. RunError names an engine."""
-        sent = 0
-        self._each("begin_update")
-        for bucket in buckets(tensors, self._bucket_bytes):
-            content: dict[str, Any] = {
-                "names": [name for name, _ in bucket],
-                "shapes": [list(t.shape) for _, t in bucket],
-                "dtypes": [str(t.dtype).removeprefix("torch.") for _, t in bucket],
-                "group": self.GROUP,
-            }
-            announced = [self._threads.submit(e.receive_bucket, **content) for e in self._engines]
-            works = [dist.broadcast(t, src=0, group=self._group, async_op=True) for _, t in bucket]
-            self._collect(announced, f"receive weights of version {version}", works)
-            sent += sum(t.nbytes for _, t in bucket)
-        self._each("end_update", version)
-        return sent
-
-    def close(self) -> None:
-        self._each("destroy_weight_group", self.GROUP)
-        self._threads.shutdown()
-
-    def _each(self, method: str, *args: Any) -> None:
-        calls = [self._threads.submit(getattr(e, method), *args) for e in self._engines]
-        self._collect(calls, method.replace("_", " "))
-
-    def _collect(self, futures: list[Future], what: str, works: Iterable[dist.Work] = ()) -> None:
-        """Takes every result, naming the first engine that failed; then waits for the broadcasts."""
-        for engine, future in zip(self._engines, futures, strict=True):
-            try:
-                future.result(timeout=self._deadline_s)
-            except TimeoutError as e:
-                raise RunError(
-                    f"engine {engine.name} did not {what} within {self._deadline_s:.0f}s"
-                ) from e
+    def _broadcast(self, tensors: list[tuple[str, Tensor]], version: int) -> None:
+        announced = self._calls.start(
+            "receive_bucket",
+            names=[name for name, _ in tensors],
+            shapes=[list(tensor.shape) for _, tensor in tensors],
+            dtypes=[str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors],
+            group=GROUP,
+        )
+        works = [
+            dist.broadcast(tensor, src=0, group=self._group, async_op=True) for _, tensor in tensors
+        ]
+        self._calls.collect(announced, f"receive weights of version {version}", self._deadline_s)
         for work in works:
             work.wait()

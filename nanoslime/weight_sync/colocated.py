@@ -1,12 +1,16 @@
-"""Weights into engines that share the trainers' devices: NCCL refuses two ranks on one GPU, so by handle.
+"""Hands weights to engines on the trainers' own devices. NCCL refuses two ranks on one
+GPU, so an engine gets handles of tensors instead.
 
-rank 0     assembles a bucket of whole tensors --broadcast over the trainer ranks--> every rank has it
-each rank  serializes its copy for the engine rank on its GPU: an IPC handle, on a CPU the bytes
-the first  rank of an engine gathers the engine's payloads and posts them to it
+    rank 0            assembles a bucket of whole tensors and broadcasts it to all trainer ranks
+    each rank         serializes its copy for the engine's rank on its GPU: an IPC handle, or the
+                      bytes on a CPU
+    an engine's first rank gathers that engine's payloads and posts them
 """
 
+import io
 import pickle
 from datetime import timedelta
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -15,70 +19,96 @@ from sglang.srt.utils import MultiprocessingSerializer
 from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
 from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 
+from nanoslime.batch import WeightShard
 from nanoslime.types import BroadcastEngine
-from nanoslime.weight_sync.assemble import Assembler
-from nanoslime.weight_sync.broadcast import buckets
+from nanoslime.weight_sync.plan import Bucket
+from nanoslime.weight_sync.transport import EngineSide, RankSide
 
 
 class TensorSender:
-    """Lives on every trainer rank; `ranks_by_engine`: the trainer ranks on each engine's devices, in order.
+    """A `Sender`. A rank serves the engine that has part of its device, if there is one."""
 
-    Construction and `send` are collective. Raises RunError as the engine does for what it refuses.
-    """
-
-    def __init__(
-        self,
-        assembler: Assembler,
-        engines: list[BroadcastEngine],
-        ranks_by_engine: list[list[int]],
-        rank: int,
-        device: torch.device,
-        bucket_bytes: int,
-        deadline_s: float,
-    ):
-        self._assembler, self._device, self._bucket_bytes = assembler, device, bucket_bytes
-        self._engine: BroadcastEngine | None = None  # of which this is the first rank
-        self._ranks: list[int] = []  # of the engine that has part of this rank's device
+    def __init__(self, rank: RankSide, engines: EngineSide):
+        self._assembler = rank.assembler
+        self._device = rank.device
+        # Set on the first of the ranks on an engine's devices, which posts all their
+        # payloads.
+        self._engine: BroadcastEngine | None = None
+        self._engine_ranks: list[int] = []
         self._group: dist.ProcessGroup | None = None
-        for i, ranks in enumerate(ranks_by_engine):
-            group = dist.new_group(ranks, timedelta(seconds=deadline_s), backend="gloo")
-            if rank in ranks:
-                self._ranks, self._group = ranks, group
-                self._engine = engines[i] if rank == ranks[0] else None
-        if device.type == "cuda":
+        timeout = timedelta(seconds=rank.deadline_s)
+        for engine, of_engine in zip(engines.engines, engines.ranks_by_engine, strict=True):
+            ranks = list(of_engine)
+            group = dist.new_group(ranks, timeout, backend="gloo")
+            if rank.rank in ranks:
+                self._engine_ranks = ranks
+                self._group = group
+                if rank.rank == ranks[0]:
+                    self._engine = engine
+        if rank.device.type == "cuda":
             monkey_patch_torch_reductions()  # as in SGLang: handles name a GPU by its UUID
 
     def send(self, version: int) -> int:
-        """The current weights to every engine, labelled `version`; returns the bytes of one copy."""
-        sent, plan, dtype_of = 0, self._assembler.plan, self._assembler.dtype_of
-        specs = [
-            (t.name, torch.empty(t.shape, dtype=dtype_of(t.name), device="meta")) for t in plan
-        ]
-        if self._engine:
-            self._engine.begin_update()
-        for part in buckets(specs, self._bucket_bytes):
-            names, of = [name for name, _ in part], [spec for _, spec in part]
-            kinds, shapes = [spec.dtype for spec in of], [spec.shape for spec in of]
-            bucket = FlattenedTensorBucket.empty(names, kinds, shapes, self._device)
-            views = dict(bucket.reconstruct_tensors())
-            for name, tensor in self._assembler.tensors(
-                names
-            ):  # on rank 0; the others send their pieces
-                views[name].copy_(tensor)
-            dist.broadcast(bucket.flattened_tensor, src=0)
-            if self._group:
-                self._post(
-                    {"flattened_tensor": bucket.flattened_tensor, "metadata": bucket.metadata}
-                )
-            sent += bucket.flattened_tensor.numel()
-        if self._engine:
-            self._engine.end_update(version)
-        return sent
+        """Every rank sends one copy and returns the bytes of it."""
+        num_bytes = 0
+        shards = self._assembler.shards()
+        for bucket in self._assembler.plan.buckets:
+            filled = self._fill(bucket, shards)
+            dist.broadcast(filled.flattened_tensor, src=0)
+            if self._group is not None:
+                self._post(filled)
+            num_bytes += filled.flattened_tensor.numel()
+        return num_bytes
 
-    def _post(self, content: dict[str, Any]) -> None:
-        dumps = MultiprocessingSerializer.serialize if self._device.type == "cuda" else pickle.dumps
-        payloads = [b""] * len(self._ranks) if self._engine else None
-        dist.gather_object(dumps(content), payloads, dst=self._ranks[0], group=self._group)
-        if self._engine and payloads:
+    def close(self) -> None: ...
+
+    def _fill(self, bucket: Bucket, shards: list[WeightShard]) -> FlattenedTensorBucket:
+        """Makes one flat tensor for the bucket; only rank 0 has the weights in it so far."""
+        flat = FlattenedTensorBucket.empty(
+            [tensor.name for tensor in bucket],
+            [tensor.dtype for tensor in bucket],
+            [torch.Size(tensor.shape) for tensor in bucket],
+            self._device,
+        )
+        places = dict(flat.reconstruct_tensors())
+        for name, tensor in self._assembler.assemble(bucket, shards):
+            places[name].copy_(tensor)
+        return flat
+
+    def _post(self, bucket: FlattenedTensorBucket) -> None:
+        content = {"flattened_tensor": bucket.flattened_tensor, "metadata": bucket.metadata}
+        if self._device.type == "cuda":
+            payload = MultiprocessingSerializer.serialize(content)
+        else:
+            payload = _bytes_of(content)
+        if self._engine is None:
+            dist.gather_object(payload, None, dst=self._engine_ranks[0], group=self._group)
+        else:
+            payloads: list[Any] = [None] * len(self._engine_ranks)
+            dist.gather_object(payload, payloads, dst=self._engine_ranks[0], group=self._group)
             self._engine.receive_payloads(payloads)
         dist.barrier(self._group)  # a handle is valid as long as its tensor
+
+
+class _TensorPickler(pickle._Pickler):
+    """Calls the function that loads a tensor's bytes by the name that it has in torch.
+
+    megatron-core 0.19 puts a function of its own in its place, as soon as it is imported, and
+    SGLang refuses a pickle that names that one.
+    """
+
+    def save_function(self, function: FunctionType) -> None:
+        if function is torch.storage._load_from_bytes:
+            self.write(pickle.GLOBAL + b"torch.storage\n_load_from_bytes\n")
+            self.memoize(function)
+        else:
+            self.save_global(function)
+
+    dispatch = pickle._Pickler.dispatch | {FunctionType: save_function}
+
+
+def _bytes_of(content: dict[str, Any]) -> bytes:
+    """Pickles tensors of the CPU by value."""
+    buffer = io.BytesIO()
+    _TensorPickler(buffer).dump(content)
+    return buffer.getvalue()

@@ -1,4 +1,5 @@
-"""The README's first command to its end: three seeds learn, and a control without a learning rate does not.
+"""The README's first command to its end: three seeds learn, and a control without a learning
+rate does not.
 
 Four runs of about five minutes; the rows printed at the end belong into tests/RESULTS.md.
 """
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,55 +20,48 @@ pytestmark = [pytest.mark.matrix, pytest.mark.timeout(1200)]
 ROWS: list[str] = []
 
 
-def main_job(root: Path, name: str, *flags: str) -> tuple[dict, RunDir]:
-    """Runs it as a user would; its summary, and a row of the results table."""
-    command = [
-        sys.executable,
-        "jobs/submit_grpo.py",
-        "--nodes",
-        "4",
-        "--local",
-        "--run-root",
-        str(root),
-    ]
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def main_job(root: Path, name: str, *flags: str) -> tuple[dict[str, Any], RunDir]:
+    """Runs it as a user would; returns its summary and prints a row of the results table."""
+    command = [sys.executable, "jobs/submit_grpo.py", "--nodes", "4", "--local"]
+    command += ["--run-root", str(root), "--name", name, *flags]
     begin = time.monotonic()
-    done = subprocess.run(
-        [*command, "--name", name, *flags], cwd=ROOT, capture_output=True, text=True, timeout=1100
-    )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1100)
+    seconds = time.monotonic() - begin
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     run = RunDir.open(root / name)
     summary = json.loads(run.summary.read_text())
-    rewards = [
-        json.loads(line)["rollout/reward_mean"] for line in run.metrics.read_text().splitlines()
-    ]
+    rewards = [row["rollout/reward_mean"] for row in json_lines(run.metrics)]
     curve = [rewards[0], *rewards[9:-1:10], rewards[-1]]
-    phases = ", ".join(f"{phase} {s:.0f}" for phase, s in summary["phase_s"].items())
-    ROWS.append(
-        f"| {name} | {summary['reward_before']:.3f} | {summary['reward_after']:.3f} "
-        f"| {' '.join(f'{r:.2f}' for r in curve)} | {summary['logprob_gap_max']:.1e} "
-        f"| {time.monotonic() - begin:.0f} | {phases} |"
-    )
+    columns = [
+        name,
+        f"{summary['reward_before']:.3f}",
+        f"{summary['reward_after']:.3f}",
+        " ".join(f"{reward:.2f}" for reward in curve),
+        f"{summary['logprob_gap_max']:.1e}",
+        f"{seconds:.0f}",
+        ", ".join(f"{phase} {s:.0f}" for phase, s in summary["phase_s"].items()),
+    ]
+    ROWS.append(f"| {' | '.join(columns)} |")
     print("\n".join(["", *ROWS]), file=sys.__stdout__, flush=True)
     return summary, run
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_grpo_learns_the_task(tmp_path, seed):
-    summary, run = main_job(
-        tmp_path, f"seed-{seed}", "--seed", str(seed), "--rehearsal.seed", str(seed)
-    )
+    flags = ["--seed", str(seed), "--rehearsal.seed", str(seed)]
+    summary, run = main_job(tmp_path, f"seed-{seed}", *flags)
     assert 0.2 <= summary["reward_before"] <= 0.6
     assert summary["reward_after"] >= max(0.85, summary["reward_before"] + 0.3)
     assert summary["seconds"] < 900
-    gaps = [
-        json.loads(line)["train/logprob_gap_mean"] for line in run.metrics.read_text().splitlines()
-    ]
+    mean_gaps = [row["train/logprob_gap_mean"] for row in json_lines(run.metrics)]
     # the largest of 200,000 single tokens is rounding of an unlikely one: 1e-4 was seen
-    assert max(gaps) < 1e-5 and summary["logprob_gap_max"] < 1e-3
-    train, held_out = (
-        {json.loads(line)["prompt"] for line in (run.model / name).read_text().splitlines()}
-        for name in ("train.jsonl", "held_out.jsonl")
-    )
+    assert max(mean_gaps) < 1e-5 and summary["logprob_gap_max"] < 1e-3
+    train = {row["prompt"] for row in json_lines(run.model / "train.jsonl")}
+    held_out = {row["prompt"] for row in json_lines(run.model / "held_out.jsonl")}
     assert len(train | held_out) >= 1000 and len(held_out) >= 200 and not train & held_out
 
 

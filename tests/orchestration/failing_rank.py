@@ -1,4 +1,6 @@
-"""`nanoslime.train` whose trainer rank 1 fails in its third step, while rank 0 waits for it in a collective."""
+"""`nanoslime.train` whose trainer rank 1 fails in its third step, while rank 0 waits for
+it in a collective.
+"""
 
 import os
 import sys

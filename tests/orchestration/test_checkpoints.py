@@ -1,4 +1,6 @@
-"""A damaged checkpoint of either backend is refused by name and the one before it used, or none at all."""
+"""A damaged checkpoint of either backend is refused by name and the one before it used,
+or none at all.
+"""
 
 import logging
 import os
@@ -78,10 +80,9 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(
     with caplog.at_level(logging.INFO):
         assert train.main(["--resume", str(run.path)]) == DONE
     [warning] = [r.getMessage() for r in caplog.records if "refused" in r.getMessage()]
-    assert warning.startswith("checkpoint step_2 is refused: ") and warning.endswith(
-        "; step_1 is used instead"
-    )
-    assert what in warning and (found.name in warning)
+    assert warning.startswith("checkpoint step_2 is refused: ")
+    assert warning.endswith("; step_1 is used instead")
+    assert what in warning and found.name in warning
     assert "resumed after 1 rollouts" in caplog.text
     assert untimed(run) == untimed(finished)
 
@@ -107,12 +108,14 @@ def test_a_run_without_any_checkpoint_begins(run):
     "backend", ["fsdp", pytest.param("megatron", marks=[pytest.mark.megatron, pytest.mark.matrix])]
 )
 def test_a_killed_run_resumes_exactly(tmp_path, model, backend, no_leftovers):
-    """SIGKILL somewhere after the second of eight checkpoints; then all metrics of an uninterrupted run, with
-    a learning rate that warms up and decays, two steps a rollout, and an evaluation after each.
+    """SIGKILL somewhere after the second of eight checkpoints; then all metrics of an
+    uninterrupted run, with a learning rate that warms up and decays, two steps a rollout,
+    and an evaluation after each.
     """
-    schedule = "--training.lr-schedule cosine --training.lr-warmup-steps 3 --lr 1e-3 --num-steps-per-rollout 2"
+    schedule = "--training.lr-schedule cosine --training.lr-warmup-steps 3 --lr 1e-3"
     more = f"--backend {backend} --num-rollout 8 --save-interval 1 --eval-interval 1 {schedule}"
-    flags = run_dir(tmp_path, "straight", model, f"{more} --use-kl-loss --kl-loss-coef 0.01")
+    loss = "--num-steps-per-rollout 2 --use-kl-loss --kl-loss-coef 0.01"
+    flags = run_dir(tmp_path, "straight", model, f"{more} {loss}")
     assert train.main(flags) == DONE
     flags[flags.index("straight")] = "killed"
     command = [sys.executable, "-W", "ignore", "-m", "nanoslime.train", *flags]
@@ -129,7 +132,8 @@ def test_a_killed_run_resumes_exactly(tmp_path, model, backend, no_leftovers):
         process.kill()
         process.wait(30)
     assert seen and process.returncode < 0, (tmp_path / "log").read_text()
-    straight, killed = RunDir.open(tmp_path / "straight"), RunDir.open(tmp_path / "killed")
+    straight = RunDir.open(tmp_path / "straight")
+    killed = RunDir.open(tmp_path / "killed")
     assert len(untimed(killed)) < 8
     assert train.main(["--resume", str(killed.path)]) == DONE
     assert untimed(killed) == untimed(straight)

@@ -1,5 +1,5 @@
-"""The loop in one process with the real backend and the embedded engine: it learns, stops, resumes,
-refuses.
+"""The loop in one process with the real backend and the embedded engine: it learns,
+stops, resumes, refuses.
 """
 
 import json
@@ -19,6 +19,8 @@ from nanoslime import rehearsal, train
 from nanoslime.batch import TrainBatch
 from nanoslime.config.model import RehearsalConfig
 from nanoslime.orchestration.launch import Launch, parse
+from nanoslime.orchestration.rollout_manager import RolloutManager
+from nanoslime.orchestration.worker import TrainWorker
 from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
 from nanoslime.run_dir import DONE, FAILED, STOPPED, RunDir
 from nanoslime.training.backend import TrainBackend
@@ -26,36 +28,23 @@ from nanoslime.training.fsdp import FSDPBackend
 from tests import process_table
 from tests.models.hf import save_model
 
-SMALL = [
-    "--rollout-batch-size",
-    "4",
-    "--n-samples-per-prompt",
-    "4",
-    "--no-use-tensorboard",
-    "--eval.max-prompts",
-    "20",
-]
+SMALL = "--rollout-batch-size 4 --n-samples-per-prompt 4 --no-use-tensorboard --eval.max-prompts 20"
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> rehearsal.RehearsalFiles:
-    return rehearsal.make(
-        tmp_path_factory.mktemp("files") / "model", RehearsalConfig(num_held_out=200)
-    )
+    directory = tmp_path_factory.mktemp("files") / "model"
+    return rehearsal.make(directory, RehearsalConfig(num_held_out=200))
 
 
 def run_dir(root: Path, name: str, model: rehearsal.RehearsalFiles, more: str = "") -> list[str]:
-    """Flags of a mock run whose model is there already, so that no test waits for a warm start."""
-    files = [
-        "--hf-checkpoint",
-        model.model,
-        "--prompts",
-        model.train,
-        "--eval-prompts",
-        model.held_out,
-    ]
-    where = ["--run-root", root, "--name", name, "--rehearsal.enabled=false"]
-    return ["--mock", *SMALL, *map(str, [*where, *files]), *more.split()]
+    """Flags of a mock run whose model is there already, so that no test waits for a warm
+    start.
+    """
+    flags = ["--mock", *SMALL.split(), "--run-root", root, "--name", name]
+    flags += ["--rehearsal.enabled=false", "--hf-checkpoint", model.model]
+    flags += ["--prompts", model.train, "--eval-prompts", model.held_out, *more.split()]
+    return [str(flag) for flag in flags]
 
 
 def rows(run: RunDir) -> list[dict]:
@@ -70,30 +59,21 @@ def test_a_run_ends_with_summary_checkpoint_and_export(tmp_path, model):
     assert train.main([*run_dir(tmp_path, "whole", model), "--num-rollout", "2"]) == DONE
     run = RunDir.open(tmp_path / "whole")
     summary = json.loads(run.summary.read_text())
-    assert (
-        summary["steps"] == 2
-        and 0 < summary["reward_before"] < 1
-        and summary["logprob_gap_max"] < 1e-4
-    )
-    assert (
-        Path(summary["checkpoint"]).is_dir()
-        and (Path(summary["hf_export"]) / "model.safetensors").is_file()
-    )
+    assert summary["steps"] == 2 and 0 < summary["reward_before"] < 1
+    assert summary["logprob_gap_max"] < 1e-4
+    assert Path(summary["checkpoint"]).is_dir()
+    assert (Path(summary["hf_export"]) / "model.safetensors").is_file()
     assert run.status()["phase"] == "done"
     assert len((run.rollouts / "step_1.jsonl").read_text().splitlines()) == 16
 
 
 @pytest.mark.parametrize("backend", ["fsdp", pytest.param("megatron", marks=pytest.mark.megatron)])
 def test_a_stopped_run_resumes_exactly(tmp_path, model, backend, monkeypatch):
-    """Stopped after two of four rollouts and resumed: rewards, losses and gradient norms of an uninterrupted
-    run.
+    """Stopped after two of four rollouts and resumed: rewards, losses and gradient norms
+    of an uninterrupted run.
     """
-    flags = run_dir(
-        tmp_path,
-        "straight",
-        model,
-        f"--backend {backend} --num-rollout 4 --use-kl-loss --kl-loss-coef 0.01",
-    )
+    more = f"--backend {backend} --num-rollout 4 --use-kl-loss --kl-loss-coef 0.01"
+    flags = run_dir(tmp_path, "straight", model, more)
     assert train.main(flags) == DONE
     flags[flags.index("straight")] = "stopped"
     launch = parse(flags)
@@ -110,86 +90,102 @@ def test_a_stopped_run_resumes_exactly(tmp_path, model, backend, monkeypatch):
 
 @pytest.mark.parametrize("backend", ["fsdp", pytest.param("megatron", marks=pytest.mark.megatron)])
 def test_a_colocated_run_is_the_same_run(tmp_path, model, backend, monkeypatch):
-    """Trainer and engine take turns, also for checkpoints: every number is that of a run without sleep."""
-    flags = run_dir(
-        tmp_path, "awake", model, f"--backend {backend} --num-rollout 2 --save-interval 1"
-    )
+    """Trainer and engine take turns, once a step: a checkpoint costs no further sync, and
+    every number is that of a run without sleep.
+    """
+    more = f"--backend {backend} --num-rollout 2 --save-interval 1"
+    flags = run_dir(tmp_path, "awake", model, more)
     assert train.main(flags) == DONE
     flags[flags.index("awake")] = "turns"
     calls = record_turns(monkeypatch)
     assert train.main([*flags, "--colocate"]) == DONE
-    awake, turns = (RunDir.open(tmp_path / name) for name in ("awake", "turns"))
+    awake = RunDir.open(tmp_path / "awake")
+    turns = RunDir.open(tmp_path / "turns")
     assert losses(turns) == losses(awake) and turns.evals.read_text() == awake.evals.read_text()
     assert all(row["time/sleep_s"] > 0 and row["time/wake_s"] > 0 for row in rows(turns))
-    turn = ["release", "wake", "resume weights", "sleep", "resume cache"]
-    assert calls == ["release", *turn[2:], *(turn * 5)], "2 x (train, checkpoint) and the export"
+    to_trainer = ["release", "wake"]
+    to_engine = ["resume weights", "sleep", "resume cache"]
+    step = [*to_trainer, "save", *to_engine]
+    assert calls == ["release", *to_engine, *step, *step, *to_trainer], "the export is last"
+
+
+def test_a_stop_after_the_sync_of_a_colocated_run_is_saved_without_another_sync(
+    tmp_path, model, monkeypatch
+):
+    """The run ends, so that nobody needs the engine's weights; a resumed run is the
+    uninterrupted one.
+    """
+    more = "--backend fsdp --num-rollout 3 --eval-interval 1 --colocate"
+    flags = run_dir(tmp_path, "straight", model, more)
+    assert train.main(flags) == DONE
+    flags[flags.index("straight")] = "stopped"
+    launch = parse(flags)
+    evaluate = RolloutManager.evaluate
+
+    def stopping(self, step):
+        if step == 1:
+            launch.attempt.request_stop("a test asked")
+        return evaluate(self, step)
+
+    monkeypatch.setattr(RolloutManager, "evaluate", stopping)
+    calls = record_turns(monkeypatch)
+    assert train.run(launch) == STOPPED
+    assert calls.count("resume weights") == 3 and calls[-3:] == ["release", "wake", "save"]
+    monkeypatch.undo()
+    stopped = RunDir.open(tmp_path / "stopped")
+    assert train.main(["--resume", str(stopped.path)]) == DONE
+    assert losses(stopped) == losses(RunDir.open(tmp_path / "straight"))
 
 
 def record_turns(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the engine and the trainer are told about memory, in order."""
+    """What the engine and the trainer are told about memory, and saves, in order."""
     calls = []
 
-    def recorded(cls, method, name):
+    def record(cls, method, name):
         original = getattr(cls, method)
 
         def call(self, *args):
-            calls.append(" ".join([name, *args]))
+            parts = [str(arg) for arg in args if isinstance(arg, str)]
+            calls.append(" ".join([name, *parts]))
             return original(self, *args)
 
         monkeypatch.setattr(cls, method, call)
 
-    for method, name in (("release_memory", "release"), ("resume_memory", "resume")):
-        recorded(EmbeddedEngine, method, name)
-    recorded(TrainBackend, "sleep", "sleep")
-    recorded(TrainBackend, "wake", "wake")
+    record(EmbeddedEngine, "release_memory", "release")
+    record(EmbeddedEngine, "resume_memory", "resume")
+    record(TrainBackend, "sleep", "sleep")
+    record(TrainBackend, "wake", "wake")
+    record(TrainWorker, "save", "save")
     return calls
 
 
 def stop_after(rollouts: int, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asks for a stop, as an agent does on a signal, while that rollout is generated."""
-    attempt = launch.attempt
-    manager = "nanoslime.orchestration.rollout_manager.RolloutManager.generate"
-    generate = train_attribute(manager)
+    generate = RolloutManager.generate
 
     def stopping(self, step):
         if step == rollouts - 1:
-            attempt.request_stop("a test asked")
+            launch.attempt.request_stop("a test asked")
         return generate(self, step)
 
-    monkeypatch.setattr(manager, stopping)
-
-
-def train_attribute(path: str):
-    module, _, rest = path.rpartition(".RolloutManager.")
-    return getattr(sys.modules[module].RolloutManager, rest)
+    monkeypatch.setattr(RolloutManager, "generate", stopping)
 
 
 def test_old_logprobs_are_taken_before_the_first_step(tmp_path, model):
-    """Two optimizer steps per rollout: the first is on-policy, the second is not, unless old logprobs follow
-    the steps.
+    """Two optimizer steps per rollout: the first is on-policy, the second is not, unless
+    old logprobs follow the steps.
     """
-    flags = run_dir(
-        tmp_path,
-        "two",
-        model,
-        "--num-rollout 1 --num-steps-per-rollout 2 --lr 1e-2 --training.lr-warmup-steps 0 "
-        "--algorithm.filter-zero-std=false",
-    )
+    more = "--num-rollout 1 --num-steps-per-rollout 2 --lr 1e-2 --training.lr-warmup-steps 0"
+    flags = run_dir(tmp_path, "two", model, f"{more} --algorithm.filter-zero-std=false")
     assert train.main(flags) == DONE
     [row] = rows(RunDir.open(tmp_path / "two"))
-    assert (
-        row["train/ppo_kl_abs_max"] > 1e-2
-    )  # of the second step; 0 in both where old logprobs are taken too late
+    # The second step's; it is 0 in both where old logprobs are taken too late.
+    assert row["train/ppo_kl_abs_max"] > 1e-2
 
 
 def test_all_groups_filtered_leaves_the_weights_and_goes_on(tmp_path, model):
-    flags = [
-        *run_dir(tmp_path, "flat", model),
-        "--num-rollout",
-        "2",
-        "--reward",
-        "tests.orchestration.rewards:always_one",
-    ]
+    reward = "tests.orchestration.rewards:always_one"
+    flags = run_dir(tmp_path, "flat", model, f"--num-rollout 2 --reward {reward}")
     assert train.main(flags) == DONE
     for row in rows(RunDir.open(tmp_path / "flat")):
         assert row["rollout/dropped_group_zero_std"] == 4 and "train/loss" not in row
@@ -207,16 +203,18 @@ def test_all_groups_filtered_leaves_the_weights_and_goes_on(tmp_path, model):
     ],
 )
 def test_bad_input_ends_in_one_line(tmp_path, model, caplog, flags, message):
-    assert train.main([*run_dir(tmp_path, "bad", model), "--num-rollout", "1", *flags]) == FAILED
-    errors = [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
-    assert len(errors) == 1 and message in errors[0] and "Traceback" not in caplog.text
+    assert train.main([*run_dir(tmp_path, "bad", model, "--num-rollout 1"), *flags]) == FAILED
+    [error] = [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
+    assert message in error and "Traceback" not in caplog.text
 
 
 @pytest.mark.parametrize(
     "backend", ["fsdp", pytest.param("megatron --tp-size 2", marks=pytest.mark.megatron)]
 )
 def test_two_torchrun_ranks_equal_one(tmp_path, model, backend, no_leftovers):
-    """Rank 0 owns the engine and drives the other rank; the losses are those of a single process."""
+    """Rank 0 owns the engine and drives the other rank; the losses are those of a single
+    process.
+    """
     flags = run_dir(tmp_path, "one", model, "--num-rollout 2")
     assert train.main(flags) == DONE
     flags[flags.index("one")] = "two"
@@ -241,14 +239,16 @@ def torchrun(flags: list[str], module: str = "nanoslime.train") -> list[str]:
 
 
 def test_a_torchrun_rank_that_dies_ends_the_run_with_its_name(tmp_path, model, no_leftovers):
-    """It dies while rank 0 samples or trains; torchrun then ends rank 0, which first says why."""
+    """It dies while rank 0 samples or trains; torchrun then ends rank 0, which first says
+    why.
+    """
     flags = run_dir(tmp_path, "dies", model, "--num-rollout 1000 --backend fsdp")
     process = subprocess.Popen(
         torchrun(flags), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **TORCHRUN
     )
     try:
         run_path = tmp_path / "dies"
-        process_table.wait_for(lambda: (run_path / "metrics.jsonl").exists(), 120)
+        assert process_table.wait_for(lambda: (run_path / "metrics.jsonl").exists(), 120)
         family = process_table.descendants(process.pid, process_table.all_processes())
         [victim] = [p.pid for p in family if p.has_env("RANK", "1")]
         os.kill(victim, signal.SIGKILL)
@@ -256,7 +256,7 @@ def test_a_torchrun_rank_that_dies_ends_the_run_with_its_name(tmp_path, model, n
     finally:
         process.kill()
     status = RunDir.open(run_path).status()
-    assert status["phase"] == "failed", output[-3000:]
+    assert process.returncode != 0 and status["phase"] == "failed", output[-3000:]
     assert status["error"].startswith("trainer rank 1 died")
 
 
@@ -270,7 +270,9 @@ def test_a_torchrun_rank_that_fails_ends_the_run_with_its_name(tmp_path, model, 
 
 
 def test_the_gsm8k_recipe_trains_on_its_real_file(tmp_path, tiny_model):
-    """Chat template, its keys, the maths reward; on a small file of our own where there is no other."""
+    """Chat template, its keys, the maths reward; on a small file of our own where there
+    is no other.
+    """
     root = Path(train.__file__).parents[1]
     prompts = root.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
     if not prompts.exists():
@@ -279,18 +281,12 @@ def test_the_gsm8k_recipe_trains_on_its_real_file(tmp_path, tiny_model):
             {"question": f"{i} + {i}?", "answer": f"Twice.\n#### {2 * i}"} for i in range(9)
         ]
         prompts.write_text("\n".join(json.dumps(row) for row in problems))
-    flags = (
-        f"--num-rollout 1 --rollout-batch-size 4 --n-samples-per-prompt 2 --max-new-tokens 8 --dtype float32 \
-        --engine embedded --backend fsdp --data.max-prompt-tokens 2048 --algorithm.filter-zero-std=false \
-        --run-root {tmp_path} --no-use-tensorboard"
-    )
-    recipe = str(root / "jobs" / "recipes" / "gsm8k.yaml")
-    assert (
-        train.main(
-            [recipe, "--hf-checkpoint", str(tiny_model), "--prompts", str(prompts), *flags.split()]
-        )
-        == DONE
-    )
+    flags = [str(root / "jobs" / "recipes" / "gsm8k.yaml"), "--run-root", str(tmp_path)]
+    flags += ["--hf-checkpoint", str(tiny_model), "--prompts", str(prompts)]
+    flags += "--num-rollout 1 --rollout-batch-size 4 --n-samples-per-prompt 2".split()
+    flags += "--max-new-tokens 8 --dtype float32 --engine embedded --backend fsdp".split()
+    flags += "--data.max-prompt-tokens 2048 --algorithm.filter-zero-std=false".split()
+    assert train.main([*flags, "--no-use-tensorboard"]) == DONE
     run = RunDir.open(tmp_path / "gsm8k")
     [row] = rows(run)
     assert row["rollout/num_samples"] == 8 and row["train/logprob_gap_max"] < 1e-4
@@ -299,16 +295,17 @@ def test_the_gsm8k_recipe_trains_on_its_real_file(tmp_path, tiny_model):
 
 
 def test_a_skipped_step_is_counted_and_its_batch_kept(tmp_path, model, monkeypatch):
-    norms, measured = iter([math.inf]), FSDPBackend._grad_norm
-    monkeypatch.setattr(
-        FSDPBackend, "_grad_norm", lambda backend: next(norms, 0.0) or measured(backend)
-    )
+    first_norms = [math.inf]
+    measured = FSDPBackend._grad_norm
+
+    def norm(backend: FSDPBackend) -> float:
+        return first_norms.pop() if first_norms else measured(backend)
+
+    monkeypatch.setattr(FSDPBackend, "_grad_norm", norm)
     assert train.main(run_dir(tmp_path, "skips", model, "--num-rollout 2 --backend fsdp")) == DONE
     run = RunDir.open(tmp_path / "skips")
-    assert [(r["train/skipped"], r["train/num_skipped"]) for r in rows(run)] == [
-        (1.0, 1.0),
-        (0.0, 1.0),
-    ]
+    skipped = [(row["train/skipped"], row["train/num_skipped"]) for row in rows(run)]
+    assert skipped == [(1.0, 1.0), (0.0, 1.0)]
     [file] = run.skipped.rglob("*.pt")
     assert file == run.skipped / "step_0" / "rank_0.pt" and TrainBatch.load(file).num_tokens > 0
 
@@ -316,18 +313,16 @@ def test_a_skipped_step_is_counted_and_its_batch_kept(tmp_path, model, monkeypat
 @pytest.mark.megatron
 @pytest.mark.parametrize("replay", ["R2", "R3"])
 def test_a_model_with_experts_trains_with_its_routing_replayed(tmp_path, model, replay):
-    """R3: the experts go from the engine through samples and batches into the step; R2: from pass to pass."""
+    """R3: the experts go from the engine through samples and batches into the step; R2:
+    from pass to pass.
+    """
     tokenizer = AutoTokenizer.from_pretrained(model.model)
     moe = save_model(tmp_path / "model", "qwen3_moe", vocab_size=len(tokenizer))
     tokenizer.save_pretrained(moe)
-    flags = run_dir(
-        tmp_path, "moe", replace(model, model=moe), "--backend megatron --num-rollout 2 --lr 1e-2"
-    )
+    more = "--backend megatron --num-rollout 2 --lr 1e-2 --num-steps-per-rollout 2"
+    flags = run_dir(tmp_path, "moe", replace(model, model=moe), more)
     flags += ["--data.reward", "tests.orchestration.rewards:by_text_where_labelled"]
-    assert (
-        train.main([*flags, "--training.routing-replay", replay, "--num-steps-per-rollout", "2"])
-        == DONE
-    )
+    assert train.main([*flags, "--training.routing-replay", replay]) == DONE
     for row in rows(RunDir.open(tmp_path / "moe")):
         assert row["train/logprob_gap_max"] < 1e-4 and row["train/grad_norm"] > 0
         assert row["train/routing_mismatch_ratio"] >= 0.0

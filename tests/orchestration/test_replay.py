@@ -1,4 +1,6 @@
-"""Half a run: training on recorded rollouts without an engine, and rollouts without a trainer."""
+"""Half a run: training on recorded rollouts without an engine, and rollouts without a
+trainer.
+"""
 
 import json
 import logging
@@ -50,8 +52,8 @@ def replay(root: Path, bare: Path, directory: Path, more: str = "") -> list[str]
 
 
 def test_a_replay_is_the_run_it_was_recorded_from(tmp_path, recorded, bare, caplog):
-    """Losses, norms and all other metrics bit for bit, and the weights at the end; neither tokenizer, prompts
-    nor engine are there.
+    """Losses, norms and all other metrics bit for bit, and the weights at the end;
+    neither tokenizer, prompts nor engine are there.
     """
     assert train.main(replay(tmp_path, bare, recorded.path, "--num-rollout 3")) == DONE
     run = RunDir.open(tmp_path / "replayed")
@@ -90,15 +92,16 @@ def test_a_replay_resumes(tmp_path, recorded, bare):
 def test_evaluation_is_skipped_saying_so_once(tmp_path, recorded, bare, model, caplog):
     more = f"--num-rollout 2 --eval-prompts {model.held_out} --eval-interval 1"
     assert train.main(replay(tmp_path, bare, recorded.rollouts, more)) == DONE
-    assert [
-        r.getMessage() for r in caplog.records if "evaluations are skipped" in r.getMessage()
-    ] == ["rollout.load_rollouts: there is no engine, so evaluations are skipped"]
+    messages = [record.getMessage() for record in caplog.records]
+    [skipped] = [message for message in messages if "evaluations are skipped" in message]
+    assert skipped == "rollout.load_rollouts: there is no engine, so evaluations are skipped"
 
 
 @pytest.mark.parametrize("name", ["rollouts", "empty", "nowhere"])
 def test_too_few_recorded_rollouts_are_refused_at_the_start(tmp_path, recorded, bare, caplog, name):
     (tmp_path / "empty").mkdir()
-    directory, found = (recorded.rollouts, 3) if name == "rollouts" else (tmp_path / name, 0)
+    directory = recorded.rollouts if name == "rollouts" else tmp_path / name
+    found = 3 if name == "rollouts" else 0
     assert train.main(replay(tmp_path, bare, directory, "--num-rollout 9")) == FAILED
     [error] = [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
     assert f"{name}' holds {found} rollouts" in error and "rollout.num_rollout=9" in error
@@ -108,15 +111,10 @@ def test_too_few_recorded_rollouts_are_refused_at_the_start(tmp_path, recorded, 
 def test_rollout_only_records_what_the_checkpoint_samples_and_can_be_trained_on(
     tmp_path, model, bare
 ):
-    """Without a trainer: neither backend is imported. All samples are of version 0, which a replay takes."""
-    flags = [
-        *run_dir(tmp_path, "half", model),
-        "--rollout-only",
-        "--num-rollout",
-        "2",
-        "--backend",
-        "megatron",
-    ]
+    """Without a trainer: neither backend is imported. All samples are of version 0, which
+    a replay takes.
+    """
+    flags = run_dir(tmp_path, "half", model, "--rollout-only --num-rollout 2 --backend megatron")
     code = f"""
 import sys
 from nanoslime import train
@@ -140,19 +138,16 @@ sys.exit(f"{{code}} {{loaded}}" if code or loaded else 0)
 
     on_policy = "--num-rollout 2 --num-steps-per-rollout 1"  # in the first of the rollouts
     assert train.main(replay(tmp_path, bare, run.path, on_policy)) == DONE
-    first, second = rows(RunDir.open(tmp_path / "replayed"))
-    assert (
-        first["train/logprob_gap_max"] < 1e-4 < second["train/logprob_gap_max"]
-    )  # the second is off-policy
+    gaps = [row["train/logprob_gap_max"] for row in rows(RunDir.open(tmp_path / "replayed"))]
+    assert gaps[0] < 1e-4 < gaps[1], "the second is off-policy"
 
 
 def test_rollout_only_resumes_at_its_place_in_the_prompts(tmp_path, model):
-    for name, first in (("straight", "3"), ("halted", "1")):
-        assert (
-            train.main([*run_dir(tmp_path, name, model), "--rollout-only", "--num-rollout", first])
-            == DONE
-        )
-    straight, halted = RunDir.open(tmp_path / "straight"), RunDir.open(tmp_path / "halted")
+    for name, first in (("straight", 3), ("halted", 1)):
+        flags = run_dir(tmp_path, name, model, f"--rollout-only --num-rollout {first}")
+        assert train.main(flags) == DONE
+    straight = RunDir.open(tmp_path / "straight")
+    halted = RunDir.open(tmp_path / "halted")
     assert train.main(["--resume", str(halted.path), "--num-rollout", "3"]) == DONE
     for step in range(3):
         name = f"step_{step}.jsonl"

@@ -1,6 +1,9 @@
-"""Evaluation where some samples, or all of them, cannot be made; rounds of sampling until a batch is full."""
+"""Evaluation where some samples, or all of them, cannot be made; rounds of sampling until
+a batch is full.
+"""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,13 @@ from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
 from nanoslime.run_dir import RunDir
 from nanoslime.types import RunError, SampleGroup
 
-FINE, TOO_LONG = "ab", "a" * 4096  # the model's context is 4096 tokens
+FINE = "ab"
+TOO_LONG = "a" * 4096  # the model's context is 4096 tokens
+
+
+@dataclass
+class Weights:
+    version: int
 
 
 def manager(
@@ -42,7 +51,7 @@ def manager(
     )
     engine = EmbeddedEngine(str(model), "float32", "cpu", seed=0)
     run = RunDir.create(tmp_path, name)
-    return RolloutManager(config, run, model, [engine])
+    return RolloutManager(config, run, model, [engine], Weights(version=0))
 
 
 def test_a_sample_that_cannot_be_made_counts_as_reward_0(tmp_path, tiny_model, caplog):
@@ -55,7 +64,6 @@ def test_a_sample_that_cannot_be_made_counts_as_reward_0(tmp_path, tiny_model, c
     assert "prompt 1: a prompt of 4096 tokens fills the model's context" in warning
     record = json.loads(rollout.run.evals.read_text())
     assert (record["step"], record["reward"], record["samples"]) == (3, 0.75, 8)
-    rollout.close()
 
 
 def test_an_evaluation_without_any_sample_ends_the_run(tmp_path, tiny_model):
@@ -65,7 +73,6 @@ def test_an_evaluation_without_any_sample_ends_the_run(tmp_path, tiny_model):
     ):
         rollout.evaluate(-1)
     assert not rollout.run.evals.exists()
-    rollout.close()
 
 
 # dynamic sampling
@@ -75,7 +82,7 @@ PROMPTS = ["a", "b", "ab", "ba", "aa", "bb", "aab"]
 
 def sampling(tmp_path: Path, model: Path, rounds: int, **changes: str) -> RolloutManager:
     """Prompts 0, 3 and 6 are the only ones whose groups differ in reward."""
-    rollout = manager(
+    return manager(
         tmp_path,
         model,
         [FINE],
@@ -85,8 +92,6 @@ def sampling(tmp_path: Path, model: Path, rounds: int, **changes: str) -> Rollou
         n_samples_per_prompt=3,
         dynamic_sampling_rounds=rounds,
     )
-    rollout.version = 0
-    return rollout
 
 
 def ids(groups: list[SampleGroup]) -> list[tuple[int, int]]:
@@ -103,7 +108,6 @@ def test_without_further_rounds_what_is_filtered_is_missing(tmp_path, tiny_model
     assert all(len(groups) < 3 for groups in kept)
     assert rollout.state_dict()["prompts"]["epoch"] == 1  # 3 x 3 prompts of 7
     assert rollout.state_dict()["prompts"]["position"] == 2
-    rollout.close()
 
 
 def test_further_prompts_are_sampled_until_the_batch_is_full(tmp_path, tiny_model):
@@ -122,7 +126,6 @@ def test_further_prompts_are_sampled_until_the_batch_is_full(tmp_path, tiny_mode
             and min(group_ids) >= step * 60
             and max(group_ids) < (step + 1) * 60
         )
-    rollout.close()
 
 
 def test_rounds_are_bounded(tmp_path, tiny_model, caplog):
@@ -132,7 +135,6 @@ def test_rounds_are_bounded(tmp_path, tiny_model, caplog):
     assert (
         rollout.metrics["rollout/num_samples"] == 18
     )  # two rounds of three prompts, three samples each
-    rollout.close()
 
 
 def test_the_data_cursor_resumes_exactly_after_further_rounds(tmp_path, tiny_model):
@@ -146,6 +148,4 @@ def test_the_data_cursor_resumes_exactly_after_further_rounds(tmp_path, tiny_mod
         got = resumed.generate(step)
         assert ids(got) == ids(expected[step]) and tokens(got) == tokens(expected[step])
         state = json.loads(json.dumps(resumed.state_dict()))
-        resumed.close()
     assert state["prompts"] == straight.state_dict()["prompts"]
-    straight.close()

@@ -1,14 +1,15 @@
-"""After every sync the engine samples from exactly the weights that the trainer holds: real SGLang, real
-trainers.
+"""After every sync the engine samples from exactly the weights that the trainer holds:
+real SGLang, real trainers.
 
-Two trainer ranks (Megatron TP=2, FSDP DP=2) take large steps and send their weights to one running SGLang
-server, by broadcast and by disk. The engine's logprobs of what it samples and the trainer's of the same
-tokens then agree to 1e-4.
+Two trainer ranks (Megatron TP=2, FSDP DP=2) take large steps and send their weights to
+one running SGLang server. The engine's logprobs of what it samples and the trainer's of
+the same tokens then agree to 1e-4.
 """
 
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,11 +19,14 @@ from safetensors.torch import load_file, save_file
 from nanoslime.batch import TrainBatch
 from nanoslime.config import GRPOConfig, ModelConfig, RolloutConfig, RunConfig, TrainingConfig
 from nanoslime.config.rollout import WeightSyncConfig
+from nanoslime.orchestration.devices import SeparateDevices, SharedDevices
 from nanoslime.orchestration.worker import TrainWorker
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.training.backend import RankEnv
 from nanoslime.training.batching import BatchingOptions, make_train_batches
 from nanoslime.types import GenerateRequest, Sample, SampleGroup
+from nanoslime.weight_sync.engine_calls import EngineCalls
+from nanoslime.weight_sync.session import SyncSession
 from tests.training.rank_pool import RankPool
 
 pytestmark = [pytest.mark.sglang]
@@ -42,7 +46,9 @@ def run_config(backend: str) -> RunConfig:
 
 
 def sample(engine: SGLangEngine, seed: int) -> list[SampleGroup]:
-    """Four prompts, four samples each, with advantages that make every step move the weights."""
+    """Four prompts, four samples each, with advantages that make every step move the
+    weights.
+    """
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(0, 200, size=5 + i).tolist() for i in range(4)]
     requests = [
@@ -101,32 +107,20 @@ def train_once(worker: TrainWorker, groups: list[SampleGroup]) -> None:
 _worker: dict[str, TrainWorker] = {}  # of the rank's own process, between the calls of one test
 
 
-def open_worker(
-    env: RankEnv,
-    backend: str,
-    model: Path,
-    engine: SGLangEngine | None,
-    *ranks_by_engine: list[list[int]],
-) -> None:
+def open_worker(env: RankEnv, backend: str, model: Path) -> None:
     _worker["it"] = TrainWorker(run_config(backend), model, env)
-    if engine is not None:
-        _worker["it"].connect([engine], "127.0.0.1", *ranks_by_engine)
 
 
 def step(env: RankEnv, groups: list[SampleGroup]) -> float:
-    """One optimizer step; returns the gap on the same samples afterwards: what an engine with stale weights
-    would show.
+    """One optimizer step; returns the gap on the same samples afterwards: what an engine
+    with stale weights would show.
     """
     train_once(_worker["it"], groups)
     return gap(_worker["it"], groups)
 
 
-def broadcast(env: RankEnv, version: int) -> int:
-    return _worker["it"].broadcast(version)
-
-
-def write(env: RankEnv, path: Path) -> None:
-    _worker["it"].write_hf(path)
+def call_worker(env: RankEnv, method: str, *args: Any) -> Any:
+    return getattr(_worker["it"], method)(*args)
 
 
 def measure(env: RankEnv, groups: list[SampleGroup]) -> float:
@@ -137,6 +131,43 @@ def close_worker(env: RankEnv) -> None:
     _worker.pop("it").close()
 
 
+class PoolRanks:
+    """The workers of a pool's processes, as a session sees trainer ranks."""
+
+    address = "127.0.0.1"
+
+    def __init__(self, pool: RankPool):
+        self._pool = pool
+        self.sent: list[int] = []  # bytes by rank, of the last sync
+
+    def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> None:
+        results = self._pool(call_worker, method, *args)
+        if method == "send":
+            self.sent = results
+
+
+def open_session(
+    pool: RankPool,
+    engine: SGLangEngine,
+    transport: str,
+    directory: Path,
+    ranks_by_engine: list[list[int]],
+) -> tuple[SyncSession, PoolRanks, SharedDevices | SeparateDevices]:
+    """The ranks share their devices with the engine where it has tensors by handle."""
+    ranks = PoolRanks(pool)
+    engines = EngineCalls([engine])
+    devices = SharedDevices(ranks, engines) if transport == "tensor" else SeparateDevices()
+    session = SyncSession(
+        ranks, engines, devices, transport=transport, directory=directory, deadline_s=120.0
+    )
+    session.open(ranks_by_engine)
+    return session, ranks, devices
+
+
+def num_flushes(engine: SGLangEngine) -> int:
+    return Path(engine.log).read_text().count("Cache flushed successfully")
+
+
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[RankPool]:
     pool = RankPool(2)
@@ -145,16 +176,17 @@ def ranks() -> Iterator[RankPool]:
 
 
 @pytest.mark.megatron
-def test_broadcast_from_megatron_tp2_after_every_step(ranks, sglang_engine, tiny_model):
-    ranks(open_worker, "megatron", tiny_model, sglang_engine)
+def test_broadcast_from_megatron_tp2_after_every_step(ranks, sglang_engine, tiny_model, tmp_path):
+    ranks(open_worker, "megatron", tiny_model)
+    session, pool, _ = open_session(ranks, sglang_engine, "broadcast", tmp_path, [[0]])
     for version in (1, 2, 3):
         groups = sample(sglang_engine, seed=version)
         stale = max(ranks(step, groups))
-        sglang_engine.pause()
-        sent = ranks(broadcast, version)
-        sglang_engine.resume()
-        assert sent[0] > 400_000 and sent[1] == 0
-        assert sglang_engine.policy_version() == version
+        flushes = num_flushes(sglang_engine)
+        session.sync(version)
+        assert num_flushes(sglang_engine) == flushes + 1
+        assert pool.sent[0] > 400_000 and pool.sent[1] == 0
+        assert session.version == sglang_engine.policy_version() == version
         fresh = sample(sglang_engine, seed=10 + version)
         assert {v for g in fresh for s in g.samples for _, v in s.policy_versions} == {version}
         assert stale > 1e-2, "the step moved nothing: a stale engine would not be seen"
@@ -164,57 +196,60 @@ def test_broadcast_from_megatron_tp2_after_every_step(ranks, sglang_engine, tiny
 
 @pytest.mark.megatron
 def test_disk_sync_from_megatron_tp2(ranks, sglang_engine, tiny_model, tmp_path):
-    ranks(open_worker, "megatron", tiny_model, None)
+    ranks(open_worker, "megatron", tiny_model)
+    session, _, _ = open_session(ranks, sglang_engine, "disk", tmp_path, [[0]])
     assert max(ranks(step, sample(sglang_engine, seed=5))) > 1e-2
-    ranks(write, tmp_path / "version_7")
-    sglang_engine.update_weights_from_disk(str(tmp_path / "version_7"), 7)
-    assert sglang_engine.policy_version() == 7
+    flushes = num_flushes(sglang_engine)
+    session.sync(7)
+    assert num_flushes(sglang_engine) == flushes + 1
+    assert sglang_engine.policy_version() == 7 and list(tmp_path.iterdir()) == []
     assert max(ranks(measure, sample(sglang_engine, seed=6))) < 1e-4
     ranks(close_worker)
 
 
-def test_broadcast_from_fsdp_dp2(two_ranks, sglang_engine, tiny_model):
-    two_ranks(open_worker, "fsdp", tiny_model, sglang_engine)
+def test_broadcast_from_fsdp_dp2(two_ranks, sglang_engine, tiny_model, tmp_path):
+    two_ranks(open_worker, "fsdp", tiny_model)
+    session, _, _ = open_session(two_ranks, sglang_engine, "broadcast", tmp_path, [[0]])
     assert max(two_ranks(step, sample(sglang_engine, seed=8))) > 1e-2
-    two_ranks(broadcast, 1)
+    session.sync(1)
     assert sglang_engine.policy_version() == 1
     assert max(two_ranks(measure, sample(sglang_engine, seed=9))) < 1e-4
     two_ranks(close_worker)
 
 
-def rest(env: RankEnv, asleep: bool) -> None:
-    worker = _worker["it"]
-    (worker.sleep if asleep else worker.wake)()
-
-
 @pytest.mark.parametrize("backend", ["fsdp", pytest.param("megatron", marks=pytest.mark.megatron)])
-def test_colocated_ranks_and_an_engine_take_turns(ranks, sglang_engine, tiny_model, backend):
-    """Tensors from the second rank, whose device the engine shares, in several buckets; two turns."""
-    ranks(open_worker, backend, tiny_model, sglang_engine, [[1]])
+def test_colocated_ranks_and_an_engine_take_turns(
+    ranks, sglang_engine, tiny_model, tmp_path, backend
+):
+    """Tensors from the second rank, whose device the engine shares, in several buckets;
+    two turns.
+    """
+    ranks(open_worker, backend, tiny_model)
+    session, pool, devices = open_session(ranks, sglang_engine, "tensor", tmp_path, [[1]])
     for version in (1, 2):
         groups = sample(sglang_engine, seed=20 + version)
-        sglang_engine.release_memory()
-        if version > 1:
-            ranks(rest, False)
+        if version == 1:
+            sglang_engine.release_memory()  # as before the trainers are built
+        else:
+            devices.give_to_trainer()
         assert max(ranks(step, groups)) > 1e-2
-        sglang_engine.pause()
-        sglang_engine.resume_memory("weights")
-        assert min(ranks(broadcast, version)) > 400_000
-        ranks(rest, True)
-        sglang_engine.resume_memory("cache")
-        sglang_engine.flush()
-        sglang_engine.resume()
+        session.sync(version)
+        assert min(pool.sent) > 400_000
         assert sglang_engine.policy_version() == version
     fresh = sample(sglang_engine, seed=30)
-    ranks(rest, False)
+    devices.give_to_trainer()
     assert max(ranks(measure, fresh)) < 1e-4
+    sglang_engine.resume_memory("weights")
+    sglang_engine.resume_memory("cache")
     ranks(close_worker)
 
 
 def test_an_engine_with_another_model_is_not_silently_updated(
     two_ranks, sglang_engine, tiny_model, tmp_path
 ):
-    """A checkpoint that lacks a tensor is refused by name, and the engine keeps its weights and version."""
+    """A checkpoint that lacks a tensor is refused by name, and the engine keeps its
+    weights and version.
+    """
 
     broken = tmp_path / "broken"
     broken.mkdir()

@@ -34,7 +34,9 @@ def train(env, model_dir, steps):
 
 
 def test_advantages_are_whitened_over_the_rollout_not_its_steps(tmp_path):
-    """Every reward of the first step is 1, of the second 0: on its own neither has anything to learn from."""
+    """Every reward of the first step is 1, of the second 0: on its own neither has
+    anything to learn from.
+    """
     groups = [group(0, [1.0, 1.0]), group(1, [0.0, 0.0])]
     algorithms.make(CONFIG.algorithm, 2).advantages(groups)
     options = BatchingOptions(

@@ -31,7 +31,7 @@ from nanoslime.config import GRPOConfig, ModelConfig, RolloutConfig, RunConfig, 
 from nanoslime.config.algorithm import CISPOConfig, GSPOConfig, ReinforcePPConfig
 from nanoslime.plugins import resolve
 from nanoslime.training.backend import RankEnv
-from nanoslime.weight_sync.assemble import make_plan
+from nanoslime.weight_sync.plan import OwnedShard, SyncPlan, make_sync_plan
 
 BACKENDS = {
     "megatron": "nanoslime.training.megatron.backend:MegatronBackend",
@@ -262,19 +262,13 @@ def collect(results: list[dict[str, Any]], layout: Layout) -> Outcome:
     for number in range(len(first["grads"])):
         shards = (shard for result in results for shard in result["grads"][number])
         grads.append(assemble(shards))
-    boxes_by_rank = []
-    for result in results:
-        boxes = []
-        for name, shape, slices, _ in result["initial"]:
-            boxes.append((name, shape, tuple((s.start, s.stop) for s in slices)))
-        boxes_by_rank.append(boxes)
     return Outcome(
         logprobs=_by_sequence(results, "logprobs", layout.dp_size),
         steps=first["steps"],
         grads=grads,
         params=_assembled(results, "params"),
         extra={
-            "plan": make_plan(boxes_by_rank),
+            "plan": _sync_plan(results),
             "initial": _assembled(results, "initial"),
             "ref_logprobs": _by_sequence(results, "ref_logprobs", layout.dp_size),
             "params_after_ref": _assembled(results, "params_after_ref"),
@@ -284,6 +278,19 @@ def collect(results: list[dict[str, Any]], layout: Layout) -> Outcome:
 
 def _assembled(results: list[dict[str, Any]], name: str) -> dict[str, Tensor]:
     return assemble(shard for result in results for shard in result[name])
+
+
+def _sync_plan(results: list[dict[str, Any]]) -> SyncPlan:
+    """The plan for the shards that the ranks held before the first step."""
+    shards_by_rank = [
+        [OwnedShard(name, shape, box) for name, shape, box, _ in result["initial"]]
+        for result in results
+    ]
+
+    def float32(name: str) -> torch.dtype:
+        return torch.float32
+
+    return make_sync_plan(shards_by_rank, float32, bucket_bytes=1 << 20)
 
 
 def _by_sequence(results: list[dict[str, Any]], name: str, dp_size: int) -> list[Tensor]:

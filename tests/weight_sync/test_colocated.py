@@ -1,48 +1,50 @@
 """What a colocated engine is given: whole tensors in buckets, as SGLang takes them apart."""
 
-import pickle
+from pathlib import Path
 
+import megatron.core
 import pytest
 import torch
+from sglang.srt.utils import MultiprocessingSerializer
 from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 
 from nanoslime.training.backend import RankEnv
 from nanoslime.weight_sync.colocated import TensorSender
+from nanoslime.weight_sync.transport import EngineSide, RankSide
 from tests.weight_sync.test_assemble import BIAS, half
 
-pytestmark = pytest.mark.sglang
-
-
-def _post(env: RankEnv) -> list[tuple[str, torch.Tensor]]:
-    """What an engine's rank gets, taken apart as SGLang does."""
-    payloads: list[bytes] = []
-    engine = Engine(payloads)
-    sender = TensorSender(half(), [engine], [[0]], 0, torch.device("cpu"), 10_000, deadline_s=77.0)
-    options = sender._group._get_backend(torch.device("cpu")).options
-    assert options._timeout.total_seconds() == 77
-    sent = sender.send(3)
-    contents = [pickle.loads(payload) for payload in payloads]
-    assert engine.version == 3 and sent == sum(c["flattened_tensor"].numel() for c in contents)
-    return [t for c in contents for t in FlattenedTensorBucket(**c).reconstruct_tensors()]
+pytestmark = [pytest.mark.sglang, pytest.mark.megatron]
 
 
 class Engine:
-    def __init__(self, payloads: list[bytes]) -> None:
-        self.payloads, self.version = payloads, 0
-
-    def begin_update(self) -> None: ...
+    def __init__(self) -> None:
+        self.payloads: list[bytes] = []
 
     def receive_payloads(self, payloads: list[bytes]) -> None:
         self.payloads += payloads
 
-    def end_update(self, version: int) -> None:
-        self.version = version
+
+def post(env: RankEnv) -> list[tuple[str, torch.Tensor]]:
+    """What an engine's rank gets, taken apart as SGLang does, which refuses what it does not know.
+
+    megatron-core is imported, as in a trainer: it changes how tensors are pickled.
+    """
+    assert torch.storage._load_from_bytes.__module__.startswith(megatron.core.__name__)
+    engine = Engine()
+    rank = RankSide(half(), rank=0, device=torch.device("cpu"), model_dir=Path(), deadline_s=77.0)
+    sender = TensorSender(rank, EngineSide([engine], [[0]], "127.0.0.1", Path()))
+    options = sender._group._get_backend(torch.device("cpu")).options
+    assert options._timeout.total_seconds() == 77
+    sent = sender.send(3)
+    contents = [MultiprocessingSerializer.deserialize(payload) for payload in engine.payloads]
+    assert sent == sum(content["flattened_tensor"].numel() for content in contents)
+    buckets = [FlattenedTensorBucket(**content) for content in contents]
+    return [named for bucket in buckets for named in bucket.reconstruct_tensors()]
 
 
 def test_a_colocated_engine_gets_both_dtypes_in_one_bucket_within_the_deadline(one_rank):
-    [got] = one_rank(_post)
+    [got] = one_rank(post)
     expected = dict(half().tensors())
     assert [name for name, _ in got] == [BIAS, "odd", "even"]
-    assert all(
-        t.dtype == expected[name].dtype and torch.equal(t, expected[name]) for name, t in got
-    )
+    for name, tensor in got:
+        assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name])

@@ -1,0 +1,82 @@
+"""A transport carries buckets from the trainer ranks to the engines; the session does the rest.
+
+On every trainer rank it is a `Sender`; in the driver it is one word, how engines take buckets.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from nanoslime.weight_sync.assemble import Assembler
+
+
+class Delivery(StrEnum):
+    """How an engine takes what the trainer ranks send, and its version."""
+
+    BUCKETS = "buckets"  # one by one, between begin_update() and end_update(version)
+    FILES = "files"  # from a checkpoint that the ranks wrote, by update_weights_from_disk()
+    DIRECT = "direct"  # by a call of the sender, which has the engine in its own process
+    NOTHING = "nothing"  # not at all: it keeps the checkpoint's weights, which are version 0
+
+
+@dataclass(frozen=True, slots=True)
+class Transport:
+    sender: str  # "module:Class" of a `Sender`; empty where nothing is sent
+    delivery: Delivery
+
+
+TRANSPORTS = {
+    "broadcast": Transport("nanoslime.weight_sync.broadcast:BroadcastSender", Delivery.BUCKETS),
+    "tensor": Transport("nanoslime.weight_sync.colocated:TensorSender", Delivery.BUCKETS),
+    "disk": Transport("nanoslime.weight_sync.disk:CheckpointSender", Delivery.FILES),
+    "in_process": Transport("nanoslime.weight_sync.in_process:InProcessSender", Delivery.DIRECT),
+    "none": Transport("", Delivery.NOTHING),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RankSide:
+    """What a sender has on its trainer rank."""
+
+    assembler: Assembler
+    rank: int
+    device: torch.device
+    model_dir: Path  # tokenizer and config of what is trained
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSide:
+    """What the driver tells every sender of the engines."""
+
+    engines: Sequence[Any]  # none with Delivery.FILES, of which only the driver talks to engines
+    ranks_by_engine: Sequence[Sequence[int]]  # the trainer ranks on each engine's devices, in order
+    address: str  # of trainer rank 0, reachable from the engines
+    directory: Path  # for Delivery.FILES; see `version_dir`
+
+
+class Sender(Protocol):
+    """Lives on every trainer rank. Construction, `send` and `close` are collective.
+
+    Raises RunError naming the engine that refused, failed or was late.
+    """
+
+    def __init__(self, rank: RankSide, engines: EngineSide) -> None: ...
+
+    def send(self, version: int) -> int:
+        """Sends the current weights, bucket by bucket in the plan's order.
+
+        Returns the bytes that this rank sent.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+def version_dir(directory: Path, version: int) -> Path:
+    """Where a checkpoint for engines lies while they load it."""
+    return directory / f"version_{version}"

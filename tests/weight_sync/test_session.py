@@ -1,0 +1,169 @@
+"""The order of a sync, and where it stops when an engine or a rank fails: nobody serves a
+mixture.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanoslime.orchestration.devices import SeparateDevices, SharedDevices
+from nanoslime.types import RunError
+from nanoslime.weight_sync.engine_calls import EngineCalls
+from nanoslime.weight_sync.session import State, SyncSession
+
+
+class Engine:
+    """Keeps what it is told, in a list that it shares with the ranks."""
+
+    def __init__(self, name: str, calls: list[str], fails_at: str = ""):
+        self.name = name
+        self.label = 0
+        self._calls = calls
+        self._fails_at = fails_at
+
+    def _told(self, call: str) -> None:
+        self._calls.append(call)
+        if call == self._fails_at:
+            raise RunError(f"engine {self.name}: {call} refused")
+
+    def pause(self) -> None:
+        self._told("pause")
+
+    def resume(self) -> None:
+        self._told("resume")
+
+    def begin_update(self) -> None:
+        self._told("begin_update")
+
+    def end_update(self, version: int) -> None:
+        self._told("end_update")
+        self.label = version
+
+    def update_weights_from_disk(self, path: str, version: int) -> None:
+        assert Path(path).is_dir()
+        self._told("update_weights_from_disk")
+        self.label = version
+
+    def policy_version(self) -> int:
+        self._told("policy_version")
+        return self.label
+
+    def release_memory(self) -> None:
+        self._told("release_memory")
+
+    def resume_memory(self, part: str) -> None:
+        self._told(f"resume_memory {part}")
+
+
+class Ranks:
+    address = "127.0.0.1"
+
+    def __init__(self, calls: list[str], directory: Path, fails_at: str = ""):
+        self._calls = calls
+        self._directory = directory
+        self._fails_at = fails_at
+
+    def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> None:
+        self._calls.append(method)
+        if method == self._fails_at:
+            raise RunError(f"trainer rank 1 died while asked to {what}")
+        if method == "send":
+            (self._directory / f"version_{args[0]}").mkdir(exist_ok=True)
+
+
+def opened(
+    tmp_path: Path, transport: str, *engines: Engine, calls: list[str], rank_fails_at: str = ""
+) -> SyncSession:
+    ranks = Ranks(calls, tmp_path, rank_fails_at)
+    session = SyncSession(
+        ranks,
+        EngineCalls(engines),
+        SeparateDevices(),
+        transport=transport,
+        directory=tmp_path,
+        deadline_s=5.0,
+    )
+    session.open([[0]])
+    calls.clear()
+    return session
+
+
+@pytest.mark.parametrize("transport", ["broadcast", "tensor"])
+def test_buckets_go_between_begin_and_end_while_the_engines_are_paused(tmp_path, transport):
+    calls: list[str] = []
+    engine = Engine("a", calls)
+    session = opened(tmp_path, transport, engine, calls=calls)
+    times = session.sync(3)
+    assert calls == ["pause", "begin_update", "send", "end_update", "policy_version", "resume"]
+    assert (session.version, session.state, engine.label) == (3, State.IDLE, 3)
+    assert times["time/weight_sync_s"] >= 0
+
+
+def test_files_are_written_before_the_pause_and_removed_after_the_load(tmp_path):
+    calls: list[str] = []
+    session = opened(tmp_path, "disk", Engine("a", calls), calls=calls)
+    session.sync(3)
+    assert calls == ["send", "pause", "update_weights_from_disk", "policy_version", "resume"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_way_the_engines_stay_at_version_0(tmp_path):
+    calls: list[str] = []
+    session = opened(tmp_path, "none", Engine("a", calls), calls=calls)
+    session.sync(3)
+    assert calls == ["policy_version"] and session.version == 0
+
+
+def test_shared_devices_change_hands_inside_a_sync(tmp_path):
+    calls: list[str] = []
+    engines = EngineCalls([Engine("a", calls)])
+    ranks = Ranks(calls, tmp_path)
+    devices = SharedDevices(ranks, engines)
+    session = SyncSession(
+        ranks, engines, devices, transport="tensor", directory=tmp_path, deadline_s=5.0
+    )
+    session.open([[0]])
+    calls.clear()
+    assert session.sync(1).keys() == {"time/weight_sync_s", "time/sleep_s"}
+    update = ["begin_update", "send", "end_update"]
+    turn = ["resume_memory weights", *update, "sleep", "resume_memory cache"]
+    assert calls == ["pause", *turn, "policy_version", "resume"]
+    calls.clear()
+    assert devices.give_to_trainer().keys() == {"time/wake_s"}
+    assert devices.give_to_trainer() == {}
+    assert calls == ["release_memory", "wake"]
+
+
+def test_a_rank_that_dies_while_sending_leaves_every_engine_paused_under_its_old_label(tmp_path):
+    calls: list[str] = []
+    engine = Engine("a", calls)
+    session = opened(tmp_path, "broadcast", engine, calls=calls, rank_fails_at="send")
+    with pytest.raises(RunError, match="rank 1 died while asked to send the weights of version 4"):
+        session.sync(4)
+    assert "resume" not in calls and engine.label == 0
+    assert (session.version, session.state) == (-1, State.SENDING)
+
+
+@pytest.mark.parametrize("call", ["begin_update", "end_update"])
+def test_an_engine_that_fails_keeps_its_label_and_no_engine_goes_on(tmp_path, call):
+    calls: list[str] = []
+    engines = [Engine("a", calls), Engine("b", calls, fails_at=call)]
+    session = opened(tmp_path, "broadcast", *engines, calls=calls)
+    with pytest.raises(RunError, match=f"engine b: {call} refused"):
+        session.sync(4)
+    assert "resume" not in calls and engines[1].label == 0
+    with pytest.raises(
+        RunError, match="version 5 cannot be sent: the sync .* while it was sending"
+    ):
+        session.sync(5)
+
+
+def test_an_engine_with_another_label_is_named(tmp_path):
+    calls: list[str] = []
+    engines = [Engine("a", calls), Engine("b", calls)]
+    session = opened(tmp_path, "broadcast", *engines, calls=calls)
+    engines[1].end_update = lambda version: None
+    with pytest.raises(RunError, match="engine b reports policy version 0 after the sync of 4"):
+        session.sync(4)
+    assert "resume" not in calls and session.version == -1
