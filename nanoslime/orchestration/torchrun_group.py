@@ -72,7 +72,7 @@ class Ranks:
         )
         self._thread.start()
         self.failed = False
-        signal.signal(signal.SIGTERM, self._told_to_end)
+        self._earlier_handler = signal.signal(signal.SIGTERM, self._told_to_end)
 
     def __len__(self) -> int:
         return len(self._connections)
@@ -112,7 +112,7 @@ class Ranks:
             return  # it hangs in a collective; a group that is in use cannot be destroyed
         dist.destroy_process_group()
         if not self.failed:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, self._earlier_handler)
 
     def _send(self, rank: int, call: Call, what: str) -> None:
         # Plain pickle: a Connection's own send() would pass tensors as file descriptors.
@@ -149,10 +149,11 @@ class Ranks:
             if not ready:
                 return None
             for rank, connection in pending.items():
-                if connection in ready:
-                    if self._receive(rank) is None:
-                        return rank
-                    heard.add(rank)
+                if connection not in ready:
+                    continue
+                if self._receive(rank) is None:
+                    return rank
+                heard.add(rank)
         return None
 
     def _pending(self, heard: Container[int]) -> dict[int, Connection]:
@@ -168,7 +169,7 @@ class Ranks:
         dead = self._first_dead({0})
         if dead is not None:
             raise self._error(f"trainer rank {dead} died")
-        raise self._error("torchrun ended the run by SIGTERM; its own lines say why")
+        raise self._error("torchrun ended the run by SIGTERM")
 
     def _error(self, message: str) -> RunError:
         """From here on SIGTERM is ignored: rank 0 has to write down why the run failed."""

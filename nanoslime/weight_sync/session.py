@@ -93,9 +93,7 @@ class SyncSession:
     def sync(self, version: int) -> dict[str, float]:
         """Puts the trainer's current weights into every engine, labelled `version`.
 
-        Returns the seconds that it took, as metrics.
-
-        Raises RunError naming the engine or the rank where it fails.
+        Returns the seconds that it took, as metrics. Raises RunError naming the engine or the rank where it fails.
         """
         if self.state is not State.IDLE:
             raise RunError(

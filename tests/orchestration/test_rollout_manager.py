@@ -24,6 +24,12 @@ class Weights:
     version: int
 
 
+def write_prompts(path: Path, prompts: list[str]) -> None:
+    """Every third prompt has a label that is true."""
+    rows = [{"prompt": prompt, "label": i % 3 == 0} for i, prompt in enumerate(prompts)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def manager(
     tmp_path: Path,
     model: Path,
@@ -33,11 +39,8 @@ def manager(
     name: str = "run",
     **rollout: Any,
 ) -> RolloutManager:
-    for kind, prompts in (("train", train or [FINE]), ("held_out", held_out)):
-        lines = [
-            json.dumps({"prompt": p, "label": i % 3 == 0}) + "\n" for i, p in enumerate(prompts)
-        ]
-        (tmp_path / f"{kind}.jsonl").write_text("".join(lines))
+    write_prompts(tmp_path / "train.jsonl", train or [FINE])
+    write_prompts(tmp_path / "held_out.jsonl", held_out)
     config = RunConfig(
         rollout=RolloutConfig(engine="embedded", max_new_tokens=4, **rollout),
         eval=EvalConfig(n_samples_per_prompt=2),
@@ -58,36 +61,40 @@ def test_a_sample_that_cannot_be_made_counts_as_reward_0(tmp_path, tiny_model, c
     rollout = manager(tmp_path, tiny_model, [FINE, TOO_LONG, FINE, FINE])
     assert rollout.evaluate(3) == 0.75
     [warning] = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert warning.startswith(
+    assert warning == (
         "evaluation: 2 of 8 samples could not be made and count as reward 0; first: "
+        "prompt 1: a prompt of 4096 tokens fills the model's context"
     )
-    assert "prompt 1: a prompt of 4096 tokens fills the model's context" in warning
     record = json.loads(rollout.run.evals.read_text())
     assert (record["step"], record["reward"], record["samples"]) == (3, 0.75, 8)
 
 
 def test_an_evaluation_without_any_sample_ends_the_run(tmp_path, tiny_model):
     rollout = manager(tmp_path, tiny_model, [TOO_LONG])
-    with pytest.raises(
-        RunError, match="2 of 2 samples could not be made; first: prompt 0: a prompt of"
-    ):
+    message = "2 of 2 samples could not be made; first: prompt 0: a prompt of"
+    with pytest.raises(RunError, match=message):
         rollout.evaluate(-1)
     assert not rollout.run.evals.exists()
 
 
-# dynamic sampling
-
 PROMPTS = ["a", "b", "ab", "ba", "aa", "bb", "aab"]
 
 
-def sampling(tmp_path: Path, model: Path, rounds: int, **changes: str) -> RolloutManager:
+def sampling(
+    tmp_path: Path,
+    model: Path,
+    rounds: int,
+    reward: str = "by_text_where_labelled",
+    name: str = "run",
+) -> RolloutManager:
     """Prompts 0, 3 and 6 are the only ones whose groups differ in reward."""
     return manager(
         tmp_path,
         model,
         [FINE],
         PROMPTS,
-        **({"reward": "by_text_where_labelled"} | changes),
+        reward=reward,
+        name=name,
         rollout_batch_size=3,
         n_samples_per_prompt=3,
         dynamic_sampling_rounds=rounds,
@@ -121,20 +128,16 @@ def test_further_prompts_are_sampled_until_the_batch_is_full(tmp_path, tiny_mode
         lines = (rollout.run.rollouts / f"step_{step}.jsonl").read_text().splitlines()
         assert len(lines) == 3 * sampled  # what was filtered is on record too
         group_ids = {json.loads(line)["group"] for line in lines}
-        assert (
-            len(group_ids) == sampled
-            and min(group_ids) >= step * 60
-            and max(group_ids) < (step + 1) * 60
-        )
+        assert len(group_ids) == sampled
+        assert min(group_ids) >= step * 60 and max(group_ids) < (step + 1) * 60
 
 
 def test_rounds_are_bounded(tmp_path, tiny_model, caplog):
     rollout = sampling(tmp_path, tiny_model, 2, reward="always_one")
     assert rollout.generate(0) == []
     assert "left to train on, dropped for: {'group_zero_std': 6}" in caplog.text
-    assert (
-        rollout.metrics["rollout/num_samples"] == 18
-    )  # two rounds of three prompts, three samples each
+    # two rounds of three prompts, three samples each
+    assert rollout.metrics["rollout/num_samples"] == 18
 
 
 def test_the_data_cursor_resumes_exactly_after_further_rounds(tmp_path, tiny_model):

@@ -50,9 +50,8 @@ def test_advantages_are_whitened_over_the_rollout_not_its_steps(tmp_path):
         ranks.close()
     one = 0.5 / (8 / 4 / 7) ** 0.5  # of 8 tokens, half are 1 and half are 0
     for (first, second), norm in found:
-        assert first.tolist() == pytest.approx([one] * 2) and second.tolist() == pytest.approx(
-            [-one] * 2
-        )
+        assert first.tolist() == pytest.approx([one] * 2)
+        assert second.tolist() == pytest.approx([-one] * 2)
         assert norm > 0
 
 
