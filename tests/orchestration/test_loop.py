@@ -208,6 +208,17 @@ def test_bad_input_ends_in_one_line(tmp_path, model, caplog, flags, message):
     assert message in error and "Traceback" not in caplog.text
 
 
+TORCHRUN = {
+    "cwd": Path(train.__file__).parents[1],
+    "env": os.environ | {"OMP_NUM_THREADS": "1"},
+}
+
+
+def torchrun(flags: list[str], module: str = "nanoslime.train") -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    return [sys.executable, *launcher, "-m", module, *flags]
+
+
 @pytest.mark.parametrize(
     "backend", ["fsdp", pytest.param("megatron --tp-size 2", marks=pytest.mark.megatron)]
 )
@@ -225,17 +236,6 @@ def test_two_torchrun_ranks_equal_one(tmp_path, model, backend, no_leftovers):
     two = losses(RunDir.open(tmp_path / "two"))
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-7)
-
-
-TORCHRUN = {
-    "cwd": Path(train.__file__).parents[1],
-    "env": os.environ | {"OMP_NUM_THREADS": "1"},
-}
-
-
-def torchrun(flags: list[str], module: str = "nanoslime.train") -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    return [sys.executable, *launcher, "-m", module, *flags]
 
 
 def test_a_torchrun_rank_that_dies_ends_the_run_with_its_name(tmp_path, model, no_leftovers):
