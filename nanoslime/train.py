@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(session: Session, tracker: Tracker, clock: Clock, start: int) -> int:
-    """Trains from rollout `start` on; returns DONE, or STOPPED once a stop is committed."""
+    """Trains from rollout `start` on; returns DONE, or STOPPED after its commit."""
     config = session.config
     trainer = session.trainer
     rollout = session.rollout
@@ -47,7 +47,7 @@ def train(session: Session, tracker: Tracker, clock: Clock, start: int) -> int:
         due = config.checkpoint.due(step, num_rollout)
         if due or session.attempt.must_stop():
             clock("checkpoint")
-            checkpoints.save(step + 1)  # while the trainer is awake; committed with the evaluation
+            checkpoints.save(step + 1)  # while the trainer is awake; `commit` comes below
         clock("weight_sync")
         metrics |= session.weights.sync(step + 1)
         clock.step = step + 1

@@ -1,1 +1,1 @@
-"""Places trainer ranks, engines and the rollout: in one process, under torchrun or on Ray."""
+"""Places trainer ranks and engines: in one process, under torchrun or on Ray."""

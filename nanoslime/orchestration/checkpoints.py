@@ -38,7 +38,8 @@ class Checkpoints:
     rollout: RolloutManager | Replay
     weights: SyncSession
     _best: tuple[float, int] | None = field(default=None, init=False)  # reward, rollouts
-    _saved: int | None = field(default=None, init=False)  # rollouts of what `save` has put aside
+    # The rollouts of the state that `save` has put aside.
+    _saved: int | None = field(default=None, init=False)
 
     def resume(self) -> int:
         """Loads the newest checkpoint that verifies; returns its number of rollouts.
@@ -64,7 +65,7 @@ class Checkpoints:
         self._saved = rollouts
 
     def commit(self, rollouts: int, reward: float | None) -> None:
-        """Makes the state after `rollouts` rollouts a checkpoint, then removes older ones.
+        """Commits the state after `rollouts` rollouts, then removes older checkpoints.
 
         Saves first where `save` was not called: a trainer and engines that share
         devices then change turns. `reward` comes from the evaluation at this step, if
@@ -95,7 +96,7 @@ class Checkpoints:
         )
 
     def _newest_good(self) -> int:
-        """The rollouts of the newest checkpoint that verifies; 0 where there is none at all."""
+        """Returns the rollouts of the newest checkpoint that verifies; 0 without any."""
         refused = []
         for step, path in reversed(checkpoints(self.run.checkpoints)):
             try:

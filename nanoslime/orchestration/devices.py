@@ -1,4 +1,4 @@
-"""Who has the devices: trainer and engines have their own, or take turns on the same ones."""
+"""Trainer and engines have devices of their own, or take turns on the same ones."""
 
 import time
 from typing import Any, Protocol
@@ -38,7 +38,7 @@ class SharedDevices:
         self._engines_turn = False
 
     def give_to_trainer(self) -> dict[str, float]:
-        """Does nothing where the trainer has them; else returns the seconds of its waking."""
+        """Returns the seconds of the trainer's waking; none where it is awake."""
         if not self._engines_turn:
             return {}
         self._engines.each("release_memory")

@@ -1,4 +1,4 @@
-"""The group of trainer ranks as the training loop sees it, whatever processes they live in."""
+"""The trainer ranks as the training loop sees them, whatever processes they live in."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ class TrainGroup(ABC):
         """Builds what construction has only reserved, if anything."""
 
     def share_devices(self, engines: EngineCalls) -> None:
-        """From now on the trainer and these engines take turns; the trainer has the first."""
+        """Lets the trainer and these engines take turns; the trainer has the first."""
         self.devices = SharedDevices(self, engines)
 
     def train(self, groups: list[SampleGroup]) -> dict[str, float]:
@@ -132,7 +132,7 @@ def resolve_transport(config: RunConfig, *, same_process: bool) -> str:
 
 
 def _transport_obstacles(config: RunConfig, same_process: bool) -> dict[str, str]:
-    """Why a transport is impossible in this run, whatever the engine; others have no entry."""
+    """Says of each transport that is impossible here, whatever the engine, why it is."""
     obstacles = {}
     if not config.cluster.colocate:
         obstacles["tensor"] = "needs engines on the trainers' own GPUs (--colocate)"

@@ -73,7 +73,7 @@ def parse(argv: list[str]) -> Launch:
 
 
 def serves_rank_0() -> bool:
-    """Whether this process is one of torchrun's ranks, but not the one that drives the run."""
+    """Whether this process is a rank of torchrun that does not drive the run."""
     return int(os.environ.get("RANK", 0)) > 0
 
 
@@ -136,7 +136,7 @@ def _on_own_ray(config: RunConfig, run: RunDir | None, shape: ModelShape) -> Lau
 
 
 def _with_local_checkpoint(config: RunConfig) -> tuple[RunConfig, ModelShape]:
-    """The configuration with a checkpoint that is a local directory; a hub id is fetched."""
+    """Puts a local directory in place of model.hf_checkpoint; fetches a hub id."""
     if config.rehearsal.enabled:
         return config, ModelShape.from_config(tiny_qwen3_config())
     found = find_checkpoint(

@@ -38,7 +38,7 @@ SLOT = "slot"
 
 
 def connect(head: dict[str, Any], num_nodes: int, deadline_s: float) -> None:
-    """Connects the driver to the cluster of the node agents; waits until every node joined."""
+    """Connects to the cluster of the node agents; waits until every node has joined."""
     _init(address=head["ray_address"], _node_ip_address=head["node_ip"])
     end = time.monotonic() + deadline_s
     while len(joined := _joined_nodes()) < num_nodes:
@@ -61,7 +61,7 @@ def start_local(num_slots: int, device: str) -> None:
 
     `python -m nanoslime.train --num-gpus N` runs on it.
     """
-    # This is Ray's own switch: the cluster listens on loopback and ends with this process.
+    # Ray reads this. The cluster listens on loopback and ends with this process.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     _init(
         _node_ip_address="127.0.0.1",
@@ -122,7 +122,7 @@ class RankPlace:
 
 @ray.remote
 class RankActor:
-    """One trainer rank. `place` comes before `setup`: rank 0 then listens where it said."""
+    """One trainer rank. `place` comes before `setup`: rank 0 listens where it said."""
 
     def __init__(self, setup: ActorSetup):
         _log_to(setup.log)
@@ -212,7 +212,7 @@ class _Actors:
         config: RunConfig,
         model_dir: Path,
     ):
-        """Errors call the actors by `role`; its first word names them in Ray, and their logs."""
+        """Errors name actors by `role`; its first word names them in Ray, and their logs."""
         device = config.cluster.device
         interface = config.cluster.network_interface
         environment = {}
@@ -287,7 +287,7 @@ class _Actors:
         return RunError(f"{self._names[i]} died while asked to {what}; log: {self._logs[i]}")
 
     def _first_dead(self) -> int | None:
-        """Asks all actors and returns the first dead one; news of a death gets two seconds."""
+        """Asks all actors and returns the first dead one; news may take two seconds."""
         pings = self.start_on_each("__ray_ready__")
         ray.wait(pings, num_returns=len(pings), timeout=2.0)
         for i, ping in enumerate(pings):

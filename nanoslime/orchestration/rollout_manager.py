@@ -33,7 +33,7 @@ class Weights(Protocol):
 
 
 class RolloutManager:
-    """Samples in the driver. Every sample has to come from the current version of `weights`."""
+    """Samples in the driver. Every sample must be of the current version of `weights`."""
 
     def __init__(
         self,

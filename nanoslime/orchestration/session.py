@@ -51,7 +51,8 @@ class Started:
 
     trainer: TrainGroup
     engines: list[Engine]
-    ranks_by_engine: list[list[int]]  # the trainer ranks on each engine's devices, where they share
+    # The trainer ranks on each engine's devices, where they share them.
+    ranks_by_engine: list[list[int]]
     transport: str
 
 
@@ -71,7 +72,7 @@ def prepare_model(config: RunConfig, run: RunDir) -> tuple[RunConfig, Path]:
 def open_ray(
     config: RunConfig, attempt: Attempt, layout: Layout, phase: Phase, *, local: bool
 ) -> Iterator[Session]:
-    """Opens the driver's session on Ray: on one of its own where `local`, else the agents'."""
+    """Opens a session on Ray: on one of its own where `local`, else the agents'."""
     transport = resolve_transport(config, same_process=False)
     with ExitStack() as resources:
         phase("model")
@@ -120,7 +121,7 @@ def open_ray(
 def open_local(
     config: RunConfig, attempt: Attempt, env: RankEnv, phase: Phase
 ) -> Iterator[Session]:
-    """Opens the session of a process that is a trainer rank itself: the only one, or rank 0."""
+    """Opens the session of a process that is itself a trainer rank, the first one."""
     transport = resolve_transport(config, same_process=env.world_size == 1)
     with ExitStack() as resources:
         ranks: Ranks | None = None

@@ -1,4 +1,4 @@
-"""Trainer ranks under torchrun: rank 0 is the driver, as under Ray; every rank serves its calls.
+"""Trainer ranks under torchrun: rank 0 drives, as under Ray; every rank serves its calls.
 
     rank 0        the training loop in its main thread, and a second thread that serves calls
     other ranks   `serve`: nothing but calls, until rank 0 ends
@@ -99,7 +99,7 @@ class Ranks:
         return [results[rank] for rank in range(len(calls))]
 
     def close(self) -> None:
-        """Ends the other ranks, which wait for their next call, and leaves the process group."""
+        """Ends the ranks, which wait for their next call, and leaves the process group."""
         for connection in self._connections:
             try:
                 connection.send_bytes(pickle.dumps(None))
@@ -127,7 +127,8 @@ class Ranks:
             raise self._error(f"trainer rank {rank} died while asked to {what}")
         if answer.failure is None:
             return answer.result
-        dead = self._first_dead({0, rank})  # a death breaks the collectives of all other ranks
+        # A death breaks the collectives of all other ranks.
+        dead = self._first_dead({0, rank})
         if dead is not None:
             raise self._error(f"trainer rank {dead} died while asked to {what}")
         raise self._error(f"trainer rank {rank} failed to {what}: {answer.failure}")
@@ -172,7 +173,7 @@ class Ranks:
         raise self._error("torchrun ended the run by SIGTERM")
 
     def _error(self, message: str) -> RunError:
-        """From here on SIGTERM is ignored: rank 0 has to write down why the run failed."""
+        """Makes the error and ignores SIGTERM: rank 0 still has to write it down."""
         self.failed = True
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return RunError(f"{message}; torchrun's output holds the last lines of each rank")
@@ -234,7 +235,8 @@ def _answer_calls(env: RankEnv, connection: Connection, longest_s: float | None)
     Returns True where the driver ended it, False after a call that failed.
     """
     if env.device == "cuda":
-        torch.cuda.set_device(env.local_rank)  # every thread has a current device of its own
+        # Every thread has a current device of its own.
+        torch.cuda.set_device(env.local_rank)
     worker: TrainWorker | None = None
     while (call := _next_call(env, connection, longest_s)) is not None:
         try:
@@ -264,7 +266,7 @@ def _next_call(env: RankEnv, connection: Connection, longest_s: float | None) ->
 
 
 def _accept(env: RankEnv, deadline_s: float) -> dict[int, Connection]:
-    """Rank 0 tells the others where it listens, and a token without which nobody is heard."""
+    """Tells the other ranks where rank 0 listens, and the token that they must show."""
     on_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(env.world_size)
     token = secrets.token_bytes(TOKEN_BYTES)
     connections: dict[int, Connection] = {}

@@ -1,4 +1,4 @@
-"""What one trainer rank does: training steps, checkpoints, and its part in weight sync."""
+"""The work of one trainer rank: steps, checkpoints, and its part in weight sync."""
 
 import time
 from collections import defaultdict
@@ -89,7 +89,7 @@ class TrainWorker:
         self.backend.wake()
 
     def connect(self, sender: str, engines: EngineSide) -> None:
-        """Opens this rank's part of the way to the engines; `sender` is that of a Transport."""
+        """Makes this rank's sender to the engines; `sender` is that of a Transport."""
         make_sender = resolve(sender, {}, "weight_sync.transport")
         rank = RankSide(
             assembler=self._assembler,
@@ -101,7 +101,7 @@ class TrainWorker:
         self._sender = make_sender(rank, engines)
 
     def send(self, version: int) -> int:
-        """Sends the current weights as `version`; returns the bytes that this rank sent."""
+        """Sends the current weights as `version`; returns this rank's bytes."""
         if self._sender is None:
             raise RuntimeError("connect() comes before send()")
         return self._sender.send(version)
@@ -136,7 +136,7 @@ def _joined(batches: list[TrainBatch]) -> TrainBatch:
 
 
 def metrics_row(steps: list[StepMetrics]) -> dict[str, float]:
-    """Makes one row from a rollout's optimizer steps: means of means, maxima of maxima."""
+    """Makes one row of a rollout's steps: means of means, maxima of maxima."""
     means: dict[str, list[float]] = defaultdict(list)
     maxima: dict[str, list[float]] = defaultdict(list)
     for step in steps:

@@ -24,7 +24,7 @@ SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float1
 
 
 class Assembler:
-    """One rank's part in assembling; `shards` is called at each sync and may return new views.
+    """One rank's part in assembling. `shards` is called at each sync.
 
     Shards meet on `device`, where whole tensors come as `dtype`; those that are always
     float32 come first. Needs the default process group when there is more than one rank.
@@ -72,7 +72,7 @@ class Assembler:
     def assemble(
         self, tensors: Sequence[PlannedTensor], shards: list[WeightShard]
     ) -> Iterator[tuple[str, Tensor]]:
-        """On rank 0 yields each (name, whole tensor); elsewhere sends shards, yields nothing."""
+        """Yields each (name, whole tensor) on rank 0; elsewhere only sends shards."""
         for tensor in tensors:
             if self._rank == 0:
                 yield tensor.name, self._receive(tensor, shards)

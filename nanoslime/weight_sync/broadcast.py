@@ -1,4 +1,4 @@
-"""Broadcasts weights from trainer rank 0 to every rank of every engine, in one process group.
+"""Broadcasts weights from trainer rank 0 to every rank of every engine.
 
 open   rank 0 opens the group; one HTTP call per engine, each in a thread, makes the engines join it
 send   per bucket: announce names, dtypes and shapes, then broadcast the tensors
@@ -48,12 +48,13 @@ class BroadcastSender:
         calls = self._calls.start("destroy_weight_group", GROUP)
         try:
             self._calls.collect(calls, "leave the weight group", self._deadline_s)
-        except RunError as e:  # an engine that is gone has left too; why it went is told elsewhere
+        except RunError as e:
+            # An engine that is gone has left too; another error says why it went.
             logger.warning("%s", e)
         self._calls.close()
 
     def _open_group(self, address: str, backend: str) -> dist.ProcessGroup:
-        """Opens the group with this rank as its first; the ranks of each engine follow."""
+        """Opens the group; this rank is its first, those of the engines follow."""
         sizes = [engine.world_size for engine in self._calls.engines]
         *offsets, world_size = accumulate(sizes, initial=1)
         store = listen(address, self._deadline_s)

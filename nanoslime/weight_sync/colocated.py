@@ -26,7 +26,7 @@ from nanoslime.weight_sync.transport import EngineSide, RankSide
 
 
 class TensorSender:
-    """A `Sender`. A rank serves the engine that has part of its device, if there is one."""
+    """A `Sender`. A rank serves the engine that has part of its device, if any."""
 
     def __init__(self, rank: RankSide, engines: EngineSide):
         self._assembler = rank.assembler
@@ -46,7 +46,8 @@ class TensorSender:
                 if rank.rank == ranks[0]:
                     self._engine = engine
         if rank.device.type == "cuda":
-            monkey_patch_torch_reductions()  # as in SGLang: handles name a GPU by its UUID
+            # As in SGLang: handles name a GPU by its UUID.
+            monkey_patch_torch_reductions()
 
     def send(self, version: int) -> int:
         """Every rank sends one copy and returns the bytes of it."""
@@ -63,7 +64,7 @@ class TensorSender:
     def close(self) -> None: ...
 
     def _fill(self, bucket: Bucket, shards: list[WeightShard]) -> FlattenedTensorBucket:
-        """Makes one flat tensor for the bucket; only rank 0 has the weights in it so far."""
+        """Makes one flat tensor for the bucket; only rank 0 puts the weights in."""
         flat = FlattenedTensorBucket.empty(
             [tensor.name for tensor in bucket],
             [tensor.dtype for tensor in bucket],

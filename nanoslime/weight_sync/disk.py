@@ -1,4 +1,4 @@
-"""Writes Hugging Face checkpoints: for weight sync through files, and for a run's export."""
+"""Writes Hugging Face checkpoints, for weight sync by files and for exports."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -33,7 +33,7 @@ class CheckpointSender:
 
 
 def write_checkpoint(assembler: Assembler, rank: int, destination: Path, *, like: Path) -> None:
-    """Writes the current weights, tensor by tensor, and the other files of `like`; collective.
+    """Writes the current weights and the other files of `like`; collective.
 
     The directory appears whole or not at all, in place of an earlier one.
     """

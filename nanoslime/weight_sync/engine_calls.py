@@ -34,7 +34,7 @@ class EngineCalls:
         return self._threads.submit(getattr(engine, method), **options)
 
     def collect(self, calls: Sequence[Future], what: str, deadline_s: float) -> None:
-        """Waits for one call of each engine; `what` says in errors what it was asked to do."""
+        """Waits for one call of each engine; errors say `what` it was asked to do."""
         for engine, call in zip(self.engines, calls, strict=True):
             try:
                 call.result(timeout=deadline_s)

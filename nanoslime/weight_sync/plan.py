@@ -1,4 +1,4 @@
-"""Plans which rank sends which part of which tensor in which bucket. Nothing here communicates.
+"""Plans which rank sends which part of which tensor in which bucket, without communicating.
 
     shards of each rank (name, full shape, box)  ->  tensors with their sources  ->  buckets
 

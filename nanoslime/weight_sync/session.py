@@ -1,4 +1,4 @@
-"""The driver's side of weight sync: one state machine owns the engines' version and the order.
+"""Weight sync in the driver: one state machine owns the engines' version and the order.
 
     IDLE ──pause──> PAUSED ──begin──> SENDING ──end──> VERIFYING ──resume──> IDLE
 
@@ -32,7 +32,7 @@ class State(StrEnum):
 
 
 class TrainerRanks(Protocol):
-    """All trainer ranks. `call` has each of them run a collective method of the worker."""
+    """All trainer ranks. `call` runs a collective method of the worker on each."""
 
     address: str  # of rank 0, reachable from the engines
 
@@ -40,7 +40,7 @@ class TrainerRanks(Protocol):
 
 
 class Devices(Protocol):
-    """Changes the turns of trainer and engines that share devices; does nothing where they don't.
+    """Trainer and engines take turns on shared devices; on their own ones nothing happens.
 
     The trainer has the devices when a sync begins, the engines have them when it ends.
     """
@@ -74,7 +74,8 @@ class SyncSession:
         self._directory = directory
         self._deadline_s = deadline_s
         self.state = State.IDLE
-        self.version = -1  # of the weights that every engine has; -1 before the first sync
+        # The version of the weights that every engine has; -1 before the first sync.
+        self.version = -1
 
     def open(self, ranks_by_engine: Sequence[Sequence[int]]) -> None:
         """Gives every trainer rank its sender.
@@ -112,7 +113,8 @@ class SyncSession:
 
     def _sync(self, version: int) -> dict[str, float]:
         if self._transport.delivery is Delivery.FILES:
-            self._have_ranks_send(version)  # the files are written while the engines still generate
+            # The files are written while the engines still generate.
+            self._have_ranks_send(version)
         self._engines.each("pause")
         self.state = State.PAUSED
         self._devices.make_room_for_weights()

@@ -1,4 +1,4 @@
-"""A transport carries buckets from the trainer ranks to the engines; the session does the rest.
+"""A transport carries buckets from trainer ranks to engines; the session does the rest.
 
 On every trainer rank it is a `Sender`; in the driver it is one word, how engines take buckets.
 """
@@ -18,9 +18,9 @@ class Delivery(StrEnum):
     """How an engine takes what the trainer ranks send, and its version."""
 
     BUCKETS = "buckets"  # one by one, between begin_update() and end_update(version)
-    FILES = "files"  # from a checkpoint that the ranks wrote, by update_weights_from_disk()
+    FILES = "files"  # from a checkpoint of the ranks, by update_weights_from_disk()
     DIRECT = "direct"  # by a call of the sender, which has the engine in its own process
-    NOTHING = "nothing"  # not at all: it keeps the checkpoint's weights, which are version 0
+    NOTHING = "nothing"  # it keeps the checkpoint's weights, which are version 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,10 @@ class RankSide:
 class EngineSide:
     """What the driver tells every sender of the engines."""
 
-    engines: Sequence[Any]  # none with Delivery.FILES, of which only the driver talks to engines
-    ranks_by_engine: Sequence[Sequence[int]]  # the trainer ranks on each engine's devices, in order
+    # Empty with Delivery.FILES: then only the driver talks to engines.
+    engines: Sequence[Any]
+    # The trainer ranks on each engine's devices, in order.
+    ranks_by_engine: Sequence[Sequence[int]]
     address: str  # of trainer rank 0, reachable from the engines
     directory: Path  # for Delivery.FILES; see `version_dir`
 
