@@ -50,11 +50,10 @@ class ClusterEnv:
         return f"{self.job_id}-{self.restart_count}"
 
     def scratch(self, attempt: Path) -> Path:
-        """Node-local directory of an attempt; short, since Ray puts AF_UNIX sockets (107
-        bytes) deep in it.
+        """Node-local directory of an attempt.
 
-        Named after the attempt's directory too, since job ids of two clusters on one host
-        are the same.
+        Its path is short, since Ray puts AF_UNIX sockets (107 bytes) deep in it. It is named
+        after the attempt's directory too, since two clusters on one host have equal job ids.
         """
         return Path("/tmp") / f"ns-{self.job_id}-{self.node_index}-{tag(attempt):08x}"
 
@@ -165,8 +164,7 @@ def _numbers(ranges: str) -> list[str]:
 
 
 def _address(names: tuple[str, ...], index: int, network_interface: str) -> str:
-    """This node's address on the named interface; without one, on the interface that
-    leads to other nodes.
+    """This node's address on the named interface, or on the one that leads to other nodes.
 
     Nodes of a one-host cluster, whose addresses are loopback ones, are told apart only by
     SLURM's NodeAddr.

@@ -24,8 +24,7 @@ _BLOCK_BYTES = 65536
 
 
 def run_local(config: RunConfig, layout: Layout, run: RunDir, driver: str = "") -> int:
-    """Run an attempt on this machine, the driver's lines on stdout. Returns the attempt's
-    code.
+    """Run an attempt on this machine and return its code; shows the driver's lines.
 
     Ctrl-C asks the driver to commit and stop; a second one ends it at once. The reason of
     an attempt that failed or was stopped goes to stderr.
@@ -114,6 +113,7 @@ class _Follower:
         self._stream: BinaryIO | None = None
 
     def copy_new_lines(self) -> None:
+        """Copy what has come since the last call."""
         if self._stream is None and seen(self._log):
             self._stream = self._log.open("rb")
         if self._stream is None:

@@ -38,8 +38,7 @@ _EXIT_DELAY_S = 1.5
 
 @dataclass(frozen=True)
 class NodeJob:
-    """What a SLURM task runs, under submitit or from a template: guards an agent, and
-    asks for a requeue.
+    """What a SLURM task runs: it guards an agent, and asks for a requeue.
 
     submitit pickles it. Its state is the path of the run directory; everything else is
     read there.
@@ -100,10 +99,9 @@ class NodeJob:
 
 
 def start_agent(attempt: Attempt, config: RunConfig, env: ClusterEnv, driver: str) -> ChildProcess:
-    """A node's agent as a child, with the job's environment and this code; it ends when
-    we do.
+    """A node's agent as a child, with the job's environment and this code.
 
-    It is told to end by SIGTERM, so that it can end what it started itself.
+    When we die it gets SIGTERM, so that it can end what it started itself.
     """
     command = [
         sys.executable,
@@ -145,6 +143,7 @@ def _find_attempt(run: RunDir, env: ClusterEnv, deadline_s: float) -> Attempt:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Guard an agent, or be one. The exit code: DONE, FAILED or STOPPED."""
     arguments = _parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:

@@ -77,10 +77,10 @@ def submit_submitit(config: RunConfig, layout: Layout, run: RunDir, driver: str 
 
 
 def submit_sbatch(config: RunConfig, layout: Layout, run: RunDir, driver: str = "") -> str:
-    """Submit the batch script, kept as job.sbatch in the run directory, and return the
-    job id.
+    """Submit the batch script and return the job id.
 
-    Raises RunError where sbatch refuses the job.
+    The script stays in the run directory as job.sbatch. Raises RunError where sbatch refuses
+    the job.
     """
     script = run.path / "job.sbatch"
     text = sbatch_text(config, layout, run.path, driver)
