@@ -1,4 +1,4 @@
-"""How many bytes a trainer GPU and an engine GPU must hold: pure arithmetic, and its errors."""
+"""How many bytes a trainer GPU and an engine GPU must hold: arithmetic and its errors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ _GIB = 1 << 30
 class Memory:
     """Bytes on the fullest GPU of a kind."""
 
-    # Weights, gradients and optimizer state of a trainer; reference weights wait on the CPU.
+    # A trainer's weights, gradients and optimizer state; reference weights wait on the CPU.
     states: int
     # An estimate for the largest micro-batch.
     activations: int
@@ -71,12 +71,10 @@ def check_memory(config: RunConfig, shape: ModelShape, parallel: ParallelDims) -
     gpu_gib = config.cluster.gpu_memory_gib
     gpu_bytes = gpu_gib * _GIB
     if not config.rollout.rollout_only and need.states > gpu_bytes:
-        way_out = "the trainer GPUs"
-        if config.training.backend == "megatron":
-            way_out = "training.tp_size, training.pp_size or the nodes"
         raise RunError(
             f"weights, gradients and optimizer state take {need.states / _GIB:.0f} GiB of each "
-            f"trainer GPU, which has cluster.gpu_memory_gib={gpu_gib:g}; raise {way_out}"
+            f"trainer GPU, which has cluster.gpu_memory_gib={gpu_gib:g}; raise the number "
+            "of trainer GPUs, or with --backend megatron training.tp_size or training.pp_size"
         )
     while_sent = need.states + need.engine_weights
     if config.cluster.colocate and while_sent > gpu_bytes:
@@ -109,7 +107,8 @@ def _trainer_line(config: RunConfig, need: Memory) -> str:
     gpu_gib = config.cluster.gpu_memory_gib
     line += f", of {gpu_gib:g} GiB"
     if need.trainer > gpu_gib * _GIB:
-        line += "; MAY NOT FIT: lower training.max_tokens_per_microbatch, or set training.recompute"
+        line += "; MAY NOT FIT: lower training.max_tokens_per_microbatch"
+        line += ", or set training.recompute"
     return line
 
 

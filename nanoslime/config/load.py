@@ -50,9 +50,17 @@ def load(recipe: Path | None, cluster: Path | None, flags: Sequence[str]) -> Run
     upstream.check(
         "megatron", "training.megatron", config.training.megatron, upstream.SET_BY_NANOSLIME
     )
-    for engine in {*ENGINES, config.rollout.engine}:
-        resolve(engine, ENGINES, "rollout.engine")().check_options(config.rollout)
+    for engine in dict.fromkeys([*ENGINES, config.rollout.engine]):
+        _check_engine_options(engine, config)
     return config
+
+
+def _check_engine_options(engine: str, config: RunConfig) -> None:
+    try:
+        kind = resolve(engine, ENGINES, "rollout.engine")
+    except ValueError as e:
+        raise RunError(str(e)) from e
+    kind().check_options(config.rollout)
 
 
 def dump(config: RunConfig) -> str:

@@ -87,7 +87,7 @@ class Piece:
     box: Box
     megatron: str
     # The Megatron tensor's name in the local layer spec; mostly the same.
-    other: str
+    local_spec_name: str
     # Where the piece lies in the rank's Megatron tensor.
     local: Box
     rule: Rule
@@ -264,7 +264,7 @@ def _instance_pieces(
                 full_shape=tensor.shape,
                 box=tuple(box),
                 megatron=names.fill_in(rule.megatron),
-                other=names.fill_in(rule.local_spec_name or rule.megatron),
+                local_spec_name=names.fill_in(rule.local_spec_name or rule.megatron),
                 local=tuple(local),
                 rule=rule,
             )

@@ -1,5 +1,4 @@
-"""Whether a backend can train a model with the parallel sizes and settings of a
-configuration."""
+"""Whether a backend can train a model with the sizes and settings of a configuration."""
 
 from nanoslime.config.training import PARALLEL_SIZES, TrainingConfig
 from nanoslime.models.freezing import frozen_names
@@ -17,11 +16,10 @@ from nanoslime.types import RunError
 
 
 def check_parallel(training: TrainingConfig, shape: ModelShape, ranks: int, slots: int) -> None:
-    """Whether `ranks` trainers, on nodes of `slots` each, can train this model with
-    these sizes.
+    """Raises RunError where these trainers cannot train this model.
 
-    Raises RunError for a model that the backend cannot train, sizes that do not fit,
-    and as frozen_names does.
+    That is: the backend lacks something of the model, the sizes do not fit the model or
+    the `ranks` on nodes of `slots` each, or frozen_names refuses what is to be frozen.
     """
     _check_backend(training, shape)
     if training.freeze:
@@ -59,7 +57,8 @@ def _check_backend(training: TrainingConfig, shape: ModelShape) -> None:
         )
     if training.routing_replay != "none" and not shape.moe_layers:
         raise RunError(
-            f"training.routing_replay={training.routing_replay}: {shape.model_type} has no experts"
+            f"training.routing_replay={training.routing_replay}: {shape.model_type} has no "
+            "experts; set none"
         )
     if training.backend == "fsdp":
         check_data_parallel_only(training)
@@ -84,8 +83,7 @@ def _fitting_pairs(shape: ModelShape, slots: int, ranks: int) -> list[str]:
 
 
 def check_kernels(training: TrainingConfig, shape: ModelShape, *, transformer_engine: bool) -> None:
-    """For trainers on GPUs. Raises RunError for what is slow without Transformer
-    Engine, unless allowed."""
+    """Raises RunError for what is slow on GPUs without Transformer Engine, unless allowed."""
     if transformer_engine or training.allow_slow or training.backend != "megatron":
         return
     if training.cp_size > 1:

@@ -226,6 +226,8 @@ def test_every_field_has_a_dotted_flag_unless_it_is_a_mapping_or_list():
             ["--rollout-only", "--num-gpus", "2"],
             "training.num_gpus=2 makes no sense with rollout.rollout_only",
         ),
+        (["--engine", "vlm"], "^rollout.engine='vlm' is unknown; choose one of embedded, sglang"),
+        (["--engine", "no.such:Engine"], "^rollout.engine='no.such:Engine': cannot load no.such"),
         (
             ["--reward", "mth"],
             "^data.reward='mth' is unknown; choose one of exact_match, math_answer, or",

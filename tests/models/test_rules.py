@@ -319,7 +319,9 @@ def test_multi_token_prediction_is_all_there_or_not_at_all(tmp_path, family, sha
 
 
 def test_the_local_layer_spec_has_names_of_its_own(shape):
-    other = {piece.megatron: piece.other for piece in pieces(shape, ModelPartition(mtp=True))}
+    other = {
+        piece.megatron: piece.local_spec_name for piece in pieces(shape, ModelPartition(mtp=True))
+    }
     layer = "decoder.layers.3."
     norm = "pre_mlp_layernorm.weight"
     fused_norm = "mlp.linear_fc1.layer_norm_weight"

@@ -269,7 +269,7 @@ def _open_torch_dist(path: Path, metadata_dir: Path, manifest_dir: Path | None) 
     expected = _expected_tensors(pieces(shape, ModelPartition(mtp=mtp)))
     found = {}
     for name, (tensor_shape, piece) in expected.items():
-        tensor = _one_of_both_names(tensors, name, piece.other)
+        tensor = _one_of_both_names(tensors, name, piece.local_spec_name)
         if tensor is None:
             raise RunError(
                 f"{path / torch_dist.METADATA} has no {name} {list(tensor_shape)}, "
@@ -281,7 +281,7 @@ def _open_torch_dist(path: Path, metadata_dir: Path, manifest_dir: Path | None) 
                 f"{metadata_dir / 'config.json'} asks for {list(tensor_shape)}"
             )
         found[name] = tensor
-    known = expected.keys() | {piece.other for _, piece in expected.values()}
+    known = expected.keys() | {piece.local_spec_name for _, piece in expected.values()}
     extra = sorted(tensors.keys() - known)
     if extra:
         raise RunError(

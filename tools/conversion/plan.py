@@ -109,7 +109,7 @@ def to_megatron(source: Checkpoint) -> ConversionPlan:
     tensors = {key: target.stored() for key, target in growing.items()}
     # The same bytes have the name of the other layer spec, too.
     for name, (_, piece) in named.items():
-        other_key, _ = keys.key_of(piece.other)
+        other_key, _ = keys.key_of(piece.local_spec_name)
         key, _ = keys.key_of(name)
         tensors[other_key] = tensors[key]
 

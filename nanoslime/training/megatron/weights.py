@@ -38,7 +38,7 @@ def bind(model: GPTModel, shape: ModelShape, partition: ModelPartition) -> Param
     parameter_pieces: ParameterPieces = []
     num_covered: dict[str, int] = defaultdict(int)
     for piece in pieces(shape, partition):
-        name = piece.megatron if piece.megatron in parameters else piece.other
+        name = piece.megatron if piece.megatron in parameters else piece.local_spec_name
         if name not in parameters:
             raise ValueError(
                 f"the model on this rank has no parameter {name}, where {piece.hf} belongs"
