@@ -31,8 +31,10 @@ FAULTS = [
     Fault(
         "advantages shuffled across groups",
         "nanoslime/algorithms/policy_gradient.py",
-        "s.advantage = found[s.group_id, s.rollout_id]",
-        "s.advantage = found[sorted(found)[~sorted(found).index((s.group_id, s.rollout_id))]]",
+        "sample.advantage = found[sample.group_id, sample.rollout_id]",
+        "keys = sorted(found)\n"
+        "            own = keys.index((sample.group_id, sample.rollout_id))\n"
+        "            sample.advantage = found[keys[~own]]",
         "tests/algorithms/test_rewards.py",
     ),
     Fault(
@@ -62,8 +64,8 @@ FAULTS = [
     Fault(
         "temperature dropped from the trainer's logprobs",
         "nanoslime/training/logprobs.py",
-        "_Options(1.0 / temperature, ",
-        "_Options(1.0, ",
+        "scale=1.0 / temperature,",
+        "scale=1.0,",
         "tests/training/test_logprobs.py",
     ),
     Fault(

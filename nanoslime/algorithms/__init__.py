@@ -15,5 +15,8 @@ ALGORITHMS = {
 
 
 def make(config: AlgorithmConfig, max_response_length: int = 0) -> PolicyGradient:
-    """The algorithm of `config.name`; it satisfies nanoslime.training.backend.Algorithm."""
-    return resolve(config.name, ALGORITHMS, "algorithm.name")(config, max_response_length)
+    """Makes the algorithm of `config.name`, which satisfies
+    nanoslime.training.backend.Algorithm.
+    """
+    algorithm = resolve(config.name, ALGORITHMS, "algorithm.name")
+    return algorithm(config, max_response_length)

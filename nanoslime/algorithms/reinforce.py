@@ -1,5 +1,5 @@
-"""REINFORCE with a baseline instead of a critic: leave-one-out (RLOO), and REINFORCE++ in
-its two forms.
+"""REINFORCE with a baseline instead of a critic: leave-one-out (RLOO), and REINFORCE++
+twice.
 """
 
 from collections.abc import Sequence
@@ -13,14 +13,16 @@ from nanoslime.config.algorithm import ReinforcePPConfig
 
 
 class RLOO(GRPO):
-    """arXiv 2402.14740; the loss is PPO's clipped one, the same as REINFORCE's with one
-    step per rollout.
+    """arXiv 2402.14740. The loss is PPO's clipped one: REINFORCE's own with one step per
+    rollout.
     """
 
     def rollout_advantages(self, rewards: Sequence[float]) -> list[float]:
         """r_i - mean of the others, which is n / (n - 1) (r_i - mean of all)."""
-        n = len(rewards)
-        return [value * n / max(n - 1, 1) for value in super().rollout_advantages(rewards)]
+        num_rewards = len(rewards)
+        num_others = max(num_rewards - 1, 1)
+        centred = super().rollout_advantages(rewards)
+        return [value * num_rewards / num_others for value in centred]
 
 
 class ReinforcePPBaseline(GRPO):
@@ -38,20 +40,24 @@ class ReinforcePP(GRPO):
         return list(rewards)
 
     def returns(self, advantage: float, mask: Tensor, penalty: Tensor) -> Tensor:
-        """[T]: sum over s >= t of gamma^(s-t) x_s, where x is -penalty, plus the reward
-        on the last token in the loss (not always the last: tool output may follow). s - t
-        counts all positions.
+        """[T]: sum over s >= t of gamma^(s-t) x_s; s - t counts all positions.
+
+        x is -penalty, plus the reward on the last token in the loss. The last token may
+        not be in it: tool output may follow.
         """
         rewards = torch.where(mask, -penalty, 0.0).double()
-        rewards[mask.nonzero()[-1:, 0]] += advantage
-        return torch.where(mask, discounted(rewards, self.config.gamma), 0.0).float()
+        last_in_loss = mask.nonzero()[-1:, 0]  # [1], or [0] where nothing is in the loss
+        rewards[last_in_loss] += advantage
+        discounted_sums = discounted(rewards, self.config.gamma)
+        return torch.where(mask, discounted_sums, 0.0).float()
 
 
 def discounted(rewards: Tensor, gamma: float) -> Tensor:
     """[T]: sum over s >= t of gamma^(s-t) rewards[s], in log2(T) steps that double the
     span.
     """
-    total, span = rewards, 1
+    total = rewards
+    span = 1
     while span < len(total):
         total = total + gamma**span * F.pad(total[span:], (0, span))
         span *= 2

@@ -1,12 +1,13 @@
-"""Sums and means over each sequence of a pack, on every one of its tokens."""
+"""Sums and means over each sequence of a pack, repeated on each of its tokens."""
 
 import torch
 from torch import Tensor
 
 
 def sequence_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """[T]: the sum of `values` [T] over its sequence cu_seqlens[s]:cu_seqlens[s+1];
-    differentiable.
+    """[T]: the sum of `values` [T] over the token's sequence; differentiable.
+
+    Sequence s is cu_seqlens[s]:cu_seqlens[s+1].
     """
     lengths = cu_seqlens.diff().long()
     sums = torch.segment_reduce(values, "sum", lengths=lengths)
@@ -14,9 +15,11 @@ def sequence_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def sequence_mean(values: Tensor, mask: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """[T]: the mean over the sequence's tokens with `mask`, 0 without any; `values` are 0
-    elsewhere.
+    """[T]: the mean of `values` [T] over the tokens with `mask` [T] in the token's
+    sequence.
+
+    It is 0 for a sequence in which `mask` is False everywhere. `values` must be 0 where
+    `mask` is False.
     """
-    return sequence_sum(values, cu_seqlens) / sequence_sum(mask.to(values.dtype), cu_seqlens).clamp(
-        min=1
-    )
+    counts = sequence_sum(mask.to(values.dtype), cu_seqlens)
+    return sequence_sum(values, cu_seqlens) / counts.clamp(min=1)

@@ -26,9 +26,10 @@ _DUMMY_TOKENS = 2
 class BatchingOptions:
     """How the samples of a rollout are cut into optimizer steps, ranks and micro-batches.
 
-    The loss of a step is, by `denominator`: "tokens", the mean over its tokens; "sequences",
-    the mean over its rollouts of the mean over each rollout's tokens, siblings together;
-    "fixed", the mean over its rollouts of their sum over `fixed_length`.
+    The loss of a step is, by `denominator`: "tokens", the mean over its tokens;
+    "sequences", the mean over its rollouts of the mean over each rollout's tokens,
+    siblings together; "fixed", the mean over its rollouts of their sum over
+    `fixed_length`.
     """
 
     num_steps: int  # with fewer groups there are fewer steps
@@ -49,8 +50,8 @@ def make_train_batches(
     """[optimizer step][data-parallel rank]: batches that hold each sample once.
 
     The ranks of a step have equally many micro-batches. Where sequences do not suffice, a
-    masked-out dummy sequence fills a micro-batch. Without groups there are no steps. Raises
-    ValueError for a sample without an advantage, or with token 0 in the loss.
+    masked-out dummy sequence fills a micro-batch. Without groups there are no steps.
+    Raises ValueError for a sample without an advantage, or with token 0 in the loss.
     """
     steps = _split_into_steps(groups, options.num_steps)
     return [_make_step(samples, options) for samples in steps if samples]

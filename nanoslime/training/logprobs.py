@@ -1,11 +1,11 @@
-"""Logprobs and entropies of tokens from hidden states and the output weight, without logits of all tokens.
+"""Logprobs and entropies of tokens from hidden states and the output weight.
 
     hidden [T, H], weight [V_local, H] -> logits of a block [C, B] -> logprobs [T], entropies [T]
 
-Logits exist for a block of tokens and vocabulary at a time, in float32 and small enough for a CPU's cache.
-The backward pass computes them again: one more product with the weight.
-The vocabulary may be split over tensor-parallel ranks: four numbers per token pass between them in the
-forward pass, the gradient of hidden in the backward.
+Logits exist for a block of tokens and vocabulary at a time, in float32 and small enough
+for a CPU's cache. The backward pass computes them again, with one more product with the
+weight. The vocabulary may be split over tensor-parallel ranks: four numbers per token
+pass between them in the forward pass, and the gradient of hidden in the backward pass.
 """
 
 from collections.abc import Iterator
@@ -16,37 +16,55 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-CHUNK_TOKENS, CHUNK_COLUMNS = 2048, 4096
-_LOWEST = torch.finfo(
-    torch.float32
-).min  # of a rank without a column; -inf would make NaN of 0 x inf
+CHUNK_TOKENS = 2048
+CHUNK_COLUMNS = 4096
+# The highest logit of a rank without a column; -inf would make NaN of 0 x inf.
+_LOWEST = torch.finfo(torch.float32).min
 
 
 class _Options(NamedTuple):
     """What the rows of the weight are, and how they are worked through."""
 
     scale: float  # of the logits: 1 / temperature
-    vocab_start: int
-    num_columns: int  # rows of the weight that are tokens, from the first; the others are padding
+    vocab_start: int  # the token of the weight's first row
+    num_columns: int  # the first rows of the weight, which are tokens; the others are padding
     group: ProcessGroup | None
     chunk_tokens: int
 
 
 def token_logprobs(
-    hidden: Tensor, weight: Tensor, token_ids: Tensor, cu_seqlens: Tensor, **options: Any
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    temperature: float,
+    vocab_size: int,
+    with_entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Of packed sequences, logprobs [T]: result[t] = log p(token_ids[t] | tokens before it in its sequence).
+    """Logprobs and, where asked, entropies of packed sequences; both [T] float32.
 
-    It comes from hidden[t - 1], as does the entropy [T] of the distribution that token t was drawn from; the
-    first token of a sequence gets exactly 0.0 of both. `token_ids` [T], `cu_seqlens` [S+1]; the options, and
-    what is raised, are those of linear_logprobs.
+    logprobs[t] is log p(token_ids[t] | tokens before it in its sequence), from hidden[t -
+    1]. entropies[t] belongs to the distribution that token t was drawn from. Both are
+    exactly 0.0 at the first token of a sequence. `token_ids` [T], `cu_seqlens` [S+1]; the
+    other arguments, and the errors, are those of `linear_logprobs`.
     """
     first = torch.zeros_like(token_ids, dtype=torch.bool)
     first[cu_seqlens[:-1].long()] = True
-    # row t speaks of token t + 1; the last row speaks of nothing and gets any target
-    logprobs, entropy = linear_logprobs(hidden, weight, token_ids.roll(-1), **options)
+    # Row t predicts token t + 1. The last row predicts nothing and gets any target.
+    next_tokens = token_ids.roll(-1)
+    logprobs, entropy = linear_logprobs(
+        hidden,
+        weight,
+        next_tokens,
+        temperature=temperature,
+        vocab_size=vocab_size,
+        with_entropy=with_entropy,
+    )
     logprobs = logprobs.roll(1).masked_fill(first, 0.0)
-    return logprobs, None if entropy is None else entropy.roll(1).masked_fill(first, 0.0)
+    if entropy is not None:
+        entropy = entropy.roll(1).masked_fill(first, 0.0)
+    return logprobs, entropy
 
 
 def linear_logprobs(
@@ -61,24 +79,38 @@ def linear_logprobs(
     with_entropy: bool = False,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[Tensor, Tensor | None]:
-    """log softmax(hidden weight^T / temperature)[targets] and, where asked, the entropy; both [T] float32.
+    """log softmax(hidden weight^T / temperature)[targets] and, where asked, the entropy.
 
-    `hidden` [T, H], `targets` [T]. `weight` [V_local, H] are the rows from `vocab_start` on of the output
-    weight; rows of index >= `vocab_size` are padding and take no part in the softmax. Products are summed in
-    float32 (float64 for float64 input, results too). Differentiable in both, the gradient of the weight being
-    summed over tokens in float32; an entropy that nothing depends on costs the backward pass nothing. With
-    `tp_group` every rank of it has the same hidden and targets, gets the same results, must pass on the same
-    gradients, and gets the whole gradient of hidden. Raises ValueError for a temperature that is not positive
-    and for a token outside the vocabulary.
+    Both are [T] float32 (float64 for float64 input). `hidden` [T, H], `targets` [T];
+    `weight` [V_local, H] holds the rows of the output weight from `vocab_start` on. Rows
+    with an index >= `vocab_size` are padding and take no part in the softmax. Products
+    are summed in float32.
+
+    Both are differentiable in hidden and weight. The gradient of the weight is summed
+    over tokens in float32. An entropy that nothing depends on costs the backward pass
+    nothing.
+
+    Every rank of `tp_group` has the same hidden and targets, gets the same results, must
+    pass on the same gradients, and gets the whole gradient of hidden.
+
+    Raises ValueError for a temperature that is not positive, and for a token outside the
+    vocabulary.
     """
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be positive")
-    if int(targets.max()) >= vocab_size:
+    largest_target = int(targets.max())
+    if largest_target >= vocab_size:
         raise ValueError(
-            f"token id {int(targets.max())} is outside the vocabulary of {vocab_size} tokens"
+            f"token id {largest_target} is outside the vocabulary of {vocab_size} tokens"
         )
     num_columns = min(max(vocab_size - vocab_start, 0), len(weight))
-    options = _Options(1.0 / temperature, vocab_start, num_columns, tp_group, chunk_tokens)
+    options = _Options(
+        scale=1.0 / temperature,
+        vocab_start=vocab_start,
+        num_columns=num_columns,
+        group=tp_group,
+        chunk_tokens=chunk_tokens,
+    )
     return _LinearLogprobs.apply(hidden, weight, targets, with_entropy, options)
 
 
@@ -93,58 +125,79 @@ class _LinearLogprobs(torch.autograd.Function):
         options: _Options,
     ) -> tuple[Tensor, Tensor | None]:
         blocks = _Blocks(hidden, weight, targets, options)
-        # of the logits so far: the highest, the target's; sums of exp(x) and exp(x) x, x = logit - highest
-        highest, target, total, moment = sums = blocks.new(4, len(hidden)).zero_()
-        highest.fill_(_LOWEST)
+        # For each token, over its logits so far: the highest logit, the target's logit,
+        # and, for x = logit - highest, the sums of exp(x) and of exp(x) x.
+        statistics = blocks.new(4, len(hidden)).zero_()
+        max_logit, target_logit, exp_sum, weighted_logit_sum = statistics
+        max_logit.fill_(_LOWEST)
         for rows, columns, logits, _ in blocks:
-            before = highest[rows].clone()
-            highest[rows] = torch.maximum(before, logits.amax(dim=1) * options.scale)
-            _move(total[rows], moment[rows], before - highest[rows])
-            at, ours = blocks.targets(rows, columns)
-            target[rows] += torch.where(ours, logits.gather(1, at).squeeze(1), 0.0) * options.scale
-            shifted = torch.add(-highest[rows, None], logits, alpha=options.scale, out=logits)
-            probs = blocks.exp(shifted) if with_entropy else shifted.exp_()
-            total[rows] += probs.sum(dim=1)
+            previous_max = max_logit[rows].clone()
+            block_max = logits.amax(dim=1) * options.scale
+            max_logit[rows] = torch.maximum(previous_max, block_max)
+            shift = previous_max - max_logit[rows]
+            _shift_sums(exp_sum[rows], weighted_logit_sum[rows], shift)
+
+            at, in_block = blocks.targets(rows, columns)
+            found = torch.where(in_block, logits.gather(1, at).squeeze(1), 0.0)
+            target_logit[rows] += found * options.scale
+
+            shifted = torch.add(-max_logit[rows, None], logits, alpha=options.scale, out=logits)
             if with_entropy:
-                moment[rows] += probs.mul_(shifted).sum(dim=1)
+                exp = blocks.exp(shifted)
+                exp_sum[rows] += exp.sum(dim=1)
+                weighted_logit_sum[rows] += exp.mul_(shifted).sum(dim=1)
+            else:
+                exp_sum[rows] += shifted.exp_().sum(dim=1)
         if options.group is not None:
-            local = highest.clone()
-            dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=options.group)
-            _move(total, moment, local - highest)
-            dist.all_reduce(sums[1:], group=options.group)
-        log_total = total.log()
-        entropy = log_total - moment / total if with_entropy else None
-        ctx.save_for_backward(hidden, weight, targets, highest + log_total, entropy)
+            local_max = max_logit.clone()
+            dist.all_reduce(max_logit, op=dist.ReduceOp.MAX, group=options.group)
+            _shift_sums(exp_sum, weighted_logit_sum, local_max - max_logit)
+            dist.all_reduce(statistics[1:], group=options.group)
+        log_exp_sum = exp_sum.log()
+        entropy = log_exp_sum - weighted_logit_sum / exp_sum if with_entropy else None
+        log_normalizer = max_logit + log_exp_sum
+        ctx.save_for_backward(hidden, weight, targets, log_normalizer, entropy)
         ctx.options = options
         ctx.set_materialize_grads(False)
-        return target - highest - log_total, entropy
+        return target_logit - max_logit - log_exp_sum, entropy
 
     @staticmethod
     def backward(
         ctx: Any, d_logprobs: Tensor | None, d_entropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, log_norm, entropy = ctx.saved_tensors
+        hidden, weight, targets, log_normalizer, entropy = ctx.saved_tensors
         options: _Options = ctx.options
         blocks = _Blocks(hidden, weight, targets, options)
         d_hidden = torch.zeros_like(hidden, dtype=blocks.dtype)
-        d_weight, d_columns = torch.zeros_like(weight), torch.empty(0)
-        d_target = torch.zeros_like(log_norm) if d_logprobs is None else d_logprobs * options.scale
-        for rows, columns, logits, block in blocks:
-            logs = torch.add(-log_norm[rows, None], logits, alpha=options.scale, out=logits)
+        d_weight = torch.zeros_like(weight)
+        d_columns = torch.empty(0)
+        if d_logprobs is None:
+            d_target = torch.zeros_like(log_normalizer)
+        else:
+            d_target = d_logprobs * options.scale
+        for rows, columns, logits, block_weight in blocks:
+            log_probs = torch.add(
+                -log_normalizer[rows, None], logits, alpha=options.scale, out=logits
+            )
             if d_entropy is None:
-                d_logits = logs.exp_().mul_(-d_target[rows, None])
-            else:  # d entropy / d logits = -p (log p + entropy), at temperature 1
-                of_entropy = d_entropy[rows] * options.scale
-                probs, even = blocks.exp(logs), d_target[rows] + of_entropy * entropy[rows]
-                d_logits = logs.mul_(-of_entropy[:, None]).sub_(even[:, None]).mul_(probs)
-            at, ours = blocks.targets(rows, columns)
-            d_logits.scatter_add_(1, at, torch.where(ours, d_target[rows], 0.0)[:, None])
-            d_logits = d_logits.to(block.dtype)
-            _add_product(d_hidden[rows], d_logits, block)
+                d_logits = log_probs.exp_().mul_(-d_target[rows, None])
+            else:
+                # At temperature 1, d entropy / d logits = -p (log p + entropy).
+                scaled_d_entropy = d_entropy[rows] * options.scale
+                per_token = d_target[rows] + scaled_d_entropy * entropy[rows]
+                probs = blocks.exp(log_probs)
+                d_logits = log_probs.mul_(-scaled_d_entropy[:, None])
+                d_logits = d_logits.sub_(per_token[:, None]).mul_(probs)
+            at, in_block = blocks.targets(rows, columns)
+            d_block_target = torch.where(in_block, d_target[rows], 0.0)
+            d_logits.scatter_add_(1, at, d_block_target[:, None])
+            d_logits = d_logits.to(block_weight.dtype)
+            _add_product(d_hidden[rows], d_logits, block_weight)
+            # Rows vary fastest: the gradient of a block of columns is whole at the last
+            # rows.
             if rows.start == 0:
-                d_columns = d_weight[columns].to(
-                    blocks.dtype
-                )  # zeros: a view where the types are one
+                # Zeros: a view of d_weight where both have one type.
+                d_columns = d_weight[columns].to(blocks.dtype)
             _add_product(d_columns, d_logits.T, blocks.hidden[rows])
             if rows.stop == len(hidden):
                 d_weight[columns] = d_columns
@@ -153,59 +206,80 @@ class _LinearLogprobs(torch.autograd.Function):
         return d_hidden.to(hidden.dtype), d_weight, None, None, None
 
 
-class _Blocks:
-    """Iterates over (rows, columns, their logits [C, B], those rows of the weight [B, H]), columns slowest.
+class _Block(NamedTuple):
+    rows: slice  # C tokens
+    columns: slice  # B rows of the weight
+    logits: Tensor  # [C, B], not yet divided by the temperature
+    weight: Tensor  # [B, H]
 
-    The next logits lie where the last ones did.
+
+class _Blocks:
+    """Iterates over blocks of logits, rows fastest. Each block's logits overwrite the
+    last one's.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, options: _Options) -> None:
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
-        # only there torch multiplies bfloat16 into float32
-        self._type = hidden.dtype if hidden.is_cuda else self.dtype
-        self.hidden, self._weight = hidden.to(self._type), weight[: options.num_columns]
-        self._targets, self._options = targets - options.vocab_start, options
-        self._spare = self.new(0)
+        # Only on CUDA torch multiplies bfloat16 into float32.
+        self._factor_dtype = hidden.dtype if hidden.is_cuda else self.dtype
+        self.hidden = hidden.to(self._factor_dtype)
+        self._weight = weight[: options.num_columns]
+        self._targets = targets - options.vocab_start
+        self._chunk_tokens = options.chunk_tokens
+        self._exp_buffer = self.new(0)
 
     def new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.hidden.device)
 
     def exp(self, logits: Tensor) -> Tensor:
-        """In memory of its own, the same for each block."""
-        if not len(self._spare):
-            self._spare = torch.empty_like(logits).view(-1)  # the first block is the largest
-        return torch.exp(logits, out=self._spare[: logits.numel()].view_as(logits))
+        """exp of `logits` [C, B], in memory that the next call uses again."""
+        if not len(self._exp_buffer):
+            self._exp_buffer = self.new(logits.numel())  # the first block is the largest
+        out = self._exp_buffer[: logits.numel()].view_as(logits)
+        return torch.exp(logits, out=out)
 
     def targets(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
-        """[C, 1]: the places of the rows' targets in the block; [C]: whether they are in it at all."""
-        at, width = self._targets[rows] - columns.start, columns.stop - columns.start
-        return at.clamp(0, width - 1)[:, None], (at >= 0) & (at < width)
+        """[C, 1]: the columns of the rows' targets in the block; [C]: whether they are in
+        it.
+        """
+        width = columns.stop - columns.start
+        at = self._targets[rows] - columns.start
+        in_block = (at >= 0) & (at < width)
+        return at.clamp(0, width - 1)[:, None], in_block
 
-    def __iter__(self) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-        chunk_tokens = self._options.chunk_tokens
-        buffer = self.new(
-            min(chunk_tokens, len(self.hidden)) * min(CHUNK_COLUMNS, len(self._weight))
-        )
-        for columns in _slices(len(self._weight), CHUNK_COLUMNS):
-            block = self._weight[columns].to(self._type)
-            for rows in _slices(len(self.hidden), chunk_tokens):
-                size = (rows.stop - rows.start, len(block))
-                logits = buffer[: size[0] * size[1]].view(size)
-                _add_product(logits, self.hidden[rows], block.T, beta=0.0)
-                yield rows, columns, logits, block
+    def __iter__(self) -> Iterator[_Block]:
+        num_tokens = len(self.hidden)
+        num_columns = len(self._weight)
+        buffer_rows = min(self._chunk_tokens, num_tokens)
+        buffer_columns = min(CHUNK_COLUMNS, num_columns)
+        buffer = self.new(buffer_rows * buffer_columns)
+        for columns in _slices(num_columns, CHUNK_COLUMNS):
+            weight = self._weight[columns].to(self._factor_dtype)
+            for rows in _slices(num_tokens, self._chunk_tokens):
+                shape = (rows.stop - rows.start, len(weight))
+                logits = buffer[: shape[0] * shape[1]].view(shape)
+                _add_product(logits, self.hidden[rows], weight.T, beta=0.0)
+                yield _Block(rows, columns, logits, weight)
 
 
-def _slices(length: int, step: int) -> Iterator[slice]:
-    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+def _slices(length: int, size: int) -> Iterator[slice]:
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
 
 
-def _move(total: Tensor, moment: Tensor, down: Tensor) -> None:
-    """Sums of exp(x) and of exp(x) x become those of x + down, in place."""
-    moment.add_(down * total).mul_(down.exp())
-    total.mul_(down.exp())
+def _shift_sums(exp_sum: Tensor, weighted_logit_sum: Tensor, shift: Tensor) -> None:
+    """Turns the sums of exp(x) and of exp(x) x into those of x + shift, in place. All
+    [C].
+    """
+    factor = shift.exp()
+    weighted_logit_sum.add_(shift * exp_sum).mul_(factor)
+    exp_sum.mul_(factor)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0) -> Tensor:
-    """total = beta total + a b, summed in float32 also where a and b are of half precision."""
-    options = {"out_dtype": torch.float32} if a.dtype in (torch.bfloat16, torch.float16) else {}
-    return torch.addmm(total, a, b, beta=beta, out=total, **options)
+    """total = beta total + a b, summed in float32 also where a and b are of half
+    precision.
+    """
+    if a.dtype in (torch.bfloat16, torch.float16):
+        return torch.addmm(total, a, b, beta=beta, out=total, out_dtype=torch.float32)
+    return torch.addmm(total, a, b, beta=beta, out=total)

@@ -1,8 +1,8 @@
-"""The memory of a trainer rank's tensors, given back while engines have the device, and taken again.
+"""The memory of a trainer rank's tensors, given back while engines have the device.
 
-It works on storages, not tensors: parameters, buffers and optimizer state may be views of one storage, and
-all views stay valid. Meanwhile the bytes are on the host: beside a GPU in memory that is pinned once and used
-again, for a CPU in an unlinked file in TMPDIR.
+It works on storages, not tensors: parameters, buffers and optimizer state may be views of
+one storage, and all views stay valid. In between, the bytes are on the host: for a GPU in
+memory that is pinned once and used again, for a CPU in an unlinked file in TMPDIR.
 """
 
 import tempfile
@@ -14,22 +14,29 @@ from torch import Tensor
 
 
 class DeviceMemory:
-    """Of one rank. Between `release` and `restore` none of its tensors may be touched."""
+    """The memory of one rank. Between `release` and `restore` no tensor in it may be
+    touched.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._kept: dict[torch.UntypedStorage, int] = {}  # with their sizes in bytes
+        # Storages with their sizes in bytes.
+        self._kept: dict[torch.UntypedStorage, int] = {}
         self._cleared: dict[torch.UntypedStorage, int] = {}
+        # Where the bytes are kept on the host: the first for CUDA, the second for a CPU.
         self._pinned = torch.empty(0, dtype=torch.uint8)
         self._file: IO[bytes] | None = None
 
     @torch.no_grad()
     def release(self, kept: Iterable[Tensor], cleared: Iterable[Tensor]) -> None:
-        """Frees the storages of both; those of `cleared` come back as zeros, and need no copy."""
+        """Frees the storages of both; those of `cleared` come back as zeros, without a
+        copy.
+        """
         if self._kept:
             raise RuntimeError("asleep already: wake() comes before the next sleep()")
-        self._kept, self._cleared = self._storages(kept), self._storages(cleared)
-        self._copy(to_host=True)
+        self._kept = self._storages(kept)
+        self._cleared = self._storages(cleared)
+        self._copy_to_host()
         for storage in self._kept | self._cleared:
             storage.resize_(0)
         if self._cuda:
@@ -37,42 +44,70 @@ class DeviceMemory:
 
     @torch.no_grad()
     def restore(self) -> None:
+        """Takes the memory again, with the bytes that `release` kept."""
         if not self._kept:
             raise RuntimeError("not asleep: sleep() comes before wake()")
         for storage, num_bytes in (self._kept | self._cleared).items():
             storage.resize_(num_bytes)
         for storage in self._cleared:
             _bytes(storage).zero_()
-        self._copy(to_host=False)
-        self._kept, self._cleared, self._file = {}, {}, None
+        self._copy_from_host()
+        self._kept = {}
+        self._cleared = {}
+        self._file = None
 
     def _storages(self, tensors: Iterable[Tensor]) -> dict[torch.UntypedStorage, int]:
-        found = (t.untyped_storage() for t in tensors if t.is_cuda == self._cuda)
-        return {storage: storage.nbytes() for storage in found if storage.nbytes()}
+        """The storages on the device that are not empty, each once, with their sizes in
+        bytes.
+        """
+        found = {}
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            num_bytes = storage.nbytes()
+            if num_bytes and tensor.is_cuda == self._cuda:
+                found[storage] = num_bytes
+        return found
 
-    def _copy(self, *, to_host: bool) -> None:
-        sizes = list(self._kept.values())
-        for storage, host in zip(self._kept, self._host(sum(sizes)).split(sizes), strict=True):
-            here = _bytes(storage)
-            (host if to_host else here).copy_(here if to_host else host, non_blocking=True)
+    def _copy_to_host(self) -> None:
+        for storage, host in zip(self._kept, self._host_copies(), strict=True):
+            host.copy_(_bytes(storage), non_blocking=True)
+        self._synchronize()
+
+    def _copy_from_host(self) -> None:
+        for storage, host in zip(self._kept, self._host_copies(), strict=True):
+            _bytes(storage).copy_(host, non_blocking=True)
+        self._synchronize()
+
+    def _synchronize(self) -> None:
         if self._cuda:
             torch.cuda.synchronize()
 
+    def _host_copies(self) -> tuple[Tensor, ...]:
+        """uint8 [nbytes] on the host for each kept storage."""
+        sizes = list(self._kept.values())
+        return self._host(sum(sizes)).split(sizes)
+
     def _host(self, num_bytes: int) -> Tensor:
-        """[num_bytes] uint8, what was written the last time. A file's is not to be kept: it is resident."""
+        """[num_bytes] uint8: the same memory, or file, at every call between two sleeps.
+
+        Do not keep a file's tensor: while it exists, the bytes are in memory.
+        """
         if not self._cuda:
-            self._file = self._file or tempfile.TemporaryFile()
+            if self._file is None:
+                self._file = tempfile.TemporaryFile()
             path = f"/proc/self/fd/{self._file.fileno()}"
             return torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8)
-        if (
-            self._pinned.numel() < num_bytes
-        ):  # torch's pinned allocator would round up to a power of two
-            cudart = torch.cuda.cudart()
-            if self._pinned.numel():
-                torch.cuda.check_error(cudart.cudaHostUnregister(self._pinned.data_ptr()))
-            self._pinned = torch.empty(num_bytes, dtype=torch.uint8)
-            torch.cuda.check_error(cudart.cudaHostRegister(self._pinned.data_ptr(), num_bytes, 0))
+        if self._pinned.numel() < num_bytes:
+            self._pin(num_bytes)
         return self._pinned[:num_bytes]
+
+    def _pin(self, num_bytes: int) -> None:
+        """Pins exactly so much memory; torch's own allocator rounds up to a power of two."""
+        cudart = torch.cuda.cudart()
+        if self._pinned.numel():
+            torch.cuda.check_error(cudart.cudaHostUnregister(self._pinned.data_ptr()))
+        self._pinned = torch.empty(num_bytes, dtype=torch.uint8)
+        torch.cuda.check_error(cudart.cudaHostRegister(self._pinned.data_ptr(), num_bytes, 0))
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:
