@@ -1,24 +1,46 @@
-"""Whole sequences into micro-batches within a token budget, and micro-batches onto ranks of equal cost.
+"""Whole sequences into micro-batches within a token budget, and these onto ranks of equal cost.
 
-    lengths -> as few micro-batches as fit, a multiple of the ranks -> equally many per rank -> exchanges
+    lengths -> as few micro-batches as fit, a multiple of the ranks -> equally many per rank
+            -> exchanges
 
-Pure arithmetic, deterministic. Cost is what the matrix products take, which grows with a sequence's tokens,
-and what attention takes, which grows with their square.
+Pure arithmetic, deterministic. The cost of a sequence is that of its matrix products, which
+grows with its tokens, plus that of attention, which grows with their square.
 """
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
-from itertools import count
 
 import numpy as np
 
-_CLOSE_ENOUGH = 1.002  # slowest rank over mean, where exchanges between ranks end
-_PARTNERS = 4  # cheapest ranks that are tried before they end in any case
+# Exchanges between ranks end where the load of the slowest rank over the mean is at most this.
+_CLOSE_ENOUGH = 1.002
+# So many of the cheapest ranks are tried before exchanges end in any case.
+_PARTNERS = 4
+
+Indices = list[int]  # the sequences of one micro-batch
+
+
+@dataclass(frozen=True, slots=True)
+class _Sequences:
+    order: list[int]  # indices, the longest first
+    sizes: list[int]  # tokens by index, at most max_tokens
+    costs: list[float]  # by index
+    max_tokens: int  # the budget of a micro-batch
+
+    def cost(self, microbatch: Indices) -> float:
+        return sum(self.costs[i] for i in microbatch)
+
+    def free_tokens(self, microbatch: Indices) -> int:
+        return self.max_tokens - sum(self.sizes[i] for i in microbatch)
 
 
 def sequence_costs(lengths: Sequence[int], parity_tokens: float) -> list[float]:
-    """In tokens' worth of matrix products; attention adds as much again to a sequence of `parity_tokens`."""
+    """Costs in tokens' worth of matrix products.
+
+    At a length of `parity_tokens`, attention costs as much as the matrix products.
+    """
     return [n * (1 + n / parity_tokens) for n in lengths]
 
 
@@ -29,146 +51,188 @@ def pack(
     max_tokens: int,
     parity_tokens: float,
     multiple: int = 1,
-) -> list[list[list[int]]]:
-    """[rank][micro-batch]: indices of sequences, each once, in micro-batches of at most `max_tokens`.
+) -> list[list[Indices]]:
+    """[rank][micro-batch]: indices of sequences, each once, at most `max_tokens` together.
 
-    Ranks have equally many micro-batches, a multiple of `multiple`, the costliest first; a longer sequence
-    has one for itself. None is empty unless there are fewer sequences than the micro-batches that the longest
-    ones, the ranks and `multiple` ask for.
+    A longer sequence has a micro-batch for itself. Ranks have equally many micro-batches, a
+    multiple of `multiple`, the costliest first. None is empty unless there are fewer sequences
+    than the micro-batches that the longest ones, the ranks and `multiple` ask for.
     """
-    costs = sequence_costs(lengths, parity_tokens)
-    sizes = [min(n, max_tokens) for n in lengths]
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    least = max(-(-sum(sizes) // (max_tokens * num_ranks)), 1)
-    bins = next(
-        found
-        for per_rank in count(-(-least // multiple) * multiple, multiple)
-        for fill in (_fill_evenly, _fill_tightly)
-        if (found := fill(order, sizes, costs, per_rank * num_ranks, max_tokens)) is not None
+    sequences = _Sequences(
+        order=sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)),
+        sizes=[min(n, max_tokens) for n in lengths],
+        costs=sequence_costs(lengths, parity_tokens),
+        max_tokens=max_tokens,
     )
-    ranks = _deal(_without_empty(bins), costs, num_ranks)
-    _exchange(ranks, sizes, costs, max_tokens)
-    return [
-        sorted(map(sorted, rank), key=lambda m: (-sum(costs[i] for i in m), m)) for rank in ranks
-    ]
+    microbatches = _fill(sequences, num_ranks, multiple)
+    _halve_largest_for_empty(microbatches)
+    ranks = _deal(microbatches, sequences, num_ranks)
+    _exchange(ranks, sequences)
+    return [_costliest_first(rank, sequences) for rank in ranks]
 
 
-def _fill_evenly(
-    order: list[int], sizes: list[int], costs: list[float], num_bins: int, max_tokens: int
-) -> list[list[int]] | None:
-    """Longest first, each into the bin of least cost that has room; None where one finds no room."""
-    bins: list[list[int]] = [[] for _ in range(num_bins)]
-    room = [max_tokens] * num_bins
-    by_cost = [(0.0, b) for b in range(num_bins)]
-    for i in order:
-        full = []
-        while by_cost and room[by_cost[0][1]] < sizes[i]:
-            full.append(heappop(by_cost))
+def _costliest_first(rank: list[Indices], sequences: _Sequences) -> list[Indices]:
+    sorted_inside = [sorted(microbatch) for microbatch in rank]
+    return sorted(sorted_inside, key=lambda m: (-sequences.cost(m), m))
+
+
+def _fill(sequences: _Sequences, num_ranks: int, multiple: int) -> list[Indices]:
+    """As few micro-batches as two ways of filling manage with, a `multiple` for each rank."""
+    tokens_of_one_each = sequences.max_tokens * num_ranks
+    least = max(-(-sum(sequences.sizes) // tokens_of_one_each), 1)
+    per_rank = -(-least // multiple) * multiple
+    while True:
+        microbatches = _fill_evenly(sequences, per_rank * num_ranks)
+        if microbatches is None:
+            microbatches = _fill_tightly(sequences, per_rank * num_ranks)
+        if microbatches is not None:
+            return microbatches
+        per_rank += multiple
+
+
+def _fill_evenly(sequences: _Sequences, number: int) -> list[Indices] | None:
+    """Puts each sequence, longest first, into the micro-batch of least cost that has room.
+
+    None where one finds no room in `number` micro-batches.
+    """
+    microbatches: list[Indices] = [[] for _ in range(number)]
+    room = [sequences.max_tokens] * number
+    by_cost = [(0.0, m) for m in range(number)]  # a heap
+    for i in sequences.order:
+        size = sequences.sizes[i]
+        too_full = []
+        while by_cost and room[by_cost[0][1]] < size:
+            too_full.append(heappop(by_cost))
         if not by_cost:
             return None
-        cost, b = heappop(by_cost)
-        bins[b].append(i)
-        room[b] -= sizes[i]
-        full.append((cost + costs[i], b))
-        for entry in full:
+        cost, m = heappop(by_cost)
+        microbatches[m].append(i)
+        room[m] -= size
+        heappush(by_cost, (cost + sequences.costs[i], m))
+        for entry in too_full:
             heappush(by_cost, entry)
-    return bins
+    return microbatches
 
 
-def _fill_tightly(
-    order: list[int], sizes: list[int], costs: list[float], num_bins: int, max_tokens: int
-) -> list[list[int]] | None:
-    """Longest first, each into the bin with the least room that suffices (best fit); None where none does."""
-    bins: list[list[int]] = [[] for _ in range(num_bins)]
-    room = [(max_tokens, b) for b in range(num_bins)]  # sorted
-    for i in order:
-        at = bisect_left(room, (sizes[i], -1))
+def _fill_tightly(sequences: _Sequences, number: int) -> list[Indices] | None:
+    """Puts each sequence, longest first, where the least room suffices (best fit).
+
+    None where one finds no room in `number` micro-batches.
+    """
+    microbatches: list[Indices] = [[] for _ in range(number)]
+    room = [(sequences.max_tokens, m) for m in range(number)]  # sorted
+    for i in sequences.order:
+        size = sequences.sizes[i]
+        at = bisect_left(room, (size, -1))
         if at == len(room):
             return None
-        left, b = room.pop(at)
-        bins[b].append(i)
-        insort(room, (left - sizes[i], b))
-    return bins
+        left, m = room.pop(at)
+        microbatches[m].append(i)
+        insort(room, (left - size, m))
+    return microbatches
 
 
-def _without_empty(bins: list[list[int]]) -> list[list[int]]:
-    """As many bins, with halves of those with the most sequences in the place of empty ones."""
-    for empty in (b for b in bins if not b):
-        largest = max(bins, key=len)
+def _halve_largest_for_empty(microbatches: list[Indices]) -> None:
+    """In place: an empty micro-batch gets half of the one with the most sequences."""
+    for empty in [m for m in microbatches if not m]:
+        largest = max(microbatches, key=len)
         half = max(len(largest) // 2, 1)
         empty.extend(largest[half:])
         del largest[half:]
-    return bins
 
 
-def _deal(bins: list[list[int]], costs: list[float], num_ranks: int) -> list[list[list[int]]]:
-    """Costliest first, each to the rank of least cost that has not yet its share of the bins."""
-    ranks: list[list[list[int]]] = [[] for _ in range(num_ranks)]
-    loads = [(0.0, r) for r in range(num_ranks)]
+def _deal(
+    microbatches: list[Indices], sequences: _Sequences, num_ranks: int
+) -> list[list[Indices]]:
+    """Costliest first, each to the rank of least cost that lacks some of its share."""
+    share = len(microbatches) // num_ranks
+    ranks: list[list[Indices]] = [[] for _ in range(num_ranks)]
+    loads = [(0.0, rank) for rank in range(num_ranks)]
     heapify(loads)
-    cost_of = [sum(costs[i] for i in b) for b in bins]
-    for b in sorted(range(len(bins)), key=lambda b: (-cost_of[b], b)):
-        load, r = heappop(loads)
-        ranks[r].append(bins[b])
-        if len(ranks[r]) < len(bins) // num_ranks:
-            heappush(loads, (load + cost_of[b], r))
+    costs = [sequences.cost(m) for m in microbatches]
+    for number in sorted(range(len(microbatches)), key=lambda n: (-costs[n], n)):
+        load, rank = heappop(loads)
+        ranks[rank].append(microbatches[number])
+        if len(ranks[rank]) < share:
+            heappush(loads, (load + costs[number], rank))
     return ranks
 
 
-def _exchange(
-    ranks: list[list[list[int]]], sizes: list[int], costs: list[float], max_tokens: int
-) -> None:
-    """In place: sequences of the costliest rank change places with cheaper or none of the cheapest ranks."""
-    loads = [sum(costs[i] for b in rank for i in b) for rank in ranks]
+@dataclass(frozen=True, slots=True)
+class _Swap:
+    """A sequence that leaves a costly rank for a cheap one, and what comes in return."""
+
+    source: Indices
+    goer: int
+    target: Indices
+    comer: int | None
+
+    def make(self) -> None:
+        self.source.remove(self.goer)
+        self.target.append(self.goer)
+        if self.comer is not None:
+            self.target.remove(self.comer)
+            self.source.append(self.comer)
+
+
+def _exchange(ranks: list[list[Indices]], sequences: _Sequences) -> None:
+    """In place: the costliest rank gives sequences to the cheapest ranks, for cheaper or none."""
+    loads = [sum(sequences.costs[i] for m in rank for i in m) for rank in ranks]
     mean = sum(loads) / len(loads)
     for _ in range(16 * len(ranks)):
-        by_load = sorted(range(len(ranks)), key=lambda r: (loads[r], r))
+        by_load = sorted(range(len(ranks)), key=lambda rank: (loads[rank], rank))
         heavy = by_load[-1]
         if loads[heavy] <= _CLOSE_ENOUGH * mean:
             return
         for light in by_load[:_PARTNERS]:
             gap = loads[heavy] - loads[light]
-            if swap := _best_swap(ranks[heavy], ranks[light], gap, sizes, costs, max_tokens):
-                source, gone, target, come = swap
-                source.remove(gone)
-                target.append(gone)
-                moved = costs[gone]
-                if come is not None:
-                    target.remove(come)
-                    source.append(come)
-                    moved -= costs[come]
-                loads[heavy], loads[light] = loads[heavy] - moved, loads[light] + moved
+            swap = _best_swap(ranks[heavy], ranks[light], gap, sequences)
+            if swap is not None:
+                swap.make()
+                moved_cost = sequences.costs[swap.goer]
+                if swap.comer is not None:
+                    moved_cost -= sequences.costs[swap.comer]
+                loads[heavy] -= moved_cost
+                loads[light] += moved_cost
                 break
         else:
             return
 
 
 def _best_swap(
-    heavy: list[list[int]],
-    light: list[list[int]],
-    gap: float,
-    sizes: list[int],
-    costs: list[float],
-    max_tokens: int,
-) -> tuple[list[int], int, list[int], int | None] | None:
-    """(its bin, sequence) of `heavy` for (its bin, sequence or None) of `light`, nearest to half the gap.
+    heavy: list[Indices], light: list[Indices], gap: float, sequences: _Sequences
+) -> _Swap | None:
+    """The swap between two ranks whose loads differ by `gap` that is nearest to half the gap.
 
-    None where no exchange within the budget takes at least a hundredth off the gap.
+    None where no swap within the budget takes at least a hundredth off the gap.
     """
-    goers = [(b, i) for b in heavy for i in b]
-    comers: list[tuple[list[int], int | None]] = [(b, i) for b in light for i in (*b, None)]
-    room = {id(b): max_tokens - sum(sizes[i] for i in b) for b in light}
-    size_out = np.array([sizes[i] for _, i in goers])[:, None]
-    place = np.array([room[id(b)] + (0 if j is None else sizes[j]) for b, j in comers])[None]
-    moved = np.array([costs[i] for _, i in goers])[:, None]
-    moved = moved - np.array([0.0 if j is None else costs[j] for _, j in comers])[None]
-    last = (
-        np.array([len(b) == 1 for b, _ in goers])[:, None]
-        & np.array([j is None for _, j in comers])[None]
-    )
-    off = np.where((size_out <= place) & ~last, np.abs(moved - gap / 2), np.inf)
-    best = int(off.argmin())
-    if not off.flat[best] < 0.49 * gap:
+    sizes = sequences.sizes
+    costs = sequences.costs
+    goers = [(m, i) for m in heavy for i in m]
+    comers: list[tuple[Indices, int | None]] = []
+    comer_room = []
+    for microbatch in light:
+        free = sequences.free_tokens(microbatch)
+        for i in microbatch:
+            comers.append((microbatch, i))
+            comer_room.append(free + sizes[i])
+        comers.append((microbatch, None))
+        comer_room.append(free)
+
+    # [goers, comers]
+    fits = np.array([sizes[i] for _, i in goers])[:, None] <= np.array(comer_room)[None]
+    goer_costs = np.array([costs[i] for _, i in goers])
+    comer_costs = np.array([0.0 if i is None else costs[i] for _, i in comers])
+    moved_costs = goer_costs[:, None] - comer_costs[None]
+    goer_is_alone = np.array([len(m) == 1 for m, _ in goers])
+    nothing_comes = np.array([i is None for _, i in comers])
+    leaves_empty = goer_is_alone[:, None] & nothing_comes[None]
+    distance = np.where(fits & ~leaves_empty, np.abs(moved_costs - gap / 2), np.inf)
+
+    best = int(distance.argmin())
+    if not distance.flat[best] < 0.49 * gap:
         return None
-    at, to = divmod(best, len(comers))
-    return *goers[at], *comers[to]
+    goer_number, comer_number = divmod(best, len(comers))
+    source, goer = goers[goer_number]
+    target, comer = comers[comer_number]
+    return _Swap(source, goer, target, comer)
