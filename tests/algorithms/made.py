@@ -49,7 +49,9 @@ def advantages(groups: Sequence[SampleGroup], made: PolicyGradient) -> list[floa
 def shard(
     masks: Sequence[Sequence[bool]], scalars: Sequence[float], *, rollout=None, old=None, ref=None
 ) -> TrainBatch:
-    """One rank's sequences; per-token values are given per sequence, and 0 for rollout where they are not."""
+    """One rank's sequences; per-token values are given per sequence, and 0 for rollout
+    where they are not.
+    """
 
     def tensors(values):
         return None if values is None else [torch.tensor(v, dtype=torch.float32) for v in values]
@@ -73,7 +75,9 @@ def shard(
 def pack(
     old, advantage, *, mask=None, weights=None, ref=None, rollout=None, bounds=None
 ) -> MicroBatch:
-    """Sequences on one token axis [T], by default one; whatever is not given is 0, or 1 where it weighs."""
+    """Sequences on one token axis [T], by default one; whatever is not given is 0, or 1
+    where it weighs.
+    """
     size = len(old)
     return MicroBatch(
         token_ids=torch.arange(size),

@@ -13,7 +13,8 @@ from tests.algorithms.made import algorithm, loss, pack
     [(2.0, 1.1, 1.1), (2.0, 1.5, 1.2), (2.0, 0.1, 0.1), (-2.0, 0.1, 0.1), (-2.0, 1.5, 1.2)],
 )
 def test_the_gradient_is_the_clipped_weight_times_the_advantage(advantage, ratio, weight):
-    old, current = -1.0, math.log(ratio) - 1
+    old = -1.0
+    current = math.log(ratio) - 1
     total, grad, metrics = loss([current], pack([old], [advantage]), algorithm(CISPOConfig()))
     assert total == pytest.approx(-weight * advantage * current, rel=1e-5)
     assert grad == pytest.approx([-weight * advantage], rel=1e-5)
@@ -23,4 +24,5 @@ def test_the_gradient_is_the_clipped_weight_times_the_advantage(advantage, ratio
 def test_a_lower_bound_may_be_set():
     made = algorithm(CISPOConfig(eps_clip=0.3))
     _, grad, metrics = loss([math.log(0.1)], pack([0.0], [1.0]), made)
-    assert grad == pytest.approx([-0.7]) and metrics["train/clip_ratio"] == 1
+    assert grad == pytest.approx([-0.7])
+    assert metrics["train/clip_ratio"] == 1

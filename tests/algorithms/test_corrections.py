@@ -1,4 +1,6 @@
-"""Corrections of the gap between engine and trainer by hand: weights, rejections, and what stays the same."""
+"""Corrections of the gap between engine and trainer by hand: weights, rejections, and
+what stays the same.
+"""
 
 import math
 
@@ -12,9 +14,8 @@ from tests.algorithms.made import algorithm, loss, pack
 # two sequences of two tokens in the loss; the first has a masked token before them
 BOUNDS = torch.tensor([0, 3, 5], dtype=torch.int32)
 MASK = torch.tensor([False, True, True, True, True])
-W = torch.tensor(
-    [float("nan"), 4.0, 0.5, 1.1, 1.2]
-)  # products 2 and 1.32, geometric means 1.414 and 1.149
+# Their products are 2 and 1.32, their geometric means 1.414 and 1.149.
+W = torch.tensor([float("nan"), 4.0, 0.5, 1.1, 1.2])
 SECOND_ROOT = 2**0.5, 1.32**0.5
 
 
@@ -50,7 +51,8 @@ def test_truncated_importance_sampling_by_level(level, expected, clipped):
 def test_icepop_weighs_what_is_within_the_bounds_and_drops_the_rest():
     knobs = dict(use_tis=True, tis_clip=5.0, reject="token", reject_low=0.9, reject_high=1.15)
     weight, keep, counts = corrected(**knobs)
-    assert keep == [False, False, True, False] and weight[2] == pytest.approx(1.1)
+    assert keep == [False, False, True, False]
+    assert weight[2] == pytest.approx(1.1)
     assert counts["rejected_ratio"] == 3
 
 
@@ -71,23 +73,15 @@ def test_masked_importance_sampling_by_level(level, high, kept):
 
 
 def test_low_weights_are_rejected_too():
-    assert corrected(reject="token", reject_low=0.6, reject_high=9.0)[1] == [
-        True,
-        False,
-        True,
-        True,
-    ]
+    _, keep, _ = corrected(reject="token", reject_low=0.6, reject_high=9.0)
+    assert keep == [True, False, True, True]
 
 
 def test_one_impossible_token_vetoes_its_sequence():
     assert corrected(veto=0.6)[1] == [False, False, True, True]
     assert corrected(veto=0.4)[1] == [True] * 4
-    assert corrected(veto=0.6, reject="token", reject_low=0.1, reject_high=1.15)[1] == [
-        False,
-        False,
-        True,
-        False,
-    ]
+    _, keep, _ = corrected(veto=0.6, reject="token", reject_low=0.1, reject_high=1.15)
+    assert keep == [False, False, True, False]
 
 
 def test_a_weight_stays_finite_whatever_the_gap():
@@ -104,7 +98,8 @@ def test_a_weight_stays_finite_whatever_the_gap():
 
 def test_drift_is_of_bad_sequences_by_the_mean_over_their_own_tokens():
     log_ratio = torch.tensor([0.0, -0.3, 0.1, -0.05, 0.0])  # means of old - current: 0.1, 0.025
-    bad, good = torch.full((5,), -1.0), torch.full((5,), 1.0)
+    bad = torch.full((5,), -1.0)
+    good = torch.full((5,), 1.0)
 
     def gone(advantages, delta):
         return (off_policy_sequences(log_ratio, advantages, MASK, BOUNDS, delta) & MASK)[
@@ -112,7 +107,8 @@ def test_drift_is_of_bad_sequences_by_the_mean_over_their_own_tokens():
         ].tolist()
 
     assert gone(bad, 0.05) == [True, True, False, False]
-    assert gone(bad, 0.02) == [True] * 4 and gone(bad, 0.11) == [False] * 4
+    assert gone(bad, 0.02) == [True] * 4
+    assert gone(bad, 0.11) == [False] * 4
     assert gone(good, 0.02) == [False] * 4
 
 
@@ -133,11 +129,14 @@ def test_the_weight_has_no_gradient():
     batch = pack([0.0], [1.0], rollout=[-1.0 - math.log(1.5)])
     config = GRPOConfig(old_logprobs="current", correction=CorrectionConfig(use_tis=True))
     total, grad, _ = loss([-1.0], batch, algorithm(config))
-    assert total == pytest.approx(-1.5, rel=1e-5) and grad == pytest.approx([-1.5], rel=1e-5)
+    assert total == pytest.approx(-1.5, rel=1e-5)
+    assert grad == pytest.approx([-1.5], rel=1e-5)
 
 
 def test_rejection_changes_the_numerator_only():
-    """A rejected token takes its terms along, all of them; weights and denominator are those of the masks."""
+    """A rejected token takes its terms along, all of them; weights and denominator are
+    those of the masks.
+    """
     batch = pack(
         [-1.0] * 3, [1.0, 2.0, 4.0], rollout=[-1.0, -2.0, -1.0], ref=[-1.5] * 3, weights=[0.25] * 3
     )
@@ -146,8 +145,10 @@ def test_rejection_changes_the_numerator_only():
     total, grad, metrics = loss(
         [-1.0] * 3, batch, entropy=[1.0] * 3, correction=correction, **knobs
     )
-    # tokens 0 and 2: -(1 + 4) + 2 x 0.1 x 0.5 - 2 x 0.01, each weighted by a quarter as before
-    assert total == pytest.approx(0.25 * (-5 + 0.1 - 0.02)) and grad[1] == 0.0
+    # tokens 0 and 2: -(1 + 4) + 2 x 0.1 x 0.5 - 2 x 0.01, each weighted by a quarter as
+    # before
+    assert total == pytest.approx(0.25 * (-5 + 0.1 - 0.02))
+    assert grad[1] == 0.0
     assert metrics["train/rejected_ratio"] == 1
 
 

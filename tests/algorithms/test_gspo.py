@@ -9,11 +9,13 @@ from tests.algorithms.made import algorithm, loss, pack
 
 
 def test_tokens_share_the_geometric_mean_ratio_of_their_sequence():
-    # token 0 is no part of the first sequence's mean: (0.3 + 0.1) / 2 = 0.2; the second's: -0.1
+    # token 0 is no part of the first sequence's mean: (0.3 + 0.1) / 2 = 0.2; the
+    # second's: -0.1
     batch = pack([0.0] * 4, [1.0] * 4, mask=[False, True, True, True], bounds=[0, 3, 4])
     made = algorithm(GSPOConfig(eps_clip=0.5, eps_clip_high=0.5))
     total, grad, metrics = loss([7.0, 0.3, 0.1, -0.1], batch, made)
-    first, second = math.exp(0.2), math.exp(-0.1)
+    first = math.exp(0.2)
+    second = math.exp(-0.1)
     assert total == pytest.approx(-(2 * first + second), rel=1e-5)
     # d/dx of -2 exp((x + y) / 2) is -exp((x + y) / 2): the same for both tokens
     assert grad == pytest.approx([0.0, -first, -first, -second], rel=1e-5)

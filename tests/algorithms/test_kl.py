@@ -1,4 +1,6 @@
-"""The KL estimators: exact values, sign, zero at equality, and the importance ratio in the gradient."""
+"""The KL estimators: exact values, sign, zero at equality, and the importance ratio in
+the gradient.
+"""
 
 import math
 
@@ -29,7 +31,8 @@ def test_estimator_is_never_negative_and_zero_at_equality(kind):
 
 
 def test_k3_estimates_the_kl_without_bias():
-    policy, reference = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.3, 0.3, 0.4])
+    policy = torch.tensor([0.7, 0.2, 0.1])
+    reference = torch.tensor([0.3, 0.3, 0.4])
     exact = (policy * (policy / reference).log()).sum()
     for estimator in (k1, k3):
         estimate = (policy * estimator(policy.log(), reference.log())).sum()

@@ -1,4 +1,6 @@
-"""What all algorithms share, by hand: masks and weights, old logprobs, KL in loss and reward, entropy."""
+"""What all algorithms share, by hand: masks and weights, old logprobs, KL in loss and
+reward, entropy.
+"""
 
 import math
 
@@ -16,9 +18,8 @@ def test_weights_and_mask_choose_the_terms():
         [-1.0] * 4, [1.0, 2.0, 4.0, 8.0], mask=[False, True, True, True], weights=[1, 1, 0.5, 0.25]
     )
     total, grad, metrics = loss([-1.0] * 4, batch)
-    assert total == pytest.approx(-(2 + 2 + 2)) and metrics["train/policy_loss"] == pytest.approx(
-        total
-    )
+    assert total == pytest.approx(-(2 + 2 + 2))
+    assert metrics["train/policy_loss"] == pytest.approx(total)
     assert grad == pytest.approx([0, -2, -2, -2])
 
 
@@ -26,9 +27,8 @@ def test_moves_are_measured_by_absolute_value_over_the_tokens_of_the_loss():
     batch = pack([-1.0] * 3, [0.0] * 3, mask=[False, True, True], weights=[0.1] * 3)
     _, _, metrics = loss([5.0, -0.7, -1.4], batch)
     assert metrics["train/ppo_kl_abs"] == pytest.approx(0.3 + 0.4)
-    assert metrics["train/ppo_kl_abs_max"] == pytest.approx(
-        0.4
-    )  # of -0.4: a maximum of values is 0.3
+    # The move of -0.4 counts; the largest value is 0.3.
+    assert metrics["train/ppo_kl_abs_max"] == pytest.approx(0.4)
 
 
 # old logprobs
@@ -41,7 +41,8 @@ def test_old_logprobs_are_recomputed_the_rollouts_or_current():
         -math.exp(0.1)
     )
     total, grad, metrics = loss([-1.0], batch, old_logprobs="current")
-    assert (total, grad) == (-1.0, [-1.0]) and metrics["train/ppo_kl_abs"] == 0
+    assert (total, grad) == (-1.0, [-1.0])
+    assert metrics["train/ppo_kl_abs"] == 0
     needs = [
         algorithm(old_logprobs=old).needs_old_logprobs
         for old in ("recomputed", "rollout", "current")
@@ -79,9 +80,8 @@ def test_kl_loss_is_added_with_its_coefficient(kind, value, gradient):
     total, grad, metrics = loss(
         [-1.0], batch, use_kl_loss=True, kl_loss_coef=0.1, kl_loss_type=kind
     )
-    assert total == pytest.approx(0.1 * value, rel=1e-5) and grad == pytest.approx(
-        [0.1 * gradient], rel=1e-5
-    )
+    assert total == pytest.approx(0.1 * value, rel=1e-5)
+    assert grad == pytest.approx([0.1 * gradient], rel=1e-5)
     assert metrics["train/kl_loss"] == pytest.approx(value, rel=1e-5)
     assert metrics["train/ref_kl"] == pytest.approx(math.exp(-0.5) - 0.5, rel=1e-5)  # always k3
 
@@ -89,7 +89,8 @@ def test_kl_loss_is_added_with_its_coefficient(kind, value, gradient):
 def test_unbiased_kl_is_weighted_by_the_ratio_and_its_gradient():
     batch = pack([-1.2], [0.0], ref=[-1.5])
     total, grad, _ = loss([-1.0], batch, use_kl_loss=True, kl_loss_coef=1.0, use_unbiased_kl=True)
-    ratio, kl = math.exp(0.2), math.exp(-0.5) - 0.5
+    ratio = math.exp(0.2)
+    kl = math.exp(-0.5) - 0.5
     assert total == pytest.approx(ratio * kl, rel=1e-5)
     assert grad == pytest.approx([ratio * (1 - math.exp(-0.5)) + ratio * kl], rel=1e-5)
 
@@ -147,4 +148,5 @@ def test_entropy_is_a_bonus(config):
 def test_the_protocol_of_the_backends_is_met():
     made: PolicyGradient = algorithm(denominator="sequences")
     assert made.denominator == "sequences"
-    assert not (made.needs_reference or made.needs_entropy) and made.needs_old_logprobs
+    assert not (made.needs_reference or made.needs_entropy)
+    assert made.needs_old_logprobs

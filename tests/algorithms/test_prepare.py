@@ -1,4 +1,6 @@
-"""What of a rollout is trained on, with which advantages, and how the whole rollout is described."""
+"""What of a rollout is trained on, with which advantages, and how the whole rollout is
+described.
+"""
 
 import math
 

@@ -1,4 +1,6 @@
-"""RLOO's baseline, the returns of REINFORCE++, and its whitening over the whole batch, by hand."""
+"""RLOO's baseline, the returns of REINFORCE++, and its whitening over the whole batch, by
+hand.
+"""
 
 import itertools
 import math
@@ -36,7 +38,9 @@ def test_reinforce_plus_plus_takes_the_reward_and_its_baseline_form_the_centred_
 
 
 def test_the_terminal_reward_is_on_the_last_unmasked_token():
-    """Tool output or a cut tail may follow it: on the very last token the mask would drop the reward."""
+    """Tool output or a cut tail may follow it: on the very last token the mask would drop
+    the reward.
+    """
     discount = ReinforcePPConfig(gamma=0.5, normalize_advantages=False)
     mask = [False, True, True, False, True, False, False]
     # the reward 8 is on token 4; token 2 is two positions before it, token 1 three
@@ -47,7 +51,8 @@ def test_the_terminal_reward_is_on_the_last_unmasked_token():
 
 def test_kl_in_the_reward_flows_back_to_earlier_tokens():
     # k1 on tokens 1 and 2 is 0.5 and -1, times 0.1: x = -0.05, 2 + 0.1
-    old, ref = [[0.0, -1.0, -2.0]], [[0.0, -1.5, -1.0]]
+    old = [[0.0, -1.0, -2.0]]
+    ref = [[0.0, -1.5, -1.0]]
     config = ReinforcePPConfig(kl_coef=0.1, kl_loss_type="k1", normalize_advantages=False)
     (got,) = returns([[False, True, True]], [2.0], config, old=old, ref=ref)
     assert got == pytest.approx([0.0, 2.05, 2.1])
@@ -56,7 +61,8 @@ def test_kl_in_the_reward_flows_back_to_earlier_tokens():
 def test_masked_kl_is_no_part_of_a_return():
     nan = float("nan")
     config = ReinforcePPConfig(kl_coef=0.1, normalize_advantages=False)
-    old, ref = [[nan, -1.0, nan, -1.0]], [[0.0, -1.0, 50.0, -1.0]]
+    old = [[nan, -1.0, nan, -1.0]]
+    ref = [[0.0, -1.0, 50.0, -1.0]]
     assert returns([[False, True, False, True]], [2.0], config, old=old, ref=ref) == [[0, 2, 0, 2]]
 
 
@@ -64,7 +70,8 @@ def test_masked_kl_is_no_part_of_a_return():
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 7, 8, 100])
 def test_discounted_sums_are_those_of_the_recursion(gamma, size):
     rewards = torch.randn(size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
-    expected, after = [], 0.0
+    expected = []
+    after = 0.0
     for reward in reversed(rewards.tolist()):
         after = reward + gamma * after
         expected.insert(0, after)
@@ -78,12 +85,16 @@ SCALARS = [1.0, 3.0, -1.0]
 
 
 def test_whitening_by_hand():
-    # tokens 1 1 3 -1 -1 -1: mean 1/3; squares 2 x 4/9 + 64/9 + 3 x 16/9 = 120/9; unbiased variance 8/3
+    # tokens 1 1 3 -1 -1 -1: mean 1/3; squares 2 x 4/9 + 64/9 + 3 x 16/9 = 120/9; unbiased
+    # variance 8/3
     config = ReinforcePPConfig()
     unit = math.sqrt(8 / 3)
-    good, best, bad = (2 / 3) / unit, (8 / 3) / unit, (-4 / 3) / unit
+    good = (2 / 3) / unit
+    best = (8 / 3) / unit
+    bad = (-4 / 3) / unit
     got = returns(MASKS, SCALARS, config)
-    assert got[0] == pytest.approx([0, good, good]) and got[1] == pytest.approx([0, best, 0])
+    assert got[0] == pytest.approx([0, good, good])
+    assert got[1] == pytest.approx([0, best, 0])
     assert got[2] == pytest.approx([0, bad, bad, bad])
 
 
@@ -91,7 +102,8 @@ class Ranks:
     """An all_sum over ranks that run in turn, as often as values are still missing."""
 
     def __init__(self):
-        self.sums, self.mine = [], {}
+        self.sums = []
+        self.mine = {}
 
     def of(self, rank):
         calls = itertools.count()
@@ -109,11 +121,11 @@ class Ranks:
 def test_whitening_across_ranks_equals_whitening_in_one(config, parts):
     made = algorithm(config)
     expected = made.token_advantages(shard(MASKS, SCALARS), alone)
-    masks = [
-        [MASKS[i] for i in part] or [[False, False]] for part in parts
-    ]  # a rank without any: a dummy
-    scalars = [[SCALARS[i] for i in part] or [0.0] for part in parts]
-    shards = [shard(*both) for both in zip(masks, scalars, strict=True)]
+    shards = []
+    for part in parts:
+        masks = [MASKS[i] for i in part] or [[False, False]]  # a rank without any has a dummy
+        scalars = [SCALARS[i] for i in part] or [0.0]
+        shards.append(shard(masks, scalars))
     ranks = Ranks()
     for _ in range(3):  # the first sums are whole in the second round, the second in the third
         got = [made.token_advantages(s, ranks.of(rank)) for rank, s in enumerate(shards)]
@@ -126,14 +138,12 @@ def test_whitening_across_ranks_equals_whitening_in_one(config, parts):
 def test_whitened_equal_values_are_exactly_zero():
     got = returns(MASKS, [0.7] * 3, ReinforcePPConfig())
     assert [x for sequence in got for x in sequence] == [0.0] * 10
-    assert returns([[False, True]], [0.7], ReinforcePPConfig()) == [
-        [0.0, 0.0]
-    ]  # one token: no variance
+    one_token = returns([[False, True]], [0.7], ReinforcePPConfig())
+    assert one_token == [[0.0, 0.0]]  # no variance
     assert returns([[False, False]], [0.7], ReinforcePPConfig()) == [[0.0, 0.0]]
 
 
 def test_whitening_may_be_had_with_any_algorithm():
-    got = algorithm(normalize_advantages=True).token_advantages(
-        shard([[False, True]] * 2, [1.0, -1.0]), alone
-    )
+    made = algorithm(normalize_advantages=True)
+    got = made.token_advantages(shard([[False, True]] * 2, [1.0, -1.0]), alone)
     assert [t[1].item() for t in got] == pytest.approx([0.5**0.5, -(0.5**0.5)])  # variance 2

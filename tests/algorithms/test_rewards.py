@@ -1,5 +1,5 @@
-"""Rewards to advantages by hand, and what is easily got wrong: groups that are told apart by position rather
-than by group_id, and equal rewards whose mean is not exact.
+"""Rewards to advantages by hand, and what is easily got wrong: groups that are told apart
+by position rather than by group_id, and equal rewards whose mean is not exact.
 """
 
 import numpy as np
@@ -37,13 +37,16 @@ def test_the_group_relative_algorithms_take_std_on_or_off(config):
 )
 @pytest.mark.parametrize("by_std", [True, False])
 def test_zero_variance_group_gets_exactly_zero(rewards, by_std):
-    """By float32 means, 8 x 0.7 is 6e-8 off its mean, which over std + 1e-6 is an advantage of 0.06."""
+    """By float32 means, 8 x 0.7 is 6e-8 off its mean, which over std + 1e-6 is an
+    advantage of 0.06.
+    """
     assert relative(rewards, by_std=by_std) == [0.0] * len(rewards)
     assert not spreads(rewards)
 
 
 def test_statistics_go_by_group_id_whatever_the_size_order_and_packaging_of_groups():
-    one, two = group(1, [1.0, 0.0]), group(2, [10.0, 20.0, 30.0])
+    one = group(1, [1.0, 0.0])
+    two = group(2, [10.0, 20.0, 30.0])
     parts = [
         SampleGroup(2, two.samples[:1]),
         SampleGroup(1, one.samples[:1]),
@@ -56,13 +59,16 @@ def test_statistics_go_by_group_id_whatever_the_size_order_and_packaging_of_grou
 
 
 def test_a_filtered_batch_is_not_one_group():
-    """Groups of 3 and 1 left of 2 x 4: taken as one group of 4, the last would have advantage -1.5."""
+    """Groups of 3 and 1 left of 2 x 4: taken as one group of 4, the last would have
+    advantage -1.5.
+    """
     left = [group(0, [1.0, 1.0, 1.0]), group(1, [0.0])]
     assert advantages(left, algorithm()) == [0.0] * 4
 
 
 def test_fan_out_siblings_count_once():
-    # rollouts 7 and 8 with rewards 1 and 0: mean 0.5, std sqrt(0.5); by samples the mean would be 0.75
+    # rollouts 7 and 8 with rewards 1 and 0: mean 0.5, std sqrt(0.5); by samples the mean
+    # would be 0.75
     got = advantages([group(0, [1, 1, 1, 0], rollout_ids=[7, 7, 7, 8])], algorithm())
     assert got == pytest.approx([0.5**0.5] * 3 + [-(0.5**0.5)], rel=1e-5)
 

@@ -1,4 +1,6 @@
-"""What holds for every entry of the table of algorithms, with all corrections and extra terms off and on."""
+"""What holds for every entry of the table of algorithms, with all corrections and extra
+terms off and on.
+"""
 
 import math
 from dataclasses import replace
@@ -64,7 +66,9 @@ PER_TOKEN = ["token_weights", "advantages", "rollout_logprobs", "old_logprobs", 
 
 
 def batch(seed: int = 0) -> tuple[MicroBatch, Tensor, Tensor]:
-    """Sequences of LENGTHS, a third of the tokens masked; the current logprobs and the entropy [T]."""
+    """Sequences of LENGTHS, a third of the tokens masked; the current logprobs and the
+    entropy [T].
+    """
     rng = torch.Generator().manual_seed(seed)
     size = sum(LENGTHS)
 
@@ -108,7 +112,8 @@ def assert_same(got, expected, **tolerance):
         torch.testing.assert_close(one, other, **tolerance)
     assert got[3].keys() == expected[3].keys()
     for name in got[3]:
-        one, other = got[3][name], expected[3][name]
+        one = got[3][name]
+        other = expected[3][name]
         assert type(one) is type(other)
         torch.testing.assert_close(number(one), number(other), **tolerance)
         if isinstance(one, TokenMean):
@@ -136,7 +141,8 @@ def test_the_table_has_what_the_configuration_can_name():
     assert set(algorithms.ALGORITHMS) == set(CONFIGS)
     for name, config in CONFIGS.items():
         made = algorithms.make(config())
-        assert made.config.name == name and made.denominator == config().denominator
+        assert made.config.name == name
+        assert made.denominator == config().denominator
 
 
 @every
@@ -156,7 +162,9 @@ def test_masked_tokens_contribute_exactly_nothing(made, bad):
         )
 
     got = holding(bad)
-    assert got[0].isfinite() and not got[1][out].any() and not got[2][out].any()
+    assert got[0].isfinite()
+    assert not got[1][out].any()
+    assert not got[2][out].any()
     assert_same(got, holding(0.0), rtol=0, atol=0)
 
 
@@ -175,7 +183,8 @@ def test_cutting_into_microbatches_changes_nothing(made):
     micro, logprobs, entropy = batch()
     whole = outcome(made, micro, logprobs, entropy)
     for cuts in ([[0], [1], [2], [3], [4], [5]], [[0, 1, 2], [3, 4, 5]], [[5, 0], [3], [1, 2, 4]]):
-        total, metrics = torch.zeros(()), {}
+        total = torch.zeros(())
+        metrics = {}
         gradients = torch.zeros_like(logprobs), torch.zeros_like(entropy)
         for part in cuts:
             tokens = torch.cat([spans()[i] for i in part])
@@ -221,11 +230,13 @@ def test_nor_has_it_beside_other_groups(name):
     assert not gradient[:8].any() and gradient[8:].all()
 
 
-# an independent way to write the same: float64, one sequence after another, one token after another
+# an independent way to write the same: float64, one sequence after another, one token
+# after another
 
 
 def plain_loss(config, micro: MicroBatch, logprobs: Tensor, entropy: Tensor) -> Tensor:
-    total, current = torch.zeros((), dtype=torch.float64), config.old_logprobs == "current"
+    total = torch.zeros((), dtype=torch.float64)
+    current = config.old_logprobs == "current"
     c = config.correction
     for span in spans():
         t = [i for i in span.tolist() if micro.loss_mask[i]]
@@ -293,7 +304,9 @@ def test_the_gradient_is_that_of_the_formula_written_out(made, seed):
 
 
 def test_the_cases_above_meet_every_switch():
-    """Each correction changes something in the batch of the tests, and clips leave tokens on either side."""
+    """Each correction changes something in the batch of the tests, and clips leave tokens
+    on either side.
+    """
     for name in CONFIGS:
         sizes = [outcome(algorithm(CONFIGS[name](**EXTRAS["all"])), *batch(s))[3] for s in range(3)]
         for share in ("clip_ratio", "tis_clip_ratio", "rejected_ratio", "opsm_ratio"):

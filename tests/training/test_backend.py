@@ -1,4 +1,6 @@
-"""How long ranks wait for one another: to meet by one deadline, in a collective by another."""
+"""How long ranks wait for one another: to meet by one deadline, in a collective by
+another.
+"""
 
 from datetime import timedelta
 

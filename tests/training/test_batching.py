@@ -1,4 +1,6 @@
-"""The plan of steps, ranks and micro-batches: nothing lost, nothing twice, and no influence on the loss."""
+"""The plan of steps, ranks and micro-batches: nothing lost, nothing twice, and no
+influence on the loss.
+"""
 
 import itertools
 from collections import Counter
@@ -51,7 +53,9 @@ def batches(groups, **changes):
 
 
 def real_sequences(shard):
-    """(token id, length) of what is in the micro-batches, dummies left out (they have token 0)."""
+    """(token id, length) of what is in the micro-batches, dummies left out (they have
+    token 0).
+    """
     used = [i for m in shard.microbatches for i in m]
     assert sorted(used) == list(range(len(shard.token_ids)))  # each once
     return [
@@ -60,8 +64,8 @@ def real_sequences(shard):
 
 
 def summed_loss(steps):
-    """Per step: sum over ranks and micro-batches of an arbitrary function of each token, divided as a backend
-    does.
+    """Per step: sum over ranks and micro-batches of an arbitrary function of each token,
+    divided as a backend does.
     """
     losses = []
     for step in steps:
@@ -86,7 +90,8 @@ def test_every_sequence_once_within_the_budget_and_equally_many_microbatches(
 ):
     groups = random_groups(seed)
     steps = batches(groups, dp_size=dp_size, max_tokens=max_tokens, num_steps=num_steps)
-    assert len(steps) == num_steps and all(len(step) == dp_size for step in steps)
+    assert len(steps) == num_steps
+    assert all(len(step) == dp_size for step in steps)
     got = Counter(s for step in steps for shard in step for s in real_sequences(shard))
     assert got == Counter((s.rollout_id, s.num_tokens) for g in groups for s in g.samples)
     for step in steps:
@@ -107,7 +112,8 @@ def test_micro_batches_come_in_multiples_with_dummies_where_sequences_do_not_suf
     assert [len(shard.microbatches) for shard in step] == [4, 4]
     assert summed_loss([step]) == pytest.approx(summed_loss(batches(groups)), rel=1e-6)
     [[shard]] = batches([SampleGroup(0, [sample(0, 1, 5, 4)])], dp_size=1, microbatch_multiple=2)
-    assert shard.microbatches == [[0], [1]] and not shard.loss_mask[1].any()
+    assert shard.microbatches == [[0], [1]]
+    assert not shard.loss_mask[1].any()
 
 
 @pytest.mark.parametrize("denominator", ["tokens", "sequences", "fixed"])
@@ -128,16 +134,18 @@ def test_layout_does_not_change_the_loss(denominator, seed):
 def test_denominators_by_hand():
     groups = [SampleGroup(0, [sample(0, 1, 5, 4), sample(0, 2, 5, 2), sample(0, 2, 5, 3)])]
     (step,) = batches(groups, dp_size=1)
-    assert (
-        step[0].denominator == 9 and step[0].num_tokens == 9 and step[0].token_weights == [1, 1, 1]
-    )
+    assert step[0].denominator == 9
+    assert step[0].num_tokens == 9
+    assert step[0].token_weights == [1, 1, 1]
     (step,) = batches(groups, dp_size=1, denominator="sequences")
-    assert (
-        step[0].denominator == 2 and step[0].num_sequences == 3
-    )  # two rollouts, one of two siblings
+    # two rollouts, one of two siblings
+    assert step[0].denominator == 2
+    assert step[0].num_sequences == 3
     assert step[0].token_weights == [1 / 4, 1 / 5, 1 / 5]
     (step,) = batches(groups, dp_size=1, denominator="fixed", fixed_length=10)
-    assert step[0].denominator == 20 and step[0].token_weights == [1, 1, 1]  # two rollouts of ten
+    # two rollouts of ten
+    assert step[0].denominator == 20
+    assert step[0].token_weights == [1, 1, 1]
 
 
 def test_groups_go_to_steps_in_order_and_stay_whole():
@@ -216,7 +224,9 @@ def test_no_two_ranks_differ_by_much_however_the_lengths_are_spread():
 
 
 def with_experts(groups):
-    """Token t of rollout r went to experts r + t of every layer; what has no response has none."""
+    """Token t of rollout r went to experts r + t of every layer; what has no response has
+    none.
+    """
     for s in (s for group in groups for s in group.samples if s.num_response_tokens):
         s.routed_experts = np.zeros((s.num_tokens - 1, 3, 2), np.uint8)
         s.routed_experts[:] = (s.token_ids[0] + np.arange(s.num_tokens - 1))[:, None, None]
@@ -230,7 +240,8 @@ def test_routed_experts_stay_with_their_tokens_and_unknown_ones_are_minus_one():
         ):
             assert (experts.shape, experts.dtype) == ((len(ids), 3, 2), torch.int16)
             known = int(ids[0]) + torch.arange(len(ids) - 1) if mask.any() else torch.tensor(-1)
-            assert (experts[:-1] == known.view(-1, 1, 1)).all() and (experts[-1] == -1).all()
+            assert (experts[:-1] == known.view(-1, 1, 1)).all()
+            assert (experts[-1] == -1).all()
         packed = shard.microbatch(shard.microbatches[0]).routed_experts
         assert torch.equal(
             packed, torch.cat([shard.routed_experts[i] for i in shard.microbatches[0]])

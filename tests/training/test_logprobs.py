@@ -1,5 +1,5 @@
-"""Token logprobs and entropies against torch's log_softmax of whole logits: packed, padded, at a temperature,
-in chunks, with the vocabulary split.
+"""Token logprobs and entropies against torch's log_softmax of whole logits: packed,
+padded, at a temperature, in chunks, with the vocabulary split.
 """
 
 import itertools
@@ -21,11 +21,16 @@ def columns(request, monkeypatch):
 
 
 CU_SEQLENS = torch.tensor([0, 3, 4, 9], dtype=torch.int32)
-TOKENS, HIDDEN, VOCAB, PADDED = 9, 6, 11, 16
+TOKENS = 9
+HIDDEN = 6
+VOCAB = 11
+PADDED = 16
 
 
 def problem(dtype=torch.float32):
-    """hidden [9, 6], weight [16, 6] whose padding would swallow the softmax, targets, two gradients [9]."""
+    """hidden [9, 6], weight [16, 6] whose padding would swallow the softmax, targets, two
+    gradients [9].
+    """
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(TOKENS, HIDDEN, generator=generator)
     hidden[:, 0] = hidden[:, 0].abs() + 1
@@ -41,14 +46,17 @@ def problem(dtype=torch.float32):
 
 
 def reference(hidden, weight, targets, temperature, vocab_size=VOCAB):
-    """By float64 logits of all tokens; gradients of hidden and weight come in their own types."""
+    """By float64 logits of all tokens; gradients of hidden and weight come in their own
+    types.
+    """
     logs = (hidden.double() @ weight[:vocab_size].double().T / temperature).log_softmax(dim=1)
     return logs.gather(1, targets[:, None]).squeeze(1), -(logs.exp() * logs).sum(dim=1)
 
 
 def results(function, hidden, weight, targets, upstream, **options):
     """Logprobs, entropy and the gradients of hidden and weight."""
-    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    hidden = hidden.clone().requires_grad_()
+    weight = weight.clone().requires_grad_()
     logprobs, entropy = function(hidden, weight, targets, **options)
     loss = (logprobs * upstream[0]).sum()
     if entropy is not None:
@@ -78,7 +86,8 @@ def test_values_and_gradients_are_those_of_log_softmax(temperature, chunk_tokens
 
 
 def test_without_entropy_the_rest_is_the_same(columns):
-    case, options = problem(), dict(temperature=0.7, vocab_size=VOCAB, chunk_tokens=4)
+    case = problem()
+    options = dict(temperature=0.7, vocab_size=VOCAB, chunk_tokens=4)
     logprobs, entropy, d_hidden, d_weight = results(linear_logprobs, *case, **options)
     hidden, weight, targets, upstream = case
     unused = torch.stack([upstream[0], torch.zeros(TOKENS)])
@@ -100,23 +109,24 @@ def test_gradients_pass_gradcheck_in_float64(columns):
 
 
 def test_bfloat16_is_multiplied_into_float32(columns):
-    case = [x.bfloat16() if x.is_floating_point() else x for x in problem()[:3]] + [problem()[3]]
+    hidden, weight, targets, upstream = problem()
+    case = (hidden.bfloat16(), weight.bfloat16(), targets, upstream)
     options = dict(temperature=0.5, vocab_size=VOCAB, with_entropy=True, chunk_tokens=4)
-    got, expected = (
-        results(linear_logprobs, *case, **options),
-        results(reference, *case, temperature=0.5),
-    )
+    got = results(linear_logprobs, *case, **options)
+    expected = results(reference, *case, temperature=0.5)
     torch.testing.assert_close(got[:2], tuple(x.float() for x in expected[:2]))
     assert got[2].dtype == got[3].dtype == torch.bfloat16
     for ours, theirs in zip(got[2:], expected[2:], strict=True):
-        torch.testing.assert_close(
-            ours, theirs, rtol=1e-2, atol=1e-3
-        )  # one rounding of the sum apart
+        # One rounding of the sum apart.
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
 
 
 def test_no_tensor_has_all_tokens_and_the_whole_vocabulary():
-    """The largest allocation of both passes is a block of logits, or the weight's gradient."""
-    hidden, weight = torch.randn(512, 8), torch.randn(4000, 8)
+    """The largest allocation of both passes is a block of logits, or the weight's
+    gradient.
+    """
+    hidden = torch.randn(512, 8)
+    weight = torch.randn(4000, 8)
     targets = torch.randint(0, 4000, (512,))
     with torch.profiler.profile(profile_memory=True, record_shapes=True) as profile:
         options = dict(temperature=1.0, vocab_size=4000, with_entropy=True, chunk_tokens=16)
@@ -133,7 +143,8 @@ def test_first_token_of_each_sequence_is_exactly_zero_and_sequences_do_not_meet(
     got, entropy = token_logprobs(hidden, weight, token_ids, CU_SEQLENS, **options)
     for start, stop in itertools.pairwise(CU_SEQLENS.tolist()):
         assert got[start] == entropy[start] == 0
-        here, after = slice(start, stop - 1), slice(start + 1, stop)
+        here = slice(start, stop - 1)
+        after = slice(start + 1, stop)
         expected = reference(hidden[here], weight, token_ids[after], 0.7)
         torch.testing.assert_close((got[after], entropy[after]), tuple(x.float() for x in expected))
     (got + entropy).sum().backward()

@@ -49,7 +49,8 @@ SECOND = (
     micro([-1.0, -4.0], [True, True]),
 )
 # log w = trainer - engine of the three tokens: 0.5, 0, 2
-E_HALF, E_TWO = math.exp(0.5), math.exp(2)
+E_HALF = math.exp(0.5)
+E_TWO = math.exp(2)
 MEANS = {
     "a": 2.0,  # (2 + 6) / 4
     "c": 1.0,  # (1 + 4) / (2 + 3)
@@ -107,9 +108,8 @@ def values_of(trainer, rollout, old=None):
 
 
 def test_the_gap_is_by_absolute_value():
-    got = values_of(
-        [-1.0, -1.0], [-0.5, -1.1]
-    )  # -0.5 and 0.1: their maximum is 0.1, their mean -0.2
+    # The gaps are -0.5 and 0.1: their maximum is 0.1, their mean -0.2.
+    got = values_of([-1.0, -1.0], [-0.5, -1.1])
     assert got["train/logprob_gap_max"] == pytest.approx(0.5)
     assert got["train/logprob_gap_mean"] == pytest.approx(0.3)
     assert got["train/rollout_kl"] > 0
@@ -120,11 +120,12 @@ def test_the_trainer_speaks_by_its_old_logprobs_where_there_are_any():
 
 
 def test_the_effective_sample_size_is_whole_where_both_agree_and_falls_to_one_token_in_n():
-    assert values_of([-1.0] * 4, [-1.0] * 4)["train/ess_ratio"] == 1
-    assert values_of([0.0] * 4, [-15.0, 0.0, 0.0, 0.0])["train/ess_ratio"] == pytest.approx(
-        1 / 4, rel=1e-3
-    )
-    assert values_of([200.0, 0.0], [0.0, 0.0])["train/ess_ratio"] == pytest.approx(1 / 2)  # finite
+    agreed = values_of([-1.0] * 4, [-1.0] * 4)
+    assert agreed["train/ess_ratio"] == 1
+    one_counts = values_of([0.0] * 4, [-15.0, 0.0, 0.0, 0.0])
+    assert one_counts["train/ess_ratio"] == pytest.approx(1 / 4, rel=1e-3)
+    overflowing = values_of([200.0, 0.0], [0.0, 0.0])
+    assert overflowing["train/ess_ratio"] == pytest.approx(1 / 2)
 
 
 def test_a_step_with_nothing_in_the_loss_has_finite_metrics():

@@ -26,33 +26,38 @@ def test_there_must_be_enough_norms_to_judge_by():
 def test_only_the_last_accepted_norms_count():
     moved = after([1.0] * WINDOW + [2.0] * (WINDOW // 2 + 1))
     assert len(moved.norms) == WINDOW
-    assert moved.accepts(5.9, 3.0) and not moved.accepts(6.1, 3.0)  # the median is 2
+    # the median is 2
+    assert moved.accepts(5.9, 3.0)
+    assert not moved.accepts(6.1, 3.0)
     refused = after([1.0] * LEAST)
     assert not any(refused.accepts(10.0, 2.0) for _ in range(MOST_REFUSED - 1))
-    assert refused.num_skipped == MOST_REFUSED - 1 and not refused.accepts(2.1, 2.0)
+    assert refused.num_skipped == MOST_REFUSED - 1
+    assert not refused.accepts(2.1, 2.0)
 
 
 def test_norms_that_stay_high_begin_a_new_history():
     made = after([1.0] * LEAST)
     assert not any(made.accepts(10.0, 2.0) for _ in range(MOST_REFUSED))
     assert not made.accepts(math.nan, 2.0), "with no history either"
-    assert all(made.accepts(10.0, 2.0) for _ in range(LEAST)) and made.norms == [10.0] * LEAST
-    assert not made.accepts(21.0, 2.0) and made.num_skipped == MOST_REFUSED + 2
+    assert all(made.accepts(10.0, 2.0) for _ in range(LEAST))
+    assert made.norms == [10.0] * LEAST
+    assert not made.accepts(21.0, 2.0)
+    assert made.num_skipped == MOST_REFUSED + 2
 
 
 def test_only_refusals_in_a_row_and_above_the_limit_count():
     made = after([1.0] * LEAST)
     for _ in range(MOST_REFUSED):
-        assert (
-            not made.accepts(10.0, 2.0)
-            and not made.accepts(math.inf, 2.0)
-            and made.accepts(1.0, 2.0)
-        )
-    assert not made.accepts(10.0, 2.0) and len(made.norms) == LEAST + MOST_REFUSED
+        assert not made.accepts(10.0, 2.0)
+        assert not made.accepts(math.inf, 2.0)
+        assert made.accepts(1.0, 2.0)
+    assert not made.accepts(10.0, 2.0)
+    assert len(made.norms) == LEAST + MOST_REFUSED
 
 
 def test_what_is_not_finite_is_refused_and_counted_with_a_limit_or_without():
     for limit in (None, 2.0):
         made = after([0.0] * LEAST)
-        assert not made.accepts(math.nan, limit) and not made.accepts(math.inf, limit)
+        assert not made.accepts(math.nan, limit)
+        assert not made.accepts(math.inf, limit)
         assert made.num_skipped == 2 and made.accepts(0.0, limit)

@@ -1,4 +1,6 @@
-"""A trainer rank that slept: its memory was really given back, and it trains on as if nothing had been."""
+"""A trainer rank that slept: its memory was really given back, and it trains on as if
+nothing had been.
+"""
 
 import os
 from collections.abc import Iterator
@@ -57,9 +59,12 @@ def state(backend: TrainBackend) -> list[torch.Tensor]:
 def life(
     env, layout: Layout, model_dir, steps, sleeps: int
 ) -> tuple[list, list[torch.Tensor], bool]:
-    """Two steps, so many sleeps before each; metrics, the state at the end, whether no sleep changed it."""
+    """Two steps, so many sleeps before each; metrics, the state at the end, whether no
+    sleep changed it.
+    """
     backend = resolve(layout.backend, BACKENDS, "backend")(layout.config(), model_dir, env)
-    metrics, same = [], True
+    metrics = []
+    same = True
     for step in steps:
         batch = train_batch(step, backend.dp_rank, backend.dp_size, layout.sequences)
         for _ in range(sleeps):
@@ -99,11 +104,14 @@ def test_sleep_changes_no_bit_and_no_later_step(two_ranks, small, experts, layou
     plain, slept = (two_ranks(life, layout, model, steps, sleeps) for sleeps in (0, 2))
     for (metrics, end, _), (metrics_slept, end_slept, same) in zip(plain, slept, strict=True):
         assert same and metrics_slept == metrics
-        assert len(end) > 10 and all(a.equal(b) for a, b in zip(end, end_slept, strict=True))
+        assert len(end) > 10
+        assert all(a.equal(b) for a, b in zip(end, end_slept, strict=True))
 
 
 def resident(env, layout: Layout, model_dir, step) -> dict[str, float]:
-    """MiB of this process before, asleep and awake again, and of what is kept and cleared."""
+    """MiB of this process before, asleep and awake again, and of what is kept and
+    cleared.
+    """
     backend = resolve(layout.backend, BACKENDS, "backend")(layout.config(), model_dir, env)
     backend.train_step(train_batch(step), GRPO(KL))
     found = {"before": rss_mib()}
@@ -154,13 +162,14 @@ class Operations(TorchDispatchMode):
 
 
 def swaps(env, layout: Layout, model_dir, step) -> tuple[set[str], bool, bool]:
-    """Operations of taking the reference in and out again, before and after a sleep; whether the policy is
-    as it was, and whether it was the reference in between.
+    """Operations of taking the reference in and out again, before and after a sleep;
+    whether the policy is as it was, and whether it was the reference in between.
     """
     backend = resolve(layout.backend, BACKENDS, "backend")(layout.config(), model_dir, env)
     first = [p.clone() for p in backend._parameters()]
     backend.train_step(train_batch(step), GRPO(KL))
-    trained, operations = [p.clone() for p in backend._parameters()], Operations()
+    trained = [p.clone() for p in backend._parameters()]
+    operations = Operations()
     for _ in range(2):
         with operations:
             inside = backend._weights("ref")
@@ -184,7 +193,9 @@ def swaps(env, layout: Layout, model_dir, step) -> tuple[set[str], bool, bool]:
     ids=str,
 )
 def test_the_reference_takes_the_policys_place_without_new_tensors(alone, small, layout):
-    """The policy waits on the host, in memory that was taken once: a copy beside it would fill the device."""
+    """The policy waits on the host, in memory that was taken once: a copy beside it would
+    fill the device.
+    """
     [(names, same, was_reference)] = alone(swaps, layout, small, make_step(small, 0))
     assert same and was_reference
     assert "_foreach_copy_" in names or "copy_" in names

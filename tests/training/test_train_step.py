@@ -1,4 +1,6 @@
-"""What a step leaves out: gradients that are too large, frozen parameters; in both backends, on one rank."""
+"""What a step leaves out: gradients that are too large, frozen parameters; in both
+backends, on one rank.
+"""
 
 import math
 from dataclasses import replace
@@ -34,7 +36,9 @@ def batches(model_dir):
 
 @pytest.fixture(params=["fsdp", "megatron"])
 def start(request, model_dir, tmp_path):
-    """Makes backends of one rank, one after the other; the process group ends with the test."""
+    """Makes backends of one rank, one after the other; the process group ends with the
+    test.
+    """
     made = []
 
     def make(layout=Layout, **changes):
@@ -67,14 +71,17 @@ def test_a_spike_is_skipped_counted_and_can_be_replayed(
     start, batches, tmp_path, monkeypatch, caplog
 ):
     monkeypatch.setattr(skipping, "LEAST", 2)
-    backend, saved = start(skip_grad_norm_above=5.0), tmp_path / "saved"
+    backend = start(skip_grad_norm_above=5.0)
+    saved = tmp_path / "saved"
     backend.skipped_dir = tmp_path / "skipped"
     usual = [backend.train_step(batches[0], GRPO(KL)).grad_norm for _ in range(2)]
     saved.mkdir()
     backend.save(saved)
     before = parameters(backend)
     spike = backend.train_step(spiky(batches[1]), GRPO(KL))
-    assert spike.skipped and spike.num_skipped == 1 and spike.grad_norm > 5 * max(usual)
+    assert spike.skipped
+    assert spike.num_skipped == 1
+    assert spike.grad_norm > 5 * max(usual)
     assert f"step 2 skipped: gradient norm {spike.grad_norm:g}; its batch is kept" in caplog.text
     assert same(parameters(backend), before)
     good = backend.train_step(batches[1], GRPO(KL))
@@ -93,7 +100,8 @@ def test_all_is_accepted_where_nobody_asked(start, batches, monkeypatch):
     monkeypatch.setattr(skipping, "LEAST", 1)
     backend = start()
     steps = [backend.train_step(batch, GRPO(KL)) for batch in (batches[0], spiky(batches[1]))]
-    assert steps[1].grad_norm > 10 * steps[0].grad_norm and not steps[1].skipped
+    assert steps[1].grad_norm > 10 * steps[0].grad_norm
+    assert not steps[1].skipped
 
 
 def test_only_the_first_skipped_batches_are_kept(start, batches, tmp_path, monkeypatch):
@@ -110,7 +118,8 @@ def test_a_batch_comes_back_from_its_file_as_it_was(batches, tmp_path):
     batch.save(tmp_path / "new" / "batch.pt")
     again = TrainBatch.load(tmp_path / "new" / "batch.pt")
     for name in TrainBatch.__dataclass_fields__:
-        a, b = getattr(batch, name), getattr(again, name)
+        a = getattr(batch, name)
+        b = getattr(again, name)
         if isinstance(a, list) and isinstance(a[0], torch.Tensor):
             assert all(
                 torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(a, b, strict=True)
@@ -145,7 +154,8 @@ def test_frozen_parameters_stay_and_the_others_have_the_gradients_of_before(
         n for n in before if "embed" in n or ".0.mlp" in n or ".1.mlp" in n or ".2.self_attn." in n
     }
     step = backend.train_step(batches[0], GRPO(KL))
-    assert moved(backend, before) == before.keys() - frozen and len(frozen) == 1 + 3 + 3 + 6
+    assert moved(backend, before) == before.keys() - frozen
+    assert len(frozen) == 1 + 3 + 3 + 6
     assert 0 < step.grad_norm < norm
     if expected:
         grads = assemble(copied(backend.grad_shards()))
@@ -161,7 +171,8 @@ def test_a_checkpoint_of_a_run_with_frozen_parameters_continues_exactly(start, b
     first.train_step(batches[0], GRPO(KL))
     (tmp_path / "saved").mkdir()
     first.save(tmp_path / "saved")
-    expected, weights = first.train_step(batches[1], GRPO(KL)), parameters(first)
+    expected = first.train_step(batches[1], GRPO(KL))
+    weights = parameters(first)
     second = start(freeze=["mlp", "embed"])
     second.load(tmp_path / "saved")
     assert second.train_step(batches[1], GRPO(KL)) == expected
@@ -209,7 +220,8 @@ def test_an_offloaded_fsdp_optimizer_makes_the_same_steps(start, batches, tmp_pa
 
 def test_an_offloaded_megatron_optimizer_is_configured_as_megatron_core_wants_it():
     options = optimizer_config(Layout().config(optimizer_offload=True, distributed_optimizer=True))
-    assert options.optimizer_cpu_offload and options.optimizer_offload_fraction == 1.0
+    assert options.optimizer_cpu_offload
+    assert options.optimizer_offload_fraction == 1.0
     assert options.use_precision_aware_optimizer == bool(find_spec("transformer_engine"))
     assert not optimizer_config(Layout().config()).optimizer_cpu_offload
 
@@ -226,7 +238,9 @@ def cosine(a, b):
     "options", [{}, {"distributed_optimizer": True}, {"recompute": True}], ids=str
 )
 def test_bfloat16_sums_gradients_in_float32_and_steps_as_float32_does(start, batches, options):
-    gradients, updates, norms = [], [], []
+    gradients = []
+    updates = []
+    norms = []
     for layout in (Layout, half):
         backend = start(layout, **options | {"lr": 0.1})
         before = parameters(backend)
@@ -235,7 +249,8 @@ def test_bfloat16_sums_gradients_in_float32_and_steps_as_float32_does(start, bat
         assert {shard.tensor.dtype for shard in shards} == {torch.float32}
         gradients.append(assemble(copied(shards)))
         updates.append({name: value - before[name] for name, value in parameters(backend).items()})
-    assert norms[1] == pytest.approx(norms[0], rel=0.05) and norms[1] != norms[0]
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)
+    assert norms[1] != norms[0]
     assert cosine(*gradients) > 0.95 and cosine(*updates) > 0.95
 
 
@@ -248,9 +263,11 @@ def test_a_checkpoint_from_before_the_first_step_takes_back_all_progress(
     backend = start(**options)
     (tmp_path / "saved").mkdir()
     backend.save(tmp_path / "saved")
-    expected, after = backend.train_step(batches[0], GRPO(KL)), parameters(backend)
+    expected = backend.train_step(batches[0], GRPO(KL))
+    after = parameters(backend)
     again = start(**options)
     again.train_step(batches[1], GRPO(KL))
     again.load(tmp_path / "saved")
     assert again._history == skipping.StepHistory()
-    assert again.train_step(batches[0], GRPO(KL)) == expected and same(parameters(again), after)
+    assert again.train_step(batches[0], GRPO(KL)) == expected
+    assert same(parameters(again), after)
