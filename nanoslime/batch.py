@@ -1,5 +1,4 @@
-"""The packed tensors between samples and gradients, which carry their own global
-denominators.
+"""The packed tensors between samples and gradients, with their global denominators.
 
 A `TrainBatch` is the share of one data-parallel rank in one optimizer step. It is cut
 into micro-batches beforehand, with the same number on every rank, and knows the step's
@@ -20,12 +19,11 @@ from torch import Tensor
 
 @dataclass(kw_only=True, slots=True)
 class TrainBatch:
-    """One data-parallel rank's sequences of one optimizer step; each list has one entry
-    per sequence.
+    """One data-parallel rank's sequences of one optimizer step.
 
-    old_logprobs, ref_logprobs and token_advantages are filled in on the ranks before the
-    train step. Position t of a per-token tensor describes token t, given the tokens
-    before it; position 0 is never in the loss.
+    Each list has one entry per sequence. old_logprobs, ref_logprobs and token_advantages
+    are filled in on the ranks before the train step. Position t of a per-token tensor
+    describes token t, given the tokens before it; position 0 is never in the loss.
     """
 
     token_ids: list[Tensor]  # int64 [T_i]
@@ -99,9 +97,7 @@ def _packed_if_any(per_sequence: list[Tensor] | None, indices: Sequence[int]) ->
 
 
 def _on_every_token(per_sequence: list[float], indices: Sequence[int], lengths: Tensor) -> Tensor:
-    """float32 [T]: each token has the value of its sequence. `lengths` [S]: tokens per
-    sequence.
-    """
+    """float32 [T]: the value of its sequence for each token. `lengths` [S] are in tokens."""
     values = torch.tensor([per_sequence[i] for i in indices])
     return values.repeat_interleave(lengths)
 
@@ -165,8 +161,7 @@ class WeightedMean:
 
 @dataclass(frozen=True, slots=True)
 class TokenMean:
-    """One micro-batch's part of a mean over the tokens in the loss, in which all tokens
-    weigh the same.
+    """One micro-batch's part of an unweighted mean over the tokens in the loss.
 
     The metric is the sum of `total` over the sum of `count`, over all micro-batches and
     DP ranks of the step.
@@ -188,9 +183,7 @@ Metric = WeightedMean | TokenMean | Maximum
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """The result of one optimizer step, the same on every rank. Metrics are named
-    area/what_unit.
-    """
+    """The result of an optimizer step, the same on all ranks. Names are area/what_unit."""
 
     loss: float
     grad_norm: float  # before clipping

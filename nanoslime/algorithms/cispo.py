@@ -1,6 +1,4 @@
-"""CISPO (MiniMax-M1, arXiv 2506.13585): REINFORCE under a clipped importance weight that
-has no gradient.
-"""
+"""CISPO (MiniMax-M1, arXiv 2506.13585): REINFORCE under a clipped, detached weight."""
 
 from torch import Tensor
 
@@ -10,9 +8,7 @@ from nanoslime.batch import MicroBatch
 
 
 class CISPO(PolicyGradient):
-    """The clip limits the weight of a token's gradient, and takes the gradient from no
-    token.
-    """
+    """The clip limits the weight of a token's gradient; no token loses its gradient."""
 
     def policy_terms(
         self, logp: Tensor, log_ratio: Tensor, advantages: Tensor, batch: MicroBatch

@@ -1,5 +1,4 @@
-"""Corrections for an engine and a trainer that disagree on the probability of the same
-tokens.
+"""Corrections for an engine and a trainer that give the same tokens other probabilities.
 
 All of them change numerators only: a rejected token or sequence gives no gradient and
 still counts in the denominator of the loss, which is computed from the original masks.
@@ -24,8 +23,9 @@ class Correction:
 
 
 def bounded_exp(log_ratio: Tensor) -> Tensor:
-    """exp, flat beyond +-20: an infinite ratio would have a NaN gradient even where a
-    clip decides.
+    """exp, flat beyond +-20.
+
+    An infinite ratio would have a NaN gradient even where a clip decides.
     """
     return log_ratio.clamp(-20.0, 20.0).exp()
 

@@ -1,5 +1,4 @@
-"""What the algorithms have in common; each fills in its own advantages and its own policy
-term.
+"""What all algorithms share; each adds its own advantages and its own policy term.
 
     rewards -> one advantage per rollout -> token advantages [T] -> a loss, summed over the tokens
 
@@ -55,26 +54,25 @@ class PolicyGradient(ABC):
     def policy_terms(
         self, logp: Tensor, log_ratio: Tensor, advantages: Tensor, batch: MicroBatch
     ) -> PolicyTerms:
-        """Each token's term of the loss [T], and by metric name where it was clipped
-        (bool [T]).
+        """Each token's term of the loss [T], and flags by metric name: see PolicyTerms.
 
         `log_ratio` [T] is current - old logprobs; like `logp` and `advantages` [T] it is
         0 outside the loss.
         """
 
     def returns(self, advantage: float, mask: Tensor, penalty: Tensor) -> Tensor:
-        """[T] of one sequence from its advantage; `penalty` [T] is the KL in the reward.
-        0 outside `mask`.
+        """[T]: the returns of one sequence from its advantage, 0 outside `mask`.
+
+        `penalty` [T] is the KL in the reward.
         """
         return torch.where(mask, advantage - penalty, 0.0)
 
     def advantages(self, groups: Sequence[SampleGroup]) -> None:
-        """Sets Sample.advantage from the rewards of all samples with the same group_id,
-        shaped for length.
+        """Sets Sample.advantage from the rewards of all samples with the same group_id.
 
-        Siblings (samples with one rollout_id) count once, as long as the longest of them.
-        Raises ValueError where siblings differ in reward, or a reward is missing or not
-        finite.
+        Rewards are shaped for length before. Siblings (samples with one rollout_id) count
+        once, as long as the longest of them. Raises ValueError where siblings differ in
+        reward, or a reward is missing or not finite.
         """
         samples = [sample for group in groups for sample in group.samples]
         lengths: dict[tuple[int, int], int] = {}
@@ -104,14 +102,14 @@ class PolicyGradient(ABC):
     def token_advantages(
         self, shard: TrainBatch, all_sum: Callable[[Tensor], Tensor]
     ) -> list[Tensor]:
-        """float32 [T_i] per sequence of a rollout: its returns, whitened if
-        normalize_advantages says so.
+        """float32 [T_i] per sequence of a rollout: its returns.
 
-        From the returns, kl_coef times the KL of old policy to reference is taken off.
-        They are zero where loss_mask is False. With kl_coef > 0 this needs
-        shard.ref_logprobs, and shard.old_logprobs unless the rollout's logprobs serve as
-        the old ones; it raises ValueError without them. `all_sum` sums a tensor over the
-        data-parallel ranks and is called equally often whatever the shard.
+        They are whitened if normalize_advantages says so. From the returns, kl_coef times
+        the KL of old policy to reference is taken off. They are zero where loss_mask is
+        False. With kl_coef > 0 this needs shard.ref_logprobs, and shard.old_logprobs
+        unless the rollout's logprobs serve as the old ones; it raises ValueError without
+        them. `all_sum` sums a tensor over the data-parallel ranks and is called equally
+        often whatever the shard.
         """
         masks = shard.loss_mask
         penalties = self._kl_penalties(shard)
@@ -124,9 +122,7 @@ class PolicyGradient(ABC):
         return found
 
     def _kl_penalties(self, shard: TrainBatch) -> list[Tensor]:
-        """[T_i] per sequence: kl_coef times the KL of old policy to reference, 0 outside
-        the loss.
-        """
+        """[T_i] per sequence: kl_coef x KL(old policy || reference), 0 outside the loss."""
         config = self.config
         masks = shard.loss_mask
         if not config.kl_coef:
@@ -142,8 +138,8 @@ class PolicyGradient(ABC):
     def loss(
         self, logprobs: Tensor, entropy: Tensor | None, batch: MicroBatch
     ) -> tuple[Tensor, dict[str, Metric]]:
-        """The loss of `batch` and its metrics. The loss is a sum over tokens, each times
-        its token_weight.
+        """The loss of `batch`, a sum over tokens times their token_weights, and its
+        metrics.
 
         Divided by batch.denominator, and summed over all micro-batches, it is the mean
         that the denominator names. Tokens with loss_mask False contribute exactly
@@ -199,9 +195,7 @@ class PolicyGradient(ABC):
         return total, metrics
 
     def _old(self, rollout: T, recomputed: T | None) -> T:
-        """The old policy's logprobs, from the rollout or recomputed by the trainer, as
-        configured.
-        """
+        """The old policy's logprobs: the rollout's, or those that the trainer recomputed."""
         if self.config.old_logprobs == "rollout":
             return rollout
         return self._present(recomputed, "old_logprobs")
@@ -215,12 +209,12 @@ class PolicyGradient(ABC):
 def whitened(
     values: Sequence[Tensor], masks: Sequence[Tensor], all_sum: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
-    """(x - mean) / sqrt(var + 1e-8) over all tokens with `masks` on all ranks; 0
-    elsewhere. var is unbiased.
+    """(x - mean) / sqrt(var + 1e-8) over the tokens with `masks` on all ranks, 0
+    elsewhere.
 
-    Statistics are taken over the whole rollout, as in arXiv 2501.03262, in float64 and in
-    two passes. The result is exactly zero where all values are equal. `values`, `masks`:
-    [T_i] per sequence.
+    var is unbiased. Statistics are taken over the whole rollout, as in arXiv 2501.03262,
+    in float64 and in two passes. The result is exactly zero where all values are equal.
+    `values`, `masks`: [T_i] per sequence.
     """
     per_sequence = [value[mask] for value, mask in zip(values, masks, strict=True)]
     mine = torch.cat(per_sequence).double()

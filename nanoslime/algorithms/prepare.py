@@ -1,6 +1,4 @@
-"""From scored groups to the groups that are trained on: filters, advantages and the
-metrics of a rollout.
-"""
+"""From scored groups to those trained on: filters, advantages and a rollout's metrics."""
 
 import math
 from collections.abc import Sequence
@@ -23,10 +21,10 @@ class PreparedGroups:
 
 
 def prepare(groups: Sequence[SampleGroup], algorithm: PolicyGradient) -> PreparedGroups:
-    """Filters `groups`, whose rewards must be set, and gives the samples that are left
-    their advantages.
+    """Filters `groups` and gives the samples that are left their advantages.
 
-    Raises what `filter_groups` and `PolicyGradient.advantages` raise.
+    Rewards must be set. Raises what `filter_groups` and `PolicyGradient.advantages`
+    raise.
     """
     kept, dropped = filter_groups(groups, drop_zero_std=algorithm.config.filter_zero_std)
     algorithm.advantages(kept)
@@ -37,10 +35,10 @@ def prepare(groups: Sequence[SampleGroup], algorithm: PolicyGradient) -> Prepare
 
 
 def group_metrics(groups: Sequence[SampleGroup]) -> dict[str, float]:
-    """Describes all samples of a rollout. Rewards are taken over the samples that have
-    one.
+    """Describes all samples of a rollout.
 
-    Means are NaN where no sample has a reward.
+    Rewards are taken over the samples that have one. Without any, their mean and standard
+    deviation are NaN.
     """
     samples = [sample for group in groups for sample in group.samples]
     lengths = [sample.num_response_tokens for sample in samples]

@@ -1,6 +1,4 @@
-"""REINFORCE with a baseline instead of a critic: leave-one-out (RLOO), and REINFORCE++
-twice.
-"""
+"""REINFORCE with a baseline instead of a critic: RLOO, and REINFORCE++ in two forms."""
 
 from collections.abc import Sequence
 
@@ -13,8 +11,9 @@ from nanoslime.config.algorithm import ReinforcePPConfig
 
 
 class RLOO(GRPO):
-    """arXiv 2402.14740. The loss is PPO's clipped one: REINFORCE's own with one step per
-    rollout.
+    """Leave-one-out (arXiv 2402.14740) under PPO's clipped loss.
+
+    With one step per rollout, that is REINFORCE's own loss.
     """
 
     def rollout_advantages(self, rewards: Sequence[float]) -> list[float]:
@@ -30,9 +29,7 @@ class ReinforcePPBaseline(GRPO):
 
 
 class ReinforcePP(GRPO):
-    """arXiv 2501.03262: the reward itself, as a return of each token, whitened over the
-    batch.
-    """
+    """arXiv 2501.03262: the reward as each token's return, whitened over the batch."""
 
     config: ReinforcePPConfig
 
@@ -53,9 +50,7 @@ class ReinforcePP(GRPO):
 
 
 def discounted(rewards: Tensor, gamma: float) -> Tensor:
-    """[T]: sum over s >= t of gamma^(s-t) rewards[s], in log2(T) steps that double the
-    span.
-    """
+    """[T]: sum over s >= t of gamma^(s-t) rewards[s], in log2(T) doublings of the span."""
     total = rewards
     span = 1
     while span < len(total):

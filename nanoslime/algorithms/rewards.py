@@ -1,6 +1,4 @@
-"""From rewards to one advantage per rollout: by group_id, for groups of any size, in
-float64.
-"""
+"""From rewards to one advantage per rollout: by group_id, groups of any size, float64."""
 
 from collections.abc import Sequence
 
@@ -12,11 +10,10 @@ ZERO_STD = 1e-6  # values with no larger standard deviation count as equal
 
 
 def rewards_by_group(groups: Sequence[SampleGroup]) -> dict[int, dict[int, float]]:
-    """{group_id: {rollout_id: reward}}, also where a group_id is spread over several
-    SampleGroups.
+    """{group_id: {rollout_id: reward}}.
 
-    Raises ValueError where siblings of one rollout differ in reward, or a reward is
-    missing or not finite.
+    A group_id may be spread over several SampleGroups. Raises ValueError where siblings
+    of one rollout differ in reward, or a reward is missing or not finite.
     """
     found: dict[int, dict[int, float]] = {}
     for group in groups:

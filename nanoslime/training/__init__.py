@@ -1,4 +1,6 @@
-"""From samples to a gradient step: batching, logprobs, and the backends behind one protocol."""
+"""From samples to a gradient step: batching, logprobs, and the backends behind one
+protocol.
+"""
 
 BACKENDS = {
     "megatron": "nanoslime.training.megatron.backend:MegatronBackend",

@@ -24,7 +24,8 @@ from nanoslime.types import RunError
 
 logger = logging.getLogger(__name__)
 
-# A run keeps so many batches of skipped steps: one that skips all shall not fill the disk.
+# A run keeps so many batches of skipped steps: one that skips all shall not fill the
+# disk.
 MAX_KEPT = 16
 
 
@@ -165,9 +166,9 @@ class TrainBackend(ABC):
     def sleep(self) -> None:
         """Frees the memory of weights, gradients and optimizer state; no collective.
 
-        `wake` takes it again: weights and optimizer state are then the same bits; gradients
-        are zeros, or none, since each step begins by clearing them. In between the rank can
-        do nothing else.
+        `wake` takes it again: weights and optimizer state are then the same bits;
+        gradients are zeros, or none, since each step begins by clearing them. In between
+        the rank can do nothing else.
         """
         self._memory.release(*self._live_tensors())
 
@@ -183,9 +184,8 @@ class TrainBackend(ABC):
     def weight_shards(self) -> Iterator[WeightShard]:
         """This rank's shards of the Hugging Face tensors; no collective.
 
-        They come in the same order at every call.
-        Over all ranks each element comes at least once; replicas (DP, norms under TP) may
-        repeat it.
+        They come in the same order at every call. Over all ranks each element comes at
+        least once; replicas (DP, norms under TP) may repeat it.
         """
 
     @abstractmethod
@@ -268,8 +268,8 @@ class TrainBackend(ABC):
 def init_process_group(env: RankEnv, config: TrainingConfig) -> None:
     """Joins the trainers' default process group, unless this process is in it already.
 
-    Its backend is gloo, and on CUDA also NCCL. Raises RunError where not all ranks are here
-    within start_deadline_s. Collectives have collective_deadline_s.
+    Its backend is gloo, and on CUDA also NCCL. Raises RunError where not all ranks are
+    here within start_deadline_s. Collectives have collective_deadline_s.
     """
     if dist.is_initialized():
         return

@@ -1,5 +1,4 @@
-"""The FSDP2 backend: data parallelism of a transformers model, for one node or where
-Megatron has no model.
+"""The FSDP2 backend: data parallelism of a transformers model, for a single node.
 
 files -> shards (fsdp_model) -> packed forward to logprobs -> loss, a sum -> summed
 gradients -> clip -> AdamW
@@ -29,9 +28,7 @@ from nanoslime.training.skipping import StepHistory
 
 
 class FSDPBackend(TrainBackend):
-    """TrainBackend on FSDP2. It joins the default process group where that has not been
-    done.
-    """
+    """TrainBackend on FSDP2. It joins the default process group if need be."""
 
     is_last_stage = True
 
@@ -53,8 +50,8 @@ class FSDPBackend(TrainBackend):
         return total
 
     def weight_shards(self) -> Iterator[WeightShard]:
-        """This rank's rows of each tensor, float32; tied tensors come once, under their
-        first name.
+        """This rank's rows of each tensor, float32; tied tensors come under their first
+        name.
         """
         for name, param in self._model.named_parameters():
             yield from _own_rows(name, param, param.detach())

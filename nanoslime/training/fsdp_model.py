@@ -1,6 +1,4 @@
-"""A transformers causal LM as FSDP2 shards, built without memory: a rank reads its own
-rows of the files.
-"""
+"""A transformers causal LM as FSDP2 shards: each rank reads its own rows of the files."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -88,8 +86,7 @@ class Policy(torch.nn.Module):
 def build_sharded(
     model_dir: Path, config: RunConfig, mesh: DeviceMesh, device: torch.device
 ) -> Policy:
-    """The model of `model_dir`, sharded over `mesh` by decoder layer, with float32
-    parameters from its files.
+    """The model of `model_dir`, sharded over `mesh` by decoder layer, in float32.
 
     Gradients are summed over the mesh, not averaged: losses are divided by global
     denominators beforehand. Raises RunError where tensors of model and files differ in
@@ -118,9 +115,7 @@ def build_sharded(
 
 
 def _build_on_meta(model_dir: Path, config: RunConfig, device: torch.device) -> PreTrainedModel:
-    """The model of `model_dir` without memory, in eval mode, or in training mode where it
-    recomputes.
-    """
+    """The model of `model_dir` without memory; in training mode only where it recomputes."""
     trusted = config.model.trust_remote_code
     half = config.model.dtype == "bfloat16"
     flash = half and device.type == "cuda" and is_flash_attn_2_available()
@@ -144,8 +139,7 @@ def _build_on_meta(model_dir: Path, config: RunConfig, device: torch.device) -> 
 
 
 def _set_dropout_to_zero(hf_config: PretrainedConfig) -> None:
-    """Sets all probabilities of dropout and router jitter to 0, also those that functions
-    are called with.
+    """Sets dropout and router jitter to 0, also where functions are called with them.
 
     Old and current logprobs must be the same function of the weights.
     """
@@ -156,9 +150,7 @@ def _set_dropout_to_zero(hf_config: PretrainedConfig) -> None:
 
 
 def local_rows(param: DTensor) -> slice:
-    """The rows (dimension 0) of this rank, cut as torch.chunk does: the last ranks may
-    have fewer or none.
-    """
+    """The rows (dimension 0) of this rank, as torch.chunk cuts; the last may have none."""
     num_rows = param.shape[0]
     mesh = param.device_mesh
     rows_per_rank = -(-num_rows // mesh.size())
@@ -180,8 +172,9 @@ def _shard(policy: Policy, mesh: DeviceMesh, options: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def _fill_buffers(model: PreTrainedModel) -> None:
-    """Computes what no file holds, for example the rotary inv_freq. RunError where a
-    buffer stays undefined.
+    """Computes what no file holds, for example the rotary inv_freq.
+
+    Raises RunError where a buffer stays undefined.
     """
     for buffer in model.buffers():
         if buffer.is_floating_point():
@@ -200,9 +193,7 @@ def _fill_buffers(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def _load_weights(model: PreTrainedModel, model_dir: Path) -> None:
-    """Copies this rank's rows of every parameter from the safetensors files of
-    `model_dir`.
-    """
+    """Copies this rank's rows of every parameter from the files of `model_dir`."""
     model_name = type(model).__name__
     params = dict(model.named_parameters())
     all_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}

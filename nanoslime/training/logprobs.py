@@ -239,9 +239,7 @@ class _Blocks:
         return torch.exp(logits, out=out)
 
     def targets(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
-        """[C, 1]: the columns of the rows' targets in the block; [C]: whether they are in
-        it.
-        """
+        """[C, 1]: columns of the rows' targets in the block; [C]: whether they are in it."""
         width = columns.stop - columns.start
         at = self._targets[rows] - columns.start
         in_block = (at >= 0) & (at < width)
@@ -268,18 +266,14 @@ def _slices(length: int, size: int) -> Iterator[slice]:
 
 
 def _shift_sums(exp_sum: Tensor, weighted_logit_sum: Tensor, shift: Tensor) -> None:
-    """Turns the sums of exp(x) and of exp(x) x into those of x + shift, in place. All
-    [C].
-    """
+    """Turns the sums of exp(x) and exp(x) x into those of x + shift, in place; all [C]."""
     factor = shift.exp()
     weighted_logit_sum.add_(shift * exp_sum).mul_(factor)
     exp_sum.mul_(factor)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0) -> Tensor:
-    """total = beta total + a b, summed in float32 also where a and b are of half
-    precision.
-    """
+    """total = beta total + a b, summed in float32 also for a and b of half precision."""
     if a.dtype in (torch.bfloat16, torch.float16):
         return torch.addmm(total, a, b, beta=beta, out=total, out_dtype=torch.float32)
     return torch.addmm(total, a, b, beta=beta, out=total)

@@ -1,10 +1,11 @@
-"""Whole sequences into micro-batches within a token budget, and these onto ranks of equal cost.
+"""Whole sequences into micro-batches within a token budget, and these onto ranks of equal
+cost.
 
     lengths -> as few micro-batches as fit, a multiple of the ranks -> equally many per rank
             -> exchanges
 
-Pure arithmetic, deterministic. The cost of a sequence is that of its matrix products, which
-grows with its tokens, plus that of attention, which grows with their square.
+Pure arithmetic, deterministic. The cost of a sequence is that of its matrix products,
+which grows with its tokens, plus that of attention, which grows with their square.
 """
 
 from bisect import bisect_left, insort
@@ -14,7 +15,8 @@ from heapq import heapify, heappop, heappush
 
 import numpy as np
 
-# Exchanges between ranks end where the load of the slowest rank over the mean is at most this.
+# Exchanges between ranks end where the load of the slowest rank over the mean is at most
+# this.
 _CLOSE_ENOUGH = 1.002
 # So many of the cheapest ranks are tried before exchanges end in any case.
 _PARTNERS = 4
@@ -52,11 +54,13 @@ def pack(
     parity_tokens: float,
     multiple: int = 1,
 ) -> list[list[Indices]]:
-    """[rank][micro-batch]: indices of sequences, each once, at most `max_tokens` together.
+    """[rank][micro-batch]: indices of sequences, each once, at most `max_tokens`
+    together.
 
-    A longer sequence has a micro-batch for itself. Ranks have equally many micro-batches, a
-    multiple of `multiple`, the costliest first. None is empty unless there are fewer sequences
-    than the micro-batches that the longest ones, the ranks and `multiple` ask for.
+    A longer sequence has a micro-batch for itself. Ranks have equally many micro-batches,
+    a multiple of `multiple`, the costliest first. None is empty unless there are fewer
+    sequences than the micro-batches that the longest ones, the ranks and `multiple` ask
+    for.
     """
     sequences = _Sequences(
         order=sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)),
@@ -77,7 +81,9 @@ def _costliest_first(rank: list[Indices], sequences: _Sequences) -> list[Indices
 
 
 def _fill(sequences: _Sequences, num_ranks: int, multiple: int) -> list[Indices]:
-    """As few micro-batches as two ways of filling manage with, a `multiple` for each rank."""
+    """As few micro-batches as two ways of filling manage with, a `multiple` for each
+    rank.
+    """
     tokens_of_one_each = sequences.max_tokens * num_ranks
     least = max(-(-sum(sequences.sizes) // tokens_of_one_each), 1)
     per_rank = -(-least // multiple) * multiple
@@ -91,7 +97,8 @@ def _fill(sequences: _Sequences, num_ranks: int, multiple: int) -> list[Indices]
 
 
 def _fill_evenly(sequences: _Sequences, number: int) -> list[Indices] | None:
-    """Puts each sequence, longest first, into the micro-batch of least cost that has room.
+    """Puts each sequence, longest first, into the micro-batch of least cost that has
+    room.
 
     None where one finds no room in `number` micro-batches.
     """
@@ -176,7 +183,9 @@ class _Swap:
 
 
 def _exchange(ranks: list[list[Indices]], sequences: _Sequences) -> None:
-    """In place: the costliest rank gives sequences to the cheapest ranks, for cheaper or none."""
+    """In place: the costliest rank gives sequences to the cheapest ranks, for cheaper or
+    none.
+    """
     loads = [sum(sequences.costs[i] for m in rank for i in m) for rank in ranks]
     mean = sum(loads) / len(loads)
     for _ in range(16 * len(ranks)):
@@ -202,7 +211,8 @@ def _exchange(ranks: list[list[Indices]], sequences: _Sequences) -> None:
 def _best_swap(
     heavy: list[Indices], light: list[Indices], gap: float, sequences: _Sequences
 ) -> _Swap | None:
-    """The swap between two ranks whose loads differ by `gap` that is nearest to half the gap.
+    """The swap between two ranks whose loads differ by `gap` that is nearest to half the
+    gap.
 
     None where no swap within the budget takes at least a hundredth off the gap.
     """

@@ -1,6 +1,4 @@
-"""The learning rate as a pure function: a resumed run needs the number of the optimizer
-step only.
-"""
+"""The learning rate, a pure function of the optimizer step: it needs no saved state."""
 
 import math
 

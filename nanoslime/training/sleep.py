@@ -14,9 +14,7 @@ from torch import Tensor
 
 
 class DeviceMemory:
-    """The memory of one rank. Between `release` and `restore` no tensor in it may be
-    touched.
-    """
+    """The memory of one rank. Between `release` and `restore` nobody may touch a tensor."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -29,8 +27,8 @@ class DeviceMemory:
 
     @torch.no_grad()
     def release(self, kept: Iterable[Tensor], cleared: Iterable[Tensor]) -> None:
-        """Frees the storages of both; those of `cleared` come back as zeros, without a
-        copy.
+        """Frees the storages of both. Those of `cleared` are not copied: they become
+        zeros.
         """
         if self._kept:
             raise RuntimeError("asleep already: wake() comes before the next sleep()")
@@ -57,8 +55,8 @@ class DeviceMemory:
         self._file = None
 
     def _storages(self, tensors: Iterable[Tensor]) -> dict[torch.UntypedStorage, int]:
-        """The storages on the device that are not empty, each once, with their sizes in
-        bytes.
+        """The storages on the device, each once, with their sizes in bytes; no empty
+        ones.
         """
         found = {}
         for tensor in tensors:
