@@ -83,13 +83,13 @@ def load(
     _make_state(optimizer)
     try:
         loaded = _read(path, model_chunks, optimizer, ranks)
+        history = StepHistory(**loaded["step_history"])
     except (CheckpointingException, dcp.CheckpointException, OSError, KeyError) as e:
         raise RunError(
             f"{path} cannot be loaded as a Megatron checkpoint of this model: {e}"
         ) from e
     for number, chunk in enumerate(model_chunks):
         chunk.load_state_dict(loaded["model"][number])
-    history = StepHistory(**loaded["step_history"])
     _load_optimizer(optimizer, loaded["optimizer"], history.optimizer_step - history.num_skipped)
     if "random" in loaded:
         _set_all_rng_states(*loaded["random"])
