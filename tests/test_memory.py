@@ -95,7 +95,8 @@ def test_context_parallel_ranks_share_the_optimizer_state_and_interleaving_keeps
     [
         (
             "--nodes 4 --cluster.gpu-memory-gib 20",
-            "take 25 GiB of each trainer GPU, which has .*=20; raise the number .* training.tp_size",
+            "take 25 GiB of each trainer GPU, which has .*=20; "
+            "raise the number of trainer GPUs, or .* training.tp_size",
         ),
         (
             "--nodes 4 --cluster.gpu-memory-gib 8 --tp-size 8 --pp-size 2",
