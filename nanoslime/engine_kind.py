@@ -55,9 +55,9 @@ class EngineKind(ABC):
     name: ClassVar[str]
     # The name in the plan and in errors.
     title: ClassVar[str]
-    # Whether its engines have GPUs (or slots) of their own; otherwise one lives in the driver.
+    # Whether its engines have GPUs (or slots) of their own. Otherwise one lives in the driver.
     takes_slots: ClassVar[bool]
-    # Values of weight_sync.transport that it can take; "auto" is the first possible one.
+    # The values of weight_sync.transport that it can take; "auto" is the first possible one.
     transports: ClassVar[tuple[str, ...]]
     # "package.module:name" of a function from EngineStart to EngineOwner.
     owner: ClassVar[str]

@@ -1,5 +1,5 @@
-"""Tiny checkpoints, one real SGLang server for the folder, and the reference that engines are compared
-with."""
+"""Tiny checkpoints, one real SGLang server for the session, and the reference that engines are
+compared with."""
 
 import pickle
 import subprocess
@@ -27,7 +27,10 @@ VOCAB_SIZE = 320
 
 def save_tiny_model(path: Path, seed: int, tie: bool = False) -> Path:
     """A Qwen3 of two layers with random weights, in float32, and a tokenizer of bytes with a chat
-    template."""
+    template.
+
+    It has no end of sequence: random weights would sample it now and then, and end requests early.
+    """
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=VOCAB_SIZE,
@@ -41,12 +44,17 @@ def save_tiny_model(path: Path, seed: int, tie: bool = False) -> Path:
         tie_word_embeddings=tie,
         initializer_range=0.2,
         bos_token_id=None,
-        eos_token_id=None,  # random weights would sample it now and then, and end requests too early
+        eos_token_id=None,
     )
     Qwen3ForCausalLM(config).save_pretrained(path)
-    vocab = {
-        character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
-    }
+    save_byte_tokenizer(path)
+    return path
+
+
+def save_byte_tokenizer(path: Path) -> None:
+    """A token per byte, and a chat template."""
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {character: i for i, character in enumerate(characters)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -56,7 +64,6 @@ def save_tiny_model(path: Path, seed: int, tie: bool = False) -> Path:
         "{% if add_generation_prompt %}[assistant] {% endif %}"
     )
     fast.save_pretrained(path)
-    return path
 
 
 def reference_logprobs(
@@ -67,20 +74,22 @@ def reference_logprobs(
         path, dtype=torch.float32, attn_implementation="eager"
     )
     with torch.no_grad():
-        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-    rows = torch.log_softmax(logits.double() / temperature, -1)
-    return rows.gather(1, torch.tensor(response)[:, None])[:, 0]
+        logits = model(torch.tensor([prompt + response])).logits[0]
+    # The logits at a position are of the token after it.
+    of_response = logits[len(prompt) - 1 : -1]
+    logprobs = torch.log_softmax(of_response.double() / temperature, -1)
+    return logprobs.gather(1, torch.tensor(response)[:, None])[:, 0]
 
 
 def make_server(
     model: Path, log: Path, port: int, name: str = "engine-0", **sglang: object
 ) -> SGLangServer:
+    """A server on this machine's CPU; `sglang`: options of SGLang."""
+    options = {"max_total_tokens": 8192, "max_running_requests": 64, **sglang}
     return SGLangServer(
         name=name,
         model_path=str(model),
-        config=RolloutConfig(
-            sglang={"max_total_tokens": 8192, "max_running_requests": 64, **sglang}
-        ),
+        config=RolloutConfig(sglang=options),
         dtype="float32",
         device="cpu",
         host="127.0.0.1",
@@ -106,18 +115,19 @@ import pickle, sys
 from pathlib import Path
 from nanoslime.processes.ports import free_port
 from tests.serving import make_server
-server = make_server(Path(sys.argv[1]), Path(sys.argv[2]), free_port('127.0.0.1'))
-print(pickle.dumps((server.start(deadline_s=280), server.process.pid)).hex(), flush=True)
+server = make_server(Path(sys.argv[1]), Path(sys.argv[2]), free_port("127.0.0.1"))
+engine = server.start(deadline_s=280)
+print(pickle.dumps((engine, server.process.pid)).hex(), flush=True)
 sys.stdin.read()
 server.close()
 """
 
 
 class ServerOwner:
-    """The process that owns the shared SGLang server; not the test session, so that a test can kill the
-    owner.
+    """The process that owns the shared SGLang server.
 
-    Started when an engine is first asked for, and again when it was killed.
+    It is not the test session, so that a test can kill it. It starts when an engine is first asked
+    for, and again after it was killed.
     """
 
     def __init__(self, model: Path, log: Path) -> None:
@@ -135,9 +145,8 @@ class ServerOwner:
                 stdout=subprocess.PIPE,
                 text=True,
             )
-            self._engine, self.server_pid = pickle.loads(
-                bytes.fromhex(self._process.stdout.readline())
-            )
+            told = bytes.fromhex(self._process.stdout.readline())
+            self._engine, self.server_pid = pickle.loads(told)
         assert self._engine is not None
         return self._engine
 
@@ -165,9 +174,19 @@ def shared_server(
 
 @pytest.fixture
 def sglang_engine(shared_server: ServerOwner, tiny_model: Path) -> SGLangEngine:
-    """The session's server with the weights of `tiny_model` at version 0, whatever the test before did."""
+    """The session's server with the weights of `tiny_model` at version 0, whatever ran before."""
     engine = shared_server.engine()
     engine.resume()
     engine.flush()
     engine.update_weights_from_disk(str(tiny_model), 0)
     return engine
+
+
+def wait_until_running(engine: SGLangEngine, timeout_s: float = 60.0) -> None:
+    """Returns once a request runs on the engine and has sampled a token."""
+
+    def runs() -> bool:
+        loads = engine._request("GET", "/v1/loads").json()["loads"]
+        return any(load["num_running_reqs"] > 0 for load in loads)
+
+    assert process_table.wait_for(runs, timeout_s, interval_s=0.02), "no request runs"

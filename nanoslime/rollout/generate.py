@@ -1,4 +1,5 @@
-"""From prompts to scored groups: ask for samples, put each on one token axis with its prompt, score."""
+"""From prompts to scored groups: ask for samples, put each on one token axis with its prompt, and
+score it."""
 
 import asyncio
 import math

@@ -127,14 +127,17 @@ def _line(sample: Sample) -> str:
 
 
 class _ArrayReader:
-    """Hands out the arrays of all samples piece by piece, in the order in which they were written."""
+    """Hands out the arrays of all samples piece by piece, in the order of writing."""
 
     def __init__(self, arrays: dict[str, np.ndarray]) -> None:
         self._arrays = arrays
         self._num_read = dict.fromkeys(_ARRAYS, 0)
 
     def read(self, name: str, size: int) -> np.ndarray:
-        """The next `size` entries. Raises ValueError where fewer are left, KeyError where none were."""
+        """The next `size` entries.
+
+        Raises ValueError where fewer are left, KeyError where there is no such array.
+        """
         first = self._num_read[name]
         values = self._arrays[name][first : first + size]
         if len(values) != size:

@@ -23,12 +23,15 @@ def tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
 
 
 def write(path: Path, *records: object) -> Path:
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
+    """Writes a line per record; a text is a line as it stands."""
+    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+    path.write_text("".join(line + "\n" for line in lines))
     return path
 
 
 def load(path: Path, tokenizer: PreTrainedTokenizerBase, **changes: object) -> list[Prompt]:
-    return load_prompts(path, tokenizer, DataConfig(**({"chat_template": "off"} | changes)))
+    config = DataConfig(**{"chat_template": "off", **changes})
+    return load_prompts(path, tokenizer, config)
 
 
 def test_plain_prompts(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -39,15 +42,26 @@ def test_plain_prompts(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> No
         {"prompt": "é", "label": 7},
     )
     first, second = load(path, tokenizer)
-    assert (first.prompt_id, first.text, first.label, first.metadata) == (0, "ab", "1", {"k": 2})
-    assert first.token_ids.dtype == "int32" and tokenizer.decode(first.token_ids) == "ab"
-    assert (second.prompt_id, second.label, len(second.token_ids)) == (1, 7, 2)  # é is two bytes
+    assert first.prompt_id == 0
+    assert first.text == "ab"
+    assert first.label == "1"
+    assert first.metadata == {"k": 2}
+    assert first.token_ids.dtype == "int32"
+    assert tokenizer.decode(first.token_ids) == "ab"
+    assert second.prompt_id == 1
+    assert second.label == 7
+    # é is two bytes.
+    assert len(second.token_ids) == 2
 
 
 def test_parquet_is_read_as_jsonl_is(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     pq.write_table(pa.table({"q": ["ab", "cd"], "a": [1, 2]}), tmp_path / "p.parquet")
     prompts = load(tmp_path / "p.parquet", tokenizer, prompt_key="q", label_key="a")
-    assert [(p.text, p.label, p.prompt_id) for p in prompts] == [("ab", 1, 0), ("cd", 2, 1)]
+    found = [(prompt.text, prompt.label, prompt.prompt_id) for prompt in prompts]
+    assert found == [("ab", 1, 0), ("cd", 2, 1)]
+
+
+def test_a_broken_parquet_file_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     with pytest.raises(RunError, match="broken.parquet is not a readable parquet file"):
         load(tmp_path / "broken.parquet", tokenizer)
@@ -59,16 +73,14 @@ def test_chat_template(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> No
         {"role": "assistant", "content": "yes"},
         {"role": "user", "content": "?"},
     ]
-    path = write(
-        tmp_path / "p.jsonl", {"prompt": "hi", "label": 0}, {"prompt": messages, "label": 0}
-    )
+    records = [{"prompt": "hi", "label": 0}, {"prompt": messages, "label": 0}]
+    path = write(tmp_path / "p.jsonl", *records)
     plain, chat = load(path, tokenizer, chat_template="auto", system_prompt="Be brief.")
     assert plain.text == "[system] Be brief.\n[user] hi\n[assistant] "
     assert chat.text == "[system] Be brief.\n[user] hi\n[assistant] yes\n[user] ?\n[assistant] "
     assert tokenizer.decode(plain.token_ids) == plain.text
-    with pytest.raises(
-        RunError, match=r"p.jsonl:2: a prompt of chat messages needs a chat template"
-    ):
+    without_template = r"p.jsonl:2: a prompt of chat messages needs a chat template"
+    with pytest.raises(RunError, match=without_template):
         load(path, tokenizer)
 
 
@@ -100,7 +112,8 @@ def test_chat_template(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> No
         (
             [GOOD, LONG],
             {"max_prompt_tokens": 4},
-            "p.jsonl:2: a prompt of 5 tokens is over data.max_prompt_tokens=4; raise it, or set data.over_long",
+            r"p.jsonl:2: a prompt of 5 tokens is over data.max_prompt_tokens=4; "
+            "raise it, or set data.over_long",
         ),
         ([LONG], {"max_prompt_tokens": 4, "over_long": "skip"}, "every prompt is over"),
         ([GOOD], {"system_prompt": "x"}, "data.system_prompt needs a chat template"),
@@ -128,47 +141,61 @@ def test_absent_file(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None
 def test_over_long_prompts_are_skipped_with_a_count(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = write(tmp_path / "p.jsonl", *({"prompt": "a" * n, "label": n} for n in (3, 9, 2, 8)))
+    records = [{"prompt": "a" * length, "label": length} for length in (3, 9, 2, 8)]
+    path = write(tmp_path / "p.jsonl", *records)
     prompts = load(path, tokenizer, max_prompt_tokens=4, over_long="skip")
-    assert [p.prompt_id for p in prompts] == [0, 2]
+    assert ids(prompts) == [0, 2]
     assert "skipped 2 of 4 prompts" in caplog.text
 
 
 def test_a_label_is_not_needed_when_no_key_names_it(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    (prompt,) = load(write(tmp_path / "p.jsonl", {"prompt": "a"}), tokenizer, label_key="")
+    path = write(tmp_path / "p.jsonl", {"prompt": "a"})
+    (prompt,) = load(path, tokenizer, label_key="")
     assert prompt.label is None
 
 
 def source(count: int = 10, seed: int = 3, shuffle: bool = True) -> PromptSource:
-    return PromptSource(
-        [Prompt(i, None, "", None) for i in range(count)], seed=seed, shuffle=shuffle
-    )
+    prompts = [Prompt(i, None, "", None) for i in range(count)]
+    return PromptSource(prompts, seed=seed, shuffle=shuffle)
 
 
 def ids(prompts: list[Prompt]) -> list[int]:
-    return [p.prompt_id for p in prompts]
+    return [prompt.prompt_id for prompt in prompts]
 
 
 def test_every_epoch_holds_every_prompt_once_in_an_order_of_its_own() -> None:
     drawn = ids(source().next(20))
-    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
-    assert drawn[:10] != drawn[10:] and drawn[:10] != list(range(10))
-    assert ids(source(shuffle=False).next(12)) == [*range(10), 0, 1]
+    in_file = list(range(10))
+    first_epoch = drawn[:10]
+    second_epoch = drawn[10:]
+    assert sorted(first_epoch) == in_file
+    assert sorted(second_epoch) == in_file
+    assert first_epoch != second_epoch
+    assert first_epoch != in_file
     assert ids(source(seed=4).next(20)) != drawn
 
 
+def test_without_shuffling_the_order_is_that_of_the_file() -> None:
+    assert ids(source(shuffle=False).next(12)) == [*range(10), 0, 1]
+
+
 def test_batches_cross_epochs_and_may_be_larger_than_one() -> None:
-    whole, pieces = source(), source()
-    assert ids(whole.next(35)) == [i for n in (7, 7, 14, 7) for i in ids(pieces.next(n))]
+    in_batches = source()
+    drawn = []
+    for size in (7, 7, 14, 7):
+        drawn.extend(ids(in_batches.next(size)))
+    assert drawn == ids(source().next(35))
 
 
 @pytest.mark.parametrize("drawn", [0, 4, 10, 27])
 def test_resume_is_exact(drawn: int) -> None:
-    running, resumed = source(), source()
+    running = source()
     running.next(drawn)
-    resumed.load_state_dict(json.loads(json.dumps(running.state_dict())))
+    saved = json.dumps(running.state_dict())
+    resumed = source()
+    resumed.load_state_dict(json.loads(saved))
     assert ids(resumed.next(25)) == ids(running.next(25))
 
 
@@ -190,4 +217,5 @@ def test_gsm8k(tokenizer: PreTrainedTokenizerBase) -> None:
         max_prompt_tokens=2000,
     )
     assert len(prompts) == 1319
-    assert prompts[0].text.startswith("Janet") and prompts[0].label.endswith("#### 18")
+    assert prompts[0].text.startswith("Janet")
+    assert prompts[0].label.endswith("#### 18")

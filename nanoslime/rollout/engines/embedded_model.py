@@ -1,4 +1,4 @@
-"""Sampling in this process with transformers: for machines without SGLang, and the fast path of tests.
+"""Sampling in this process with transformers, for machines without SGLang and for quick tests.
 
 Requests that arrive together are one batch: left-padded prompts, one forward per token for all of
 them, with a KV cache. The engine is not fast (a finished sequence stays in the batch until the last
@@ -61,7 +61,7 @@ class _Job:
 
 
 class EmbeddedEngine:
-    """An `Engine` in this process. A lock with a deadline keeps weight updates and forwards apart."""
+    """An `Engine` in this process. A lock with a deadline keeps updates and forwards apart."""
 
     name = "embedded"
 
@@ -231,7 +231,7 @@ class ExpertRecorder:
         self._by_layer.clear()
 
     def of_sequences(self, num_sequences: int) -> Tensor | None:
-        """The experts of the last forward [B, tokens, num_moe_layers, topk]; None without experts."""
+        """The experts of the last forward: [B, tokens, num_moe_layers, topk], or None."""
         if not self._by_layer:
             return None
         # Each layer gave [B * tokens, topk].
@@ -324,7 +324,7 @@ def _keep_experts(sequences: Sequence[_Sequence], experts: Tensor | None) -> Non
 
 
 def _keep_tokens(sequences: Sequence[_Sequence], chosen: Tensor, logprobs: Tensor) -> None:
-    """Gives each running sequence its token of `chosen` [B, 1] and its logprob of `logprobs` [B, 1]."""
+    """Gives each running sequence its token of `chosen` [B, 1] and its logprob [B, 1]."""
     token_of = chosen[:, 0].tolist()
     logprob_of = logprobs[:, 0].tolist()
     for sequence, token, logprob in zip(sequences, token_of, logprob_of, strict=True):
@@ -334,7 +334,10 @@ def _keep_tokens(sequences: Sequence[_Sequence], chosen: Tensor, logprobs: Tenso
 
 
 def pick(probs: Tensor, randoms: Tensor) -> Tensor:
-    """One token per row, by inverting its distribution: probs [B, V], randoms [B] in [0, 1) -> [B]."""
+    """One token per row, by inverting the row's cumulative distribution.
+
+    probs: [B, V], need not sum to one. randoms: [B] in [0, 1). Returns [B].
+    """
     cumulative = probs.double().cumsum(-1)
     mass_below = randoms[:, None] * cumulative[:, -1:]
     chosen = torch.searchsorted(cumulative, mass_below, right=True)[:, 0]
@@ -342,7 +345,7 @@ def pick(probs: Tensor, randoms: Tensor) -> Tensor:
 
 
 def _filtered(logprobs: Tensor, sequences: Sequence[_Sequence]) -> Tensor:
-    """Probabilities [B, V], zero outside the top k and the top p of each row's mass; not normalised."""
+    """Probabilities [B, V], not normalised: zero outside the top k and the top p of each row."""
     requests = [sequence.request for sequence in sequences]
     probs = logprobs.exp()
     if all(request.top_p == 1.0 and request.top_k <= 0 for request in requests):

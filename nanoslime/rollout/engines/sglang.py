@@ -33,7 +33,7 @@ class SGLang(EngineKind):
     owner = "nanoslime.rollout.engines.sglang_server:owner"
 
     def check_options(self, rollout: RolloutConfig) -> None:
-        """Raises RunError for a name in rollout.sglang that is not SGLang's, or that nanoslime sets."""
+        """Raises RunError for a name in rollout.sglang that SGLang lacks or nanoslime sets."""
         upstream.check("sglang", "rollout.sglang", rollout.sglang, SET_BY_NANOSLIME)
 
     def check_plan(self, rollout: RolloutConfig, shape: ModelShape, slots_per_node: int) -> None:

@@ -42,7 +42,7 @@ class SGLangEngine:
     control_deadline_s: float = 300.0
 
     async def generate(self, request: GenerateRequest) -> list[Generation]:
-        """`request.n` continuations. A prompt that SGLang rejects gets status error, with its words.
+        """`request.n` continuations. A prompt that SGLang rejects gets status error.
 
         Raises RunError for a token id outside the vocabulary, and EngineLost for a server that is
         gone or does not answer within `request_deadline_s`.

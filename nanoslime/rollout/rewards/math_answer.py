@@ -1,7 +1,8 @@
-"""1 where the final answer of a worked solution is the label's, else 0; numbers are compared by value.
+"""1 where the final answer of a worked solution is the label's, else 0.
 
 The final answer is the text after the last "####" (GSM8K, arXiv:2110.14168), else in the last
-\\boxed{...}, else the last number of the text. Labels may be worked solutions themselves, as in GSM8K.
+\\boxed{...}, else the last number of the text. Numbers are compared by value. Labels may be worked
+solutions themselves, as in GSM8K.
 """
 
 import re

@@ -21,10 +21,9 @@ pytestmark = [pytest.mark.sglang, pytest.mark.megatron]
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Without dense layers: SGLang 0.5.23 takes every layer of a Qwen3-MoE for one with experts."""
-    return save_model(
-        tmp_path_factory.mktemp("model"), "qwen3_moe", num_experts=8, norm_topk_prob=True
-    )
+    """It has no dense layers: SGLang 0.5.23 expects experts in every layer of a Qwen3-MoE."""
+    path = tmp_path_factory.mktemp("model")
+    return save_model(path, "qwen3_moe", num_experts=8, norm_topk_prob=True)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +38,7 @@ def engine(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def test_the_trainer_replays_what_sglang_chose(
     engine: SGLangEngine, model_dir: Path, tmp_path: Path
 ) -> None:
-    """For prompts in the prefix cache too: the second batch has the first one's."""
+    """Also for prompts in the prefix cache: the second batch has the prompts of the first one."""
     started = 0
 
     def start(**options):
@@ -50,8 +49,10 @@ def test_the_trainer_replays_what_sglang_chose(
         return make_backend(Layout(), model_dir, 0, tmp_path / f"rendezvous-{started}", **options)
 
     try:
-        first, cached = sampled(engine), sampled(engine)
-        assert [len(e) for e in first.routed_experts] == [len(ids) for ids in first.token_ids]
+        first = sampled(engine)
+        cached = sampled(engine)
+        num_reported = [len(experts) for experts in first.routed_experts]
+        assert num_reported == [len(token_ids) for token_ids in first.token_ids]
         check_r3(start, cached)
     finally:
         if dist.is_initialized():

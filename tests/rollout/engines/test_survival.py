@@ -1,14 +1,15 @@
-"""Servers that do not come up, that die, or whose owner dies: the cause in one line, and no process left.
+"""Servers that do not come up, that die, or whose owner dies: one line with the cause, no process
+left.
 
-The last file of the folder: one of its tests kills the session's SGLang server.
+One of these tests kills the session's SGLang server; whoever needs it next starts it again.
 """
 
 import asyncio
 import os
 import socket
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,10 @@ from nanoslime.processes.child import ChildProcess
 from nanoslime.processes.ports import free_port
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.rollout.engines.sglang_server import SGLangServer
-from nanoslime.types import EngineLost, GenerateRequest, RunError
+from nanoslime.types import EngineLost, GenerateRequest, Generation, RunError
 from tests import process_table
 from tests.processes.programs import STUBBORN
-from tests.serving import ServerOwner, make_server
+from tests.serving import ServerOwner, make_server, wait_until_running
 
 
 def fake_server(model: Path, log: Path, program: str) -> SGLangServer:
@@ -32,26 +33,23 @@ def fake_server(model: Path, log: Path, program: str) -> SGLangServer:
 
 def test_a_server_that_never_answers(tiny_model: Path, tmp_path: Path, no_leftovers: None) -> None:
     server = fake_server(tiny_model, tmp_path / "engine-3.log", STUBBORN)
-    awaited = (
-        r"engine engine-3 was not up after 2 s \(awaited: 200 from http://127.0.0.1:\d+/health\); "
+    message = (
+        r"engine engine-3 was not up after 2 s "
+        r"\(awaited: 200 from http://127.0.0.1:\d+/health\); "
+        r"log: .*engine-3.log; last line: loading shards$"
     )
-    with pytest.raises(
-        RunError, match=awaited + r"log: .*engine-3.log; last line: loading shards$"
-    ):
+    with pytest.raises(RunError, match=message):
         server.start(deadline_s=2)
     assert not server.process.alive()
     server.close()
 
 
 def test_a_server_that_exits(tiny_model: Path, tmp_path: Path, no_leftovers: None) -> None:
-    server = fake_server(
-        tiny_model, tmp_path / "e.log", "import sys; print('no such option'); sys.exit(3)"
-    )
+    program = "import sys; print('no such option'); sys.exit(3)"
+    server = fake_server(tiny_model, tmp_path / "e.log", program)
+    message = r"engine-3 exited with status 3 before .*log: .*e.log; last line: no such opt"
     start = time.monotonic()
-    with pytest.raises(
-        RunError,
-        match=r"engine-3 exited with status 3 before .*log: .*e.log; last line: no such opt",
-    ):
+    with pytest.raises(RunError, match=message):
         server.start(deadline_s=60)
     assert time.monotonic() - start < 30
 
@@ -62,28 +60,41 @@ def test_a_taken_port(tiny_model: Path, tmp_path: Path, no_leftovers: None) -> N
         holder.listen()
         port = holder.getsockname()[1]
         server = make_server(tiny_model, tmp_path / "e.log", port)
-        with pytest.raises(
-            RunError,
-            match=f"engine engine-0: port {port} on 127.0.0.1 cannot be used .*another port",
-        ):
+        message = f"engine engine-0: port {port} on 127.0.0.1 cannot be used .*another port"
+        with pytest.raises(RunError, match=message):
             server.start(deadline_s=5)
     assert server.process is None
 
 
 def test_command_and_options(tiny_model: Path, tmp_path: Path) -> None:
-    options = {
-        "disable_overlap_schedule": False,
-        "chunked_prefill_size": 64,
-        "served_model_name": "a b",
-    }
-    server = make_server(tiny_model, tmp_path / "e.log", 1234, **options)
+    server = make_server(
+        tiny_model,
+        tmp_path / "e.log",
+        1234,
+        disable_overlap_schedule=False,
+        chunked_prefill_size=64,
+        served_model_name="a b",
+    )
     flags = " ".join(server.command)
-    assert "--chunked-prefill-size 64" in flags and "--max-total-tokens 8192" in flags
-    assert "--weight-version 0" in flags and "--disable-overlap-schedule" not in flags
+    assert "--chunked-prefill-size 64" in flags
+    assert "--max-total-tokens 8192" in flags
+    assert "--weight-version 0" in flags
+    assert "--disable-overlap-schedule" not in flags
     assert server.command[-1] == "a b"
-    assert "sglang_stubs" in server.env["PYTHONPATH"] and "OMP_NUM_THREADS" in server.env
+
+
+def test_a_cpu_server_gets_stubs_and_only_the_model_files_it_needs(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    server = make_server(tiny_model, tmp_path / "e.log", 1234)
+    assert "sglang_stubs" in server.env["PYTHONPATH"]
+    assert "OMP_NUM_THREADS" in server.env
     skipped = server.env["SGLANG_DISABLED_MODEL_ARCHS"].split(",")
-    assert "deepseek_v2" in skipped and not {"qwen3", "llama", "utils"} & set(skipped)
+    assert "deepseek_v2" in skipped
+    assert not {"qwen3", "llama", "utils"} & set(skipped)
+
+
+def test_an_option_that_is_set_elsewhere_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="rollout.sglang.device is set by nanoslime itself"):
         make_server(tiny_model, tmp_path / "e.log", 1234, device="cuda")
 
@@ -103,64 +114,71 @@ def test_no_stubs_on_cuda(tiny_model: Path, tmp_path: Path) -> None:
     )
     flags = " ".join(server.command)
     assert "--device cuda --tp-size 2 --weight-version 0 --dtype bfloat16 --random-seed 7" in flags
-    assert "torch_native" not in flags and "sglang_stubs" not in server.env.get("PYTHONPATH", "")
-    assert server.env["CUDA_VISIBLE_DEVICES"] == "2,3" and "SGLANG_USE_CPU_ENGINE" not in server.env
+    assert "torch_native" not in flags
+    assert "sglang_stubs" not in server.env.get("PYTHONPATH", "")
+    assert server.env["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert "SGLANG_USE_CPU_ENGINE" not in server.env
+
+
+def generate(engine: SGLangEngine, max_new_tokens: int) -> list[Generation]:
+    request = GenerateRequest([5], n=1, max_new_tokens=max_new_tokens, temperature=1.0)
+    return asyncio.run(engine.generate(request))
 
 
 @pytest.mark.sglang
 def test_no_part_of_a_real_server_survives_its_owner(
     sglang_engine: SGLangEngine, shared_server: ServerOwner, no_leftovers: None
 ) -> None:
-    """The owner is killed while a request runs; whoever waits for the request learns which engine is lost."""
-    pid = shared_server.server_pid
-    assert (
-        sglang_engine.health() and len(process_table.process_group(pid)) >= 3
-    )  # HTTP server, scheduler, detokenizer
-    threading.Timer(1.0, shared_server.kill).start()
-    request = GenerateRequest([5], n=1, max_new_tokens=4000, temperature=1.0)
-    with pytest.raises(
-        EngineLost,
-        match="engine engine-0 at http.*: /generate failed: .*; log: .*engine-0.log; last",
-    ):
-        asyncio.run(sglang_engine.generate(request))
-    assert process_table.wait_for(lambda: not process_table.process_group(pid), timeout_s=5), (
-        process_table.process_group(pid)
-    )
+    """The owner is killed while a request runs; the request's error names the lost engine."""
+    group = shared_server.server_pid
+    assert sglang_engine.health()
+    # HTTP server, scheduler, detokenizer.
+    assert len(process_table.process_group(group)) >= 3
+    lost = "engine engine-0 at http.*: /generate failed: .*; log: .*engine-0.log; last"
+    with ThreadPoolExecutor(max_workers=1) as threads:
+        running = threads.submit(generate, sglang_engine, max_new_tokens=4000)
+        wait_until_running(sglang_engine)
+        shared_server.kill()
+        with pytest.raises(EngineLost, match=lost):
+            running.result(60)
+    process_table.wait_for(lambda: not process_table.process_group(group), timeout_s=5)
+    assert process_table.process_group(group) == []
     with pytest.raises(RunError, match=r"engine-0 .*/pause_generation failed: ConnectionError"):
         sglang_engine.pause()
     assert not sglang_engine.health()
 
 
 SLOW = """
-import http.server, time
+import http.server, sys, time
+
 class Slow(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        self.send_response(200); self.end_headers()
+        self.send_response(200)
+        self.end_headers()
+
     def do_POST(self):
         time.sleep(30)
-import sys
+
 http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Slow).serve_forever()
 """
 
 
 def test_an_engine_that_does_not_answer_in_time_is_lost(tmp_path: Path, no_leftovers: None) -> None:
     port = free_port("127.0.0.1")
-    child = ChildProcess(
-        "slow", [sys.executable, "-c", SLOW, str(port)], os.environ, tmp_path / "slow.log"
-    )
+    log = tmp_path / "slow.log"
+    child = ChildProcess("slow", [sys.executable, "-c", SLOW, str(port)], os.environ, log)
     engine = SGLangEngine(
         name="engine-1",
         url=f"http://127.0.0.1:{port}",
-        log=str(tmp_path / "slow.log"),
+        log=str(log),
         vocab_size=10,
         request_deadline_s=0.5,
         control_deadline_s=0.5,
     )
     child.wait_until(engine.health, "200", 20)
-    with pytest.raises(
-        EngineLost, match=r"engine-1 .*/generate was not answered within 0.5 s; log: .*slow.log"
-    ):
-        asyncio.run(engine.generate(GenerateRequest([5], n=1, max_new_tokens=1, temperature=1.0)))
+    late = r"engine-1 .*/generate was not answered within 0.5 s; log: .*slow.log"
+    with pytest.raises(EngineLost, match=late):
+        generate(engine, max_new_tokens=1)
     with pytest.raises(
         RunError, match=r"engine-1 .*/continue_generation was not answered within 0.5 s"
     ):
