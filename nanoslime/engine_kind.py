@@ -1,9 +1,10 @@
 """What the rest of nanoslime asks of a kind of engine, before one runs and to start one.
 
-An engine is one file in `nanoslime/rollout/engines/` and one line in the table ENGINES. The line
-names a subclass of `EngineKind`. The plan on the login node imports the file of that class, so the
-file imports nothing of torch, transformers, ray, megatron or the engine's own package; what needs
-them stands in a file of its own, which `EngineKind.owner` names.
+An engine is one file in `nanoslime/rollout/engines/` and one line in the table ENGINES.
+The line names a subclass of `EngineKind`. The plan on the login node imports the file
+of that class, so the file imports nothing of torch, transformers, ray, megatron or the
+engine's own package; what needs them stands in a file of its own, which
+`EngineKind.owner` names.
 """
 
 from abc import ABC, abstractmethod
@@ -36,12 +37,13 @@ class EngineStart:
 
 
 class EngineOwner(Protocol):
-    """Holds one engine of a run: nothing runs before `start` and nothing is left after `close`."""
+    """Holds one engine of a run, from `start` to `close`; then nothing of it is left."""
 
     def start(self, deadline_s: float) -> Engine:
         """Returns the engine once it generates.
 
-        Raises RunError naming the engine and its log where it does not within `deadline_s`.
+        Raises RunError naming the engine and its log where it does not within
+        `deadline_s`.
         """
         ...
 
@@ -55,9 +57,9 @@ class EngineKind(ABC):
     name: ClassVar[str]
     # The name in the plan and in errors.
     title: ClassVar[str]
-    # Whether its engines have GPUs (or slots) of their own. Otherwise one lives in the driver.
+    # Whether its engines have GPUs (or slots) of their own; otherwise the driver has one.
     takes_slots: ClassVar[bool]
-    # The values of weight_sync.transport that it can take; "auto" is the first possible one.
+    # Values of weight_sync.transport that it can take; "auto" is the first possible one.
     transports: ClassVar[tuple[str, ...]]
     # "package.module:name" of a function from EngineStart to EngineOwner.
     owner: ClassVar[str]

@@ -1,5 +1,5 @@
-"""Tiny checkpoints, one real SGLang server for the session, and the reference that engines are
-compared with."""
+"""Tiny checkpoints, one real SGLang server for the session, and the reference that
+engines are compared with."""
 
 import pickle
 import subprocess
@@ -26,10 +26,11 @@ VOCAB_SIZE = 320
 
 
 def save_tiny_model(path: Path, seed: int, tie: bool = False) -> Path:
-    """A Qwen3 of two layers with random weights, in float32, and a tokenizer of bytes with a chat
-    template.
+    """A Qwen3 of two layers with random weights, in float32, and a tokenizer of bytes
+    with a chat template.
 
-    It has no end of sequence: random weights would sample it now and then, and end requests early.
+    It has no end of sequence: random weights would sample it now and then, and end
+    requests early.
     """
     torch.manual_seed(seed)
     config = Qwen3Config(
@@ -126,8 +127,8 @@ server.close()
 class ServerOwner:
     """The process that owns the shared SGLang server.
 
-    It is not the test session, so that a test can kill it. It starts when an engine is first asked
-    for, and again after it was killed.
+    It is not the test session, so that a test can kill it. It starts when an engine is
+    first asked for, and again after it was killed.
     """
 
     def __init__(self, model: Path, log: Path) -> None:
@@ -174,7 +175,8 @@ def shared_server(
 
 @pytest.fixture
 def sglang_engine(shared_server: ServerOwner, tiny_model: Path) -> SGLangEngine:
-    """The session's server with the weights of `tiny_model` at version 0, whatever ran before."""
+    """The session's server with the weights of `tiny_model` at version 0, whatever ran
+    before."""
     engine = shared_server.engine()
     engine.resume()
     engine.flush()

@@ -1,5 +1,5 @@
-"""From prompts to scored groups: ask for samples, put each on one token axis with its prompt, and
-score it."""
+"""From prompts to scored groups: ask for samples, put each on one token axis with its
+prompt, and score it."""
 
 import asyncio
 import math
@@ -35,13 +35,14 @@ async def sample_groups(
     first_group_id: int,
     seed: Sequence[int],
 ) -> list[SampleGroup]:
-    """A group of config.n_samples_per_prompt scored samples per prompt, in order; all are asked for
-    at once.
+    """A group of config.n_samples_per_prompt scored samples per prompt, in order; all
+    are asked for at once.
 
-    `seed` decides the samples of an engine that honours seeds. A response ends with the tokenizer's
-    end of sequence, or with a token that the model's own generation config names. A sample that the
-    engine could not make has status error, its cause in `error`, and no reward. Raises RunError
-    when no engine is left or when the reward fails.
+    `seed` decides the samples of an engine that honours seeds. A response ends with the
+    tokenizer's end of sequence, or with a token that the model's own generation config
+    names. A sample that the engine could not make has status error, its cause in
+    `error`, and no reward. Raises RunError when no engine is left or when the reward
+    fails.
     """
     stop_token_ids: tuple[int, ...] = ()
     if tokenizer.eos_token_id is not None:
@@ -73,7 +74,8 @@ def make_sample(
     rollout_id: int,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Sample:
-    """Prompt and response on one axis [T]; the prompt's positions are masked and have logprob 0."""
+    """Prompt and response on one axis [T]; the prompt's positions are masked and have
+    logprob 0."""
     num_prompt = len(prompt.token_ids)
     num_response = len(generation.token_ids)
     response_ids = np.asarray(generation.token_ids, dtype=np.int32)

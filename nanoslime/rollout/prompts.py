@@ -18,11 +18,12 @@ logger = logging.getLogger(__name__)
 def load_prompts(
     path: Path, tokenizer: PreTrainedTokenizerBase, config: DataConfig
 ) -> list[Prompt]:
-    """Every prompt of a JSONL or parquet file, tokenized; `prompt_id` is its position in the file.
+    """Every prompt of a JSONL or parquet file, tokenized; `prompt_id` is its position
+    in the file.
 
-    Raises RunError in one line that names file and line for a broken line, a missing key, an empty
-    prompt, and one over `max_prompt_tokens` (unless over-long prompts are skipped, with a count);
-    and for a file without any prompt.
+    Raises RunError in one line that names file and line for a broken line, a missing
+    key, an empty prompt, and one over `max_prompt_tokens` (unless over-long prompts are
+    skipped, with a count); and for a file without any prompt.
     """
     use_template = _use_template(tokenizer, config)
     records = list(read_prompt_file(path, config.prompt_key, config.label_key))
@@ -129,7 +130,8 @@ def _prompt(
 
 
 def _use_template(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> bool:
-    """Whether the chat template is applied. Raises RunError where the configuration needs one."""
+    """Whether the chat template is applied. Raises RunError where the configuration
+    needs one."""
     has_template = bool(tokenizer.chat_template)
     if config.chat_template == "on" and not has_template:
         raise RunError(
@@ -149,8 +151,8 @@ def _text(
     config: DataConfig,
     use_template: bool,
 ) -> str:
-    """The text that the model sees: the prompt itself, or the chat template over it, which ends
-    where the answer begins."""
+    """The text that the model sees: the prompt itself, or the chat template over it,
+    which ends where the answer begins."""
     prompt = record.fields[config.prompt_key]
     is_text = isinstance(prompt, str)
     if not is_text and not _is_chat(prompt):

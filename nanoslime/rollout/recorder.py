@@ -1,5 +1,5 @@
-"""Keeps each rollout's samples: one JSON line per sample for people, and one file with all that
-training needs.
+"""Keeps each rollout's samples: one JSON line per sample for people, and one file with
+all that training needs.
 
 step_<k>.jsonl   text, reward, status ... of each sample
 step_<k>.npz     the same lines as bytes (`samples`), JSON `settings`, and the per-token arrays of
@@ -81,8 +81,9 @@ def load(
 ) -> list[SampleGroup]:
     """The groups that `record` was given, equal to them where labels and metadata are JSON.
 
-    Raises RunError for a file that is missing or damaged (each array has a CRC-32), and where the
-    samples were drawn with another `temperature` or `max_new_tokens` than the given one.
+    Raises RunError for a file that is missing or damaged (each array has a CRC-32), and
+    where the samples were drawn with another `temperature` or `max_new_tokens` than the
+    given one.
     """
     path = directory / f"step_{step}.npz"
     try:

@@ -11,8 +11,8 @@ logger = logging.getLogger(__name__)
 class LeastInflightRouter:
     """Gives each request to the engine with the fewest sequences in flight.
 
-    A lost engine leaves the rotation and is named in `lost` with its cause; its requests go to the
-    other engines.
+    A lost engine leaves the rotation and is named in `lost` with its cause; its
+    requests go to the other engines.
     """
 
     def __init__(self, engines: Sequence[Engine]) -> None:

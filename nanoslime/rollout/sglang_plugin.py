@@ -1,13 +1,15 @@
-"""Runs inside SGLang's own processes (its entry point group `sglang.srt.plugins`), never in ours.
+"""Runs inside SGLang's own processes (its entry point group `sglang.srt.plugins`),
+never in ours.
 
-Stock SGLang 0.5.23 answers success to a weight update with unknown names, loading nothing, and does
-not notice missing ones. With this plug-in, whichever way an update comes, its tensors are the
-tensors of the checkpoint that the server was started from. An unknown or repeated name, or another
-shape, is refused before anything is loaded; a session (begin ... end) or a directory that lacks a
-tensor is refused with its name. A refusal is an error response (success false); the server goes on.
+Stock SGLang 0.5.23 answers success to a weight update with unknown names, loading
+nothing, and does not notice missing ones. With this plug-in, whichever way an update
+comes, its tensors are the tensors of the checkpoint that the server was started from.
+An unknown or repeated name, or another shape, is refused before anything is loaded; a
+session (begin ... end) or a directory that lacks a tensor is refused with its name. A
+refusal is an error response (success false); the server goes on.
 
-On a machine without CUDA it also lets SGLang keep the experts that its routers choose in ordinary
-memory.
+On a machine without CUDA it also lets SGLang keep the experts that its routers choose
+in ordinary memory.
 """
 
 from collections.abc import Callable
@@ -61,8 +63,8 @@ def _leave_unpinned(*arguments: object) -> None:
 class WeightGuard:
     """Knows which tensors this process may receive, and which it has received in the session.
 
-    SGLang has one weight updater for each model runner of a process; both facts are kept by the
-    id() of the updater.
+    SGLang has one weight updater for each model runner of a process; both facts are
+    kept by the id() of the updater.
     """
 
     def __init__(self) -> None:
@@ -90,9 +92,9 @@ class WeightGuard:
     ) -> Result:
         """Load one bucket of the session, or refuse the whole of it.
 
-        `named_tensors` are (name, tensor) pairs, or a flat tensor with the metadata of its parts.
-        SGLang calls this after the broadcasts were received, so that a refusal does not leave their
-        sender waiting.
+        `named_tensors` are (name, tensor) pairs, or a flat tensor with the metadata of
+        its parts. SGLang calls this after the broadcasts were received, so that a
+        refusal does not leave their sender waiting.
         """
         received = _names_and_shapes(named_tensors)
         seen = self._received.setdefault(id(updater), set())
@@ -140,7 +142,8 @@ class WeightGuard:
     def _expected_by(self, updater: Any) -> Shapes:
         """The tensors of the checkpoint that the server was started from.
 
-        They are read the first time, before an update changes the path that the updater knows.
+        They are read the first time, before an update changes the path that the updater
+        knows.
         """
         if id(updater) not in self._expected:
             self._expected[id(updater)] = checkpoint_shapes(updater.model_config.model_path)

@@ -1,5 +1,5 @@
-"""Whether the tensors of a weight update are the tensors of the checkpoint that an engine was
-started from."""
+"""Whether the tensors of a weight update are the tensors of the checkpoint that an
+engine was started from."""
 
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -24,7 +24,8 @@ def checkpoint_shapes(path: str) -> Shapes:
 def first_problem(
     received: Iterable[Named], expected: Shapes, seen: Collection[str] = ()
 ) -> str | None:
-    """Names the first tensor that is unknown, came before (also in `seen`) or has another shape.
+    """Names the first tensor that is unknown, came before (also in `seen`) or has
+    another shape.
 
     Returns None where there is no such tensor.
     """

@@ -14,8 +14,8 @@ from tests.rollout.test_prompts import GSM8K
 
 @pytest.mark.parametrize("name", REWARDS)
 def test_contract(name: str) -> None:
-    """A right answer is worth 1, a wrong and an empty one 0; any text and label gives a float in
-    [0, 1]."""
+    """A right answer is worth 1, a wrong and an empty one 0; any text and label gives a
+    float in [0, 1]."""
     reward = resolve(name, REWARDS, "data.reward")
     assert reward("42", "42", {}) == 1.0
     assert reward("41", "42", {}) == 0.0

@@ -1,4 +1,5 @@
-"""Requests go to the engine with the fewest sequences in flight, and away from a lost one."""
+"""Requests go to the engine with the fewest sequences in flight, and away from a lost
+one."""
 
 import asyncio
 from pathlib import Path

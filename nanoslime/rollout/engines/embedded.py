@@ -1,5 +1,5 @@
-"""The kind `embedded`: transformers in the driver's process, for machines without SGLang and for
-tests. Its model is in embedded_model.py."""
+"""The kind `embedded`: transformers in the driver's process, for machines without
+SGLang and for tests. Its model is in embedded_model.py."""
 
 from nanoslime.config import RolloutConfig, RunConfig
 from nanoslime.engine_kind import EngineKind

@@ -1,8 +1,8 @@
-"""Sampling in this process with transformers, for machines without SGLang and for quick tests.
+"""Sampling in this process with transformers, without a server.
 
-Requests that arrive together are one batch: left-padded prompts, one forward per token for all of
-them, with a KV cache. The engine is not fast (a finished sequence stays in the batch until the last
-one ends), but its logprobs are exact.
+Requests that arrive together are one batch: left-padded prompts, one forward per token
+for all of them, with a KV cache. The engine is not fast (a finished sequence stays in
+the batch until the last one ends), but its logprobs are exact.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ class EmbeddedEngine:
     def load_weights(self, named: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copy tensors, under the names of the checkpoint, into the model.
 
-        Raises RunError, with the weights as they were, for unknown, repeated and missing names and
-        other shapes.
+        Raises RunError, with the weights as they were, for unknown, repeated and
+        missing names and other shapes.
         """
         pairs = list(named)
         tensors = dict(pairs)
@@ -162,8 +162,8 @@ class EmbeddedEngine:
         model = self._model
         parameters = dict(model.named_parameters(remove_duplicate=False))
         if not tensors.keys() <= parameters.keys():
-            # transformers 5 holds the experts of a layer in one tensor, under another name; a fresh
-            # model translates the names of the checkpoint.
+            # transformers 5 holds the experts of a layer in one tensor, under another
+            # name; a fresh model translates the names of the checkpoint.
             fresh = type(model).from_pretrained(
                 None, state_dict=tensors, config=model.config, dtype=model.dtype
             )
@@ -246,7 +246,8 @@ class _Sequence:
     # max_new_tokens, or fewer where the model's context ends.
     max_tokens: int
     stop_ids: frozenset[int]
-    # float64 [max_tokens] in [0, 1): its own, so that other sequences do not change its samples.
+    # float64 [max_tokens] in [0, 1): its own, so that other sequences do not change its
+    # samples.
     randoms: Tensor
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -278,7 +279,8 @@ class _Sequence:
 def _sample(
     model: PreTrainedModel, sequences: Sequence[_Sequence], experts: ExpertRecorder
 ) -> None:
-    """Fills in the tokens, logprobs and experts of the sequences, one token of each per forward."""
+    """Fills in the tokens, logprobs and experts of the sequences, one token of each per
+    forward."""
     device = model.device
     prompts = [torch.tensor(sequence.request.token_ids) for sequence in sequences]
     attended = [torch.ones_like(prompt) for prompt in prompts]
@@ -319,7 +321,8 @@ def _keep_experts(sequences: Sequence[_Sequence], experts: Tensor | None) -> Non
         return
     for sequence, own in zip(sequences, experts, strict=True):
         if not sequence.done:
-            # The first forward has the prompt, after the padding on its left; later ones one token.
+            # The first forward has the prompt, after the padding on its left; later
+            # ones one token.
             sequence.experts.append(own[-len(sequence.request.token_ids) :])
 
 

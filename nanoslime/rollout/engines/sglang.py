@@ -1,4 +1,5 @@
-"""The kind `sglang`: its options, and what it can serve. Its server is in sglang_server.py."""
+"""The kind `sglang`: its options, and what it can serve. Its server is in
+sglang_server.py."""
 
 from nanoslime.config import RolloutConfig, RunConfig, upstream
 from nanoslime.engine_kind import EngineKind

@@ -44,8 +44,8 @@ class SGLangEngine:
     async def generate(self, request: GenerateRequest) -> list[Generation]:
         """`request.n` continuations. A prompt that SGLang rejects gets status error.
 
-        Raises RunError for a token id outside the vocabulary, and EngineLost for a server that is
-        gone or does not answer within `request_deadline_s`.
+        Raises RunError for a token id outside the vocabulary, and EngineLost for a
+        server that is gone or does not answer within `request_deadline_s`.
         """
         request.check_tokens(self.vocab_size, self.name)
         status, answer = await self._post_generate(self._generate_body(request))
@@ -79,8 +79,8 @@ class SGLangEngine:
     async def _post_generate(self, body: dict[str, Any]) -> tuple[int, Any]:
         """The status and the JSON of the answer. Raises EngineLost where there is none."""
         timeout = aiohttp.ClientTimeout(total=self.request_deadline_s)
-        # Each request has a session of its own: event loops come and go, and SGLang aborts a
-        # request whose connection closes.
+        # Each request has a session of its own: event loops come and go, and SGLang
+        # aborts a request whose connection closes.
         session = aiohttp.ClientSession(trust_env=False, timeout=timeout)
         try:
             async with session, session.post(f"{self.url}/generate", json=body) as response:
@@ -103,8 +103,9 @@ class SGLangEngine:
     def pause(self, mode: PauseMode = "retract") -> None:
         """Stop generating. New requests wait; what happens to running ones is the mode.
 
-        retract: they are kept and computed again after `resume`, so that the cache can be flushed.
-        in_place: they are kept together with their cache. abort: they end with what they have.
+        retract: they are kept and computed again after `resume`, so that the cache can
+        be flushed. in_place: they are kept together with their cache. abort: they end
+        with what they have.
         """
         self._post("/pause_generation", mode=mode)
 
@@ -178,8 +179,8 @@ class SGLangEngine:
     ) -> None:
         """Receive one broadcast from rank 0 of the group per tensor, in the order of `names`.
 
-        The names are the checkpoint's. Blocks until all were sent. Raises RunError, once they were
-        received, for an unknown or repeated name or another shape.
+        The names are the checkpoint's. Blocks until all were sent. Raises RunError,
+        once they were received, for an unknown or repeated name or another shape.
         """
         self._post(
             "/update_weights_from_distributed",
@@ -218,8 +219,8 @@ class SGLangEngine:
     def release_memory(self) -> None:
         """Free weights, KV cache and CUDA graphs; on a CPU, SGLang keeps them.
 
-        Waits until nothing runs: SGLang dies when it is asked to release while a request is on its
-        way out.
+        Waits until nothing runs: SGLang dies when it is asked to release while a
+        request is on its way out.
         """
         self.flush()
         self._post("/release_memory_occupation")
@@ -297,8 +298,8 @@ def _routed_experts(
 ) -> np.ndarray | None:
     """The experts of each token but the last [T-1, num_moe_layers, topk], as in `Sample`.
 
-    SGLang reports every layer, also those without experts. Returns None where the server does not
-    report experts, and for a request that was ended before it ran.
+    SGLang reports every layer, also those without experts. Returns None where the
+    server does not report experts, and for a request that was ended before it ran.
     """
     if shape is None or shape.moe is None or num_response_tokens == 0:
         return None

@@ -1,4 +1,5 @@
-"""SGLang as a server process that this process owns. The code is the same on CPU and CUDA."""
+"""SGLang as a server process that this process owns. The code is the same on CPU and
+CUDA."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from nanoslime.types import RunError
 # Stand-ins for packages that SGLang imports and that do not exist for a CPU.
 _STUBS = Path(__file__).parents[1] / "sglang_stubs"
 
-# Files of sglang/srt/models that our text models need; importing all 200 takes half a minute.
+# Files of sglang/srt/models that our text models need; importing all 200 takes half a
+# minute.
 _MODEL_FILES = {
     "llama",
     "qwen2",
@@ -52,7 +54,8 @@ _CPU_OPTIONS = {
 def owner(start: EngineStart) -> SGLangServer:
     """The server of an engine of a run, at a free port.
 
-    On a CPU each engine computes on one core; engine 0 has the last one, engine 1 the one before.
+    On a CPU each engine computes on one core; engine 0 has the last one, engine 1 the
+    one before.
     """
     config = start.config
     cores = sorted(os.sched_getaffinity(0))
@@ -77,8 +80,8 @@ def owner(start: EngineStart) -> SGLangServer:
 class SGLangServer:
     """One SGLang server process and everything that it starts.
 
-    `start()` gives the engine and `close()` ends all of it. Raises RunError for an option in
-    config.sglang that nanoslime sets itself.
+    `start()` gives the engine and `close()` ends all of it. Raises RunError for an
+    option in config.sglang that nanoslime sets itself.
     """
 
     name: str
@@ -182,8 +185,8 @@ def _cpu_environment(model_path: str, core: int | None) -> dict[str, str]:
 def _model_files_to_skip(model_path: str) -> list[str]:
     """Files of sglang/srt/models that the server need not import.
 
-    There are none for an architecture that is not in `_MODEL_FILES`. Raises RunError where SGLang
-    is not installed.
+    There are none for an architecture that is not in `_MODEL_FILES`. Raises RunError
+    where SGLang is not installed.
     """
     spec = importlib.util.find_spec("sglang")
     if spec is None or not spec.submodule_search_locations:
@@ -198,8 +201,8 @@ def _model_files_to_skip(model_path: str) -> list[str]:
 
 
 def _flags(options: Mapping[str, Any]) -> Iterator[str]:
-    """--name value for each option: nothing for None or False, the flag alone for True, every value
-    of a list, JSON for a dict."""
+    """--name value for each option: nothing for None or False, the flag alone for True,
+    every value of a list, JSON for a dict."""
     for name, value in options.items():
         if value is None or value is False:
             continue

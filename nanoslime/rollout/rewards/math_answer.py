@@ -1,8 +1,8 @@
 """1 where the final answer of a worked solution is the label's, else 0.
 
-The final answer is the text after the last "####" (GSM8K, arXiv:2110.14168), else in the last
-\\boxed{...}, else the last number of the text. Numbers are compared by value. Labels may be worked
-solutions themselves, as in GSM8K.
+The final answer is the text after the last "####" (GSM8K, arXiv:2110.14168), else in
+the last \\boxed{...}, else the last number of the text. Numbers are compared by value.
+Labels may be worked solutions themselves, as in GSM8K.
 """
 
 import re
@@ -13,7 +13,8 @@ _MARK = "####"
 _BOXED = "\\boxed{"
 _NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?")
 _FRACTION = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
-# LaTeX spacing, \left and \right, currency and percent signs, white space, and \text{...}.
+# LaTeX spacing, \left and \right, currency and percent signs, white space, and
+# \text{...}.
 _NOISE = re.compile(r"\\[!,;: ]|\\(?:left|right|%|\$)|[$%\s]|\\text\{[^{}]*\}")
 _THOUSANDS_SEPARATOR = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 

@@ -1,4 +1,5 @@
-"""The embedded engine against plain transformers: logprobs, batching, filters, weights, experts."""
+"""The embedded engine against plain transformers: logprobs, batching, filters, weights,
+experts."""
 
 import asyncio
 from dataclasses import dataclass
@@ -110,8 +111,8 @@ def test_logprobs_of_a_padded_batch_are_those_of_each_sequence_alone(
 
 
 def test_tokens_follow_the_distribution(engine: EmbeddedEngine, tiny_model: Path) -> None:
-    """4,000 first tokens at temperature 0.7: for 40 of the vocabulary, their share is the model's
-    probability."""
+    """4,000 first tokens at temperature 0.7: for 40 of the vocabulary, their share is
+    the model's probability."""
     prompt = [5, 6, 7]
     answers = generate(engine, request(prompt, n=4000, max_new_tokens=1, temperature=0.7))
     first_tokens = torch.tensor([answer.token_ids[0] for answer in answers])
@@ -296,7 +297,8 @@ def test_mixture_of_experts_takes_checkpoint_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "mixtral", "glm4_moe", "deepseek_v3"])
 def test_reports_the_experts_of_every_token_but_the_last(family: str, tmp_path: Path) -> None:
-    """In a padded batch whose sequences end at different steps, as transformers runs each alone."""
+    """In a padded batch whose sequences end at different steps, as transformers runs
+    each alone."""
     changes = {"num_key_value_heads": 4} if family == "deepseek_v3" else {}
     path = save_model(tmp_path, family, **changes)
     requests = [
@@ -314,7 +316,8 @@ def test_reports_the_experts_of_every_token_but_the_last(family: str, tmp_path: 
 
 
 def routed_experts(path: Path, token_ids: list[int]) -> Tensor:
-    """[T, layers with experts, topk] by plain transformers: the choices that experts are given."""
+    """[T, layers with experts, topk] by plain transformers: the choices that experts
+    are given."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     chosen: list[Tensor] = []
 

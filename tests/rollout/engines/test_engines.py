@@ -66,7 +66,8 @@ def test_a_kind_names_what_owns_its_engine(
 
 
 def test_the_embedded_engine_starts_from_the_table(tiny_model: Path, tmp_path: Path) -> None:
-    """The server's start is tested with the real SGLang in test_survival.py and everywhere else."""
+    """The server's start is tested with the real SGLang in test_survival.py and
+    everywhere else."""
     rollout = RolloutConfig(engine="embedded")
     owner = engine_kind(rollout).make_owner(start(rollout, tiny_model, tmp_path / "engine.log"))
     engine = owner.start(deadline_s=60)

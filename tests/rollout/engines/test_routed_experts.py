@@ -1,4 +1,5 @@
-"""A real SGLang server reports the experts of every token, and a Megatron trainer replays them."""
+"""A real SGLang server reports the experts of every token, and a Megatron trainer
+replays them."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def engine(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def test_the_trainer_replays_what_sglang_chose(
     engine: SGLangEngine, model_dir: Path, tmp_path: Path
 ) -> None:
-    """Also for prompts in the prefix cache: the second batch has the prompts of the first one."""
+    """Also for prompts in the prefix cache: the second batch has the prompts of the
+    first one."""
     started = 0
 
     def start(**options):

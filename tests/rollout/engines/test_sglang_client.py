@@ -1,5 +1,5 @@
-"""One real SGLang server, driven over HTTP: sampling, pause and flush, every way to change its
-weights."""
+"""One real SGLang server, driven over HTTP: sampling, pause and flush, every way to
+change its weights."""
 
 import asyncio
 import pickle
@@ -117,8 +117,8 @@ def test_proxies_of_the_environment_are_ignored(
 def test_paused_requests_go_on_under_the_new_version(
     sglang_engine: SGLangEngine, other_model: Path
 ) -> None:
-    """A request that outlives a weight update reports which tokens each version sampled, with its
-    logprobs."""
+    """A request that outlives a weight update reports which tokens each version
+    sampled, with its logprobs."""
     with in_background(generate, sglang_engine, n=1, tokens=1500) as running:
         wait_until_running(sglang_engine)
         sglang_engine.pause()

@@ -1,7 +1,8 @@
-"""Servers that do not come up, that die, or whose owner dies: one line with the cause, no process
-left.
+"""Servers that do not come up, that die, or whose owner dies: one line with the cause,
+no process left.
 
-One of these tests kills the session's SGLang server; whoever needs it next starts it again.
+One of these tests kills the session's SGLang server; whoever needs it next starts it
+again.
 """
 
 import asyncio

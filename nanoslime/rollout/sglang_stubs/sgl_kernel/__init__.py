@@ -1,8 +1,10 @@
-"""Stands in for the sgl-kernel package in the engine's processes on a machine without CUDA.
+"""Stands in for the sgl-kernel package in the engine's processes on a machine without
+CUDA.
 
-SGLang 0.5.23 with SGLANG_USE_CPU_ENGINE=1 imports the *_cpu names of sgl_kernel unconditionally,
-but the wheels hold CUDA objects only. Its layers take their PyTorch paths as long as
-torch.ops.sgl_kernel is empty: the names have to exist, and only the one below is called.
+SGLang 0.5.23 with SGLANG_USE_CPU_ENGINE=1 imports the *_cpu names of sgl_kernel
+unconditionally, but the wheels hold CUDA objects only. Its layers take their PyTorch
+paths as long as torch.ops.sgl_kernel is empty: the names have to exist, and only the
+one below is called.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,9 @@
 """Stands in for torchvision in the engine's processes on a machine without CUDA.
 
 PyPI's torchvision is a CUDA build and cannot be loaded beside the CPU torch ("operator
-torchvision::nms does not exist"), yet SGLang 0.5.23 imports it for its vision models. Text models
-import names from it and call none, so every submodule and every name is a placeholder here.
+torchvision::nms does not exist"), yet SGLang 0.5.23 imports it for its vision models.
+Text models import names from it and call none, so every submodule and every name is a
+placeholder here.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ __version__ = "0.0.0"
 
 
 class _Placeholder(type):
-    """The type of a class that has every attribute and can be called; both give the class itself.
+    """The type of a class that has every attribute and can be called; both give the
+    class itself.
 
     The class serves as a base class and as a decorator.
     """
