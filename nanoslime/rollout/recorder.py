@@ -2,8 +2,8 @@
 all that training needs.
 
 step_<k>.jsonl   text, reward, status ... of each sample
-step_<k>.npz     the same lines as bytes (`samples`), JSON `settings`, and the per-token arrays of
-                 all samples, end to end
+step_<k>.npz     the same lines as bytes (`samples`), JSON `settings`, and the per-token
+                 arrays of all samples, end to end
 """
 
 from __future__ import annotations
@@ -98,10 +98,11 @@ def load(
         raise RunError(f"{path} is not a recorded rollout: {type(e).__name__}: {e}") from e
     expected = {"temperature": temperature, "max_new_tokens": max_new_tokens}
     for name, value in expected.items():
-        if value is not None and settings.get(name) != value:
+        drawn_with = settings.get(name)
+        if value is not None and drawn_with != value:
             raise RunError(
-                f"{path} has samples of rollout.{name}={settings.get(name)}, not {value}; "
-                "set the former"
+                f"{path} has samples of rollout.{name}={drawn_with}, not {value}; "
+                f"set rollout.{name}={drawn_with}"
             )
     by_group = groupby(samples, attrgetter("group_id"))
     return [SampleGroup(group_id, list(members)) for group_id, members in by_group]
