@@ -285,12 +285,22 @@ def _accept(env: RankEnv, deadline_s: float) -> dict[int, Connection]:
                 ) from e
             peer.settimeout(None)
             connection = Connection(peer.detach())
-            hello = connection.recv_bytes(maxlength=2 * TOKEN_BYTES)
+            hello = _hello(connection, deadline_s)
             if hmac.compare_digest(hello[:TOKEN_BYTES], token):
                 connections[int(hello[TOKEN_BYTES:])] = connection
             else:
                 connection.close()
     return connections
+
+
+def _hello(connection: Connection, deadline_s: float) -> bytes:
+    """What a peer says first: the token and its rank; nothing where it is silent or hangs up."""
+    try:
+        if not connection.poll(deadline_s):
+            return b""
+        return connection.recv_bytes(maxlength=2 * TOKEN_BYTES)
+    except (EOFError, OSError):
+        return b""
 
 
 def _connect(env: RankEnv) -> Connection:
