@@ -38,9 +38,9 @@ def random_groups(seed, num_groups=7):
             rollout_id = next(ids)
             for _ in range(rng.choice([1, 1, 3])):  # siblings
                 length = int(rng.integers(2, 40))
-                samples.append(
-                    sample(group_id, rollout_id, length, rng.integers(0, length), rng.normal())
-                )
+                response = rng.integers(0, length)
+                advantage = rng.normal()
+                samples.append(sample(group_id, rollout_id, length, response, advantage))
         groups.append(SampleGroup(group_id, samples))
     return groups
 
@@ -58,9 +58,13 @@ def real_sequences(shard):
     """
     used = [i for m in shard.microbatches for i in m]
     assert sorted(used) == list(range(len(shard.token_ids)))  # each once
-    return [
-        (int(shard.token_ids[i][0]), len(shard.token_ids[i])) for i in used if shard.token_ids[i][0]
-    ]
+    found = []
+    for i in used:
+        token_ids = shard.token_ids[i]
+        first = int(token_ids[0])
+        if first != 0:
+            found.append((first, len(token_ids)))
+    return found
 
 
 def summed_loss(steps):
@@ -73,8 +77,9 @@ def summed_loss(steps):
         for shard in step:
             for indices in shard.microbatches:
                 m = shard.microbatch(indices)
-                term = torch.sin(m.token_ids.double() + m.positions) * m.advantages
-                total += (term * m.loss_mask * m.token_weights).sum().item() / m.denominator
+                terms = torch.sin(m.token_ids.double() + m.positions) * m.advantages
+                weighted = terms * m.loss_mask * m.token_weights
+                total += weighted.sum().item() / m.denominator
         losses.append(total)
     return losses
 
@@ -99,11 +104,11 @@ def test_every_sequence_once_within_the_budget_and_equally_many_microbatches(
         assert {(s.denominator, s.num_tokens, s.num_sequences) for s in step} == {
             (step[0].denominator, step[0].num_tokens, step[0].num_sequences)
         }
-        for of_rank, indices in [(shard, m) for shard in step for m in shard.microbatches]:
-            assert indices
-            assert (
-                len(indices) == 1 or sum(len(of_rank.token_ids[i]) for i in indices) <= max_tokens
-            )
+        for shard in step:
+            for indices in shard.microbatches:
+                assert indices
+                num_tokens = sum(len(shard.token_ids[i]) for i in indices)
+                assert len(indices) == 1 or num_tokens <= max_tokens
 
 
 def test_micro_batches_come_in_multiples_with_dummies_where_sequences_do_not_suffice():
@@ -111,7 +116,8 @@ def test_micro_batches_come_in_multiples_with_dummies_where_sequences_do_not_suf
     [step] = batches(groups, max_tokens=10**6, microbatch_multiple=4)
     assert [len(shard.microbatches) for shard in step] == [4, 4]
     assert summed_loss([step]) == pytest.approx(summed_loss(batches(groups)), rel=1e-6)
-    [[shard]] = batches([SampleGroup(0, [sample(0, 1, 5, 4)])], dp_size=1, microbatch_multiple=2)
+    one = SampleGroup(0, [sample(0, 1, 5, 4)])
+    [[shard]] = batches([one], dp_size=1, microbatch_multiple=2)
     assert shard.microbatches == [[0], [1]]
     assert not shard.loss_mask[1].any()
 
@@ -122,9 +128,15 @@ def test_layout_does_not_change_the_loss(denominator, seed):
     groups = random_groups(seed)
 
     def losses(dp_size, max_tokens):
-        options = dict(dp_size=dp_size, max_tokens=max_tokens, num_steps=2, denominator=denominator)
-        options |= dict(fixed_length=30)
-        return summed_loss(batches(groups, **options))
+        steps = batches(
+            groups,
+            dp_size=dp_size,
+            max_tokens=max_tokens,
+            num_steps=2,
+            denominator=denominator,
+            fixed_length=30,
+        )
+        return summed_loss(steps)
 
     reference = losses(*LAYOUTS[0])
     for layout in LAYOUTS[1:]:
@@ -132,7 +144,8 @@ def test_layout_does_not_change_the_loss(denominator, seed):
 
 
 def test_denominators_by_hand():
-    groups = [SampleGroup(0, [sample(0, 1, 5, 4), sample(0, 2, 5, 2), sample(0, 2, 5, 3)])]
+    samples = [sample(0, 1, 5, 4), sample(0, 2, 5, 2), sample(0, 2, 5, 3)]
+    groups = [SampleGroup(0, samples)]
     (step,) = batches(groups, dp_size=1)
     assert step[0].denominator == 9
     assert step[0].num_tokens == 9
@@ -153,9 +166,11 @@ def test_groups_go_to_steps_in_order_and_stay_whole():
     parts = groups[:4] + [SampleGroup(0, [sample(0, 3, 4, 2)])]  # group 0 in two parts
 
     def ids(steps):
-        return [
-            sorted(t // 10 for shard in step for t, _ in real_sequences(shard)) for step in steps
-        ]
+        found = []
+        for step in steps:
+            sequences = [sequence for shard in step for sequence in real_sequences(shard)]
+            found.append(sorted(token // 10 for token, _ in sequences))
+        return found
 
     assert ids(batches(groups, num_steps=2)) == [[0, 0, 1, 1], [2, 2, 3, 3, 4, 4]]
     assert ids(batches(parts, num_steps=2)) == [[0, 0, 0, 1, 1], [2, 2, 3, 3]]
@@ -234,7 +249,8 @@ def with_experts(groups):
 
 
 def test_routed_experts_stay_with_their_tokens_and_unknown_ones_are_minus_one():
-    for shard in itertools.chain(*batches(with_experts(random_groups(0)), dp_size=4, num_steps=2)):
+    steps = batches(with_experts(random_groups(0)), dp_size=4, num_steps=2)
+    for shard in itertools.chain(*steps):
         for ids, mask, experts in zip(
             shard.token_ids, shard.loss_mask, shard.routed_experts, strict=True
         ):

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanoslime.algorithms.grpo import GRPO
 from nanoslime.plugins import resolve
-from nanoslime.training.backend import TrainBackend
+from nanoslime.training.backend import RankEnv, TrainBackend
 from tests.models.hf import save_model
 from tests.training.parity import BACKENDS, KL, Layout, train_batch
 from tests.training.rank_pool import RankPool
@@ -52,8 +52,17 @@ def rss_mib() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / MIB
 
 
+def make_backend(layout: Layout, model_dir: Path, env: RankEnv) -> TrainBackend:
+    backend = resolve(layout.backend, BACKENDS, "backend")
+    return backend(layout.config(), model_dir, env)
+
+
 def state(backend: TrainBackend) -> list[torch.Tensor]:
     return [tensor.detach().clone() for tensor in backend._live_tensors()[0]]
+
+
+def equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
+    return all(a.equal(b) for a, b in zip(ours, theirs, strict=True))
 
 
 def life(
@@ -62,7 +71,7 @@ def life(
     """Two steps, so many sleeps before each; metrics, the state at the end, whether no
     sleep changed it.
     """
-    backend = resolve(layout.backend, BACKENDS, "backend")(layout.config(), model_dir, env)
+    backend = make_backend(layout, model_dir, env)
     metrics = []
     same = True
     for step in steps:
@@ -71,7 +80,7 @@ def life(
             before = state(backend)
             backend.sleep()
             backend.wake()
-            same &= all(a.equal(b) for a, b in zip(before, state(backend), strict=True))
+            same &= equal(before, state(backend))
             backend.logprobs(batch, "policy")
         metrics.append(backend.train_step(batch, GRPO(KL)))
     return metrics, state(backend), same
@@ -105,14 +114,14 @@ def test_sleep_changes_no_bit_and_no_later_step(two_ranks, small, experts, layou
     for (metrics, end, _), (metrics_slept, end_slept, same) in zip(plain, slept, strict=True):
         assert same and metrics_slept == metrics
         assert len(end) > 10
-        assert all(a.equal(b) for a, b in zip(end, end_slept, strict=True))
+        assert equal(end, end_slept)
 
 
 def resident(env, layout: Layout, model_dir, step) -> dict[str, float]:
     """MiB of this process before, asleep and awake again, and of what is kept and
     cleared.
     """
-    backend = resolve(layout.backend, BACKENDS, "backend")(layout.config(), model_dir, env)
+    backend = make_backend(layout, model_dir, env)
     backend.train_step(train_batch(step), GRPO(KL))
     found = {"before": rss_mib()}
     backend.sleep()
@@ -134,8 +143,7 @@ def test_memory_of_a_sleeping_rank_is_really_given_back(alone, large, layout):
 
 
 def twice(env, model_dir) -> tuple[str, str]:
-    layout = Layout("fsdp")
-    backend = resolve(layout.backend, BACKENDS, "backend")(layout.config(), model_dir, env)
+    backend = make_backend(Layout("fsdp"), model_dir, env)
     with pytest.raises(RuntimeError) as too_early:
         backend.wake()
     backend.sleep()
@@ -165,7 +173,7 @@ def swaps(env, layout: Layout, model_dir, step) -> tuple[set[str], bool, bool]:
     """Operations of taking the reference in and out again, before and after a sleep;
     whether the policy is as it was, and whether it was the reference in between.
     """
-    backend = resolve(layout.backend, BACKENDS, "backend")(layout.config(), model_dir, env)
+    backend = make_backend(layout, model_dir, env)
     first = [p.clone() for p in backend._parameters()]
     backend.train_step(train_batch(step), GRPO(KL))
     trained = [p.clone() for p in backend._parameters()]
@@ -174,13 +182,13 @@ def swaps(env, layout: Layout, model_dir, step) -> tuple[set[str], bool, bool]:
         with operations:
             inside = backend._weights("ref")
             inside.__enter__()
-        was_reference = all(a.equal(b) for a, b in zip(backend._parameters(), first, strict=True))
+        was_reference = equal(backend._parameters(), first)
         with operations:
             inside.__exit__(None, None, None)
         backend.sleep()
         backend.wake()
-    same = all(a.equal(b) for a, b in zip(backend._parameters(), trained, strict=True))
-    return operations.names, same, was_reference and not all(map(torch.equal, first, trained))
+    same = equal(backend._parameters(), trained)
+    return operations.names, same, was_reference and not equal(first, trained)
 
 
 @pytest.mark.parametrize(
@@ -199,4 +207,5 @@ def test_the_reference_takes_the_policys_place_without_new_tensors(alone, small,
     [(names, same, was_reference)] = alone(swaps, layout, small, make_step(small, 0))
     assert same and was_reference
     assert "_foreach_copy_" in names or "copy_" in names
-    assert not [name for name in names if "clone" in name or "empty" in name or "_to_copy" in name]
+    for name in names:
+        assert not any(word in name for word in ("clone", "empty", "_to_copy"))
