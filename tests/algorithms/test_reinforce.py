@@ -24,10 +24,11 @@ def returns(masks, scalars, config=None, **values):
 
 def test_rloo_compares_each_reward_with_the_mean_of_the_others():
     # 1 - (2 + 6) / 2, 2 - (1 + 6) / 2, 6 - (1 + 2) / 2
-    assert advantages([group(0, [1.0, 2.0, 6.0])], algorithm(RLOOConfig())) == pytest.approx(
-        [-3, -1.5, 4.5]
-    )
-    assert advantages([group(0, [0.7] * 8), group(1, [3.0])], algorithm(RLOOConfig())) == [0.0] * 9
+    made = algorithm(RLOOConfig())
+    got = advantages([group(0, [1.0, 2.0, 6.0])], made)
+    assert got == pytest.approx([-3, -1.5, 4.5])
+    without_others = [group(0, [0.7] * 8), group(1, [3.0])]
+    assert advantages(without_others, made) == [0.0] * 9
 
 
 def test_reinforce_plus_plus_takes_the_reward_and_its_baseline_form_the_centred_one():

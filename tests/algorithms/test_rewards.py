@@ -17,7 +17,8 @@ def test_with_std_it_is_the_reward_in_units_of_the_unbiased_std():
         [0.866024, -0.866024, -0.866024, 0.866024]
     )
     # mean 0.25, sum of squares 0.5625 + 3 x 0.0625 = 0.75, std sqrt(0.75 / 3) = 0.5
-    assert relative([1, 0, 0, 0], by_std=True)[0] == pytest.approx(0.75 / (0.5 + 1e-6), rel=1e-12)
+    first = relative([1, 0, 0, 0], by_std=True)[0]
+    assert first == pytest.approx(0.75 / (0.5 + 1e-6), rel=1e-12)
 
 
 def test_without_std_it_is_only_centred():
@@ -26,9 +27,11 @@ def test_without_std_it_is_only_centred():
 
 @pytest.mark.parametrize("config", [GRPOConfig, GSPOConfig, CISPOConfig])
 def test_the_group_relative_algorithms_take_std_on_or_off(config):
-    rewards = [group(0, [1.0, 0.0, 0.0, 0.0])]
-    assert advantages(rewards, algorithm(config()))[0] == pytest.approx(1.5, rel=1e-5)  # 0.75 / 0.5
-    assert advantages(rewards, algorithm(config(normalize_by_std=False)))[0] == 0.75
+    groups = [group(0, [1.0, 0.0, 0.0, 0.0])]
+    by_std = advantages(groups, algorithm(config()))
+    assert by_std[0] == pytest.approx(1.5, rel=1e-5)  # 0.75 / 0.5
+    centred = advantages(groups, algorithm(config(normalize_by_std=False)))
+    assert centred[0] == 0.75
 
 
 @pytest.mark.parametrize(
@@ -37,9 +40,7 @@ def test_the_group_relative_algorithms_take_std_on_or_off(config):
 )
 @pytest.mark.parametrize("by_std", [True, False])
 def test_zero_variance_group_gets_exactly_zero(rewards, by_std):
-    """By float32 means, 8 x 0.7 is 6e-8 off its mean, which over std + 1e-6 is an
-    advantage of 0.06.
-    """
+    """By float32 means, 8 x 0.7 is 6e-8 off its mean: over std + 1e-6, that is 0.06."""
     assert relative(rewards, by_std=by_std) == [0.0] * len(rewards)
     assert not spreads(rewards)
 
@@ -59,9 +60,7 @@ def test_statistics_go_by_group_id_whatever_the_size_order_and_packaging_of_grou
 
 
 def test_a_filtered_batch_is_not_one_group():
-    """Groups of 3 and 1 left of 2 x 4: taken as one group of 4, the last would have
-    advantage -1.5.
-    """
+    """Groups of 3 and 1 are left of 2 x 4. As one group, the last would have -1.5."""
     left = [group(0, [1.0, 1.0, 1.0]), group(1, [0.0])]
     assert advantages(left, algorithm()) == [0.0] * 4
 
@@ -96,18 +95,17 @@ def test_overlong_penalty_falls_linearly_over_the_buffer(length, expected):
 def test_overlong_shaping_enters_the_advantage_and_not_the_reward():
     # of at most 10 tokens, with a buffer of 4: lengths 6, 8, 10, 10 lose 0, 0.5, 1, 1
     groups = [group(0, [1.0, 1.0, 1.0, 1.0], lengths=[6, 8, 10, 10])]
-    got = advantages(
-        groups, algorithm(normalize_by_std=False, overlong_buffer=4, max_response_length=10)
-    )
+    made = algorithm(normalize_by_std=False, overlong_buffer=4, max_response_length=10)
+    got = advantages(groups, made)
     assert got == [0.625, 0.125, -0.375, -0.375]  # 1, 0.5, 0, 0 less their mean 0.375
     assert groups[0].rewards == [1.0] * 4
     shaped = ReinforcePPConfig(overlong_buffer=4, overlong_penalty=2.0)
-    assert advantages(groups, algorithm(shaped, max_response_length=10)) == [1.0, 0.0, -1.0, -1.0]
+    got = advantages(groups, algorithm(shaped, max_response_length=10))
+    assert got == [1.0, 0.0, -1.0, -1.0]
 
 
 def test_of_siblings_the_longest_is_judged():
     groups = [group(0, [1.0, 1.0, 1.0], rollout_ids=[1, 1, 2], lengths=[2, 10, 6])]
-    got = advantages(
-        groups, algorithm(normalize_by_std=False, overlong_buffer=4, max_response_length=10)
-    )
+    made = algorithm(normalize_by_std=False, overlong_buffer=4, max_response_length=10)
+    got = advantages(groups, made)
     assert got == [-0.5, -0.5, 0.5]  # shaped 0 and 1

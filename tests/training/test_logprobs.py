@@ -15,7 +15,7 @@ from nanoslime.training.logprobs import linear_logprobs, token_logprobs
 
 @pytest.fixture(params=[1, 4, 8192])
 def columns(request, monkeypatch):
-    """Of a block."""
+    """The columns of a block."""
     monkeypatch.setattr(logprobs, "CHUNK_COLUMNS", request.param)
     return request.param
 
@@ -28,8 +28,9 @@ PADDED = 16
 
 
 def problem(dtype=torch.float32):
-    """hidden [9, 6], weight [16, 6] whose padding would swallow the softmax, targets, two
-    gradients [9].
+    """hidden [9, 6], weight [16, 6], targets [9], and two gradients [9].
+
+    The padding of the weight would swallow the softmax.
     """
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(TOKENS, HIDDEN, generator=generator)
@@ -46,11 +47,14 @@ def problem(dtype=torch.float32):
 
 
 def reference(hidden, weight, targets, temperature, vocab_size=VOCAB):
-    """By float64 logits of all tokens; gradients of hidden and weight come in their own
-    types.
+    """Logprobs and entropies [T] by float64 logits of all tokens.
+
+    Gradients of hidden and weight come in their own types.
     """
-    logs = (hidden.double() @ weight[:vocab_size].double().T / temperature).log_softmax(dim=1)
-    return logs.gather(1, targets[:, None]).squeeze(1), -(logs.exp() * logs).sum(dim=1)
+    logits = hidden.double() @ weight[:vocab_size].double().T
+    log_probs = (logits / temperature).log_softmax(dim=1)
+    entropy = -(log_probs.exp() * log_probs).sum(dim=1)
+    return log_probs.gather(1, targets[:, None]).squeeze(1), entropy
 
 
 def results(function, hidden, weight, targets, upstream, **options):
@@ -105,7 +109,8 @@ def test_gradients_pass_gradcheck_in_float64(columns):
         options = dict(temperature=0.8, vocab_size=VOCAB, with_entropy=True, chunk_tokens=4)
         return linear_logprobs(hidden, weight, targets, **options)
 
-    assert torch.autograd.gradcheck(both, (hidden.requires_grad_(), weight.requires_grad_()))
+    inputs = (hidden.requires_grad_(), weight.requires_grad_())
+    assert torch.autograd.gradcheck(both, inputs)
 
 
 def test_bfloat16_is_multiplied_into_float32(columns):
@@ -146,9 +151,11 @@ def test_first_token_of_each_sequence_is_exactly_zero_and_sequences_do_not_meet(
         here = slice(start, stop - 1)
         after = slice(start + 1, stop)
         expected = reference(hidden[here], weight, token_ids[after], 0.7)
-        torch.testing.assert_close((got[after], entropy[after]), tuple(x.float() for x in expected))
+        torch.testing.assert_close(got[after], expected[0].float())
+        torch.testing.assert_close(entropy[after], expected[1].float())
     (got + entropy).sum().backward()
-    assert hidden.grad[[2, 3, 8]].abs().max() == 0  # the last row of each sequence predicts nothing
+    # The last row of each sequence predicts nothing.
+    assert hidden.grad[[2, 3, 8]].abs().max() == 0
     assert hidden.grad[[0, 1, 4, 5, 6, 7]].abs().amax(dim=1).min() > 0
 
 
@@ -174,7 +181,8 @@ def split_over_ranks(env, vocab_size, with_entropy, columns):
         )
 
 
-@pytest.mark.parametrize("vocab_size", [VOCAB, 7])  # 7: the second rank holds nothing but padding
+# With 7, the second rank holds nothing but padding.
+@pytest.mark.parametrize("vocab_size", [VOCAB, 7])
 @pytest.mark.parametrize("with_entropy", [False, True])
 def test_vocabulary_split_over_two_ranks_changes_nothing(
     two_ranks, vocab_size, with_entropy, columns
@@ -187,4 +195,5 @@ def test_vocabulary_split_over_two_ranks_changes_nothing(
         torch.testing.assert_close((values, d_hidden), (whole[0], whole[2]))
         torch.testing.assert_close(entropy, whole[1])
     assert torch.equal(by_rank[0][2], by_rank[1][2])
-    torch.testing.assert_close(torch.cat([d_weight for *_, d_weight in by_rank]), whole[3])
+    d_weight = torch.cat([d_rows for *_, d_rows in by_rank])
+    torch.testing.assert_close(d_weight, whole[3])
