@@ -71,7 +71,8 @@ FAULTS = [
     Fault(
         "a TP rank's part not synced",
         "nanoslime/weight_sync/assemble.py",
-        "                dist.recv(part, src=source.rank)\n                full[source.box] = part\n",
+        "                dist.recv(part, src=source.rank)\n"
+        "                full[source.box] = part\n",
         "                dist.recv(part, src=source.rank)\n",
         "tests/weight_sync/test_assemble.py",
     ),

@@ -53,8 +53,9 @@ class Devices(Protocol):
 
 
 class SyncSession:
-    """`transport` is a key of TRANSPORTS and may put files into `directory`. `open`
-    comes first.
+    """One run's weight sync. `open` comes before the first `sync`.
+
+    `transport` is a key of TRANSPORTS; one that sends files puts them into `directory`.
     """
 
     def __init__(
@@ -94,7 +95,8 @@ class SyncSession:
     def sync(self, version: int) -> dict[str, float]:
         """Puts the trainer's current weights into every engine, labelled `version`.
 
-        Returns the seconds that it took, as metrics. Raises RunError naming the engine or the rank where it fails.
+        Returns the seconds that it took, as metrics. Raises RunError that names the engine or
+        the rank which failed.
         """
         if self.state is not State.IDLE:
             raise RunError(
@@ -137,7 +139,8 @@ class SyncSession:
             case Delivery.FILES:
                 path = version_dir(self._directory, version)
                 self._engines.each("update_weights_from_disk", str(path), version)
-                shutil.rmtree(path)
+                # On NFS a file that an engine still has open cannot be removed at once.
+                shutil.rmtree(path, ignore_errors=True)
             case Delivery.DIRECT:
                 self._have_ranks_send(version)
 

@@ -258,7 +258,7 @@ class SGLangEngine:
         if mark not in str(answer.get("message")):
             raise self._error(
                 "does not check tensor names: SGLang did not load our plug-in; "
-                "pip install -e . the project"
+                "make the environment again with env/run.sh"
             )
 
     def _error(self, problem: str, kind: type[RunError] = RunError) -> RunError:
