@@ -38,15 +38,13 @@ class Tracker(ExitStack):
             sink(step, metrics)
 
 
-def make_tracker(config: RunConfig, run: RunDir, start: int, *, leads: bool = True) -> Tracker:
-    """Opens the sinks that `config.tracking` asks for; none for a rank that does not lead.
+def make_tracker(config: RunConfig, run: RunDir, start: int) -> Tracker:
+    """Opens the sinks that `config.tracking` asks for.
 
     The run goes on at step `start`: lines that an earlier attempt logged from there on are
     removed. Raises ValueError where a sink is asked for and its package is not installed.
     """
     tracker = Tracker()
-    if not leads:
-        return tracker
     if start:
         logger.info("resuming after step %d/%d", start, config.rollout.num_rollout)
     _forget_from(start, run)
@@ -60,9 +58,7 @@ def make_tracker(config: RunConfig, run: RunDir, start: int, *, leads: bool = Tr
 
 
 def console_line(step: int, num_rollout: int, metrics: dict[str, float]) -> str:
-    """One line for a person: rewards, KL, logprob gap between engine and trainer, seconds
-    per phase.
-    """
+    """One line for a person: rewards, KL, the gap between engine and trainer, seconds a phase."""
     kl_name = "train/ref_kl" if "train/ref_kl" in metrics else "train/ppo_kl_abs"
     columns = [
         ("reward", "rollout/reward_mean", ".3f"),

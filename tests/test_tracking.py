@@ -112,12 +112,6 @@ def test_tensorboard_reads_it_and_resumed_steps_replace(run):
     assert len(events.Scalars("rollout/reward_mean")) == 5
 
 
-def test_ranks_that_do_not_lead_write_nothing(run):
-    with make_tracker(config(use_wandb=True), run, 0, leads=False) as tracker:
-        tracker.log(0, METRICS)
-    assert not run.metrics.exists() and not run.tensorboard.exists()
-
-
 def test_wandb_asked_for_but_not_installed_is_a_clear_error(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="tracking.use_wandb=true.*cannot load wandb"):
