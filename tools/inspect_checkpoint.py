@@ -32,15 +32,15 @@ def main(argv: list[str]) -> int:
         "--verify", action="store_true", help="compare the checksums of its manifest"
     )
     arguments = parser.parse_args(argv)
-    lines = []
     if arguments.directory.is_dir():
         data_dir = torch_dist_directory(arguments.directory)
         if data_dir is not None:
-            lines += _training_state(data_dir)
+            # It is said even where the model is not known or its weights are refused.
+            print("\n".join(_training_state(data_dir)))
     checkpoint = open_checkpoint(
         arguments.directory, arguments.hf_checkpoint, verify=arguments.verify
     )
-    lines += _weights(checkpoint)
+    lines = _weights(checkpoint)
     lines += _model(checkpoint)
     lines.append(_checksums(checkpoint, arguments.verify))
     lines += notes(checkpoint)

@@ -1,6 +1,7 @@
 """The conversion commands as they are typed: light, self-explaining, and silent about nothing."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.tools.checkpoints import contents, make, to_huggingface, to_megatron
-from tools import hf_to_megatron, megatron_to_hf
+from tools import hf_to_megatron, inspect_checkpoint, megatron_to_hf
+from tools.conversion.command import finish
 
 ROOT = Path(__file__).parents[2]
 # Each of these takes longer to import than a small conversion takes.
@@ -154,6 +156,35 @@ def test_wrong_arguments_are_refused(capsys, arguments):
     with pytest.raises(SystemExit, match="2"):
         hf_to_megatron.main(arguments)
     assert "usage: hf_to_megatron.py" in capsys.readouterr().err
+
+
+def inspect(*arguments: object) -> int:
+    """The exit code of tools/inspect_checkpoint.py."""
+    argv = [str(argument) for argument in arguments]
+    return finish("inspect_checkpoint", lambda: inspect_checkpoint.main(argv))
+
+
+def test_inspect_says_what_a_checkpoint_is(models, capsys):
+    assert inspect(models / "megatron", "--verify", "--tensors") == 0
+    text = capsys.readouterr().out
+    for line in (
+        f"torch_dist {models / 'megatron' / 'release'}, layout B",
+        "iteration 0",
+        "weights   torch_dist: ",
+        "model     qwen3_moe, ",
+        "4 experts, ",
+        "checksums compared, good",
+    ):
+        assert line in text
+    assert "decoder.final_layernorm.weight " in text
+
+
+def test_inspect_says_the_training_state_where_the_model_is_not_known(models, tmp_path, capsys):
+    shutil.copytree(models / "megatron" / "release", tmp_path / "release")
+    assert inspect(tmp_path / "release") == 2
+    captured = capsys.readouterr()
+    assert "layout B" in captured.out and "iteration 0" in captured.out
+    assert "say with --hf-checkpoint DIR which model it is" in captured.err
 
 
 @pytest.mark.parametrize("threads", [0, 1, 7])

@@ -27,7 +27,7 @@ from tests.tools.torch_dist_files import (
     write,
 )
 from tools.conversion import torch_dist, torch_pickle
-from tools.conversion.torch_dist import StoredObject, TorchDistError
+from tools.conversion.torch_dist import StoredObject, StoredTensor, TorchDistError
 
 
 def archived(pickled: bytes) -> bytes:
@@ -203,6 +203,14 @@ WRONG: dict[str, list[Extents]] = {
 def test_chunks_that_are_no_partition_are_refused(tmp_path: Path, kind: str) -> None:
     write(tmp_path, {"square": SQUARE}, {"square": WRONG[kind]})
     with pytest.raises(TorchDistError, match="square: the [0-9] chunks .* overlap or leave a hole"):
+        torch_dist.read(tmp_path)
+
+
+def test_a_chunk_of_another_number_of_axes_is_refused(tmp_path: Path) -> None:
+    chunks = write(tmp_path, {"square": SQUARE})["square"].chunks
+    torch_dist.write_metadata(tmp_path, {"square": StoredTensor("F32", (3,), chunks)}, {})
+    message = r"square: its chunk \[3, 3\] has 2 axes, and \[3\] has 1"
+    with pytest.raises(TorchDistError, match=message):
         torch_dist.read(tmp_path)
 
 

@@ -316,7 +316,15 @@ _Extents = list[tuple[int, int]]
 
 
 def _check_partition(chunks: list[Chunk], shape: tuple[int, ...]) -> None:
-    """Raises TorchDistError where the chunks of a tensor overlap or leave a hole."""
+    """Raises TorchDistError where the chunks of a tensor are no boxes of it, overlap or
+    leave a hole.
+    """
+    for chunk in chunks:
+        if len(chunk.shape) != len(shape):
+            raise TorchDistError(
+                f"its chunk {list(chunk.shape)} has {len(chunk.shape)} axes, "
+                f"and {list(shape)} has {len(shape)}"
+            )
     boxes = [list(zip(chunk.start, chunk.shape, strict=True)) for chunk in chunks]
     if math.prod(shape):
         complete = _is_partition(boxes, shape)
