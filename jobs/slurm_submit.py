@@ -102,9 +102,10 @@ def _complaint(text: str) -> str:
     """The errors in the output of sbatch, each once, in one line."""
     errors = []
     for line in text.splitlines():
-        _, found, message = line.partition("error:")
-        if found and message.strip() not in errors:
-            errors.append(message.strip())
+        _, _, after_error = line.partition("error:")
+        message = after_error.strip()
+        if message and message not in errors:
+            errors.append(message)
     if not errors:
         return text.strip().replace("\n", " ")
     return "; ".join(errors)

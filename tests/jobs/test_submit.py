@@ -173,6 +173,22 @@ def test_submission_prints_job_and_directory_and_leaves_what_the_job_reads(
     assert machine.submitted.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("printed", "complaint"),
+    [
+        ("sbatch: error: no room\nsbatch: error:\nsbatch: error: no room", "no room"),
+        ("sbatch: error:\nask your site", "sbatch: error: ask your site"),
+    ],
+)
+def test_a_refusal_of_sbatch_gives_the_reason_in_one_line(machine, printed, complaint):
+    machine.slurm()
+    sbatch = machine.root / "bin" / "sbatch"
+    sbatch.write_text(f"#!/bin/sh\n[ $1 = --version ] && exit\necho '{printed}' >&2\nexit 1\n")
+    code, _, err = machine.submit("--nodes", 4, "--submit", "sbatch")
+    assert code == 2
+    assert err == f"submit_grpo: sbatch refused the job: {complaint}\n"
+
+
 def test_prepare_prints_nothing_but_the_directory(machine):
     code, out, err = machine.submit("--prepare", "--nodes", "4")
     assert (code, err) == (0, "")
