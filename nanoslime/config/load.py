@@ -60,6 +60,11 @@ def _check_engine_options(engine: str, config: RunConfig) -> None:
         kind = resolve(engine, ENGINES, "rollout.engine")
     except ValueError as e:
         raise RunError(str(e)) from e
+    if not isinstance(kind, type) or not hasattr(kind, "check_options"):
+        raise RunError(
+            f"rollout.engine={engine!r} is no kind of engine; "
+            "name a subclass of nanoslime.engine_kind.EngineKind"
+        )
     kind().check_options(config.rollout)
 
 

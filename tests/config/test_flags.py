@@ -228,6 +228,7 @@ def test_every_field_has_a_dotted_flag_unless_it_is_a_mapping_or_list():
         ),
         (["--engine", "vlm"], "^rollout.engine='vlm' is unknown; choose one of embedded, sglang"),
         (["--engine", "no.such:Engine"], "^rollout.engine='no.such:Engine': cannot load no.such"),
+        (["--engine", "json:loads"], "^rollout.engine='json:loads' is no kind of engine; name a"),
         (
             ["--reward", "mth"],
             "^data.reward='mth' is unknown; choose one of exact_match, math_answer, or",
