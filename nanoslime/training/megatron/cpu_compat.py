@@ -23,9 +23,7 @@ from megatron.core.dist_checkpointing.strategies import (
     filesystem_async,
     state_dict_saver,
 )
-from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel import random as megatron_random
-from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import token_dispatcher
 
 _CPU = torch.device("cpu")
@@ -148,10 +146,6 @@ def install() -> None:
     megatron_random._get_cuda_rng_state = _get_rng_state
     megatron_random._set_cuda_rng_state = _set_rng_state
     token_dispatcher.maybe_move_tensor_to_cpu = _to_cpu
-    # 0.19.2 imports this layer only beside Transformer Engine, although it needs
-    # nothing of it, and latent attention takes no other layer that is whole on every
-    # rank.
-    multi_latent_attention.Linear = Linear
 
 
 def _get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:

@@ -13,6 +13,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.multi_latent_attention import (
@@ -189,7 +190,10 @@ def _layer_spec(config: TransformerConfig, num_experts: int | None) -> ModuleSpe
     attention = modules.self_attention.submodules
     attention.core_attention = PackedAttention
     if config.multi_latent_attention:
-        # Transformer Engine's spec keeps these whole on every rank too.
+        # megatron-core 0.19.2 imports this layer only beside Transformer Engine, although
+        # it needs nothing of it, and latent attention takes no other layer that is whole
+        # on every rank. Transformer Engine's spec keeps these whole too.
+        multi_latent_attention.Linear = Linear
         attention.linear_q_down_proj = Linear
         attention.linear_kv_down_proj = Linear
         attention.kv_layernorm = RMSNorm

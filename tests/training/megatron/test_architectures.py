@@ -9,11 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from megatron.core.post_training.modelopt.layers import Linear
+from megatron.core.transformer import multi_latent_attention
 from safetensors.torch import load_file, save_file
 
 from nanoslime.algorithms.grpo import GRPO
 from nanoslime.models.shape import ModelShape
 from nanoslime.training.megatron.forward import logits
+from nanoslime.training.megatron.local_layers import _layer_spec
 from nanoslime.training.megatron.model import model_config
 from nanoslime.weight_sync.assemble import Assembler
 from tests.models.hf import FAMILIES, SIZES, save_model
@@ -70,6 +73,17 @@ def test_logits_are_those_of_transformers(model):
     assert difference(directory, expected) < NOISE
     assert expected.abs().max() > 1
     assert not dist.is_initialized()
+
+
+def test_latent_attention_has_its_layers_where_cpu_compat_does_nothing(monkeypatch):
+    """On CUDA without Transformer Engine too, where megatron-core imports no Linear."""
+    monkeypatch.setattr(multi_latent_attention, "Linear", None)
+    config_class, own = FAMILIES["deepseek_v3"]
+    hf_config = config_class(**{**SIZES, **own, **changes("deepseek_v3")})
+    shape = ModelShape.from_config(hf_config.to_dict())
+    settings = model_config(shape, torch.float32, torch.device("cpu"))
+    _layer_spec(settings, num_experts=None)
+    assert multi_latent_attention.Linear is Linear
 
 
 def test_no_notice_of_deprecation_is_logged(caplog, tmp_path):

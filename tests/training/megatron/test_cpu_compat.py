@@ -6,9 +6,8 @@ import pytest
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.optimizer import clip_grads
-from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel import mappings
-from megatron.core.transformer import multi_latent_attention, transformer_layer
+from megatron.core.transformer import transformer_layer
 from megatron.core.transformer.moe import token_dispatcher
 
 from nanoslime.training.megatron import cpu_compat
@@ -105,10 +104,6 @@ def test_the_random_state_tracker_forks_the_cpu_generator():
     with tracker.fork("probe"):
         assert not torch.equal(torch.rand(3), forked), "a second fork goes on where the first ended"
     tracker.reset()
-
-
-def test_latent_attention_knows_the_layer_that_is_whole_on_every_rank():
-    assert multi_latent_attention.Linear is Linear
 
 
 def test_counts_of_tokens_on_the_cpu_become_the_arrays_that_experts_split_by():
