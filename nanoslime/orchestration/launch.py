@@ -20,6 +20,7 @@ from nanoslime.orchestration.session import Phase, Session, open_local, open_ray
 from nanoslime.processes.ports import free_port
 from nanoslime.run_dir import DONE, FAILED, Attempt, RunDir, recorded_rollouts
 from nanoslime.storage.hub import find_checkpoint
+from nanoslime.storage.shared_files import publish
 from nanoslime.training.backend import RankEnv
 from nanoslime.types import RunError
 
@@ -81,6 +82,8 @@ def serve_rank_0(argv: list[str]) -> int:
     """Takes part in the run that torchrun's rank 0 drives, until its end."""
     config = CommandLine.parse(argv).config()
     _check_torchrun(config)
+    # A hub id is fetched before the ranks meet, as on rank 0: their deadline is shorter.
+    config, _ = _with_local_checkpoint(config)
     went_well = torchrun_group.serve(_rank_env(config), config)
     return DONE if went_well else FAILED
 
@@ -170,5 +173,6 @@ def _rank_env(config: RunConfig) -> RankEnv:
 
 def _new_attempt(config: RunConfig, run: RunDir | None) -> Attempt:
     run = run or RunDir.create(Path(config.cluster.run_root or "runs"), config.name)
-    run.config.write_text(dump(config))
+    # Other ranks of torchrun may read the file of a resumed run at this moment.
+    publish(run.config, dump(config).encode())
     return run.new_attempt()

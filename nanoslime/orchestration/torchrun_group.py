@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 TOKEN_BYTES = 32
 NEWS_OF_A_DEATH_S = 2.0
+# A rank says who it is as soon as it has connected.
+HELLO_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +129,12 @@ class Ranks:
             raise self._error(f"trainer rank {rank} died while asked to {what}")
         if answer.failure is None:
             return answer.result
-        # A death breaks the collectives of all other ranks.
-        dead = self._first_dead({0, rank})
-        if dead is not None:
-            raise self._error(f"trainer rank {dead} died while asked to {what}")
+        # A death breaks the collectives of all other ranks. A rank that failed by itself
+        # ends after its answer, and only then does torchrun end the others, this one too.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        first_gone = self._first_dead({0})
+        if first_gone is not None and first_gone != rank:
+            raise self._error(f"trainer rank {first_gone} died while asked to {what}")
         raise self._error(f"trainer rank {rank} failed to {what}: {answer.failure}")
 
     def _receive(self, rank: int) -> Answer | None:
@@ -218,9 +222,11 @@ def serve(env: RankEnv, config: RunConfig) -> bool:
     init_process_group(env, config.training)
     connection = _connect(env)
     rollout = config.rollout
+    # An evaluation, a commit and all rounds of a rollout lie between two calls.
+    num_samplings = 1 + rollout.dynamic_sampling_rounds
     longest_s = (
         rollout.start_deadline_s
-        + rollout.request_deadline_s * rollout.dynamic_sampling_rounds
+        + rollout.request_deadline_s * num_samplings
         + config.training.collective_deadline_s
     )
     if not _answer_calls(env, connection, longest_s):
@@ -285,7 +291,7 @@ def _accept(env: RankEnv, deadline_s: float) -> dict[int, Connection]:
                 ) from e
             peer.settimeout(None)
             connection = Connection(peer.detach())
-            hello = _hello(connection, deadline_s)
+            hello = _hello(connection)
             if hmac.compare_digest(hello[:TOKEN_BYTES], token):
                 connections[int(hello[TOKEN_BYTES:])] = connection
             else:
@@ -293,10 +299,10 @@ def _accept(env: RankEnv, deadline_s: float) -> dict[int, Connection]:
     return connections
 
 
-def _hello(connection: Connection, deadline_s: float) -> bytes:
+def _hello(connection: Connection) -> bytes:
     """What a peer says first: the token and its rank; nothing where it is silent or hangs up."""
     try:
-        if not connection.poll(deadline_s):
+        if not connection.poll(HELLO_S):
             return b""
         return connection.recv_bytes(maxlength=2 * TOKEN_BYTES)
     except (EOFError, OSError):

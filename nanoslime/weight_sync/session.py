@@ -3,13 +3,13 @@
     IDLE ──pause──> PAUSED ──begin──> SENDING ──end──> VERIFYING ──resume──> IDLE
 
     IDLE       all engines serve `version`
-    PAUSED     no engine generates; all of them hold the weights and the label of `version`
+    PAUSED     the engines stop to generate; all hold the weights and the label of `version`
     SENDING    an engine may hold a mixture, under its old label. It takes the new label only
                when it has every tensor, and empties its cache, once, just before that
     VERIFYING  all engines have the new weights; each is asked for its label
 
-An error leaves the session in the state in which it happened: the engines stay paused, so
-that none serves a mixture, and a further sync is refused.
+An error leaves the session in the state in which it happened. After IDLE the engines then
+stay paused, so that none serves a mixture, and a further sync is refused.
 """
 
 import shutil
@@ -117,8 +117,8 @@ class SyncSession:
         if self._transport.delivery is Delivery.FILES:
             # The files are written while the engines still generate.
             self._have_ranks_send(version)
-        self._engines.each("pause")
         self.state = State.PAUSED
+        self._engines.each("pause")
         self._devices.make_room_for_weights()
         self.state = State.SENDING
         self._deliver(version)

@@ -214,8 +214,8 @@ TORCHRUN = {
 }
 
 
-def torchrun(flags: list[str], module: str = "nanoslime.train") -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+def torchrun(flags: list[str], module: str = "nanoslime.train", num_ranks: int = 2) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks), "--standalone"]
     return [sys.executable, *launcher, "-m", module, *flags]
 
 
@@ -261,8 +261,9 @@ def test_a_torchrun_rank_that_dies_ends_the_run_with_its_name(tmp_path, model, n
 
 
 def test_a_torchrun_rank_that_fails_ends_the_run_with_its_name(tmp_path, model, no_leftovers):
+    """Torchrun then ends the rank that is still busy, which is not the one that failed."""
     flags = run_dir(tmp_path, "fails", model, "--num-rollout 1000 --backend fsdp")
-    command = torchrun(flags, module="tests.orchestration.failing_rank")
+    command = torchrun(flags, module="tests.orchestration.failing_rank", num_ranks=3)
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, **TORCHRUN)
     status = RunDir.open(tmp_path / "fails").status()
     assert done.returncode != 0 and status["phase"] == "failed", done.stderr[-3000:]

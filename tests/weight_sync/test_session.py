@@ -159,6 +159,17 @@ def test_an_engine_that_fails_keeps_its_label_and_no_engine_goes_on(tmp_path, ca
         session.sync(5)
 
 
+def test_after_an_engine_that_was_not_paused_no_sync_goes_on(tmp_path):
+    calls: list[str] = []
+    engines = [Engine("a", calls), Engine("b", calls, fails_at="pause")]
+    session = opened(tmp_path, "broadcast", *engines, calls=calls)
+    with pytest.raises(RunError, match="engine b: pause refused"):
+        session.sync(4)
+    assert "begin_update" not in calls and "resume" not in calls
+    with pytest.raises(RunError, match="version 5 cannot be sent: .* while it was paused"):
+        session.sync(5)
+
+
 def test_an_engine_with_another_label_is_named(tmp_path):
     calls: list[str] = []
     engines = [Engine("a", calls), Engine("b", calls)]
