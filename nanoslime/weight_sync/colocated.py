@@ -81,7 +81,7 @@ class TensorSender:
         if self._device.type == "cuda":
             payload = MultiprocessingSerializer.serialize(content)
         else:
-            payload = _bytes_of(content)
+            payload = serialize_on_cpu(content)
         if self._engine is None:
             dist.gather_object(payload, None, dst=self._engine_ranks[0], group=self._group)
         else:
@@ -108,8 +108,8 @@ class _TensorPickler(pickle._Pickler):
     dispatch = pickle._Pickler.dispatch | {FunctionType: save_function}
 
 
-def _bytes_of(content: dict[str, Any]) -> bytes:
-    """Pickles tensors of the CPU by value."""
+def serialize_on_cpu(content: dict[str, Any]) -> bytes:
+    """Pickles tensors of the CPU by value, as SGLang takes them whatever has been imported here."""
     buffer = io.BytesIO()
     _TensorPickler(buffer).dump(content)
     return buffer.getvalue()

@@ -19,6 +19,7 @@ from torch import Tensor
 from nanoslime.process_groups import join_group, listen
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.types import BroadcastEngine, GenerateRequest, Generation, RunError, Status
+from nanoslime.weight_sync.colocated import serialize_on_cpu
 from tests.serving import VOCAB_SIZE, reference_logprobs, wait_until_running
 
 pytestmark = pytest.mark.sglang
@@ -282,7 +283,7 @@ def test_distributed_update_in_buckets(sglang_engine: SGLangEngine, other_model:
 def send_tensors(engine: SGLangEngine, tensors: dict[str, Tensor]) -> None:
     bucket = FlattenedTensorBucket(named_tensors=list(tensors.items()))
     content = {"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}
-    engine.receive_payloads([pickle.dumps(content)])
+    engine.receive_payloads([serialize_on_cpu(content)])
 
 
 def test_tensor_update_refuses_wrong_names_and_goes_on(
