@@ -307,7 +307,7 @@ def _expected_tensors(
 
 def _extended(shape: tuple[int, ...], box: Box) -> tuple[int, ...]:
     """`shape`, made as large as the box needs it."""
-    return tuple(max(size, side.stop) for size, side in zip(shape, box, strict=True))
+    return tuple(max(size, extent.stop) for size, extent in zip(shape, box, strict=True))
 
 
 def _one_of_both_names(

@@ -97,7 +97,7 @@ def _first_target_row(source: Source) -> int:
 
 
 def box_shape(box: Box) -> tuple[int, ...]:
-    return tuple(side.stop - side.start for side in box)
+    return tuple(extent.stop - extent.start for extent in box)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,15 +146,15 @@ def _overlap(link: Link, chunk: Chunk, start: Sequence[int], shape: Sequence[int
     """
     box = []
     target_box = []
-    for axis, side in enumerate(link.box):
+    for axis, stored_extent in enumerate(link.box):
         chunk_start = chunk.start[axis]
         chunk_stop = chunk_start + chunk.shape[axis]
         # from a position in the stored tensor to the one in the target tensor
-        shift = link.target_box[axis].start - side.start
+        shift = link.target_box[axis].start - stored_extent.start
         wanted_start = start[axis] - shift
         wanted_stop = wanted_start + shape[axis]
-        low = max(side.start, chunk_start, wanted_start)
-        high = min(side.stop, chunk_stop, wanted_stop)
+        low = max(stored_extent.start, chunk_start, wanted_start)
+        high = min(stored_extent.stop, chunk_stop, wanted_stop)
         if low >= high:
             return None
         box.append(slice(low - chunk_start, high - chunk_start))
