@@ -16,7 +16,8 @@ from nanoslime.engine_kind import takes_slots
 from nanoslime.models.shape import ModelShape
 from nanoslime.models.tiny import tiny_qwen3_config
 from nanoslime.orchestration import torchrun_group
-from nanoslime.orchestration.session import Phase, Session, open_local, open_ray
+from nanoslime.orchestration.session import Phase, Session, open_local
+from nanoslime.plugins import resolve
 from nanoslime.processes.ports import free_port
 from nanoslime.run_dir import DONE, FAILED, Attempt, RunDir, recorded_rollouts
 from nanoslime.storage.hub import find_checkpoint
@@ -24,6 +25,8 @@ from nanoslime.storage.shared_files import publish
 from nanoslime.training.backend import RankEnv
 from nanoslime.types import RunError
 
+# Ray is imported only for a run that needs it.
+OPEN_RAY = "nanoslime.orchestration.ray_session:open_ray"
 MOCK_RECIPE = Path(__file__).parents[2] / "jobs" / "recipes" / "mock.yaml"
 
 
@@ -94,6 +97,7 @@ def _submitted(asked: CommandLine) -> Launch:
     attempt = run.attempt(asked.attempt)
     config = read(run.config)
     plan = layout.Layout.from_json(run.plan.read_text())
+    open_ray = resolve(OPEN_RAY, {}, "a submitted run")
 
     def open_session(phase: Phase) -> AbstractContextManager[Session]:
         return open_ray(config, attempt, plan, phase, local=False)
@@ -131,6 +135,7 @@ def _on_own_ray(config: RunConfig, run: RunDir | None, shape: ModelShape) -> Lau
     plan = layout.plan(config, shape)
     attempt = _new_attempt(config, run)
     attempt.run.plan.write_text(plan.to_json())
+    open_ray = resolve(OPEN_RAY, {}, "training.num_gpus")
 
     def open_session(phase: Phase) -> AbstractContextManager[Session]:
         return open_ray(config, attempt, plan, phase, local=True)

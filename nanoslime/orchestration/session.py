@@ -6,7 +6,8 @@
     alone                 one process is the only rank; its engine is in it (embedded) or beside
                           it (SGLang)
 
-A session that closes ends whatever it started, also when opening it fails half way.
+A session that closes ends whatever it started, also when opening it fails half way. The first
+two ways are in ray_session.py: the others do without Ray being installed.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,8 +18,6 @@ from pathlib import Path
 from nanoslime import rehearsal
 from nanoslime.config import RunConfig
 from nanoslime.engine_kind import EngineStart, engine_kind
-from nanoslime.layout import Layout
-from nanoslime.orchestration import ray_group
 from nanoslime.orchestration.checkpoints import Checkpoints
 from nanoslime.orchestration.groups import NoTrainer, TrainGroup, resolve_transport
 from nanoslime.orchestration.local_group import LocalTrainGroup
@@ -26,7 +25,6 @@ from nanoslime.orchestration.rollout_manager import Replay, RolloutManager
 from nanoslime.orchestration.torchrun_group import Ranks, TorchrunTrainGroup
 from nanoslime.run_dir import Attempt, RunDir
 from nanoslime.storage.commit import remove_leftovers
-from nanoslime.storage.shared_files import read_json
 from nanoslime.training.backend import RankEnv
 from nanoslime.types import Engine
 from nanoslime.weight_sync.engine_calls import EngineCalls
@@ -69,55 +67,6 @@ def prepare_model(config: RunConfig, run: RunDir) -> tuple[RunConfig, Path]:
 
 
 @contextmanager
-def open_ray(
-    config: RunConfig, attempt: Attempt, layout: Layout, phase: Phase, *, local: bool
-) -> Iterator[Session]:
-    """Opens a session on Ray: on one of its own where `local`, else the agents'."""
-    transport = resolve_transport(config, same_process=False)
-    with ExitStack() as resources:
-        phase("model")
-        config, model_dir = prepare_model(config, attempt.run)
-        phase("start")
-        if local:
-            ray_group.start_local(layout.slots_per_node, layout.device)
-        else:
-            head = read_json(attempt.head)
-            ray_group.connect(head, layout.num_nodes, config.cluster.node_join_deadline_s)
-        resources.callback(ray_group.disconnect)
-
-        colocate = config.cluster.colocate
-        servers: ray_group.RayEngines | None = None
-        if layout.engines:
-            servers = ray_group.RayEngines(config, attempt, layout, model_dir)
-            resources.callback(servers.close)
-            if not colocate:
-                servers.start()  # they start while the trainers do
-
-        trainer: TrainGroup
-        if layout.trainers:
-            trainer = ray_group.RayTrainGroup(config, attempt, layout, model_dir)
-        else:
-            trainer = NoTrainer(config, attempt.run, model_dir)
-        resources.callback(trainer.close)
-        if servers is not None and colocate:
-            # An engine measures the free memory, so it starts before the trainers take
-            # theirs.
-            servers.start(trainer.gpu_ids)
-            for engine in servers.wait():
-                engine.release_memory()
-        trainer.setup()
-
-        engines: list[Engine] = []
-        if servers is not None:
-            engines = list(servers.wait())
-        elif not config.rollout.load_rollouts:
-            engines.append(_engine_here(config, attempt, model_dir, "cpu", [], resources))
-        ranks_by_engine = [layout.ranks_at(place) for place in layout.engines]
-        started = Started(trainer, engines, ranks_by_engine, transport)
-        yield _session(config, attempt, model_dir, started, resources)
-
-
-@contextmanager
 def open_local(
     config: RunConfig, attempt: Attempt, env: RankEnv, phase: Phase
 ) -> Iterator[Session]:
@@ -135,7 +84,7 @@ def open_local(
         engines: list[Engine] = []
         if not config.rollout.load_rollouts:
             gpu_ids = [env.local_rank] if env.device == "cuda" else []
-            engines.append(_engine_here(config, attempt, model_dir, env.device, gpu_ids, resources))
+            engines.append(engine_here(config, attempt, model_dir, env.device, gpu_ids, resources))
         if config.cluster.colocate:
             for engine in engines:
                 engine.release_memory()
@@ -150,10 +99,10 @@ def open_local(
         resources.callback(trainer.close)
         trainer.setup()
         started = Started(trainer, engines, [[0]], transport)
-        yield _session(config, attempt, model_dir, started, resources)
+        yield make_session(config, attempt, model_dir, started, resources)
 
 
-def _engine_here(
+def engine_here(
     config: RunConfig,
     attempt: Attempt,
     model_dir: Path,
@@ -177,7 +126,7 @@ def _engine_here(
     return owner.start(config.rollout.start_deadline_s)
 
 
-def _session(
+def make_session(
     config: RunConfig,
     attempt: Attempt,
     model_dir: Path,

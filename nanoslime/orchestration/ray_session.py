@@ -1,0 +1,69 @@
+"""Opens the session of a run whose trainer ranks and engines are actors of Ray."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from nanoslime.config import RunConfig
+from nanoslime.layout import Layout
+from nanoslime.orchestration import ray_group
+from nanoslime.orchestration.groups import NoTrainer, TrainGroup, resolve_transport
+from nanoslime.orchestration.session import (
+    Phase,
+    Session,
+    Started,
+    engine_here,
+    make_session,
+    prepare_model,
+)
+from nanoslime.run_dir import Attempt
+from nanoslime.storage.shared_files import read_json
+from nanoslime.types import Engine
+
+
+@contextmanager
+def open_ray(
+    config: RunConfig, attempt: Attempt, layout: Layout, phase: Phase, *, local: bool
+) -> Iterator[Session]:
+    """Opens a session on Ray: on one of its own where `local`, else the agents'."""
+    transport = resolve_transport(config, same_process=False)
+    with ExitStack() as resources:
+        phase("model")
+        config, model_dir = prepare_model(config, attempt.run)
+        phase("start")
+        if local:
+            ray_group.start_local(layout.slots_per_node, layout.device)
+        else:
+            head = read_json(attempt.head)
+            ray_group.connect(head, layout.num_nodes, config.cluster.node_join_deadline_s)
+        resources.callback(ray_group.disconnect)
+
+        colocate = config.cluster.colocate
+        servers: ray_group.RayEngines | None = None
+        if layout.engines:
+            servers = ray_group.RayEngines(config, attempt, layout, model_dir)
+            resources.callback(servers.close)
+            if not colocate:
+                servers.start()  # they start while the trainers do
+
+        trainer: TrainGroup
+        if layout.trainers:
+            trainer = ray_group.RayTrainGroup(config, attempt, layout, model_dir)
+        else:
+            trainer = NoTrainer(config, attempt.run, model_dir)
+        resources.callback(trainer.close)
+        if servers is not None and colocate:
+            # An engine measures the free memory, so it starts before the trainers take
+            # theirs.
+            servers.start(trainer.gpu_ids)
+            for engine in servers.wait():
+                engine.release_memory()
+        trainer.setup()
+
+        engines: list[Engine] = []
+        if servers is not None:
+            engines = list(servers.wait())
+        elif not config.rollout.load_rollouts:
+            engines.append(engine_here(config, attempt, model_dir, "cpu", [], resources))
+        ranks_by_engine = [layout.ranks_at(place) for place in layout.engines]
+        started = Started(trainer, engines, ranks_by_engine, transport)
+        yield make_session(config, attempt, model_dir, started, resources)
