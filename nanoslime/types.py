@@ -26,8 +26,11 @@ class RunError(RuntimeError):
     """An expected way for a run to fail, shown as one line: value, place, way out."""
 
 
-class EngineLost(RunError):
-    """An engine is gone or does not answer in time; its requests may be tried on another one."""
+class RequestFailed(RunError):
+    """A request got no usable answer, through no fault of its own; it may be tried again.
+
+    Its engine may be gone or well: `Engine.health` tells.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,13 +151,18 @@ class Engine(Protocol):
     same from outside.
 
     Control calls block, have a deadline, and raise RunError naming the engine and its log.
-    Weights change only between `pause()` and `resume()`; `policy_version` is what the
-    engine itself reports.
+    `generate` raises RequestFailed for a request that another try may save. Weights change
+    only between `pause()` and `resume()`; `policy_version` is what the engine itself reports.
     """
 
     name: str
 
     async def generate(self, request: GenerateRequest) -> list[Generation]: ...
+
+    def health(self) -> bool:
+        """Whether the engine generates; a hung one gives False after a deadline of its own."""
+        ...
+
     def pause(self) -> None: ...
     def resume(self) -> None: ...
     def flush(self) -> None: ...

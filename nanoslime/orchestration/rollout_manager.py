@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +22,13 @@ from nanoslime.rollout.prompts import PromptSource, load_prompts
 from nanoslime.rollout.rewards import REWARDS
 from nanoslime.rollout.router import LeastInflightRouter
 from nanoslime.run_dir import RunDir
-from nanoslime.types import Engine, Prompt, RunError, Sample, SampleGroup
+from nanoslime.types import Engine, Prompt, RunError, Sample, SampleGroup, Status
 
 logger = logging.getLogger(__name__)
+
+_NOT_MADE = (Status.ERROR, Status.ABORTED)
+# So many distinct causes of one rollout are told at most.
+_MAX_NEWS = 5
 
 
 class Weights(Protocol):
@@ -54,6 +59,7 @@ class RolloutManager:
         self._reward = resolve(data.reward, REWARDS, "data.reward")
         self._algorithm = algorithms.make(config.algorithm, config.rollout.max_new_tokens)
         self._router = LeastInflightRouter(engines)
+        self._failures = SampleFailures()
         prompts = load_prompts(Path(data.prompts), self._tokenizer, data)
         self._source = PromptSource(prompts, seed=config.seed, shuffle=data.shuffle)
         self._held_out: list[Prompt] = []
@@ -64,7 +70,8 @@ class RolloutManager:
     def generate(self, step: int) -> list[SampleGroup]:
         """Returns scored, filtered groups with advantages, sampled by the current policy.
 
-        Sets `metrics` for the step.
+        Sets `metrics` for the step. Warns of samples that could not be made. Raises
+        RunError where no sample could be made.
         """
         start = time.monotonic()
         rollout = self.config.rollout
@@ -88,6 +95,7 @@ class RolloutManager:
         self._check_versions(groups)
         settings = recorder.SamplingSettings.of(rollout)
         recorder.record(self.run.rollouts, step, groups, settings)
+        self._failures.report(groups, f"rollout {step}", "are left out")
         self.metrics["time/generate_s"] = time.monotonic() - start
         return kept
 
@@ -111,7 +119,7 @@ class RolloutManager:
         seed = (evaluation.seed, 1, step)
         groups = self._sample(self._held_out, sampling, first_group_id=0, seed=seed)
         samples = [sample for group in groups for sample in group.samples]
-        _report_failures([sample for sample in samples if sample.reward is None], len(samples))
+        self._failures.report(groups, "evaluation", "count as reward 0")
         reward = sum(sample.reward or 0.0 for sample in samples) / len(samples)
         record = {
             "step": step,
@@ -178,6 +186,7 @@ class Replay:
         self.config = config
         self.metrics: dict[str, float] = {}
         self._algorithm = algorithms.make(config.algorithm, config.rollout.max_new_tokens)
+        self._failures = SampleFailures()
         if config.data.eval_prompts:
             logger.warning("rollout.load_rollouts: there is no engine, so evaluations are skipped")
 
@@ -190,6 +199,7 @@ class Replay:
         if algorithm.denominator == "fixed" or algorithm.overlong_buffer:
             drawn["max_new_tokens"] = rollout.max_new_tokens
         groups = recorder.load(Path(rollout.load_rollouts), step, **drawn)
+        self._failures.report(groups, f"rollout {step}", "are left out")
         prepared = _prepare(groups, self._algorithm)
         self.metrics = prepared.metrics
         self.metrics["time/generate_s"] = time.monotonic() - start
@@ -214,21 +224,41 @@ def _prepare(groups: list[SampleGroup], algorithm: algorithms.PolicyGradient) ->
     return prepared
 
 
-def _report_failures(failed: list[Sample], num_samples: int) -> None:
-    """Warns of the samples of an evaluation that could not be made; RunError where that
-    is all.
-    """
-    if not failed:
-        return
-    first = failed[0]
-    cause = f"prompt {first.metadata['prompt_id']}: {first.error}"
-    if len(failed) == num_samples:
-        raise RunError(
-            f"evaluation: {len(failed)} of {num_samples} samples could not be made; first: {cause}"
-        )
-    logger.warning(
-        "evaluation: %d of %d samples could not be made and count as reward 0; first: %s",
-        len(failed),
-        num_samples,
-        cause,
-    )
+class SampleFailures:
+    """Tells of samples that could not be made: each distinct cause once in a run."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def report(self, groups: Sequence[SampleGroup], what: str, consequence: str) -> None:
+        """Warns of the samples of `what` that no engine could make.
+
+        Raises RunError with the engine's words where no sample is left: what a pause or
+        the engine ended early is none either.
+        """
+        samples = [sample for group in groups for sample in group.samples]
+        causes = Counter(_cause(sample) for sample in samples if sample.status is Status.ERROR)
+        if samples and all(sample.status in _NOT_MADE for sample in samples):
+            first = samples[0]
+            num_alike = sum(_cause(sample) == _cause(first) for sample in samples)
+            raise RunError(
+                f"{what}: {len(samples)} of {len(samples)} samples could not be made; "
+                f"first: prompt {first.metadata.get('prompt_id')}: {_cause(first)} "
+                f"({num_alike} samples)"
+            )
+        news = [cause for cause in causes if cause not in self._told]
+        for cause in news[:_MAX_NEWS]:
+            self._told.add(cause)
+            logger.warning(
+                "%s: %d of %d samples could not be made and %s: %s",
+                what,
+                causes[cause],
+                len(samples),
+                consequence,
+                cause,
+            )
+
+
+def _cause(sample: Sample) -> str:
+    """Why a sample was not made."""
+    return sample.error or f"it is {sample.status}"

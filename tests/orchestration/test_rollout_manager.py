@@ -3,7 +3,7 @@ a batch is full.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from nanoslime.config import DataConfig, EvalConfig, RolloutConfig, RunConfig
 from nanoslime.orchestration.rollout_manager import RolloutManager
 from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
 from nanoslime.run_dir import RunDir
-from nanoslime.types import RunError, SampleGroup
+from nanoslime.types import GenerateRequest, Generation, RunError, SampleGroup, Status
 
 FINE = "ab"
 TOO_LONG = "a" * 4096  # the model's context is 4096 tokens
@@ -37,6 +37,7 @@ def manager(
     train: list[str] | None = None,
     reward: str = "always_one",
     name: str = "run",
+    engine: type[EmbeddedEngine] = EmbeddedEngine,
     **rollout: Any,
 ) -> RolloutManager:
     write_prompts(tmp_path / "train.jsonl", train or [FINE])
@@ -52,9 +53,9 @@ def manager(
             reward=f"tests.orchestration.rewards:{reward}",
         ),
     )
-    engine = EmbeddedEngine(str(model), "float32", "cpu", seed=0)
     run = RunDir.create(tmp_path, name)
-    return RolloutManager(config, run, model, [engine], Weights(version=0))
+    engines = [engine(str(model), "float32", "cpu", seed=0)]
+    return RolloutManager(config, run, model, engines, Weights(version=0))
 
 
 def test_a_sample_that_cannot_be_made_counts_as_reward_0(tmp_path, tiny_model, caplog):
@@ -62,8 +63,8 @@ def test_a_sample_that_cannot_be_made_counts_as_reward_0(tmp_path, tiny_model, c
     assert rollout.evaluate(3) == 0.75
     [warning] = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert warning == (
-        "evaluation: 2 of 8 samples could not be made and count as reward 0; first: "
-        "prompt 1: a prompt of 4096 tokens fills the model's context"
+        "evaluation: 2 of 8 samples could not be made and count as reward 0: "
+        "a prompt of 4096 tokens fills the model's context"
     )
     record = json.loads(rollout.run.evals.read_text())
     assert (record["step"], record["reward"], record["samples"]) == (3, 0.75, 8)
@@ -75,6 +76,51 @@ def test_an_evaluation_without_any_sample_ends_the_run(tmp_path, tiny_model):
     with pytest.raises(RunError, match=message):
         rollout.evaluate(-1)
     assert not rollout.run.evals.exists()
+
+
+def test_a_rollout_without_any_sample_ends_the_run(tmp_path, tiny_model):
+    rollout = manager(tmp_path, tiny_model, [FINE], [TOO_LONG], rollout_batch_size=2)
+    message = (
+        "rollout 0: 16 of 16 samples could not be made; first: prompt 0: a prompt of "
+        r"4096 tokens fills the model's context \(16 samples\)"
+    )
+    with pytest.raises(RunError, match=message):
+        rollout.generate(0)
+    # What the engine was asked for and what it said is on record.
+    assert (rollout.run.rollouts / "step_0.jsonl").read_text().count("4096 tokens") == 16
+
+
+def test_a_cause_is_told_once_in_a_run_and_counted_in_every_rollout(tmp_path, tiny_model, caplog):
+    rollout = manager(tmp_path, tiny_model, [FINE], [FINE, TOO_LONG], rollout_batch_size=2)
+    for step in range(2):
+        rollout.generate(step)
+        assert rollout.metrics["rollout/error_ratio"] == 0.5
+        assert rollout.metrics["rollout/dropped_sample_error"] == 8
+    told = [r.getMessage() for r in caplog.records if "could not be made" in r.getMessage()]
+    assert told == [
+        "rollout 0: 8 of 16 samples could not be made and are left out: "
+        "a prompt of 4096 tokens fills the model's context"
+    ]
+
+
+class EndsEverything(EmbeddedEngine):
+    """It ends each request as a server does that aborts what runs."""
+
+    async def generate(self, request: GenerateRequest) -> list[Generation]:
+        answers = await super().generate(request)
+        return [replace(answer, status=Status.ABORTED) for answer in answers]
+
+
+def test_a_rollout_of_aborted_samples_ends_the_run(tmp_path, tiny_model):
+    rollout = manager(tmp_path, tiny_model, [FINE], engine=EndsEverything, rollout_batch_size=1)
+    with pytest.raises(RunError, match=r"8 of 8 .* first: prompt 0: it is aborted"):
+        rollout.generate(0)
+
+
+def test_equal_rewards_are_no_failure(tmp_path, tiny_model):
+    rollout = manager(tmp_path, tiny_model, [FINE], rollout_batch_size=2)
+    assert rollout.generate(0) == []
+    assert rollout.metrics["rollout/dropped_group_zero_std"] == 2
 
 
 PROMPTS = ["a", "b", "ab", "ba", "aa", "bb", "aab"]

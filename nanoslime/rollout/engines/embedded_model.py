@@ -99,6 +99,10 @@ class EmbeddedEngine:
         assert job.answer is not None
         return job.answer
 
+    def health(self) -> bool:
+        """It lives as long as this process does."""
+        return True
+
     def pause(self) -> None:
         """Returns when no forward runs; requests wait until `resume`."""
         self._paused = True

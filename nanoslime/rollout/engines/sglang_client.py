@@ -15,12 +15,22 @@ import requests
 
 from nanoslime.models.shape import ModelShape
 from nanoslime.processes.logs import last_line
-from nanoslime.types import EngineLost, GenerateRequest, Generation, MemoryPart, RunError, Status
+from nanoslime.types import (
+    GenerateRequest,
+    Generation,
+    MemoryPart,
+    RequestFailed,
+    RunError,
+    Status,
+)
 
 PauseMode = Literal["retract", "in_place", "abort"]
 
 # SGLang answers /health by generating a token, which takes about a second on a CPU.
 _HEALTH_DEADLINE_S = 25.0
+# HTTP's 4xx that another try may save: request timeout, too many requests.
+_TRANSIENT_REFUSALS = (408, 429)
+_MAX_REASON_CHARS = 300
 _STATUS = {"stop": Status.COMPLETED, "length": Status.TRUNCATED, "abort": Status.ABORTED}
 
 
@@ -42,20 +52,35 @@ class SGLangEngine:
     control_deadline_s: float = 300.0
 
     async def generate(self, request: GenerateRequest) -> list[Generation]:
-        """`request.n` continuations. A prompt that SGLang rejects gets status error.
+        """`request.n` continuations. A request that SGLang refuses gets status error.
 
-        Raises RunError for a token id outside the vocabulary, and EngineLost for a
-        server that is gone or does not answer within `request_deadline_s`.
+        Raises RunError for a token id outside the vocabulary, and RequestFailed where the
+        server is gone, fails, does not answer within `request_deadline_s`, or answers
+        something else.
         """
         request.check_tokens(self.vocab_size, self.name)
-        status, answer = await self._post_generate(self._generate_body(request))
-        if status == 400:
-            message = str(answer.get("error", answer))
-            rejected = Generation([], [], Status.ERROR, [], error=message)
-            return [rejected] * request.n
+        status, text = await self._post_generate(self._generate_body(request))
+        if 400 <= status < 500 and status not in _TRANSIENT_REFUSALS:
+            message = f"SGLang refused it ({status}): {_reason(text)}"
+            refused = Generation([], [], Status.ERROR, [], error=message)
+            return [refused] * request.n
         if status != 200:
-            raise self._error(f"/generate answered {status}: {str(answer)[:300]}", EngineLost)
+            raise self._error(f"/generate answered {status}: {_reason(text)}", RequestFailed)
+        try:
+            return self._generations(text, request)
+        except (ValueError, LookupError, TypeError, AttributeError) as e:
+            raise self._error(
+                f"/generate answered what is no generation ({type(e).__name__}: {e}): "
+                f"{text[:_MAX_REASON_CHARS]!r}",
+                RequestFailed,
+            ) from e
+
+    def _generations(self, text: str, request: GenerateRequest) -> list[Generation]:
+        """Reads SGLang's answer. Raises whatever reading finds where it is something else."""
+        answer = json.loads(text)
         answers = answer if isinstance(answer, list) else [answer]
+        if len(answers) != request.n:
+            raise ValueError(f"{len(answers)} of {request.n} samples")
         num_prompt_tokens = len(request.token_ids)
         return [_generation(item, num_prompt_tokens, self.experts_of) for item in answers]
 
@@ -76,21 +101,22 @@ class SGLangEngine:
             "return_routed_experts": self.experts_of is not None,
         }
 
-    async def _post_generate(self, body: dict[str, Any]) -> tuple[int, Any]:
-        """The status and the JSON of the answer. Raises EngineLost where there is none."""
+    async def _post_generate(self, body: dict[str, Any]) -> tuple[int, str]:
+        """The status and the text of the answer. Raises RequestFailed where there is none."""
         timeout = aiohttp.ClientTimeout(total=self.request_deadline_s)
         # Each request has a session of its own: event loops come and go, and SGLang
         # aborts a request whose connection closes.
         session = aiohttp.ClientSession(trust_env=False, timeout=timeout)
         try:
             async with session, session.post(f"{self.url}/generate", json=body) as response:
-                return response.status, await response.json(content_type=None)
+                content = await response.read()
+                return response.status, content.decode(errors="replace")
         except TimeoutError as e:
             raise self._error(
-                f"/generate was not answered within {self.request_deadline_s:g} s", EngineLost
+                f"/generate was not answered within {self.request_deadline_s:g} s", RequestFailed
             ) from e
-        except (aiohttp.ClientError, OSError, json.JSONDecodeError) as e:
-            raise self._error(f"/generate failed: {type(e).__name__}: {e}", EngineLost) from e
+        except (aiohttp.ClientError, OSError) as e:
+            raise self._error(f"/generate failed: {type(e).__name__}: {e}", RequestFailed) from e
 
     def health(self) -> bool:
         """Whether the server generates. It does not while it starts, is paused, or is gone."""
@@ -268,16 +294,25 @@ class SGLangEngine:
         )
 
 
+def _reason(text: str) -> str:
+    """The message in an answer that is an error; the answer itself where it has none."""
+    try:
+        reason = json.loads(text)["error"]
+    except (ValueError, LookupError, TypeError):
+        reason = text
+    if isinstance(reason, dict):
+        reason = reason.get("message", reason)
+    return str(reason)[:_MAX_REASON_CHARS]
+
+
 def _generation(
     answer: dict[str, Any], num_prompt_tokens: int, shape: ModelShape | None
 ) -> Generation:
     meta = answer["meta_info"]
     token_ids = list(answer["output_ids"])
-    logprobs = [logprob for logprob, *_ in meta["output_token_logprobs"]]
+    logprobs = [float(logprob) for logprob, *_ in meta["output_token_logprobs"]]
     if len(logprobs) != len(token_ids):
-        raise RunError(
-            f"SGLang gave {len(token_ids)} tokens, {len(logprobs)} logprobs (request {meta['id']})"
-        )
+        raise ValueError(f"{len(token_ids)} tokens, {len(logprobs)} logprobs")
     spans = meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0}]
     finish_reason = meta["finish_reason"]
     return Generation(

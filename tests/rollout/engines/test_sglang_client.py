@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from nanoslime.process_groups import join_group, listen
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
+from nanoslime.rollout.router import LeastInflightRouter
 from nanoslime.types import BroadcastEngine, GenerateRequest, Generation, RunError, Status
 from nanoslime.weight_sync.colocated import serialize_on_cpu
 from tests.serving import VOCAB_SIZE, reference_logprobs, wait_until_running
@@ -103,6 +105,21 @@ def test_an_over_long_prompt_is_an_error_of_its_samples_only(sglang_engine: SGLa
     assert second.status is Status.ERROR
     assert "5000 tokens" in str(first.error)
     assert generate(sglang_engine)[0].status is not Status.ERROR
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [("top_k", 0, "top_k must be"), ("max_new_tokens", 4096, "maximum"), ("top_p", 7.0, "top_p")],
+)
+def test_what_sglang_refuses_is_an_error_in_its_own_words(
+    sglang_engine: SGLangEngine, field: str, value: float, says: str
+) -> None:
+    request = GenerateRequest(PROMPT, n=2, max_new_tokens=2, temperature=1.0)
+    refused = replace(request, **{field: value})
+    answers = asyncio.run(LeastInflightRouter([sglang_engine]).generate(refused))
+    assert [answer.status for answer in answers] == [Status.ERROR] * 2
+    assert answers[0].error.startswith("SGLang refused it (400): ")
+    assert says in answers[0].error
 
 
 def test_proxies_of_the_environment_are_ignored(

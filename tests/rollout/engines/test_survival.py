@@ -20,7 +20,7 @@ from nanoslime.processes.child import ChildProcess
 from nanoslime.processes.ports import free_port
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.rollout.engines.sglang_server import SGLangServer
-from nanoslime.types import EngineLost, GenerateRequest, Generation, RunError
+from nanoslime.types import GenerateRequest, Generation, RequestFailed, RunError
 from tests import process_table
 from tests.processes.programs import STUBBORN
 from tests.serving import ServerOwner, make_server, wait_until_running
@@ -140,7 +140,7 @@ def test_no_part_of_a_real_server_survives_its_owner(
         running = threads.submit(generate, sglang_engine, max_new_tokens=4000)
         wait_until_running(sglang_engine)
         shared_server.kill()
-        with pytest.raises(EngineLost, match=lost):
+        with pytest.raises(RequestFailed, match=lost):
             running.result(60)
     process_table.wait_for(lambda: not process_table.process_group(group), timeout_s=5)
     assert process_table.process_group(group) == []
@@ -178,7 +178,7 @@ def test_an_engine_that_does_not_answer_in_time_is_lost(tmp_path: Path, no_lefto
     )
     child.wait_until(engine.health, "200", 20)
     late = r"engine-1 .*/generate was not answered within 0.5 s; log: .*slow.log"
-    with pytest.raises(EngineLost, match=late):
+    with pytest.raises(RequestFailed, match=late):
         generate(engine, max_new_tokens=1)
     with pytest.raises(
         RunError, match=r"engine-1 .*/continue_generation was not answered within 0.5 s"
