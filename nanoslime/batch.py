@@ -62,19 +62,21 @@ class TrainBatch:
             raise ValueError(
                 "a micro-batch needs at least one sequence; give empty ranks a masked-out one"
             )
-        lengths = torch.tensor([len(self.token_ids[i]) for i in indices])
-        positions = torch.cat([torch.arange(length) for length in lengths.tolist()])
-        cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        lengths = [len(self.token_ids[i]) for i in indices]
+        num_tokens = torch.tensor(lengths)
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        cu_seqlens = F.pad(num_tokens.cumsum(0), (1, 0)).to(torch.int32)
         if self.token_advantages:
             advantages = _packed(self.token_advantages, indices)
         else:
-            advantages = _on_every_token(self.advantages, indices, lengths)
+            advantages = _on_every_token(self.advantages, indices, num_tokens)
         return MicroBatch(
             token_ids=_packed(self.token_ids, indices),
             positions=positions,
             cu_seqlens=cu_seqlens,
+            lengths=lengths,
             loss_mask=_packed(self.loss_mask, indices),
-            token_weights=_on_every_token(self.token_weights, indices, lengths),
+            token_weights=_on_every_token(self.token_weights, indices, num_tokens),
             advantages=advantages,
             rollout_logprobs=_packed(self.rollout_logprobs, indices),
             old_logprobs=_packed_if_any(self.old_logprobs, indices),
@@ -96,10 +98,12 @@ def _packed_if_any(per_sequence: list[Tensor] | None, indices: Sequence[int]) ->
     return _packed(per_sequence, indices)
 
 
-def _on_every_token(per_sequence: list[float], indices: Sequence[int], lengths: Tensor) -> Tensor:
-    """float32 [T]: the value of its sequence for each token. `lengths` [S] are in tokens."""
+def _on_every_token(
+    per_sequence: list[float], indices: Sequence[int], num_tokens: Tensor
+) -> Tensor:
+    """float32 [T]: the value of its sequence for each token. `num_tokens` is [S]."""
     values = torch.tensor([per_sequence[i] for i in indices])
-    return values.repeat_interleave(lengths)
+    return values.repeat_interleave(num_tokens)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -111,6 +115,7 @@ class MicroBatch:
     token_ids: Tensor  # int64 [T]
     positions: Tensor  # int64 [T], from 0 within each sequence
     cu_seqlens: Tensor  # int32 [S+1]
+    lengths: list[int]  # tokens of each sequence, known without asking the device
     loss_mask: Tensor  # bool [T]
     token_weights: Tensor  # float32 [T]
     advantages: Tensor  # float32 [T]

@@ -12,13 +12,13 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.utils import is_flash_attn_2_available
 
 from nanoslime.batch import MicroBatch
 from nanoslime.config.run import RunConfig
 from nanoslime.models.freezing import frozen_names
 from nanoslime.storage.safetensors_file import read_headers
 from nanoslime.training.logprobs import token_logprobs
+from nanoslime.training.packed_attention import PACKED, PackedSequences, choose_attention
 from nanoslime.types import RunError
 
 # settings of models that do more to the hidden states than multiply them with the output
@@ -42,6 +42,7 @@ class Policy(torch.nn.Module):
     def __init__(self, causal_lm: PreTrainedModel) -> None:
         super().__init__()
         self.causal_lm = causal_lm
+        self._attention = choose_attention(causal_lm)
         config = causal_lm.config.get_text_config()
         self.vocab_size = config.vocab_size
         model_name = type(causal_lm).__name__
@@ -65,10 +66,15 @@ class Policy(torch.nn.Module):
         """Logprobs [T] and, where asked, entropies [T] of the tokens of `batch`, as
         `token_logprobs` gives.
         """
-        # Without a mask, transformers separates packed sequences where the positions
-        # start again.
+        options = {}
+        if self._attention == PACKED:
+            options["packed_sequences"] = PackedSequences(batch.lengths, batch.cu_seqlens)
+        # Other ways of attention separate sequences where the positions start again.
         output = self.causal_lm.get_decoder()(
-            input_ids=batch.token_ids[None], position_ids=batch.positions[None], use_cache=False
+            input_ids=batch.token_ids[None],
+            position_ids=batch.positions[None],
+            use_cache=False,
+            **options,
         )
         hidden = output.last_hidden_state[0]
         weight = self.causal_lm.get_output_embeddings().weight
@@ -93,7 +99,7 @@ def build_sharded(
     name or shape, and as frozen_names does.
     """
     half = config.model.dtype == "bfloat16"
-    model = _build_on_meta(model_dir, config, device)
+    model = _build_on_meta(model_dir, config)
     parameters = dict(model.named_parameters())
     for name in frozen_names(config.training.freeze, parameters):
         parameters[name].requires_grad_(False)
@@ -114,19 +120,14 @@ def build_sharded(
     return policy
 
 
-def _build_on_meta(model_dir: Path, config: RunConfig, device: torch.device) -> PreTrainedModel:
+def _build_on_meta(model_dir: Path, config: RunConfig) -> PreTrainedModel:
     """The model of `model_dir` without memory; in training mode only where it recomputes."""
     trusted = config.model.trust_remote_code
-    half = config.model.dtype == "bfloat16"
-    flash = half and device.type == "cuda" and is_flash_attn_2_available()
     hf_config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trusted)
     _set_dropout_to_zero(hf_config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            hf_config,
-            dtype=torch.float32,
-            trust_remote_code=trusted,
-            attn_implementation="flash_attention_2" if flash else "sdpa",
+            hf_config, dtype=torch.float32, trust_remote_code=trusted
         )
     model.eval()
     if config.training.recompute:

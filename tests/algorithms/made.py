@@ -79,10 +79,12 @@ def pack(
     where it weighs.
     """
     size = len(old)
+    cu_seqlens = torch.tensor(bounds or [0, size], dtype=torch.int32)
     return MicroBatch(
         token_ids=torch.arange(size),
         positions=torch.arange(size),
-        cu_seqlens=torch.tensor(bounds or [0, size], dtype=torch.int32),
+        cu_seqlens=cu_seqlens,
+        lengths=cu_seqlens.diff().tolist(),
         loss_mask=torch.tensor(mask or [True] * size),
         token_weights=torch.tensor(weights or [1.0] * size),
         advantages=torch.tensor(advantage),

@@ -16,6 +16,7 @@ def micro(rollout, mask):
         token_ids=torch.zeros(size, dtype=torch.long),
         positions=torch.arange(size),
         cu_seqlens=torch.tensor([0, size], dtype=torch.int32),
+        lengths=[size],
         loss_mask=torch.tensor(mask),
         token_weights=torch.ones(size),
         advantages=torch.zeros(size),

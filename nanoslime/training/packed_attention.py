@@ -1,0 +1,188 @@
+"""Attention within each sequence of a pack, without a mask of all tokens by all tokens.
+
+An attention function for transformers (AttentionInterface), chosen by its name:
+
+    half precision on CUDA: torch's variable-length flash attention, one call for the pack
+    otherwise: one call of scaled_dot_product_attention per sequence
+
+transformers would give its own functions a boolean mask [1, 1, T, T]. This one is told
+where the sequences lie, and gets in the mask's place the size of a layer's sliding
+window, if it has one.
+"""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from nanoslime.types import RunError
+
+PACKED = "packed_sequences"
+# The widest head of torch's flash attention.
+_MAX_HEAD_DIM = 256
+# torch 2.11 computes grouped heads without being asked to.
+_ASKS_FOR_GROUPED_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+@dataclass(frozen=True, slots=True)
+class PackedSequences:
+    """Where the sequences of a pack lie on its token axis, end to end."""
+
+    lengths: list[int]  # tokens of each sequence
+    cu_seqlens: Tensor  # int32 [S+1], on the device of the attention
+
+
+def choose_attention(model: PreTrainedModel) -> str:
+    """Sets how `model` computes attention, and gives its name.
+
+    It is PACKED for the models whose attention transformers hands to a function that
+    gets no mask. Others keep a mask: with sdpa, or with their own code where logits are
+    capped, which sdpa does not do. Raises RunError for models that do not keep the
+    sequences of a pack apart: those with attention sinks, and those with a recurrent
+    state.
+    """
+    if model._is_stateful or not model._supports_sdpa:
+        raise RunError(
+            f"{type(model).__name__} has layers that do not keep packed sequences apart"
+            " (a recurrent state or attention sinks); the fsdp backend cannot train it"
+        )
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if capped:
+        name = "eager"
+    elif model._supports_attention_backend and model._supports_flash_attn:
+        name = PACKED
+    else:
+        name = "sdpa"
+    model.set_attn_implementation(name)
+    return name
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: int | Tensor | None,
+    *,
+    scaling: float | None = None,
+    packed_sequences: PackedSequences | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention [1, T, Hq, D] of query [1, Hq, T, D], key and value [1, Hkv, T, D].
+
+    `attention_mask` is what `_window_or_mask` gave. Raises RunError for a model that
+    does more to the logits than scale them.
+    """
+    for name in ("position_bias", "s_aux", "softcap"):
+        if options.get(name) is not None:
+            raise RunError(
+                f"{type(module).__name__} gives its attention {name}, which the fsdp backend"
+                " does not compute; this model cannot be trained with --backend fsdp"
+            )
+    if packed_sequences is None or isinstance(attention_mask, Tensor):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **options
+        )
+    if _suits_varlen(query, value):
+        return _varlen(query, key, value, attention_mask, scaling, packed_sequences), None
+    return _per_sequence(query, key, value, attention_mask, scaling, packed_sequences), None
+
+
+def _window_or_mask(
+    *, local_size: int | None = None, use_vmap: bool = False, **options: Any
+) -> int | Tensor | None:
+    """What a layer's attention gets as its mask.
+
+    None stands for causal attention and an int for a causal window of so many tokens.
+    A pattern of the model's own (`use_vmap`) stays a mask [1, 1, T, T].
+    """
+    if use_vmap:
+        return sdpa_mask(local_size=local_size, use_vmap=True, **options)
+    return local_size
+
+
+AttentionInterface.register(PACKED, _attend)
+AttentionMaskInterface.register(PACKED, _window_or_mask)
+
+
+def _suits_varlen(query: Tensor, value: Tensor) -> bool:
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    head_dim = query.shape[-1]
+    return query.is_cuda and half and head_dim == value.shape[-1] and head_dim <= _MAX_HEAD_DIM
+
+
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int | None,
+    scale: float | None,
+    packed: PackedSequences,
+) -> Tensor:
+    longest = max(packed.lengths)
+    tokens_before = -1 if window is None else window - 1
+    out = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        packed.cu_seqlens,
+        packed.cu_seqlens,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(tokens_before, 0),
+        **({"enable_gqa": True} if _ASKS_FOR_GROUPED_HEADS else {}),
+    )
+    return out[None]
+
+
+def _per_sequence(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int | None,
+    scale: float | None,
+    packed: PackedSequences,
+) -> Tensor:
+    if query.is_cuda:
+        # The kernel that saves memory in float32 does not know grouped heads.
+        num_groups = query.shape[1] // key.shape[1]
+        key = repeat_kv(key, num_groups)
+        value = repeat_kv(value, num_groups)
+    per_sequence = zip(
+        query.split(packed.lengths, dim=2),
+        key.split(packed.lengths, dim=2),
+        value.split(packed.lengths, dim=2),
+        strict=True,
+    )
+    outputs = []
+    for own_query, own_key, own_value in per_sequence:
+        mask = _window_mask(own_query, window)
+        out = F.scaled_dot_product_attention(
+            own_query,
+            own_key,
+            own_value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=True,
+        )
+        outputs.append(out.transpose(1, 2))
+    return torch.cat(outputs, dim=1)
+
+
+def _window_mask(query: Tensor, window: int | None) -> Tensor | None:
+    """bool [L, L]: a token sees itself and the window - 1 before it; None if it sees all."""
+    length = query.shape[2]
+    if window is None or length <= window:
+        return None
+    positions = torch.arange(length, device=query.device)
+    distance = positions[:, None] - positions
+    return (distance >= 0) & (distance < window)
