@@ -136,6 +136,10 @@ def _build_on_meta(model_dir: Path, config: RunConfig) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.p = 0.0  # a model may have a probability that no setting names
+        if isinstance(module, torch.nn.Embedding):
+            # Where config.json names a pad token, its row would get no gradient. Packed
+            # sequences have no padding: such a token is text, as it is to Megatron.
+            module.padding_idx = None
     return model
 
 

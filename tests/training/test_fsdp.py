@@ -254,6 +254,22 @@ def test_training_is_that_of_plain_pytorch(world_size, max_tokens, model_dir, on
         torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-5)
 
 
+def test_a_pad_token_in_a_sequence_is_trained_as_any_other(model_dir, tmp_path, one_rank):
+    """transformers would give the row of the pad token in the embedding no gradient."""
+    shutil.copytree(model_dir, tmp_path / "padded")
+    file = tmp_path / "padded" / "config.json"
+    content = json.loads(file.read_text())
+    [[shard]] = steps(1, num_steps=1)
+    content["pad_token_id"] = int(shard.token_ids[0][0])
+    file.write_text(json.dumps(content))
+    gradients = []
+    for directory in (model_dir, tmp_path / "padded"):
+        [(reports, _)] = one_rank(train, run_config(), directory, [[shard]])
+        gradients.append(whole([reports[0][3]])["model.embed_tokens.weight"])
+    assert gradients[0][content["pad_token_id"]].any()
+    assert torch.equal(*gradients)
+
+
 def weights_at_start(env, config, model_dir):
     return pieces(backend_on(env, config, model_dir).weight_shards())
 
