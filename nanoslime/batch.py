@@ -133,8 +133,15 @@ class MicroBatch:
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
-                moved[field.name] = value.to(device)
+                moved[field.name] = on_device(value, device)
         return replace(self, **moved)
+
+
+def on_device(values: Tensor, device: torch.device) -> Tensor:
+    """`values` on `device`; the host does not wait for what a GPU still computes."""
+    if device.type != "cuda" or values.is_cuda:
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)

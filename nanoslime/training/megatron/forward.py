@@ -16,8 +16,9 @@ from torch import Tensor
 from nanoslime.models.rules import ModelPartition
 from nanoslime.models.shape import ModelShape
 from nanoslime.training.megatron import cpu_compat, weights
+from nanoslime.training.megatron.context_parallel import ContextParallelShard
 from nanoslime.training.megatron.model import gpt_model, model_config
-from nanoslime.training.megatron.step import packed_inputs
+from nanoslime.training.megatron.packed_sequences import packed_inputs
 
 
 @torch.no_grad()
@@ -43,10 +44,10 @@ def logits(shape: ModelShape, directory: Path, tokens: Tensor) -> Tensor:
         else:
             parameter_pieces = weights.bind(gpt, shape, ModelPartition())
             weights.load(parameter_pieces, shape, directory)
-        positions = torch.arange(len(tokens))
-        cu_seqlens = torch.tensor([0, len(tokens)], dtype=torch.int32)
-        padded = gpt(**packed_inputs(tokens, positions, cu_seqlens))  # [1, T, padded vocabulary]
-        return padded[0, :, : shape.vocab_size]
+        cp_group = parallel_state.get_context_parallel_group()
+        cp_shard = ContextParallelShard([len(tokens)], cp_group, 1, cpu)
+        padded = gpt(**packed_inputs(tokens, cp_shard, local_spec=True))
+        return padded[0, :, : shape.vocab_size]  # of [1, T, padded vocabulary]
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

@@ -5,12 +5,13 @@ sequence parallelism, and its local attention packed sequences. LatentAttention 
 serves where there is Transformer Engine.
 """
 
+import inspect
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import multi_latent_attention
@@ -28,12 +29,24 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
-from nanoslime.training.megatron import context_parallel
+from nanoslime.training.megatron.packed_sequences import (
+    PackedRotaryEmbedding,
+    PackedSequences,
+    as_one_sequence,
+)
+
+# The widest head of torch's flash attention; the width is a multiple of 8.
+_MAX_HEAD_DIM = 256
+# torch 2.11 computes grouped heads without being asked to.
+_GROUPED_HEADS = {"enable_gqa": True}
+if "enable_gqa" not in inspect.signature(varlen_attn).parameters:
+    _GROUPED_HEADS = {}
 
 
 class RMSNorm(torch.nn.Module):
-    """Root mean square norm in float32, as transformers computes it.
+    """Root mean square norm, computed in float32.
 
     With `sequence_parallel` on the weight, finalize_model_grads sums its gradient over
     tensor parallelism.
@@ -50,9 +63,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class PackedAttention(MegatronModule):
@@ -79,23 +90,52 @@ class PackedAttention(MegatronModule):
         key: Tensor,
         value: Tensor,
         *_: Any,
-        packed_seq_params: PackedSeqParams,
+        packed_seq_params: PackedSequences,
         **__: Any,
     ) -> Tensor:
-        """query [T, heads, d], key [T, groups, d], value [T, groups, v] -> [T, heads * v]."""
-        cu_seqlens = packed_seq_params.cu_seqlens_q
-        key = context_parallel.gather(key, cu_seqlens, self._cp_group, sum_gradients=True)
-        value = context_parallel.gather(value, cu_seqlens, self._cp_group, sum_gradients=True)
-        lengths = cu_seqlens.diff()
-        local_lengths = lengths // self._cp_group.size()
-        queries = query.split(local_lengths.tolist())
-        keys = key.split(lengths.tolist())
-        values = value.split(lengths.tolist())
-        attended = [self._attend(q, k, v) for q, k, v in zip(queries, keys, values, strict=True)]
-        return torch.cat(attended).flatten(1)
+        """query [T, heads, d], key [T, groups, d], value [T, groups, v] -> [T, 1, heads * v].
+
+        T is this context-parallel rank's part of the pack; a dimension of 1 may follow it.
+        """
+        cp_shard = packed_seq_params.cp_shard
+        query = query.flatten(0, -3)
+        key = cp_shard.gather_padded(key.flatten(0, -3))
+        value = cp_shard.gather_padded(value.flatten(0, -3))
+        if self._cp_group.size() == 1 and _suits_flash_attention(query):
+            attended = self._flash_attention(query, key, value, packed_seq_params)
+        else:
+            per_sequence = zip(
+                query.split(cp_shard.local_lengths),
+                key.split(cp_shard.padded_lengths),
+                value.split(cp_shard.padded_lengths),
+                strict=True,
+            )
+            attended = torch.cat([self._attend(q, k, v) for q, k, v in per_sequence])
+        return attended.flatten(1)[:, None]
+
+    def _flash_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences
+    ) -> Tensor:
+        """All sequences in one call, for shapes as in `_attend` and T tokens."""
+        value_dim = value.shape[-1]
+        if value_dim < query.shape[-1]:  # latent attention
+            value = F.pad(value, [0, query.shape[-1] - value_dim])
+        attended = varlen_attn(
+            query,
+            key,
+            value,
+            packed.cu_seqlens_q,
+            packed.cu_seqlens_kv,
+            packed.max_seqlen_q,
+            packed.max_seqlen_kv,
+            scale=self.scale,
+            window_size=(-1, 0),
+            **_GROUPED_HEADS,
+        )
+        return attended[..., :value_dim]
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """One sequence: the queries of this rank see the keys and values of all ranks.
+        """Attention of one sequence: the queries of this rank see the keys and values of all ranks.
 
         query [T_i / cp_size, heads, d], key [T_i, groups, d], value [T_i, groups, v]
         -> [T_i / cp_size, heads, v].
@@ -108,8 +148,8 @@ class PackedAttention(MegatronModule):
             rank = self._cp_group.rank()
             positions = torch.arange(len(key), device=key.device)
             chunks = positions.view(2 * cp_size, -1)
-            query_positions = chunks[[rank, -1 - rank]].view(-1, 1)
-            mask = positions <= query_positions
+            own_chunks = torch.cat([chunks[rank], chunks[-1 - rank]])
+            mask = positions <= own_chunks[:, None]
         attended = F.scaled_dot_product_attention(
             query.transpose(0, 1)[None],  # [1, heads, T_i, d]
             key.transpose(0, 1)[None],
@@ -130,6 +170,20 @@ class LatentAttention(MLASelfAttention):
     projection of the queries.
     """
 
+    def get_query_key_value_tensors(
+        self,
+        hidden_states: Tensor,
+        key_value_states: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        packed_seq_params: PackedSequences | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, ...]:
+        if packed_seq_params is not None:
+            packed_seq_params = as_one_sequence(packed_seq_params)
+        return super().get_query_key_value_tensors(
+            hidden_states, key_value_states, position_ids, packed_seq_params, **options
+        )
+
     def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
         return {
             "linear_q_proj": submodules.linear_q_proj,
@@ -138,6 +192,20 @@ class LatentAttention(MLASelfAttention):
             "q_layernorm": submodules.q_layernorm,
             "kv_layernorm": submodules.kv_layernorm,
         }
+
+
+def use_packed_rotary_embedding(gpt: GPTModel, *, local_spec: bool) -> None:
+    """Replaces megatron-core's rotary embedding where it would ask the device for lengths.
+
+    Transformer Engine has a kernel for it, but not for latent attention.
+    """
+    if local_spec and hasattr(gpt, "rotary_pos_emb"):
+        # It is added to [T, 1, heads, d].
+        gpt.rotary_pos_emb = PackedRotaryEmbedding(gpt.rotary_pos_emb, num_dims=4)
+    for module in gpt.modules():
+        if isinstance(module, LatentAttention):
+            # Latent attention drops the dimension of the batch from packs: [T, heads, d].
+            module.rotary_pos_emb = PackedRotaryEmbedding(module.rotary_pos_emb, num_dims=3)
 
 
 def use_latent_attention(spec: TransformerBlockSubmodules) -> None:
@@ -162,6 +230,12 @@ def local_block_spec(
     spec = TransformerBlockSubmodules(layer_specs=layer_specs, layer_norm=RMSNorm)
     use_latent_attention(spec)
     return spec
+
+
+def _suits_flash_attention(query: Tensor) -> bool:
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    head_dim = query.shape[-1]
+    return query.is_cuda and half and head_dim % 8 == 0 and head_dim <= _MAX_HEAD_DIM
 
 
 def _has_experts(config: TransformerConfig, layer: int) -> bool:

@@ -23,7 +23,12 @@ from nanoslime.models.rules import padded_vocab_size
 from nanoslime.models.shape import MLA, ModelShape, MoE
 from nanoslime.training.megatron import weights
 from nanoslime.training.megatron.cpu_compat import cuda_names
-from nanoslime.training.megatron.local_layers import local_block_spec, use_latent_attention
+from nanoslime.training.megatron.fusions import fused_paths, kernels_for
+from nanoslime.training.megatron.local_layers import (
+    local_block_spec,
+    use_latent_attention,
+    use_packed_rotary_embedding,
+)
 from nanoslime.training.megatron.parallel import Ranks, megatron_sizes
 
 
@@ -44,6 +49,7 @@ def model_config(
         values.update(_expert_fields(shape.moe, shape.num_layers, grouped=grouped))
     if shape.mla:
         values.update(_latent_fields(shape.mla, shape))
+    values.update(fused_paths(shape, kernels_for(device)))
     values.update(options)
     config_class = MLATransformerConfig if shape.mla else TransformerConfig
     unknown = options.keys() - {field.name for field in fields(config_class)}
@@ -91,7 +97,7 @@ def gpt_model(
     first, last: whether it is at this end of the pipeline. vp_stage: its number among
     the chunks of this rank, where there are several.
     """
-    if has_transformer_engine(device):
+    if not uses_local_spec(settings):
         spec = get_gpt_decoder_block_spec(settings, use_transformer_engine=True, vp_stage=vp_stage)
         use_latent_attention(spec)
     else:
@@ -112,7 +118,8 @@ def gpt_model(
             rope_scaling_factor=shape.rope_scaling_factor or 1.0,
             vp_stage=vp_stage,
         )
-        return model.to(device)
+    use_packed_rotary_embedding(model, local_spec=uses_local_spec(settings))
+    return model.to(device)
 
 
 def build(shape: ModelShape, config: RunConfig, ranks: Ranks, device: torch.device) -> list[DDP]:
@@ -147,6 +154,11 @@ def build(shape: ModelShape, config: RunConfig, ranks: Ranks, device: torch.devi
 
 def has_transformer_engine(device: torch.device) -> bool:
     return device.type == "cuda" and find_spec("transformer_engine") is not None
+
+
+def uses_local_spec(settings: TransformerConfig) -> bool:
+    """Whether the layers are local_layers', because there is no Transformer Engine."""
+    return settings.transformer_impl == "local"
 
 
 def unwrap(model: torch.nn.Module) -> GPTModel:

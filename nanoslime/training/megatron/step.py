@@ -17,18 +17,18 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel as DDP
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from nanoslime.batch import MicroBatch, TrainBatch
+from nanoslime.batch import MicroBatch, TrainBatch, on_device
 from nanoslime.models.rules import padded_vocab_size
 from nanoslime.models.shape import ModelShape
 from nanoslime.training.backend import Algorithm
 from nanoslime.training.logprobs import linear_logprobs
 from nanoslime.training.megatron.context_parallel import ContextParallelShard
-from nanoslime.training.megatron.model import unwrap
+from nanoslime.training.megatron.model import unwrap, uses_local_spec
+from nanoslime.training.megatron.packed_sequences import packed_inputs
 from nanoslime.training.megatron.parallel import Ranks
 from nanoslime.training.megatron.routing_replay import replayed, routers, training_step
 from nanoslime.training.metrics import MetricSums, ReducedMetrics
@@ -108,12 +108,12 @@ class Pipeline:
 
         def forward_step(packs: Iterator[Pack], model: DDP) -> tuple[Tensor, Callable[..., Any]]:
             pack = next(packs)
+            gpt = unwrap(model)
             inputs = packed_inputs(
                 pack.cp_shard.local(pack.batch.token_ids),
-                pack.cp_shard.local(pack.batch.positions),
-                pack.cp_shard.padded_cu_seqlens,
+                pack.cp_shard,
+                local_spec=uses_local_spec(gpt.config),
             )
-            gpt = unwrap(model)
             with _without_output_layer(gpt), self._routed(gpt, pack):
                 hidden = model(**inputs)
             if not torch.is_grad_enabled():
@@ -135,8 +135,9 @@ class Pipeline:
     def _packs(self, shard: TrainBatch) -> Iterator[Pack]:
         for indices in shard.microbatches:
             batch = shard.microbatch(indices).to(self._device)
+            lengths = [len(shard.token_ids[index]) for index in indices]
             cp_shard = ContextParallelShard(
-                batch.cu_seqlens, batch.positions, self._ranks.cp_group, self._length_multiple
+                lengths, self._ranks.cp_group, self._length_multiple, self._device
             )
             yield Pack(indices, batch, cp_shard)
 
@@ -151,16 +152,17 @@ class Pipeline:
         if experts is None:
             yield
             return
-        tokens = torch.arange(len(experts), device=experts.device)
-        local_tokens = pack.cp_shard.local(tokens + 1) - 1  # -1 at padding
+        local_tokens = pack.cp_shard.tokens
         if self._sequence_parallel:
             local_tokens = local_tokens.chunk(self._ranks.tp_size)[self._ranks.tp_rank]
-        is_padding = local_tokens < 0
-        local_experts = experts[local_tokens]
-        local_experts[is_padding] = -1
+        places = (local_tokens >= 0).nonzero()[:, 0]
+        tokens = on_device(local_tokens[places], experts.device)
+        places = on_device(places, experts.device)
+        local_experts = experts.new_full((len(local_tokens), *experts.shape[1:]), -1)
+        local_experts[places] = experts[tokens]
         with replayed(routers(gpt), local_experts):
             yield
-        experts[local_tokens[~is_padding]] = local_experts[~is_padding]
+        experts[tokens] = local_experts[places]
 
     def _token_logprobs(
         self, pack: Pack, hidden: Tensor, *, with_entropy: bool = False
@@ -230,25 +232,3 @@ def _without_output_layer(gpt: GPTModel) -> Iterator[None]:
         yield
     finally:
         gpt.post_process = post_process
-
-
-def packed_inputs(tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> dict[str, Any]:
-    """GPTModel's arguments for sequences one after the other.
-
-    tokens [T], positions [T] within each sequence, cu_seqlens [N + 1] where each
-    sequence begins.
-    """
-    longest = int(cu_seqlens.diff().max())
-    packed_seq_params = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
-    return {
-        "input_ids": tokens[None],
-        "position_ids": positions[None],
-        "attention_mask": None,
-        "packed_seq_params": packed_seq_params,
-    }

@@ -29,8 +29,9 @@ from nanoslime.storage.safetensors_file import read_headers
 from nanoslime.training.backend import RankEnv
 from nanoslime.training.megatron import cpu_compat, weights
 from nanoslime.training.megatron.checkpoint import InProcessWriter
+from nanoslime.training.megatron.context_parallel import ContextParallelShard
 from nanoslime.training.megatron.model import gpt_model, model_config
-from nanoslime.training.megatron.step import packed_inputs
+from nanoslime.training.megatron.packed_sequences import packed_inputs
 from tests.training.rank_pool import leave_groups
 
 # How megatron-core names and cuts what it writes: its "content metadata".
@@ -141,9 +142,9 @@ def logits(env: RankEnv, model_dir: Path, grid: Grid, tokens: list[int]) -> list
     """[T, padded vocab_size / tp]: what this rank computes in a grid without pipeline."""
     gpt, parameter_pieces = make(model_dir, grid)
     weights.load(parameter_pieces, ModelShape.read(model_dir), model_dir)
-    positions = torch.arange(len(tokens))
-    cu_seqlens = torch.tensor([0, len(tokens)], dtype=torch.int32)
-    inputs = packed_inputs(torch.tensor(tokens), positions, cu_seqlens)
+    cp_group = parallel_state.get_context_parallel_group()
+    cp_shard = ContextParallelShard([len(tokens)], cp_group, 1, torch.device("cpu"))
+    inputs = packed_inputs(torch.tensor(tokens), cp_shard, local_spec=True)
     return gpt.eval()(**inputs)[0].tolist()
 
 
