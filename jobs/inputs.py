@@ -8,11 +8,14 @@ from pathlib import Path
 
 from jobs.checkout import ROOT
 from nanoslime.config import DataConfig, RunConfig
+from nanoslime.config.load import read
 from nanoslime.models.shape import ModelShape
 from nanoslime.models.tiny import tiny_qwen3_config
 from nanoslime.run_dir import RunDir, recorded_rollouts
+from nanoslime.storage.commit import checkpoints
 from nanoslime.storage.hub import find_checkpoint
 from nanoslime.storage.prompt_files import check_prompt_file
+from nanoslime.storage.resume import check_resumed
 from nanoslime.types import RunError
 
 # A run with a younger heartbeat is taken to be alive; heartbeats come every few seconds.
@@ -78,6 +81,13 @@ def _with_prompt_files(data: DataConfig) -> DataConfig:
 
 def _absolute(path: str) -> Path:
     return Path(path).expanduser().absolute()
+
+
+def check_resume(run: RunDir, config: RunConfig) -> None:
+    """RunError where the run lives, or `config` cannot go on with what it has done."""
+    refuse_if_running(run)
+    has_checkpoints = bool(checkpoints(run.checkpoints))
+    check_resumed(run.path, read(run.config), config, has_checkpoints=has_checkpoints)
 
 
 def refuse_if_running(run: RunDir) -> None:

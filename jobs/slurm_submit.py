@@ -11,6 +11,7 @@ import submitit
 from submitit.core.utils import DelayedSubmission, FailedJobError
 
 from jobs.node import NodeJob
+from jobs.run_files import SUBMITIT_FOLDER
 from jobs.sbatch import python_of, sbatch_options, sbatch_text, setup_lines, step_options
 from nanoslime.config.run import RunConfig
 from nanoslime.layout import Layout
@@ -47,7 +48,7 @@ def submit_submitit(config: RunConfig, layout: Layout, run: RunDir, driver: str 
             f"submitit takes the % in {run.path} for a pattern: "
             "use another run root or cluster.submit=sbatch"
         )
-    folder = run.path / "slurm"
+    folder = run.path / SUBMITIT_FOLDER
     folder.mkdir(mode=0o700, exist_ok=True)
     executor = submitit.SlurmExecutor(
         folder,

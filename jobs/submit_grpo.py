@@ -15,6 +15,7 @@ from pathlib import Path
 
 from jobs import inputs, local, sbatch, where
 from jobs.checkout import ROOT
+from jobs.run_files import FilesBefore
 from nanoslime import layout as layouts
 from nanoslime.config import RunConfig
 from nanoslime.config.flags import parse as parse_flags
@@ -70,16 +71,20 @@ def run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> i
     layout = layouts.plan(config, shape)
     if submits:
         inputs.check_environment(config)
-    else:
+    resumed = RunDir.open(command.resume) if command.resume else None
+    if resumed is not None:
+        inputs.check_resume(resumed, config)
+    description = layouts.describe(config, shape, layout)
+    if submits and not command.prepare:
+        return submit(config, layout, resumed, description)
+    if not submits:
         print(rehearsal_line(config), flush=True)
-    run = open_run(command, config, layout)
+    run = resumed or RunDir.create(Path(config.cluster.run_root), config.name)
+    write_run_files(config, layout, run)
     if command.prepare:
         print(run.path)
         return 0
-    description = layouts.describe(config, shape, layout)
     print(f"{description}\n\nrun directory: {run.path}", flush=True)
-    if submits:
-        return submit(config, layout, run)
     code = local.run_local(config, layout, run)
     print(summary_table(run))
     return code
@@ -98,6 +103,8 @@ def dry_run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) 
     try:
         submits = slurm.has_slurm(local=command.local)
         check_target(config, submits)
+        if command.resume:
+            inputs.check_resume(RunDir.open(command.resume), config)
         if submits and slurm.sbatch:
             inputs.check_environment(config)
             print(where.test_only(slurm.sbatch, script))
@@ -182,22 +189,29 @@ def rehearsal_line(config: RunConfig) -> str:
     )
 
 
-def open_run(command: argparse.Namespace, config: RunConfig, layout: Layout) -> RunDir:
-    """A new or resumed run directory, with the files that its processes read."""
-    if command.resume:
-        run = RunDir.open(command.resume)
-        inputs.refuse_if_running(run)
-    else:
-        run = RunDir.create(Path(config.cluster.run_root), config.name)
+def write_run_files(config: RunConfig, layout: Layout, run: RunDir) -> None:
+    """The files of the run directory that the run's processes read."""
     publish(run.config, dump(config).encode())
     publish(run.plan, layout.to_json().encode())
     run.write_provenance(sys.argv)
-    return run
 
 
-def submit(config: RunConfig, layout: Layout, run: RunDir) -> int:
+def submit(config: RunConfig, layout: Layout, resumed: RunDir | None, description: str) -> int:
+    """Submits a new or resumed run; one that is refused leaves everything as it was.
+
+    Its files are there before the job, which may start at once.
+    """
     submitter = resolve(config.cluster.submit, SUBMITTERS, "cluster.submit")
-    job = submitter(config, layout, run)
+    run_root = Path(config.cluster.run_root)
+    before = FilesBefore.of(run_root, resumed)
+    run = resumed or RunDir.create(run_root, config.name)
+    try:
+        write_run_files(config, layout, run)
+        job = submitter(config, layout, run)
+    except BaseException:
+        before.restore(run)
+        raise
+    print(f"{description}\n\nrun directory: {run.path}")
     log = f"{run.path}/attempts/latest/logs/driver-0.log"
     print(sbatch.submitted(job, log, f"python jobs/submit_grpo.py --resume {run.path}"))
     return 0

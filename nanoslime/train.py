@@ -83,6 +83,7 @@ def run(launch: Launch) -> int:
     try:
         with launch.open(clock) as session:
             start = session.checkpoints.resume()
+            launch.accept()
             clock.step = start
             with make_tracker(session.config, run_dir, start) as tracker:
                 code = train(session, tracker, clock, start)

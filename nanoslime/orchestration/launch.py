@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nanoslime import layout
@@ -20,7 +20,9 @@ from nanoslime.orchestration.session import Phase, Session, open_local
 from nanoslime.plugins import resolve
 from nanoslime.processes.ports import free_port
 from nanoslime.run_dir import DONE, FAILED, Attempt, RunDir, recorded_rollouts
+from nanoslime.storage.commit import checkpoints
 from nanoslime.storage.hub import find_checkpoint
+from nanoslime.storage.resume import check_resumed
 from nanoslime.storage.shared_files import publish
 from nanoslime.training.backend import RankEnv
 from nanoslime.types import RunError
@@ -34,6 +36,13 @@ MOCK_RECIPE = Path(__file__).parents[2] / "jobs" / "recipes" / "mock.yaml"
 class Launch:
     attempt: Attempt
     open: Callable[[Phase], AbstractContextManager[Session]]
+    # The files of a resumed run with what they will hold.
+    pending: dict[Path, str] = field(default_factory=dict)
+
+    def accept(self) -> None:
+        """Writes what a resumed run goes on with; its checkpoint has taken it."""
+        for path, text in self.pending.items():
+            publish(path, text.encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +117,9 @@ def _submitted(asked: CommandLine) -> Launch:
 def _on_this_machine(config: RunConfig, run: RunDir | None) -> Launch:
     """`run` is an existing run to go on with; None makes a new one."""
     config, shape = _with_local_checkpoint(config)
+    if run is not None:
+        has_checkpoints = bool(checkpoints(run.checkpoints))
+        check_resumed(run.path, read(run.config), config, has_checkpoints=has_checkpoints)
     rollout = config.rollout
     if rollout.load_rollouts:
         recorded = recorded_rollouts(rollout.load_rollouts, rollout.num_rollout)
@@ -123,24 +135,23 @@ def _on_this_machine(config: RunConfig, run: RunDir | None) -> Launch:
             "the trainer's by --colocate, give both their own by --num-gpus N, or --engine embedded"
         )
     env = _rank_env(config)
-    attempt = _new_attempt(config, run)
+    attempt, pending = _new_attempt(config, run)
 
     def open_session(phase: Phase) -> AbstractContextManager[Session]:
         return open_local(config, attempt, env, phase)
 
-    return Launch(attempt, open_session)
+    return Launch(attempt, open_session, pending)
 
 
 def _on_own_ray(config: RunConfig, run: RunDir | None, shape: ModelShape) -> Launch:
     plan = layout.plan(config, shape)
-    attempt = _new_attempt(config, run)
-    attempt.run.plan.write_text(plan.to_json())
+    attempt, pending = _new_attempt(config, run, plan)
     open_ray = resolve(OPEN_RAY, {}, "training.num_gpus")
 
     def open_session(phase: Phase) -> AbstractContextManager[Session]:
         return open_ray(config, attempt, plan, phase, local=True)
 
-    return Launch(attempt, open_session)
+    return Launch(attempt, open_session, pending)
 
 
 def _with_local_checkpoint(config: RunConfig) -> tuple[RunConfig, ModelShape]:
@@ -176,8 +187,16 @@ def _rank_env(config: RunConfig) -> RankEnv:
     )
 
 
-def _new_attempt(config: RunConfig, run: RunDir | None) -> Attempt:
-    run = run or RunDir.create(Path(config.cluster.run_root or "runs"), config.name)
-    # Other ranks of torchrun may read the file of a resumed run at this moment.
-    publish(run.config, dump(config).encode())
-    return run.new_attempt()
+def _new_attempt(
+    config: RunConfig, resumed: RunDir | None, plan: layout.Layout | None = None
+) -> tuple[Attempt, dict[Path, str]]:
+    """An attempt of a new or resumed run, and the files that wait for a resumed one."""
+    run = resumed or RunDir.create(Path(config.cluster.run_root or "runs"), config.name)
+    files = {run.config: dump(config)}
+    if plan is not None:
+        files[run.plan] = plan.to_json()
+    if resumed is not None:
+        return run.new_attempt(), files
+    for path, text in files.items():
+        publish(path, text.encode())
+    return run.new_attempt(), {}

@@ -3,6 +3,7 @@
 import json
 import re
 import resource
+import shutil
 import struct
 import subprocess
 import sys
@@ -187,6 +188,84 @@ def test_a_refusal_of_sbatch_gives_the_reason_in_one_line(machine, printed, comp
     code, _, err = machine.submit("--nodes", 4, "--submit", "sbatch")
     assert code == 2
     assert err == f"submit_grpo: sbatch refused the job: {complaint}\n"
+
+
+def refuse(machine) -> None:
+    """From now on sbatch refuses every job."""
+    sbatch = machine.root / "bin" / "sbatch"
+    sbatch.write_text("#!/bin/sh\n[ $1 = --version ] && exit\necho 'error: no' >&2\nexit 1\n")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+@pytest.mark.parametrize("submitter", ["sbatch", "submitit"])
+def test_a_refused_submission_leaves_nothing(machine, submitter):
+    machine.slurm()
+    refuse(machine)
+    flags = ["--nodes", 4, "--submit", submitter, "--name", "mine"]
+    assert "sbatch refused the job" in machine.refusal(*flags)
+    (machine.root / "runs").mkdir()
+    (machine.root / "runs" / "another").mkdir()
+    assert machine.submit(*flags)[0] == 2
+    machine.slurm()
+    assert machine.submit(*flags)[0] == 0
+    assert sorted(p.name for p in (machine.root / "runs").iterdir()) == ["another", "mine"]
+
+
+@pytest.mark.parametrize("submitter", ["sbatch", "submitit"])
+def test_a_refused_resume_leaves_the_run_as_it_was(machine, submitter):
+    machine.slurm()
+    machine.submit("--nodes", 4, "--submit", "sbatch", "--name", "first")
+    run = machine.root / "runs" / "first"
+    before = files(run)
+    refuse(machine)
+    flags = ["--resume", run, "--submit", submitter, "--num-rollout", 200]
+    code, out, err = machine.submit(*flags)
+    assert (code, out) == (2, "") and "sbatch refused the job" in err
+    assert files(run) == before
+    assert not (run / "slurm").exists()
+
+
+def test_a_run_is_not_resumed_with_another_model(machine, model, prompts):
+    machine.slurm()
+    machine.submit("--nodes", 2, "--hf-checkpoint", model, "--prompts", prompts, "--name", "first")
+    run = machine.root / "runs" / "first"
+    before = files(run)
+    copy = machine.root / "the same elsewhere"
+    shutil.copytree(model, copy)
+    other = machine.root / "other"
+    shutil.copytree(model, other)
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (other / "model.safetensors").write_bytes(weights)
+    for more in ([], ["--dry-run"]):
+        code, out, err = machine.submit("--resume", run, "--hf-checkpoint", other, *more)
+        assert code == 2
+        said = out if more else err
+        assert f"{run} trains {model}, and {other} is another model: leave out" in said
+    assert files(run) == before
+    assert machine.submit("--resume", run, "--hf-checkpoint", copy)[0] == 0
+
+
+def test_a_run_that_has_a_checkpoint_keeps_its_prompts_and_their_order(machine, model, prompts):
+    machine.slurm()
+    machine.submit("--nodes", 2, "--hf-checkpoint", model, "--prompts", prompts, "--name", "first")
+    run = machine.root / "runs" / "first"
+    other = machine.root / "other.jsonl"
+    other.write_text('\n{"prompt": "1+1=", "label": "3"}\n')
+    changes = [["--prompts", other], ["--seed", 7], ["--data.no-shuffle"]]
+    (run / "checkpoints" / "step_1").mkdir()
+    for change in changes:
+        code, _, err = machine.submit("--resume", run, *change)
+        assert code == 2 and "start a new" in err and err.count("\n") == 1
+    same = shutil.copy(prompts, machine.root / "same.jsonl")
+    assert machine.submit("--resume", run, "--prompts", same)[0] == 0
+    (run / "checkpoints" / "step_1").rmdir()
+    for change in changes:  # nothing has been trained that they would change
+        assert machine.submit("--resume", run, *change)[0] == 0
 
 
 def test_prepare_prints_nothing_but_the_directory(machine):

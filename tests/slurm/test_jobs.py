@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs import submit_grpo
 from jobs.checkout import ROOT
 from jobs.slurm_submit import submit_sbatch, submit_submitit
 from nanoslime.run_dir import DONE, FAILED, STOPPED
@@ -149,6 +150,29 @@ def test_sbatch_refusing_is_one_line(slurm: SlurmCluster, tmp_path: Path) -> Non
         with pytest.raises(RunError, match=refusal) as error:
             submit(made.config, made.layout, made.run)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("submitter", ["submitit", "sbatch"])
+def test_what_slurm_refuses_leaves_nothing_and_a_resumed_run_as_it_was(
+    slurm: SlurmCluster, tmp_path: Path, submitter: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "runs"
+    later = tmp_path / "later.yaml"
+    later.write_text('extra_sbatch: {begin: now+1hour}')
+    flags = ["--nodes", "1", "--cluster", str(later), "--submit", submitter]
+    flags += ["--run-root", str(runs), "--name", "mine"]
+    for _ in range(2):
+        assert submit_grpo.main([*flags, "--partition", "nowhere"]) == 2
+        assert "invalid partition specified: nowhere" in capsys.readouterr().err
+        assert not runs.exists()
+
+    assert submit_grpo.main(flags) == 0, capsys.readouterr().err
+    run = runs / "mine"
+    assert list(runs.iterdir()) == [run]
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert submit_grpo.main(["--resume", str(run), "--partition", "nowhere", "--lr", "1"]) == 2
+    after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert after == before
 
 
 def test_the_template_ends_before_the_step_when_its_flags_are_refused(

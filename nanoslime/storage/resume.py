@@ -1,0 +1,73 @@
+"""What a run may not change when it is resumed: its model, and the order of its prompts."""
+
+import filecmp
+from pathlib import Path
+
+import xxhash
+
+from nanoslime.config import RunConfig
+from nanoslime.types import RunError
+
+# Of each file of weights so many blocks are compared, spread over it.
+_NUM_BLOCKS = 16
+_BLOCK_BYTES = 1 << 16
+
+
+def check_resumed(run: Path, before: RunConfig, now: RunConfig, *, has_checkpoints: bool) -> None:
+    """Raises RunError where `now` cannot go on with the run whose configuration is `before`.
+
+    A prompt file of the same path is not looked into here: the data cursor in a
+    checkpoint holds a hash of its prompts.
+    """
+    if not _is_same_model(before.model.hf_checkpoint, now.model.hf_checkpoint):
+        raise RunError(
+            f"{run} trains {_name(before)}, and {_name(now)} is another model: leave out "
+            "--hf-checkpoint to resume it, or start a new run"
+        )
+    if not has_checkpoints:
+        return
+    for field, old, new in (
+        ("seed", before.seed, now.seed),
+        ("data.shuffle", before.data.shuffle, now.data.shuffle),
+    ):
+        if old != new:
+            raise RunError(
+                f"{run} goes through its prompts by {field}={old}, not {new}: leave it out "
+                "to resume the run, or start a new one"
+            )
+    old_file = Path(before.data.prompts)
+    new_file = Path(now.data.prompts)
+    if old_file != new_file and old_file.is_file() and new_file.is_file():
+        if not filecmp.cmp(old_file, new_file, shallow=False):
+            raise RunError(
+                f"{run} trains on the prompts of {old_file}, and those of {new_file} are others: "
+                "leave out --prompts to resume it, or start a new run from its hf/ export"
+            )
+
+
+def _name(config: RunConfig) -> str:
+    return config.model.hf_checkpoint or "the rehearsal's own model"
+
+
+def _is_same_model(before: str, now: str) -> bool:
+    """Whether two directories hold the same model; one that is gone holds none."""
+    if before == now:
+        return True
+    old = Path(before)
+    new = Path(now)
+    if not before or not now or not old.is_dir():
+        return False
+    return old.samefile(new) or _digest(old) == _digest(new)
+
+
+def _digest(directory: Path) -> str:
+    """A hash of config.json and of blocks of each safetensors file, with their names."""
+    hashed = xxhash.xxh3_128((directory / "config.json").read_bytes())
+    for path in sorted(directory.rglob("*.safetensors")):
+        size = path.stat().st_size
+        hashed.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for block in range(_NUM_BLOCKS + 1):
+                file.seek((size - min(size, _BLOCK_BYTES)) * block // _NUM_BLOCKS)
+                hashed.update(file.read(_BLOCK_BYTES))
+    return hashed.hexdigest()
