@@ -10,6 +10,7 @@ checkpoints/step_<k>/
 import json
 import logging
 from dataclasses import dataclass, field
+from typing import Any
 
 from nanoslime.config import RunConfig
 from nanoslime.orchestration.groups import TrainGroup
@@ -53,9 +54,23 @@ class Checkpoints:
             driver = json.loads((path / "driver.json").read_text())
             self.trainer.load(path / "trainer")
             self.rollout.load_state_dict(driver["rollout"])
-            self._best = tuple(driver["best"]) if driver["best"] else None
+            self._best = self._comparable_best(driver)
             logger.info("resumed after %d rollouts from %s", rollouts, path)
         return rollouts
+
+    def _comparable_best(self, driver: dict[str, Any]) -> tuple[float, int] | None:
+        """The best checkpoint of an earlier attempt; none where it was evaluated on others."""
+        if not driver["best"]:
+            return None
+        before = driver["rollout"].get("held_out")
+        if before is not None and before != self.rollout.state_dict().get("held_out"):
+            logger.warning(
+                "the evaluation prompts are others than before: rewards of evaluations cannot be "
+                "compared across this start, and the best checkpoint is chosen anew"
+            )
+            return None
+        reward, rollouts = driver["best"]
+        return reward, rollouts
 
     def save(self, rollouts: int) -> None:
         """Puts the trainer's state aside; `commit` makes it a checkpoint."""

@@ -18,7 +18,7 @@ from nanoslime.config import RolloutConfig, RunConfig
 from nanoslime.plugins import resolve
 from nanoslime.rollout import recorder
 from nanoslime.rollout.generate import sample_groups
-from nanoslime.rollout.prompts import PromptSource, load_prompts
+from nanoslime.rollout.prompts import PromptSource, digest, load_prompts
 from nanoslime.rollout.rewards import REWARDS
 from nanoslime.rollout.router import LeastInflightRouter
 from nanoslime.run_dir import RunDir
@@ -61,7 +61,7 @@ class RolloutManager:
         self._router = LeastInflightRouter(engines)
         self._failures = SampleFailures()
         prompts = load_prompts(Path(data.prompts), self._tokenizer, data)
-        self._source = PromptSource(prompts, seed=config.seed, shuffle=data.shuffle)
+        self._source = PromptSource(prompts, config.seed, data.shuffle, data.prompts)
         self._held_out: list[Prompt] = []
         if data.eval_prompts:
             held_out = load_prompts(Path(data.eval_prompts), self._tokenizer, data)
@@ -135,7 +135,7 @@ class RolloutManager:
         return reward
 
     def state_dict(self) -> dict[str, Any]:
-        return {"prompts": self._source.state_dict()}
+        return {"prompts": self._source.state_dict(), "held_out": digest(self._held_out)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if "prompts" not in state:

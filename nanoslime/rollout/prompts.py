@@ -1,11 +1,13 @@
 """The prompts of a run, tokenized, and the order in which a run goes through them."""
 
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from nanoslime.config.model import DataConfig
@@ -63,11 +65,27 @@ def load_prompts(
     return prompts
 
 
-class PromptSource:
-    """Goes through the prompts again and again; the seed decides the order of each epoch."""
+def digest(prompts: Iterable[Prompt]) -> str:
+    """A hash of the prompts' texts, labels and metadata in their order."""
+    hashed = xxhash.xxh3_128()
+    for prompt in prompts:
+        content = [prompt.text, prompt.label, prompt.metadata]
+        hashed.update(json.dumps(content, sort_keys=True, default=str).encode())
+    return hashed.hexdigest()
 
-    def __init__(self, prompts: Sequence[Prompt], seed: int, shuffle: bool) -> None:
+
+class PromptSource:
+    """Goes through the prompts again and again; the seed decides the order of each epoch.
+
+    `file` says in errors where the prompts are from.
+    """
+
+    def __init__(
+        self, prompts: Sequence[Prompt], seed: int, shuffle: bool, file: str = "no file"
+    ) -> None:
         self._prompts = prompts
+        self._file = file
+        self._prompts_digest = digest(prompts)
         self._seed = seed
         self._shuffle = shuffle
         self._epoch = 0
@@ -86,24 +104,44 @@ class PromptSource:
             self._position += len(indices)
         return taken
 
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self._epoch, "position": self._position, **self._identity()}
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "epoch": self._epoch,
+            "position": self._position,
+            "prompts": self._prompts_digest,
+            "file": self._file,
+            **self._order(),
+        }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken.
 
         Raises RunError when that was with other prompts or another seed.
         """
-        for name, value in self._identity().items():
+        for name, value in self._order().items():
             if state[name] != value:
                 raise RunError(
                     f"the data cursor was saved with {name}={state[name]}, this run has "
                     f"{name}={value}; resume with the prompt file and the seed of the run's start"
                 )
+        saved = state.get("prompts")
+        if saved is None:
+            logger.warning(
+                "the checkpoint was made before prompts were hashed, so that nothing tells "
+                "whether these %d prompts are those of the run's start",
+                len(self._prompts),
+            )
+        elif saved != self._prompts_digest:
+            raise RunError(
+                f"the data cursor was saved with the prompts of {state['file']} (hash {saved}), "
+                f"this run has as many others of {self._file} (hash {self._prompts_digest}); "
+                "resume with the prompts, labels and chat template of the run's start, or start "
+                "a new run from its hf/ export"
+            )
         self._epoch = state["epoch"]
         self._position = state["position"]
 
-    def _identity(self) -> dict[str, int]:
+    def _order(self) -> dict[str, int]:
         """The numbers that decide the order of the prompts."""
         return {
             "num_prompts": len(self._prompts),

@@ -2,6 +2,7 @@
 or none at all.
 """
 
+import json
 import logging
 import os
 import shutil
@@ -14,6 +15,7 @@ import torch
 
 from nanoslime import train
 from nanoslime.run_dir import DONE, FAILED, RunDir
+from nanoslime.storage import manifest
 from tests import process_table
 from tests.orchestration import test_loop
 from tests.orchestration.test_loop import rows, run_dir
@@ -95,6 +97,49 @@ def test_without_a_whole_checkpoint_a_run_does_not_begin_anew(finished, run, cap
     assert "step_2 is refused" in error and "step_1 is refused" in error and "was altered" in error
     assert f"empty {run.checkpoints} to begin anew" in error and "\n" not in error
     assert untimed(run) == untimed(finished) and run.status()["phase"] == "failed"
+
+
+def with_other_label(prompts: Path, copy: Path) -> Path:
+    lines = prompts.read_text().splitlines()
+    row = json.loads(lines[0])
+    row["label"] += "!"
+    copy.write_text("\n".join([json.dumps(row), *lines[1:]]))
+    return copy
+
+
+def test_other_prompts_are_refused_and_the_configuration_stays(run, model, tmp_path, caplog):
+    before = run.config.read_bytes()
+    other = with_other_label(model.train, tmp_path / "other.jsonl")
+    flags = ["--resume", str(run.path), "--num-rollout", "3"]
+    assert train.main([*flags, "--prompts", str(other)]) == FAILED
+    assert f"the prompts of {model.train}, and those of {other} are others" in caplog.text
+    assert run.config.read_bytes() == before
+
+    # The same path, but the file has changed in the meantime.
+    own = shutil.copy(model.train, tmp_path / "own.jsonl")
+    run.config.write_text(run.config.read_text().replace(str(model.train), str(own)))
+    before = run.config.read_bytes()
+    with_other_label(model.train, own)
+    assert train.main(flags) == FAILED
+    assert f"the prompts of {model.train} (hash " in caplog.messages[-1]
+    assert f"others of {own} (hash " in caplog.messages[-1]
+    assert run.config.read_bytes() == before
+    shutil.copy(model.train, own)
+    assert train.main(flags) == DONE
+    assert "num_rollout: 3" in run.config.read_text()
+
+
+def test_rewards_on_other_evaluation_prompts_are_not_compared(run, model, tmp_path, caplog):
+    driver = run.checkpoints / "step_2" / "driver.json"
+    state = json.loads(driver.read_text()) | {"best": [2.0, 1]}
+    driver.write_text(json.dumps(state))
+    manifest.write(driver.parent)
+    flags = ["--resume", str(run.path), "--num-rollout", "3", "--checkpoint.keep-best"]
+    other = with_other_label(model.held_out, tmp_path / "other.jsonl")
+    assert train.main([*flags, "--eval-interval", "1", "--eval-prompts", str(other)]) == DONE
+    assert sum("evaluation prompts are others" in text for text in caplog.messages) == 1
+    state = json.loads((run.checkpoints / "step_3" / "driver.json").read_text())
+    assert state["best"][1] == 3
 
 
 def test_a_run_without_any_checkpoint_begins(run):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -205,6 +206,34 @@ def test_resume_with_other_prompts_or_seed_is_refused() -> None:
         source(count=9).load_state_dict(state)
     with pytest.raises(RunError, match="seed=3, this run has seed=4"):
         source(seed=4).load_state_dict(state)
+
+
+def made(*texts: str, label: Any = 1, **metadata: Any) -> PromptSource:
+    prompts = [Prompt(i, None, text, label, metadata) for i, text in enumerate(texts)]
+    return PromptSource(prompts, seed=3, shuffle=True, file="now.jsonl")
+
+
+@pytest.mark.parametrize(
+    "others",
+    [made("a", "c"), made("b", "a"), made("ab", ""), made("a", "b", label=2), made("a", "b", x=1)],
+    ids=["text", "order", "border", "label", "metadata"],
+)
+def test_resume_with_as_many_other_prompts_is_refused(others: PromptSource) -> None:
+    state = json.loads(json.dumps(made("a", "b").state_dict()))
+    state["file"] = "before.jsonl"
+    message = "with the prompts of before.jsonl .hash .*others of now.jsonl .hash .*new run"
+    with pytest.raises(RunError, match=message) as refused:
+        others.load_state_dict(state)
+    assert "\n" not in str(refused.value)
+    made("a", "b").load_state_dict(state)  # the same prompts in another file
+
+
+def test_a_cursor_without_a_hash_is_taken_with_one_warning(caplog) -> None:
+    state = made("a", "b").state_dict()
+    del state["prompts"], state["file"]
+    made("a", "c").load_state_dict(state)
+    [warning] = caplog.messages
+    assert "before prompts were hashed" in warning
 
 
 @pytest.mark.skipif(not GSM8K.is_dir(), reason="no GSM8K beside the repository")
