@@ -47,10 +47,11 @@ class Result:
 
 def run_section(section: str, sizes: Sizes, directory: Path, deadline_s: float) -> Result:
     """Runs a section in a process of its own, which is killed at the deadline."""
-    # The fork server imports torch and transformers once for all sections. It never touches
-    # the GPU, which a forked process could not use otherwise.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tools.gpu_checks", "nanoslime.training.megatron.backend"])
+    # The fork server imports torch and transformers once for all sections. Some of these imports
+    # use CUDA, after which a forked process could not.
+    context = multiprocessing.get_context("spawn" if sizes.device == "cuda" else "forkserver")
+    if sizes.device == "cpu":
+        context.set_forkserver_preload(["tools.gpu_checks", "nanoslime.training.megatron.backend"])
     file = directory / f"{section}.json"
     process = context.Process(target=_work, args=(section, sizes, directory, file))
     begin = time.monotonic()

@@ -310,9 +310,13 @@ def run(jobs: list[Job], tmp: Path, deadline_s: float = 240.0) -> list[list[dict
     Returns one list over ranks per job. Raises with the traceback of the first rank
     that failed.
     """
-    # The fork server makes slow imports once, unless it is running already.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nanoslime.training.megatron.backend", "tests.training.parity"])
+    # The fork server makes slow imports once, unless it is running already. Some of these
+    # imports use CUDA, after which a forked process could not.
+    on_gpu = any(job.layout.device == "cuda" for job in jobs)
+    context = multiprocessing.get_context("spawn" if on_gpu else "forkserver")
+    if not on_gpu:
+        modules = ["nanoslime.training.megatron.backend", "tests.training.parity"]
+        context.set_forkserver_preload(modules)
     world_size = max(job.layout.world_size for job in jobs)
     for number in range(len(jobs)):
         (tmp / str(number)).mkdir()

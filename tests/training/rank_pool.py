@@ -43,9 +43,11 @@ class RankPool:
 
     def _start(self) -> None:
         port = free_port("127.0.0.1")
-        # The fork server imports what is slow to import once, for all pools.
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOAD)
+        # The fork server imports what is slow to import once, for all pools. Some of these
+        # imports use CUDA, after which a forked process could not.
+        context = mp.get_context("spawn" if self._device == "cuda" else "forkserver")
+        if self._device == "cpu":
+            context.set_forkserver_preload(_PRELOAD)
         self._ranks = []
         for rank in range(self._size):
             ours, theirs = context.Pipe()
