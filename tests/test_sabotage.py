@@ -107,6 +107,27 @@ FAULTS = [
         "loss_mask=np.arange(num_prompt + num_response) >= 1",
         "tests/rollout/test_generate.py",
     ),
+    Fault(
+        "an answer inside of an unfinished thought pays",
+        "nanoslime/rollout/rewards/thoughts.py",
+        "    if _OPEN in answer:\n        return None\n",
+        "",
+        "tests/rollout/test_math_answer.py -k thoughts",
+    ),
+    Fault(
+        "the reward takes every sample for a completed one",
+        "nanoslime/rollout/rewards/__init__.py",
+        '"status": sample.status',
+        '"status": "completed"',
+        "tests/rollout/test_rewards.py",
+    ),
+    Fault(
+        "numbers near zero are all alike",
+        "nanoslime/rollout/rewards/math_judge_program.py",
+        "return not _differ_near_zero(wanted[0], given[0])",
+        "return True",
+        "tests/rollout/test_math_answer.py -k right_answers",
+    ),
 ]
 
 

@@ -16,7 +16,9 @@ REWARDS = {
 }
 """A reward is `reward(text, label, metadata) -> float`.
 
-It takes the text of the response, and label and metadata of the prompt.
+It takes the text of the response, and label and metadata of the prompt. If it names a
+parameter `status`, it gets that of the sample too (a nanoslime.types.Status); if it names
+`prompt`, the text that the response goes on from.
 """
 
 

@@ -3,13 +3,13 @@ prompt, and score it."""
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from nanoslime.config.rollout import RolloutConfig
+from nanoslime.rollout.rewards import Reward, call
 from nanoslime.rollout.router import LeastInflightRouter
 from nanoslime.types import (
     Engine,
@@ -21,8 +21,6 @@ from nanoslime.types import (
     SampleGroup,
     Status,
 )
-
-Reward = Callable[[str, Any, dict[str, Any]], float]
 
 
 async def sample_groups(
@@ -122,7 +120,7 @@ def _score(reward: Reward, sample: Sample, prompt: Prompt) -> float:
     """The sample's reward. Raises RunError where the reward fails or is not a finite number."""
     name = getattr(reward, "__module__", reward)
     try:
-        value = float(reward(sample.text, sample.label, prompt.metadata))
+        value = call(reward, sample, prompt)
     except Exception as e:
         raise RunError(
             f"reward {name} failed on prompt {prompt.prompt_id} with {type(e).__name__}: {e}; "

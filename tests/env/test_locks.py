@@ -23,6 +23,8 @@ COMPILER_PACKAGES = [
 
 # What the two targets may not differ in, because it defines the flow of control.
 SAME_IN_BOTH = [
+    "latex2sympy2-extended",
+    "math-verify",
     "megatron-core",
     "pydantic",
     "ray",

@@ -1,14 +1,18 @@
 """Every reward of the table, by examples with known values."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
 from nanoslime.config.model import DataConfig
 from nanoslime.plugins import resolve
+from nanoslime.rollout.generate import make_sample
 from nanoslime.rollout.prompts import load_prompts
-from nanoslime.rollout.rewards import REWARDS
+from nanoslime.rollout.rewards import REWARDS, call
+from nanoslime.types import Generation, Prompt, Status
 from tests.rollout.test_prompts import GSM8K
 
 
@@ -46,7 +50,7 @@ def test_exact_match_ignores_surrounding_white_space_only() -> None:
         ("18 or 19", "#### 18", 0),
         ("\\boxed{1,000}", "1000", 1),
         ("12 \\boxed{\\frac{1}{2}} 7", "0.5", 1),
-        ("\\boxed{\\text{no}}", "\\boxed{\\text{no}}", 0),
+        ("\\boxed{\\text{no}}", "\\boxed{\\text{no}}", 1),
         ("\\boxed{x^{2}}", "\\boxed{x^{2}}", 1),
         ("\\boxed{3", "3", 0),
         ("#### -5", "5", 0),
@@ -77,3 +81,25 @@ def test_math_answer_on_gsm8k(tiny_model: Path) -> None:
         assert reward(f"It is {answer}.", label, {}) == 1.0
         if next_answer != answer:
             assert reward(next_answer, label, {}) == 0.0
+
+
+def test_a_reward_gets_the_status_and_the_prompt_where_it_names_them() -> None:
+    prompt = Prompt(0, np.array([1], np.int32), "what?<think>", "7", {"k": 1})
+    generation = Generation([2], [0.0], Status.TRUNCATED, [(0, 0)])
+    tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: "so 7")
+    sample = make_sample(prompt, generation, 0, 0, tokenizer)
+    seen = []
+
+    def plain(text, label, metadata) -> float:
+        seen.append((text, label, metadata))
+        return 1.0
+
+    def knowing(text, label, metadata, status, *, prompt="") -> float:
+        seen.append((status, prompt))
+        return 2.0
+
+    assert call(plain, sample, prompt) == 1.0
+    assert call(knowing, sample, prompt) == 2.0
+    assert seen == [("so 7", "7", {"k": 1}), (Status.TRUNCATED, "what?<think>")]
+    for name in REWARDS:
+        assert call(resolve(name, REWARDS, "data.reward"), sample, prompt) == 0.0

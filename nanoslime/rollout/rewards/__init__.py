@@ -3,4 +3,22 @@
 The table lies in `config`, where the login node can check the name of a reward.
 """
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 from nanoslime.config.model import REWARDS as REWARDS
+from nanoslime.types import Prompt, Sample
+
+Reward = Callable[..., Any]
+
+
+def call(reward: Reward, sample: Sample, prompt: Prompt) -> float:
+    """`reward(text, label, metadata)`, with `status=` and `prompt=` where it names them.
+
+    `status` is that of the sample, `prompt` the text before its response.
+    """
+    known = {"status": sample.status, "prompt": prompt.text}
+    parameters = inspect.signature(reward).parameters
+    asked = {name: value for name, value in known.items() if name in parameters}
+    return float(reward(sample.text, sample.label, prompt.metadata, **asked))

@@ -1,93 +1,201 @@
-"""1 where the final answer of a worked solution is the label's, else 0.
+"""1 where the final answer of a worked solution is the label's mathematics, else 0.
 
-The final answer is the text after the last "####" (GSM8K, arXiv:2110.14168), else in
-the last \\boxed{...}, else the last number of the text. Numbers are compared by value.
-Labels may be worked solutions themselves, as in GSM8K.
+    response -> without its thoughts -> final answer -> the same text or number, or math-verify
+
+The final answer of a response is what stands after its last "####" (GSM8K, arXiv 2110.14168)
+or in its last \\boxed{...}; without any, what follows its last "answer is" or "answer:", else
+its last formula or number. A label is the answer itself, unless it has "####" or a box.
 """
 
 import re
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
+from functools import lru_cache
 from typing import Any
 
+from nanoslime.rollout.rewards.math_judge import MathJudge
+from nanoslime.rollout.rewards.thoughts import without_thoughts
+from nanoslime.types import Status
+
+# The answers of the data sets are shorter; a longer text is not parsed.
+MAX_ANSWER = 400
+# An answer without a mark is looked for in the last characters of a response.
+_TAIL = 2000
+
 _MARK = "####"
-_BOXED = "\\boxed{"
-_NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?")
-_FRACTION = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
-# LaTeX spacing, \left and \right, currency and percent signs, white space, and
-# \text{...}.
-_NOISE = re.compile(r"\\[!,;: ]|\\(?:left|right|%|\$)|[$%\s]|\\text\{[^{}]*\}")
-_THOUSANDS_SEPARATOR = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_ANSWER_IS = re.compile(r"\banswer\b[^\n.:$\\]{0,80}?(?:\bis\b:?|:|=)", re.IGNORECASE)
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
+_NUMBER = rf"(?:(?<![\d)])-)?(?:\\?\$)?(?:{_DIGITS})(?:/\d+)?(?!\w|\^)(?:\s?\\?%)?"
+# In $...$ two letters in a row belong to a command or to the argument of one. The text between
+# two prices is no formula.
+_IN_DOLLARS = r"\\[a-zA-Z]+\s*\{[^{}$]*\}|\\[a-zA-Z]+|\\.|[^$\n\\a-zA-Z]|[a-zA-Z](?![a-zA-Z])"
+_FORMULA = (
+    rf"\$\$.+?\$\$|\\\[.+?\\\]|\\\(.+?\\\)|\$(?>{_IN_DOLLARS})++\$"
+    r"|-?\\[dt]?frac\{[^{}]*\}\{[^{}]*\}"
+)
+# Words that carry on with the mathematics of a number, as units do not.
+_MATH_WORDS = r"(?:and|or|pi|sqrt|sin|cos|tan|log|ln|mod|choose|times|over|plus|minus)\b"
+_LEADING = re.compile(
+    rf"{_FORMULA}|{_NUMBER}(?=[.,;:!]?\s+(?!{_MATH_WORDS})[a-zA-Z]{{2}})", re.DOTALL
+)
+_ANYWHERE = re.compile(rf"{_FORMULA}|(?<![\w^{{.])(?:{_NUMBER})", re.DOTALL)
+_SENTENCE_END = re.compile(r"[.!?,;]\s+(?=[a-zA-Z]{2})|[.!?]?\n")
+_UNIT = re.compile(
+    rf"(?<=[\d}}%)])\s*(?!{_MATH_WORDS})[a-zA-Z]{{2,}}(?:[\s/.-]+[a-zA-Z]+)*(?:\^\{{?\d\}}?)?$"
+    r"|(?<=\S)(?:\\[,;!: ]|~|\s)*\\(?:text|textbf|textrm|mathrm|mbox)\s*\{[^{}]*\}(?:\^\{?\d\}?)?$"
+)
+_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+# Spacing, sizes, currency, percent and degrees do not make another answer.
+_NOISE = re.compile(r"\\[!,;: ]|\\(?:left|right)(?![a-z])|\\?[$%]|\^\{?\\circ\}?|[\s~]")
+_THOUSANDS_SEPARATOR = re.compile(r"(?<=\d)(?:,|,\\!|\{,\})(?=\d{3}(?!\d))")
+_PLAIN_NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)")
+_BASE = re.compile(r"_\{?(\d+)\}?$")
+_SYMBOLS = {
+    "−": "-",
+    "×": "\\times ",
+    "π": "\\pi ",
+    "°": "^\\circ ",
+    "∞": "\\infty ",
+}
+
+_judge = MathJudge()
 
 
-def reward(text: str, label: Any, metadata: dict[str, Any]) -> float:
-    answer = final_answer(text)
-    wanted = final_answer(str(label))
-    if answer is None or wanted is None:
+def reward(
+    text: str,
+    label: Any,
+    metadata: dict[str, Any],
+    *,
+    status: Status = Status.COMPLETED,
+    prompt: str = "",
+) -> float:
+    """An unfinished thought is no answer, nor is the end of a response that was cut off."""
+    response = without_thoughts(text, prompt)
+    if response is None or label is None:
         return 0.0
-    return float(_equal(answer, wanted))
+    answer = final_answer(response, cut_off=status is not Status.COMPLETED)
+    wanted = label_answer(str(label))
+    return float(bool(answer and wanted) and same_answer(wanted, answer))
 
 
-def final_answer(text: str) -> str | None:
-    """The answer as written, or None where the text holds none."""
-    if _MARK in text:
-        return _answer_after_mark(text)
-    start = text.rfind(_BOXED)
-    if start >= 0:
-        return _before_closing_brace(text[start + len(_BOXED) :])
-    numbers = _NUMBER.findall(text)
-    if numbers:
-        return numbers[-1]
-    return text.strip() or None
+def label_answer(label: str) -> str:
+    """The answer of a worked solution that marks it; any other label is an answer."""
+    marked = _marked(label)
+    return _cleaned(label if marked is None else marked)
 
 
-def _answer_after_mark(text: str) -> str | None:
-    """The number with which the rest of the line begins, else the whole of it."""
-    _, _, rest = text.rpartition(_MARK)
-    lines = rest.strip().splitlines()
-    if not lines:
+def final_answer(text: str, *, cut_off: bool = False) -> str:
+    """The answer as written, without lead-in, unit and full stop; "" where the text has none.
+
+    The last line of a text that was `cut_off` says nothing unless it holds a whole box.
+    """
+    if cut_off and not _in_last_box(text.rpartition("\n")[2]):
+        text = text.rpartition("\n")[0]
+    marked = _marked(text)
+    if marked is not None:
+        return _cleaned(marked)
+    tail = text[-_TAIL:]
+    lead_ins = list(_ANSWER_IS.finditer(tail))
+    if lead_ins:
+        stated = tail[lead_ins[-1].end() :].lstrip(" *\n")
+        leading = _LEADING.match(stated)
+        phrase = leading.group() if leading else _SENTENCE_END.split(stated, maxsplit=1)[0]
+        if leading or not _ANYWHERE.search(stated) or re.match(r"[^a-zA-Z]|[a-zA-Z]\b", phrase):
+            return _cleaned(phrase)
+    found = _ANYWHERE.findall(tail)
+    if found and not cut_off:
+        return _cleaned(found[-1])
+    return _cleaned(tail) if not found else ""
+
+
+def _marked(text: str) -> str | None:
+    """What the text marks as its answer with "####" or a box; None where it marks nothing.
+
+    A line "####" without a digit is a heading where a box is near: in front of it or after it.
+    """
+    before, mark, after = text.rpartition(_MARK)
+    if not mark:
+        return _in_last_box(text)
+    boxed = _in_last_box(after)
+    if boxed is not None:
+        return boxed
+    lines = after.strip().splitlines()
+    line = lines[0] if lines else ""
+    if not re.search(r"\d", line):
+        boxed = _in_last_box(before)
+    return line if boxed is None else boxed
+
+
+def _in_last_box(text: str) -> str | None:
+    """What the last box holds, "" where it never closes; None without a box."""
+    boxes = list(_BOX.finditer(text))
+    if not boxes:
         return None
-    line = lines[0].strip()
-    number = _NUMBER.match(line.lstrip("$ "))
-    if number:
-        return number.group()
-    return line or None
-
-
-def _before_closing_brace(text: str) -> str | None:
-    """The text before the brace that closes an already open one; None when that never closes."""
+    start = boxes[-1].end()
     depth = 1
-    for i, character in enumerate(text):
-        if character == "{":
-            depth += 1
-        elif character == "}":
-            depth -= 1
+    for i in range(start, len(text)):
+        depth += (text[i] == "{") - (text[i] == "}")
         if depth == 0:
-            return text[:i].strip()
-    return None
+            return text[start:i]
+    return ""
 
 
-def _equal(left: str, right: str) -> bool:
-    left = _normal_form(left)
-    right = _normal_form(right)
-    if left == right:
-        return left != ""
-    left_value = _value(left)
-    return left_value is not None and left_value == _value(right)
+def _cleaned(answer: str) -> str:
+    """Without what surrounds an answer: "Answer:", emphasis, dollars, a full stop and a unit."""
+    if len(answer) > MAX_ANSWER:
+        return ""
+    for symbol, latex in _SYMBOLS.items():
+        answer = answer.replace(symbol, latex)
+    answer = re.sub(r"√\s*(\d+|\w)", r"\\sqrt{\1}", answer)
+    lead_in = _ANSWER_IS.search(answer)
+    if lead_in:
+        answer = answer[lead_in.end() :]
+    answer = answer.strip(" \t\n*`")
+    for opening, closing in (("\\(", "\\)"), ("\\[", "\\]"), ("$", "$"), ("$", "$")):
+        if answer.startswith(opening) and answer.endswith(closing):
+            answer = answer[len(opening) : -len(closing) or None].strip()
+    answer = answer.rstrip(". ")
+    return _UNIT.sub("", answer).strip()
 
 
-def _normal_form(text: str) -> str:
-    """The text with plain fractions, and without noise, thousands separators and a full stop."""
-    with_fractions = _FRACTION.sub(r"\1/\2", text)
-    without_noise = _NOISE.sub("", with_fractions)
-    return _THOUSANDS_SEPARATOR.sub("", without_noise.rstrip("."))
+@lru_cache(maxsize=100_000)
+def same_answer(label: str, answer: str) -> bool:
+    """Whether two cleaned answers are the same: as text, as numbers, or for math-verify."""
+    wanted = _as_text(label)
+    given = _as_text(answer)
+    if wanted == given:
+        return bool(wanted)
+    is_percent = "%" in label + answer
+    if _PLAIN_NUMBER.fullmatch(wanted) and _PLAIN_NUMBER.fullmatch(given) and not is_percent:
+        return Decimal(wanted) == Decimal(given)
+    # To math-verify a word is the product of its letters.
+    if len(wanted) > 3 and wanted.isalpha():
+        return wanted.casefold() == given.casefold()
+    bases = _BASE.findall(wanted) + _BASE.findall(given)
+    if len(set(bases)) > 1:
+        return False
+    return _judge.same(_for_judge(label), _for_judge(answer))
 
 
-def _value(text: str) -> Decimal | None:
-    """The value of a number or a fraction; None for any other text."""
-    numerator, slash, denominator = text.partition("/")
-    try:
-        if slash:
-            return Decimal(numerator) / Decimal(denominator)
-        return Decimal(numerator)
-    except (InvalidOperation, ZeroDivisionError):
-        return None
+def _as_text(answer: str) -> str:
+    """The answer as one word, to be compared with another one."""
+    text = _TEXT.sub(r"\1", answer)
+    text = re.sub(r"\\[dtc]frac", r"\\frac", text)
+    text = _NOISE.sub("", _without_thousands_separators(text))
+    choice = re.fullmatch(r"\(?([A-Z])\)?", text)
+    return choice.group(1) if choice else text
+
+
+def _without_thousands_separators(answer: str) -> str:
+    """10,080 as 10080; (10,080) is a pair."""
+    if re.search(r"[(\[]|\\\{", answer):
+        return answer
+    return _THOUSANDS_SEPARATOR.sub("", answer)
+
+
+def _for_judge(answer: str) -> str:
+    """With the spaces and commands that math-verify needs: 6+9i, 2 pi, 4.5e33."""
+    answer = _without_thousands_separators(answer)
+    answer = re.sub(r"(?<=\d)i\b", " i", answer)
+    answer = re.sub(r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi ", answer)
+    return re.sub(r"(?<=\d)[eE]([+-]?\d+)(?![\w.])", r" \\times 10^{\1}", answer)
