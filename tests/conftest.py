@@ -12,10 +12,6 @@ import pytest
 from tests import process_table
 from tests.slurm.cluster import SlurmCluster
 
-# Before any test module imports torch or transformers.
-os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
-
 _REQUIRED_MARKS = ("slurm", "sglang", "ray", "megatron")
 _NO_SLURM = "no slurmctld on this machine: `bash env/install_slurm.sh` installs SLURM"
 

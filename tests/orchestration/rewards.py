@@ -7,3 +7,7 @@ def always_one(text, label, metadata) -> float:
 
 def by_text_where_labelled(text, label, metadata) -> float:
     return crc32(text.encode()) / 2**32 if label else 1.0
+
+
+def by_length(text, label, metadata) -> float:
+    return float(len(text))
