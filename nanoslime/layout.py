@@ -27,7 +27,7 @@ from pydantic import TypeAdapter
 from nanoslime.config import RunConfig
 from nanoslime.engine_kind import engine_kind, takes_slots
 from nanoslime.memory import check_memory, memory_lines
-from nanoslime.models.parallel_sizes import ParallelDims
+from nanoslime.models.parallel_sizes import ParallelDims, PipelineSizes
 from nanoslime.models.shape import ModelShape
 from nanoslime.models.trainable import check_kernels, check_parallel
 from nanoslime.types import RunError
@@ -390,6 +390,9 @@ def _trainers_text(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
     stages = f"PP={dims.pp}"
     if config.training.vpp_size > 1:
         stages += f" (interleaved by {config.training.vpp_size})"
+    layers = PipelineSizes.of(config.training).layers_of_ranks(shape.num_layers)
+    if len(set(layers)) > 1:
+        stages += f" with {' + '.join(map(str, layers))} layers"
     text = f"{backend}: TP={dims.tp} CP={dims.cp} {stages} DP={dims.dp}"
     if shape.moe:
         text += f" EP={dims.ep} ETP={config.training.etp_size}"

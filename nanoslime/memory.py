@@ -7,7 +7,7 @@ from math import ceil, prod
 from nanoslime.config import RunConfig, TrainingConfig
 from nanoslime.engine_kind import engine_kind, takes_slots
 from nanoslime.models.freezing import frozen_names
-from nanoslime.models.parallel_sizes import ParallelDims
+from nanoslime.models.parallel_sizes import ParallelDims, PipelineSizes
 from nanoslime.models.rules import tensors
 from nanoslime.models.shape import ModelShape
 from nanoslime.types import RunError
@@ -37,7 +37,7 @@ class Sharding:
     """How Megatron's ranks divide weights, gradients and optimizer state among themselves."""
 
     tp_size: int = 1
-    pp_size: int = 1
+    pipeline: PipelineSizes = PipelineSizes()
     # Ranks with the same weights outside of the experts: data times context parallelism.
     dp_size: int = 1
     # Ranks of a pipeline stage that share its experts: ep_size times etp_size.
@@ -119,19 +119,23 @@ def size_text(num_bytes: int) -> str:
 
 
 def rank_parameters(shape: ModelShape, sharding: Sharding) -> tuple[int, int]:
-    """Parameters of the fullest rank: outside of its experts, and in them.
-
-    That rank is an end of the pipeline, or holds all of it.
-    """
-    embeddings = 1
-    if sharding.pp_size == 1 and not shape.tie_word_embeddings:
-        embeddings = 2
-    layers = ceil(shape.num_layers / sharding.pp_size)
-    experts_of_layer = shape.num_expert_parameters // shape.num_layers
-    dense_of_layer = shape.num_layer_parameters - experts_of_layer
-    dense = layers * dense_of_layer + embeddings * shape.num_embedding_parameters
-    experts = layers * experts_of_layer
-    return ceil(dense / sharding.tp_size), ceil(experts / sharding.expert_ways)
+    """Parameters of the fullest rank: outside of its experts, and in them."""
+    moe_layers = set(shape.moe_layers)
+    experts_of_layer = shape.num_expert_parameters // (len(moe_layers) or 1)
+    all_dense = shape.num_layers * shape.num_layer_parameters - shape.num_expert_parameters
+    dense_of_layer = all_dense // shape.num_layers
+    pp_size = sharding.pipeline.pp_size
+    stages = sharding.pipeline.stages(shape.num_layers)
+    found = []
+    for rank in range(pp_size):
+        layers = [layer for stage in stages[rank::pp_size] for layer in stage]
+        embeddings = int(rank == 0)
+        if rank == pp_size - 1 and not (pp_size == 1 and shape.tie_word_embeddings):
+            embeddings += 1
+        dense = len(layers) * dense_of_layer + embeddings * shape.num_embedding_parameters
+        experts = len(moe_layers.intersection(layers)) * experts_of_layer
+        found.append((ceil(dense / sharding.tp_size), ceil(experts / sharding.expert_ways)))
+    return max(found, key=sum)
 
 
 def training_bytes(shape: ModelShape, sharding: Sharding) -> int:
@@ -163,7 +167,7 @@ def _state_bytes(config: RunConfig, shape: ModelShape, parallel: ParallelDims) -
             shape,
             Sharding(
                 tp_size=parallel.tp,
-                pp_size=parallel.pp,
+                pipeline=PipelineSizes.of(training),
                 dp_size=parallel.dp * parallel.cp,
                 expert_ways=parallel.ep * training.etp_size,
                 distributed_optimizer=training.distributed_optimizer,
@@ -194,24 +198,36 @@ def _activation_bytes(config: RunConfig, shape: ModelShape, parallel: ParallelDi
     """Bytes that the backward passes of a rank's micro-batches keep.
 
     A layer keeps what arXiv 2205.05198 section 4 counts, for gated MLPs and an
-    attention that keeps no scores. The first pipeline stage holds it for `pp`
-    micro-batches, interleaved for (pp - 1) / vpp more. With context parallelism each
-    rank has its share of a micro-batch. Logits exist for a block of some megabytes only
-    (training/logprobs.py).
+    attention that keeps no scores. With context parallelism each rank has its share of
+    a micro-batch. Logits exist for a block of some megabytes only (training/logprobs.py).
     """
     training = config.training
     width = _bytes_per_number(config)
     layer = width * _layer_numbers(training, shape, parallel.tp)
-    # Layers of a stage times its micro-batches in flight.
-    kept_layers = shape.num_layers
-    if training.vpp_size > 1:
-        num_chunks = parallel.pp * training.vpp_size
-        kept_layers += shape.num_layers * (parallel.pp - 1) // num_chunks
+    kept_layers = _kept_layers(PipelineSizes.of(training), shape)
     if training.recompute:
         per_token = kept_layers * shape.hidden_size * width + layer
     else:
         per_token = kept_layers * layer
     return training.max_tokens_per_microbatch * per_token
+
+
+def _kept_layers(pipeline: PipelineSizes, shape: ModelShape) -> int:
+    """Layers of a rank times their micro-batches in flight, on the rank with most.
+
+    Rank r of the pipeline holds pp_size - r micro-batches. Interleaved, it has run 2
+    (pp_size - r - 1) + (vpp_size - 1) pp_size + 1 of its chunks before the first
+    backward (arXiv 2104.04473, section 2.2).
+    """
+    kept = []
+    for rank, layers in enumerate(pipeline.layers_of_ranks(shape.num_layers)):
+        later_ranks = pipeline.pp_size - rank - 1
+        if pipeline.vpp_size == 1:
+            kept.append(layers * (later_ranks + 1))
+            continue
+        chunks = 2 * later_ranks + (pipeline.vpp_size - 1) * pipeline.pp_size + 1
+        kept.append(layers * chunks // pipeline.vpp_size)
+    return max(kept)
 
 
 def _layer_numbers(training: TrainingConfig, shape: ModelShape, tp_size: int) -> int:

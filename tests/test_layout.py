@@ -297,6 +297,16 @@ def test_the_description_shows_context_parallelism_and_interleaving():
     assert second_node.split()[3:7] == ["0-1", "0-1", "0-1", "1"]
 
 
+def test_the_description_shows_the_layers_of_an_uneven_pipeline():
+    shape = replace(QWEN3_4B, num_layers=94)
+    flags = f"--nodes 4 {H200} --tp-size 2 --pp-size 4"
+    given = f"{flags} --decoder-first-pipeline-num-layers 22 --decoder-last-pipeline-num-layers 22"
+    for sizes, expected in ((flags, "23 + 24 + 24 + 23"), (given, "22 + 25 + 25 + 22")):
+        config = config_of(sizes)
+        text = describe(config, shape, plan(config, shape))
+        assert f"TP=2 CP=1 PP=4 with {expected} layers DP=2" in text
+
+
 def test_the_description_says_what_a_person_needs_to_know():
     config = config_of(f"--nodes 4 {H200} --tp-size 2 --time-limit-min 90")
     text = describe(config, QWEN3_4B, plan(config, QWEN3_4B))

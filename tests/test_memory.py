@@ -13,9 +13,11 @@ from nanoslime.memory import (
     rank_parameters,
     training_bytes,
 )
+from nanoslime.models.parallel_sizes import PipelineSizes
 from nanoslime.models.shape import ModelShape
 from nanoslime.types import RunError
 from tests.models.hf import make_model
+from tests.models.published import CONFIGS
 from tests.plans import H200, QWEN3_4B, TINY, config_of, plan_of
 
 
@@ -30,13 +32,46 @@ def test_the_fullest_rank_is_an_end_of_the_pipeline(tmp_path):
     whole = sum(rank_parameters(shape, Sharding()))
     assert whole == pytest.approx(shape.num_parameters, abs=shape.hidden_size)
     end_of_pipeline = 2 * shape.num_layer_parameters + shape.num_embedding_parameters
-    quarter = Sharding(tp_size=2, pp_size=2)
+    quarter = Sharding(tp_size=2, pipeline=PipelineSizes(pp_size=2))
     assert sum(rank_parameters(shape, quarter)) == end_of_pipeline // 2
     alone = training_bytes(shape, quarter)
     assert alone == 18 * sum(rank_parameters(shape, quarter))
     assert training_bytes(shape, replace(quarter, dp_size=4)) == alone // 2
     undivided = replace(quarter, dp_size=4, distributed_optimizer=False)
     assert training_bytes(shape, undivided) == alone
+
+
+def test_in_an_uneven_pipeline_the_fullest_rank_counts():
+    shape = replace(QWEN3_4B, num_layers=6, tie_word_embeddings=False)
+    layer = shape.num_layer_parameters
+    embedding = shape.num_embedding_parameters
+    equal = Sharding(pipeline=PipelineSizes(pp_size=3))
+    assert rank_parameters(shape, equal) == (2 * layer + embedding, 0)
+    middle = Sharding(pipeline=PipelineSizes(pp_size=3, first=1, last=1))
+    assert rank_parameters(shape, middle) == (max(4 * layer, layer + embedding), 0)
+    last = Sharding(pipeline=PipelineSizes(pp_size=3, first=1, last=4))
+    assert rank_parameters(shape, last) == (4 * layer + embedding, 0)
+    # The second rank has chunks of 2 and 2 layers.
+    interleaved = Sharding(pipeline=PipelineSizes(pp_size=2, vpp_size=2, first=2))
+    assert rank_parameters(shape, interleaved) == (4 * layer + embedding, 0)
+
+
+def test_dense_layers_before_the_experts_are_not_counted_as_experts():
+    shape = ModelShape.from_config(CONFIGS["DeepSeek-V3"])
+    experts_of_layer = 256 * 3 * 7168 * 2048
+    first = Sharding(pipeline=PipelineSizes(pp_size=2, first=60))
+    assert rank_parameters(shape, first)[1] == 57 * experts_of_layer
+    for sizes, layers in ((PipelineSizes(pp_size=4), 16), (PipelineSizes(pp_size=8), 8)):
+        assert rank_parameters(shape, Sharding(pipeline=sizes))[1] == layers * experts_of_layer
+
+
+def test_the_rank_with_most_layers_in_flight_keeps_the_activations():
+    base = "--nodes 4 --cluster.slots-per-node 8 --pp-size 4"
+    equal = need_of(base, QWEN3_4B).activations  # 9 layers of 4 micro-batches
+    first = need_of(f"{base} --decoder-first-pipeline-num-layers 3", QWEN3_4B).activations
+    assert first * 12 == equal * 11  # the second rank has 11 layers of 3 micro-batches
+    last = need_of(f"{base} --decoder-last-pipeline-num-layers 33", QWEN3_4B).activations
+    assert last * 36 == equal * 33  # the last rank has all of one micro-batch
 
 
 def test_experts_are_divided_over_their_own_ranks(tmp_path):

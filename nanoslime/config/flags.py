@@ -44,6 +44,8 @@ _OTHER_NAMES = {
     "save-interval": "checkpoint.interval",
     "algorithm": "algorithm.name",
     "advantage-estimator": "algorithm.name",
+    "decoder-first-pipeline-num-layers": "training.num_layers_in_first_pipeline_stage",
+    "decoder-last-pipeline-num-layers": "training.num_layers_in_last_pipeline_stage",
 }
 
 

@@ -39,6 +39,11 @@ class TrainingConfig:
     vpp_size: int = Field(default=1, ge=1)
     """Chunks of the model on each pipeline rank; above 1 the schedule is interleaved
     (arXiv 2104.04473)."""
+    num_layers_in_first_pipeline_stage: int | None = Field(default=None, ge=1)
+    """Layers of the first pipeline rank, over all its chunks. Left out, the ranks have
+    equally many or one more, and the first and the last rather fewer."""
+    num_layers_in_last_pipeline_stage: int | None = Field(default=None, ge=1)
+    """Layers of the last pipeline rank, over all its chunks."""
     sequence_parallel: bool = False
     allow_slow: bool = False
     """Allow context parallelism and experts on GPUs without Transformer Engine, which

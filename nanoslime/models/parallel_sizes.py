@@ -73,25 +73,110 @@ def _sizes_cut_by_tp(shape: ModelShape) -> dict[str, int]:
     return sizes
 
 
-def check_pp_size(shape: ModelShape, pp_size: int, vpp_size: int) -> None:
-    """Raises RunError where the layers cannot be cut into `pp_size` stages of
-    `vpp_size` chunks each."""
-    layers = shape.num_layers
-    if layers % pp_size:
-        raise RunError(
-            f"training.pp_size={pp_size} does not divide num_layers={layers}; "
-            f"choose {one_of(divisors(layers))}"
+@dataclass(frozen=True, slots=True)
+class PipelineSizes:
+    """How the layers of a model are cut into pipeline stages.
+
+    A rank has `vpp_size` chunks of the model, and chunk v of rank r is stage v * pp_size +
+    r. Ranks whose number of layers is not given have equally many, or one more. These
+    go to the middle of the pipeline, because the first rank also has the embedding and
+    the last one the output layer; then to the first rank. Chunks of a rank, too, have
+    equally many or one more, and the first and last stage rather fewer.
+    """
+
+    pp_size: int = 1
+    vpp_size: int = 1
+    # Layers of the first and of the last rank; None: to be found.
+    first: int | None = None
+    last: int | None = None
+
+    @classmethod
+    def of(cls, config: TrainingConfig) -> PipelineSizes:
+        return cls(
+            config.pp_size,
+            config.vpp_size,
+            config.num_layers_in_first_pipeline_stage,
+            config.num_layers_in_last_pipeline_stage,
         )
-    if pp_size == 1 and vpp_size > 1:
+
+    def layers_of_ranks(self, num_layers: int) -> list[int]:
+        """[pp_size]: how many of the `num_layers` each rank has."""
+        found: list[int | None] = [None] * self.pp_size
+        found[-1] = self.last
+        if self.first is not None:
+            found[0] = self.first
+        to_find = [rank for rank, layers in enumerate(found) if layers is None]
+        last_rank = self.pp_size - 1
+        to_find.sort(key=lambda rank: (rank in (0, last_rank), rank))
+        rest = num_layers - sum(layers or 0 for layers in found)
+        shares = dict(zip(to_find, _near_equal(rest, len(to_find)), strict=True))
+        return [shares[rank] if layers is None else layers for rank, layers in enumerate(found)]
+
+    def stages(self, num_layers: int) -> list[range]:
+        """The layers of each stage, in the order of the model. check_pipeline comes before."""
+        last_rank = self.pp_size - 1
+        chunks_of_ranks = []
+        for rank, layers in enumerate(self.layers_of_ranks(num_layers)):
+            chunks = _near_equal(layers, self.vpp_size)
+            if rank != last_rank:
+                chunks.reverse()
+            chunks_of_ranks.append(chunks)
+        stages = []
+        start = 0
+        for chunk in range(self.vpp_size):
+            for chunks in chunks_of_ranks:
+                stages.append(range(start, start + chunks[chunk]))
+                start += chunks[chunk]
+        return stages
+
+
+def _near_equal(whole: int, count: int) -> list[int]:
+    """`count` numbers with the sum `whole`; the first ones may be larger by 1."""
+    if not count:
+        return []
+    each, rest = divmod(whole, count)
+    return [each + 1] * rest + [each] * (count - rest)
+
+
+def check_pipeline(shape: ModelShape, config: TrainingConfig) -> None:
+    """Raises RunError where the layers cannot be cut into the stages of `config`."""
+    sizes = PipelineSizes.of(config)
+    num_layers = shape.num_layers
+    if sizes.pp_size == 1:
+        _check_no_pipeline(sizes)
+    num_stages = sizes.pp_size * sizes.vpp_size
+    if num_stages > num_layers:
         raise RunError(
-            f"training.vpp_size={vpp_size} needs training.pp_size of 2 or more; choose 1"
+            f"training.pp_size={sizes.pp_size} x training.vpp_size={sizes.vpp_size} is more than "
+            f"num_layers={num_layers}; choose a pp_size of at most {num_layers // sizes.vpp_size}"
         )
-    layers_of_stage = layers // pp_size
-    if layers_of_stage % vpp_size:
+    layers_of_ranks = sizes.layers_of_ranks(num_layers)
+    if sum(layers_of_ranks) != num_layers or min(layers_of_ranks) < sizes.vpp_size:
+        first, *_, last = PipelineSizes(sizes.pp_size, sizes.vpp_size).layers_of_ranks(num_layers)
         raise RunError(
-            f"training.vpp_size={vpp_size} does not divide the {layers_of_stage} layers of a rank "
-            f"with training.pp_size={pp_size}; choose {one_of(divisors(layers_of_stage))}"
+            f"{_given_sizes(sizes)}: {num_layers} layers on {sizes.pp_size} ranks with "
+            f"training.vpp_size={sizes.vpp_size} chunks or more layers each would be "
+            f"{layers_of_ranks}; leave both out, which gives the first {first} and the last {last}"
         )
+
+
+def _check_no_pipeline(sizes: PipelineSizes) -> None:
+    if sizes.vpp_size > 1:
+        raise RunError(
+            f"training.vpp_size={sizes.vpp_size} needs training.pp_size of 2 or more; choose 1"
+        )
+    if sizes.first is not None or sizes.last is not None:
+        raise RunError(f"{_given_sizes(sizes)} needs training.pp_size of 2 or more; leave it out")
+
+
+def _given_sizes(sizes: PipelineSizes) -> str:
+    """The given numbers of layers, each as a user sets it."""
+    given = {"first": sizes.first, "last": sizes.last}
+    texts = []
+    for end, layers in given.items():
+        if layers is not None:
+            texts.append(f"training.num_layers_in_{end}_pipeline_stage={layers}")
+    return " and ".join(texts)
 
 
 def check_experts(shape: ModelShape, config: TrainingConfig, stage_ranks: int) -> None:

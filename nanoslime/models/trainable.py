@@ -4,7 +4,7 @@ from nanoslime.config.training import PARALLEL_SIZES, TrainingConfig
 from nanoslime.models.freezing import frozen_names
 from nanoslime.models.parallel_sizes import (
     check_experts,
-    check_pp_size,
+    check_pipeline,
     check_tp_size,
     divisors,
     one_of,
@@ -26,7 +26,7 @@ def check_parallel(training: TrainingConfig, shape: ModelShape, ranks: int, slot
         # This names all tensors: half a second for a model with many experts.
         frozen_names(training.freeze, tensors(shape))
     check_tp_size(shape, training.tp_size, slots)
-    check_pp_size(shape, training.pp_size, training.vpp_size)
+    check_pipeline(shape, training)
     if ranks % training.cp_size:
         raise RunError(
             f"training.cp_size={training.cp_size} does not divide the {ranks} trainer ranks; "
@@ -34,7 +34,7 @@ def check_parallel(training: TrainingConfig, shape: ModelShape, ranks: int, slot
         )
     model_ranks = training.tp_size * training.cp_size * training.pp_size
     if ranks % model_ranks:
-        pairs = _fitting_pairs(shape, slots, ranks // training.cp_size)
+        pairs = _fitting_pairs(shape, training, slots, ranks // training.cp_size)
         raise RunError(
             f"training.tp_size={training.tp_size} x training.cp_size={training.cp_size} x "
             f"training.pp_size={training.pp_size} = {model_ranks} does not divide the {ranks} "
@@ -72,12 +72,14 @@ def check_data_parallel_only(training: TrainingConfig) -> None:
             raise RunError(f"training.{name}={size} needs --backend megatron; with fsdp set 1")
 
 
-def _fitting_pairs(shape: ModelShape, slots: int, ranks: int) -> list[str]:
+def _fitting_pairs(
+    shape: ModelShape, training: TrainingConfig, slots: int, ranks: int
+) -> list[str]:
     """The sizes "TP x PP" that divide the ranks."""
     pairs = []
     for tp in tp_sizes(shape, slots):
-        for pp in divisors(shape.num_layers):
-            if ranks % (tp * pp) == 0:
+        for pp in divisors(ranks):
+            if ranks % (tp * pp) == 0 and pp * training.vpp_size <= shape.num_layers:
                 pairs.append(f"{tp} x {pp}")
     return pairs
 

@@ -144,6 +144,8 @@ def test_an_alias_is_the_name_of_its_field():
         "save-interval": "checkpoint.interval",
         "algorithm": "algorithm.name",
         "advantage-estimator": "algorithm.name",
+        "decoder-first-pipeline-num-layers": "training.num_layers_in_first_pipeline_stage",
+        "decoder-last-pipeline-num-layers": "training.num_layers_in_last_pipeline_stage",
     }
     for alias, dotted in flags.ALIASES.items():
         if alias in others:

@@ -66,6 +66,10 @@ FREE = {
     "moe_grouped_gemm",
     "moe_router_dtype",
     "moe_router_load_balancing_type",
+    "apply_rope_fusion",
+    "bias_activation_fusion",
+    "moe_permute_fusion",
+    "gradient_accumulation_fusion",
 }
 
 

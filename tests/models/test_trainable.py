@@ -51,13 +51,36 @@ def test_what_the_megatron_backend_cannot_compute_is_refused_by_name(name, chang
         ),
         ("--vpp-size 2", "training.vpp_size=2 needs training.pp_size of 2 or more; choose 1"),
         (
-            "--pp-size 4 --vpp-size 2",
-            "vpp_size=2 does not divide the 9 layers of a rank with training.pp_size=4; "
-            "choose 1, 3 or 9",
+            "--pp-size 16 --vpp-size 3",
+            "training.pp_size=16 x training.vpp_size=3 is more than num_layers=36; "
+            "choose a pp_size of at most 12",
         ),
         (
-            "--pp-size 5",
-            "training.pp_size=5 does not divide num_layers=36; choose 1, 2, 3, 4, 6, 9",
+            "--decoder-first-pipeline-num-layers 3",
+            "training.num_layers_in_first_pipeline_stage=3 needs training.pp_size of 2 or more",
+        ),
+        (
+            "--decoder-last-pipeline-num-layers 36",
+            "training.num_layers_in_last_pipeline_stage=36 needs training.pp_size of 2 or more",
+        ),
+        (
+            "--pp-size 2 --decoder-first-pipeline-num-layers 17 "
+            "--decoder-last-pipeline-num-layers 17",
+            "first_pipeline_stage=17 and training.num_layers_in_last_pipeline_stage=17: 36 layers "
+            "on 2 ranks .* would be .17, 17.; leave both out, which gives the first 18 and the "
+            "last 18",
+        ),
+        (
+            "--pp-size 4 --decoder-first-pipeline-num-layers 34",
+            "first_pipeline_stage=34: 36 layers on 4 ranks .* would be .34, 1, 1, 0.",
+        ),
+        (
+            "--pp-size 4 --vpp-size 2 --decoder-last-pipeline-num-layers 1",
+            "last_pipeline_stage=1: 36 .* with training.vpp_size=2 chunks .* the last 9",
+        ),
+        (
+            "--pp-size 2 --decoder-first-pipeline-num-layers 40",
+            "first_pipeline_stage=40: 36 layers on 2 ranks .* would be .40, -4.",
         ),
         (
             "--tp-size 3",

@@ -36,6 +36,9 @@ RECOMPUTE = (("recompute", True),)
 EP2 = (("ep_size", 2),)
 EP4 = (("ep_size", 4),)
 ETP2 = (("etp_size", 2),)
+FIRST_1 = (("num_layers_in_first_pipeline_stage", 1),)
+FIRST_2 = (("num_layers_in_first_pipeline_stage", 2),)
+LAST_1 = (("num_layers_in_last_pipeline_stage", 1),)
 
 ALONE = Layout()
 TP2 = Layout(tp_size=2)
@@ -91,6 +94,8 @@ ONCE: list[Case] = [
     ("qwen3_moe", DP2_EP2),
     ("qwen2", CP2),
     ("qwen3", VPP2),
+    ("qwen3", replace(PP2, options=FIRST_1)),
+    ("qwen3_layers5", VPP2),
     ("llama", replace(TP2_CP2, options=SEQUENCE_PARALLEL)),
     ("qwen3", FSDP1),
     ("qwen3", FSDP2),
@@ -159,6 +164,12 @@ def _matrix() -> list[Case]:
     for family in ("qwen3_moe", "glm4_moe", "deepseek_v3"):
         cases += [(family, layout) for layout in (CP2, VPP2)]
     cases.append((IDLE, DP2_EP2))
+    for family in ("qwen3", "qwen3_untied", "qwen3_moe", "glm4_moe", "deepseek_v3"):
+        cases.append((family, replace(PP2, options=FIRST_1)))
+        cases.append((family, replace(PP2, options=LAST_1 + RECOMPUTE)))
+    for family in ("qwen3_layers5", "llama_layers5", "glm4_moe_layers5", "deepseek_v3_layers5"):
+        cases += [(family, VPP2), (family, Layout(pp_size=4))]
+    cases.append(("qwen3_layers7", replace(VPP2, options=FIRST_2 + DISTRIBUTED)))
     return cases
 
 
@@ -178,6 +189,9 @@ RESHARDED: list[tuple[str, Layout, RankFunction]] = [
     ("qwen3_moe", TP2_EP2, grow),
     ("qwen3_moe_mixed", Layout(pp_size=4, options=DISTRIBUTED), reshard),
     ("qwen3_moe_mixed", Layout(pp_size=4), grow),
+    ("qwen3", replace(PP2, options=FIRST_1 + DISTRIBUTED), reshard),
+    ("qwen3_layers5", VPP2_DISTRIBUTED, grow),
+    ("glm4_moe_layers5", Layout(pp_size=4), reshard),
 ]
 
 
@@ -196,8 +210,11 @@ class Problem:
 
     @classmethod
     def make(cls, family: str, algorithm: str, directory: Path) -> Problem:
-        kind = family.removesuffix("_idle")
-        model_dir = save_model(directory / f"{family}-{algorithm}", kind, **changes(kind))
+        kind, _, num_layers = family.removesuffix("_idle").partition("_layers")
+        sizes = changes(kind)
+        if num_layers:
+            sizes["num_hidden_layers"] = int(num_layers)
+        model_dir = save_model(directory / f"{family}-{algorithm}", kind, **sizes)
         if family == IDLE:
             rewrite(model_dir / "model.safetensors", unwanted)
         steps = [make_step(model_dir, number) for number in range(NUM_STEPS)]

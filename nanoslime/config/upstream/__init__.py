@@ -28,6 +28,9 @@ _FIXED = """variable_seq_lengths use_cpu_initialization perform_initialization
 # Options that cut weights in another way than the weight map does.
 _WEIGHT_SHARDS = """tensor_parallel_num_weight_shards gtp_weight_remat_size
     expert_tensor_parallel_num_weight_shards expert_gtp_weight_remat_size""".split()
+# Options that cut the layers into stages in another way than the weight map does.
+_STAGES = """pipeline_model_parallel_layout account_for_embedding_in_pipeline_split
+    account_for_loss_in_pipeline_split""".split()
 _DTYPES = "params_dtype pipeline_dtype bf16 fp16".split()
 
 # Options of Megatron that nanoslime sets itself, and what to set instead.
@@ -38,10 +41,13 @@ SET_BY_NANOSLIME = {
     "expert_model_parallel_size": "training.ep_size",
     "expert_tensor_parallel_size": "training.etp_size",
     "virtual_pipeline_model_parallel_size": "training.vpp_size",
+    "num_layers_in_first_pipeline_stage": "training.num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage": "training.num_layers_in_last_pipeline_stage",
     "sequence_parallel": "training.sequence_parallel",
     **dict.fromkeys(_DTYPES, "model.dtype"),
     **dict.fromkeys(_LOSS, "algorithm.*: gradients are those of its loss alone, divided once"),
     **dict.fromkeys(_FIXED, "nothing: packed sequences and the weights' loading rest on it"),
+    **dict.fromkeys(_STAGES, "training.num_layers_in_first_pipeline_stage, or _last_"),
     **dict.fromkeys(_WEIGHT_SHARDS, "training.tp_size: the weight map knows no other shards"),
     **dict.fromkeys(_SHAPE, "model.hf_checkpoint (its config.json)"),
 }

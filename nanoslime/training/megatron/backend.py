@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nanoslime.batch import TrainBatch, WeightShard
 from nanoslime.config import RunConfig
+from nanoslime.models.parallel_sizes import PipelineSizes
 from nanoslime.models.shape import ModelShape
 from nanoslime.models.trainable import check_kernels, check_parallel
 from nanoslime.storage.safetensors_file import METADATA_DIR, copy_other_files
@@ -67,7 +68,8 @@ class MegatronBackend(TrainBackend):
 
     def _bind(self) -> weights.ParameterPieces:
         found = []
-        partitions = self._ranks.partitions(self._shape)
+        pipeline = PipelineSizes.of(self._training)
+        partitions = self._ranks.partitions(self._shape, pipeline)
         for chunk, partition in zip(self._model_chunks, partitions, strict=True):
             found += weights.bind(chunk, self._shape, partition)
         return found

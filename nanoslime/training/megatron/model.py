@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from torch import Tensor
 
 from nanoslime.config import RunConfig
+from nanoslime.models.parallel_sizes import PipelineSizes
 from nanoslime.models.rules import padded_vocab_size
 from nanoslime.models.shape import MLA, ModelShape, MoE
 from nanoslime.training.megatron import weights
@@ -29,7 +30,7 @@ from nanoslime.training.megatron.local_layers import (
     use_latent_attention,
     use_packed_rotary_embedding,
 )
-from nanoslime.training.megatron.parallel import Ranks, megatron_sizes
+from nanoslime.training.megatron.parallel import Ranks, megatron_sizes, megatron_stages
 
 
 def model_config(
@@ -70,6 +71,7 @@ def transformer_config(
     """
     training = config.training
     options: dict[str, Any] = dict(megatron_sizes(training))
+    options["pipeline_model_parallel_layout"] = megatron_stages(shape, training)
     options["sequence_parallel"] = training.sequence_parallel and training.tp_size > 1
     if training.vpp_size > 1:
         # megatron-core's own training sends between virtual stages in this way.
@@ -131,7 +133,8 @@ def build(shape: ModelShape, config: RunConfig, ranks: Ranks, device: torch.devi
         use_distributed_optimizer=config.training.distributed_optimizer,
     )
     model_chunks = []
-    for number, partition in enumerate(ranks.partitions(shape)):
+    partitions = ranks.partitions(shape, PipelineSizes.of(config.training))
+    for number, partition in enumerate(partitions):
         vp_stage = number if ranks.vpp_size > 1 else None
         gpt = gpt_model(
             shape,

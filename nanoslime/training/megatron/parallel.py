@@ -13,6 +13,7 @@ from megatron.core import tensor_parallel
 from torch.distributed import ProcessGroup
 
 from nanoslime.config.training import PARALLEL_SIZES, TrainingConfig
+from nanoslime.models.parallel_sizes import PipelineSizes
 from nanoslime.models.rules import ModelPartition
 from nanoslime.models.shape import ModelShape
 from nanoslime.training.backend import RankEnv, init_process_group
@@ -44,20 +45,19 @@ class Ranks:
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
 
-    def partitions(self, shape: ModelShape) -> list[ModelPartition]:
+    def partitions(self, shape: ModelShape, pipeline: PipelineSizes) -> list[ModelPartition]:
         """The part of the model in each model chunk; chunk v of rank p is stage v * pp_size + p."""
-        num_stages = self.vpp_size * self.pp_size
-        num_layers = shape.num_layers // num_stages
+        stages = pipeline.stages(shape.num_layers)
         num_experts = shape.moe.num_experts // self.ep_size if shape.moe else 0
         first_expert = self.ep_rank * num_experts
         found = []
-        for stage in range(self.pp_rank, num_stages, self.pp_size):
+        for stage in range(self.pp_rank, len(stages), self.pp_size):
             partition = ModelPartition(
                 self.tp_rank,
                 self.tp_size,
-                layers=range(stage * num_layers, (stage + 1) * num_layers),
+                layers=stages[stage],
                 first=stage == 0,
-                last=stage == num_stages - 1,
+                last=stage == len(stages) - 1,
                 experts=range(first_expert, first_expert + num_experts),
                 expert_tp=(self.etp_rank, self.etp_size),
             )
@@ -75,6 +75,18 @@ def megatron_sizes(config: TrainingConfig) -> dict[str, int | None]:
         expert_model_parallel_size=config.ep_size,
         expert_tensor_parallel_size=config.etp_size,
     )
+
+
+def megatron_stages(shape: ModelShape, config: TrainingConfig) -> list[list[str]] | None:
+    """The pipeline stages as megatron-core's pipeline_model_parallel_layout lists them."""
+    if config.pp_size == 1:
+        return None
+    stages = []
+    for layers in PipelineSizes.of(config).stages(shape.num_layers):
+        stages.append(["decoder"] * len(layers))
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
 
 
 def initialize(config: TrainingConfig, env: RankEnv, seed: int) -> Ranks:

@@ -135,9 +135,8 @@ class Pipeline:
     def _packs(self, shard: TrainBatch) -> Iterator[Pack]:
         for indices in shard.microbatches:
             batch = shard.microbatch(indices).to(self._device)
-            lengths = [len(shard.token_ids[index]) for index in indices]
             cp_shard = ContextParallelShard(
-                lengths, self._ranks.cp_group, self._length_multiple, self._device
+                batch.lengths, self._ranks.cp_group, self._length_multiple, self._device
             )
             yield Pack(indices, batch, cp_shard)
 

@@ -105,6 +105,7 @@ LAYOUTS = [
     Layout(options=(RECOMPUTE,)),
     Layout(pp_size=2),
     Layout(pp_size=2, options=(RECOMPUTE,)),
+    Layout(pp_size=2, options=(("num_layers_in_last_pipeline_stage", 1),)),
     Layout(tp_size=2, options=(SEQUENCE_PARALLEL,)),
     Layout(tp_size=2, options=(SEQUENCE_PARALLEL, RECOMPUTE)),
     Layout(dp_size=2),
