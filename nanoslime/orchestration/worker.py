@@ -62,11 +62,13 @@ class TrainWorker:
         if not batches:
             return {}
         begin = time.monotonic()
-        for batch in batches:
-            if self.algorithm.needs_old_logprobs:
+        if self.algorithm.needs_old_logprobs:
+            for batch in batches:
                 batch.old_logprobs = self.backend.logprobs(batch, "policy")
-            if self.algorithm.needs_reference:
-                batch.ref_logprobs = self.backend.logprobs(batch, "ref")
+        if self.algorithm.needs_reference:
+            with self.backend.reference():
+                for batch in batches:
+                    batch.ref_logprobs = self.backend.logprobs(batch, "ref")
         if self.backend.is_last_stage:
             self._set_token_advantages(batches)
         middle = time.monotonic()

@@ -3,7 +3,7 @@
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +19,7 @@ from nanoslime.config.training import TrainingConfig
 from nanoslime.training.metrics import ReducedMetrics
 from nanoslime.training.schedule import lr_at
 from nanoslime.training.skipping import StepHistory
-from nanoslime.training.sleep import DeviceMemory
+from nanoslime.training.sleep import DeviceMemory, on_host
 from nanoslime.types import RunError
 
 logger = logging.getLogger(__name__)
@@ -92,6 +92,7 @@ class TrainBackend(ABC):
         # use; both on the host.
         self._reference: list[Tensor] = []
         self._policy_aside: list[Tensor] = []
+        self._present: Literal["policy", "ref"] = "policy"
 
     def logprobs(self, shard: TrainBatch, weights: Literal["policy", "ref"]) -> list[Tensor] | None:
         """float32 [T_i] per sequence of `shard`, on the CPU; None before the last stage.
@@ -110,6 +111,13 @@ class TrainBackend(ABC):
             sequences = pack.cpu().split(lengths)
             found.update(zip(indices, sequences, strict=True))
         return [found[i] for i in range(len(shard.token_ids))]
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Inside, the model has the reference's weights.
+
+        Reference logprobs of many batches then cost one exchange with the host.
+        """
+        return self._weights("ref")
 
     def train_step(self, shard: TrainBatch, algorithm: Algorithm) -> StepMetrics:
         """Makes an optimizer step; the result is the same on every rank.
@@ -239,30 +247,32 @@ class TrainBackend(ABC):
         """Keeps the present weights on the host if the algorithm needs a reference."""
         if not self._config.algorithm.needs_reference:
             return
-        for param in self._parameters():
-            copy = param.detach().to("cpu", copy=True)
-            room = torch.empty_like(param, device="cpu", pin_memory=param.is_cuda)
-            self._reference.append(copy)
-            self._policy_aside.append(room)
+        self._reference = on_host(self._parameters(), self)
+        self._policy_aside = on_host(self._parameters(), self)
 
     @contextmanager
     def _weights(self, which: Literal["policy", "ref"]) -> Iterator[None]:
         """Inside, the model has the weights `which`; afterwards, the policy's again."""
-        if which == "policy":
+        if which == self._present:
             yield
             return
+        if which == "policy":
+            raise RuntimeError("the policy's weights are aside while the reference's are in use")
         if not self._reference:
             raise ValueError(
                 "reference logprobs need kl_coef > 0 or use_kl_loss;"
                 " without one of them the reference's weights are not kept"
             )
         live = self._parameters()
-        torch._foreach_copy_(self._policy_aside, live)
-        torch._foreach_copy_(live, self._reference)
+        # The stream keeps the order of copies between pinned memory and the device.
+        torch._foreach_copy_(self._policy_aside, live, non_blocking=True)
+        torch._foreach_copy_(live, self._reference, non_blocking=True)
+        self._present = "ref"
         try:
             yield
         finally:
-            torch._foreach_copy_(live, self._policy_aside)
+            torch._foreach_copy_(live, self._policy_aside, non_blocking=True)
+            self._present = "policy"
 
 
 def init_process_group(env: RankEnv, config: TrainingConfig) -> None:

@@ -6,8 +6,9 @@ memory that is pinned once and used again, for a CPU in an unlinked file in TMPD
 """
 
 import tempfile
-from collections.abc import Iterable
-from typing import IO
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class DeviceMemory:
         self._cleared: dict[torch.UntypedStorage, int] = {}
         # Where the bytes are kept on the host: the first for CUDA, the second for a CPU.
         self._pinned = torch.empty(0, dtype=torch.uint8)
+        self._unpin: Callable[[], Any] | None = None
         self._file: IO[bytes] | None = None
 
     @torch.no_grad()
@@ -100,12 +102,45 @@ class DeviceMemory:
         return self._pinned[:num_bytes]
 
     def _pin(self, num_bytes: int) -> None:
-        """Pins exactly so much memory; torch's own allocator rounds up to a power of two."""
-        cudart = torch.cuda.cudart()
-        if self._pinned.numel():
-            torch.cuda.check_error(cudart.cudaHostUnregister(self._pinned.data_ptr()))
+        """Takes so much memory in place of what was pinned before."""
+        if self._unpin is not None:
+            self._unpin()
         self._pinned = torch.empty(num_bytes, dtype=torch.uint8)
-        torch.cuda.check_error(cudart.cudaHostRegister(self._pinned.data_ptr(), num_bytes, 0))
+        self._unpin = pin(self._pinned, self)
+
+
+def on_host(tensors: Sequence[Tensor], owner: object) -> list[Tensor]:
+    """Copies of contiguous tensors in one memory of the host, pinned where they are on a GPU.
+
+    It is pinned as long as `owner` lives.
+    """
+    sizes = [_padded(tensor.nbytes) for tensor in tensors]
+    memory = torch.empty(sum(sizes), dtype=torch.uint8)
+    if tensors and tensors[0].is_cuda:
+        pin(memory, owner)
+    copies = []
+    for tensor, place in zip(tensors, memory.split(sizes), strict=True):
+        copy = place[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        copies.append(copy.copy_(tensor))
+    return copies
+
+
+def _padded(num_bytes: int) -> int:
+    """So many bytes that the next tensor, of any dtype, is aligned."""
+    return -(-num_bytes // 64) * 64
+
+
+def pin(memory: Tensor, owner: object) -> Callable[[], Any]:
+    """Pins memory until `owner` is gone, or until the result is called.
+
+    Torch's own allocator would round the size up to a power of two.
+    """
+    cudart = torch.cuda.cudart()
+    address = memory.data_ptr()
+    torch.cuda.check_error(cudart.cudaHostRegister(address, memory.nbytes, 0))
+    unpin = weakref.finalize(owner, cudart.cudaHostUnregister, address)
+    unpin.atexit = False  # the driver may be gone by then
+    return unpin
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:

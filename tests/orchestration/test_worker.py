@@ -1,12 +1,14 @@
 """What a trainer rank makes of all batches of a rollout before its first optimizer step."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from nanoslime import algorithms
 from nanoslime.batch import StepMetrics
 from nanoslime.config import ModelConfig, RolloutConfig, RunConfig, TrainingConfig
-from nanoslime.config.algorithm import ReinforcePPConfig
+from nanoslime.config.algorithm import GRPOConfig, ReinforcePPConfig
 from nanoslime.orchestration.worker import TrainWorker, metrics_row
 from nanoslime.training.batching import BatchingOptions, make_train_batches
 from tests.algorithms.made import group
@@ -53,6 +55,45 @@ def test_advantages_are_whitened_over_the_rollout_not_its_steps(tmp_path):
         assert first.tolist() == pytest.approx([one] * 2)
         assert second.tolist() == pytest.approx([-one] * 2)
         assert norm > 0
+
+
+def count_exchanges(env, model_dir, steps):
+    """How often the reference's weights were copied to the model; the logprobs by batch."""
+    algorithm = GRPOConfig(use_kl_loss=True, kl_loss_coef=0.1, old_logprobs="recomputed")
+    worker = TrainWorker(replace(CONFIG, algorithm=algorithm), model_dir, env)
+    batches = [step[0] for step in steps]
+    expected = [worker.backend.logprobs(batch, "ref") for batch in batches]
+    num_copied = 0
+    foreach_copy = torch._foreach_copy_
+
+    def counting(destination, source, **options):
+        nonlocal num_copied
+        num_copied += source is worker.backend._reference
+        return foreach_copy(destination, source, **options)
+
+    torch._foreach_copy_ = counting
+    try:
+        worker.train(batches)
+    finally:
+        torch._foreach_copy_ = foreach_copy
+    same = [
+        torch.cat(batch.ref_logprobs).equal(torch.cat(of_batch))
+        for batch, of_batch in zip(batches, expected, strict=True)
+    ]
+    return num_copied, same
+
+
+def test_the_reference_takes_the_policys_place_once_a_rollout(tmp_path, one_rank):
+    groups = [group(0, [1.0, 0.0]), group(1, [1.0, 0.0])]
+    algorithms.make(CONFIG.algorithm, 2).advantages(groups)
+    options = BatchingOptions(
+        num_steps=2, dp_size=1, max_tokens=4, denominator="tokens", temperature=1.0
+    )
+    steps = make_train_batches(groups, options)
+    assert [len(step[0].microbatches) for step in steps] == [2, 2]
+    [(num_copied, same)] = one_rank(count_exchanges, save_model(tmp_path, "qwen3"), steps)
+    assert num_copied == 1
+    assert same == [True, True]
 
 
 def test_a_row_has_the_means_of_means_and_the_maxima_of_maxima():
