@@ -25,6 +25,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from nanoslime.config import RunConfig
+from nanoslime.config.deadlines import derive_deadlines
 from nanoslime.engine_kind import engine_kind, takes_slots
 from nanoslime.memory import check_memory, memory_lines
 from nanoslime.models.parallel_sizes import ParallelDims, PipelineSizes
@@ -368,6 +369,10 @@ def describe(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
     for i, line in enumerate(memory):
         heading = "memory" if i == 0 else ""
         lines.append(f"{heading:10}{line}")
+    if layout.trainers:
+        deadlines = derive_deadlines(config, shape.num_parameters, len(layout.trainers))
+        train = f"{deadlines.train.seconds:.0f} s for the training on a rollout"
+        lines.append(f"deadlines {train}, {deadlines.save.seconds:.0f} s for a checkpoint")
     return "\n".join([*lines, "", layout.table()])
 
 

@@ -1,9 +1,9 @@
 """Trainer knobs: backend, parallel sizes, optimizer, micro-batches, checkpoints."""
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from nanoslime.config.base import knobs
 
@@ -83,9 +83,27 @@ class TrainingConfig:
     megatron: dict[str, Any] = Field(default_factory=dict)
     """Fields of megatron-core's TransformerConfig as written there."""
     collective_deadline_s: float = Field(default=600.0, gt=0)
-    """Deadline of one collective, and also of the whole training on a rollout (all
-    passes and steps) and of a save."""
+    """How long a rank waits for another one in a collective."""
+    train_deadline_s: float | None = Field(default=None, gt=0)
+    """Deadline of the whole training on a rollout, all passes and steps. By default the
+    plan derives it: half an hour, or as long as 1% of the GPUs' arithmetic takes."""
+    save_deadline_s: float | None = Field(default=None, gt=0)
+    """Deadline of a save, a load or an export. By default the plan derives it: half an
+    hour, or as long as 20 MB a second and rank take."""
     start_deadline_s: float = Field(default=600.0, gt=0)
+
+    @model_validator(mode="after")
+    def _collectives_end_first(self) -> Self:
+        """Only a rank that waits in a collective can say that another one is late."""
+        for field in ("train_deadline_s", "save_deadline_s"):
+            deadline_s = getattr(self, field)
+            if deadline_s is not None and deadline_s <= self.collective_deadline_s:
+                raise ValueError(
+                    f"training.{field}={deadline_s:g} must be above "
+                    f"training.collective_deadline_s={self.collective_deadline_s:g}; raise it, or "
+                    "lower that one"
+                )
+        return self
 
 
 @knobs

@@ -7,6 +7,7 @@ from typing import Any
 
 from nanoslime.batch import TrainBatch
 from nanoslime.config import RunConfig
+from nanoslime.config.deadlines import Deadline, derive_deadlines
 from nanoslime.engine_kind import engine_kind
 from nanoslime.models.shape import ModelShape
 from nanoslime.orchestration.devices import SeparateDevices, SharedDevices
@@ -27,12 +28,14 @@ class TrainGroup(ABC):
     address = "127.0.0.1"  # of rank 0
     gpu_ids: Sequence[int] = ()  # by rank; none on a CPU
 
-    def __init__(self, config: RunConfig, run: RunDir, model_dir: Path):
+    def __init__(self, config: RunConfig, run: RunDir, model_dir: Path, num_ranks: int = 1):
         self.config = config
         self.run = run
         self.model_dir = model_dir
         self.devices: SeparateDevices | SharedDevices = SeparateDevices()
-        self._parity_tokens = ModelShape.read(model_dir).attention_parity_tokens
+        shape = ModelShape.read(model_dir)
+        self._parity_tokens = shape.attention_parity_tokens
+        self._deadlines = derive_deadlines(config, shape.num_parameters, num_ranks)
 
     @abstractmethod
     def _train(self, shards: list[list[TrainBatch]]) -> dict[str, float]:
@@ -45,11 +48,18 @@ class TrainGroup(ABC):
     def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> None:
         """Calls a collective method of TrainWorker on every rank.
 
-        `what` says in errors what the ranks were asked to do.
+        `what` says in errors what the ranks were asked to do. `deadline_s` is that of
+        weight sync; other calls have the one of a save.
         """
 
     @abstractmethod
     def close(self) -> None: ...
+
+    def _deadline(self, weight_sync_s: float | None) -> Deadline:
+        """The deadline of a `call`."""
+        if weight_sync_s is None:
+            return self._deadlines.save
+        return Deadline(weight_sync_s, "weight_sync.deadline_s")
 
     def setup(self) -> None:  # noqa: B027
         """Builds what construction has only reserved, if anything."""

@@ -95,8 +95,8 @@ def serve_rank_0(argv: list[str]) -> int:
     config = CommandLine.parse(argv).config()
     _check_torchrun(config)
     # A hub id is fetched before the ranks meet, as on rank 0: their deadline is shorter.
-    config, _ = _with_local_checkpoint(config)
-    went_well = torchrun_group.serve(_rank_env(config), config)
+    config, shape = _with_local_checkpoint(config)
+    went_well = torchrun_group.serve(_rank_env(config), config, shape.num_parameters)
     return DONE if went_well else FAILED
 
 

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 
 from nanoslime.batch import TrainBatch
 from nanoslime.config import RunConfig
+from nanoslime.config.deadlines import Deadline
 from nanoslime.engine_kind import EngineOwner, EngineStart, engine_kind
 from nanoslime.layout import Layout
 from nanoslime.orchestration.groups import TrainGroup
@@ -246,7 +247,7 @@ class _Actors:
         for actor in self.actors:
             ray.kill(actor)
 
-    def gather(self, refs: list[Any], what: str, deadline_s: float) -> list[Any]:
+    def gather(self, refs: list[Any], what: str, deadline: Deadline) -> list[Any]:
         """Waits for one result of each actor; returns the results in order.
 
         Raises RunError as soon as one actor fails or dies, or at the deadline. `what`
@@ -254,7 +255,7 @@ class _Actors:
         """
         actor_of = {ref: i for i, ref in enumerate(refs)}
         pending = list(refs)
-        end = time.monotonic() + deadline_s
+        end = time.monotonic() + deadline.seconds
         while pending:
             time_left_s = max(0.0, end - time.monotonic())
             ready, pending = ray.wait(pending, num_returns=1, timeout=time_left_s)
@@ -262,7 +263,7 @@ class _Actors:
                 late = [actor_of[ref] for ref in pending]
                 names = ", ".join(self._names[i] for i in late)
                 raise RunError(
-                    f"{names} did not {what} within {deadline_s:.0f}s; log: {self._logs[late[0]]}"
+                    f"{names} did not {what} within {deadline} seconds; log: {self._logs[late[0]]}"
                 )
             self._check(actor_of[ready[0]], ready[0], what)
         return ray.get(refs)
@@ -304,12 +305,11 @@ class RayTrainGroup(TrainGroup):
     """Construction reserves the ranks' places; `setup` builds their models."""
 
     def __init__(self, config: RunConfig, attempt: Attempt, layout: Layout, model_dir: Path):
-        super().__init__(config, attempt.run, model_dir)
+        super().__init__(config, attempt.run, model_dir, len(layout.trainers))
         places = [ActorPlace(place.rank, place.node, num_slots=1) for place in layout.trainers]
         self._ranks = _Actors(RankActor, "trainer rank", places, attempt, config, model_dir)
-        self._deadline_s = config.training.collective_deadline_s
         found: list[RankPlace] = self._ranks.gather(
-            self._ranks.start_on_each("place"), "start", config.training.start_deadline_s
+            self._ranks.start_on_each("place"), "start", self._deadlines.start
         )
         self.address = found[0].address
         self.gpu_ids = [gpu_id for place in found for gpu_id in place.gpu_ids]
@@ -318,10 +318,10 @@ class RayTrainGroup(TrainGroup):
     def setup(self) -> None:
         # A port is chosen only now: engines have taken some since the ranks were placed.
         first = self._ranks.actors[0].place.remote()
-        [meeting] = self._ranks.gather([first], "choose a port", self._deadline_s)
+        [meeting] = self._ranks.gather([first], "choose a port", self._deadlines.start)
         world_size = len(self._ranks.actors)
         refs = self._ranks.start_on_each("setup", world_size, meeting, self.run.skipped)
-        found = self._ranks.gather(refs, "load the model", self.config.training.start_deadline_s)
+        found = self._ranks.gather(refs, "load the model", self._deadlines.start)
         self._dp_ranks = [dp_rank for dp_rank, _ in found]
         self.dp_size = found[0][1]
 
@@ -331,11 +331,11 @@ class RayTrainGroup(TrainGroup):
             actor.call.remote("train", stored[dp_rank])
             for actor, dp_rank in zip(self._ranks.actors, self._dp_ranks, strict=True)
         ]
-        return self._ranks.gather(refs, "train", self._deadline_s)[0]
+        return self._ranks.gather(refs, "train", self._deadlines.train)[0]
 
     def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> None:
         refs = self._ranks.start_on_each("call", method, *args)
-        self._ranks.gather(refs, what, deadline_s or self._deadline_s)
+        self._ranks.gather(refs, what, self._deadline(deadline_s))
 
     def close(self) -> None:
         self._ranks.kill()
@@ -348,7 +348,7 @@ class RayEngines:
 
     def __init__(self, config: RunConfig, attempt: Attempt, layout: Layout, model_dir: Path):
         self._layout = layout
-        self._deadline_s = config.rollout.start_deadline_s
+        self._deadline = Deadline(config.rollout.start_deadline_s, "rollout.start_deadline_s")
         self._title = engine_kind(config.rollout).title
         self._starting: list[Any] = []
         # Colocated, the trainers hold the slots.
@@ -366,11 +366,13 @@ class RayEngines:
             gpu_ids = None
             if gpus_by_rank:
                 gpu_ids = [gpus_by_rank[rank] for rank in self._layout.ranks_at(place)]
-            self._starting.append(actor.start.remote(self._deadline_s, gpu_ids))
+            self._starting.append(actor.start.remote(self._deadline.seconds, gpu_ids))
 
     def wait(self) -> list[Engine]:
         what = f"start its {self._title} server"
-        return self._actors.gather(self._starting, what, self._deadline_s + 30)
+        # An engine that is late says so itself.
+        deadline = replace(self._deadline, seconds=self._deadline.seconds + 30)
+        return self._actors.gather(self._starting, what, deadline)
 
     def close(self) -> None:
         refs = self._actors.start_on_each("close")

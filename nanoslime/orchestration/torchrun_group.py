@@ -30,6 +30,7 @@ import torch.distributed as dist
 
 from nanoslime.batch import TrainBatch
 from nanoslime.config import RunConfig
+from nanoslime.config.deadlines import Deadline, derive_deadlines
 from nanoslime.orchestration.groups import TrainGroup
 from nanoslime.orchestration.worker import TrainWorker
 from nanoslime.run_dir import RunDir
@@ -79,7 +80,7 @@ class Ranks:
     def __len__(self) -> int:
         return len(self._connections)
 
-    def ask(self, calls: Sequence[Call], what: str, deadline_s: float) -> list[Any]:
+    def ask(self, calls: Sequence[Call], what: str, deadline: Deadline) -> list[Any]:
         """Sends one call to each rank; returns the results in order.
 
         Raises RunError as soon as one rank fails or dies, or at the deadline. `what`
@@ -88,13 +89,13 @@ class Ranks:
         for rank, call in enumerate(calls):
             self._send(rank, call, what)
         results: dict[int, Any] = {}
-        end = time.monotonic() + deadline_s
+        end = time.monotonic() + deadline.seconds
         while len(results) < len(calls):
             pending = self._pending(results)
             ready = wait(pending.values(), timeout=max(0.0, end - time.monotonic()))
             if not ready:
                 late = ", ".join(str(rank) for rank in pending)
-                raise self._error(f"trainer ranks {late} did not {what} within {deadline_s:.0f}s")
+                raise self._error(f"trainer ranks {late} did not {what} within {deadline} seconds")
             for rank, connection in pending.items():
                 if connection in ready:
                     results[rank] = self._result(rank, what)
@@ -187,26 +188,24 @@ class TorchrunTrainGroup(TrainGroup):
     """The ranks that torchrun started, as the driver on rank 0 sees them."""
 
     def __init__(self, config: RunConfig, run: RunDir, model_dir: Path, ranks: Ranks):
-        super().__init__(config, run, model_dir)
+        super().__init__(config, run, model_dir, len(ranks))
         self._ranks = ranks
         self._dp_ranks: list[int] = []
 
     def setup(self) -> None:
         call = Call("setup", (self.config, self.model_dir, self.run.skipped))
-        deadline_s = self.config.training.start_deadline_s
-        places = self._ranks.ask([call] * len(self._ranks), "load the model", deadline_s)
+        calls = [call] * len(self._ranks)
+        places = self._ranks.ask(calls, "load the model", self._deadlines.start)
         self._dp_ranks = [dp_rank for dp_rank, _ in places]
         self.dp_size = places[0][1]
 
     def _train(self, shards: list[list[TrainBatch]]) -> dict[str, float]:
         calls = [Call("train", (shards[dp_rank],)) for dp_rank in self._dp_ranks]
-        deadline_s = self.config.training.collective_deadline_s
-        return self._ranks.ask(calls, "train", deadline_s)[0]
+        return self._ranks.ask(calls, "train", self._deadlines.train)[0]
 
     def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> None:
         calls = [Call(method, args)] * len(self._ranks)
-        deadline_s = deadline_s or self.config.training.collective_deadline_s
-        self._ranks.ask(calls, what, deadline_s)
+        self._ranks.ask(calls, what, self._deadline(deadline_s))
 
     def close(self) -> None:
         """Closes the way to the engines; the session ends the ranks."""
@@ -214,7 +213,7 @@ class TorchrunTrainGroup(TrainGroup):
             self.call("close", what="close the way to the engines")
 
 
-def serve(env: RankEnv, config: RunConfig) -> bool:
+def serve(env: RankEnv, config: RunConfig, num_parameters: int) -> bool:
     """Serves rank 0 until the run ends; returns whether every call went well.
 
     Raises RunError where rank 0 dies, or has no call for longer than a rollout may take.
@@ -224,11 +223,9 @@ def serve(env: RankEnv, config: RunConfig) -> bool:
     rollout = config.rollout
     # An evaluation, a commit and all rounds of a rollout lie between two calls.
     num_samplings = 1 + rollout.dynamic_sampling_rounds
-    longest_s = (
-        rollout.start_deadline_s
-        + rollout.request_deadline_s * num_samplings
-        + config.training.collective_deadline_s
-    )
+    between_s = rollout.start_deadline_s + rollout.request_deadline_s * num_samplings
+    deadlines = derive_deadlines(config, num_parameters, env.world_size)
+    longest_s = between_s + deadlines.train.seconds + deadlines.save.seconds
     if not _answer_calls(env, connection, longest_s):
         return False
     dist.destroy_process_group()

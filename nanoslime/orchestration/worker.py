@@ -14,7 +14,7 @@ from nanoslime.batch import StepMetrics, TrainBatch
 from nanoslime.config import RunConfig
 from nanoslime.plugins import resolve
 from nanoslime.training import BACKENDS
-from nanoslime.training.backend import RankEnv, TrainBackend
+from nanoslime.training.backend import RankEnv, TrainBackend, collectives
 from nanoslime.types import RunError
 from nanoslime.weight_sync.assemble import Assembler
 from nanoslime.weight_sync.disk import write_checkpoint
@@ -61,6 +61,10 @@ class TrainWorker:
         """
         if not batches:
             return {}
+        with collectives(self.config.training):
+            return self._train(batches)
+
+    def _train(self, batches: list[TrainBatch]) -> dict[str, float]:
         begin = time.monotonic()
         if self.algorithm.needs_old_logprobs:
             for batch in batches:
@@ -79,10 +83,12 @@ class TrainWorker:
 
     def save(self, path: Path) -> None:
         """Writes the backend's state into the existing empty directory `path`."""
-        self.backend.save(path)
+        with collectives(self.config.training):
+            self.backend.save(path)
 
     def load(self, path: Path) -> None:
-        self.backend.load(path)
+        with collectives(self.config.training):
+            self.backend.load(path)
 
     def sleep(self) -> None:
         self.backend.sleep()

@@ -275,6 +275,25 @@ class TrainBackend(ABC):
             self._present = "policy"
 
 
+@contextmanager
+def collectives(config: TrainingConfig) -> Iterator[None]:
+    """Raises RunError that names the setting where a collective inside exceeds its deadline.
+
+    That is the rank which waits, not the one which is late.
+    """
+    try:
+        yield
+    except RuntimeError as e:
+        # gloo has no exception of its own for it, so that only its words tell.
+        if "timed out" not in str(e).lower():
+            raise
+        raise RunError(
+            "another rank was not there for a collective within "
+            f"training.collective_deadline_s={config.collective_deadline_s:g} seconds; its log "
+            "says what it did, and raise the deadline if it was only slow"
+        ) from e
+
+
 def init_process_group(env: RankEnv, config: TrainingConfig) -> None:
     """Joins the trainers' default process group, unless this process is in it already.
 

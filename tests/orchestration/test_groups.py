@@ -1,13 +1,19 @@
 """Which transport "auto" stands for, and which are refused before anything starts."""
 
+import pickle
+import signal
+from multiprocessing import Pipe
 from typing import Any
 
 import pytest
 
 from nanoslime.config import RolloutConfig, RunConfig
 from nanoslime.config.cluster import ClusterConfig
+from nanoslime.config.deadlines import Deadline
 from nanoslime.config.rollout import WeightSyncConfig
 from nanoslime.orchestration.groups import resolve_transport
+from nanoslime.orchestration.torchrun_group import Answer, Call, Ranks
+from nanoslime.types import RunError
 from nanoslime.weight_sync.transport import TRANSPORTS
 
 
@@ -54,3 +60,18 @@ def test_auto_is_decided_by_engine_and_place(settings, same_process, expected):
 def test_a_transport_that_cannot_work_is_refused_with_a_way_out(settings, message):
     with pytest.raises(ValueError, match=f"weight_sync.transport=.*{message}.*choose"):
         resolve_transport(config(**settings), same_process=False)
+
+
+def test_ranks_that_never_answer_are_named_with_the_setting():
+    ends = [Pipe() for _ in range(3)]
+    ranks = Ranks.__new__(Ranks)
+    ranks._connections = [ours for ours, _ in ends]
+    ends[1][1].send_bytes(pickle.dumps(Answer(result="fast")))
+    handler = signal.getsignal(signal.SIGTERM)
+    late = "trainer ranks 0, 2 did not train within training.train_deadline_s=0.2 seconds"
+    try:
+        with pytest.raises(RunError, match=late):
+            calls = [Call("train", ())] * 3
+            ranks.ask(calls, "train", Deadline(0.2, "training.train_deadline_s"))
+    finally:
+        signal.signal(signal.SIGTERM, handler)

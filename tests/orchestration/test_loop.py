@@ -270,6 +270,22 @@ def test_a_torchrun_rank_that_fails_ends_the_run_with_its_name(tmp_path, model, 
     assert status["error"].startswith("trainer rank 1 failed to train: no memory in the third step")
 
 
+def test_a_late_rank_is_told_by_the_one_that_waits_in_a_collective(tmp_path, model, no_leftovers):
+    more = "--num-rollout 1000 --backend fsdp --training.collective-deadline-s 6"
+    flags = run_dir(tmp_path, "late", model, more)
+    command = torchrun(flags, module="tests.orchestration.failing_rank", num_ranks=3)
+    environment = TORCHRUN["env"] | {"LATE_RANK": "1"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=200, **TORCHRUN | {"env": environment}
+    )
+    status = RunDir.open(tmp_path / "late").status()
+    assert done.returncode != 0 and status["phase"] == "failed", done.stderr[-3000:]
+    assert status["error"].startswith(
+        "trainer rank 0 failed to train: another rank was not there for a collective within "
+        "training.collective_deadline_s=6 seconds"
+    )
+
+
 def test_the_gsm8k_recipe_trains_on_its_real_file(tmp_path, tiny_model):
     """Chat template, its keys, the maths reward; on a small file of our own where there
     is no other.
