@@ -9,6 +9,7 @@ from pathlib import Path
 from jobs.checkout import ROOT
 from nanoslime.config import DataConfig, RunConfig
 from nanoslime.config.load import read
+from nanoslime.models.context import check_context
 from nanoslime.models.shape import ModelShape
 from nanoslime.models.tiny import tiny_qwen3_config
 from nanoslime.run_dir import RunDir, recorded_rollouts
@@ -38,7 +39,9 @@ def resolve(config: RunConfig, *, download: bool) -> tuple[RunConfig, ModelShape
         recorded = recorded_rollouts(rollout.load_rollouts, rollout.num_rollout)
         config = replace(config, rollout=replace(rollout, load_rollouts=recorded))
     if config.rehearsal.enabled:
-        return config, ModelShape.from_config(tiny_qwen3_config())
+        shape = ModelShape.from_config(tiny_qwen3_config())
+        check_context(config, shape)
+        return config, shape
     found = find_checkpoint(
         config.model.hf_checkpoint,
         config.model.revision,
@@ -51,6 +54,7 @@ def resolve(config: RunConfig, *, download: bool) -> tuple[RunConfig, ModelShape
         shape = ModelShape.read(found.directory)
     except ValueError as error:
         raise RunError(str(error)) from error
+    check_context(config, shape)
     if not replays:
         config = replace(config, data=_with_prompt_files(config.data))
     return config, shape

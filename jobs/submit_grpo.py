@@ -19,6 +19,7 @@ from jobs.run_files import FilesBefore
 from nanoslime import layout as layouts
 from nanoslime.config import RunConfig
 from nanoslime.config.flags import parse as parse_flags
+from nanoslime.config.flags import refuse_repeated
 from nanoslime.config.load import dump, load
 from nanoslime.layout import Layout
 from nanoslime.plugins import resolve
@@ -161,12 +162,14 @@ def configure(command: argparse.Namespace, flags: list[str]) -> RunConfig:
 
     Without a recipe it is the rehearsal's, unless a flag names a checkpoint or is --help.
     """
+    given = parse_flags([flag for flag in flags if flag not in _HELP])
+    refuse_repeated(given)
     if command.resume:
         return load(RunDir.open(command.resume).config, command.cluster, flags)
     recipe = command.recipe
     wants_help = bool(_HELP & set(flags))
     if recipe is None and not wants_help:
-        fields = {flag.field for flag in parse_flags(flags)}
+        fields = {flag.field for flag in given}
         if "model.hf_checkpoint" not in fields:
             recipe = RECIPES / "rehearsal.yaml"
     return load(recipe, command.cluster, flags)

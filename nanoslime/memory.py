@@ -264,16 +264,28 @@ def _check_engine_memory(config: RunConfig, need: Memory) -> None:
             f"{need.engine_weights / _GIB:.0f} GiB of each engine GPU, more than {engine.title}'s "
             f"share of cluster.gpu_memory_gib={gpu_gib:g}; raise it"
         )
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    room = _cached_tokens(config, need)
+    if longest > room:
+        raise RunError(
+            f"data.max_prompt_tokens={config.data.max_prompt_tokens} and rollout.max_new_tokens="
+            f"{config.rollout.max_new_tokens} make a sequence of {longest} tokens, and an engine "
+            f"caches about {room}; lower them, or raise rollout.engine_tp_size"
+        )
 
 
 def _engine_line(config: RunConfig, need: Memory) -> str:
     line = f"engine: {size_text(need.engine_weights)} weights"
     if config.cluster.device == "cpu":
         return line
+    return f"{line}, room for about {_cached_tokens(config, need):,} tokens of KV cache"
+
+
+def _cached_tokens(config: RunConfig, need: Memory) -> int:
+    """Tokens whose keys and values fit an engine."""
     fraction = engine_kind(config.rollout).memory_fraction(config)
     share = config.cluster.gpu_memory_gib * _GIB * fraction
-    tokens = (share - need.engine_weights) / need.kv_bytes_per_token
-    return f"{line}, room for about {tokens:,.0f} tokens of KV cache"
+    return int((share - need.engine_weights) / need.kv_bytes_per_token)
 
 
 def _cached_numbers(shape: ModelShape, engine_tp: int) -> int:

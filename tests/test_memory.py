@@ -141,6 +141,11 @@ def test_context_parallel_ranks_share_the_optimizer_state_and_interleaving_keeps
             "--nodes 1 --colocate --cluster.gpu-memory-gib 12 --tp-size 8",
             "a GPU holds 16 GiB, .* raise rollout.engine_tp_size",
         ),
+        (
+            '--nodes 4 --cluster.gpu-memory-gib 26 --rollout.sglang={"mem_fraction_static":0.35} '
+            "--max-new-tokens 30000",
+            "a sequence of 31024 tokens, and an engine caches about 11...; lower them",
+        ),
     ],
 )
 def test_what_fits_on_no_gpu_is_refused_with_value_place_and_way_out(flags, says):

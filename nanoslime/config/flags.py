@@ -2,6 +2,7 @@
 
     --tp-size 2       --tp-size=2           --training.tp-size 2
     --use-kl-loss     --no-use-kl-loss      --use-kl-loss=false
+    --rollout.stop "</answer>" "Question:"  --data.chat-template-kwargs '{"enable_thinking": false}'
 
 The fields of `algorithm` are those of all algorithms; whether the chosen one has a
 field is validated later.
@@ -11,6 +12,7 @@ validated with them, so that a wrong value reads the same wherever it came from.
 prints the help.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
@@ -33,7 +35,8 @@ _SHORT_NAMES = {
         kl_loss_type use_unbiased_kl entropy_coef old_logprobs denominator normalize_advantages
         gamma""",
     "algorithm.correction": "use_tis tis_clip tis_clip_low tis_level use_opsm opsm_delta",
-    "data": "prompts eval_prompts reward chat_template",
+    "data": """prompts eval_prompts prompt_key label_key metadata_key reward chat_template
+        system_prompt max_prompt_tokens""",
     "tracking": "use_tensorboard use_wandb",
     "cluster": """nodes rollout_nodes engine_gpus colocate time_limit_min run_root partition
         account submit""",
@@ -46,6 +49,10 @@ _OTHER_NAMES = {
     "advantage-estimator": "algorithm.name",
     "decoder-first-pipeline-num-layers": "training.num_layers_in_first_pipeline_stage",
     "decoder-last-pipeline-num-layers": "training.num_layers_in_last_pipeline_stage",
+    "input-key": "data.prompt_key",
+    "apply-chat-template-kwargs": "data.chat_template_kwargs",
+    "rollout-stop": "rollout.stop",
+    "rollout-stop-token-ids": "rollout.stop_token_ids",
 }
 
 
@@ -68,11 +75,11 @@ SWITCHES = {
 @dataclass(frozen=True, slots=True)
 class Flag:
     """One flag as typed: the field it sets, and the value's text; None empties an
-    optional field."""
+    optional field. Of a list it is the items' texts, of a dict what its JSON holds."""
 
     name: str
     field: str
-    value: str | None
+    value: str | list[str] | dict[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +158,18 @@ def parse(args: Sequence[str]) -> list[Flag]:
     return found
 
 
+def refuse_repeated(flags: Sequence[Flag]) -> None:
+    """Raises RunError for a field that two flags of a command line set."""
+    first: dict[str, Flag] = {}
+    for flag in flags:
+        if flag.field in first:
+            raise RunError(
+                f"{flag.name} sets {flag.field}, which {first[flag.field].name} has set; "
+                "give one of them"
+            )
+        first[flag.field] = flag
+
+
 def _take_flag(rest: list[str]) -> Flag:
     """Take the first flag, and its value where that is the next word, out of `rest`."""
     word = rest.pop(0)
@@ -166,7 +185,14 @@ def _take_flag(rest: list[str]) -> Flag:
             f"unknown flag {name}{suggest(plain, _suggestions())}; --help lists all flags"
         )
     spelling = spellings()[plain]
-    _check_can_be_set(name, spelling)
+    if spelling.negated and spelling.kind is not bool:
+        raise RunError(
+            f"{name}: {spelling.field} is not a switch; "
+            f"give it a value: --{_as_flag(spelling.field)} VALUE"
+        )
+    container = get_origin(spelling.kind)
+    if container is list:
+        return Flag(name, spelling.field, [text] if equals else _take_values(name, rest))
     if spelling.negated:
         if equals:
             raise RunError(f"{word}: a --no- flag takes no value")
@@ -175,6 +201,8 @@ def _take_flag(rest: list[str]) -> Flag:
         text = "true"
     elif not equals:
         text = _take_value(name, rest)
+    if container is dict:
+        return Flag(name, spelling.field, _json_object(name, text))
     if spelling.switch:
         return Flag(name, spelling.field, _switch_value(word, plain, spelling.switch, text))
     is_optional = type(None) in get_args(spelling.kind)
@@ -183,15 +211,22 @@ def _take_flag(rest: list[str]) -> Flag:
     return Flag(name, spelling.field, text)
 
 
-def _check_can_be_set(name: str, spelling: Spelling) -> None:
-    field = spelling.field
-    container = get_origin(spelling.kind)
-    if spelling.negated and spelling.kind is not bool:
-        raise RunError(
-            f"{name}: {field} is not a switch; give it a value: --{_as_flag(field)} VALUE"
-        )
-    if container in (dict, list):
-        raise RunError(f"{name} sets {field}, a {container.__name__}, which is set in YAML only")
+def _json_object(name: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise RunError(f"{name} needs a JSON object ('{{\"key\": 1}}'), not {text!r}")
+    return value
+
+
+def _take_values(name: str, rest: list[str]) -> list[str]:
+    """The words up to the next flag, one at least."""
+    values = [_take_value(name, rest)]
+    while rest and not rest[0].startswith("--"):
+        values.append(rest.pop(0))
+    return values
 
 
 def _take_value(name: str, rest: list[str]) -> str:

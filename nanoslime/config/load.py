@@ -25,6 +25,15 @@ from nanoslime.plugins import resolve
 from nanoslime.types import RunError
 
 _HELP = {"-h", "--help"}
+# Switches, and the settings beside them that mean nothing without them.
+_SETTINGS_OF = {
+    "algorithm.use_kl_loss": ("kl_loss_coef", "use_unbiased_kl"),
+    "algorithm.overlong_buffer": ("overlong_penalty",),
+    "algorithm.correction.use_tis": ("tis_level", "tis_clip", "tis_clip_low"),
+    "algorithm.correction.use_opsm": ("opsm_delta",),
+    "algorithm.correction.reject": ("reject_low", "reject_high"),
+}
+_OFF = {"false", "no", "off", "none", "0"}
 
 
 def load(recipe: Path | None, cluster: Path | None, flags: Sequence[str]) -> RunConfig:
@@ -40,11 +49,16 @@ def load(recipe: Path | None, cluster: Path | None, flags: Sequence[str]) -> Run
     if cluster is not None:
         layers.add_file(cluster, "cluster")
     settings = [flag for flag in flags if flag not in _HELP]
-    for flag in flag_table.parse(settings):
+    flags_given = flag_table.parse(settings)
+    for flag in flags_given:
+        if flag.field in _SETTINGS_OF and flag.value in _OFF:
+            layers.forget_settings_of(flag.field)
+    for flag in flags_given:
         layers.put(flag.field, flag.value, _Source(f"flag {flag.name}", is_flag=True))
     if len(settings) < len(flags):
         flag_table.print_help(layers.validate(), Path(sys.argv[0]).name)
     config = layers.validate()
+    _check_warmup(config, layers.sources)
     if _falls_back_to_fsdp(config, layers.sources):
         config = _with_fsdp(config)
     upstream.check(
@@ -154,6 +168,15 @@ class _Layers:
         target[leaf] = value
         self.sources[field] = source
 
+    def forget_settings_of(self, switch: str) -> None:
+        """Take back what the files set beside a switch that a flag turns off."""
+        *sections, _ = switch.split(".")
+        target = self.values
+        for section in sections:
+            target = target.get(section, {})
+        for name in _SETTINGS_OF[switch]:
+            target.pop(name, None)
+
     def validate(self) -> RunConfig:
         """Raises RunError: one line for each problem, with its place."""
         self.values.setdefault("algorithm", {}).setdefault("name", GRPOConfig.name)
@@ -228,6 +251,24 @@ def _hint(key: str, valid: Sequence[str]) -> str:
         return f"; did you mean {' or '.join(elsewhere)}?"
     similar = flag_table.suggest(key, {name: name for name in valid})
     return similar or f"; valid here: {', '.join(valid)}"
+
+
+def _check_warmup(config: RunConfig, sources: dict[str, _Source]) -> None:
+    """Raises RunError for a run that would end before its learning rate has risen.
+
+    A flag may shorten the run of a recipe to try it out; its warm-up then stays as it is.
+    """
+    warmup = config.training.lr_warmup_steps
+    steps = config.rollout.num_rollout * config.training.num_steps_per_rollout
+    fields = ("rollout.num_rollout", "training.lr_warmup_steps")
+    length, of_warmup = [sources.get(field) for field in fields]
+    is_shortened = length is not None and length.is_flag and not (of_warmup and of_warmup.is_flag)
+    if config.rollout.rollout_only or is_shortened or warmup <= steps:
+        return
+    raise RunError(
+        f"training.lr_warmup_steps={warmup} is longer than the run of {steps} optimizer steps "
+        "(rollout.num_rollout times training.num_steps_per_rollout); lower it"
+    )
 
 
 def _falls_back_to_fsdp(config: RunConfig, sources: dict[str, _Source]) -> bool:

@@ -3,9 +3,9 @@
 A model's shape comes from the checkpoint's config.json, never from flags.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from nanoslime.config.base import knobs
 from nanoslime.plugins import target
@@ -20,6 +20,18 @@ It takes the text of the response, and label and metadata of the prompt. If it n
 parameter `status`, it gets that of the sample too (a nanoslime.types.Status); if it names
 `prompt`, the text that the response goes on from.
 """
+
+# What the chat template is given besides data.chat_template_kwargs.
+_TEMPLATE_ARGUMENTS = {
+    "conversation",
+    "messages",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "return_dict",
+    "return_tensors",
+    "chat_template",
+}
 
 
 @knobs
@@ -52,17 +64,46 @@ class DataConfig:
     prompts: str = ""
     """JSONL or parquet file of training prompts."""
     eval_prompts: str = ""
-    prompt_key: str = "prompt"
+    prompt_key: str = Field(default="prompt", min_length=1)
+    """Where a row has its prompt: a text, or a list of {role, content} messages. Of this
+    and the other keys, a dot leads into a struct or a list (reward_model.ground_truth,
+    messages.0.content), unless the row has a key with that dot in its name."""
     label_key: str = "label"
+    """Where a row has its label, a text or a number; empty: there are no labels."""
+    metadata_key: str = "metadata"
+    """Where a row may have an object, or its JSON text, that the reward gets."""
     chat_template: Literal["auto", "on", "off"] = "auto"
     """auto: apply the tokenizer's chat template where it has one."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables of the chat template (enable_thinking: false)."""
     system_prompt: str = ""
-    max_prompt_tokens: int = 1024
+    max_prompt_tokens: int = Field(default=1024, ge=1)
     over_long: Literal["error", "skip"] = "error"
     """What to do with a prompt of more than max_prompt_tokens."""
+    deduplicate: bool = False
+    """Keep a prompt that comes several times with the same label only once. False: it
+    comes as often in each epoch as in the file."""
     shuffle: bool = True
     reward: str = "exact_match"
     """A name of the reward table, or "package.module:function"."""
+
+    @field_validator("chat_template", mode="before")
+    @classmethod
+    def _yaml_switch(cls, value: Any) -> Any:
+        """YAML reads the words on and off as true and false."""
+        if isinstance(value, bool):
+            return "on" if value else "off"
+        return value
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _free_variables(cls, variables: dict[str, Any]) -> dict[str, Any]:
+        taken = variables.keys() & _TEMPLATE_ARGUMENTS
+        if taken:
+            raise ValueError(
+                f"data.chat_template_kwargs: {min(taken)} is set by nanoslime itself; remove it"
+            )
+        return variables
 
     @field_validator("reward")
     @classmethod

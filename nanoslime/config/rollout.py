@@ -1,6 +1,6 @@
 """How samples are drawn: prompts per rollout, sampling parameters, engines."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -14,9 +14,15 @@ ENGINES = {
 }
 
 
+# SGLang takes a lower one for greedy sampling, and then reports logprobs of temperature 1.
+_LOWEST_TEMPERATURE = 1e-6
+# SGLang refuses requests with more.
+_MAX_STOP_STRINGS = 32
+
+
 @knobs
 class RolloutConfig:
-    num_rollout: int = Field(default=100, ge=0)
+    num_rollout: int = Field(default=100, ge=1)
     """Rollouts of the run: sample, train, sync weights."""
     rollout_batch_size: int = Field(default=32, ge=1)
     """Prompts per rollout."""
@@ -26,9 +32,17 @@ class RolloutConfig:
     section 3.2). 1: off."""
     n_samples_per_prompt: int = Field(default=8, ge=1)
     max_new_tokens: int = Field(default=1024, ge=1)
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, ge=_LOWEST_TEMPERATURE)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = -1
+    """Sample from so many of the likeliest tokens; -1: from all."""
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list, max_length=_MAX_STOP_STRINGS
+    )
+    """Texts that end a response, in evaluations too; the text and its tokens stay in the
+    response."""
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
+    """Tokens that end a response beside the model's own, in evaluations too."""
     engine: str = "sglang"
     """A name of the engine table, or "package.module:Class". sglang: servers. embedded:
     transformers in process, for machines without SGLang and for tests."""
@@ -46,6 +60,16 @@ class RolloutConfig:
     """SGLang server options as written there (mem_fraction_static: 0.8)."""
     start_deadline_s: float = Field(default=600.0, gt=0)
     request_deadline_s: float = Field(default=1800.0, gt=0)
+
+    @field_validator("top_k")
+    @classmethod
+    def _off_or_positive(cls, top_k: int) -> int:
+        if top_k == 0 or top_k < -1:
+            raise ValueError(
+                f"rollout.top_k={top_k} leaves no token to sample; "
+                "set 1 or more, or -1 for no limit"
+            )
+        return top_k
 
     @field_validator("engine")
     @classmethod
@@ -70,7 +94,7 @@ class EvalConfig:
     """Evaluate on eval_prompts after every so many rollouts. 0: only before the first
     and after the last one."""
     n_samples_per_prompt: int = Field(default=1, ge=1)
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, ge=_LOWEST_TEMPERATURE)
     max_prompts: int = Field(default=0, ge=0)
     """Evaluate on so many prompts at most; 0: on all."""
     seed: int = 0

@@ -105,6 +105,15 @@ class TrainingConfig:
                 )
         return self
 
+    @model_validator(mode="after")
+    def _lr_falls(self) -> Self:
+        if self.min_lr > self.lr:
+            raise ValueError(
+                f"training.min_lr={self.min_lr:g} is above training.lr={self.lr:g}, from which "
+                "the learning rate falls to it; lower it"
+            )
+        return self
+
 
 @knobs
 class CheckpointConfig:

@@ -86,6 +86,8 @@ class ModelShape:
     rope_theta: float
     # Factor of Llama 3.1's scaling (rope_type llama3); None: no scaling.
     rope_scaling_factor: float | None = None
+    # Tokens to which another scaling stretches max_position_embeddings; None: it does not.
+    scaled_context_length: int | None = None
     # The share of head_dim that is rotated.
     rotary_fraction: float = 1.0
     rotary_interleaved: bool = False
@@ -125,6 +127,11 @@ class ModelShape:
     @property
     def architecture(self) -> Architecture:
         return _architecture(self.model_type)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that the model reads at most, prompt and response together."""
+        return max(self.max_position_embeddings, self.scaled_context_length or 0)
 
     @property
     def num_parameters(self) -> int:
@@ -309,11 +316,18 @@ class ConfigFile:
         if fraction is None:
             fraction = self.get("partial_rotary_factor", rotary_fraction)
         scaling_factor = None
+        scaled_length = None
         lacks = []
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind == "llama3" and _LLAMA3_SCALING.items() <= rope.items():
             scaling_factor = float(rope["factor"])
         elif kind != "default":
+            # A config may hold the length before or after the scaling; without the
+            # original one SGLang takes it for the length before.
+            original = rope.get("original_max_position_embeddings")
+            scaled_length = int(
+                (original or self["max_position_embeddings"]) * rope.get("factor", 1)
+            )
             lacks.append(f"rope scaling {rope} (only default, or llama3 with {_LLAMA3_SCALING})")
         window = self._sliding_window()
         if window:
@@ -322,6 +336,7 @@ class ConfigFile:
             "rope_theta": float(theta),
             "rotary_fraction": fraction,
             "rope_scaling_factor": scaling_factor,
+            "scaled_context_length": scaled_length,
             "megatron_lacks": tuple(lacks),
         }
 

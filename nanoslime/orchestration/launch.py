@@ -13,6 +13,7 @@ from nanoslime import layout
 from nanoslime.config import RunConfig
 from nanoslime.config.load import dump, load, read
 from nanoslime.engine_kind import takes_slots
+from nanoslime.models.context import check_context
 from nanoslime.models.shape import ModelShape
 from nanoslime.models.tiny import tiny_qwen3_config
 from nanoslime.orchestration import torchrun_group
@@ -157,7 +158,9 @@ def _on_own_ray(config: RunConfig, run: RunDir | None, shape: ModelShape) -> Lau
 def _with_local_checkpoint(config: RunConfig) -> tuple[RunConfig, ModelShape]:
     """Puts a local directory in place of model.hf_checkpoint; fetches a hub id."""
     if config.rehearsal.enabled:
-        return config, ModelShape.from_config(tiny_qwen3_config())
+        shape = ModelShape.from_config(tiny_qwen3_config())
+        check_context(config, shape)
+        return config, shape
     found = find_checkpoint(
         config.model.hf_checkpoint,
         config.model.revision,
@@ -165,7 +168,9 @@ def _with_local_checkpoint(config: RunConfig) -> tuple[RunConfig, ModelShape]:
         needs_tokenizer=not config.rollout.load_rollouts,
     )
     model = replace(config.model, hf_checkpoint=str(found.directory), revision=found.revision)
-    return replace(config, model=model), ModelShape.read(found.directory)
+    shape = ModelShape.read(found.directory)
+    check_context(config, shape)
+    return replace(config, model=model), shape
 
 
 def _check_torchrun(config: RunConfig) -> None:

@@ -1,6 +1,7 @@
 """Flags: every short name resolves, sets its field and nothing else; others are refused
 with a suggestion."""
 
+import json
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
@@ -30,15 +31,23 @@ def other_value(dotted: str) -> Any:
         return "math_answer"
     if dotted == "rollout.engine":
         return "embedded"
+    if dotted == "rollout.stop_token_ids":
+        return [7]
     if dotted == "algorithm.eps_clip_c":
         # It has to be above 1.
         return 3.0
+    if dotted == "rollout.top_k":
+        return 2
     kind = flags.field_types()[dotted]
     default = DEFAULTS[dotted]
     if type(None) in get_args(kind):
         kind = get_args(kind)[0]
     if get_origin(kind) is Literal:
         return next(choice for choice in get_args(kind) if choice != default)
+    if get_origin(kind) is list:
+        return ["other"]
+    if get_origin(kind) is dict:
+        return {"other": 1}
     if kind is bool:
         return not default
     if kind is str:
@@ -76,6 +85,10 @@ ALIASES_OF_A_VALUE = [
 
 def words_of(alias: str, value: Any, form: str) -> list[str]:
     """The alias with this value, as a user may write it."""
+    if isinstance(value, list):
+        (value,) = value
+    if isinstance(value, dict):
+        value = json.dumps(value)
     if form == "underscore":
         return [f"--{alias.replace('-', '_')}={value}"]
     if form == "equals sign":
@@ -146,6 +159,10 @@ def test_an_alias_is_the_name_of_its_field():
         "advantage-estimator": "algorithm.name",
         "decoder-first-pipeline-num-layers": "training.num_layers_in_first_pipeline_stage",
         "decoder-last-pipeline-num-layers": "training.num_layers_in_last_pipeline_stage",
+        "input-key": "data.prompt_key",
+        "apply-chat-template-kwargs": "data.chat_template_kwargs",
+        "rollout-stop": "rollout.stop",
+        "rollout-stop-token-ids": "rollout.stop_token_ids",
     }
     for alias, dotted in flags.ALIASES.items():
         if alias in others:
@@ -155,13 +172,43 @@ def test_an_alias_is_the_name_of_its_field():
             assert alias.replace("-", "_") == last_word
 
 
-def test_every_field_has_a_dotted_flag_unless_it_is_a_mapping_or_list():
+def test_every_field_has_a_dotted_flag():
     for dotted, kind in flags.field_types().items():
-        if get_origin(kind) in (dict, list):
-            with pytest.raises(RunError, match="YAML only"):
-                flags.parse([f"--{dotted}", "x"])
-        else:
-            assert flags.parse([f"--{dotted}=x"]) == [flags.Flag(f"--{dotted}", dotted, "x")]
+        text = "x"
+        value: Any = "x"
+        if get_origin(kind) is dict:
+            text = '{"x": 1}'
+            value = {"x": 1}
+        elif get_origin(kind) is list:
+            value = ["x"]
+        assert flags.parse([f"--{dotted}={text}"]) == [flags.Flag(f"--{dotted}", dotted, value)]
+
+
+def test_a_list_takes_the_words_up_to_the_next_flag():
+    args = ["--rollout-stop", "</a>", "b c", "--rollout.stop-token-ids", "7", "8", "--top-k", "5"]
+    rollout = load(None, None, args).rollout
+    assert (rollout.stop, rollout.stop_token_ids, rollout.top_k) == (["</a>", "b c"], [7, 8], 5)
+    assert load(None, None, ["--rollout-stop=--x"]).rollout.stop == ["--x"]
+
+
+def test_a_mapping_is_given_as_json():
+    text = '{"enable_thinking": false, "level": "low"}'
+    data = load(None, None, ["--apply-chat-template-kwargs", text]).data
+    assert data.chat_template_kwargs == {"enable_thinking": False, "level": "low"}
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--lr", "1", "--lr", "1"],
+        ["--lr=1", "--training.lr", "2"],
+        ["--use-rollout-logprobs", "--no-use-rollout-logprobs"],
+        ["--rollout-stop", "a", "--rollout.stop", "b"],
+    ],
+)
+def test_a_field_that_two_flags_of_a_command_set_is_refused(args):
+    with pytest.raises(RunError, match="sets .*, which .* has set; give one of them"):
+        flags.refuse_repeated(flags.parse(args))
 
 
 @pytest.mark.parametrize(
@@ -177,6 +224,26 @@ def test_every_field_has_a_dotted_flag_unless_it_is_a_mapping_or_list():
         (["--lr"], "--lr needs a value"),
         (["--lr", "--nodes", "4"], "--lr needs a value"),
         (["--no-lr"], "training.lr is not a switch"),
+        (["--rollout-stop"], "--rollout-stop needs a value"),
+        (["--rollout.sglang", "[1]"], "--rollout.sglang needs a JSON object .*, not '.1.'"),
+        (["--rollout.sglang", "tp_size"], "needs a JSON object"),
+        (["--rollout-stop", ""], "rollout.stop.0='': String should have at least 1 character"),
+        (["--rollout-stop-token-ids", "3", "-3"], "rollout.stop_token_ids.1='-3': must be great"),
+        (["--top-k", "0"], "rollout.top_k=0 leaves no token to sample; set 1 or more, or -1"),
+        (["--top-k", "-7"], "rollout.top_k=-7 leaves no token"),
+        (["--top-p", "0"], "rollout.top_p='0': must be greater than 0"),
+        (["--top-p", "1.1"], "rollout.top_p='1.1': must be less than or equal to 1"),
+        (["--temperature", "0"], "rollout.temperature='0': must be greater than or equal to"),
+        (["--temperature", "-1"], "rollout.temperature='-1': must be greater"),
+        (["--eval.temperature", "1e-7"], "eval.temperature='1e-7': must be greater"),
+        (["--num-rollout", "0"], "rollout.num_rollout='0': must be greater than or equal to 1"),
+        (["--data.max-prompt-tokens", "-5"], "data.max_prompt_tokens='-5': must be greater"),
+        (["--data.max-prompt-tokens", "0"], "data.max_prompt_tokens='0': must be greater"),
+        (["--lr", "1e-6", "--training.min-lr", "1e-5"], "min_lr=1e-05 is above training.lr=1e-06"),
+        (
+            ["--apply-chat-template-kwargs", '{"messages": 1}'],
+            "data.chat_template_kwargs: messages is set by nanoslime itself",
+        ),
         (["--no-use-kl-loss=true"], "takes no value"),
         (["4"], "'4' belongs to no flag"),
         (["--tp-size=x"], "flag --tp-size: training.tp_size='x': must be a valid integer"),

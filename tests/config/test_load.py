@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nanoslime.config import ClusterConfig, RunConfig
+from nanoslime.config import ClusterConfig, GRPOConfig, RunConfig
 from nanoslime.config.load import dump, load, read
 from nanoslime.types import RunError
 
@@ -249,3 +249,75 @@ def test_routing_replay_asks_for_megatron_and_r2_for_a_pass_to_record():
     engine_logprobs = ["--training.routing-replay", "R2", "--use-rollout-logprobs"]
     with pytest.raises(RunError, match="routing_replay=R2 needs algorithm.old_logprobs=recomputed"):
         load(None, None, engine_logprobs)
+
+
+LONG_WARMUP = (
+    "rollout: {num_rollout: 10}\ntraining: {lr_warmup_steps: 21, num_steps_per_rollout: 2}"
+)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags"),
+    [
+        (LONG_WARMUP, []),
+        (LONG_WARMUP, ["--num-rollout", "9", "--training.lr-warmup-steps", "19"]),
+        ("", ["--training.lr-warmup-steps", "1000"]),
+        ("", ["--training.lr-warmup-steps", "1000", "--num-rollout", "100"]),
+    ],
+)
+def test_a_warmup_longer_than_the_run_is_refused(tmp_path, recipe, flags):
+    with pytest.raises(RunError, match="training.lr_warmup_steps=.* is longer than the run of"):
+        load(write(tmp_path / "r.yaml", recipe), None, flags)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--num-rollout", "11"], ["--num-rollout", "2"], ["--rollout-only"]]
+)
+def test_a_flag_may_shorten_a_run_below_the_warmup_of_its_recipe(tmp_path, flags):
+    load(write(tmp_path / "r.yaml", LONG_WARMUP), None, flags)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "flag"),
+    [
+        ("use_kl_loss: true, kl_loss_coef: 0.1, use_unbiased_kl: true", "--no-use-kl-loss"),
+        ("use_kl_loss: true, kl_loss_coef: 0.1", "--use-kl-loss=false"),
+        ("correction: {use_tis: true, tis_clip: 5, tis_level: sequence}", "--no-use-tis"),
+        ("correction: {use_opsm: true, opsm_delta: 1}", "--no-use-opsm"),
+        ("correction: {reject: token, reject_high: 3}", "--algorithm.correction.reject=none"),
+        ("overlong_buffer: 8, overlong_penalty: 2", "--algorithm.overlong-buffer=0"),
+    ],
+)
+def test_one_flag_switches_off_what_a_recipe_switches_on(tmp_path, algorithm, flag):
+    recipe = write(tmp_path / "r.yaml", f"algorithm: {{{algorithm}}}")
+    assert load(recipe, None, []).algorithm != GRPOConfig()
+    assert load(recipe, None, [flag]).algorithm == GRPOConfig()
+
+
+def test_a_flag_for_what_is_switched_off_is_still_refused(tmp_path):
+    recipe = write(tmp_path / "r.yaml", "algorithm: {use_kl_loss: true, kl_loss_coef: 0.1}")
+    with pytest.raises(RunError, match="kl_loss_coef=0.2 needs algorithm.use_kl_loss"):
+        load(recipe, None, ["--no-use-kl-loss", "--kl-loss-coef", "0.2"])
+
+
+@pytest.mark.parametrize("value", ["1.5", "0", "1", "-0.1", "high", "true", "'0.8'"])
+def test_a_share_of_memory_that_cannot_be_is_refused(tmp_path, value):
+    recipe = write(tmp_path / "r.yaml", f"rollout: {{sglang: {{mem_fraction_static: {value}}}}}")
+    with pytest.raises(RunError, match="mem_fraction_static=.* is no share of a GPU's memory"):
+        load(recipe, None, [])
+
+
+@pytest.mark.parametrize("name", ["context_length", "max_total_tokens"])
+@pytest.mark.parametrize("value", ["0", "-1", "4k", "true", "1.5"])
+def test_a_limit_of_tokens_that_cannot_be_is_refused(tmp_path, name, value):
+    recipe = write(tmp_path / "r.yaml", f"rollout: {{sglang: {{{name}: {value}}}}}")
+    with pytest.raises(RunError, match=f"rollout.sglang.{name}=.* is no number of tokens"):
+        load(recipe, None, [])
+
+
+@pytest.mark.parametrize(
+    ("written", "read_as"), [("off", "off"), ("on", "on"), ("no", "off"), ("'off'", "off")]
+)
+def test_a_chat_template_that_yaml_reads_as_a_truth_value(tmp_path, written, read_as):
+    recipe = write(tmp_path / "r.yaml", f"data: {{chat_template: {written}}}")
+    assert load(recipe, None, []).data.chat_template == read_as

@@ -70,7 +70,9 @@ class EmbeddedEngine:
         self._expected = checkpoint_shapes(model_path)
         self._model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype))
         self._model.to(device).eval()
-        self._experts = ExpertRecorder(self._model, ModelShape.read(model_path))
+        shape = ModelShape.read(model_path)
+        self._context_length = shape.context_length
+        self._experts = ExpertRecorder(self._model, shape)
         self._seeds = torch.Generator().manual_seed(seed)
         self._version = 0
         self._paused = False
@@ -197,8 +199,7 @@ class EmbeddedEngine:
         seed = request.seed
         if seed is None:
             seed = int(torch.randint(2**62, (), generator=self._seeds))
-        context_length = self._model.config.get_text_config().max_position_embeddings
-        room = context_length - len(request.token_ids)
+        room = self._context_length - len(request.token_ids)
         max_tokens = max(0, min(request.max_new_tokens, room))
         generator = torch.Generator().manual_seed(seed)
         randoms = torch.rand(request.n, max_tokens, dtype=torch.float64, generator=generator)

@@ -1,6 +1,8 @@
 """The kind `sglang`: its options, and what it can serve. Its server is in
 sglang_server.py."""
 
+from typing import Any
+
 from nanoslime.config import RolloutConfig, RunConfig, upstream
 from nanoslime.engine_kind import EngineKind
 from nanoslime.models.parallel_sizes import divisors, one_of
@@ -25,6 +27,9 @@ SET_BY_NANOSLIME = {
 }
 """Options of SGLang that nanoslime sets itself, and what to set instead."""
 
+# Options that bound prompt and response together.
+_TOKEN_LIMITS = ("context_length", "max_total_tokens")
+
 
 class SGLang(EngineKind):
     name = "sglang"
@@ -34,8 +39,22 @@ class SGLang(EngineKind):
     owner = "nanoslime.rollout.engines.sglang_server:owner"
 
     def check_options(self, rollout: RolloutConfig) -> None:
-        """Raises RunError for a name in rollout.sglang that SGLang lacks or nanoslime sets."""
+        """Raises RunError for a name in rollout.sglang that SGLang lacks or nanoslime sets,
+        and for values of which the plan makes use and that cannot be."""
         upstream.check("sglang", "rollout.sglang", rollout.sglang, SET_BY_NANOSLIME)
+        for name, value in rollout.sglang.items():
+            if value is None:
+                continue
+            if name == "mem_fraction_static" and not _is_share(value):
+                raise RunError(
+                    f"rollout.sglang.{name}={value!r} is no share of a GPU's memory; "
+                    "set a number between 0 and 1, or leave it out"
+                )
+            if name in _TOKEN_LIMITS and not (type(value) is int and value > 0):
+                raise RunError(
+                    f"rollout.sglang.{name}={value!r} is no number of tokens; "
+                    "set 1 or more, or leave it out"
+                )
 
     def check_plan(self, rollout: RolloutConfig, shape: ModelShape, slots_per_node: int) -> None:
         _check_layers_with_experts(shape)
@@ -43,9 +62,13 @@ class SGLang(EngineKind):
 
     def memory_fraction(self, config: RunConfig) -> float:
         asked = config.rollout.sglang.get("mem_fraction_static")
-        if asked:
+        if asked is not None:
             return float(asked)
         return COLOCATED_MEM_FRACTION if config.cluster.colocate else _MEM_FRACTION
+
+
+def _is_share(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < 1
 
 
 def _check_layers_with_experts(shape: ModelShape) -> None:

@@ -105,6 +105,11 @@ class SGLangServer:
     process: ChildProcess | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        shape = ModelShape.read(self.model_path)
+        # SGLang does not see the context of a config that its rope scaling stretches.
+        self._stretched_context = None
+        if shape.context_length > shape.max_position_embeddings:
+            self._stretched_context = shape.context_length
         self.command = [sys.executable, "-m", "sglang.launch_server", *_flags(self._options())]
         self.env = os.environ | self._environment()
 
@@ -147,6 +152,8 @@ class SGLangServer:
             if name in fixed:
                 raise RunError(f"rollout.sglang.{name} is set by nanoslime itself; remove it")
         options = {**fixed, "dtype": self.dtype, "random_seed": self.seed}
+        if self._stretched_context:
+            options["context_length"] = self._stretched_context
         if self.device == "cpu":
             options.update(_CPU_OPTIONS)
         elif self.colocated:
@@ -159,6 +166,8 @@ class SGLangServer:
         """What the server's environment has beyond ours."""
         # SGLang warms up by calling itself over HTTP.
         environment = {"NO_PROXY": "*", "no_proxy": "*"}
+        if self._stretched_context:
+            environment["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
         if self.device == "cpu":
             environment.update(_cpu_environment(self.model_path, self.cpu_core))
         elif self.gpu_ids:

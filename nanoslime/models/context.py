@@ -1,0 +1,30 @@
+"""Whether a prompt and its response fit the model's context."""
+
+from nanoslime.config import RunConfig
+from nanoslime.models.shape import ModelShape
+from nanoslime.types import RunError
+
+
+def check_context(config: RunConfig, shape: ModelShape) -> None:
+    """Raises RunError where a prompt and a response of the allowed lengths exceed it.
+
+    Engines refuse such a request, so that no sample would be made. Recorded rollouts
+    have their samples already.
+    """
+    rollout = config.rollout
+    if rollout.load_rollouts:
+        return
+    limit = shape.context_length
+    source = "the model reads (its max_position_embeddings and rope scaling)"
+    asked = rollout.sglang.get("context_length") if rollout.engine == "sglang" else None
+    if asked is not None and asked < limit:
+        limit = asked
+        source = "rollout.sglang.context_length allows"
+    prompt = config.data.max_prompt_tokens
+    if prompt + rollout.max_new_tokens <= limit:
+        return
+    raise RunError(
+        f"data.max_prompt_tokens={prompt} and rollout.max_new_tokens={rollout.max_new_tokens} are "
+        f"{prompt + rollout.max_new_tokens} tokens together, more than the {limit} that {source}; "
+        "lower one of them"
+    )
