@@ -165,7 +165,7 @@ def configure(command: argparse.Namespace, flags: list[str]) -> RunConfig:
     given = parse_flags([flag for flag in flags if flag not in _HELP])
     refuse_repeated(given)
     if command.resume:
-        return load(RunDir.open(command.resume).config, command.cluster, flags)
+        return load(RunDir.open(command.resume).config, command.cluster, flags, resumes=True)
     recipe = command.recipe
     wants_help = bool(_HELP & set(flags))
     if recipe is None and not wants_help:

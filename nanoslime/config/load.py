@@ -36,8 +36,12 @@ _SETTINGS_OF = {
 _OFF = {"false", "no", "off", "none", "0"}
 
 
-def load(recipe: Path | None, cluster: Path | None, flags: Sequence[str]) -> RunConfig:
+def load(
+    recipe: Path | None, cluster: Path | None, flags: Sequence[str], *, resumes: bool = False
+) -> RunConfig:
     """The configuration that a recipe, a cluster file and flags add up to.
+
+    resumes: the recipe is the configuration of a run that has been accepted.
 
     `--help` or `-h` among the flags prints every field with its value and ends the
     process. Without a backend named anywhere, one node means FSDP2. Raises RunError,
@@ -58,7 +62,8 @@ def load(recipe: Path | None, cluster: Path | None, flags: Sequence[str]) -> Run
     if len(settings) < len(flags):
         flag_table.print_help(layers.validate(), Path(sys.argv[0]).name)
     config = layers.validate()
-    _check_warmup(config, layers.sources)
+    if not resumes:
+        _check_warmup(config, layers.sources)
     if _falls_back_to_fsdp(config, layers.sources):
         config = _with_fsdp(config)
     upstream.check(

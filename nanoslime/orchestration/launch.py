@@ -69,7 +69,7 @@ class CommandLine:
     def config(self) -> RunConfig:
         """The configuration of a run on this machine."""
         if self.resume:
-            return load(RunDir.open(self.resume).config, None, self.rest)
+            return load(RunDir.open(self.resume).config, None, self.rest, resumes=True)
         flags = list(self.rest)
         recipe = MOCK_RECIPE if self.mock else None
         if flags and not flags[0].startswith("-"):
