@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from nanoslime.algorithms.policy_gradient import PolicyGradient
+from nanoslime.algorithms.policy_gradient import PolicyGradient, whitened
 from nanoslime.batch import TokenMean
-from nanoslime.config.algorithm import CISPOConfig
+from nanoslime.config.algorithm import CISPOConfig, GRPOConfig, ReinforcePPConfig
 from tests.algorithms.made import algorithm, loss, pack, shard
 
 
@@ -121,6 +121,27 @@ def test_kl_in_the_reward_lowers_the_token_advantages():
     assert got(kl_coef=0.1, kl_loss_type="k1", old_logprobs="rollout") == pytest.approx(
         [0, 2 - 0.04, 0]
     )
+
+
+@pytest.mark.parametrize("config", [GRPOConfig, ReinforcePPConfig])
+def test_a_masked_token_gives_no_kl_whatever_its_gap(config):
+    """Neither to its own advantage nor, by the returns, to those before it."""
+    huge = -1e4
+    batch = shard([[False, True, False, True]], [2.0], old=[[huge, 0, huge, 0]], ref=[[0.0] * 4])
+    for kind in ("k1", "k2", "k3", "low_var_kl"):
+        knobs = dict(kl_coef=0.1, kl_loss_type=kind, normalize_advantages=False)
+        [found] = algorithm(config(**knobs)).token_advantages(batch, lambda x: x)
+        assert found.tolist() == [0, 2, 0, 2], kind
+
+
+def test_whitening_adds_its_epsilon_to_the_variance():
+    """1e-8, which matters beside a variance of as little as 1e-9."""
+    value = (1e-9 / 2) ** 0.5
+    masks = [torch.tensor([False, True]), torch.tensor([False, True])]
+    values = [torch.tensor([9.0, value]), torch.tensor([9.0, -value])]
+    first, second = whitened(values, masks, lambda x: x)
+    assert first.tolist() == pytest.approx([0.0, value / 1.1e-8**0.5], rel=1e-5)
+    assert second.tolist() == pytest.approx([0.0, -value / 1.1e-8**0.5], rel=1e-5)
 
 
 def test_kl_in_the_reward_is_not_in_the_loss_as_well():

@@ -45,6 +45,12 @@ def test_zero_variance_group_gets_exactly_zero(rewards, by_std):
     assert not spreads(rewards)
 
 
+def test_rewards_differ_by_their_unbiased_standard_deviation():
+    """Of two rewards it is their distance over sqrt(2); the biased one would be half of it."""
+    assert spreads([0.0, 1.5e-6]) and not spreads([0.0, 1.3e-6])
+    assert relative([0.0, 1.5e-6], by_std=False) == pytest.approx([-0.75e-6, 0.75e-6])
+
+
 def test_statistics_go_by_group_id_whatever_the_size_order_and_packaging_of_groups():
     one = group(1, [1.0, 0.0])
     two = group(2, [10.0, 20.0, 30.0])

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from nanoslime import rehearsal, train
@@ -27,6 +28,7 @@ from nanoslime.training.backend import TrainBackend
 from nanoslime.training.fsdp import FSDPBackend
 from tests import process_table
 from tests.models.hf import save_model
+from tests.orchestration.wired import same_tensors
 
 SMALL = "--rollout-batch-size 4 --n-samples-per-prompt 4 --no-use-tensorboard --eval.max-prompts 20"
 
@@ -187,8 +189,12 @@ def test_all_groups_filtered_leaves_the_weights_and_goes_on(tmp_path, model):
     reward = "tests.orchestration.rewards:always_one"
     flags = run_dir(tmp_path, "flat", model, f"--num-rollout 2 --reward {reward}")
     assert train.main(flags) == DONE
-    for row in rows(RunDir.open(tmp_path / "flat")):
+    run = RunDir.open(tmp_path / "flat")
+    for row in rows(run):
         assert row["rollout/dropped_group_zero_std"] == 4 and "train/loss" not in row
+    before = load_file(model.model / "model.safetensors")
+    after = load_file(run.hf(2) / "model.safetensors")
+    assert same_tensors(after, before)
 
 
 @pytest.mark.parametrize(

@@ -198,3 +198,28 @@ def test_the_data_cursor_resumes_exactly_after_further_rounds(tmp_path, tiny_mod
         assert ids(got) == ids(expected[step]) and tokens(got) == tokens(expected[step])
         state = json.loads(json.dumps(resumed.state_dict()))
     assert state["prompts"] == straight.state_dict()["prompts"]
+
+
+def test_a_sample_of_another_version_ends_the_run(tmp_path, tiny_model):
+    """Older or newer: the engine's weights are not those that the trainer has."""
+    for version in (-1, 1):
+        rollout = manager(tmp_path, tiny_model, [FINE], name=f"run{version}")
+        rollout._weights.version = version
+        message = f"group 0 was sampled by policy version 0, the trainer is at {version}"
+        with pytest.raises(RunError, match=message):
+            rollout.generate(0)
+        assert not list(rollout.run.rollouts.iterdir())
+
+
+def test_a_token_of_another_version_in_the_middle_ends_the_run(tmp_path, tiny_model):
+    """A weight update may pause a sample and change the policy under it."""
+    rollout = manager(tmp_path, tiny_model, [FINE])
+    [engine] = rollout._router._engines.values()
+    generate = engine.generate
+
+    async def updated_on_the_way(request):
+        return [replace(g, versions=[(0, 0), (2, 1)]) for g in await generate(request)]
+
+    engine.generate = updated_on_the_way
+    with pytest.raises(RunError, match="sampled by policy version 1, the trainer is at 0"):
+        rollout.generate(0)

@@ -105,6 +105,8 @@ def test_the_seed_decides_the_samples(engine, tokenizer) -> None:
     assert len({tuple(tokens[-NUM_NEW_TOKENS:]) for tokens in first}) == 6
     same_first_prompt = tokens_of(sample(engine, tokenizer, prompts=[PROMPTS[0], PROMPTS[0]]))
     assert same_first_prompt[:3] == first[:3]
+    others = same_first_prompt[3:]
+    assert not any(tokens in first[:3] for tokens in others), "its place is part of the seed"
 
 
 def test_a_sample_that_could_not_be_made_keeps_its_cause_and_gets_no_reward(

@@ -7,9 +7,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nanoslime.config.model import DataConfig
+from nanoslime.models.tiny import BOS
+from nanoslime.rehearsal import build_tokenizer
 from nanoslime.rollout.prompts import PromptSource, load_prompts
 from nanoslime.types import Prompt, RunError
 
@@ -53,6 +56,21 @@ def test_plain_prompts(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> No
     assert second.label == 7
     # é is two bytes.
     assert len(second.token_ids) == 2
+
+
+def test_a_prompt_has_one_bos_with_a_chat_template_and_without(tmp_path: Path) -> None:
+    """A template writes it itself; without one the tokenizer adds it."""
+    tokenizer = build_tokenizer()
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", BOS)]
+    )
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    path = write(tmp_path / "p.jsonl", {"prompt": "ab", "label": 0})
+    expected = [BOS, *tokenizer("ab", add_special_tokens=False)["input_ids"]]
+    assert len(expected) == 3
+    for chat_template in ("on", "off"):
+        [prompt] = load(path, tokenizer, chat_template=chat_template)
+        assert prompt.token_ids.tolist() == expected, chat_template
 
 
 def test_parquet_is_read_as_jsonl_is(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

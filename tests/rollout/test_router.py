@@ -148,6 +148,24 @@ def test_a_request_that_fails_everywhere_costs_two_tries_and_no_engine() -> None
     assert not router.lost
 
 
+def test_many_requests_are_shared_equally_and_leave_nothing_in_flight() -> None:
+    async def run() -> None:
+        engines = [Scripted("a"), Scripted("b")]
+        router = LeastInflightRouter(engines)
+        for number in (1, 2):  # the second round finds no count of the first
+            requests = [asyncio.create_task(router.generate(make_request(8))) for _ in range(100)]
+            await asyncio.sleep(0)
+            assert [engine.served for engine in engines] == [number * 400] * 2
+            for engine in engines:
+                engine.gate.set()
+            await asyncio.gather(*requests)
+            for engine in engines:
+                engine.gate.clear()
+            assert router.inflight == {"a": 0, "b": 0}
+
+    asyncio.run(run())
+
+
 def test_a_bad_request_does_not_cost_an_engine(embedded: EmbeddedEngine) -> None:
     router = LeastInflightRouter([embedded])
     request = GenerateRequest([99999], n=1, max_new_tokens=1, temperature=1.0)

@@ -17,6 +17,10 @@ FULL = {
     "replicated": torch.arange(5.0) - 7,
     "only_on_last": torch.full((3, 3), 2.5),
 }
+# Always float32, whatever the others are sent as; its halves are on either rank.
+BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
+FULL[BIAS] = torch.full((4,), 4 + 1 / 3)
+
 CPU = torch.device("cpu")
 
 
@@ -29,22 +33,23 @@ def shards_of(rank: int) -> list[WeightShard]:
     common = [
         shard("columns", (0, 2), (4 * rank, 4 * rank + 4)),
         shard("replicated", (0, 5)),
+        shard(BIAS, (2 * rank, 2 * rank + 2)),
     ]
     if rank == 0:
         return [shard("rows", (0, 1), (0, 4)), shard("rows", (4, 6), (0, 4)), *common]
     return [shard("rows", (1, 4), (0, 4)), *common, shard("only_on_last", (0, 3), (0, 3))]
 
 
-def assemble_twice(rank: int, rendezvous: str, results) -> None:
+def assemble_twice(rank: int, rendezvous: str, dtype: torch.dtype, results) -> None:
     """Puts (the names whose tensors are right, whether all came in the order of the specs)."""
+    expected = {name: tensor.to(dtype) for name, tensor in FULL.items()}
+    expected[BIAS] = FULL[BIAS]
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    assembler = Assembler(
-        lambda: shards_of(rank), rank=rank, world_size=2, dtype=torch.float32, device=CPU
-    )
+    assembler = Assembler(lambda: shards_of(rank), rank=rank, world_size=2, dtype=dtype, device=CPU)
     for _ in range(2):  # the plan serves every sync
         got = list(assembler.tensors())
         if rank == 0:
-            equal = [name for name, tensor in got if torch.equal(tensor, FULL[name])]
+            equal = [name for name, tensor in got if same_bits(tensor, expected[name])]
             names = [name for name, _ in got]
             results.put((sorted(equal), names == [spec[0] for spec in assembler.specs]))
         else:
@@ -52,17 +57,18 @@ def assemble_twice(rank: int, rendezvous: str, results) -> None:
     dist.destroy_process_group()
 
 
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
+
+
 def test_assembled_tensors_are_bit_equal_over_two_ranks(tmp_path):
+    """Sent as bfloat16, in which the biases that are always float32 could not be."""
     results = mp.get_context("spawn").Queue()
-    mp.start_processes(
-        assemble_twice, args=(str(tmp_path / "meet"), results), nprocs=2, start_method="spawn"
-    )
+    arguments = (str(tmp_path / "meet"), torch.bfloat16, results)
+    mp.start_processes(assemble_twice, args=arguments, nprocs=2, start_method="spawn")
     outcomes = [results.get(timeout=10) for _ in range(4)]
     assert all(complete for _, complete in outcomes)
     assert [names for names, _ in outcomes if names] == [sorted(FULL)] * 2
-
-
-BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 
 
 def half() -> Assembler:

@@ -9,6 +9,7 @@ from sglang.srt.utils import MultiprocessingSerializer
 from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 
 from nanoslime.training.backend import RankEnv
+from nanoslime.types import RunError
 from nanoslime.weight_sync.colocated import TensorSender
 from nanoslime.weight_sync.transport import EngineSide, RankSide
 from tests.weight_sync.test_assemble import BIAS, half
@@ -17,11 +18,21 @@ pytestmark = [pytest.mark.sglang, pytest.mark.megatron]
 
 
 class Engine:
-    def __init__(self) -> None:
+    """As a server does, it refuses to end an update before every tensor has come."""
+
+    def __init__(self, expected: list[str]) -> None:
+        self._missing = set(expected)
         self.payloads: list[bytes] = []
 
     def receive_payloads(self, payloads: list[bytes]) -> None:
         self.payloads += payloads
+        for payload in payloads:
+            content = MultiprocessingSerializer.deserialize(payload)
+            self._missing -= {tensor.name for tensor in content["metadata"]}
+
+    def end_update(self, version: int) -> None:
+        if self._missing:
+            raise RunError(f"version {version} is refused: {self._missing} are missing")
 
 
 def post(env: RankEnv) -> list[tuple[str, torch.Tensor]]:
@@ -30,12 +41,15 @@ def post(env: RankEnv) -> list[tuple[str, torch.Tensor]]:
     megatron-core is imported, as in a trainer: it changes how tensors are pickled.
     """
     assert torch.storage._load_from_bytes.__module__.startswith(megatron.core.__name__)
-    engine = Engine()
+    engine = Engine([BIAS, "odd", "even"])
+    with pytest.raises(RunError, match="version 2 is refused"):
+        engine.end_update(2)
     rank = RankSide(half(), rank=0, device=torch.device("cpu"), model_dir=Path(), deadline_s=77.0)
     sender = TensorSender(rank, EngineSide([engine], [[0]], "127.0.0.1", Path()))
     options = sender._group._get_backend(torch.device("cpu")).options
     assert options._timeout.total_seconds() == 77
     sent = sender.send(3)
+    engine.end_update(3)
     contents = [MultiprocessingSerializer.deserialize(payload) for payload in engine.payloads]
     assert sent == sum(content["flattened_tensor"].numel() for content in contents)
     buckets = [FlattenedTensorBucket(**content) for content in contents]

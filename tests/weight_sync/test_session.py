@@ -14,7 +14,11 @@ from nanoslime.weight_sync.session import State, SyncSession
 
 
 class Engine:
-    """Keeps what it is told, in a list that it shares with the ranks."""
+    """Keeps what it is told, in a list that it shares with the ranks.
+
+    As a server does, it refuses the end of an update that was not begun, or whose tensors have
+    not come.
+    """
 
     def __init__(self, name: str, calls: list[str], fails_at: str = ""):
         self.name = name
@@ -37,6 +41,10 @@ class Engine:
         self._told("begin_update")
 
     def end_update(self, version: int) -> None:
+        calls = ["", *self._calls]
+        last_begin = len(calls) - 1 - calls[::-1].index("begin_update")
+        if "send" not in calls[last_begin:]:
+            raise RunError(f"engine {self.name}: end_update before the tensors of {version}")
         self._told("end_update")
         self.label = version
 
@@ -106,6 +114,15 @@ def test_files_are_written_before_the_pause_and_removed_after_the_load(tmp_path)
     session.sync(3)
     assert calls == ["send", "pause", "update_weights_from_disk", "policy_version", "resume"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_way_an_engine_of_another_version_is_named(tmp_path):
+    calls: list[str] = []
+    engine = Engine("a", calls)
+    engine.label = 7
+    session = opened(tmp_path, "none", engine, calls=calls)
+    with pytest.raises(RunError, match="engine a reports policy version 7 after the sync of 0"):
+        session.sync(3)
 
 
 def test_without_a_way_the_engines_stay_at_version_0(tmp_path):
