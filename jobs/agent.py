@@ -20,7 +20,8 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from jobs import ray_node
@@ -32,6 +33,7 @@ from nanoslime.layout import Layout
 from nanoslime.processes.child import ChildProcess
 from nanoslime.processes.logs import last_line
 from nanoslime.processes.ports import answers, consecutive_free_ports
+from nanoslime.processes.temp import ensure_short_tmpdir
 from nanoslime.processes.tree import adopt_orphans, end_descendants
 from nanoslime.run_dir import DONE, FAILED, STOPPED, Attempt
 from nanoslime.storage.shared_files import publish_json, read_json, seen
@@ -64,6 +66,15 @@ class AttemptOver(Exception):
         self.code = code
         self.reason = reason
         self.published = published
+
+
+@contextmanager
+def logged_if_unwritable() -> Iterator[None]:
+    """What an agent says last may fail where its run directory does; it ends all the same."""
+    try:
+        yield
+    except OSError as error:
+        logger.error("not written: %s", error)
 
 
 class Agent:
@@ -113,6 +124,7 @@ class Agent:
     def _live(self) -> None:
         """Everything up to the end of the attempt, which always comes as an exception."""
         self._tick()
+        ensure_short_tmpdir()
         check_cores(self._env)
         if self._layout.device == "cuda":
             check_gpus(self._env, self._layout.slots_per_node)
@@ -255,8 +267,7 @@ class Agent:
         self._follow_end()
         if time.monotonic() >= self._next_beat_at:
             self._next_beat_at = time.monotonic() + _HEARTBEAT_S
-            self._num_beats += 1
-            self._attempt.beat(self._env.node_index, self._num_beats)
+            self._beat()
             self._check_heartbeats()
         self._pass_on_signals()
         for child in self._children:
@@ -265,6 +276,14 @@ class Agent:
                 self._handle_exit(child, code)
         if self._is_head:
             self._limit_stop()
+
+    def _beat(self) -> None:
+        self._num_beats += 1
+        try:
+            self._attempt.beat(self._env.node_index, self._num_beats)
+        except OSError as error:
+            # The next one may come through. The others end us where none does.
+            logger.warning("heartbeat %d was not written: %s", self._num_beats, error)
 
     def _follow_end(self) -> None:
         """Raises AttemptOver when another agent has published the end of the attempt."""
@@ -313,19 +332,31 @@ class Agent:
             if stop_reason is not None:
                 raise AttemptOver(STOPPED, f"{stop_reason}; {child.exit_summary()}")
         self._follow_end()
-        raise AttemptOver(FAILED, child.exit_summary())
+        told = self._driver_error() if child is self._driver else ""
+        raise AttemptOver(FAILED, f"{told}; log: {child.log}" if told else child.exit_summary())
+
+    def _driver_error(self) -> str:
+        """What the driver wrote down before it ended: its log may end with anything."""
+        status = self._attempt.run.status()
+        is_ours = status.get("attempt") == self._attempt.number
+        return str(status.get("error", "")) if is_ours else ""
 
     def _check_heartbeats(self) -> None:
-        """RunError for a silent node. Node 0 looks at all, the others at node 0."""
+        """RunError for a silent node. Node 0 looks at all, the others at node 0.
+
+        A heartbeat that cannot be read this time is one that has not come.
+        """
         now = time.monotonic()
-        for node, beat in self._attempt.heartbeats().items():
-            if node != "0" and not self._is_head:
-                continue
-            count = beat.get("count", 0)
-            last_count, changed_at = self._last_beats.get(node, (-1, 0.0))
-            if count != last_count:
+        watched = range(self._env.num_nodes) if self._is_head else [0]
+        beats = self._attempt.heartbeats(watched)
+        for node in {*beats, *self._last_beats}:
+            last_count, changed_at = self._last_beats.get(node, (-1, now))
+            count = beats.get(node, {}).get("count", last_count)
+            if "left" in beats.get(node, {}):
+                self._last_beats[node] = (count, float("inf"))
+            elif count != last_count:
                 self._last_beats[node] = (count, now)
-            elif now - changed_at > _SILENCE_S and not beat.get("left"):
+            elif now - changed_at > _SILENCE_S:
                 name = self._env.node_names[int(node)]
                 log = self._attempt.log("agent", int(node))
                 raise RunError(
@@ -336,27 +367,34 @@ class Agent:
         """Publish the end, end all processes, remove scratch, wait for the others."""
         level = logging.ERROR if end.code == FAILED else logging.INFO
         logger.log(level, "end: code %d %s", end.code, end.reason)
-        if not end.published:
-            self._attempt.end(end.code, end.reason)
+        ended_it = not end.published and self._publish_end(end)
         try:
             end_descendants()
         finally:
             remove_scratch(self._scratch)
-            self._attempt.leave(self._env.node_index)
+            with logged_if_unwritable():
+                self._attempt.leave(self._env.node_index)
         if self._is_head:
-            self._write_final_status()
-        reports_code = self._is_head or not end.published
+            with logged_if_unwritable():
+                self._write_final_status()
+        reports_code = self._is_head or ended_it
         if end.code == DONE or not reports_code:
             return 0
         self._wait_for_others_to_leave()
         return end.code
 
+    def _publish_end(self, end: AttemptOver) -> bool:
+        """Whether this agent is the one that ended the attempt; so it is if nobody can say."""
+        with logged_if_unwritable():
+            return self._attempt.end(end.code, end.reason)
+        return True
+
     def _wait_for_others_to_leave(self) -> None:
         deadline = time.monotonic() + _LEAVE_S
-        while time.monotonic() < deadline:
-            beats = self._attempt.heartbeats().values()
-            if all("left" in beat for beat in beats):
-                return
+        staying = set(self._attempt.heartbeats())
+        while staying and time.monotonic() < deadline:
+            beats = self._attempt.heartbeats(map(int, staying))
+            staying -= {node for node, beat in beats.items() if "left" in beat}
             time.sleep(_TICK_S)
 
     def _write_final_status(self) -> None:

@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.agent import Agent
+from jobs.agent import Agent, logged_if_unwritable
 from jobs.checkout import environment
 from jobs.cluster_env import ClusterEnv, remove_scratch
 from jobs.signals import WARNINGS, handled
@@ -24,6 +24,7 @@ from nanoslime.config.load import read
 from nanoslime.config.run import RunConfig
 from nanoslime.layout import Layout
 from nanoslime.processes.child import ChildProcess
+from nanoslime.processes.logs import set_level
 from nanoslime.processes.tree import adopt_orphans, end_descendants
 from nanoslime.run_dir import DONE, FAILED, STOPPED, Attempt, RunDir
 from nanoslime.types import RunError
@@ -87,12 +88,14 @@ class NodeJob:
             while code is None:
                 time.sleep(_POLL_S)
                 code = agent.poll()
-            if code not in (DONE, STOPPED):
-                attempt.end(FAILED, agent.exit_summary())
-                code = FAILED
+            with logged_if_unwritable():
+                if code not in (DONE, STOPPED):
+                    code = FAILED
+                    attempt.end(FAILED, agent.exit_summary())
             end_descendants()
             remove_scratch(env.scratch(attempt.path))
-            attempt.leave(env.node_index)
+            with logged_if_unwritable():
+                attempt.leave(env.node_index)
         if code != DONE:
             time.sleep(_EXIT_DELAY_S)
         return code
@@ -178,6 +181,7 @@ def _run_agent(arguments: argparse.Namespace) -> int:
     run = RunDir.open(arguments.run_dir)
     attempt = run.attempt(arguments.attempt)
     config = read(run.config)
+    set_level(config.log_level)
     layout = Layout.from_json(run.plan.read_text())
     if arguments.local_node is None:
         env = ClusterEnv.from_slurm(os.environ, config.cluster.network_interface)

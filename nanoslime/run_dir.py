@@ -14,6 +14,7 @@ and read with patience, since the directory usually is on a network filesystem.
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import os
 import shutil
@@ -22,12 +23,19 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanoslime.storage.shared_files import publish_json, read_json, seen
+from nanoslime.storage.shared_files import (
+    as_json,
+    publish,
+    publish_json,
+    publish_once,
+    read_json,
+    seen,
+)
 from nanoslime.types import RunError
 
 DONE = 0
@@ -40,6 +48,11 @@ STOPPED (EX_TEMPFAIL): told to stop, committed; another attempt can go on.
 _VERSIONS = ("torch", "megatron-core", "sglang", "ray", "transformers", "submitit")
 _MAX_DIFF_CHARS = 1_000_000
 _GIT_DEADLINE_S = 60.0
+# An attempt holds so much room back, to say on a full disk how it ended.
+_RESERVE_BYTES = 65_536
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# A network filesystem may fail to read a file that it reads a moment later.
+_READ_PAUSES_S = (0.1, 0.4)
 
 
 def _at(name: str) -> property:
@@ -109,6 +122,7 @@ class RunDir:
             (staged / folder).mkdir(parents=True)
         record = {"key": key, "started": time.time(), "host": socket.gethostname()}
         publish_json(staged / "attempt.json", record)
+        publish(staged / "reserve", b"r" * _RESERVE_BYTES)
         number = self._take_next_number(staged)
         link = self.attempts / f".latest-{uuid.uuid4().hex}"
         link.symlink_to(str(number))
@@ -162,7 +176,10 @@ class RunDir:
             "heartbeat": attempt.heartbeats() if attempt else {},
             **facts,
         }
-        publish_json(self.path / "status.json", status)
+        if attempt is not None and "error" in facts:
+            attempt.on_reserve(lambda: publish_json(self.path / "status.json", status))
+        else:
+            publish_json(self.path / "status.json", status)
 
     def status(self) -> dict[str, Any]:
         """The last published status, {} before the first."""
@@ -213,12 +230,26 @@ class Attempt:
 
     def leave(self, node: int) -> None:
         """In place of further heartbeats: nothing runs on `node` any more."""
-        self._publish(f"heartbeat/{node}", left=True)
+        self.on_reserve(lambda: self._publish(f"heartbeat/{node}", left=True))
 
-    def heartbeats(self) -> dict[str, dict[str, Any]]:
-        """By node: the last count, that node's clock, or that it has left."""
-        files = sorted((self.path / "heartbeat").glob("*.json"))
-        return {file.stem: read_json(file) for file in files}
+    def heartbeats(self, nodes: Iterable[int] | None = None) -> dict[str, dict[str, Any]]:
+        """By node: the last count, that node's clock, or that it has left.
+
+        `nodes`: those to look at, by default all. A node is missing that has never beaten, and
+        one whose file cannot be read this time.
+        """
+        folder = self.path / "heartbeat"
+        if nodes is None:
+            files = sorted(folder.glob("*.json"))
+        else:
+            files = [folder / f"{node}.json" for node in nodes]
+        beats = {}
+        for file in files:
+            try:
+                beats[file.stem] = read_json(file, deadline_s=0.0)
+            except (OSError, RunError):
+                continue
+        return beats
 
     def request_stop(self, reason: str, *, requeue: bool = False) -> None:
         """Ask the driver to commit a checkpoint and end with STOPPED.
@@ -227,11 +258,9 @@ class Attempt:
         (somebody asked). The first reason stays. A later request may add the requeue, as when
         SIGUSR2 follows SIGTERM.
         """
-        first_reason = self.must_stop()
-        if first_reason is None:
-            self._publish("stop", reason=reason, requeue=requeue)
-        elif requeue and not self.requeue_wanted():
-            self._publish("stop", reason=first_reason, requeue=True)
+        if requeue:
+            self._publish_once("requeue", reason=reason)
+        self._publish_once("stop", reason=reason, requeue=requeue)
 
     def must_stop(self) -> str | None:
         """Why the attempt must stop, or None."""
@@ -239,12 +268,14 @@ class Attempt:
 
     def requeue_wanted(self) -> bool:
         """Whether the stop was requested so that a new attempt can go on."""
-        return bool(_read(self.path / "stop.json").get("requeue"))
+        return bool(_read(self.path / "requeue.json"))
 
-    def end(self, code: int, reason: str) -> None:
-        """Record how the attempt ended, DONE, STOPPED or FAILED. The first record stays."""
-        if not self.ended():
-            self._publish("end", code=code, reason=reason)
+    def end(self, code: int, reason: str) -> bool:
+        """Record how the attempt ended, DONE, STOPPED or FAILED. The first record stays.
+
+        Returns whether this is it.
+        """
+        return self.on_reserve(lambda: self._publish_once("end", code=code, reason=reason))
 
     def ended(self) -> tuple[int, str] | None:
         """(code, reason) once the attempt has ended."""
@@ -253,8 +284,21 @@ class Attempt:
             return None
         return end["code"], end["reason"]
 
+    def on_reserve[T](self, write: Callable[[], T]) -> T:
+        """Does `write`; on a full disk once more, in the room that the attempt held back."""
+        try:
+            return write()
+        except OSError as error:
+            if error.errno not in _DISK_FULL:
+                raise
+            (self.path / "reserve").unlink(missing_ok=True)
+            return write()
+
     def _publish(self, name: str, **facts: Any) -> None:
         publish_json(self.path / f"{name}.json", {**facts, "time": time.time()})
+
+    def _publish_once(self, name: str, **facts: Any) -> bool:
+        return publish_once(self.path / f"{name}.json", as_json({**facts, "time": time.time()}))
 
 
 def recorded_rollouts(directory: str, num_rollout: int) -> str:
@@ -287,8 +331,13 @@ def _candidate_names(name: str) -> Iterator[str]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The facts in a JSON file, {} where there is none yet."""
-    return dict(read_json(path)) if seen(path) else {}
+    """The facts in a JSON file, {} where there is none yet, or none that can be read."""
+    for pause_s in (*_READ_PAUSES_S, 0.0):
+        try:
+            return dict(read_json(path)) if seen(path) else {}
+        except OSError:
+            time.sleep(pause_s)
+    return {}
 
 
 def _version(package: str) -> str:

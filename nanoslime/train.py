@@ -18,9 +18,12 @@ import time
 
 from transformers.utils.logging import disable_progress_bar
 
+from nanoslime.failures import summary
 from nanoslime.orchestration.launch import Launch, parse, serve_rank_0, serves_rank_0
-from nanoslime.orchestration.report import Clock, write_summary
+from nanoslime.orchestration.report import Clock, report_failure, write_summary
 from nanoslime.orchestration.session import Session
+from nanoslime.processes.logs import logged_to
+from nanoslime.processes.temp import ensure_short_tmpdir
 from nanoslime.run_dir import DONE, FAILED, STOPPED
 from nanoslime.tracking import Tracker, make_tracker
 from nanoslime.types import RunError
@@ -75,25 +78,25 @@ def train(session: Session, tracker: Tracker, clock: Clock, start: int) -> int:
 def run(launch: Launch) -> int:
     """Opens the session, trains and sums up.
 
-    An expected failure is one line, in the log and in the run's status.
+    A failure of any kind is one line, in the log and in the run's status.
     """
     started = time.monotonic()
     run_dir = launch.attempt.run
     clock = Clock(run_dir)
-    try:
-        with launch.open(clock) as session:
-            start = session.checkpoints.resume()
-            launch.accept()
-            clock.step = start
-            with make_tracker(session.config, run_dir, start) as tracker:
-                code = train(session, tracker, clock, start)
-            if code == DONE:
-                write_summary(session, clock, time.monotonic() - started)
-    except (RunError, ValueError) as e:
-        logger.error("%s", e, exc_info=logger.isEnabledFor(logging.DEBUG))
-        run_dir.write_status("failed", clock.step, error=str(e))
-        return FAILED
-    run_dir.write_status("done" if code == DONE else "stopped", clock.step)
+    with logged_to(launch.log):
+        try:
+            with launch.open(clock) as session:
+                start = session.checkpoints.resume()
+                launch.accept()
+                clock.step = start
+                with make_tracker(session.config, run_dir, start) as tracker:
+                    code = train(session, tracker, clock, start)
+                if code == DONE:
+                    write_summary(session, clock, time.monotonic() - started)
+            run_dir.write_status("done" if code == DONE else "stopped", clock.step)
+        except BaseException as e:  # torch's CheckpointException is no Exception
+            report_failure(launch.attempt, clock, e)
+            return FAILED
     return code
 
 
@@ -101,11 +104,16 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     disable_progress_bar()  # transformers shows one for each of many small reads
     try:
+        ensure_short_tmpdir()
         if serves_rank_0():
             return serve_rank_0(argv)
         launch = parse(argv)
-    except (RunError, ValueError) as e:
+    except (RunError, ValueError, OSError) as e:
         logger.error("%s", e)
+        return FAILED
+    except Exception as e:
+        logger.exception("the run could not be started")  # there is no log yet
+        logger.error("%s", summary(e))
         return FAILED
     return run(launch)
 

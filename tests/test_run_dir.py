@@ -1,5 +1,6 @@
 """The run directory: unique, private, and one truth about attempts, stops, ends and status."""
 
+import errno
 import os
 import threading
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from nanoslime.run_dir import DONE, FAILED, RunDir
 from nanoslime.types import RunError
+from tests.full_disk import fill
 
 
 @pytest.fixture
@@ -88,6 +90,84 @@ def test_the_first_end_stays(run: RunDir) -> None:
     attempt.end(FAILED, "trainer-1 died")
     attempt.end(DONE, "")
     assert attempt.ended() == (FAILED, "trainer-1 died")
+
+
+def test_of_ends_published_at_once_one_stays_and_says_so(run: RunDir) -> None:
+    attempt = run.new_attempt()
+    together = threading.Barrier(8)
+    told: dict[int, bool] = {}
+
+    def end(code: int) -> None:
+        together.wait()
+        told[code] = attempt.end(code, f"agent {code}")
+
+    threads = [threading.Thread(target=end, args=(code,)) for code in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    [winner] = [code for code, won in told.items() if won]
+    assert attempt.ended() == (winner, f"agent {winner}")
+    assert not list(attempt.path.glob(".end*"))
+
+
+def test_a_stop_never_takes_a_requeue_back(run: RunDir) -> None:
+    attempt = run.new_attempt()
+    together = threading.Barrier(8)
+
+    def ask(node: int) -> None:
+        together.wait()
+        attempt.request_stop(f"node {node}", requeue=node == 3)
+
+    threads = [threading.Thread(target=ask, args=(node,)) for node in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert attempt.requeue_wanted()
+    assert attempt.must_stop()
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.ENOENT])
+def test_a_heartbeat_that_cannot_be_read_is_missing_this_time(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """A fault of a file server is injected at the read of one file."""
+    attempt = run.new_attempt()
+    attempt.beat(0, 4)
+    attempt.beat(1, 5)
+    attempt.end(FAILED, "over")
+    bad = {attempt.path / "heartbeat" / "1.json", attempt.path / "end.json"}
+    read_bytes = Path.read_bytes
+
+    def failing(path: Path) -> bytes:
+        if path in bad:
+            raise OSError(number, os.strerror(number), str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    assert attempt.heartbeats().keys() == {"0"}
+    assert attempt.heartbeats([0, 1, 2]).keys() == {"0"}
+    assert attempt.ended() is None
+    bad.clear()
+    assert attempt.heartbeats().keys() == {"0", "1"}
+    assert attempt.ended() == (FAILED, "over")
+
+
+def test_how_an_attempt_ended_can_be_said_on_a_full_disk(small_disk: Path) -> None:
+    run = RunDir.create(small_disk, "run")
+    attempt = run.new_attempt()
+    run.write_status("generate", 3)
+    attempt.beat(0, 1)
+    fill(small_disk)
+    with pytest.raises(OSError, match="No space"):
+        attempt.beat(0, 2)
+    run.write_status("failed", 3, error="OSError: No space left on device")
+    assert attempt.end(FAILED, "no space")
+    attempt.leave(0)
+    assert run.status()["phase"] == "failed"
+    assert attempt.ended() == (FAILED, "no space")
+    assert "left" in attempt.heartbeats()["0"]
 
 
 def test_status_holds_phase_step_and_every_nodes_heartbeat(run: RunDir) -> None:

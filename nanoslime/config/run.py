@@ -1,7 +1,7 @@
 """The whole configuration of one run, as its run directory holds it and every process
 of it reads it."""
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -18,6 +18,8 @@ class RunConfig:
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     """Name of the run, of its directory and of its job."""
     seed: int = 0
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Which messages the logs of driver, trainer ranks, node agents and SGLang hold."""
     model: ModelConfig = Field(default_factory=ModelConfig)
     rehearsal: RehearsalConfig = Field(default_factory=RehearsalConfig)
     data: DataConfig = Field(default_factory=DataConfig)

@@ -19,6 +19,7 @@ from nanoslime.models.tiny import tiny_qwen3_config
 from nanoslime.orchestration import torchrun_group
 from nanoslime.orchestration.session import Phase, Session, open_local
 from nanoslime.plugins import resolve
+from nanoslime.processes.logs import set_level
 from nanoslime.processes.ports import free_port
 from nanoslime.run_dir import DONE, FAILED, Attempt, RunDir, recorded_rollouts
 from nanoslime.storage.commit import checkpoints
@@ -39,6 +40,8 @@ class Launch:
     open: Callable[[Phase], AbstractContextManager[Session]]
     # The files of a resumed run with what they will hold.
     pending: dict[Path, str] = field(default_factory=dict)
+    # The driver's log, unless its output goes there already.
+    log: Path | None = None
 
     def accept(self) -> None:
         """Writes what a resumed run goes on with; its checkpoint has taken it."""
@@ -94,6 +97,7 @@ def serves_rank_0() -> bool:
 def serve_rank_0(argv: list[str]) -> int:
     """Takes part in the run that torchrun's rank 0 drives, until its end."""
     config = CommandLine.parse(argv).config()
+    set_level(config.log_level)
     _check_torchrun(config)
     # A hub id is fetched before the ranks meet, as on rank 0: their deadline is shorter.
     config, shape = _with_local_checkpoint(config)
@@ -106,6 +110,7 @@ def _submitted(asked: CommandLine) -> Launch:
     run = RunDir.open(asked.run)
     attempt = run.attempt(asked.attempt)
     config = read(run.config)
+    set_level(config.log_level)
     plan = layout.Layout.from_json(run.plan.read_text())
     open_ray = resolve(OPEN_RAY, {}, "a submitted run")
 
@@ -117,6 +122,7 @@ def _submitted(asked: CommandLine) -> Launch:
 
 def _on_this_machine(config: RunConfig, run: RunDir | None) -> Launch:
     """`run` is an existing run to go on with; None makes a new one."""
+    set_level(config.log_level)
     config, shape = _with_local_checkpoint(config)
     if run is not None:
         has_checkpoints = bool(checkpoints(run.checkpoints))
@@ -141,7 +147,7 @@ def _on_this_machine(config: RunConfig, run: RunDir | None) -> Launch:
     def open_session(phase: Phase) -> AbstractContextManager[Session]:
         return open_local(config, attempt, env, phase)
 
-    return Launch(attempt, open_session, pending)
+    return Launch(attempt, open_session, pending, attempt.log("driver", 0))
 
 
 def _on_own_ray(config: RunConfig, run: RunDir | None, shape: ModelShape) -> Launch:
@@ -152,7 +158,7 @@ def _on_own_ray(config: RunConfig, run: RunDir | None, shape: ModelShape) -> Lau
     def open_session(phase: Phase) -> AbstractContextManager[Session]:
         return open_ray(config, attempt, plan, phase, local=True)
 
-    return Launch(attempt, open_session, pending)
+    return Launch(attempt, open_session, pending, attempt.log("driver", 0))
 
 
 def _with_local_checkpoint(config: RunConfig) -> tuple[RunConfig, ModelShape]:

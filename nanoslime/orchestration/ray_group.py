@@ -18,15 +18,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from nanoslime.batch import TrainBatch
 from nanoslime.config import RunConfig
 from nanoslime.config.deadlines import Deadline
 from nanoslime.engine_kind import EngineOwner, EngineStart, engine_kind
+from nanoslime.failures import summary, told_in_one_line
 from nanoslime.layout import Layout
 from nanoslime.orchestration.groups import TrainGroup
 from nanoslime.orchestration.worker import TrainWorker
+from nanoslime.processes.logs import FORMAT, set_level
 from nanoslime.processes.ports import free_port
 from nanoslime.run_dir import Attempt
 from nanoslime.training.backend import RankEnv
@@ -88,17 +90,13 @@ def _slots(num: int, device: str) -> dict[str, Any]:
     return {"resources": {SLOT: num}}
 
 
-def _log_to(path: Path) -> None:
+def _log_to(path: Path, level: str) -> None:
     """Sends this actor process's output to its own log of the attempt."""
     with path.open("ab") as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-        force=True,
-    )
+    logging.basicConfig(format=FORMAT, stream=sys.stderr, force=True)
+    set_level(level)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,14 +124,15 @@ class RankActor:
     """One trainer rank. `place` comes before `setup`: rank 0 listens where it said."""
 
     def __init__(self, setup: ActorSetup):
-        _log_to(setup.log)
+        _log_to(setup.log, setup.config.log_level)
         self._setup = setup
         self._worker: TrainWorker | None = None
 
     def place(self) -> RankPlace:
         address = ray.util.get_node_ip_address()
         gpu_ids = [int(gpu_id) for gpu_id in ray.get_gpu_ids()]
-        return RankPlace(address, free_port(address), gpu_ids)
+        with told_in_one_line(logger, "choose a port"):
+            return RankPlace(address, free_port(address), gpu_ids)
 
     def setup(self, world_size: int, meeting: RankPlace, skipped_dir: Path) -> tuple[int, int]:
         """Builds the worker; returns (dp_rank, dp_size)."""
@@ -149,12 +148,14 @@ class RankActor:
         logger.info(
             "trainer rank %d of %d on %s, pid %d", env.rank, world_size, address, os.getpid()
         )
-        self._worker = TrainWorker(setup.config, setup.model_dir, env, skipped_dir)
+        with told_in_one_line(logger, "load the model"):
+            self._worker = TrainWorker(setup.config, setup.model_dir, env, skipped_dir)
         return self._worker.dp_rank, self._worker.dp_size
 
     def call(self, method: str, *args: Any) -> Any:
         """A collective method of TrainWorker, by name."""
-        return getattr(self._worker, method)(*args)
+        with told_in_one_line(logger, method):
+            return getattr(self._worker, method)(*args)
 
 
 @ray.remote
@@ -162,7 +163,7 @@ class EngineActor:
     """The owner of one engine on its node."""
 
     def __init__(self, setup: ActorSetup):
-        _log_to(setup.log)
+        _log_to(setup.log, setup.config.log_level)
         self._setup = setup
         self._owner: EngineOwner | None = None
 
@@ -181,8 +182,9 @@ class EngineActor:
             log=setup.log.with_name(f"{kind.name}-{setup.index}.log"),
             gpu_ids=gpu_ids,
         )
-        self._owner = kind.make_owner(start)
-        return self._owner.start(deadline_s)
+        with told_in_one_line(logger, "start the engine"):
+            self._owner = kind.make_owner(start)
+            return self._owner.start(deadline_s)
 
     def close(self) -> None:
         if self._owner is not None:
@@ -274,15 +276,14 @@ class _Actors:
             ray.get(ref)
         except RayActorError as e:
             raise self._died(i, what) from e
-        except RayTaskError as e:
+        except RayError as e:
             dead = self._first_dead()  # a death breaks the collectives of all other ranks
             if dead is not None:
                 raise self._died(dead, what) from e
-            cause = e.cause if isinstance(e.cause, Exception) else e
-            lines = str(cause).strip().splitlines() or [type(cause).__name__]
+            # The actor has told its own log and us in one line.
             raise RunError(
-                f"{self._names[i]} failed to {what}: {lines[-1]}; log: {self._logs[i]}"
-            ) from e
+                f"{self._names[i]} failed to {what}: {summary(e)}; log: {self._logs[i]}"
+            ) from None
 
     def _died(self, i: int, what: str) -> RunError:
         return RunError(f"{self._names[i]} died while asked to {what}; log: {self._logs[i]}")

@@ -1,15 +1,20 @@
 """What a run tells of itself: its phase while it runs, and a summary at its end."""
 
 import json
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from nanoslime.failures import append_traceback, summary
 from nanoslime.orchestration.session import Session
-from nanoslime.run_dir import RunDir
+from nanoslime.run_dir import Attempt, RunDir
 from nanoslime.storage.shared_files import publish_json
+from nanoslime.types import RunError
+
+logger = logging.getLogger(__name__)
 
 
 class Clock:
@@ -19,18 +24,34 @@ class Clock:
 
     def __init__(self, run: RunDir):
         self._run = run
-        self._phase = ""
+        self.phase = ""
         self._start = time.monotonic()
         self.seconds: dict[str, float] = defaultdict(float)
         self.step = 0
 
     def __call__(self, phase: str) -> None:
         now = time.monotonic()
-        if self._phase:
-            self.seconds[self._phase] += now - self._start
-        self._phase = phase
+        if self.phase:
+            self.seconds[self.phase] += now - self._start
+        self.phase = phase
         self._start = now
         self._run.write_status(phase, self.step)
+
+
+def report_failure(attempt: Attempt, clock: Clock, error: BaseException) -> None:
+    """Tells how the run failed: in its status, with the traceback in the driver's log, and in
+    one line to the user.
+    """
+    log = attempt.log("driver", 0)
+    line = summary(error)
+    if not isinstance(error, RunError):
+        line += f" (in phase {clock.phase} after {clock.step} rollouts; traceback in {log})"
+    try:
+        attempt.run.write_status("failed", clock.step, error=line)
+    except OSError as e:
+        logger.error("the status of the run cannot be written: %s", e)
+    append_traceback(log, error)
+    logger.error("%s", line)
 
 
 def write_summary(session: Session, clock: Clock, seconds: float) -> None:

@@ -93,7 +93,7 @@ def open_local(
         if config.rollout.rollout_only:
             trainer = NoTrainer(config, attempt.run, model_dir)
         elif ranks is not None:
-            trainer = TorchrunTrainGroup(config, attempt.run, model_dir, ranks)
+            trainer = TorchrunTrainGroup(config, attempt, model_dir, ranks)
         else:
             trainer = LocalTrainGroup(config, attempt.run, model_dir, env)
         resources.callback(trainer.close)

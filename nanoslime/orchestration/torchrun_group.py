@@ -19,6 +19,7 @@ import socket
 import threading
 import time
 from collections.abc import Container, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -31,9 +32,11 @@ import torch.distributed as dist
 from nanoslime.batch import TrainBatch
 from nanoslime.config import RunConfig
 from nanoslime.config.deadlines import Deadline, derive_deadlines
+from nanoslime.failures import summary
 from nanoslime.orchestration.groups import TrainGroup
 from nanoslime.orchestration.worker import TrainWorker
-from nanoslime.run_dir import RunDir
+from nanoslime.processes.logs import logged_to, set_level
+from nanoslime.run_dir import Attempt
 from nanoslime.training.backend import RankEnv, init_process_group
 from nanoslime.types import RunError
 
@@ -181,19 +184,21 @@ class Ranks:
         """Makes the error and ignores SIGTERM: rank 0 still has to write it down."""
         self.failed = True
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        return RunError(f"{message}; torchrun's output holds the last lines of each rank")
+        logs = "trainer-<rank>.log of the attempt, and torchrun's output"
+        return RunError(f"{message}; logs: {logs}")
 
 
 class TorchrunTrainGroup(TrainGroup):
     """The ranks that torchrun started, as the driver on rank 0 sees them."""
 
-    def __init__(self, config: RunConfig, run: RunDir, model_dir: Path, ranks: Ranks):
-        super().__init__(config, run, model_dir, len(ranks))
+    def __init__(self, config: RunConfig, attempt: Attempt, model_dir: Path, ranks: Ranks):
+        super().__init__(config, attempt.run, model_dir, len(ranks))
+        self._attempt = attempt
         self._ranks = ranks
         self._dp_ranks: list[int] = []
 
     def setup(self) -> None:
-        call = Call("setup", (self.config, self.model_dir, self.run.skipped))
+        call = Call("setup", (self.config, self.model_dir, self._attempt))
         calls = [call] * len(self._ranks)
         places = self._ranks.ask(calls, "load the model", self._deadlines.start)
         self._dp_ranks = [dp_rank for dp_rank, _ in places]
@@ -235,26 +240,29 @@ def serve(env: RankEnv, config: RunConfig, num_parameters: int) -> bool:
 def _answer_calls(env: RankEnv, connection: Connection, longest_s: float | None) -> bool:
     """Runs and answers each call that comes, until the run ends.
 
-    Returns True where the driver ended it, False after a call that failed.
+    Returns True where the driver ended it, False after a call that failed. From `setup` on,
+    the rank has a log of its own, since torchrun mixes the output of all.
     """
     if env.device == "cuda":
         # Every thread has a current device of its own.
         torch.cuda.set_device(env.local_rank)
     worker: TrainWorker | None = None
-    while (call := _next_call(env, connection, longest_s)) is not None:
-        try:
-            if call.method == "setup":
-                config, model_dir, skipped_dir = call.arguments
-                worker = TrainWorker(config, model_dir, env, skipped_dir)
-                result: Any = (worker.dp_rank, worker.dp_size)
-            else:
-                result = getattr(worker, call.method)(*call.arguments)
-        except Exception as e:
-            logger.exception("trainer rank %d failed", env.rank)
-            lines = str(e).strip().splitlines() or [type(e).__name__]
-            connection.send_bytes(pickle.dumps(Answer(failure=lines[-1])))
-            return False
-        connection.send_bytes(pickle.dumps(Answer(result)))
+    with ExitStack() as logs:
+        while (call := _next_call(env, connection, longest_s)) is not None:
+            try:
+                if call.method == "setup":
+                    config, model_dir, attempt = call.arguments
+                    set_level(config.log_level)
+                    logs.enter_context(logged_to(attempt.log("trainer", env.rank)))
+                    worker = TrainWorker(config, model_dir, env, attempt.run.skipped)
+                    result: Any = (worker.dp_rank, worker.dp_size)
+                else:
+                    result = getattr(worker, call.method)(*call.arguments)
+            except BaseException as e:  # torch's CheckpointException is no Exception
+                logger.exception("trainer rank %d failed in %s", env.rank, call.method)
+                connection.send_bytes(pickle.dumps(Answer(failure=summary(e))))
+                return False
+            connection.send_bytes(pickle.dumps(Answer(result)))
     return True
 
 

@@ -4,6 +4,7 @@ Linux keeps the tree together: PR_SET_CHILD_SUBREAPER makes a child's orphans ou
 """
 
 import ctypes
+import logging
 import os
 import signal
 import time
@@ -11,6 +12,8 @@ from collections.abc import Collection
 from contextlib import suppress
 
 import psutil
+
+logger = logging.getLogger(__name__)
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _PR_SET_CHILD_SUBREAPER = 36
@@ -47,14 +50,25 @@ def end_descendants(spare: Collection[int] = (), grace_s: float = 3.0) -> None:
     """End all processes below this one, also those that start meanwhile.
 
     They get SIGTERM, and SIGKILL after `grace_s`. Processes in `spare` and all below them
-    stay. Raises TimeoutError for processes that are still alive 10 s after SIGKILL.
+    stay. What is still alive 10 s after SIGKILL, as a process that waits for a dead file server
+    may be, is named in the log and left.
     """
     if _signal_until_gone(signal.SIGTERM, grace_s, spare):
         return
     if _signal_until_gone(signal.SIGKILL, _KILL_DEADLINE_S, spare):
         return
     left = sorted(descendants(os.getpid(), spare))
-    raise TimeoutError(f"processes {left} are alive {_KILL_DEADLINE_S:g} s after SIGKILL")
+    logger.error("alive %g s after SIGKILL, and left: %s", _KILL_DEADLINE_S, described(left))
+
+
+def described(pids: Collection[int]) -> str:
+    """Id, name and state of each process that still exists."""
+    found = []
+    for pid in pids:
+        with suppress(psutil.Error):
+            process = psutil.Process(pid)
+            found.append(f"{pid} ({process.name()}, {process.status()})")
+    return ", ".join(found)
 
 
 def _signal_until_gone(number: signal.Signals, patience_s: float, spare: Collection[int]) -> bool:

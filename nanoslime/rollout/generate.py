@@ -9,8 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from nanoslime.config.rollout import RolloutConfig
-from nanoslime.rollout.rewards import Reward, call
-from nanoslime.rollout.router import LeastInflightRouter
+bafrom nanoslime.rollout.router import LeastInflightRouter
 from nanoslime.types import (
     Engine,
     GenerateRequest,
@@ -121,9 +120,9 @@ def _score(reward: Reward, sample: Sample, prompt: Prompt) -> float:
     name = getattr(reward, "__module__", reward)
     try:
         value = call(reward, sample, prompt)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise RunError(
-            f"reward {name} failed on prompt {prompt.prompt_id} with {type(e).__name__}: {e}; "
+            f"reward {name} failed on prompt {prompt.prompt_id} with {summary(e)}; "
             f"response: {sample.text[:100]!r}"
         ) from e
     if not math.isfinite(value):

@@ -3,15 +3,20 @@
 They are written as step_<k>.partial, hashed, forced to disk, and renamed last.
 """
 
+import logging
 import os
 import re
 import shutil
+import uuid
 from pathlib import Path
 
 from nanoslime.storage import manifest
 from nanoslime.storage.shared_files import sync_directory
 
+logger = logging.getLogger(__name__)
+
 _PARTIAL = ".partial"
+_REMOVED = ".removed"
 _STEP = re.compile(r"step_(\d+)")
 
 
@@ -23,8 +28,9 @@ def partial_path(final: Path) -> Path:
 def partial_dir(final: Path) -> Path:
     """A new empty directory at `partial_path(final)`; a leftover of that name is removed."""
     partial = partial_path(final)
-    if partial.exists():
-        shutil.rmtree(partial)
+    if partial.exists() and not _remove(partial):
+        # What cannot be removed gives up its name.
+        os.rename(partial, partial.with_name(f"{final.name}.{uuid.uuid4().hex}{_PARTIAL}"))
     partial.mkdir(parents=True)
     return partial
 
@@ -48,7 +54,7 @@ def put_in_place(partial: Path, final: Path) -> None:
     os.rename(partial, final)
     sync_directory(final.parent)
     if replaced is not None:
-        shutil.rmtree(replaced)
+        _remove(replaced)
 
 
 def checkpoints(directory: Path) -> list[tuple[int, Path]]:
@@ -80,14 +86,22 @@ def retain(
     a commit.
 
     Kept are the newest `keep_last` (at least one), multiples of `keep_every`, and step `best`.
+    What cannot be removed is warned of, and tried again by the next call.
     """
+    for path in sorted(directory.glob(f"*{_REMOVED}{_PARTIAL}")):
+        _remove(path)
     older = complete_checkpoints(directory)[: -max(1, keep_last)]
     removed = []
     for step, path in older:
         is_kept_multiple = keep_every and step % keep_every == 0
         if step == best or is_kept_multiple:
             continue
-        shutil.rmtree(_set_aside(path))
+        try:
+            aside = _set_aside(path)
+        except OSError as error:
+            logger.warning("%s cannot be removed now: %s", path, error)
+            continue
+        _remove(aside)
         removed.append(step)
     return removed
 
@@ -95,18 +109,30 @@ def retain(
 def remove_leftovers(directory: Path) -> list[Path]:
     """Remove what an interrupted write or removal left; returns the paths.
 
-    Call it when a run starts, before it writes.
+    What cannot be removed is warned of and stays. Call it when a run starts, before it writes.
     """
     if not directory.is_dir():
         return []
-    leftovers = sorted(directory.glob(f"*{_PARTIAL}"))
-    for path in leftovers:
-        shutil.rmtree(path)
-    return leftovers
+    return [path for path in sorted(directory.glob(f"*{_PARTIAL}")) if _remove(path)]
 
 
 def _set_aside(path: Path) -> Path:
     """Move a committed directory to another name, so that half of it is no checkpoint."""
-    aside = partial_dir(path.with_name(f"{path.name}.removed"))
+    aside = partial_dir(path.with_name(f"{path.name}{_REMOVED}"))
     os.replace(path, aside)  # an empty directory may be replaced
     return aside
+
+
+def _remove(path: Path) -> bool:
+    """Remove a directory that is no checkpoint; whether all of it is gone.
+
+    NFS keeps a file that somebody has open as .nfs<number>, and its directory with it.
+    """
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        return not path.exists()
+    except OSError as error:
+        logger.warning("%s cannot be removed now: %s", path, error)
+        return False
+    return True

@@ -6,6 +6,7 @@ nothing. A network filesystem may still cache "no such file"; listing the direct
 that.
 """
 
+import errno
 import json
 import os
 import time
@@ -15,26 +16,62 @@ from typing import Any
 
 from nanoslime.types import RunError
 
+_NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
+
 
 def publish(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Write `data` aside and rename it to `path`; `mode` holds from the first byte."""
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        _create(aside, data, mode)
         os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
 
 
+def publish_once(path: Path, data: bytes) -> bool:
+    """Publish `data` unless `path` exists; whether it was this call that made it.
+
+    Of several that publish at the same time, on whatever nodes, one makes it.
+    """
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        _create(aside, data)
+        os.link(aside, path)
+        return True
+    except FileExistsError:
+        # NFS may send a request twice, and refuse the second.
+        return os.path.samefile(aside, path)
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+    finally:
+        aside.unlink(missing_ok=True)
+    try:
+        _create(path, data)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _create(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write a new file and force it to disk. Raises FileExistsError where there is one."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def publish_json(path: Path, value: Any, mode: int = 0o644) -> None:
     """Write `value` as JSON, as `publish` does."""
-    text = json.dumps(value, indent=1) + "\n"
-    publish(path, text.encode(), mode)
+    publish(path, as_json(value), mode)
+
+
+def as_json(value: Any) -> bytes:
+    """What `publish_json` writes."""
+    return (json.dumps(value, indent=1) + "\n").encode()
 
 
 def read_json(path: Path, deadline_s: float = 5.0) -> Any:

@@ -11,3 +11,11 @@ def by_text_where_labelled(text, label, metadata) -> float:
 
 def by_length(text, label, metadata) -> float:
     return float(len(text))
+
+
+def missing_key(text, label, metadata) -> float:
+    return metadata["difficulty"]
+
+
+def exits(text, label, metadata) -> float:
+    raise SystemExit("the grader's server is gone")

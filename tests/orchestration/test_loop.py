@@ -273,7 +273,9 @@ def test_a_torchrun_rank_that_fails_ends_the_run_with_its_name(tmp_path, model, 
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, **TORCHRUN)
     status = RunDir.open(tmp_path / "fails").status()
     assert done.returncode != 0 and status["phase"] == "failed", done.stderr[-3000:]
-    assert status["error"].startswith("trainer rank 1 failed to train: no memory in the third step")
+    assert status["error"].startswith(
+        "trainer rank 1 failed to train: RuntimeError: no memory in the third"
+    )
 
 
 def test_a_late_rank_is_told_by_the_one_that_waits_in_a_collective(tmp_path, model, no_leftovers):

@@ -69,6 +69,7 @@ def owner(start: EngineStart) -> SGLangServer:
         port=free_port(start.host),
         log=start.log,
         seed=config.seed * 1000 + start.index,
+        log_level=config.log_level,
         cpu_core=cores[-1 - start.index % len(cores)],
         gpu_ids=start.gpu_ids,
         colocated=config.cluster.colocate,
@@ -94,6 +95,7 @@ class SGLangServer:
     port: int
     log: Path
     seed: int
+    log_level: str = "info"
     # The core on which the one thread of a CPU engine computes.
     cpu_core: int | None = None
     # The GPUs that the server sees.
@@ -152,6 +154,7 @@ class SGLangServer:
             if name in fixed:
                 raise RunError(f"rollout.sglang.{name} is set by nanoslime itself; remove it")
         options = {**fixed, "dtype": self.dtype, "random_seed": self.seed}
+        options["log_level"] = self.log_level
         if self._stretched_context:
             options["context_length"] = self._stretched_context
         if self.device == "cpu":

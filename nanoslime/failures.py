@@ -1,0 +1,115 @@
+"""What went wrong in one line, and the whole of it in a log."""
+
+import logging
+import subprocess
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from nanoslime.types import RunError
+
+_MAX_LINE_CHARS = 500
+_TRACEBACK = "Traceback (most recent call last):"
+
+
+def summary(error: BaseException) -> str:
+    """One line for the user: the class of the error and the first telling line of its message.
+
+    The root cause follows where there is one. A RunError is told as it is, without its cause,
+    also where another error came up on its way out.
+    """
+    told: RunError | None = None
+    for link in _chain(error):
+        if isinstance(link, RunError):
+            told = link
+            if link.__cause__ is not None:
+                break
+    if told is not None:
+        return " ".join(line.strip() for line in str(told).splitlines() if line.strip())
+    outer = _unwrapped(error)
+    root = outer
+    while root.__cause__ is not None:
+        root = _unwrapped(root.__cause__)
+    line = _line(outer)
+    cause = _line(root)
+    return line if cause == line else f"{line}; cause: {cause}"
+
+
+def append_traceback(log: Path, error: BaseException) -> None:
+    """Puts the traceback into `log`, unless it is that of a RunError alone."""
+    if isinstance(error, RunError) and len(list(_chain(error))) == 1:
+        return
+    # The disk may be full, or gone: that must not hide the error itself.
+    with suppress(OSError), log.open("a", errors="backslashreplace") as file:
+        file.writelines(traceback.format_exception(error))
+
+
+@contextmanager
+def told_in_one_line(logger: logging.Logger, what: str) -> Iterator[None]:
+    """An error inside goes with its traceback into this process's log, and on as a RunError.
+
+    A RunError of one line can be pickled; what other packages raise often cannot. Some of it is
+    no Exception either: torch's CheckpointException.
+    """
+    try:
+        yield
+    except BaseException as error:
+        logger.exception("failed to %s", what)
+        raise RunError(summary(error)) from None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and what led to it, as a traceback shows them, the last one first."""
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        context = None if link.__suppress_context__ else link.__context__
+        link = link.__cause__ or context
+
+
+def _unwrapped(error: BaseException) -> BaseException:
+    """The error itself: the first of a group, and what Ray's errors hold as `cause`."""
+    while True:
+        if isinstance(error, BaseExceptionGroup):
+            inner = error.exceptions[0]
+        else:
+            inner = getattr(error, "cause", None)
+        if not isinstance(inner, BaseException):
+            return error
+        error = inner
+
+
+def _line(error: BaseException) -> str:
+    try:
+        message = str(error)
+    except Exception:  # the class is somebody else's
+        message = "its message cannot be shown"
+    if _TRACEBACK in message:
+        return _of_traceback(message)[:_MAX_LINE_CHARS]
+    line = f"{type(error).__name__}: {_first_line(message)}".removesuffix(": ")
+    if isinstance(error, subprocess.CalledProcessError) and error.stderr:
+        output = error.stderr
+        text = output.decode(errors="replace") if isinstance(output, bytes) else output
+        line = f"{line} {_first_line(text)}"
+    return line[:_MAX_LINE_CHARS]
+
+
+def _first_line(text: str) -> str:
+    """The first line that holds a letter or a digit, and is no ruler."""
+    for line in text.splitlines():
+        if any(character.isalnum() for character in line):
+            return line.strip()
+    return ""
+
+
+def _of_traceback(message: str) -> str:
+    """The line after the frames of the first traceback in a message: of the root cause.
+
+    Errors of other processes (of torch's and multiprocessing's workers) come so.
+    """
+    _, _, after = message.partition(_TRACEBACK)
+    for line in after.splitlines():
+        if line and not line[0].isspace():
+            return line
+    return _first_line(message)

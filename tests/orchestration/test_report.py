@@ -1,0 +1,124 @@
+"""A run that fails says so in its status, in one line to the user, and in full in its logs."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+
+from nanoslime import layout, rehearsal, train
+from nanoslime.config import RunConfig
+from nanoslime.config.model import RehearsalConfig
+from nanoslime.models.shape import ModelShape
+from nanoslime.orchestration import ray_group
+from nanoslime.orchestration.rollout_manager import RolloutManager
+from nanoslime.run_dir import FAILED, RunDir
+from nanoslime.training.fsdp import FSDPBackend
+from nanoslime.types import RunError
+from tests.full_disk import fill
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> rehearsal.RehearsalFiles:
+    return rehearsal.make(tmp_path_factory.mktemp("files") / "model", RehearsalConfig())
+
+
+def flags(root: Path, model: rehearsal.RehearsalFiles, *more: str) -> list[str]:
+    given = ["--mock", "--run-root", root, "--name", "run", "--no-use-tensorboard"]
+    given += ["--rehearsal.enabled=false", "--hf-checkpoint", model.model]
+    given += ["--prompts", model.train, "--eval-prompts", "", "--num-rollout", "2"]
+    given += ["--rollout-batch-size", "2", "--n-samples-per-prompt", "2", "--backend", "fsdp"]
+    return [str(flag) for flag in (*given, *more)]
+
+
+def failed(root: Path, caplog: pytest.LogCaptureFixture) -> tuple[str, str]:
+    """The cause in the status, and the driver's log; the user saw the cause in one line."""
+    run = RunDir.open(root / "run")
+    status = run.status()
+    assert status["phase"] == "failed"
+    [line] = [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
+    assert line == status["error"]
+    assert "\n" not in line
+    assert "Traceback" not in caplog.text
+    return line, run.attempt(1).log("driver", 0).read_text()
+
+
+@pytest.mark.parametrize(
+    ("reward", "line"),
+    [
+        ("missing_key", "KeyError: 'difficulty'"),
+        ("exits", "SystemExit: the grader's server is gone"),
+    ],
+)
+def test_a_failing_reward_is_named_and_its_traceback_kept(
+    tmp_path, model, caplog, reward: str, line: str
+) -> None:
+    reward_flag = f"tests.orchestration.rewards:{reward}"
+    assert train.main(flags(tmp_path, model, "--reward", reward_flag)) == FAILED
+    told, log = failed(tmp_path, caplog)
+    assert line in told
+    assert told.startswith("reward tests.orchestration.rewards failed on prompt ")
+    assert f"in {reward}\n" in log
+
+
+@pytest.mark.parametrize("error", [MemoryError(), PermissionError(13, "denied", "/data"), 1])
+def test_whatever_a_rank_raises_is_told_with_the_phase(
+    tmp_path, model, caplog, monkeypatch, error
+) -> None:
+    """An in-process rank; 1 stands for a Ctrl-C."""
+    cause = KeyboardInterrupt() if error == 1 else error
+
+    def failing(*_: object) -> None:
+        raise cause
+
+    monkeypatch.setattr(FSDPBackend, "train_step", failing)
+    monkeypatch.setattr(RolloutManager, "evaluate", lambda self, step: None)
+    more = ["--algorithm.filter-zero-std=false"]
+    assert train.main(flags(tmp_path, model, *more)) == FAILED
+    told, log = failed(tmp_path, caplog)
+    assert told.startswith(type(cause).__name__)
+    assert "(in phase train after 0 rollouts; traceback in " in told
+    assert "in failing\n" in log
+
+
+def test_a_template_error_is_told(tmp_path, model, caplog) -> None:
+    broken = tmp_path / "model"
+    shutil.copytree(model.model, broken)
+    config = json.loads((broken / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{{ raise_exception('roles must alternate') }}"
+    (broken / "tokenizer_config.json").write_text(json.dumps(config))
+    (broken / "chat_template.jinja").unlink(missing_ok=True)
+    more = ["--hf-checkpoint", str(broken), "--chat-template", "on"]
+    assert train.main(flags(tmp_path, model, *more)) == FAILED
+    told, _ = failed(tmp_path, caplog)
+    assert "roles must alternate" in told
+
+
+def test_a_full_disk_is_told(small_disk, model, caplog) -> None:
+    fill(small_disk, leave_bytes=400_000)
+    assert train.main(flags(small_disk, model, "--save-interval", "1")) == FAILED
+    status = RunDir.open(small_disk / "run").status()
+    assert status["phase"] == "failed"
+    assert "No space left on device" in status["error"]
+
+
+@pytest.mark.ray
+def test_a_rank_on_ray_that_raises_tells_its_log_and_the_driver(tmp_path, model) -> None:
+    (tmp_path / "model").mkdir()
+    shutil.copy(model.model / "config.json", tmp_path / "model")
+    config = RunConfig()
+    config = RunConfig(training={"backend": "fsdp", "num_gpus": 2}, cluster={"slots_per_node": 2})
+    plan = layout.plan(config, ModelShape.read(tmp_path / "model"))
+    attempt = RunDir.create(tmp_path, "run").new_attempt()
+    ray_group.start_local(plan.slots_per_node, plan.device)
+    try:
+        group = ray_group.RayTrainGroup(config, attempt, plan, tmp_path / "model")
+        with pytest.raises(RunError) as caught:
+            group.setup()
+    finally:
+        ray_group.disconnect()
+    assert "failed to load the model: " in str(caught.value)
+    assert "\n" not in str(caught.value)
+    logs = [attempt.log("trainer", rank).read_text() for rank in range(2)]
+    assert any("Traceback (most recent call last)" in log for log in logs)
