@@ -9,7 +9,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from nanoslime.config.rollout import RolloutConfig
-bafrom nanoslime.rollout.router import LeastInflightRouter
+from nanoslime.failures import summary
+from nanoslime.rollout.rewards import Reward, call
+from nanoslime.rollout.router import LeastInflightRouter
 from nanoslime.types import (
     Engine,
     GenerateRequest,
