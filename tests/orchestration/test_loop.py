@@ -273,9 +273,10 @@ def test_a_torchrun_rank_that_fails_ends_the_run_with_its_name(tmp_path, model, 
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, **TORCHRUN)
     status = RunDir.open(tmp_path / "fails").status()
     assert done.returncode != 0 and status["phase"] == "failed", done.stderr[-3000:]
-    assert status["error"].startswith(
-        "trainer rank 1 failed to train: RuntimeError: no memory in the third"
-    )
+    told = "trainer rank 1 failed to train: RuntimeError: no memory in the third step"
+    assert status["error"].startswith(told)
+    log = RunDir.open(tmp_path / "fails").attempt(1).log("trainer", 1).read_text()
+    assert "Traceback (most recent call last)" in log and "in failing\n" in log
 
 
 def test_a_late_rank_is_told_by_the_one_that_waits_in_a_collective(tmp_path, model, no_leftovers):
