@@ -123,7 +123,7 @@ def make_files(directory: Path, family: str = "qwen3", **changes: Any) -> Files:
     """A random model of one layer, prompts of several lengths, and held-out ones; every third
     prompt of training has a label that is false, so that its rewards are all 1.
     """
-    sizes = {"num_hidden_layers": 1, "vocab_size": 320, **changes}
+    sizes = {"num_hidden_layers": 1, "vocab_size": 320, "max_position_embeddings": 4096, **changes}
     model = save_model(directory / "model", family, **sizes)
     TOKENIZER.save_pretrained(model)
     GenerationConfig(eos_token_id=STOP_IDS).save_pretrained(model)
