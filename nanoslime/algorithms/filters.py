@@ -36,13 +36,21 @@ def filter_groups(
             reasons["group_empty"] += 1
     if not drop_zero_std:
         return left, reasons
-    equal_ids = set()
-    for group_id, rewards in rewards_by_group(left).items():
-        if not spreads(list(rewards.values())):
-            equal_ids.add(group_id)
-            reasons["group_zero_std"] += 1
-    kept = [group for group in left if group.group_id not in equal_ids]
+    ids = zero_std_ids(left)
+    if ids:
+        reasons["group_zero_std"] = len(ids)
+    kept = [group for group in left if group.group_id not in ids]
     return kept, reasons
+
+
+def zero_std_ids(groups: Sequence[SampleGroup]) -> set[int]:
+    """The group_ids whose rewards do not differ."""
+    rewards_by_id = rewards_by_group(groups)
+    return {
+        group_id
+        for group_id, rewards in rewards_by_id.items()
+        if not spreads(list(rewards.values()))
+    }
 
 
 def _drop_reason(sample: Sample) -> str | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanoslime.algorithms.filters import filter_groups
+from nanoslime.algorithms.filters import filter_groups, zero_std_ids
 from nanoslime.algorithms.policy_gradient import PolicyGradient
 from nanoslime.types import SampleGroup, Status
 
@@ -38,26 +38,21 @@ def group_metrics(groups: Sequence[SampleGroup]) -> dict[str, float]:
     """Describes all samples of a rollout.
 
     Rewards are taken over the samples that have one. Without any, their mean and standard
-    deviation are NaN.
+    deviation are NaN. zero_std_ratio is the share of group_ids that filter_zero_std drops, or
+    would drop, of those with a sample to train on.
     """
     samples = [sample for group in groups for sample in group.samples]
     lengths = [sample.num_response_tokens for sample in samples]
     statuses = [sample.status for sample in samples]
-    rewards: list[float] = []
-    num_scored_groups = 0
-    num_equal_groups = 0
-    for group in groups:
-        group_rewards = [sample.reward for sample in group.samples if sample.reward is not None]
-        if group_rewards:
-            num_scored_groups += 1
-            num_equal_groups += min(group_rewards) == max(group_rewards)
-        rewards += group_rewards
+    rewards = [sample.reward for sample in samples if sample.reward is not None]
+    trainable, _ = filter_groups(groups, drop_zero_std=False)
+    num_ids = len({group.group_id for group in trainable})
     # A rollout may be empty: ratios and lengths are then 0.
     num_samples = max(len(samples), 1)
     return {
         "rollout/reward_mean": float(np.mean(rewards)) if rewards else math.nan,
         "rollout/reward_std": float(np.std(rewards)) if rewards else math.nan,
-        "rollout/zero_std_ratio": num_equal_groups / max(num_scored_groups, 1),
+        "rollout/zero_std_ratio": len(zero_std_ids(trainable)) / max(num_ids, 1),
         "rollout/response_tokens_mean": float(np.mean(lengths)) if lengths else 0.0,
         "rollout/response_tokens_max": float(max(lengths, default=0)),
         "rollout/truncated_ratio": statuses.count(Status.TRUNCATED) / num_samples,

@@ -3,6 +3,7 @@ described.
 """
 
 import math
+from itertools import count
 
 import numpy as np
 import pytest
@@ -11,12 +12,14 @@ from nanoslime.algorithms.prepare import group_metrics, prepare
 from nanoslime.types import Sample, SampleGroup, Status
 from tests.algorithms.made import algorithm, group
 
+_rollout_ids = count()
 
-def sample(reward: float | None, num_response: int, status: Status) -> Sample:
+
+def sample(reward: float | None, num_response: int, status: Status, group_id: int = 0) -> Sample:
     mask = np.array([False, False] + [True] * num_response)
     return Sample(
-        group_id=0,
-        rollout_id=0,
+        group_id=group_id,
+        rollout_id=next(_rollout_ids),
         token_ids=np.zeros(len(mask), np.int32),
         loss_mask=mask,
         status=status,
@@ -32,7 +35,7 @@ def test_metrics_by_hand():
         sample(0.0, 2, Status.TRUNCATED),
         sample(0.0, 3, Status.COMPLETED),
     ]
-    second = [sample(1.0, 6, Status.COMPLETED), sample(None, 0, Status.ERROR)]
+    second = [sample(1.0, 6, Status.COMPLETED, 1), sample(None, 0, Status.ERROR, 1)]
     assert group_metrics([SampleGroup(0, first), SampleGroup(1, second)]) == {
         "rollout/reward_mean": 0.5,
         "rollout/reward_std": 0.5,
@@ -48,7 +51,7 @@ def test_metrics_by_hand():
 
 def test_ratios_are_over_samples_with_and_without_a_reward():
     failed = SampleGroup(0, [sample(None, 0, Status.ERROR) for _ in range(3)])
-    cut = SampleGroup(1, [sample(1.0, 4, Status.TRUNCATED) for _ in range(3)])
+    cut = SampleGroup(1, [sample(1.0, 4, Status.TRUNCATED, 1) for _ in range(3)])
     metrics = group_metrics([failed, cut])
     assert metrics["rollout/error_ratio"] == 0.5
     assert metrics["rollout/truncated_ratio"] == 0.5
@@ -86,3 +89,29 @@ def test_all_is_kept_where_groups_of_equal_rewards_are_not_filtered():
     assert len(prepared.groups) == 1
     assert prepared.dropped == {}
     assert [s.advantage for s in prepared.groups[0].samples] == [0.0, 0.0]
+
+
+def test_the_ratio_of_equal_groups_is_that_of_the_filter():
+    """A group_id in two parts is one group, siblings count once, rewards may differ by rounding,
+    and samples that cannot be trained on say nothing.
+    """
+    parts = group(0, [1.0, 0.0]).samples
+    aborted = group(3, [0.0, 1.0])
+    aborted.samples[0].status = Status.ABORTED
+    failed = group(4, [0.0, 1.0])
+    for one in failed.samples:
+        one.status = Status.ERROR
+    groups = [
+        SampleGroup(0, parts[:1]),
+        SampleGroup(0, parts[1:]),
+        group(1, [0.3, 0.1 + 0.2]),
+        group(2, [1.0, 1.0, 0.0], rollout_ids=[7, 7, 8]),
+        aborted,
+        failed,
+    ]
+    metrics = prepare(groups, algorithm(filter_zero_std=True)).metrics
+    assert metrics["rollout/dropped_group_zero_std"] == 2  # 1 and 3, of 0 to 3
+    assert metrics["rollout/zero_std_ratio"] == 2 / 4
+    assert (
+        prepare(groups, algorithm(filter_zero_std=False)).metrics["rollout/zero_std_ratio"] == 0.5
+    )

@@ -110,8 +110,9 @@ def test_overlong_shaping_enters_the_advantage_and_not_the_reward():
     assert got == [1.0, 0.0, -1.0, -1.0]
 
 
-def test_of_siblings_the_longest_is_judged():
-    groups = [group(0, [1.0, 1.0, 1.0], rollout_ids=[1, 1, 2], lengths=[2, 10, 6])]
+@pytest.mark.parametrize("lengths", [[2, 10, 6], [10, 2, 6]])
+def test_of_siblings_the_longest_is_judged(lengths):
+    groups = [group(0, [1.0, 1.0, 1.0], rollout_ids=[1, 1, 2], lengths=lengths)]
     made = algorithm(normalize_by_std=False, overlong_buffer=4, max_response_length=10)
     got = advantages(groups, made)
     assert got == [-0.5, -0.5, 0.5]  # shaped 0 and 1

@@ -343,7 +343,9 @@ def test_a_model_with_experts_trains_with_its_routing_replayed(tmp_path, model, 
     from pass to pass.
     """
     tokenizer = AutoTokenizer.from_pretrained(model.model)
-    moe = save_model(tmp_path / "model", "qwen3_moe", vocab_size=len(tokenizer))
+    moe = save_model(
+        tmp_path / "model", "qwen3_moe", vocab_size=len(tokenizer), max_position_embeddings=4096
+    )
     tokenizer.save_pretrained(moe)
     more = "--backend megatron --num-rollout 2 --lr 1e-2 --num-steps-per-rollout 2"
     flags = run_dir(tmp_path, "moe", replace(model, model=moe), more)
@@ -351,4 +353,6 @@ def test_a_model_with_experts_trains_with_its_routing_replayed(tmp_path, model, 
     assert train.main([*flags, "--training.routing-replay", replay]) == DONE
     for row in rows(RunDir.open(tmp_path / "moe")):
         assert row["train/logprob_gap_max"] < 1e-4 and row["train/grad_norm"] > 0
-        assert row["train/routing_mismatch_ratio"] >= 0.0
+        # The second step's weights choose otherwise for some tokens; without a replay the
+        # ratio is not in the row, and with the wrong experts it is near 1.
+        assert 0.0 < row["train/routing_mismatch_ratio"] < 0.5

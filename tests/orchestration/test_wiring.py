@@ -9,8 +9,14 @@ from typing import Any
 
 import pytest
 
-from nanoslime import train
-from nanoslime.run_dir import DONE
+from nanoslime import rehearsal, train
+from nanoslime.config import RunConfig
+from nanoslime.config.model import RehearsalConfig
+from nanoslime.orchestration.local_group import LocalTrainGroup
+from nanoslime.orchestration.session import prepare_model
+from nanoslime.rollout.engines.embedded_model import EmbeddedOwner
+from nanoslime.run_dir import DONE, RunDir
+from nanoslime.weight_sync.in_process import InProcessSender
 from tests.orchestration import wired
 from tests.orchestration.wired import Asked, Seen
 
@@ -200,7 +206,7 @@ def test_no_two_requests_share_a_seed(run_once):
     evaluation of the same seed.
     """
     asked = run_once({}).asked
-    assert len(asked) == 2 * 4 + 2 * 6
+    assert len(asked) == 2 * 4 + 2 * wired.NUM_HELD_OUT
     assert len({one.request.seed for one in asked}) == len(asked)
 
 
@@ -238,3 +244,59 @@ def test_a_resumed_run_is_labelled_and_sampled_as_the_uninterrupted_one(tmp_path
         assert {version for versions, _ in one for _, version in versions} == {step}
     records = [(record["step"], record["version"]) for record in resumed.evals]
     assert records == [(-1, 0), (0, 1), (2, 3)]
+
+
+def test_a_replay_shapes_and_weighs_as_the_recorded_run(tmp_path, run_once, files):
+    """By the longest response that the samples could have."""
+    settings = {**BUFFER, "algorithm.denominator": "fixed"}
+    recorded = run_once(settings)
+    again = {**settings, "rollout.load_rollouts": str(recorded.run.path), "data.eval_prompts": ""}
+    replayed = wired.run(files, tmp_path, again)
+    for row, expected in zip(replayed.rows, recorded.rows, strict=True):
+        for name in ("train/loss", "train/grad_norm", "rollout/reward_mean"):
+            assert row[name] == expected[name], name
+    assert wired.same_tensors(replayed.weights, recorded.weights)
+
+
+def test_buckets_and_deadlines_reach_those_who_keep_them(tmp_path, files, monkeypatch):
+    seen = {}
+    make_sender = InProcessSender.__init__
+    call = LocalTrainGroup.call
+    start = EmbeddedOwner.start
+
+    def sender(self: Any, rank: Any, engines: Any) -> None:
+        seen["rank's deadline"] = rank.deadline_s
+        seen["bucket"] = max(len(bucket) for bucket in rank.assembler.plan.buckets)
+        make_sender(self, rank, engines)
+
+    def called(self: Any, method: str, *args: Any, **options: Any) -> None:
+        if method == "send":
+            seen["send's deadline"] = options["deadline_s"]
+        call(self, method, *args, **options)
+
+    def started(self: Any, deadline_s: float) -> Any:
+        seen["engine's deadline"] = deadline_s
+        return start(self, deadline_s)
+
+    monkeypatch.setattr(InProcessSender, "__init__", sender)
+    monkeypatch.setattr(LocalTrainGroup, "call", called)
+    monkeypatch.setattr(EmbeddedOwner, "start", started)
+    changes = {"weight_sync.deadline_s": 77.0, "weight_sync.bucket_bytes": 1}
+    wired.run(files, tmp_path, {**changes, "rollout.start_deadline_s": 55.0})
+    assert seen == {
+        "rank's deadline": 77.0,
+        "send's deadline": 77.0,
+        "engine's deadline": 55.0,
+        "bucket": 1,
+    }
+
+
+def test_a_rehearsal_evaluates_on_what_it_does_not_train_on(tmp_path, files, monkeypatch):
+    monkeypatch.setattr(rehearsal, "make", lambda directory, knobs: files)
+    config = RunConfig(rehearsal=RehearsalConfig(enabled=True))
+    config, model_dir = prepare_model(config, RunDir(tmp_path))
+    assert (config.data.prompts, config.data.eval_prompts) == (
+        str(files.train),
+        str(files.held_out),
+    )
+    assert model_dir == files.model

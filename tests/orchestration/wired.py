@@ -27,7 +27,7 @@ from nanoslime.types import GenerateRequest, Generation, SampleGroup
 from tests.models.hf import save_model
 
 NUM_TRAIN = 11
-NUM_HELD_OUT = 6
+NUM_HELD_OUT = 10
 # Responses end with one of these: about one token in sixteen.
 STOP_IDS = list(range(2, 320, 16))
 

@@ -73,6 +73,13 @@ def test_a_prompt_has_one_bos_with_a_chat_template_and_without(tmp_path: Path) -
         assert prompt.token_ids.tolist() == expected, chat_template
 
 
+def test_a_prompt_may_have_as_many_tokens_as_are_allowed(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    [prompt] = load(write(tmp_path / "p.jsonl", LONG), tokenizer, max_prompt_tokens=5)
+    assert len(prompt.token_ids) == 5
+
+
 def test_parquet_is_read_as_jsonl_is(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     pq.write_table(pa.table({"q": ["ab", "cd"], "a": [1, 2]}), tmp_path / "p.parquet")
     prompts = load(tmp_path / "p.parquet", tokenizer, prompt_key="q", label_key="a")

@@ -203,6 +203,27 @@ def test_the_recorded_experts_are_those_that_train_and_the_reference_has_its_own
     assert not torch.equal(again, free), "recorded anew"
 
 
+@pytest.mark.parametrize("replay", ["R2", "R3"])
+def test_the_reference_chooses_for_itself_whatever_the_batch_holds(start, step, replay):
+    """The experts in the batch are others: of disturbed routers, or the first two for all."""
+    backend = start(routing_replay=replay)
+    batch = train_batch(step)
+    expected = backend.logprobs(batch, "ref")
+    free = chosen(backend, lambda: backend.logprobs(batch, "ref"))
+    if replay == "R2":
+        disturb(backend)
+        backend.logprobs(batch, "policy")
+    else:
+        first_two = torch.tensor([0, 1], dtype=torch.int16)
+        batch.routed_experts = [first_two.repeat(len(ids), 4, 1) for ids in batch.token_ids]
+    held, _ = packed_experts(batch)
+    assert (held != free).any(-1).double().mean() > 0.2
+    found = []
+    by_reference = chosen(backend, lambda: found.extend(backend.logprobs(batch, "ref")))
+    assert torch.equal(by_reference, free)
+    assert all(map(torch.equal, found, expected))
+
+
 def sampled(engine: Any) -> TrainBatch:
     """The batch that the loop makes of six samples of an engine."""
     groups = []
