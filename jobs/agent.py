@@ -368,6 +368,9 @@ class Agent:
         level = logging.ERROR if end.code == FAILED else logging.INFO
         logger.log(level, "end: code %d %s", end.code, end.reason)
         ended_it = not end.published and self._publish_end(end)
+        if not ended_it:
+            code, reason = self._attempt.ended() or (end.code, end.reason)
+            end = AttemptOver(code, reason, published=True)
         try:
             end_descendants()
         finally:

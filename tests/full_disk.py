@@ -1,22 +1,38 @@
-"""A disk that is full: a file system of a few megabytes in memory."""
+"""A disk that is full, and a directory that is busy: a small file system in memory."""
 
 import subprocess
+import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 3 MiB; the test is skipped where we may not mount one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "nanoslime-test", str(disk)]
+@contextmanager
+def mounted(directory: Path) -> Iterator[None]:
+    """A file system of 3 MiB at `directory`, which may be moved while it is there.
+
+    The test is skipped where we may not mount one.
+    """
+    name = f"nanoslime-{uuid.uuid4().hex}"
+    command = ["mount", "-t", "tmpfs", "-o", "size=3m", name, str(directory)]
     if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("only root may mount a small file system")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    try:
+        yield
+    finally:
+        mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+        [place] = [place for device, place, *_ in mounts if device == name]
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    with mounted(disk):
+        yield disk
 
 
 def fill(disk: Path, leave_bytes: int = 0) -> None:

@@ -88,7 +88,7 @@ def retain(
     Kept are the newest `keep_last` (at least one), multiples of `keep_every`, and step `best`.
     What cannot be removed is warned of, and tried again by the next call.
     """
-    for path in sorted(directory.glob(f"*{_REMOVED}{_PARTIAL}")):
+    for path in sorted(directory.glob(f"*{_REMOVED}*{_PARTIAL}")):
         _remove(path)
     older = complete_checkpoints(directory)[: -max(1, keep_last)]
     removed = []

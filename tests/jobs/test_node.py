@@ -1,5 +1,6 @@
 """The node agent: bad machines end in one line, any death ends the attempt, nothing stays."""
 
+import errno
 import json
 import os
 import signal
@@ -10,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from jobs import agent as agent_module
 from jobs import ray_node
+from jobs.agent import Agent, AttemptOver
 from jobs.checkout import ROOT
 from jobs.cluster_env import ClusterEnv, expand_nodelist, interface_address
 from jobs.local import run_local
 from jobs.preflight import check_cores, check_gpus
-from nanoslime.run_dir import DONE, FAILED, STOPPED, RunDir
+from nanoslime.run_dir import DONE, FAILED, STOPPED, Attempt, RunDir
 from nanoslime.types import RunError
 from tests import process_table
 from tests.jobs.made_run import (
@@ -339,3 +342,81 @@ def test_jobs_run_with_the_hugging_face_libraries_offline(tmp_path: Path) -> Non
     assert env["HF_HUB_OFFLINE"] == "1"
     assert env["TRANSFORMERS_OFFLINE"] == "1"
     assert env["RAY_AUTH_MODE"] == "token"
+
+
+def make_agent(made: MadeRun, node: int, attempt: Attempt) -> Agent:
+    num_nodes = made.layout.num_nodes
+    env = ClusterEnv.for_local(node, num_nodes, f"l{os.getpid()}")
+    return Agent(attempt, made.config, made.layout, env, "")
+
+
+@pytest.mark.parametrize("num_nodes", [4, 64])
+def test_all_agents_together_read_each_heartbeat_twice_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_nodes: int
+) -> None:
+    made = make_run(tmp_path, num_nodes)
+    attempt = made.run.new_attempt()
+    agents = [make_agent(made, node, attempt) for node in range(num_nodes)]
+    for node in range(num_nodes):
+        attempt.beat(node, 1)
+    opened: list[Path] = []
+    read_bytes = Path.read_bytes
+
+    def counted(path: Path) -> bytes:
+        opened.append(path)
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", counted)
+    for agent in agents:
+        agent._check_heartbeats()
+    assert num_nodes <= len(opened) < 2 * num_nodes
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_a_heartbeat_that_stays_unreadable_is_one_that_stands_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node: int
+) -> None:
+    """The fault of a file server is injected at the read; the clock is ours."""
+    made = make_run(tmp_path, 2)
+    attempt = made.run.new_attempt()
+    agent = make_agent(made, node, attempt)
+    now = 0.0
+    monkeypatch.setattr(agent_module.time, "monotonic", lambda: now)
+    attempt.beat(0, 1)
+    attempt.beat(1, 1)
+    agent._check_heartbeats()
+
+    def stale(path: Path) -> bytes:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", stale)
+    now = 89.0
+    agent._check_heartbeats()
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    attempt.beat(0, 2)
+    attempt.beat(1, 2)
+    agent._check_heartbeats()
+    monkeypatch.setattr(Path, "read_bytes", stale)
+    now = 178.0
+    agent._check_heartbeats()
+    now = 180.0
+    with pytest.raises(RunError, match=r"no heartbeat from node[01] .* for 90 s; see .*agent-"):
+        agent._check_heartbeats()
+
+
+def test_an_attempt_ended_by_another_keeps_its_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two agents find the same death: one of them ends the attempt, the other follows."""
+    # They would end the servers of other tests.
+    monkeypatch.setattr(agent_module, "end_descendants", lambda: None)
+    made = make_run(tmp_path, 2)
+    attempt = made.run.new_attempt()
+    agents = [make_agent(made, node, attempt) for node in range(2)]
+    attempt.leave(0)
+    attempt.leave(1)
+    first = AttemptOver(FAILED, "Ray on node1 ended")
+    second = AttemptOver(STOPPED, "Ray on node0 ended")
+    assert [agents[1]._leave(first), agents[0]._leave(second)] == [FAILED, FAILED]
+    assert attempt.ended() == (FAILED, "Ray on node1 ended")

@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from nanoslime.processes import tree
 from nanoslime.processes.tree import descendants
 from tests import process_table
 
@@ -39,3 +42,19 @@ def test_a_stubborn_daemon_is_ended_and_what_is_spared_stays(no_leftovers: None)
     command = [sys.executable, "-c", ENDS_ITS_DESCENDANTS]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ["None", str(-signal.SIGTERM)], done.stderr
+
+
+def test_what_outlives_sigkill_is_named_and_left(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, no_leftovers: None
+) -> None:
+    """A process that waits for a dead file server takes no signal: here none is sent."""
+    others = descendants(os.getpid())
+    monkeypatch.setattr(tree, "_KILL_DEADLINE_S", 0.2)
+    with subprocess.Popen(["sleep", "60"]) as child:
+        with monkeypatch.context() as context:
+            context.setattr(os, "kill", lambda *_: None)
+            tree.end_descendants(others, grace_s=0.1)
+        [error] = caplog.messages
+        assert error.startswith("alive 0.2 s after SIGKILL, and left: ")
+        assert f"{child.pid} (sleep, sleeping)" in error
+        child.kill()

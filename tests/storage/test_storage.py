@@ -8,6 +8,7 @@ import pytest
 
 from nanoslime.storage import commit, manifest
 from nanoslime.storage.manifest import DamagedError
+from tests.full_disk import mounted
 
 
 @pytest.fixture
@@ -112,4 +113,35 @@ def test_leftovers_of_a_killed_write_go_at_the_next_start(tmp_path: Path) -> Non
     partial = commit.partial_dir(tmp_path / "step_2")
     (partial / "half").write_bytes(b"x")
     assert commit.remove_leftovers(tmp_path) == [tmp_path / "step_2.partial"]
+    assert os.listdir(tmp_path) == ["step_1"]
+
+
+def test_what_cannot_be_removed_now_is_removed_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A mount inside keeps a checkpoint, as an open file on NFS does."""
+    busy = save(tmp_path, 1) / "busy"
+    save(tmp_path, 2)
+    busy.mkdir()
+    with mounted(busy):
+        assert commit.retain(tmp_path, keep_last=1) == [1]
+        assert "step_1.removed.partial cannot be removed now: [Errno 16]" in caplog.text
+        assert commit.remove_leftovers(tmp_path) == []
+        again = save(tmp_path, 1, b"again")
+        save(tmp_path, 1, b"and again")
+        assert commit.retain(tmp_path, keep_last=2) == []
+        assert (again / "data").read_bytes() == b"and again"
+        assert len(os.listdir(tmp_path)) == 3
+    assert commit.retain(tmp_path, keep_last=2) == []
+    assert sorted(os.listdir(tmp_path)) == ["step_1", "step_2"]
+
+
+def test_a_busy_leftover_gives_up_its_name(tmp_path: Path) -> None:
+    busy = commit.partial_dir(tmp_path / "step_1") / "busy"
+    busy.mkdir()
+    with mounted(busy):
+        final = save(tmp_path, 1)
+    manifest.verify(final)
+    [leftover] = commit.remove_leftovers(tmp_path)
+    assert leftover.name.startswith("step_1.")
     assert os.listdir(tmp_path) == ["step_1"]
