@@ -186,9 +186,11 @@ def sglang_engine(shared_server: ServerOwner, tiny_model: Path) -> SGLangEngine:
 
 def wait_until_running(engine: SGLangEngine, timeout_s: float = 60.0) -> None:
     """Returns once a request runs on the engine and has sampled a token."""
+    found = process_table.wait_for(lambda: num_running(engine) > 0, timeout_s, interval_s=0.02)
+    assert found, "no request runs"
 
-    def runs() -> bool:
-        loads = engine._request("GET", "/v1/loads").json()["loads"]
-        return any(load["num_running_reqs"] > 0 for load in loads)
 
-    assert process_table.wait_for(runs, timeout_s, interval_s=0.02), "no request runs"
+def num_running(engine: SGLangEngine) -> int:
+    """How many requests run, by the server's own count."""
+    loads = engine._request("GET", "/v1/loads").json()["loads"]
+    return sum(load["num_running_reqs"] for load in loads)

@@ -161,3 +161,9 @@ def test_off_policy_sequence_masking_takes_the_policy_term_only():
     assert total == pytest.approx(-0.2 - 0.2 - math.exp(-0.2))
     assert grad == pytest.approx([1.0, 1.0 - math.exp(-0.2)])
     assert metrics["train/opsm_ratio"] == 1
+
+
+def test_the_limits_of_a_rejection_belong_to_what_is_kept():
+    config = CorrectionConfig(reject="token", reject_low=1.0, reject_high=1.0)
+    same = torch.zeros(5)
+    assert correct(config, same, same, MASK, BOUNDS).keep.all()

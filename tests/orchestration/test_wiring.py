@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+import torch
 
 from nanoslime import rehearsal, train
 from nanoslime.config import RunConfig
@@ -16,6 +17,7 @@ from nanoslime.orchestration.local_group import LocalTrainGroup
 from nanoslime.orchestration.session import prepare_model
 from nanoslime.rollout.engines.embedded_model import EmbeddedOwner
 from nanoslime.run_dir import DONE, RunDir
+from nanoslime.training.fsdp import FSDPBackend
 from nanoslime.weight_sync.in_process import InProcessSender
 from tests.orchestration import wired
 from tests.orchestration.wired import Asked, Seen
@@ -300,3 +302,89 @@ def test_a_rehearsal_evaluates_on_what_it_does_not_train_on(tmp_path, files, mon
         str(files.held_out),
     )
     assert model_dir == files.model
+
+
+KEEPING = {
+    "rollout.num_rollout": 5,
+    "eval.interval": 1,
+    "eval.seed": 10,  # by which the best evaluation is not the last
+    "checkpoint.interval": 1,
+    "checkpoint.keep_last": 1,
+    "checkpoint.keep_best": True,
+}
+
+
+def checkpoints(seen: Seen) -> set[int]:
+    """The rollouts after which a checkpoint is left."""
+    paths = seen.run.checkpoints.iterdir()
+    return {int(path.name.removeprefix("step_")) for path in paths}
+
+
+def test_the_checkpoints_that_stay_are_those_that_are_asked_for(run_once):
+    seen = run_once(KEEPING)
+    rewards = {record["step"] + 1: record["reward"] for record in seen.evals[1:]}
+    best = max(rewards, key=rewards.__getitem__)
+    assert best < 5 and checkpoints(seen) == {best, 5}
+    for rollouts in checkpoints(seen):
+        state = json.loads((seen.run.checkpoint(rollouts) / "driver.json").read_text())
+        assert (state["rollouts"], state["policy_version"]) == (rollouts, rollouts)
+        so_far = {step: reward for step, reward in rewards.items() if step <= rollouts}
+        best_so_far = max(so_far, key=so_far.__getitem__)
+        assert state["best"] == [so_far[best_so_far], best_so_far]
+    last = {**KEEPING, "checkpoint.keep_best": False}
+    assert checkpoints(run_once(last)) == {5}
+    assert checkpoints(run_once({**last, "checkpoint.keep_every": 2})) == {2, 4, 5}
+    assert checkpoints(run_once({**last, "checkpoint.keep_last": 3})) == {3, 4, 5}
+
+
+def test_the_best_checkpoint_is_known_after_a_resume(tmp_path, run_once, files):
+    """Also where no later evaluation is better."""
+    best = max(run_once(KEEPING).evals[1:], key=lambda record: record["reward"])["step"] + 1
+    changes = {**KEEPING, "rollout.num_rollout": best}
+    seen = wired.run(files, tmp_path, changes)
+    assert train.main(["--resume", str(seen.run.path), "--num-rollout", "5"]) == DONE
+    assert checkpoints(seen) == {best, 5}
+    assert [record["reward"] for record in seen.evals] == [
+        record["reward"] for record in run_once(KEEPING).evals
+    ]
+
+
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path, files):
+    seen = wired.run(files, tmp_path, {"rollout.num_rollout": 1})
+    half = seen.run.checkpoints / "step_2.partial"
+    half.mkdir()
+    assert train.main(["--resume", str(seen.run.path), "--num-rollout", "3"]) == DONE
+    assert checkpoints(seen) == {1, 3}
+
+
+def test_rows_summary_and_status_tell_of_the_run(run_once):
+    seen = run_once(KEEPING)
+    rows = seen.rows
+    assert [row["step"] for row in rows] == list(range(5))
+    rewards = [record["reward"] for record in seen.evals]
+    assert [row["eval/reward_mean"] for row in rows] == rewards[1:]
+    phases = {"generate", "logprobs", "train", "weight_sync"}
+    assert all(row[f"time/{phase}_s"] > 0 for row in rows for phase in phases)
+    summary = json.loads(seen.run.summary.read_text())
+    assert (summary["reward_before"], summary["reward_after"]) == (rewards[0], rewards[-1])
+    assert summary["logprob_gap_max"] == max(row["train/logprob_gap_max"] for row in rows)
+    assert summary["steps"] == 5
+    assert (seen.run.status()["phase"], seen.run.status()["step"]) == ("done", 5)
+
+
+def test_an_export_is_made_where_one_is_asked_for(run_once):
+    """It has the dtype of the model, which is also that of what engines get."""
+    assert not run_once({"checkpoint.export_hf": False}).run.hf(2).exists()
+    half = run_once({"model.dtype": "bfloat16"}).weights
+    assert {tensor.dtype for tensor in half.values()} == {torch.bfloat16}
+
+
+def test_a_skipped_step_leaves_its_batch_in_the_run(tmp_path, files, monkeypatch):
+    """The second rollout's, which is counted; the learning rate goes on."""
+    norms = [1.0, math.inf, 1.0]
+    monkeypatch.setattr(FSDPBackend, "_grad_norm", lambda backend: norms.pop(0))
+    changes = {"rollout.num_rollout": 3, "training.lr_schedule": "linear"}
+    seen = wired.run(files, tmp_path, changes)
+    assert [row["train/num_skipped"] for row in seen.rows] == [0, 1, 1]
+    assert [row["train/lr"] for row in seen.rows] == pytest.approx([0.02, 0.04 / 3, 0.02 / 3])
+    assert [path.name for path in seen.run.skipped.iterdir()] == ["step_1"]

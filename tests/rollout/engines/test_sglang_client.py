@@ -22,7 +22,7 @@ from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.rollout.router import LeastInflightRouter
 from nanoslime.types import BroadcastEngine, GenerateRequest, Generation, RunError, Status
 from nanoslime.weight_sync.colocated import serialize_on_cpu
-from tests.serving import VOCAB_SIZE, reference_logprobs, wait_until_running
+from tests.serving import VOCAB_SIZE, num_running, reference_logprobs, wait_until_running
 
 pytestmark = pytest.mark.sglang
 
@@ -329,6 +329,7 @@ def test_memory_is_released_only_once_no_request_runs(
     with in_background(generate, sglang_engine, n=2, tokens=200) as running:
         wait_until_running(sglang_engine)
         sglang_engine.release_memory()
+        assert num_running(sglang_engine) == 0
         answers = running.result(DEADLINE_S)
     assert [len(answer.token_ids) for answer in answers] == [200, 200]
     sglang_engine.resume_memory("weights")
