@@ -91,8 +91,11 @@ class FSDPBackend(TrainBackend):
         self._optimizer.zero_grad()
         sums = MetricSums()
         for indices in shard.microbatches:
-            batch = shard.microbatch(indices).to(self._device)
-            logprobs, entropy = self._policy(batch, with_entropy=algorithm.needs_entropy)
+            pack = shard.microbatch(indices)
+            in_loss = pack.loss_mask.nonzero().flatten() if pack.loss_mask.any() else None
+            batch = pack.to(self._device)
+            only = None if in_loss is None else in_loss.to(self._device)
+            logprobs, entropy = self._policy(batch, algorithm.needs_entropy, only)
             loss, metrics = algorithm.loss(logprobs, entropy, batch)
             (loss / batch.denominator).backward()
             sums.add(loss, metrics, logprobs, batch)

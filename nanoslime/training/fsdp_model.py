@@ -61,10 +61,10 @@ class Policy(torch.nn.Module):
             )
 
     def forward(
-        self, batch: MicroBatch, with_entropy: bool = False
+        self, batch: MicroBatch, with_entropy: bool = False, only: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Logprobs [T] and, where asked, entropies [T] of the tokens of `batch`, as
-        `token_logprobs` gives.
+        """Logprobs [T] and, where asked, entropies [T] of the tokens of `batch`, or of
+        `only` some, as `token_logprobs` gives.
         """
         options = {}
         if self._attention == PACKED:
@@ -86,6 +86,7 @@ class Policy(torch.nn.Module):
             temperature=batch.temperature,
             vocab_size=self.vocab_size,
             with_entropy=with_entropy,
+            only=only,
         )
 
 

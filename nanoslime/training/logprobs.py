@@ -41,30 +41,38 @@ def token_logprobs(
     temperature: float,
     vocab_size: int,
     with_entropy: bool = False,
+    only: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Logprobs and, where asked, entropies of packed sequences; both [T] float32.
 
     logprobs[t] is log p(token_ids[t] | tokens before it in its sequence), from hidden[t -
     1]. entropies[t] belongs to the distribution that token t was drawn from. Both are
-    exactly 0.0 at the first token of a sequence. `token_ids` [T], `cu_seqlens` [S+1]; the
+    exactly 0.0 at the first token of a sequence and, where `only` (int64 [N], without
+    first tokens) names tokens, at all others. `token_ids` [T], `cu_seqlens` [S+1]; the
     other arguments, and the errors, are those of `linear_logprobs`.
     """
-    first = torch.zeros_like(token_ids, dtype=torch.bool)
-    first[cu_seqlens[:-1].long()] = True
     # Row t predicts token t + 1. The last row predicts nothing and gets any target.
-    next_tokens = token_ids.roll(-1)
+    targets = token_ids.roll(-1)
+    if only is not None:
+        hidden = hidden.index_select(0, only - 1)
+        targets = token_ids[only]
     logprobs, entropy = linear_logprobs(
         hidden,
         weight,
-        next_tokens,
+        targets,
         temperature=temperature,
         vocab_size=vocab_size,
         with_entropy=with_entropy,
     )
-    logprobs = logprobs.roll(1).masked_fill(first, 0.0)
-    if entropy is not None:
-        entropy = entropy.roll(1).masked_fill(first, 0.0)
-    return logprobs, entropy
+    first = torch.zeros_like(token_ids, dtype=torch.bool)
+    first[cu_seqlens[:-1].long()] = True
+
+    def on_tokens(values: Tensor) -> Tensor:
+        if only is None:
+            return values.roll(1).masked_fill(first, 0.0)
+        return values.new_zeros(len(token_ids)).index_copy(0, only, values)
+
+    return on_tokens(logprobs), None if entropy is None else on_tokens(entropy)
 
 
 def linear_logprobs(

@@ -197,3 +197,24 @@ def test_vocabulary_split_over_two_ranks_changes_nothing(
     assert torch.equal(by_rank[0][2], by_rank[1][2])
     d_weight = torch.cat([d_rows for *_, d_rows in by_rank])
     torch.testing.assert_close(d_weight, whole[3])
+
+
+@pytest.mark.parametrize("tokens", [[1], [2, 5, 8], [1, 2, 5, 6, 7, 8]])
+def test_some_tokens_alone_have_the_values_and_gradients_of_all(tokens):
+    hidden, weight, targets, upstream = problem()
+    only = torch.tensor(tokens)
+    in_loss = torch.zeros(TOKENS).index_fill(0, only, 1.0)
+    options = dict(temperature=0.7, vocab_size=VOCAB, with_entropy=True)
+
+    def of_all(hidden, weight, targets):
+        return token_logprobs(hidden, weight, targets, CU_SEQLENS, **options)
+
+    def of_some(hidden, weight, targets):
+        return token_logprobs(hidden, weight, targets, CU_SEQLENS, only=only, **options)
+
+    expected = results(of_all, hidden, weight, targets, upstream * in_loss)
+    found = results(of_some, hidden, weight, targets, upstream)
+    for values, all_values in zip(found[:2], expected[:2], strict=True):
+        torch.testing.assert_close(values, all_values * in_loss)
+    for gradient, all_gradient in zip(found[2:], expected[2:], strict=True):
+        torch.testing.assert_close(gradient, all_gradient)
