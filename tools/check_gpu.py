@@ -52,33 +52,38 @@ def run_section(section: str, sizes: Sizes, directory: Path, deadline_s: float) 
     context = multiprocessing.get_context("spawn" if sizes.device == "cuda" else "forkserver")
     if sizes.device == "cpu":
         context.set_forkserver_preload(["tools.gpu_checks", "nanoslime.training.megatron.backend"])
-    file = directory / f"{section}.json"
+    file = directory / f"{section}.jsonl"
     process = context.Process(target=_work, args=(section, sizes, directory, file))
     begin = time.monotonic()
     process.start()
     process.join(deadline_s)
-    if process.is_alive():
+    late = process.is_alive()
+    if late:
         process.kill()
         process.join()
-        error = f"{section} was not done after {deadline_s:g} s"
-        return Result(section, time.monotonic() - begin, [], error)
     seconds = time.monotonic() - begin
-    if not file.exists():
-        error = f"the process ended with exit status {process.exitcode} and no result"
-        return Result(section, seconds, [], error)
-    content = json.loads(file.read_text())
-    figures = [Figure(**figure) for figure in content["figures"]]
-    return Result(section, seconds, figures, content["error"])
+    lines = file.read_text().splitlines() if file.exists() else []
+    figures = [Figure(**json.loads(line)) for line in lines]
+    failure = directory / f"{section}.error"
+    error = None
+    if late:
+        error = f"{section} was not done after {deadline_s:g} s"
+    elif failure.exists():
+        error = failure.read_text()
+    elif process.exitcode:
+        error = f"the process of {section} ended with exit status {process.exitcode}"
+    return Result(section, seconds, figures, error)
 
 
 def _work(section: str, sizes: Sizes, directory: Path, file: Path) -> None:
-    content: dict[str, Any] = {"figures": [], "error": None}
+    """Writes a line for each figure as it comes, and the traceback of a failure."""
     try:
-        figures = SECTIONS[section](sizes, directory)
-        content["figures"] = [asdict(figure) for figure in figures]
+        with file.open("w") as out:
+            for figure in SECTIONS[section](sizes, directory):
+                out.write(json.dumps(asdict(figure)) + "\n")
+                out.flush()
     except Exception:
-        content["error"] = traceback.format_exc()
-    file.write_text(json.dumps(content))
+        (directory / f"{section}.error").write_text(traceback.format_exc())
 
 
 def describe_machine(device: str) -> dict[str, Any]:
@@ -97,8 +102,8 @@ def describe_machine(device: str) -> dict[str, Any]:
     }
 
 
-def table(machine: dict[str, Any], results: list[Result]) -> str:
-    """A Markdown table of all figures, below one line on the machine."""
+def heading(machine: dict[str, Any]) -> str:
+    """One line on the machine, and the head of the table."""
     installed = [f"{name} {number}" for name, number in machine["versions"].items() if number]
     lines = [
         f"{machine['device']}, Python {machine['python']}, {', '.join(installed)}",
@@ -106,17 +111,22 @@ def table(machine: dict[str, Any], results: list[Result]) -> str:
         "| section | figure | value | limit | |",
         "|---|---|---|---|---|",
     ]
-    words = {None: "", True: "ok", False: "FAILED"}
-    for result in results:
-        for figure in result.figures:
-            limit = "" if figure.limit is None else f"{figure.limit:.3g}"
-            value = f"{figure.value:,.4g} {figure.unit}".strip()
-            word = words[figure.passed]
-            lines.append(f"| {result.section} | {figure.name} | {value} | {limit} | {word} |")
-        if result.error is not None:
-            last_line = result.error.strip().splitlines()[-1]
-            lines.append(f"| {result.section} | {last_line} | | | FAILED |")
     return "\n".join(lines)
+
+
+def rows(result: Result) -> list[str]:
+    """The rows of the Markdown table for one section."""
+    words = {None: "", True: "ok", False: "FAILED"}
+    found = []
+    for figure in result.figures:
+        limit = "" if figure.limit is None else f"{figure.limit:.3g}"
+        value = f"{figure.value:,.4g} {figure.unit}".strip()
+        word = words[figure.passed]
+        found.append(f"| {result.section} | {figure.name} | {value} | {limit} | {word} |")
+    if result.error is not None:
+        last_line = result.error.strip().splitlines()[-1]
+        found.append(f"| {result.section} | {last_line} | | | FAILED |")
+    return found
 
 
 def make_parser() -> ArgumentParser:
@@ -139,17 +149,17 @@ def main(argv: list[str]) -> int:
         print("check_gpu: torch sees no GPU; --device cpu runs the same code on tiny sizes")
         return 1
     sizes = gpu_checks.FULL if options.device == "cuda" else gpu_checks.SMALL
+    machine = describe_machine(options.device)
+    print(heading(machine), flush=True)
     results = []
     with tempfile.TemporaryDirectory(prefix="check_gpu-") as directory:
         for section in options.only:
-            print(f"{section} ...", flush=True)
             result = run_section(section, sizes, Path(directory), options.deadline_s)
-            if result.error is not None:
-                print(result.error, flush=True)
-            print(f"{section}: {result.seconds:.1f} s", flush=True)
             results.append(result)
-    machine = describe_machine(options.device)
-    print(table(machine, results))
+            print(*rows(result), sep="\n", flush=True)
+            print(f"| {section} | all | {result.seconds:.0f} s | | |", flush=True)
+            if result.error is not None:
+                print(result.error, file=sys.stderr, flush=True)
     if options.json:
         content = {"machine": machine, "results": [asdict(result) for result in results]}
         options.json.write_text(json.dumps(content, indent=2))

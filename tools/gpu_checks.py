@@ -1,14 +1,14 @@
 """The sections of tools/check_gpu.py. Each runs in a process of its own, on one device.
 
-A section is a function of `Sizes` and a directory that all sections share. It returns the
-figures that it measured; one with a limit passes or fails.
+A section is a function of `Sizes` and a directory that all sections share. It yields its
+figures as it measures them; one with a limit passes or fails.
 """
 
 import gc
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
@@ -120,7 +120,7 @@ class Figure:
         return self.value <= self.limit
 
 
-def parity(sizes: Sizes, directory: Path) -> list[Figure]:
+def parity(sizes: Sizes, directory: Path) -> Iterator[Figure]:
     """Two train steps of each backend in each dtype, beside FSDP on the CPU in float32."""
     model_dir = directory / "parity-model"
     torch.manual_seed(0)
@@ -132,14 +132,12 @@ def parity(sizes: Sizes, directory: Path) -> list[Figure]:
     init_process_group(env, TrainingConfig())
     problem = _ParityProblem(model_dir, make_batch(lengths, vocab_size, sequences=2), env)
     expected = problem.solve("fsdp", "float32", "cpu")
-    figures = []
     for backend in ("fsdp", "megatron"):
         for dtype, limits in PARITY_LIMITS.items():
             found = problem.solve(backend, dtype, sizes.device)
             for quantity, difference in found.differences(expected).items():
                 name = f"{backend} {dtype}: {quantity}"
-                figures.append(Figure(name, difference, "difference", limits[quantity]))
-    return figures
+                yield Figure(name, difference, "difference", limits[quantity])
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,25 +194,23 @@ class _ParityProblem:
         return _Solution(torch.cat(logprobs), steps, parameters)
 
 
-def logprobs(sizes: Sizes, directory: Path) -> list[Figure]:
+def logprobs(sizes: Sizes, directory: Path) -> Iterator[Figure]:
     """The trainers' logprobs beside those by whole logits: forward and backward, in bfloat16."""
-    figures = []
     found = {}
     for way in bench_logprobs.WAYS:
         seconds, extra_bytes, found[way] = _logprobs(way, sizes.logprob_tokens, sizes)
         name = f"{way}, {sizes.logprob_tokens:,} tokens"
-        figures.append(Figure(f"{name}: time", seconds, "s"))
-        figures.append(Figure(f"{name}: extra memory", extra_bytes / 1e9, "GB"))
+        yield Figure(f"{name}: time", seconds, "s")
+        yield Figure(f"{name}: extra memory", extra_bytes / 1e9, "GB")
     names = ("logprobs", "entropy", "gradient of hidden", "gradient of the weight")
     for name, ours, theirs in zip(names, found["nanoslime"], found["naive"], strict=True):
         scale = float(theirs.float().abs().max())
         difference = float((ours.float() - theirs.float()).abs().max()) / scale
-        figures.append(Figure(f"{name} beside whole logits", difference, "of the largest", 0.02))
+        yield Figure(f"{name} beside whole logits", difference, "of the largest", 0.02)
     seconds, extra_bytes, _ = _logprobs("nanoslime", sizes.long_logprob_tokens, sizes)
     name = f"nanoslime, {sizes.long_logprob_tokens:,} tokens"
-    figures.append(Figure(f"{name}: time", seconds, "s"))
-    figures.append(Figure(f"{name}: extra memory", extra_bytes / 1e9, "GB"))
-    return figures
+    yield Figure(f"{name}: time", seconds, "s")
+    yield Figure(f"{name}: extra memory", extra_bytes / 1e9, "GB")
 
 
 def _logprobs(way: str, num_tokens: int, sizes: Sizes) -> tuple[float, int, list[Tensor]]:
@@ -245,12 +241,11 @@ def _logprobs(way: str, num_tokens: int, sizes: Sizes) -> tuple[float, int, list
     return statistics.median(seconds), extra_bytes, results
 
 
-def train_steps(backend_name: str, sizes: Sizes, directory: Path) -> list[Figure]:
+def train_steps(backend_name: str, sizes: Sizes, directory: Path) -> Iterator[Figure]:
     """Train steps in bfloat16 and their peak memory; then the rank sleeps and wakes."""
     model_dir = directory / "model"
     if not model_dir.exists():
         _make_model(sizes, model_dir)
-    figures = []
     backend: TrainBackend | None = None
     env = _rank_env(sizes.device)
     for case, lengths in sizes.steps.items():
@@ -262,9 +257,8 @@ def train_steps(backend_name: str, sizes: Sizes, directory: Path) -> list[Figure
         name = f"{backend_name}, {case}"
         if config.training.recompute:
             name += ", recomputed"
-        figures += _time_steps(name, backend, batch, config, model_dir, sizes.device)
-    figures += _sleep(backend_name, backend, sizes.device)
-    return figures
+        yield from _time_steps(name, backend, batch, config, model_dir, sizes.device)
+    yield from _sleep(backend_name, backend, sizes.device)
 
 
 def _make_model(sizes: Sizes, model_dir: Path) -> None:
@@ -304,7 +298,7 @@ def _time_steps(
     config: RunConfig,
     model_dir: Path,
     device: str,
-) -> list[Figure]:
+) -> Iterator[Figure]:
     algorithm = algorithms.make(config.algorithm)
     backend.train_step(batch, algorithm)
     bench_logprobs.start_peak_memory(device)
@@ -319,15 +313,13 @@ def _time_steps(
     flops = step_flops(shape, lengths, causal=False)
     causal_flops = step_flops(shape, lengths, causal=True)
     estimate = _estimated_bytes(config, model_dir)
-    return [
-        Figure(f"{name}: train step", step_s, "s"),
-        Figure(f"{name}: speed", sum(lengths) / step_s, "tokens/s"),
-        Figure(f"{name}: MFU", 100 * flops / step_s / PEAK_FLOPS, "%"),
-        Figure(f"{name}: MFU, causal", 100 * causal_flops / step_s / PEAK_FLOPS, "%"),
-        Figure(f"{name}: logprobs", logprobs_s, "s"),
-        Figure(f"{name}: peak memory", peak / 1e9, "GB"),
-        Figure(f"{name}: peak memory by the plan", estimate / 1e9, "GB"),
-    ]
+    yield Figure(f"{name}: train step", step_s, "s")
+    yield Figure(f"{name}: speed", sum(lengths) / step_s, "tokens/s")
+    yield Figure(f"{name}: MFU", 100 * flops / step_s / PEAK_FLOPS, "%")
+    yield Figure(f"{name}: MFU, causal", 100 * causal_flops / step_s / PEAK_FLOPS, "%")
+    yield Figure(f"{name}: logprobs", logprobs_s, "s")
+    yield Figure(f"{name}: peak memory", peak / 1e9, "GB")
+    yield Figure(f"{name}: peak memory by the plan", estimate / 1e9, "GB")
 
 
 def step_flops(shape: ModelShape, lengths: list[int], *, causal: bool) -> float:
@@ -346,7 +338,7 @@ def step_flops(shape: ModelShape, lengths: list[int], *, causal: bool) -> float:
     return total
 
 
-def _sleep(backend_name: str, backend: TrainBackend, device: str) -> list[Figure]:
+def _sleep(backend_name: str, backend: TrainBackend, device: str) -> Iterator[Figure]:
     before = _allocated_bytes(device)
     weights = [shard.tensor.detach().cpu().clone() for shard in backend.weight_shards()]
     sleep_s = _seconds(backend.sleep, device)
@@ -357,18 +349,16 @@ def _sleep(backend_name: str, backend: TrainBackend, device: str) -> list[Figure
     changed = sum(not a.equal(b) for a, b in zip(weights, awake, strict=True))
     # torch counts the bytes of a GPU only.
     share_asleep = asleep / before if before else 0.0
-    return [
-        Figure(f"{backend_name}: memory before sleep", before / 1e9, "GB"),
-        Figure(f"{backend_name}: memory asleep", asleep / 1e9, "GB"),
-        Figure(f"{backend_name}: share that stays asleep", share_asleep, "of before", 0.05),
-        Figure(f"{backend_name}: memory after wake", after / 1e9, "GB"),
-        Figure(f"{backend_name}: sleep", sleep_s, "s"),
-        Figure(f"{backend_name}: wake", wake_s, "s"),
-        Figure(f"{backend_name}: tensors that sleep changed", changed, "tensors", 0),
-    ]
+    yield Figure(f"{backend_name}: memory before sleep", before / 1e9, "GB")
+    yield Figure(f"{backend_name}: memory asleep", asleep / 1e9, "GB")
+    yield Figure(f"{backend_name}: share that stays asleep", share_asleep, "of before", 0.05)
+    yield Figure(f"{backend_name}: memory after wake", after / 1e9, "GB")
+    yield Figure(f"{backend_name}: sleep", sleep_s, "s")
+    yield Figure(f"{backend_name}: wake", wake_s, "s")
+    yield Figure(f"{backend_name}: tensors that sleep changed", changed, "tensors", 0)
 
 
-def ipc(sizes: Sizes, directory: Path) -> list[Figure]:
+def ipc(sizes: Sizes, directory: Path) -> Iterator[Figure]:
     """A tensor that another process reads by its handle, as colocated weight sync hands it over."""
     tensor = torch.arange(sizes.ipc_bytes // 4, dtype=torch.int32, device=sizes.device)
     context = mp.get_context("spawn")
@@ -383,11 +373,9 @@ def ipc(sizes: Sizes, directory: Path) -> list[Figure]:
     seconds = time.perf_counter() - begin
     reader.join()
     wrong = abs(received - int(tensor.sum()))
-    return [
-        Figure(f"handle of {sizes.ipc_bytes / 1e9:.3g} GB: sent and read", seconds, "s"),
-        Figure("handle: size of the payload", len(payload), "bytes"),
-        Figure("handle: error of the sum in the other process", wrong, "", 0),
-    ]
+    yield Figure(f"handle of {sizes.ipc_bytes / 1e9:.3g} GB: sent and read", seconds, "s")
+    yield Figure("handle: size of the payload", len(payload), "bytes")
+    yield Figure("handle: error of the sum in the other process", wrong, "", 0)
 
 
 def _read_handle(pipe: Any) -> None:
@@ -397,7 +385,7 @@ def _read_handle(pipe: Any) -> None:
     del tensor
 
 
-def whole_run(backend_name: str, sizes: Sizes, directory: Path) -> list[Figure]:
+def whole_run(backend_name: str, sizes: Sizes, directory: Path) -> Iterator[Figure]:
     """`python -m nanoslime.train --mock` with the embedded engine on the same device."""
     run_root = directory / f"runs-{backend_name}"
     flags = ["--mock", "--backend", backend_name, "--run-root", str(run_root)]
@@ -409,15 +397,13 @@ def whole_run(backend_name: str, sizes: Sizes, directory: Path) -> list[Figure]:
         raise RuntimeError(f"the run ended with exit status {code}; its messages stand above")
     summary = read_json(run_root / "mock" / "summary.json")
     gain = summary["reward_after"] - summary["reward_before"]
-    return [
-        Figure(f"{backend_name}: rollouts", summary["steps"], ""),
-        Figure(f"{backend_name}: all", summary["seconds"], "s"),
-        Figure(f"{backend_name}: gain of reward", gain, ""),
-        Figure(f"{backend_name}: logprob gap to the engine", summary["logprob_gap_max"], "", 1e-3),
-    ]
+    yield Figure(f"{backend_name}: rollouts", summary["steps"], "")
+    yield Figure(f"{backend_name}: all", summary["seconds"], "s")
+    yield Figure(f"{backend_name}: gain of reward", gain, "")
+    yield Figure(f"{backend_name}: logprob gap to the engine", summary["logprob_gap_max"], "", 1e-3)
 
 
-SECTIONS: dict[str, Callable[[Sizes, Path], list[Figure]]] = {
+SECTIONS: dict[str, Callable[[Sizes, Path], Iterator[Figure]]] = {
     "parity": parity,
     "logprobs": logprobs,
     "train-fsdp": partial(train_steps, "fsdp"),

@@ -18,6 +18,8 @@ from torch.distributed import ProcessGroup
 
 CHUNK_TOKENS = 2048
 CHUNK_COLUMNS = 4096
+# A GPU's kernels on a small block end before the host has started the next ones.
+CUDA_CHUNK_COLUMNS = 16_384
 # The highest logit of a rank without a column; -inf would make NaN of 0 x inf.
 _LOWEST = torch.finfo(torch.float32).min
 
@@ -234,6 +236,7 @@ class _Blocks:
         self._weight = weight[: options.num_columns]
         self._targets = targets - options.vocab_start
         self._chunk_tokens = options.chunk_tokens
+        self._chunk_columns = CUDA_CHUNK_COLUMNS if hidden.is_cuda else CHUNK_COLUMNS
         self._exp_buffer = self.new(0)
 
     def new(self, *shape: int) -> Tensor:
@@ -257,9 +260,9 @@ class _Blocks:
         num_tokens = len(self.hidden)
         num_columns = len(self._weight)
         buffer_rows = min(self._chunk_tokens, num_tokens)
-        buffer_columns = min(CHUNK_COLUMNS, num_columns)
+        buffer_columns = min(self._chunk_columns, num_columns)
         buffer = self.new(buffer_rows * buffer_columns)
-        for columns in _slices(num_columns, CHUNK_COLUMNS):
+        for columns in _slices(num_columns, self._chunk_columns):
             weight = self._weight[columns].to(self._factor_dtype)
             for rows in _slices(num_tokens, self._chunk_tokens):
                 shape = (rows.stop - rows.start, len(weight))
