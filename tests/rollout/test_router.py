@@ -125,6 +125,14 @@ def test_a_lost_engine_leaves_the_rotation_with_its_name(
     assert caplog.text.count("out of rotation: engine a failed") == 1
 
 
+def test_a_request_that_finds_the_last_engines_dead_ends_the_run(quick_health: None) -> None:
+    engines = [Scripted("a", is_open=True), Scripted("b", is_open=True)]
+    for engine in engines:
+        engine.fails = engine.is_gone = True
+    with pytest.raises(RunError, match="no engine is left: engine a failed.*; engine b failed"):
+        asyncio.run(LeastInflightRouter(engines).generate(make_request()))
+
+
 def test_one_failed_health_check_does_not_cost_an_engine(quick_health: None) -> None:
     a = Scripted("a", is_open=True)
     a.fails = True
