@@ -21,7 +21,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from jobs import ray_node
@@ -253,14 +253,18 @@ class Agent:
         return f"{self._env.node_names[node]} (node {node}, {log})"
 
     def _wait_until(self, condition: Callable[[], bool], deadline_s: float) -> bool:
-        """Tick until `condition()` holds; False when `deadline_s` passed first."""
+        """Tick until `condition()` holds; False when `deadline_s` passed first.
+
+        A condition that cannot be read this time does not hold yet.
+        """
         deadline = time.monotonic() + deadline_s
-        while not condition():
-            if time.monotonic() > deadline:
-                return False
+        while time.monotonic() <= deadline:
+            with suppress(OSError):
+                if condition():
+                    return True
             self._tick()
             time.sleep(_TICK_S)
-        return True
+        return False
 
     def _tick(self) -> None:
         """What an agent does whatever it waits for. Raises when the attempt is over."""

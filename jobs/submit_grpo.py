@@ -55,13 +55,13 @@ def main(argv: list[str], environ: Mapping[str, str] = os.environ, root: Path = 
         if command.dry_run:
             return dry_run(command, config, slurm)
         return run(command, config, slurm)
-    except RunError as error:
-        print(f"submit_grpo: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:
         # The reader of a plan or of the help, `| head`, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except (RunError, OSError) as error:
+        print(f"submit_grpo: {error}", file=sys.stderr)
+        return 2
 
 
 def run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> int:

@@ -35,7 +35,11 @@ class Clock:
             self.seconds[self.phase] += now - self._start
         self.phase = phase
         self._start = now
-        self._run.write_status(phase, self.step)
+        try:
+            self._run.write_status(phase, self.step)
+        except OSError as e:
+            # The run itself says when it cannot write what it needs.
+            logger.warning("the status of the run was not written: %s", e)
 
 
 def report_failure(attempt: Attempt, clock: Clock, error: BaseException) -> None:

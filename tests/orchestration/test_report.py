@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from nanoslime.config import RunConfig
 from nanoslime.config.model import RehearsalConfig
 from nanoslime.models.shape import ModelShape
 from nanoslime.orchestration import ray_group
+from nanoslime.orchestration.report import Clock
 from nanoslime.orchestration.rollout_manager import RolloutManager
+from nanoslime.processes.temp import ensure_short_tmpdir
 from nanoslime.run_dir import FAILED, RunDir
 from nanoslime.training.fsdp import FSDPBackend
 from nanoslime.types import RunError
@@ -103,8 +106,25 @@ def test_a_full_disk_is_told(small_disk, model, caplog) -> None:
     assert "No space left on device" in status["error"]
 
 
+def test_a_phase_that_cannot_be_written_down_begins_all_the_same(small_disk, caplog) -> None:
+    run = RunDir.create(small_disk, "run")
+    run.new_attempt()
+    clock = Clock(run)
+    clock("generate")
+    fill(small_disk)
+    clock("train")
+    assert clock.phase == "train"
+    assert "the status of the run was not written: [Errno 28]" in caplog.text
+
+
 @pytest.mark.ray
-def test_a_rank_on_ray_that_raises_tells_its_log_and_the_driver(tmp_path, model) -> None:
+def test_a_rank_on_ray_that_raises_tells_its_log_and_the_driver(
+    tmp_path, model, monkeypatch
+) -> None:
+    """TMPDIR is too long for Ray's sockets, which is mended first."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    ensure_short_tmpdir()
     (tmp_path / "model").mkdir()
     shutil.copy(model.model / "config.json", tmp_path / "model")
     config = RunConfig()
