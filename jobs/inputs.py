@@ -8,10 +8,13 @@ from pathlib import Path
 
 from jobs.checkout import ROOT
 from nanoslime.config import DataConfig, RunConfig
+from nanoslime.config.algorithm import CustomConfig
 from nanoslime.config.load import read
+from nanoslime.config.model import REWARDS
 from nanoslime.models.context import check_context
 from nanoslime.models.shape import ModelShape
 from nanoslime.models.tiny import tiny_qwen3_config
+from nanoslime.plugins import check_importable
 from nanoslime.run_dir import RunDir, recorded_rollouts
 from nanoslime.storage.commit import checkpoints
 from nanoslime.storage.hub import find_checkpoint
@@ -33,6 +36,7 @@ def resolve(config: RunConfig, *, download: bool) -> tuple[RunConfig, ModelShape
     for what is missing.
     """
     config = _with_absolute_paths(config)
+    _check_plugins(config)
     replays = bool(config.rollout.load_rollouts)
     if replays:
         rollout = config.rollout
@@ -58,6 +62,21 @@ def resolve(config: RunConfig, *, download: bool) -> tuple[RunConfig, ModelShape
     if not replays:
         config = replace(config, data=_with_prompt_files(config.data))
     return config, shape
+
+
+def _check_plugins(config: RunConfig) -> None:
+    """Refuses a reward or an algorithm of the user's own whose module the job would not find.
+
+    The job starts where the submission does, with the environment of cluster.venv.
+    """
+    installed = Path(config.cluster.venv or sys.prefix).glob("lib/python3.*/site-packages")
+    search = [str(Path.cwd()), *map(str, installed)]
+    try:
+        check_importable(config.data.reward, REWARDS, "data.reward", search)
+        if isinstance(config.algorithm, CustomConfig):
+            check_importable(config.algorithm.name, {}, "algorithm.name", search)
+    except ValueError as error:
+        raise RunError(str(error)) from error
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:

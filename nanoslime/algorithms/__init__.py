@@ -1,8 +1,9 @@
 """The algorithms: maths on samples and tensors. No I/O, no process groups, no framework."""
 
 from nanoslime.algorithms.policy_gradient import PolicyGradient
-from nanoslime.config.algorithm import AlgorithmConfig
+from nanoslime.config.algorithm import AnyAlgorithm, CustomConfig
 from nanoslime.plugins import resolve
+from nanoslime.types import RunError
 
 ALGORITHMS = {
     "grpo": "nanoslime.algorithms.grpo:GRPO",
@@ -14,9 +15,19 @@ ALGORITHMS = {
 }
 
 
-def make(config: AlgorithmConfig, max_response_length: int = 0) -> PolicyGradient:
+def make(config: AnyAlgorithm | CustomConfig, max_response_length: int = 0) -> PolicyGradient:
     """Makes the algorithm of `config.name`, which satisfies
     nanoslime.training.backend.Algorithm.
+
+    Raises RunError where that cannot be loaded or is no PolicyGradient.
     """
-    algorithm = resolve(config.name, ALGORITHMS, "algorithm.name")
+    try:
+        algorithm = resolve(config.name, ALGORITHMS, "algorithm.name")
+    except ValueError as e:
+        raise RunError(str(e)) from e
+    if not isinstance(algorithm, type) or not issubclass(algorithm, PolicyGradient):
+        raise RunError(
+            f"algorithm.name={config.name!r} is no algorithm; "
+            "name a subclass of nanoslime.algorithms.PolicyGradient"
+        )
     return algorithm(config, max_response_length)

@@ -4,6 +4,7 @@ All of them change numerators only: a rejected token or sequence gives no gradie
 still counts in the denominator of the loss, which is computed from the original masks.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -41,49 +42,52 @@ def correct(
     together with that weight, rejection is IcePop (arXiv 2510.18855). By sequence or
     geometric mean, it is masked importance sampling (J. Liu et al., "When Speed Kills
     Stability", 2025); the same source has the veto of a sequence that holds a token which
-    the trainer finds all but impossible. No result has a gradient if the logprobs have
-    none.
+    the trainer finds all but impossible. Limits are compared with log w, which no clamp
+    holds back. No result has a gradient if the logprobs have none.
     """
     log_w = torch.where(mask, trainer - engine, 0.0)
     weight = torch.ones_like(log_w)
     keep = torch.ones_like(mask)
     flags: dict[str, Tensor] = {}
     if config.use_tis:
-        w = importance_weights(log_w, mask, cu_seqlens, config.tis_level)
+        w = bounded_exp(log_weights(log_w, mask, cu_seqlens, config.tis_level))
         weight = w.clamp(config.tis_clip_low, config.tis_clip)
         flags["tis_clip_ratio"] = weight != w
     if config.reject != "none":
-        w = importance_weights(log_w, mask, cu_seqlens, config.reject)
-        keep = (w >= config.reject_low) & (w <= config.reject_high)
+        log_level = log_weights(log_w, mask, cu_seqlens, config.reject)
+        lowest = math.log(config.reject_low) if config.reject_low else -math.inf
+        keep = (log_level >= lowest) & (log_level <= math.log(config.reject_high))
     if config.veto:
-        impossible = importance_weights(log_w, mask, cu_seqlens, "token") < config.veto
+        impossible = log_w < math.log(config.veto)
         num_impossible = sequence_sum(impossible.float(), cu_seqlens)
         keep = keep & (num_impossible == 0)
     flags["rejected_ratio"] = ~keep
     return Correction(weight, keep, flags)
 
 
-def importance_weights(log_w: Tensor, mask: Tensor, cu_seqlens: Tensor, level: Level) -> Tensor:
-    """[T]: exp of log_w, of its sum over the sequence, or of its mean over the sequence's
-    tokens in the loss.
+def log_weights(log_w: Tensor, mask: Tensor, cu_seqlens: Tensor, level: Level) -> Tensor:
+    """[T]: log_w, its sum over the sequence, or its mean over the sequence's tokens in the
+    loss.
 
     `log_w` [T] is 0 outside `mask`.
     """
     if level == "sequence":
-        log_w = sequence_sum(log_w, cu_seqlens)
-    elif level == "geometric":
-        log_w = sequence_mean(log_w, mask, cu_seqlens)
-    return bounded_exp(log_w)
+        return sequence_sum(log_w, cu_seqlens)
+    if level == "geometric":
+        return sequence_mean(log_w, mask, cu_seqlens)
+    return log_w
 
 
 def off_policy_sequences(
     log_ratio: Tensor, advantages: Tensor, mask: Tensor, cu_seqlens: Tensor, delta: float
 ) -> Tensor:
     """bool [T]: the tokens that off-policy sequence masking takes out of the policy loss
-    (arXiv 2512.02556).
+    (arXiv 2512.02556, equation 9).
 
-    Their advantage is negative, and the mean of old - current logprobs over their
-    sequence is above `delta`. `log_ratio` [T] is current - old, 0 outside `mask`.
+    Their advantage is negative, and the mean of engine's - current logprobs over their
+    sequence is above `delta`. The paper's old policy is what the inference framework
+    returned: the drift is that of the steps since, and that between engine and trainer.
+    `log_ratio` [T] is current - engine's, 0 outside `mask`.
     """
     drift = sequence_mean(-log_ratio, mask, cu_seqlens)
     return (advantages < 0) & (drift > delta)

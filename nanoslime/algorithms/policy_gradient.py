@@ -162,8 +162,9 @@ class PolicyGradient(ABC):
         flags = flags | correction.flags
         policy_weight = correction.weight
         if config.correction.use_opsm:
+            since_sampled = logprobs.detach() - engine
             off_policy = off_policy_sequences(
-                log_ratio.detach(), advantages, mask, batch.cu_seqlens, config.correction.opsm_delta
+                since_sampled, advantages, mask, batch.cu_seqlens, config.correction.opsm_delta
             )
             flags["opsm_ratio"] = off_policy
             policy_weight = torch.where(off_policy, 0.0, policy_weight)

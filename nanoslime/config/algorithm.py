@@ -3,9 +3,9 @@
 Their maths is in nanoslime/algorithms, where `name` picks it.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from nanoslime.config.base import knobs
 
@@ -43,10 +43,11 @@ class CorrectionConfig:
     veto: float = Field(default=0.0, ge=0, lt=1)
     """Reject a sequence in which any token's w is below; 0: off."""
     use_opsm: bool = False
-    """Off-policy sequence masking: sequences with negative advantage have no policy
-    loss once the policy has moved away from them."""
+    """Off-policy sequence masking (arXiv 2512.02556): sequences with negative advantage
+    have no policy loss where the policy has moved away from the engine that sampled
+    them."""
     opsm_delta: float = Field(default=1e-4, ge=0)
-    """A sequence is masked where its mean of old - current logprobs is above."""
+    """A sequence is masked where its mean of the engine's - current logprobs is above."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -98,7 +99,8 @@ class SharedConfig:
     overlong_penalty: float = Field(default=1.0, gt=0)
     old_logprobs: Literal["recomputed", "rollout", "current"] = "recomputed"
     """Logprobs of the old policy. recomputed: by the trainer before its optimizer steps.
-    rollout: as the engine reported them. current: of the optimizer step itself."""
+    rollout: as the engine reported them. current: of the optimizer step itself, whose
+    ratio is always 1: with one step per rollout, or with use_tis."""
     kl_coef: float = Field(default=0.0, ge=0)
     """KL in the reward (subtracted from the token advantages); excludes use_kl_loss."""
     use_kl_loss: bool = False
@@ -113,7 +115,10 @@ class SharedConfig:
     """Whiten the token advantages over all tokens of a rollout, on all ranks and of all
     its steps."""
     filter_zero_std: bool = True
-    """Drop groups whose rewards, as given and not shaped for length, are all equal."""
+    """Drop groups whose rewards, as given and not shaped for length, are all equal. They
+    leave the denominator of the loss too, which then counts only what is trained on.
+    False: they stay with advantage zero and count in the denominator, as in
+    arXiv 2402.03300; KL and entropy act on them, and no others are sampled for them."""
     correction: CorrectionConfig = Field(default_factory=CorrectionConfig)
 
     @property
@@ -162,11 +167,6 @@ class SharedConfig:
             raise ValueError(
                 "algorithm.kl_coef needs the old policy, which algorithm.old_logprobs=current "
                 "has not; choose recomputed"
-            )
-        if self.correction.use_opsm:
-            raise ValueError(
-                "algorithm.correction.use_opsm needs the old policy, which "
-                "algorithm.old_logprobs=current has not; choose recomputed"
             )
 
 
@@ -263,6 +263,17 @@ class ReinforcePPBaselineConfig(ClippedConfig):
     normalize_advantages: bool = True
 
 
+@knobs
+class CustomConfig(ClippedConfig):
+    """An algorithm of the user's own: a subclass of PolicyGradient."""
+
+    name: str = Field(pattern=r"^[A-Za-z_]\w*(\.\w+)*:\w+$")
+    """package.module:Name"""
+    normalize_by_std: bool = True
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Its own knobs, which it finds in `self.config.options`."""
+
+
 AnyAlgorithm = (
     GRPOConfig
     | GSPOConfig
@@ -271,4 +282,24 @@ AnyAlgorithm = (
     | ReinforcePPConfig
     | ReinforcePPBaselineConfig
 )
-AlgorithmConfig = Annotated[AnyAlgorithm, Field(discriminator="name")]
+
+
+CUSTOM = "package.module:Name"
+
+
+def _tag(algorithm: Any) -> str:
+    """The name of a class of the table, or what stands for all names of the user's own."""
+    name = algorithm.get("name") if isinstance(algorithm, dict) else algorithm.name
+    return CUSTOM if ":" in str(name) else str(name)
+
+
+AlgorithmConfig = Annotated[
+    Annotated[GRPOConfig, Tag("grpo")]
+    | Annotated[GSPOConfig, Tag("gspo")]
+    | Annotated[CISPOConfig, Tag("cispo")]
+    | Annotated[RLOOConfig, Tag("rloo")]
+    | Annotated[ReinforcePPConfig, Tag("reinforce_plus_plus")]
+    | Annotated[ReinforcePPBaselineConfig, Tag("reinforce_plus_plus_baseline")]
+    | Annotated[CustomConfig, Tag(CUSTOM)],
+    Discriminator(_tag),
+]

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from nanoslime.config import flags as flag_table
 from nanoslime.config import upstream
-from nanoslime.config.algorithm import AnyAlgorithm, GRPOConfig
+from nanoslime.config.algorithm import CUSTOM, AnyAlgorithm, CustomConfig, GRPOConfig
 from nanoslime.config.rollout import ENGINES
 from nanoslime.config.run import RunConfig
 from nanoslime.config.training import PARALLEL_SIZES
@@ -215,7 +215,7 @@ class _Layers:
         """The words of the field's dotted name."""
         place = [str(word) for word in error["loc"]]
         if place[0] == "algorithm" and error["type"] != "union_tag_invalid":
-            # Without the name of the algorithm, by which pydantic chose the class.
+            # Without the tag by which pydantic chose the class.
             del place[1]
         return place
 
@@ -231,9 +231,11 @@ class _Layers:
         """For a key that another class of the union has; one that none has is refused
         on the way in."""
         having = []
-        for algorithm in get_args(AnyAlgorithm):
+        algorithms = {algorithm.name: algorithm for algorithm in get_args(AnyAlgorithm)}
+        algorithms[CUSTOM] = CustomConfig
+        for name, algorithm in algorithms.items():
             if field in {f.name for f in fields(algorithm)}:
-                having.append(algorithm.name)
+                having.append(name)
         chosen = self.values["algorithm"]["name"]
         return f"algorithm.name={chosen} has no such field; these have: {', '.join(having)}"
 

@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from nanoslime.config.algorithm import AlgorithmConfig, GRPOConfig
+from nanoslime.config.algorithm import AlgorithmConfig, CustomConfig, GRPOConfig
 from nanoslime.config.base import knobs
 from nanoslime.config.cluster import ClusterConfig
 from nanoslime.config.model import DataConfig, ModelConfig, RehearsalConfig
@@ -73,7 +73,14 @@ class RunConfig:
                 f"training.num_steps_per_rollout={steps} does not divide "
                 f"rollout.rollout_batch_size={prompts}"
             )
-        buffer = self.algorithm.overlong_buffer
+        algorithm = self.algorithm
+        if steps > 1 and algorithm.old_logprobs == "current" and not algorithm.correction.use_tis:
+            raise ValueError(
+                f"training.num_steps_per_rollout={steps}: with algorithm.old_logprobs=current "
+                "later steps would not know how far the policy has moved; choose recomputed or "
+                "rollout, or set algorithm.correction.use_tis"
+            )
+        buffer = algorithm.overlong_buffer
         limit = self.rollout.max_new_tokens
         if buffer > limit:
             raise ValueError(
@@ -83,7 +90,8 @@ class RunConfig:
     def _check_group_size(self) -> None:
         """One sample of a prompt has no others to be compared with."""
         name = self.algorithm.name
-        if self.rollout.n_samples_per_prompt == 1 and name != "reinforce_plus_plus":
+        compares = name != "reinforce_plus_plus" and not isinstance(self.algorithm, CustomConfig)
+        if self.rollout.n_samples_per_prompt == 1 and compares:
             raise ValueError(
                 f"rollout.n_samples_per_prompt=1: {name} compares samples; set 2 or more"
             )

@@ -104,15 +104,12 @@ def linear_logprobs(
     pass on the same gradients, and gets the whole gradient of hidden.
 
     Raises ValueError for a temperature that is not positive, and for a token outside the
-    vocabulary.
+    vocabulary; on a GPU, which nothing here waits for, such a token ends the process with
+    a failed assertion.
     """
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be positive")
-    largest_target = int(targets.max())
-    if largest_target >= vocab_size:
-        raise ValueError(
-            f"token id {largest_target} is outside the vocabulary of {vocab_size} tokens"
-        )
+    _check_targets(targets, vocab_size)
     num_columns = min(max(vocab_size - vocab_start, 0), len(weight))
     options = _Options(
         scale=1.0 / temperature,
@@ -122,6 +119,17 @@ def linear_logprobs(
         chunk_tokens=chunk_tokens,
     )
     return _LinearLogprobs.apply(hidden, weight, targets, with_entropy, options)
+
+
+def _check_targets(targets: Tensor, vocab_size: int) -> None:
+    outside = (targets < 0) | (targets >= vocab_size)
+    if targets.is_cuda:
+        message = f"a token id is outside the vocabulary of {vocab_size} tokens"
+        torch._assert_async(~outside.any(), message)
+    elif outside.any():
+        raise ValueError(
+            f"token id {int(targets[outside][0])} is outside the vocabulary of {vocab_size} tokens"
+        )
 
 
 class _LinearLogprobs(torch.autograd.Function):

@@ -97,7 +97,7 @@ def test_a_weight_stays_finite_whatever_the_gap():
 
 
 def test_drift_is_of_bad_sequences_by_the_mean_over_their_own_tokens():
-    log_ratio = torch.tensor([0.0, -0.3, 0.1, -0.05, 0.0])  # means of old - current: 0.1, 0.025
+    log_ratio = torch.tensor([0.0, -0.3, 0.1, -0.05, 0.0])  # means of engine - current: 0.1, 0.025
     bad = torch.full((5,), -1.0)
     good = torch.full((5,), 1.0)
 
@@ -110,6 +110,33 @@ def test_drift_is_of_bad_sequences_by_the_mean_over_their_own_tokens():
     assert gone(bad, 0.02) == [True] * 4
     assert gone(bad, 0.11) == [False] * 4
     assert gone(good, 0.02) == [False] * 4
+
+
+@pytest.mark.parametrize("veto", [1e-6, 1e-12, 1e-30])
+def test_a_veto_fires_however_small_it_is(veto):
+    below = math.log(veto) - 1
+    log_w = torch.tensor([0.0, below, 0.0, 0.0, below + 2])
+    correction = correct(CorrectionConfig(veto=veto), log_w, torch.zeros(5), MASK, BOUNDS)
+    assert correction.keep[MASK].tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
+def test_limits_beyond_any_clamp_reject_too(level):
+    """ln of the weights, by sequence 60 and -60 in sum, 30 and -30 in the mean."""
+    log_w = torch.tensor([0.0, 30.0, 30.0, -30.0, -30.0])
+    bounds = {"token": 30, "sequence": 60, "geometric": 30}[level]
+
+    def kept(low, high):
+        config = CorrectionConfig(
+            reject=level, reject_low=math.exp(low), reject_high=math.exp(high)
+        )
+        return correct(config, log_w, torch.zeros(5), MASK, BOUNDS).keep[MASK].tolist()
+
+    assert kept(-bounds - 1, bounds + 1) == [True] * 4
+    assert kept(-bounds + 1, bounds + 1) == [True, True, False, False]
+    assert kept(-bounds - 1, bounds - 1) == [False, False, True, True]
+    nothing_below = CorrectionConfig(reject=level, reject_low=0.0)
+    assert correct(nothing_below, log_w, torch.zeros(5), MASK, BOUNDS).keep[3:].all()
 
 
 # in the loss
@@ -153,7 +180,7 @@ def test_rejection_changes_the_numerator_only():
 
 
 def test_off_policy_sequence_masking_takes_the_policy_term_only():
-    batch = pack([0.0, 0.0], [-1.0, 1.0], ref=[0.0, 0.0], bounds=[0, 1, 2])
+    batch = pack([0.0, 0.0], [-1.0, 1.0], ref=[0.0, 0.0], rollout=[0.0, 0.0], bounds=[0, 1, 2])
     knobs = dict(use_kl_loss=True, kl_loss_coef=1.0, kl_loss_type="k1", eps_clip=0.9)
     correction = CorrectionConfig(use_opsm=True, opsm_delta=0.1)
     total, grad, metrics = loss([-0.2, -0.2], batch, correction=correction, **knobs)
@@ -167,3 +194,24 @@ def test_the_limits_of_a_rejection_belong_to_what_is_kept():
     config = CorrectionConfig(reject="token", reject_low=1.0, reject_high=1.0)
     same = torch.zeros(5)
     assert correct(config, same, same, MASK, BOUNDS).keep.all()
+
+
+@pytest.mark.parametrize("old_logprobs", ["recomputed", "rollout", "current"])
+def test_off_policy_sequences_are_those_far_from_the_engine(old_logprobs):
+    """arXiv 2512.02556, equation 9, by hand: A < 0, and means of engine - current of 0.3, 0.1
+    and 0.3. The trainer has taken no step: old and current logprobs are the same.
+    """
+    current = [-0.5, -0.5, -0.5, -0.5, -0.5, -0.5]
+    engine = [-0.1, -0.3, -0.4, -0.4, -0.2, -0.2]
+    batch = pack(current, [-1.0] * 4 + [1.0] * 2, rollout=engine, bounds=[0, 2, 4, 6])
+    knobs = dict(old_logprobs=old_logprobs, eps_clip=0.9)
+
+    def masked(delta):
+        correction = CorrectionConfig(use_opsm=True, opsm_delta=delta)
+        _, grad, metrics = loss(current, batch, correction=correction, **knobs)
+        assert [g == 0.0 for g in grad].count(True) == metrics["train/opsm_ratio"]
+        return [g == 0.0 for g in grad]
+
+    assert masked(0.2) == [True, True, False, False, False, False]
+    assert masked(0.05) == [True, True, True, True, False, False]
+    assert masked(0.35) == [False] * 6

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nanoslime.algorithms.prepare import group_metrics, prepare
+from nanoslime.training.batching import BatchingOptions, make_train_batches
 from nanoslime.types import Sample, SampleGroup, Status
 from tests.algorithms.made import algorithm, group
 
@@ -115,3 +116,16 @@ def test_the_ratio_of_equal_groups_is_that_of_the_filter():
     assert (
         prepare(groups, algorithm(filter_zero_std=False)).metrics["rollout/zero_std_ratio"] == 0.5
     )
+
+
+@pytest.mark.parametrize(("filtered", "denominator"), [(True, 4), (False, 8)])
+def test_groups_of_equal_rewards_count_in_the_denominator_unless_they_are_filtered(
+    filtered, denominator
+):
+    groups = [group(1, [0.5, 0.5]), group(2, [0.0, 1.0])]
+    prepared = prepare(groups, algorithm(filter_zero_std=filtered))
+    options = BatchingOptions(
+        num_steps=1, dp_size=1, max_tokens=50, denominator="tokens", temperature=1.0
+    )
+    [[batch]] = make_train_batches(prepared.groups, options)
+    assert batch.denominator == denominator

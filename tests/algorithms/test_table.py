@@ -257,7 +257,7 @@ def plain_loss(config, micro: MicroBatch, logprobs: Tensor, entropy: Tensor) -> 
         }
         if c.use_tis:
             terms = terms * gaps[c.tis_level].exp().clamp(c.tis_clip_low, c.tis_clip)
-        if c.use_opsm and float((old - new).mean()) > c.opsm_delta:
+        if c.use_opsm and float((engine - new).mean()) > c.opsm_delta:
             terms = terms * (advantages >= 0)
         d = ref - new
         kl = d * d / 2 if config.kl_loss_type == "k2" else d.exp() - 1 - d

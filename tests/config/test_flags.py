@@ -262,7 +262,7 @@ def test_a_field_that_two_flags_of_a_command_set_is_refused(args):
         ),
         (
             ["--algorithm", "rloo", "--disable-grpo-std-normalization"],
-            "rloo has no .* have: grpo, gspo, cispo$",
+            "rloo has no .* have: grpo, gspo, cispo, package",
         ),
         (["--algorithm.correction.veto=2"], "algorithm.correction.veto='2': must be less than 1"),
         (

@@ -221,6 +221,47 @@ def test_one_sample_of_a_prompt_is_refused_where_samples_are_compared(name):
     load(None, None, [*flags, "--algorithm.name", "reinforce_plus_plus"])
 
 
+def test_an_algorithm_of_the_users_own_has_the_shared_knobs_and_its_own(tmp_path):
+    text = "algorithm: {name: 'my.pkg:Mine', eps_clip: 0.3, options: {alpha: 0.5, layers: [1, 2]}}"
+    config = load(write(tmp_path / "r.yaml", text), None, ["--eps-clip-high", "0.4"])
+    assert (config.algorithm.name, config.algorithm.clip_high) == ("my.pkg:Mine", 0.4)
+    assert config.algorithm.options == {"alpha": 0.5, "layers": [1, 2]}
+    assert read(write(tmp_path / "dumped.yaml", dump(config))) == config
+    by_flag = load(None, None, ["--algorithm", "my.pkg:Mine", "--n-samples-per-prompt", "1"])
+    assert by_flag.algorithm.options == {}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "says"),
+    [
+        ("name: grp", "algorithm.name='grp' is unknown; .*'package.module:Name'$"),
+        ("name: 'my.pkg:'", "algorithm.name='my.pkg:': must match"),
+        ("name: 'my.pkg:A', gamma: 1", "gamma: algorithm.name=my.pkg:A has no such field; these"),
+        ("name: 'my.pkg:A', eps_clip: 7", "algorithm.eps_clip=7: must be less"),
+        ("name: 'my.pkg:A', options: 1", "algorithm.options=1: must be a valid dict"),
+        ("options: {a: 1}", "name=grpo has no such field; these have: package.module:Name$"),
+        ("correction: {veto: 7}", "algorithm.correction.veto=7: must be less"),
+    ],
+)
+def test_faults_of_an_algorithm_are_named_at_their_place(tmp_path, algorithm, says):
+    with pytest.raises(RunError, match=says):
+        load(write(tmp_path / "r.yaml", f"algorithm: {{{algorithm}}}"), None, [])
+
+
+def test_several_steps_need_the_policy_that_sampled():
+    steps = ["--num-steps-per-rollout", "2"]
+    current = [*steps, "--old-logprobs", "current"]
+    with pytest.raises(RunError, match="num_steps_per_rollout=2: with .*old_logprobs=current"):
+        load(None, None, current)
+    for flags in (steps, [*steps, "--use-rollout-logprobs"], [*current, "--use-tis"], current[2:]):
+        load(None, None, flags)
+
+
+def test_off_policy_masking_asks_for_no_old_policy():
+    for old in ("recomputed", "rollout", "current"):
+        load(None, None, ["--use-opsm", "--old-logprobs", old])
+
+
 def test_no_field_is_a_secret():
     text = dump(RunConfig()).lower()
     for word in ("token:", "password", "secret", "api_key"):

@@ -363,6 +363,22 @@ def unknown_architecture(model):
     (model / "config.json").write_text(json.dumps(tiny_qwen3_config() | {"model_type": "gpt17"}))
 
 
+def test_code_of_the_users_own_is_looked_for_but_not_imported(machine, model, prompts):
+    machine.slurm()
+    flags = ["--hf-checkpoint", model, "--prompts", prompts]
+    for setting, flag in (("data.reward", "--reward"), ("algorithm.name", "--algorithm")):
+        says = f"{setting}='my_pkg.mine:It': there is no module my_pkg"
+        assert says in machine.refusal(*flags, flag, "my_pkg.mine:It")
+    package = machine.root / "my_pkg"
+    package.mkdir()
+    (package / "mine.py").write_text("import torch, no_such_module\n")
+    assert "no module my_pkg.yours;" in machine.refusal(*flags, "--reward", "my_pkg.yours:It")
+    own = ["--reward", "my_pkg.mine:score", "--algorithm", "my_pkg.mine:It"]
+    code, out, _ = machine.submit(*flags, *own, "--dry-run")
+    assert code == 0
+    assert "name: my_pkg.mine:It" in out
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from nanoslime import rehearsal, train
 from nanoslime.batch import TrainBatch
 from nanoslime.config.model import RehearsalConfig
-from nanoslime.orchestration.launch import Launch, parse
+from nanoslime.orchestration.launch import MOCK_RECIPE, Launch, parse
 from nanoslime.orchestration.rollout_manager import RolloutManager
 from nanoslime.orchestration.worker import TrainWorker
 from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
@@ -197,9 +197,31 @@ def test_all_groups_filtered_leaves_the_weights_and_goes_on(tmp_path, model):
     assert same_tensors(after, before)
 
 
+def test_an_algorithm_of_the_users_own_trains_with_its_own_knobs(tmp_path, model):
+    """Scaled by 1 it is GRPO itself; scaled by 2 its first gradient is twice as long."""
+    name = "tests.orchestration.custom_algorithm:Scaled"
+    found = {}
+    for run, algorithm in (
+        ("grpo", "{name: grpo}"),
+        ("once", f"{{name: '{name}', options: {{scale: 1.0}}}}"),
+        ("twice", f"{{name: '{name}', options: {{scale: 2.0}}}}"),
+    ):
+        recipe = tmp_path / f"{run}.yaml"
+        recipe.write_text(f"{MOCK_RECIPE.read_text()}\nalgorithm: {algorithm}\n")
+        flags = run_dir(tmp_path, run, model, "--num-rollout 2")
+        flags.remove("--mock")
+        assert train.main([str(recipe), *flags]) == DONE
+        found[run] = losses(RunDir.open(tmp_path / run))
+        assert len(found[run]) == 2
+    assert found["once"] == found["grpo"]
+    assert found["twice"][0][2] == pytest.approx(2 * found["grpo"][0][2], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--algorithm", "tests.orchestration.rewards:always_one"], "is no algorithm; name a sub"),
+        (["--algorithm", "tests.no_such:It"], "cannot load tests.no_such:It: No module named"),
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--hf-checkpoint", "nowhere"], "model.hf_checkpoint='nowhere'"),
         (["--reward", "no_such"], "data.reward='no_such' is unknown; choose one of exact_match"),

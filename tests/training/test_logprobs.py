@@ -165,6 +165,10 @@ def test_unusable_input_is_refused():
         token_logprobs(hidden, weight, token_ids, CU_SEQLENS, temperature=0, vocab_size=VOCAB)
     with pytest.raises(ValueError, match="outside the vocabulary of 3 tokens"):
         token_logprobs(hidden, weight, token_ids, CU_SEQLENS, temperature=1, vocab_size=3)
+    for outside in (-1, -100, VOCAB):
+        token_ids[4] = outside
+        with pytest.raises(ValueError, match=f"token id {outside} is outside the vocabulary of"):
+            token_logprobs(hidden, weight, token_ids, CU_SEQLENS, temperature=1, vocab_size=VOCAB)
 
 
 def split_over_ranks(env, vocab_size, with_entropy, columns):
