@@ -204,6 +204,8 @@ def _activation_bytes(config: RunConfig, shape: ModelShape, parallel: ParallelDi
     training = config.training
     width = _bytes_per_number(config)
     layer = width * _layer_numbers(training, shape, parallel.tp)
+    if training.backend == "fsdp" and width < 4:
+        layer += 4 * _normalized_numbers(shape)
     kept_layers = _kept_layers(PipelineSizes.of(training), shape)
     if training.recompute:
         per_token = kept_layers * shape.hidden_size * width + layer
@@ -249,6 +251,18 @@ def _layer_numbers(training: TrainingConfig, shape: ModelShape, tp_size: int) ->
         shared = 3 * moe.shared_intermediate_size
         mlp = max(mlp, routed + shared)
     return norms + (attention + mlp) // tp_size
+
+
+def _normalized_numbers(shape: ModelShape) -> int:
+    """Numbers of one token that go through a norm in one layer.
+
+    The norms of transformers keep them once more in float32. Measured on an H200, that is most
+    of what FSDP needs beyond the other terms (tools/BENCHMARKS.md).
+    """
+    numbers = 2 * shape.hidden_size
+    if shape.qk_norm:
+        numbers += (shape.num_attention_heads + shape.num_key_value_heads) * shape.head_dim
+    return numbers
 
 
 def _bytes_per_number(config: RunConfig) -> int:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from nanoslime.config import ModelConfig, RunConfig, TrainingConfig
 from nanoslime.layout import describe, plan
 from nanoslime.memory import (
     Memory,
@@ -13,7 +14,7 @@ from nanoslime.memory import (
     rank_parameters,
     training_bytes,
 )
-from nanoslime.models.parallel_sizes import PipelineSizes
+from nanoslime.models.parallel_sizes import ParallelDims, PipelineSizes
 from nanoslime.models.shape import ModelShape
 from nanoslime.types import RunError
 from tests.models.hf import make_model
@@ -169,3 +170,27 @@ def test_the_description_says_when_a_plan_may_not_fit():
     config = config_of(f"--nodes 1 {H200} --max-tokens-per-microbatch 65536")
     text = describe(config, QWEN3_4B, plan(config, QWEN3_4B))
     assert "MAY NOT FIT: lower training.max_tokens_per_microbatch" in text
+
+
+def test_the_peak_of_fsdp_without_recomputation_is_near_what_a_gpu_needed():
+    """An H200 held 41.3 GB at most in a step of 16,384 tokens (tools/BENCHMARKS.md)."""
+    content = {
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "vocab_size": 151_936,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 1 << 17,
+        "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    }
+    training = TrainingConfig(backend="fsdp", max_tokens_per_microbatch=16_384)
+    config = RunConfig(model=ModelConfig(dtype="bfloat16"), training=training)
+    alone = ParallelDims(tp=1, pp=1, cp=1, ep=1, dp=1)
+    need = estimate_memory(config, ModelShape.from_config(content), alone)
+    assert need.trainer == pytest.approx(41.3e9, rel=0.1)
