@@ -6,6 +6,7 @@ deterministic; only this shows that it is right.
 """
 
 import zlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 from tests.orchestration import wired
 from tests.orchestration.written_out import Row, WrittenOut
+from tests.training.reference import as_in_files
 
 EVERYWHERE: dict[str, Any] = {
     "seed": 5,
@@ -96,21 +98,67 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> wired.Files:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_run_is_the_one_that_is_written_out(tmp_path, files, name, backend):
-    changes = {**EVERYWHERE, **SETTINGS[name], "training.backend": backend}
-    seen = wired.run(files, tmp_path, changes)
+    check(files, tmp_path, {**EVERYWHERE, **SETTINGS[name], "training.backend": backend})
+
+
+@pytest.mark.megatron
+@pytest.mark.parametrize("replay", ["none", "R2", "R3"])
+def test_a_run_with_experts_is_the_one_that_is_written_out(tmp_path, replay):
+    """With one step a rollout, what is replayed is what the model would choose."""
+    changes = {
+        **EVERYWHERE,
+        "algorithm.entropy_coef": 0.05,
+        "algorithm.use_kl_loss": True,
+        "algorithm.kl_loss_coef": 0.3,
+        "training.backend": "megatron",
+        "training.num_steps_per_rollout": 1,
+        "training.routing_replay": replay,
+    }
+    check(wired.make_files(tmp_path / "files", "qwen3_moe"), tmp_path, changes)
+
+
+def check(files: wired.Files, root: Path, changes: dict[str, Any]) -> None:
+    seen = wired.run(files, root, changes)
     plain = WrittenOut(seen.config, files.model)
     assert_evaluated(seen, 0, -1)
     for step, row in enumerate(seen.rows):
         assert_sampled_from(plain, seen, step)
-        assert_row(row, plain.train(seen.rollout(step)))
+        assert_row(row, described(seen, step) | plain.train(seen.rollout(step)))
     assert_evaluated(seen, 1, 1)
     assert_evaluated(seen, 2, 2)
-    expected = dict(plain.policy.named_parameters())
+    expected = as_in_files((name, p.detach()) for name, p in plain.policy.named_parameters())
     weights = seen.weights
     assert weights.keys() <= expected.keys()
-    for weight_name, tensor in weights.items():
-        difference = (tensor - expected[weight_name].detach()).abs().max()
-        assert difference < 1e-4, f"{weight_name} differs by {difference:.1e}"
+    for name, tensor in weights.items():
+        difference = (tensor - expected[name]).abs().max()
+        assert difference < 1e-4, f"{name} differs by {difference:.1e}"
+
+
+def described(seen: wired.Seen, step: int) -> Row:
+    """What a row says of the samples of its rollout."""
+    groups = seen.rollout(step)
+    rewards = torch.tensor([sample.reward for group in groups for sample in group.samples])
+    lengths = [int(sample.loss_mask.sum()) for group in groups for sample in group.samples]
+    most = seen.config.rollout.max_new_tokens
+    cut = [
+        int(sample.token_ids[-1]) not in wired.STOP_IDS
+        for group in groups
+        for sample in group.samples
+    ]
+    num_equal = sum(len(set(group.rewards)) == 1 for group in groups)
+    row = {
+        "rollout/reward_mean": float(rewards.mean()),
+        "rollout/reward_std": float(rewards.std(correction=0)),
+        "rollout/zero_std_ratio": num_equal / len(groups),
+        "rollout/response_tokens_mean": sum(lengths) / len(lengths),
+        "rollout/response_tokens_max": max(lengths),
+        "rollout/truncated_ratio": sum(cut) / len(cut),
+        "rollout/num_samples": len(lengths),
+    }
+    if seen.config.algorithm.filter_zero_std and num_equal:
+        row["rollout/dropped_group_zero_std"] = num_equal
+    assert max(lengths) <= most
+    return row
 
 
 def assert_row(row: Row, expected: Row) -> None:

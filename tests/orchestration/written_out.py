@@ -198,6 +198,7 @@ class WrittenOut:
             "train/grad_norm": norm,
             "train/lr": lr,
             "train/clip_ratio": sums["clipped"] / num_tokens,
+            "train/rejected_ratio": 0.0,
             "train/ppo_kl_abs": sums["move"] / num_tokens,
             "train/ppo_kl_abs_max": largest_move,
             "train/logprob_gap_mean": sums["gap"] / num_tokens,
