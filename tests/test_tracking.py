@@ -118,16 +118,23 @@ def test_wandb_asked_for_but_not_installed_is_a_clear_error(run, monkeypatch):
         make_tracker(config(use_wandb=True), run, 0)
 
 
-def test_wandb_gets_steps_offline_by_default(run, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("asked", "mode", "project"),
+    [
+        ({}, "offline", "nanoslime"),
+        ({"wandb_mode": "online", "wandb_project": "mine"}, "online", "mine"),
+    ],
+)
+def test_wandb_gets_steps_offline_by_default(run, monkeypatch, tmp_path, asked, mode, project):
     """A stand-in for the wandb package, which records its calls in a file."""
     (tmp_path / "wandb.py").write_text(WANDB_STAND_IN)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    with make_tracker(config(use_wandb=True, use_tensorboard=False), run, 0) as tracker:
+    with make_tracker(config(use_wandb=True, use_tensorboard=False, **asked), run, 0) as tracker:
         tracker.log(0, {"a": 1.0})
     options, *calls = sys.modules["wandb"].calls
     monkeypatch.delitem(sys.modules, "wandb")
-    assert options["mode"] == "offline"
+    assert (options["mode"], options["project"]) == (mode, project)
     assert options["name"] == run.name
     assert options["dir"] == str(run.path)
     assert options["config"]["rollout"]["num_rollout"] == 9

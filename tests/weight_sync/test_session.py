@@ -2,6 +2,7 @@
 mixture.
 """
 
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from nanoslime.orchestration.devices import SeparateDevices, SharedDevices
 from nanoslime.types import RunError
 from nanoslime.weight_sync.engine_calls import EngineCalls
 from nanoslime.weight_sync.session import State, SyncSession
+from nanoslime.weight_sync.transport import TRANSPORTS, EngineSide
 
 
 class Engine:
@@ -65,15 +67,17 @@ class Engine:
 
 
 class Ranks:
-    address = "127.0.0.1"
+    address = "10.0.0.7"
 
     def __init__(self, calls: list[str], directory: Path, fails_at: str = ""):
+        self.told: dict[str, tuple[Any, ...]] = {}  # arguments and deadline by method
         self._calls = calls
         self._directory = directory
         self._fails_at = fails_at
 
     def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> None:
         self._calls.append(method)
+        self.told[method] = (*args, deadline_s)
         if method == self._fails_at:
             raise RunError(f"trainer rank 1 died while asked to {what}")
         if method == "send":
@@ -195,3 +199,41 @@ def test_an_engine_with_another_label_is_named(tmp_path):
     with pytest.raises(RunError, match="engine b reports policy version 0 after the sync of 4"):
         session.sync(4)
     assert "resume" not in calls and session.version == -1
+
+
+@pytest.mark.parametrize(
+    ("transport", "has_engines", "deadline_s"),
+    [("broadcast", True, 5.0), ("tensor", True, 5.0), ("disk", False, None)],
+)
+def test_ranks_are_told_of_their_engines_and_of_the_deadline(
+    tmp_path, transport, has_engines, deadline_s
+):
+    """Files may take as long as a checkpoint, and only the driver talks to engines then."""
+    calls: list[str] = []
+    engine = Engine("a", calls)
+    ranks = Ranks(calls, tmp_path)
+    session = SyncSession(
+        ranks,
+        EngineCalls([engine]),
+        SeparateDevices(),
+        transport=transport,
+        directory=tmp_path,
+        deadline_s=5.0,
+    )
+    session.open([[3, 4]])
+    sender, side, _ = ranks.told["connect"]
+    assert sender == TRANSPORTS[transport].sender
+    assert side == EngineSide([engine] if has_engines else [], [[3, 4]], "10.0.0.7", tmp_path)
+    session.sync(2)
+    assert ranks.told["send"] == (2, deadline_s)
+
+
+def test_a_call_of_one_engine_that_is_late_is_named():
+    """The others may have answered."""
+    calls = EngineCalls([Engine("a", []), Engine("b", [])])
+    waiting: Future[None] = Future()
+    done: Future[None] = Future()
+    done.set_result(None)
+    with pytest.raises(RunError, match="engine b did not join within 0s"):
+        calls.collect([done, waiting], "join", 0.01)
+    calls.close()

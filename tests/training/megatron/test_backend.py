@@ -16,6 +16,7 @@ from nanoslime.algorithms.grpo import GRPO
 from nanoslime.config import GRPOConfig
 from nanoslime.models.shape import ModelShape
 from nanoslime.models.trainable import check_parallel
+from nanoslime.storage.safetensors_file import METADATA_DIR
 from nanoslime.training.megatron import weights
 from nanoslime.training.megatron.model import transformer_config
 from nanoslime.types import RunError
@@ -154,6 +155,15 @@ def test_a_damaged_or_foreign_megatron_checkpoint_is_named(start, steps, tmp_pat
         file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(RunError, match="saved cannot be loaded"):
         backend.load(path)
+
+
+def test_a_checkpoint_has_what_its_conversion_to_hugging_face_needs(model_dir, start, tmp_path):
+    """The model's configuration, beside Megatron's own files."""
+    (tmp_path / "saved").mkdir()
+    start().save(tmp_path / "saved")
+    metadata = tmp_path / "saved" / METADATA_DIR
+    assert (metadata / "config.json").read_text() == (model_dir / "config.json").read_text()
+    assert not list(metadata.glob("*.safetensors*"))
 
 
 def test_a_checkpoint_has_the_files_of_the_pinned_release(start, tmp_path):
