@@ -178,6 +178,25 @@ def test_further_prompts_are_sampled_until_the_batch_is_full(tmp_path, tiny_mode
         assert min(group_ids) >= step * 60 and max(group_ids) < (step + 1) * 60
 
 
+def test_a_further_round_asks_for_as_many_prompts_as_are_missing(tmp_path, tiny_model):
+    rollout = sampling(tmp_path, tiny_model, 20)
+    taken = []
+    take = rollout._source.next
+
+    def watched(n):
+        prompts = take(n)
+        taken.append([prompt.prompt_id for prompt in prompts])
+        return prompts
+
+    rollout._source.next = watched
+    rollout.generate(0)
+    missing = 3
+    for prompt_ids in taken:
+        assert len(prompt_ids) == missing
+        missing -= sum(prompt_id % 3 == 0 for prompt_id in prompt_ids)
+    assert missing == 0 and len(taken) > 1
+
+
 def test_rounds_are_bounded(tmp_path, tiny_model, caplog):
     rollout = sampling(tmp_path, tiny_model, 2, reward="always_one")
     assert rollout.generate(0) == []

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanoslime.algorithms.grpo import GRPO
 from nanoslime.plugins import resolve
 from nanoslime.training.backend import RankEnv, TrainBackend
+from nanoslime.training.sleep import DeviceMemory
 from tests.models.hf import save_model
 from tests.training.parity import BACKENDS, KL, Layout, train_batch
 from tests.training.rank_pool import RankPool
@@ -209,3 +210,16 @@ def test_the_reference_takes_the_policys_place_without_new_tensors(alone, small,
     assert "_foreach_copy_" in names or "copy_" in names
     for name in names:
         assert not any(word in name for word in ("clone", "empty", "_to_copy"))
+
+
+def test_what_is_not_kept_comes_back_as_zeros():
+    """Whatever was in the memory that it gets."""
+    kept = torch.arange(16.0)
+    cleared = torch.ones(16)
+    memory = DeviceMemory(torch.device("cpu"))
+    memory.release([kept], [cleared])
+    used = [torch.full((16,), 7.0) for _ in range(64)]
+    del used
+    memory.restore()
+    assert kept.tolist() == list(range(16))
+    assert cleared.tolist() == [0.0] * 16

@@ -229,6 +229,15 @@ def test_an_offloaded_megatron_optimizer_is_configured_as_megatron_core_wants_it
     assert not optimizer_config(Layout().config()).optimizer_cpu_offload
 
 
+def test_megatrons_optimizer_has_the_settings_of_the_run():
+    changes = dict(lr=0.5, weight_decay=0.25, adam_beta1=0.6, adam_beta2=0.7, adam_eps=0.1)
+    for distributed in (True, False):
+        options = optimizer_config(Layout().config(distributed_optimizer=distributed, **changes))
+        assert options.use_distributed_optimizer == distributed
+        assert {name: getattr(options, name) for name in changes} == changes
+        assert options.clip_grad == 0.0, "TrainBackend clips"
+
+
 def cosine(a, b):
     x, y = (
         torch.cat([tensors[name].flatten() for name in sorted(tensors)]).double()
