@@ -5,6 +5,7 @@ TensorBoard, W&B.
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -106,11 +107,15 @@ def _forget_from(start: int, run: RunDir) -> None:
 
 
 def _json_lines(path: Path) -> Sink:
-    """Appends one JSON object a step, which is on the file system when the sink returns."""
+    """Appends one JSON object a step, which is on the file system when the sink returns.
+
+    JSON has no nan and no inf; null stands for them.
+    """
 
     def log(step: int, metrics: dict[str, float]) -> None:
+        numbers = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
         with open(path, "a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+            file.write(json.dumps({"step": step, **numbers}) + "\n")
 
     return log
 

@@ -114,6 +114,7 @@ class GenerateRequest:
     top_p: float = 1.0
     top_k: int = -1  # -1: off
     stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()  # texts; what ends a response stays in it
     seed: int | None = None  # same seed, same samples: honoured by the embedded engine only
 
     def check_tokens(self, vocab_size: int, engine: str) -> None:

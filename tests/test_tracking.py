@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 
 import pytest
@@ -71,6 +72,17 @@ def test_each_step_is_in_the_file_and_on_the_console_when_log_returns(run, caplo
         assert rows(run)[1] == {"step": 1, "a": 1.0}
     assert [r.getMessage().split("  ")[0] for r in caplog.records] == ["step 1/9", "step 2/9"]
     assert not run.tensorboard.exists()
+
+
+def test_what_is_no_number_is_null_in_json(run):
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    with make_tracker(config(use_tensorboard=False), run, 0) as tracker:
+        tracker.log(0, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1.5})
+    (line,) = run.metrics.read_text().splitlines()
+    numbers = json.loads(line, parse_constant=refuse)
+    assert numbers == {"step": 0, "a": None, "b": None, "c": None, "d": 1.5}
 
 
 def test_a_resumed_run_supersedes_later_steps_and_a_cut_line(run):

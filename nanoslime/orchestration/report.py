@@ -67,7 +67,8 @@ def write_summary(session: Session, clock: Clock, seconds: float) -> None:
     rollouts = session.config.rollout.num_rollout
     evals = _json_lines(run.evals)
     rows = _json_lines(run.metrics)
-    gaps = [row["train/logprob_gap_max"] for row in rows if "train/logprob_gap_max" in row]
+    measured = [row.get("train/logprob_gap_max") for row in rows]
+    gaps = [gap for gap in measured if gap is not None]
     hf = run.hf(rollouts)
     summary = {
         "reward_before": _reward_at(-1, evals),

@@ -43,9 +43,9 @@ async def sample_groups(
     `error`, and no reward. Raises RunError when no engine is left or when the reward
     fails.
     """
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids = tuple(config.stop_token_ids)
     if tokenizer.eos_token_id is not None:
-        stop_token_ids = (tokenizer.eos_token_id,)
+        stop_token_ids += (tokenizer.eos_token_id,)
     requests = [
         _request(prompt, config, stop_token_ids, _request_seed(seed, position))
         for position, prompt in enumerate(prompts)
@@ -106,6 +106,7 @@ def _request(
         top_p=config.top_p,
         top_k=config.top_k,
         stop_token_ids=stop_token_ids,
+        stop=tuple(config.stop),
         seed=seed,
     )
 

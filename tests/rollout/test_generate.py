@@ -128,3 +128,22 @@ def test_a_failing_reward_ends_the_run_in_one_line(engine, tokenizer, reward) ->
     with pytest.raises(RunError, match=message) as error:
         sample(engine, tokenizer, reward=reward)
     assert "\n" not in str(error.value)
+
+
+def test_stop_texts_and_tokens_of_the_configuration_reach_the_engine(engine, tokenizer) -> None:
+    (plain,) = sample(engine, tokenizer, prompts=PROMPTS[:1])
+    config = {"n_samples_per_prompt": 3, "max_new_tokens": NUM_NEW_TOKENS, "temperature": 0.7}
+    responses = [s.token_ids[3:].tolist() for s in plain.samples]
+    text = tokenizer.decode(responses[1][2:4])
+    ends = [n for n in range(1, 5) if text in tokenizer.decode(responses[1][:n])]
+    asked = RolloutConfig(**config, stop_token_ids=[responses[0][1]], stop=[text])
+    groups = asyncio.run(
+        sample_groups(
+            PROMPTS[:1], engine, tokenizer, asked, length_reward, first_group_id=10, seed=(1, 0, 5)
+        )
+    )
+    by_token, by_text, _ = groups[0].samples
+    assert by_token.status is by_text.status is Status.COMPLETED
+    assert by_token.token_ids[3:].tolist() == responses[0][:2]
+    assert by_text.token_ids[3:].tolist() == responses[1][: ends[0]]
+    assert by_text.text == tokenizer.decode(responses[1][: ends[0]])

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from nanoslime.engine_kind import EngineStart
 from nanoslime.models.shape import ModelShape
@@ -67,6 +68,7 @@ class EmbeddedEngine:
 
     def __init__(self, model_path: str, dtype: str, device: str, seed: int) -> None:
         """`seed` is for requests without one of their own."""
+        self._model_path = model_path
         self._expected = checkpoint_shapes(model_path)
         self._model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype))
         self._model.to(device).eval()
@@ -204,7 +206,12 @@ class EmbeddedEngine:
         generator = torch.Generator().manual_seed(seed)
         randoms = torch.rand(request.n, max_tokens, dtype=torch.float64, generator=generator)
         stop_ids = frozenset(request.stop_token_ids) | self._eos_ids()
-        return [_Sequence(request, max_tokens, stop_ids, row) for row in randoms]
+        texts = _StopTexts(request.stop, self._tokenizer) if request.stop else None
+        return [_Sequence(request, max_tokens, stop_ids, texts, row) for row in randoms]
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(self._model_path)
 
     def _eos_ids(self) -> frozenset[int]:
         """The tokens that end a response by the model's generation config."""
@@ -243,6 +250,21 @@ class ExpertRecorder:
         return torch.stack(self._by_layer, dim=1).unflatten(0, (num_sequences, -1)).cpu()
 
 
+class _StopTexts:
+    """Texts that end a response. As SGLang does, it looks for them in the last tokens: one
+    more than the longest text has."""
+
+    def __init__(self, texts: Sequence[str], tokenizer: Any) -> None:
+        self._texts = texts
+        self._tokenizer = tokenizer
+        lengths = [len(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+        self._num_tokens = max(lengths) + 1
+
+    def end(self, token_ids: list[int]) -> bool:
+        tail = self._tokenizer.decode(token_ids[-self._num_tokens :])
+        return any(text in tail for text in self._texts)
+
+
 @dataclass(slots=True)
 class _Sequence:
     """One sequence that is being sampled."""
@@ -251,6 +273,7 @@ class _Sequence:
     # max_new_tokens, or fewer where the model's context ends.
     max_tokens: int
     stop_ids: frozenset[int]
+    stop_texts: _StopTexts | None
     # float64 [max_tokens] in [0, 1): its own, so that other sequences do not change its
     # samples.
     randoms: Tensor
@@ -258,10 +281,13 @@ class _Sequence:
     logprobs: list[float] = field(default_factory=list)
     # [tokens, num_moe_layers, topk] of each forward.
     experts: list[Tensor] = field(default_factory=list)
+    stopped: bool = False
 
-    @property
-    def stopped(self) -> bool:
-        return bool(self.token_ids) and self.token_ids[-1] in self.stop_ids
+    def append(self, token: int, logprob: float) -> None:
+        self.token_ids.append(token)
+        self.logprobs.append(logprob)
+        ends = self.stop_texts is not None and self.stop_texts.end(self.token_ids)
+        self.stopped = ends or token in self.stop_ids
 
     @property
     def done(self) -> bool:
@@ -337,8 +363,7 @@ def _keep_tokens(sequences: Sequence[_Sequence], chosen: Tensor, logprobs: Tenso
     logprob_of = logprobs[:, 0].tolist()
     for sequence, token, logprob in zip(sequences, token_of, logprob_of, strict=True):
         if not sequence.done:
-            sequence.token_ids.append(token)
-            sequence.logprobs.append(logprob)
+            sequence.append(token, logprob)
 
 
 def pick(probs: Tensor, randoms: Tensor) -> Tensor:

@@ -92,6 +92,7 @@ class SGLangEngine:
             "top_p": request.top_p,
             "top_k": request.top_k,
             "stop_token_ids": list(request.stop_token_ids),
+            "stop": list(request.stop),
             "skip_special_tokens": False,
         }
         return {

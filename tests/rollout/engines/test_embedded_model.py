@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from nanoslime.rollout.engines.embedded_model import EmbeddedEngine, pick
 from nanoslime.types import Engine, GenerateRequest, Generation, RunError, Status
@@ -334,3 +334,29 @@ def routed_experts(path: Path, token_ids: list[int]) -> Tensor:
 
 def test_a_dense_model_has_no_experts_to_report(engine: EmbeddedEngine) -> None:
     assert generate(engine, request([7]))[0].routed_experts is None
+
+
+def test_a_text_ends_a_response_and_stays_in_it(engine: EmbeddedEngine, tiny_model: Path) -> None:
+    """The text may lie across tokens; what comes before it and after it is not changed."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    (whole,) = generate(engine, request([1, 2, 3], n=1, max_new_tokens=40, seed=4))
+    assert whole.status is Status.TRUNCATED
+    for first in (0, 10):
+        ids = whole.token_ids[first : first + 2]
+        text = tokenizer.decode(ids)
+        asked = request([1, 2, 3], n=1, max_new_tokens=40, seed=4, stop=("never there", text))
+        (stopped,) = generate(engine, asked)
+        assert stopped.status is Status.COMPLETED
+        assert stopped.token_ids == whole.token_ids[: len(stopped.token_ids)]
+        assert stopped.logprobs == pytest.approx(whole.logprobs[: len(stopped.token_ids)])
+        assert text in tokenizer.decode(stopped.token_ids)
+        assert text not in tokenizer.decode(stopped.token_ids[:-1])
+    (untouched,) = generate(
+        engine, request([1, 2, 3], n=1, max_new_tokens=40, seed=4, stop=("never there",))
+    )
+    assert untouched.token_ids == whole.token_ids
+    (by_token,) = generate(
+        engine, request([1, 2, 3], n=1, seed=4, stop_token_ids=(whole.token_ids[1],))
+    )
+    assert by_token.token_ids == whole.token_ids[: whole.token_ids.index(whole.token_ids[1]) + 1]
+    assert by_token.status is Status.COMPLETED

@@ -16,11 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from nanoslime.process_groups import join_group, listen
+from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.rollout.router import LeastInflightRouter
-from nanoslime.types import BroadcastEngine, GenerateRequest, Generation, RunError, Status
+from nanoslime.types import BroadcastEngine, Engine, GenerateRequest, Generation, RunError, Status
 from nanoslime.weight_sync.colocated import serialize_on_cpu
 from tests.serving import VOCAB_SIZE, num_running, reference_logprobs, wait_until_running
 
@@ -87,6 +89,30 @@ def test_completed_by_a_stop_token(sglang_engine: SGLangEngine) -> None:
     assert stopped.status is Status.COMPLETED
     assert len(stopped.token_ids) == 1
     assert len(stopped.logprobs) == 1
+
+
+def test_a_text_ends_a_response_as_in_the_embedded_engine(
+    sglang_engine: SGLangEngine, tiny_model: Path
+) -> None:
+    """Both take the likeliest tokens, so that both give the same ones."""
+    embedded = EmbeddedEngine(str(tiny_model), "float32", "cpu", seed=0)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+
+    def likeliest(engine: Engine, *stop: str) -> Generation:
+        request = GenerateRequest(
+            PROMPT, n=1, max_new_tokens=24, temperature=1.0, top_k=1, stop=stop
+        )
+        (generation,) = asyncio.run(engine.generate(request))
+        return generation
+
+    whole = likeliest(embedded)
+    for first in (2, 11):
+        text = tokenizer.decode(whole.token_ids[first : first + 2])
+        by_server = likeliest(sglang_engine, text, "never there")
+        here = likeliest(embedded, text, "never there")
+        assert by_server.token_ids == here.token_ids
+        assert by_server.status is here.status is Status.COMPLETED
+        assert len(by_server.logprobs) == len(by_server.token_ids) < 24
 
 
 def test_a_token_outside_the_vocabulary_is_refused_before_it_is_sent(
