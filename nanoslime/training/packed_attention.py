@@ -25,7 +25,7 @@ from transformers.masking_utils import sdpa_mask
 from nanoslime.types import RunError
 
 PACKED = "packed_sequences"
-# The widest head of torch's flash attention.
+# The widest head of torch's flash attention; the width is a multiple of 8.
 _MAX_HEAD_DIM = 256
 # torch 2.11 computes grouped heads without being asked to.
 _ASKS_FOR_GROUPED_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -115,7 +115,8 @@ AttentionMaskInterface.register(PACKED, _window_or_mask)
 def _suits_varlen(query: Tensor, value: Tensor) -> bool:
     half = query.dtype in (torch.bfloat16, torch.float16)
     head_dim = query.shape[-1]
-    return query.is_cuda and half and head_dim == value.shape[-1] and head_dim <= _MAX_HEAD_DIM
+    suits = head_dim == value.shape[-1] and head_dim % 8 == 0 and head_dim <= _MAX_HEAD_DIM
+    return query.is_cuda and half and suits
 
 
 def _varlen(
