@@ -127,7 +127,8 @@ class Agent:
         ensure_short_tmpdir()
         check_cores(self._env)
         if self._layout.device == "cuda":
-            check_gpus(self._env, self._layout.slots_per_node)
+            deadline_s = self._config.cluster.gpu_probe_deadline_s
+            check_gpus(self._env, self._layout.slots_per_node, deadline_s)
         if self._is_head:
             ray_address = self._start_head()
             self._join()

@@ -8,7 +8,6 @@ from jobs.cluster_env import ClusterEnv
 from nanoslime.processes.command import ask
 from nanoslime.types import RunError
 
-_CUDA_DEADLINE_S = 30.0
 _CUDA_PROBE = """
 import json, torch
 from torch import cuda
@@ -29,10 +28,10 @@ def check_cores(env: ClusterEnv) -> None:
         )
 
 
-def check_gpus(env: ClusterEnv, needed: int) -> None:
+def check_gpus(env: ClusterEnv, needed: int, deadline_s: float = 180.0) -> None:
     """RunError unless torch, in its own process, sees exactly the GPUs of the plan."""
     command = [sys.executable, "-c", _CUDA_PROBE]
-    done = ask(command, _CUDA_DEADLINE_S, who=f"torch on {env.node_name}")
+    done = ask(command, deadline_s, who=f"torch on {env.node_name}")
     errors = " ".join(done.stderr.split())[-_MAX_ERROR_CHARS:]
     if done.returncode:
         raise RunError(f"torch of {sys.executable} does not start on {env.node_name}: {errors}")

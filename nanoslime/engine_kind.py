@@ -32,8 +32,8 @@ class EngineStart:
     # The address of this machine, at which the others of the run reach it.
     host: str
     log: Path
-    # The GPUs of this machine that the engine may use.
-    gpu_ids: Sequence[int] = ()
+    # The GPUs of this machine that the engine may use, by number or UUID.
+    gpu_ids: Sequence[int | str] = ()
 
 
 class EngineOwner(Protocol):

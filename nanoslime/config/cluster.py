@@ -55,6 +55,8 @@ class ClusterConfig:
     submit: Literal["submitit", "sbatch"] = "submitit"
     ray_start_deadline_s: float = Field(default=300.0, gt=0)
     node_join_deadline_s: float = Field(default=300.0, gt=0)
+    gpu_probe_deadline_s: float = Field(default=180.0, gt=0)
+    """How long torch may take on a node to start and to find its GPUs."""
 
     @property
     def slots(self) -> int:

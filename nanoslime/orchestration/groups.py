@@ -26,7 +26,7 @@ class TrainGroup(ABC):
 
     dp_size: int
     address = "127.0.0.1"  # of rank 0
-    gpu_ids: Sequence[int] = ()  # by rank; none on a CPU
+    gpu_ids: Sequence[int | str] = ()  # by rank; none on a CPU
 
     def __init__(self, config: RunConfig, run: RunDir, model_dir: Path, num_ranks: int = 1):
         self.config = config

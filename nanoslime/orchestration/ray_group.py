@@ -116,7 +116,7 @@ class RankPlace:
 
     address: str
     port: int  # one that was free a moment ago
-    gpu_ids: list[int]  # the node's numbers of the GPUs that Ray gave
+    gpu_ids: list[str]  # the node's numbers, or UUIDs, of the GPUs that Ray gave
 
 
 @ray.remote
@@ -130,7 +130,7 @@ class RankActor:
 
     def place(self) -> RankPlace:
         address = ray.util.get_node_ip_address()
-        gpu_ids = [int(gpu_id) for gpu_id in ray.get_gpu_ids()]
+        gpu_ids = [str(gpu_id) for gpu_id in ray.get_gpu_ids()]
         with told_in_one_line(logger, "choose a port"):
             return RankPlace(address, free_port(address), gpu_ids)
 
@@ -167,11 +167,11 @@ class EngineActor:
         self._setup = setup
         self._owner: EngineOwner | None = None
 
-    def start(self, deadline_s: float, gpu_ids: list[int] | None) -> Engine:
+    def start(self, deadline_s: float, gpu_ids: list[str] | None) -> Engine:
         """Starts it on the GPUs of `gpu_ids`; None stands for those that Ray gave."""
         setup = self._setup
         if gpu_ids is None:
-            gpu_ids = [int(gpu_id) for gpu_id in ray.get_gpu_ids()]
+            gpu_ids = [str(gpu_id) for gpu_id in ray.get_gpu_ids()]
         kind = engine_kind(setup.config.rollout)
         start = EngineStart(
             config=setup.config,
@@ -359,7 +359,7 @@ class RayEngines:
         ]
         self._actors = _Actors(EngineActor, "engine", places, attempt, config, model_dir)
 
-    def start(self, gpus_by_rank: Sequence[int] = ()) -> None:
+    def start(self, gpus_by_rank: Sequence[str] = ()) -> None:
         """Starts every server. `gpus_by_rank` are the trainers' GPUs, where the engines
         share them; without it the engines have their own.
         """

@@ -99,7 +99,7 @@ class SGLangServer:
     # The core on which the one thread of a CPU engine computes.
     cpu_core: int | None = None
     # The GPUs that the server sees.
-    gpu_ids: Sequence[int] = ()
+    gpu_ids: Sequence[int | str] = ()
     # Whether the engine reports the experts of each token.
     routed_experts: bool = False
     # Whether the engine gives its memory to trainers on the same GPUs and takes it back.
@@ -159,7 +159,10 @@ class SGLangServer:
             options["context_length"] = self._stretched_context
         if self.device == "cpu":
             options.update(_CPU_OPTIONS)
-        elif self.colocated:
+        else:
+            # The trainer's logprobs are those of float32 logits.
+            options["enable_fp32_lm_head"] = True
+        if self.device == "cuda" and self.colocated:
             options["enable_memory_saver"] = True
             options["mem_fraction_static"] = COLOCATED_MEM_FRACTION
         options.update(self.config.sglang)

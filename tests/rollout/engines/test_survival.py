@@ -117,6 +117,7 @@ def test_no_stubs_on_cuda(tiny_model: Path, tmp_path: Path) -> None:
     assert "--device cuda --tp-size 2 --weight-version 0 --dtype bfloat16 --random-seed 7" in flags
     assert "torch_native" not in flags
     assert "sglang_stubs" not in server.env.get("PYTHONPATH", "")
+    assert "--enable-fp32-lm-head" in flags
     assert server.env["CUDA_VISIBLE_DEVICES"] == "2,3"
     assert "SGLANG_USE_CPU_ENGINE" not in server.env
 
