@@ -326,8 +326,8 @@ FAULTS = [
     Fault(
         "no entropy under FSDP",
         "nanoslime/training/fsdp.py",
-        "with_entropy=algorithm.needs_entropy",
-        "with_entropy=False",
+        "self._policy(batch, algorithm.needs_entropy, only)",
+        "self._policy(batch, False, only)",
         WRITTEN_OUT,
     ),
     Fault(
