@@ -1,8 +1,9 @@
-"""The files of a run directory that a submission writes, and how it takes them back."""
+"""The run directory of a submission, which a refusal leaves as it was."""
 
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from nanoslime.run_dir import RunDir
@@ -13,52 +14,30 @@ SUBMITIT_FOLDER = "slurm"
 _WRITTEN = ("config.yaml", "plan.json", "provenance.json", "job.sbatch", "job.json")
 
 
-@dataclass(frozen=True, slots=True)
-class FilesBefore:
-    """What a submission found, so that one which is refused leaves nothing."""
+@contextmanager
+def kept_if_accepted(run_root: Path, name: str, resumed: RunDir | None) -> Iterator[RunDir]:
+    """The resumed run, or a new one; where the block raises, all files are as before."""
+    missing = [folder for folder in (run_root, *run_root.parents) if not folder.exists()]
+    before = {}
+    if resumed is not None:
+        before = {file: file.read_bytes() for file in _written(resumed.path)}
+    run = resumed or RunDir.create(run_root, name)
+    folder = run.path / SUBMITIT_FOLDER
+    of_submitit = set(folder.glob("*"))
+    try:
+        yield run
+    except BaseException:
+        if resumed is None:
+            shutil.rmtree(run.path)
+        for file in {*_written(run.path), *folder.glob("*")} - before.keys() - of_submitit:
+            file.unlink()
+        for file, content in before.items():
+            publish(file, content)
+        for made in (folder, *missing):
+            if made.is_dir() and not os.listdir(made):
+                made.rmdir()
+        raise
 
-    resumed: bool
-    contents: dict[Path, bytes]
-    submitit_files: frozenset[str]
-    # Folders that did not exist, the innermost first.
-    missing: tuple[Path, ...]
 
-    @classmethod
-    def of(cls, run_root: Path, resumed: RunDir | None) -> "FilesBefore":
-        """`resumed` is None for a new run, which is about to be made in `run_root`."""
-        contents = {}
-        submitit_files: frozenset[str] = frozenset()
-        if resumed is not None:
-            files = [resumed.path / name for name in _WRITTEN]
-            contents = {file: file.read_bytes() for file in files if file.is_file()}
-            folder = resumed.path / SUBMITIT_FOLDER
-            if folder.is_dir():
-                submitit_files = frozenset(os.listdir(folder))
-        folders = (run_root, *run_root.parents)
-        missing = tuple(folder for folder in folders if not folder.exists())
-        return cls(resumed is not None, contents, submitit_files, missing)
-
-    def restore(self, run: RunDir) -> None:
-        """Removes a new run, or gives a resumed one its earlier files."""
-        if self.resumed:
-            self._restore_resumed(run)
-            return
-        shutil.rmtree(run.path)
-        for folder in self.missing:
-            if folder.is_dir() and not os.listdir(folder):
-                folder.rmdir()
-
-    def _restore_resumed(self, run: RunDir) -> None:
-        for name in _WRITTEN:
-            file = run.path / name
-            if file in self.contents:
-                publish(file, self.contents[file])
-            else:
-                file.unlink(missing_ok=True)
-        folder = run.path / SUBMITIT_FOLDER
-        if not folder.is_dir():
-            return
-        for name in set(os.listdir(folder)) - self.submitit_files:
-            (folder / name).unlink()
-        if not os.listdir(folder):
-            folder.rmdir()
+def _written(run: Path) -> list[Path]:
+    return [run / name for name in _WRITTEN if (run / name).is_file()]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from jobs import inputs, local, sbatch, where
 from jobs.checkout import ROOT
-from jobs.run_files import FilesBefore
+from jobs.run_files import kept_if_accepted
 from nanoslime import layout as layouts
 from nanoslime.config import RunConfig
 from nanoslime.config.flags import parse as parse_flags
@@ -206,14 +206,9 @@ def submit(config: RunConfig, layout: Layout, resumed: RunDir | None, descriptio
     """
     submitter = resolve(config.cluster.submit, SUBMITTERS, "cluster.submit")
     run_root = Path(config.cluster.run_root)
-    before = FilesBefore.of(run_root, resumed)
-    run = resumed or RunDir.create(run_root, config.name)
-    try:
+    with kept_if_accepted(run_root, config.name, resumed) as run:
         write_run_files(config, layout, run)
         job = submitter(config, layout, run)
-    except BaseException:
-        before.restore(run)
-        raise
     print(f"{description}\n\nrun directory: {run.path}")
     log = f"{run.path}/attempts/latest/logs/driver-0.log"
     print(sbatch.submitted(job, log, f"python jobs/submit_grpo.py --resume {run.path}"))

@@ -47,7 +47,7 @@ def train(session: Session, tracker: Tracker, clock: Clock, start: int) -> int:
         groups = rollout.generate(step)
         clock("train")
         metrics = rollout.metrics | trainer.train(groups)
-        due = config.checkpoint.due(step, num_rollout)
+        due = checkpoints.due(step)
         if due or session.attempt.must_stop():
             clock("checkpoint")
             checkpoints.save(step + 1)  # while the trainer is awake; `commit` comes below

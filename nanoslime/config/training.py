@@ -120,6 +120,9 @@ class CheckpointConfig:
     interval: int = Field(default=0, ge=0)
     """Commit a checkpoint after every so many rollouts; 0: only at the end and when the
     job must stop."""
+    every_min: float = Field(default=0.0, ge=0)
+    """Commit a checkpoint also after a rollout at whose end so many minutes have passed
+    since the last commit, or the start; 0: none for that reason."""
     keep_last: int = Field(default=2, ge=1)
     keep_every: int = Field(default=0, ge=0)
     """Keep the checkpoints whose step is a multiple of this for good; 0: none."""
@@ -128,10 +131,12 @@ class CheckpointConfig:
     export_hf: bool = True
     """Write a Hugging Face checkpoint at the end."""
 
-    def due(self, step: int, num_rollout: int) -> bool:
+    def due(self, step: int, num_rollout: int, since_commit_s: float = 0.0) -> bool:
         """Whether a checkpoint is committed after this step; after the last one it always is."""
         done = step + 1
         if done == num_rollout:
+            return True
+        if 0 < self.every_min * 60 <= since_commit_s:
             return True
         return self.interval > 0 and done % self.interval == 0
 

@@ -1,5 +1,5 @@
 """A checkpoint holds everything that the next step of a run depends on. It is written
-aside, hashed, and committed by one rename.
+aside, hashed by the ranks that wrote it, and committed by one rename.
 
 checkpoints/step_<k>/
     trainer/       weights, optimizer, RNG and schedule, as the backend writes them
@@ -9,6 +9,8 @@ checkpoints/step_<k>/
 
 import json
 import logging
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,8 +41,19 @@ class Checkpoints:
     rollout: RolloutManager | Replay
     weights: SyncSession
     _best: tuple[float, int] | None = field(default=None, init=False)  # reward, rollouts
-    # The rollouts of the state that `save` has put aside.
+    # The rollouts of the state that `save` has put aside, and the hashes of its files.
     _saved: int | None = field(default=None, init=False)
+    _hashes: dict[str, str] = field(default_factory=dict, init=False)
+    clock: Callable[[], float] = time.monotonic
+    _last_commit_s: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        self._last_commit_s = self.clock()
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is committed after this step."""
+        since_commit_s = self.clock() - self._last_commit_s
+        return self.config.checkpoint.due(step, self.config.rollout.num_rollout, since_commit_s)
 
     def resume(self) -> int:
         """Loads the newest checkpoint that verifies; returns its number of rollouts.
@@ -76,7 +89,8 @@ class Checkpoints:
         """Puts the trainer's state aside; `commit` makes it a checkpoint."""
         partial = partial_dir(self.run.checkpoint(rollouts))
         (partial / "trainer").mkdir()
-        self.trainer.save(partial / "trainer")
+        hashes = self.trainer.save(partial / "trainer")
+        self._hashes = {f"trainer/{name}": digest for name, digest in hashes.items()}
         self._saved = rollouts
 
     def commit(self, rollouts: int, reward: float | None) -> None:
@@ -99,8 +113,9 @@ class Checkpoints:
         final = self.run.checkpoint(rollouts)
         partial = partial_path(final)
         (partial / "driver.json").write_text(json.dumps(state))
-        commit(partial, final)
+        commit(partial, final, self._hashes)
         self._saved = None
+        self._last_commit_s = self.clock()
         self._retain()
 
     def _retain(self) -> None:

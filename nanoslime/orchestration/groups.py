@@ -45,8 +45,10 @@ class TrainGroup(ABC):
         """
 
     @abstractmethod
-    def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> None:
+    def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> Any:
         """Calls a collective method of TrainWorker on every rank.
+
+        Returns the results by rank, nothing where there are no ranks.
 
         `what` says in errors what the ranks were asked to do. `deadline_s` is that of
         weight sync; other calls have the one of a save.
@@ -93,9 +95,13 @@ class TrainGroup(ABC):
         self.devices.give_to_trainer()
         self.call("write_hf", path, what=f"write {path}")
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path) -> dict[str, str]:
+        """Saves into the existing empty directory `path`; returns hashes by relative path."""
         self.devices.give_to_trainer()
-        self.call("save", path, what=f"save {path}")
+        hashes: dict[str, str] = {}
+        for of_rank in self.call("save", path, what=f"save {path}") or ():
+            hashes |= of_rank
+        return hashes
 
     def load(self, path: Path) -> None:
         self.call("load", path, what=f"load {path}")

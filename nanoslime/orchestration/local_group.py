@@ -26,8 +26,8 @@ class LocalTrainGroup(TrainGroup):
     def _train(self, shards: list[list[TrainBatch]]) -> dict[str, float]:
         return self._worker.train(shards[0])
 
-    def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> None:
-        getattr(self._worker, method)(*args)
+    def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> Any:
+        return [getattr(self._worker, method)(*args)]
 
     def close(self) -> None:
         if self._worker is not None:

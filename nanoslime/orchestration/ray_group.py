@@ -334,9 +334,9 @@ class RayTrainGroup(TrainGroup):
         ]
         return self._ranks.gather(refs, "train", self._deadlines.train)[0]
 
-    def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> None:
+    def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> Any:
         refs = self._ranks.start_on_each("call", method, *args)
-        self._ranks.gather(refs, what, self._deadline(deadline_s))
+        return self._ranks.gather(refs, what, self._deadline(deadline_s))
 
     def close(self) -> None:
         self._ranks.kill()

@@ -208,9 +208,9 @@ class TorchrunTrainGroup(TrainGroup):
         calls = [Call("train", (shards[dp_rank],)) for dp_rank in self._dp_ranks]
         return self._ranks.ask(calls, "train", self._deadlines.train)[0]
 
-    def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> None:
+    def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> Any:
         calls = [Call(method, args)] * len(self._ranks)
-        self._ranks.ask(calls, what, self._deadline(deadline_s))
+        return self._ranks.ask(calls, what, self._deadline(deadline_s))
 
     def close(self) -> None:
         """Closes the way to the engines; the session ends the ranks."""

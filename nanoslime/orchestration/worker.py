@@ -13,6 +13,7 @@ from nanoslime import algorithms
 from nanoslime.batch import StepMetrics, TrainBatch
 from nanoslime.config import RunConfig
 from nanoslime.plugins import resolve
+from nanoslime.storage import manifest
 from nanoslime.training import BACKENDS
 from nanoslime.training.backend import RankEnv, TrainBackend, collectives
 from nanoslime.types import RunError
@@ -81,10 +82,14 @@ class TrainWorker:
         times = {"time/logprobs_s": middle - begin, "time/train_s": end - middle}
         return times | metrics_row(steps)
 
-    def save(self, path: Path) -> None:
-        """Writes the backend's state into the existing empty directory `path`."""
+    def save(self, path: Path) -> dict[str, str]:
+        """Writes the backend's state into the existing empty directory `path`.
+
+        Returns the hashes of the files that this rank wrote.
+        """
         with collectives(self.config.training):
             self.backend.save(path)
+        return manifest.hash_own(path, self.env.rank)
 
     def load(self, path: Path) -> None:
         with collectives(self.config.training):

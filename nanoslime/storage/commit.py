@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 from nanoslime.storage import manifest
@@ -35,9 +36,12 @@ def partial_dir(final: Path) -> Path:
     return partial
 
 
-def commit(partial: Path, final: Path) -> None:
-    """Write the manifest of `partial`, force all of it to disk, and rename it to `final`."""
-    manifest.write(partial)
+def commit(partial: Path, final: Path, known: Mapping[str, str] | None = None) -> None:
+    """Write the manifest of `partial`, force all of it to disk, and rename it to `final`.
+
+    `known` are hashes of files, as `manifest.write` takes them.
+    """
+    manifest.write(partial, known)
     put_in_place(partial, final)
 
 

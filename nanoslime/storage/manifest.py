@@ -4,6 +4,7 @@ against it.
 
 import hashlib
 import os
+import re
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ from nanoslime.storage.shared_files import publish_json, read_json
 from nanoslime.types import RunError
 
 NAME = "manifest.json"
+_FILE_OF_RANK = re.compile(r"__(\d+)_")
 
 
 class DamagedError(RunError):
@@ -33,6 +35,17 @@ def write(directory: Path, known: Mapping[str, str] | None = None) -> None:
         size = (directory / name).stat().st_size
         entries[name] = {"bytes": size, "xxh3_128": hashes[name]}
     publish_json(directory / NAME, {"hash": "xxh3_128", "files": entries})
+
+
+def hash_own(directory: Path, rank: int) -> dict[str, str]:
+    """Hashes of the files that a rank wrote into a distributed checkpoint, by relative path.
+
+    The torch library calls a rank's files __<rank>_<number>.distcp; rank 0 wrote what has
+    another name.
+    """
+    of_rank = {name: _FILE_OF_RANK.match(name) for name in _files(directory)}
+    own = [name for name, found in of_rank.items() if (int(found[1]) if found else 0) == rank]
+    return _hashes(directory, own)
 
 
 def verify(directory: Path) -> None:

@@ -19,43 +19,35 @@ def check_resumed(run: Path, before: RunConfig, now: RunConfig, *, has_checkpoin
     A prompt file of the same path is not looked into here: the data cursor in a
     checkpoint holds a hash of its prompts.
     """
-    if not _is_same_model(before.model.hf_checkpoint, now.model.hf_checkpoint):
+    own = "the rehearsal's own model"
+    old_model = before.model.hf_checkpoint or own
+    new_model = now.model.hf_checkpoint or own
+    if old_model != new_model and not _is_same_model(Path(old_model), Path(new_model)):
         raise RunError(
-            f"{run} trains {_name(before)}, and {_name(now)} is another model: leave out "
+            f"{run} trains {old_model}, and {new_model} is another model: leave out "
             "--hf-checkpoint to resume it, or start a new run"
         )
     if not has_checkpoints:
         return
-    for field, old, new in (
-        ("seed", before.seed, now.seed),
-        ("data.shuffle", before.data.shuffle, now.data.shuffle),
-    ):
-        if old != new:
-            raise RunError(
-                f"{run} goes through its prompts by {field}={old}, not {new}: leave it out "
-                "to resume the run, or start a new one"
-            )
+    order = (before.seed, before.data.shuffle)
+    if order != (now.seed, now.data.shuffle):
+        raise RunError(
+            f"{run} goes through its prompts by seed={order[0]} and data.shuffle={order[1]}: leave "
+            "both out to resume it, or start a new run"
+        )
     old_file = Path(before.data.prompts)
     new_file = Path(now.data.prompts)
-    if old_file != new_file and old_file.is_file() and new_file.is_file():
-        if not filecmp.cmp(old_file, new_file, shallow=False):
-            raise RunError(
-                f"{run} trains on the prompts of {old_file}, and those of {new_file} are others: "
-                "leave out --prompts to resume it, or start a new run from its hf/ export"
-            )
+    can_compare = old_file != new_file and old_file.is_file() and new_file.is_file()
+    if can_compare and not filecmp.cmp(old_file, new_file, shallow=False):
+        raise RunError(
+            f"{run} trains on the prompts of {old_file}, and those of {new_file} are others: "
+            "leave out --prompts to resume it, or start a new run from its hf/ export"
+        )
 
 
-def _name(config: RunConfig) -> str:
-    return config.model.hf_checkpoint or "the rehearsal's own model"
-
-
-def _is_same_model(before: str, now: str) -> bool:
+def _is_same_model(old: Path, new: Path) -> bool:
     """Whether two directories hold the same model; one that is gone holds none."""
-    if before == now:
-        return True
-    old = Path(before)
-    new = Path(now)
-    if not before or not now or not old.is_dir():
+    if not old.is_dir() or not new.is_dir():
         return False
     return old.samefile(new) or _digest(old) == _digest(new)
 

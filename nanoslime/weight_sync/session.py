@@ -36,7 +36,7 @@ class TrainerRanks(Protocol):
 
     address: str  # of rank 0, reachable from the engines
 
-    def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> None: ...
+    def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> Any: ...
 
 
 class Devices(Protocol):

@@ -1,7 +1,7 @@
 """Weights, optimizer, random state and step in megatron-core's torch_dist format.
 
-Optimizer state is written in its fully reshardable form, gathered on data-parallel rank
-0 over gloo.
+Every rank writes and reads its own part: a share of what data-parallel ranks have alike,
+and its own range of the distributed optimizer's state (optimizer_shards.py).
 """
 
 import logging
@@ -11,17 +11,21 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
 from megatron.core.dist_checkpointing.serialization import load_content_metadata
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelSaveStrategyWrapper,
+)
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel.random import _get_all_rng_states, _set_all_rng_states
 
+from nanoslime.training.megatron import optimizer_shards
 from nanoslime.training.megatron.parallel import Ranks
 from nanoslime.training.skipping import StepHistory
 from nanoslime.types import RunError
@@ -30,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 _CONTENT = {
     "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": True,
     "chained_optim_avoid_prefix": True,
     # Layers are kept apart: where one is frozen, the others still have optimizer state.
     "non_homogeneous_layers": True,
@@ -69,7 +72,9 @@ def save(
     state = _sharded_state(model_chunks, optimizer, ranks, _CONTENT, is_loading=False)
     state["step_history"] = asdict(history)
     state["layout"] = _layout(ranks)
-    dist_checkpointing.save(state, str(path), InProcessWriter(), content_metadata=_CONTENT)
+    copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    writer = FullyParallelSaveStrategyWrapper(InProcessWriter(), copies)
+    dist_checkpointing.save(state, str(path), writer, content_metadata=_CONTENT)
 
 
 def load(
@@ -129,7 +134,11 @@ def _sharded_state(
     moments = {}
     for number, inner in enumerate(optimizer.chained_optimizers):
         moments[number] = {}
-        if inner.get_parameters():
+        if not inner.get_parameters():
+            continue
+        if isinstance(inner, DistributedOptimizer):
+            moments[number] = optimizer_shards.sharded(inner, weights)
+        else:
             moments[number] = inner.sharded_state_dict(
                 weights, is_loading=is_loading, metadata=dict(content)
             )
@@ -208,18 +217,10 @@ def _load_plain(optimizer: MegatronOptimizer, loaded: dict[str, Any], num_update
 def _load_distributed(
     optimizer: DistributedOptimizer, loaded: dict[str, Any], num_updates: int
 ) -> None:
-    groups = optimizer.optimizer.state_dict()["param_groups"]
-    groups = [{**group, "step": num_updates} for group in groups]
-    optimizer.load_state_dict({"optimizer": {"param_groups": groups}})
-    # With torch's AdamW, megatron-core 0.19.2 hands one step tensor to all parameters,
-    # which would then be counted once for each of them; and it looks for "step" among
-    # the sharded tensors, where it is not.
-    states = optimizer.optimizer.state
-    steps = {}
-    for parameter, state in states.items():
+    # Transformer Engine's and apex's Adam keep a step for a group, torch's for a parameter.
+    for group in optimizer.optimizer.param_groups:
+        group["step"] = num_updates
+    for state in optimizer.optimizer.state.values():
         if "step" in state:
-            steps[parameter] = state.pop("step").clone()
-    with torch.no_grad():
-        optimizer.load_parameter_state_from_fully_reshardable(loaded["param_state"])
-    for parameter, step in steps.items():
-        states[parameter]["step"] = step
+            state["step"].fill_(num_updates)
+    optimizer_shards.put(optimizer, loaded)

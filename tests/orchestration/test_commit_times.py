@@ -1,0 +1,73 @@
+"""When checkpoints are due: by steps, and by a clock."""
+
+import pytest
+
+from nanoslime.config.load import load
+from nanoslime.orchestration.checkpoints import Checkpoints
+from nanoslime.run_dir import RunDir
+
+
+class Clock:
+    minutes = 0.0
+
+    def __call__(self) -> float:
+        return 1000.0 + 60 * self.minutes
+
+
+class Trainer:
+    def save(self, path) -> dict[str, str]:
+        (path / "weights").write_text("w")
+        return {}
+
+
+class Rollout:
+    def state_dict(self) -> dict:
+        return {}
+
+
+class Weights:
+    version = 0
+
+
+@pytest.fixture
+def made(tmp_path):
+    def make(*flags: str) -> tuple[Checkpoints, Clock]:
+        clock = Clock()
+        config = load(None, None, ["--num-rollout", "100", *flags])
+        run = RunDir.create(tmp_path, "run")
+        return Checkpoints(config, run, Trainer(), Rollout(), Weights(), clock=clock), clock
+
+    return make
+
+
+def test_a_checkpoint_is_due_when_so_many_minutes_have_passed_since_the_last(made):
+    checkpoints, clock = made("--checkpoint.every-min", "30")
+    assert not checkpoints.due(0)
+    clock.minutes = 29.9
+    assert not checkpoints.due(1)
+    clock.minutes = 30
+    assert checkpoints.due(2)
+    checkpoints.commit(3, None)
+    assert not checkpoints.due(3)
+    clock.minutes = 59.9
+    assert not checkpoints.due(4)
+    clock.minutes = 75
+    assert checkpoints.due(5)
+    assert checkpoints.due(99), "the last one always is"
+
+
+def test_a_commit_by_the_interval_starts_the_minutes_anew(made):
+    checkpoints, clock = made("--checkpoint.every-min", "30", "--save-interval", "4")
+    clock.minutes = 20
+    assert [step for step in range(8) if checkpoints.due(step)] == [3, 7]
+    checkpoints.commit(4, None)
+    clock.minutes = 40
+    assert not checkpoints.due(4)
+    clock.minutes = 50
+    assert checkpoints.due(4)
+
+
+def test_without_minutes_only_steps_count(made):
+    checkpoints, clock = made()
+    clock.minutes = 10_000
+    assert not checkpoints.due(5)
