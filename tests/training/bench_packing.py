@@ -1,6 +1,6 @@
 """Packing and balance of sequences beside first-fit-decreasing and Karmarkar-Karp.
 
-    python tools/bench_packing.py [--gsm8k DIR] [--seeds 20]
+    python -m tests.training.bench_packing [--gsm8k DIR] [--seeds 20]
 
 The table shows per packing: its fill, which is tokens over (micro-batches x budget), the
 most that any packing with equally many micro-batches per rank can have, the slowest
