@@ -38,6 +38,19 @@ SOURCES = {
             Declarations("megatron/core/transformer/transformer_config.py", "TransformerConfig"),
         ),
     ),
+    "megatron_ddp": Package(
+        "megatron-core",
+        (
+            Declarations(
+                "megatron/core/distributed/distributed_data_parallel_config.py",
+                "DistributedDataParallelConfig",
+            ),
+        ),
+    ),
+    "megatron_optimizer": Package(
+        "megatron-core",
+        (Declarations("megatron/core/optimizer/optimizer_config.py", "OptimizerConfig"),),
+    ),
     "sglang": Package("sglang", (Declarations("sglang/srt/arg_groups/fields/*.py"),)),
 }
 

@@ -20,7 +20,7 @@ from nanoslime.config import upstream
 from nanoslime.config.algorithm import CUSTOM, AnyAlgorithm, CustomConfig, GRPOConfig
 from nanoslime.config.rollout import ENGINES
 from nanoslime.config.run import RunConfig
-from nanoslime.config.training import PARALLEL_SIZES
+from nanoslime.config.training import MEGATRON_ONLY, MEGATRON_OPTIONS, PARALLEL_SIZES
 from nanoslime.plugins import resolve
 from nanoslime.types import RunError
 
@@ -66,9 +66,9 @@ def load(
         _check_warmup(config, layers.sources)
     if _falls_back_to_fsdp(config, layers.sources):
         config = _with_fsdp(config)
-    upstream.check(
-        "megatron", "training.megatron", config.training.megatron, upstream.SET_BY_NANOSLIME
-    )
+    for which in MEGATRON_OPTIONS:
+        options = getattr(config.training, which)
+        upstream.check(which, f"training.{which}", options, upstream.SET_BY_NANOSLIME[which])
     for engine in dict.fromkeys([*ENGINES, config.rollout.engine]):
         _check_engine_options(engine, config)
     return config
@@ -282,16 +282,17 @@ def _falls_back_to_fsdp(config: RunConfig, sources: dict[str, _Source]) -> bool:
     """Whether there is one node, nobody named a backend, and nothing asks for Megatron.
 
     A flag for parallelism asks for it, and so do routing replay and options in
-    training.megatron.
+    training.megatron and its neighbours.
     """
     training = config.training
     if "training.backend" in sources or config.cluster.nodes > 1:
         return False
-    if training.routing_replay != "none" or training.megatron:
+    if training.routing_replay != "none":
+        return False
+    if any(getattr(training, which) for which in MEGATRON_OPTIONS):
         return False
     names = list(PARALLEL_SIZES)
-    if training.sequence_parallel:
-        names.append("sequence_parallel")
+    names += [name for name in MEGATRON_ONLY if getattr(training, name)]
     for name in names:
         source = sources.get(f"training.{name}")
         if source is not None and source.is_flag:
@@ -302,5 +303,12 @@ def _falls_back_to_fsdp(config: RunConfig, sources: dict[str, _Source]) -> bool:
 def _with_fsdp(config: RunConfig) -> RunConfig:
     """The same run with FSDP2; the parallel sizes of a recipe do not apply to it."""
     sizes: dict[str, Any] = dict.fromkeys(PARALLEL_SIZES, 1)
-    training = replace(config.training, backend="fsdp", sequence_parallel=False, **sizes)
+    training = replace(
+        config.training,
+        backend="fsdp",
+        sequence_parallel=False,
+        num_layers_in_first_pipeline_stage=None,
+        num_layers_in_last_pipeline_stage=None,
+        **sizes,
+    )
     return replace(config, training=training)

@@ -10,7 +10,12 @@ from nanoslime.config.base import knobs
 from nanoslime.config.cluster import ClusterConfig
 from nanoslime.config.model import DataConfig, ModelConfig, RehearsalConfig
 from nanoslime.config.rollout import EvalConfig, RolloutConfig, WeightSyncConfig
-from nanoslime.config.training import CheckpointConfig, TrackingConfig, TrainingConfig
+from nanoslime.config.training import (
+    MEGATRON_ONLY,
+    CheckpointConfig,
+    TrackingConfig,
+    TrainingConfig,
+)
 
 
 @knobs
@@ -60,9 +65,16 @@ class RunConfig:
                 "training.routing_replay=R2 needs algorithm.old_logprobs=recomputed, a pass to "
                 "record; or set R3"
             )
-        if training.backend == "fsdp" and (training.sequence_parallel or training.megatron):
+        if training.backend == "fsdp":
+            for name in MEGATRON_ONLY:
+                if getattr(training, name):
+                    raise ValueError(f"training.{name} needs training.backend=megatron")
+        overlap = training.megatron_ddp
+        overlaps_both = overlap.get("overlap_grad_reduce") and training.distributed_optimizer
+        if overlap.get("overlap_param_gather") and not overlaps_both:
             raise ValueError(
-                "training.sequence_parallel and training.megatron need training.backend=megatron"
+                "training.megatron_ddp.overlap_param_gather needs overlap_grad_reduce beside it "
+                "and training.distributed_optimizer=true"
             )
 
     def _check_sizes(self) -> None:

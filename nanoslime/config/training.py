@@ -9,6 +9,13 @@ from nanoslime.config.base import knobs
 
 # Fields of TrainingConfig.
 PARALLEL_SIZES = ("tp_size", "pp_size", "vpp_size", "cp_size", "ep_size", "etp_size")
+MEGATRON_OPTIONS = ("megatron", "megatron_ddp", "megatron_optimizer")
+MEGATRON_ONLY = (
+    "sequence_parallel",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    *MEGATRON_OPTIONS,
+)
 
 
 def _check_frozen_pattern(pattern: str) -> str:
@@ -82,6 +89,14 @@ class TrainingConfig:
     distributed_optimizer: bool = True
     megatron: dict[str, Any] = Field(default_factory=dict)
     """Fields of megatron-core's TransformerConfig as written there."""
+    megatron_ddp: dict[str, Any] = Field(default_factory=dict)
+    """Fields of megatron-core's DistributedDataParallelConfig, such as
+    overlap_grad_reduce and bucket_size. With overlap_param_gather the weights are
+    gathered right after the step, because the output layer and weight sync read them
+    without a hook."""
+    megatron_optimizer: dict[str, Any] = Field(default_factory=dict)
+    """Fields of megatron-core's OptimizerConfig, such as use_precision_aware_optimizer
+    and exp_avg_dtype (as text: bfloat16)."""
     collective_deadline_s: float = Field(default=600.0, gt=0)
     """How long a rank waits for another one in a collective."""
     train_deadline_s: float | None = Field(default=None, gt=0)

@@ -68,6 +68,8 @@ NEEDED = {
     "training.ep_size": ["--backend", "megatron"],
     "training.etp_size": ["--backend", "megatron"],
     "training.sequence_parallel": ["--backend", "megatron"],
+    "training.num_layers_in_first_pipeline_stage": ["--backend", "megatron"],
+    "training.num_layers_in_last_pipeline_stage": ["--backend", "megatron"],
     "algorithm.use_unbiased_kl": ["--use-kl-loss"],
     "algorithm.kl_loss_coef": ["--use-kl-loss"],
     "algorithm.eps_clip_high": ["--eps-clip", "0.1"],

@@ -145,11 +145,19 @@ def test_options_of_megatron_ask_for_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "knob", ["sequence_parallel: true", "megatron: {recompute_granularity: full}"]
+    "knob",
+    [
+        "sequence_parallel: true",
+        "megatron: {recompute_granularity: full}",
+        "megatron_ddp: {bucket_size: 1000}",
+        "megatron_optimizer: {apply_wd_to_qk_layernorm: true}",
+        "num_layers_in_first_pipeline_stage: 1",
+    ],
 )
 def test_fsdp_refuses_what_it_would_ignore(tmp_path, knob):
     recipe = write(tmp_path / "r.yaml", f"training: {{backend: fsdp, {knob}}}")
-    with pytest.raises(RunError, match="training.sequence_parallel and training.megatron need"):
+    name, _, _ = knob.partition(":")
+    with pytest.raises(RunError, match=f"training.{name} needs training.backend=megatron"):
         load(recipe, None, [])
 
 

@@ -10,12 +10,15 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nanoslime.config import upstream
+from nanoslime.config.load import load
 from nanoslime.models.shape import ModelShape
 from nanoslime.rollout.engines import sglang
 from nanoslime.training.megatron import model
 from nanoslime.types import RunError
 from tests.models.hf import save_model
 from tools import option_names
+
+MEGATRON = upstream.SET_BY_NANOSLIME["megatron"]
 
 
 @pytest.mark.parametrize("which", option_names.SOURCES)
@@ -26,7 +29,7 @@ def test_list_is_that_of_the_installed_package(which):
 
 @pytest.mark.parametrize(
     ("which", "names"),
-    [("megatron", upstream.SET_BY_NANOSLIME), ("sglang", sglang.SET_BY_NANOSLIME)],
+    [*upstream.SET_BY_NANOSLIME.items(), ("sglang", sglang.SET_BY_NANOSLIME)],
 )
 def test_names_that_we_set_exist_upstream(which, names):
     assert set(names) <= set(upstream.known(which)["names"])
@@ -53,7 +56,46 @@ def test_a_known_option_passes_and_an_unknown_one_is_refused():
 def test_what_the_maths_rests_on_is_refused_with_what_to_set_instead(name, instead):
     said = f"training.megatron.{name} is set by nanoslime; use {instead}"
     with pytest.raises(RunError, match=re.escape(said)):
-        upstream.check("megatron", "training.megatron", {name: 1}, upstream.SET_BY_NANOSLIME)
+        upstream.check("megatron", "training.megatron", {name: 1}, MEGATRON)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"megatron": {"recompute_modules": ["mlp"], "tp_com": 1}}, "training.megatron.tp_com"),
+        ({"megatron_ddp": {"overlap_grad_reduc": True}}, "did you mean overlap_grad_reduce"),
+        ({"megatron_ddp": {"exp_avg_dtype": "bfloat16"}}, "training.megatron_ddp.exp_avg_dtype"),
+        ({"megatron_ddp": {"average_in_collective": True}}, "gradients are sums over ranks"),
+        ({"megatron_ddp": {"use_megatron_fsdp": True}}, "use --backend fsdp"),
+        (
+            {"megatron_ddp": {"use_distributed_optimizer": True}},
+            "use training.distributed_optimizer",
+        ),
+        ({"megatron_optimizer": {"lr": 1e-3}}, "set by nanoslime; use training.lr"),
+        ({"megatron_optimizer": {"bf16": True}}, "use model.dtype"),
+        ({"megatron_optimizer": {"clip_grad": 1.0}}, "use training.clip_grad"),
+        ({"megatron_optimizer": {"optimizer": "muon"}}, "the optimizer is AdamW"),
+        ({"megatron_optimizer": {"bucket_size": 1}}, "training.megatron_optimizer.bucket_size"),
+        (
+            {"megatron_ddp": {"overlap_param_gather": True}},
+            "overlap_param_gather needs overlap_grad_reduce beside it",
+        ),
+    ],
+)
+def test_each_group_of_megatrons_options_is_checked_by_its_own_names(options, says, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({"training": options}))
+    with pytest.raises(RunError, match=re.escape(says)):
+        load(recipe, None, ["--backend", "megatron"])
+
+
+def test_overlap_of_both_gathers_and_reductions_is_taken_as_written(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    overlap = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 1000}
+    recipe.write_text(json.dumps({"training": {"megatron_ddp": overlap}}))
+    config = load(recipe, None, [])
+    assert config.training.backend == "megatron"
+    assert config.training.megatron_ddp == overlap
 
 
 # Options that nanoslime sets, and a user may set otherwise.
@@ -85,7 +127,7 @@ def test_whatever_nanoslime_sets_is_refused_or_listed_as_free(tmp_path, monkeypa
     monkeypatch.setattr(model, "fields", lambda kind: [])
     shape = ModelShape.read(save_model(tmp_path, "glm4_moe"))
     model.model_config(shape, torch.float32, torch.device("cpu"))
-    assert set(given) - set(upstream.SET_BY_NANOSLIME) == FREE
+    assert set(given) - set(MEGATRON) == FREE
 
 
 @pytest.mark.megatron

@@ -66,6 +66,7 @@ class Layout:
     algorithm: str = "grpo"
     sequences: int | None = None  # in each micro-batch; None: see train_batch
     options: tuple[tuple[str, Any], ...] = ()  # further fields of TrainingConfig
+    ddp: tuple[tuple[str, Any], ...] = ()  # training.megatron_ddp
     dtype: str = "float32"
     device: Literal["cpu", "cuda"] = "cpu"
 
@@ -83,7 +84,7 @@ class Layout:
             words.append("one rank")
         if self.sequences:
             words.append(f"{self.sequences} in a micro-batch")
-        for name, value in self.options:
+        for name, value in self.options + self.ddp:
             words.append(name if value is True else f"{name}={value}")
         if self.dtype != "float32":
             words.append(self.dtype)
@@ -108,6 +109,8 @@ class Layout:
             collective_deadline_s=60.0,
         )
         settings.update(self.options)
+        if self.ddp:
+            settings["megatron_ddp"] = dict(self.ddp)
         settings.update(changes)
         return RunConfig(
             seed=1,

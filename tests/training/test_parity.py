@@ -40,6 +40,9 @@ FIRST_1 = (("num_layers_in_first_pipeline_stage", 1),)
 FIRST_2 = (("num_layers_in_first_pipeline_stage", 2),)
 LAST_1 = (("num_layers_in_last_pipeline_stage", 1),)
 
+OVERLAP_GRADS = (("overlap_grad_reduce", True), ("bucket_size", 1000))
+OVERLAP_BOTH = (*OVERLAP_GRADS, ("overlap_param_gather", True))
+
 ALONE = Layout()
 TP2 = Layout(tp_size=2)
 PP2 = Layout(pp_size=2)
@@ -90,6 +93,8 @@ ONCE: list[Case] = [
     ("qwen2", PP2),
     ("qwen3", DP2),
     ("qwen3", DP2_DISTRIBUTED),
+    ("qwen3", replace(DP2, ddp=OVERLAP_GRADS)),
+    ("qwen3", replace(DP2_DISTRIBUTED, ddp=OVERLAP_BOTH)),
     ("qwen3", TP2_PP2),
     ("qwen3_moe", DP2_EP2),
     ("qwen2", CP2),
@@ -164,6 +169,11 @@ def _matrix() -> list[Case]:
     for family in ("qwen3_moe", "glm4_moe", "deepseek_v3"):
         cases += [(family, layout) for layout in (CP2, VPP2)]
     cases.append((IDLE, DP2_EP2))
+    cases.append((IDLE, replace(DP2_EP2, ddp=OVERLAP_GRADS)))
+    for layout in (PP2_DP2, replace(VPP2, dp_size=2)):
+        cases.append(("qwen3", replace(layout, ddp=OVERLAP_GRADS)))
+        overlapped = replace(layout, options=RECOMPUTE + DISTRIBUTED, ddp=OVERLAP_BOTH)
+        cases.append(("qwen3_moe", overlapped))
     for family in ("qwen3", "qwen3_untied", "qwen3_moe", "glm4_moe", "deepseek_v3"):
         cases.append((family, replace(PP2, options=FIRST_1)))
         cases.append((family, replace(PP2, options=LAST_1 + RECOMPUTE)))

@@ -36,15 +36,15 @@ class MegatronBackend(TrainBackend):
         self.dp_rank = self._ranks.dp_rank
         self.dp_size = self._ranks.dp_size
         self.is_last_stage = self._ranks.is_last_stage
-        distributed = model.build(self._shape, config, self._ranks, self._device)
-        self._model_chunks = [model.unwrap(chunk) for chunk in distributed]
+        self._distributed = model.build(self._shape, config, self._ranks, self._device)
+        self._model_chunks = [model.unwrap(chunk) for chunk in self._distributed]
         self._parameter_pieces = self._bind()
         weights.load(self._parameter_pieces, self._shape, model_dir)
-        self._optimizer = optimizer.build(distributed, config)
+        self._optimizer = optimizer.build(self._distributed, config)
         self._replay = config.training.routing_replay
         if self._replay != "none":
             install_replay(self._model_chunks, self._shape)
-        self._pipeline = Pipeline(distributed, self._shape, self._ranks, self._device)
+        self._pipeline = Pipeline(self._distributed, self._shape, self._ranks, self._device)
         self._keep_reference()
 
     def all_sum(self, value: Tensor) -> Tensor:
@@ -120,6 +120,7 @@ class MegatronBackend(TrainBackend):
     def _update(self, lr: float) -> None:
         optimizer.set_rates(self._optimizer, lr, self._training.weight_decay)
         self._optimizer.step_with_ready_grads()
+        optimizer.gather_weights(self._distributed)
 
     def _parameters(self) -> list[Tensor]:
         return [p.detach() for chunk in self._model_chunks for p in chunk.parameters()]

@@ -128,11 +128,7 @@ def build(shape: ModelShape, config: RunConfig, ranks: Ranks, device: torch.devi
     """This rank's model chunks for training, with gradient buffers of float32."""
     settings = transformer_config(shape, config, device)
     settings.finalize_model_grads_func = _finalize_grads
-    buffers = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=config.training.distributed_optimizer,
-    )
-    model_chunks = []
+    model_chunks: list[DDP] = []
     partitions = ranks.partitions(shape, PipelineSizes.of(config.training))
     for number, partition in enumerate(partitions):
         vp_stage = number if ranks.vpp_size > 1 else None
@@ -151,8 +147,24 @@ def build(shape: ModelShape, config: RunConfig, ranks: Ranks, device: torch.devi
             model = Float16Module(settings, gpt)
             _keep_float32_biases(model)
         _mark_experts(model)
-        model_chunks.append(DDP(settings, buffers, model))
+        # Later chunks are reduced as a whole, as in megatron-core's own training.
+        one_bucket = bool(model_chunks)
+        buffers = ddp_config(config)
+        model_chunks.append(DDP(settings, buffers, model, disable_bucketing=one_bucket))
+    if config.training.megatron_ddp.get("overlap_grad_reduce"):
+        # All micro-batches but the last one only add to the gradients.
+        no_sync = [chunk.no_sync for chunk in model_chunks]
+        settings.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return model_chunks
+
+
+def ddp_config(config: RunConfig) -> DistributedDataParallelConfig:
+    values: dict[str, Any] = dict(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.training.distributed_optimizer,
+    )
+    values.update(config.training.megatron_ddp)
+    return DistributedDataParallelConfig(**values)
 
 
 def has_transformer_engine(device: torch.device) -> bool:

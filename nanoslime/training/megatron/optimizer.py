@@ -1,6 +1,7 @@
 """AdamW on Megatron's gradient buffers."""
 
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel as DDP
@@ -34,7 +35,7 @@ def optimizer_config(config: RunConfig) -> OptimizerConfig:
     # With a precision-aware optimizer the main parameters leave the GPU too.
     # megatron-core's class itself looks for Transformer Engine.
     precision_aware = training.optimizer_offload and find_spec("transformer_engine") is not None
-    return OptimizerConfig(
+    values: dict[str, Any] = dict(
         optimizer="adam",
         lr=training.lr,
         weight_decay=training.weight_decay,
@@ -49,6 +50,29 @@ def optimizer_config(config: RunConfig) -> OptimizerConfig:
         optimizer_offload_fraction=1.0,
         use_precision_aware_optimizer=precision_aware,
     )
+    for name, value in training.megatron_optimizer.items():
+        values[name] = _dtype(name, value) if name.endswith("_dtype") else value
+    return OptimizerConfig(**values)
+
+
+def _dtype(name: str, value: Any) -> torch.dtype:
+    dtype = getattr(torch, str(value), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(
+            f"training.megatron_optimizer.{name}={value!r} is no type of torch; "
+            "choose float32, bfloat16 or float16"
+        )
+    return dtype
+
+
+def gather_weights(model_chunks: list[DDP]) -> None:
+    """Gathers the weights of a step that leaves this to the next forward (overlap_param_gather).
+
+    The output layer, the reference and weight sync read weights outside of a forward.
+    """
+    for chunk in model_chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def set_rates(optimizer: ChainedOptimizer, lr: float, weight_decay: float) -> None:
