@@ -47,13 +47,15 @@ def test_the_size_of_buckets_and_the_type_of_gradients_are_those_asked_for(start
     assert chunk.config.no_sync_func is not None
 
 
-def test_weights_are_gathered_at_once_and_each_step_reduces_once(start, model_dir):
-    """Sums of gradients that are reduced in each micro-batch would count some twice."""
-    steps = [make_step(model_dir, number) for number in range(2)]
+def test_gradients_are_reduced_in_the_last_micro_batch_however_many_there_are(start, model_dir):
+    steps = [make_step(model_dir, number) for number in range(3)]
     norms = []
     for options in ({}, {"megatron_ddp": OVERLAP, "distributed_optimizer": True}):
         backend = start(**options)
-        norms.append([backend.train_step(train_batch(step), GRPO(KL)).grad_norm for step in steps])
+        norms.append([])
+        for step, sequences in zip(steps, (1, 8, 2), strict=True):
+            batch = train_batch(step, sequences=sequences)
+            norms[-1].append(backend.train_step(batch, GRPO(KL)).grad_norm)
         dist.destroy_process_group()
     assert norms[1] == pytest.approx(norms[0], rel=1e-6)
 
