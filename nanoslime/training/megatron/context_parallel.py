@@ -40,7 +40,9 @@ class ContextParallelShard:
     ) -> None:
         cp_size = group.size()
         self._group = group
-        self.padded_lengths = padded_lengths(lengths, cp_size, length_multiple)
+        num_chunks = _num_chunks(cp_size)
+        self.padded_lengths = [-(-length // num_chunks) * num_chunks for length in lengths]
+        self.padded_lengths[-1] += -sum(self.padded_lengths) % length_multiple
         positions = torch.cat([torch.arange(length) for length in self.padded_lengths])
         by_rank = positions_by_rank(self.padded_lengths, cp_size)
         own = by_rank[group.rank()]
@@ -96,14 +98,6 @@ class ContextParallelShard:
         return gather_from_sequence_parallel_region(
             local, tensor_parallel_output_grad=sum_gradients, group=self._group
         )
-
-
-def padded_lengths(lengths: Sequence[int], cp_size: int, length_multiple: int) -> list[int]:
-    """The lengths with padding; the last sequence fills up the pack to the multiple."""
-    num_chunks = _num_chunks(cp_size)
-    padded = [-(-length // num_chunks) * num_chunks for length in lengths]
-    padded[-1] += -sum(padded) % length_multiple
-    return padded
 
 
 def positions_by_rank(padded_lengths: Sequence[int], cp_size: int) -> Tensor:

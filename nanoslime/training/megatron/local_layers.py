@@ -6,6 +6,7 @@ serves where there is Transformer Engine.
 """
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,18 +32,12 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from nanoslime.training.megatron.packed_sequences import (
-    PackedRotaryEmbedding,
-    PackedSequences,
-    as_one_sequence,
-)
+from nanoslime.training.megatron.packed_sequences import PackedRotaryEmbedding, PackedSequences
 
 # The widest head of torch's flash attention; the width is a multiple of 8.
 _MAX_HEAD_DIM = 256
 # torch 2.11 computes grouped heads without being asked to.
-_GROUPED_HEADS = {"enable_gqa": True}
-if "enable_gqa" not in inspect.signature(varlen_attn).parameters:
-    _GROUPED_HEADS = {}
+_ASKS_FOR_GROUPED_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 class RMSNorm(torch.nn.Module):
@@ -130,7 +125,7 @@ class PackedAttention(MegatronModule):
             packed.max_seqlen_kv,
             scale=self.scale,
             window_size=(-1, 0),
-            **_GROUPED_HEADS,
+            **({"enable_gqa": True} if _ASKS_FOR_GROUPED_HEADS else {}),
         )
         return attended[..., :value_dim]
 
@@ -141,6 +136,12 @@ class PackedAttention(MegatronModule):
         -> [T_i / cp_size, heads, v].
         """
         cp_size = self._cp_group.size()
+        num_groups = key.shape[1]
+        if query.is_cuda and num_groups < query.shape[1]:
+            # The kernels for float32 and for masks know no grouped heads.
+            key, value = (
+                x.repeat_interleave(query.shape[1] // num_groups, 1) for x in (key, value)
+            )
         mask = None
         if cp_size > 1:
             # The queries of this rank are chunks r and 2 cp_size - 1 - r; see
@@ -179,7 +180,7 @@ class LatentAttention(MLASelfAttention):
         **options: Any,
     ) -> tuple[Tensor, ...]:
         if packed_seq_params is not None:
-            packed_seq_params = as_one_sequence(packed_seq_params)
+            packed_seq_params = replace(packed_seq_params, qkv_format="sbhd")
         return super().get_query_key_value_tensors(
             hidden_states, key_value_states, position_ids, packed_seq_params, **options
         )

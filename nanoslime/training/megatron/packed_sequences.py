@@ -8,7 +8,7 @@ of each token's place within its own sequence, and only attention (local_layers)
 the sequences.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,11 +45,6 @@ def packed_inputs(
         "attention_mask": None,
         "packed_seq_params": packed,
     }
-
-
-def as_one_sequence(packed: PackedSequences) -> PackedSequences:
-    """The same pack, in the format in which megatron-core takes all tokens for one sequence."""
-    return replace(packed, qkv_format="sbhd")
 
 
 class PackedRotaryEmbedding(torch.nn.Module):
