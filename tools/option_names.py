@@ -15,43 +15,30 @@ from nanoslime.config.upstream import list_file
 
 
 @dataclass(frozen=True, slots=True)
-class Declarations:
-    """Options are the annotated names in the bodies of classes: of `class_name`, or of
-    any class.
-    """
-
-    file_pattern: str
-    class_name: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Package:
+    """Options are the annotated names in the bodies of classes: by pattern of files, those
+    of the named class, or of any class."""
+
     name: str
-    declarations: tuple[Declarations, ...]
+    class_names: dict[str, str | None]
 
 
 SOURCES = {
     "megatron": Package(
         "megatron-core",
-        (
-            Declarations("megatron/core/model_parallel_config.py", "ModelParallelConfig"),
-            Declarations("megatron/core/transformer/transformer_config.py", "TransformerConfig"),
-        ),
+        {
+            "megatron/core/model_parallel_config.py": "ModelParallelConfig",
+            "megatron/core/transformer/transformer_config.py": "TransformerConfig",
+        },
     ),
     "megatron_ddp": Package(
         "megatron-core",
-        (
-            Declarations(
-                "megatron/core/distributed/distributed_data_parallel_config.py",
-                "DistributedDataParallelConfig",
-            ),
-        ),
+        {"megatron/core/distributed/*_config.py": "DistributedDataParallelConfig"},
     ),
     "megatron_optimizer": Package(
-        "megatron-core",
-        (Declarations("megatron/core/optimizer/optimizer_config.py", "OptimizerConfig"),),
+        "megatron-core", {"megatron/core/optimizer/optimizer_config.py": "OptimizerConfig"}
     ),
-    "sglang": Package("sglang", (Declarations("sglang/srt/arg_groups/fields/*.py"),)),
+    "sglang": Package("sglang", {"sglang/srt/arg_groups/fields/*.py": None}),
 }
 
 
@@ -61,10 +48,10 @@ def installed(which: str) -> dict[str, Any]:
     distribution = metadata.distribution(source.name)
     root = Path(str(distribution.locate_file("")))
     options: set[str] = set()
-    for declarations in source.declarations:
-        for file in root.glob(declarations.file_pattern):
+    for file_pattern, class_name in source.class_names.items():
+        for file in root.glob(file_pattern):
             tree = ast.parse(file.read_text(encoding="utf-8"))
-            options |= _annotated_names(tree, declarations.class_name)
+            options |= _annotated_names(tree, class_name)
     public = sorted(option for option in options if not option.startswith("_"))
     return {"package": source.name, "version": distribution.version, "names": public}
 

@@ -67,8 +67,7 @@ def load(
     if _falls_back_to_fsdp(config, layers.sources):
         config = _with_fsdp(config)
     for which in MEGATRON_OPTIONS:
-        options = getattr(config.training, which)
-        upstream.check(which, f"training.{which}", options, upstream.SET_BY_NANOSLIME[which])
+        upstream.check(which, f"training.{which}", getattr(config.training, which))
     for engine in dict.fromkeys([*ENGINES, config.rollout.engine]):
         _check_engine_options(engine, config)
     return config
@@ -287,13 +286,10 @@ def _falls_back_to_fsdp(config: RunConfig, sources: dict[str, _Source]) -> bool:
     training = config.training
     if "training.backend" in sources or config.cluster.nodes > 1:
         return False
-    if training.routing_replay != "none":
+    has_options = any(getattr(training, which) for which in MEGATRON_OPTIONS)
+    if training.routing_replay != "none" or has_options:
         return False
-    if any(getattr(training, which) for which in MEGATRON_OPTIONS):
-        return False
-    names = list(PARALLEL_SIZES)
-    names += [name for name in MEGATRON_ONLY if getattr(training, name)]
-    for name in names:
+    for name in PARALLEL_SIZES + tuple(n for n in MEGATRON_ONLY if getattr(training, n)):
         source = sources.get(f"training.{name}")
         if source is not None and source.is_flag:
             return False
@@ -302,13 +298,7 @@ def _falls_back_to_fsdp(config: RunConfig, sources: dict[str, _Source]) -> bool:
 
 def _with_fsdp(config: RunConfig) -> RunConfig:
     """The same run with FSDP2; the parallel sizes of a recipe do not apply to it."""
-    sizes: dict[str, Any] = dict.fromkeys(PARALLEL_SIZES, 1)
-    training = replace(
-        config.training,
-        backend="fsdp",
-        sequence_parallel=False,
-        num_layers_in_first_pipeline_stage=None,
-        num_layers_in_last_pipeline_stage=None,
-        **sizes,
-    )
+    unset = type(config.training)()
+    without = {name: getattr(unset, name) for name in PARALLEL_SIZES + MEGATRON_ONLY}
+    training = replace(config.training, backend="fsdp", **without)
     return replace(config, training=training)

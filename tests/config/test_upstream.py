@@ -12,7 +12,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from nanoslime.config import upstream
 from nanoslime.config.load import load
 from nanoslime.models.shape import ModelShape
-from nanoslime.rollout.engines import sglang
 from nanoslime.training.megatron import model
 from nanoslime.types import RunError
 from tests.models.hf import save_model
@@ -27,18 +26,15 @@ def test_list_is_that_of_the_installed_package(which):
     assert upstream.known(which) == option_names.installed(which), way_out
 
 
-@pytest.mark.parametrize(
-    ("which", "names"),
-    [*upstream.SET_BY_NANOSLIME.items(), ("sglang", sglang.SET_BY_NANOSLIME)],
-)
+@pytest.mark.parametrize(("which", "names"), upstream.SET_BY_NANOSLIME.items())
 def test_names_that_we_set_exist_upstream(which, names):
     assert set(names) <= set(upstream.known(which)["names"])
 
 
 def test_a_known_option_passes_and_an_unknown_one_is_refused():
-    upstream.check("sglang", "rollout.sglang", {"mem_fraction_static": 0.8}, {})
+    upstream.check("sglang", "rollout.sglang", {"mem_fraction_static": 0.8})
     with pytest.raises(RunError, match="mem_fraction_statik: .* did you mean mem_fraction_static"):
-        upstream.check("sglang", "rollout.sglang", {"mem_fraction_statik": 0.8}, {})
+        upstream.check("sglang", "rollout.sglang", {"mem_fraction_statik": 0.8})
 
 
 @pytest.mark.parametrize(
@@ -56,7 +52,7 @@ def test_a_known_option_passes_and_an_unknown_one_is_refused():
 def test_what_the_maths_rests_on_is_refused_with_what_to_set_instead(name, instead):
     said = f"training.megatron.{name} is set by nanoslime; use {instead}"
     with pytest.raises(RunError, match=re.escape(said)):
-        upstream.check("megatron", "training.megatron", {name: 1}, MEGATRON)
+        upstream.check("megatron", "training.megatron", {name: 1})
 
 
 @pytest.mark.parametrize(

@@ -14,19 +14,6 @@ _MEM_FRACTION = 0.85
 # A sleeping trainer keeps its CUDA context, NCCL's buffers and fragments on the GPU.
 COLOCATED_MEM_FRACTION = 0.7
 
-SET_BY_NANOSLIME = {
-    "model_path": "model.hf_checkpoint",
-    "tokenizer_path": "model.hf_checkpoint",
-    "trust_remote_code": "model.trust_remote_code",
-    "dtype": "model.dtype",
-    "tp_size": "rollout.engine_tp_size",
-    "device": "cluster.gpus_per_node",
-    "host": "cluster.network_interface",
-    "port": "nothing: it is chosen per job",
-    "random_seed": "seed",
-}
-"""Options of SGLang that nanoslime sets itself, and what to set instead."""
-
 # Options that bound prompt and response together.
 _TOKEN_LIMITS = ("context_length", "max_total_tokens")
 
@@ -41,7 +28,7 @@ class SGLang(EngineKind):
     def check_options(self, rollout: RolloutConfig) -> None:
         """Raises RunError for a name in rollout.sglang that SGLang lacks or nanoslime sets,
         and for values of which the plan makes use and that cannot be."""
-        upstream.check("sglang", "rollout.sglang", rollout.sglang, SET_BY_NANOSLIME)
+        upstream.check("sglang", "rollout.sglang", rollout.sglang)
         for name, value in rollout.sglang.items():
             if value is None:
                 continue

@@ -128,6 +128,11 @@ def build(shape: ModelShape, config: RunConfig, ranks: Ranks, device: torch.devi
     """This rank's model chunks for training, with gradient buffers of float32."""
     settings = transformer_config(shape, config, device)
     settings.finalize_model_grads_func = _finalize_grads
+    ddp_options: dict[str, Any] = {
+        "grad_reduce_in_fp32": True,
+        "use_distributed_optimizer": config.training.distributed_optimizer,
+        **config.training.megatron_ddp,
+    }
     model_chunks: list[DDP] = []
     partitions = ranks.partitions(shape, PipelineSizes.of(config.training))
     for number, partition in enumerate(partitions):
@@ -147,24 +152,14 @@ def build(shape: ModelShape, config: RunConfig, ranks: Ranks, device: torch.devi
             model = Float16Module(settings, gpt)
             _keep_float32_biases(model)
         _mark_experts(model)
+        buffers = DistributedDataParallelConfig(**ddp_options)
         # Later chunks are reduced as a whole, as in megatron-core's own training.
-        one_bucket = bool(model_chunks)
-        buffers = ddp_config(config)
-        model_chunks.append(DDP(settings, buffers, model, disable_bucketing=one_bucket))
-    if config.training.megatron_ddp.get("overlap_grad_reduce"):
+        model_chunks.append(DDP(settings, buffers, model, disable_bucketing=number > 0))
+    if ddp_options.get("overlap_grad_reduce"):
         # All micro-batches but the last one only add to the gradients.
         no_sync = [chunk.no_sync for chunk in model_chunks]
         settings.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return model_chunks
-
-
-def ddp_config(config: RunConfig) -> DistributedDataParallelConfig:
-    values: dict[str, Any] = dict(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=config.training.distributed_optimizer,
-    )
-    values.update(config.training.megatron_ddp)
-    return DistributedDataParallelConfig(**values)
 
 
 def has_transformer_engine(device: torch.device) -> bool:
