@@ -18,8 +18,9 @@ from nanoslime.plugins import check_importable
 from nanoslime.run_dir import RunDir, recorded_rollouts
 from nanoslime.storage.commit import checkpoints
 from nanoslime.storage.hub import find_checkpoint
-from nanoslime.storage.prompt_files import check_prompt_file
+from nanoslime.storage.prompt_text import check_prompt_file
 from nanoslime.storage.resume import check_resumed
+from nanoslime.storage.tokenizer_files import check_vocabulary, has_tokenizer_files
 from nanoslime.types import RunError
 
 # A run with a younger heartbeat is taken to be alive; heartbeats come every few seconds.
@@ -60,7 +61,9 @@ def resolve(config: RunConfig, *, download: bool) -> tuple[RunConfig, ModelShape
         raise RunError(str(error)) from error
     check_context(config, shape)
     if not replays:
-        config = replace(config, data=_with_prompt_files(config.data))
+        tokenizer = found.directory if has_tokenizer_files(found.directory) else None
+        check_vocabulary(found.directory, shape.vocab_size)
+        config = replace(config, data=_with_prompt_files(config.data, tokenizer))
     return config, shape
 
 
@@ -88,16 +91,16 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     return replace(config, cluster=cluster)
 
 
-def _with_prompt_files(data: DataConfig) -> DataConfig:
-    """Absolute paths of prompt files whose first prompt has the right keys."""
+def _with_prompt_files(data: DataConfig, tokenizer: Path | None) -> DataConfig:
+    """Absolute paths of prompt files that the job can use; `tokenizer` holds its files."""
     if not data.prompts:
         raise RunError("data.prompts is not set: give --prompts FILE (.jsonl or .parquet)")
     prompts = _absolute(data.prompts)
-    check_prompt_file(prompts, data.prompt_key, data.label_key)
+    check_prompt_file(prompts, data, tokenizer)
     data = replace(data, prompts=str(prompts))
     if data.eval_prompts:
         eval_prompts = _absolute(data.eval_prompts)
-        check_prompt_file(eval_prompts, data.prompt_key, data.label_key)
+        check_prompt_file(eval_prompts, data, tokenizer)
         data = replace(data, eval_prompts=str(eval_prompts))
     return data
 

@@ -13,7 +13,7 @@ from nanoslime.orchestration.session import (
     Started,
     engine_here,
     make_session,
-    prepare_model,
+    prepare_inputs,
 )
 from nanoslime.run_dir import Attempt
 from nanoslime.storage.shared_files import read_json
@@ -28,7 +28,8 @@ def open_ray(
     transport = resolve_transport(config, same_process=False)
     with ExitStack() as resources:
         phase("model")
-        config, model_dir = prepare_model(config, attempt.run)
+        inputs = prepare_inputs(config, attempt.run)
+        config, model_dir = inputs.config, inputs.model_dir
         phase("start")
         if local:
             ray_group.start_local(layout.slots_per_node, layout.device)
@@ -66,4 +67,4 @@ def open_ray(
             engines.append(engine_here(config, attempt, model_dir, "cpu", [], resources))
         ranks_by_engine = [layout.ranks_at(place) for place in layout.engines]
         started = Started(trainer, engines, ranks_by_engine, transport)
-        yield make_session(config, attempt, model_dir, started, resources)
+        yield make_session(inputs, attempt, started, resources)

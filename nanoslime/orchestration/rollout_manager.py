@@ -10,15 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import AutoTokenizer
-
 from nanoslime import algorithms
 from nanoslime.algorithms.prepare import PreparedGroups, prepare
 from nanoslime.config import RolloutConfig, RunConfig
 from nanoslime.plugins import resolve
 from nanoslime.rollout import recorder
 from nanoslime.rollout.generate import sample_groups
-from nanoslime.rollout.prompts import PromptSource, digest, load_prompts
+from nanoslime.rollout.prompts import PromptSource, RunPrompts, digest
 from nanoslime.rollout.rewards import REWARDS
 from nanoslime.rollout.router import LeastInflightRouter
 from nanoslime.run_dir import RunDir
@@ -44,7 +42,7 @@ class RolloutManager:
         self,
         config: RunConfig,
         run: RunDir,
-        model_dir: Path,
+        prompts: RunPrompts,
         engines: Sequence[Engine],
         weights: Weights,
     ):
@@ -53,19 +51,13 @@ class RolloutManager:
         self.metrics: dict[str, float] = {}
         self._weights = weights
         data = config.data
-        self._tokenizer = AutoTokenizer.from_pretrained(
-            model_dir, trust_remote_code=config.model.trust_remote_code
-        )
+        self._tokenizer = prompts.tokenizer
         self._reward = resolve(data.reward, REWARDS, "data.reward")
         self._algorithm = algorithms.make(config.algorithm, config.rollout.max_new_tokens)
         self._router = LeastInflightRouter(engines)
         self._failures = SampleFailures()
-        prompts = load_prompts(Path(data.prompts), self._tokenizer, data)
-        self._source = PromptSource(prompts, config.seed, data.shuffle, data.prompts)
-        self._held_out: list[Prompt] = []
-        if data.eval_prompts:
-            held_out = load_prompts(Path(data.eval_prompts), self._tokenizer, data)
-            self._held_out = held_out[: config.eval.max_prompts or None]
+        self._source = PromptSource(prompts.train, config.seed, data.shuffle, data.prompts)
+        self._held_out = list(prompts.held_out)
 
     def generate(self, step: int) -> list[SampleGroup]:
         """Returns scored, filtered groups with advantages, sampled by the current policy.

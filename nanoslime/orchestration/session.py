@@ -23,6 +23,7 @@ from nanoslime.orchestration.groups import NoTrainer, TrainGroup, resolve_transp
 from nanoslime.orchestration.local_group import LocalTrainGroup
 from nanoslime.orchestration.rollout_manager import Replay, RolloutManager
 from nanoslime.orchestration.torchrun_group import Ranks, TorchrunTrainGroup
+from nanoslime.rollout.prompts import RunPrompts
 from nanoslime.run_dir import Attempt, RunDir
 from nanoslime.storage.commit import remove_leftovers
 from nanoslime.training.backend import RankEnv
@@ -54,11 +55,29 @@ class Started:
     transport: str
 
 
-def prepare_model(config: RunConfig, run: RunDir) -> tuple[RunConfig, Path]:
-    """Returns the configuration with its data paths, and the model's directory.
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a run begins with: its configuration with the data's paths, model and prompts."""
+
+    config: RunConfig
+    model_dir: Path
+    # None where recorded rollouts take their place.
+    prompts: RunPrompts | None
+
+
+def prepare_inputs(config: RunConfig, run: RunDir) -> Inputs:
+    """Reads all prompts, so that a bad one ends the run before anything starts.
 
     A rehearsal makes its data and its model first.
     """
+    config, model_dir = _prepare_model(config, run)
+    prompts = None
+    if not config.rollout.load_rollouts:
+        prompts = RunPrompts.load(config, model_dir)
+    return Inputs(config, model_dir, prompts)
+
+
+def _prepare_model(config: RunConfig, run: RunDir) -> tuple[RunConfig, Path]:
     if not config.rehearsal.enabled:
         return config, Path(config.model.hf_checkpoint)
     files = rehearsal.make(run.model, config.rehearsal)
@@ -79,7 +98,8 @@ def open_local(
             ranks = Ranks(env, config)
             resources.callback(ranks.close)
         phase("model")
-        config, model_dir = prepare_model(config, attempt.run)
+        inputs = prepare_inputs(config, attempt.run)
+        config, model_dir = inputs.config, inputs.model_dir
         phase("start")
         engines: list[Engine] = []
         if not config.rollout.load_rollouts:
@@ -99,7 +119,7 @@ def open_local(
         resources.callback(trainer.close)
         trainer.setup()
         started = Started(trainer, engines, [[0]], transport)
-        yield make_session(config, attempt, model_dir, started, resources)
+        yield make_session(inputs, attempt, started, resources)
 
 
 def engine_here(
@@ -127,12 +147,9 @@ def engine_here(
 
 
 def make_session(
-    config: RunConfig,
-    attempt: Attempt,
-    model_dir: Path,
-    started: Started,
-    resources: ExitStack,
+    inputs: Inputs, attempt: Attempt, started: Started, resources: ExitStack
 ) -> Session:
+    config = inputs.config
     run = attempt.run
     trainer = started.trainer
     calls = EngineCalls(started.engines)
@@ -149,10 +166,10 @@ def make_session(
     )
     weights.open(started.ranks_by_engine)
     rollout: RolloutManager | Replay
-    if config.rollout.load_rollouts:
+    if inputs.prompts is None:
         rollout = Replay(config)
     else:
-        rollout = RolloutManager(config, run, model_dir, started.engines, weights)
+        rollout = RolloutManager(config, run, inputs.prompts, started.engines, weights)
     remove_leftovers(run.checkpoints)
     checkpoints = Checkpoints(config, run, trainer, rollout, weights)
     return Session(config, attempt, trainer, rollout, weights, checkpoints)

@@ -2,67 +2,209 @@
 
 import json
 import logging
+import sys
+from array import array
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import batched
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import xxhash
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from nanoslime.config import RunConfig
 from nanoslime.config.model import DataConfig
 from nanoslime.storage.prompt_files import PromptRecord, read_prompt_file
+from nanoslime.storage.prompt_text import (
+    check_length,
+    check_template,
+    none_short_enough,
+    prompt_text,
+)
 from nanoslime.types import Prompt, RunError
 
 logger = logging.getLogger(__name__)
 
+_BATCH = 1024
 
-def load_prompts(
-    path: Path, tokenizer: PreTrainedTokenizerBase, config: DataConfig
-) -> list[Prompt]:
+
+@dataclass(frozen=True, slots=True)
+class RunPrompts:
+    """The tokenizer of a run and its prompts, read before any engine starts."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: Sequence[Prompt]
+    held_out: Sequence[Prompt]
+
+    @classmethod
+    def load(cls, config: RunConfig, model_dir: Path) -> "RunPrompts":
+        """Raises RunError as `load_prompts` does."""
+        data = config.data
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_dir, trust_remote_code=config.model.trust_remote_code
+        )
+        train = load_prompts(Path(data.prompts), tokenizer, data)
+        held_out: Sequence[Prompt] = []
+        if data.eval_prompts:
+            prompts = load_prompts(Path(data.eval_prompts), tokenizer, data)
+            held_out = prompts[: config.eval.max_prompts or None]
+        return cls(tokenizer, train, held_out)
+
+
+def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> "Prompts":
     """Every prompt of a JSONL or parquet file, tokenized; `prompt_id` is its position
     in the file.
 
-    Raises RunError in one line that names file and line for a broken line, a missing
-    key, an empty prompt, and one over `max_prompt_tokens` (unless over-long prompts are
-    skipped, with a count); and for a file without any prompt.
+    Over-long prompts are skipped, and repeated ones dropped, where the configuration says
+    so; both are counted in the log. Raises RunError in one line that names file and line for
+    what `read_prompt_file` refuses, for a chat template that fails, an empty prompt and an
+    over-long one.
     """
-    use_template = _use_template(tokenizer, config)
-    records = list(read_prompt_file(path, config.prompt_key, config.label_key))
-    texts = [_text(record, tokenizer, config, use_template) for record in records]
-    # A chat template writes the special tokens itself.
-    tokenized = tokenizer(texts, add_special_tokens=not use_template)["input_ids"]
-
-    prompts = []
-    rows = zip(records, texts, tokenized, strict=True)
-    for prompt_id, (record, text, token_ids) in enumerate(rows):
-        if not token_ids:
-            raise RunError(f"{record.place}: the prompt is empty")
-        if len(token_ids) > config.max_prompt_tokens:
-            if config.over_long == "skip":
-                continue
-            raise RunError(
-                f"{record.place}: a prompt of {len(token_ids)} tokens is over "
-                f"data.max_prompt_tokens={config.max_prompt_tokens}; raise it, or set "
-                "data.over_long=skip"
-            )
-        prompts.append(_prompt(prompt_id, record, text, token_ids, config))
-
-    if not prompts:
-        raise RunError(
-            f"{path}: every prompt is over data.max_prompt_tokens={config.max_prompt_tokens}; "
-            "raise it"
+    render = None
+    if check_template(bool(tokenizer.chat_template), config):
+        render = partial(
+            tokenizer.apply_chat_template,
+            tokenize=False,
+            add_generation_prompt=True,
+            **config.chat_template_kwargs,
         )
-    num_skipped = len(records) - len(prompts)
+    prompts = Prompts()
+    num_records = num_repeated = 0
+    for records in batched(read_prompt_file(path, config), _BATCH):
+        texts = [prompt_text(record, config, render) for record in records]
+        new = [text for text in dict.fromkeys(texts) if text not in prompts]
+        if new:
+            # A chat template writes the special tokens itself.
+            tokenized = tokenizer(new, add_special_tokens=render is None)["input_ids"]
+            prompts.add_texts(new, tokenized)
+        for record, text in zip(records, texts, strict=True):
+            prompt_id = num_records
+            num_records += 1
+            num_tokens = prompts.num_tokens(text)
+            if num_tokens == 0:
+                raise RunError(f"{record.place}: the prompt is empty")
+            if not check_length(record.place, num_tokens, config):
+                continue
+            is_repeated = prompts.has(text, record.label)
+            num_repeated += is_repeated
+            if not (is_repeated and config.deduplicate):
+                prompts.add(prompt_id, text, record)
+    if not len(prompts):
+        raise none_short_enough(path, config)
+    prompts.freeze()
+    _warn_of_left_out(path, config, num_records, num_repeated, len(prompts))
+    return prompts
+
+
+def _warn_of_left_out(
+    path: Path, config: DataConfig, num_records: int, num_repeated: int, num_kept: int
+) -> None:
+    num_dropped = num_repeated if config.deduplicate else 0
+    num_skipped = num_records - num_dropped - num_kept
     if num_skipped:
         logger.warning(
             "%s: skipped %d of %d prompts with over %d tokens",
             path,
             num_skipped,
-            len(records),
+            num_records,
             config.max_prompt_tokens,
         )
-    return prompts
+    if num_repeated:
+        # A file that repeats most of its prompts was hardly meant so.
+        is_news = config.deduplicate or 2 * num_repeated > num_records
+        logger.log(
+            logging.WARNING if is_news else logging.INFO,
+            "%s: %d of %d prompts repeat an earlier one with its label; data.deduplicate=%s %s",
+            path,
+            num_repeated,
+            num_records,
+            str(config.deduplicate).lower(),
+            "drops them" if config.deduplicate else "keeps them",
+        )
+
+
+class Prompts(Sequence[Prompt]):
+    """The prompts of a file in little memory: a text and its tokens are held once, however
+    often they come, and metadata as JSON. A `Prompt` is made where one is asked for."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+        # Of all texts, end to end; text i ends at self._ends[i].
+        self._token_ids = array("i")
+        self._ends = array("q")
+        # By prompt.
+        self._prompt_ids = array("q")
+        self._text_of = array("q")
+        self._labels: list[str | int | float | None] = []
+        self._metadata: list[bytes] = []
+        # While it is filled: where a text is, and which prompts there are.
+        self._position: dict[str, int] = {}
+        self._known: set[tuple[int, str | int | float | None]] = set()
+
+    def __contains__(self, text: object) -> bool:
+        return text in self._position
+
+    def add_texts(self, texts: Sequence[str], tokenized: Sequence[Sequence[int]]) -> None:
+        for text, token_ids in zip(texts, tokenized, strict=True):
+            self._position[text] = len(self._texts)
+            self._texts.append(text)
+            self._token_ids.extend(token_ids)
+            self._ends.append(len(self._token_ids))
+
+    def num_tokens(self, text: str) -> int:
+        first, end = self._span(self._position[text])
+        return end - first
+
+    def has(self, text: str, label: str | int | float | None) -> bool:
+        return (self._position[text], label) in self._known
+
+    def add(self, prompt_id: int, text: str, record: PromptRecord) -> None:
+        """Adds a prompt whose text has been added."""
+        position = self._position[text]
+        label = record.label
+        if isinstance(label, str):
+            label = sys.intern(label)
+        self._known.add((position, label))
+        self._prompt_ids.append(prompt_id)
+        self._text_of.append(position)
+        self._labels.append(label)
+        metadata = b""
+        if record.metadata:
+            metadata = json.dumps(record.metadata, default=str, ensure_ascii=False).encode()
+        self._metadata.append(metadata)
+
+    def freeze(self) -> None:
+        """Gives back what only filling needs."""
+        self._position.clear()
+        self._known.clear()
+
+    def __len__(self) -> int:
+        return len(self._text_of)
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Prompt]: ...
+    def __getitem__(self, index: int | slice) -> Prompt | list[Prompt]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        position = self._text_of[index]
+        first, end = self._span(position)
+        metadata = self._metadata[index]
+        return Prompt(
+            self._prompt_ids[index],
+            np.array(self._token_ids[first:end], np.int32),
+            self._texts[position],
+            self._labels[index],
+            json.loads(metadata) if metadata else {},
+        )
+
+    def _span(self, position: int) -> tuple[int, int]:
+        first = self._ends[position - 1] if position else 0
+        return first, self._ends[position]
 
 
 def digest(prompts: Iterable[Prompt]) -> str:
@@ -100,7 +242,7 @@ class PromptSource:
                 self._position = 0
             num_missing = n - len(taken)
             indices = self._epoch_order()[self._position : self._position + num_missing]
-            taken.extend(self._prompts[i] for i in indices)
+            taken.extend(self._prompts[i] for i in indices.tolist())
             self._position += len(indices)
         return taken
 
@@ -149,71 +291,9 @@ class PromptSource:
             "shuffle": int(self._shuffle),
         }
 
-    def _epoch_order(self) -> list[int]:
+    def _epoch_order(self) -> np.ndarray:
         """The prompts' positions in the order of the current epoch."""
         if not self._shuffle:
-            return list(range(len(self._prompts)))
+            return np.arange(len(self._prompts))
         generator = np.random.default_rng([self._seed, self._epoch])
-        return generator.permutation(len(self._prompts)).tolist()
-
-
-def _prompt(
-    prompt_id: int, record: PromptRecord, text: str, token_ids: list[int], config: DataConfig
-) -> Prompt:
-    label = None
-    if config.label_key:
-        label = record.fields[config.label_key]
-    metadata = record.fields.get("metadata") or {}
-    return Prompt(prompt_id, np.asarray(token_ids, np.int32), text, label, metadata)
-
-
-def _use_template(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> bool:
-    """Whether the chat template is applied. Raises RunError where the configuration
-    needs one."""
-    has_template = bool(tokenizer.chat_template)
-    if config.chat_template == "on" and not has_template:
-        raise RunError(
-            "data.chat_template=on, but the tokenizer has no chat template; use auto or off"
-        )
-    use_template = has_template and config.chat_template != "off"
-    if config.system_prompt and not use_template:
-        raise RunError(
-            "data.system_prompt needs a chat template: there is none, or data.chat_template=off"
-        )
-    return use_template
-
-
-def _text(
-    record: PromptRecord,
-    tokenizer: PreTrainedTokenizerBase,
-    config: DataConfig,
-    use_template: bool,
-) -> str:
-    """The text that the model sees: the prompt itself, or the chat template over it,
-    which ends where the answer begins."""
-    prompt = record.fields[config.prompt_key]
-    is_text = isinstance(prompt, str)
-    if not is_text and not _is_chat(prompt):
-        raise RunError(
-            f"{record.place}: a prompt is a string or a list of {{role, content}} messages"
-        )
-    if not use_template:
-        if not is_text:
-            raise RunError(
-                f"{record.place}: a prompt of chat messages needs a chat template; the "
-                "tokenizer's is missing or off"
-            )
-        return prompt
-    messages = [{"role": "user", "content": prompt}] if is_text else prompt
-    if config.system_prompt:
-        messages = [{"role": "system", "content": config.system_prompt}, *messages]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
-
-def _is_chat(prompt: Any) -> bool:
-    """Whether the prompt is a list of messages, each with a role and a content."""
-    if not isinstance(prompt, list):
-        return False
-    return all(
-        isinstance(message, dict) and {"role", "content"} <= message.keys() for message in prompt
-    )
+        return generator.permutation(len(self._prompts))

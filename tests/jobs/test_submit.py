@@ -416,15 +416,25 @@ def test_a_damaged_checkpoint_is_refused_before_submission(machine, model, promp
         ),
         (
             "a.jsonl",
-            '\n{"prompt": 1, "answer": 2}',
+            '\n{"prompt": "1", "answer": 2}',
             "a.jsonl:2: no key 'label'; set data.label_key to one of answer, prompt",
         ),
+        ("a.jsonl", '{"prompt": "1", "label": 2}\n{broken', "a.jsonl:2: not a line of JSON"),
+        ("a.jsonl", '{"prompt": 1, "label": 2}', "a.jsonl:1: a prompt is a string or a list"),
+        ("a.jsonl", '{"prompt": "a", "label": {"x": 2}}', "set data.label_key to label.x"),
+        (
+            "a.jsonl",
+            '{"prompt": [{"role": "user", "content": "a"}], "label": 2}',
+            "a.jsonl:1: a prompt of chat messages needs a chat template",
+        ),
+        ("a.parquet", "no parquet", "a.parquet is not a readable parquet file"),
     ],
 )
 def test_a_prompt_file_that_cannot_serve_is_refused_before_submission(
     machine, model, name, content, says
 ):
     machine.slurm()
+    (model / "tokenizer_config.json").write_text("{}")
     if content is not None and name:
         (machine.root / name).write_text(content)
     flags = ["--nodes", 2, "--hf-checkpoint", model]
@@ -584,3 +594,23 @@ def test_training_on_recorded_rollouts_needs_neither_prompts_nor_a_tokenizer(mac
     said = machine.refusal(*flags, "--num-rollout", 3)
     assert "load_rollouts='old' holds 2 rollouts" in said
     assert "num_rollout=3" in said
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused_before_submission(machine, model, prompts):
+    machine.slurm()
+    (model / "tokenizer.json").write_text('{"model": {"vocab": {"a": 320}}}')
+    said = machine.refusal("--hf-checkpoint", model, "--prompts", prompts)
+    assert "tokenizer.json has 321 tokens, and the model's vocab_size=320 rows" in said
+
+
+def test_a_field_that_two_flags_set_is_refused(machine):
+    said = machine.refusal("--nodes", "4", "--lr", "1e-6", "--training.lr", "1e-5")
+    assert "--training.lr sets training.lr, which --lr has set; give one of them" in said
+
+
+def test_a_prompt_and_response_beyond_the_context_are_refused(machine, model, prompts):
+    flags = ["--hf-checkpoint", model, "--prompts", prompts, "--max-new-tokens", "3073"]
+    said = machine.refusal(*flags)
+    assert "are 4097 tokens together, more than the 4096 that the model reads" in said
+    said = machine.refusal("--nodes", "4", "--max-new-tokens", "3073")
+    assert "more than the 4096" in said

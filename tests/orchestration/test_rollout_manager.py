@@ -12,6 +12,7 @@ import pytest
 from nanoslime.config import DataConfig, EvalConfig, RolloutConfig, RunConfig
 from nanoslime.orchestration.rollout_manager import RolloutManager
 from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
+from nanoslime.rollout.prompts import RunPrompts
 from nanoslime.run_dir import RunDir
 from nanoslime.types import GenerateRequest, Generation, RunError, SampleGroup, Status
 
@@ -55,7 +56,8 @@ def manager(
     )
     run = RunDir.create(tmp_path, name)
     engines = [engine(str(model), "float32", "cpu", seed=0)]
-    return RolloutManager(config, run, model, engines, Weights(version=0))
+    prompts = RunPrompts.load(config, model)
+    return RolloutManager(config, run, prompts, engines, Weights(version=0))
 
 
 def test_a_sample_that_cannot_be_made_counts_as_reward_0(tmp_path, tiny_model, caplog):

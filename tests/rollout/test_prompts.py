@@ -1,6 +1,8 @@
 """Prompt files, good and bad, and the order in which prompts come."""
 
 import json
+import logging
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +182,45 @@ def test_a_label_is_not_needed_when_no_key_names_it(
     path = write(tmp_path / "p.jsonl", {"prompt": "a"})
     (prompt,) = load(path, tokenizer, label_key="")
     assert prompt.label is None
+
+
+def test_repeated_prompts_are_counted_and_dropped_where_asked(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    labels = ["1", "2", "1", "1", "3"]
+    rows = [{"prompt": "a", "label": label, "metadata": {"i": 1}} for label in labels]
+    path = write(tmp_path / "p.jsonl", *rows, {"prompt": "b", "label": "1"})
+    kept = load(path, tokenizer)
+    assert ids(kept) == [0, 1, 2, 3, 4, 5]
+    assert "2 of 6 prompts repeat an earlier one with its label" in caplog.text
+    assert "data.deduplicate=false keeps them" in caplog.text
+    dropped = load(path, tokenizer, deduplicate=True)
+    assert ids(dropped) == [0, 1, 4, 5]
+    assert "data.deduplicate=true drops them" in caplog.text
+    assert [(prompt.text, prompt.label) for prompt in dropped[1:]] == [
+        ("a", "2"),
+        ("a", "3"),
+        ("b", "1"),
+    ]
+    assert dropped[2].metadata == {"i": 1}
+    assert "skipped" not in caplog.text
+
+
+def test_repeated_prompts_take_little_memory(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Rows of 500 characters that come twenty times each."""
+    rows = [{"prompt": f"{i % 1000:0500d}", "label": str(i % 1000)} for i in range(20_000)]
+    path = write(tmp_path / "p.jsonl", *rows)
+    tracemalloc.start()
+    prompts = load(path, tokenizer)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(prompts) == 20_000
+    assert held / len(prompts) < 300
+    assert peak < 60e6
+    assert prompts[19_999].text == f"{999:0500d}"
 
 
 def source(count: int = 10, seed: int = 3, shuffle: bool = True) -> PromptSource:
