@@ -42,7 +42,7 @@ class RolloutManager:
         self,
         config: RunConfig,
         run: RunDir,
-        prompts: RunPrompts,
+        loaded: RunPrompts,
         engines: Sequence[Engine],
         weights: Weights,
     ):
@@ -51,13 +51,15 @@ class RolloutManager:
         self.metrics: dict[str, float] = {}
         self._weights = weights
         data = config.data
-        self._tokenizer = prompts.tokenizer
+        self._tokenizer = loaded.tokenizer
         self._reward = resolve(data.reward, REWARDS, "data.reward")
         self._algorithm = algorithms.make(config.algorithm, config.rollout.max_new_tokens)
         self._router = LeastInflightRouter(engines)
         self._failures = SampleFailures()
-        self._source = PromptSource(prompts.train, config.seed, data.shuffle, data.prompts)
-        self._held_out = list(prompts.held_out)
+        prompts = loaded.train
+        self._source = PromptSource(prompts, config.seed, data.shuffle, data.prompts)
+        held_out = loaded.held_out
+        self._held_out = list(held_out[: config.eval.max_prompts or None])
 
     def generate(self, step: int) -> list[SampleGroup]:
         """Returns scored, filtered groups with advantages, sampled by the current policy.

@@ -49,8 +49,7 @@ class RunPrompts:
         train = load_prompts(Path(data.prompts), tokenizer, data)
         held_out: Sequence[Prompt] = []
         if data.eval_prompts:
-            prompts = load_prompts(Path(data.eval_prompts), tokenizer, data)
-            held_out = prompts[: config.eval.max_prompts or None]
+            held_out = load_prompts(Path(data.eval_prompts), tokenizer, data)
         return cls(tokenizer, train, held_out)
 
 
@@ -64,7 +63,8 @@ def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, config: DataCon
     over-long one.
     """
     render = None
-    if check_template(bool(tokenizer.chat_template), config):
+    use_template = check_template(bool(tokenizer.chat_template), config)
+    if use_template:
         render = partial(
             tokenizer.apply_chat_template,
             tokenize=False,
@@ -78,7 +78,7 @@ def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, config: DataCon
         new = [text for text in dict.fromkeys(texts) if text not in prompts]
         if new:
             # A chat template writes the special tokens itself.
-            tokenized = tokenizer(new, add_special_tokens=render is None)["input_ids"]
+            tokenized = tokenizer(new, add_special_tokens=not use_template)["input_ids"]
             prompts.add_texts(new, tokenized)
         for record, text in zip(records, texts, strict=True):
             prompt_id = num_records
