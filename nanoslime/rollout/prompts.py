@@ -3,13 +3,12 @@
 import json
 import logging
 import sys
-from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import batched
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -17,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nanoslime.config import RunConfig
 from nanoslime.config.model import DataConfig
-from nanoslime.storage.prompt_files import PromptRecord, read_prompt_file
+from nanoslime.storage.prompt_files import read_prompt_file
 from nanoslime.storage.prompt_text import (
     check_length,
     check_template,
@@ -53,7 +52,9 @@ class RunPrompts:
         return cls(tokenizer, train, held_out)
 
 
-def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> "Prompts":
+def load_prompts(
+    path: Path, tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> list[Prompt]:
     """Every prompt of a JSONL or parquet file, tokenized; `prompt_id` is its position
     in the file.
 
@@ -71,30 +72,38 @@ def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, config: DataCon
             add_generation_prompt=True,
             **config.chat_template_kwargs,
         )
-    prompts = Prompts()
+    prompts: list[Prompt] = []
+    # Rows with the same text share it and its tokens.
+    known_texts: dict[str, tuple[str, np.ndarray]] = {}
+    known: set[tuple[str, Any]] = set()
     num_records = num_repeated = 0
     for records in batched(read_prompt_file(path, config), _BATCH):
         texts = [prompt_text(record, config, render) for record in records]
-        new = [text for text in dict.fromkeys(texts) if text not in prompts]
+        new = [text for text in dict.fromkeys(texts) if text not in known_texts]
         if new:
             # A chat template writes the special tokens itself.
             tokenized = tokenizer(new, add_special_tokens=not use_template)["input_ids"]
-            prompts.add_texts(new, tokenized)
-        for record, text in zip(records, texts, strict=True):
+            for text, token_ids in zip(new, tokenized, strict=True):
+                known_texts[text] = (text, np.asarray(token_ids, np.int32))
+        for record, written in zip(records, texts, strict=True):
             prompt_id = num_records
             num_records += 1
-            num_tokens = prompts.num_tokens(text)
-            if num_tokens == 0:
+            text, token_ids = known_texts[written]
+            label = record.label
+            if isinstance(label, str):
+                label = sys.intern(label)
+            if not len(token_ids):
                 raise RunError(f"{record.place}: the prompt is empty")
-            if not check_length(record.place, num_tokens, config):
+            if not check_length(record.place, len(token_ids), config):
                 continue
-            is_repeated = prompts.has(text, record.label)
+            is_repeated = (text, label) in known
             num_repeated += is_repeated
-            if not (is_repeated and config.deduplicate):
-                prompts.add(prompt_id, text, record)
-    if not len(prompts):
+            if is_repeated and config.deduplicate:
+                continue
+            known.add((text, label))
+            prompts.append(Prompt(prompt_id, token_ids, text, label, record.metadata))
+    if not prompts:
         raise none_short_enough(path, config)
-    prompts.freeze()
     _warn_of_left_out(path, config, num_records, num_repeated, len(prompts))
     return prompts
 
@@ -124,87 +133,6 @@ def _warn_of_left_out(
             str(config.deduplicate).lower(),
             "drops them" if config.deduplicate else "keeps them",
         )
-
-
-class Prompts(Sequence[Prompt]):
-    """The prompts of a file in little memory: a text and its tokens are held once, however
-    often they come, and metadata as JSON. A `Prompt` is made where one is asked for."""
-
-    def __init__(self) -> None:
-        self._texts: list[str] = []
-        # Of all texts, end to end; text i ends at self._ends[i].
-        self._token_ids = array("i")
-        self._ends = array("q")
-        # By prompt.
-        self._prompt_ids = array("q")
-        self._text_of = array("q")
-        self._labels: list[str | int | float | None] = []
-        self._metadata: list[bytes] = []
-        # While it is filled: where a text is, and which prompts there are.
-        self._position: dict[str, int] = {}
-        self._known: set[tuple[int, str | int | float | None]] = set()
-
-    def __contains__(self, text: object) -> bool:
-        return text in self._position
-
-    def add_texts(self, texts: Sequence[str], tokenized: Sequence[Sequence[int]]) -> None:
-        for text, token_ids in zip(texts, tokenized, strict=True):
-            self._position[text] = len(self._texts)
-            self._texts.append(text)
-            self._token_ids.extend(token_ids)
-            self._ends.append(len(self._token_ids))
-
-    def num_tokens(self, text: str) -> int:
-        first, end = self._span(self._position[text])
-        return end - first
-
-    def has(self, text: str, label: str | int | float | None) -> bool:
-        return (self._position[text], label) in self._known
-
-    def add(self, prompt_id: int, text: str, record: PromptRecord) -> None:
-        """Adds a prompt whose text has been added."""
-        position = self._position[text]
-        label = record.label
-        if isinstance(label, str):
-            label = sys.intern(label)
-        self._known.add((position, label))
-        self._prompt_ids.append(prompt_id)
-        self._text_of.append(position)
-        self._labels.append(label)
-        metadata = b""
-        if record.metadata:
-            metadata = json.dumps(record.metadata, default=str, ensure_ascii=False).encode()
-        self._metadata.append(metadata)
-
-    def freeze(self) -> None:
-        """Gives back what only filling needs."""
-        self._position.clear()
-        self._known.clear()
-
-    def __len__(self) -> int:
-        return len(self._text_of)
-
-    @overload
-    def __getitem__(self, index: int) -> Prompt: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Prompt]: ...
-    def __getitem__(self, index: int | slice) -> Prompt | list[Prompt]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        position = self._text_of[index]
-        first, end = self._span(position)
-        metadata = self._metadata[index]
-        return Prompt(
-            self._prompt_ids[index],
-            np.array(self._token_ids[first:end], np.int32),
-            self._texts[position],
-            self._labels[index],
-            json.loads(metadata) if metadata else {},
-        )
-
-    def _span(self, position: int) -> tuple[int, int]:
-        first = self._ends[position - 1] if position else 0
-        return first, self._ends[position]
 
 
 def digest(prompts: Iterable[Prompt]) -> str:

@@ -3,6 +3,7 @@ this file is loaded only where there is a template."""
 
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from json import dumps
 from typing import Any, NoReturn
 
@@ -30,7 +31,8 @@ def compile_template(source: str, variables: dict[str, Any]) -> Callable[[Any], 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
     )
-    environment.filters["tojson"] = _tojson
+    # jinja2's own filter writes for HTML.
+    environment.filters["tojson"] = partial(dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     template = environment.from_string(source)
@@ -44,20 +46,3 @@ def compile_template(source: str, variables: dict[str, Any]) -> Callable[[Any], 
 
 def _raise_exception(message: str) -> NoReturn:
     raise TemplateError(message)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """jinja2's own filter writes for HTML."""
-    return dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
