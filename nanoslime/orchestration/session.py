@@ -70,14 +70,14 @@ def prepare_inputs(config: RunConfig, run: RunDir) -> Inputs:
 
     A rehearsal makes its data and its model first.
     """
-    config, model_dir = _prepare_model(config, run)
+    config, model_dir = prepare_model(config, run)
     prompts = None
     if not config.rollout.load_rollouts:
         prompts = RunPrompts.load(config, model_dir)
     return Inputs(config, model_dir, prompts)
 
 
-def _prepare_model(config: RunConfig, run: RunDir) -> tuple[RunConfig, Path]:
+def prepare_model(config: RunConfig, run: RunDir) -> tuple[RunConfig, Path]:
     if not config.rehearsal.enabled:
         return config, Path(config.model.hf_checkpoint)
     files = rehearsal.make(run.model, config.rehearsal)
