@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ def environment(base: Mapping[str, str], token: Path) -> dict[str, str]:
     """The environment of `ray start` and of the driver, and so of all that they start."""
     return {
         **base,
+        **cuda_home(base, Path(sys.prefix)),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -37,6 +39,18 @@ def environment(base: Mapping[str, str], token: Path) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
     }
+
+
+def cuda_home(base: Mapping[str, str], venv: Path) -> dict[str, str]:
+    """CUDA_HOME of the environment's own toolkit, where the machine offers none.
+
+    SGLang compiles some kernels when it first uses them. The CPU environment has no compiler.
+    """
+    own = venv / "lib" / "python3.12" / "site-packages" / "nvidia" / "cu13"
+    has_toolkit = "CUDA_HOME" in base or shutil.which("nvcc", path=base.get("PATH", ""))
+    if has_toolkit or not (own / "bin" / "nvcc").is_file():
+        return {}
+    return {"CUDA_HOME": str(own)}
 
 
 def start_command(env: ClusterEnv, layout: Layout, scratch: Path, options: list[str]) -> list[str]:

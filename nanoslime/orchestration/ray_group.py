@@ -10,14 +10,18 @@ the run: RunError says its name, node and log.
 
 import logging
 import os
+import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import ray
+import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from nanoslime.batch import TrainBatch
@@ -27,6 +31,12 @@ from nanoslime.engine_kind import EngineOwner, EngineStart, engine_kind
 from nanoslime.failures import summary, told_in_one_line
 from nanoslime.layout import Layout
 from nanoslime.orchestration.groups import TrainGroup
+from nanoslime.orchestration.rank_environment import (
+    interface_names,
+    interface_of,
+    nccl_defaults,
+    num_threads,
+)
 from nanoslime.orchestration.worker import TrainWorker
 from nanoslime.processes.logs import FORMAT, set_level
 from nanoslime.processes.ports import free_port
@@ -38,6 +48,14 @@ logger = logging.getLogger(__name__)
 NODE_LABEL = "nanoslime-node"
 # The Ray resource that stands for a GPU on nodes that have none.
 SLOT = "slot"
+# What an actor writes of its environment into its log.
+REPORTED = (
+    "OMP_NUM_THREADS",
+    "GLOO_SOCKET_IFNAME",
+    "NCCL_SOCKET_IFNAME",
+    "NCCL_CUMEM_ENABLE",
+    "NCCL_NVLS_ENABLE",
+)
 
 
 def connect(head: dict[str, Any], num_nodes: int, deadline_s: float) -> None:
@@ -108,6 +126,31 @@ class ActorSetup:
     model_dir: Path
     device: Literal["cpu", "cuda"]
     log: Path
+    users_threads: str | None  # the job's OMP_NUM_THREADS; Ray sets that of an actor
+    num_neighbours: int  # actors of its kind on its machine, itself included
+
+    def enter_environment(self) -> None:
+        """Sets what NCCL, gloo and torch read in this process."""
+        address = ray.util.get_node_ip_address()
+        interface = self.config.cluster.network_interface
+        interface = interface or interface_of(address, ipv4_addresses())
+        os.environ.update(interface_names(os.environ, interface))
+        if self.device == "cuda":
+            os.environ.update(nccl_defaults(os.environ, self.config.rollout.sglang))
+        cores = len(os.sched_getaffinity(0))
+        threads = num_threads(self.users_threads, cores, self.num_neighbours)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
+        shown = {name: os.environ[name] for name in REPORTED if name in os.environ}
+        logger.info("environment: %s", shown)
+
+
+def ipv4_addresses() -> dict[str, list[str]]:
+    """The IPv4 addresses of each interface of this machine."""
+    return {
+        name: [entry.address for entry in entries if entry.family == socket.AF_INET]
+        for name, entries in psutil.net_if_addrs().items()
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +168,7 @@ class RankActor:
 
     def __init__(self, setup: ActorSetup):
         _log_to(setup.log, setup.config.log_level)
+        setup.enter_environment()
         self._setup = setup
         self._worker: TrainWorker | None = None
 
@@ -164,6 +208,7 @@ class EngineActor:
 
     def __init__(self, setup: ActorSetup):
         _log_to(setup.log, setup.config.log_level)
+        setup.enter_environment()
         self._setup = setup
         self._owner: EngineOwner | None = None
 
@@ -217,11 +262,7 @@ class _Actors:
     ):
         """Errors name actors by `role`; its first word names them in Ray, and their logs."""
         device = config.cluster.device
-        interface = config.cluster.network_interface
-        environment = {}
-        if interface:
-            environment["GLOO_SOCKET_IFNAME"] = interface
-            environment["NCCL_SOCKET_IFNAME"] = interface
+        places_by_node = Counter(place.node for place in places)
         short_role = role.split()[0]
         self.actors: list[Any] = []
         self._names: list[str] = []
@@ -233,10 +274,18 @@ class _Actors:
                 num_cpus=0,
                 max_restarts=0,
                 label_selector={NODE_LABEL: str(place.node)},
-                runtime_env={"env_vars": environment},
                 **_slots(place.num_slots, device),
             )
-            setup = ActorSetup(place.index, config, model_dir, device, log)
+            setup = ActorSetup(
+                index=place.index,
+                config=config,
+                model_dir=model_dir,
+                device=device,
+                log=log,
+                users_threads=os.environ.get("OMP_NUM_THREADS"),
+                # The nodes of a rehearsal are one machine.
+                num_neighbours=places_by_node[place.node] if device == "cuda" else len(places),
+            )
             self.actors.append(options.remote(setup))
             self._names.append(f"{role} {place.index} on node {place.node}")
             self._logs.append(log)

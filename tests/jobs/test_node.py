@@ -17,7 +17,8 @@ from jobs.agent import Agent, AttemptOver
 from jobs.checkout import ROOT
 from jobs.cluster_env import ClusterEnv, expand_nodelist, interface_address
 from jobs.local import run_local
-from jobs.preflight import check_cores, check_gpus
+from jobs.preflight import check_cores, check_driver, check_gpus
+from jobs.ray_node import cuda_home
 from nanoslime.run_dir import DONE, FAILED, STOPPED, Attempt, RunDir
 from nanoslime.types import RunError
 from tests import process_table
@@ -266,6 +267,26 @@ def test_what_torch_lacks_on_a_gpu_node_is_named(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(RunError, match=message):
         check_gpus(ClusterEnv.for_local(0, 1, "l0"), needed=2)
+
+
+def test_a_driver_that_is_too_old_is_named_in_one_sentence() -> None:
+    says = "driver of n7 runs CUDA 12.2 at most, and the environment's torch needs CUDA 13.0"
+    with pytest.raises(RunError, match=says):
+        check_driver("n7", "13.0", 12020)
+    for built_for, runs in (("13.0", 13000), ("13.2", 13000), ("12.8", 13010), (None, 12020)):
+        check_driver("n7", built_for, runs)
+    check_driver("n7", "13.0", 0)
+
+
+def test_a_gpu_node_without_a_toolkit_gets_that_of_the_environment(tmp_path: Path) -> None:
+    own = tmp_path / "lib" / "python3.12" / "site-packages" / "nvidia" / "cu13"
+    assert cuda_home({}, tmp_path) == {}
+    (own / "bin").mkdir(parents=True)
+    nvcc = own / "bin" / "nvcc"
+    nvcc.touch(mode=0o755)
+    assert cuda_home({"PATH": "/nowhere"}, tmp_path) == {"CUDA_HOME": str(own)}
+    assert cuda_home({"CUDA_HOME": "/opt/cuda"}, tmp_path) == {}
+    assert cuda_home({"PATH": str(nvcc.parent)}, tmp_path) == {}
 
 
 def test_outside_a_job_the_task_says_how_to_start_it(
