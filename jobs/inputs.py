@@ -11,16 +11,14 @@ from nanoslime.config import DataConfig, RunConfig
 from nanoslime.config.algorithm import CustomConfig
 from nanoslime.config.load import read
 from nanoslime.config.model import REWARDS
-from nanoslime.models.context import check_context
+from nanoslime.models.local_checkpoint import with_local_checkpoint
 from nanoslime.models.shape import ModelShape
-from nanoslime.models.tiny import tiny_qwen3_config
 from nanoslime.plugins import check_importable
 from nanoslime.run_dir import RunDir, recorded_rollouts
 from nanoslime.storage.commit import checkpoints
-from nanoslime.storage.hub import find_checkpoint
 from nanoslime.storage.prompt_text import check_prompt_file
 from nanoslime.storage.resume import check_resumed
-from nanoslime.storage.tokenizer_files import check_vocabulary, has_tokenizer_files
+from nanoslime.storage.tokenizer_files import has_tokenizer_files
 from nanoslime.types import RunError
 
 # A run with a younger heartbeat is taken to be alive; heartbeats come every few seconds.
@@ -43,26 +41,10 @@ def resolve(config: RunConfig, *, download: bool) -> tuple[RunConfig, ModelShape
         rollout = config.rollout
         recorded = recorded_rollouts(rollout.load_rollouts, rollout.num_rollout)
         config = replace(config, rollout=replace(rollout, load_rollouts=recorded))
-    if config.rehearsal.enabled:
-        shape = ModelShape.from_config(tiny_qwen3_config())
-        check_context(config, shape)
-        return config, shape
-    found = find_checkpoint(
-        config.model.hf_checkpoint,
-        config.model.revision,
-        download=download,
-        needs_tokenizer=not replays,
-    )
-    model = replace(config.model, hf_checkpoint=str(found.directory), revision=found.revision)
-    config = replace(config, model=model)
-    try:
-        shape = ModelShape.read(found.directory)
-    except ValueError as error:
-        raise RunError(str(error)) from error
-    check_context(config, shape)
-    if not replays:
-        tokenizer = found.directory if has_tokenizer_files(found.directory) else None
-        check_vocabulary(found.directory, shape.vocab_size)
+    config, shape = with_local_checkpoint(config, download=download)
+    if not replays and not config.rehearsal.enabled:
+        directory = Path(config.model.hf_checkpoint)
+        tokenizer = directory if has_tokenizer_files(directory) else None
         config = replace(config, data=_with_prompt_files(config.data, tokenizer))
     return config, shape
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -49,6 +50,15 @@ def save_tiny_model(path: Path, seed: int, tie: bool = False) -> Path:
     )
     Qwen3ForCausalLM(config).save_pretrained(path)
     save_byte_tokenizer(path)
+    return path
+
+
+def save_tied_with_head(path: Path, seed: int) -> Path:
+    """A tied model whose files hold the output layer all the same, as Qwen3-0.6B's do."""
+    file = save_tiny_model(path, seed, tie=True) / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, file, {"format": "pt"})
     return path
 
 

@@ -26,7 +26,7 @@ from nanoslime.types import RunError
 
 # Fields of each section whose own name is a flag, too.
 _SHORT_NAMES = {
-    "model": "hf_checkpoint dtype",
+    "model": "hf_checkpoint dtype trust_remote_code",
     "training": """backend num_gpus tp_size pp_size vpp_size cp_size ep_size etp_size
         sequence_parallel allow_slow lr num_steps_per_rollout max_tokens_per_microbatch""",
     "rollout": """num_rollout rollout_batch_size n_samples_per_prompt max_new_tokens temperature

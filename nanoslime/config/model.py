@@ -45,6 +45,8 @@ class ModelConfig:
     """Compute dtype of trainers and engines. Main parameters, gradients and optimizer
     state are always float32."""
     trust_remote_code: bool = False
+    """Whether Python code in the checkpoint (`auto_map`) may run: in transformers, in the
+    tokenizer and in SGLang alike. Moonlight and Kimi need it for their tokenizer."""
 
 
 @knobs

@@ -27,6 +27,10 @@ Box = tuple[slice, ...]
 # Tensors whose Hugging Face name ends so are float32, whatever the model's dtype is.
 FLOAT32 = "gate.e_score_correction_bias"
 
+# Hugging Face names of what every implementation computes from config.json; files of
+# earlier days hold it, in each layer.
+_COMPUTED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
+
 # Rows of the vocabulary on each rank are a multiple of this, for the matrix kernels.
 VOCAB_MULTIPLE = 8
 
@@ -156,6 +160,21 @@ def has_mtp(shape: ModelShape, names: Iterable[str]) -> bool:
     return shape.num_mtp_layers > 0 and any(name.startswith(prefix) for name in names)
 
 
+def optional_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of what files may hold beside `tensors(shape)`, and no backend trains:
+    repeats and the layers of multi-token prediction."""
+    every = tensors(shape, mtp=True)
+    found = {name: every[repeated] for name, repeated in repeats(shape).items()}
+    for name in every.keys() - tensors(shape).keys():
+        found[name] = every[name]
+    return found
+
+
+def is_computed(name: str) -> bool:
+    """Whether a file's tensor is not the model's, but computed from config.json."""
+    return name.endswith(_COMPUTED)
+
+
 def check_tensors(
     shape: ModelShape,
     present: dict[str, tuple[int, ...]],
@@ -165,8 +184,8 @@ def check_tensors(
     """Raises ValueError unless the tensors at `where` are exactly the model's.
 
     `present` maps their names to their shapes. Multi-token prediction layers may be
-    there, whole, or not; repeats, such as a tied lm_head.weight, too. `files` says
-    where each tensor is, for the message.
+    there, whole, or not; repeats, such as a tied lm_head.weight, too. What is computed is
+    not looked at. `files` says where each tensor is, for the message.
     """
     file_of = files or {}
     expected = tensors(shape, mtp=has_mtp(shape, present))
@@ -183,7 +202,8 @@ def check_tensors(
                 f"{file_of.get(name, where)}: {name} is {list(present[name])}, "
                 f"config.json asks for {list(full_shape)}"
             )
-    extra = sorted(present.keys() - expected.keys())
+    unknown = present.keys() - expected.keys()
+    extra = sorted(name for name in unknown if not is_computed(name))
     if extra:
         raise ValueError(
             f"{file_of.get(extra[0], where)}: {len(extra)} tensors do not belong to a "

@@ -13,9 +13,8 @@ from nanoslime import layout
 from nanoslime.config import RunConfig
 from nanoslime.config.load import dump, load, read
 from nanoslime.engine_kind import takes_slots
-from nanoslime.models.context import check_context
+from nanoslime.models.local_checkpoint import with_local_checkpoint
 from nanoslime.models.shape import ModelShape
-from nanoslime.models.tiny import tiny_qwen3_config
 from nanoslime.orchestration import torchrun_group
 from nanoslime.orchestration.session import Phase, Session, open_local
 from nanoslime.plugins import resolve
@@ -23,7 +22,6 @@ from nanoslime.processes.logs import set_level
 from nanoslime.processes.ports import free_port
 from nanoslime.run_dir import DONE, FAILED, Attempt, RunDir, recorded_rollouts
 from nanoslime.storage.commit import checkpoints
-from nanoslime.storage.hub import find_checkpoint
 from nanoslime.storage.resume import check_resumed
 from nanoslime.storage.shared_files import publish
 from nanoslime.training.backend import RankEnv
@@ -100,7 +98,7 @@ def serve_rank_0(argv: list[str]) -> int:
     set_level(config.log_level)
     _check_torchrun(config)
     # A hub id is fetched before the ranks meet, as on rank 0: their deadline is shorter.
-    config, shape = _with_local_checkpoint(config)
+    config, shape = with_local_checkpoint(config, download=True)
     went_well = torchrun_group.serve(_rank_env(config), config, shape.num_parameters)
     return DONE if went_well else FAILED
 
@@ -123,7 +121,7 @@ def _submitted(asked: CommandLine) -> Launch:
 def _on_this_machine(config: RunConfig, run: RunDir | None) -> Launch:
     """`run` is an existing run to go on with; None makes a new one."""
     set_level(config.log_level)
-    config, shape = _with_local_checkpoint(config)
+    config, shape = with_local_checkpoint(config, download=True)
     if run is not None:
         has_checkpoints = bool(checkpoints(run.checkpoints))
         check_resumed(run.path, read(run.config), config, has_checkpoints=has_checkpoints)
@@ -159,24 +157,6 @@ def _on_own_ray(config: RunConfig, run: RunDir | None, shape: ModelShape) -> Lau
         return open_ray(config, attempt, plan, phase, local=True)
 
     return Launch(attempt, open_session, pending, attempt.log("driver", 0))
-
-
-def _with_local_checkpoint(config: RunConfig) -> tuple[RunConfig, ModelShape]:
-    """Puts a local directory in place of model.hf_checkpoint; fetches a hub id."""
-    if config.rehearsal.enabled:
-        shape = ModelShape.from_config(tiny_qwen3_config())
-        check_context(config, shape)
-        return config, shape
-    found = find_checkpoint(
-        config.model.hf_checkpoint,
-        config.model.revision,
-        download=True,
-        needs_tokenizer=not config.rollout.load_rollouts,
-    )
-    model = replace(config.model, hf_checkpoint=str(found.directory), revision=found.revision)
-    shape = ModelShape.read(found.directory)
-    check_context(config, shape)
-    return replace(config, model=model), shape
 
 
 def _check_torchrun(config: RunConfig) -> None:

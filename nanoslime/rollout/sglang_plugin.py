@@ -3,7 +3,7 @@ never in ours.
 
 Stock SGLang 0.5.23 answers success to a weight update with unknown names, loading
 nothing, and does not notice missing ones. With this plug-in, whichever way an update
-comes, its tensors are the tensors of the checkpoint that the server was started from.
+comes, its tensors are the trained ones of the model that the server was started from.
 An unknown or repeated name, or another shape, is refused before anything is loaded; a
 session (begin ... end) or a directory that lacks a tensor is refused with its name. A
 refusal is an error response (success false); the server goes on.
@@ -19,13 +19,7 @@ import torch
 from sglang.srt.managers.io_struct import BeginWeightUpdateReqOutput
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from nanoslime.rollout.weight_check import (
-    Named,
-    Shapes,
-    checkpoint_shapes,
-    first_problem,
-    missing,
-)
+from nanoslime.rollout.weight_check import ExpectedTensors, Named, checkpoint_shapes
 from nanoslime.types import RunError
 
 _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
@@ -68,7 +62,7 @@ class WeightGuard:
     """
 
     def __init__(self) -> None:
-        self._expected: dict[int, Shapes] = {}
+        self._expected: dict[int, ExpectedTensors] = {}
         self._received: dict[int, set[str]] = {}
 
     def begin(self, original: Original, updater: Any) -> None:
@@ -83,7 +77,8 @@ class WeightGuard:
             message = f"tensor names cannot be checked: {e}"
             return BeginWeightUpdateReqOutput(success=False, message=message)
         if answer.success:
-            num_expected = sum(len(self._expected[updater]) for updater in self._received)
+            expected = [self._expected[updater] for updater in self._received]
+            num_expected = sum(len(tensors.required) for tensors in expected)
             answer.message = f"{num_expected} tensors expected"
         return answer
 
@@ -98,7 +93,7 @@ class WeightGuard:
         """
         received = _names_and_shapes(named_tensors)
         seen = self._received.setdefault(id(updater), set())
-        problem = first_problem(received, self._expected_by(updater), seen)
+        problem = self._expected_by(updater).first_problem(received, seen)
         if problem:
             return False, f"refused: {problem}"
         try:
@@ -118,7 +113,7 @@ class WeightGuard:
             found = checkpoint_shapes(model_path)
         except (OSError, ValueError, RunError) as e:
             return False, f"refused {model_path}: {e}"
-        problem = first_problem(found.items(), expected) or missing(expected, found)
+        problem = expected.first_problem(found.items()) or expected.missing(found)
         if problem:
             return False, f"refused {model_path}: {problem}"
         success, message = original(updater, model_path, *args, **kwargs)
@@ -133,20 +128,21 @@ class WeightGuard:
         if not answer.success:
             return answer
         for updater, received in sessions.items():
-            problem = missing(self._expected[updater], received)
+            problem = self._expected[updater].missing(received)
             if problem:
                 answer.success = False
                 answer.message = f"refused: {problem}; the weights are a mixture of two versions"
         return answer
 
-    def _expected_by(self, updater: Any) -> Shapes:
-        """The tensors of the checkpoint that the server was started from.
+    def _expected_by(self, updater: Any) -> ExpectedTensors:
+        """The tensors of the model that the server was started from.
 
         They are read the first time, before an update changes the path that the updater
         knows.
         """
         if id(updater) not in self._expected:
-            self._expected[id(updater)] = checkpoint_shapes(updater.model_config.model_path)
+            path = updater.model_config.model_path
+            self._expected[id(updater)] = ExpectedTensors.of_checkpoint(path)
         return self._expected[id(updater)]
 
 

@@ -1,9 +1,14 @@
-"""Whether the tensors of a weight update are the tensors of the checkpoint that an
+"""Whether the tensors of a weight update are the trained tensors of the model that an
 engine was started from."""
 
+from __future__ import annotations
+
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
+from nanoslime.models.rules import is_computed, optional_tensors, tensors
+from nanoslime.models.shape import ModelShape
 from nanoslime.storage.safetensors_file import read_headers
 
 Shapes = dict[str, tuple[int, ...]]
@@ -14,40 +19,57 @@ _MAX_NAMES = 5
 
 
 def checkpoint_shapes(path: str) -> Shapes:
-    """Name -> shape of every tensor in a directory's safetensors.
+    """Name -> shape of every tensor in a directory's safetensors that is not computed.
 
     Raises OSError, ValueError or RunError for a directory that cannot be read.
     """
-    return {name: info.shape for name, info in read_headers(Path(path)).items()}
+    headers = read_headers(Path(path))
+    return {name: info.shape for name, info in headers.items() if not is_computed(name)}
 
 
-def first_problem(
-    received: Iterable[Named], expected: Shapes, seen: Collection[str] = ()
-) -> str | None:
-    """Names the first tensor that is unknown, came before (also in `seen`) or has
-    another shape.
+@dataclass(frozen=True, slots=True)
+class ExpectedTensors:
+    """What an update of a model has to bring, and what it may bring beside.
 
-    Returns None where there is no such tensor.
+    Trainers send what the weight map has, whatever the files hold: `optional` are repeats
+    (a tied output layer) and the layers of multi-token prediction, which nobody trains.
     """
-    names = set(seen)
-    for name, shape in received:
-        if name not in expected:
-            examples = sorted(expected)[:3]
-            return f"unknown tensor {name!r}; the engine's checkpoint has {examples} ..."
-        if name in names:
-            return f"tensor {name!r} came twice"
-        if shape != expected[name]:
-            return (
-                f"tensor {name!r} has shape {list(shape)}, the engine's checkpoint "
-                f"{list(expected[name])}"
-            )
-        names.add(name)
-    return None
 
+    required: Shapes
+    optional: Shapes
 
-def missing(expected: Shapes, received: Iterable[str]) -> str | None:
-    """Counts and names the tensors that never came; None where all did."""
-    left = sorted(set(expected) - set(received))
-    if not left:
+    @classmethod
+    def of_checkpoint(cls, path: str) -> ExpectedTensors:
+        """The tensors of the model in `path`. Raises ValueError as ModelShape.read does."""
+        shape = ModelShape.read(path)
+        return cls(tensors(shape), optional_tensors(shape))
+
+    def first_problem(self, received: Iterable[Named], seen: Collection[str] = ()) -> str | None:
+        """Names the first tensor that is unknown, came before (also in `seen`) or has
+        another shape.
+
+        Returns None where there is no such tensor.
+        """
+        names = set(seen)
+        for name, shape in received:
+            expected = self.required.get(name) or self.optional.get(name)
+            if expected is None:
+                examples = sorted(self.required)[:3]
+                return f"unknown tensor {name!r}; the engine's checkpoint has {examples} ..."
+            if name in names:
+                return f"tensor {name!r} came twice"
+            if shape != expected:
+                return (
+                    f"tensor {name!r} has shape {list(shape)}, the engine's checkpoint "
+                    f"{list(expected)}"
+                )
+            names.add(name)
         return None
-    return f"{len(left)} of {len(expected)} tensors missing: {', '.join(left[:_MAX_NAMES])}"
+
+    def missing(self, received: Iterable[str]) -> str | None:
+        """Counts and names the required tensors that never came; None where all did."""
+        left = sorted(self.required.keys() - set(received))
+        if not left:
+            return None
+        names = ", ".join(left[:_MAX_NAMES])
+        return f"{len(left)} of {len(self.required)} tensors missing: {names}"

@@ -1,4 +1,4 @@
-"""Finds a checkpoint by its directory or hub id, and checks it before anything starts."""
+"""Finds a checkpoint by its directory or hub id."""
 
 import re
 from collections.abc import Sequence
@@ -6,33 +6,35 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanoslime.plugins import resolve
-from nanoslime.storage.safetensors_file import read_headers
+from nanoslime.storage.safetensors_file import require_weights
 from nanoslime.types import RunError
 
 # huggingface_hub is slow to import, as slow as planning a run: only a hub id needs it.
 _HUB = {"hub": "huggingface_hub:snapshot_download"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.safetensors")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# The same weights once more, in the form of their maker.
+_HUB_IGNORED = ("original/*", "consolidated*")
 
 
 @dataclass(frozen=True, slots=True)
 class LocalCheckpoint:
-    """The absolute directory of a checkpoint, and the commit of a hub snapshot."""
+    """The absolute directory of a checkpoint, and the commit of a hub snapshot.
+
+    Where it is not whole, only config.json is there.
+    """
 
     directory: Path
     revision: str
+    is_whole: bool
 
 
-def find_checkpoint(
-    name: str, revision: str, *, download: bool, needs_tokenizer: bool
-) -> LocalCheckpoint:
+def find_checkpoint(name: str, revision: str, *, download: bool) -> LocalCheckpoint:
     """The checkpoint of `model.hf_checkpoint=name`: a directory, or a hub id to fetch.
 
-    download: a hub id is fetched whole; otherwise only its config.json, and nothing else
-    is looked at. The `revision` of a hub id becomes the commit that was fetched. Raises
-    RunError for a name that leads nowhere and, naming the file, for missing or truncated
-    weights and for a missing tokenizer.
+    download: a hub id is fetched whole; otherwise only its config.json. The `revision` of
+    a hub id becomes the commit that was fetched. Raises RunError for a name that leads
+    nowhere, and for a directory without weights that can be read.
     """
     if not name:
         raise RunError(
@@ -49,18 +51,10 @@ def find_checkpoint(
         files = _HUB_FILES if download else ("config.json",)
         directory = _snapshot(name, revision, files)
         revision = directory.name
-    if is_local or download:
-        read_headers(directory)
-        if needs_tokenizer:
-            _require_tokenizer(directory)
-    return LocalCheckpoint(directory, revision)
-
-
-def _require_tokenizer(directory: Path) -> None:
-    for file in _TOKENIZER_FILES:
-        if (directory / file).exists():
-            return
-    raise RunError(f"{directory} holds no tokenizer: none of {', '.join(_TOKENIZER_FILES)}")
+    is_whole = is_local or download
+    if is_whole:
+        require_weights(directory)
+    return LocalCheckpoint(directory, revision, is_whole)
 
 
 def _snapshot(name: str, revision: str, files: Sequence[str]) -> Path:
@@ -70,7 +64,12 @@ def _snapshot(name: str, revision: str, files: Sequence[str]) -> Path:
     """
     snapshot_download = resolve("hub", _HUB, "model.hf_checkpoint")
     try:
-        path = snapshot_download(name, revision=revision or None, allow_patterns=list(files))
+        path = snapshot_download(
+            name,
+            revision=revision or None,
+            allow_patterns=list(files),
+            ignore_patterns=list(_HUB_IGNORED),
+        )
     except Exception as error:
         # The hub raises OSErrors and ValueErrors, its transports whatever they like.
         cause = " ".join(str(error).split())

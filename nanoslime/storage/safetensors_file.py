@@ -48,6 +48,8 @@ _WEIGHT_SUFFIXES = (
 )
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _MAX_SHARD_BYTES = 5_000_000_000
+_GIT_LFS_POINTER = b"version "  # how it begins
+_COMPARED_BYTES = 16 << 20
 
 # A tensor as it is declared: name, dtype (as safetensors names it), shape.
 Spec = tuple[str, str, tuple[int, ...]]
@@ -78,15 +80,59 @@ def read_headers(directory: Path) -> dict[str, TensorInfo]:
     tensors, and an index that disagrees with its files.
     """
     if (directory / INDEX_FILE).exists():
-        weight_map = read_json(directory / INDEX_FILE).get("weight_map", {})
-        return _read_sharded_headers(directory, weight_map)
-    if (directory / SINGLE_FILE).exists():
-        return read_file_header(directory / SINGLE_FILE)
-    if directory.is_dir():
-        raise SafetensorsError(f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
-    raise SafetensorsError(
-        f"{directory} is not a directory: it holds neither {SINGLE_FILE} nor {INDEX_FILE}"
-    )
+        index = read_json(directory / INDEX_FILE)
+        headers = _read_sharded_headers(directory, _weight_map(directory / INDEX_FILE, index))
+        if "metadata" not in index:
+            raise SafetensorsError(
+                f"{directory / INDEX_FILE} has no metadata, without which transformers does not "
+                'load the model; add "metadata": {}'
+            )
+        return headers
+    require_weights(directory)
+    return read_file_header(directory / SINGLE_FILE)
+
+
+def require_weights(directory: Path) -> None:
+    """Raises SafetensorsError, saying what there is instead, for a directory without weights
+    that could be read."""
+    if not directory.is_dir():
+        raise SafetensorsError(
+            f"{directory} is not a directory: it holds neither {SINGLE_FILE} nor {INDEX_FILE}"
+        )
+    if (directory / SINGLE_FILE).exists() or (directory / INDEX_FILE).exists():
+        return
+    refuse_other_forms(directory)
+    raise SafetensorsError(f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+
+def refuse_other_forms(directory: Path) -> None:
+    """Raises SafetensorsError for a directory with weights in a form that is not read."""
+    names = sorted(path.name for path in directory.iterdir())
+    if not {"adapter_config.json", "adapter_model.safetensors"}.isdisjoint(names):
+        raise SafetensorsError(
+            f"{directory} is no checkpoint but an adapter without its base model; merge the two "
+            "first, with merge_and_unload() of peft, and save the result"
+        )
+    others = [name for name in names if name.endswith((".safetensors", ".bin", ".pth", ".gguf"))]
+    if others:
+        raise SafetensorsError(
+            f"{directory} holds {others[0]}, but neither {SINGLE_FILE} nor {INDEX_FILE}, which "
+            "are read; load the model with transformers and save it by save_pretrained()"
+        )
+
+
+def _weight_map(path: Path, content: Any) -> dict[str, str]:
+    """The name of the file of each tensor, as the index says."""
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SafetensorsError(f"{path} has no weight_map, which says in which file a tensor is")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise SafetensorsError(
+                f"{path} says that {name} is in {file!r}; only files beside the index are read, "
+                "by SGLang too: move them there and name them so"
+            )
+    return weight_map
 
 
 def _read_sharded_headers(directory: Path, weight_map: dict[str, str]) -> dict[str, TensorInfo]:
@@ -113,8 +159,11 @@ def _read_sharded_headers(directory: Path, weight_map: dict[str, str]) -> dict[s
 
 def read_file_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file, in the order of their bytes."""
-    size = path.stat().st_size
-    head = read_head(path)
+    try:
+        size = path.stat().st_size
+        head = read_head(path)
+    except OSError as error:
+        raise SafetensorsError(f"{path} cannot be read: {error.strerror}") from error
     tensors = parse_head(path, head)
     described = max((info.stop for info in tensors.values()), default=len(head))
     if size < described:
@@ -134,6 +183,10 @@ def read_head(path: Path) -> bytes:
     with open(path, "rb") as file:
         prefix = file.read(8)
         length = -1
+        if prefix == _GIT_LFS_POINTER:
+            raise SafetensorsError(
+                f"{path} is a pointer of Git LFS and not the file itself; fetch it by git lfs pull"
+            )
         if len(prefix) == 8:
             (length,) = struct.unpack("<Q", prefix)
         if not 0 < length <= min(size - 8, _MAX_HEADER_BYTES):
@@ -141,6 +194,22 @@ def read_head(path: Path) -> bytes:
                 f"{path} is truncated or not safetensors: {size} bytes, header {length}"
             )
         return prefix + file.read(length)
+
+
+def same_content(one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two tensors have the same dtype, shape and bytes."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with open(one.file, "rb") as file, open(other.file, "rb") as other_file:
+        file.seek(one.start)
+        other_file.seek(other.start)
+        left = one.stop - one.start
+        while left > 0:
+            size = min(left, _COMPARED_BYTES)
+            if file.read(size) != other_file.read(size):
+                return False
+            left -= size
+    return True
 
 
 def parse_head(path: Path, head: bytes) -> dict[str, TensorInfo]:

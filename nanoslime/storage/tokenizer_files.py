@@ -23,8 +23,8 @@ class TokenizerFiles:
 
         Raises RunError for a file that cannot be read.
         """
-        config = _read_object(directory / "tokenizer_config.json")
-        values = _read_object(directory / "special_tokens_map.json") | config
+        config = read_object(directory / "tokenizer_config.json")
+        values = read_object(directory / "special_tokens_map.json") | config
         special_tokens = dict.fromkeys(_SPECIAL_TOKENS, "")
         for name, value in values.items():
             token = value.get("content") if isinstance(value, dict) else value
@@ -50,12 +50,19 @@ def has_tokenizer_files(directory: Path) -> bool:
 
 
 def check_vocabulary(directory: Path, vocab_size: int) -> None:
-    """Raises RunError where tokenizer.json has tokens that the model has no embedding for."""
+    """Raises RunError where a tokenizer's JSON has tokens that the model has no embedding for."""
     file = directory / "tokenizer.json"
-    content = _read_object(file)
+    if not file.is_file():
+        file = directory / "vocab.json"
+    content = read_object(file)
+    if file.name == "vocab.json":
+        content = {"model": {"vocab": content}}
     vocabulary = content.get("model", {}).get("vocab", {})
     ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
     added = [token["id"] for token in content.get("added_tokens", [])]
+    added += read_object(directory / "added_tokens.json").values()
+    decoder = read_object(directory / "tokenizer_config.json").get("added_tokens_decoder", {})
+    added += [int(token_id) for token_id in decoder]
     num_tokens = max([*ids, *added], default=-1) + 1
     if num_tokens > vocab_size:
         raise RunError(
@@ -74,7 +81,7 @@ def _templates_of(config: dict[str, Any]) -> dict[str, str]:
     return dict(found)
 
 
-def _read_object(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
     """A JSON object; an empty one where there is no such file."""
     if not file.is_file():
         return {}

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from nanoslime.batch import MicroBatch
 from nanoslime.config.run import RunConfig
+from nanoslime.models.checkpoint_files import check_tied_head, float_tensors
 from nanoslime.models.freezing import frozen_names
-from nanoslime.storage.safetensors_file import read_headers
 from nanoslime.training.logprobs import token_logprobs
 from nanoslime.training.packed_attention import PACKED, PackedSequences, choose_attention
 from nanoslime.types import RunError
@@ -199,11 +199,15 @@ def _fill_buffers(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def _load_weights(model: PreTrainedModel, model_dir: Path) -> None:
-    """Copies this rank's rows of every parameter from the files of `model_dir`."""
+    """Copies this rank's rows of every parameter from the files of `model_dir`.
+
+    Raises RunError as float_tensors and check_tied_head do, and where files and model have
+    other tensors.
+    """
     model_name = type(model).__name__
     params = dict(model.named_parameters())
     all_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    tensors = read_headers(model_dir)
+    tensors = float_tensors(model_dir)
     missing = sorted(params.keys() - tensors.keys())
     if missing:
         raise RunError(f"{model_dir} has no {missing[0]} ({len(missing)} missing) for {model_name}")
@@ -213,6 +217,8 @@ def _load_weights(model: PreTrainedModel, model_dir: Path) -> None:
             f"{tensors[unexpected[0]].file} holds {unexpected[0]}, which {model_name} does not know"
             f" ({len(unexpected)} unknown tensors)"
         )
+    if "lm_head.weight" in all_names - params.keys():
+        check_tied_head(tensors)
     names_by_file: dict[Path, list[str]] = defaultdict(list)
     for name, param in params.items():
         header = tensors[name]

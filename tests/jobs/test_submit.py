@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,11 @@ import pytest
 from jobs import inputs, submit_grpo
 from nanoslime.config.load import load, read
 from nanoslime.layout import Layout
+from nanoslime.models.rules import tensors
+from nanoslime.models.shape import ModelShape
 from nanoslime.models.tiny import tiny_qwen3_config
 from nanoslime.run_dir import RunDir
+from nanoslime.storage.safetensors_file import write_files
 from nanoslime.types import RunError
 
 SCRIPT = Path(submit_grpo.__file__)
@@ -79,7 +83,9 @@ def model(tmp_path):
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(tiny_qwen3_config()))
     (directory / "tokenizer.json").write_text("{}")
-    safetensors(directory / "model.safetensors")
+    shapes = tensors(ModelShape.read(directory))
+    specs = [(name, "F32", shape) for name, shape in shapes.items()]
+    write_files(directory, specs, ((name, bytes(4 * prod(shape))) for name, _, shape in specs))
     return directory
 
 

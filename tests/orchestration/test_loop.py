@@ -13,12 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanoslime import rehearsal, train
 from nanoslime.batch import TrainBatch
 from nanoslime.config.model import RehearsalConfig
+from nanoslime.models.rules import tensors
+from nanoslime.models.shape import ModelShape
 from nanoslime.orchestration.launch import MOCK_RECIPE, Launch, parse
 from nanoslime.orchestration.rollout_manager import RolloutManager
 from nanoslime.orchestration.worker import TrainWorker
@@ -27,8 +30,9 @@ from nanoslime.run_dir import DONE, FAILED, STOPPED, RunDir
 from nanoslime.training.backend import TrainBackend
 from nanoslime.training.fsdp import FSDPBackend
 from tests import process_table
-from tests.models.hf import save_model
+from tests.models.hf import add_mtp, save_model
 from tests.orchestration.wired import same_tensors
+from tests.serving import save_tied_with_head
 
 SMALL = "--rollout-batch-size 4 --n-samples-per-prompt 4 --no-use-tensorboard --eval.max-prompts 20"
 
@@ -378,3 +382,43 @@ def test_a_model_with_experts_trains_with_its_routing_replayed(tmp_path, model, 
         # The second step's weights choose otherwise for some tokens; without a replay the
         # ratio is not in the row, and with the wrong experts it is near 1.
         assert 0.0 < row["train/routing_mismatch_ratio"] < 0.5
+
+
+@pytest.mark.parametrize("transport", ["in_process", "disk"])
+@pytest.mark.parametrize("backend", ["fsdp", pytest.param("megatron", marks=pytest.mark.megatron)])
+def test_a_tied_model_trains_whose_files_hold_the_output_layer(tmp_path, model, backend, transport):
+    """As those of Qwen3-0.6B do. The export has it once, and transformers loads it tied."""
+    tied = save_tied_with_head(tmp_path / "model", seed=0)
+    AutoTokenizer.from_pretrained(model.model).save_pretrained(tied)
+    more = f"--backend {backend} --num-rollout 2 --weight-sync.transport {transport}"
+    flags = run_dir(tmp_path, "tied", replace(model, model=tied), more)
+    reward = ["--data.reward", "tests.orchestration.rewards:by_text_where_labelled"]
+    assert train.main([*flags, *reward]) == DONE
+    run = RunDir.open(tmp_path / "tied")
+    assert all(row["train/logprob_gap_max"] < 1e-4 for row in rows(run))
+    export = run.hf(2)
+    assert "lm_head.weight" not in load_file(export / "model.safetensors")
+    exported = AutoModelForCausalLM.from_pretrained(export)
+    assert exported.lm_head.weight is exported.model.embed_tokens.weight
+    before = load_file(tied / "model.safetensors")["model.embed_tokens.weight"]
+    assert not torch.equal(exported.lm_head.weight, before)
+
+
+@pytest.mark.megatron
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+def test_a_model_trains_whose_files_hold_multi_token_prediction(tmp_path, model, family):
+    tokenizer = AutoTokenizer.from_pretrained(model.model)
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 4096}
+    if family == "deepseek_v3":
+        sizes["num_key_value_heads"] = 4
+    moe = add_mtp(save_model(tmp_path / "model", family, **sizes))
+    tokenizer.save_pretrained(moe)
+    more = "--backend megatron --num-rollout 1 --lr 1e-2"
+    flags = run_dir(tmp_path, "mtp", replace(model, model=moe), more)
+    flags += ["--data.reward", "tests.orchestration.rewards:by_text_where_labelled"]
+    assert train.main(flags) == DONE
+    run = RunDir.open(tmp_path / "mtp")
+    assert all(row["train/logprob_gap_max"] < 1e-4 for row in rows(run))
+    exported = load_file(run.hf(1) / "model.safetensors")
+    assert exported.keys() == tensors(ModelShape.read(moe)).keys()
+    assert AutoModelForCausalLM.from_pretrained(run.hf(1)).config.num_nextn_predict_layers == 1

@@ -1,10 +1,12 @@
-"""A checkpoint by directory or hub id: found and made sure of, or refused in one line."""
+"""A checkpoint by directory or hub id: found, or refused in one line."""
 
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from nanoslime.storage.hub import LocalCheckpoint, find_checkpoint
 from nanoslime.types import RunError
@@ -39,27 +41,27 @@ def snapshot_of_main(hub: Path) -> Path:
     return model / "snapshots" / COMMIT
 
 
-def find(name: str, revision: str = "", needs_tokenizer: bool = True) -> LocalCheckpoint:
-    return find_checkpoint(name, revision, download=True, needs_tokenizer=needs_tokenizer)
+def find(name: str, revision: str = "") -> LocalCheckpoint:
+    return find_checkpoint(name, revision, download=True)
 
 
 def test_a_directory_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = write_checkpoint(tmp_path / "it's a model")
     monkeypatch.chdir(tmp_path)
-    assert find("it's a model") == LocalCheckpoint(directory, "")
+    assert find("it's a model") == LocalCheckpoint(directory, "", is_whole=True)
 
 
 def test_a_hub_id_becomes_its_snapshot_and_its_commit(hub: Path) -> None:
     snapshot = write_checkpoint(snapshot_of_main(hub))
-    assert find("someone/tiny") == LocalCheckpoint(snapshot, COMMIT)
+    assert find("someone/tiny") == LocalCheckpoint(snapshot, COMMIT, is_whole=True)
 
 
 def test_a_plan_needs_no_weights_of_a_hub_id(hub: Path) -> None:
     snapshot = snapshot_of_main(hub)
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
-    found = find_checkpoint("someone/tiny", "", download=False, needs_tokenizer=True)
-    assert found == LocalCheckpoint(snapshot, COMMIT)
+    found = find_checkpoint("someone/tiny", "", download=False)
+    assert found == LocalCheckpoint(snapshot, COMMIT, is_whole=False)
     with pytest.raises(RunError, match="holds neither model.safetensors nor"):
         find("someone/tiny")
 
@@ -82,9 +84,29 @@ def test_a_name_that_leads_nowhere_is_refused(hub: Path, name: str, message: str
     assert "\n" not in str(error.value)
 
 
-def test_a_tokenizer_is_needed_unless_rollouts_are_replayed(tmp_path: Path) -> None:
-    directory = write_checkpoint(tmp_path / "model")
-    (directory / "tokenizer.json").unlink()
-    assert find(str(directory), needs_tokenizer=False).directory == directory
-    with pytest.raises(RunError, match="holds no tokenizer: none of tokenizer.json"):
-        find(str(directory))
+def test_the_makers_copy_of_the_weights_is_not_fetched_but_code_and_tokenizers_are(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = write_checkpoint(snapshot_of_main(hub))
+    asked = {}
+
+    def snapshot_download(name: str, **options: Any) -> str:
+        asked.update(options)
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    find("someone/tiny")
+    files = [
+        "config.json",
+        "tiktoken.model",
+        "tokenization_moonshot.py",
+        "sub/chat_template.jinja",
+        "model-00001-of-00002.safetensors",
+        "consolidated.safetensors",
+        "original/consolidated.00.pth",
+        "pytorch_model.bin",
+    ]
+    allowed = filter_repo_objects(
+        files, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
+    )
+    assert list(allowed) == files[:5]

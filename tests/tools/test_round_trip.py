@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from nanoslime.models.rules import repeats
 from nanoslime.models.shape import ModelShape
 from tests.models.hf import FAMILIES
 from tests.tools.checkpoints import (
     contents,
+    edit,
     load,
     make,
     same,
@@ -20,6 +22,8 @@ from tests.tools.checkpoints import (
     to_megatron,
 )
 from tools.conversion.checkpoint import HEADERS
+
+NORM = "model.norm.weight"
 
 # Every second family is sharded; then the options of `make` that a family alone does not
 # cover.
@@ -139,3 +143,37 @@ def test_a_number_beyond_a_dtype_ends_the_conversion(tmp_path, capsys):
     assert to_huggingface(tmp_path / "megatron", tmp_path / "half", "--dtype", "F16") == 2
     assert "a F32 number is beyond the range of F16" in capsys.readouterr().err
     assert not (tmp_path / "half").exists()
+
+
+def test_rotary_frequencies_of_the_original_are_left_out_and_said_to_be(tmp_path, capsys):
+    """Llama 2 and Moonlight store them in each layer."""
+    source = make(tmp_path / "hf", "llama", bf16=True)
+    expected = load(source)
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit(source, NORM, lambda tensors: tensors.update({name: torch.ones(4)}))
+    assert to_megatron(source, tmp_path / "megatron") == 0
+    note = f"note: 1 tensors of the original are left out, for example {name}"
+    assert note in capsys.readouterr().err
+    assert to_huggingface(tmp_path / "megatron", tmp_path / "back") == 0
+    assert note in capsys.readouterr().err
+    assert same(load(tmp_path / "back"), expected)
+
+
+def test_an_original_with_multi_token_prediction_gives_names_and_dtypes_of_what_was_trained(
+    tmp_path, capsys
+):
+    """A run does not train it, so its checkpoints do not hold it."""
+    trained = make(tmp_path / "trained", "deepseek_v3")
+    expected = {}
+    for name, tensor in load(trained).items():
+        is_bias = name.endswith("e_score_correction_bias")
+        expected[name] = tensor if is_bias else tensor.bfloat16()
+    source = make(tmp_path / "hf", "deepseek_v3", bf16=True, mtp=True, shards=True)
+    assert to_megatron(trained, tmp_path / "megatron") == 0
+    assert to_huggingface(tmp_path / "megatron", tmp_path / "back", "--hf-checkpoint", source) == 0
+    assert "tensors of the original are left out, for example model.layers.4." in (
+        capsys.readouterr().err
+    )
+    assert same(load(tmp_path / "back"), expected)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert model.dtype == torch.bfloat16

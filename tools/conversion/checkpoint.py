@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from nanoslime.models.checkpoint_files import read_tensors
 from nanoslime.models.rules import (
     Box,
     ModelPartition,
     Piece,
-    check_tensors,
     has_mtp,
     pieces,
     repeats,
@@ -23,6 +23,7 @@ from nanoslime.storage.safetensors_file import (
     SINGLE_FILE,
     read_head,
     read_headers,
+    refuse_other_forms,
 )
 from nanoslime.storage.shared_files import read_json
 from nanoslime.types import RunError
@@ -164,6 +165,7 @@ def torch_dist_directory(path: Path) -> Path | None:
     for place in places:
         if (place / torch_dist.METADATA).exists():
             return place
+    refuse_other_forms(path)
     raise RunError(
         f"{path} is no checkpoint: neither {SINGLE_FILE}, {INDEX_FILE} (Hugging Face), "
         f"{torch_dist.METADATA} (torch_dist) nor {LATEST} is in it"
@@ -226,21 +228,10 @@ def _verify_manifest(directory: Path, content: bytes) -> None:
 
 def _open_huggingface(path: Path, manifest_dir: Path | None) -> Checkpoint:
     shape = _read_shape(path)
-    headers = read_headers(path)
-    listing = path / INDEX_FILE
-    if not listing.exists():
-        listing = path / SINGLE_FILE
-    shapes = {name: info.shape for name, info in headers.items()}
-    files = {name: str(info.file) for name, info in headers.items()}
-    try:
-        check_tensors(shape, shapes, str(listing), files)
-    except ValueError as error:
-        raise RunError(str(error)) from error
     tensors = {}
-    for name, info in headers.items():
+    for name, info in read_tensors(path, shape).items():
         chunk = Chunk((0,) * len(info.shape), info.shape, info.file, info.start)
         tensors[name] = StoredTensor(info.dtype, info.shape, (chunk,))
-    _check_dtypes(tensors)
     _check_repeats(shape, tensors)
     mtp = has_mtp(shape, tensors)
     return Checkpoint(path, HUGGING_FACE, shape, path, tensors, mtp, (), manifest_dir)
@@ -249,15 +240,9 @@ def _open_huggingface(path: Path, manifest_dir: Path | None) -> Checkpoint:
 def _check_repeats(shape: ModelShape, tensors: dict[str, StoredTensor]) -> None:
     """Raises RunError for a tensor that has to repeat another one, but differs."""
     for name, original in repeats(shape).items():
-        if name not in tensors or _same_tensor(tensors[name], tensors[original]):
-            continue
-        file = _file(tensors[name])
-        if name == "lm_head.weight":
-            raise RunError(
-                f"{file}: {name} has to repeat {original}, but differs; "
-                "set tie_word_embeddings to false in config.json"
-            )
-        raise RunError(f"{file}: {name} has to repeat {original}, but differs; retrain")
+        if name in tensors and not _same_tensor(tensors[name], tensors[original]):
+            file = _file(tensors[name])
+            raise RunError(f"{file}: {name} has to repeat {original}, but differs; retrain")
 
 
 def _open_torch_dist(path: Path, metadata_dir: Path, manifest_dir: Path | None) -> Checkpoint:

@@ -70,7 +70,7 @@ def convert(
         check_output(plan, arguments.out, arguments.force)
         print(describe(plan, arguments.out))
         return
-    for note in notes(plan.source):
+    for note in [*notes(plan.source), *_left_out(plan)]:
         print(note, file=sys.stderr)
     options = Options(arguments.force, max(1, arguments.threads), checksums)
     with progress_bar(plan.num_bytes) as progress:
@@ -125,7 +125,7 @@ def describe(plan: ConversionPlan, out: Path) -> str:
     ]
     for file in plan.files:
         lines.append(f"         {file.name}  {file.num_bytes:,}")
-    return "\n".join(lines + notes(source))
+    return "\n".join([*lines, *notes(source), *_left_out(plan)])
 
 
 def _describe_model(source: Checkpoint) -> str:
@@ -136,6 +136,15 @@ def _describe_model(source: Checkpoint) -> str:
     if source.mtp:
         text += f", {shape.num_mtp_layers} for multi-token prediction"
     return text
+
+
+def _left_out(plan: ConversionPlan) -> list[str]:
+    if not plan.left_out:
+        return []
+    return [
+        f"note: {len(plan.left_out)} tensors of the original are left out, for example "
+        f"{plan.left_out[0]}: no trainer holds them, and a model loads without them"
+    ]
 
 
 def notes(source: Checkpoint) -> list[str]:

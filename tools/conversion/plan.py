@@ -12,13 +12,14 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from nanoslime.models.rules import Piece
+from nanoslime.models.rules import Piece, is_computed, optional_tensors
 from nanoslime.storage.safetensors_file import (
     INDEX_FILE,
     METADATA_DIR,
     copy_other_files,
     parse_head,
     plan_files,
+    read_headers,
 )
 from nanoslime.storage.shared_files import publish_json, read_json
 from nanoslime.types import RunError
@@ -63,11 +64,15 @@ _LAYER = re.compile(r"layers\.(\d+)\.")
 
 @dataclass(frozen=True, slots=True)
 class ConversionPlan:
-    """`finish` writes the small files into the output directory, once `files` are there."""
+    """`finish` writes the small files into the output directory, once `files` are there.
+
+    `left_out` are tensors of the original files that the output does not hold.
+    """
 
     source: Checkpoint
     files: tuple[TargetFile, ...]
     finish: Callable[[Path], None]
+    left_out: tuple[str, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -118,7 +123,8 @@ def to_megatron(source: Checkpoint) -> ConversionPlan:
         (directory / LATEST).write_text(RELEASE)
         _keep_model_files(source.metadata_dir, directory / METADATA_DIR)
 
-    return ConversionPlan(source, files.target_files(), finish)
+    left_out = tuple(name for name in read_headers(source.path) if is_computed(name))
+    return ConversionPlan(source, files.target_files(), finish, left_out)
 
 
 def _keep_model_files(metadata_dir: Path, target: Path) -> None:
@@ -135,7 +141,10 @@ def to_huggingface(source: Checkpoint, dtype: str | None = None) -> ConversionPl
     """Safetensors files: those of the original, byte for byte, where its heads are kept.
 
     Without the heads the tensors stand layer by layer, in files of 5 GB, with the dtypes
-    as stored. `dtype` (BF16, F16, F32) asks for another one of all tensors.
+    as stored. So they do, with the dtypes of the heads, where the heads have what the
+    source has not and a model need not have: tensors that are computed, multi-token
+    prediction that was not trained. `dtype` (BF16, F16, F32) asks for another dtype of
+    all tensors.
 
     Raises RunError for a source that is no torch_dist checkpoint or does not fit the kept
     heads.
@@ -144,11 +153,21 @@ def to_huggingface(source: Checkpoint, dtype: str | None = None) -> ConversionPl
         raise RunError(f"{source.path} is {source.format} already; give a Megatron directory")
     available = source.huggingface()
     missing = {piece.hf for piece in source.pieces()}
-    kept_heads = None if dtype else original_heads(source.metadata_dir)
+    kept_heads = original_heads(source.metadata_dir)
+    kept_dtypes = _dtypes_in(kept_heads or {})
+    optional = optional_tensors(source.shape)
+    left_out = []
+    for name in kept_dtypes.keys() - available.keys():
+        if is_computed(name) or name in optional:
+            left_out.append(name)
+    if dtype or left_out:
+        kept_heads = None
     index = None
     if kept_heads is None:
-        names = sorted(missing, key=_layer)
-        specs = [(name, dtype or available[name].dtype, available[name].shape) for name in names]
+        specs = []
+        for name in sorted(missing, key=_layer):
+            tensor = available[name]
+            specs.append((name, dtype or kept_dtypes.get(name, tensor.dtype), tensor.shape))
         heads, index = plan_files(specs)
     else:
         heads = kept_heads
@@ -176,7 +195,16 @@ def to_huggingface(source: Checkpoint, dtype: str | None = None) -> ConversionPl
         elif kept_heads and (source.metadata_dir / INDEX_FILE).exists():
             shutil.copy2(source.metadata_dir / INDEX_FILE, directory)
 
-    return ConversionPlan(source, tuple(files), finish)
+    return ConversionPlan(source, tuple(files), finish, tuple(sorted(left_out)))
+
+
+def _dtypes_in(heads: dict[str, bytes]) -> dict[str, str]:
+    """The dtype of every tensor that the heads of files name."""
+    found = {}
+    for file_name, head in heads.items():
+        for name, info in parse_head(Path(file_name), head).items():
+            found[name] = info.dtype
+    return found
 
 
 def _check_kept_head(

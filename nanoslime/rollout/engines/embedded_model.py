@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from nanoslime.engine_kind import EngineStart
 from nanoslime.models.shape import ModelShape
-from nanoslime.rollout.weight_check import checkpoint_shapes, first_problem, missing
+from nanoslime.rollout.weight_check import ExpectedTensors
 from nanoslime.storage.safetensors_file import read_headers
 from nanoslime.types import GenerateRequest, Generation, MemoryPart, RunError, Status
 
@@ -46,7 +46,11 @@ class EmbeddedOwner:
         if self._start.device == "cuda":
             device = f"cuda:{self._start.gpu_ids[0]}"
         return EmbeddedEngine(
-            str(self._start.model_dir), config.model.dtype, device, seed=config.seed
+            str(self._start.model_dir),
+            config.model.dtype,
+            device,
+            seed=config.seed,
+            trust_remote_code=config.model.trust_remote_code,
         )
 
     def close(self) -> None:
@@ -66,11 +70,21 @@ class EmbeddedEngine:
 
     name = "embedded"
 
-    def __init__(self, model_path: str, dtype: str, device: str, seed: int) -> None:
+    def __init__(
+        self,
+        model_path: str,
+        dtype: str,
+        device: str,
+        seed: int,
+        *,
+        trust_remote_code: bool = False,
+    ) -> None:
         """`seed` is for requests without one of their own."""
         self._model_path = model_path
-        self._expected = checkpoint_shapes(model_path)
-        self._model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype))
+        self._expected = ExpectedTensors.of_checkpoint(model_path)
+        self._model = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+        )
         self._model.to(device).eval()
         shape = ModelShape.read(model_path)
         self._context_length = shape.context_length
@@ -136,11 +150,12 @@ class EmbeddedEngine:
         pairs = list(named)
         tensors = dict(pairs)
         shapes = [(name, tuple(tensor.shape)) for name, tensor in pairs]
-        problem = first_problem(shapes, self._expected) or missing(self._expected, tensors)
+        problem = self._expected.first_problem(shapes) or self._expected.missing(tensors)
         if problem:
             raise RunError(f"engine {self.name} refused version {version}: {problem}")
+        trained = {name: tensors[name] for name in self._expected.required}
         with self._alone("the running batch"):
-            self._copy(tensors)
+            self._copy(trained)
             self._version = version
 
     def release_memory(self) -> None:

@@ -73,6 +73,7 @@ def owner(start: EngineStart) -> SGLangServer:
         cpu_core=cores[-1 - start.index % len(cores)],
         gpu_ids=start.gpu_ids,
         colocated=config.cluster.colocate,
+        trust_remote_code=config.model.trust_remote_code,
         routed_experts=config.training.routing_replay == "R3",
     )
 
@@ -104,6 +105,8 @@ class SGLangServer:
     routed_experts: bool = False
     # Whether the engine gives its memory to trainers on the same GPUs and takes it back.
     colocated: bool = False
+    # Whether code of the checkpoint may run in it: its configuration, its tokenizer.
+    trust_remote_code: bool = False
     process: ChildProcess | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -149,6 +152,7 @@ class SGLangServer:
             "tp_size": self.config.engine_tp_size,
             "weight_version": "0",
             "enable_return_routed_experts": self.routed_experts,
+            "trust_remote_code": self.trust_remote_code,
         }
         for name in sorted(self.config.sglang):
             if name in fixed:

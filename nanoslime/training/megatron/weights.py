@@ -11,10 +11,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nanoslime.batch import WeightShard
+from nanoslime.models.checkpoint_files import read_tensors
 from nanoslime.models.freezing import frozen_names
-from nanoslime.models.rules import ModelPartition, Piece, check_tensors, pieces, tensors
+from nanoslime.models.rules import ModelPartition, Piece, pieces, tensors
 from nanoslime.models.shape import ModelShape
-from nanoslime.storage.safetensors_file import TensorInfo, read_headers
 from nanoslime.types import RunError
 
 ParameterPieces = list[tuple[Piece, Tensor]]
@@ -60,13 +60,10 @@ def bind(model: GPTModel, shape: ModelShape, partition: ModelPartition) -> Param
 def load(parameter_pieces: ParameterPieces, shape: ModelShape, directory: Path) -> None:
     """Reads this rank's rows from the checkpoint in `directory`.
 
-    Padding of the vocabulary becomes zero. Raises SafetensorsError for a missing or
-    damaged file, ValueError for tensors that are missing, too many or of another shape.
-    The headers of all files are checked before anything is read.
+    Padding of the vocabulary becomes zero. Raises RunError as read_tensors does, before
+    anything is read, and ValueError for a file whose data cannot be read.
     """
-    found = read_headers(directory)
-    shapes = {name: info.shape for name, info in found.items()}
-    check_tensors(shape, shapes, str(directory))
+    found = read_tensors(directory, shape)
     pieces_by_file: dict[Path, ParameterPieces] = defaultdict(list)
     for piece, parameter in parameter_pieces:
         parameter.zero_()
@@ -79,8 +76,6 @@ def load(parameter_pieces: ParameterPieces, shape: ModelShape, directory: Path) 
                     parameter[piece.local] = values.to(parameter)
         except (SafetensorError, OSError) as e:
             raise ValueError(f"{file} cannot be read: {e}") from e
-    if shape.tie_word_embeddings and "lm_head.weight" in found:
-        _check_tied_head(parameter_pieces, found["lm_head.weight"])
 
 
 def freeze(
@@ -134,20 +129,6 @@ def _check_frozen_whole(frozen: set[str], shape: ModelShape) -> None:
 
 def _require_grad(module: torch.nn.Module, inputs: tuple[Tensor, ...], hidden: Tensor) -> Tensor:
     return hidden.requires_grad_()
-
-
-def _check_tied_head(parameter_pieces: ParameterPieces, head: TensorInfo) -> None:
-    with safe_open(head.file, framework="pt") as opened:
-        rows = opened.get_slice("lm_head.weight")
-        for piece, parameter in parameter_pieces:
-            if piece.hf != "model.embed_tokens.weight":
-                continue
-            embedding = parameter[piece.local]
-            if not torch.equal(rows[piece.box].to(embedding), embedding):
-                raise ValueError(
-                    f"{head.file}: lm_head.weight differs from the embedding, but config.json ties"
-                    " them; set tie_word_embeddings to false there"
-                )
 
 
 def _parameters(model: GPTModel, first_expert: int) -> dict[str, Tensor]:

@@ -14,8 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qw
 
 from nanoslime.rollout.engines.embedded_model import EmbeddedEngine, pick
 from nanoslime.types import Engine, GenerateRequest, Generation, RunError, Status
-from tests.models.hf import save_model
-from tests.serving import VOCAB_SIZE, reference_logprobs, save_tiny_model
+from tests.models.hf import add_mtp, save_model
+from tests.serving import (
+    VOCAB_SIZE,
+    reference_logprobs,
+    save_tied_with_head,
+    save_tiny_model,
+)
 
 
 @pytest.fixture
@@ -263,6 +268,42 @@ def test_tied_embeddings(tmp_path: Path) -> None:
     engine = make_engine(first)
     engine.update_weights_from_disk(str(second), 1)
     assert_serves(engine, second)
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3"])
+def test_layers_of_multi_token_prediction_in_the_files_are_no_part_of_an_update(
+    family: str, tmp_path: Path
+) -> None:
+    """An update has what is trained; the files of the engine's model have more."""
+    changes = {"num_key_value_heads": 4} if family == "deepseek_v3" else {}
+    path = save_model(tmp_path / "a", family, **changes)
+    trained = load_file(path / "model.safetensors")
+    add_mtp(path)
+    every = load_file(path / "model.safetensors")
+    engine = make_engine(path)
+    engine.load_weights(trained.items(), 1)
+    engine.update_weights_from_disk(str(path), 2)
+    assert engine.policy_version() == 2
+    assert_serves(engine, path)
+    lacking = {name: tensor for name, tensor in every.items() if name != "model.norm.weight"}
+    with pytest.raises(RunError, match=f"1 of {len(trained)} tensors missing: model.norm.weight"):
+        engine.load_weights(lacking.items(), 3)
+    beyond = {**trained, "model.layers.5.enorm.weight": torch.ones(32)}
+    with pytest.raises(RunError, match="unknown tensor 'model.layers.5.enorm.weight'"):
+        engine.load_weights(beyond.items(), 3)
+
+
+@pytest.mark.parametrize("sends_head", [False, True])
+def test_a_tied_head_in_the_files_may_be_sent_or_not(tmp_path: Path, sends_head: bool) -> None:
+    paths = [save_tied_with_head(tmp_path / str(seed), seed) for seed in range(2)]
+    engine = make_engine(paths[0])
+    tensors = load_file(paths[1] / "model.safetensors")
+    if not sends_head:
+        del tensors["lm_head.weight"]
+    engine.load_weights(tensors.items(), 1)
+    assert_serves(engine, paths[1])
+    with pytest.raises(RunError, match="tensor 'lm_head.weight' has shape"):
+        engine.load_weights({**tensors, "lm_head.weight": torch.ones(2)}.items(), 2)
 
 
 def save_mixture_of_experts(path: Path, seed: int) -> Path:

@@ -282,5 +282,6 @@ def test_a_tied_checkpoint_whose_head_differs_is_refused(start, tmp_path):
     rewrite(file, add_equal_head)
     weights.load(backend._parameter_pieces, backend._shape, directory)
     rewrite(file, lambda tensors: tensors["lm_head.weight"].mul_(1.01))
-    with pytest.raises(ValueError, match="lm_head.weight differs from the embedding"):
+    message = "lm_head.weight has to repeat model.embed_tokens.weight, but differs"
+    with pytest.raises(RunError, match=message):
         weights.load(backend._parameter_pieces, backend._shape, directory)
