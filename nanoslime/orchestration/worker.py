@@ -122,7 +122,8 @@ class TrainWorker:
     def write_hf(self, destination: Path) -> None:
         """Writes the current weights as a Hugging Face checkpoint.
 
-        Tokenizer and config are those of the original.
+        Tokenizer and config are those of the original. What is not trained is left out:
+        a repeated output layer, multi-token prediction.
         """
         write_checkpoint(self._assembler, self.env.rank, destination, like=self.model_dir)
 
