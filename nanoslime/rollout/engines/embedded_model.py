@@ -81,6 +81,7 @@ class EmbeddedEngine:
     ) -> None:
         """`seed` is for requests without one of their own."""
         self._model_path = model_path
+        self._trusts_code = trust_remote_code
         self._expected = ExpectedTensors.of_checkpoint(model_path)
         self._model = AutoModelForCausalLM.from_pretrained(
             model_path, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
@@ -226,7 +227,7 @@ class EmbeddedEngine:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        return AutoTokenizer.from_pretrained(self._model_path)
+        return AutoTokenizer.from_pretrained(self._model_path, trust_remote_code=self._trusts_code)
 
     def _eos_ids(self) -> frozenset[int]:
         """The tokens that end a response by the model's generation config."""
