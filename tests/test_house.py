@@ -48,7 +48,8 @@ DOORS = {  # the only places that may import these
 HEAVY = ("torch", "transformers", "ray", "megatron", "sglang")
 MAX_FILE = 500
 MAX_FUNCTION = 100
-MAX_ALL = 20_000  # lines that are not blank
+MAX_ALL = 20_000  # lines that are not blank, without the scripts that only measure
+MEASURING = ("tools/bench_*.py", "tools/check_gpu.py", "tools/gpu_checks.py")
 MAX_UNFORMATTED = 10
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -256,8 +257,12 @@ def test_functions_are_short():
 
 
 def test_the_whole_stays_small():
+    measuring = {path for pattern in MEASURING for path in ROOT.glob(pattern)}
+    assert len(measuring) > 5
     written = 0
     for path in CODE:
+        if path in measuring:
+            continue
         lines = path.read_text(encoding="utf-8").splitlines()
         written += sum(bool(line.strip()) for line in lines)
     assert written < MAX_ALL

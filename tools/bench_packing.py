@@ -1,6 +1,6 @@
 """Packing and balance of sequences beside first-fit-decreasing and Karmarkar-Karp.
 
-    python -m tests.training.bench_packing [--gsm8k DIR] [--seeds 20]
+    python tools/bench_packing.py [--gsm8k DIR] [--seeds 20]
 
 The table shows per packing: its fill, which is tokens over (micro-batches x budget), the
 most that any packing with equally many micro-batches per rank can have, the slowest
@@ -26,7 +26,7 @@ from nanoslime.training.packing import pack, sequence_costs
 NUM_RANKS = 8
 BUDGET = 16_384  # tokens of a micro-batch
 PARITY_TOKENS = 24_576.0
-GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
+GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
 Packing = list[list[list[int]]]  # [rank][micro-batch]: sequences
 Packer = Callable[[list[int]], Packing]
 

@@ -1,6 +1,6 @@
 """Seconds of a save and a load of Megatron's training state by data-parallel ranks on the CPU.
 
-    python -m tests.training.megatron.bench_checkpoint [--gb 1] [--rounds 3] [--directory D]
+    python tools/bench_checkpoint.py [--gb 1] [--rounds 3] [--directory D]
 
 `gathered` is megatron-core's memory-efficient fully reshardable format: gloo gathers the
 optimizer's state on one rank, which writes and hashes everything. `parallel` is what
