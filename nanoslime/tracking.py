@@ -5,7 +5,6 @@ TensorBoard, W&B.
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -14,7 +13,7 @@ from pathlib import Path
 from nanoslime.config.run import RunConfig
 from nanoslime.plugins import resolve
 from nanoslime.run_dir import RunDir
-from nanoslime.storage.shared_files import publish
+from nanoslime.storage.shared_files import finite, publish
 
 logger = logging.getLogger(__name__)
 
@@ -107,15 +106,11 @@ def _forget_from(start: int, run: RunDir) -> None:
 
 
 def _json_lines(path: Path) -> Sink:
-    """Appends one JSON object a step, which is on the file system when the sink returns.
-
-    JSON has no nan and no inf; null stands for them.
-    """
+    """Appends one JSON object a step, which is on the file system when the sink returns."""
 
     def log(step: int, metrics: dict[str, float]) -> None:
-        numbers = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
         with open(path, "a") as file:
-            file.write(json.dumps({"step": step, **numbers}) + "\n")
+            file.write(json.dumps(finite({"step": step, **metrics})) + "\n")
 
     return log
 

@@ -91,6 +91,13 @@ def test_recorded_rollouts_leave_all_slots_to_trainers():
     assert len(three_ranks.trainers) == 3
 
 
+def test_a_plan_without_evaluations_says_so():
+    says = "evals     none, as data.eval_prompts is not set; eval.interval and checkpoint.keep_best"
+    for flags, is_told in ("", True), ("--eval-prompts x.jsonl", False):
+        config = config_of(f"--nodes 2 {H200} {flags}")
+        assert (says in describe(config, QWEN3_4B, plan(config, QWEN3_4B))) is is_told
+
+
 def test_rollout_only_leaves_all_slots_to_engines():
     # The trainer's TP of 3 fits nothing, and does not matter.
     config = config_of(f"--nodes 2 {H200} --tp-size 3 --engine-tp-size 2 --rollout-only")

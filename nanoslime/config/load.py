@@ -64,6 +64,7 @@ def load(
     config = layers.validate()
     if not resumes:
         _check_warmup(config, layers.sources)
+        _check_rehearsal_data(config)
     if _falls_back_to_fsdp(config, layers.sources):
         config = _with_fsdp(config)
     for which in MEGATRON_OPTIONS:
@@ -275,6 +276,17 @@ def _check_warmup(config: RunConfig, sources: dict[str, _Source]) -> None:
         f"training.lr_warmup_steps={warmup} is longer than the run of {steps} optimizer steps "
         "(rollout.num_rollout times training.num_steps_per_rollout); lower it"
     )
+
+
+def _check_rehearsal_data(config: RunConfig) -> None:
+    """Raises RunError for prompts that a rehearsal would leave unread."""
+    for field in ("prompts", "eval_prompts"):
+        file = getattr(config.data, field)
+        if config.rehearsal.enabled and file:
+            raise RunError(
+                f"data.{field}={file!r}: a rehearsal has prompts of its own, and it is one where "
+                "no model is named; add --hf-checkpoint, or leave the prompts out"
+            )
 
 
 def _falls_back_to_fsdp(config: RunConfig, sources: dict[str, _Source]) -> bool:

@@ -1,4 +1,4 @@
-"""Whether a prompt and its response fit the model's context."""
+"""Whether a prompt and its response fit the model's context, and stop tokens its vocabulary."""
 
 from nanoslime.config import RunConfig
 from nanoslime.models.shape import ModelShape
@@ -6,14 +6,21 @@ from nanoslime.types import RunError
 
 
 def check_context(config: RunConfig, shape: ModelShape) -> None:
-    """Raises RunError where a prompt and a response of the allowed lengths exceed it.
+    """Raises RunError where a prompt and a response of the allowed lengths exceed the context,
+    or a token that shall end responses is none of the model's.
 
-    Engines refuse such a request, so that no sample would be made. Recorded rollouts
+    Engines refuse such a long request, so that no sample would be made. Recorded rollouts
     have their samples already.
     """
     rollout = config.rollout
     if rollout.load_rollouts:
         return
+    last_stop_token = max(rollout.stop_token_ids, default=0)
+    if last_stop_token >= shape.vocab_size:
+        raise RunError(
+            f"rollout.stop_token_ids has {last_stop_token}, which no response can hold: the "
+            f"model's vocab_size is {shape.vocab_size}; take ids of the checkpoint's tokenizer"
+        )
     limit = shape.context_length
     source = "the model reads (its max_position_embeddings and rope scaling)"
     asked = rollout.sglang.get("context_length") if rollout.engine == "sglang" else None

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from nanoslime.config import RolloutConfig
-from nanoslime.storage.shared_files import publish
+from nanoslime.storage.shared_files import finite, publish
 from nanoslime.types import RunError, Sample, SampleGroup, Status
 
 # The fields of a sample with an entry per token.
@@ -125,7 +125,7 @@ def _line(sample: Sample) -> str:
         "versions": sample.policy_versions,
         "metadata": sample.metadata,
     }
-    return json.dumps(entry, ensure_ascii=False, default=str) + "\n"
+    return json.dumps(finite(entry), ensure_ascii=False, default=str) + "\n"
 
 
 class _ArrayReader:

@@ -8,6 +8,7 @@ that.
 
 import errno
 import json
+import math
 import os
 import time
 import uuid
@@ -71,7 +72,18 @@ def publish_json(path: Path, value: Any, mode: int = 0o644) -> None:
 
 def as_json(value: Any) -> bytes:
     """What `publish_json` writes."""
-    return (json.dumps(value, indent=1) + "\n").encode()
+    return (json.dumps(finite(value), indent=1) + "\n").encode()
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for each nan and inf in it, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return value
 
 
 def read_json(path: Path, deadline_s: float = 5.0) -> Any:

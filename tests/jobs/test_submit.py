@@ -328,6 +328,8 @@ def test_what_cannot_be_resumed_is_refused(machine):
             ["--recipe", "rehearsal", "--hf-checkpoint", "x"],
             "rehearsal.enabled makes its own model",
         ),
+        (["--prompts", "a.jsonl"], "data.prompts='a.jsonl': a rehearsal has prompts of its own"),
+        (["--eval-prompts", "a.jsonl"], "no model is named; add --hf-checkpoint, or leave"),
         (
             ["--hf-checkpoint", "/nowhere/at/all"],
             "'/nowhere/at/all' is neither a directory nor a hub id",

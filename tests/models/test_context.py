@@ -68,6 +68,13 @@ def test_a_scaling_of_llama_3_is_in_its_length_already() -> None:
             "4097",
         ),
         (["--max-new-tokens", "65536", "--load-rollouts", "runs/old"], 4096, None),
+        (["--rollout.stop-token-ids", "5", "151935"], 4096, None),
+        (
+            ["--rollout.stop-token-ids", "5", "151936"],
+            4096,
+            "rollout.stop_token_ids has 151936, which no response can hold: the model's vocab_size "
+            "is 151936; take ids",
+        ),
     ],
 )
 def test_prompt_and_response_fit_it(flags, context, says) -> None:

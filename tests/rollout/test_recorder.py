@@ -199,3 +199,11 @@ def test_a_line_by_hand(tmp_path: Path) -> None:
         "versions": [[2, 0]],
         "metadata": {"prompt_id": 3},
     }
+
+
+def test_a_line_has_no_nan_that_json_cannot_read(tmp_path: Path) -> None:
+    (group, *_) = make_groups()
+    sample = replace(group.samples[0], metadata={"score": float("nan")})
+    recorder.record(tmp_path, 0, [SampleGroup(5, [sample])], SETTINGS)
+    (line,) = (tmp_path / "step_0.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    assert json.loads(line)["metadata"] == {"score": None}

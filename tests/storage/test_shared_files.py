@@ -1,6 +1,8 @@
 """Files between nodes: whole or absent for a reader, patience with a deadline."""
 
 import errno
+import json
+import math
 import os
 import threading
 from pathlib import Path
@@ -17,6 +19,17 @@ def test_publish_replaces_and_leaves_nothing_aside(tmp_path: Path) -> None:
     assert (tmp_path / "token").read_bytes() == b"two"
     assert (tmp_path / "token").stat().st_mode & 0o777 == 0o600
     assert os.listdir(tmp_path) == ["token"]
+
+
+def test_what_no_json_reader_takes_is_null(tmp_path: Path) -> None:
+    value = {"a": math.nan, "b": [math.inf, (-math.inf, 1.5)], "c": {"d": 2, "e": True}}
+    publish_json(tmp_path / "f.json", value)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    read = json.loads((tmp_path / "f.json").read_bytes(), parse_constant=refuse)
+    assert read == {"a": None, "b": [None, [None, 1.5]], "c": {"d": 2, "e": True}}
 
 
 def test_a_half_written_file_is_read_again(tmp_path: Path) -> None:
