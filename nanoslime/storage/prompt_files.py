@@ -23,7 +23,7 @@ _PARQUET = {"file": "pyarrow.parquet:ParquetFile", "error": "pyarrow:ArrowExcept
 _ROWS_PER_BATCH = 1024
 _MAX_QUOTED_CHARS = 80
 # An escaped half of a surrogate pair in JSON; two halves make a character.
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 Messages = list[dict[str, Any]]
 
@@ -86,13 +86,11 @@ def _jsonl_rows(path: Path) -> Iterator[_Row]:
                 continue
             place = f"{path}:{number}"
             try:
-                fields = json.loads(line)
-                if _SURROGATE.search(line):
-                    json.dumps(fields, ensure_ascii=False).encode()
+                fields = _from_json(line.decode("utf-8-sig"))
             except UnicodeDecodeError as error:
                 raise RunError(
                     f"{place}: not a line of JSON (not UTF-8, byte 0x{line[error.start]:02x}: "
-                    f"{error.reason}): convert the file (iconv -f latin1 -t utf-8)"
+                    f"{error.reason}): convert the file (iconv -f ENCODING -t utf-8)"
                 ) from error
             except UnicodeEncodeError as error:
                 raise RunError(
@@ -105,6 +103,15 @@ def _jsonl_rows(path: Path) -> Iterator[_Row]:
             if not isinstance(fields, dict):
                 raise RunError(f"{place}: a JSON object is needed, found {type(fields).__name__}")
             yield _Row(place, fields)
+
+
+def _from_json(text: str) -> Any:
+    """Raises UnicodeEncodeError for half of a surrogate pair, which no file of the run can hold;
+    ValueError or RecursionError for what is no JSON."""
+    value = json.loads(text)
+    if _SURROGATE.search(text):
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
 
 
 def _parquet_rows(path: Path, data: DataConfig) -> Iterator[_Row]:
@@ -141,9 +148,11 @@ def _needed(names: list[str], data: DataConfig) -> list[str] | None:
 def _rows_of(batch: Any) -> Iterable[dict[str, Any]]:
     """The rows of an Arrow batch; where one is no text, those before it, and its error."""
     try:
-        rows: list[dict[str, Any]] = batch.to_pylist()
+        rows: list[dict[str, Any]] = batch.to_pylist(maps_as_pydicts="lossy")
     except UnicodeDecodeError:
-        return (batch.slice(i, 1).to_pylist()[0] for i in range(batch.num_rows))
+        return (
+            batch.slice(i, 1).to_pylist(maps_as_pydicts="lossy")[0] for i in range(batch.num_rows)
+        )
     return rows
 
 
@@ -258,8 +267,8 @@ def _meta(row: _Row, data: DataConfig) -> dict[str, Any]:
     value = _require(row, "data.metadata_key", key)
     if isinstance(value, str):
         try:
-            value = json.loads(value or "{}")
-        except ValueError:
+            value = _from_json(value or "{}")
+        except (ValueError, RecursionError):
             pass
     if value is None:
         return {}

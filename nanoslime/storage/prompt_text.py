@@ -1,8 +1,7 @@
 """From a record to the text that the model sees, and the check of a whole prompt file on
 the login node, where there is neither torch nor transformers."""
 
-from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterator
 from itertools import batched
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ _LAZY = {
     "template": "nanoslime.storage.chat_template:compile_template",
     "tokenizer": "tokenizers:Tokenizer",
 }
-# The login node counts the tokens of so many prompts at most; the job counts those of all.
+# The login node counts the tokens of so many texts at most; the job counts those of all.
 _MAX_COUNTED = 20_000
 _BATCH = 1024
 
@@ -102,61 +101,48 @@ def check_prompt_file(path: Path, data: DataConfig, tokenizer: Path | None) -> N
             pass
         return
     render = _renderer(tokenizer, data)
-    counter = _TokenCounter(tokenizer / "tokenizer.json")
     is_any_short = False
     seen: set[Any] = set()
-    for batch in batched(records, _BATCH):
-        long = []
-        for record in batch:
-            roles = _roles(record)
-            if roles not in seen:
-                seen.add(roles)
-                prompt_text(record, data, render)
-            if _num_bytes(record) > data.max_prompt_tokens:
-                long.append(record)
-            else:
-                is_any_short = True
-        if is_any_short and data.over_long == "skip":
-            continue
-        texts = {prompt_text(record, data, render): record.place for record in reversed(long)}
-        for text, num_tokens in counter.count(texts):
-            is_any_short |= check_length(texts[text], num_tokens, data)
+    # The place of each text that may be too long.
+    long: dict[str, str] = {}
+    for record in records:
+        roles = _roles(record)
+        if roles not in seen:
+            seen.add(roles)
+            prompt_text(record, data, render)
+        if _num_bytes(record) <= data.max_prompt_tokens:
+            is_any_short = True
+        elif len(long) < _MAX_COUNTED:
+            long.setdefault(prompt_text(record, data, render), record.place)
+        else:
+            # The job finds out.
+            is_any_short = True
+    if is_any_short and data.over_long == "skip":
+        return
+    for place, num_tokens in _count_tokens(long, tokenizer / "tokenizer.json"):
+        is_any_short |= check_length(place, num_tokens, data)
     if not is_any_short:
         raise none_short_enough(path, data)
 
 
-class _TokenCounter:
-    """Counts the tokens of texts that it has not counted before."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self._counted: set[int] = set()
-
-    def count(self, texts: Iterable[str]) -> Iterator[tuple[str, int]]:
-        """Texts and their tokens. A text that cannot be counted here has 0."""
-        new = [text for text in texts if hash(text) not in self._counted]
-        if len(self._counted) > _MAX_COUNTED or not self._file.is_file():
-            yield from ((text, 0) for text in new)
-            return
-        if not new:
-            return
-        self._counted.update(map(hash, new))
+def _count_tokens(places: dict[str, str], file: Path) -> Iterator[tuple[str, int]]:
+    """The places of texts, with their numbers of tokens; 0 where there is no such file."""
+    if not places or not file.is_file():
+        yield from ((place, 0) for place in places.values())
+        return
+    tokenizer_class = resolve("tokenizer", _LAZY, "model.hf_checkpoint")
+    try:
+        tokenizer = tokenizer_class.from_file(str(file))
+    except Exception as error:
+        # The library raises nothing more precise.
+        raise RunError(f"{file} cannot be read as a tokenizer: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    for texts in batched(places, _BATCH):
         for text, encoding in zip(
-            new, self._tokenizer.encode_batch(new, add_special_tokens=False), strict=True
+            texts, tokenizer.encode_batch(list(texts), add_special_tokens=False), strict=True
         ):
-            yield text, len(encoding.ids)
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        tokenizer_class = resolve("tokenizer", _LAZY, "model.hf_checkpoint")
-        try:
-            tokenizer = tokenizer_class.from_file(str(self._file))
-        except Exception as error:
-            # The library raises nothing more precise.
-            raise RunError(f"{self._file} cannot be read as a tokenizer: {error}") from error
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return tokenizer
+            yield places[text], len(encoding.ids)
 
 
 def _renderer(directory: Path, data: DataConfig) -> Render | None:

@@ -170,6 +170,14 @@ def test_a_message_of_parquet_has_no_keys_that_it_had_not(tmp_path: Path) -> Non
     assert record.prompt == messages
 
 
+def test_a_map_of_parquet_is_an_object(tmp_path: Path) -> None:
+    pairs = pa.array([[("k", "v"), ("l", "w")]], pa.map_(pa.string(), pa.string()))
+    pq.write_table(
+        pa.table({"prompt": ["a"], "label": [1], "metadata": pairs}), tmp_path / "p.parquet"
+    )
+    assert read(tmp_path / "p.parquet")[0].metadata == {"k": "v", "l": "w"}
+
+
 def test_a_decimal_label_is_a_number(tmp_path: Path) -> None:
     (record,) = read(write(tmp_path, [{"prompt": "a", "label": Decimal("3.50")}], "parquet"))
     assert record.label == "3.50"
@@ -200,6 +208,21 @@ def test_a_decimal_label_is_a_number(tmp_path: Path) -> None:
             r"p.jsonl:1: \\ud800 is half of a surrogate pair and no character; remove it",
         ),
         ("p.jsonl", rb'{"prompt": "a", "label": "x\uDFFF"}', r"p.jsonl:1: \\udfff is half"),
+        (
+            "p.jsonl",
+            b'{"prompt": "a\xed\xa0\x80", "label": 1}',
+            r"p.jsonl:1: not a line of JSON \(not UTF-8, byte 0xed",
+        ),
+        (
+            "p.jsonl",
+            rb'{"prompt": "a", "label": 1, "metadata": "{\"k\": \"\\ud800\"}"}',
+            "p.jsonl:1: metadata is .* not an object or its JSON text",
+        ),
+        (
+            "p.jsonl",
+            b'{"prompt": "a", "label": 1, "metadata": "' + b"[" * 100_000 + b'"}',
+            r"p.jsonl:1: metadata is .* not an object or its JSON text",
+        ),
         ("p.jsonl", b"[1]", "p.jsonl:1: a JSON object is needed, found list"),
         (
             "p.jsonl",
