@@ -29,6 +29,7 @@ from jobs.cluster_env import ClusterEnv, remove_scratch
 from jobs.preflight import check_cores, check_gpus
 from jobs.signals import WARNINGS, handled
 from nanoslime.config.run import RunConfig
+from nanoslime.failures import summary
 from nanoslime.layout import Layout
 from nanoslime.processes.child import ChildProcess
 from nanoslime.processes.logs import last_line
@@ -118,7 +119,7 @@ class Agent:
                 end = AttemptOver(FAILED, str(error))
             except Exception as error:
                 logger.exception("the agent of %s failed", self._env.node_name)
-                end = AttemptOver(FAILED, f"agent of {self._env.node_name}: {error!r}")
+                end = AttemptOver(FAILED, f"agent of {self._env.node_name}: {summary(error)}")
             return self._leave(end)
 
     def _live(self) -> None:
@@ -300,11 +301,16 @@ class Agent:
     def _pass_on_signals(self) -> None:
         """Have the driver told to stop for every signal that has come."""
         while self._signals:
-            number = self._signals.pop(0)
+            number = self._signals[0]
             logger.warning("%s: the driver is told to stop", number.name)
             requeue = number in WARNINGS
             reason = f"{number.name} at {self._env.node_name}"
-            self._attempt.request_stop(reason, requeue=requeue)
+            try:
+                self._attempt.request_stop(reason, requeue=requeue)
+            except OSError as error:
+                logger.warning("%s is passed on later: %s", number.name, error)
+                return
+            self._signals.pop(0)
             if not requeue:
                 # SIGKILL follows, from SLURM after KillWait.
                 patience_s = max(1.0, self._env.kill_wait_s() * _KILL_WAIT_SHARE)
@@ -388,7 +394,8 @@ class Agent:
         reports_code = self._is_head or ended_it
         if end.code == DONE or not reports_code:
             return 0
-        self._wait_for_others_to_leave()
+        with logged_if_unwritable():
+            self._wait_for_others_to_leave()
         return end.code
 
     def _publish_end(self, end: AttemptOver) -> bool:

@@ -3,7 +3,7 @@
 import logging
 import subprocess
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -28,9 +28,7 @@ def summary(error: BaseException) -> str:
     if told is not None:
         return " ".join(line.strip() for line in str(told).splitlines() if line.strip())
     outer = _unwrapped(error)
-    root = outer
-    while root.__cause__ is not None:
-        root = _unwrapped(root.__cause__)
+    root = _last(outer, lambda link: link.__cause__ and _unwrapped(link.__cause__))
     line = _line(outer)
     cause = _line(root)
     return line if cause == line else f"{line}; cause: {cause}"
@@ -61,23 +59,43 @@ def told_in_one_line(logger: logging.Logger, what: str) -> Iterator[None]:
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
     """The error and what led to it, as a traceback shows them, the last one first."""
-    link: BaseException | None = error
-    while link is not None:
-        yield link
+
+    def origin(link: BaseException) -> BaseException | None:
         context = None if link.__suppress_context__ else link.__context__
-        link = link.__cause__ or context
+        return link.__cause__ or context
+
+    return _path(error, origin)
 
 
 def _unwrapped(error: BaseException) -> BaseException:
     """The error itself: the first of a group, and what Ray's errors hold as `cause`."""
-    while True:
-        if isinstance(error, BaseExceptionGroup):
-            inner = error.exceptions[0]
-        else:
-            inner = getattr(error, "cause", None)
-        if not isinstance(inner, BaseException):
-            return error
-        error = inner
+
+    def inner(link: BaseException) -> BaseException | None:
+        if isinstance(link, BaseExceptionGroup):
+            return link.exceptions[0]
+        cause = getattr(link, "cause", None)
+        return cause if isinstance(cause, BaseException) else None
+
+    return _last(error, inner)
+
+
+def _path(
+    error: BaseException, following: Callable[[BaseException], BaseException | None]
+) -> Iterator[BaseException]:
+    """The error and all that follow; it ends before one that has been: `raise e from e`."""
+    passed: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in passed:
+        passed.add(id(link))
+        yield link
+        link = following(link)
+
+
+def _last(
+    error: BaseException, following: Callable[[BaseException], BaseException | None]
+) -> BaseException:
+    *_, last = _path(error, following)
+    return last
 
 
 def _line(error: BaseException) -> str:
@@ -96,11 +114,18 @@ def _line(error: BaseException) -> str:
 
 
 def _first_line(text: str) -> str:
-    """The first line that holds a letter or a digit, and is no ruler."""
+    """The first line that holds a letter or a digit, and is no ruler.
+
+    A line that only announces what follows, as torch's "Error(s) in loading state_dict for X:",
+    comes with the next one.
+    """
+    told = ""
     for line in text.splitlines():
         if any(character.isalnum() for character in line):
-            return line.strip()
-    return ""
+            told = f"{told} {line.strip()}".lstrip()
+            if not told.endswith(":"):
+                break
+    return told
 
 
 def _of_traceback(message: str) -> str:

@@ -46,6 +46,7 @@ STOPPED = 75
 STOPPED (EX_TEMPFAIL): told to stop, committed; another attempt can go on.
 """
 _VERSIONS = ("torch", "megatron-core", "sglang", "ray", "transformers", "submitit")
+_LAST_PHASES = ("done", "stopped", "failed")
 _MAX_DIFF_CHARS = 1_000_000
 _GIT_DEADLINE_S = 60.0
 # An attempt holds so much room back, to say on a full disk how it ended.
@@ -176,7 +177,7 @@ class RunDir:
             "heartbeat": attempt.heartbeats() if attempt else {},
             **facts,
         }
-        if attempt is not None and "error" in facts:
+        if attempt is not None and phase in _LAST_PHASES:
             attempt.on_reserve(lambda: publish_json(self.path / "status.json", status))
         else:
             publish_json(self.path / "status.json", status)

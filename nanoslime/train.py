@@ -93,7 +93,7 @@ def run(launch: Launch) -> int:
                     code = train(session, tracker, clock, start)
                 if code == DONE:
                     write_summary(session, clock, time.monotonic() - started)
-            run_dir.write_status("done" if code == DONE else "stopped", clock.step)
+            clock("done" if code == DONE else "stopped")
         except BaseException as e:  # torch's CheckpointException is no Exception
             report_failure(launch.attempt, clock, e)
             return FAILED

@@ -71,6 +71,17 @@ def raised(error: BaseException) -> Callable[[], Any]:
     return function
 
 
+def caused_by_itself() -> None:
+    try:
+        look_up()
+    except KeyError as error:
+        raise error from error
+
+
+def other_state_dict() -> None:
+    torch.nn.Linear(2, 2).load_state_dict(torch.nn.Linear(2, 3).state_dict())
+
+
 def in_another_process() -> None:
     with concurrent.futures.ProcessPoolExecutor(1) as pool:
         pool.submit(look_up).result()
@@ -115,6 +126,7 @@ failed_child = ChildFailedError("train.py", {1: ProcessFailure(1, 9, 1, "/none")
         (run_error_with_cause, "the reward failed with a second line"),
         (failing_clean_up, "the disk is full"),
         (two_failing_clean_ups, "the disk is full"),
+        (caused_by_itself, "KeyError: 'reward_model'"),
         (in_another_process, "KeyError: 'reward_model'"),
         (in_a_rank, "KeyError: 'reward_model'"),
         (raised(ExceptionGroup("several", [KeyError("a")])), "KeyError: 'a'"),
@@ -129,6 +141,14 @@ def test_the_first_telling_line_is_told(function: Callable[[], Any], line: str) 
     with pytest.raises(BaseException) as caught:
         function()
     assert summary(caught.value) == line
+
+
+def test_a_line_that_announces_is_told_with_the_next() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        other_state_dict()
+    line = summary(caught.value)
+    assert line.startswith("RuntimeError: Error(s) in loading state_dict for Linear: size mismatch")
+    assert "torch.Size([3, 2])" in line
 
 
 def test_a_failed_command_says_its_own_reason() -> None:

@@ -324,6 +324,9 @@ class _Actors:
         try:
             ray.get(ref)
         except RayActorError as e:
+            if e.actor_init_failed:  # before it had a log; the cause comes last
+                reason = str(e).splitlines()[-1]
+                raise RunError(f"{self._names[i]} failed to start: {reason}") from e
             raise self._died(i, what) from e
         except RayError as e:
             dead = self._first_dead()  # a death breaks the collectives of all other ranks

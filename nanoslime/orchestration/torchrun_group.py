@@ -35,7 +35,7 @@ from nanoslime.config.deadlines import Deadline, derive_deadlines
 from nanoslime.failures import summary
 from nanoslime.orchestration.groups import TrainGroup
 from nanoslime.orchestration.worker import TrainWorker
-from nanoslime.processes.logs import logged_to, set_level
+from nanoslime.processes.logs import logged_to
 from nanoslime.run_dir import Attempt
 from nanoslime.training.backend import RankEnv, init_process_group
 from nanoslime.types import RunError
@@ -252,7 +252,6 @@ def _answer_calls(env: RankEnv, connection: Connection, longest_s: float | None)
             try:
                 if call.method == "setup":
                     config, model_dir, attempt = call.arguments
-                    set_level(config.log_level)
                     logs.enter_context(logged_to(attempt.log("trainer", env.rank)))
                     worker = TrainWorker(config, model_dir, env, attempt.run.skipped)
                     result: Any = (worker.dp_rank, worker.dp_size)

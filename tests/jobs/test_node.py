@@ -441,3 +441,41 @@ def test_an_attempt_ended_by_another_keeps_its_code(
     second = AttemptOver(STOPPED, "Ray on node0 ended")
     assert [agents[1]._leave(first), agents[0]._leave(second)] == [FAILED, FAILED]
     assert attempt.ended() == (FAILED, "Ray on node1 ended")
+
+
+def test_the_code_of_an_attempt_outlives_a_directory_that_cannot_be_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fault of a file server is injected at the listing of heartbeats."""
+    monkeypatch.setattr(agent_module, "end_descendants", lambda: None)
+    made = make_run(tmp_path, 2)
+    attempt = made.run.new_attempt()
+
+    def stale(attempt: Attempt, nodes: object = None) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(attempt.path))
+
+    monkeypatch.setattr(Attempt, "heartbeats", stale)
+    assert make_agent(made, 0, attempt)._leave(AttemptOver(STOPPED, "SIGUSR2")) == STOPPED
+    assert attempt.ended() == (STOPPED, "SIGUSR2")
+
+
+def test_a_signal_that_cannot_be_passed_on_is_passed_on_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fault of a file server is injected at the write of one request."""
+    made = make_run(tmp_path, 2)
+    attempt = made.run.new_attempt()
+    agent = make_agent(made, 0, attempt)
+    agent._signals.append(signal.SIGUSR2)
+
+    def stale(path: Path, data: bytes) -> bool:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nanoslime.run_dir.publish_once", stale)
+        agent._pass_on_signals()
+    assert attempt.must_stop() is None
+    agent._pass_on_signals()
+    assert attempt.must_stop() == "SIGUSR2 at node0"
+    assert attempt.requeue_wanted()
+    assert not agent._signals

@@ -4,12 +4,14 @@ import json
 import logging
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nanoslime import layout, rehearsal, train
 from nanoslime.config import RunConfig
+from nanoslime.config.deadlines import Deadline
 from nanoslime.config.model import RehearsalConfig
 from nanoslime.models.shape import ModelShape
 from nanoslime.orchestration import ray_group
@@ -133,6 +135,14 @@ def test_a_rank_on_ray_that_raises_tells_its_log_and_the_driver(
     attempt = RunDir.create(tmp_path, "run").new_attempt()
     ray_group.start_local(plan.slots_per_node, plan.device)
     try:
+        places = [ray_group.ActorPlace(index=0, node=0, num_slots=0)]
+        nowhere = replace(attempt, number=2)
+        doomed = ray_group._Actors(
+            ray_group.RankActor, "doomed rank", places, nowhere, config, tmp_path / "model"
+        )
+        refs = doomed.start_on_each("place")
+        with pytest.raises(RunError, match="doomed rank 0 on node 0 failed to start: FileNotFound"):
+            doomed.gather(refs, "start", Deadline(60.0, "training.start_deadline_s"))
         group = ray_group.RayTrainGroup(config, attempt, plan, tmp_path / "model")
         with pytest.raises(RunError) as caught:
             group.setup()

@@ -157,11 +157,14 @@ class SGLangEngine:
             time.sleep(0.05)
 
     def policy_version(self) -> int:
-        version = self._request("GET", "/model_info").json()["weight_version"]
+        response = self._request("GET", "/model_info")
         try:
-            return int(version)
-        except ValueError as e:
-            raise self._error(f"reports weight version {version!r}, which is not a number") from e
+            return int(response.json()["weight_version"])
+        except (ValueError, LookupError, TypeError) as e:
+            raise self._error(
+                f"/model_info answered no weight version that is a number "
+                f"({response.status_code}): {response.text[:_MAX_REASON_CHARS]!r}"
+            ) from e
 
     def update_weights_from_disk(self, path: str, version: int) -> None:
         """Load the safetensors of a directory.
