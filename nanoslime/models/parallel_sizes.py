@@ -148,7 +148,7 @@ def check_pipeline(shape: ModelShape, config: TrainingConfig) -> None:
     if num_stages > num_layers:
         raise RunError(
             f"training.pp_size={sizes.pp_size} x training.vpp_size={sizes.vpp_size} is more than "
-            f"num_layers={num_layers}; choose a pp_size of at most {num_layers // sizes.vpp_size}"
+            f"num_layers={num_layers}; choose sizes whose product is at most {num_layers}"
         )
     layers_of_ranks = sizes.layers_of_ranks(num_layers)
     if sum(layers_of_ranks) != num_layers or min(layers_of_ranks) < sizes.vpp_size:

@@ -1,4 +1,6 @@
-"""What a run may not change when it is resumed: its model, and the order of its prompts."""
+"""What a run may not change when it is resumed: its model, the format of its checkpoints, and
+the order of its prompts.
+"""
 
 import filecmp
 from pathlib import Path
@@ -22,6 +24,11 @@ def check_resumed(run: Path, before: RunConfig, now: RunConfig, *, has_checkpoin
     own = "the rehearsal's own model"
     old_model = before.model.hf_checkpoint or own
     new_model = now.model.hf_checkpoint or own
+    if old_model != new_model and before.model.hf_checkpoint and not _is_model(Path(old_model)):
+        raise RunError(
+            f"{run} trains {old_model}, which is gone, so that {new_model} cannot be compared with "
+            "it: put it back, or a link to it, and leave out --hf-checkpoint to resume"
+        )
     if old_model != new_model and not _is_same_model(Path(old_model), Path(new_model)):
         raise RunError(
             f"{run} trains {old_model}, and {new_model} is another model: leave out "
@@ -35,6 +42,18 @@ def check_resumed(run: Path, before: RunConfig, now: RunConfig, *, has_checkpoin
             f"{run} goes through its prompts by seed={order[0]} and data.shuffle={order[1]}: leave "
             "both out to resume it, or start a new run"
         )
+    formats = ("backend",)
+    if now.training.backend == "megatron":
+        formats = ("backend", "distributed_optimizer")
+    for setting in formats:
+        saved = getattr(before.training, setting)
+        wanted = getattr(now.training, setting)
+        if saved != wanted:
+            raise RunError(
+                f"{run} has checkpoints of training.{setting}={saved}, which training.{setting}="
+                f"{wanted} cannot load: leave it out to resume, or start a new run from its hf/ "
+                "export"
+            )
     old_file = Path(before.data.prompts)
     new_file = Path(now.data.prompts)
     can_compare = old_file != new_file and old_file.is_file() and new_file.is_file()
@@ -46,10 +65,14 @@ def check_resumed(run: Path, before: RunConfig, now: RunConfig, *, has_checkpoin
 
 
 def _is_same_model(old: Path, new: Path) -> bool:
-    """Whether two directories hold the same model; one that is gone holds none."""
-    if not old.is_dir() or not new.is_dir():
+    """Whether two directories hold the same model; what is no directory holds none."""
+    if not _is_model(old) or not _is_model(new):
         return False
     return old.samefile(new) or _digest(old) == _digest(new)
+
+
+def _is_model(directory: Path) -> bool:
+    return (directory / "config.json").is_file()
 
 
 def _digest(directory: Path) -> str:

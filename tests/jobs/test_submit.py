@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -256,13 +257,35 @@ def test_a_run_is_not_resumed_with_another_model(machine, model, prompts):
     assert machine.submit("--resume", run, "--hf-checkpoint", copy)[0] == 0
 
 
-def test_a_run_that_has_a_checkpoint_keeps_its_prompts_and_their_order(machine, model, prompts):
+def test_a_model_that_is_gone_cannot_be_compared_with_another(machine, model, prompts):
+    machine.slurm()
+    old = machine.root / "purged"
+    shutil.copytree(model, old)
+    machine.submit("--nodes", 2, "--hf-checkpoint", old, "--prompts", prompts, "--name", "first")
+    run = machine.root / "runs" / "first"
+    # A purge may leave the directory.
+    for remove in ((old / "config.json").unlink, partial(shutil.rmtree, old)):
+        remove()
+        code, _, err = machine.submit("--resume", run, "--hf-checkpoint", model)
+        assert code == 2
+        assert f"trains {old}, which is gone, so that {model} cannot be compared" in err
+    old.symlink_to(model)
+    assert machine.submit("--resume", run)[0] == 0
+
+
+def test_a_run_that_has_a_checkpoint_keeps_its_format_and_its_prompts_in_order(machine, model, prompts):
     machine.slurm()
     machine.submit("--nodes", 2, "--hf-checkpoint", model, "--prompts", prompts, "--name", "first")
     run = machine.root / "runs" / "first"
     other = machine.root / "other.jsonl"
     other.write_text('\n{"prompt": "1+1=", "label": "3"}\n')
-    changes = [["--prompts", other], ["--seed", 7], ["--data.no-shuffle"]]
+    changes = [
+        ["--prompts", other],
+        ["--seed", 7],
+        ["--data.no-shuffle"],
+        ["--training.no-distributed-optimizer"],
+        ["--backend", "fsdp"],
+    ]
     (run / "checkpoints" / "step_1").mkdir()
     for change in changes:
         code, _, err = machine.submit("--resume", run, *change)

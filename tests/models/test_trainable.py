@@ -53,7 +53,12 @@ def test_what_the_megatron_backend_cannot_compute_is_refused_by_name(name, chang
         (
             "--pp-size 16 --vpp-size 3",
             "training.pp_size=16 x training.vpp_size=3 is more than num_layers=36; "
-            "choose a pp_size of at most 12",
+            "choose sizes whose product is at most 36",
+        ),
+        (
+            "--pp-size 2 --vpp-size 40",
+            "training.vpp_size=40 is more than num_layers=36; choose sizes whose product is at "
+            "most 36",
         ),
         (
             "--decoder-first-pipeline-num-layers 3",

@@ -7,6 +7,7 @@ and its own range of the distributed optimizer's state (optimizer_shards.py).
 import logging
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def load(
         history = StepHistory(**loaded["step_history"])
     except (CheckpointingException, dcp.CheckpointException, OSError, KeyError) as e:
         raise RunError(
-            f"{path} cannot be loaded as a Megatron checkpoint of this model: {e}"
+            f"{path} cannot be loaded as a Megatron checkpoint of this model: {_reason(e)}"
         ) from e
     for number, chunk in enumerate(model_chunks):
         chunk.load_state_dict(loaded["model"][number])
@@ -99,6 +100,13 @@ def load(
     if "random" in loaded:
         _set_all_rng_states(*loaded["random"])
     return history
+
+
+def _reason(error: BaseException) -> str:
+    """The beginning of what a rank said: megatron-core goes on to list all tensors there are."""
+    if isinstance(error, dcp.CheckpointException):
+        error, _ = next(iter(error.failures.values()))
+    return shorten(str(error), 300)
 
 
 def _read(

@@ -190,11 +190,11 @@ def test_a_checkpoint_has_the_files_of_the_pinned_release(start, tmp_path):
         (
             {"pp_size": 2, "vpp_size": 4},
             2,
-            "vpp_size=4 is more than num_layers=4; choose a pp_size of at most 1",
+            "vpp_size=4 is more than num_layers=4; choose sizes whose product is at most 4",
         ),
         ({"ep_size": 2}, 2, "training.ep_size=2 spreads experts, and a qwen3 has none"),
         ({"tp_size": 4}, 4, "tp_size=4 does not divide num_key_value_heads=2"),
-        ({"pp_size": 5}, 5, "vpp_size=1 is more than num_layers=4; choose a pp_size of at most 4"),
+        ({"pp_size": 5}, 5, "num_layers=4; choose sizes whose product is at most 4"),
         ({"tp_size": 2, "pp_size": 2}, 6, "training.pp_size=2 = 4 does not divide the 6 trainer"),
     ],
 )
