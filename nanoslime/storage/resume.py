@@ -42,9 +42,9 @@ def check_resumed(run: Path, before: RunConfig, now: RunConfig, *, has_checkpoin
             f"{run} goes through its prompts by seed={order[0]} and data.shuffle={order[1]}: leave "
             "both out to resume it, or start a new run"
         )
-    formats = ("backend",)
+    formats = ["backend"]
     if now.training.backend == "megatron":
-        formats = ("backend", "distributed_optimizer")
+        formats.append("distributed_optimizer")
     for setting in formats:
         saved = getattr(before.training, setting)
         wanted = getattr(now.training, setting)

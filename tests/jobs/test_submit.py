@@ -273,7 +273,9 @@ def test_a_model_that_is_gone_cannot_be_compared_with_another(machine, model, pr
     assert machine.submit("--resume", run)[0] == 0
 
 
-def test_a_run_that_has_a_checkpoint_keeps_its_format_and_its_prompts_in_order(machine, model, prompts):
+def test_a_run_that_has_a_checkpoint_keeps_its_format_and_its_prompts_in_order(
+    machine, model, prompts
+):
     machine.slurm()
     machine.submit("--nodes", 2, "--hf-checkpoint", model, "--prompts", prompts, "--name", "first")
     run = machine.root / "runs" / "first"
