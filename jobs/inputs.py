@@ -95,7 +95,8 @@ def check_resume(run: RunDir, config: RunConfig) -> None:
     """RunError where the run lives, or `config` cannot go on with what it has done."""
     refuse_if_running(run)
     has_checkpoints = bool(checkpoints(run.checkpoints))
-    check_resumed(run.path, read(run.config), config, has_checkpoints=has_checkpoints)
+    before = read(run.config_to_resume())
+    check_resumed(run.path, before, config, has_checkpoints=has_checkpoints)
 
 
 def refuse_if_running(run: RunDir) -> None:

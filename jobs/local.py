@@ -100,8 +100,7 @@ class _Supervisor:
         for node, agent in enumerate(self._agents):
             if agent.poll() and node not in self._failed:
                 self._failed.add(node)
-                if self._attempt.ended() is None:
-                    self._attempt.end(FAILED, agent.exit_summary())
+                self._attempt.end(FAILED, agent.exit_summary())
                 self._attempt.leave(node)
 
 

@@ -11,7 +11,14 @@ from nanoslime.storage.shared_files import publish
 
 # submitit's folder in a run directory.
 SUBMITIT_FOLDER = "slurm"
-_WRITTEN = ("config.yaml", "plan.json", "provenance.json", "job.sbatch", "job.json")
+_WRITTEN = (
+    "config.yaml",
+    "config.accepted.yaml",
+    "plan.json",
+    "provenance.json",
+    "job.sbatch",
+    "job.json",
+)
 
 
 @contextmanager

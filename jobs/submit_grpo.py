@@ -165,7 +165,8 @@ def configure(command: argparse.Namespace, flags: list[str]) -> RunConfig:
     given = parse_flags([flag for flag in flags if flag not in _HELP])
     refuse_repeated(given)
     if command.resume:
-        return load(RunDir.open(command.resume).config, command.cluster, flags, resumes=True)
+        before = RunDir.open(command.resume).config_to_resume()
+        return load(before, command.cluster, flags, resumes=True)
     recipe = command.recipe
     wants_help = bool(_HELP & set(flags))
     if recipe is None and not wants_help:
@@ -194,6 +195,8 @@ def rehearsal_line(config: RunConfig) -> str:
 
 def write_run_files(config: RunConfig, layout: Layout, run: RunDir) -> None:
     """The files of the run directory that the run's processes read."""
+    if run.config.exists():
+        publish(run.accepted_config, run.config_to_resume().read_bytes())
     publish(run.config, dump(config).encode())
     publish(run.plan, layout.to_json().encode())
     run.write_provenance(sys.argv)

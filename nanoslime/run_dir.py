@@ -1,6 +1,7 @@
 """The run directory: where everything of a run lies, and how its processes communicate.
 
     config.yaml plan.json provenance.json status.json summary.json
+    config.accepted.yaml (until a driver has taken the one that a resumed job was submitted with)
     metrics.jsonl evals.jsonl tensorboard/ rollouts/
     checkpoints/step_<k>/  hf/step_<k>/
     model/ (a rehearsal makes it)  weights/ (weight sync by disk)
@@ -66,6 +67,7 @@ class RunDir:
     path: Path
 
     config = _at("config.yaml")
+    accepted_config = _at("config.accepted.yaml")
     plan = _at("plan.json")
     provenance = _at("provenance.json")
     summary = _at("summary.json")
@@ -106,6 +108,10 @@ class RunDir:
     @property
     def name(self) -> str:
         return self.path.name
+
+    def config_to_resume(self) -> Path:
+        """The configuration with which the run's checkpoints are known to go on."""
+        return self.accepted_config if self.accepted_config.exists() else self.config
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step_{step}"

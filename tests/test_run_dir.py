@@ -35,6 +35,7 @@ def test_paths_are_those_of_the_design(run: RunDir) -> None:
     attempt = run.new_attempt()
     expected = {
         "config.yaml": run.config,
+        "config.accepted.yaml": run.accepted_config,
         "plan.json": run.plan,
         "checkpoints/step_3": run.checkpoint(3),
         "hf/step_3": run.hf(3),

@@ -45,6 +45,7 @@ class Launch:
         """Writes what a resumed run goes on with; its checkpoint has taken it."""
         for path, text in self.pending.items():
             publish(path, text.encode())
+        self.attempt.run.accepted_config.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,8 @@ class CommandLine:
     def config(self) -> RunConfig:
         """The configuration of a run on this machine."""
         if self.resume:
-            return load(RunDir.open(self.resume).config, None, self.rest, resumes=True)
+            before = RunDir.open(self.resume).config_to_resume()
+            return load(before, None, self.rest, resumes=True)
         flags = list(self.rest)
         recipe = MOCK_RECIPE if self.mock else None
         if flags and not flags[0].startswith("-"):
@@ -124,7 +126,8 @@ def _on_this_machine(config: RunConfig, run: RunDir | None) -> Launch:
     config, shape = with_local_checkpoint(config, download=True)
     if run is not None:
         has_checkpoints = bool(checkpoints(run.checkpoints))
-        check_resumed(run.path, read(run.config), config, has_checkpoints=has_checkpoints)
+        before = read(run.config_to_resume())
+        check_resumed(run.path, before, config, has_checkpoints=has_checkpoints)
     rollout = config.rollout
     if rollout.load_rollouts:
         recorded = recorded_rollouts(rollout.load_rollouts, rollout.num_rollout)

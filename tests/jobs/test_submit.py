@@ -19,6 +19,7 @@ from nanoslime.layout import Layout
 from nanoslime.models.rules import tensors
 from nanoslime.models.shape import ModelShape
 from nanoslime.models.tiny import tiny_qwen3_config
+from nanoslime.orchestration.launch import parse
 from nanoslime.run_dir import RunDir
 from nanoslime.storage.safetensors_file import write_files
 from nanoslime.types import RunError
@@ -315,6 +316,22 @@ def test_resume_goes_on_in_the_same_directory_with_flags_laid_over(machine):
     assert f"run directory: {path}" in out
     assert read(path / "config.yaml").rollout.num_rollout == 200
     assert [p.name for p in (machine.root / "runs").iterdir()] == ["first"]
+
+
+def test_flags_of_a_resume_that_the_run_has_not_taken_are_forgotten(machine):
+    """The job fails before its driver could load a checkpoint; then one succeeds."""
+    machine.slurm()
+    machine.submit("--nodes", "4", "--name", "first")
+    run = RunDir.open(machine.root / "runs" / "first")
+    machine.submit("--resume", run.path, "--num-rollout", "200")
+    assert machine.submit("--resume", run.path, "--lr", "0.5")[0] == 0
+    resumed = read(run.config)
+    assert (resumed.rollout.num_rollout, resumed.training.lr) == (80, 0.5)
+    attempt = run.new_attempt()
+    launch = parse(["--run", str(run.path), "--attempt", str(attempt.number)])
+    launch.accept()
+    assert machine.submit("--resume", run.path)[0] == 0
+    assert read(run.config).training.lr == 0.5
 
 
 def test_resume_refuses_a_run_that_lives_and_takes_one_that_has_left(machine):

@@ -12,7 +12,7 @@ from nanoslime.rollout.engines import sglang_client
 from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
 from nanoslime.rollout.router import LeastInflightRouter
 from nanoslime.types import GenerateRequest, Generation, RequestFailed, RunError, Status
-from tests.rollout.engines.fake_sglang import FakeSGLang, fine, serving
+from tests.rollout.engines.fake_sglang import FakeSGLang, fine, one_sample, serving
 
 
 class Scripted:
@@ -198,7 +198,18 @@ def test_a_server_that_answers_once_with_500_keeps_its_engine() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [(500, "internal"), (503, ""), (429, "full"), (200, "{"), (200, "[]"), "hang", "close"]
+    "bad",
+    [
+        (500, "internal"),
+        (503, ""),
+        (429, "full"),
+        (200, "{"),
+        (200, "[]"),
+        (200, json.dumps(one_sample(token=100))),
+        (200, json.dumps(one_sample(logprob=float("nan")))),
+        "hang",
+        "close",
+    ],
 )
 def test_failing_requests_become_samples_with_status_error(bad: tuple[int, str] | str) -> None:
     """The server is healthy, and fails every second request whoever it comes from."""
@@ -239,3 +250,10 @@ def test_a_hung_engine_is_lost(quick_health: None, monkeypatch: pytest.MonkeyPat
         answers = asyncio.run(router.generate(make_request()))
     assert answers[0].token_ids == [7]
     assert "/generate was not answered within 0.5 s" in router.lost["hung"]
+
+
+def test_an_engine_without_a_version_says_what_it_answered() -> None:
+    fake = FakeSGLang(lambda number: fine())
+    with serving(fake) as engine, pytest.raises(RunError) as caught:
+        engine.policy_version()
+    assert "/model_info answered no weight version that is a number (200): ''" in str(caught.value)

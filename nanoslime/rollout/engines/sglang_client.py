@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from base64 import b64decode, b64encode
 from dataclasses import dataclass
@@ -82,7 +83,13 @@ class SGLangEngine:
         if len(answers) != request.n:
             raise ValueError(f"{len(answers)} of {request.n} samples")
         num_prompt_tokens = len(request.token_ids)
-        return [_generation(item, num_prompt_tokens, self.experts_of) for item in answers]
+        generations = [_generation(item, num_prompt_tokens, self.experts_of) for item in answers]
+        for generation in generations:
+            if not all(0 <= token < self.vocab_size for token in generation.token_ids):
+                raise ValueError(f"a token outside the vocabulary of {self.vocab_size}")
+            if not all(map(math.isfinite, generation.logprobs)):
+                raise ValueError("a logprob that is not finite")
+        return generations
 
     def _generate_body(self, request: GenerateRequest) -> dict[str, Any]:
         sampling_params = {

@@ -12,14 +12,14 @@ from pathlib import Path
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 
 
-def one_sample(version: int = 0) -> dict:
+def one_sample(version: int = 0, token: int = 7, logprob: float = -0.5) -> dict:
     meta = {
         "id": "1",
-        "output_token_logprobs": [[-0.5, 7, None]],
+        "output_token_logprobs": [[logprob, token, None]],
         "weight_version": str(version),
         "finish_reason": {"type": "length"},
     }
-    return {"output_ids": [7], "meta_info": meta}
+    return {"output_ids": [token], "meta_info": meta}
 
 
 @dataclass
