@@ -2,12 +2,15 @@
 "package.module:Name".
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+_PLACE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 def target(name: str, table: Mapping[str, str], setting: str) -> str:
@@ -18,7 +21,7 @@ def target(name: str, table: Mapping[str, str], setting: str) -> str:
     what errors call it.
     """
     found = table.get(name, name)
-    if ":" not in found:
+    if not _PLACE.fullmatch(found):
         known = ", ".join(sorted(table))
         raise ValueError(
             f'{setting}={name!r} is unknown; choose one of {known}, or "package.module:name"'

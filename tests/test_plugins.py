@@ -34,6 +34,11 @@ def test_a_module_is_found_without_importing_it(package, name):
         ("my_pkg.outer.algorithm:A", "there is no module my_pkg.outer;"),
         ("my_pkg.inner.algorithm.more:A", "there is no module my_pkg.inner.algorithm.more;"),
         ("no_such_pkg.a:A", "there is no module no_such_pkg;"),
+        (":A", "algorithm.name=':A' is unknown; choose one of known, or \"package.module:name\""),
+        ("my_pkg:", "is unknown"),
+        ("my_pkg..inner.algorithm:A", "is unknown"),
+        (".my_pkg:A", "is unknown"),
+        ("my_pkg.inner.algorithm:A B", "is unknown"),
         ("unknown", "algorithm.name='unknown' is unknown; choose one of known"),
     ],
 )

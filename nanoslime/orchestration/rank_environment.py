@@ -43,6 +43,6 @@ def num_threads(users: str | None, num_cores: int, num_ranks: int) -> int:
 
     Ray gives an actor one thread, with which an optimizer on the host crawls.
     """
-    if users and users.isdigit():
+    if users and users.isdecimal() and int(users) > 0:
         return int(users)
     return max(1, num_cores // max(1, num_ranks))

@@ -13,11 +13,9 @@ from typing import Any, Protocol
 from nanoslime import algorithms
 from nanoslime.algorithms.prepare import PreparedGroups, prepare
 from nanoslime.config import RolloutConfig, RunConfig
-from nanoslime.plugins import resolve
-from nanoslime.rollout import recorder
+from nanoslime.rollout import recorder, rewards
 from nanoslime.rollout.generate import sample_groups
 from nanoslime.rollout.prompts import PromptSource, RunPrompts, digest
-from nanoslime.rollout.rewards import REWARDS
 from nanoslime.rollout.router import LeastInflightRouter
 from nanoslime.run_dir import RunDir
 from nanoslime.types import Engine, Prompt, RunError, Sample, SampleGroup, Status
@@ -52,7 +50,7 @@ class RolloutManager:
         self._weights = weights
         data = config.data
         self._tokenizer = loaded.tokenizer
-        self._reward = resolve(data.reward, REWARDS, "data.reward")
+        self._reward = rewards.make(data.reward)
         self._algorithm = algorithms.make(config.algorithm, config.rollout.max_new_tokens)
         self._router = LeastInflightRouter(engines)
         self._failures = SampleFailures()

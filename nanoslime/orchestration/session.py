@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nanoslime import rehearsal
+from nanoslime import algorithms, rehearsal
 from nanoslime.config import RunConfig
 from nanoslime.engine_kind import EngineStart, engine_kind
 from nanoslime.orchestration.checkpoints import Checkpoints
@@ -23,6 +23,7 @@ from nanoslime.orchestration.groups import NoTrainer, TrainGroup, resolve_transp
 from nanoslime.orchestration.local_group import LocalTrainGroup
 from nanoslime.orchestration.rollout_manager import Replay, RolloutManager
 from nanoslime.orchestration.torchrun_group import Ranks, TorchrunTrainGroup
+from nanoslime.rollout import rewards
 from nanoslime.rollout.prompts import RunPrompts
 from nanoslime.run_dir import Attempt, RunDir
 from nanoslime.storage.commit import remove_leftovers
@@ -66,13 +67,16 @@ class Inputs:
 
 
 def prepare_inputs(config: RunConfig, run: RunDir) -> Inputs:
-    """Reads all prompts, so that a bad one ends the run before anything starts.
+    """Reads all prompts and loads the user's own code, so that a fault of theirs ends the run
+    before anything starts.
 
     A rehearsal makes its data and its model first.
     """
     config, model_dir = prepare_model(config, run)
+    algorithms.make(config.algorithm)
     prompts = None
     if not config.rollout.load_rollouts:
+        rewards.make(config.data.reward)
         prompts = RunPrompts.load(config, model_dir)
     return Inputs(config, model_dir, prompts)
 

@@ -229,6 +229,8 @@ def test_an_algorithm_of_the_users_own_trains_with_its_own_knobs(tmp_path, model
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--hf-checkpoint", "nowhere"], "model.hf_checkpoint='nowhere'"),
         (["--reward", "no_such"], "data.reward='no_such' is unknown; choose one of exact_match"),
+        (["--reward", "tests.orchestration.rewards:none"], "cannot load tests.orchestration.rew"),
+        (["--reward", "tests.orchestration.rewards:__name__"], "name a function of a response"),
         (["--tp-size", "3"], "tp_size"),
         (["--cluster.gpus-per-node", "1", "--engine", "sglang"], "no GPU beside the trainer"),
         (["--lrr", "1"], "--lr"),

@@ -41,3 +41,5 @@ def test_ranks_share_the_cores_of_their_machine_unless_the_user_says_so():
     assert num_threads("3", 64, 8) == 3
     assert num_threads(None, 2, 8) == 1
     assert num_threads("", 16, 0) == 16
+    assert num_threads("0", 64, 8) == 8
+    assert num_threads("4,2", 64, 8) == 8

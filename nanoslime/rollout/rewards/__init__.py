@@ -8,9 +8,21 @@ from collections.abc import Callable
 from typing import Any
 
 from nanoslime.config.model import REWARDS as REWARDS
-from nanoslime.types import Prompt, Sample
+from nanoslime.plugins import resolve
+from nanoslime.types import Prompt, RunError, Sample
 
 Reward = Callable[..., Any]
+
+
+def make(name: str) -> Reward:
+    """The reward that data.reward names. Raises RunError where it cannot be loaded or called."""
+    try:
+        reward: Reward = resolve(name, REWARDS, "data.reward")
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    if not callable(reward):
+        raise RunError(f"data.reward={name!r} is {reward!r}; name a function of a response")
+    return reward
 
 
 def call(reward: Reward, sample: Sample, prompt: Prompt) -> float:
