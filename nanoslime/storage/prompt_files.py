@@ -242,8 +242,7 @@ def _label(row: _Row, data: DataConfig) -> str | int | float | None:
     label = _require(row, "data.label_key", data.label_key)
     if isinstance(label, Decimal):
         return str(label)
-    is_number = isinstance(label, int | float) and not isinstance(label, bool)
-    is_finite = is_number and math.isfinite(label)
+    is_finite = isinstance(label, int | float) and math.isfinite(label)
     if isinstance(label, str) or is_finite:
         return label
     if isinstance(label, dict):

@@ -99,7 +99,6 @@ def test_a_name_with_a_dot_in_it_goes_first(tmp_path: Path, suffix: str) -> None
         ({}, {"metadata_key": "more"}, "no key 'more'; set data.metadata_key to one of"),
         ({"label": ["42"]}, {}, "the label .'42'. is .*; set data.label_key to label.0 for its"),
         ({"label": None}, {}, "the label None is neither a text nor a number; write one, or set"),
-        ({"label": True}, {}, "the label True is neither a text nor a number; write one, or set"),
         ({"label": float("nan")}, {}, "the label nan is neither"),
         ({"label": float("inf")}, {}, "the label inf is neither"),
         ({"label": 1, "metadata": "a source"}, {}, "metadata is 'a source', not an object or its"),
