@@ -10,25 +10,20 @@ where the sequences lie, and gets in the mask's place the size of a layer's slid
 window, if it has one.
 """
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from nanoslime.training import flash_attention
 from nanoslime.types import RunError
 
 PACKED = "packed_sequences"
-# The widest head of torch's flash attention; the width is a multiple of 8.
-_MAX_HEAD_DIM = 256
-# torch 2.11 computes grouped heads without being asked to.
-_ASKS_FOR_GROUPED_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +85,19 @@ def _attend(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **options
         )
-    if _suits_varlen(query, value):
-        return _varlen(query, key, value, attention_mask, scaling, packed_sequences), None
+    if flash_attention.suits(query, value):
+        # [1, heads, T, d] -> [T, heads, d]
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+        attended = flash_attention.attend(
+            query,
+            key,
+            value,
+            packed_sequences.cu_seqlens,
+            max(packed_sequences.lengths),
+            scale=scaling,
+            window=attention_mask,
+        )
+        return attended[None], None
     return _per_sequence(query, key, value, attention_mask, scaling, packed_sequences), None
 
 
@@ -110,38 +116,6 @@ def _window_or_mask(
 
 AttentionInterface.register(PACKED, _attend)
 AttentionMaskInterface.register(PACKED, _window_or_mask)
-
-
-def _suits_varlen(query: Tensor, value: Tensor) -> bool:
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    head_dim = query.shape[-1]
-    suits = head_dim == value.shape[-1] and head_dim % 8 == 0 and head_dim <= _MAX_HEAD_DIM
-    return query.is_cuda and half and suits
-
-
-def _varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    window: int | None,
-    scale: float | None,
-    packed: PackedSequences,
-) -> Tensor:
-    longest = max(packed.lengths)
-    tokens_before = -1 if window is None else window - 1
-    out = varlen_attn(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        packed.cu_seqlens,
-        packed.cu_seqlens,
-        longest,
-        longest,
-        scale=scale,
-        window_size=(tokens_before, 0),
-        **({"enable_gqa": True} if _ASKS_FOR_GROUPED_HEADS else {}),
-    )
-    return out[None]
 
 
 def _per_sequence(

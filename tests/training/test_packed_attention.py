@@ -197,7 +197,8 @@ def attend_on_cuda(dtype: torch.dtype, head_dim: int, value_dim: int, window: in
     ("dtype", "head_dim", "value_dim", "varlen"),
     [
         (torch.bfloat16, 128, 128, True),
-        (torch.bfloat16, 192, 128, False),
+        (torch.bfloat16, 192, 128, True),
+        (torch.bfloat16, 128, 192, False),
         (torch.bfloat16, 512, 512, False),
         (torch.bfloat16, 100, 100, False),
         (torch.float32, 128, 128, False),

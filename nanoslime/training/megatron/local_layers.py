@@ -5,7 +5,6 @@ sequence parallelism, and its local attention packed sequences. LatentAttention 
 serves where there is Transformer Engine.
 """
 
-import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -30,14 +29,9 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
+from nanoslime.training import flash_attention
 from nanoslime.training.megatron.packed_sequences import PackedRotaryEmbedding, PackedSequences
-
-# The widest head of torch's flash attention; the width is a multiple of 8.
-_MAX_HEAD_DIM = 256
-# torch 2.11 computes grouped heads without being asked to.
-_ASKS_FOR_GROUPED_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 class RMSNorm(torch.nn.Module):
@@ -96,8 +90,15 @@ class PackedAttention(MegatronModule):
         query = query.flatten(0, -3)
         key = cp_shard.gather_padded(key.flatten(0, -3))
         value = cp_shard.gather_padded(value.flatten(0, -3))
-        if self._cp_group.size() == 1 and _suits_flash_attention(query):
-            attended = self._flash_attention(query, key, value, packed_seq_params)
+        if self._cp_group.size() == 1 and flash_attention.suits(query, value):
+            attended = flash_attention.attend(
+                query,
+                key,
+                value,
+                packed_seq_params.cu_seqlens_q,
+                packed_seq_params.max_seqlen_q,
+                scale=self.scale,
+            )
         else:
             per_sequence = zip(
                 query.split(cp_shard.local_lengths),
@@ -107,27 +108,6 @@ class PackedAttention(MegatronModule):
             )
             attended = torch.cat([self._attend(q, k, v) for q, k, v in per_sequence])
         return attended.flatten(1)[:, None]
-
-    def _flash_attention(
-        self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences
-    ) -> Tensor:
-        """All sequences in one call, for shapes as in `_attend` and T tokens."""
-        value_dim = value.shape[-1]
-        if value_dim < query.shape[-1]:  # latent attention
-            value = F.pad(value, [0, query.shape[-1] - value_dim])
-        attended = varlen_attn(
-            query,
-            key,
-            value,
-            packed.cu_seqlens_q,
-            packed.cu_seqlens_kv,
-            packed.max_seqlen_q,
-            packed.max_seqlen_kv,
-            scale=self.scale,
-            window_size=(-1, 0),
-            **({"enable_gqa": True} if _ASKS_FOR_GROUPED_HEADS else {}),
-        )
-        return attended[..., :value_dim]
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of one sequence: the queries of this rank see the keys and values of all ranks.
@@ -231,12 +211,6 @@ def local_block_spec(
     spec = TransformerBlockSubmodules(layer_specs=layer_specs, layer_norm=RMSNorm)
     use_latent_attention(spec)
     return spec
-
-
-def _suits_flash_attention(query: Tensor) -> bool:
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    head_dim = query.shape[-1]
-    return query.is_cuda and half and head_dim % 8 == 0 and head_dim <= _MAX_HEAD_DIM
 
 
 def _has_experts(config: TransformerConfig, layer: int) -> bool:

@@ -1,0 +1,56 @@
+"""torch's flash attention: one call for all sequences of a pack."""
+
+import inspect
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+# The widest head; the width is a multiple of 8.
+_MAX_HEAD_DIM = 256
+# torch 2.11 computes grouped heads without being asked to.
+_ASKS_FOR_GROUPED_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def suits(query: Tensor, value: Tensor) -> bool:
+    """Whether there is a kernel for these: half precision on CUDA, and a width that it takes."""
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    head_dim = query.shape[-1]
+    fits = value.shape[-1] <= head_dim <= _MAX_HEAD_DIM and head_dim % 8 == 0
+    return query.is_cuda and half and fits
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    longest: int,
+    *,
+    scale: float | None,
+    window: int | None = None,
+) -> Tensor:
+    """Causal attention [T, heads, v] within each sequence.
+
+    query [T, heads, d], key [T, groups, d], value [T, groups, v]; cu_seqlens is int32 [N + 1],
+    and `longest` the length of the longest sequence. With a `window` a token sees itself and
+    the window - 1 before it. scale=None is d ** -0.5.
+    """
+    value_dim = value.shape[-1]
+    if value_dim < query.shape[-1]:  # latent attention
+        value = F.pad(value, [0, query.shape[-1] - value_dim])
+    tokens_before = -1 if window is None else window - 1
+    attended = varlen_attn(
+        query,
+        key,
+        value,
+        cu_seqlens,
+        cu_seqlens,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(tokens_before, 0),
+        **({"enable_gqa": True} if _ASKS_FOR_GROUPED_HEADS else {}),
+    )
+    return attended[..., :value_dim]
