@@ -26,8 +26,8 @@ class Weights:
 
 
 def write_prompts(path: Path, prompts: list[str]) -> None:
-    """Every third prompt has a label that is true."""
-    rows = [{"prompt": prompt, "label": i % 3 == 0} for i, prompt in enumerate(prompts)]
+    """Every third prompt has a label that is not zero."""
+    rows = [{"prompt": prompt, "label": int(i % 3 == 0)} for i, prompt in enumerate(prompts)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -214,7 +214,7 @@ def test_no_two_requests_share_a_seed(run_once):
 
 def test_equal_prompts_are_sampled_differently(tmp_path, files):
     same = tmp_path / "same.jsonl"
-    same.write_text('{"prompt": "t1=", "label": true}\n' * 4)
+    same.write_text('{"prompt": "t1=", "label": 1}\n' * 4)
     seen = wired.run(files, tmp_path, {"data.prompts": str(same)})
     texts = [sample.text for step in (0, 1) for g in seen.rollout(step) for sample in g.samples]
     assert len(set(texts)) > 20  # of 24; a few are as short as one token

@@ -49,6 +49,15 @@ def test_the_longest_tmpdir_that_stays_has_room_for_rays_sockets(
                 server.bind(str(path))
 
 
+@pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
+def test_a_long_directory_that_ray_would_make_is_replaced(name, monkeypatch) -> None:
+    monkeypatch.setenv("TMPDIR", "/tmp")
+    monkeypatch.setenv(name, "/tmp/none/" + "d" * 90)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    ensure_short_tmpdir()
+    assert os.environ[name] == "/tmp"
+
+
 def test_without_a_short_directory_the_true_reason_is_told(long_tmpdir, monkeypatch) -> None:
     monkeypatch.setattr(temp, "_SHORT", (str(long_tmpdir / "none"),))
     with pytest.raises(RunError, match=r"TMPDIR=.* is longer than 37 bytes.*set a shorter TMPDIR"):
