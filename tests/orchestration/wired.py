@@ -121,7 +121,7 @@ TOKENIZER_TEXT = {
 
 def make_files(directory: Path, family: str = "qwen3", **changes: Any) -> Files:
     """A random model of one layer, prompts of several lengths, and held-out ones; every third
-    prompt of training has a label that is false, so that its rewards are all 1.
+    prompt of training has label 0, so that its rewards are all 1.
     """
     sizes = {"num_hidden_layers": 1, "vocab_size": 320, "max_position_embeddings": 4096, **changes}
     model = save_model(directory / "model", family, **sizes)
@@ -137,7 +137,7 @@ def _write(path: Path, letter: str, count: int) -> None:
     lines = []
     for number in range(count):
         prompt = f"{letter}{number}" + "+" * (number % 4) + "="
-        lines.append(json.dumps({"prompt": prompt, "label": number % 3 > 0}) + "\n")
+        lines.append(json.dumps({"prompt": prompt, "label": int(number % 3 > 0)}) + "\n")
     path.write_text("".join(lines))
 
 
