@@ -69,13 +69,6 @@ class RunConfig:
             for name in MEGATRON_ONLY:
                 if getattr(training, name):
                     raise ValueError(f"training.{name} needs training.backend=megatron")
-        overlap = training.megatron_ddp
-        overlaps_both = overlap.get("overlap_grad_reduce") and training.distributed_optimizer
-        if overlap.get("overlap_param_gather") and not overlaps_both:
-            raise ValueError(
-                "training.megatron_ddp.overlap_param_gather needs overlap_grad_reduce beside it "
-                "and training.distributed_optimizer=true"
-            )
 
     def _check_sizes(self) -> None:
         steps = self.training.num_steps_per_rollout

@@ -91,9 +91,7 @@ class TrainingConfig:
     """Fields of megatron-core's TransformerConfig as written there."""
     megatron_ddp: dict[str, Any] = Field(default_factory=dict)
     """Fields of megatron-core's DistributedDataParallelConfig, such as
-    overlap_grad_reduce and bucket_size. With overlap_param_gather the weights are
-    gathered right after the step, because the output layer and weight sync read them
-    without a hook."""
+    overlap_grad_reduce and bucket_size."""
     megatron_optimizer: dict[str, Any] = Field(default_factory=dict)
     """Fields of megatron-core's OptimizerConfig, such as use_precision_aware_optimizer
     and exp_avg_dtype (as text: bfloat16)."""

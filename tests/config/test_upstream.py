@@ -74,7 +74,7 @@ def test_what_the_maths_rests_on_is_refused_with_what_to_set_instead(name, inste
         ({"megatron_optimizer": {"bucket_size": 1}}, "training.megatron_optimizer.bucket_size"),
         (
             {"megatron_ddp": {"overlap_param_gather": True}},
-            "overlap_param_gather needs overlap_grad_reduce beside it",
+            "the weights of a step are gathered at its end",
         ),
     ],
 )
@@ -85,9 +85,9 @@ def test_each_group_of_megatrons_options_is_checked_by_its_own_names(options, sa
         load(recipe, None, ["--backend", "megatron"])
 
 
-def test_overlap_of_both_gathers_and_reductions_is_taken_as_written(tmp_path):
+def test_overlap_of_reductions_is_taken_as_written(tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    overlap = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 1000}
+    overlap = {"overlap_grad_reduce": True, "bucket_size": 1000}
     recipe.write_text(json.dumps({"training": {"megatron_ddp": overlap}}))
     config = load(recipe, None, [])
     assert config.training.backend == "megatron"

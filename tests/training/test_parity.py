@@ -41,7 +41,6 @@ FIRST_2 = (("num_layers_in_first_pipeline_stage", 2),)
 LAST_1 = (("num_layers_in_last_pipeline_stage", 1),)
 
 OVERLAP_GRADS = (("overlap_grad_reduce", True), ("bucket_size", 1000))
-OVERLAP_BOTH = (*OVERLAP_GRADS, ("overlap_param_gather", True))
 
 ALONE = Layout()
 TP2 = Layout(tp_size=2)
@@ -94,7 +93,7 @@ ONCE: list[Case] = [
     ("qwen3", DP2),
     ("qwen3", DP2_DISTRIBUTED),
     ("qwen3", replace(DP2, ddp=OVERLAP_GRADS)),
-    ("qwen3", replace(DP2_DISTRIBUTED, ddp=OVERLAP_BOTH)),
+    ("qwen3", replace(DP2_DISTRIBUTED, ddp=OVERLAP_GRADS)),
     ("qwen3", TP2_PP2),
     ("qwen3_moe", DP2_EP2),
     ("qwen2", CP2),
@@ -172,7 +171,7 @@ def _matrix() -> list[Case]:
     cases.append((IDLE, replace(DP2_EP2, ddp=OVERLAP_GRADS)))
     for layout in (PP2_DP2, replace(VPP2, dp_size=2)):
         cases.append(("qwen3", replace(layout, ddp=OVERLAP_GRADS)))
-        overlapped = replace(layout, options=RECOMPUTE + DISTRIBUTED, ddp=OVERLAP_BOTH)
+        overlapped = replace(layout, options=RECOMPUTE + DISTRIBUTED, ddp=OVERLAP_GRADS)
         cases.append(("qwen3_moe", overlapped))
     for family in ("qwen3", "qwen3_untied", "qwen3_moe", "glm4_moe", "deepseek_v3"):
         cases.append((family, replace(PP2, options=FIRST_1)))

@@ -120,7 +120,6 @@ class MegatronBackend(TrainBackend):
     def _update(self, lr: float) -> None:
         optimizer.set_rates(self._optimizer, lr, self._training.weight_decay)
         self._optimizer.step_with_ready_grads()
-        optimizer.gather_weights(self._distributed)
 
     def _parameters(self) -> list[Tensor]:
         return [p.detach() for chunk in self._model_chunks for p in chunk.parameters()]

@@ -22,18 +22,9 @@ from pathlib import Path
 
 import torch
 from megatron.core.models.common.embeddings import rope_utils
-from megatron.core.transformer.moe import moe_utils
 from megatron.core.utils import is_te_min_version
 
 from nanoslime.models.shape import ModelShape
-
-_PERMUTE_KERNELS = (
-    "fused_permute",
-    "fused_permute_with_probs",
-    "fused_sort_chunks_by_index",
-    "fused_sort_chunks_by_index_with_probs",
-    "fused_unpermute",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +55,10 @@ def kernels_for(device: torch.device) -> Kernels:
         return Kernels()
     has_transformer_engine = find_spec("transformer_engine") is not None
     rope = has_transformer_engine and rope_utils.fused_apply_rotary_pos_emb_thd is not None
-    permute = all(getattr(moe_utils, name) is not None for name in _PERMUTE_KERNELS)
     return Kernels(
         rope=rope,
         interleaved_rope=rope and is_te_min_version("2.3.0"),
-        permute=has_transformer_engine and permute,
+        permute=has_transformer_engine and is_te_min_version("2.1.0"),
         compiler=_can_compile(),
         gradient_accumulation=find_spec("fused_weight_gradient_mlp_cuda") is not None,
     )

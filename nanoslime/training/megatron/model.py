@@ -155,11 +155,6 @@ def build(shape: ModelShape, config: RunConfig, ranks: Ranks, device: torch.devi
         buffers = DistributedDataParallelConfig(**ddp_options)
         # Later chunks are reduced as a whole, as in megatron-core's own training.
         model_chunks.append(DDP(settings, buffers, model, disable_bucketing=number > 0))
-    if ddp_options.get("overlap_param_gather"):
-        # A gather that a forward begins is waited for in the next bucket's forward: never for
-        # the output layer, which is not called. optimizer.gather_weights gathers all.
-        for chunk in model_chunks:
-            chunk.disable_forward_pre_hook(param_sync=False)
     if ddp_options.get("overlap_grad_reduce"):
         # All micro-batches but the last one only add to the gradients.
         no_sync = [chunk.no_sync for chunk in model_chunks]

@@ -65,16 +65,6 @@ def _dtype(name: str, value: Any) -> torch.dtype:
     return dtype
 
 
-def gather_weights(model_chunks: list[DDP]) -> None:
-    """Gathers the weights of a step that leaves this to the next forward (overlap_param_gather).
-
-    The output layer, the reference and weight sync read weights outside of a forward.
-    """
-    for chunk in model_chunks:
-        if chunk.ddp_config.overlap_param_gather:
-            chunk.start_param_sync(force_sync=True)
-
-
 def set_rates(optimizer: ChainedOptimizer, lr: float, weight_decay: float) -> None:
     """Sets the rates by the groups' multipliers, as Megatron's own scheduler would.
 

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.distributed as dist
 
 from nanoslime.algorithms.grpo import GRPO
 from nanoslime.config import RunConfig, TrainingConfig
-from nanoslime.training.megatron.backend import MegatronBackend
 from nanoslime.training.megatron.optimizer import optimizer_config
 from tests.models.hf import save_model
-from tests.training.parity import KL, Layout, assemble, copied, make_backend, train_batch
-from tests.training.rank_pool import leave_groups
+from tests.training.parity import KL, Layout, make_backend, train_batch
 from tests.training.reference import make_step
 
 pytestmark = pytest.mark.megatron
 
-OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 1000}
+OVERLAP = {"overlap_grad_reduce": True, "bucket_size": 1000}
 
 
 @pytest.fixture(scope="module")
@@ -62,32 +58,6 @@ def test_gradients_are_reduced_in_the_last_micro_batch_however_many_there_are(st
             norms[-1].append(backend.train_step(batch, GRPO(KL)).grad_norm)
         dist.destroy_process_group()
     assert norms[1] == pytest.approx(norms[0], rel=1e-6)
-
-
-def trained(env, layout, model_dir, steps):
-    backend = MegatronBackend(layout.config(), model_dir, env)
-    for step in steps:
-        batch = train_batch(step, backend.dp_rank, backend.dp_size)
-        backend.logprobs(batch, "policy")
-        backend.train_step(batch, GRPO(KL))
-    weights = copied(backend.weight_shards())
-    del backend
-    leave_groups()
-    return weights
-
-
-def test_no_gather_that_a_forward_began_hides_the_weights_of_a_step(two_ranks, tmp_path):
-    model_dir = save_model(tmp_path / "untied", "qwen3_untied")
-    steps = [make_step(model_dir, number) for number in range(2)]
-    distributed = (("distributed_optimizer", True),)
-    plain = Layout(dp_size=2, options=distributed)
-    overlapping = replace(plain, ddp=tuple(OVERLAP.items()))
-    expected, found = (
-        assemble(shard for rank in two_ranks(trained, layout, model_dir, steps) for shard in rank)
-        for layout in (plain, overlapping)
-    )
-    for name, weight in expected.items():
-        torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-6)
 
 
 def test_options_of_the_optimizer_reach_it_and_types_are_read_from_their_names():
