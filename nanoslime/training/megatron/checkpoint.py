@@ -96,7 +96,9 @@ def load(
         ) from e
     for number, chunk in enumerate(model_chunks):
         chunk.load_state_dict(loaded["model"][number])
-    _load_optimizer(optimizer, loaded["optimizer"], history.optimizer_step - history.num_skipped)
+    # A rank with nothing to train has no state of an optimizer.
+    state = loaded.get("optimizer", {})
+    _load_optimizer(optimizer, state, history.optimizer_step - history.num_skipped)
     if "random" in loaded:
         _set_all_rng_states(*loaded["random"])
     return history
