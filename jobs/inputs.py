@@ -9,15 +9,12 @@ from pathlib import Path
 from jobs.checkout import ROOT
 from nanoslime.config import DataConfig, RunConfig
 from nanoslime.config.algorithm import CustomConfig
-from nanoslime.config.load import read
 from nanoslime.config.model import REWARDS
 from nanoslime.models.local_checkpoint import with_local_checkpoint
 from nanoslime.models.shape import ModelShape
 from nanoslime.plugins import check_importable
-from nanoslime.run_dir import RunDir, recorded_rollouts
-from nanoslime.storage.commit import checkpoints
+from nanoslime.run_dir import RunDir, with_recorded_rollouts
 from nanoslime.storage.prompt_text import check_prompt_file
-from nanoslime.storage.resume import check_resumed
 from nanoslime.storage.tokenizer_files import has_tokenizer_files
 from nanoslime.types import RunError
 
@@ -36,13 +33,9 @@ def resolve(config: RunConfig, *, download: bool) -> tuple[RunConfig, ModelShape
     """
     config = _with_absolute_paths(config)
     _check_plugins(config)
-    replays = bool(config.rollout.load_rollouts)
-    if replays:
-        rollout = config.rollout
-        recorded = recorded_rollouts(rollout.load_rollouts, rollout.num_rollout)
-        config = replace(config, rollout=replace(rollout, load_rollouts=recorded))
+    config = with_recorded_rollouts(config)
     config, shape = with_local_checkpoint(config, download=download)
-    if not replays and not config.rehearsal.enabled:
+    if not config.rollout.load_rollouts and not config.rehearsal.enabled:
         directory = Path(config.model.hf_checkpoint)
         tokenizer = directory if has_tokenizer_files(directory) else None
         config = replace(config, data=_with_prompt_files(config.data, tokenizer))
@@ -94,9 +87,7 @@ def _absolute(path: str) -> Path:
 def check_resume(run: RunDir, config: RunConfig) -> None:
     """RunError where the run lives, or `config` cannot go on with what it has done."""
     refuse_if_running(run)
-    has_checkpoints = bool(checkpoints(run.checkpoints))
-    before = read(run.config_to_resume())
-    check_resumed(run.path, before, config, has_checkpoints=has_checkpoints)
+    run.check_resumed(config)
 
 
 def refuse_if_running(run: RunDir) -> None:

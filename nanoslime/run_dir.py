@@ -25,10 +25,14 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nanoslime.config import RunConfig
+from nanoslime.config.load import read
+from nanoslime.storage import resume
+from nanoslime.storage.commit import checkpoints
 from nanoslime.storage.shared_files import (
     as_json,
     publish,
@@ -112,6 +116,12 @@ class RunDir:
     def config_to_resume(self) -> Path:
         """The configuration with which the run's checkpoints are known to go on."""
         return self.accepted_config if self.accepted_config.exists() else self.config
+
+    def check_resumed(self, config: RunConfig) -> None:
+        """Raises RunError where `config` cannot go on with what the run has done."""
+        before = read(self.config_to_resume())
+        has_checkpoints = bool(checkpoints(self.checkpoints))
+        resume.check_resumed(self.path, before, config, has_checkpoints=has_checkpoints)
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step_{step}"
@@ -308,11 +318,16 @@ class Attempt:
         return publish_once(self.path / f"{name}.json", as_json({**facts, "time": time.time()}))
 
 
-def recorded_rollouts(directory: str, num_rollout: int) -> str:
-    """The absolute directory of rollouts in `directory`: a run's, or its rollouts/.
+def with_recorded_rollouts(config: RunConfig) -> RunConfig:
+    """The configuration with the absolute directory of the rollouts that it replays, if any.
 
-    Raises RunError where it does not hold rollouts 0 to num_rollout - 1.
+    rollout.load_rollouts may be a run, or its rollouts/. Raises RunError where it does not
+    hold rollouts 0 to num_rollout - 1.
     """
+    directory = config.rollout.load_rollouts
+    num_rollout = config.rollout.num_rollout
+    if not directory:
+        return config
     path = Path(directory).expanduser().absolute()
     if (path / "rollouts").is_dir():
         path = path / "rollouts"
@@ -325,7 +340,7 @@ def recorded_rollouts(directory: str, num_rollout: int) -> str:
             f"(step_<k>.npz, from 0 on), rollout.num_rollout={num_rollout} asks for more; "
             "lower it or record more"
         )
-    return str(path)
+    return replace(config, rollout=replace(config.rollout, load_rollouts=str(path)))
 
 
 def _candidate_names(name: str) -> Iterator[str]:

@@ -16,10 +16,12 @@ from nanoslime.memory import (
 )
 from nanoslime.models.parallel_sizes import ParallelDims, PipelineSizes
 from nanoslime.models.shape import ModelShape
+from nanoslime.models.tiny import tiny_qwen3_config
 from nanoslime.types import RunError
 from tests.models.hf import make_model
 from tests.models.published import CONFIGS
 from tests.plans import H200, QWEN3_4B, TINY, config_of, plan_of
+from tools.gpu_checks import QWEN3_06B
 
 
 def need_of(flags: str, shape: ModelShape) -> Memory:
@@ -174,21 +176,7 @@ def test_the_description_says_when_a_plan_may_not_fit():
 
 def test_the_peak_of_fsdp_without_recomputation_is_near_what_a_gpu_needed():
     """An H200 held 41.3 GB at most in a step of 16,384 tokens (tools/BENCHMARKS.md)."""
-    content = {
-        "model_type": "qwen3",
-        "architectures": ["Qwen3ForCausalLM"],
-        "vocab_size": 151_936,
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 1 << 17,
-        "tie_word_embeddings": True,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-    }
+    content = {**tiny_qwen3_config(), **QWEN3_06B, "tie_word_embeddings": True}
     training = TrainingConfig(backend="fsdp", max_tokens_per_microbatch=16_384)
     config = RunConfig(model=ModelConfig(dtype="bfloat16"), training=training)
     alone = ParallelDims(tp=1, pp=1, cp=1, ep=1, dp=1)

@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanoslime import layout
@@ -20,9 +20,7 @@ from nanoslime.orchestration.session import Phase, Session, open_local
 from nanoslime.plugins import resolve
 from nanoslime.processes.logs import set_level
 from nanoslime.processes.ports import free_port
-from nanoslime.run_dir import DONE, FAILED, Attempt, RunDir, recorded_rollouts
-from nanoslime.storage.commit import checkpoints
-from nanoslime.storage.resume import check_resumed
+from nanoslime.run_dir import DONE, FAILED, Attempt, RunDir, with_recorded_rollouts
 from nanoslime.storage.shared_files import publish
 from nanoslime.training.backend import RankEnv
 from nanoslime.types import RunError
@@ -125,13 +123,9 @@ def _on_this_machine(config: RunConfig, run: RunDir | None) -> Launch:
     set_level(config.log_level)
     config, shape = with_local_checkpoint(config, download=True)
     if run is not None:
-        has_checkpoints = bool(checkpoints(run.checkpoints))
-        before = read(run.config_to_resume())
-        check_resumed(run.path, before, config, has_checkpoints=has_checkpoints)
+        run.check_resumed(config)
+    config = with_recorded_rollouts(config)
     rollout = config.rollout
-    if rollout.load_rollouts:
-        recorded = recorded_rollouts(rollout.load_rollouts, rollout.num_rollout)
-        config = replace(config, rollout=replace(rollout, load_rollouts=recorded))
     _check_torchrun(config)
     has_servers_only = rollout.rollout_only and takes_slots(rollout)
     has_ranks_of_ray = config.training.num_gpus is not None and "RANK" not in os.environ

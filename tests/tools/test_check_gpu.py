@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nanoslime.models.shape import ModelShape
+from nanoslime.models.tiny import tiny_qwen3_config
 from tools.check_gpu import Result, rows, run_section
 from tools.gpu_checks import QWEN3_06B, SECTIONS, SMALL, Figure, step_flops
 
@@ -52,14 +53,7 @@ def test_a_figure_beyond_its_limit_fails_and_nan_too(value, passed):
 
 
 def test_flops_of_a_step_are_those_of_the_formula_by_hand():
-    config = {
-        **QWEN3_06B,
-        "model_type": "qwen3",
-        "architectures": ["Qwen3ForCausalLM"],
-        "tie_word_embeddings": True,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-    }
+    config = {**tiny_qwen3_config(), **QWEN3_06B, "tie_word_embeddings": True}
     shape = ModelShape.from_config(config)
     matrices = 6 * shape.num_parameters * 3000
     attention = 12 * 28 * 16 * 128 * (1000**2 + 2000**2)
