@@ -48,10 +48,11 @@ DOORS = {  # the only places that may import these
 HEAVY = ("torch", "transformers", "ray", "megatron", "sglang")
 MAX_FILE = 500
 MAX_FUNCTION = 100
-MAX_ALL = 20_000  # lines that are not blank, without the scripts that only measure
+MAX_ALL = 20_000  # lines of code, without the scripts that only measure
 MEASURING = ("tools/bench_*.py", "tools/check_gpu.py", "tools/gpu_checks.py")
 MAX_UNFORMATTED = 10
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
+DOCUMENTED = ast.Module | ast.ClassDef | FUNCTION
 
 
 def sources(*folders: str) -> list[Path]:
@@ -257,14 +258,14 @@ def test_functions_are_short():
 
 
 def test_the_whole_stays_small():
+    """Explaining costs nothing: comments and docstrings are not counted."""
     measuring = {path for pattern in MEASURING for path in ROOT.glob(pattern)}
     assert len(measuring) > 5
     written = 0
     for path in CODE:
         if path in measuring:
             continue
-        lines = path.read_text(encoding="utf-8").splitlines()
-        written += sum(bool(line.strip()) for line in lines)
+        written += num_code_lines(path)
     assert written < MAX_ALL
 
 
@@ -293,3 +294,18 @@ def place(path: Path, node: ast.expr | ast.stmt | ast.excepthandler) -> str:
 
 def num_lines(path: Path) -> int:
     return path.read_text(encoding="utf-8").count("\n")
+
+
+def num_code_lines(path: Path) -> int:
+    """The lines that are neither blank nor part of a comment or a docstring."""
+    text = path.read_text(encoding="utf-8")
+    explained = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node):
+            docstring = node.body[0]
+            explained.update(range(docstring.lineno, docstring.end_lineno + 1))
+    lines = enumerate(text.splitlines(), 1)
+    return sum(
+        number not in explained and bool(line.strip()) and not line.strip().startswith("#")
+        for number, line in lines
+    )
