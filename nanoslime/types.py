@@ -82,15 +82,83 @@ class Sample:
     def num_response_tokens(self) -> int:
         return int(self.loss_mask.sum())
 
+    @property
+    def arrays(self) -> SampleArrays:
+        return SampleArrays(
+            token_ids=self.token_ids,
+            loss_mask=self.loss_mask,
+            rollout_logprobs=self.rollout_logprobs,
+            policy_versions=self.policy_versions,
+            routed_experts=self.routed_experts,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleArrays:
+    """What a trainer rank needs of a sample; the fields are those of `Sample`."""
+
+    token_ids: np.ndarray  # int32 [T]
+    loss_mask: np.ndarray  # bool [T]
+    rollout_logprobs: np.ndarray  # float32 [T]
+    policy_versions: list[tuple[int, int]]
+    routed_experts: np.ndarray | None = None  # [T-1, num_moe_layers, topk]
+
+
+@dataclass(kw_only=True, slots=True)
+class SampleReport:
+    """What the driver knows of a sample: numbers, and a reference to its arrays.
+
+    The arrays stay with the rollout worker that made the sample, until a trainer rank
+    fetches them. Names that `Sample` has too mean the same here.
+    """
+
+    group_id: int
+    rollout_id: int
+    prompt_id: int
+    status: Status
+    num_tokens: int
+    num_response_tokens: int
+    policy_versions: list[tuple[int, int]]
+    # Tokens in the loss by the version that sampled them, oldest version first.
+    loss_tokens_by_version: dict[int, int]
+    # (num_moe_layers, topk) where the sample has routed experts.
+    expert_shape: tuple[int, int] | None
+    # What the ArrayStore of the run resolves to SampleArrays.
+    arrays: Any
+    error: str | None = None
+    reward: float | None = None
+    advantage: float | None = None
+
+    @property
+    def oldest_version(self) -> int | None:
+        """The oldest version that sampled any of its tokens; None without such tokens."""
+        return min((version for _, version in self.policy_versions), default=None)
+
+
+class Scored(Protocol):
+    """What the algorithms see of a sample: a `Sample` or a `SampleReport`."""
+
+    group_id: int
+    rollout_id: int
+    status: Status
+    reward: float | None
+    advantage: float | None
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def num_response_tokens(self) -> int: ...
+
 
 @dataclass(slots=True)
-class SampleGroup:
+class Group[S: Scored]:
     """The samples of one prompt; any size. Statistics are taken by `group_id`, never by
     reshape.
     """
 
     group_id: int
-    samples: list[Sample]
+    samples: list[S]
 
     @property
     def rewards(self) -> list[float]:
@@ -101,6 +169,22 @@ class SampleGroup:
                 raise ValueError(f"group {self.group_id} holds a sample without a reward")
             rewards.append(float(sample.reward))
         return rewards
+
+
+SampleGroup = Group[Sample]
+GroupReport = Group[SampleReport]
+
+
+class ArrayStore(Protocol):
+    """Keeps the arrays of samples where they are made, for whoever trains on them."""
+
+    def put(self, arrays: SampleArrays) -> Any:
+        """Returns a reference that can be sent to any process of the run."""
+        ...
+
+    def get(self, references: Sequence[Any]) -> list[SampleArrays]:
+        """Raises RunError where an array is gone, because its worker died."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,12 @@ from collections import Counter
 from collections.abc import Sequence
 
 from nanoslime.algorithms.rewards import rewards_by_group, spreads
-from nanoslime.types import Sample, SampleGroup, Status
+from nanoslime.types import Group, Scored, Status
 
 
-def filter_groups(
-    groups: Sequence[SampleGroup], *, drop_zero_std: bool
-) -> tuple[list[SampleGroup], Counter[str]]:
+def filter_groups[S: Scored](
+    groups: Sequence[Group[S]], *, drop_zero_std: bool
+) -> tuple[list[Group[S]], Counter[str]]:
     """The groups to train on, in order, and how many samples or groups were dropped, by
     reason.
 
@@ -31,7 +31,7 @@ def filter_groups(
             else:
                 reasons[reason] += 1
         if usable:
-            left.append(SampleGroup(group.group_id, usable))
+            left.append(Group(group.group_id, usable))
         else:
             reasons["group_empty"] += 1
     if not drop_zero_std:
@@ -43,7 +43,7 @@ def filter_groups(
     return kept, reasons
 
 
-def zero_std_ids(groups: Sequence[SampleGroup]) -> set[int]:
+def zero_std_ids[S: Scored](groups: Sequence[Group[S]]) -> set[int]:
     """The group_ids whose rewards do not differ."""
     rewards_by_id = rewards_by_group(groups)
     return {
@@ -53,7 +53,7 @@ def zero_std_ids(groups: Sequence[SampleGroup]) -> set[int]:
     }
 
 
-def _drop_reason(sample: Sample) -> str | None:
+def _drop_reason(sample: Scored) -> str | None:
     if sample.status is Status.ERROR:
         return "sample_error"
     if sample.status is Status.ABORTED:

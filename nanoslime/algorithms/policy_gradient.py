@@ -18,7 +18,7 @@ from nanoslime.algorithms.kl import approx_kl, k3
 from nanoslime.algorithms.rewards import ZERO_STD, overlong_penalty, relative, rewards_by_group
 from nanoslime.batch import Maximum, Metric, MicroBatch, TokenMean, TrainBatch, WeightedMean
 from nanoslime.config.algorithm import SharedConfig
-from nanoslime.types import SampleGroup
+from nanoslime.types import Group, Scored
 
 T = TypeVar("T")
 
@@ -67,8 +67,8 @@ class PolicyGradient(ABC):
         """
         return torch.where(mask, advantage - penalty, 0.0)
 
-    def advantages(self, groups: Sequence[SampleGroup]) -> None:
-        """Sets Sample.advantage from the rewards of all samples with the same group_id.
+    def advantages[S: Scored](self, groups: Sequence[Group[S]]) -> None:
+        """Sets `advantage` from the rewards of all samples with the same group_id.
 
         Rewards are shaped for length before. Siblings (samples with one rollout_id) count
         once, as long as the longest of them. Raises ValueError where siblings differ in

@@ -8,19 +8,19 @@ import numpy as np
 
 from nanoslime.algorithms.filters import filter_groups, zero_std_ids
 from nanoslime.algorithms.policy_gradient import PolicyGradient
-from nanoslime.types import SampleGroup, Status
+from nanoslime.types import Group, Scored, Status
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedGroups:
+class PreparedGroups[S: Scored]:
     """The groups of one rollout as training takes them."""
 
-    groups: list[SampleGroup]  # those to train on, in order, with advantages
+    groups: list[Group[S]]  # those to train on, in order, with advantages
     dropped: dict[str, int]  # how many samples or groups the filters dropped, by reason
     metrics: dict[str, float]  # of all groups, filtered ones included
 
 
-def prepare(groups: Sequence[SampleGroup], algorithm: PolicyGradient) -> PreparedGroups:
+def prepare[S: Scored](groups: Sequence[Group[S]], algorithm: PolicyGradient) -> PreparedGroups[S]:
     """Filters `groups` and gives the samples that are left their advantages.
 
     Rewards must be set. Raises what `filter_groups` and `PolicyGradient.advantages`
@@ -34,7 +34,7 @@ def prepare(groups: Sequence[SampleGroup], algorithm: PolicyGradient) -> Prepare
     return PreparedGroups(kept, dict(dropped), metrics)
 
 
-def group_metrics(groups: Sequence[SampleGroup]) -> dict[str, float]:
+def group_metrics[S: Scored](groups: Sequence[Group[S]]) -> dict[str, float]:
     """Describes all samples of a rollout.
 
     Rewards are taken over the samples that have one. Without any, their mean and standard

@@ -4,15 +4,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nanoslime.types import SampleGroup
+from nanoslime.types import Group, Scored
 
 ZERO_STD = 1e-6  # values with no larger standard deviation count as equal
 
 
-def rewards_by_group(groups: Sequence[SampleGroup]) -> dict[int, dict[int, float]]:
+def rewards_by_group[S: Scored](groups: Sequence[Group[S]]) -> dict[int, dict[int, float]]:
     """{group_id: {rollout_id: reward}}.
 
-    A group_id may be spread over several SampleGroups. Raises ValueError where siblings
+    A group_id may be spread over several groups. Raises ValueError where siblings
     of one rollout differ in reward, or a reward is missing or not finite.
     """
     found: dict[int, dict[int, float]] = {}

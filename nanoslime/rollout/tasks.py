@@ -1,0 +1,133 @@
+"""What the driver and its rollout workers tell each other: tasks there, news back.
+
+A worker runs the groups that it is given and keeps their samples. The driver sees reports,
+which hold numbers and references to arrays, and decides which groups a rollout has.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+from nanoslime.config import RolloutConfig
+from nanoslime.types import Engine, GroupReport, Prompt
+
+Purpose = Literal["train", "eval"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the samples of a group are drawn; the names are RolloutConfig's."""
+
+    n_samples_per_prompt: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float = 1.0
+    top_k: int = -1
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, config: RolloutConfig) -> "Sampling":
+        return cls(
+            n_samples_per_prompt=config.n_samples_per_prompt,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            stop=tuple(config.stop),
+            stop_token_ids=tuple(config.stop_token_ids),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class GroupTask:
+    """One prompt to sample. `group_id` is the group's own in the whole run."""
+
+    group_id: int
+    prompt: Prompt
+    sampling: Sampling
+    # 63 bits; an engine that honours seeds draws sample i from (seed, i).
+    seed: int
+    # A name of the reward table, or "package.module:function".
+    reward: str
+    purpose: Purpose = "train"
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedGroup:
+    """A group that training is done with; `advantages` are in the order of its samples."""
+
+    group_id: int
+    advantages: list[float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class RestoredGroup:
+    """A group that a worker has read from a checkpoint.
+
+    `report` is None where the group is still being sampled; `oldest_version` is that of
+    the tokens it has so far, None without any.
+    """
+
+    group_id: int
+    oldest_version: int | None
+    report: GroupReport | None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerNews:
+    """What has happened on a worker since it was asked the last time."""
+
+    groups: list[GroupReport] = field(default_factory=list)
+    # Engines that failed their health checks, by name, with the cause.
+    lost: dict[str, str] = field(default_factory=dict)
+
+
+class Worker(Protocol):
+    """One rollout worker as the driver sees it, in this process or as an actor of Ray.
+
+    Every call but `poll`, `save` and `load` returns at once. All raise RunError that names the
+    worker where it is gone.
+    """
+
+    name: str
+
+    def start(self, tasks: Sequence[GroupTask]) -> None:
+        """Starts to sample and score these groups; each is reported once by `poll`."""
+        ...
+
+    def poll(self, timeout_s: float) -> WorkerNews:
+        """Waits for news, `timeout_s` at most; there may be none."""
+        ...
+
+    def cancel(self, group_ids: Sequence[int]) -> None:
+        """Ends these groups and forgets them, running or finished; they are not reported."""
+        ...
+
+    def finish_step(self, step: int, groups: Sequence[FinishedGroup]) -> None:
+        """Records these groups as those of rollout `step`, in the background, and lets their
+        arrays go."""
+        ...
+
+    def set_engines(self, engines: Sequence[Engine]) -> None:
+        """These engines serve from now on. A request on one that is no longer among them
+        goes on elsewhere, from the tokens that it has."""
+        ...
+
+    def save(self, path: Path) -> None:
+        """Writes the training groups that it holds, partial samples included, to `path`.
+
+        Running requests are interrupted for it, and go on.
+        """
+        ...
+
+    def load(self, path: Path) -> list[RestoredGroup]:
+        """Reads what `save` wrote, and goes on with it once there are engines."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What it has counted since it was asked the last time."""
+        ...
+
+    def close(self) -> None: ...
