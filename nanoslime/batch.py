@@ -1,6 +1,7 @@
 """The packed tensors between samples and gradients, with their global denominators.
 
-A `TrainBatch` is the share of one data-parallel rank in one optimizer step. It is cut
+A `BatchPlan` is the share of one data-parallel rank in one optimizer step, in numbers
+alone; the rank makes a `TrainBatch` of it with the arrays of its samples. It is cut
 into micro-batches beforehand, with the same number on every rank, and knows the step's
 denominators over all ranks. Packing, micro-batches, DP, CP and PP therefore cannot change
 the loss: a loss is a sum, and is divided once, by `TrainBatch.denominator`.
@@ -11,10 +12,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+@dataclass(kw_only=True, slots=True)
+class BatchPlan:
+    """What the driver decides of a `TrainBatch`, without the arrays of its samples.
+
+    Fields that TrainBatch has too mean the same there.
+    """
+
+    # One for each sequence: what the ArrayStore of the run resolves; None is a dummy.
+    references: list[Any]
+    advantages: list[float]
+    token_weights: list[float]
+    microbatches: list[list[int]]
+    denominator: float
+    num_tokens: int
+    num_sequences: int
+    temperature: float
+    # (num_moe_layers, topk) where the samples of the step have routed experts.
+    expert_shape: tuple[int, int] | None
+    # Tokens that an older version sampled are not in the loss; None keeps all.
+    oldest_version_in_loss: int | None
 
 
 @dataclass(kw_only=True, slots=True)

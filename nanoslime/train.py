@@ -46,7 +46,7 @@ def train(session: Session, tracker: Tracker, clock: Clock, start: int) -> int:
         clock("generate")
         groups = rollout.generate(step)
         clock("train")
-        metrics = rollout.metrics | trainer.train(groups)
+        metrics = rollout.metrics | trainer.train(groups, step)
         due = checkpoints.due(step)
         if due or session.attempt.must_stop():
             clock("checkpoint")

@@ -6,7 +6,7 @@ lengths.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -92,6 +92,50 @@ class Sample:
             routed_experts=self.routed_experts,
         )
 
+    def report(self, reference: Any) -> SampleReport:
+        """What the driver is told of the sample; `reference` leads to its arrays.
+
+        Raises ValueError for a sample on which no trainer could train.
+        """
+        self._check()
+        expert_shape = None
+        if self.routed_experts is not None:
+            _, num_moe_layers, topk = self.routed_experts.shape
+            expert_shape = (num_moe_layers, topk)
+        counts: dict[int, int] = {}
+        for first, end, version in self.arrays.spans():
+            num_in_loss = int(self.loss_mask[first:end].sum())
+            if num_in_loss:
+                counts[version] = counts.get(version, 0) + num_in_loss
+        return SampleReport(
+            group_id=self.group_id,
+            rollout_id=self.rollout_id,
+            prompt_id=self.metadata.get("prompt_id", -1),
+            status=self.status,
+            num_tokens=self.num_tokens,
+            num_response_tokens=self.num_response_tokens,
+            policy_versions=self.policy_versions,
+            loss_tokens_by_version=dict(sorted(counts.items())),
+            expert_shape=expert_shape,
+            arrays=reference,
+            error=self.error,
+            reward=self.reward,
+            advantage=self.advantage,
+        )
+
+    def _check(self) -> None:
+        name = f"sample of group {self.group_id}, rollout {self.rollout_id}"
+        lengths = [len(self.token_ids), len(self.loss_mask), len(self.rollout_logprobs)]
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                f"{name}: token_ids, loss_mask and rollout_logprobs must be equally long, but have"
+                f" {lengths[0]}, {lengths[1]} and {lengths[2]} entries"
+            )
+        if self.loss_mask[0]:
+            raise ValueError(
+                f"{name}: token 0 is in the loss, but nothing precedes it to predict it"
+            )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleArrays:
@@ -102,6 +146,12 @@ class SampleArrays:
     rollout_logprobs: np.ndarray  # float32 [T]
     policy_versions: list[tuple[int, int]]
     routed_experts: np.ndarray | None = None  # [T-1, num_moe_layers, topk]
+
+    def spans(self) -> Iterator[tuple[int, int, int]]:
+        """(first token, token after the last one, version) of each span."""
+        ends = [first for first, _ in self.policy_versions[1:]] + [len(self.token_ids)]
+        for (first, version), end in zip(self.policy_versions, ends, strict=False):
+            yield first, end, version
 
 
 @dataclass(kw_only=True, slots=True)
@@ -175,6 +225,14 @@ SampleGroup = Group[Sample]
 GroupReport = Group[SampleReport]
 
 
+def local_reports(groups: Sequence[SampleGroup]) -> list[GroupReport]:
+    """What the driver is told of groups whose arrays are in its own process."""
+    return [
+        Group(group.group_id, [sample.report(sample.arrays) for sample in group.samples])
+        for group in groups
+    ]
+
+
 class ArrayStore(Protocol):
     """Keeps the arrays of samples where they are made, for whoever trains on them."""
 
@@ -185,6 +243,16 @@ class ArrayStore(Protocol):
     def get(self, references: Sequence[Any]) -> list[SampleArrays]:
         """Raises RunError where an array is gone, because its worker died."""
         ...
+
+
+class LocalStore:
+    """An ArrayStore whose references are the arrays themselves, wherever they are sent."""
+
+    def put(self, arrays: SampleArrays) -> SampleArrays:
+        return arrays
+
+    def get(self, references: Sequence[Any]) -> list[SampleArrays]:
+        return list(references)
 
 
 @dataclass(frozen=True, slots=True)

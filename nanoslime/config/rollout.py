@@ -50,6 +50,9 @@ class RolloutConfig:
     """GPUs per engine."""
     engines_per_node: int | None = Field(default=None, ge=1)
     """Engines on a node that has them; default: as many as its free GPUs (or slots) hold."""
+    mask_stale_tokens: bool = False
+    """Tokens that older weights than the current ones sampled leave the loss and its
+    denominators; a sample that has no others leaves the batch."""
     load_rollouts: str = ""
     """Train on the rollouts that a run recorded (its directory, or the rollouts/ in
     it), without engines."""

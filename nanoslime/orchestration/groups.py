@@ -1,19 +1,20 @@
 """The trainer ranks as the training loop sees them, whatever processes they live in."""
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nanoslime.batch import TrainBatch
+from nanoslime.batch import BatchPlan
 from nanoslime.config import RunConfig
 from nanoslime.config.deadlines import Deadline, derive_deadlines
 from nanoslime.engine_kind import engine_kind
 from nanoslime.models.shape import ModelShape
 from nanoslime.orchestration.devices import SeparateDevices, SharedDevices
 from nanoslime.run_dir import RunDir
-from nanoslime.training.batching import BatchingOptions, make_train_batches
-from nanoslime.types import SampleGroup
+from nanoslime.training.batching import BatchingOptions, plan_train_batches
+from nanoslime.types import GroupReport
 from nanoslime.weight_sync.engine_calls import EngineCalls
 
 
@@ -38,10 +39,10 @@ class TrainGroup(ABC):
         self._deadlines = derive_deadlines(config, shape.num_parameters, num_ranks)
 
     @abstractmethod
-    def _train(self, shards: list[list[TrainBatch]]) -> dict[str, float]:
-        """Calls TrainWorker.train on every rank; returns the metrics of rank 0.
+    def _train(self, shards: list[list[BatchPlan]]) -> dict[str, float]:
+        """Calls TrainWorker.train_plans on every rank; returns the metrics of rank 0.
 
-        `shards` holds the batches of each data-parallel rank.
+        `shards` holds the plans of each data-parallel rank, which gets no others.
         """
 
     @abstractmethod
@@ -70,11 +71,13 @@ class TrainGroup(ABC):
         """Lets the trainer and these engines take turns; the trainer has the first."""
         self.devices = SharedDevices(self, engines)
 
-    def train(self, groups: list[SampleGroup]) -> dict[str, float]:
+    def train(self, groups: list[GroupReport], version: int) -> dict[str, float]:
         """Makes the optimizer steps of one rollout; returns the metrics of its row.
 
-        They are few where every group was dropped.
+        They are few where every group was dropped. `version` is that of the weights before
+        them. Only numbers are planned with here: each rank fetches the arrays of its samples.
         """
+        begin = time.monotonic()
         training = self.config.training
         options = BatchingOptions(
             num_steps=training.num_steps_per_rollout,
@@ -85,10 +88,12 @@ class TrainGroup(ABC):
             temperature=self.config.rollout.temperature,
             fixed_length=self.config.rollout.max_new_tokens,
             parity_tokens=self._parity_tokens,
+            oldest_version_in_loss=version if self.config.rollout.mask_stale_tokens else None,
         )
-        steps = make_train_batches(groups, options)
+        steps = plan_train_batches(groups, options)
         shards = [[step[dp_rank] for step in steps] for dp_rank in range(self.dp_size)]
-        times = self.devices.give_to_trainer()
+        times = {"time/plan_s": time.monotonic() - begin}
+        times |= self.devices.give_to_trainer()
         return times | self._train(shards)
 
     def export_hf(self, path: Path) -> None:
@@ -110,10 +115,10 @@ class TrainGroup(ABC):
 class NoTrainer(TrainGroup):
     """Rollout only: the engines keep the checkpoint's weights, which are version 0."""
 
-    def train(self, groups: list[SampleGroup]) -> dict[str, float]:
+    def train(self, groups: list[GroupReport], version: int) -> dict[str, float]:
         return {}
 
-    def _train(self, shards: list[list[TrainBatch]]) -> dict[str, float]:
+    def _train(self, shards: list[list[BatchPlan]]) -> dict[str, float]:
         return {}
 
     def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> None: ...

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from nanoslime.batch import TrainBatch
+from nanoslime.batch import BatchPlan
 from nanoslime.config import RunConfig
 from nanoslime.orchestration.groups import TrainGroup
 from nanoslime.orchestration.worker import TrainWorker
@@ -23,8 +23,8 @@ class LocalTrainGroup(TrainGroup):
         self._worker = TrainWorker(self.config, self.model_dir, self._env, self.run.skipped)
         self.dp_size = self._worker.dp_size
 
-    def _train(self, shards: list[list[TrainBatch]]) -> dict[str, float]:
-        return self._worker.train(shards[0])
+    def _train(self, shards: list[list[BatchPlan]]) -> dict[str, float]:
+        return self._worker.train_plans(shards[0])
 
     def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> Any:
         return [getattr(self._worker, method)(*args)]

@@ -24,7 +24,7 @@ import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
-from nanoslime.batch import TrainBatch
+from nanoslime.batch import BatchPlan
 from nanoslime.config import RunConfig
 from nanoslime.config.deadlines import Deadline
 from nanoslime.engine_kind import EngineOwner, EngineStart, engine_kind
@@ -378,10 +378,10 @@ class RayTrainGroup(TrainGroup):
         self._dp_ranks = [dp_rank for dp_rank, _ in found]
         self.dp_size = found[0][1]
 
-    def _train(self, shards: list[list[TrainBatch]]) -> dict[str, float]:
+    def _train(self, shards: list[list[BatchPlan]]) -> dict[str, float]:
         stored = [ray.put(of_dp_rank) for of_dp_rank in shards]
         refs = [
-            actor.call.remote("train", stored[dp_rank])
+            actor.call.remote("train_plans", stored[dp_rank])
             for actor, dp_rank in zip(self._ranks.actors, self._dp_ranks, strict=True)
         ]
         return self._ranks.gather(refs, "train", self._deadlines.train)[0]

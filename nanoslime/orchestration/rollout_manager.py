@@ -18,7 +18,16 @@ from nanoslime.rollout.generate import sample_groups
 from nanoslime.rollout.prompts import PromptSource, RunPrompts, digest
 from nanoslime.rollout.router import LeastInflightRouter
 from nanoslime.run_dir import RunDir
-from nanoslime.types import Engine, Prompt, RunError, Sample, SampleGroup, Status
+from nanoslime.types import (
+    Engine,
+    GroupReport,
+    Prompt,
+    RunError,
+    Sample,
+    SampleGroup,
+    Status,
+    local_reports,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +68,7 @@ class RolloutManager:
         held_out = loaded.held_out
         self._held_out = list(held_out[: config.eval.max_prompts or None])
 
-    def generate(self, step: int) -> list[SampleGroup]:
+    def generate(self, step: int) -> list[GroupReport]:
         """Returns scored, filtered groups with advantages, sampled by the current policy.
 
         Sets `metrics` for the step. Warns of samples that could not be made. Raises
@@ -89,7 +98,7 @@ class RolloutManager:
         recorder.record(self.run.rollouts, step, groups, settings)
         self._failures.report(groups, f"rollout {step}", "are left out")
         self.metrics["time/generate_s"] = time.monotonic() - start
-        return kept
+        return local_reports(kept)
 
     def evaluate(self, step: int) -> float | None:
         """Returns the mean reward on the held-out prompts and appends it to evals.jsonl.
@@ -182,7 +191,7 @@ class Replay:
         if config.data.eval_prompts:
             logger.warning("rollout.load_rollouts: there is no engine, so evaluations are skipped")
 
-    def generate(self, step: int) -> list[SampleGroup]:
+    def generate(self, step: int) -> list[GroupReport]:
         start = time.monotonic()
         algorithm = self.config.algorithm
         rollout = self.config.rollout
@@ -195,7 +204,7 @@ class Replay:
         prepared = _prepare(groups, self._algorithm)
         self.metrics = prepared.metrics
         self.metrics["time/generate_s"] = time.monotonic() - start
-        return prepared.groups
+        return local_reports(prepared.groups)
 
     def evaluate(self, step: int) -> float | None:
         return None

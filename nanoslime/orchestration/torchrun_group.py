@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nanoslime.batch import TrainBatch
+from nanoslime.batch import BatchPlan
 from nanoslime.config import RunConfig
 from nanoslime.config.deadlines import Deadline, derive_deadlines
 from nanoslime.failures import summary
@@ -204,8 +204,8 @@ class TorchrunTrainGroup(TrainGroup):
         self._dp_ranks = [dp_rank for dp_rank, _ in places]
         self.dp_size = places[0][1]
 
-    def _train(self, shards: list[list[TrainBatch]]) -> dict[str, float]:
-        calls = [Call("train", (shards[dp_rank],)) for dp_rank in self._dp_ranks]
+    def _train(self, shards: list[list[BatchPlan]]) -> dict[str, float]:
+        calls = [Call("train_plans", (shards[dp_rank],)) for dp_rank in self._dp_ranks]
         return self._ranks.ask(calls, "train", self._deadlines.train)[0]
 
     def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> Any:

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from nanoslime import algorithms
-from nanoslime.batch import StepMetrics, TrainBatch
+from nanoslime.batch import BatchPlan, StepMetrics, TrainBatch
 from nanoslime.config import RunConfig
 from nanoslime.plugins import resolve
 from nanoslime.storage import manifest
 from nanoslime.training import BACKENDS
 from nanoslime.training.backend import RankEnv, TrainBackend, collectives
-from nanoslime.types import RunError
+from nanoslime.training.batching import fill, references
+from nanoslime.types import ArrayStore, LocalStore, RunError
 from nanoslime.weight_sync.assemble import Assembler
 from nanoslime.weight_sync.disk import write_checkpoint
 from nanoslime.weight_sync.transport import EngineSide, RankSide, Sender
@@ -26,8 +27,14 @@ class TrainWorker:
     """Every method is collective: all ranks call it, in the same order."""
 
     def __init__(
-        self, config: RunConfig, model_dir: Path, env: RankEnv, skipped_dir: Path | None = None
+        self,
+        config: RunConfig,
+        model_dir: Path,
+        env: RankEnv,
+        skipped_dir: Path | None = None,
+        store: ArrayStore | None = None,
     ):
+        """`store` has the arrays of samples; without it they are in the plans themselves."""
         if env.device == "cuda" and not torch.cuda.is_available():
             raise RunError(
                 f"trainer rank {env.rank}: torch {torch.__version__} sees no CUDA on a node that "
@@ -52,6 +59,16 @@ class TrainWorker:
             bucket_bytes=config.weight_sync.bucket_bytes,
         )
         self._sender: Sender | None = None
+        self._store = store or LocalStore()
+
+    def train_plans(self, plans: list[BatchPlan]) -> dict[str, float]:
+        """`train` on the batches of these plans, whose arrays this rank fetches first."""
+        begin = time.monotonic()
+        batches = [fill(plan, self._store.get(references(plan))) for plan in plans]
+        fetch_s = time.monotonic() - begin
+        if not batches:
+            return {}
+        return {"time/fetch_s": fetch_s} | self.train(batches)
 
     def train(self, batches: list[TrainBatch]) -> dict[str, float]:
         """Makes one optimizer step for each batch of the rollout.

@@ -1,25 +1,34 @@
 """From scored groups to the TrainBatch of each optimizer step and data-parallel rank.
 
-    groups -> optimizer steps (contiguous) -> micro-batches on ranks (training/packing.py)
+    reports -> optimizer steps (contiguous) -> micro-batches on ranks (training/packing.py)
+            -> a BatchPlan for each rank -> its arrays, fetched there -> TrainBatch
 
 It is deterministic and without I/O. Denominators belong to a whole step and are computed
-before the split, so that the split cannot change the loss.
+before the split, so that the split cannot change the loss. The driver makes the plans from
+numbers alone; the arrays of a sample are only where it is trained on.
 """
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from nanoslime.batch import TrainBatch
+from nanoslime.batch import BatchPlan, TrainBatch
 from nanoslime.training.packing import pack
-from nanoslime.types import Sample, SampleGroup
+from nanoslime.types import GroupReport, SampleArrays, SampleGroup, SampleReport, local_reports
 
 _DUMMY_TOKENS = 2
+_DUMMY = SampleArrays(
+    token_ids=np.zeros(_DUMMY_TOKENS, np.int32),
+    loss_mask=np.zeros(_DUMMY_TOKENS, np.bool_),
+    rollout_logprobs=np.zeros(_DUMMY_TOKENS, np.float32),
+    policy_versions=[],
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +51,9 @@ class BatchingOptions:
     # ModelShape.attention_parity_tokens.
     parity_tokens: float = 24_576
     microbatch_multiple: int = 1  # the number of micro-batches per rank is a multiple of it
+    # Tokens of older versions leave the loss and its denominators, and a sample that has no
+    # other ones leaves the batch. None keeps all.
+    oldest_version_in_loss: int | None = None
 
 
 def make_train_batches(
@@ -53,15 +65,59 @@ def make_train_batches(
     masked-out dummy sequence fills a micro-batch. Without groups there are no steps.
     Raises ValueError for a sample without an advantage, or with token 0 in the loss.
     """
-    steps = _split_into_steps(groups, options.num_steps)
-    return [_make_step(samples, options) for samples in steps if samples]
+    steps = plan_train_batches(local_reports(groups), options)
+    return [[fill(plan, references(plan)) for plan in step] for step in steps]
 
 
-def _split_into_steps(groups: Sequence[SampleGroup], num_steps: int) -> list[list[Sample]]:
+def plan_train_batches(
+    groups: Sequence[GroupReport], options: BatchingOptions
+) -> list[list[BatchPlan]]:
+    """[optimizer step][data-parallel rank]: the plans of `make_train_batches`.
+
+    Raises ValueError for a sample without an advantage, or without the routed experts that
+    others have.
+    """
+    steps = _split_into_steps(groups, options)
+    return [_plan_step(samples, options) for samples in steps if samples]
+
+
+def references(plan: BatchPlan) -> list[Any]:
+    """The references of a plan in the order in which `fill` takes their arrays."""
+    return [reference for reference in plan.references if reference is not None]
+
+
+def fill(plan: BatchPlan, arrays: Sequence[SampleArrays]) -> TrainBatch:
+    """The batch of `plan`; `arrays` are those of `references(plan)`."""
+    fetched = iter(arrays)
+    sequences = [_DUMMY if ref is None else next(fetched) for ref in plan.references]
+    masks = [_loss_mask(sequence, plan.oldest_version_in_loss) for sequence in sequences]
+    batch = TrainBatch(
+        token_ids=[torch.tensor(s.token_ids, dtype=torch.long) for s in sequences],
+        loss_mask=[torch.tensor(mask, dtype=torch.bool) for mask in masks],
+        rollout_logprobs=[torch.tensor(s.rollout_logprobs, dtype=torch.float32) for s in sequences],
+        advantages=plan.advantages,
+        token_weights=plan.token_weights,
+        microbatches=plan.microbatches,
+        denominator=plan.denominator,
+        num_tokens=plan.num_tokens,
+        num_sequences=plan.num_sequences,
+        temperature=plan.temperature,
+    )
+    if plan.expert_shape is not None:
+        batch.routed_experts = [_routed_experts(s, plan.expert_shape) for s in sequences]
+    return batch
+
+
+def _split_into_steps(
+    groups: Sequence[GroupReport], options: BatchingOptions
+) -> list[list[SampleReport]]:
     """The samples of each step. Those of one group_id stay together."""
-    samples_by_id: dict[int, list[Sample]] = {}
+    num_steps = options.num_steps
+    samples_by_id: dict[int, list[SampleReport]] = {}
     for group in groups:
         for sample in group.samples:
+            if _is_stale(sample, options.oldest_version_in_loss):
+                continue
             samples_by_id.setdefault(sample.group_id, []).append(sample)
     whole_groups = list(samples_by_id.values())
     steps = []
@@ -72,12 +128,24 @@ def _split_into_steps(groups: Sequence[SampleGroup], num_steps: int) -> list[lis
     return steps
 
 
-def _make_step(samples: list[Sample], options: BatchingOptions) -> list[TrainBatch]:
-    """One TrainBatch per data-parallel rank, from all samples of an optimizer step."""
+def _is_stale(sample: SampleReport, oldest_version: int | None) -> bool:
+    """Whether no token of a sample that has some is left in the loss."""
+    return sample.num_response_tokens > 0 and _num_loss_tokens(sample, oldest_version) == 0
+
+
+def _num_loss_tokens(sample: SampleReport, oldest_version: int | None) -> int:
+    if oldest_version is None:
+        return sample.num_response_tokens
+    counts = sample.loss_tokens_by_version.items()
+    return sum(number for version, number in counts if version >= oldest_version)
+
+
+def _plan_step(samples: list[SampleReport], options: BatchingOptions) -> list[BatchPlan]:
+    """One BatchPlan per data-parallel rank, from all samples of an optimizer step."""
     rollout_tokens: Counter[tuple[int, int]] = Counter()
     for sample in samples:
-        _check(sample)
-        rollout_tokens[sample.group_id, sample.rollout_id] += sample.num_response_tokens
+        num_loss_tokens = _num_loss_tokens(sample, options.oldest_version_in_loss)
+        rollout_tokens[sample.group_id, sample.rollout_id] += num_loss_tokens
     num_tokens = rollout_tokens.total()
     num_rollouts = len(rollout_tokens)
     match options.denominator:
@@ -88,12 +156,13 @@ def _make_step(samples: list[Sample], options: BatchingOptions) -> list[TrainBat
         case "fixed":
             denominator = num_rollouts * options.fixed_length
 
-    def token_weight(sample: Sample) -> float:
+    def token_weight(sample: SampleReport) -> float:
         if options.denominator != "sequences":
             return 1.0
         return 1 / max(rollout_tokens[sample.group_id, sample.rollout_id], 1)
 
     expert_shape = _expert_shape(samples)
+    advantages = [_advantage(sample) for sample in samples]
     ranks = pack(
         [sample.num_tokens for sample in samples],
         num_ranks=options.dp_size,
@@ -101,26 +170,24 @@ def _make_step(samples: list[Sample], options: BatchingOptions) -> list[TrainBat
         parity_tokens=options.parity_tokens,
         multiple=options.microbatch_multiple,
     )
-    batches = []
+    plans = []
     for microbatches in ranks:
-        mine = [samples[i] for microbatch in microbatches for i in microbatch]
-        batch = TrainBatch(
-            token_ids=[torch.tensor(s.token_ids, dtype=torch.long) for s in mine],
-            loss_mask=[torch.tensor(s.loss_mask, dtype=torch.bool) for s in mine],
-            rollout_logprobs=[torch.tensor(s.rollout_logprobs, dtype=torch.float32) for s in mine],
-            advantages=[float(s.advantage) for s in mine if s.advantage is not None],
-            token_weights=[token_weight(s) for s in mine],
+        mine = [i for microbatch in microbatches for i in microbatch]
+        plan = BatchPlan(
+            references=[samples[i].arrays for i in mine],
+            advantages=[advantages[i] for i in mine],
+            token_weights=[token_weight(samples[i]) for i in mine],
             microbatches=_counted_from_zero(microbatches),
             denominator=float(denominator),
             num_tokens=num_tokens,
             num_sequences=len(samples),
             temperature=options.temperature,
+            expert_shape=expert_shape,
+            oldest_version_in_loss=options.oldest_version_in_loss,
         )
-        if expert_shape is not None:
-            batch.routed_experts = [_routed_experts(s, expert_shape) for s in mine]
-        _fill_with_dummies(batch, expert_shape)
-        batches.append(batch)
-    return batches
+        _add_dummies(plan)
+        plans.append(plan)
+    return plans
 
 
 def _counted_from_zero(microbatches: list[list[int]]) -> list[list[int]]:
@@ -129,57 +196,60 @@ def _counted_from_zero(microbatches: list[list[int]]) -> list[list[int]]:
     return [[next(numbers) for _ in microbatch] for microbatch in microbatches]
 
 
-def _fill_with_dummies(batch: TrainBatch, expert_shape: tuple[int, ...] | None) -> None:
+def _add_dummies(plan: BatchPlan) -> None:
     """Gives each empty micro-batch a dummy sequence, which is not in the loss."""
-    for microbatch in batch.microbatches:
+    for microbatch in plan.microbatches:
         if microbatch:
             continue
-        microbatch.append(len(batch.token_ids))
-        batch.token_ids.append(torch.zeros(_DUMMY_TOKENS, dtype=torch.long))
-        batch.loss_mask.append(torch.zeros(_DUMMY_TOKENS, dtype=torch.bool))
-        batch.rollout_logprobs.append(torch.zeros(_DUMMY_TOKENS))
-        batch.advantages.append(0.0)
-        batch.token_weights.append(0.0)
-        if expert_shape is not None and batch.routed_experts is not None:
-            batch.routed_experts.append(_unknown_experts(_DUMMY_TOKENS, expert_shape))
+        microbatch.append(len(plan.references))
+        plan.references.append(None)
+        plan.advantages.append(0.0)
+        plan.token_weights.append(0.0)
 
 
-def _expert_shape(samples: list[Sample]) -> tuple[int, ...] | None:
-    """(num_moe_layers, topk) if any sample holds routed experts."""
+def _advantage(sample: SampleReport) -> float:
+    if sample.advantage is None:
+        raise ValueError(
+            f"sample of group {sample.group_id}, rollout {sample.rollout_id} has no advantage; "
+            "Algorithm.advantages comes before batching"
+        )
+    return float(sample.advantage)
+
+
+def _expert_shape(samples: list[SampleReport]) -> tuple[int, int] | None:
+    """(num_moe_layers, topk) if any sample holds routed experts.
+
+    Samples without a response may have none. Raises ValueError for another one.
+    """
+    shapes = [sample.expert_shape for sample in samples if sample.expert_shape is not None]
+    if not shapes:
+        return None
     for sample in samples:
-        if sample.routed_experts is not None:
-            return sample.routed_experts.shape[1:]
-    return None
+        if sample.expert_shape is None and sample.num_response_tokens:
+            raise ValueError(
+                f"a sample of group {sample.group_id} lacks routed_experts, which others have"
+            )
+    return shapes[0]
 
 
-def _routed_experts(sample: Sample, expert_shape: tuple[int, ...]) -> Tensor:
+def _routed_experts(arrays: SampleArrays, expert_shape: tuple[int, int]) -> Tensor:
     """int16 [T, *expert_shape]; -1 for the tokens that the engine did not run.
 
     These are the last token, and all tokens of a sample without a response.
     """
-    experts = _unknown_experts(sample.num_tokens, expert_shape)
-    if sample.routed_experts is not None:
-        experts[:-1] = torch.tensor(sample.routed_experts)
-    elif sample.num_response_tokens:
-        raise ValueError(
-            f"a sample of group {sample.group_id} lacks routed_experts, which others have"
-        )
+    num_tokens = len(arrays.token_ids)
+    experts = torch.full((num_tokens, *expert_shape), -1, dtype=torch.int16)
+    if arrays.routed_experts is not None:
+        experts[:-1] = torch.tensor(arrays.routed_experts)
     return experts
 
 
-def _unknown_experts(num_tokens: int, expert_shape: tuple[int, ...]) -> Tensor:
-    return torch.full((num_tokens, *expert_shape), -1, dtype=torch.int16)
-
-
-def _check(sample: Sample) -> None:
-    name = f"sample of group {sample.group_id}, rollout {sample.rollout_id}"
-    if sample.advantage is None:
-        raise ValueError(f"{name} has no advantage; Algorithm.advantages comes before batching")
-    if not len(sample.token_ids) == len(sample.loss_mask) == len(sample.rollout_logprobs):
-        raise ValueError(
-            f"{name}: token_ids, loss_mask and rollout_logprobs must be equally long, but have"
-            f" {len(sample.token_ids)}, {len(sample.loss_mask)}"
-            f" and {len(sample.rollout_logprobs)} entries"
-        )
-    if sample.loss_mask[0]:
-        raise ValueError(f"{name}: token 0 is in the loss, but nothing precedes it to predict it")
+def _loss_mask(arrays: SampleArrays, oldest_version: int | None) -> np.ndarray:
+    """bool [T]: the sample's own mask, without tokens of older versions."""
+    if oldest_version is None:
+        return arrays.loss_mask
+    mask = np.zeros_like(arrays.loss_mask)
+    for first, end, version in arrays.spans():
+        if version >= oldest_version:
+            mask[first:end] = arrays.loss_mask[first:end]
+    return mask

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nanoslime import algorithms
-from nanoslime.batch import TrainBatch
+from nanoslime.batch import BatchPlan
 from nanoslime.config import RolloutConfig, RunConfig, TrainingConfig
 from nanoslime.config.algorithm import AlgorithmConfig, GRPOConfig
 from nanoslime.config.cluster import ClusterConfig
@@ -23,7 +23,7 @@ from nanoslime.orchestration.devices import SeparateDevices
 from nanoslime.orchestration.groups import TrainGroup, resolve_transport
 from nanoslime.orchestration.torchrun_group import Answer, Call, Ranks
 from nanoslime.run_dir import RunDir
-from nanoslime.types import RunError
+from nanoslime.types import RunError, local_reports
 from nanoslime.weight_sync.transport import TRANSPORTS
 from tests.algorithms.made import group
 from tests.models.hf import save_model
@@ -95,9 +95,9 @@ class Batches(TrainGroup):
     def __init__(self, config: RunConfig, run: RunDir, model_dir: Path, dp_size: int):
         super().__init__(config, run, model_dir, num_ranks=dp_size)
         self.dp_size = dp_size
-        self.shards: list[list[TrainBatch]] = []
+        self.shards: list[list[BatchPlan]] = []
 
-    def _train(self, shards: list[list[TrainBatch]]) -> dict[str, float]:
+    def _train(self, shards: list[list[BatchPlan]]) -> dict[str, float]:
         self.shards = shards
         return {}
 
@@ -107,11 +107,18 @@ class Batches(TrainGroup):
 
 
 def batches(
-    tmp_path: Path, dp_size: int = 1, algorithm: AlgorithmConfig | None = None, **training: Any
-) -> list[list[TrainBatch]]:
+    tmp_path: Path,
+    dp_size: int = 1,
+    algorithm: AlgorithmConfig | None = None,
+    mask_stale_tokens: bool = False,
+    version: int = 0,
+    **training: Any,
+) -> list[list[BatchPlan]]:
     """By rank and optimizer step: five groups of two samples, each of three tokens."""
     made = RunConfig(
-        rollout=RolloutConfig(temperature=0.7, max_new_tokens=9),
+        rollout=RolloutConfig(
+            temperature=0.7, max_new_tokens=9, mask_stale_tokens=mask_stale_tokens
+        ),
         training=TrainingConfig(**training),
         algorithm=algorithm or GRPOConfig(),
     )
@@ -119,7 +126,7 @@ def batches(
     groups = [group(number, [1.0, 0.0]) for number in range(5)]
     algorithms.make(made.algorithm).advantages(groups)
     trainer = Batches(made, RunDir(tmp_path), model, dp_size)
-    assert trainer.train(groups) == {}
+    trainer.train(local_reports(groups), version)
     return trainer.shards
 
 
@@ -135,10 +142,19 @@ def test_the_denominator_is_the_one_that_is_asked_for(tmp_path, denominator, exp
     assert batch.denominator == expected
 
 
+def test_only_tokens_of_the_current_weights_are_trained_on_where_asked(tmp_path):
+    """The samples are of version 0."""
+    [[batch]] = batches(tmp_path, mask_stale_tokens=True, version=0)
+    assert (batch.num_tokens, batch.oldest_version_in_loss) == (20, 0)
+    assert batches(tmp_path, mask_stale_tokens=True, version=1) == [[]]
+    [[batch]] = batches(tmp_path, version=1)
+    assert (batch.num_tokens, batch.oldest_version_in_loss) == (20, None)
+
+
 def test_every_rank_gets_its_own_share_of_every_step(tmp_path):
     ranks = batches(tmp_path, dp_size=2, num_steps_per_rollout=2)
     assert [len(steps) for steps in ranks] == [2, 2]
-    shares = [[len(step.token_ids) for step in steps] for steps in ranks]
+    shares = [[len(step.references) for step in steps] for steps in ranks]
     assert [sum(of_step) for of_step in zip(*shares, strict=True)] == [4, 6]
 
 
@@ -185,7 +201,7 @@ def test_what_needs_the_trainers_memory_takes_the_devices_first(tmp_path):
 
     trainer.devices = Devices()
     trainer.call = lambda method, *args, what: turns.append(method)
-    assert trainer.train([]) == {"time/wake_s": 3.0}
+    assert trainer.train([], 0)["time/wake_s"] == 3.0
     trainer.save(tmp_path / "save")
     trainer.export_hf(tmp_path / "hf")
     assert turns == ["trainer", "trainer", "save", "trainer", "write_hf"]

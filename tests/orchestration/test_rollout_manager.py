@@ -14,7 +14,7 @@ from nanoslime.orchestration.rollout_manager import RolloutManager
 from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
 from nanoslime.rollout.prompts import RunPrompts
 from nanoslime.run_dir import RunDir
-from nanoslime.types import GenerateRequest, Generation, RunError, SampleGroup, Status
+from nanoslime.types import GenerateRequest, Generation, GroupReport, RunError, Status
 
 FINE = "ab"
 TOO_LONG = "a" * 4096  # the model's context is 4096 tokens
@@ -149,12 +149,12 @@ def sampling(
     )
 
 
-def ids(groups: list[SampleGroup]) -> list[tuple[int, int]]:
-    return [(g.group_id, g.samples[0].metadata["prompt_id"]) for g in groups]
+def ids(groups: list[GroupReport]) -> list[tuple[int, int]]:
+    return [(g.group_id, g.samples[0].prompt_id) for g in groups]
 
 
-def tokens(groups: list[SampleGroup]) -> list[list[int]]:
-    return [s.token_ids.tolist() for g in groups for s in g.samples]
+def tokens(groups: list[GroupReport]) -> list[list[int]]:
+    return [s.arrays.token_ids.tolist() for g in groups for s in g.samples]
 
 
 def test_without_further_rounds_what_is_filtered_is_missing(tmp_path, tiny_model):

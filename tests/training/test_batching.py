@@ -3,15 +3,23 @@ influence on the loss.
 """
 
 import itertools
+import pickle
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
 
-from nanoslime.training.batching import BatchingOptions, make_train_batches
-from nanoslime.types import Sample, SampleGroup, Status
+from nanoslime.batch import TrainBatch
+from nanoslime.training.batching import (
+    BatchingOptions,
+    fill,
+    make_train_batches,
+    plan_train_batches,
+    references,
+)
+from nanoslime.types import GroupReport, Sample, SampleGroup, Status
 
 
 def sample(group_id, rollout_id, length, response, advantage=1.0):
@@ -277,3 +285,84 @@ def test_a_sample_of_the_loss_without_experts_is_named():
         ValueError, match="a sample of group 1 lacks routed_experts, which others have"
     ):
         batches(groups)
+
+
+def spanned(group_id, rollout_id, spans, length=9, response=6, advantage=1.0):
+    """A sample whose tokens are of several versions; `spans` are (first token, version)."""
+    made = sample(group_id, rollout_id, length, response, advantage)
+    made.policy_versions = spans
+    return made
+
+
+MIXED = [(0, 3), (5, 4), (7, 5)]  # of six tokens in the loss, two are of each version
+
+
+@pytest.mark.parametrize("denominator", ["tokens", "sequences", "fixed"])
+@pytest.mark.parametrize("oldest", [3, 4, 5])
+def test_stale_tokens_leave_the_loss_as_if_the_mask_had_left_them_out(denominator, oldest):
+    def groups():
+        samples = [
+            spanned(0, 1, MIXED, advantage=0.7),
+            spanned(0, 1, [(3, 5), (4, 3)], advantage=-0.3),  # a sibling
+            spanned(0, 2, [(0, 5)], advantage=2.0),
+            spanned(0, 3, [(0, 2)], advantage=9.0),  # all of it is stale
+        ]
+        return [SampleGroup(0, samples)]
+
+    masked = groups()
+    for s in masked[0].samples:
+        for first, end, version in s.arrays.spans():
+            if version < oldest:
+                s.loss_mask[first:end] = False
+    masked[0].samples = [s for s in masked[0].samples if s.num_response_tokens]
+    options = {"denominator": denominator, "fixed_length": 10}
+    given = groups()
+    got = batches(given, oldest_version_in_loss=oldest, **options)
+    assert_same(got, batches(masked, **options))
+    assert summed_loss(got) != pytest.approx(summed_loss(batches(groups(), **options)))
+    # What was recorded stays as it was.
+    assert [s.num_response_tokens for s in given[0].samples] == [6] * 4
+
+
+def test_a_rollout_of_stale_tokens_has_no_step():
+    groups = [SampleGroup(g, [spanned(g, g + 1, [(0, 1)])]) for g in range(2)]
+    assert batches(groups, oldest_version_in_loss=2) == []
+    assert len(batches(groups, oldest_version_in_loss=1)) == 1
+
+
+def test_a_report_counts_the_tokens_in_the_loss_by_their_version():
+    report = spanned(0, 1, [(0, 4), (5, 3), (7, 4)]).report(None)
+    assert list(report.loss_tokens_by_version.items()) == [(3, 2), (4, 4)]
+    assert report.oldest_version == 3
+    # The prompt is of no version; a span without tokens in the loss counts nothing.
+    assert spanned(0, 1, [(0, 1), (3, 2)]).report(None).loss_tokens_by_version == {2: 6}
+
+
+def assert_same(some, others):
+    """The batches are equal bit for bit."""
+    assert [len(step) for step in some] == [len(step) for step in others]
+    for one, other in zip(itertools.chain(*some), itertools.chain(*others), strict=True):
+        for field in fields(TrainBatch):
+            a, b = getattr(one, field.name), getattr(other, field.name)
+            if isinstance(a, list) and isinstance(a[0], torch.Tensor):
+                assert len(a) == len(b)
+                assert all(x.dtype == y.dtype and x.equal(y) for x, y in zip(a, b, strict=True))
+            else:
+                assert a == b, field.name
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_plans_hold_no_arrays_and_filled_from_references_they_are_the_batches(seed):
+    groups = with_experts(random_groups(seed))
+    options = BatchingOptions(
+        num_steps=2, dp_size=3, max_tokens=50, denominator="sequences", temperature=0.7
+    )
+    kept = [s.arrays for group in groups for s in group.samples]
+    numbers = itertools.count()
+    reports = [
+        GroupReport(g.group_id, [s.report(next(numbers)) for s in g.samples]) for g in groups
+    ]
+    plans = pickle.loads(pickle.dumps(plan_train_batches(reports, options)))
+    assert len(pickle.dumps(plans)) < 20_000
+    filled = [[fill(p, [kept[ref] for ref in references(p)]) for p in step] for step in plans]
+    assert_same(filled, make_train_batches(groups, options))
