@@ -27,9 +27,17 @@ class RolloutConfig:
     rollout_batch_size: int = Field(default=32, ge=1)
     """Prompts per rollout."""
     dynamic_sampling_rounds: int = Field(default=1, ge=1)
-    """Rounds of sampling at most, until rollout_batch_size groups are left: further
-    prompts take the place of filtered groups (dynamic sampling, arXiv 2503.14476,
-    section 3.2). 1: off."""
+    """A group that is filtered is replaced by a further prompt at once (dynamic sampling,
+    arXiv 2503.14476, section 3.2), until the batch is full or so many times
+    rollout_batch_size prompts were sampled for it. 1: off."""
+    max_staleness: int = Field(default=0, ge=0)
+    """By how many versions the policy that samples a token may be behind the one that
+    trains on it. 0: strictly on-policy, engines and trainer take turns. 1: the next
+    rollout is sampled during training. k: engines are up to k rollouts ahead."""
+    overdue: Literal["wait", "regenerate", "drop"] = "wait"
+    """What becomes of a group that still runs when its tokens may not get older: training
+    waits for it, its prompt is sampled again by the current weights, or it is left out.
+    Of the latter two the number is in the metrics."""
     n_samples_per_prompt: int = Field(default=8, ge=1)
     max_new_tokens: int = Field(default=1024, ge=1)
     temperature: float = Field(default=1.0, ge=_LOWEST_TEMPERATURE)

@@ -42,6 +42,7 @@ class RunConfig:
         self._check_rehearsal()
         self._check_backend()
         self._check_sizes()
+        self._check_staleness()
         if self.rollout.load_rollouts or self.rollout.rollout_only:
             self._check_half_a_run()
         else:
@@ -90,6 +91,14 @@ class RunConfig:
         if buffer > limit:
             raise ValueError(
                 f"algorithm.overlong_buffer={buffer} is above rollout.max_new_tokens={limit}"
+            )
+
+    def _check_staleness(self) -> None:
+        if self.rollout.max_staleness and self.cluster.colocate:
+            raise ValueError(
+                f"rollout.max_staleness={self.rollout.max_staleness}: with cluster.colocate "
+                "engines and trainer take turns, so that nothing overlaps; set 0, or give engines "
+                "their own GPUs"
             )
 
     def _check_group_size(self) -> None:
