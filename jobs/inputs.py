@@ -10,6 +10,7 @@ from jobs.checkout import ROOT
 from nanoslime.config import DataConfig, RunConfig
 from nanoslime.config.algorithm import CustomConfig
 from nanoslime.config.model import REWARDS
+from nanoslime.config.rollout import ENVIRONMENTS
 from nanoslime.models.local_checkpoint import with_local_checkpoint
 from nanoslime.models.shape import ModelShape
 from nanoslime.plugins import check_importable
@@ -43,7 +44,8 @@ def resolve(config: RunConfig, *, download: bool) -> tuple[RunConfig, ModelShape
 
 
 def _check_plugins(config: RunConfig) -> None:
-    """Refuses a reward or an algorithm of the user's own whose module the job would not find.
+    """Refuses a reward, an environment or an algorithm of the user's own whose module the job
+    would not find.
 
     The job starts where the submission does, with the environment of cluster.venv.
     """
@@ -51,6 +53,7 @@ def _check_plugins(config: RunConfig) -> None:
     search = [str(Path.cwd()), *map(str, installed)]
     try:
         check_importable(config.data.reward, REWARDS, "data.reward", search)
+        check_importable(config.rollout.environment, ENVIRONMENTS, "rollout.environment", search)
         if isinstance(config.algorithm, CustomConfig):
             check_importable(config.algorithm.name, {}, "algorithm.name", search)
     except ValueError as error:

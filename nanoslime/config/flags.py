@@ -30,7 +30,8 @@ _SHORT_NAMES = {
     "training": """backend num_gpus tp_size pp_size vpp_size cp_size ep_size etp_size
         sequence_parallel allow_slow lr num_steps_per_rollout max_tokens_per_microbatch""",
     "rollout": """num_rollout rollout_batch_size n_samples_per_prompt max_new_tokens temperature
-        top_p top_k engine engine_tp_size max_staleness load_rollouts rollout_only""",
+        top_p top_k engine engine_tp_size max_staleness environment environment_options
+        load_rollouts rollout_only""",
     "algorithm": """eps_clip eps_clip_high eps_clip_c kl_coef use_kl_loss kl_loss_coef
         kl_loss_type use_unbiased_kl entropy_coef old_logprobs denominator normalize_advantages
         gamma""",

@@ -13,6 +13,11 @@ ENGINES = {
     "embedded": "nanoslime.rollout.engines.embedded:Embedded",
 }
 
+# What makes the samples of a prompt; `nanoslime.rollout.environments` says what each is.
+ENVIRONMENTS = {
+    "single_turn": "nanoslime.rollout.environments.single_turn:run",
+}
+
 
 # SGLang takes a lower one for greedy sampling, and then reports logprobs of temperature 1.
 _LOWEST_TEMPERATURE = 1e-6
@@ -54,6 +59,12 @@ class RolloutConfig:
     engine: str = "sglang"
     """A name of the engine table, or "package.module:Class". sglang: servers. embedded:
     transformers in process, for machines without SGLang and for tests."""
+    environment: str = "single_turn"
+    """What a rollout of a prompt does: a name of the environment table, or
+    "package.module:name" of a function `async (prompt, policy) -> list[Sample]` or of a class
+    of such. single_turn: one response."""
+    environment_options: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the environment."""
     engine_tp_size: int = Field(default=1, ge=1)
     """GPUs per engine."""
     engines_per_node: int | None = Field(default=None, ge=1)
@@ -87,6 +98,12 @@ class RolloutConfig:
     def _known_engine(cls, engine: str) -> str:
         target(engine, ENGINES, "rollout.engine")
         return engine
+
+    @field_validator("environment")
+    @classmethod
+    def _known_environment(cls, environment: str) -> str:
+        target(environment, ENVIRONMENTS, "rollout.environment")
+        return environment
 
 
 @knobs

@@ -35,8 +35,11 @@ class LeastInflightRouter:
         # Requests that fail together on one engine wait for the same check.
         self._checks: dict[str, asyncio.Task[None]] = {}
 
-    async def generate(self, request: GenerateRequest) -> list[Generation]:
-        """Raises RunError, naming each engine's cause, when no engine is left."""
+    async def generate(self, request: GenerateRequest, key: str = "") -> list[Generation]:
+        """Raises RunError, naming each engine's cause, when no engine is left.
+
+        `key` says which requests belong together; it decides nothing yet.
+        """
         tried = ""
         cause = ""
         for _ in range(_NUM_TRIES):

@@ -31,6 +31,8 @@ def other_value(dotted: str) -> Any:
         return "math_answer"
     if dotted == "rollout.engine":
         return "embedded"
+    if dotted == "rollout.environment":
+        return "package.module:run"
     if dotted == "rollout.stop_token_ids":
         return [7]
     if dotted == "algorithm.eps_clip_c":

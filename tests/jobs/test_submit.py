@@ -416,7 +416,12 @@ def unknown_architecture(model):
 def test_code_of_the_users_own_is_looked_for_but_not_imported(machine, model, prompts):
     machine.slurm()
     flags = ["--hf-checkpoint", model, "--prompts", prompts]
-    for setting, flag in (("data.reward", "--reward"), ("algorithm.name", "--algorithm")):
+    settings = {
+        "data.reward": "--reward",
+        "algorithm.name": "--algorithm",
+        "rollout.environment": "--environment",
+    }
+    for setting, flag in settings.items():
         says = f"{setting}='my_pkg.mine:It': there is no module my_pkg"
         assert says in machine.refusal(*flags, flag, "my_pkg.mine:It")
     package = machine.root / "my_pkg"

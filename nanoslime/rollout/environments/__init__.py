@@ -1,0 +1,61 @@
+"""Environments by name: a file here and a line in ENVIRONMENTS.
+
+An environment is `async run(prompt, policy) -> list[Sample]`: one rollout of a prompt. It asks
+the policy for tokens as often as it likes, and gives back the sequences that are trained on,
+without rewards. It is a function, whose further parameters are its options; or a class that is
+made of the options and called so, with an `async close()` where it has something to end.
+
+The table lies in `config`, where the login node can check the name of an environment.
+"""
+
+import inspect
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from typing import Any
+
+from nanoslime.config.rollout import ENVIRONMENTS as ENVIRONMENTS
+from nanoslime.failures import summary
+from nanoslime.plugins import resolve
+from nanoslime.rollout.policy import Policy
+from nanoslime.types import Prompt, RunError, Sample
+
+Environment = Callable[[Prompt, Policy], Awaitable[list[Sample]]]
+
+_SETTING = "rollout.environment"
+
+
+def make(name: str, options: Mapping[str, Any]) -> Environment:
+    """The environment that rollout.environment names, with rollout.environment_options.
+
+    Raises RunError where it cannot be loaded, or takes other options.
+    """
+    try:
+        found = resolve(name, ENVIRONMENTS, _SETTING)
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    if not callable(found):
+        raise RunError(f"{_SETTING}={name!r} is {found!r}; name a function or a class")
+    positional = () if inspect.isclass(found) else ("prompt", "policy")
+    try:
+        signature = inspect.signature(found)
+        signature.bind(*positional, **options)
+    except (TypeError, ValueError) as error:
+        takes = ", ".join(list(signature.parameters)[len(positional) :]) or "none"
+        raise RunError(
+            f"rollout.environment_options do not fit {_SETTING}={name!r} ({error}); "
+            f"its options: {takes}"
+        ) from error
+    if not inspect.isclass(found):
+        return partial(found, **options)
+    try:
+        environment: Environment = found(**options)
+    except Exception as error:
+        raise RunError(f"{_SETTING}={name!r} cannot be made: {summary(error)}") from error
+    return environment
+
+
+async def close(environment: Environment) -> None:
+    """Ends what the environment has started."""
+    end = getattr(environment, "close", None)
+    if end is not None:
+        await end()
