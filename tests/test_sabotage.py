@@ -93,6 +93,20 @@ FAULTS = [
         "tests/orchestration/test_loop.py -k old_logprobs",
     ),
     Fault(
+        "several steps without a pass",
+        "nanoslime/config/run.py",
+        "        several_steps = self.training.num_steps_per_rollout > 1\n",
+        "        several_steps = False\n",
+        "tests/orchestration/test_loop.py -k old_logprobs",
+    ),
+    Fault(
+        "a stale policy taken for the current one",
+        "nanoslime/config/run.py",
+        "if self.rollout.max_staleness and not algorithm.correction.compares_with_engine:",
+        "if False:",
+        "tests/config/test_load.py -k old_logprobs",
+    ),
+    Fault(
         "padded vocabulary in the softmax",
         "nanoslime/training/logprobs.py",
         "num_columns = min(max(vocab_size - vocab_start, 0), len(weight))",

@@ -37,7 +37,8 @@ class PolicyGradient(ABC):
         self.config = config
         self._max_response_length = max_response_length
         self.denominator: Literal["tokens", "sequences", "fixed"] = config.denominator
-        self.needs_old_logprobs = config.old_logprobs == "recomputed"
+        # A run resolves auto (RunConfig.old_logprobs); elsewhere it is what is always right.
+        self.needs_old_logprobs = config.old_logprobs in ("auto", "recomputed")
         self.needs_reference = config.needs_reference
         self.needs_entropy = config.entropy_coef > 0
 

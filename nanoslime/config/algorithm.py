@@ -97,10 +97,13 @@ class SharedConfig:
     """Last tokens before rollout.max_new_tokens in which the reward falls by
     overlong_penalty; 0: off."""
     overlong_penalty: float = Field(default=1.0, gt=0)
-    old_logprobs: Literal["recomputed", "rollout", "current"] = "recomputed"
-    """Logprobs of the old policy. recomputed: by the trainer before its optimizer steps.
-    rollout: as the engine reported them. current: of the optimizer step itself, whose
-    ratio is always 1: with one step per rollout, or with use_tis."""
+    old_logprobs: Literal["auto", "recomputed", "rollout", "current"] = "auto"
+    """Logprobs of the old policy, which the ratio of the loss is taken to. recomputed: by
+    the trainer before its optimizer steps. rollout: as the engine reported them.
+    current: of the optimizer step itself, whose ratio is always 1: with one step per
+    rollout only. auto: recomputed, without its pass where the step itself gives the same
+    (see RunConfig.old_logprobs); with rollout.max_staleness, rollout, unless a
+    correction weighs or rejects by the engine's probabilities."""
     kl_coef: float = Field(default=0.0, ge=0)
     """KL in the reward (subtracted from the token advantages); excludes use_kl_loss."""
     use_kl_loss: bool = False

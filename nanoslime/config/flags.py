@@ -67,7 +67,7 @@ class Switch:
 
 
 SWITCHES = {
-    "use-rollout-logprobs": Switch("algorithm.old_logprobs", on="rollout", off="recomputed"),
+    "use-rollout-logprobs": Switch("algorithm.old_logprobs", on="rollout", off="auto"),
     "disable-grpo-std-normalization": Switch("algorithm.normalize_by_std", on="false", off="true"),
     "calculate-per-token-loss": Switch("algorithm.denominator", on="tokens", off="sequences"),
 }

@@ -1,6 +1,7 @@
 """The whole configuration of one run, as its run directory holds it and every process
 of it reads it."""
 
+from dataclasses import replace
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -37,6 +38,41 @@ class RunConfig:
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
 
+    @property
+    def old_logprobs(self) -> Literal["recomputed", "rollout", "current"]:
+        """algorithm.old_logprobs, with what auto means in this run.
+
+        The trainer's weights at the beginning of a rollout's steps are those of its first
+        step. With one step, a pass before it gives what the step computes anyway, and a
+        ratio of exactly 1: auto is then current. It is recomputed where the values are
+        needed before the step (kl_coef, R2), by later steps, or by what a user's own
+        algorithm may read.
+
+        With rollout.max_staleness, these weights are not the policy that sampled. Where
+        the correction weighs or rejects tokens by trainer over engine, the loss is the
+        decoupled one (arXiv 2110.00641; AReaL, arXiv 2505.24298), whose proximal policy
+        is the trainer at the beginning of its steps: as above. Without a correction,
+        nothing but the ratio could know how stale a token is: auto is then rollout, each
+        token's logprob under the very version that sampled it, and PPO's clip holds
+        around that.
+        """
+        algorithm = self.algorithm
+        if algorithm.old_logprobs != "auto":
+            return algorithm.old_logprobs
+        if self.training.routing_replay == "R2":
+            return "recomputed"
+        if self.rollout.max_staleness and not algorithm.correction.compares_with_engine:
+            return "rollout"
+        several_steps = self.training.num_steps_per_rollout > 1
+        if several_steps or algorithm.kl_coef > 0 or isinstance(algorithm, CustomConfig):
+            return "recomputed"
+        return "current"
+
+    @property
+    def training_algorithm(self) -> AlgorithmConfig:
+        """The algorithm as trainer ranks run it: auto is resolved."""
+        return replace(self.algorithm, old_logprobs=self.old_logprobs)
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         self._check_rehearsal()
@@ -61,7 +97,7 @@ class RunConfig:
         replay = training.routing_replay
         if replay != "none" and training.backend != "megatron":
             raise ValueError(f"training.routing_replay={replay} needs training.backend=megatron")
-        if replay == "R2" and self.algorithm.old_logprobs != "recomputed":
+        if replay == "R2" and self.old_logprobs != "recomputed":
             raise ValueError(
                 "training.routing_replay=R2 needs algorithm.old_logprobs=recomputed, a pass to "
                 "record; or set R3"
@@ -80,11 +116,11 @@ class RunConfig:
                 f"rollout.rollout_batch_size={prompts}"
             )
         algorithm = self.algorithm
-        if steps > 1 and algorithm.old_logprobs == "current" and not algorithm.correction.use_tis:
+        if steps > 1 and algorithm.old_logprobs == "current":
             raise ValueError(
                 f"training.num_steps_per_rollout={steps}: with algorithm.old_logprobs=current "
-                "later steps would not know how far the policy has moved; choose recomputed or "
-                "rollout, or set algorithm.correction.use_tis"
+                "later steps would not know how far the policy has moved; choose auto, "
+                "recomputed or rollout"
             )
         buffer = algorithm.overlong_buffer
         limit = self.rollout.max_new_tokens

@@ -49,7 +49,7 @@ class TrainWorker:
         self.backend.skipped_dir = skipped_dir
         self.dp_rank = self.backend.dp_rank
         self.dp_size = self.backend.dp_size
-        self.algorithm = algorithms.make(config.algorithm, config.rollout.max_new_tokens)
+        self.algorithm = algorithms.make(config.training_algorithm, config.rollout.max_new_tokens)
         self._assembler = Assembler(
             self.backend.weight_shards,
             rank=env.rank,

@@ -136,9 +136,9 @@ def test_the_algorithm_is_chosen_by_name_whatever_the_order_of_flags(alias, name
         (
             ["--use-rollout-logprobs", "--no-use-rollout-logprobs"],
             "algorithm.old_logprobs",
-            "recomputed",
+            "auto",
         ),
-        (["--use-rollout-logprobs=false"], "algorithm.old_logprobs", "recomputed"),
+        (["--use-rollout-logprobs=false"], "algorithm.old_logprobs", "auto"),
         (["--disable-grpo-std-normalization"], "algorithm.normalize_by_std", False),
         (["--no-calculate-per-token-loss"], "algorithm.denominator", "sequences"),
         (["--algorithm", "gspo", "--calculate-per-token-loss"], "algorithm.denominator", "tokens"),

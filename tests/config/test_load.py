@@ -261,12 +261,41 @@ def test_several_steps_need_the_policy_that_sampled():
     current = [*steps, "--old-logprobs", "current"]
     with pytest.raises(RunError, match="num_steps_per_rollout=2: with .*old_logprobs=current"):
         load(None, None, current)
-    for flags in (steps, [*steps, "--use-rollout-logprobs"], [*current, "--use-tis"], current[2:]):
+    with pytest.raises(RunError, match="num_steps_per_rollout=2: with .*old_logprobs=current"):
+        load(None, None, [*current, "--use-tis"])
+    for flags in (steps, [*steps, "--use-rollout-logprobs"], current[2:]):
         load(None, None, flags)
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("", "current"),
+        ("--algorithm gspo --use-kl-loss --kl-loss-coef 0.1 --use-unbiased-kl", "current"),
+        ("--use-tis --algorithm.correction.veto 0.1 --use-opsm", "current"),
+        ("--training.routing-replay R3", "current"),
+        ("--num-steps-per-rollout 2", "recomputed"),
+        ("--kl-coef 0.1", "recomputed"),
+        ("--training.routing-replay R2", "recomputed"),
+        ("--algorithm my.pkg:Mine", "recomputed"),
+        ("--rollout.max-staleness 1", "rollout"),
+        ("--rollout.max-staleness 1 --num-steps-per-rollout 2 --kl-coef 0.1", "rollout"),
+        ("--rollout.max-staleness 1 --use-opsm", "rollout"),
+        ("--rollout.max-staleness 1 --use-tis", "current"),
+        ("--rollout.max-staleness 1 --algorithm.correction.reject sequence", "current"),
+        ("--rollout.max-staleness 1 --use-tis --num-steps-per-rollout 2", "recomputed"),
+        ("--rollout.max-staleness 1 --training.routing-replay R2", "recomputed"),
+        ("--rollout.max-staleness 1 --old-logprobs recomputed", "recomputed"),
+    ],
+)
+def test_old_logprobs_are_by_default_those_without_a_pass_that_tells_nothing(flags, expected):
+    config = load(None, None, flags.split())
+    assert config.old_logprobs == config.training_algorithm.old_logprobs == expected
+    assert f"old_logprobs: {config.algorithm.old_logprobs}" in dump(config)  # resumes decide anew
+
+
 def test_off_policy_masking_asks_for_no_old_policy():
-    for old in ("recomputed", "rollout", "current"):
+    for old in ("auto", "recomputed", "rollout", "current"):
         load(None, None, ["--use-opsm", "--old-logprobs", old])
 
 

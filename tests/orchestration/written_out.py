@@ -185,7 +185,7 @@ class WrittenOut:
             move = (new.detach() - old).abs()
             sums["move"] += float(move.sum())
             largest_move = max(largest_move, float(move.max()))
-            trainer = old if algorithm.old_logprobs == "recomputed" else new.detach()
+            trainer = old if algorithm.old_logprobs in ("auto", "recomputed") else new.detach()
             gap = (trainer - engine).abs()
             sums["gap"] += float(gap.sum())
             largest_gap = max(largest_gap, float(gap.max()))

@@ -3,16 +3,20 @@ backends, on one rank.
 """
 
 import math
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
+from typing import get_args
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from nanoslime import algorithms
 from nanoslime.algorithms.grpo import GRPO
 from nanoslime.batch import TrainBatch
+from nanoslime.config.algorithm import AnyAlgorithm, CorrectionConfig
 from nanoslime.training import backend as backend_module
 from nanoslime.training import skipping
 from nanoslime.training.megatron.optimizer import optimizer_config
@@ -65,6 +69,47 @@ def same(a, b):
 
 def spiky(batch):
     return replace(batch, advantages=[100 * a for a in batch.advantages])
+
+
+CORRECTIONS = [
+    CorrectionConfig(),
+    CorrectionConfig(use_tis=True, tis_clip=1.1, tis_clip_low=0.9, use_opsm=True),
+    CorrectionConfig(reject="sequence", veto=0.65),
+    CorrectionConfig(use_tis=True, tis_level="geometric", reject="token", reject_high=1.3),
+]
+
+
+def test_auto_trains_as_recomputed_without_the_pass(start, batches):
+    """The gradient and every metric, over the algorithms and what they may compare."""
+    backend = start(lr=0.0, min_lr=0.0, clip_grad=0.0)
+    for config_class in get_args(AnyAlgorithm):
+        for correction in CORRECTIONS:
+            algorithm = config_class(
+                correction=correction,
+                use_kl_loss=True,
+                kl_loss_coef=0.1,
+                use_unbiased_kl=True,
+                entropy_coef=0.01,
+            )
+            found = {}
+            for old in ("auto", "recomputed"):
+                run = Layout().config()
+                run = replace(run, algorithm=replace(algorithm, old_logprobs=old))
+                made = algorithms.make(run.training_algorithm)
+                assert made.needs_old_logprobs == (old == "recomputed")
+                batch = deepcopy(batches[0])
+                batch.old_logprobs = None
+                if made.needs_old_logprobs:
+                    batch.old_logprobs = backend.logprobs(batch, "policy")
+                batch.token_advantages = made.token_advantages(batch, backend.all_sum)
+                step = backend.train_step(batch, made)
+                found[old] = (step, assemble(copied(backend.grad_shards())))
+            (step, grads), (expected, expected_grads) = found["auto"], found["recomputed"]
+            assert step.loss == pytest.approx(expected.loss, rel=1e-5, abs=1e-6)
+            assert step.values == pytest.approx(expected.values, rel=1e-5, abs=1e-6)
+            for name, grad in expected_grads.items():
+                difference = (grads[name] - grad).abs().max()
+                assert difference <= 1e-5 * grad.abs().max() + 1e-8, (algorithm, name)
 
 
 def test_a_spike_is_skipped_counted_and_can_be_replayed(
