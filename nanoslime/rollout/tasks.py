@@ -67,10 +67,10 @@ class RestoredGroup:
     """A group that a worker has read from a checkpoint.
 
     `report` is None where the group is still being sampled; `oldest_version` is that of
-    the tokens it has so far, None without any.
+    the tokens it has so far, None without any. `task` is what it was started with.
     """
 
-    group_id: int
+    task: GroupTask
     oldest_version: int | None
     report: GroupReport | None
 

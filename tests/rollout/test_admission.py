@@ -240,13 +240,15 @@ def test_a_take_waits_early_enough_for_slow_groups_of_one_version():
     assert taken is not None and taken.group_ids == [1]
 
 
-def test_tokens_that_are_newer_than_their_admission_are_due_later():
-    admission = Admission(Limits(batch=1, max_staleness=1))
-    for _ in range(2):
+def test_a_group_that_began_late_is_due_late():
+    """Group 1 waited for an engine until there were weights of version 1; 2 did not."""
+    admission = Admission(Limits(batch=1, max_staleness=2))
+    for _ in range(3):
         admission.admit()
     admission.finish(0, 0, is_kept=True)
     assert admission.take() is not None
-    assert admission.set_version(1) == []
+    admission.set_version(1)
     admission.finish(1, 1, is_kept=True)
-    assert admission.admit() == 2
-    assert admission.groups[1].oldest == 1
+    admission.finish(2, 0, is_kept=True)
+    taken = admission.take()
+    assert taken is not None and taken.group_ids == [2]
