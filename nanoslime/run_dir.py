@@ -318,6 +318,11 @@ class Attempt:
         return publish_once(self.path / f"{name}.json", as_json({**facts, "time": time.time()}))
 
 
+def recorded_rollout(directory: Path, step: int, worker: int) -> Path:
+    """The file with which a rollout worker's part of a rollout can be trained on."""
+    return directory / f"step_{step}-{worker}.npz"
+
+
 def with_recorded_rollouts(config: RunConfig) -> RunConfig:
     """The configuration with the absolute directory of the rollouts that it replays, if any.
 
@@ -332,12 +337,12 @@ def with_recorded_rollouts(config: RunConfig) -> RunConfig:
     if (path / "rollouts").is_dir():
         path = path / "rollouts"
     num_found = 0
-    while num_found < num_rollout and (path / f"step_{num_found}.npz").exists():
+    while num_found < num_rollout and recorded_rollout(path, num_found, worker=0).exists():
         num_found += 1
     if num_found < num_rollout:
         raise RunError(
             f"rollout.load_rollouts={directory!r} holds {num_found} rollouts "
-            f"(step_<k>.npz, from 0 on), rollout.num_rollout={num_rollout} asks for more; "
+            f"(step_<k>-0.npz, from 0 on), rollout.num_rollout={num_rollout} asks for more; "
             "lower it or record more"
         )
     return replace(config, rollout=replace(config.rollout, load_rollouts=str(path)))

@@ -69,6 +69,11 @@ class RolloutConfig:
     """GPUs per engine."""
     engines_per_node: int | None = Field(default=None, ge=1)
     """Engines on a node that has them; default: as many as its free GPUs (or slots) hold."""
+    record: Literal["none", "text", "full"] = "full"
+    """What is kept of each rollout in rollouts/: text, a line for each sample; full, also the
+    arrays, with which load_rollouts trains."""
+    record_keep: int = Field(default=0, ge=0)
+    """The last so many rollouts are kept; 0: all."""
     mask_stale_tokens: bool = False
     """Tokens that older weights than the current ones sampled leave the loss and its
     denominators; a sample that has no others leaves the batch."""

@@ -95,7 +95,7 @@ class RolloutManager:
                 break
         self._check_versions(groups)
         settings = recorder.SamplingSettings.of(rollout)
-        recorder.record(self.run.rollouts, step, groups, settings)
+        recorder.record(recorder.Recording(self.run.rollouts, settings), step, groups)
         self._failures.report(groups, f"rollout {step}", "are left out")
         self.metrics["time/generate_s"] = time.monotonic() - start
         return local_reports(kept)

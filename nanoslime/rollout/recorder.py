@@ -1,28 +1,31 @@
 """Keeps each rollout's samples: one JSON line per sample for people, and one file with
-all that training needs.
+all that training needs. Each rollout worker writes those of its own groups.
 
-step_<k>.jsonl   text, reward, status ... of each sample
-step_<k>.npz     the same lines as bytes (`samples`), JSON `settings`, and the per-token
-                 arrays of all samples, end to end
+step_<k>-<worker>.jsonl   text, reward, status ... of each sample
+step_<k>-<worker>.npz     the same of each sample, with its arrays, and how it was drawn
 """
 
 from __future__ import annotations
 
-import io
 import json
-import zipfile
+import logging
+import queue
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, Literal
 
 from nanoslime.config import RolloutConfig
+from nanoslime.rollout.array_file import ArrayFile, ArrayWriter
+from nanoslime.run_dir import recorded_rollout
 from nanoslime.storage.shared_files import finite, publish
 from nanoslime.types import RunError, Sample, SampleGroup, Status
+
+logger = logging.getLogger(__name__)
 
 # The fields of a sample with an entry per token.
 _ARRAYS = ("token_ids", "loss_mask", "rollout_logprobs", "routed_experts")
@@ -49,27 +52,87 @@ class SamplingSettings:
         )
 
 
-def record(
-    directory: Path, step: int, groups: Sequence[SampleGroup], settings: SamplingSettings
-) -> None:
-    """Writes rollout `step`; each of its two files appears whole or not at all."""
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """What a worker records, and where."""
+
+    directory: Path
+    settings: SamplingSettings
+    mode: Literal["none", "text", "full"] = "full"
+    # The last so many rollouts are kept; 0: all.
+    keep: int = 0
+    worker: int = 0
+    num_workers: int = 1
+
+
+class Recorder:
+    """Records in a thread of its own. What fails there is raised by the next call."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._recording = recording
+        self._waiting: queue.SimpleQueue[tuple[int, list[SampleGroup]] | None] = queue.SimpleQueue()
+        self._failure: Exception | None = None
+        # What recording has taken so far.
+        self.seconds = 0.0
+        self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
+        self._thread.start()
+
+    def record(self, step: int, groups: list[SampleGroup]) -> None:
+        """Records the worker's groups of rollout `step`; there may be none."""
+        self.check()
+        if self._recording.mode != "none":
+            self._waiting.put((step, groups))
+
+    def check(self) -> None:
+        """Raises RunError where a rollout could not be recorded."""
+        if self._failure is not None:
+            raise RunError(
+                f"a rollout could not be recorded in {self._recording.directory}: {self._failure}"
+            ) from self._failure
+
+    def close(self) -> None:
+        """Returns when all is written."""
+        self._waiting.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (item := self._waiting.get()) is not None:
+            begin = time.monotonic()
+            try:
+                record(self._recording, *item)
+            except Exception as e:
+                logger.exception("rollout %d could not be recorded", item[0])
+                self._failure = e
+            self.seconds += time.monotonic() - begin
+
+
+def record(recording: Recording, step: int, groups: Sequence[SampleGroup]) -> None:
+    """Writes the worker's part of rollout `step`, then removes what need not be kept.
+
+    Each of the two files appears whole or not at all.
+    """
     samples = [sample for group in groups for sample in group.samples]
-    lines = "".join(_line(sample) for sample in samples).encode()
-    settings_text = json.dumps(asdict(settings)).encode()
-    arrays = {
-        "samples": np.frombuffer(lines, np.uint8),
-        "settings": np.frombuffer(settings_text, np.uint8),
-    }
-    for name in _ARRAYS:
-        values = [getattr(sample, name) for sample in samples]
-        present = [value for value in values if value is not None]
-        if present:
-            arrays[name] = np.concatenate(present)
-    packed = io.BytesIO()
-    np.savez(packed, **arrays)
+    directory = recording.directory
     directory.mkdir(parents=True, exist_ok=True)
-    publish(directory / f"step_{step}.jsonl", lines)
-    publish(directory / f"step_{step}.npz", packed.getvalue())
+    path = recorded_rollout(directory, step, recording.worker)
+    publish(path.with_suffix(".jsonl"), "".join(_line(sample) for sample in samples).encode())
+    if recording.mode == "full":
+        writer = ArrayWriter()
+        tree = {
+            "settings": asdict(recording.settings),
+            "num_workers": recording.num_workers,
+            "samples": [sample_entry(sample, writer) for sample in samples],
+        }
+        writer.write(path, tree)
+    if recording.keep:
+        _retain(recording, step)
+
+
+def _retain(recording: Recording, step: int) -> None:
+    for old in recording.directory.glob(f"step_*-{recording.worker}.*"):
+        number = int(old.stem.removeprefix("step_").split("-")[0])
+        if number <= step - recording.keep:
+            old.unlink(missing_ok=True)
 
 
 def load(
@@ -79,31 +142,34 @@ def load(
     temperature: float | None = None,
     max_new_tokens: int | None = None,
 ) -> list[SampleGroup]:
-    """The groups that `record` was given, equal to them where labels and metadata are JSON.
+    """The groups that all workers recorded, equal to them where labels and metadata are JSON.
 
-    Raises RunError for a file that is missing or damaged (each array has a CRC-32), and
-    where the samples were drawn with another `temperature` or `max_new_tokens` than the
+    They are in the order of their ids. Raises RunError for a file that is missing or damaged,
+    and where the samples were drawn with another `temperature` or `max_new_tokens` than the
     given one.
     """
-    path = directory / f"step_{step}.npz"
-    try:
-        with np.load(path) as file:
-            arrays = dict(file)
-        settings = json.loads(bytes(arrays.pop("settings")))
-        # Of bytes, splitlines splits at line feeds only.
-        lines = bytes(arrays.pop("samples")).splitlines()
-        reader = _ArrayReader(arrays)
-        samples = [_sample(json.loads(line), reader) for line in lines]
-    except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile) as e:
-        raise RunError(f"{path} is not a recorded rollout: {type(e).__name__}: {e}") from e
     expected = {"temperature": temperature, "max_new_tokens": max_new_tokens}
-    for name, value in expected.items():
-        drawn_with = settings.get(name)
-        if value is not None and drawn_with != value:
-            raise RunError(
-                f"{path} has samples of rollout.{name}={drawn_with}, not {value}; "
-                f"set rollout.{name}={drawn_with}"
-            )
+    samples: list[Sample] = []
+    num_workers = 1
+    worker = 0
+    while worker < num_workers:
+        path = recorded_rollout(directory, step, worker)
+        file = ArrayFile(path, "a recorded rollout")
+        try:
+            num_workers = file.tree["num_workers"]
+            settings = file.tree["settings"]
+            samples += [sample_of(entry, file) for entry in file.tree["samples"]]
+        except (ValueError, KeyError, TypeError) as e:
+            raise file.error(e) from e
+        for name, value in expected.items():
+            drawn_with = settings.get(name)
+            if value is not None and drawn_with != value:
+                raise RunError(
+                    f"{path} has samples of rollout.{name}={drawn_with}, not {value}; "
+                    f"set rollout.{name}={drawn_with}"
+                )
+        worker += 1
+    samples.sort(key=attrgetter("group_id"))
     by_group = groupby(samples, attrgetter("group_id"))
     return [SampleGroup(group_id, list(members)) for group_id, members in by_group]
 
@@ -128,46 +194,15 @@ def _line(sample: Sample) -> str:
     return json.dumps(finite(entry), ensure_ascii=False, default=str) + "\n"
 
 
-class _ArrayReader:
-    """Hands out the arrays of all samples piece by piece, in the order of writing."""
-
-    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
-        self._arrays = arrays
-        self._num_read = dict.fromkeys(_ARRAYS, 0)
-
-    def read(self, name: str, size: int) -> np.ndarray:
-        """The next `size` entries.
-
-        Raises ValueError where fewer are left, KeyError where there is no such array.
-        """
-        first = self._num_read[name]
-        values = self._arrays[name][first : first + size]
-        if len(values) != size:
-            raise ValueError(f"{name} ends too early")
-        self._num_read[name] += size
-        return values
+def sample_entry(sample: Sample, writer: ArrayWriter) -> dict[str, Any]:
+    """A sample in the tree of an array file."""
+    entry = {name: getattr(sample, name) for name in Sample.__dataclass_fields__}
+    places = {name: writer.add(entry[name]) for name in _ARRAYS}
+    return entry | places
 
 
-def _sample(entry: dict[str, Any], reader: _ArrayReader) -> Sample:
-    """The sample of a line, with the next piece of each array."""
-    num_tokens, _ = entry["tokens"]
-    num_routed = entry["experts"]
-    routed_experts = None
-    if num_routed is not None:
-        routed_experts = reader.read("routed_experts", num_routed)
-    return Sample(
-        group_id=entry["group"],
-        rollout_id=entry["rollout"],
-        token_ids=reader.read("token_ids", num_tokens),
-        loss_mask=reader.read("loss_mask", num_tokens),
-        rollout_logprobs=reader.read("rollout_logprobs", num_tokens),
-        routed_experts=routed_experts,
-        text=entry["text"],
-        label=entry["label"],
-        reward=entry["reward"],
-        advantage=entry["advantage"],
-        status=Status(entry["status"]),
-        error=entry["error"],
-        metadata=entry["metadata"],
-        policy_versions=[(first, version) for first, version in entry["versions"]],
-    )
+def sample_of(entry: dict[str, Any], file: ArrayFile) -> Sample:
+    """The sample that `sample_entry` was given."""
+    arrays = {name: file.get(entry[name]) for name in _ARRAYS}
+    spans = [(first, version) for first, version in entry["policy_versions"]]
+    return Sample(**entry | arrays | {"policy_versions": spans, "status": Status(entry["status"])})

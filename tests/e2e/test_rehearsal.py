@@ -115,7 +115,7 @@ def test_the_main_job_on_four_simulated_nodes(start):
     assert {"sglang-0.log", "sglang-1.log", "driver-0.log"} <= logs
     assert not any("trainer-4" in name or "sglang-2" in name for name in logs)
     assert list(run.tensorboard.glob("events.out.tfevents.*"))
-    samples = json_lines(run.rollouts / "step_1.jsonl")
+    samples = json_lines(run.rollouts / "step_1-0.jsonl")
     assert len(samples) == 64 * 8
     assert {version for sample in samples for _, version in sample["versions"]} == {1}
     exported = load_file(Path(summary["hf_export"]) / "model.safetensors")

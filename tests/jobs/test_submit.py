@@ -639,7 +639,7 @@ def test_training_on_recorded_rollouts_needs_neither_prompts_nor_a_tokenizer(mac
     (model / "tokenizer.json").unlink()
     (machine.root / "old" / "rollouts").mkdir(parents=True)
     for step in range(2):
-        (machine.root / "old" / "rollouts" / f"step_{step}.npz").touch()
+        (machine.root / "old" / "rollouts" / f"step_{step}-0.npz").touch()
     flags = ["--hf-checkpoint", model, "--load-rollouts", "old"]
     flags += ["--nodes", 1, "--local", "--dry-run"]
     code, out, _ = machine.submit(*flags, "--num-rollout", 2)

@@ -70,7 +70,7 @@ def test_a_run_ends_with_summary_checkpoint_and_export(tmp_path, model):
     assert Path(summary["checkpoint"]).is_dir()
     assert (Path(summary["hf_export"]) / "model.safetensors").is_file()
     assert run.status()["phase"] == "done"
-    assert len((run.rollouts / "step_1.jsonl").read_text().splitlines()) == 16
+    assert len((run.rollouts / "step_1-0.jsonl").read_text().splitlines()) == 16
 
 
 @pytest.mark.parametrize("backend", ["fsdp", pytest.param("megatron", marks=pytest.mark.megatron)])
@@ -344,7 +344,7 @@ def test_the_gsm8k_recipe_trains_on_its_real_file(tmp_path, tiny_model):
     run = RunDir.open(tmp_path / "gsm8k")
     [row] = rows(run)
     assert row["rollout/num_samples"] == 8 and row["train/logprob_gap_max"] < 1e-4
-    sample = json.loads((run.rollouts / "step_0.jsonl").read_text().splitlines()[0])
+    sample = json.loads((run.rollouts / "step_0-0.jsonl").read_text().splitlines()[0])
     assert "####" in sample["label"] and sample["reward"] in (0.0, 1.0)
 
 

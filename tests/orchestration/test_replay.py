@@ -153,7 +153,7 @@ def test_rollout_only_resumes_at_its_place_in_the_prompts(tmp_path, model):
     halted = RunDir.open(tmp_path / "halted")
     assert train.main(["--resume", str(halted.path), "--num-rollout", "3"]) == DONE
     for step in range(3):
-        name = f"step_{step}.jsonl"
+        name = f"step_{step}-0.jsonl"
         assert (halted.rollouts / name).read_bytes() == (straight.rollouts / name).read_bytes()
 
 

@@ -89,7 +89,7 @@ def test_a_rollout_without_any_sample_ends_the_run(tmp_path, tiny_model):
     with pytest.raises(RunError, match=message):
         rollout.generate(0)
     # What the engine was asked for and what it said is on record.
-    assert (rollout.run.rollouts / "step_0.jsonl").read_text().count("4096 tokens") == 16
+    assert (rollout.run.rollouts / "step_0-0.jsonl").read_text().count("4096 tokens") == 16
 
 
 def test_a_cause_is_told_once_in_a_run_and_counted_in_every_rollout(tmp_path, tiny_model, caplog):
@@ -173,7 +173,7 @@ def test_further_prompts_are_sampled_until_the_batch_is_full(tmp_path, tiny_mode
         assert all(any(s.advantage for s in g.samples) for g in kept)
         sampled = int(rollout.metrics["rollout/num_samples"]) // 3
         assert rollout.metrics["rollout/dropped_group_zero_std"] == sampled - 3 > 0
-        lines = (rollout.run.rollouts / f"step_{step}.jsonl").read_text().splitlines()
+        lines = (rollout.run.rollouts / f"step_{step}-0.jsonl").read_text().splitlines()
         assert len(lines) == 3 * sampled  # what was filtered is on record too
         group_ids = {json.loads(line)["group"] for line in lines}
         assert len(group_ids) == sampled

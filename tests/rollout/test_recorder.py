@@ -3,6 +3,7 @@
 import json
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,14 @@ from nanoslime.types import RunError, Sample, SampleGroup, Status
 SETTINGS = recorder.SamplingSettings(
     n_samples_per_prompt=2, max_new_tokens=4, temperature=0.7, top_p=1.0, top_k=-1
 )
+
+
+def recording(directory: Path, **changes: Any) -> recorder.Recording:
+    return recorder.Recording(directory, SETTINGS, **changes)
+
+
+def record(directory: Path, step: int, groups: list[SampleGroup], **changes: Any) -> None:
+    recorder.record(recording(directory, **changes), step, groups)
 
 
 def make_sample(rng: np.random.Generator, group_id: int, rollout_id: int, length: int) -> Sample:
@@ -73,7 +82,7 @@ def assert_equal(mine: Sample, theirs: Sample) -> None:
 
 
 def test_the_loaded_groups_are_the_recorded_ones(tmp_path: Path) -> None:
-    recorder.record(tmp_path / "rollouts", 3, make_groups(), SETTINGS)
+    record(tmp_path / "rollouts", 3, make_groups())
     loaded = recorder.load(tmp_path / "rollouts", 3, temperature=0.7)
     assert [group.group_id for group in loaded] == [5, 6, 9]
     for mine, theirs in zip(make_groups(), loaded, strict=True):
@@ -82,8 +91,8 @@ def test_the_loaded_groups_are_the_recorded_ones(tmp_path: Path) -> None:
 
 
 def test_people_read_a_line_per_sample(tmp_path: Path) -> None:
-    recorder.record(tmp_path, 0, make_groups(), SETTINGS)
-    lines = [json.loads(line) for line in (tmp_path / "step_0.jsonl").read_bytes().splitlines()]
+    record(tmp_path, 0, make_groups())
+    lines = [json.loads(line) for line in (tmp_path / "step_0-0.jsonl").read_bytes().splitlines()]
     assert [line["group"] for line in lines] == [5, 5, 6, 6, 6, 9]
     assert [line["rollout"] for line in lines] == [10, 11, 12, 12, 13, 20]
     assert lines[0]["tokens"] == [7, 4]
@@ -91,8 +100,8 @@ def test_people_read_a_line_per_sample(tmp_path: Path) -> None:
 
 
 def test_other_settings_than_those_asked_for_are_refused_with_both_values(tmp_path: Path) -> None:
-    recorder.record(tmp_path, 0, make_groups(), SETTINGS)
-    message = r"step_0\.npz has samples of rollout\.temperature=0\.7, not 1\.0"
+    record(tmp_path, 0, make_groups())
+    message = r"step_0-0\.npz has samples of rollout\.temperature=0\.7, not 1\.0"
     with pytest.raises(RunError, match=message):
         recorder.load(tmp_path, 0, temperature=1.0, max_new_tokens=4)
     with pytest.raises(RunError, match=r"rollout\.max_new_tokens=4, not 5"):
@@ -100,7 +109,7 @@ def test_other_settings_than_those_asked_for_are_refused_with_both_values(tmp_pa
 
 
 def test_a_rollout_without_samples_is_one(tmp_path: Path) -> None:
-    recorder.record(tmp_path, 0, [], SETTINGS)
+    record(tmp_path, 0, [])
     assert recorder.load(tmp_path, 0) == []
 
 
@@ -109,8 +118,8 @@ def test_float32_and_token_ids_take_their_own_bytes_only(tmp_path: Path) -> None
     sample.token_ids = np.zeros(50_000, np.int32)
     sample.loss_mask = np.ones(50_000, bool)
     sample.rollout_logprobs = np.full(50_000, -1 / 3, np.float32)
-    recorder.record(tmp_path, 0, [SampleGroup(0, [sample])], SETTINGS)
-    assert (tmp_path / "step_0.npz").stat().st_size < 50_000 * 9 + 3_000
+    record(tmp_path, 0, [SampleGroup(0, [sample])])
+    assert (tmp_path / "step_0-0.npz").stat().st_size < 50_000 * 9 + 3_000
 
 
 def flip_a_byte_of_an_array(data: bytearray) -> None:
@@ -150,19 +159,19 @@ def write_something_else(data: bytearray) -> None:
     ],
 )
 def test_a_damaged_file_is_refused_by_name(tmp_path: Path, damage) -> None:
-    recorder.record(tmp_path, 0, make_groups(), SETTINGS)
-    path = tmp_path / "step_0.npz"
+    record(tmp_path, 0, make_groups())
+    path = tmp_path / "step_0-0.npz"
     data = bytearray(path.read_bytes())
     damage(data)
     path.write_bytes(data)
-    with pytest.raises(RunError, match=r"step_0\.npz is not a recorded rollout"):
+    with pytest.raises(RunError, match=r"step_0-0\.npz is not a recorded rollout"):
         recorder.load(tmp_path, 0)
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
-    recorder.record(tmp_path, 0, make_groups(), SETTINGS)
-    (tmp_path / "step_0.npz").unlink()
-    with pytest.raises(RunError, match=r"step_0\.npz is not a recorded rollout"):
+    record(tmp_path, 0, make_groups())
+    (tmp_path / "step_0-0.npz").unlink()
+    with pytest.raises(RunError, match=r"step_0-0\.npz is not a recorded rollout"):
         recorder.load(tmp_path, 0)
 
 
@@ -179,10 +188,10 @@ def test_a_line_by_hand(tmp_path: Path) -> None:
         metadata={"prompt_id": 3},
         reward=0.0,
     )
-    recorder.record(tmp_path / "rollouts", 3, [SampleGroup(0, [sample])], SETTINGS)
+    record(tmp_path / "rollouts", 3, [SampleGroup(0, [sample])])
     written = sorted(path.name for path in (tmp_path / "rollouts").iterdir())
-    assert written == ["step_3.jsonl", "step_3.npz"]
-    text = (tmp_path / "rollouts" / "step_3.jsonl").read_text()
+    assert written == ["step_3-0.jsonl", "step_3-0.npz"]
+    text = (tmp_path / "rollouts" / "step_3-0.jsonl").read_text()
     assert "é" in text
     assert json.loads(text) == {
         "group": 0,
@@ -204,6 +213,61 @@ def test_a_line_by_hand(tmp_path: Path) -> None:
 def test_a_line_has_no_nan_that_json_cannot_read(tmp_path: Path) -> None:
     (group, *_) = make_groups()
     sample = replace(group.samples[0], metadata={"score": float("nan")})
-    recorder.record(tmp_path, 0, [SampleGroup(5, [sample])], SETTINGS)
-    (line,) = (tmp_path / "step_0.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    record(tmp_path, 0, [SampleGroup(5, [sample])])
+    (line,) = (tmp_path / "step_0-0.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     assert json.loads(line)["metadata"] == {"score": None}
+
+
+def test_the_files_of_all_workers_are_one_rollout(tmp_path: Path) -> None:
+    first, second, third = make_groups()
+    parts = [[first, third], [], [second]]
+    for worker, groups in enumerate(parts):
+        record(tmp_path, 0, groups, worker=worker, num_workers=3)
+    # A worker that an earlier start of the run had, and this one has not.
+    record(tmp_path, 0, [first], worker=3, num_workers=4)
+    loaded = recorder.load(tmp_path, 0)
+    assert [group.group_id for group in loaded] == [5, 6, 9]
+    assert [len(group.samples) for group in loaded] == [2, 3, 1]
+    (tmp_path / "step_0-1.npz").unlink()
+    with pytest.raises(RunError, match=r"step_0-1\.npz is not a recorded rollout"):
+        recorder.load(tmp_path, 0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [("none", []), ("text", ["step_4-0.jsonl"]), ("full", ["step_4-0.jsonl", "step_4-0.npz"])],
+)
+def test_what_is_kept_is_a_choice(tmp_path: Path, mode: Any, expected: list[str]) -> None:
+    made = recorder.Recorder(recording(tmp_path, mode=mode))
+    made.record(4, make_groups())
+    made.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == expected
+
+
+def test_the_last_rollouts_are_kept_and_other_workers_files_left_alone(tmp_path: Path) -> None:
+    for step in range(3):
+        record(tmp_path, step, [], worker=1)
+    for step in range(12):
+        record(tmp_path, step, [], keep=2)
+    left = {path.name for path in tmp_path.glob("*.npz")}
+    assert left == {f"step_{step}-0.npz" for step in (10, 11)} | {
+        f"step_{step}-1.npz" for step in range(3)
+    }
+    assert len(list(tmp_path.glob("*.jsonl"))) == 5
+
+
+def test_what_cannot_be_recorded_is_told_at_the_next_call(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    made = recorder.Recorder(recording(tmp_path / "file"))
+    made.record(0, [])
+    made.close()
+    with pytest.raises(RunError, match="could not be recorded in .*file: .*File exists"):
+        made.record(1, [])
+
+
+def test_a_recording_on_a_full_disk_leaves_no_part_of_a_file(small_disk: Path) -> None:
+    sample = make_groups()[0].samples[0]
+    sample.routed_experts = np.zeros((20_000, 48, 8), np.uint8)
+    with pytest.raises(OSError, match="No space left"):
+        record(small_disk, 0, [SampleGroup(0, [sample])])
+    assert not list(small_disk.glob("*partial*")) + list(small_disk.glob("*.npz"))
