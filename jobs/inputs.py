@@ -15,6 +15,7 @@ from nanoslime.models.local_checkpoint import with_local_checkpoint
 from nanoslime.models.shape import ModelShape
 from nanoslime.plugins import check_importable
 from nanoslime.run_dir import RunDir, with_recorded_rollouts
+from nanoslime.storage.datasets import with_local_prompts
 from nanoslime.storage.prompt_text import check_prompt_file
 from nanoslime.storage.tokenizer_files import has_tokenizer_files
 from nanoslime.types import RunError
@@ -52,7 +53,8 @@ def _check_plugins(config: RunConfig) -> None:
     installed = Path(config.cluster.venv or sys.prefix).glob("lib/python3.*/site-packages")
     search = [str(Path.cwd()), *map(str, installed)]
     try:
-        check_importable(config.data.reward, REWARDS, "data.reward", search)
+        for data in config.data.by_source().values():
+            check_importable(data.reward, REWARDS, "data.reward", search)
         check_importable(config.rollout.environment, ENVIRONMENTS, "rollout.environment", search)
         if isinstance(config.algorithm, CustomConfig):
             check_importable(config.algorithm.name, {}, "algorithm.name", search)
@@ -71,15 +73,13 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
 
 def _with_prompt_files(data: DataConfig, tokenizer: Path | None) -> DataConfig:
     """Absolute paths of prompt files that the job can use; `tokenizer` holds its files."""
-    if not data.prompts:
+    if not (data.prompts or data.sources):
         raise RunError("data.prompts is not set: give --prompts FILE (.jsonl or .parquet)")
-    prompts = _absolute(data.prompts)
-    check_prompt_file(prompts, data, tokenizer)
-    data = replace(data, prompts=str(prompts))
+    data = with_local_prompts(data)
+    for own in data.by_source().values():
+        check_prompt_file(Path(own.prompts), own, tokenizer)
     if data.eval_prompts:
-        eval_prompts = _absolute(data.eval_prompts)
-        check_prompt_file(eval_prompts, data, tokenizer)
-        data = replace(data, eval_prompts=str(eval_prompts))
+        check_prompt_file(Path(data.eval_prompts), data, tokenizer)
     return data
 
 

@@ -35,13 +35,17 @@ class RequestFailed(RunError):
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One line of the prompt file, already tokenized."""
+    """One row of a source of prompts, already tokenized."""
 
-    prompt_id: int  # position in the file, stable over shuffles
+    # The row's position in its source; those of later sources go on from there, so that no two
+    # prompts of a run have the same. Stable over shuffles.
+    prompt_id: int
     token_ids: np.ndarray  # int32 [P], P >= 1
     text: str
     label: Any
     metadata: dict[str, Any] = field(default_factory=dict)
+    source: str = ""  # the name of its source, where data.sources names several
+    reward: str = ""  # a name of the reward table, or "package.module:function"
 
 
 @dataclass(kw_only=True, slots=True)

@@ -228,8 +228,8 @@ FAULTS = [
     Fault(
         "prompts in the same order whatever the seed",
         "nanoslime/orchestration/rollout_manager.py",
-        "PromptSource(prompts, config.seed, data.shuffle, data.prompts)",
-        "PromptSource(prompts, 0, data.shuffle, data.prompts)",
+        "loaded.stream(config.seed, data.shuffle)",
+        "loaded.stream(0, data.shuffle)",
         f"{WIRING} -k seed",
     ),
     Fault(

@@ -120,7 +120,8 @@ ALIASES = _aliases()
 def field_types(section: Any = RunConfig, prefix: str = "") -> dict[str, Any]:
     """The fields of RunConfig (or of a section) by dotted name, with their types.
 
-    Where a section is a union of classes, it has the fields of all of them.
+    Where a section is a union of classes, it has the fields of all of them. A list of
+    sections is one field.
     """
     hints = get_type_hints(section)
     found: dict[str, Any] = {}
@@ -128,8 +129,9 @@ def field_types(section: Any = RunConfig, prefix: str = "") -> dict[str, Any]:
         name = prefix + f.name
         kind = hints[f.name]
         classes: list[Any] = [c for c in (kind, *get_args(kind)) if is_dataclass(c)]
-        if not classes:
+        if not classes or get_origin(kind) is list:
             found[name] = kind
+            continue
         for inner in classes:
             found.update(field_types(inner, f"{name}."))
     return found

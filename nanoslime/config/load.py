@@ -200,8 +200,10 @@ class _Layers:
         place = self._place(error)
         source = self._source(place)
         field = ".".join(place)
-        if kind == "unexpected_keyword_argument":
+        if kind == "unexpected_keyword_argument" and place[0] == "algorithm":
             return f"{source}: {field}: {self._not_of_this_algorithm(place[-1])}"
+        if kind == "unexpected_keyword_argument":
+            return f"{source}: unknown key {field}{_hint_in_list(place)}"
         if kind == "union_tag_invalid":
             return (
                 f"{self.sources['algorithm.name'].text}: algorithm.name={error['ctx']['tag']!r} "
@@ -260,6 +262,13 @@ def _hint(key: str, valid: Sequence[str]) -> str:
     return similar or f"; valid here: {', '.join(valid)}"
 
 
+def _hint_in_list(place: Sequence[str]) -> str:
+    """What may be meant by an unknown key of one of a list's sections, LIST.INDEX.KEY."""
+    [section] = get_args(flag_table.field_types()[".".join(place[:-2])])
+    names = {f.name: f.name for f in fields(section)}
+    return flag_table.suggest(place[-1], names) or f"; valid here: {', '.join(names)}"
+
+
 def _check_warmup(config: RunConfig, sources: dict[str, _Source]) -> None:
     """Raises RunError for a run that would end before its learning rate has risen.
 
@@ -280,11 +289,11 @@ def _check_warmup(config: RunConfig, sources: dict[str, _Source]) -> None:
 
 def _check_rehearsal_data(config: RunConfig) -> None:
     """Raises RunError for prompts that a rehearsal would leave unread."""
-    for field in ("prompts", "eval_prompts"):
-        file = getattr(config.data, field)
-        if config.rehearsal.enabled and file:
+    for field in ("prompts", "sources", "eval_prompts"):
+        given = getattr(config.data, field)
+        if config.rehearsal.enabled and given:
             raise RunError(
-                f"data.{field}={file!r}: a rehearsal has prompts of its own, and it is one where "
+                f"data.{field}={given!r}: a rehearsal has prompts of its own, and it is one where "
                 "no model is named; add --hf-checkpoint, or leave the prompts out"
             )
 

@@ -3,9 +3,12 @@
 A model's shape comes from the checkpoint's config.json, never from flags.
 """
 
-from typing import Any, Literal
+import json
+from dataclasses import asdict, replace
+from pathlib import PurePath
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from nanoslime.config.base import knobs
 from nanoslime.plugins import target
@@ -62,10 +65,44 @@ class RehearsalConfig:
 
 
 @knobs
+class SourceConfig:
+    """One of several sources of prompts. What is left out is as in `data`."""
+
+    prompts: str = Field(min_length=1)
+    weight: float = Field(default=1.0, gt=0)
+    """Share of the prompts that come from here, relative to the weights of the others."""
+    name: str = Field(default="", pattern=r"^[\w.-]*$")
+    """What metrics call it; by default the name of the file or of the data set."""
+    reward: str | None = None
+    prompt_key: Annotated[str, Field(min_length=1)] | None = None
+    label_key: str | None = None
+    metadata_key: str | None = None
+    system_prompt: str | None = None
+
+    @field_validator("reward")
+    @classmethod
+    def _known_reward(cls, reward: str | None) -> str | None:
+        return reward and _known_reward(reward)
+
+    @property
+    def title(self) -> str:
+        """Its name, or that of the file or the data set."""
+        path, _, _ = self.prompts.partition(":")
+        return self.name or PurePath(path).name.partition(".")[0]
+
+
+@knobs
 class DataConfig:
     prompts: str = ""
-    """JSONL or parquet file of training prompts."""
+    """Training prompts: a file (JSONL, also .gz or .zst, or parquet), a directory of such
+    files or of a Hugging Face data set, or a data set of the hub, with :SPLIT or
+    :CONFIG/SPLIT behind it (openai/gsm8k:main/train) and @REVISION."""
+    sources: list[SourceConfig] = Field(default_factory=list)
+    """Several sources in place of `prompts`, each with its weight and what differs from the
+    settings here: {prompts, weight, name, reward, prompt_key, label_key, metadata_key,
+    system_prompt}. As flags, its prompts alone or such an object as JSON each."""
     eval_prompts: str = ""
+    """Held-out prompts, in the same forms."""
     prompt_key: str = Field(default="prompt", min_length=1)
     """Where a row has its prompt: a text, or a list of {role, content} messages. Of this
     and the other keys, a dot leads into a struct or a list (reward_model.ground_truth,
@@ -82,6 +119,8 @@ class DataConfig:
     max_prompt_tokens: int = Field(default=1024, ge=1)
     over_long: Literal["error", "skip"] = "error"
     """What to do with a prompt of more than max_prompt_tokens."""
+    broken: Literal["error", "skip"] = "error"
+    """What to do with a row that cannot be used: end the run, or leave it out and count it."""
     deduplicate: bool = False
     """Keep a prompt that comes several times with the same label only once. False: it
     comes as often in each epoch as in the file."""
@@ -110,5 +149,57 @@ class DataConfig:
     @field_validator("reward")
     @classmethod
     def _known_reward(cls, reward: str) -> str:
-        target(reward, REWARDS, "data.reward")
-        return reward
+        return _known_reward(reward)
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _sources_of_flags(cls, sources: Any) -> Any:
+        """A source as text is the JSON of its settings, or its prompts alone."""
+        if not isinstance(sources, list):
+            return sources
+        return [_source_of_flag(source) for source in sources]
+
+    @model_validator(mode="after")
+    def _has_one_kind_of_prompts(self) -> Self:
+        if self.prompts and self.sources:
+            raise ValueError(
+                f"data.prompts={self.prompts!r} and data.sources are both set; make the file one "
+                "of the sources, or leave one of the two out"
+            )
+        titles = [source.title for source in self.sources]
+        repeated = {title for title in titles if titles.count(title) > 1}
+        if repeated:
+            raise ValueError(
+                f"data.sources: {titles.count(min(repeated))} of them are called "
+                f"{min(repeated)!r}; give each a `name` of its own"
+            )
+        return self
+
+    def by_source(self) -> "dict[str, DataConfig]":
+        """For each source by name the configuration as if there were no other; under the
+        empty name this one, where there is only one."""
+        if not self.sources:
+            return {"": self}
+        return {source.title: self._of_one(source) for source in self.sources}
+
+    def _of_one(self, source: SourceConfig) -> "DataConfig":
+        settings = asdict(source)
+        del settings["name"], settings["weight"]
+        own = {name: value for name, value in settings.items() if value is not None}
+        return replace(self, sources=[], **own)
+
+
+def _known_reward(reward: str) -> str:
+    target(reward, REWARDS, "data.reward")
+    return reward
+
+
+def _source_of_flag(source: Any) -> Any:
+    if not isinstance(source, str):
+        return source
+    if not source.startswith("{"):
+        return {"prompts": source}
+    try:
+        return json.loads(source)
+    except ValueError as error:
+        raise ValueError(f"data.sources: {source!r} is not JSON ({error})") from error

@@ -15,7 +15,7 @@ from nanoslime.algorithms.prepare import PreparedGroups, prepare
 from nanoslime.config import RolloutConfig, RunConfig
 from nanoslime.rollout import recorder, rewards
 from nanoslime.rollout.generate import sample_groups
-from nanoslime.rollout.prompts import PromptSource, RunPrompts, digest
+from nanoslime.rollout.prompts import RunPrompts, digest
 from nanoslime.rollout.router import LeastInflightRouter
 from nanoslime.run_dir import RunDir
 from nanoslime.types import (
@@ -63,8 +63,7 @@ class RolloutManager:
         self._algorithm = algorithms.make(config.algorithm, config.rollout.max_new_tokens)
         self._router = LeastInflightRouter(engines)
         self._failures = SampleFailures()
-        prompts = loaded.train
-        self._source = PromptSource(prompts, config.seed, data.shuffle, data.prompts)
+        self._source = loaded.stream(config.seed, data.shuffle)
         held_out = loaded.held_out
         self._held_out = list(held_out[: config.eval.max_prompts or None])
 

@@ -76,7 +76,8 @@ def prepare_inputs(config: RunConfig, run: RunDir) -> Inputs:
     algorithms.make(config.algorithm)
     prompts = None
     if not config.rollout.load_rollouts:
-        rewards.make(config.data.reward)
+        for data in config.data.by_source().values():
+            rewards.make(data.reward)
         prompts = RunPrompts.load(config, model_dir)
     return Inputs(config, model_dir, prompts)
 

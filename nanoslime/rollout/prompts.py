@@ -2,13 +2,14 @@
 
 import json
 import logging
+import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import batched
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import xxhash
@@ -28,6 +29,31 @@ from nanoslime.types import Prompt, RunError
 logger = logging.getLogger(__name__)
 
 _BATCH = 1024
+# Where a state holds those of several sources.
+_MIX = "sources"
+_ROUNDING = 1e-9
+
+
+class PromptStream(Protocol):
+    """Where a run takes its prompts from, one after the other without an end."""
+
+    def next(self, n: int) -> list[Prompt]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was taken. Raises RunError when that was with other
+        prompts, or in another order."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedSource:
+    """The prompts of one source; `file` says in errors where they are from."""
+
+    prompts: Sequence[Prompt]
+    file: str
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +61,8 @@ class RunPrompts:
     """The tokenizer of a run and its prompts, read before any engine starts."""
 
     tokenizer: PreTrainedTokenizerBase
-    train: Sequence[Prompt]
+    # By name; under the empty name where data.sources names none.
+    train: Mapping[str, LoadedSource]
     held_out: Sequence[Prompt]
 
     @classmethod
@@ -45,18 +72,38 @@ class RunPrompts:
         tokenizer = AutoTokenizer.from_pretrained(
             model_dir, trust_remote_code=config.model.trust_remote_code
         )
-        train = load_prompts(Path(data.prompts), tokenizer, data)
+        weights = {source.title: source.weight for source in data.sources}
+        train = {}
+        num_rows = 0
+        for name, own in data.by_source().items():
+            prompts = load_prompts(Path(own.prompts), tokenizer, own, name, num_rows)
+            num_rows = prompts[-1].prompt_id + 1
+            train[name] = LoadedSource(prompts, own.prompts, weights.get(name, 1.0))
         held_out: Sequence[Prompt] = []
         if data.eval_prompts:
             held_out = load_prompts(Path(data.eval_prompts), tokenizer, data)
         return cls(tokenizer, train, held_out)
 
+    def stream(self, seed: int, shuffle: bool) -> PromptStream:
+        """The training prompts in the order in which the run goes through them."""
+        sources = {
+            name: PromptSource(loaded.prompts, seed, shuffle, loaded.file, index)
+            for index, (name, loaded) in enumerate(self.train.items())
+        }
+        if len(sources) == 1:
+            return next(iter(sources.values()))
+        return PromptMix(sources, {name: self.train[name].weight for name in sources})
+
 
 def load_prompts(
-    path: Path, tokenizer: PreTrainedTokenizerBase, config: DataConfig
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    source: str = "",
+    first_id: int = 0,
 ) -> list[Prompt]:
-    """Every prompt of a JSONL or parquet file, tokenized; `prompt_id` is its position
-    in the file.
+    """Every prompt of a source, tokenized. Its `prompt_id` is its position there, counted
+    from `first_id`.
 
     Over-long prompts are skipped, and repeated ones dropped, where the configuration says
     so; both are counted in the log. Raises RunError in one line that names file and line for
@@ -86,7 +133,7 @@ def load_prompts(
             for text, token_ids in zip(new, tokenized, strict=True):
                 known_texts[text] = (text, np.asarray(token_ids, np.int32))
         for record, written in zip(records, texts, strict=True):
-            prompt_id = num_records
+            prompt_id = first_id + num_records
             num_records += 1
             text, token_ids = known_texts[written]
             label = record.label
@@ -101,7 +148,9 @@ def load_prompts(
             if is_repeated and config.deduplicate:
                 continue
             known.add((text, label))
-            prompts.append(Prompt(prompt_id, token_ids, text, label, record.metadata))
+            prompts.append(
+                Prompt(prompt_id, token_ids, text, label, record.metadata, source, config.reward)
+            )
     if not prompts:
         raise none_short_enough(path, config)
     _warn_of_left_out(path, config, num_records, num_repeated, len(prompts))
@@ -145,21 +194,33 @@ def digest(prompts: Iterable[Prompt]) -> str:
 
 
 class PromptSource:
-    """Goes through the prompts again and again; the seed decides the order of each epoch.
+    """Goes through the prompts of one source again and again.
 
-    `file` says in errors where the prompts are from.
+    The seed decides the order of each epoch, together with `index`, the number of the source
+    among those of the run. `file` says in errors where the prompts are from.
     """
 
     def __init__(
-        self, prompts: Sequence[Prompt], seed: int, shuffle: bool, file: str = "no file"
+        self,
+        prompts: Sequence[Prompt],
+        seed: int,
+        shuffle: bool,
+        file: str = "no file",
+        index: int = 0,
     ) -> None:
         self._prompts = prompts
         self._file = file
         self._prompts_digest = digest(prompts)
         self._seed = seed
         self._shuffle = shuffle
+        self._index = index
         self._epoch = 0
         self._position = 0
+        self._order_of_epoch = self._epoch_order()
+
+    @property
+    def num_taken(self) -> int:
+        return self._epoch * len(self._prompts) + self._position
 
     def next(self, n: int) -> list[Prompt]:
         """The next `n` prompts; they go on into the next epoch."""
@@ -168,8 +229,9 @@ class PromptSource:
             if self._position == len(self._prompts):
                 self._epoch += 1
                 self._position = 0
+                self._order_of_epoch = self._epoch_order()
             num_missing = n - len(taken)
-            indices = self._epoch_order()[self._position : self._position + num_missing]
+            indices = self._order_of_epoch[self._position : self._position + num_missing]
             taken.extend(self._prompts[i] for i in indices.tolist())
             self._position += len(indices)
         return taken
@@ -188,6 +250,11 @@ class PromptSource:
 
         Raises RunError when that was with other prompts or another seed.
         """
+        if _MIX in state:
+            raise RunError(
+                f"the data cursor was saved with the sources {', '.join(state[_MIX])}, this run "
+                "has one source; resume with data.sources as at the run's start"
+            )
         for name, value in self._order().items():
             if state[name] != value:
                 raise RunError(
@@ -210,6 +277,7 @@ class PromptSource:
             )
         self._epoch = state["epoch"]
         self._position = state["position"]
+        self._order_of_epoch = self._epoch_order()
 
     def _order(self) -> dict[str, int]:
         """The numbers that decide the order of the prompts."""
@@ -223,5 +291,60 @@ class PromptSource:
         """The prompts' positions in the order of the current epoch."""
         if not self._shuffle:
             return np.arange(len(self._prompts))
-        generator = np.random.default_rng([self._seed, self._epoch])
+        generator = np.random.default_rng([self._seed, self._epoch, self._index])
         return generator.permutation(len(self._prompts))
+
+
+class PromptMix:
+    """Takes prompts from several sources by their weights, each in its own epochs.
+
+    After any number of prompts each source has given its share of them, to less than one
+    prompt. The next prompt comes from the source whose turn ends first, of those whose turn
+    has begun (R. Tijdeman, The chairman assignment problem, 1980).
+    """
+
+    def __init__(self, sources: Mapping[str, PromptSource], weights: Mapping[str, float]) -> None:
+        total = math.fsum(weights.values())
+        self._sources = sources
+        self._shares = {name: weights[name] / total for name in sources}
+
+    def next(self, n: int) -> list[Prompt]:
+        return [prompt for _ in range(n) for prompt in self._next_source().next(1)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            _MIX: {
+                name: {"share": self._shares[name], **source.state_dict()}
+                for name, source in self._sources.items()
+            }
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was taken.
+
+        Raises RunError when that was with other sources, shares, prompts or another seed.
+        """
+        saved = {name: own["share"] for name, own in state.get(_MIX, {}).items()}
+        if list(saved.items()) != list(self._shares.items()):
+            before = _shares_text(saved) or "one source"
+            raise RunError(
+                f"the data cursor was saved with {before}, this run has "
+                f"{_shares_text(self._shares)}; resume with data.sources and their weights as at "
+                "the run's start, or start a new run from its hf/ export"
+            )
+        for name, source in self._sources.items():
+            source.load_state_dict(state[_MIX][name])
+
+    def _next_source(self) -> PromptSource:
+        taken = {name: source.num_taken for name, source in self._sources.items()}
+        number = sum(taken.values()) + 1
+        slack = 1 / (2 * len(taken) - 2)
+        # How many prompts a source is behind its share.
+        behind = {name: share * number - taken[name] for name, share in self._shares.items()}
+        eligible = [name for name in taken if behind[name] >= slack - _ROUNDING]
+        chosen = min(eligible, key=lambda name: (1 - slack - behind[name]) / self._shares[name])
+        return self._sources[chosen]
+
+
+def _shares_text(shares: Mapping[str, float]) -> str:
+    return ", ".join(f"{share:.3g} of {name}" for name, share in shares.items())

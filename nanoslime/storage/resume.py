@@ -54,8 +54,25 @@ def check_resumed(run: Path, before: RunConfig, now: RunConfig, *, has_checkpoin
                 f"{wanted} cannot load: leave it out to resume, or start a new run from its hf/ "
                 "export"
             )
-    old_file = Path(before.data.prompts)
-    new_file = Path(now.data.prompts)
+    old_shares = _shares(before)
+    new_shares = _shares(now)
+    if old_shares != new_shares:
+        raise RunError(
+            f"{run} takes its prompts by data.sources with the weights {dict(old_shares)}, and "
+            f"{dict(new_shares)} are others: leave data.sources out to resume it, or start a new "
+            "run from its hf/ export"
+        )
+    old_files = [Path(own.prompts) for own in before.data.by_source().values()]
+    new_files = [Path(own.prompts) for own in now.data.by_source().values()]
+    for old_file, new_file in zip(old_files, new_files, strict=True):
+        _check_same_prompts(run, old_file, new_file)
+
+
+def _shares(config: RunConfig) -> list[tuple[str, float]]:
+    return [(source.title, source.weight) for source in config.data.sources]
+
+
+def _check_same_prompts(run: Path, old_file: Path, new_file: Path) -> None:
     can_compare = old_file != new_file and old_file.is_file() and new_file.is_file()
     if can_compare and not filecmp.cmp(old_file, new_file, shallow=False):
         raise RunError(

@@ -399,3 +399,34 @@ def test_a_limit_of_tokens_that_cannot_be_is_refused(tmp_path, name, value):
 def test_a_chat_template_that_yaml_reads_as_a_truth_value(tmp_path, written, read_as):
     recipe = write(tmp_path / "r.yaml", f"data: {{chat_template: {written}}}")
     assert load(recipe, None, []).data.chat_template == read_as
+
+
+def test_sources_of_prompts_come_from_yaml_and_from_flags(tmp_path):
+    listed = "data: {sources: [{prompts: a/x.jsonl, weight: 3, reward: math_answer}, {prompts: b}]}"
+    config = load(write(tmp_path / "r.yaml", listed), None, [])
+    by_source = config.data.by_source()
+    assert {name: (own.prompts, own.reward) for name, own in by_source.items()} == {
+        "x": ("a/x.jsonl", "math_answer"),
+        "b": ("b", "exact_match"),
+    }
+    assert read(write(tmp_path / "c.yaml", dump(config))) == config
+    settings = '{"prompts": "a/x.jsonl", "weight": 3, "reward": "math_answer"}'
+    assert load(None, None, ["--data.sources", settings, "b"]).data == config.data
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (['{"prompts": "a", "weihgt": 1}'], "unknown key data.sources.0.weihgt; did you mean weig"),
+        (['{"prompts": "a", "weight": 0}'], "data.sources.0.weight=0: must be greater than 0"),
+        (['{"prompts": "a", "reward": "no"}'], "data.reward='no' is unknown; choose one of exact"),
+        (["{prompts"], "data.sources: '{prompts' is not JSON"),
+        (["a/x.jsonl", "b/x.jsonl"], "2 of them are called 'x'; give each a `name` of its own"),
+        (["a", "--prompts", "b"], "data.prompts='b' and data.sources are both set"),
+    ],
+)
+def test_sources_that_cannot_be_are_refused_in_one_line(flags, says):
+    with pytest.raises(RunError) as refused:
+        load(None, None, ["--data.sources", *flags])
+    assert says in str(refused.value)
+    assert "\n" not in str(refused.value)

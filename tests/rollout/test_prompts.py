@@ -12,10 +12,10 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from nanoslime.config.model import DataConfig
+from nanoslime.config import DataConfig, RunConfig
 from nanoslime.models.tiny import BOS
 from nanoslime.rehearsal import build_tokenizer
-from nanoslime.rollout.prompts import PromptSource, load_prompts
+from nanoslime.rollout.prompts import PromptMix, PromptSource, RunPrompts, load_prompts
 from nanoslime.types import Prompt, RunError
 
 GOOD = '{"prompt": "a", "label": 1}'
@@ -300,6 +300,99 @@ def test_a_cursor_without_a_hash_is_taken_with_one_warning(caplog) -> None:
     made("a", "c").load_state_dict(state)
     [warning] = caplog.messages
     assert "before prompts were hashed" in warning
+
+
+SIZES = {"a": 10, "b": 3, "c": 1}
+
+
+def mix(weights: dict[str, float], seed: int = 3) -> PromptMix:
+    sources = {}
+    for index, name in enumerate(weights):
+        prompts = [Prompt(i, None, "", None, source=name) for i in range(SIZES[name])]
+        sources[name] = PromptSource(prompts, seed, True, f"{name}.jsonl", index)
+    return PromptMix(sources, weights)
+
+
+@pytest.mark.parametrize("weights", [(0.5, 0.5), (3, 1), (5, 3, 2), (1, 1, 1), (100, 1, 0.3)])
+def test_each_source_gives_its_share_of_any_number_of_prompts(weights: tuple[float, ...]) -> None:
+    shares = {name: w / sum(weights) for name, w in zip(SIZES, weights, strict=False)}
+    stream = mix(dict(zip(SIZES, weights, strict=False)))
+    taken = dict.fromkeys(shares, 0)
+    for number in range(1, 2001):
+        [prompt] = stream.next(1)
+        taken[prompt.source] += 1
+        assert all(abs(taken[name] - shares[name] * number) < 1 for name in shares)
+
+
+def test_each_source_goes_through_epochs_of_its_own() -> None:
+    drawn = mix({"a": 5, "b": 1}).next(60)
+    of_a = ids([prompt for prompt in drawn if prompt.source == "a"])
+    of_b = ids([prompt for prompt in drawn if prompt.source == "b"])
+    assert [sorted(of_a[i : i + 10]) for i in range(0, 50, 10)] == [list(range(10))] * 5
+    assert [sorted(of_b[i : i + 3]) for i in range(0, 9, 3)] == [[0, 1, 2]] * 3
+    assert of_a[:10] != of_a[10:20]
+    assert drawn != mix({"a": 5, "b": 1}, seed=4).next(60)
+
+
+@pytest.mark.parametrize("drawn", [0, 1, 17, 44])
+def test_a_mix_resumes_at_the_exact_prompt_of_each_source(drawn: int) -> None:
+    running = mix({"a": 5, "b": 3, "c": 2})
+    running.next(drawn)
+    resumed = mix({"a": 5, "b": 3, "c": 2})
+    resumed.load_state_dict(json.loads(json.dumps(running.state_dict())))
+    together = running.next(25)
+    one_by_one = [prompt for _ in range(25) for prompt in resumed.next(1)]
+    assert [(p.source, p.prompt_id) for p in one_by_one] == [
+        (p.source, p.prompt_id) for p in together
+    ]
+
+
+def test_a_mix_resumes_with_the_same_sources_only() -> None:
+    state = json.loads(json.dumps(mix({"a": 3, "b": 1}).state_dict()))
+    mix({"a": 6, "b": 2}).load_state_dict(state)
+    says = "saved with 0.75 of a, 0.25 of b, this run has "
+    for others in (mix({"a": 1, "b": 1}), mix({"b": 1, "a": 3}), mix({"a": 3, "c": 1})):
+        with pytest.raises(RunError, match=says):
+            others.load_state_dict(state)
+    with pytest.raises(RunError, match="seed=3, this run has seed=4"):
+        mix({"a": 3, "b": 1}, seed=4).load_state_dict(state)
+    with pytest.raises(RunError, match="saved with the sources a, b, this run has one source"):
+        source().load_state_dict(state)
+    with pytest.raises(RunError, match="saved with one source, this run has 0.75 of a"):
+        mix({"a": 3, "b": 1}).load_state_dict(source().state_dict())
+
+
+def test_an_epoch_is_put_in_order_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    order = PromptSource._epoch_order
+    monkeypatch.setattr(PromptSource, "_epoch_order", lambda self: made.append(1) or order(self))
+    one_by_one = source()
+    for _ in range(25):
+        one_by_one.next(1)
+    assert len(made) == 3
+
+
+def test_sources_have_keys_rewards_and_prompt_ids_of_their_own(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    write(tmp_path / "math.jsonl", {"q": "ab", "label": "1"}, {"q": "cd", "label": "2"})
+    write(tmp_path / "digits.jsonl", {"prompt": "ef", "label": "3"})
+    sources = [
+        {"prompts": str(tmp_path / "math.jsonl"), "prompt_key": "q", "reward": "math_answer"},
+        {"prompts": str(tmp_path / "digits.jsonl"), "weight": 3, "name": "easy"},
+    ]
+    config = RunConfig(
+        model={"hf_checkpoint": str(tiny_model)}, data={"sources": sources, "chat_template": "off"}
+    )
+    stream = RunPrompts.load(config, tiny_model).stream(seed=0, shuffle=False)
+    drawn = stream.next(8)
+    found = {(p.source, p.prompt_id, p.text, p.reward) for p in drawn}
+    assert found == {
+        ("math", 0, "ab", "math_answer"),
+        ("math", 1, "cd", "math_answer"),
+        ("easy", 2, "ef", "exact_match"),
+    }
+    assert [p.source for p in drawn].count("easy") == 6
 
 
 @pytest.mark.skipif(not GSM8K.is_dir(), reason="no GSM8K beside the repository")
