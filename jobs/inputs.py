@@ -54,7 +54,8 @@ def _check_plugins(config: RunConfig) -> None:
     search = [str(Path.cwd()), *map(str, installed)]
     try:
         for data in config.data.by_source().values():
-            check_importable(data.reward, REWARDS, "data.reward", search)
+            for reward in data.reward_weights(data.reward):
+                check_importable(reward, REWARDS, "data.reward", search)
         check_importable(config.rollout.environment, ENVIRONMENTS, "rollout.environment", search)
         if isinstance(config.algorithm, CustomConfig):
             check_importable(config.algorithm.name, {}, "algorithm.name", search)

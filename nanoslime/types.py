@@ -76,6 +76,8 @@ class Sample:
     # [T-1, num_moe_layers, topk]; uint8 up to 256 experts, else int16
     routed_experts: np.ndarray | None = None
     reward: float | None = None  # set once, by the reward
+    # Where the reward is a weighted sum, what each reward in it gave, by name.
+    reward_parts: dict[str, float] = field(default_factory=dict)
     advantage: float | None = None  # set once, by the algorithm; never stored in `reward`
 
     @property
@@ -181,6 +183,7 @@ class SampleReport:
     arrays: Any
     error: str | None = None
     reward: float | None = None
+    reward_parts: dict[str, float] = field(default_factory=dict)
     advantage: float | None = None
 
     @property
@@ -196,6 +199,7 @@ class Scored(Protocol):
     rollout_id: int
     status: Status
     reward: float | None
+    reward_parts: dict[str, float]
     advantage: float | None
 
     @property

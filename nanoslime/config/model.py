@@ -8,21 +8,37 @@ from dataclasses import asdict, replace
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from nanoslime.config.base import knobs
 from nanoslime.plugins import target
 
 REWARDS = {
     "exact_match": "nanoslime.rollout.rewards.exact_match:reward",
+    "f1": "nanoslime.rollout.rewards.f1:reward",
+    "gsm8k": "nanoslime.rollout.rewards.gsm8k:reward",
     "math_answer": "nanoslime.rollout.rewards.math_answer:reward",
+    "multiple_choice": "nanoslime.rollout.rewards.multiple_choice:reward",
+    "remote": "nanoslime.rollout.rewards.remote:reward",
+    # The names that slime has for some of them.
+    "gpqa": "nanoslime.rollout.rewards.multiple_choice:reward",
+    "math": "nanoslime.rollout.rewards.math_answer:reward",
+    "remote_rm": "nanoslime.rollout.rewards.remote:reward",
 }
-"""A reward is `reward(text, label, metadata) -> float`.
+"""A reward is `reward(text, label, metadata) -> float`, a plain function or an async one.
 
-It takes the text of the response, and label and metadata of the prompt. If it names a
-parameter `status`, it gets that of the sample too (a nanoslime.types.Status); if it names
-`prompt`, the text that the response goes on from.
+It takes the text of the response, and label and metadata of the prompt. What it names besides
+of the following, it gets by name:
+
+    status      of the sample, a nanoslime.types.Status
+    prompt      the text that the response goes on from
+    sample      the nanoslime.types.Sample itself with its tokens, without routed experts
+    reward_url  data.reward_url
+    timeout_s   data.reward_timeout_s
 """
+
+WEIGHTED = "weighted"
+"""The name of the weighted sum of data.rewards."""
 
 # What the chat template is given besides data.chat_template_kwargs.
 _TEMPLATE_ARGUMENTS = {
@@ -82,7 +98,7 @@ class SourceConfig:
     @field_validator("reward")
     @classmethod
     def _known_reward(cls, reward: str | None) -> str | None:
-        return reward and _known_reward(reward)
+        return reward if reward in (None, WEIGHTED) else _known_reward(reward)
 
     @property
     def title(self) -> str:
@@ -125,8 +141,22 @@ class DataConfig:
     """Keep a prompt that comes several times with the same label only once. False: it
     comes as often in each epoch as in the file."""
     shuffle: bool = True
+    rewards: dict[str, float] = Field(default_factory=dict)
+    """Several rewards by name, with weights: their weighted sum takes the place of
+    data.reward. One of weight 0 is only recorded. Each is a metric, rollout/reward_NAME_mean."""
     reward: str = "exact_match"
-    """A name of the reward table, or "package.module:function"."""
+    """A name of the reward table, or "package.module:function"; "weighted" stands for
+    data.rewards."""
+    reward_options: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """By the name of a reward, further arguments that it takes by name."""
+    reward_url: str = ""
+    """Where the reward "remote" sends samples by POST."""
+    reward_timeout_s: float = Field(default=30.0, gt=0)
+    """A reward that takes longer gives its sample the status error. Waiting for its turn
+    does not count."""
+    reward_processes: int = Field(default=0, ge=0)
+    """How many processes at most run one plain function of a rollout worker, a sample each; 0:
+    one a core, and 8 at most. An async function has one process for up to 128 samples."""
 
     @field_validator("chat_template", mode="before")
     @classmethod
@@ -146,10 +176,43 @@ class DataConfig:
             )
         return variables
 
+    @field_validator("rewards", "reward_options")
+    @classmethod
+    def _known_rewards(cls, by_name: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        for name in by_name:
+            target(name, REWARDS, f"data.{info.field_name}")
+        return by_name
+
     @field_validator("reward")
     @classmethod
-    def _known_reward(cls, reward: str) -> str:
-        return _known_reward(reward)
+    def _known_reward(cls, reward: str, info: ValidationInfo) -> str:
+        has_several = bool(info.data.get("rewards"))
+        if has_several and reward in (WEIGHTED, cls.reward):
+            return WEIGHTED
+        if has_several:
+            raise ValueError(
+                f"data.reward={reward!r} and data.rewards exclude each other; name {reward!r} in "
+                "data.rewards, with a weight"
+            )
+        return reward if reward == WEIGHTED else _known_reward(reward)
+
+    @model_validator(mode="after")
+    def _rewards_have_what_they_need(self) -> Self:
+        named = {self.reward, *(source.reward for source in self.sources if source.reward)}
+        if WEIGHTED in named and not self.rewards:
+            raise ValueError(
+                "data.reward='weighted' needs data.rewards: names of rewards, with weights"
+            )
+        for name in sorted({part for reward in named for part in self.reward_weights(reward)}):
+            is_remote = target(name, REWARDS, "data.reward") == REWARDS["remote"]
+            options = self.reward_options.get(name, {})
+            if is_remote and not options.get("reward_url", self.reward_url):
+                raise ValueError(f"data.reward={name!r} needs data.reward_url, its server")
+        return self
+
+    def reward_weights(self, reward: str) -> dict[str, float]:
+        """The weights of the rewards whose sum is the one that `reward` names, by name."""
+        return self.rewards if reward == WEIGHTED else {reward: 1.0}
 
     @field_validator("sources", mode="before")
     @classmethod
@@ -185,6 +248,8 @@ class DataConfig:
     def _of_one(self, source: SourceConfig) -> "DataConfig":
         settings = asdict(source)
         del settings["name"], settings["weight"]
+        if source.reward not in (None, WEIGHTED):
+            settings["rewards"] = {}
         own = {name: value for name, value in settings.items() if value is not None}
         return replace(self, sources=[], **own)
 

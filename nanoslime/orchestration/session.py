@@ -77,7 +77,7 @@ def prepare_inputs(config: RunConfig, run: RunDir) -> Inputs:
     prompts = None
     if not config.rollout.load_rollouts:
         for data in config.data.by_source().values():
-            rewards.make(data.reward)
+            rewards.check(data)
         prompts = RunPrompts.load(config, model_dir)
     return Inputs(config, model_dir, prompts)
 

@@ -51,7 +51,7 @@ class ChildProcess:
 
         def before_exec() -> None:
             """The child leads its own process group by now."""
-            _signal_when_closed(read_end, os.getpid(), death_signal)
+            signal_when_closed(read_end, os.getpid(), death_signal)
             for number in ignored_signals:
                 signal.signal(number, signal.SIG_IGN)
 
@@ -67,7 +67,7 @@ class ChildProcess:
                     pass_fds=[read_end],
                     preexec_fn=before_exec if ignored_signals else None,
                 )
-            _signal_when_closed(read_end, self.pid, death_signal)
+            signal_when_closed(read_end, self.pid, death_signal)
         except BaseException:
             os.close(self._lifeline)
             raise
@@ -149,7 +149,7 @@ class ChildProcess:
             )
 
 
-def _signal_when_closed(read_end: int, group: int, number: signal.Signals) -> None:
+def signal_when_closed(read_end: int, group: int, number: signal.Signals) -> None:
     """Have the kernel signal a process group when the write end of this pipe closes."""
     fcntl.fcntl(read_end, fcntl.F_SETOWN, -group)
     fcntl.fcntl(read_end, _F_SETSIG, number)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from nanoslime.config.rollout import RolloutConfig
+from nanoslime.config import DataConfig, RolloutConfig
 from nanoslime.failures import summary
 from nanoslime.rollout.rewards import Reward, call
 from nanoslime.rollout.router import LeastInflightRouter
@@ -122,7 +122,7 @@ def _score(reward: Reward, sample: Sample, prompt: Prompt) -> float:
     """The sample's reward. Raises RunError where the reward fails or is not a finite number."""
     name = getattr(reward, "__module__", reward)
     try:
-        value = call(reward, sample, prompt)
+        value = call(reward, sample, prompt, DataConfig())
     except (Exception, SystemExit) as e:
         raise RunError(
             f"reward {name} failed on prompt {prompt.prompt_id} with {summary(e)}; "

@@ -304,7 +304,7 @@ def test_a_field_that_two_flags_of_a_command_set_is_refused(args):
         (["--engine", "json:loads"], "^rollout.engine='json:loads' is no kind of engine; name a"),
         (
             ["--reward", "mth"],
-            "^data.reward='mth' is unknown; choose one of exact_match, math_answer, or",
+            "^data.reward='mth' is unknown; choose one of exact_match, f1, gpqa, gsm8k, math, ",
         ),
     ],
 )

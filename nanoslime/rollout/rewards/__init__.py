@@ -4,33 +4,83 @@ The table lies in `config`, where the login node can check the name of a reward.
 """
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
+from nanoslime.config import DataConfig
 from nanoslime.config.model import REWARDS as REWARDS
 from nanoslime.plugins import resolve
 from nanoslime.types import Prompt, RunError, Sample
 
 Reward = Callable[..., Any]
 
+# What a reward gets by name where it has a parameter of that name.
+BY_NAME = frozenset({"status", "prompt", "sample", "reward_url", "timeout_s"})
 
-def make(name: str) -> Reward:
-    """The reward that data.reward names. Raises RunError where it cannot be loaded or called."""
+
+def check(data: DataConfig) -> None:
+    """Raises RunError where data.reward, or a part of it, cannot be loaded or called."""
+    for name in data.reward_weights(data.reward):
+        make(name, data.reward_options.get(name, {}))
+
+
+def make(name: str, options: Mapping[str, Any] | None = None) -> Reward:
+    """The reward of this name, with `options` as further arguments.
+
+    Raises RunError where it cannot be loaded or called.
+    """
     try:
         reward: Reward = resolve(name, REWARDS, "data.reward")
     except ValueError as error:
         raise RunError(str(error)) from error
     if not callable(reward):
         raise RunError(f"data.reward={name!r} is {reward!r}; name a function of a response")
-    return reward
+    options = options or {}
+    try:
+        asked = dict.fromkeys(asked_names(reward) - options.keys())
+        inspect.signature(reward).bind("", None, {}, **asked, **options)
+    except (TypeError, ValueError) as error:
+        raise RunError(
+            f"data.reward={name!r} cannot be called with (text, label, metadata) and the options "
+            f"{sorted(options)}: {error}"
+        ) from error
+    return partial(reward, **options) if options else reward
 
 
-def call(reward: Reward, sample: Sample, prompt: Prompt) -> float:
-    """`reward(text, label, metadata)`, with `status=` and `prompt=` where it names them.
+def asked_names(reward: Reward) -> frozenset[str]:
+    """Those of BY_NAME that the reward has a parameter for, and no option."""
+    options = reward.keywords if isinstance(reward, partial) else {}
+    return BY_NAME & inspect.signature(reward).parameters.keys() - options.keys()
 
-    `status` is that of the sample, `prompt` the text before its response.
+
+def known(asked: Collection[str], sample: Sample, prompt: Prompt, data: DataConfig) -> dict:
+    """What a reward gets by name."""
+    all_known = {
+        "status": sample.status,
+        "prompt": prompt.text,
+        "sample": sample,
+        "reward_url": data.reward_url,
+        "timeout_s": data.reward_timeout_s,
+    }
+    return {name: all_known[name] for name in asked}
+
+
+def call(reward: Reward, sample: Sample, prompt: Prompt, data: DataConfig) -> float:
+    """`reward(text, label, metadata)` with what it asks for by name.
+
+    Raises what the reward raises, and what `number` does.
     """
-    known = {"status": sample.status, "prompt": prompt.text}
-    parameters = inspect.signature(reward).parameters
-    asked = {name: value for name, value in known.items() if name in parameters}
-    return float(reward(sample.text, sample.label, prompt.metadata, **asked))
+    named = known(asked_names(reward), sample, prompt, data)
+    return number(reward(sample.text, sample.label, prompt.metadata, **named))
+
+
+def number(value: Any) -> float:
+    """What a reward has returned. Raises ValueError where it is no finite number."""
+    if isinstance(value, str | bytes | None):
+        raise ValueError(f"the reward returned {value!r:.100}, which is no number")
+    reward = float(value)
+    if not math.isfinite(reward):
+        raise ValueError(f"the reward returned {reward}, which is not finite")
+    return reward

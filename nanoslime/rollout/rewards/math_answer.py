@@ -2,9 +2,10 @@
 
     response -> without its thoughts -> final answer -> the same text or number, or math-verify
 
-The final answer of a response is what stands after its last "####" (GSM8K, arXiv 2110.14168)
-or in its last \\boxed{...}; without any, what follows its last "answer is" or "answer:", else
-its last formula or number. A label is the answer itself, unless it has "####" or a box.
+The final answer of a response is what stands in its last <answer>, after its last "####" (GSM8K,
+arXiv 2110.14168) or in its last \\boxed{...}; without any, what follows its last "answer is" or
+"answer:", else its last formula or number. "####" may begin a headline, too: "#### Step 1" is no
+answer. A label is the answer itself, unless it has "####" or a box.
 """
 
 import re
@@ -23,6 +24,19 @@ _TAIL = 2000
 
 _MARK = "####"
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
+# A headline in front of steps, and one in front of the answer.
+_STEP = re.compile(
+    r"\W*(?:(?:step|part|case|stage|phase|section|method|approach|solution|calculations?|problem"
+    r"|question|explanation|reasoning|analysis|verif\w*|check\w*|conclusion|summary|note)\b"
+    r"|\d+[.)]\s+[a-zA-Z])",
+    re.IGNORECASE,
+)
+_ANNOUNCED = re.compile(
+    r"\W*(?:the\s+)?(?:final\s+|correct\s+)?(?:answer|result)\W*", re.IGNORECASE
+)
+# So many headlines at most are passed over.
+_MAX_HEADLINES = 50
 _ANSWER_IS = re.compile(r"\banswer\b[^\n.:$\\]{0,80}?(?:\bis\b:?|:|=)", re.IGNORECASE)
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
 _NUMBER = rf"(?:(?<![\d)])-)?(?:\\?\$)?(?:{_DIGITS})(?:/\d+)?(?!\w|\^)(?:\s?\\?%)?"
@@ -80,8 +94,8 @@ def reward(
 
 def label_answer(label: str) -> str:
     """The answer of a worked solution that marks it; any other label is an answer."""
-    marked = _marked(label)
-    return _cleaned(label if marked is None else marked)
+    answer = marked(label)
+    return _cleaned(label if answer is None else answer)
 
 
 def final_answer(text: str, *, cut_off: bool = False) -> str:
@@ -89,11 +103,11 @@ def final_answer(text: str, *, cut_off: bool = False) -> str:
 
     The last line of a text that was `cut_off` says nothing unless it holds a whole box.
     """
-    if cut_off and not _in_last_box(text.rpartition("\n")[2]):
-        text = text.rpartition("\n")[0]
-    marked = _marked(text)
-    if marked is not None:
-        return _cleaned(marked)
+    if cut_off:
+        text = complete_part(text)
+    answer = marked(text)
+    if answer is not None:
+        return _cleaned(answer)
     tail = text[-_TAIL:]
     lead_ins = list(_ANSWER_IS.finditer(tail))
     if lead_ins:
@@ -108,22 +122,40 @@ def final_answer(text: str, *, cut_off: bool = False) -> str:
     return _cleaned(tail) if not found else ""
 
 
-def _marked(text: str) -> str | None:
-    """What the text marks as its answer with "####" or a box; None where it marks nothing.
+def complete_part(text: str) -> str:
+    """A text that was cut off, without its last line, unless that holds a whole box."""
+    before, _, last_line = text.rpartition("\n")
+    return text if _in_last_box(last_line) else before
 
-    A line "####" without a digit is a heading where a box is near: in front of it or after it.
+
+def marked(text: str) -> str | None:
+    """What the text marks as its answer; None where it marks nothing.
+
+    A line "####" without a digit is a heading where a box is in front of it; with a box behind
+    it, any line is.
     """
-    before, mark, after = text.rpartition(_MARK)
-    if not mark:
-        return _in_last_box(text)
-    boxed = _in_last_box(after)
-    if boxed is not None:
-        return boxed
-    lines = after.strip().splitlines()
-    line = lines[0] if lines else ""
-    if not re.search(r"\d", line):
-        boxed = _in_last_box(before)
-    return line if boxed is None else boxed
+    tags = _TAG.findall(text)
+    if tags:
+        answer = marked(tags[-1])
+        return tags[-1] if answer is None else answer
+    end = len(text)
+    for _ in range(_MAX_HEADLINES):
+        start = text.rfind(_MARK, 0, end)
+        if start < 0:
+            break
+        line, _, following = text[start + len(_MARK) : end].strip().partition("\n")
+        if end == len(text):
+            boxed = _in_last_box(text[start:])
+            if boxed is not None:
+                return boxed
+        end = start
+        if _ANNOUNCED.fullmatch(line) and following.strip():
+            return final_answer(following)
+        if _STEP.match(line):
+            continue
+        boxed = None if re.search(r"\d", line) else _in_last_box(text[:start])
+        return line if boxed is None else boxed
+    return _in_last_box(text)
 
 
 def _in_last_box(text: str) -> str | None:
@@ -179,11 +211,14 @@ def same_answer(label: str, answer: str) -> bool:
 
 def _as_text(answer: str) -> str:
     """The answer as one word, to be compared with another one."""
-    text = _TEXT.sub(r"\1", answer)
-    text = re.sub(r"\\[dtc]frac", r"\\frac", text)
-    text = _NOISE.sub("", _without_thousands_separators(text))
+    text = re.sub(r"\\[dtc]frac", r"\\frac", plain(answer))
     choice = re.fullmatch(r"\(?([A-Z])\)?", text)
     return choice.group(1) if choice else text
+
+
+def plain(answer: str) -> str:
+    """Without text commands, spaces, currency, percent, degrees and thousands separators."""
+    return _NOISE.sub("", _without_thousands_separators(_TEXT.sub(r"\1", answer)))
 
 
 def _without_thousands_separators(answer: str) -> str:

@@ -1,0 +1,47 @@
+"""1 where the final answer of a worked solution is the number of the label, else 0.
+
+GSM8K, arXiv 2110.14168. The final answer is found as for math_answer; units, currency and
+thousands separators make no other number. Nothing is asked of math-verify, so this is quick.
+"""
+
+import re
+from fractions import Fraction
+from typing import Any
+
+from nanoslime.rollout.rewards.math_answer import final_answer, label_answer, plain
+from nanoslime.rollout.rewards.thoughts import without_thoughts
+from nanoslime.types import Status
+
+_FRACTION = re.compile(r"\\[dtc]?frac\s*\{?\s*(\d+)\s*\}?\s*\{?\s*(\d+)\s*\}?")
+_NUMBER = re.compile(r"(?<![\d.)])-?(?:\d+(?:\.\d*)?|\.\d+)(?:/\d+)?")
+# More digits are no answer, and would take long.
+_MAX_DIGITS = 40
+
+
+def reward(
+    text: str,
+    label: Any,
+    metadata: dict[str, Any],
+    *,
+    status: Status = Status.COMPLETED,
+    prompt: str = "",
+) -> float:
+    """An answer of several numbers, as "18 or 19", is none."""
+    response = without_thoughts(text, prompt)
+    if response is None or label is None:
+        return 0.0
+    wanted = value(label_answer(str(label)))
+    given = value(final_answer(response, cut_off=status is not Status.COMPLETED))
+    return float(wanted is not None and given == wanted)
+
+
+def value(answer: str) -> Fraction | None:
+    """The number in a cleaned answer; behind the last "=" where it is an equation."""
+    _, _, right = plain(answer).rpartition("=")
+    numbers = _NUMBER.findall(_FRACTION.sub(r"\1/\2", right))
+    if len(numbers) != 1 or len(numbers[0]) > _MAX_DIGITS:
+        return None
+    try:
+        return Fraction(numbers[0]) if "." not in numbers[0] or "/" not in numbers[0] else None
+    except ZeroDivisionError:
+        return None

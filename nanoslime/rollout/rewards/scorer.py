@@ -1,0 +1,113 @@
+"""Scores samples: a reward gives each a finite number, or it becomes a sample with an error.
+
+Scorer.score -> each reward of the sum -> in the event loop (QUICK), or in a RewardPool
+"""
+
+import asyncio
+import logging
+import os
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from nanoslime.config import DataConfig
+from nanoslime.failures import summary
+from nanoslime.rollout.rewards import Reward, call, known, make, number
+from nanoslime.rollout.rewards.pool import RewardFailed, RewardPool
+from nanoslime.types import Prompt, Sample, Status
+
+logger = logging.getLogger(__name__)
+
+# Rewards of our own that take microseconds and cannot hang: they need no process.
+QUICK = frozenset({"exact_match", "f1", "gsm8k", "multiple_choice", "gpqa"})
+_MAX_PROCESSES = 8
+
+
+class Scorer:
+    """The rewards of one rollout worker, for one event loop; `close` ends their processes."""
+
+    def __init__(self, data: DataConfig) -> None:
+        self._data = data
+        self._quick: dict[str, Reward] = {}
+        self._pools: dict[str, RewardPool] = {}
+        self._counts: Counter[str] = Counter()
+        self._told: set[tuple[str, str]] = set()
+
+    async def score(self, sample: Sample, prompt: Prompt, reward_name: str) -> None:
+        """Sets the reward of the sample, and its parts where the reward is a weighted sum.
+
+        A reward that crashes, takes too long, ends its process or returns no finite number
+        gives the sample the status error, with the cause in `error`. A sample that has this
+        status already is left alone; a reward that its environment has set is only checked.
+        """
+        if sample.status is Status.ERROR:
+            return
+        try:
+            if sample.reward is None:
+                await self._judge(sample, prompt, self._data.reward_weights(reward_name))
+            else:
+                sample.reward = number(sample.reward)
+        except Exception as error:
+            self._fail(sample, reward_name, error)
+
+    def metrics(self) -> dict[str, float]:
+        """How many samples have lost their reward since this was asked the last time."""
+        counts = self._counts
+        self._counts = Counter()
+        names = ("rollout/reward_errors", "rollout/reward_timeouts")
+        return {name: float(counts[name]) for name in names}
+
+    async def close(self) -> None:
+        for pool in self._pools.values():
+            await pool.close()
+
+    async def _judge(self, sample: Sample, prompt: Prompt, weights: dict[str, float]) -> None:
+        """Raises what the first reward that fails has raised, once all have come to an end."""
+        judgements = [self._value(name, sample, prompt) for name in weights]
+        values = await asyncio.gather(*judgements, return_exceptions=True)
+        parts: dict[str, float] = {}
+        for name, value in zip(weights, values, strict=True):
+            if isinstance(value, BaseException):
+                raise value
+            parts[name] = value
+        sample.reward = number(sum(weight * parts[name] for name, weight in weights.items()))
+        if len(parts) > 1:
+            sample.reward_parts = parts
+
+    async def _value(self, name: str, sample: Sample, prompt: Prompt) -> float:
+        """Raises RewardFailed, or what a quick reward raises."""
+        options = self._data.reward_options.get(name, {})
+        if name in QUICK:
+            if name not in self._quick:
+                self._quick[name] = make(name, options)
+            return call(self._quick[name], sample, prompt, self._data)
+        if name not in self._pools:
+            cores = len(os.sched_getaffinity(0))
+            size = self._data.reward_processes or min(cores, _MAX_PROCESSES)
+            self._pools[name] = RewardPool(name, options, size, self._data.reward_timeout_s)
+        named = partial(_named, sample=sample, prompt=prompt, data=self._data)
+        arguments = (sample.text, sample.label, prompt.metadata)
+        return await self._pools[name].call(arguments, named)
+
+    def _fail(self, sample: Sample, reward_name: str, error: Exception) -> None:
+        failure = RewardFailed(summary(error), type(error).__name__)
+        if isinstance(error, RewardFailed):
+            failure = error
+        sample.status = Status.ERROR
+        sample.error = f"reward {reward_name}: {failure.cause}"
+        self._counts["rollout/reward_errors"] += 1
+        self._counts["rollout/reward_timeouts"] += failure.kind == "late"
+        key = (reward_name, failure.kind)
+        if key not in self._told:
+            self._told.add(key)
+            details = f"\n{failure.traceback}" if failure.traceback else ""
+            logger.warning("%s (told once; response: %.200r)%s", sample.error, sample.text, details)
+
+
+def _named(
+    asked: Collection[str], *, sample: Sample, prompt: Prompt, data: DataConfig
+) -> dict[str, Any]:
+    """What a reward process gets by name; the experts of a sample are too many to send."""
+    return known(asked, replace(sample, routed_experts=None), prompt, data)
