@@ -16,6 +16,8 @@ ENGINES = {
 # What makes the samples of a prompt; `nanoslime.rollout.environments` says what each is.
 ENVIRONMENTS = {
     "single_turn": "nanoslime.rollout.environments.single_turn:run",
+    "calculator": "nanoslime.rollout.environments.calculator:run",
+    "self_check": "nanoslime.rollout.environments.self_check:run",
 }
 
 

@@ -5,6 +5,13 @@ from nanoslime.models.shape import ModelShape
 from nanoslime.types import RunError
 
 
+def context_limit(config: RunConfig, shape: ModelShape) -> int:
+    """The most tokens that a prompt and its response can have together."""
+    rollout = config.rollout
+    asked = rollout.sglang.get("context_length") if rollout.engine == "sglang" else None
+    return min(shape.context_length, asked or shape.context_length)
+
+
 def check_context(config: RunConfig, shape: ModelShape) -> None:
     """Raises RunError where a prompt and a response of the allowed lengths exceed the context,
     or a token that shall end responses is none of the model's.
@@ -21,11 +28,9 @@ def check_context(config: RunConfig, shape: ModelShape) -> None:
             f"rollout.stop_token_ids has {last_stop_token}, which no response can hold: the "
             f"model's vocab_size is {shape.vocab_size}; take ids of the checkpoint's tokenizer"
         )
-    limit = shape.context_length
+    limit = context_limit(config, shape)
     source = "the model reads (its max_position_embeddings and rope scaling)"
-    asked = rollout.sglang.get("context_length") if rollout.engine == "sglang" else None
-    if asked is not None and asked < limit:
-        limit = asked
+    if limit < shape.context_length:
         source = "rollout.sglang.context_length allows"
     prompt = config.data.max_prompt_tokens
     if prompt + rollout.max_new_tokens <= limit:

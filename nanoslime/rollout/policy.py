@@ -7,13 +7,18 @@ it, does not show: a request that was interrupted is asked again with the tokens
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from nanoslime.config import RunConfig
+from nanoslime.models.context import context_limit
+from nanoslime.models.shape import ModelShape
+from nanoslime.rollout.chat import Chat
 from nanoslime.rollout.tasks import GroupTask, Sampling
+from nanoslime.storage.prompt_text import check_template
 from nanoslime.types import GenerateRequest, Generation, Status
 
 # SGLang refuses a prompt that leaves fewer tokens of the context than this.
@@ -37,8 +42,26 @@ class ServedModel:
     tokenizer: PreTrainedTokenizerBase
     # The most tokens that a sequence can have.
     context_length: int
-    # Variables of the chat template: data.chat_template_kwargs.
-    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    # Variables of the chat template; None where none is applied.
+    chat_template_kwargs: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        config: RunConfig,
+        router: Router,
+        tokenizer: PreTrainedTokenizerBase,
+        shape: ModelShape,
+    ) -> "ServedModel":
+        """Raises RunError where the configuration needs a chat template and there is none."""
+        data = config.data
+        use_template = check_template(bool(tokenizer.chat_template), data)
+        kwargs = data.chat_template_kwargs if use_template else None
+        return cls(router, tokenizer, context_limit(config, shape), kwargs)
+
+    @property
+    def chat(self) -> Chat:
+        return Chat(self.tokenizer, self.chat_template_kwargs)
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:
@@ -97,6 +120,10 @@ class Policy:
         """How many tokens the rollout may still generate."""
         spent = sum(len(call.generation.token_ids) for call in self._calls)
         return max(0, self.sampling.max_new_tokens - spent)
+
+    @property
+    def chat(self) -> Chat:
+        return self.model.chat
 
     def encode(self, text: str) -> list[int]:
         """The token ids of `text`, without special tokens around them."""
