@@ -33,6 +33,10 @@ class RequestFailed(RunError):
     """
 
 
+class EngineGone(RunError):
+    """An engine did not answer a control call: it is dead, or it hangs."""
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """One row of a source of prompts, already tokenized."""
@@ -305,15 +309,21 @@ class Generation:
 # What an engine holds on its device. With the weights alone it can be sent new ones.
 MemoryPart = Literal["weights", "cache"]
 
+# What a pause does to running requests. retract: they stay, and are computed again after
+# `resume`, so that the cache can be flushed. in_place: they stay together with their cache.
+# abort: they end, with status aborted and the tokens that they have.
+PauseMode = Literal["retract", "in_place", "abort"]
+
 
 @runtime_checkable
 class Engine(Protocol):
     """What samples tokens. SGLang over HTTP and the embedded transformers engine look the
     same from outside.
 
-    Control calls block, have a deadline, and raise RunError naming the engine and its log.
-    `generate` raises RequestFailed for a request that another try may save. Weights change
-    only between `pause()` and `resume()`; `policy_version` is what the engine itself reports.
+    Control calls block, have a deadline, and raise RunError naming the engine and its log;
+    it is EngineGone where the engine does not answer. `generate` raises RequestFailed for a
+    request that another try may save. Weights change only between `pause()` and `resume()`;
+    `policy_version` is what the engine itself reports.
     """
 
     name: str
@@ -324,11 +334,22 @@ class Engine(Protocol):
         """Whether the engine generates; a hung one gives False after a deadline of its own."""
         ...
 
-    def pause(self) -> None: ...
+    def pause(self, mode: PauseMode = "retract") -> None:
+        """Stops generating; requests wait until `resume`, new ones and those that stay."""
+
     def resume(self) -> None: ...
+
+    def interrupt(self) -> None:
+        """Ends all requests that it has, with status aborted and the tokens that they have.
+
+        A request that is on its way may be missed.
+        """
+
     def flush(self) -> None: ...
     def policy_version(self) -> int: ...
-    def update_weights_from_disk(self, path: str, version: int) -> None: ...
+
+    def update_weights_from_disk(self, path: str, version: int, *, flush: bool = True) -> None:
+        """`flush` empties the prefix cache, which a pause in place forbids."""
 
     def release_memory(self) -> None:
         """Frees weights and cache on the device; nothing may be running."""
@@ -364,5 +385,12 @@ class BroadcastEngine(Engine, Protocol):
         self, *, names: list[str], dtypes: list[str], shapes: list[list[int]], group: str
     ) -> None: ...
     def receive_payloads(self, payloads: list[bytes]) -> None: ...
-    def end_update(self, version: int) -> None: ...
+    def end_update(self, version: int, *, flush: bool = True) -> None: ...
     def destroy_weight_group(self, group: str) -> None: ...
+
+    def abandon_update(self, group: str) -> None:
+        """Ends an update that was begun and leaves the group, whatever became of them.
+
+        The weights may be a mixture, so another update has to follow before `resume`.
+        Raises EngineGone where what computes in the engine does not answer.
+        """

@@ -6,6 +6,7 @@ from pydantic import Field, field_validator
 
 from nanoslime.config.base import knobs
 from nanoslime.plugins import target
+from nanoslime.types import PauseMode
 
 # Each names a subclass of `nanoslime.engine_kind.EngineKind`, in a file without torch.
 ENGINES = {
@@ -79,6 +80,17 @@ class RolloutConfig:
     mask_stale_tokens: bool = False
     """Tokens that older weights than the current ones sampled leave the loss and its
     denominators; a sample that has no others leaves the batch."""
+    max_inflight: int = Field(default=256, ge=1)
+    """Sequences that are sent to an engine at once, by each rollout worker; more wait, which
+    does not count into request_deadline_s."""
+    at_sync: PauseMode = "retract"
+    """What a weight sync does to running requests. retract: they go on under the new weights
+    and are computed again from their tokens. in_place: they go on with the old weights' cache.
+    abort: they end, and are sent again with the tokens that they have. The embedded engine
+    keeps no cache over a sync."""
+    engine_restarts: int = Field(default=3, ge=0)
+    """How often an engine that is lost is started again, each time after a longer pause; with
+    cluster.colocate never."""
     load_rollouts: str = ""
     """Train on the rollouts that a run recorded (its directory, or the rollouts/ in
     it), without engines."""

@@ -1,15 +1,17 @@
 """Sampling in this process with transformers, without a server.
 
 Requests that arrive together are one batch: left-padded prompts, one forward per token
-for all of them, with a KV cache. The engine is not fast (a finished sequence stays in
-the batch until the last one ends), but its logprobs are exact.
+for all of them, with a KV cache, in a thread of the engine's own. The engine is not fast
+(a finished sequence stays in the batch until the last one ends), but its logprobs are
+exact. A batch can be stopped between two tokens; what it has sampled stays.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,10 +28,19 @@ from nanoslime.engine_kind import EngineStart
 from nanoslime.models.shape import ModelShape
 from nanoslime.rollout.weight_check import ExpectedTensors
 from nanoslime.storage.safetensors_file import read_headers
-from nanoslime.types import GenerateRequest, Generation, MemoryPart, RunError, Status
+from nanoslime.types import (
+    GenerateRequest,
+    Generation,
+    MemoryPart,
+    PauseMode,
+    RunError,
+    Status,
+)
 
 # The most sequences in one forward.
 _MAX_SEQUENCES = 1024
+# A batch begins when no request has come in so many turns of the event loop.
+_QUIET_TURNS = 8
 # How long a batch or a weight update may take before whoever waits for it gives up.
 _DEADLINE_S = 300.0
 
@@ -39,30 +50,41 @@ class EmbeddedOwner:
 
     def __init__(self, start: EngineStart) -> None:
         self._start = start
+        self._engine: EmbeddedEngine | None = None
 
     def start(self, deadline_s: float) -> EmbeddedEngine:
         config = self._start.config
         device = "cpu"
         if self._start.device == "cuda":
             device = f"cuda:{self._start.gpu_ids[0]}"
-        return EmbeddedEngine(
+        self._engine = EmbeddedEngine(
             str(self._start.model_dir),
             config.model.dtype,
             device,
             seed=config.seed,
             trust_remote_code=config.model.trust_remote_code,
         )
+        return self._engine
 
     def close(self) -> None:
-        """Nothing is left to end."""
+        if self._engine is not None:
+            self._engine.close()
 
 
 @dataclass(eq=False, slots=True)
 class _Job:
-    """A request that waits for its batch."""
+    """A request with what has been sampled of it. A request that is given up is cancelled."""
 
-    request: GenerateRequest
-    answer: list[Generation] | None = None
+    sequences: list[_Sequence]
+    answer: Future[list[Generation]] = field(default_factory=Future)
+
+    def finish(self, *, aborted: bool = False) -> None:
+        if self.answer.set_running_or_notify_cancel():
+            self.answer.set_result([sequence.generation(aborted) for sequence in self.sequences])
+
+    def fail(self, error: BaseException) -> None:
+        if self.answer.set_running_or_notify_cancel():
+            self.answer.set_exception(error)
 
 
 class EmbeddedEngine:
@@ -93,8 +115,14 @@ class EmbeddedEngine:
         self._seeds = torch.Generator().manual_seed(seed)
         self._version = 0
         self._paused = False
+        # Whoever holds it computes: a batch, or a change of the weights.
         self._busy = threading.Lock()
+        # Stops the running batch before its next token, and keeps others from beginning.
+        self._must_stop = threading.Event()
+        # Held by the one who stops it.
+        self._stopping = threading.Lock()
         self._waiting: list[_Job] = []
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="embedded-engine")
         self._released_shapes: list[torch.Size] = []
 
     async def generate(self, request: GenerateRequest) -> list[Generation]:
@@ -103,33 +131,52 @@ class EmbeddedEngine:
         Raises RunError for a token id outside the vocabulary.
         """
         request.check_tokens(self._model.config.get_text_config().vocab_size, self.name)
-        job = _Job(request)
+        job = _Job(self._sequences(request))
         self._waiting.append(job)
-        try:
-            # Requests that were started together with this one join its batch here.
+        await self._others_come()
+        self._thread.submit(self._answer_waiting)
+        return await asyncio.wrap_future(job.answer)
+
+    async def _others_come(self) -> None:
+        """Returns when those who start requests together with this one have done so.
+
+        Turns of the event loop are counted, and no time, so that the same requests make the
+        same batch whenever they are sent.
+        """
+        num_quiet = 0
+        while num_quiet < _QUIET_TURNS:
+            num_waiting = len(self._waiting)
             await asyncio.sleep(0)
-            while self._paused:
-                await asyncio.sleep(0.01)
-            # The first one to wake up answers for all.
-            if job.answer is None:
-                self._answer([job for job in self._waiting if job.answer is None])
-        finally:
-            self._waiting.remove(job)
-        assert job.answer is not None
-        return job.answer
+            num_quiet = num_quiet + 1 if len(self._waiting) == num_waiting else 0
 
     def health(self) -> bool:
         """It lives as long as this process does."""
         return True
 
-    def pause(self) -> None:
-        """Returns when no forward runs; requests wait until `resume`."""
+    def pause(self, mode: PauseMode = "retract") -> None:
+        """Returns when no forward runs. Modes that keep requests are one here: a request goes on
+        from its tokens after `resume`, in a batch of its own cache.
+        """
         self._paused = True
-        with self._alone("the running batch"):
-            pass
+        if mode == "abort":
+            self.interrupt()
+        else:
+            with self._batch_stopped():
+                pass
 
     def resume(self) -> None:
         self._paused = False
+        self._thread.submit(self._answer_waiting)
+
+    def interrupt(self) -> None:
+        with self._batch_stopped():
+            while self._waiting:
+                self._waiting.pop(0).finish(aborted=True)
+
+    def close(self) -> None:
+        """Ends its requests and its thread."""
+        self.pause("abort")
+        self._thread.shutdown()
 
     def flush(self) -> None:
         """Nothing needs to be done: a cache ends with its batch."""
@@ -137,7 +184,7 @@ class EmbeddedEngine:
     def policy_version(self) -> int:
         return self._version
 
-    def update_weights_from_disk(self, path: str, version: int) -> None:
+    def update_weights_from_disk(self, path: str, version: int, *, flush: bool = True) -> None:
         """`load_weights` from the safetensors of a directory."""
         files = {info.file for info in read_headers(Path(path)).values()}
         self.load_weights(_tensors_of(sorted(files)), version)
@@ -182,6 +229,18 @@ class EmbeddedEngine:
         finally:
             self._busy.release()
 
+    @contextmanager
+    def _batch_stopped(self) -> Iterator[None]:
+        """Inside, no batch runs; the unfinished requests of the one that ran wait again."""
+        with self._stopping:
+            self._must_stop.set()
+            try:
+                with self._alone("the running batch"):
+                    self._must_stop.clear()
+                    yield
+            finally:
+                self._must_stop.clear()
+
     def _copy(self, tensors: dict[str, Tensor]) -> None:
         model = self._model
         parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -197,20 +256,30 @@ class EmbeddedEngine:
             for name, tensor in tensors.items():
                 parameters[name].copy_(tensor)
 
-    def _answer(self, jobs: Sequence[_Job]) -> None:
-        sequences_of = {job: self._sequences(job.request) for job in jobs}
-        running = [
-            sequence
-            for sequences in sequences_of.values()
-            for sequence in sequences
-            if sequence.max_tokens > 0
-        ]
-        with self._alone("a weight update"):
-            for first in range(0, len(running), _MAX_SEQUENCES):
-                batch = running[first : first + _MAX_SEQUENCES]
-                _sample(self._model, batch, self._experts)
-            for job, sequences in sequences_of.items():
-                job.answer = [sequence.generation(self._version) for sequence in sequences]
+    def _answer_waiting(self) -> None:
+        """Makes batches of the requests that wait, until none is left or the engine pauses."""
+        try:
+            with self._alone("a weight update"):
+                while self._waiting and not (self._paused or self._must_stop.is_set()):
+                    self._run_batch(list(self._waiting))
+        except Exception as e:  # whoever waits has to hear of it
+            while self._waiting:
+                self._waiting.pop(0).fail(e)
+
+    def _run_batch(self, jobs: Sequence[_Job]) -> None:
+        """Answers these requests; those that a stop leaves unfinished stay among the waiting."""
+
+        def is_over() -> bool:
+            return self._must_stop.is_set() or all(job.answer.cancelled() for job in jobs)
+
+        running = [sequence for job in jobs for sequence in job.sequences if not sequence.done]
+        for first in range(0, len(running), _MAX_SEQUENCES):
+            batch = running[first : first + _MAX_SEQUENCES]
+            _sample(self._model, batch, self._experts, self._version, is_over)
+        for job in jobs:
+            if job.answer.cancelled() or all(sequence.done for sequence in job.sequences):
+                self._waiting.remove(job)
+                job.finish()
 
     def _sequences(self, request: GenerateRequest) -> list[_Sequence]:
         """The `request.n` sequences of a request, before their first token."""
@@ -295,11 +364,19 @@ class _Sequence:
     randoms: Tensor
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    # (first token, version) spans, as in Generation.
+    versions: list[tuple[int, int]] = field(default_factory=list)
     # [tokens, num_moe_layers, topk] of each forward.
     experts: list[Tensor] = field(default_factory=list)
     stopped: bool = False
 
-    def append(self, token: int, logprob: float) -> None:
+    @property
+    def all_token_ids(self) -> list[int]:
+        return [*self.request.token_ids, *self.token_ids]
+
+    def append(self, token: int, logprob: float, version: int) -> None:
+        if not self.versions or self.versions[-1][1] != version:
+            self.versions.append((len(self.token_ids), version))
         self.token_ids.append(token)
         self.logprobs.append(logprob)
         ends = self.stop_texts is not None and self.stop_texts.end(self.token_ids)
@@ -309,36 +386,48 @@ class _Sequence:
     def done(self) -> bool:
         return self.stopped or len(self.token_ids) == self.max_tokens
 
-    def generation(self, version: int) -> Generation:
+    def generation(self, aborted: bool) -> Generation:
         if self.max_tokens == 0:
             error = f"a prompt of {len(self.request.token_ids)} tokens fills the model's context"
             return Generation([], [], Status.ERROR, [], error=error)
+        status = Status.COMPLETED if self.stopped else Status.TRUNCATED
+        if aborted and not self.done:
+            status = Status.ABORTED
         return Generation(
             token_ids=self.token_ids,
             logprobs=self.logprobs,
-            status=Status.COMPLETED if self.stopped else Status.TRUNCATED,
-            versions=[(0, version)],
+            status=status,
+            versions=self.versions,
             routed_experts=torch.cat(self.experts).numpy() if self.experts else None,
         )
 
 
 @torch.inference_mode()
 def _sample(
-    model: PreTrainedModel, sequences: Sequence[_Sequence], experts: ExpertRecorder
+    model: PreTrainedModel,
+    sequences: Sequence[_Sequence],
+    experts: ExpertRecorder,
+    version: int,
+    is_over: Callable[[], bool],
 ) -> None:
     """Fills in the tokens, logprobs and experts of the sequences, one token of each per
-    forward."""
+    forward, until all are done or `is_over` says so.
+
+    A sequence that has been stopped goes on from its tokens.
+    """
     device = model.device
-    prompts = [torch.tensor(sequence.request.token_ids) for sequence in sequences]
+    prompts = [torch.tensor(sequence.all_token_ids) for sequence in sequences]
     attended = [torch.ones_like(prompt) for prompt in prompts]
     tokens = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)  # [B, P]
     mask = pad_sequence(attended, batch_first=True, padding_side="left").to(device)  # [B, P]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    randoms = pad_sequence([sequence.randoms for sequence in sequences], batch_first=True)
-    randoms = randoms.to(device)  # [B, the largest max_tokens]
+    remaining = [sequence.randoms[len(sequence.token_ids) :] for sequence in sequences]
+    randoms = pad_sequence(remaining, batch_first=True).to(device)  # [B, most tokens to come]
     temperatures = torch.tensor([s.request.temperature for s in sequences], device=device)
     cache = None
     for step in range(randoms.shape[1]):
+        if is_over():
+            return
         experts.clear()
         output = model(
             input_ids=tokens,
@@ -354,7 +443,7 @@ def _sample(
         logprobs = torch.log_softmax(logits / temperatures[:, None], -1)  # [B, V]
         probs = _filtered(logprobs, sequences)
         chosen = pick(probs, randoms[:, step])[:, None]  # [B, 1]
-        _keep_tokens(sequences, chosen, logprobs.gather(1, chosen))
+        _keep_tokens(sequences, chosen, logprobs.gather(1, chosen), version)
         if all(sequence.done for sequence in sequences):
             return
         tokens = chosen
@@ -367,19 +456,24 @@ def _keep_experts(sequences: Sequence[_Sequence], experts: Tensor | None) -> Non
     if experts is None:
         return
     for sequence, own in zip(sequences, experts, strict=True):
-        if not sequence.done:
-            # The first forward has the prompt, after the padding on its left; later
-            # ones one token.
-            sequence.experts.append(own[-len(sequence.request.token_ids) :])
+        if sequence.done:
+            continue
+        if len(own) > 1:
+            # A first forward has more than the last token, after the padding on its left.
+            num_known = sum(len(part) for part in sequence.experts)
+            own = own[num_known - len(sequence.all_token_ids) :]
+        sequence.experts.append(own)
 
 
-def _keep_tokens(sequences: Sequence[_Sequence], chosen: Tensor, logprobs: Tensor) -> None:
+def _keep_tokens(
+    sequences: Sequence[_Sequence], chosen: Tensor, logprobs: Tensor, version: int
+) -> None:
     """Gives each running sequence its token of `chosen` [B, 1] and its logprob [B, 1]."""
     token_of = chosen[:, 0].tolist()
     logprob_of = logprobs[:, 0].tolist()
     for sequence, token, logprob in zip(sequences, token_of, logprob_of, strict=True):
         if not sequence.done:
-            sequence.append(token, logprob)
+            sequence.append(token, logprob, version)
 
 
 def pick(probs: Tensor, randoms: Tensor) -> Tensor:

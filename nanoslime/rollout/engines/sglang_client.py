@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import time
 from base64 import b64decode, b64encode
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import aiohttp
 import numpy as np
@@ -17,22 +20,53 @@ import requests
 from nanoslime.models.shape import ModelShape
 from nanoslime.processes.logs import last_line
 from nanoslime.types import (
+    EngineGone,
     GenerateRequest,
     Generation,
     MemoryPart,
+    PauseMode,
     RequestFailed,
     RunError,
     Status,
 )
 
-PauseMode = Literal["retract", "in_place", "abort"]
-
 # SGLang answers /health by generating a token, which takes about a second on a CPU.
 _HEALTH_DEADLINE_S = 25.0
+# SGLang closes a connection that has been idle for 5 seconds.
+_KEEP_ALIVE_S = 3.0
 # HTTP's 4xx that another try may save: request timeout, too many requests.
 _TRANSIENT_REFUSALS = (408, 429)
 _MAX_REASON_CHARS = 300
 _STATUS = {"stop": Status.COMPLETED, "length": Status.TRUNCATED, "abort": Status.ABORTED}
+
+
+class HttpSessions:
+    """One HTTP session for each event loop that asks; it closes with its loop.
+
+    A copy in another process starts without any.
+    """
+
+    def __init__(self) -> None:
+        self._by_loop: WeakKeyDictionary[
+            asyncio.AbstractEventLoop, tuple[aiohttp.ClientSession, AsyncGenerator]
+        ] = WeakKeyDictionary()
+
+    def __reduce__(self) -> tuple[type[HttpSessions], tuple[()]]:
+        return HttpSessions, ()
+
+    async def here(self) -> aiohttp.ClientSession:
+        loop = asyncio.get_running_loop()
+        if loop not in self._by_loop:
+            # A loop that ends closes the generators that began in it.
+            opened = self._open()
+            self._by_loop[loop] = await anext(opened), opened
+        return self._by_loop[loop][0]
+
+    async def _open(self) -> AsyncGenerator[aiohttp.ClientSession]:
+        # The router bounds the number of requests.
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
+        async with aiohttp.ClientSession(connector=connector, trust_env=False) as session:
+            yield session
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +85,9 @@ class SGLangEngine:
     experts_of: ModelShape | None = None
     request_deadline_s: float = 1800.0
     control_deadline_s: float = 300.0
+    _sessions: HttpSessions = field(
+        default_factory=HttpSessions, init=False, repr=False, compare=False
+    )
 
     async def generate(self, request: GenerateRequest) -> list[Generation]:
         """`request.n` continuations. A request that SGLang refuses gets status error.
@@ -112,11 +149,10 @@ class SGLangEngine:
     async def _post_generate(self, body: dict[str, Any]) -> tuple[int, str]:
         """The status and the text of the answer. Raises RequestFailed where there is none."""
         timeout = aiohttp.ClientTimeout(total=self.request_deadline_s)
-        # Each request has a session of its own: event loops come and go, and SGLang
-        # aborts a request whose connection closes.
-        session = aiohttp.ClientSession(trust_env=False, timeout=timeout)
+        session = await self._sessions.here()
         try:
-            async with session, session.post(f"{self.url}/generate", json=body) as response:
+            # A cancelled request closes its connection, and SGLang aborts it then.
+            async with session.post(f"{self.url}/generate", json=body, timeout=timeout) as response:
                 content = await response.read()
                 return response.status, content.decode(errors="replace")
         except TimeoutError as e:
@@ -135,16 +171,14 @@ class SGLangEngine:
         return response.status_code == 200
 
     def pause(self, mode: PauseMode = "retract") -> None:
-        """Stop generating. New requests wait; what happens to running ones is the mode.
-
-        retract: they are kept and computed again after `resume`, so that the cache can
-        be flushed. in_place: they are kept together with their cache. abort: they end
-        with what they have.
-        """
+        """Stop generating. New requests wait; what happens to running ones is the mode."""
         self._post("/pause_generation", mode=mode)
 
     def resume(self) -> None:
         self._post("/continue_generation")
+
+    def interrupt(self) -> None:
+        self._post("/abort_request", abort_all=True)
 
     def flush(self) -> None:
         """Empty the prefix cache.
@@ -173,13 +207,16 @@ class SGLangEngine:
                 f"({response.status_code}): {response.text[:_MAX_REASON_CHARS]!r}"
             ) from e
 
-    def update_weights_from_disk(self, path: str, version: int) -> None:
+    def update_weights_from_disk(self, path: str, version: int, *, flush: bool = True) -> None:
         """Load the safetensors of a directory.
 
         Raises RunError, with the weights as they were, where names or shapes differ.
         """
         answer = self._post(
-            "/update_weights_from_disk", model_path=path, weight_version=str(version)
+            "/update_weights_from_disk",
+            model_path=path,
+            weight_version=str(version),
+            flush_cache=flush,
         )
         self._require_plugin(answer, "tensors checked")
 
@@ -241,17 +278,23 @@ class SGLangEngine:
             flush_cache=False,
         )
 
-    def end_update(self, version: int) -> None:
+    def end_update(self, version: int, *, flush: bool = True) -> None:
         """Close the session, flush the cache, set the version.
 
         Raises RunError where a tensor never came.
         """
         self._post("/end_weight_update")
-        self.flush()
+        if flush:
+            self.flush()
         self._post("/update_weight_version", new_version=str(version), abort_all_requests=False)
 
     def destroy_weight_group(self, group: str) -> None:
         self._post("/destroy_weights_update_group", group_name=group)
+
+    def abandon_update(self, group: str) -> None:
+        # SGLang refuses to end what was not begun, and to leave a group that is not its own.
+        self._request("POST", "/end_weight_update", {})
+        self._request("POST", "/destroy_weights_update_group", {"group_name": group})
 
     def release_memory(self) -> None:
         """Free weights, KV cache and CUDA graphs; on a CPU, SGLang keeps them.
@@ -286,9 +329,10 @@ class SGLangEngine:
                 session.trust_env = False
                 return session.request(method, f"{self.url}{path}", json=body, timeout=deadline_s)
         except requests.Timeout as e:
-            raise self._error(f"{path} was not answered within {deadline_s:g} s") from e
+            problem = f"{path} was not answered within {deadline_s:g} s"
+            raise self._error(problem, EngineGone) from e
         except requests.RequestException as e:
-            raise self._error(f"{path} failed: {type(e).__name__}: {e}") from e
+            raise self._error(f"{path} failed: {type(e).__name__}: {e}", EngineGone) from e
 
     def _require_plugin(self, answer: dict[str, Any], mark: str) -> None:
         """Raises RunError unless the answer bears the mark that our plug-in leaves in it."""
@@ -326,11 +370,14 @@ def _generation(
         raise ValueError(f"{len(token_ids)} tokens, {len(logprobs)} logprobs")
     spans = meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0}]
     finish_reason = meta["finish_reason"]
+    status = _STATUS[finish_reason["type"]]
+    if status is Status.ABORTED and "routed_experts" not in meta:
+        shape = None  # it was ended while it waited
     return Generation(
         token_ids=token_ids,
         logprobs=logprobs,
-        status=_STATUS[finish_reason["type"]],
-        versions=[(int(span["start"]), int(span["version"])) for span in spans],
+        status=status,
+        versions=[(int(span["start"]), int(span["version"])) for span in spans if token_ids],
         error=finish_reason.get("message"),
         routed_experts=_routed_experts(meta, num_prompt_tokens, len(token_ids), shape),
     )

@@ -2,6 +2,8 @@
 experts."""
 
 import asyncio
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from nanoslime.rollout.engines import embedded_model
 from nanoslime.rollout.engines.embedded_model import EmbeddedEngine, pick
-from nanoslime.types import Engine, GenerateRequest, Generation, RunError, Status
+from nanoslime.types import Engine, GenerateRequest, Generation, PauseMode, RunError, Status
 from tests.models.hf import add_mtp, save_model
 from tests.serving import (
     VOCAB_SIZE,
@@ -203,6 +206,175 @@ def test_requests_wait_while_paused(engine: EmbeddedEngine) -> None:
         return await asyncio.wait_for(waiting, 20)
 
     assert len(asyncio.run(paused())) == 2
+
+
+async def num_sampled(engine: EmbeddedEngine, at_least: int) -> None:
+    """Returns once each request has so many tokens."""
+
+    def sampled() -> list[int]:
+        return [len(s.token_ids) for job in engine._waiting for s in job.sequences]
+
+    async with asyncio.timeout(20):
+        while min(sampled(), default=0) < at_least:
+            await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("mode", ["retract", "in_place"])
+def test_a_request_outlives_an_update_and_says_which_version_sampled_what(
+    engine: EmbeddedEngine, tiny_model: Path, other_model: Path, mode: PauseMode
+) -> None:
+    """The event loop goes on while a batch runs. The tokens are each version's own."""
+
+    async def updated() -> list[Generation]:
+        answer = asyncio.create_task(engine.generate(request([5, 6], max_new_tokens=400)))
+        await num_sampled(engine, 3)
+        await asyncio.to_thread(engine.pause, mode)
+        assert not answer.done()
+        await asyncio.to_thread(engine.update_weights_from_disk, str(other_model), 1)
+        engine.resume()
+        return await answer
+
+    for answer in asyncio.run(updated()):
+        (first, old), (middle, new) = answer.versions
+        assert (first, old, new) == (0, 0, 1) and 3 <= middle < 400
+        assert answer.status is Status.TRUNCATED and len(answer.token_ids) == 400
+        by_old = reference_logprobs(tiny_model, [5, 6], answer.token_ids, 1.0)
+        by_new = reference_logprobs(other_model, [5, 6], answer.token_ids, 1.0)
+        expected = torch.cat([by_old[:middle], by_new[middle:]])
+        assert (expected - torch.tensor(answer.logprobs)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("ends", ["interrupt", "pause"])
+def test_an_interrupted_request_has_the_tokens_that_were_sampled(tmp_path: Path, ends: str) -> None:
+    """They are those of a request that nobody ends, with their logprobs and experts; who asks
+    again with them gets what comes after, and the experts of all."""
+    path = save_mixture_of_experts(tmp_path, seed=0)
+    engine = make_engine(path)
+    whole = generate(engine, request([5, 6], max_new_tokens=60, seed=3))
+
+    async def interrupted() -> list[Generation]:
+        answer = asyncio.create_task(engine.generate(request([5, 6], max_new_tokens=60, seed=3)))
+        await num_sampled(engine, 3)
+        if ends == "interrupt":
+            await asyncio.to_thread(engine.interrupt)
+        else:
+            await asyncio.to_thread(engine.pause, "abort")
+            engine.resume()
+        return await answer
+
+    for answer, uninterrupted in zip(asyncio.run(interrupted()), whole, strict=True):
+        num_tokens = len(answer.token_ids)
+        assert answer.status is Status.ABORTED and 3 <= num_tokens < 60
+        assert answer.token_ids == uninterrupted.token_ids[:num_tokens]
+        assert answer.logprobs == pytest.approx(uninterrupted.logprobs[:num_tokens])
+        assert answer.versions == [(0, 0)]
+        known = [5, 6, *answer.token_ids]
+        assert torch.equal(experts_of(answer), routed_experts(path, known[:-1]))
+        (rest,) = generate(engine, request(known, n=1, max_new_tokens=5))
+        expected = routed_experts(path, [*known, *rest.token_ids[:-1]])
+        assert torch.equal(experts_of(rest), expected)
+
+
+def test_experts_of_a_request_that_was_stopped_are_those_that_sampled_its_tokens(
+    tmp_path: Path,
+) -> None:
+    path = save_mixture_of_experts(tmp_path, seed=0)
+    engine = make_engine(path)
+
+    async def stopped() -> list[Generation]:
+        answer = asyncio.create_task(engine.generate(request([5, 6], max_new_tokens=60)))
+        await num_sampled(engine, 3)
+        await asyncio.to_thread(engine.pause)
+        engine.resume()
+        return await answer
+
+    for answer in asyncio.run(stopped()):
+        expected = routed_experts(path, [5, 6, *answer.token_ids[:-1]])
+        assert torch.equal(experts_of(answer), expected)
+
+
+def experts_of(answer: Generation) -> Tensor:
+    assert answer.routed_experts is not None
+    return torch.from_numpy(answer.routed_experts).long()
+
+
+def test_an_interrupt_ends_requests_that_wait_and_leaves_later_ones_alone(
+    engine: EmbeddedEngine,
+) -> None:
+    async def interrupted() -> list[Generation]:
+        engine.pause()
+        waiting = asyncio.create_task(engine.generate(request([5])))
+        await asyncio.sleep(0.05)
+        engine.interrupt()
+        engine.resume()
+        return [*await waiting, *await engine.generate(request([5]))]
+
+    answers = asyncio.run(interrupted())
+    assert [answer.status for answer in answers] == [Status.ABORTED] * 2 + [Status.TRUNCATED] * 2
+    assert [len(answer.token_ids) for answer in answers] == [0, 0, 8, 8]
+
+
+def test_a_batch_that_nobody_waits_for_ends(engine: EmbeddedEngine) -> None:
+    async def cancelled() -> float:
+        given_up = asyncio.create_task(engine.generate(request([5], max_new_tokens=4000)))
+        await num_sampled(engine, 3)
+        given_up.cancel()
+        start = time.monotonic()
+        await engine.generate(request([5], max_new_tokens=1))
+        return time.monotonic() - start
+
+    assert asyncio.run(cancelled()) < 3
+
+
+def test_requests_that_are_started_together_are_one_batch(
+    engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where some come a few turns of the event loop after the first."""
+    sizes = []
+    sample = embedded_model._sample
+
+    def watched(model: Any, sequences: Any, *rest: Any) -> None:
+        sizes.append(len(sequences))
+        sample(model, sequences, *rest)
+
+    monkeypatch.setattr(embedded_model, "_sample", watched)
+
+    async def late(turns: int) -> list[Generation]:
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        return await engine.generate(request([5]))
+
+    async def together() -> None:
+        await asyncio.gather(*(late(turns) for turns in range(20)))
+
+    asyncio.run(together())
+    assert sizes == [40]
+
+
+def test_an_error_of_a_forward_reaches_whoever_waits(
+    engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any, **options: Any) -> None:
+        raise MemoryError("no memory is left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._model, "forward", broken)
+        with pytest.raises(MemoryError, match="no memory is left"):
+            generate(engine, request([5]))
+    assert len(generate(engine, request([5]))) == 2
+
+
+def test_a_closed_engine_has_ended_its_requests_and_its_thread(engine: EmbeddedEngine) -> None:
+    async def closed() -> list[Generation]:
+        answer = asyncio.create_task(engine.generate(request([5], max_new_tokens=4000)))
+        await num_sampled(engine, 3)
+        await asyncio.to_thread(engine.close)
+        return await answer
+
+    before = threading.active_count()
+    answers = asyncio.run(closed())
+    assert [answer.status for answer in answers] == [Status.ABORTED] * 2
+    assert threading.active_count() <= before
 
 
 def test_weights_from_disk_and_in_process(

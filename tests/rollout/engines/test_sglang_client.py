@@ -179,6 +179,64 @@ def test_paused_requests_go_on_under_the_new_version(
     assert_sampled_from(other_model, answer, first=first_of_new)
 
 
+@pytest.mark.parametrize("ends", ["interrupt", "interrupt_while_paused", "pause"])
+def test_interrupted_requests_end_with_the_tokens_that_they_have(
+    sglang_engine: SGLangEngine, tiny_model: Path, ends: str
+) -> None:
+    with in_background(generate, sglang_engine, n=2, tokens=1500) as running:
+        wait_until_running(sglang_engine)
+        if ends == "pause":
+            sglang_engine.pause("abort")
+        elif ends == "interrupt_while_paused":
+            sglang_engine.pause("retract")
+            sglang_engine.interrupt()
+        else:
+            sglang_engine.interrupt()
+        answers = running.result(DEADLINE_S)
+    sglang_engine.resume()
+    for answer in answers:
+        assert answer.status is Status.ABORTED
+        assert len(answer.token_ids) == len(answer.logprobs) < 1500
+        if answer.token_ids:
+            assert answer.versions == [(0, 0)]
+            assert_sampled_from(tiny_model, answer)
+    assert generate(sglang_engine, tokens=2)[0].status is Status.TRUNCATED
+
+
+def test_requests_of_one_event_loop_share_a_session_and_its_connections(
+    sglang_engine: SGLangEngine,
+) -> None:
+    """The session closes with its loop; a copy of the engine has its own."""
+    request = GenerateRequest(PROMPT, n=1, max_new_tokens=1, temperature=1.0)
+
+    async def many() -> list[Any]:
+        await asyncio.gather(*(sglang_engine.generate(request) for _ in range(3)))
+        session = await sglang_engine._sessions.here()
+        await pickle.loads(pickle.dumps(sglang_engine)).generate(request)
+        assert session is await sglang_engine._sessions.here()
+        return [session, len(session.connector._conns)]
+
+    first, num_hosts = asyncio.run(many())
+    assert first.closed and num_hosts == 1
+    second, _ = asyncio.run(many())
+    assert second is not first
+
+
+def test_an_abandoned_update_can_be_followed_by_another(
+    sglang_engine: SGLangEngine, tiny_model: Path, other_model: Path
+) -> None:
+    sglang_engine.abandon_update("no such group")
+    sglang_engine.pause()
+    sglang_engine.begin_update()
+    sglang_engine.abandon_update("no such group")
+    sglang_engine.begin_update()
+    send_tensors(sglang_engine, load_file(other_model / "model.safetensors"))
+    sglang_engine.end_update(5)
+    sglang_engine.resume()
+    assert sglang_engine.policy_version() == 5
+    assert_serves(sglang_engine, other_model)
+
+
 def test_flush_names_the_engine_when_requests_do_not_end(sglang_engine: SGLangEngine) -> None:
     impatient = SGLangEngine(
         name="engine-0",
