@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from jobs.checkout import ROOT
-from nanoslime.config import DataConfig, RunConfig
+from nanoslime.config import DataConfig, EvalSetConfig, RunConfig
 from nanoslime.config.algorithm import CustomConfig
 from nanoslime.config.model import REWARDS
 from nanoslime.config.rollout import ENVIRONMENTS
@@ -41,6 +41,8 @@ def resolve(config: RunConfig, *, download: bool) -> tuple[RunConfig, ModelShape
         directory = Path(config.model.hf_checkpoint)
         tokenizer = directory if has_tokenizer_files(directory) else None
         config = replace(config, data=_with_prompt_files(config.data, tokenizer))
+        sets = [_with_prompt_file(one, config.data, tokenizer) for one in config.eval.sets]
+        config = replace(config, eval=replace(config.eval, sets=sets))
     return config, shape
 
 
@@ -53,7 +55,9 @@ def _check_plugins(config: RunConfig) -> None:
     installed = Path(config.cluster.venv or sys.prefix).glob("lib/python3.*/site-packages")
     search = [str(Path.cwd()), *map(str, installed)]
     try:
-        for data in config.data.by_source().values():
+        sources = list(config.data.by_source().values())
+        sources += [one.data(config.data) for one in config.eval_sets]
+        for data in sources:
             for reward in data.reward_weights(data.reward):
                 check_importable(reward, REWARDS, "data.reward", search)
         check_importable(config.rollout.environment, ENVIRONMENTS, "rollout.environment", search)
@@ -82,6 +86,15 @@ def _with_prompt_files(data: DataConfig, tokenizer: Path | None) -> DataConfig:
     if data.eval_prompts:
         check_prompt_file(Path(data.eval_prompts), data, tokenizer)
     return data
+
+
+def _with_prompt_file(
+    one: EvalSetConfig, data: DataConfig, tokenizer: Path | None
+) -> EvalSetConfig:
+    """The same for a set of evaluation prompts."""
+    own = with_local_prompts(one.data(data))
+    check_prompt_file(Path(own.prompts), own, tokenizer)
+    return replace(one, prompts=own.prompts, name=one.title)
 
 
 def _absolute(path: str) -> Path:

@@ -373,9 +373,9 @@ def describe(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
         deadlines = derive_deadlines(config, shape.num_parameters, len(layout.trainers))
         train = f"{deadlines.train.seconds:.0f} s for the training on a rollout"
         lines.append(f"deadlines {train}, {deadlines.save.seconds:.0f} s for a checkpoint")
-    if not (config.data.eval_prompts or config.rehearsal.enabled):
+    if not (config.eval_sets or config.rehearsal.enabled):
         lines.append(
-            "evals     none, as data.eval_prompts is not set; "
+            "evals     none, as neither data.eval_prompts nor eval.sets is set; "
             "eval.interval and checkpoint.keep_best have no effect"
         )
     return "\n".join([*lines, "", layout.table()])

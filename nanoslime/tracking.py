@@ -122,7 +122,8 @@ def _tensorboard(directory: Path, start: int, closed_by: ExitStack) -> Sink:
 
     def log(step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
-            writer.add_scalar(name, value, step)
+            # A tag has no @, which mean@k and pass@k have.
+            writer.add_scalar(name.replace("@", "_at_"), value, step)
         writer.flush()
 
     return log

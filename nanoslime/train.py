@@ -57,9 +57,9 @@ def train(session: Session, tracker: Tracker, clock: Clock, start: int) -> int:
         reward = None
         if config.eval.due(step, num_rollout):
             clock("evaluate")
-            reward = rollout.evaluate(step)
-        if reward is not None:
-            metrics["eval/reward_mean"] = reward
+            evaluated = rollout.evaluate(step)
+            metrics |= evaluated
+            reward = evaluated.get("eval/reward_mean")
         tracker.log(step, metrics)
         stop = session.attempt.must_stop()
         if due or stop:

@@ -92,7 +92,7 @@ def test_recorded_rollouts_leave_all_slots_to_trainers():
 
 
 def test_a_plan_without_evaluations_says_so():
-    says = "evals     none, as data.eval_prompts is not set; eval.interval and checkpoint.keep_best"
+    says = "evals     none, as neither data.eval_prompts nor eval.sets is set; eval.interval and"
     for flags, is_told in ("", True), ("--eval-prompts x.jsonl", False):
         config = config_of(f"--nodes 2 {H200} {flags}")
         assert (says in describe(config, QWEN3_4B, plan(config, QWEN3_4B))) is is_told

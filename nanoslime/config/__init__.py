@@ -2,8 +2,9 @@
 
 from nanoslime.config.algorithm import AlgorithmConfig, GRPOConfig
 from nanoslime.config.cluster import ClusterConfig
+from nanoslime.config.evaluation import EvalConfig, EvalSetConfig
 from nanoslime.config.model import DataConfig, ModelConfig, RehearsalConfig
-from nanoslime.config.rollout import EvalConfig, RolloutConfig, WeightSyncConfig
+from nanoslime.config.rollout import RolloutConfig, WeightSyncConfig
 from nanoslime.config.run import RunConfig
 from nanoslime.config.training import CheckpointConfig, TrackingConfig, TrainingConfig
 
@@ -13,6 +14,7 @@ __all__ = [
     "ClusterConfig",
     "DataConfig",
     "EvalConfig",
+    "EvalSetConfig",
     "GRPOConfig",
     "ModelConfig",
     "RehearsalConfig",

@@ -3,6 +3,7 @@
     --tp-size 2       --tp-size=2           --training.tp-size 2
     --use-kl-loss     --no-use-kl-loss      --use-kl-loss=false
     --rollout.stop "</answer>" "Question:"  --data.chat-template-kwargs '{"enable_thinking": false}'
+    --eval.sets '{"name": "greedy", "prompts": "test.jsonl", "temperature": 0}'
 
 The fields of `algorithm` are those of all algorithms; whether the chosen one has a
 field is validated later.
@@ -281,7 +282,8 @@ def print_help(default: RunConfig, prog: str) -> None:
     short_names = [f"  --{name:{width}}  --{meaning}" for name, meaning in meanings.items()]
     intro = (
         "The values shown, and the algorithm, come from the given recipe, cluster file and flags. "
-        "Short names:\n\n" + "\n".join(short_names)
+        "--data.sources and --eval.sets take files, or a JSON object for each. Short names:\n\n"
+        + "\n".join(short_names)
     )
     tyro.cli(
         tyro.conf.AvoidSubcommands[RunConfig],

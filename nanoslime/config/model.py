@@ -103,8 +103,7 @@ class SourceConfig:
     @property
     def title(self) -> str:
         """Its name, or that of the file or the data set."""
-        path, _, _ = self.prompts.partition(":")
-        return self.name or PurePath(path).name.partition(".")[0]
+        return self.name or title_of(self.prompts)
 
 
 @knobs
@@ -220,7 +219,7 @@ class DataConfig:
         """A source as text is the JSON of its settings, or its prompts alone."""
         if not isinstance(sources, list):
             return sources
-        return [_source_of_flag(source) for source in sources]
+        return [settings_of_flag(source, "data.sources") for source in sources]
 
     @model_validator(mode="after")
     def _has_one_kind_of_prompts(self) -> Self:
@@ -243,9 +242,10 @@ class DataConfig:
         empty name this one, where there is only one."""
         if not self.sources:
             return {"": self}
-        return {source.title: self._of_one(source) for source in self.sources}
+        return {source.title: self.of_source(source) for source in self.sources}
 
-    def _of_one(self, source: SourceConfig) -> "DataConfig":
+    def of_source(self, source: SourceConfig) -> "DataConfig":
+        """The configuration of this source alone."""
         settings = asdict(source)
         del settings["name"], settings["weight"]
         if source.reward not in (None, WEIGHTED):
@@ -259,7 +259,14 @@ def _known_reward(reward: str) -> str:
     return reward
 
 
-def _source_of_flag(source: Any) -> Any:
+def title_of(prompts: str) -> str:
+    """The name of a file or a data set, without what stands behind it."""
+    path, _, _ = prompts.partition(":")
+    return PurePath(path).name.partition(".")[0]
+
+
+def settings_of_flag(source: Any, field: str) -> Any:
+    """The settings of a source of prompts; as text they are JSON, or its prompts alone."""
     if not isinstance(source, str):
         return source
     if not source.startswith("{"):
@@ -267,4 +274,4 @@ def _source_of_flag(source: Any) -> Any:
     try:
         return json.loads(source)
     except ValueError as error:
-        raise ValueError(f"data.sources: {source!r} is not JSON ({error})") from error
+        raise ValueError(f"{field}: {source!r} is not JSON ({error})") from error

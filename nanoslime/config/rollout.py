@@ -23,9 +23,18 @@ ENVIRONMENTS = {
 
 
 # SGLang takes a lower one for greedy sampling, and then reports logprobs of temperature 1.
-_LOWEST_TEMPERATURE = 1e-6
+LOWEST_TEMPERATURE = 1e-6
 # SGLang refuses requests with more.
 _MAX_STOP_STRINGS = 32
+
+
+def check_top_k(top_k: int, field: str) -> int:
+    """Raises ValueError where `top_k` leaves no token to sample."""
+    if top_k == 0 or top_k < -1:
+        raise ValueError(
+            f"{field}={top_k} leaves no token to sample; set 1 or more, or -1 for no limit"
+        )
+    return top_k
 
 
 @knobs
@@ -48,7 +57,7 @@ class RolloutConfig:
     Of the latter two the number is in the metrics."""
     n_samples_per_prompt: int = Field(default=8, ge=1)
     max_new_tokens: int = Field(default=1024, ge=1)
-    temperature: float = Field(default=1.0, ge=_LOWEST_TEMPERATURE)
+    temperature: float = Field(default=1.0, ge=LOWEST_TEMPERATURE)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = -1
     """Sample from so many of the likeliest tokens; -1: from all."""
@@ -105,12 +114,7 @@ class RolloutConfig:
     @field_validator("top_k")
     @classmethod
     def _off_or_positive(cls, top_k: int) -> int:
-        if top_k == 0 or top_k < -1:
-            raise ValueError(
-                f"rollout.top_k={top_k} leaves no token to sample; "
-                "set 1 or more, or -1 for no limit"
-            )
-        return top_k
+        return check_top_k(top_k, "rollout.top_k")
 
     @field_validator("engine")
     @classmethod
@@ -133,22 +137,3 @@ class WeightSyncConfig:
     trainer's GPU memory)."""
     bucket_bytes: int = Field(default=512 << 20, ge=1)
     deadline_s: float = Field(default=300.0, gt=0)
-
-
-@knobs
-class EvalConfig:
-    interval: int = Field(default=0, ge=0)
-    """Evaluate on eval_prompts after every so many rollouts. 0: only before the first
-    and after the last one."""
-    n_samples_per_prompt: int = Field(default=1, ge=1)
-    temperature: float = Field(default=1.0, ge=_LOWEST_TEMPERATURE)
-    max_prompts: int = Field(default=0, ge=0)
-    """Evaluate on so many prompts at most; 0: on all."""
-    seed: int = 0
-
-    def due(self, step: int, num_rollout: int) -> bool:
-        """Whether the policy is evaluated after this step; after the last one it always is."""
-        done = step + 1
-        if done == num_rollout:
-            return True
-        return self.interval > 0 and done % self.interval == 0

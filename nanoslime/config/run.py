@@ -9,8 +9,9 @@ from pydantic import Field, model_validator
 from nanoslime.config.algorithm import AlgorithmConfig, CustomConfig, GRPOConfig
 from nanoslime.config.base import knobs
 from nanoslime.config.cluster import ClusterConfig
+from nanoslime.config.evaluation import HELD_OUT, EvalConfig, EvalSetConfig
 from nanoslime.config.model import DataConfig, ModelConfig, RehearsalConfig
-from nanoslime.config.rollout import EvalConfig, RolloutConfig, WeightSyncConfig
+from nanoslime.config.rollout import RolloutConfig, WeightSyncConfig
 from nanoslime.config.training import (
     MEGATRON_ONLY,
     CheckpointConfig,
@@ -79,11 +80,20 @@ class RunConfig:
         self._check_backend()
         self._check_sizes()
         self._check_staleness()
+        self._check_eval_sets()
         if self.rollout.load_rollouts or self.rollout.rollout_only:
             self._check_half_a_run()
         else:
             self._check_group_size()
         return self
+
+    @property
+    def eval_sets(self) -> list[EvalSetConfig]:
+        """The sets of prompts to evaluate on. The first one chooses the best checkpoint."""
+        sets = list(self.eval.sets)
+        if self.data.eval_prompts:
+            sets.insert(0, EvalSetConfig(name=HELD_OUT, prompts=self.data.eval_prompts))
+        return sets
 
     def _check_rehearsal(self) -> None:
         if self.rehearsal.enabled and self.model.hf_checkpoint:
@@ -136,6 +146,15 @@ class RunConfig:
                 "engines and trainer take turns, so that nothing overlaps; set 0, or give engines "
                 "their own GPUs"
             )
+
+    def _check_eval_sets(self) -> None:
+        has_held_out = self.data.eval_prompts or self.rehearsal.enabled
+        if has_held_out and HELD_OUT in {one.title for one in self.eval.sets}:
+            raise ValueError(
+                f"eval.sets: the name {HELD_OUT!r} is that of data.eval_prompts; choose another"
+            )
+        for one in self.eval.sets:
+            one.data(self.data)  # raises ValueError where the reward lacks something
 
     def _check_group_size(self) -> None:
         """One sample of a prompt has no others to be compared with."""

@@ -33,10 +33,13 @@ def check_context(config: RunConfig, shape: ModelShape) -> None:
     if limit < shape.context_length:
         source = "rollout.sglang.context_length allows"
     prompt = config.data.max_prompt_tokens
-    if prompt + rollout.max_new_tokens <= limit:
-        return
-    raise RunError(
-        f"data.max_prompt_tokens={prompt} and rollout.max_new_tokens={rollout.max_new_tokens} are "
-        f"{prompt + rollout.max_new_tokens} tokens together, more than the {limit} that {source}; "
-        "lower one of them"
-    )
+    lengths = {"rollout.max_new_tokens": rollout.max_new_tokens}
+    for number, one in enumerate(config.eval.sets):
+        lengths[f"eval.sets.{number}.max_new_tokens"] = one.max_new_tokens or 0
+    for field, length in lengths.items():
+        needed = prompt + length
+        if needed > limit:
+            raise RunError(
+                f"data.max_prompt_tokens={prompt} and {field}={length} are {needed} tokens "
+                f"together, more than the {limit} that {source}; lower one of them"
+            )

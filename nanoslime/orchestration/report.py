@@ -66,6 +66,8 @@ def write_summary(session: Session, clock: Clock, seconds: float) -> None:
     run = session.attempt.run
     rollouts = session.config.rollout.num_rollout
     evals = _json_lines(run.evals)
+    # The first set of the first evaluation is that of `RunConfig.eval_sets`.
+    evals = [row for row in evals if row.get("set") == evals[0].get("set")]
     rows = _json_lines(run.metrics)
     measured = [row.get("train/logprob_gap_max") for row in rows]
     gaps = [gap for gap in measured if gap is not None]

@@ -1,22 +1,25 @@
 """The rollout side of a run: from prompts to groups with advantages, and evaluation."""
 
 import asyncio
-import json
 import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Protocol
 
 from nanoslime import algorithms
 from nanoslime.algorithms.prepare import PreparedGroups, prepare
 from nanoslime.config import RolloutConfig, RunConfig
+from nanoslime.orchestration.evaluation import Evaluation
 from nanoslime.rollout import recorder, rewards
 from nanoslime.rollout.generate import sample_groups
-from nanoslime.rollout.prompts import RunPrompts, digest
+from nanoslime.rollout.prompts import RunPrompts
 from nanoslime.rollout.router import LeastInflightRouter
+from nanoslime.rollout.tasks import GroupTask
 from nanoslime.run_dir import RunDir
 from nanoslime.types import (
     Engine,
@@ -64,8 +67,7 @@ class RolloutManager:
         self._router = LeastInflightRouter(engines)
         self._failures = SampleFailures()
         self._source = loaded.stream(config.seed, data.shuffle)
-        held_out = loaded.held_out
-        self._held_out = list(held_out[: config.eval.max_prompts or None])
+        self._evaluation = Evaluation(config, run, loaded)
 
     def generate(self, step: int) -> list[GroupReport]:
         """Returns scored, filtered groups with advantages, sampled by the current policy.
@@ -99,43 +101,16 @@ class RolloutManager:
         self.metrics["time/generate_s"] = time.monotonic() - start
         return local_reports(kept)
 
-    def evaluate(self, step: int) -> float | None:
-        """Returns the mean reward on the held-out prompts and appends it to evals.jsonl.
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Evaluates the policy on every set of prompts; returns metrics, none without a set.
 
-        Returns None where there are no such prompts. A sample that could not be made
-        counts as reward 0, with a warning. Raises RunError where no sample could be
-        made.
+        A sample that could not be made counts as reward 0, with a warning. Raises RunError
+        where no sample could be made.
         """
-        if not self._held_out:
-            return None
-        evaluation = self.config.eval
-        sampling = replace(
-            self.config.rollout,
-            n_samples_per_prompt=evaluation.n_samples_per_prompt,
-            temperature=evaluation.temperature,
-            top_p=1.0,
-            top_k=-1,
-        )
-        seed = (evaluation.seed, 1, step)
-        groups = self._sample(self._held_out, sampling, first_group_id=0, seed=seed)
-        samples = [sample for group in groups for sample in group.samples]
-        self._failures.report(groups, "evaluation", "count as reward 0")
-        reward = sum(sample.reward or 0.0 for sample in samples) / len(samples)
-        record = {
-            "step": step,
-            "version": self._weights.version,
-            "reward": reward,
-            "samples": len(samples),
-        }
-        with self.run.evals.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        logger.info(
-            "evaluation after %d rollouts: reward %.4f, %d samples", step + 1, reward, len(samples)
-        )
-        return reward
+        return self._evaluation.run(step, self._weights.version, self._sample_tasks)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"prompts": self._source.state_dict(), "held_out": digest(self._held_out)}
+        return {"prompts": self._source.state_dict(), "held_out": self._evaluation.digest()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if "prompts" not in state:
@@ -164,6 +139,23 @@ class RolloutManager:
         )
         return asyncio.run(groups)
 
+    def _sample_tasks(self, tasks: Sequence[GroupTask]) -> list[SampleGroup]:
+        groups: list[SampleGroup] = []
+        for (sampling, reward), same in groupby(tasks, attrgetter("sampling", "reward")):
+            own = list(same)
+            found = sample_groups(
+                [task.prompt for task in own],
+                self._router,
+                self._tokenizer,
+                replace(self.config.rollout, **asdict(sampling)),
+                rewards.make(reward),
+                first_group_id=own[0].group_id,
+                seeds=[task.seed for task in own],
+            )
+            groups += asyncio.run(found)
+        self._failures.report(groups, "evaluation", "count as reward 0")
+        return groups
+
     def _check_versions(self, groups: list[SampleGroup]) -> None:
         current = self._weights.version
         for group in groups:
@@ -187,7 +179,7 @@ class Replay:
         self.metrics: dict[str, float] = {}
         self._algorithm = algorithms.make(config.algorithm, config.rollout.max_new_tokens)
         self._failures = SampleFailures()
-        if config.data.eval_prompts:
+        if config.eval_sets:
             logger.warning("rollout.load_rollouts: there is no engine, so evaluations are skipped")
 
     def generate(self, step: int) -> list[GroupReport]:
@@ -205,8 +197,8 @@ class Replay:
         self.metrics["time/generate_s"] = time.monotonic() - start
         return local_reports(prepared.groups)
 
-    def evaluate(self, step: int) -> float | None:
-        return None
+    def evaluate(self, step: int) -> dict[str, float]:
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         return {}

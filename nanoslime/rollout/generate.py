@@ -32,12 +32,14 @@ async def sample_groups(
     reward: Reward,
     *,
     first_group_id: int,
-    seed: Sequence[int],
+    seed: Sequence[int] = (),
+    seeds: Sequence[int] = (),
 ) -> list[SampleGroup]:
     """A group of config.n_samples_per_prompt scored samples per prompt, in order; all
     are asked for at once.
 
-    `seed` decides the samples of an engine that honours seeds. A response ends with the
+    `seed` decides the samples of an engine that honours seeds, or `seeds`, one for each prompt.
+    A response ends with the
     tokenizer's end of sequence, or with a token that the model's own generation config
     names. A sample that the engine could not make has status error, its cause in
     `error`, and no reward. Raises RunError when no engine is left or when the reward
@@ -46,9 +48,10 @@ async def sample_groups(
     stop_token_ids = tuple(config.stop_token_ids)
     if tokenizer.eos_token_id is not None:
         stop_token_ids += (tokenizer.eos_token_id,)
+    seeds = seeds or [_request_seed(seed, position) for position in range(len(prompts))]
     requests = [
-        _request(prompt, config, stop_token_ids, _request_seed(seed, position))
-        for position, prompt in enumerate(prompts)
+        _request(prompt, config, stop_token_ids, own)
+        for prompt, own in zip(prompts, seeds, strict=True)
     ]
     answers = await asyncio.gather(*(router.generate(request) for request in requests))
 

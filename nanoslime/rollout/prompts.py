@@ -63,7 +63,8 @@ class RunPrompts:
     tokenizer: PreTrainedTokenizerBase
     # By name; under the empty name where data.sources names none.
     train: Mapping[str, LoadedSource]
-    held_out: Sequence[Prompt]
+    # By the title of the evaluation set.
+    eval_sets: Mapping[str, Sequence[Prompt]]
 
     @classmethod
     def load(cls, config: RunConfig, model_dir: Path) -> "RunPrompts":
@@ -79,10 +80,10 @@ class RunPrompts:
             prompts = load_prompts(Path(own.prompts), tokenizer, own, name, num_rows)
             num_rows = prompts[-1].prompt_id + 1
             train[name] = LoadedSource(prompts, own.prompts, weights.get(name, 1.0))
-        held_out: Sequence[Prompt] = []
-        if data.eval_prompts:
-            held_out = load_prompts(Path(data.eval_prompts), tokenizer, data)
-        return cls(tokenizer, train, held_out)
+        eval_sets = {}
+        for one in config.eval_sets:
+            eval_sets[one.title] = load_prompts(Path(one.prompts), tokenizer, one.data(data))
+        return cls(tokenizer, train, eval_sets)
 
     def stream(self, seed: int, shuffle: bool) -> PromptStream:
         """The training prompts in the order in which the run goes through them."""

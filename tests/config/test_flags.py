@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 
 from nanoslime.config import RunConfig, flags
-from nanoslime.config.load import load
+from nanoslime.config.load import dump, load, read
 from nanoslime.types import RunError
 
 
@@ -201,6 +201,27 @@ def test_a_mapping_is_given_as_json():
     assert data.chat_template_kwargs == {"enable_thinking": False, "level": "low"}
 
 
+def a_set(**fields: Any) -> str:
+    """The JSON of an evaluation set."""
+    return json.dumps({"name": "x", "prompts": "x.jsonl", **fields})
+
+
+def test_evaluation_sets_are_given_as_json_each_and_come_after_the_held_out_prompts(tmp_path):
+    args = ["--eval.sets", a_set(temperature=0), "dir/y.jsonl", "--eval-prompts", "h.jsonl"]
+    config = load(None, None, args)
+    assert [one.title for one in config.eval_sets] == ["held_out", "x", "y"]
+    assert config.eval_sets[1].temperature == 0
+    (tmp_path / "config.yaml").write_text(dump(config))
+    assert read(tmp_path / "config.yaml") == config
+    assert load(None, None, []).eval_sets == []
+
+
+def test_help_can_be_shown_where_there_are_evaluation_sets(capsys):
+    with pytest.raises(SystemExit) as ended:
+        load(None, None, ["--help", "--eval.sets", a_set()])
+    assert ended.value.code == 0 and "--eval.sets" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "args",
     [
@@ -239,7 +260,37 @@ def test_a_field_that_two_flags_of_a_command_set_is_refused(args):
         (["--top-p", "1.1"], "rollout.top_p='1.1': must be less than or equal to 1"),
         (["--temperature", "0"], "rollout.temperature='0': must be greater than or equal to"),
         (["--temperature", "-1"], "rollout.temperature='-1': must be greater"),
-        (["--eval.temperature", "1e-7"], "eval.temperature='1e-7': must be greater"),
+        (
+            ["--eval.temperature", "1e-7"],
+            "temperature=1e-07 of an evaluation is neither greedy nor",
+        ),
+        (["--eval.temperature", "-1"], "eval.temperature='-1': must be greater than or equal to 0"),
+        (["--eval.sets", "{1}"], "eval.sets: '.1.' is not JSON"),
+        (
+            ["--eval.sets", a_set(temprature=0)],
+            "unknown key eval.sets.0.temprature; did you mean te",
+        ),
+        (
+            ["--eval.sets", a_set(zzz=0)],
+            "unknown key eval.sets.0.zzz; valid here: prompts, name, n_",
+        ),
+        (["--eval.sets", a_set(temperature=1e-9)], "temperature=1e-09 of an evaluation is neither"),
+        (
+            ["--eval.sets", a_set(name="a b")],
+            "flag --eval.sets: eval.sets.0.name='a b': must match",
+        ),
+        (["--eval.sets", a_set(prompts="")], "eval.sets.0.prompts='': String should have at least"),
+        (["--eval.sets", a_set(reward="mth")], "eval.sets.reward='mth' is unknown; choose one of"),
+        (["--eval.sets", a_set(top_k=0)], "eval.sets.top_k=0 leaves no token to sample"),
+        (
+            ["--eval.sets", a_set(n_samples_per_prompt=0)],
+            "sets.0.n_samples_per_prompt=0: must be gr",
+        ),
+        (["--eval.sets", a_set(), a_set()], "eval.sets: the name 'x' stands twice; give each a"),
+        (
+            ["--eval.sets", a_set(name="held_out"), "--eval-prompts", "f"],
+            "eval.sets: the name 'held_out' is that of data.eval_prompts; choose another",
+        ),
         (["--num-rollout", "0"], "rollout.num_rollout='0': must be greater than or equal to 1"),
         (["--data.max-prompt-tokens", "-5"], "data.max_prompt_tokens='-5': must be greater"),
         (["--data.max-prompt-tokens", "0"], "data.max_prompt_tokens='0': must be greater"),

@@ -62,7 +62,7 @@ def manager(
 
 def test_a_sample_that_cannot_be_made_counts_as_reward_0(tmp_path, tiny_model, caplog):
     rollout = manager(tmp_path, tiny_model, [FINE, TOO_LONG, FINE, FINE])
-    assert rollout.evaluate(3) == 0.75
+    assert rollout.evaluate(3)["eval/reward_mean"] == 0.75
     [warning] = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert warning == (
         "evaluation: 2 of 8 samples could not be made and count as reward 0: "

@@ -1,0 +1,131 @@
+"""When the policy is evaluated, on which sets of prompts, and how their samples are drawn."""
+
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, Field, field_validator, model_validator
+
+from nanoslime.config.base import knobs
+from nanoslime.config.model import (
+    REWARDS,
+    WEIGHTED,
+    DataConfig,
+    SourceConfig,
+    settings_of_flag,
+    title_of,
+)
+from nanoslime.config.rollout import LOWEST_TEMPERATURE, check_top_k
+from nanoslime.plugins import target
+
+# The set that data.eval_prompts is.
+HELD_OUT = "held_out"
+
+
+def _greedy_or_sampled(temperature: float) -> float:
+    if 0 < temperature < LOWEST_TEMPERATURE:
+        raise ValueError(
+            f"temperature={temperature} of an evaluation is neither greedy nor sampled; set 0, or "
+            f"{LOWEST_TEMPERATURE} or more"
+        )
+    return temperature
+
+
+# 0 is greedy: the likeliest token.
+EvalTemperature = Annotated[float, Field(ge=0), AfterValidator(_greedy_or_sampled)]
+
+
+@knobs
+class EvalSetConfig:
+    """One set of prompts that the policy is evaluated on; what is left out is as in `eval`,
+    and where that has no such field, as in training."""
+
+    prompts: str = Field(min_length=1)
+    """In one of the forms of data.prompts."""
+    name: str = Field(default="", pattern=r"^[\w.-]*$", max_length=100)
+    """Metrics are called eval/<name>/...; by default the name of the file or of the data set."""
+    n_samples_per_prompt: int | None = Field(default=None, ge=1)
+    """Default: eval.n_samples_per_prompt; 1 in a set with temperature 0 of its own."""
+    temperature: EvalTemperature | None = None
+    """0: greedy."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = -1
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    max_prompts: int | None = Field(default=None, ge=0)
+    """The first so many; 0: all."""
+    reward: str | None = None
+    """Default: data.reward."""
+    pass_reward: float = 1.0
+    """A sample passes, for pass@k, with at least this reward."""
+    system_prompt: str | None = None
+    prompt_key: str | None = Field(default=None, min_length=1)
+    label_key: str | None = None
+    metadata_key: str | None = None
+
+    @field_validator("top_k")
+    @classmethod
+    def _off_or_positive(cls, top_k: int) -> int:
+        return check_top_k(top_k, "eval.sets.top_k")
+
+    @field_validator("reward")
+    @classmethod
+    def _known_reward(cls, reward: str | None) -> str | None:
+        if reward not in (None, WEIGHTED):
+            target(reward, REWARDS, "eval.sets.reward")
+        return reward
+
+    @property
+    def title(self) -> str:
+        """Its name, or that of the file or the data set."""
+        return self.name or title_of(self.prompts)
+
+    def data(self, data: DataConfig) -> DataConfig:
+        """How the prompts of this set are read and scored: as `data`, but for its own fields."""
+        source = SourceConfig(
+            prompts=self.prompts,
+            reward=self.reward,
+            system_prompt=self.system_prompt,
+            prompt_key=self.prompt_key,
+            label_key=self.label_key,
+            metadata_key=self.metadata_key,
+        )
+        return data.of_source(source)
+
+
+@knobs
+class EvalConfig:
+    sets: list[EvalSetConfig] = Field(default_factory=list)
+    """Sets of prompts beside data.eval_prompts, which is the set "held_out" and comes first.
+    The first of all sets chooses the best checkpoint, and gives reward_before and reward_after.
+    As flags, the prompts of each set alone, or its settings as a JSON object."""
+    interval: int = Field(default=0, ge=0)
+    """Evaluate after every so many rollouts. 0: only before the first and after the last one."""
+    n_samples_per_prompt: int = Field(default=1, ge=1)
+    temperature: EvalTemperature = 1.0
+    """0: greedy."""
+    max_prompts: int = Field(default=0, ge=0)
+    """Evaluate on so many prompts of a set at most; 0: on all."""
+    seed: int = 0
+
+    @field_validator("sets", mode="before")
+    @classmethod
+    def _sets_of_flags(cls, sets: Any) -> Any:
+        """A set as text is the JSON of its settings, or its prompts alone."""
+        if not isinstance(sets, list):
+            return sets
+        return [settings_of_flag(one, "eval.sets") for one in sets]
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [one.title for one in self.sets]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(
+                    f"eval.sets: the name {name!r} stands twice; give each a `name` of its own"
+                )
+        return self
+
+    def due(self, step: int, num_rollout: int) -> bool:
+        """Whether the policy is evaluated after this step; after the last one it always is."""
+        done = step + 1
+        if done == num_rollout:
+            return True
+        return self.interval > 0 and done % self.interval == 0

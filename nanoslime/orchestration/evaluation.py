@@ -1,0 +1,162 @@
+"""Evaluates the policy on sets of prompts, and keeps what came out.
+
+sets -> a GroupTask for each prompt -> whoever samples and scores them -> metrics of each set
+-> evals.jsonl (a row for each set), the log, and metrics for the tracker
+"""
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+from nanoslime.algorithms.evaluation import evaluation_metrics
+from nanoslime.config import EvalSetConfig, RunConfig
+from nanoslime.rollout.prompts import RunPrompts, digest
+from nanoslime.rollout.tasks import GroupTask, Sampling
+from nanoslime.run_dir import RunDir
+from nanoslime.storage.shared_files import finite
+from nanoslime.types import Group, Prompt
+
+logger = logging.getLogger(__name__)
+
+# Samples and scores the groups of these tasks; the order of the answers is free.
+Sampler = Callable[[Sequence[GroupTask]], Sequence[Group[Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class EvalSet:
+    """One set of prompts, ready to be sampled."""
+
+    config: EvalSetConfig
+    prompts: Sequence[Prompt]
+    sampling: Sampling
+    reward: str
+
+    @classmethod
+    def make(cls, one: EvalSetConfig, prompts: Sequence[Prompt], config: RunConfig) -> "EvalSet":
+        """`prompts` are all that its file has."""
+        limit = config.eval.max_prompts if one.max_prompts is None else one.max_prompts
+        return cls(
+            config=one,
+            prompts=prompts[: limit or None],
+            sampling=eval_sampling(one, config),
+            reward=one.data(config.data).reward,
+        )
+
+
+def eval_sampling(one: EvalSetConfig, config: RunConfig) -> Sampling:
+    """How the samples of a set are drawn.
+
+    Greedy sampling is drawing from the likeliest token alone, at temperature 1: SGLang does so
+    too where it is asked for temperature 0.
+    """
+    evaluation = config.eval
+    rollout = config.rollout
+    temperature = evaluation.temperature if one.temperature is None else one.temperature
+    num_samples = one.n_samples_per_prompt
+    if num_samples is None:
+        num_samples = 1 if one.temperature == 0 else evaluation.n_samples_per_prompt
+    return Sampling(
+        n_samples_per_prompt=num_samples,
+        max_new_tokens=one.max_new_tokens or rollout.max_new_tokens,
+        temperature=temperature or 1.0,
+        top_p=one.top_p if temperature else 1.0,
+        top_k=one.top_k if temperature else 1,
+        stop=tuple(rollout.stop),
+        stop_token_ids=tuple(rollout.stop_token_ids),
+    )
+
+
+class Evaluation:
+    """The evaluations of a run; `sets` are those of `RunConfig.eval_sets`."""
+
+    def __init__(self, config: RunConfig, run: RunDir, loaded: RunPrompts):
+        self._run = run
+        self._seed = config.eval.seed
+        self.sets = [
+            EvalSet.make(one, loaded.eval_sets[one.title], config) for one in config.eval_sets
+        ]
+
+    def digest(self) -> str:
+        """A hash of the prompts that choose the best checkpoint."""
+        return digest(self.sets[0].prompts if self.sets else [])
+
+    def tasks(self, step: int) -> list[list[GroupTask]]:
+        """The tasks of each set for the evaluation after rollout `step`, -1 before the first.
+
+        Their groups have negative ids, so that they are none of the training's.
+        """
+        tasks = []
+        group_ids = count(-sum(len(one.prompts) for one in self.sets))
+        for number, one in enumerate(self.sets):
+            of_set = []
+            for position, prompt in enumerate(one.prompts):
+                task = GroupTask(
+                    group_id=next(group_ids),
+                    prompt=prompt,
+                    sampling=one.sampling,
+                    seed=_seed(self._seed, 1 + number, step, position),
+                    reward=one.reward,
+                    purpose="eval",
+                )
+                of_set.append(task)
+            tasks.append(of_set)
+        return tasks
+
+    def run(self, step: int, version: int, sample: Sampler) -> dict[str, float]:
+        """Evaluates on all sets; returns metrics for the tracker, none without a set.
+
+        eval/<set>/<name> are those of `evaluation_metrics`, and eval/reward_mean is the mean
+        reward of the first set. evals.jsonl gets a row for each set, once all are done.
+        `version` is that of the weights that the engines have.
+        """
+        if not self.sets:
+            return {}
+        tasks_of = self.tasks(step)
+        groups = sample([task for tasks in tasks_of for task in tasks])
+        by_id = {group.group_id: group for group in groups}
+        metrics: dict[str, float] = {}
+        rows = []
+        for one, tasks in zip(self.sets, tasks_of, strict=True):
+            own = [by_id[task.group_id] for task in tasks]
+            of_set = evaluation_metrics(own, one.config.pass_reward)
+            metrics.setdefault("eval/reward_mean", of_set["reward_mean"])
+            for name, value in of_set.items():
+                metrics[f"eval/{one.config.title}/{name}"] = value
+            row = {
+                "step": step,
+                "version": version,
+                "set": one.config.title,
+                "reward": of_set["reward_mean"],
+                "samples": sum(len(group.samples) for group in own),
+                "prompts": len(own),
+            }
+            rows.append(row | of_set)
+            logger.info("%s", _line(row, of_set))
+        with self._run.evals.open("a") as file:
+            file.writelines(json.dumps(finite(row)) + "\n" for row in rows)
+        return metrics
+
+
+def _seed(*entropy: int) -> int:
+    """63 bits."""
+    bits = np.random.SeedSequence([number % 2**32 for number in entropy])
+    return int(bits.generate_state(1, np.uint64)[0] >> 1)
+
+
+def _line(row: dict[str, Any], metrics: dict[str, float]) -> str:
+    """One line for a person: each estimate with its standard error."""
+    estimates = []
+    for name, value in metrics.items():
+        if "@" in name and not name.endswith("_se"):
+            error = metrics.get(f"{name}_se")
+            estimates.append(f"{name} {value:.4f}" + ("" if error is None else f" ± {error:.4f}"))
+    return (
+        f"evaluation of {row['set']} after {row['step'] + 1} rollouts: {', '.join(estimates)}; "
+        f"{row['samples']} samples of {row['prompts']} prompts, {metrics['truncated_ratio']:.0%} "
+        f"truncated, {metrics['response_tokens_mean']:.0f} tokens on average"
+    )
