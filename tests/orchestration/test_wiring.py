@@ -58,7 +58,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], set[str]]] = [
     ({}, {"model.dtype": "bfloat16"}, {"eval rewards"} | SAMPLED_OTHERWISE),
     # evaluation
     ({}, {"eval.temperature": 0.5}, EVALUATED_OTHERWISE),
-    ({}, {"eval.n_samples_per_prompt": 3}, EVALUATED_OTHERWISE),
+    ({}, {"eval.n_samples_per_prompt": 3}, EVALUATED_OTHERWISE | {"metrics"}),
     ({}, {"eval.max_prompts": 3}, {"eval prompts", "eval seeds", "eval rewards"}),
     ({}, {"eval.seed": 1}, {"eval seeds", "eval rewards"}),
     ({}, {"eval.interval": 1}, {"eval prompts", "eval seeds", "eval steps"}),
