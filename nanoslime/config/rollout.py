@@ -19,6 +19,7 @@ ENVIRONMENTS = {
     "single_turn": "nanoslime.rollout.environments.single_turn:run",
     "calculator": "nanoslime.rollout.environments.calculator:run",
     "self_check": "nanoslime.rollout.environments.self_check:run",
+    "agent": "nanoslime.rollout.environments.agent:Agent",
 }
 
 

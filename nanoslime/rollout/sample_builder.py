@@ -4,6 +4,7 @@ Tokens are never decoded and tokenized again: what is trained on is what was sam
 """
 
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 
@@ -70,10 +71,20 @@ class SampleBuilder:
         self._logprobs += [0.0] * len(token_ids)
         self._mask += [False] * len(token_ids)
 
-    def build(self, status: Status | None = None, error: str | None = None) -> Sample:
+    def fork(self) -> "SampleBuilder":
+        """Another builder with the same tokens so far."""
+        other = copy(self)
+        for name in ("token_ids", "_logprobs", "_mask", "_versions", "_texts"):
+            setattr(other, name, list(getattr(self, name)))
+        return other
+
+    def build(
+        self, status: Status | None = None, error: str | None = None, loss_from: int = 0
+    ) -> Sample:
         """The sample so far; its status is that of the last generation unless one is given.
 
         What was observed after the last generated token is left out: nothing depends on it.
+        Tokens before `loss_from` are not in the loss: they are in that of another sample.
         """
         if self._last is not None:
             status = status or self._last.status
@@ -83,13 +94,17 @@ class SampleBuilder:
             error = error or "the environment generated nothing"
         end = self._end
         prompt = self._prompt
+        mask = np.asarray(self._mask[:end], np.bool_)
+        mask[:loss_from] = False
+        logprobs = np.asarray(self._logprobs[:end], np.float32)
+        logprobs[:loss_from] = 0.0
         return Sample(
             group_id=self._policy.group_id,
             rollout_id=self._policy.rollout_id,
             token_ids=np.asarray(self.token_ids[:end], np.int32),
-            loss_mask=np.asarray(self._mask[:end], np.bool_),
-            rollout_logprobs=np.asarray(self._logprobs[:end], np.float32),
-            policy_versions=list(self._versions),
+            loss_mask=mask,
+            rollout_logprobs=logprobs,
+            policy_versions=[span for span in self._versions if span[0] >= loss_from],
             status=status,
             text=self.text,
             label=prompt.label,

@@ -1,0 +1,94 @@
+"""Agents in the process and beside it: their samples, rewards, time limits and failures."""
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nanoslime.rollout import environments
+from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
+from nanoslime.rollout.policy import Policy, ServedModel
+from nanoslime.rollout.tasks import GroupTask, Sampling
+from nanoslime.types import Prompt, RunError, Sample
+from tests.rollout.calling_model import save_calling_model, tokenizer_of
+from tests.rollout.environments import agents
+from tests.rollout.interrupting import InterruptingRouter
+
+PROMPT = Prompt(4, np.array([9], np.int32), "12=", "3", {"k": 0.5})
+HERE = "tests.rollout.environments.agents"
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+    path = save_calling_model(tmp_path_factory.mktemp("calling") / "model")
+    engine = EmbeddedEngine(str(path), "float32", "cpu", seed=0)
+    return ServedModel(InterruptingRouter(engine), tokenizer_of(path), 512)
+
+
+def rolled_out(served: ServedModel, n: int = 1, **options: Any) -> list[list[Sample]]:
+    sampling = Sampling(n_samples_per_prompt=n, max_new_tokens=60, temperature=1.0)
+    task = GroupTask(7, PROMPT, sampling, 3, "none")
+
+    async def run() -> list[list[Sample]]:
+        environment = environments.make("agent", options)
+        try:
+            policies = [Policy(task, index, served) for index in range(n)]
+            return await asyncio.gather(*(environment(PROMPT, policy) for policy in policies))
+        finally:
+            await environments.close(environment)
+
+    return asyncio.run(run())
+
+
+def test_rollouts_of_one_endpoint_are_kept_apart(served) -> None:
+    rollouts = rolled_out(served, n=4, agent=f"{HERE}:two_turns", agent_options={"reward": 0.25})
+    question = served.tokenizer.encode("12=")
+    for index, [sample] in enumerate(rollouts):
+        assert sample.rollout_id == 28 + index
+        assert sample.token_ids[: len(question)].tolist() == question
+        assert len(sample.policy_versions) == 2
+        assert 2 <= sample.num_response_tokens <= 16
+        assert sample.reward == 0.25
+    assert len({tuple(sample.token_ids) for [sample] in rollouts}) == 4
+
+
+def test_without_a_number_the_reward_is_for_the_run_to_give(served) -> None:
+    [[sample]] = rolled_out(served, agent=f"{HERE}:two_turns")
+    assert sample.reward is None
+
+
+def test_a_plain_function_runs_in_a_thread(served) -> None:
+    rollouts = rolled_out(served, n=2, agent=f"{HERE}:plain")
+    assert [sample.reward for [sample] in rollouts] == [0.5, 0.5]
+
+
+def test_a_command_is_told_where_the_endpoint_is(served, no_leftovers) -> None:
+    command = [sys.executable, str(Path(agents.__file__)), "work"]
+    [[sample]] = rolled_out(served, agent=command)
+    assert sample.num_response_tokens > 0 and sample.reward is None
+
+
+def test_a_command_that_fails_gives_its_last_line(served, no_leftovers) -> None:
+    command = [sys.executable, str(Path(agents.__file__)), "fail"]
+    with pytest.raises(RunError, match="command ended with 1: the tool is not there"):
+        rolled_out(served, agent=command)
+
+
+def test_an_agent_that_takes_too_long_is_ended_with_all_its_processes(served, no_leftovers) -> None:
+    for agent in (f"{HERE}:endless", [sys.executable, str(Path(agents.__file__)), "hang"]):
+        with pytest.raises(RunError, match="the agent was not done within timeout_s=1.5"):
+            rolled_out(served, agent=agent, timeout_s=1.5)
+
+
+def test_what_an_agent_raises_goes_to_the_worker(served) -> None:
+    with pytest.raises(LookupError, match="no such page"):
+        rolled_out(served, agent=f"{HERE}:broken")
+
+
+def test_an_agent_that_cannot_be_loaded_is_refused_at_the_start() -> None:
+    for agent, message in (("tests.nowhere:run", "cannot load"), ("nonsense", "is unknown")):
+        with pytest.raises(RunError, match=f"environment_options.agent='{agent}'.*{message}"):
+            environments.make("agent", {"agent": agent})
