@@ -270,15 +270,15 @@ FAULTS = [
     Fault(
         "sequences in flight are never given back",
         "nanoslime/rollout/router.py",
-        "self.inflight[tried] -= request.n",
+        "slot.inflight -= n",
         "pass",
         "tests/rollout/test_router.py",
     ),
     Fault(
         "of a group, one sequence is given back",
         "nanoslime/rollout/router.py",
-        "self.inflight[tried] -= request.n",
-        "self.inflight[tried] -= 1",
+        "slot.inflight -= n",
+        "slot.inflight -= 1",
         "tests/rollout/test_router.py",
     ),
     Fault(

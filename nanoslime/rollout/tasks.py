@@ -115,6 +115,11 @@ class Worker(Protocol):
         goes on elsewhere, from the tokens that it has."""
         ...
 
+    def drain(self) -> None:
+        """A weight sync begins. Until the next `set_engines` no request is sent to an engine,
+        and none of them is judged; what runs is the engines' to keep or to end."""
+        ...
+
     def save(self, path: Path) -> None:
         """Writes the training groups that it holds, partial samples included, to `path`.
 

@@ -178,7 +178,7 @@ class SGLangEngine:
         self._post("/continue_generation")
 
     def interrupt(self) -> None:
-        self._post("/abort_request", abort_all=True)
+        self._request("POST", "/abort_request", {"abort_all": True}, _HEALTH_DEADLINE_S)
 
     def flush(self) -> None:
         """Empty the prefix cache.

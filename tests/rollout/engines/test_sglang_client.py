@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from nanoslime.process_groups import join_group, listen
 from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
-from nanoslime.rollout.router import LeastInflightRouter
+from nanoslime.rollout.router import Router
 from nanoslime.types import BroadcastEngine, Engine, GenerateRequest, Generation, RunError, Status
 from nanoslime.weight_sync.colocated import serialize_on_cpu
 from tests.serving import VOCAB_SIZE, num_running, reference_logprobs, wait_until_running
@@ -142,7 +142,7 @@ def test_what_sglang_refuses_is_an_error_in_its_own_words(
 ) -> None:
     request = GenerateRequest(PROMPT, n=2, max_new_tokens=2, temperature=1.0)
     refused = replace(request, **{field: value})
-    answers = asyncio.run(LeastInflightRouter([sglang_engine]).generate(refused))
+    answers = asyncio.run(Router([sglang_engine]).generate(refused))
     assert [answer.status for answer in answers] == [Status.ERROR] * 2
     assert answers[0].error.startswith("SGLang refused it (400): ")
     assert says in answers[0].error

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from nanoslime.rollout import environments
 from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
 from nanoslime.rollout.policy import Policy, ServedModel
-from nanoslime.rollout.router import LeastInflightRouter
+from nanoslime.rollout.router import Router
 from nanoslime.rollout.tasks import GroupTask, Sampling
 from nanoslime.types import Prompt, RunError, Status
 from tests.serving import reference_logprobs
@@ -74,7 +74,7 @@ def test_a_wrong_environment_is_refused_in_one_line(name, options, message) -> N
 def test_single_turn_is_one_response(tiny_model: Path) -> None:
     engine = EmbeddedEngine(str(tiny_model), "float32", "cpu", seed=0)
     model = ServedModel(
-        LeastInflightRouter([engine]), AutoTokenizer.from_pretrained(tiny_model), 64
+        Router([engine]), AutoTokenizer.from_pretrained(tiny_model), 64
     )
     prompt = Prompt(4, np.array([75, 76, 77], np.int32), "", "a", {"k": 1})
     sampling = Sampling(n_samples_per_prompt=3, max_new_tokens=6, temperature=0.7)

@@ -8,7 +8,7 @@ import numpy as np
 from nanoslime.rollout import environments
 from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
 from nanoslime.rollout.policy import Policy, ServedModel
-from nanoslime.rollout.router import LeastInflightRouter
+from nanoslime.rollout.router import Router
 from nanoslime.rollout.tasks import GroupTask, Sampling
 from nanoslime.types import Prompt, Sample, Status
 from tests.rollout.calling_model import save_calling_model, tokenizer_of
@@ -23,7 +23,7 @@ def test_the_question_is_observed_and_both_answers_are_generated(tmp_path: Path)
     prompt = Prompt(0, np.array(tokenizer.encode("12="), np.int32), "12=", "3")
     sampling = Sampling(n_samples_per_prompt=NUM_ROLLOUTS, max_new_tokens=24, temperature=1.0)
     task = GroupTask(0, prompt, sampling, 5, "none")
-    model = ServedModel(LeastInflightRouter([engine]), tokenizer, 512)
+    model = ServedModel(Router([engine]), tokenizer, 512)
 
     async def sampled() -> list[list[Sample]]:
         environment = environments.make("self_check", {"question": "check:="})
