@@ -20,6 +20,7 @@ ENVIRONMENTS = {
     "calculator": "nanoslime.rollout.environments.calculator:run",
     "self_check": "nanoslime.rollout.environments.self_check:run",
     "agent": "nanoslime.rollout.environments.agent:Agent",
+    "verifiers": "nanoslime.rollout.environments.verifiers_adapter:Verifiers",
 }
 
 
