@@ -130,6 +130,7 @@ class Sample:
             arrays=reference,
             error=self.error,
             reward=self.reward,
+            reward_parts=self.reward_parts,
             advantage=self.advantage,
         )
 

@@ -307,7 +307,7 @@ class RolloutWorker:
     async def _take_metrics(self) -> dict[str, float]:
         counted = self._counted
         self._counted = {}
-        return counted
+        return counted | self._scorer.metrics()
 
     def _count(self, name: str, value: float) -> None:
         self._counted[name] = self._counted.get(name, 0.0) + value

@@ -23,32 +23,18 @@ from nanoslime.types import GroupReport, Prompt, RunError, Sample, SampleArrays,
 
 SAMPLING = Sampling(n_samples_per_prompt=3, max_new_tokens=6, temperature=0.7)
 HERE = "tests.rollout.test_worker"
+REWARDS = "tests.orchestration.rewards"
 
 
-def length_reward(text: str, label: Any, metadata: dict[str, Any]) -> float:
-    return float(len(text))
-
-
-def label_reward(text: str, label: Any, metadata: dict[str, Any]) -> float:
-    return float(label == "b") + metadata.get("k", 0)
-
-
-def failing_reward(text: str, label: Any, metadata: dict[str, Any]) -> float:
-    raise SystemExit("the reward ends")
-
-
-def setup(directory: Path, model: Path, reward: str = "length_reward", **rollout: Any):
+def setup(directory: Path, model: Path, **rollout: Any):
     settings = {"engine": "embedded", "max_new_tokens": 6, "temperature": 0.7, **rollout}
-    config = RunConfig(
-        rollout=RolloutConfig(**settings),
-        data=DataConfig(reward=f"{HERE}:{reward}"),
-    )
+    config = RunConfig(rollout=RolloutConfig(**settings), data=DataConfig())
     return WorkerSetup(config, model, directory / "rollouts")
 
 
-def task(group_id: int, reward: str = "length_reward", tokens: Sequence[int] = (5, 6, 7), **more):
+def task(group_id: int, reward: str = "exact_match", tokens: Sequence[int] = (5, 6, 7), **more):
     prompt = Prompt(4, np.array(tokens, np.int32), "text", "b", {"k": 1})
-    values = {"sampling": SAMPLING, "seed": 17 + group_id, "reward": f"{HERE}:{reward}", **more}
+    values = {"sampling": SAMPLING, "seed": 17 + group_id, "reward": reward, **more}
     return GroupTask(group_id=group_id, prompt=prompt, **values)
 
 
@@ -89,11 +75,11 @@ def tokens(groups: Sequence[GroupReport]) -> list[list[int]]:
 
 def test_each_group_is_reported_once_with_scores_and_arrays(open_worker) -> None:
     worker = open_worker()
-    worker.start([task(10, "label_reward"), task(11, "label_reward", [8])])
+    worker.start([task(10), task(11, f"{REWARDS}:always_one", [8])])
     first, second = reports(worker, 2)
     assert [first.group_id, second.group_id] == [10, 11]
     assert [sample.rollout_id for sample in first.samples] == [30, 31, 32]
-    assert first.rewards == second.rewards == [2.0] * 3
+    assert first.rewards == [0.0] * 3 and second.rewards == [1.0] * 3
     for sample in first.samples:
         arrays: SampleArrays = sample.arrays
         assert (sample.num_tokens, sample.num_response_tokens) == (9, 6)
@@ -183,10 +169,10 @@ def test_what_an_environment_does_wrong_is_an_error_of_its_samples(
 
 def test_a_reward_that_fails_is_an_error_of_its_samples(open_worker) -> None:
     worker = open_worker()
-    worker.start([task(0, "failing_reward"), task(1)])
+    worker.start([task(0, f"{REWARDS}:exits"), task(1)])
     failed, fine = reports(worker, 2)
     assert [sample.status for sample in failed.samples] == [Status.ERROR] * 3
-    assert all("failing_reward" in (sample.error or "") for sample in failed.samples)
+    assert all("exits" in (sample.error or "") for sample in failed.samples)
     assert len(fine.rewards) == 3
 
 
