@@ -10,7 +10,7 @@ the loss: a loss is a sum, and is divided once, by `TrainBatch.denominator`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,10 +154,10 @@ class MicroBatch:
     def to(self, device: torch.device) -> MicroBatch:
         """A copy whose tensors are on `device`."""
         moved = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
             if isinstance(value, Tensor):
-                moved[field.name] = on_device(value, device)
+                moved[name] = on_device(value, device)
         return replace(self, **moved)
 
 
@@ -214,7 +214,14 @@ class Maximum:
     value: Tensor  # scalar
 
 
-Metric = WeightedMean | TokenMean | Maximum
+@dataclass(frozen=True, slots=True)
+class Minimum:
+    """One micro-batch's part of a minimum over the tokens in the loss."""
+
+    value: Tensor  # scalar
+
+
+Metric = WeightedMean | TokenMean | Maximum | Minimum
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,8 +235,9 @@ class StepMetrics:
     means: dict[str, float]  # over the global batch
     maxima: dict[str, float]  # over the global batch
     num_skipped: int = 0  # optimizer steps without an update so far, also before a resume
+    minima: dict[str, float] = field(default_factory=dict)  # over the global batch
 
     @property
     def values(self) -> dict[str, float]:
-        """Means and maxima together."""
-        return self.means | self.maxima
+        """Means, maxima and minima together."""
+        return self.means | self.maxima | self.minima

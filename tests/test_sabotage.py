@@ -100,6 +100,20 @@ FAULTS = [
         "tests/orchestration/test_loop.py -k old_logprobs",
     ),
     Fault(
+        "truncated samples stay in the denominators",
+        "nanoslime/training/batching.py",
+        "if options.mask_truncated and sample.status is Status.TRUNCATED:",
+        "if False:",
+        "tests/training/test_batching.py -k truncated",
+    ),
+    Fault(
+        "a minimum over ranks is not the least",
+        "nanoslime/training/metrics.py",
+        "_keep_largest(self._negated_minima, name, -metric.value)",
+        "_keep_largest(self._negated_minima, name, metric.value)",
+        "tests/training/test_metrics.py",
+    ),
+    Fault(
         "a stale policy taken for the current one",
         "nanoslime/config/run.py",
         "if self.rollout.max_staleness and not algorithm.correction.compares_with_engine:",
@@ -340,8 +354,8 @@ FAULTS = [
     Fault(
         "no entropy under FSDP",
         "nanoslime/training/fsdp.py",
-        "self._policy(batch, algorithm.needs_entropy, only)",
-        "self._policy(batch, False, only)",
+        "algorithm.loss(logprobs, entropy, batch)",
+        "algorithm.loss(logprobs, entropy * 0, batch)",
         WRITTEN_OUT,
     ),
     Fault(

@@ -3,14 +3,14 @@ logits.
 
     python tools/bench_logprobs.py [--tokens 8192] [--hidden 1024] [--vocab 151936]
         [--dtype float32] [--gradient both|logprobs] [--rounds 3] [--device cpu|cuda]
-        [--only nanoslime|naive]
+        [--beside naive|logprobs_only] [--only nanoslime|naive|logprobs_only]
 
 naive: float32 logits = hidden weight^T / temperature of all tokens, log_softmax, gather,
-entropy, autograd. Every measurement is a process of its own, the two ways in turn; the
-table shows medians. Extra memory is the peak (CPU: VmHWM of /proc/self/status, CUDA:
-max_memory_allocated) less what is there before the call (hidden, weight, targets, the
-gradients given) and less what both return: logprobs, entropy, the gradients of hidden and
-weight.
+entropy, autograd. logprobs_only: nanoslime without the entropy. Every measurement is a
+process of its own, the two ways in turn; the table shows medians. Extra memory is the peak
+(CPU: VmHWM of /proc/self/status, CUDA: max_memory_allocated) less what is there before the
+call (hidden, weight, targets, the gradients given) and less what is returned: logprobs,
+entropy, the gradients of hidden and weight.
 """
 
 import json
@@ -30,6 +30,7 @@ from nanoslime.training.logprobs import linear_logprobs
 
 TEMPERATURE = 0.8
 WAYS = ("naive", "nanoslime")
+ALL_WAYS = (*WAYS, "logprobs_only")
 
 
 def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,7 +44,9 @@ def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tens
     return logprobs, entropy
 
 
-def nanoslime(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+def nanoslime(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, with_entropy: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """As `naive`, by the function that the trainers use."""
     return linear_logprobs(
         hidden,
@@ -51,24 +54,28 @@ def nanoslime(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, 
         targets,
         temperature=TEMPERATURE,
         vocab_size=len(weight),
-        with_entropy=True,
+        with_entropy=with_entropy,
     )
 
 
 def forward_and_backward(
     way: str, inputs: list[Tensor], upstream: Tensor, *, entropy_gradient: bool
 ) -> list[Tensor]:
-    """Logprobs [T], entropy [T] and the gradients of hidden [T, H] and weight [V, H].
+    """Logprobs [T], entropy [T] where there is one, and the gradients of hidden [T, H] and
+    weight [V, H].
 
     `upstream` [2, T] are the gradients of logprobs and entropy.
     """
-    compute = naive if way == "naive" else nanoslime
-    results = compute(*inputs)
-    num_differentiated = 2 if entropy_gradient else 1
+    if way == "naive":
+        results = naive(*inputs)
+    else:
+        results = nanoslime(*inputs, with_entropy=way == "nanoslime")
+    found = [result for result in results if result is not None]
+    num_differentiated = len(found) if entropy_gradient else 1
     gradients = torch.autograd.grad(
-        results[:num_differentiated], inputs[:2], list(upstream[:num_differentiated])
+        found[:num_differentiated], inputs[:2], list(upstream[:num_differentiated])
     )
-    return [*(result.detach() for result in results), *gradients]
+    return [*(result.detach() for result in found), *gradients]
 
 
 def measure(options: Namespace, results: Path | None) -> dict[str, float]:
@@ -140,8 +147,11 @@ def make_parser() -> ArgumentParser:
         default="both",
         help="the results whose gradient is taken",
     )
-    parser.add_argument("--only", choices=WAYS, help="where there is no memory for the other way")
-    parser.add_argument("--measure", choices=WAYS, help=SUPPRESS)
+    parser.add_argument("--beside", choices=("naive", "logprobs_only"), default="naive")
+    parser.add_argument(
+        "--only", choices=ALL_WAYS, help="where there is no memory for the other way"
+    )
+    parser.add_argument("--measure", choices=ALL_WAYS, help=SUPPRESS)
     parser.add_argument("--results", type=Path, help=SUPPRESS)
     return parser
 
@@ -159,7 +169,7 @@ def main(argv: list[str]) -> int:
     if options.measure:
         print(json.dumps(measure(options, options.results)))
         return 0
-    ways = [options.only] if options.only else list(WAYS)
+    ways = [options.only] if options.only else [options.beside, "nanoslime"]
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     extra_bytes: dict[str, list[float]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory() as directory:
@@ -179,9 +189,11 @@ def main(argv: list[str]) -> int:
     for way in ways:
         print(f"| {way} | {median_s[way]:.2f} | {median_gb[way]:.3f} |")
     if len(ways) == 2:
-        time_ratio = median_s["nanoslime"] / median_s["naive"]
-        memory_ratio = median_gb["naive"] / median_gb["nanoslime"]
-        print(f"| nanoslime / naive | {time_ratio:.2f} | 1/{memory_ratio:.1f} |\n")
+        other = options.beside
+        time_ratio = median_s["nanoslime"] / median_s[other]
+        memory_ratio = median_gb[other] / median_gb["nanoslime"]
+        print(f"| nanoslime / {other} | {time_ratio:.2f} | 1/{memory_ratio:.1f} |\n")
+    if ways == list(WAYS):
         differences = []
         for by_naive, by_nanoslime in zip(*tensors, strict=True):
             differences.append(f"{(by_naive - by_nanoslime).abs().max():.1e}")

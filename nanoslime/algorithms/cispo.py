@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from nanoslime.algorithms.corrections import bounded_exp
-from nanoslime.algorithms.policy_gradient import PolicyGradient, PolicyTerms
+from nanoslime.algorithms.policy_gradient import PolicyGradient, PolicyTerms, clip_flags
 from nanoslime.batch import MicroBatch
 
 
@@ -20,4 +20,5 @@ class CISPO(PolicyGradient):
         """
         ratio = bounded_exp(log_ratio.detach())
         weight = ratio.clamp(1 - self.config.eps_clip, 1 + self.config.clip_high)
-        return -weight * advantages * logp, {"clip_ratio": weight != ratio}
+        flags = clip_flags(low=weight > ratio, high=weight < ratio)
+        return -weight * advantages * logp, flags

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nanoslime.algorithms.corrections import bounded_exp
-from nanoslime.algorithms.policy_gradient import PolicyGradient, PolicyTerms
+from nanoslime.algorithms.policy_gradient import PolicyGradient, PolicyTerms, clip_flags
 from nanoslime.batch import MicroBatch
 from nanoslime.config.algorithm import ClippedConfig
 
@@ -41,11 +41,13 @@ def clipped_policy_loss(
     `ratio`, `advantages` [T]. The source is arXiv 1707.06347, equation 7; an eps_high
     other than eps_low is clip-higher, arXiv 2503.14476, equation 10. With `eps_dual`, a
     term is at most -eps_dual A where A < 0 (dual clip, arXiv 1912.09729).
+    The lower limit can decide only where A < 0, and the upper one only where A > 0.
     """
     unclipped = -ratio * advantages
     clipped = -ratio.clamp(1 - eps_low, 1 + eps_high) * advantages
     terms = torch.maximum(unclipped, clipped)
-    flags = {"clip_ratio": clipped > unclipped}
+    decides = clipped > unclipped
+    flags = clip_flags(low=decides & (advantages < 0), high=decides & (advantages > 0))
     if eps_dual is not None:
         limit = -eps_dual * advantages
         above_limit = (advantages < 0) & (terms > limit)

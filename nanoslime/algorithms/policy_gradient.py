@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nanoslime.algorithms.corrections import bounded_exp, correct, off_policy_sequences
-from nanoslime.algorithms.kl import approx_kl, k3
+from nanoslime.algorithms.kl import approx_kl, k1, k3
 from nanoslime.algorithms.rewards import ZERO_STD, overlong_penalty, relative, rewards_by_group
 from nanoslime.batch import Maximum, Metric, MicroBatch, TokenMean, TrainBatch, WeightedMean
 from nanoslime.config.algorithm import SharedConfig
@@ -40,7 +40,6 @@ class PolicyGradient(ABC):
         # A run resolves auto (RunConfig.old_logprobs); elsewhere it is what is always right.
         self.needs_old_logprobs = config.old_logprobs in ("auto", "recomputed")
         self.needs_reference = config.needs_reference
-        self.needs_entropy = config.entropy_coef > 0
 
     def rollout_advantages(self, rewards: Sequence[float]) -> list[float]:
         """One advantage for each of the `rewards` of a group.
@@ -137,15 +136,15 @@ class PolicyGradient(ABC):
         return penalties
 
     def loss(
-        self, logprobs: Tensor, entropy: Tensor | None, batch: MicroBatch
+        self, logprobs: Tensor, entropy: Tensor, batch: MicroBatch
     ) -> tuple[Tensor, dict[str, Metric]]:
         """The loss of `batch`, a sum over tokens times their token_weights, and its
         metrics.
 
         Divided by batch.denominator, and summed over all micro-batches, it is the mean
         that the denominator names. Tokens with loss_mask False contribute exactly
-        nothing, whatever their logprobs. `logprobs` [T], `entropy` [T] or None. Raises
-        ValueError where the batch lacks logprobs that the configuration needs.
+        nothing, whatever their logprobs. `logprobs`, `entropy` [T]. Raises ValueError
+        where the batch lacks logprobs that the configuration needs.
         """
         config = self.config
         mask = batch.loss_mask
@@ -172,11 +171,14 @@ class PolicyGradient(ABC):
 
         token_weights = torch.where(mask & correction.keep, batch.token_weights, 0.0)
         total = (terms * policy_weight * token_weights).sum()
-        ppo_kl = log_ratio.detach().abs()
+        entropy = _in_loss(entropy, mask)
+        ppo_kl = k1(old, logprobs.detach())
         metrics: dict[str, Metric] = {
             "train/policy_loss": WeightedMean(total.detach(), batch.denominator),
-            "train/ppo_kl_abs": TokenMean(ppo_kl.sum(), num_tokens),
-            "train/ppo_kl_abs_max": Maximum(ppo_kl.max()),
+            "train/entropy": TokenMean(entropy.detach().sum(), num_tokens),
+            "train/ppo_kl_k1": TokenMean(ppo_kl.sum(), num_tokens),
+            "train/ppo_kl_abs": TokenMean(ppo_kl.abs().sum(), num_tokens),
+            "train/ppo_kl_abs_max": Maximum(ppo_kl.abs().max()),
         }
         for name, flag in flags.items():
             metrics[f"train/{name}"] = TokenMean((flag & mask).sum(), num_tokens)
@@ -190,9 +192,7 @@ class PolicyGradient(ABC):
                 kl_loss = (kl_terms * token_weights).sum()
                 metrics["train/kl_loss"] = WeightedMean(kl_loss.detach(), batch.denominator)
                 total = total + config.kl_loss_coef * kl_loss
-        if self.needs_entropy:
-            entropy = _in_loss(self._present(entropy, "entropy"), mask)
-            metrics["train/entropy"] = TokenMean(entropy.detach().sum(), num_tokens)
+        if config.entropy_coef:
             total = total - config.entropy_coef * (entropy * token_weights).sum()
         return total, metrics
 
@@ -206,6 +206,11 @@ class PolicyGradient(ABC):
         if values is None:
             raise ValueError(f"the batch has no {name}, which {self.config} needs")
         return values
+
+
+def clip_flags(low: Tensor, high: Tensor) -> dict[str, Tensor]:
+    """The flags of tokens that a clip holds at its lower and at its upper limit; bool [T]."""
+    return {"clip_ratio": low | high, "clip_low_ratio": low, "clip_high_ratio": high}
 
 
 def whitened(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanoslime.algorithms.filters import filter_groups, zero_std_ids
+from nanoslime.algorithms.filters import REASONS, filter_groups, zero_std_ids
 from nanoslime.algorithms.policy_gradient import PolicyGradient
 from nanoslime.types import Group, Scored, Status
 
@@ -29,8 +29,8 @@ def prepare[S: Scored](groups: Sequence[Group[S]], algorithm: PolicyGradient) ->
     kept, dropped = filter_groups(groups, drop_zero_std=algorithm.config.filter_zero_std)
     algorithm.advantages(kept)
     metrics = group_metrics(groups)
-    for reason, number in dropped.items():
-        metrics[f"rollout/dropped_{reason}"] = float(number)
+    for reason in REASONS:
+        metrics[f"rollout/dropped_{reason}"] = float(dropped[reason])
     return PreparedGroups(kept, dict(dropped), metrics)
 
 
@@ -54,9 +54,17 @@ def group_metrics[S: Scored](groups: Sequence[Group[S]]) -> dict[str, float]:
         "rollout/reward_std": float(np.std(rewards)) if rewards else math.nan,
         "rollout/zero_std_ratio": len(zero_std_ids(trainable)) / max(num_ids, 1),
         "rollout/response_tokens_mean": float(np.mean(lengths)) if lengths else 0.0,
+        "rollout/response_tokens_p50": percentile(lengths, 50),
+        "rollout/response_tokens_p90": percentile(lengths, 90),
+        "rollout/response_tokens_p99": percentile(lengths, 99),
         "rollout/response_tokens_max": float(max(lengths, default=0)),
         "rollout/truncated_ratio": statuses.count(Status.TRUNCATED) / num_samples,
         "rollout/aborted_ratio": statuses.count(Status.ABORTED) / num_samples,
         "rollout/error_ratio": statuses.count(Status.ERROR) / num_samples,
         "rollout/num_samples": float(len(samples)),
     }
+
+
+def percentile(values: Sequence[int], share: float) -> float:
+    """The value that `share` percent of `values` do not exceed, interpolated; 0 without any."""
+    return float(np.percentile(values, share)) if values else 0.0

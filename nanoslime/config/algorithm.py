@@ -93,6 +93,11 @@ class SharedConfig:
     """tokens: the loss is a mean over the tokens of the optimizer step. sequences: a
     mean over rollouts of their means over tokens. fixed: a mean over rollouts of their
     sums, divided by rollout.max_new_tokens (arXiv 2503.20783)."""
+    truncated: Literal["train", "mask"] = "train"
+    """What becomes of samples that the token limit ended. train: their reward speaks for
+    them. mask: they count in the baseline of their group, but their tokens leave the loss
+    and its denominators (over-long filtering, arXiv 2503.14476, section 3.4). A penalty
+    for length is overlong_buffer."""
     overlong_buffer: int = Field(default=0, ge=0)
     """Last tokens before rollout.max_new_tokens in which the reward falls by
     overlong_penalty; 0: off."""

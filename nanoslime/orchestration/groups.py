@@ -89,6 +89,7 @@ class TrainGroup(ABC):
             fixed_length=self.config.rollout.max_new_tokens,
             parity_tokens=self._parity_tokens,
             oldest_version_in_loss=version if self.config.rollout.mask_stale_tokens else None,
+            mask_truncated=self.config.algorithm.truncated == "mask",
         )
         steps = plan_train_batches(groups, options)
         shards = [[step[dp_rank] for step in steps] for dp_rank in range(self.dp_size)]

@@ -167,9 +167,10 @@ def _joined(batches: list[TrainBatch]) -> TrainBatch:
 
 
 def metrics_row(steps: list[StepMetrics]) -> dict[str, float]:
-    """Makes one row of a rollout's steps: means of means, maxima of maxima."""
+    """Makes one row of a rollout's steps: means of means, maxima of maxima, minima of minima."""
     means: dict[str, list[float]] = defaultdict(list)
     maxima: dict[str, list[float]] = defaultdict(list)
+    minima: dict[str, list[float]] = defaultdict(list)
     for step in steps:
         means["train/loss"].append(step.loss)
         means["train/grad_norm"].append(step.grad_norm)
@@ -179,7 +180,10 @@ def metrics_row(steps: list[StepMetrics]) -> dict[str, float]:
             means[name].append(value)
         for name, value in step.maxima.items():
             maxima[name].append(value)
+        for name, value in step.minima.items():
+            minima[name].append(value)
     row = {name: sum(values) / len(values) for name, values in means.items()}
     row |= {name: max(values) for name, values in maxima.items()}
+    row |= {name: min(values) for name, values in minima.items()}
     row["train/num_skipped"] = float(steps[-1].num_skipped)
     return row

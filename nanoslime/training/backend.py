@@ -55,14 +55,13 @@ class Algorithm(Protocol):
     denominator: Literal["tokens", "sequences", "fixed"]
     needs_old_logprobs: bool
     needs_reference: bool
-    needs_entropy: bool  # as the second argument of `loss`
 
     def token_advantages(
         self, shard: TrainBatch, all_sum: Callable[[Tensor], Tensor]
     ) -> list[Tensor]: ...
 
     def loss(
-        self, logprobs: Tensor, entropy: Tensor | None, batch: MicroBatch
+        self, logprobs: Tensor, entropy: Tensor, batch: MicroBatch
     ) -> tuple[Tensor, dict[str, Metric]]: ...
 
 
@@ -145,6 +144,7 @@ class TrainBackend(ABC):
             skipped=not accepted,
             means=metrics.means,
             maxima=metrics.maxima,
+            minima=metrics.minima,
             num_skipped=history.num_skipped,
         )
 

@@ -20,7 +20,14 @@ from torch import Tensor
 
 from nanoslime.batch import BatchPlan, TrainBatch
 from nanoslime.training.packing import pack
-from nanoslime.types import GroupReport, SampleArrays, SampleGroup, SampleReport, local_reports
+from nanoslime.types import (
+    GroupReport,
+    SampleArrays,
+    SampleGroup,
+    SampleReport,
+    Status,
+    local_reports,
+)
 
 _DUMMY_TOKENS = 2
 _DUMMY = SampleArrays(
@@ -54,6 +61,8 @@ class BatchingOptions:
     # Tokens of older versions leave the loss and its denominators, and a sample that has no
     # other ones leaves the batch. None keeps all.
     oldest_version_in_loss: int | None = None
+    # Samples that the token limit ended leave the batch, and so the denominators.
+    mask_truncated: bool = False
 
 
 def make_train_batches(
@@ -117,6 +126,8 @@ def _split_into_steps(
     for group in groups:
         for sample in group.samples:
             if _is_stale(sample, options.oldest_version_in_loss):
+                continue
+            if options.mask_truncated and sample.status is Status.TRUNCATED:
                 continue
             samples_by_id.setdefault(sample.group_id, []).append(sample)
     whole_groups = list(samples_by_id.values())

@@ -95,7 +95,7 @@ class FSDPBackend(TrainBackend):
             in_loss = pack.loss_mask.nonzero().flatten() if pack.loss_mask.any() else None
             batch = pack.to(self._device)
             only = None if in_loss is None else in_loss.to(self._device)
-            logprobs, entropy = self._policy(batch, algorithm.needs_entropy, only)
+            logprobs, entropy = self._policy(batch, with_entropy=True, only=only)
             loss, metrics = algorithm.loss(logprobs, entropy, batch)
             (loss / batch.denominator).backward()
             sums.add(loss, metrics, logprobs, batch)

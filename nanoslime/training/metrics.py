@@ -1,5 +1,6 @@
 """Metrics of one optimizer step: summed over micro-batches and DP ranks, divided once."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,13 +10,16 @@ from torch.distributed import ProcessGroup
 
 from nanoslime.algorithms.corrections import bounded_exp
 from nanoslime.algorithms.kl import k3
-from nanoslime.batch import Maximum, Metric, MicroBatch, TokenMean, WeightedMean
+from nanoslime.batch import Maximum, Metric, MicroBatch, Minimum, TokenMean, WeightedMean
 
 _LOSS = "train/loss"
 _ESS = "train/ess_ratio"
-# Two means that are reduced with the others, and from which _ESS is made.
-_IMPORTANCE = "importance weight"
+_IMPORTANCE = "train/importance_weight_mean"
+_ADVANTAGE = "train/advantage_mean"
+_ADVANTAGE_STD = "train/advantage_std"
+# Two means that are reduced with the others, and from which _ESS and _ADVANTAGE_STD are made.
 _IMPORTANCE_SQUARED = "squared importance weight"
+_ADVANTAGE_SQUARED = "squared advantage"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +29,13 @@ class ReducedMetrics:
     loss: float
     means: dict[str, float]
     maxima: dict[str, float]
+    minima: dict[str, float]
 
 
 class MetricSums:
     """Adds up the metrics of one rank's micro-batches, and reduces them over ranks.
 
-    To each micro-batch's metrics it adds `engine_gap_metrics`.
+    To each micro-batch's metrics it adds `engine_gap_metrics` and `advantage_metrics`.
     """
 
     def __init__(self) -> None:
@@ -39,6 +44,8 @@ class MetricSums:
         self._counts: dict[str, Tensor] = {}
         self._denominators: dict[str, float] = {}
         self._maxima: dict[str, Tensor] = {}
+        # Less the values, so that all extremes are reduced as maxima.
+        self._negated_minima: dict[str, Tensor] = {}
 
     def add(
         self, loss: Tensor, metrics: dict[str, Metric], logprobs: Tensor, batch: MicroBatch
@@ -49,12 +56,15 @@ class MetricSums:
             self._add(name, metric)
         for name, metric in engine_gap_metrics(logprobs, batch).items():
             self._add(name, metric)
+        for name, metric in advantage_metrics(batch).items():
+            self._add(name, metric)
 
     def _add(self, name: str, metric: Metric) -> None:
         if isinstance(metric, Maximum):
-            value = metric.value.detach().double()
-            largest = self._maxima.get(name, value)
-            self._maxima[name] = torch.maximum(largest, value)
+            _keep_largest(self._maxima, name, metric.value)
+            return
+        if isinstance(metric, Minimum):
+            _keep_largest(self._negated_minima, name, -metric.value)
             return
         self._totals[name] = self._totals.get(name, 0.0) + metric.total.detach().double()
         if isinstance(metric, TokenMean):
@@ -65,17 +75,22 @@ class MetricSums:
     def reduce(self, group: ProcessGroup | None) -> ReducedMetrics:
         """Reduces over the ranks of `group` (None: this rank alone), in two collectives.
 
-        Every rank must have added at least one micro-batch. A mean over no token is 0.
+        Every rank must have added at least one micro-batch. What is taken over no token
+        is 0.
         """
         sums = torch.stack([*self._totals.values(), *self._counts.values()])
-        largest = torch.stack(list(self._maxima.values()))
+        largest = torch.stack([*self._maxima.values(), *self._negated_minima.values()])
         if group is not None:
             dist.all_reduce(sums, group=group)
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
         num_totals = len(self._totals)
         totals = dict(zip(self._totals, sums[:num_totals].tolist(), strict=True))
         counts = dict(zip(self._counts, sums[num_totals:].tolist(), strict=True))
-        maxima = dict(zip(self._maxima, largest.tolist(), strict=True))
+        extremes = [0.0 if value == -math.inf else value for value in largest.tolist()]
+        num_maxima = len(self._maxima)
+        maxima = dict(zip(self._maxima, extremes[:num_maxima], strict=True))
+        negated_minima = zip(self._negated_minima, extremes[num_maxima:], strict=True)
+        minima = {name: -value for name, value in negated_minima}
         means = {}
         for name, total in totals.items():
             if name in counts:
@@ -83,10 +98,36 @@ class MetricSums:
             else:
                 means[name] = total / self._denominators[name]
         loss = means.pop(_LOSS)
-        importance = means.pop(_IMPORTANCE)
         importance_squared = means.pop(_IMPORTANCE_SQUARED)
-        means[_ESS] = importance**2 / max(importance_squared, 1e-300)
-        return ReducedMetrics(loss, means, maxima)
+        means[_ESS] = means[_IMPORTANCE] ** 2 / max(importance_squared, 1e-300)
+        variance = means.pop(_ADVANTAGE_SQUARED) - means[_ADVANTAGE] ** 2
+        means[_ADVANTAGE_STD] = math.sqrt(max(variance, 0.0))
+        return ReducedMetrics(loss, means, maxima, minima)
+
+
+def _keep_largest(extremes: dict[str, Tensor], name: str, value: Tensor) -> None:
+    value = value.detach().double()
+    extremes[name] = torch.maximum(extremes.get(name, value), value)
+
+
+def advantage_metrics(batch: MicroBatch) -> dict[str, Metric]:
+    """Statistics of the advantages as the loss has them, a token at a time: whitened, and
+    less the KL in the reward.
+
+    The mean of the squares gives train/advantage_std, the standard deviation over all
+    tokens in the loss.
+    """
+    mask = batch.loss_mask
+    num_tokens = mask.sum()
+    advantages = torch.where(mask, batch.advantages, 0.0).double()
+    is_zero = mask & (advantages == 0)
+    return {
+        _ADVANTAGE: TokenMean(advantages.sum(), num_tokens),
+        _ADVANTAGE_SQUARED: TokenMean(advantages.square().sum(), num_tokens),
+        "train/advantage_zero_ratio": TokenMean(is_zero.sum(), num_tokens),
+        "train/advantage_max": Maximum(torch.where(mask, advantages, -torch.inf).max()),
+        "train/advantage_min": Minimum(torch.where(mask, advantages, torch.inf).min()),
+    }
 
 
 def engine_gap_metrics(logprobs: Tensor, batch: MicroBatch) -> dict[str, Metric]:
@@ -94,9 +135,11 @@ def engine_gap_metrics(logprobs: Tensor, batch: MicroBatch) -> dict[str, Metric]
 
     The trainer's logprobs are the old ones if there are any (the policy that sampled),
     else `logprobs` [T]. train/logprob_gap_mean and train/logprob_gap_max are of the
-    absolute difference. train/rollout_kl is k3 of KL(engine || trainer). Two further
-    means give train/ess_ratio, the effective sample size (sum w)^2 / (n sum w^2) of the
-    importance weights w = trainer / engine over n tokens: it is 1 where the two agree.
+    absolute difference. train/rollout_kl is k3 of KL(engine || trainer), and
+    train/rollout_kl_k1 its signed estimate, engine's - trainer's logprob. The mean of the
+    importance weights w = trainer / engine over n tokens, and that of their squares, give
+    train/ess_ratio, the effective sample size (sum w)^2 / (n sum w^2): it is 1 where the
+    two agree.
     """
     trainer = logprobs.detach()
     if batch.old_logprobs is not None:
@@ -111,6 +154,7 @@ def engine_gap_metrics(logprobs: Tensor, batch: MicroBatch) -> dict[str, Metric]
         "train/logprob_gap_mean": TokenMean(gap.sum(), num_tokens),
         "train/logprob_gap_max": Maximum(gap.max()),
         "train/rollout_kl": TokenMean(k3(zero, log_weight).sum(), num_tokens),
+        "train/rollout_kl_k1": TokenMean(-log_weight.sum(), num_tokens),
         _IMPORTANCE: TokenMean(weight.sum(), num_tokens),
         _IMPORTANCE_SQUARED: TokenMean(weight.square().sum(), num_tokens),
     }

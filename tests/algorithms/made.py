@@ -99,10 +99,14 @@ def pack(
 def loss(
     current, batch: MicroBatch, made: PolicyGradient | None = None, *, entropy=None, **knobs
 ) -> tuple[float, list[float], dict[str, float]]:
-    """The loss, its gradient to `current` [T], and the metrics: their totals, and maxima."""
+    """The loss, its gradient to `current` [T], and the metrics: their totals, and maxima.
+
+    The entropy is 0 where none is given.
+    """
     made = made or algorithm(**knobs)
     logprobs = torch.tensor(current, requires_grad=True)
-    total, metrics = made.loss(logprobs, as_tensor(entropy), batch)
+    entropy = torch.zeros(len(current)) if entropy is None else torch.tensor(entropy)
+    total, metrics = made.loss(logprobs, entropy, batch)
     total.backward()
     numbers = {name: float(number(metric)) for name, metric in metrics.items()}
     return total.item(), logprobs.grad.tolist(), numbers
@@ -113,7 +117,3 @@ def number(metric: Metric) -> Tensor:
     if isinstance(metric, Maximum):
         return metric.value
     return metric.total
-
-
-def as_tensor(values) -> Tensor | None:
-    return None if values is None else torch.tensor(values)

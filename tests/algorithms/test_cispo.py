@@ -19,10 +19,12 @@ def test_the_gradient_is_the_clipped_weight_times_the_advantage(advantage, ratio
     assert total == pytest.approx(-weight * advantage * current, rel=1e-5)
     assert grad == pytest.approx([-weight * advantage], rel=1e-5)
     assert metrics["train/clip_ratio"] == (weight != ratio)
+    assert metrics["train/clip_high_ratio"] == (weight < ratio)
+    assert metrics["train/clip_low_ratio"] == 0
 
 
 def test_a_lower_bound_may_be_set():
     made = algorithm(CISPOConfig(eps_clip=0.3))
     _, grad, metrics = loss([math.log(0.1)], pack([0.0], [1.0]), made)
     assert grad == pytest.approx([-0.7])
-    assert metrics["train/clip_ratio"] == 1
+    assert metrics["train/clip_ratio"] == metrics["train/clip_low_ratio"] == 1

@@ -36,6 +36,8 @@ def test_clip_on_both_sides_with_both_signs(config, advantage, ratio, expected, 
     assert total == pytest.approx(expected, rel=1e-5)
     assert grad == pytest.approx([gradient], rel=1e-5)
     assert metrics["train/clip_ratio"] == clipped
+    assert metrics["train/clip_low_ratio"] == (clipped and ratio < 1)
+    assert metrics["train/clip_high_ratio"] == (clipped and ratio > 1)
 
 
 def test_clip_higher_moves_the_upper_edge_only():

@@ -54,8 +54,6 @@ def test_missing_tensors_are_named():
     batch = pack([-1.0], [1.0])
     with pytest.raises(ValueError, match="no ref_logprobs.*use_kl_loss=True"):
         loss([-1.0], batch, use_kl_loss=True)
-    with pytest.raises(ValueError, match="no entropy"):
-        loss([-1.0], batch, entropy_coef=0.1)
     batch.old_logprobs = None
     with pytest.raises(ValueError, match="no old_logprobs"):
         loss([-1.0], batch)
@@ -155,7 +153,6 @@ def test_kl_in_the_reward_is_not_in_the_loss_as_well():
 @pytest.mark.parametrize("config", [None, CISPOConfig(entropy_coef=0.1)])
 def test_entropy_is_a_bonus(config):
     made = algorithm(config, entropy_coef=0.1)
-    assert made.needs_entropy and not algorithm().needs_entropy
     nan = float("nan")
     batch = pack([0.0] * 3, [0.0] * 3, mask=[False, True, True], weights=[1.0, 0.5, 0.5])
     entropy = torch.tensor([nan, 2.0, 4.0], requires_grad=True)
@@ -166,8 +163,23 @@ def test_entropy_is_a_bonus(config):
     assert metrics["train/entropy"] == TokenMean(torch.tensor(6.0), torch.tensor(2))
 
 
+def test_without_the_bonus_the_entropy_is_only_measured():
+    entropy = torch.tensor([2.0, 4.0], requires_grad=True)
+    logprobs = torch.zeros(2, requires_grad=True)
+    total, metrics = algorithm().loss(logprobs, entropy, pack([0.0] * 2, [1.0] * 2))
+    total.backward()
+    assert entropy.grad is None and total.item() == -2
+    assert metrics["train/entropy"] == TokenMean(torch.tensor(6.0), torch.tensor(2))
+
+
+def test_the_signed_move_of_the_policy_may_cancel_out():
+    metrics = loss([-1.0, -2.0], pack([-1.5, -1.5], [1.0] * 2))[2]
+    assert (metrics["train/ppo_kl_k1"], metrics["train/ppo_kl_abs"]) == (0, 1)
+    assert loss([-2.0], pack([-1.5], [1.0]))[2]["train/ppo_kl_k1"] == 0.5  # old - current
+
+
 def test_the_protocol_of_the_backends_is_met():
     made: PolicyGradient = algorithm(denominator="sequences")
     assert made.denominator == "sequences"
-    assert not (made.needs_reference or made.needs_entropy)
+    assert not made.needs_reference
     assert made.needs_old_logprobs

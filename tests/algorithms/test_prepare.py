@@ -42,6 +42,9 @@ def test_metrics_by_hand():
         "rollout/reward_std": 0.5,
         "rollout/zero_std_ratio": 0.5,
         "rollout/response_tokens_mean": 2.4,
+        "rollout/response_tokens_p50": 2.0,
+        "rollout/response_tokens_p90": pytest.approx(4.8),  # 0.6 of the way from 3 to 6
+        "rollout/response_tokens_p99": pytest.approx(5.88),
         "rollout/response_tokens_max": 6.0,
         "rollout/truncated_ratio": 0.2,
         "rollout/aborted_ratio": 0.0,
@@ -78,6 +81,16 @@ def test_what_is_kept_has_advantages_and_what_is_dropped_is_counted():
     assert kept.group_id == 3
     assert [s.advantage for s in kept.samples] == [0.5, -0.5]
     assert prepared.dropped == {"sample_error": 1, "group_zero_std": 2}
+    counts = {
+        name: value for name, value in prepared.metrics.items() if name.startswith("rollout/drop")
+    }
+    assert counts == {
+        "rollout/dropped_sample_error": 1,
+        "rollout/dropped_sample_aborted": 0,
+        "rollout/dropped_sample_no_response": 0,
+        "rollout/dropped_group_empty": 0,
+        "rollout/dropped_group_zero_std": 2,
+    }
     assert prepared.metrics["rollout/dropped_sample_error"] == 1
     assert prepared.metrics["rollout/dropped_group_zero_std"] == 2
     assert prepared.metrics["rollout/num_samples"] == 6

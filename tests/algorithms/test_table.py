@@ -101,7 +101,7 @@ def cut(micro: MicroBatch, tokens: Tensor, lengths: list[int]) -> MicroBatch:
 def outcome(made, micro, logprobs, entropy):
     """Loss, gradients to logprobs and entropy, metrics."""
     logprobs, entropy = (x.clone().requires_grad_() for x in (logprobs, entropy))
-    total, metrics = made.loss(logprobs, entropy if made.needs_entropy else None, micro)
+    total, metrics = made.loss(logprobs, entropy, micro)
     total.backward()
     zero = torch.zeros_like(entropy)
     return total.detach(), logprobs.grad, zero if entropy.grad is None else entropy.grad, metrics

@@ -4,7 +4,9 @@ differs from the run without the change in exactly what should differ.
 
 import json
 import math
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from nanoslime.weight_sync.in_process import InProcessSender
 from tests.orchestration import wired
 from tests.orchestration.wired import Asked, Seen
 
+README = Path(__file__).parents[2] / "README.md"
 # What follows from other sampled tokens.
 OF_TOKENS = {"tokens", "rewards", "advantages"}
 # What follows from another loss of the first rollout.
@@ -66,19 +69,20 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], set[str]]] = [
     (
         {},
         {"data.reward": "tests.orchestration.rewards:by_length"},
-        {"rewards", "advantages", "eval rewards", "metrics"} | OF_LOSS,
+        {"rewards", "advantages", "eval rewards"} | OF_LOSS,
     ),
-    ({}, {"algorithm.filter_zero_std": False}, {"advantages", "metrics"} | OF_LOSS),
+    ({}, {"algorithm.filter_zero_std": False}, {"advantages"} | OF_LOSS),
     ({}, {"algorithm.normalize_by_std": False}, {"advantages"} | OF_LOSS),
     ({}, {"algorithm.normalize_advantages": True}, OF_LOSS),
     ({}, BUFFER, {"advantages"} | OF_LOSS),
+    ({}, {"algorithm.truncated": "mask"}, OF_LOSS),
     (BUFFER, {"algorithm.overlong_penalty": 3.0}, {"advantages"} | OF_LOSS),
     (RETURNS, {"algorithm.gamma": 0.5}, {"gradient", "weights"}),
     ({}, {"algorithm.name": "rloo"}, {"advantages"} | OF_LOSS),
     # the loss
     ({}, {"algorithm.denominator": "sequences"}, OF_LOSS),
     ({}, {"algorithm.denominator": "fixed"}, OF_LOSS),
-    ({}, {"algorithm.entropy_coef": 0.1}, OF_LOSS | {"metrics"}),
+    ({}, {"algorithm.entropy_coef": 0.1}, OF_LOSS),
     (TWO_STEPS, {"algorithm.eps_clip": 0.01}, OF_LOSS),
     (TWO_STEPS, {"algorithm.eps_clip_high": 2.0}, OF_LOSS),
     (TWO_STEPS, {"algorithm.eps_clip_c": 1.001}, OF_LOSS | {"metrics"}),
@@ -373,6 +377,24 @@ def test_rows_summary_and_status_tell_of_the_run(run_once):
     assert summary["logprob_gap_max"] == max(row["train/logprob_gap_max"] for row in rows)
     assert summary["steps"] == 5
     assert (seen.run.status()["phase"], seen.run.status()["step"]) == ("done", 5)
+
+
+EVERY_METRIC = {
+    **KL_LOSS,
+    "eval.interval": 1,
+    "algorithm.eps_clip_c": 2.0,
+    "algorithm.correction.use_tis": True,
+    "algorithm.correction.use_opsm": True,
+}
+
+
+def test_the_readme_names_the_metrics_of_a_row(run_once):
+    """Of every area but the seconds of phases."""
+    areas = ("rollout", "train", "eval")
+    named = re.findall(rf"`((?:{'|'.join(areas)})/[a-z0-9_]+)`", README.read_text())
+    assert len(named) == len(set(named))
+    found = {name for name in run_once(EVERY_METRIC).rows[0] if name.partition("/")[0] in areas}
+    assert found == set(named)
 
 
 def test_an_export_is_made_where_one_is_asked_for(run_once):

@@ -105,6 +105,7 @@ def test_a_row_has_the_means_of_means_and_the_maxima_of_maxima():
             skipped=skipped,
             means={"train/a": mean},
             maxima={"train/b": maximum},
+            minima={"train/c": maximum},
             num_skipped=num_skipped,
         )
         for loss, skipped, mean, maximum, num_skipped in [
@@ -119,5 +120,6 @@ def test_a_row_has_the_means_of_means_and_the_maxima_of_maxima():
         "train/skipped": 0.5,
         "train/a": 3.0,
         "train/b": 5.0,
+        "train/c": -1.0,
         "train/num_skipped": 4.0,
     }

@@ -197,6 +197,7 @@ class WrittenOut:
             "train/policy_loss": policy_loss / denominator,
             "train/grad_norm": norm,
             "train/lr": lr,
+            "train/entropy": sums["entropy"] / num_tokens,
             "train/clip_ratio": sums["clipped"] / num_tokens,
             "train/rejected_ratio": 0.0,
             "train/ppo_kl_abs": sums["move"] / num_tokens,
@@ -208,8 +209,6 @@ class WrittenOut:
             row["train/ref_kl"] = sums["kl"] / num_tokens
         if algorithm.use_kl_loss:
             row["train/kl_loss"] = sums["kl_loss"] / denominator
-        if algorithm.entropy_coef:
-            row["train/entropy"] = sums["entropy"] / num_tokens
         return row
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from nanoslime import algorithms
-from nanoslime.batch import Maximum, StepMetrics, TokenMean, WeightedMean
+from nanoslime.batch import Maximum, Minimum, StepMetrics, TokenMean, WeightedMean
 from tests.training.parity import LENGTHS, TEMPERATURE, Layout, Outcome, train_batch
 
 PROMPT_LENGTHS = [3, 2, 6, 1, 4, 5, 3, 2]
@@ -84,6 +84,17 @@ def sequence_logprobs(model: transformers.PreTrainedModel, tokens: list[Tensor])
         log_p = torch.log_softmax(logits, dim=-1)
         of_next = log_p[:-1].gather(1, ids[1:, None]).squeeze(1)
         found.append(torch.cat([torch.zeros(1), of_next]))
+    return found
+
+
+@torch.no_grad()
+def sequence_entropies(model: transformers.PreTrainedModel, tokens: list[Tensor]) -> list[Tensor]:
+    """Entropy of the distribution that each token was drawn from; 0 at the first token."""
+    found = []
+    for ids in tokens:
+        logits = model(ids[None]).logits[0].float() / TEMPERATURE
+        entropies = torch.distributions.Categorical(logits=logits[:-1]).entropy()
+        found.append(torch.cat([torch.zeros(1), entropies]))
     return found
 
 
@@ -193,6 +204,7 @@ def reference(model_dir: Path, steps: list[dict[str, Any]], name: str = "grpo") 
         assert closest.gap > LEAST_GAP, (
             f"step {number}: the scores of two experts differ by {closest.gap:.1e} only"
         )
+        entropies = sequence_entropies(model, step["token_ids"])
         _stay_clear_of_clip_edges(name, step, logprobs)
         loss = written_out(name, step, logprobs)
         loss.backward()
@@ -200,7 +212,7 @@ def reference(model_dir: Path, steps: list[dict[str, Any]], name: str = "grpo") 
         grads = ((name, p.grad.clone()) for name, p in model.named_parameters())
         outcome.grads.append(as_in_files(grads))
         optimizer.step()
-        means, maxima = _metrics(step, logprobs, algorithm)
+        means, maxima, minima = _metrics(step, logprobs, entropies, algorithm)
         metrics = StepMetrics(
             loss=float(loss.detach()),
             grad_norm=norm,
@@ -208,6 +220,7 @@ def reference(model_dir: Path, steps: list[dict[str, Any]], name: str = "grpo") 
             skipped=False,
             means=means,
             maxima=maxima,
+            minima=minima,
         )
         outcome.steps.append(metrics)
     outcome.params = as_in_files(_weights(model))
@@ -266,15 +279,16 @@ def _at_edge(ratio: Tensor, edges: Tensor) -> Tensor:
 
 
 def _metrics(
-    step: dict[str, Any], logprobs: list[Tensor], algorithm: Any
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Means and maxima over the whole batch at once."""
+    step: dict[str, Any], logprobs: list[Tensor], entropies: list[Tensor], algorithm: Any
+) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+    """Means, maxima and minima over the whole batch at once."""
     batch = train_batch(step)
     batch.token_advantages = algorithm.token_advantages(batch, lambda value: value)
     whole = batch.microbatch(range(len(LENGTHS)))
-    _, metrics = algorithm.loss(torch.cat(logprobs).detach(), None, whole)
+    _, metrics = algorithm.loss(torch.cat(logprobs).detach(), torch.cat(entropies), whole)
     means: dict[str, float] = {}
     maxima: dict[str, float] = {}
+    minima: dict[str, float] = {}
     for name, metric in metrics.items():
         match metric:
             case WeightedMean():
@@ -283,10 +297,24 @@ def _metrics(
                 means[name] = float(metric.total) / batch.num_tokens
             case Maximum():
                 maxima[name] = float(metric.value)
-    gap = (torch.cat(step["old_logprobs"]) - whole.rollout_logprobs)[whole.loss_mask].double()
+            case Minimum():
+                minima[name] = float(metric.value)
+    mask = whole.loss_mask
+    moved = (torch.cat(step["old_logprobs"]) - torch.cat(logprobs).detach())[mask].double()
+    means["train/entropy"] = float(torch.cat(entropies)[mask].double().mean())
+    means["train/ppo_kl_k1"] = float(moved.mean())
+    advantages = torch.cat(batch.token_advantages)[mask].double()
+    means["train/advantage_mean"] = float(advantages.mean())
+    means["train/advantage_std"] = float(advantages.std(correction=0))
+    means["train/advantage_zero_ratio"] = float((advantages == 0).double().mean())
+    maxima["train/advantage_max"] = float(advantages.max())
+    minima["train/advantage_min"] = float(advantages.min())
+    gap = (torch.cat(step["old_logprobs"]) - whole.rollout_logprobs)[mask].double()
     ratio = gap.exp()
     maxima["train/logprob_gap_max"] = float(gap.abs().max())
     means["train/logprob_gap_mean"] = float(gap.abs().mean())
     means["train/rollout_kl"] = float((ratio - 1 - gap).mean())
+    means["train/rollout_kl_k1"] = float(-gap.mean())
+    means["train/importance_weight_mean"] = float(ratio.mean())
     means["train/ess_ratio"] = float(ratio.sum() ** 2 / (len(ratio) * ratio.square().sum()))
-    return means, maxima
+    return means, maxima, minima

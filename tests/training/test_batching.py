@@ -324,6 +324,25 @@ def test_stale_tokens_leave_the_loss_as_if_the_mask_had_left_them_out(denominato
     assert [s.num_response_tokens for s in given[0].samples] == [6] * 4
 
 
+@pytest.mark.parametrize("denominator", ["tokens", "sequences", "fixed"])
+def test_masked_truncated_samples_leave_the_loss_as_if_they_had_not_been_sampled(denominator):
+    """Siblings of one rollout go one by one; advantages stay those of the whole group."""
+
+    def groups():
+        samples = [sample(0, 1, 9, 6, 0.7), sample(0, 1, 5, 2, 0.7), sample(0, 2, 7, 6, -0.9)]
+        samples[0].status = Status.TRUNCATED
+        cut = sample(1, 3, 8, 8 - 1, 1.5)
+        cut.status = Status.TRUNCATED
+        return [SampleGroup(0, samples), SampleGroup(1, [cut])]
+
+    left = SampleGroup(0, groups()[0].samples[1:])
+    options = {"denominator": denominator, "fixed_length": 10}
+    masked = batches(groups(), mask_truncated=True, **options)
+    assert_same(masked, batches([left], **options))
+    assert summed_loss(masked) != pytest.approx(summed_loss(batches(groups(), **options)))
+    assert batches(groups()[1:], mask_truncated=True) == []
+
+
 def test_a_rollout_of_stale_tokens_has_no_step():
     groups = [SampleGroup(g, [spanned(g, g + 1, [(0, 1)])]) for g in range(2)]
     assert batches(groups, oldest_version_in_loss=2) == []

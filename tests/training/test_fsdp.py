@@ -160,6 +160,12 @@ def plain_logprobs(model, token_ids):
     return torch.cat([torch.zeros(1), logits.log_softmax(-1).gather(1, token_ids[1:, None])[:, 0]])
 
 
+@torch.no_grad()
+def plain_entropy(model, token_ids):
+    log_p = (model(input_ids=token_ids[None]).logits[0, :-1] / TEMPERATURE).log_softmax(-1)
+    return torch.cat([torch.zeros(1), -(log_p.exp() * log_p).sum(-1)])
+
+
 def plain_training(config, model_dir, plan_by_step):
     """The same in one process without FSDP, packing or sharding, in the classic way: one
     sequence after the other.
@@ -190,7 +196,9 @@ def plain_training(config, model_dir, plan_by_step):
         total = 0.0
         values = {}
         for i, ids in enumerate(shard.token_ids):
-            loss, metrics = algorithm.loss(plain_logprobs(model, ids), None, shard.microbatch([i]))
+            logprobs = plain_logprobs(model, ids)
+            entropy = plain_entropy(model, ids)
+            loss, metrics = algorithm.loss(logprobs, entropy, shard.microbatch([i]))
             (loss / shard.denominator).backward()
             total += loss.item() / shard.denominator
             for name, metric in metrics.items():

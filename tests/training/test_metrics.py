@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nanoslime.batch import Maximum, MicroBatch, TokenMean, WeightedMean
+from nanoslime.batch import Maximum, MicroBatch, Minimum, TokenMean, WeightedMean
 from nanoslime.training.metrics import MetricSums
 
 
-def micro(rollout, mask):
+def micro(rollout, mask, advantages=None):
     size = len(rollout)
     return MicroBatch(
         token_ids=torch.zeros(size, dtype=torch.long),
@@ -19,7 +19,7 @@ def micro(rollout, mask):
         lengths=[size],
         loss_mask=torch.tensor(mask),
         token_weights=torch.ones(size),
-        advantages=torch.zeros(size),
+        advantages=torch.tensor(advantages or [0.0] * size),
         rollout_logprobs=torch.tensor(rollout),
         old_logprobs=None,
         ref_logprobs=None,
@@ -33,6 +33,7 @@ def metrics(weighted, total, count, maximum):
         "a": WeightedMean(torch.tensor(weighted), 4.0),
         "c": TokenMean(torch.tensor(total), torch.tensor(count)),
         "b": Maximum(torch.tensor(maximum)),
+        "d": Minimum(torch.tensor(maximum)),
     }
 
 
@@ -41,13 +42,13 @@ FIRST = (
     8.0,
     metrics(weighted=2.0, total=1.0, count=2, maximum=-3.0),
     [-1.0, -2.0],
-    micro([-1.5, 9.0], [True, False]),
+    micro([-1.5, 9.0], [True, False], [2.0, 99.0]),
 )
 SECOND = (
     -2.0,
     metrics(weighted=6.0, total=4.0, count=3, maximum=-5.0),
     [-1.0, -2.0],
-    micro([-1.0, -4.0], [True, True]),
+    micro([-1.0, -4.0], [True, True], [0.0, -4.0]),
 )
 # log w = trainer - engine of the three tokens: 0.5, 0, 2
 E_HALF = math.exp(0.5)
@@ -57,9 +58,17 @@ MEANS = {
     "c": 1.0,  # (1 + 4) / (2 + 3)
     "train/logprob_gap_mean": 2.5 / 3,
     "train/rollout_kl": (E_HALF - 1.5 + 0 + E_TWO - 3) / 3,  # exp(log w) - 1 - log w
+    "train/rollout_kl_k1": -2.5 / 3,
+    "train/importance_weight_mean": (E_HALF + 1 + E_TWO) / 3,
     "train/ess_ratio": (E_HALF + 1 + E_TWO) ** 2 / (3 * (E_HALF**2 + 1 + E_TWO**2)),
 }
-MAXIMA = {"b": -3.0, "train/logprob_gap_max": 2.0}
+MEANS |= {
+    "train/advantage_mean": -2 / 3,  # of 2, 0 and -4
+    "train/advantage_std": math.sqrt(20 / 3 - 4 / 9),
+    "train/advantage_zero_ratio": 1 / 3,
+}
+MAXIMA = {"b": -3.0, "train/logprob_gap_max": 2.0, "train/advantage_max": 2.0}
+MINIMA = {"d": -5.0, "train/advantage_min": -4.0}
 
 
 def add(sums, part):
@@ -71,6 +80,7 @@ def assert_expected(reduced):
     assert reduced.loss == 1.5  # (8 - 2) / 4
     assert reduced.means == pytest.approx(MEANS)
     assert reduced.maxima == pytest.approx(MAXIMA)
+    assert reduced.minima == pytest.approx(MINIMA)
 
 
 def test_sums_are_divided_once_and_maxima_kept():
@@ -133,6 +143,5 @@ def test_a_step_with_nothing_in_the_loss_has_finite_metrics():
     sums = MetricSums()
     sums.add(torch.tensor(0.0), {}, torch.zeros(2), micro([0.0, 0.0], [False, False]))
     reduced = sums.reduce(None)
-    values = [reduced.loss, *reduced.means.values(), *reduced.maxima.values()]
-    assert len(values) == 5
-    assert all(math.isfinite(value) for value in values)
+    values = {**reduced.means, **reduced.maxima, **reduced.minima}
+    assert values == dict.fromkeys(values, 0.0) and len(values) == 11 and reduced.loss == 0

@@ -78,9 +78,8 @@ class Pipeline:
         sums = MetricSums()
 
         def loss_of(pack: Pack, hidden: Tensor) -> tuple[Tensor, Tensor, None]:
-            logprobs, entropy = self._token_logprobs(
-                pack, hidden, with_entropy=algorithm.needs_entropy
-            )
+            logprobs, entropy = self._token_logprobs(pack, hidden, with_entropy=True)
+            assert entropy is not None
             loss, metrics = algorithm.loss(logprobs, entropy, pack.batch)
             sums.add(loss, metrics, logprobs, pack.batch)
             num_tokens = torch.zeros([], dtype=torch.int, device=hidden.device)
