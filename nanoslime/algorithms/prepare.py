@@ -28,7 +28,7 @@ def prepare[S: Scored](groups: Sequence[Group[S]], algorithm: PolicyGradient) ->
     """
     kept, dropped = filter_groups(groups, drop_zero_std=algorithm.config.filter_zero_std)
     algorithm.advantages(kept)
-    metrics = group_metrics(groups)
+    metrics = group_metrics(groups) | part_means(groups)
     for reason in REASONS:
         metrics[f"rollout/dropped_{reason}"] = float(dropped[reason])
     return PreparedGroups(kept, dict(dropped), metrics)
@@ -68,3 +68,13 @@ def group_metrics[S: Scored](groups: Sequence[Group[S]]) -> dict[str, float]:
 def percentile(values: Sequence[int], share: float) -> float:
     """The value that `share` percent of `values` do not exceed, interpolated; 0 without any."""
     return float(np.percentile(values, share)) if values else 0.0
+
+
+def part_means[S: Scored](groups: Sequence[Group[S]]) -> dict[str, float]:
+    """The mean of each part of a reward that is a weighted sum."""
+    values: dict[str, list[float]] = {}
+    for group in groups:
+        for sample in group.samples:
+            for name, value in sample.reward_parts.items():
+                values.setdefault(name, []).append(value)
+    return {f"rollout/reward_{name}_mean": float(np.mean(values[name])) for name in values}

@@ -53,6 +53,8 @@ _OTHER_NAMES = {
     "decoder-last-pipeline-num-layers": "training.num_layers_in_last_pipeline_stage",
     "input-key": "data.prompt_key",
     "apply-chat-template-kwargs": "data.chat_template_kwargs",
+    "rm-type": "data.reward",
+    "rm-url": "data.reward_url",
     "rollout-stop": "rollout.stop",
     "rollout-stop-token-ids": "rollout.stop_token_ids",
 }

@@ -146,8 +146,6 @@ class DataConfig:
     reward: str = "exact_match"
     """A name of the reward table, or "package.module:function"; "weighted" stands for
     data.rewards."""
-    reward_options: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """By the name of a reward, further arguments that it takes by name."""
     reward_url: str = ""
     """Where the reward "remote" sends samples by POST."""
     reward_timeout_s: float = Field(default=30.0, gt=0)
@@ -175,13 +173,6 @@ class DataConfig:
             )
         return variables
 
-    @field_validator("rewards", "reward_options")
-    @classmethod
-    def _known_rewards(cls, by_name: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        for name in by_name:
-            target(name, REWARDS, f"data.{info.field_name}")
-        return by_name
-
     @field_validator("reward")
     @classmethod
     def _known_reward(cls, reward: str, info: ValidationInfo) -> str:
@@ -203,9 +194,8 @@ class DataConfig:
                 "data.reward='weighted' needs data.rewards: names of rewards, with weights"
             )
         for name in sorted({part for reward in named for part in self.reward_weights(reward)}):
-            is_remote = target(name, REWARDS, "data.reward") == REWARDS["remote"]
-            options = self.reward_options.get(name, {})
-            if is_remote and not options.get("reward_url", self.reward_url):
+            place = target(name, REWARDS, "data.rewards")
+            if place == REWARDS["remote"] and not self.reward_url:
                 raise ValueError(f"data.reward={name!r} needs data.reward_url, its server")
         return self
 

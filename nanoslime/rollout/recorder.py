@@ -183,6 +183,7 @@ def _line(sample: Sample) -> str:
         "text": sample.text,
         "label": sample.label,
         "reward": sample.reward,
+        "reward_parts": sample.reward_parts,
         "advantage": sample.advantage,
         "tokens": [sample.num_tokens, sample.num_response_tokens],
         "experts": None if experts is None else len(experts),

@@ -165,6 +165,8 @@ def test_an_alias_is_the_name_of_its_field():
         "decoder-last-pipeline-num-layers": "training.num_layers_in_last_pipeline_stage",
         "input-key": "data.prompt_key",
         "apply-chat-template-kwargs": "data.chat_template_kwargs",
+        "rm-type": "data.reward",
+        "rm-url": "data.reward_url",
         "rollout-stop": "rollout.stop",
         "rollout-stop-token-ids": "rollout.stop_token_ids",
     }

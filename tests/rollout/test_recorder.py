@@ -200,6 +200,7 @@ def test_a_line_by_hand(tmp_path: Path) -> None:
         "text": "é",
         "label": None,
         "reward": 0.0,
+        "reward_parts": {},
         "advantage": None,
         "tokens": [4, 2],
         "experts": None,

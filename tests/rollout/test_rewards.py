@@ -1,16 +1,14 @@
 """Every reward of the table, by examples with known values."""
 
-from pathlib import Path
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
 
 from nanoslime.config import DataConfig
 from nanoslime.plugins import resolve
 from nanoslime.rollout.generate import make_sample
-from nanoslime.rollout.prompts import load_prompts
 from nanoslime.rollout.rewards import REWARDS, call
 from nanoslime.types import Generation, Prompt, Status
 from tests.rollout.test_prompts import GSM8K
@@ -64,23 +62,149 @@ def test_math_answer(text: str, label: str, value: float) -> None:
 
 
 @pytest.mark.skipif(not GSM8K.is_dir(), reason="no GSM8K beside the repository")
-def test_math_answer_on_gsm8k(tiny_model: Path) -> None:
-    """Each worked solution, and its bare answer, earn the reward of their problem.
-
-    The answer of the next problem does not, unless it is the same.
-    """
-    reward = resolve("math_answer", REWARDS, "data.reward")
-    config = DataConfig(prompt_key="question", label_key="answer", max_prompt_tokens=4000)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    prompts = load_prompts(GSM8K / "test.jsonl", tokenizer, config)
-    labels = [prompt.label for prompt in prompts]
+def test_every_reference_answer_of_gsm8k_scores_1_and_a_wrong_number_0() -> None:
+    """Each worked solution, and its bare answer; the answer of the next problem does not, unless
+    it is the same."""
+    labels = [
+        json.loads(line)["answer"]
+        for file in ("train.jsonl", "test.jsonl")
+        for line in (GSM8K / file).read_text().splitlines()
+    ]
+    assert len(labels) == 7473 + 1319
     answers = [label.rpartition("#### ")[2] for label in labels]
-    next_answers = answers[1:] + answers[:1]
-    for label, answer, next_answer in zip(labels, answers, next_answers, strict=True):
-        assert reward(label, label, {}) == 1.0
-        assert reward(f"It is {answer}.", label, {}) == 1.0
-        if next_answer != answer:
-            assert reward(next_answer, label, {}) == 0.0
+    for name in ("gsm8k", "math_answer"):
+        reward = resolve(name, REWARDS, "data.reward")
+        for label, answer, next_answer in zip(labels, answers, answers[1:] + answers, strict=False):
+            assert reward(label, label, {}) == 1.0
+            assert reward(f"It is {answer}.", label, {}) == 1.0
+            assert reward(next_answer, label, {}) == (next_answer == answer)
+
+
+# {n} is the answer, as models write it.
+FORMS = [
+    "#### {n}",
+    "#### ${n} dollars.",
+    "#### **{n}**",
+    "#### Total cost: ${n}",
+    "#### Therefore, the total is {n}.",
+    "#### = {n}",
+    "#### Final Answer\n\n**{n}**",
+    "#### {n}\n\n#### Verification\n3 ok",
+    "#### Step 1: add them up\nso 3 + 4\n\nThe result: \\boxed{{{n}}}",
+    "#### Step 1\n3 + 4 = 7\n#### Step 2\n7 * 2\n\nThe answer is {n}.",
+    "#### 1. First step\n2 eggs\n#### 2. Second step\n3 eggs\nSo in total {n} eggs.",
+    "\\boxed{{{n}}}\n\n#### Step 3: check\nall 5 fine",
+    "<think>9</think><answer>{n} dollars</answer>",
+    "<answer> \\boxed{{{n}}} </answer>",
+    "The final answer is **{n}**.",
+    "**Final Answer:** \\({n}\\)",
+    "Answer: \n\n{n}",
+    "Therefore, she makes **${n}** every day at the market.",
+    "\\boxed{{\\${n}.00}}",
+    "\\boxed{{{n}}}\\text{{ dollars}}",
+    "\\boxed{{{n}\\ \\text{{miles per hour}}}}",
+    "\\boxed{{3+4={n}}}",
+    "3 + 4 = {n}",
+]
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "math_answer"])
+@pytest.mark.parametrize("form", FORMS)
+def test_numbers_as_models_write_them(form: str, name: str) -> None:
+    reward = resolve(name, REWARDS, "data.reward")
+    for number, label in (("18", "#### 18"), ("1,080", "1080"), ("1080", "1,080"), ("-3", "-3")):
+        assert reward(form.format(n=number), label, {}) == 1.0
+    for wrong in ("1", "8", "81", "2", "3", "9", "-18"):
+        assert reward(form.format(n=wrong), "so\n#### 18", {}) == 0.0
+        assert reward(form.format(n="18"), wrong, {}) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("\\boxed{\\frac{36}{2}}", 1),
+        ("36/2", 1),
+        ("18 or 19", 0),
+        ("#### 18 ($5 more)", 1),
+        ("\\boxed{1/0}", 0),
+    ],
+)
+def test_gsm8k_compares_numbers(text: str, value: float) -> None:
+    assert resolve("gsm8k", REWARDS, "data.reward")(text, "#### 18", {}) == value
+
+
+CAPITALS = {"choices": ["Rome", "Oslo", "Paris", "Bonn"]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "C",
+        "(C)",
+        "C) Paris",
+        "**C. Paris**\n\nA is a dog, and B is no capital.",
+        "The correct answer is: **C**",
+        "The answer is (C), and A is wrong.",
+        "The answer is C, not option B.",
+        "The answer to the question is option C.",
+        "A is wrong and so is B. Answer: C",
+        "Option C is correct.",
+        "So the best choice is $\\textbf{(C)}$ Paris.",
+        "(C) is the correct answer.",
+        "(A) is no. (B) is no. (C) fits.",
+        "$\\boxed{\\text{C}}$",
+        "\\boxed{\\textbf{(C) } Paris}",
+        "#### (C) Paris",
+        "<think>A</think><answer>C</answer>",
+        "paris.",
+    ],
+)
+def test_the_choice_that_a_response_names(text: str) -> None:
+    reward = resolve("multiple_choice", REWARDS, "data.reward")
+    for label in ("C", "(C)", "c", "Paris", 2):
+        assert reward(text, label, CAPITALS) == 1.0
+    for label in ("A", "B", "Rome", 0):
+        assert reward(text, label, CAPITALS) == 0.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "A or C",
+        "The answer is A or C.",
+        "\\boxed{A, C}",
+        "\\boxed{AC}",
+        "The answer is not C",
+        "The answer is Canada",
+        "Cats are nice",
+        "<think>C",
+        "Answer: A\n\nC is wrong",
+        "Rome",
+    ],
+)
+def test_no_choice_or_another_one(text: str) -> None:
+    reward = resolve("multiple_choice", REWARDS, "data.reward")
+    assert reward(text, "C", CAPITALS) == 0.0
+    assert reward("The answer is C", "C", {}, status=Status.TRUNCATED) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "value"),
+    [
+        ("The Eiffel Tower!", "eiffel tower", 1),
+        ("in Paris, France", "Paris", 0.5),
+        ("Paris Paris", "Paris", 2 / 3),
+        ("a", "Paris", 0),
+        ("the", "an", 1),
+        ("London", ["Paris", "London"], 1),
+        ("<think>Paris</think>London", "Paris", 0),
+        ("1,000 men", "1000 men", 1),
+        ("x", None, 0),
+    ],
+)
+def test_f1_is_that_of_squad(text: str, label: object, value: float) -> None:
+    assert resolve("f1", REWARDS, "data.reward")(text, label, {}) == pytest.approx(value)
 
 
 def test_a_reward_gets_the_status_and_the_prompt_where_it_names_them() -> None:

@@ -5,8 +5,8 @@ The table lies in `config`, where the login node can check the name of a reward.
 
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping
-from functools import partial
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from nanoslime.config import DataConfig
@@ -23,48 +23,41 @@ BY_NAME = frozenset({"status", "prompt", "sample", "reward_url", "timeout_s"})
 def check(data: DataConfig) -> None:
     """Raises RunError where data.reward, or a part of it, cannot be loaded or called."""
     for name in data.reward_weights(data.reward):
-        make(name, data.reward_options.get(name, {}))
+        make(name)
 
 
-def make(name: str, options: Mapping[str, Any] | None = None) -> Reward:
-    """The reward of this name, with `options` as further arguments.
-
-    Raises RunError where it cannot be loaded or called.
-    """
+def make(name: str) -> Reward:
+    """The reward of this name. Raises RunError where it cannot be loaded or called."""
     try:
         reward: Reward = resolve(name, REWARDS, "data.reward")
     except ValueError as error:
         raise RunError(str(error)) from error
     if not callable(reward):
         raise RunError(f"data.reward={name!r} is {reward!r}; name a function of a response")
-    options = options or {}
     try:
-        asked = dict.fromkeys(asked_names(reward) - options.keys())
-        inspect.signature(reward).bind("", None, {}, **asked, **options)
+        inspect.signature(reward).bind("", None, {}, **dict.fromkeys(asked_names(reward)))
     except (TypeError, ValueError) as error:
         raise RunError(
-            f"data.reward={name!r} cannot be called with (text, label, metadata) and the options "
-            f"{sorted(options)}: {error}"
+            f"data.reward={name!r} cannot be called with (text, label, metadata): {error}"
         ) from error
-    return partial(reward, **options) if options else reward
+    return reward
 
 
 def asked_names(reward: Reward) -> frozenset[str]:
-    """Those of BY_NAME that the reward has a parameter for, and no option."""
-    options = reward.keywords if isinstance(reward, partial) else {}
-    return BY_NAME & inspect.signature(reward).parameters.keys() - options.keys()
+    """Those of BY_NAME that the reward has a parameter for."""
+    return BY_NAME & inspect.signature(reward).parameters.keys()
 
 
-def known(asked: Collection[str], sample: Sample, prompt: Prompt, data: DataConfig) -> dict:
-    """What a reward gets by name."""
-    all_known = {
+def known(sample: Sample, prompt: Prompt, data: DataConfig) -> dict[str, Any]:
+    """What a reward may ask for by name."""
+    return {
         "status": sample.status,
         "prompt": prompt.text,
-        "sample": sample,
+        # The experts of a sample are many, and no reward's business.
+        "sample": replace(sample, routed_experts=None),
         "reward_url": data.reward_url,
         "timeout_s": data.reward_timeout_s,
     }
-    return {name: all_known[name] for name in asked}
 
 
 def call(reward: Reward, sample: Sample, prompt: Prompt, data: DataConfig) -> float:
@@ -72,8 +65,9 @@ def call(reward: Reward, sample: Sample, prompt: Prompt, data: DataConfig) -> fl
 
     Raises what the reward raises, and what `number` does.
     """
-    named = known(asked_names(reward), sample, prompt, data)
-    return number(reward(sample.text, sample.label, prompt.metadata, **named))
+    named = known(sample, prompt, data)
+    asked = {name: named[name] for name in asked_names(reward)}
+    return number(reward(sample.text, sample.label, prompt.metadata, **asked))
 
 
 def number(value: Any) -> float:

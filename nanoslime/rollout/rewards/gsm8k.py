@@ -14,8 +14,7 @@ from nanoslime.types import Status
 
 _FRACTION = re.compile(r"\\[dtc]?frac\s*\{?\s*(\d+)\s*\}?\s*\{?\s*(\d+)\s*\}?")
 _NUMBER = re.compile(r"(?<![\d.)])-?(?:\d+(?:\.\d*)?|\.\d+)(?:/\d+)?")
-# More digits are no answer, and would take long.
-_MAX_DIGITS = 40
+_REMARK = re.compile(r"(?<=\S)\s*\([^()]*\)$")
 
 
 def reward(
@@ -37,11 +36,9 @@ def reward(
 
 def value(answer: str) -> Fraction | None:
     """The number in a cleaned answer; behind the last "=" where it is an equation."""
-    _, _, right = plain(answer).rpartition("=")
+    _, _, right = plain(_REMARK.sub("", answer)).rpartition("=")
     numbers = _NUMBER.findall(_FRACTION.sub(r"\1/\2", right))
-    if len(numbers) != 1 or len(numbers[0]) > _MAX_DIGITS:
-        return None
     try:
-        return Fraction(numbers[0]) if "." not in numbers[0] or "/" not in numbers[0] else None
-    except ZeroDivisionError:
+        return Fraction(numbers[0]) if len(numbers) == 1 else None
+    except (ValueError, ZeroDivisionError):
         return None

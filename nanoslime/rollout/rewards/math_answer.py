@@ -38,6 +38,8 @@ _ANNOUNCED = re.compile(
 # So many headlines at most are passed over.
 _MAX_HEADLINES = 50
 _ANSWER_IS = re.compile(r"\banswer\b[^\n.:$\\]{0,80}?(?:\bis\b:?|:|=)", re.IGNORECASE)
+# What a marked answer may begin with: "Total cost:", "Therefore, the sum is", "=".
+_LEAD = re.compile(r"(?:[a-zA-Z]{2,}[,']?\s+)*[a-zA-Z]{2,}(?:\s+is|\s*:|\s+=)\s+|=\s*")
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
 _NUMBER = rf"(?:(?<![\d)])-)?(?:\\?\$)?(?:{_DIGITS})(?:/\d+)?(?!\w|\^)(?:\s?\\?%)?"
 # In $...$ two letters in a row belong to a command or to the argument of one. The text between
@@ -182,7 +184,10 @@ def _cleaned(answer: str) -> str:
     lead_in = _ANSWER_IS.search(answer)
     if lead_in:
         answer = answer[lead_in.end() :]
-    answer = answer.strip(" \t\n*`")
+    answer = answer.lstrip(" \t\n*`").rstrip(" \t\n*`.")
+    lead = _LEAD.match(answer)
+    if lead:
+        answer = answer[lead.end() :].lstrip(" *")
     for opening, closing in (("\\(", "\\)"), ("\\[", "\\]"), ("$", "$"), ("$", "$")):
         if answer.startswith(opening) and answer.endswith(closing):
             answer = answer[len(opening) : -len(closing) or None].strip()

@@ -1,11 +1,10 @@
 """The program of a reward process: it calls one reward for the RewardProcess that started it.
 
-Its input is pickled: first (name, options, timeout_s), then the calls (number, arguments, named
-arguments). A line of its output is JSON: first what the reward asks for by name and whether it
-is async, then answers as {"number": ..., "value": ...}, in any order. An answer without a value
-has a cause, a "kind" that failures of one place have in common, and a traceback.
-
-User code cannot reach these streams: what it prints goes to stderr, what it reads is empty.
+Through its socket it reads pickled calls, (number, arguments, named arguments), of which the
+first one, (number, name, timeout_s), names the reward. It writes lines of JSON, each with the
+number of a call, in any order: first what the reward asks for by name and whether it is async,
+then values. In place of one there may be a cause, with a kind that failures at one place have
+in common and a traceback.
 """
 
 import asyncio
@@ -13,6 +12,7 @@ import inspect
 import json
 import os
 import pickle
+import socket
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -25,46 +25,39 @@ from nanoslime.rollout.rewards import Reward, asked_names, make, number
 _MAX_TRACEBACK = 4000
 _MAX_LINE = 500
 
-Answer = Callable[[dict[str, Any]], None]
+Outcome = dict[str, Any]
+Answer = Callable[[int, Outcome], None]
 
 
-def main() -> None:
-    calls, answer = _streams()
-    name, options, timeout_s = pickle.load(calls)
+def main(descriptor: int) -> None:
+    connection = socket.socket(fileno=descriptor)
+    # A process that a reward forks must not keep the socket open, nor answer.
+    os.register_at_fork(after_in_child=lambda: os.close(connection.detach()))
+    calls = connection.makefile("rb")
+    answer = partial(_answer, connection)
+    call, name, timeout_s = pickle.load(calls)
     try:
-        reward = make(name, options)
+        reward = make(name)
     except BaseException as error:
-        answer(_failure(error))
+        answer(call, _failure(error))
         return
     is_async = inspect.iscoroutinefunction(reward)
-    answer({"asked": sorted(asked_names(reward)), "is_async": is_async})
+    answer(call, {"asked": sorted(asked_names(reward)), "is_async": is_async})
     try:
         if is_async:
             asyncio.run(_serve_many(reward, calls, answer, timeout_s))
-        else:
-            _serve(reward, calls, answer)
+        _serve(reward, calls, answer)
     except EOFError:
-        # Whoever asked has no more calls. Threads of the reward's own must not hold this up.
+        # Nobody has any more calls. Threads that the reward has left must not hold this up.
         os._exit(0)
 
 
-def _streams() -> tuple[BinaryIO, Answer]:
-    """Takes over standard input and output."""
-    calls = os.fdopen(os.dup(0), "rb")
-    answers = os.dup(1)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.dup2(2, 1)
-    # A process that a reward forks must not keep the answers open, nor give any.
-    os.register_at_fork(after_in_child=partial(os.close, answers))
-    own_pid = os.getpid()
+def late(timeout_s: float) -> Outcome:
+    return {"cause": f"it took longer than {timeout_s:g} s", "kind": "late", "traceback": ""}
 
-    def answer(message: dict[str, Any]) -> None:
-        if os.getpid() != own_pid:
-            os._exit(0)
-        os.write(answers, json.dumps(message).encode() + b"\n")
 
-    return calls, answer
+def _answer(connection: socket.socket, call: int, outcome: Outcome) -> None:
+    connection.sendall(json.dumps({"number": call, **outcome}).encode() + b"\n")
 
 
 def _serve(reward: Reward, calls: BinaryIO, answer: Answer) -> None:
@@ -75,10 +68,10 @@ def _serve(reward: Reward, calls: BinaryIO, answer: Answer) -> None:
             value = reward(*arguments, **named)
             if inspect.iscoroutine(value):
                 value = asyncio.run(value)
-            outcome = {"value": number(value)}
+            outcome: Outcome = {"value": number(value)}
         except BaseException as error:
             outcome = _failure(error)
-        answer({"number": call, **outcome})
+        answer(call, outcome)
 
 
 async def _serve_many(reward: Reward, calls: BinaryIO, answer: Answer, timeout_s: float) -> None:
@@ -89,10 +82,10 @@ async def _serve_many(reward: Reward, calls: BinaryIO, answer: Answer, timeout_s
         limit = asyncio.timeout(timeout_s)
         try:
             async with limit:
-                outcome = {"value": number(await reward(*arguments, **named))}
+                outcome: Outcome = {"value": number(await reward(*arguments, **named))}
         except BaseException as error:
-            outcome = {"late": True} if limit.expired() else _failure(error)
-        answer({"number": call, **outcome})
+            outcome = late(timeout_s) if limit.expired() else _failure(error)
+        answer(call, outcome)
 
     while True:
         call = await asyncio.to_thread(pickle.load, calls)
@@ -101,7 +94,7 @@ async def _serve_many(reward: Reward, calls: BinaryIO, answer: Answer, timeout_s
         task.add_done_callback(tasks.discard)
 
 
-def _failure(error: BaseException) -> dict[str, Any]:
+def _failure(error: BaseException) -> Outcome:
     frames = traceback.extract_tb(error.__traceback__)
     kind = f"{type(error).__name__} at {frames[-1].filename}:{frames[-1].lineno}"
     told = "".join(traceback.format_exception(error))[-_MAX_TRACEBACK:]

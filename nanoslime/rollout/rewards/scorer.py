@@ -7,14 +7,10 @@ import asyncio
 import logging
 import os
 from collections import Counter
-from collections.abc import Collection
-from dataclasses import replace
-from functools import partial
-from typing import Any
 
 from nanoslime.config import DataConfig
 from nanoslime.failures import summary
-from nanoslime.rollout.rewards import Reward, call, known, make, number
+from nanoslime.rollout.rewards import call, known, make, number
 from nanoslime.rollout.rewards.pool import RewardFailed, RewardPool
 from nanoslime.types import Prompt, Sample, Status
 
@@ -30,7 +26,6 @@ class Scorer:
 
     def __init__(self, data: DataConfig) -> None:
         self._data = data
-        self._quick: dict[str, Reward] = {}
         self._pools: dict[str, RewardPool] = {}
         self._counts: Counter[str] = Counter()
         self._told: set[tuple[str, str]] = set()
@@ -78,24 +73,22 @@ class Scorer:
 
     async def _value(self, name: str, sample: Sample, prompt: Prompt) -> float:
         """Raises RewardFailed, or what a quick reward raises."""
-        options = self._data.reward_options.get(name, {})
+        data = self._data
         if name in QUICK:
-            if name not in self._quick:
-                self._quick[name] = make(name, options)
-            return call(self._quick[name], sample, prompt, self._data)
+            return call(make(name), sample, prompt, data)
         if name not in self._pools:
             cores = len(os.sched_getaffinity(0))
-            size = self._data.reward_processes or min(cores, _MAX_PROCESSES)
-            self._pools[name] = RewardPool(name, options, size, self._data.reward_timeout_s)
-        named = partial(_named, sample=sample, prompt=prompt, data=self._data)
+            size = data.reward_processes or min(cores, _MAX_PROCESSES)
+            self._pools[name] = RewardPool(name, size, data.reward_timeout_s)
         arguments = (sample.text, sample.label, prompt.metadata)
-        return await self._pools[name].call(arguments, named)
+        return await self._pools[name].call(arguments, known(sample, prompt, data))
 
     def _fail(self, sample: Sample, reward_name: str, error: Exception) -> None:
         failure = RewardFailed(summary(error), type(error).__name__)
         if isinstance(error, RewardFailed):
             failure = error
         sample.status = Status.ERROR
+        sample.reward = None
         sample.error = f"reward {reward_name}: {failure.cause}"
         self._counts["rollout/reward_errors"] += 1
         self._counts["rollout/reward_timeouts"] += failure.kind == "late"
@@ -104,10 +97,3 @@ class Scorer:
             self._told.add(key)
             details = f"\n{failure.traceback}" if failure.traceback else ""
             logger.warning("%s (told once; response: %.200r)%s", sample.error, sample.text, details)
-
-
-def _named(
-    asked: Collection[str], *, sample: Sample, prompt: Prompt, data: DataConfig
-) -> dict[str, Any]:
-    """What a reward process gets by name; the experts of a sample are too many to send."""
-    return known(asked, replace(sample, routed_experts=None), prompt, data)
