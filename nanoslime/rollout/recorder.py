@@ -72,8 +72,7 @@ class Recorder:
         self._recording = recording
         self._waiting: queue.SimpleQueue[tuple[int, list[SampleGroup]] | None] = queue.SimpleQueue()
         self._failure: Exception | None = None
-        # What recording has taken so far.
-        self.seconds = 0.0
+        self._seconds = 0.0
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self._thread.start()
 
@@ -90,6 +89,12 @@ class Recorder:
                 f"a rollout could not be recorded in {self._recording.directory}: {self._failure}"
             ) from self._failure
 
+    def take_seconds(self) -> float:
+        """What recording has taken since this was asked the last time."""
+        seconds = self._seconds
+        self._seconds -= seconds
+        return seconds
+
     def close(self) -> None:
         """Returns when all is written."""
         self._waiting.put(None)
@@ -103,7 +108,7 @@ class Recorder:
             except Exception as e:
                 logger.exception("rollout %d could not be recorded", item[0])
                 self._failure = e
-            self.seconds += time.monotonic() - begin
+            self._seconds += time.monotonic() - begin
 
 
 def record(recording: Recording, step: int, groups: Sequence[SampleGroup]) -> None:

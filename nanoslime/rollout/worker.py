@@ -123,10 +123,8 @@ class RolloutWorker:
         self._reports: list[GroupReport] = []
         # Groups that the loop has still to hear of; they are not reported.
         self._cancelled: set[int] = set()
-        self._lost: dict[str, str] = {}
-        self._failure: BaseException | None = None
+        self._failure: Exception | None = None
         self._loop = asyncio.new_event_loop()
-        self._loop.set_exception_handler(self._failed_in_loop)
         self._thread = threading.Thread(target=self._loop.run_forever, name=self.name, daemon=True)
         self._thread.start()
 
@@ -140,11 +138,10 @@ class RolloutWorker:
             self._changed.wait_for(self._has_news, timeout_s)
             if self._failure is not None:
                 raise RunError(f"{self.name} failed: {summary(self._failure)}") from self._failure
-            news = WorkerNews(self._reports, self._lost)
+            found = self._reports
             self._reports = []
-            self._lost = {}
         self._recorder.check()
-        return news
+        return WorkerNews(found, self._in_loop(self._take_lost()))
 
     def cancel(self, group_ids: Sequence[int]) -> None:
         gone = set(group_ids)
@@ -158,6 +155,9 @@ class RolloutWorker:
 
     def set_engines(self, engines: Sequence[Engine]) -> None:
         self._soon(self._router.set_engines, list(engines))
+
+    def drain(self) -> None:
+        self._soon(self._router.drain)
 
     def save(self, path: Path) -> None:
         writer, tree = self._in_loop(self._state())
@@ -183,17 +183,24 @@ class RolloutWorker:
 
     def _soon(self, function: Callable[..., None], *args: Any) -> None:
         """Called from other threads: `function` runs in the loop, in the order of the calls."""
-        self._loop.call_soon_threadsafe(function, *args)
+
+        def call() -> None:
+            try:
+                function(*args)
+            except Exception as e:
+                self._fail(e)
+
+        self._loop.call_soon_threadsafe(call)
 
     def _in_loop[T](self, coroutine: Any) -> Any:
         """Called from other threads: the result of the coroutine."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     def _has_news(self) -> bool:
-        return bool(self._reports or self._lost or self._failure)
+        return bool(self._reports or self._failure)
 
-    def _failed_in_loop(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        error = context.get("exception") or RuntimeError(context["message"])
+    def _fail(self, error: Exception) -> None:
+        """Tells the driver of a fault of the worker's own."""
         logger.error("%s failed", self.name, exc_info=error)
         with self._changed:
             self._failure = error
@@ -210,8 +217,8 @@ class RolloutWorker:
                     if rollout.samples is None:
                         group.create_task(self._run_rollout(held.task, index, rollout))
             report = self._report(held)
-        except Exception as e:  # a fault of the worker's own, which the driver has to hear of
-            self._failed_in_loop(self._loop, {"exception": e})
+        except Exception as e:
+            self._fail(e)
             return
         held.running = None
         if held.task.purpose == "eval":
@@ -304,10 +311,14 @@ class RolloutWorker:
             restored.append(RestoredGroup(saved.task, saved.oldest_version, report))
         return restored
 
+    async def _take_lost(self) -> dict[str, str]:
+        return self._router.take_lost()
+
     async def _take_metrics(self) -> dict[str, float]:
         counted = self._counted
         self._counted = {}
-        return counted | self._scorer.metrics()
+        counted["time/record_s"] = self._recorder.take_seconds()
+        return counted | self._scorer.metrics() | self._router.metrics()
 
     def _count(self, name: str, value: float) -> None:
         self._counted[name] = self._counted.get(name, 0.0) + value
@@ -319,4 +330,4 @@ class RolloutWorker:
         await asyncio.gather(*running, return_exceptions=True)
         await environments.close(self._environment)
         await self._scorer.close()
-        await self._router.close()
+        await self._loop.shutdown_asyncgens()

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 
 from nanoslime.config import DataConfig, RolloutConfig, RunConfig
-from nanoslime.rollout import recorder
+from nanoslime.rollout import recorder, worker_state
 from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
 from nanoslime.rollout.policy import Policy
 from nanoslime.rollout.sample_builder import SampleBuilder
 from nanoslime.rollout.tasks import FinishedGroup, GroupTask, RestoredGroup, Sampling
 from nanoslime.rollout.worker import RolloutWorker, WorkerSetup
-from nanoslime.types import GroupReport, Prompt, RunError, Sample, SampleArrays, Status
+from nanoslime.types import Generation, GroupReport, Prompt, RunError, Sample, SampleArrays, Status
+from tests.serving import wait_until_running
 
 SAMPLING = Sampling(n_samples_per_prompt=3, max_new_tokens=6, temperature=0.7)
 HERE = "tests.rollout.test_worker"
@@ -235,13 +236,20 @@ class Gate:
         self.is_open = False
         self.num_waiting = 0
         self.num_cancelled = 0
+        self.num_interrupts = 0
         self._engine = engine
+
+    def interrupt(self) -> None:
+        self.num_interrupts += 1
 
     async def generate(self, request: Any) -> Any:
         self.num_waiting += 1
+        before = self.num_interrupts
         try:
             while not self.is_open:
                 await asyncio.sleep(0.005)
+                if self.num_interrupts > before:
+                    return [Generation([], [], Status.ABORTED, [])] * request.n
         except asyncio.CancelledError:
             self.num_cancelled += 1
             raise
@@ -342,3 +350,33 @@ def test_a_damaged_state_is_refused_by_name(open_worker, tmp_path) -> None:
     (tmp_path / "worker.npz").write_bytes(b"PK")
     with pytest.raises(RunError, match=r"worker\.npz is not the state of a rollout worker"):
         worker.load(tmp_path / "worker.npz")
+
+
+@pytest.mark.sglang
+def test_partial_samples_of_a_server_are_saved_while_they_go_on(
+    open_worker, sglang_engine, tmp_path
+) -> None:
+    long = Sampling(n_samples_per_prompt=2, max_new_tokens=600, temperature=1.0)
+    path = tmp_path / "worker.npz"
+    worker = open_worker(engines=[sglang_engine])
+    worker.start([task(0, sampling=long), task(1)])
+    reports(worker, 1)
+    wait_until_running(sglang_engine)
+    time.sleep(0.3)
+    worker.save(path)
+    [whole] = reports(worker, 1)
+    [saved] = [group for group in worker_state.read(path) if group.task.group_id == 0]
+    partial = [rollout.transcript[0].generation.token_ids for rollout in saved.rollouts]
+    assert all(0 < len(token_ids) < 600 for token_ids in partial)
+    starts = [[5, 6, 7, *token_ids] for token_ids in partial]
+    assert [row[: len(start)] for row, start in zip(tokens([whole]), starts, strict=True)] == starts
+
+    resumed = open_worker(engines=[sglang_engine])
+    restored = by_id(resumed.load(path))
+    assert restored[0].oldest_version == 0 and restored[0].report is None
+    assert restored[1].report is not None
+    [again] = reports(resumed, 1)
+    assert [row[: len(start)] for row, start in zip(tokens([again]), starts, strict=True)] == starts
+    for sample in again.samples:
+        assert sample.num_response_tokens == int(sample.arrays.loss_mask.sum()) <= 600
+        assert (sample.arrays.rollout_logprobs[3:] < 0).all()

@@ -73,9 +73,7 @@ def test_a_wrong_environment_is_refused_in_one_line(name, options, message) -> N
 
 def test_single_turn_is_one_response(tiny_model: Path) -> None:
     engine = EmbeddedEngine(str(tiny_model), "float32", "cpu", seed=0)
-    model = ServedModel(
-        Router([engine]), AutoTokenizer.from_pretrained(tiny_model), 64
-    )
+    model = ServedModel(Router([engine]), AutoTokenizer.from_pretrained(tiny_model), 64)
     prompt = Prompt(4, np.array([75, 76, 77], np.int32), "", "a", {"k": 1})
     sampling = Sampling(n_samples_per_prompt=3, max_new_tokens=6, temperature=0.7)
     task = GroupTask(2, prompt, sampling, 11, "none")
