@@ -109,6 +109,7 @@ class EmbeddedEngine:
             model_path, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
         )
         self._model.to(device).eval()
+        _compute_logits_in_float32(self._model)
         shape = ModelShape.read(model_path)
         self._context_length = shape.context_length
         self._experts = ExpertRecorder(self._model, shape)
@@ -449,6 +450,23 @@ def _sample(
         tokens = chosen
         positions = positions[:, -1:] + 1
         mask = torch.cat([mask, torch.ones_like(chosen)], 1)
+
+
+class _Float32Linear(torch.nn.Linear):
+    """A linear layer whose result is of float32, whatever its weight is."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return torch.nn.functional.linear(hidden.float(), self.weight.float(), bias)
+
+
+def _compute_logits_in_float32(model: PreTrainedModel) -> None:
+    """Logits of bfloat16 would have three digits; the trainer's logprobs are those of
+    float32 ones.
+    """
+    head = model.get_output_embeddings()
+    if isinstance(head, torch.nn.Linear):
+        head.__class__ = _Float32Linear
 
 
 def _keep_experts(sequences: Sequence[_Sequence], experts: Tensor | None) -> None:

@@ -161,11 +161,10 @@ class SGLangServer:
         options["log_level"] = self.log_level
         if self._stretched_context:
             options["context_length"] = self._stretched_context
+        # The trainer's logprobs are those of float32 logits.
+        options["enable_fp32_lm_head"] = True
         if self.device == "cpu":
             options.update(_CPU_OPTIONS)
-        else:
-            # The trainer's logprobs are those of float32 logits.
-            options["enable_fp32_lm_head"] = True
         if self.device == "cuda" and self.colocated:
             options["enable_memory_saver"] = True
             options["mem_fraction_static"] = COLOCATED_MEM_FRACTION

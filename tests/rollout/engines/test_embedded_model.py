@@ -118,6 +118,23 @@ def test_logprobs_of_a_padded_batch_are_those_of_each_sequence_alone(
             assert_sampled_from(tiny_model, list(asked.token_ids), answer, asked.temperature)
 
 
+def test_logits_are_of_float32_in_a_bfloat16_model(tiny_model: Path) -> None:
+    """As the trainer's: products of bfloat16 hidden states and weights, summed in float32.
+    bfloat16 logits of this model are rounded by 1e-3 and more.
+    """
+    engine = EmbeddedEngine(model_path=str(tiny_model), dtype="bfloat16", device="cpu", seed=0)
+    answers = generate(engine, request([5, 6, 7], n=64, max_new_tokens=1))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    with torch.no_grad():
+        hidden = model.get_decoder()(torch.tensor([[5, 6, 7]])).last_hidden_state[0, -1]
+        logprobs = (model.lm_head.weight.float() @ hidden.float()).log_softmax(-1)
+        rounded = (model.lm_head.weight @ hidden).float().log_softmax(-1)
+    tokens = torch.tensor([answer.token_ids[0] for answer in answers])
+    got = torch.tensor([answer.logprobs[0] for answer in answers])
+    torch.testing.assert_close(got, logprobs[tokens], rtol=0, atol=1e-5)
+    assert (rounded - logprobs)[tokens].abs().max() > 1e-4
+
+
 def test_tokens_follow_the_distribution(engine: EmbeddedEngine, tiny_model: Path) -> None:
     """4,000 first tokens at temperature 0.7: for 40 of the vocabulary, their share is
     the model's probability."""

@@ -37,6 +37,7 @@ def test_the_server_is_that_of_the_run(tiny_model: Path, tmp_path: Path) -> None
     assert found["model-path"] == str(tiny_model)
     assert (found["dtype"], found["tp-size"], found["host"]) == ("float32", "2", "127.0.0.1")
     assert "enable-return-routed-experts" not in found
+    assert "enable-fp32-lm-head" in found  # on a CPU, too
 
 
 def test_no_two_engines_and_no_two_runs_sample_alike(tiny_model: Path, tmp_path: Path) -> None:
