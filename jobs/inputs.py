@@ -3,11 +3,11 @@
 import hashlib
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jobs.checkout import ROOT
-from nanoslime.config import DataConfig, EvalSetConfig, RunConfig
+from nanoslime.config import RunConfig
 from nanoslime.config.algorithm import CustomConfig
 from nanoslime.config.model import REWARDS
 from nanoslime.config.rollout import ENVIRONMENTS
@@ -16,7 +16,7 @@ from nanoslime.models.shape import ModelShape
 from nanoslime.plugins import check_importable
 from nanoslime.run_dir import RunDir, with_recorded_rollouts
 from nanoslime.storage.datasets import with_local_prompts
-from nanoslime.storage.prompt_text import check_prompt_file
+from nanoslime.storage.prompt_text import check_prompts
 from nanoslime.storage.tokenizer_files import has_tokenizer_files
 from nanoslime.types import RunError
 
@@ -27,8 +27,18 @@ _STAMP = ".nanoslime-target"
 _CUDA_LOCKS = ("cuda.lock", "cuda.pinned.txt")
 
 
-def resolve(config: RunConfig, *, download: bool) -> tuple[RunConfig, ModelShape]:
-    """The configuration with every path absolute and found, and the model's shape.
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """The configuration with every path absolute and found, and what it leads to."""
+
+    config: RunConfig
+    shape: ModelShape
+    # How many prompts each source has, and how many of its rows are left out.
+    prompts: list[str]
+
+
+def resolve(config: RunConfig, *, download: bool) -> Inputs:
+    """Finds and checks the inputs of a run.
 
     download: a hub id is fetched whole; otherwise only its config.json. Raises RunError
     for what is missing.
@@ -37,13 +47,14 @@ def resolve(config: RunConfig, *, download: bool) -> tuple[RunConfig, ModelShape
     _check_plugins(config)
     config = with_recorded_rollouts(config)
     config, shape = with_local_checkpoint(config, download=download)
-    if not config.rollout.load_rollouts and not config.rehearsal.enabled:
-        directory = Path(config.model.hf_checkpoint)
-        tokenizer = directory if has_tokenizer_files(directory) else None
-        config = replace(config, data=_with_prompt_files(config.data, tokenizer))
-        sets = [_with_prompt_file(one, config.data, tokenizer) for one in config.eval.sets]
-        config = replace(config, eval=replace(config.eval, sets=sets))
-    return config, shape
+    if config.rollout.load_rollouts or config.rehearsal.enabled:
+        return Inputs(config, shape, [])
+    if not (config.data.prompts or config.data.sources):
+        raise RunError("data.prompts is not set: give --prompts FILE (.jsonl or .parquet)")
+    directory = Path(config.model.hf_checkpoint)
+    tokenizer = directory if has_tokenizer_files(directory) else None
+    config = with_local_prompts(config)
+    return Inputs(config, shape, _check_sources(config, tokenizer))
 
 
 def _check_plugins(config: RunConfig) -> None:
@@ -76,25 +87,15 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     return replace(config, cluster=cluster)
 
 
-def _with_prompt_files(data: DataConfig, tokenizer: Path | None) -> DataConfig:
-    """Absolute paths of prompt files that the job can use; `tokenizer` holds its files."""
-    if not (data.prompts or data.sources):
-        raise RunError("data.prompts is not set: give --prompts FILE (.jsonl or .parquet)")
-    data = with_local_prompts(data)
-    for own in data.by_source().values():
-        check_prompt_file(Path(own.prompts), own, tokenizer)
-    if data.eval_prompts:
-        check_prompt_file(Path(data.eval_prompts), data, tokenizer)
-    return data
-
-
-def _with_prompt_file(
-    one: EvalSetConfig, data: DataConfig, tokenizer: Path | None
-) -> EvalSetConfig:
-    """The same for a set of evaluation prompts."""
-    own = with_local_prompts(one.data(data))
-    check_prompt_file(Path(own.prompts), own, tokenizer)
-    return replace(one, prompts=own.prompts, name=one.title)
+def _check_sources(config: RunConfig, tokenizer: Path | None) -> list[str]:
+    """What the job will use of each source of prompts; `tokenizer` holds its files."""
+    sources = list(config.data.by_source().values())
+    sources += [one.data(config.data) for one in config.eval_sets]
+    lines = []
+    for own in sources:
+        tally = check_prompts(Path(own.prompts), own, tokenizer)
+        lines.append(f"{own.prompts}: {tally.text}")
+    return lines
 
 
 def _absolute(path: str) -> Path:

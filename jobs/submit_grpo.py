@@ -68,14 +68,15 @@ def run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> i
     """From the configuration to a job id, a rehearsal's end, or a prepared directory."""
     submits = command.prepare or slurm.has_slurm(local=command.local)
     check_target(config, submits)
-    config, shape = inputs.resolve(config, download=True)
+    found = inputs.resolve(config, download=True)
+    config, shape = found.config, found.shape
     layout = layouts.plan(config, shape)
     if submits:
         inputs.check_environment(config)
     resumed = RunDir.open(command.resume) if command.resume else None
     if resumed is not None:
         inputs.check_resume(resumed, config)
-    description = layouts.describe(config, shape, layout)
+    description = layouts.describe(config, shape, layout, found.prompts)
     if submits and not command.prepare:
         return submit(config, layout, resumed, description)
     if not submits:
@@ -93,11 +94,12 @@ def run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> i
 
 def dry_run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> int:
     """Print plan, configuration and batch script; code 2 for a run to be refused."""
-    config, shape = inputs.resolve(config, download=False)
+    found = inputs.resolve(config, download=False)
+    config, shape = found.config, found.shape
     layout = layouts.plan(config, shape)
     run_dir = command.resume or Path(config.cluster.run_root) / config.name
     script = sbatch.sbatch_text(config, layout, run_dir)
-    print(f"--- plan\n{layouts.describe(config, shape, layout)}\n")
+    print(f"--- plan\n{layouts.describe(config, shape, layout, found.prompts)}\n")
     print(f"--- configuration\n{dump(config)}")
     print(f"--- batch script\n{script}")
     print("--- checks")

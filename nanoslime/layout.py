@@ -17,7 +17,7 @@ slots.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -357,8 +357,11 @@ def _has_transformer_engine(config: RunConfig) -> bool:
     return any(venv.glob("lib/python*/site-packages/transformer_engine"))
 
 
-def describe(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
-    """The plan as a person reads it: nodes, parallel sizes, engines, memory and GPU hours."""
+def describe(
+    config: RunConfig, shape: ModelShape, layout: Layout, prompts: Sequence[str] = ()
+) -> str:
+    """The plan as a person reads it: nodes, parallel sizes, engines, memory, GPU hours, and
+    what is known of each source of prompts."""
     memory = memory_lines(config, shape, layout.parallel)
     lines = [
         f"nodes     {_nodes_text(config, layout)}",
@@ -366,9 +369,9 @@ def describe(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
         f"trainers  {_trainers_text(config, shape, layout)}",
         f"engines   {_engines_text(config, layout)}",
     ]
-    for i, line in enumerate(memory):
-        heading = "memory" if i == 0 else ""
-        lines.append(f"{heading:10}{line}")
+    for heading, below in (("memory", memory), ("prompts", prompts)):
+        for i, line in enumerate(below):
+            lines.append(f"{heading if i == 0 else '':10}{line}")
     if layout.trainers:
         deadlines = derive_deadlines(config, shape.num_parameters, len(layout.trainers))
         train = f"{deadlines.train.seconds:.0f} s for the training on a rollout"

@@ -21,6 +21,7 @@ from nanoslime.plugins import resolve
 from nanoslime.processes.logs import set_level
 from nanoslime.processes.ports import free_port
 from nanoslime.run_dir import DONE, FAILED, Attempt, RunDir, with_recorded_rollouts
+from nanoslime.storage.datasets import with_local_prompts
 from nanoslime.storage.shared_files import publish
 from nanoslime.training.backend import RankEnv
 from nanoslime.types import RunError
@@ -122,6 +123,7 @@ def _on_this_machine(config: RunConfig, run: RunDir | None) -> Launch:
     """`run` is an existing run to go on with; None makes a new one."""
     set_level(config.log_level)
     config, shape = with_local_checkpoint(config, download=True)
+    config = with_local_prompts(config)
     if run is not None:
         run.check_resumed(config)
     config = with_recorded_rollouts(config)

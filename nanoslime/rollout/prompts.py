@@ -17,11 +17,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nanoslime.config import RunConfig
 from nanoslime.config.model import DataConfig
-from nanoslime.storage.prompt_files import read_prompt_file
+from nanoslime.storage.prompt_files import PromptRecord, read_prompts
+from nanoslime.storage.prompt_rows import Tally
 from nanoslime.storage.prompt_text import (
+    Render,
     check_length,
     check_template,
-    none_short_enough,
+    none_left,
     prompt_text,
 )
 from nanoslime.types import Prompt, RunError
@@ -32,6 +34,7 @@ _BATCH = 1024
 # Where a state holds those of several sources.
 _MIX = "sources"
 _ROUNDING = 1e-9
+_NO_TOKENS = np.zeros(0, np.int32)
 
 
 class PromptStream(Protocol):
@@ -106,10 +109,10 @@ def load_prompts(
     """Every prompt of a source, tokenized. Its `prompt_id` is its position there, counted
     from `first_id`.
 
-    Over-long prompts are skipped, and repeated ones dropped, where the configuration says
-    so; both are counted in the log. Raises RunError in one line that names file and line for
-    what `read_prompt_file` refuses, for a chat template that fails, an empty prompt and an
-    over-long one.
+    Broken rows and over-long prompts are skipped, and repeated ones dropped, where the
+    configuration says so; all are counted in the log. Raises RunError in one line that names
+    file and line for what `read_prompts` refuses, for a chat template that fails, an empty
+    prompt and an over-long one.
     """
     render = None
     use_template = check_template(bool(tokenizer.chat_template), config)
@@ -123,11 +126,11 @@ def load_prompts(
     prompts: list[Prompt] = []
     # Rows with the same text share it and its tokens.
     known_texts: dict[str, tuple[str, np.ndarray]] = {}
-    known: set[tuple[str, Any]] = set()
-    num_records = num_repeated = 0
-    for records in batched(read_prompt_file(path, config), _BATCH):
-        texts = [prompt_text(record, config, render) for record in records]
-        new = [text for text in dict.fromkeys(texts) if text not in known_texts]
+    tally = Tally(config)
+    num_records = 0
+    for records in batched(read_prompts(path, config, tally), _BATCH):
+        texts = [_text(record, config, render, tally) for record in records]
+        new = [text for text in dict.fromkeys(texts) if text and text not in known_texts]
         if new:
             # A chat template writes the special tokens itself.
             tokenized = tokenizer(new, add_special_tokens=not use_template)["input_ids"]
@@ -136,53 +139,35 @@ def load_prompts(
         for record, written in zip(records, texts, strict=True):
             prompt_id = first_id + num_records
             num_records += 1
-            text, token_ids = known_texts[written]
+            if written is None:
+                continue
+            text, token_ids = known_texts.get(written, ("", _NO_TOKENS))
             label = record.label
             if isinstance(label, str):
                 label = sys.intern(label)
             if not len(token_ids):
-                raise RunError(f"{record.place}: the prompt is empty")
-            if not check_length(record.place, len(token_ids), config):
+                tally.broken(RunError(f"{record.place}: the prompt is empty"))
                 continue
-            is_repeated = (text, label) in known
-            num_repeated += is_repeated
-            if is_repeated and config.deduplicate:
-                continue
-            known.add((text, label))
-            prompts.append(
-                Prompt(prompt_id, token_ids, text, label, record.metadata, source, config.reward)
-            )
+            if check_length(record.place, len(token_ids), tally) and tally.take((text, label)):
+                content = (text, label, record.metadata)
+                prompts.append(Prompt(prompt_id, token_ids, *content, source, config.reward))
     if not prompts:
-        raise none_short_enough(path, config)
-    _warn_of_left_out(path, config, num_records, num_repeated, len(prompts))
+        raise none_left(path, tally)
+    # A file that repeats most of its prompts was hardly meant so.
+    is_news = tally.num_left_out or 2 * tally.num_repeated > num_records
+    logger.log(logging.WARNING if is_news else logging.INFO, "%s: %s", path, tally.text)
     return prompts
 
 
-def _warn_of_left_out(
-    path: Path, config: DataConfig, num_records: int, num_repeated: int, num_kept: int
-) -> None:
-    num_dropped = num_repeated if config.deduplicate else 0
-    num_skipped = num_records - num_dropped - num_kept
-    if num_skipped:
-        logger.warning(
-            "%s: skipped %d of %d prompts with over %d tokens",
-            path,
-            num_skipped,
-            num_records,
-            config.max_prompt_tokens,
-        )
-    if num_repeated:
-        # A file that repeats most of its prompts was hardly meant so.
-        is_news = config.deduplicate or 2 * num_repeated > num_records
-        logger.log(
-            logging.WARNING if is_news else logging.INFO,
-            "%s: %d of %d prompts repeat an earlier one with its label; data.deduplicate=%s %s",
-            path,
-            num_repeated,
-            num_records,
-            str(config.deduplicate).lower(),
-            "drops them" if config.deduplicate else "keeps them",
-        )
+def _text(
+    record: PromptRecord, config: DataConfig, render: Render | None, tally: Tally
+) -> str | None:
+    """What the model sees; None where the chat template fails and the prompt is left out."""
+    try:
+        return prompt_text(record, config, render)
+    except RunError as error:
+        tally.broken(error)
+        return None
 
 
 def digest(prompts: Iterable[Prompt]) -> str:

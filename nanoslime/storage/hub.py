@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from nanoslime.plugins import resolve
@@ -49,7 +50,7 @@ def find_checkpoint(name: str, revision: str, *, download: bool) -> LocalCheckpo
                 f"model.hf_checkpoint={name!r} is neither a directory nor a hub id (OWNER/NAME)"
             )
         files = _HUB_FILES if download else ("config.json",)
-        directory = _snapshot(name, revision, files)
+        directory = snapshot(name, revision, files, "model.hf_checkpoint")
         revision = directory.name
     is_whole = is_local or download
     if is_whole:
@@ -57,24 +58,32 @@ def find_checkpoint(name: str, revision: str, *, download: bool) -> LocalCheckpo
     return LocalCheckpoint(directory, revision, is_whole)
 
 
-def _snapshot(name: str, revision: str, files: Sequence[str]) -> Path:
-    """The local snapshot of a hub model, whose directory is named after its commit.
+def snapshot(
+    name: str, revision: str, files: Sequence[str], setting: str, kind: str = "model"
+) -> Path:
+    """The local snapshot of a hub model or data set, whose directory is named after its commit.
 
-    The job itself runs offline. Progress shows on stderr.
+    The job itself runs offline. Progress shows on stderr. `setting` is what errors call it.
     """
-    snapshot_download = resolve("hub", _HUB, "model.hf_checkpoint")
+    snapshot_download = partial(
+        resolve("hub", _HUB, setting),
+        name,
+        repo_type=kind,
+        revision=revision or None,
+        allow_patterns=list(files),
+        ignore_patterns=list(_HUB_IGNORED),
+    )
     try:
-        path = snapshot_download(
-            name,
-            revision=revision or None,
-            allow_patterns=list(files),
-            ignore_patterns=list(_HUB_IGNORED),
-        )
+        return Path(snapshot_download())
     except Exception as error:
         # The hub raises OSErrors and ValueErrors, its transports whatever they like.
-        cause = " ".join(str(error).split())
+        cause = error
+    try:
+        # Without a network, huggingface_hub 1.x does not look for a commit in its cache.
+        return Path(snapshot_download(local_files_only=True))
+    except Exception:
         raise RunError(
-            f"model.hf_checkpoint={name!r} is no directory, and the hub did not give it ({cause}); "
-            "give the directory of a checkpoint, or fetch it where there is a network"
-        ) from error
-    return Path(path)
+            f"{setting}={name!r} is no directory, and the hub did not give it "
+            f"({' '.join(str(cause).split())}); "
+            f"give the directory of a {kind}, or fetch it where there is a network"
+        ) from cause

@@ -1,4 +1,4 @@
-"""Reads prompt files, JSONL or parquet; refuses bad ones with file and line.
+"""Reads prompts: files of JSON lines, parquet or Arrow; refuses bad ones with file and line.
 
 The login node reads a file through this module before submission, and the job before any
 engine starts, so both say the same of it.
@@ -6,24 +6,19 @@ engine starts, so both say the same of it.
 
 import json
 import math
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from nanoslime.config import DataConfig
-from nanoslime.plugins import resolve
+from nanoslime.storage.datasets import prompt_files
+from nanoslime.storage.prompt_rows import MAX_QUOTED_CHARS, Row, Tally, from_json, read_rows
 from nanoslime.types import RunError
 
-SUFFIXES = (".jsonl", ".parquet")
-# pyarrow is slow to import: it is imported only where a parquet file is given.
-_PARQUET = {"file": "pyarrow.parquet:ParquetFile", "error": "pyarrow:ArrowException"}
-_ROWS_PER_BATCH = 1024
-_MAX_QUOTED_CHARS = 80
-# An escaped half of a surrogate pair in JSON; two halves make a character.
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+# Kinds of parts of a message's content that are text.
+_TEXT_PARTS = (None, "text", "input_text", "output_text")
 
 Messages = list[dict[str, Any]]
 
@@ -32,7 +27,7 @@ Messages = list[dict[str, Any]]
 class PromptRecord:
     """One row of the file: what the keys of the configuration lead to, checked.
 
-    For errors, `place` is FILE:LINE, or FILE:row N in parquet.
+    For errors, `place` is FILE:LINE, or FILE:row N where the file has no lines.
     """
 
     place: str
@@ -42,125 +37,45 @@ class PromptRecord:
     metadata: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    place: str
-    fields: dict[str, Any]
+def read_prompts(
+    path: Path, data: DataConfig, tally: Tally | None = None
+) -> Iterator[PromptRecord]:
+    """Every record of a file, or of the files of a directory (`datasets.prompt_files`).
 
-
-def read_prompt_file(path: Path, data: DataConfig) -> Iterator[PromptRecord]:
-    """Every record of the file.
-
-    Raises RunError in one line that names file and line for what cannot be used: a
-    missing or unreadable file, another suffix, a broken line, a key that leads nowhere, a
-    prompt, a label or metadata of another kind, a file without any record.
+    `tally` counts the rows that are left out. Raises RunError in one line that names file and
+    line for what cannot be used: a missing or unreadable file, another suffix, no record at
+    all; and, unless such rows are left out, a broken line, a key that leads nowhere, a prompt,
+    a label or metadata of another kind.
     """
+    tally = tally or Tally(data)
     is_empty = True
-    try:
-        for row in _rows(path, data):
-            is_empty = False
-            yield PromptRecord(row.place, _prompt(row, data), _label(row, data), _meta(row, data))
-    except OSError as error:
-        raise RunError(f"prompt file {path} cannot be read: {error}") from error
+    for file in prompt_files(path):
+        try:
+            for row in read_rows(file, tally):
+                try:
+                    record = PromptRecord(
+                        row.place, _prompt(row, data), _label(row, data), _meta(row, data)
+                    )
+                except RunError as error:
+                    tally.broken(error)
+                    continue
+                is_empty = False
+                yield record
+        except OSError as error:
+            raise RunError(f"prompt file {file} cannot be read: {error}") from error
+    if is_empty and tally.num_broken:
+        raise RunError(f"{path}: each of {tally.num_broken} rows is broken: {tally.first_fault}")
     if is_empty:
         raise RunError(f"prompt file {path} holds no prompts")
 
 
-def _rows(path: Path, data: DataConfig) -> Iterator[_Row]:
-    if not path.is_file():
-        raise RunError(
-            f"prompt file {path} does not exist; "
-            "set data.prompts or data.eval_prompts to one that does"
-        )
-    if path.suffix == ".parquet":
-        return _parquet_rows(path, data)
-    if path.suffix == ".jsonl":
-        return _jsonl_rows(path)
-    raise RunError(f"prompt file {path}: choose a file that ends in {' or '.join(SUFFIXES)}")
-
-
-def _jsonl_rows(path: Path) -> Iterator[_Row]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            place = f"{path}:{number}"
-            try:
-                fields = _from_json(line.decode("utf-8-sig"))
-            except UnicodeDecodeError as error:
-                raise RunError(
-                    f"{place}: not a line of JSON (not UTF-8, byte 0x{line[error.start]:02x}: "
-                    f"{error.reason}): convert the file (iconv -f ENCODING -t utf-8)"
-                ) from error
-            except UnicodeEncodeError as error:
-                raise RunError(
-                    f"{place}: \\u{ord(error.object[error.start]):04x} is half of a surrogate pair "
-                    "and no character; remove it"
-                ) from error
-            except (ValueError, RecursionError) as error:
-                quoted = line.decode(errors="replace").strip()[:_MAX_QUOTED_CHARS]
-                raise RunError(f"{place}: not a line of JSON ({error}): {quoted!r}") from error
-            if not isinstance(fields, dict):
-                raise RunError(f"{place}: a JSON object is needed, found {type(fields).__name__}")
-            yield _Row(place, fields)
-
-
-def _from_json(text: str) -> Any:
-    """Raises UnicodeEncodeError for half of a surrogate pair, which no file of the run can hold;
-    ValueError or RecursionError for what is no JSON."""
-    value = json.loads(text)
-    if _SURROGATE.search(text):
-        json.dumps(value, ensure_ascii=False).encode()
-    return value
-
-
-def _parquet_rows(path: Path, data: DataConfig) -> Iterator[_Row]:
-    open_parquet = resolve("file", _PARQUET, "data.prompts")
-    arrow_error = resolve("error", _PARQUET, "data.prompts")
-    number = 0
-    try:
-        with open_parquet(path, page_checksum_verification=True) as file:
-            columns = _needed(file.schema_arrow.names, data)
-            for batch in file.iter_batches(_ROWS_PER_BATCH, columns=columns):
-                for fields in _rows_of(batch):
-                    yield _Row(f"{path}:row {number}", fields)
-                    number += 1
-    except UnicodeDecodeError as error:
-        raise RunError(
-            f"{path}:row {number}: a text is not UTF-8 ({error.reason}); write the file anew"
-        ) from error
-    except (arrow_error, OSError) as error:
-        cause = str(error).partition("\n")[0]
-        raise RunError(f"{path} is not a readable parquet file: {cause}") from error
-
-
-def _needed(names: list[str], data: DataConfig) -> list[str] | None:
-    """The columns that the keys may lead into; None, for all, where one leads nowhere."""
-    needed: set[str] = set()
-    for key in (data.prompt_key, data.label_key, data.metadata_key):
-        found = {name for name in names if key == name or key.startswith(f"{name}.")}
-        if key and not found and key != DataConfig.metadata_key:
-            return None
-        needed |= found
-    return sorted(needed)
-
-
-def _rows_of(batch: Any) -> Iterable[dict[str, Any]]:
-    """The rows of an Arrow batch; where one is no text, those before it, and its error."""
-    try:
-        rows: list[dict[str, Any]] = batch.to_pylist(maps_as_pydicts="lossy")
-    except UnicodeDecodeError:
-        return (
-            batch.slice(i, 1).to_pylist(maps_as_pydicts="lossy")[0] for i in range(batch.num_rows)
-        )
-    return rows
-
-
 def _find(value: Any, words: list[str]) -> Any:
     """What the words of a dotted key lead to. A name with a dot in it goes before a way
-    through several. Raises LookupError where they lead nowhere."""
+    through several, and a text may be JSON. Raises LookupError where they lead nowhere."""
     if not words:
         return value
+    if isinstance(value, str):
+        value = _parsed(value)
     if isinstance(value, list) and words[0].isdecimal():
         return _find(value[int(words[0])], words[1:])
     if isinstance(value, dict):
@@ -171,7 +86,15 @@ def _find(value: Any, words: list[str]) -> Any:
     raise LookupError
 
 
-def _require(row: _Row, field: str, key: str) -> Any:
+def _parsed(text: str) -> Any:
+    """What the text holds as JSON; itself where it is none."""
+    try:
+        return from_json(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _require(row: Row, field: str, key: str) -> Any:
     if key in row.fields:
         return row.fields[key]
     try:
@@ -190,10 +113,15 @@ def _choices(fields: dict[str, Any]) -> list[str]:
     return found
 
 
-def _prompt(row: _Row, data: DataConfig) -> str | Messages:
+def _prompt(row: Row, data: DataConfig) -> str | Messages:
     prompt = _require(row, "data.prompt_key", data.prompt_key)
+    if isinstance(prompt, str) and prompt.lstrip().startswith("["):
+        # Some data sets hold messages as their JSON text.
+        parsed = _parsed(prompt)
+        are_messages = isinstance(parsed, list) and parsed and all(map(_has_role, parsed))
+        prompt = parsed if are_messages else prompt
     if isinstance(prompt, str):
-        if not prompt:
+        if not prompt.strip():
             raise RunError(f"{row.place}: the prompt is empty")
         return prompt
     if not isinstance(prompt, list):
@@ -204,6 +132,8 @@ def _prompt(row: _Row, data: DataConfig) -> str | Messages:
     if not prompt:
         raise RunError(f"{row.place}: the prompt has no messages")
     messages = [_message(row.place, message) for message in prompt]
+    if not any(message["content"].strip() or "tool_calls" in message for message in messages):
+        raise RunError(f"{row.place}: the prompt is empty: its messages have no text")
     if data.system_prompt and any(message["role"] == "system" for message in messages):
         raise RunError(
             f"{row.place}: the prompt has a system message of its own, and data.system_prompt is "
@@ -212,9 +142,13 @@ def _prompt(row: _Row, data: DataConfig) -> str | Messages:
     return messages
 
 
+def _has_role(message: Any) -> bool:
+    return isinstance(message, dict) and isinstance(message.get("role"), str)
+
+
 def _message(place: str, message: Any) -> dict[str, Any]:
     """The message with its content as text, without what a parquet file fills in as null."""
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+    if not _has_role(message):
         raise RunError(
             f"{place}: a prompt is a string or a list of {{role, content}} messages, "
             f"but one of them is {_quoted(message)}"
@@ -224,7 +158,7 @@ def _message(place: str, message: Any) -> dict[str, Any]:
     if content is None and "tool_calls" in message:
         content = ""
     parts = content if isinstance(content, list) else [content]
-    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    texts = [_text_of_part(part) for part in parts]
     joined = "".join(text for text in texts if isinstance(text, str))
     if not all(isinstance(text, str) for text in texts):
         raise RunError(
@@ -234,7 +168,14 @@ def _message(place: str, message: Any) -> dict[str, Any]:
     return {**message, "content": joined}
 
 
-def _label(row: _Row, data: DataConfig) -> str | int | float | None:
+def _text_of_part(part: Any) -> Any:
+    """Its text; nothing for an image and other parts that are no text."""
+    if isinstance(part, dict):
+        return part.get("text") if part.get("type") in _TEXT_PARTS else None
+    return part
+
+
+def _label(row: Row, data: DataConfig) -> str | int | float | None:
     """Raises RunError for a label that is neither text nor number, with a key that may lead
     to one."""
     if not data.label_key:
@@ -242,8 +183,7 @@ def _label(row: _Row, data: DataConfig) -> str | int | float | None:
     label = _require(row, "data.label_key", data.label_key)
     if isinstance(label, Decimal):
         return str(label)
-    is_finite = isinstance(label, int | float) and math.isfinite(label)
-    if isinstance(label, str) or is_finite:
+    if isinstance(label, str | int) or (isinstance(label, float) and math.isfinite(label)):
         return label
     if isinstance(label, dict):
         names = [name for name, value in label.items() if isinstance(value, str | int | float)]
@@ -258,17 +198,14 @@ def _label(row: _Row, data: DataConfig) -> str | int | float | None:
     )
 
 
-def _meta(row: _Row, data: DataConfig) -> dict[str, Any]:
+def _meta(row: Row, data: DataConfig) -> dict[str, Any]:
     """The row's metadata; none where nobody asked for a key that the row has not."""
     key = data.metadata_key
     if not key or (key == DataConfig.metadata_key and key not in row.fields):
         return {}
     value = _require(row, "data.metadata_key", key)
     if isinstance(value, str):
-        try:
-            value = _from_json(value or "{}")
-        except (ValueError, RecursionError):
-            pass
+        value = _parsed(value or "{}")
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -276,9 +213,14 @@ def _meta(row: _Row, data: DataConfig) -> dict[str, Any]:
             f"{row.place}: {key} is {_quoted(value)}, not an object or its JSON text; "
             "set data.metadata_key to another key, or to '' for none"
         )
+    try:
+        json.dumps(value)
+    except TypeError:
+        # Dates and the like become text, as rollouts are recorded as JSON.
+        value = json.loads(json.dumps(value, default=str))
     return value
 
 
 def _quoted(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= _MAX_QUOTED_CHARS else text[:_MAX_QUOTED_CHARS] + "..."
+    return text if len(text) <= MAX_QUOTED_CHARS else text[:MAX_QUOTED_CHARS] + "..."

@@ -1,14 +1,15 @@
 """From a record to the text that the model sees, and the check of a whole prompt file on
 the login node, where there is neither torch nor transformers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import batched
 from pathlib import Path
 from typing import Any
 
 from nanoslime.config import DataConfig
 from nanoslime.plugins import resolve
-from nanoslime.storage.prompt_files import Messages, PromptRecord, read_prompt_file
+from nanoslime.storage.prompt_files import Messages, PromptRecord, read_prompts
+from nanoslime.storage.prompt_rows import Tally
 from nanoslime.storage.tokenizer_files import TokenizerFiles
 from nanoslime.types import RunError
 
@@ -69,12 +70,14 @@ def prompt_text(record: PromptRecord, data: DataConfig, render: Render | None) -
         ) from error
 
 
-def check_length(place: str, num_tokens: int, data: DataConfig) -> bool:
-    """Whether a prompt of so many tokens is taken; else it is skipped. Raises RunError for
-    one that is too long where such are not skipped."""
+def check_length(place: str, num_tokens: int, tally: Tally) -> bool:
+    """Whether a prompt of so many tokens is taken; else it is skipped and counted. Raises
+    RunError for one that is too long where such are not skipped."""
+    data = tally.data
     if num_tokens <= data.max_prompt_tokens:
         return True
     if data.over_long == "skip":
+        tally.num_over_long += 1
         return False
     raise RunError(
         f"{place}: a prompt of {num_tokens} tokens is over "
@@ -82,53 +85,63 @@ def check_length(place: str, num_tokens: int, data: DataConfig) -> bool:
     )
 
 
-def none_short_enough(path: Path, data: DataConfig) -> RunError:
-    return RunError(
-        f"{path}: every prompt is over data.max_prompt_tokens={data.max_prompt_tokens}; raise it"
-    )
+def none_left(path: Path, tally: Tally) -> RunError:
+    limit = tally.data.max_prompt_tokens
+    if tally.num_broken:
+        return RunError(f"{path}: no prompt is left; {tally.text}")
+    return RunError(f"{path}: every prompt is over data.max_prompt_tokens={limit}; raise it")
 
 
-def check_prompt_file(path: Path, data: DataConfig, tokenizer: Path | None) -> None:
-    """Raises RunError for what the job would refuse of the file.
+def check_prompts(path: Path, data: DataConfig, tokenizer: Path | None) -> Tally:
+    """What the job will use of a source of prompts. Raises RunError for what it would refuse.
 
     tokenizer: a directory with its files; None where they are not here yet. The template is
     tried on one prompt of each order of roles. Tokens are counted, without special ones, of
-    prompts that have more bytes than max_prompt_tokens.
+    prompts that have more bytes than max_prompt_tokens, up to a number of them.
     """
-    records = read_prompt_file(path, data)
-    if tokenizer is None:
-        for _ in records:
-            pass
-        return
-    render = _renderer(tokenizer, data)
-    is_any_short = False
-    seen: set[Any] = set()
-    # The place of each text that may be too long.
-    long: dict[str, str] = {}
-    for record in records:
-        roles = _roles(record)
-        if roles not in seen:
-            seen.add(roles)
-            prompt_text(record, data, render)
-        if _num_bytes(record) <= data.max_prompt_tokens:
-            is_any_short = True
-        elif len(long) < _MAX_COUNTED:
-            long.setdefault(prompt_text(record, data, render), record.place)
-        else:
-            # The job finds out.
-            is_any_short = True
-    if is_any_short and data.over_long == "skip":
-        return
-    for place, num_tokens in _count_tokens(long, tokenizer / "tokenizer.json"):
-        is_any_short |= check_length(place, num_tokens, data)
-    if not is_any_short:
-        raise none_short_enough(path, data)
+    tally = Tally(data)
+    render = _renderer(tokenizer, data) if tokenizer else None
+    # What is wrong with messages of these roles.
+    faults: dict[Any, RunError | None] = {}
+    # Places and labels of each text that may be too long.
+    long: dict[str, list[tuple[str, Any]]] = {}
+    for record in read_prompts(path, data, tally):
+        if tokenizer is not None:
+            roles = _roles(record)
+            if roles not in faults:
+                faults[roles] = _fault(record, data, render)
+            fault = faults[roles]
+            if fault is not None:
+                tally.broken(fault)
+                continue
+            if _num_bytes(record) > data.max_prompt_tokens and len(long) < _MAX_COUNTED:
+                text = prompt_text(record, data, render)
+                long.setdefault(text, []).append((record.place, record.label))
+                continue
+        # The whole text of each would take too much memory.
+        tally.take(hash((repr(record.prompt), record.label)))
+    for text, num_tokens in _count_tokens(long, tokenizer):
+        for place, label in long[text]:
+            if check_length(place, num_tokens, tally):
+                tally.take(hash((text, label)))
+    if not tally.num_used:
+        raise none_left(path, tally)
+    return tally
 
 
-def _count_tokens(places: dict[str, str], file: Path) -> Iterator[tuple[str, int]]:
-    """The places of texts, with their numbers of tokens; 0 where there is no such file."""
-    if not places or not file.is_file():
-        yield from ((place, 0) for place in places.values())
+def _fault(record: PromptRecord, data: DataConfig, render: Render | None) -> RunError | None:
+    try:
+        prompt_text(record, data, render)
+    except RunError as error:
+        return error
+    return None
+
+
+def _count_tokens(texts: Iterable[str], directory: Path | None) -> Iterator[tuple[str, int]]:
+    """Texts with their numbers of tokens; 0 where there is no tokenizer.json."""
+    file = directory / "tokenizer.json" if directory else Path()
+    if not texts or not file.is_file():
+        yield from ((text, 0) for text in texts)
         return
     tokenizer_class = resolve("tokenizer", _LAZY, "model.hf_checkpoint")
     try:
@@ -138,11 +151,10 @@ def _count_tokens(places: dict[str, str], file: Path) -> Iterator[tuple[str, int
         raise RunError(f"{file} cannot be read as a tokenizer: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    for texts in batched(places, _BATCH):
-        for text, encoding in zip(
-            texts, tokenizer.encode_batch(list(texts), add_special_tokens=False), strict=True
-        ):
-            yield places[text], len(encoding.ids)
+    for batch in batched(texts, _BATCH):
+        encodings = tokenizer.encode_batch(list(batch), add_special_tokens=False)
+        for text, encoding in zip(batch, encodings, strict=True):
+            yield text, len(encoding.ids)
 
 
 def _renderer(directory: Path, data: DataConfig) -> Render | None:

@@ -54,6 +54,7 @@ def test_a_directory_becomes_absolute(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_hub_id_becomes_its_snapshot_and_its_commit(hub: Path) -> None:
     snapshot = write_checkpoint(snapshot_of_main(hub))
     assert find("someone/tiny") == LocalCheckpoint(snapshot, COMMIT, is_whole=True)
+    assert find("someone/tiny", COMMIT) == LocalCheckpoint(snapshot, COMMIT, is_whole=True)
 
 
 def test_a_plan_needs_no_weights_of_a_hub_id(hub: Path) -> None:

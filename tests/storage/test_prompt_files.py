@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanoslime.config import DataConfig
-from nanoslime.storage.prompt_files import PromptRecord, read_prompt_file
+from nanoslime.storage.prompt_files import PromptRecord, read_prompts
 from nanoslime.types import RunError
 
 # A row of DAPO-Math-17k.
@@ -23,7 +23,7 @@ USER = {"role": "user", "content": "u"}
 
 
 def read(path: Path, **data: Any) -> list[PromptRecord]:
-    return list(read_prompt_file(path, DataConfig(**data)))
+    return list(read_prompts(path, DataConfig(**data)))
 
 
 def write(directory: Path, rows: list[dict[str, Any]], suffix: str) -> Path:
@@ -257,7 +257,7 @@ def test_a_parquet_file_that_is_cut_short_or_damaged_is_refused(tmp_path: Path) 
     with pytest.raises(RunError, match="p.parquet is not a readable parquet file: "):
         read(path)
     path.write_bytes(whole[:500] + bytes(300) + whole[800:])
-    with pytest.raises(RunError, match="p.parquet is not a readable parquet file: "):
+    with pytest.raises(RunError, match="p.parquet:row 0: row group 0 is damaged from here on .Cor"):
         read(path)
 
 

@@ -10,8 +10,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from nanoslime.config import DataConfig
 from nanoslime.rollout.prompts import load_prompts
 from nanoslime.storage.chat_template import compile_template
-from nanoslime.storage.prompt_files import read_prompt_file
-from nanoslime.storage.prompt_text import check_prompt_file, prompt_text
+from nanoslime.storage.prompt_files import read_prompts
+from nanoslime.storage.prompt_text import check_prompts, prompt_text
 from nanoslime.storage.tokenizer_files import TokenizerFiles, check_vocabulary
 from nanoslime.types import RunError
 from tests.serving import save_byte_tokenizer
@@ -59,7 +59,7 @@ def refusals(path: Path, directory: Path, **data: Any) -> set[str]:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     said = set()
     with pytest.raises(RunError) as on_login_node:
-        check_prompt_file(path, config, directory)
+        check_prompts(path, config, directory)
     said.add(str(on_login_node.value))
     with pytest.raises(RunError) as in_job:
         load_prompts(path, tokenizer, config)
@@ -90,7 +90,7 @@ def test_variables_reach_the_template(directory):
         data = DataConfig(chat_template_kwargs=variables)
         (prompt,) = load_prompts(path, tokenizer, data)
         assert prompt.text == f"<user>a\n<assistant>{end}"
-        check_prompt_file(path, data, directory)
+        check_prompts(path, data, directory)
 
 
 def test_a_template_that_fails_is_refused_with_the_line_of_the_first_such_prompt(directory):
@@ -135,14 +135,14 @@ def test_login_node_and_job_refuse_with_the_same_line(directory, rows, data, say
 
 def test_one_prompt_that_is_short_enough_does_where_others_are_skipped(directory):
     path = write(directory, {"prompt": "a" * 40}, {"prompt": "b" * 39})
-    check_prompt_file(path, DataConfig(max_prompt_tokens=39, over_long="skip"), directory)
+    check_prompts(path, DataConfig(max_prompt_tokens=39, over_long="skip"), directory)
 
 
 def test_without_the_files_of_a_tokenizer_rows_are_checked_all_the_same(tmp_path):
     path = write(tmp_path, {"prompt": "a" * 9000}, {"prompt": [USER]})
-    check_prompt_file(path, DataConfig(), None)
+    check_prompts(path, DataConfig(), None)
     with pytest.raises(RunError, match="p.jsonl:2: a prompt is a string or a list"):
-        check_prompt_file(write(tmp_path, {"prompt": "a"}, {"prompt": 5}), DataConfig(), None)
+        check_prompts(write(tmp_path, {"prompt": "a"}, {"prompt": 5}), DataConfig(), None)
 
 
 def test_templates_are_found_where_transformers_finds_them(directory):
@@ -176,7 +176,7 @@ def test_templates_are_found_where_transformers_finds_them(directory):
 def test_a_tokenizer_file_that_cannot_be_read_is_named(directory, name, content, says):
     (directory / name).write_bytes(content)
     with pytest.raises(RunError, match=says):
-        check_prompt_file(write(directory, {"prompt": "a"}), DataConfig(), directory)
+        check_prompts(write(directory, {"prompt": "a"}), DataConfig(), directory)
 
 
 def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(directory):
@@ -196,5 +196,5 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(directory):
 
 
 def test_a_prompt_without_a_template_is_its_own_text(directory):
-    (record,) = read_prompt_file(write(directory, {"prompt": "a"}), DataConfig())
+    (record,) = read_prompts(write(directory, {"prompt": "a"}), DataConfig())
     assert prompt_text(record, DataConfig(), None) == "a"
