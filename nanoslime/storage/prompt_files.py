@@ -132,7 +132,8 @@ def _prompt(row: Row, data: DataConfig) -> str | Messages:
     if not prompt:
         raise RunError(f"{row.place}: the prompt has no messages")
     messages = [_message(row.place, message) for message in prompt]
-    if not any(message["content"].strip() or "tool_calls" in message for message in messages):
+    asked = [message for message in messages if message["role"] != "system"] or messages
+    if not any(message["content"].strip() or "tool_calls" in message for message in asked):
         raise RunError(f"{row.place}: the prompt is empty: its messages have no text")
     if data.system_prompt and any(message["role"] == "system" for message in messages):
         raise RunError(

@@ -232,7 +232,7 @@ def _rows_of(path: Path, first: int, batch: Any, tally: Tally) -> Iterator[Row]:
     """The rows of an Arrow batch; where one cannot be read, the others are."""
     try:
         rows = batch.to_pylist(maps_as_pydicts="lossy")
-    except ValueError:
+    except (ValueError, OverflowError):
         rows = None
     for i in range(batch.num_rows):
         place = f"{path}:row {first + i}"
@@ -242,7 +242,8 @@ def _rows_of(path: Path, first: int, batch: Any, tally: Tally) -> Iterator[Row]:
             fault = f"{place}: a text is not UTF-8 ({error.reason}); write the file anew"
             tally.broken(RunError(fault))
             continue
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
+            # Dates beyond those of Python, names that a struct has twice.
             tally.broken(RunError(f"{place}: a value cannot be read ({error})"))
             continue
         yield Row(place, fields)
