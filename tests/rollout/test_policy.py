@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
 from nanoslime.rollout.policy import Call, Policy, ServedModel
+from nanoslime.rollout.router import Router
 from nanoslime.rollout.tasks import GroupTask, Sampling
 from nanoslime.types import Generation, Prompt, Status
 from tests.rollout.interrupting import InterruptingRouter
@@ -234,3 +235,42 @@ def test_a_failed_continuation_keeps_its_cause_and_the_tokens(make_policy) -> No
     found = generate(policy)
     assert (len(found.token_ids), found.status, found.error) == (2, Status.ERROR, "no luck")
     assert found.versions == [(0, 0)]
+
+
+@pytest.mark.parametrize("kind", ["embedded", pytest.param("sglang", marks=pytest.mark.sglang)])
+def test_an_engine_that_is_interrupted_again_and_again_loses_no_token(
+    kind, request, engine, tokenizer, tiny_model
+) -> None:
+    """Four rollouts at once, greedy: their tokens and logprobs are those of no interruption."""
+    if kind == "sglang":
+        engine = request.getfixturevalue("sglang_engine")
+    sampling = replace(GREEDY, max_new_tokens=48)
+    prompts = [[n, n + 1, n + 2] for n in range(4)]
+
+    async def run(pauses: int) -> tuple[list[Generation], int]:
+        router = Router([engine])
+        model = ServedModel(router, tokenizer, 4096)
+        policies = [
+            Policy(GroupTask(n, Prompt(n, np.array(p), "", ""), sampling, 3, "none"), 0, model)
+            for n, p in enumerate(prompts)
+        ]
+        going = [
+            asyncio.create_task(policy.generate(p))
+            for policy, p in zip(policies, prompts, strict=True)
+        ]
+        num_interrupted = 0
+        while not all(task.done() for task in going) and num_interrupted < pauses:
+            spent = [policy.num_tokens_left for policy in policies]
+            await asyncio.sleep(0.01)
+            await router.interrupt()
+            num_interrupted += 0 < sum(spent) < 4 * 48
+        found = await asyncio.gather(*going)
+        return found, num_interrupted
+
+    whole, _ = asyncio.run(run(0))
+    pieces, num_interrupted = asyncio.run(run(8))
+    assert num_interrupted > 2
+    assert [g.token_ids for g in pieces] == [g.token_ids for g in whole]
+    for one, other in zip(pieces, whole, strict=True):
+        assert one.status is Status.TRUNCATED and one.versions == other.versions == [(0, 0)]
+        assert np.allclose(one.logprobs, other.logprobs, atol=1e-4)
