@@ -1,5 +1,7 @@
 """Prompt files, JSONL and parquet: their records, and one line for each way to be bad."""
 
+import datetime
+import gzip
 import json
 from decimal import Decimal
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 
 from nanoslime.config import DataConfig
 from nanoslime.storage.prompt_files import PromptRecord, read_prompts
+from nanoslime.storage.prompt_rows import Tally
 from nanoslime.types import RunError
 
 # A row of DAPO-Math-17k.
@@ -277,4 +280,208 @@ def test_parquet_without_a_key_or_without_rows_is_refused(tmp_path: Path) -> Non
         read(path)
     pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), path)
     with pytest.raises(RunError, match="p.parquet holds no prompts"):
+        read(path)
+
+
+def write_bytes(directory: Path, name: str, content: bytes) -> Path:
+    path = directory / name
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"prompt": "a", "label": 1}\r\n\r\n{"prompt": "b", "label": 2}\r\n',
+        b'\xef\xbb\xbf{"prompt": "a", "label": 1}\n \xef\xbb\xbf\n{"prompt": "b", "label": 2}',
+        b'{"prompt": "a", "label": 1}\n\xef\xbb\xbf{"prompt": "b", "label": 2}',
+    ],
+    ids=["crlf", "bom", "bom of a second file"],
+)
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "jsonl.gz", "jsonl.zst"])
+def test_lines_end_and_begin_and_are_compressed_as_they_like(
+    tmp_path: Path, content: bytes, suffix: str
+) -> None:
+    # Two members or frames, as compressors that work in parallel write them.
+    halves = (content[:20], content[20:])
+    if suffix.endswith("gz"):
+        content = b"".join(gzip.compress(half) for half in halves)
+    if suffix.endswith("zst"):
+        content = b"".join(bytes(pa.compress(half, "zstd", asbytes=True)) for half in halves)
+    path = write_bytes(tmp_path, f"p.{suffix}", content)
+    assert [(record.prompt, record.label) for record in read(path)] == [("a", 1), ("b", 2)]
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_a_compressed_file_that_is_cut_short_is_refused(tmp_path: Path, suffix: str) -> None:
+    lines = b"".join(b'{"prompt": "%d", "label": 1}\n' % i for i in range(999))
+    whole = {"gz": gzip.compress(lines), "zst": pa.compress(lines, "zstd", asbytes=True)}[suffix]
+    path = write_bytes(tmp_path, f"p.jsonl.{suffix}", whole[:-9])
+    for broken in ("error", "skip"):
+        with pytest.raises(RunError, match=f"p.jsonl.{suffix} cannot be read: Truncated"):
+            read(path, broken=broken)
+    path.write_bytes(b"not compressed")
+    with pytest.raises(RunError, match=f"p.jsonl.{suffix} cannot be read: "):
+        read(path)
+
+
+def test_a_long_line_and_a_line_separator_of_unicode_are_one_row(tmp_path: Path) -> None:
+    prompt = "x" * 5_000_000 + "\u2028\x85y"
+    line = json.dumps({"prompt": prompt, "label": 1}, ensure_ascii=False).encode()
+    (record,) = read(write_bytes(tmp_path, "p.jsonl", line + b"\n"))
+    assert record.prompt == prompt
+    with pytest.raises(RunError) as refused:
+        read(write_bytes(tmp_path, "p.jsonl", line[:-2]))
+    assert len(str(refused.value)) < 500
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_json_texts_are_what_they_hold(tmp_path: Path, suffix: str) -> None:
+    """Some data sets have structs and messages as their JSON."""
+    row = {"prompt": json.dumps([USER]), "reward_model": '{"truth": ["4", "5"]}'}
+    (record,) = read(write(tmp_path, [row], suffix), label_key="reward_model.truth.1")
+    assert (record.prompt, record.label) == ([USER], "5")
+
+
+@pytest.mark.parametrize("prompt", ["[1, 2] has which sum?", "[1, 2]", '["a"]', '[{"a": 1}]', "[]"])
+def test_a_text_that_is_no_messages_stays_a_text(tmp_path: Path, prompt: str) -> None:
+    (record,) = read(write(tmp_path, [{"prompt": prompt, "label": 1}], "jsonl"))
+    assert record.prompt == prompt
+
+
+@pytest.mark.parametrize("label", [0, -5, 10**400, 2**64 - 1, 1.5, True, "", "é", "e\u0301"])
+def test_labels_are_kept_as_they_are(tmp_path: Path, label: Any) -> None:
+    (record,) = read(write(tmp_path, [{"prompt": "e\u0301", "label": label}], "jsonl"))
+    assert (record.prompt, record.label) == ("e\u0301", label)
+    assert type(record.label) is type(label)
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (b'{"prompt": "a", "prompt": "b", "label": 1}', "the key 'prompt' stands twice"),
+        (b'{"prompt": "a", "label": 1, "metadata": {"k": 1, "k": 2}}', "the key 'k' stands twice"),
+        (b'{"prompt": "a", "label": ' + b"9" * 5000 + b"}", r"not a line of JSON \(Exceeds the"),
+        (b'{"prompt": "a", "label": NaN}', "the label nan is neither"),
+        (b'{"prompt": "a", "label": 1e999}', "the label inf is neither"),
+        (rb'{"prompt": " \n", "label": 1}', "the prompt is empty"),
+        (
+            b'{"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": " "}],'
+            b'"label": 1}',
+            "the prompt is empty: its messages have no text",
+        ),
+        (
+            b'{"prompt": [{"role": "user", "content": [{"type": "image_url", "text": "t"}]}],'
+            b'"label": 1}',
+            "the content of a user message is .*, not text or parts of text",
+        ),
+        (b"\0" * 9, "not a line of JSON"),
+    ],
+)
+def test_a_row_that_may_mean_two_things_or_nothing_is_refused(
+    tmp_path: Path, row: bytes, says: str
+) -> None:
+    with pytest.raises(RunError, match=f"p.jsonl:1: .*{says}") as refused:
+        read(write_bytes(tmp_path, "p.jsonl", row))
+    assert "\n" not in str(refused.value)
+
+
+def test_calls_of_tools_and_their_answers_are_messages(tmp_path: Path) -> None:
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    answer = {"role": "tool", "tool_call_id": "1", "content": "4"}
+    (record,) = read(write(tmp_path, [{"prompt": [USER, call, answer], "label": 1}], "jsonl"))
+    assert record.prompt == [USER, {**call, "content": ""}, answer]
+
+
+def test_columns_of_any_kind_of_text_and_dates_in_metadata_are_read(tmp_path: Path) -> None:
+    day = datetime.date(2026, 1, 2)
+    columns = {
+        "prompt": pa.array(["a", "b", "a"]).dictionary_encode(),
+        "label": pa.array(["1", "2", "3"], pa.large_string()),
+        "metadata": pa.array([{"day": day, "more": {"k": [1]}}] * 3),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "p.parquet")
+    records = read(tmp_path / "p.parquet")
+    assert [(record.prompt, record.label) for record in records] == [
+        ("a", "1"),
+        ("b", "2"),
+        ("a", "3"),
+    ]
+    assert json.loads(json.dumps(records[0].metadata)) == {"day": str(day), "more": {"k": [1]}}
+
+
+def test_a_column_that_stands_twice_is_refused_where_it_is_read(tmp_path: Path) -> None:
+    arrays = [pa.array([name]) for name in ("a", "b", "c", "d")]
+    path = tmp_path / "p.parquet"
+    pq.write_table(pa.Table.from_arrays(arrays, ["prompt", "label", "other", "other"]), path)
+    assert read(path)[0].label == "b"
+    pq.write_table(pa.Table.from_arrays(arrays, ["prompt", "prompt", "label", "other"]), path)
+    with pytest.raises(RunError, match="p.parquet has the column 'prompt' twice"):
+        read(path)
+
+
+BROKEN_LINES = [
+    (b"{broken", "not a line of JSON"),
+    (b"[1]", "a JSON object is needed, found list"),
+    (b'{"label": 1}', "no key 'prompt'"),
+    (b'{"prompt": 5, "label": 1}', "a prompt is a string or a list"),
+    (b'{"prompt": "", "label": 1}', "the prompt is empty"),
+    (b'{"prompt": "\xe9", "label": 1}', "not UTF-8"),
+    (b'{"prompt": "a", "label": null}', "the label None"),
+    (b'{"prompt": "a", "label": 1, "metadata": 5}', "metadata is 5"),
+]
+
+
+@pytest.mark.parametrize(("line", "says"), BROKEN_LINES)
+def test_a_broken_line_is_left_out_and_counted_where_asked(
+    tmp_path: Path, line: bytes, says: str
+) -> None:
+    good = b'{"prompt": "%d", "label": 1}'
+    path = write_bytes(tmp_path, "p.jsonl", b"\n".join([good % 1, line, b"", line, good % 2]))
+    data = DataConfig(broken="skip")
+    tally = Tally(data)
+    assert [record.prompt for record in read_prompts(path, data, tally)] == ["1", "2"]
+    assert tally.num_broken == 2
+    assert tally.first_fault.startswith(f"{path}:2: ")
+    assert says in tally.first_fault
+    with pytest.raises(RunError) as refused:
+        read(path)
+    assert str(refused.value) == tally.first_fault
+    path.write_bytes(line)
+    with pytest.raises(RunError, match=f"p.jsonl: each of 1 rows is broken: .*p.jsonl:1: .*{says}"):
+        read(path, broken="skip")
+
+
+def test_a_damaged_row_group_and_texts_that_are_no_utf8_are_left_out_and_counted(
+    tmp_path: Path,
+) -> None:
+    path = write(tmp_path, [{"prompt": f"{i}" * 50, "label": i} for i in range(3000)], "parquet")
+    pq.write_table(pq.read_table(path), path, row_group_size=1000)
+    column = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    content = bytearray(path.read_bytes())
+    content[column.data_page_offset + 50 : column.data_page_offset + 350] = bytes(300)
+    path.write_bytes(content)
+    data = DataConfig(broken="skip")
+    tally = Tally(data)
+    labels = [record.label for record in read_prompts(path, data, tally)]
+    assert labels == [*range(1000), *range(2000, 3000)]
+    assert tally.num_broken == 1000
+    assert "p.parquet:row 1000: row group 1 is damaged from here on" in tally.first_fault
+
+    offsets = pa.array([0, 1, 2, 3], pa.int32()).buffers()[1]
+    texts = pa.StringArray.from_buffers(3, offsets, pa.py_buffer(b"a\xffc"))
+    pq.write_table(pa.table({"prompt": texts, "label": [1, 2, 3]}), path)
+    tally = Tally(data)
+    assert [record.label for record in read_prompts(path, data, tally)] == [1, 3]
+    assert (tally.num_broken, "row 1: a text is not UTF-8" in tally.first_fault) == (1, True)
+
+
+def test_a_stream_of_arrow_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+    rows = pa.table({"prompt": ["a" * 99] * 99, "label": [1] * 99})
+    path = tmp_path / "p.arrow"
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, rows.schema) as stream:
+        stream.write_table(rows)
+    assert len(read(path)) == 99
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(RunError, match="p.arrow:row 0: not a stream of Arrow"):
         read(path)

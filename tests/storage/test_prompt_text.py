@@ -198,3 +198,33 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(directory):
 def test_a_prompt_without_a_template_is_its_own_text(directory):
     (record,) = read_prompts(write(directory, {"prompt": "a"}), DataConfig())
     assert prompt_text(record, DataConfig(), None) == "a"
+
+
+def test_login_node_and_job_count_the_same(directory, caplog):
+    """With rows of every kind that is left out, and a tokenizer that has a byte as a token."""
+    tokenizer = with_template(directory, NO_SYSTEM)
+    path = write(directory, *[{"prompt": text} for text in ("a", "a", "b" * 40, "c", "b" * 40)])
+    with path.open("a") as file:
+        file.write('{broken\n{"prompt": "", "label": 1}\n')
+        file.write(json.dumps({"prompt": [SYSTEM, USER], "label": 1}) + "\n")
+        file.write(json.dumps({"prompt": [SYSTEM, USER], "label": 2}) + "\n")
+    settings = {"max_prompt_tokens": 39, "over_long": "skip", "broken": "skip"}
+    for deduplicate, num_used, what in (False, 3, "kept (data.dedup"), (True, 2, "left out"):
+        data = DataConfig(**settings, deduplicate=deduplicate)
+        caplog.clear()
+        assert len(load_prompts(path, tokenizer, data)) == num_used
+        text = check_prompts(path, data, directory).text
+        assert caplog.messages == [f"{path}: {text}"]
+        assert text.startswith(f"{num_used} prompts; 2 of over 39 tokens are left out; 1 that rep")
+        assert what in text
+        assert f"; 4 broken rows are left out, first: {path}:6: not a line of JSON" in text
+
+
+def test_where_every_row_is_left_out_login_node_and_job_refuse_with_the_same_line(directory):
+    with_template(directory, NO_SYSTEM)
+    path = write(directory, {"prompt": [SYSTEM, USER]}, {"prompt": "b" * 40})
+    settings = {"max_prompt_tokens": 39, "over_long": "skip", "broken": "skip"}
+    (said,) = refusals(path, directory, **settings)
+    assert said.startswith(f"{path}: no prompt is left; 0 prompts; 1 of over 39 tokens")
+    (said,) = refusals(write(directory, {"prompt": 5}), directory, **settings)
+    assert said.startswith(f"{path}: each of 1 rows is broken: {path}:1: a prompt is a string")
