@@ -50,7 +50,9 @@ def resolve(config: RunConfig, *, download: bool) -> Inputs:
     if config.rollout.load_rollouts or config.rehearsal.enabled:
         return Inputs(config, shape, [])
     if not (config.data.prompts or config.data.sources):
-        raise RunError("data.prompts is not set: give --prompts FILE (.jsonl or .parquet)")
+        raise RunError(
+            "data.prompts is not set: give --prompts FILE (.jsonl or .parquet) or OWNER/NAME of the hub"
+        )
     directory = Path(config.model.hf_checkpoint)
     tokenizer = directory if has_tokenizer_files(directory) else None
     config = with_local_prompts(config)

@@ -109,9 +109,9 @@ class SourceConfig:
 @knobs
 class DataConfig:
     prompts: str = ""
-    """Training prompts: a file (JSONL, also .gz or .zst, or parquet), a directory of such
-    files or of a Hugging Face data set, or a data set of the hub, with :SPLIT or
-    :CONFIG/SPLIT behind it (openai/gsm8k:main/train) and @REVISION."""
+    """Training prompts: a file (JSON lines, also .gz or .zst, or parquet), a directory of such
+    files or of what `datasets` saved, or a data set of the hub, OWNER/NAME[@REVISION].
+    Behind the latter two may stand :SPLIT or :CONFIGURATION/SPLIT (openai/gsm8k:main/train)."""
     sources: list[SourceConfig] = Field(default_factory=list)
     """Several sources in place of `prompts`, each with its weight and what differs from the
     settings here: {prompts, weight, name, reward, prompt_key, label_key, metadata_key,

@@ -66,6 +66,7 @@ class RolloutManager:
         self._algorithm = algorithms.make(config.algorithm, config.rollout.max_new_tokens)
         self._router = LeastInflightRouter(engines)
         self._failures = SampleFailures()
+        self._loaded = loaded
         self._source = loaded.stream(config.seed, data.shuffle)
         self._evaluation = Evaluation(config, run, loaded)
 
@@ -98,6 +99,7 @@ class RolloutManager:
         settings = recorder.SamplingSettings.of(rollout)
         recorder.record(recorder.Recording(self.run.rollouts, settings), step, groups)
         self._failures.report(groups, f"rollout {step}", "are left out")
+        self.metrics |= self._loaded.source_metrics(local_reports(groups))
         self.metrics["time/generate_s"] = time.monotonic() - start
         return local_reports(kept)
 

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import sys
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +27,7 @@ from nanoslime.storage.prompt_text import (
     none_left,
     prompt_text,
 )
-from nanoslime.types import Prompt, RunError
+from nanoslime.types import GroupReport, Prompt, RunError, SampleReport
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,25 @@ class RunPrompts:
         if len(sources) == 1:
             return next(iter(sources.values()))
         return PromptMix(sources, {name: self.train[name].weight for name in sources})
+
+    def source_metrics(self, groups: Sequence[GroupReport]) -> dict[str, float]:
+        """How many samples of a rollout each source has, and their mean reward; empty where
+        there is one source."""
+        if len(self.train) == 1:
+            return {}
+        names = list(self.train)
+        first_ids = [loaded.prompts[0].prompt_id for loaded in self.train.values()]
+        samples: dict[str, list[SampleReport]] = {name: [] for name in names}
+        for group in groups:
+            for sample in group.samples:
+                samples[names[bisect_right(first_ids, sample.prompt_id) - 1]].append(sample)
+        metrics = {}
+        for name, found in samples.items():
+            metrics[f"rollout/{name}/num_samples"] = float(len(found))
+            rewards = [sample.reward for sample in found if sample.reward is not None]
+            if rewards:
+                metrics[f"rollout/{name}/reward_mean"] = math.fsum(rewards) / len(rewards)
+        return metrics
 
 
 def load_prompts(

@@ -500,6 +500,38 @@ def test_a_prompt_file_that_cannot_serve_is_refused_before_submission(
     assert said.count("\n") == 1
 
 
+def test_the_plan_says_what_is_used_of_each_source_and_the_run_reads_local_files(
+    machine, model, prompts, monkeypatch
+):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    dataset = machine.root / "hub" / "datasets--someone--math"
+    (dataset / "refs").mkdir(parents=True)
+    (dataset / "refs" / "main").write_text(commit)
+    snapshot = dataset / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    lines = ['{"question": "a", "answer": "1"}', '{"question": "a", "answer": "1"}', "{"]
+    (snapshot / "train.jsonl").write_text("\n".join(lines))
+    (snapshot / "test.jsonl").write_text('{"prompt": "a", "label": "1"}')
+    offline_hub(monkeypatch, dataset.parent)
+    machine.slurm()
+    source = {"prompts": "someone/math:train", "prompt_key": "question", "label_key": "answer"}
+    flags = ["--nodes", 2, "--hf-checkpoint", model, "--submit", "sbatch"]
+    flags += ["--data.sources", prompts.name, json.dumps({**source, "weight": 3})]
+    flags += ["--eval-prompts", "someone/math:test"]
+    assert "train.jsonl:3: not a line of JSON" in machine.refusal(*flags)
+    flags += ["--data.broken", "skip"]
+    for more in (["--dry-run"], []):
+        code, out, _ = machine.submit(*flags, *more)
+        assert code == 0
+        assert f"prompts   {prompts}: 1 prompts\n" in out
+        assert f"\n          {snapshot}:train: 2 prompts; 1 that repeat " in out
+        assert f"; 1 broken rows are left out, first: {snapshot}/train.jsonl:3: not a" in out
+    config = read(machine.root / "runs" / "run" / "config.yaml")
+    by_name = {name: own.prompts for name, own in config.data.by_source().items()}
+    assert by_name == {"train": str(prompts), "math": f"{snapshot}:train"}
+    assert config.data.eval_prompts == f"{snapshot}:test"
+
+
 def offline_hub(monkeypatch, cache: Path) -> None:
     """As HF_HUB_CACHE and HF_HUB_OFFLINE in the environment would make it."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))

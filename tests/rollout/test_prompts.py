@@ -15,8 +15,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from nanoslime.config import DataConfig, RunConfig
 from nanoslime.models.tiny import BOS
 from nanoslime.rehearsal import build_tokenizer
-from nanoslime.rollout.prompts import PromptMix, PromptSource, RunPrompts, load_prompts
-from nanoslime.types import Prompt, RunError
+from nanoslime.rollout.prompts import (
+    LoadedSource,
+    PromptMix,
+    PromptSource,
+    RunPrompts,
+    load_prompts,
+)
+from nanoslime.types import GroupReport, Prompt, RunError, SampleReport, Status
 
 GOOD = '{"prompt": "a", "label": 1}'
 LONG = '{"prompt": "abcde", "label": 1}'
@@ -393,6 +399,44 @@ def test_sources_have_keys_rewards_and_prompt_ids_of_their_own(
         ("easy", 2, "ef", "exact_match"),
     }
     assert [p.source for p in drawn].count("easy") == 6
+
+
+def report(prompt_id: int, *rewards: float | None) -> GroupReport:
+    samples = [
+        SampleReport(
+            group_id=0,
+            rollout_id=i,
+            prompt_id=prompt_id,
+            status=Status.COMPLETED,
+            num_tokens=2,
+            num_response_tokens=1,
+            policy_versions=[],
+            loss_tokens_by_version={},
+            expert_shape=None,
+            arrays=None,
+            reward=reward,
+        )
+        for i, reward in enumerate(rewards)
+    ]
+    return GroupReport(0, samples)
+
+
+def test_each_source_has_metrics_of_its_own() -> None:
+    prompts = [Prompt(i, None, "", None) for i in range(6)]
+    sources = {
+        "a": LoadedSource(prompts[1:3], "a.jsonl"),  # its first prompt was too long
+        "b": LoadedSource(prompts[4:5], "b.jsonl"),
+        "c": LoadedSource(prompts[5:], "c.jsonl"),
+    }
+    groups = [report(2, 1.0, 0.0), report(4, 0.5, None), report(1, 1.0, 1.0)]
+    assert RunPrompts(None, sources, {}).source_metrics(groups) == {
+        "rollout/a/num_samples": 4.0,
+        "rollout/a/reward_mean": 0.75,
+        "rollout/b/num_samples": 2.0,
+        "rollout/b/reward_mean": 0.5,
+        "rollout/c/num_samples": 0.0,
+    }
+    assert RunPrompts(None, {"": sources["a"]}, {}).source_metrics(groups) == {}
 
 
 @pytest.mark.skipif(not GSM8K.is_dir(), reason="no GSM8K beside the repository")
