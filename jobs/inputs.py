@@ -51,7 +51,8 @@ def resolve(config: RunConfig, *, download: bool) -> Inputs:
         return Inputs(config, shape, [])
     if not (config.data.prompts or config.data.sources):
         raise RunError(
-            "data.prompts is not set: give --prompts FILE (.jsonl or .parquet) or OWNER/NAME of the hub"
+            "data.prompts is not set: give --prompts FILE (.jsonl or .parquet), or OWNER/NAME of a "
+            "data set of the hub"
         )
     directory = Path(config.model.hf_checkpoint)
     tokenizer = directory if has_tokenizer_files(directory) else None
