@@ -3,7 +3,7 @@
 import time
 from typing import Any, Protocol
 
-from nanoslime.weight_sync.engine_calls import EngineCalls
+from nanoslime.orchestration.engine_pool import EnginePool
 
 
 class Ranks(Protocol):
@@ -32,7 +32,7 @@ class SharedDevices:
     weights.
     """
 
-    def __init__(self, ranks: Ranks, engines: EngineCalls):
+    def __init__(self, ranks: Ranks, engines: EnginePool):
         self._ranks = ranks
         self._engines = engines
         self._engines_turn = False
@@ -41,7 +41,7 @@ class SharedDevices:
         """Returns the seconds of the trainer's waking; none where it is awake."""
         if not self._engines_turn:
             return {}
-        self._engines.each("release_memory")
+        self._engines.each_ready("release_memory")
         self._engines_turn = False
         return {"time/wake_s": self._timed("wake")}
 

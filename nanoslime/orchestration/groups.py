@@ -12,10 +12,10 @@ from nanoslime.config.deadlines import Deadline, derive_deadlines
 from nanoslime.engine_kind import engine_kind
 from nanoslime.models.shape import ModelShape
 from nanoslime.orchestration.devices import SeparateDevices, SharedDevices
+from nanoslime.orchestration.engine_pool import EnginePool
 from nanoslime.run_dir import RunDir
 from nanoslime.training.batching import BatchingOptions, plan_train_batches
 from nanoslime.types import GroupReport
-from nanoslime.weight_sync.engine_calls import EngineCalls
 
 
 class TrainGroup(ABC):
@@ -67,7 +67,7 @@ class TrainGroup(ABC):
     def setup(self) -> None:  # noqa: B027
         """Builds what construction has only reserved, if anything."""
 
-    def share_devices(self, engines: EngineCalls) -> None:
+    def share_devices(self, engines: EnginePool) -> None:
         """Lets the trainer and these engines take turns; the trainer has the first."""
         self.devices = SharedDevices(self, engines)
 

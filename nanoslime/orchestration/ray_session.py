@@ -8,10 +8,10 @@ from nanoslime.layout import Layout
 from nanoslime.orchestration import ray_group
 from nanoslime.orchestration.groups import NoTrainer, TrainGroup, resolve_transport
 from nanoslime.orchestration.session import (
+    EngineHere,
     Phase,
     Session,
     Started,
-    engine_here,
     make_session,
     prepare_inputs,
 )
@@ -64,7 +64,9 @@ def open_ray(
         if servers is not None:
             engines = list(servers.wait())
         elif not config.rollout.load_rollouts:
-            engines.append(engine_here(config, attempt, model_dir, "cpu", [], resources))
+            here = EngineHere(config, attempt, model_dir, "cpu", [])
+            resources.callback(here.close)
+            engines.append(here.start())
         ranks_by_engine = [layout.ranks_at(place) for place in layout.engines]
         started = Started(trainer, engines, ranks_by_engine, transport)
         yield make_session(inputs, attempt, started, resources)

@@ -10,15 +10,16 @@ A session that closes ends whatever it started, also when opening it fails half 
 two ways are in ray_session.py: the others do without Ray being installed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanoslime import algorithms, rehearsal
 from nanoslime.config import RunConfig
-from nanoslime.engine_kind import EngineStart, engine_kind
+from nanoslime.engine_kind import EngineOwner, EngineStart, engine_kind
 from nanoslime.orchestration.checkpoints import Checkpoints
+from nanoslime.orchestration.engine_pool import EnginePool, Restart
 from nanoslime.orchestration.groups import NoTrainer, TrainGroup, resolve_transport
 from nanoslime.orchestration.local_group import LocalTrainGroup
 from nanoslime.orchestration.rollout_manager import Replay, RolloutManager
@@ -28,8 +29,7 @@ from nanoslime.rollout.prompts import RunPrompts
 from nanoslime.run_dir import Attempt, RunDir
 from nanoslime.storage.commit import remove_leftovers
 from nanoslime.training.backend import RankEnv
-from nanoslime.types import Engine
-from nanoslime.weight_sync.engine_calls import EngineCalls
+from nanoslime.types import Engine, RunError
 from nanoslime.weight_sync.session import SyncSession
 
 Phase = Callable[[str], None]  # called with the name of the phase that starts
@@ -42,6 +42,7 @@ class Session:
     trainer: TrainGroup
     rollout: RolloutManager | Replay
     weights: SyncSession
+    engines: EnginePool
     checkpoints: Checkpoints
 
 
@@ -54,6 +55,8 @@ class Started:
     # The trainer ranks on each engine's devices, where they share them.
     ranks_by_engine: list[list[int]]
     transport: str
+    # What starts each engine again, in their order; without it they stay lost.
+    restarts: Sequence[Restart] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +112,13 @@ def open_local(
         config, model_dir = inputs.config, inputs.model_dir
         phase("start")
         engines: list[Engine] = []
+        restarts: list[Restart] = []
         if not config.rollout.load_rollouts:
             gpu_ids = [env.local_rank] if env.device == "cuda" else []
-            engines.append(engine_here(config, attempt, model_dir, env.device, gpu_ids, resources))
+            here = EngineHere(config, attempt, model_dir, env.device, gpu_ids)
+            resources.callback(here.close)
+            engines.append(here.start())
+            restarts.append(here.start)
         if config.cluster.colocate:
             for engine in engines:
                 engine.release_memory()
@@ -125,32 +132,47 @@ def open_local(
             trainer = LocalTrainGroup(config, attempt.run, model_dir, env)
         resources.callback(trainer.close)
         trainer.setup()
-        started = Started(trainer, engines, [[0]], transport)
+        started = Started(trainer, engines, [[0]], transport, restarts)
         yield make_session(inputs, attempt, started, resources)
 
 
-def engine_here(
-    config: RunConfig,
-    attempt: Attempt,
-    model_dir: Path,
-    device: str,
-    gpu_ids: list[int],
-    resources: ExitStack,
-) -> Engine:
-    """Starts the only engine of a run: in this process, or owned by it."""
-    kind = engine_kind(config.rollout)
-    start = EngineStart(
-        config=config,
-        index=0,
-        model_dir=model_dir,
-        device=device,
-        host="127.0.0.1",
-        log=attempt.log(kind.name, 0),
-        gpu_ids=gpu_ids,
-    )
-    owner = kind.make_owner(start)
-    resources.callback(owner.close)
-    return owner.start(config.rollout.start_deadline_s)
+class EngineHere:
+    """The only engine of a run: in this process, or owned by it."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        attempt: Attempt,
+        model_dir: Path,
+        device: str,
+        gpu_ids: Sequence[int],
+    ):
+        self._kind = engine_kind(config.rollout)
+        self._start = EngineStart(
+            config=config,
+            index=0,
+            model_dir=model_dir,
+            device=device,
+            host="127.0.0.1",
+            log=attempt.log(self._kind.name, 0),
+            gpu_ids=list(gpu_ids),
+        )
+        self._owner: EngineOwner | None = None
+        self._closed = False
+
+    def start(self) -> Engine:
+        """Starts it, in place of the one before, of which nothing is left then."""
+        if self._owner is not None:
+            self._owner.close()
+        if self._closed:
+            raise RunError("the engine is not started again: the run ends")
+        self._owner = self._kind.make_owner(self._start)
+        return self._owner.start(self._start.config.rollout.start_deadline_s)
+
+    def close(self) -> None:
+        self._closed = True
+        if self._owner is not None:
+            self._owner.close()
 
 
 def make_session(
@@ -159,17 +181,21 @@ def make_session(
     config = inputs.config
     run = attempt.run
     trainer = started.trainer
-    calls = EngineCalls(started.engines)
-    resources.callback(calls.close)
-    if config.cluster.colocate:
-        trainer.share_devices(calls)
+    colocate = config.cluster.colocate
+    # An engine measures the free memory when it starts, which trainers on its devices share.
+    max_restarts = 0 if colocate else config.rollout.engine_restarts
+    pool = EnginePool(started.engines, started.restarts, max_restarts=max_restarts)
+    resources.callback(pool.close)
+    if colocate:
+        trainer.share_devices(pool)
     weights = SyncSession(
         trainer,
-        calls,
+        pool,
         trainer.devices,
         transport=started.transport,
         directory=run.weights,
         deadline_s=config.weight_sync.deadline_s,
+        at_sync=config.rollout.at_sync,
     )
     weights.open(started.ranks_by_engine)
     rollout: RolloutManager | Replay
@@ -179,4 +205,4 @@ def make_session(
         rollout = RolloutManager(config, run, inputs.prompts, started.engines, weights)
     remove_leftovers(run.checkpoints)
     checkpoints = Checkpoints(config, run, trainer, rollout, weights)
-    return Session(config, attempt, trainer, rollout, weights, checkpoints)
+    return Session(config, attempt, trainer, rollout, weights, pool, checkpoints)

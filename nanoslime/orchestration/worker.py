@@ -20,7 +20,8 @@ from nanoslime.training.batching import fill, references
 from nanoslime.types import ArrayStore, LocalStore, RunError
 from nanoslime.weight_sync.assemble import Assembler
 from nanoslime.weight_sync.disk import write_checkpoint
-from nanoslime.weight_sync.transport import EngineSide, RankSide, Sender
+from nanoslime.weight_sync.engine_calls import EnginesFailed
+from nanoslime.weight_sync.transport import EngineSide, RankSide, Sender, Sent
 
 
 class TrainWorker:
@@ -118,8 +119,11 @@ class TrainWorker:
     def wake(self) -> None:
         self.backend.wake()
 
-    def connect(self, sender: str, engines: EngineSide) -> None:
-        """Makes this rank's sender to the engines; `sender` is that of a Transport."""
+    def connect(self, sender: str, engines: EngineSide) -> Sent:
+        """Makes this rank's sender to the engines, in place of an earlier one; `sender` is that
+        of a Transport.
+        """
+        self.close()
         make_sender = resolve(sender, {}, "weight_sync.transport")
         rank = RankSide(
             assembler=self._assembler,
@@ -128,13 +132,20 @@ class TrainWorker:
             model_dir=self.model_dir,
             deadline_s=self.config.weight_sync.deadline_s,
         )
-        self._sender = make_sender(rank, engines)
+        try:
+            self._sender = make_sender(rank, engines)
+        except EnginesFailed as e:
+            return Sent(failures=e.failures, problem=str(e))
+        return Sent()
 
-    def send(self, version: int) -> int:
-        """Sends the current weights as `version`; returns this rank's bytes."""
+    def send(self, version: int) -> Sent:
+        """Sends the current weights as `version`."""
         if self._sender is None:
             raise RuntimeError("connect() comes before send()")
-        return self._sender.send(version)
+        try:
+            return Sent(self._sender.send(version))
+        except EnginesFailed as e:
+            return Sent(failures=e.failures, problem=str(e))
 
     def write_hf(self, destination: Path) -> None:
         """Writes the current weights as a Hugging Face checkpoint.

@@ -84,13 +84,14 @@ class Router:
     """
 
     def __init__(self, engines: Sequence[Engine] = (), *, max_inflight: int = 256) -> None:
+        # The causes of engines that were lost since `take_lost` was called last.
+        self.lost: dict[str, str] = {}
         self._max_inflight = max_inflight
         self._slots: dict[str, _Slot] = {}
         self._engine_of: OrderedDict[str, str] = OrderedDict()
         self._queue: deque[_Ticket] = deque()
         self._holds = False  # for a sync
         self._num_interrupts = 0  # that are under way
-        self._lost: dict[str, str] = {}
         self._farewells: set[asyncio.Task[None]] = set()
         self._add(engines)
 
@@ -163,9 +164,18 @@ class Router:
 
     def take_lost(self) -> dict[str, str]:
         """The engines that were lost since the last call, with the cause of each."""
-        lost = self._lost
-        self._lost = {}
+        lost = self.lost
+        self.lost = {}
         return lost
+
+    async def close(self) -> None:
+        """Ends what it does in the background; nobody waits for an answer any more."""
+        tasks = list(self._farewells)
+        for slot in self._slots.values():
+            tasks += [task for task in (slot.watch, slot.check) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def metrics(self) -> dict[str, float]:
         """By engine: sequences in flight, and what came of its requests since the last call."""
@@ -314,7 +324,7 @@ class Router:
     def _lose(self, slot: _Slot, cause: str) -> None:
         name = slot.engine.name
         del self._slots[name]
-        self._lost[name] = cause
+        self.lost[name] = cause
         logger.error("out of rotation: %s; %d engines left", cause, len(self._slots))
         for call in slot.calls:
             call.cancel()

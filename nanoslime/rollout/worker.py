@@ -330,4 +330,5 @@ class RolloutWorker:
         await asyncio.gather(*running, return_exceptions=True)
         await environments.close(self._environment)
         await self._scorer.close()
+        await self._router.close()
         await self._loop.shutdown_asyncgens()

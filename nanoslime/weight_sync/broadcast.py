@@ -11,13 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanoslime.process_groups import join_group, listen
-from nanoslime.types import RunError
-from nanoslime.weight_sync.engine_calls import EngineCalls
+from nanoslime.weight_sync.engine_calls import EngineCalls, EnginesFailed
 from nanoslime.weight_sync.transport import EngineSide, RankSide
 
 logger = logging.getLogger(__name__)
-
-GROUP = "nanoslime-weights"
 
 
 class BroadcastSender:
@@ -29,29 +26,32 @@ class BroadcastSender:
         self._is_first = rank.rank == 0
         if self._is_first:
             self._calls = EngineCalls(engines.engines)
+            self._name = engines.group
             backend = "nccl" if rank.device.type == "cuda" else "gloo"
             self._group = self._open_group(engines.address, backend)
 
     def send(self, version: int) -> int:
         num_bytes = 0
+        failed: EnginesFailed | None = None
         shards = self._assembler.shards()
         for bucket in self._assembler.plan.buckets:
             tensors = list(self._assembler.assemble(bucket, shards))
-            if self._is_first:
+            if not self._is_first or failed:
+                continue
+            try:
                 self._broadcast(tensors, version)
-                num_bytes += sum(tensor.nbytes for _, tensor in tensors)
+            except EnginesFailed as e:
+                failed = e
+            num_bytes += sum(tensor.nbytes for _, tensor in tensors)
+        if failed:
+            raise failed
         return num_bytes
 
     def close(self) -> None:
-        if not self._is_first:
-            return
-        calls = self._calls.start("destroy_weight_group", GROUP)
-        try:
-            self._calls.collect(calls, "leave the weight group", self._deadline_s)
-        except RunError as e:
-            # An engine that is gone has left too; another error says why it went.
-            logger.warning("%s", e)
-        self._calls.close()
+        """Leaves the group; the driver has the engines do so."""
+        if self._is_first:
+            self._calls.close()
+            dist.destroy_process_group(self._group)
 
     def _open_group(self, address: str, backend: str) -> dist.ProcessGroup:
         """Opens the group; this rank is its first, those of the engines follow."""
@@ -66,7 +66,7 @@ class BroadcastSender:
                 port=store.port,
                 rank_offset=offset,
                 world_size=world_size,
-                group=GROUP,
+                group=self._name,
                 backend=backend,
             )
             for engine, offset in zip(self._calls.engines, offsets, strict=True)
@@ -76,15 +76,17 @@ class BroadcastSender:
                 store,
                 rank=0,
                 world_size=world_size,
-                name=GROUP,
+                name=self._name,
                 backend=backend,
                 timeout_s=self._deadline_s,
             )
         except RuntimeError as e:
-            failures = [str(join.exception()) for join in joins if join.done() and join.exception()]
-            raise RunError(
+            failures = self._calls.failures_of(joins)
+            causes = [failure.cause for failure in failures.values()]
+            raise EnginesFailed(
                 f"trainer rank 0: no weight group at {address}:{store.port} within "
-                f"{self._deadline_s:.0f}s: {'; '.join(failures) or e}"
+                f"{self._deadline_s:.0f}s: {'; '.join(causes) or e}",
+                failures,
             ) from e
         self._calls.collect(joins, "join the weight group", self._deadline_s)
         logger.info(
@@ -98,11 +100,14 @@ class BroadcastSender:
             names=[name for name, _ in tensors],
             shapes=[list(tensor.shape) for _, tensor in tensors],
             dtypes=[str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors],
-            group=GROUP,
+            group=self._name,
         )
         works = [
             dist.broadcast(tensor, src=0, group=self._group, async_op=True) for _, tensor in tensors
         ]
         self._calls.collect(announced, f"receive weights of version {version}", self._deadline_s)
-        for work in works:
-            work.wait()
+        try:
+            for work in works:
+                work.wait()
+        except RuntimeError as e:  # of gloo and NCCL, which do not say who is gone
+            raise EnginesFailed(f"the broadcast of version {version} broke: {e}", {}) from e

@@ -20,7 +20,8 @@ from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
 from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 
 from nanoslime.batch import WeightShard
-from nanoslime.types import BroadcastEngine
+from nanoslime.types import BroadcastEngine, RunError
+from nanoslime.weight_sync.engine_calls import EnginesFailed, Failure
 from nanoslime.weight_sync.plan import Bucket
 from nanoslime.weight_sync.transport import EngineSide, RankSide
 
@@ -52,13 +53,23 @@ class TensorSender:
     def send(self, version: int) -> int:
         """Every rank sends one copy and returns the bytes of it."""
         num_bytes = 0
+        failed: RunError | None = None
         shards = self._assembler.shards()
         for bucket in self._assembler.plan.buckets:
             filled = self._fill(bucket, shards)
             dist.broadcast(filled.flattened_tensor, src=0)
             if self._group is not None:
-                self._post(filled)
+                payloads = self._gather(filled)
+                try:
+                    if self._engine is not None and not failed:
+                        self._engine.receive_payloads(payloads)
+                except RunError as e:
+                    failed = e
+                # A handle is valid as long as its tensor.
+                dist.barrier(self._group)
             num_bytes += filled.flattened_tensor.numel()
+        if failed and self._engine is not None:
+            raise EnginesFailed.of({self._engine.name: Failure.of(failed)})
         return num_bytes
 
     def close(self) -> None: ...
@@ -76,19 +87,18 @@ class TensorSender:
             places[name].copy_(tensor)
         return flat
 
-    def _post(self, bucket: FlattenedTensorBucket) -> None:
+    def _gather(self, bucket: FlattenedTensorBucket) -> list[bytes]:
+        """The bucket for each rank of the engine, on the rank that posts it."""
         content = {"flattened_tensor": bucket.flattened_tensor, "metadata": bucket.metadata}
         if self._device.type == "cuda":
             payload = MultiprocessingSerializer.serialize(content)
         else:
             payload = serialize_on_cpu(content)
-        if self._engine is None:
-            dist.gather_object(payload, None, dst=self._engine_ranks[0], group=self._group)
-        else:
-            payloads: list[Any] = [None] * len(self._engine_ranks)
-            dist.gather_object(payload, payloads, dst=self._engine_ranks[0], group=self._group)
-            self._engine.receive_payloads(payloads)
-        dist.barrier(self._group)  # a handle is valid as long as its tensor
+        payloads: list[Any] | None = None
+        if self._engine is not None:
+            payloads = [None] * len(self._engine_ranks)
+        dist.gather_object(payload, payloads, dst=self._engine_ranks[0], group=self._group)
+        return payloads or []
 
 
 class _TensorPickler(pickle._Pickler):

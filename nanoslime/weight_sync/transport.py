@@ -3,8 +3,8 @@
 On every trainer rank it is a `Sender`; in the driver it is one word, how engines take buckets.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from nanoslime.weight_sync.assemble import Assembler
+from nanoslime.weight_sync.engine_calls import Failure
 
 
 class Delivery(StrEnum):
@@ -59,12 +60,27 @@ class EngineSide:
     ranks_by_engine: Sequence[Sequence[int]]
     address: str  # of trainer rank 0, reachable from the engines
     directory: Path  # for Delivery.FILES; see `version_dir`
+    group: str = ""  # the name of the process group, where engines join one
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What a trainer rank did for the engines, and which of them failed meanwhile.
+
+    A failure of an engine is an answer of the rank and no error of its own: the rank goes on.
+    """
+
+    num_bytes: int = 0
+    failures: Mapping[str, Failure] = field(default_factory=dict)
+    # What went wrong, where anything did.
+    problem: str = ""
 
 
 class Sender(Protocol):
     """Lives on every trainer rank. Construction, `send` and `close` are collective.
 
-    Raises RunError naming the engine that refused, failed or was late.
+    The first two raise EnginesFailed, naming the engines that refused, failed or were late.
+    `send` does so after its part in all collectives, so that no other rank waits for it.
     """
 
     def __init__(self, rank: RankSide, engines: EngineSide) -> None: ...

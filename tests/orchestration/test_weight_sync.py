@@ -20,12 +20,12 @@ from nanoslime.batch import TrainBatch
 from nanoslime.config import GRPOConfig, ModelConfig, RolloutConfig, RunConfig, TrainingConfig
 from nanoslime.config.rollout import WeightSyncConfig
 from nanoslime.orchestration.devices import SeparateDevices, SharedDevices
+from nanoslime.orchestration.engine_pool import EnginePool
 from nanoslime.orchestration.worker import TrainWorker
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.training.backend import RankEnv
 from nanoslime.training.batching import BatchingOptions, make_train_batches
 from nanoslime.types import GenerateRequest, Sample, SampleGroup
-from nanoslime.weight_sync.engine_calls import EngineCalls
 from nanoslime.weight_sync.session import SyncSession
 from tests.training.rank_pool import RankPool
 
@@ -140,10 +140,11 @@ class PoolRanks:
         self._pool = pool
         self.sent: list[int] = []  # bytes by rank, of the last sync
 
-    def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> None:
+    def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> Any:
         results = self._pool(call_worker, method, *args)
         if method == "send":
-            self.sent = results
+            self.sent = [sent.num_bytes for sent in results]
+        return results
 
 
 def open_session(
@@ -155,7 +156,7 @@ def open_session(
 ) -> tuple[SyncSession, PoolRanks, SharedDevices | SeparateDevices]:
     """The ranks share their devices with the engine where it has tensors by handle."""
     ranks = PoolRanks(pool)
-    engines = EngineCalls([engine])
+    engines = EnginePool([engine])
     devices = SharedDevices(ranks, engines) if transport == "tensor" else SeparateDevices()
     session = SyncSession(
         ranks, engines, devices, transport=transport, directory=directory, deadline_s=120.0

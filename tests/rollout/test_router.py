@@ -144,7 +144,7 @@ def test_requests_wait_while_there_is_no_engine(quick_health: None) -> None:
         router = Router([a])
         a.fails = a.is_gone = True
         waiting = [asyncio.create_task(router.generate(make_request())) for _ in range(3)]
-        await until(lambda: bool(router.take_lost()))
+        await until(lambda: bool(router.lost))
         await settled()
         assert not any(task.done() for task in waiting)
         again = Scripted("a", is_open=True)
@@ -173,7 +173,7 @@ def test_what_a_lost_engine_had_goes_elsewhere_at_once(
         answers = await asyncio.gather(*tasks)
         assert [len(answer) for answer in answers] == [2] * 3
         assert (hung.served, good.served) == (6, 6)
-        assert "engine a answered nothing for 0 s" in router.take_lost()["a"]
+        assert "engine a answered nothing for 0 s" in router.lost["a"]
         assert router.inflight == {"b": 0}
 
     run_within(run())
@@ -192,7 +192,7 @@ def test_a_busy_engine_that_is_healthy_stays(monkeypatch: pytest.MonkeyPatch) ->
         num_checks = slow.num_checks
         await asyncio.sleep(0.1)
         assert slow.num_checks == num_checks, "an idle engine is not asked"
-        assert not router.take_lost()
+        assert not router.lost
 
     run_within(run())
 
@@ -205,7 +205,7 @@ def test_a_request_that_costs_every_engine_is_given_up(quick_health: None) -> No
         router = Router(engines)
         [answer] = await router.generate(make_request())
         assert answer.status is Status.ERROR and "engine e3 failed" in answer.error
-        assert len(router.take_lost()) == 4 and len(router.inflight) == 2
+        assert len(router.lost) == 4 and len(router.inflight) == 2
 
     run_within(run())
 
@@ -217,7 +217,7 @@ def test_one_failed_health_check_does_not_cost_an_engine(quick_health: None) -> 
     router = Router([a])
     [answer] = asyncio.run(router.generate(make_request()))
     assert answer.status is Status.ERROR
-    assert not router.take_lost()
+    assert not router.lost
 
 
 def test_a_request_that_fails_everywhere_costs_two_tries_and_no_engine() -> None:
@@ -230,7 +230,7 @@ def test_a_request_that_fails_everywhere_costs_two_tries_and_no_engine() -> None
     assert sum(engine.served for engine in engines) == 2 * 3
     assert max(engine.served for engine in engines) == 3  # the second try went elsewhere
     assert answers[0].error == "engine e1 failed; log: e1.log"
-    assert not router.take_lost()
+    assert not router.lost
 
 
 def test_many_requests_are_shared_equally_and_leave_nothing_in_flight() -> None:
@@ -256,7 +256,7 @@ def test_a_bad_request_does_not_cost_an_engine(embedded: EmbeddedEngine) -> None
     request = GenerateRequest([99999], n=1, max_new_tokens=1, temperature=1.0)
     with pytest.raises(RunError, match="token id 99999"):
         asyncio.run(router.generate(request))
-    assert not router.take_lost()
+    assert not router.lost
 
 
 def test_requests_of_one_key_go_to_one_engine_unless_it_is_much_busier() -> None:
@@ -346,7 +346,7 @@ def test_a_drained_router_sends_nothing_and_judges_nobody(
         router.set_engines([a])
         answers = [*await running, *await waiting]
         assert [answer.status for answer in answers] == [Status.COMPLETED] * 2
-        assert a.served == 3 and not router.take_lost()
+        assert a.served == 3 and not router.lost
 
     run_within(run())
 
@@ -367,7 +367,7 @@ def test_an_engine_that_is_taken_away_gives_back_the_tokens_that_it_has() -> Non
         answers = [*await tasks[0], *await tasks[1]]
         assert [answer.status for answer in answers] == [Status.ABORTED, Status.COMPLETED]
         assert c.served == 1
-        assert router.inflight == {"c": 0} and not router.take_lost()
+        assert router.inflight == {"c": 0} and not router.lost
 
     run_within(run())
 
@@ -465,7 +465,7 @@ def test_a_server_that_answers_once_with_500_keeps_its_engine() -> None:
         [answer] = asyncio.run(router.generate(make_request()))
     assert answer.token_ids == [7]
     assert fake.num_requests == 2
-    assert not router.take_lost()
+    assert not router.lost
 
 
 @pytest.mark.parametrize(
@@ -498,7 +498,7 @@ def test_failing_requests_become_samples_with_status_error(bad: tuple[int, str] 
     assert (fakes[0].num_requests, fakes[1].num_requests) == (8, 4 + 2)
     assert alone[0].status is Status.ERROR
     assert "engine bad at http://127.0.0.1" in alone[0].error
-    assert not router.take_lost()
+    assert not router.lost
 
 
 def test_a_refused_request_is_not_tried_again() -> None:
@@ -520,7 +520,7 @@ def test_a_hung_engine_is_lost(quick_health: None, monkeypatch: pytest.MonkeyPat
         router = Router([first, second])
         answers = asyncio.run(router.generate(make_request()))
     assert answers[0].token_ids == [7]
-    assert "/generate was not answered within 0.5 s" in router.take_lost()["hung"]
+    assert "/generate was not answered within 0.5 s" in router.lost["hung"]
 
 
 def test_an_engine_without_a_version_says_what_it_answered() -> None:

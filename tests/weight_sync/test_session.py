@@ -1,7 +1,9 @@
-"""The order of a sync, and where it stops when an engine or a rank fails: nobody serves a
-mixture.
+"""The order of a sync, and what becomes of an engine or a rank that fails: nobody serves a
+mixture, and an engine costs the run nothing but itself.
 """
 
+import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -9,51 +11,76 @@ from typing import Any
 import pytest
 
 from nanoslime.orchestration.devices import SeparateDevices, SharedDevices
-from nanoslime.types import RunError
-from nanoslime.weight_sync.engine_calls import EngineCalls
+from nanoslime.orchestration.engine_pool import EnginePool
+from nanoslime.types import EngineGone, RunError
+from nanoslime.weight_sync.engine_calls import EngineCalls, EnginesFailed, Failure
 from nanoslime.weight_sync.session import State, SyncSession
-from nanoslime.weight_sync.transport import TRANSPORTS, EngineSide
+from nanoslime.weight_sync.transport import TRANSPORTS, EngineSide, Sent
 
 
 class Engine:
     """Keeps what it is told, in a list that it shares with the ranks.
 
     As a server does, it refuses the end of an update that was not begun, or whose tensors have
-    not come.
+    not come; and it serves what it has as soon as it is resumed, whatever that is. `gone_at`
+    is the call at which it dies.
     """
 
-    def __init__(self, name: str, calls: list[str], fails_at: str = ""):
+    def __init__(self, name: str, calls: list[str], fails_at: str = "", gone_at: str = ""):
         self.name = name
         self.label = 0
+        self.is_gone = False
+        self.is_paused = False
+        self.own_calls: list[str] = []
+        # The version of the weights that it has; None for a mixture.
+        self.weights: int | None = 0
+        self.served: list[tuple[int | None, int]] = []  # weights and label, at each resume
         self._calls = calls
         self._fails_at = fails_at
+        self._gone_at = gone_at
+        self._lock = threading.Lock()
 
     def _told(self, call: str) -> None:
-        self._calls.append(call)
+        with self._lock:
+            self._calls.append(call)
+            self.own_calls.append(call)
+        if call == self._gone_at:
+            self.is_gone = True
+        if self.is_gone:
+            raise EngineGone(f"engine {self.name}: {call} was not answered")
         if call == self._fails_at:
             raise RunError(f"engine {self.name}: {call} refused")
 
-    def pause(self) -> None:
+    def pause(self, mode: str) -> None:
+        assert mode == "retract"
         self._told("pause")
+        self.is_paused = True
 
     def resume(self) -> None:
         self._told("resume")
+        self.is_paused = False
+        self.served.append((self.weights, self.label))
 
     def begin_update(self) -> None:
         self._told("begin_update")
+        assert self.is_paused
+        self.weights = None
 
-    def end_update(self, version: int) -> None:
-        calls = ["", *self._calls]
-        last_begin = len(calls) - 1 - calls[::-1].index("begin_update")
-        if "send" not in calls[last_begin:]:
-            raise RunError(f"engine {self.name}: end_update before the tensors of {version}")
+    def end_update(self, version: int, *, flush: bool) -> None:
         self._told("end_update")
+        assert flush
+        if self.weights is None:
+            raise RunError(f"engine {self.name}: end_update before the tensors of {version}")
         self.label = version
 
-    def update_weights_from_disk(self, path: str, version: int) -> None:
-        assert Path(path).is_dir()
+    def abandon_update(self, group: str) -> None:
+        self._told("abandon_update")
+
+    def update_weights_from_disk(self, path: str, version: int, *, flush: bool) -> None:
+        assert Path(path).is_dir() and self.is_paused
         self._told("update_weights_from_disk")
         self.label = version
+        self.weights = version
 
     def policy_version(self) -> int:
         self._told("policy_version")
@@ -67,30 +94,64 @@ class Engine:
 
 
 class Ranks:
+    """Trainer ranks that send to the engines that they were connected with.
+
+    Engines whose `gone_at` is "send" die meanwhile, and one whose `fails_at` is "send" refuses
+    what it is sent; then nobody else gets all of it either.
+    """
+
     address = "10.0.0.7"
 
     def __init__(self, calls: list[str], directory: Path, fails_at: str = ""):
         self.told: dict[str, tuple[Any, ...]] = {}  # arguments and deadline by method
+        self.engines: list[Engine] = []
+        self.groups: list[str] = []
         self._calls = calls
         self._directory = directory
         self._fails_at = fails_at
 
-    def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> None:
+    def call(
+        self, method: str, *args: Any, what: str, deadline_s: float | None = None
+    ) -> list[Sent]:
         self._calls.append(method)
         self.told[method] = (*args, deadline_s)
         if method == self._fails_at:
             raise RunError(f"trainer rank 1 died while asked to {what}")
+        if method == "connect":
+            self.engines = list(args[1].engines)
+            self.groups.append(args[1].group)
         if method == "send":
             (self._directory / f"version_{args[0]}").mkdir(exist_ok=True)
+            return [self._send(args[0]), Sent()]
+        return [Sent(), Sent()]
+
+    def _send(self, version: int) -> Sent:
+        failures = {}
+        for engine in self.engines:
+            try:
+                engine._told("send")
+            except RunError as e:
+                failures[engine.name] = Failure.of(e)
+        if failures:
+            return Sent(failures=failures, problem="; ".join(f.cause for f in failures.values()))
+        for engine in self.engines:
+            engine.weights = version
+        return Sent(num_bytes=8)
 
 
 def opened(
-    tmp_path: Path, transport: str, *engines: Engine, calls: list[str], rank_fails_at: str = ""
+    tmp_path: Path,
+    transport: str,
+    *engines: Engine,
+    calls: list[str],
+    rank_fails_at: str = "",
+    restarts: list[Callable[[], Engine]] | None = None,
 ) -> SyncSession:
     ranks = Ranks(calls, tmp_path, rank_fails_at)
+    max_restarts = 3 if restarts else 0
     session = SyncSession(
         ranks,
-        EngineCalls(engines),
+        EnginePool(engines, restarts or [], max_restarts=max_restarts),
         SeparateDevices(),
         transport=transport,
         directory=tmp_path,
@@ -107,7 +168,8 @@ def test_buckets_go_between_begin_and_end_while_the_engines_are_paused(tmp_path,
     engine = Engine("a", calls)
     session = opened(tmp_path, transport, engine, calls=calls)
     times = session.sync(3)
-    assert calls == ["pause", "begin_update", "send", "end_update", "policy_version", "resume"]
+    update = ["pause", "begin_update", "send", "send", "end_update", "policy_version", "resume"]
+    assert calls == update, "the ranks send, and the engine gets"
     assert (session.version, session.state, engine.label) == (3, State.IDLE, 3)
     assert times["time/weight_sync_s"] >= 0
 
@@ -138,7 +200,7 @@ def test_without_a_way_the_engines_stay_at_version_0(tmp_path):
 
 def test_shared_devices_change_hands_inside_a_sync(tmp_path):
     calls: list[str] = []
-    engines = EngineCalls([Engine("a", calls)])
+    engines = EnginePool([Engine("a", calls)])
     ranks = Ranks(calls, tmp_path)
     devices = SharedDevices(ranks, engines)
     session = SyncSession(
@@ -147,7 +209,7 @@ def test_shared_devices_change_hands_inside_a_sync(tmp_path):
     session.open([[0]])
     calls.clear()
     assert session.sync(1).keys() == {"time/weight_sync_s", "time/sleep_s"}
-    update = ["begin_update", "send", "end_update"]
+    update = ["begin_update", "send", "send", "end_update"]
     turn = ["resume_memory weights", *update, "sleep", "resume_memory cache"]
     assert calls == ["pause", *turn, "policy_version", "resume"]
     calls.clear()
@@ -166,36 +228,173 @@ def test_a_rank_that_dies_while_sending_leaves_every_engine_paused_under_its_old
     assert (session.version, session.state) == (-1, State.SENDING)
 
 
-@pytest.mark.parametrize("call", ["begin_update", "end_update"])
-def test_an_engine_that_fails_keeps_its_label_and_no_engine_goes_on(tmp_path, call):
+CALLS = ["pause", "begin_update", "send", "end_update", "policy_version", "resume"]
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("way", ["fails_at", "gone_at"])
+def test_an_engine_that_fails_is_lost_and_the_others_are_brought_to_the_version(
+    tmp_path, call, way
+):
+    """Whatever the call, the lost engine serves nothing, and the others no mixture."""
     calls: list[str] = []
-    engines = [Engine("a", calls), Engine("b", calls, fails_at=call)]
+    a = Engine("a", calls)
+    b = Engine("b", calls, **{way: call})
+    session = opened(tmp_path, "broadcast", a, b, calls=calls)
+    session.sync(4)
+    assert (session.version, session.state) == (4, State.IDLE)
+    assert a.served == [(4, 4)] and b.served == []
+    assert session._engines.ready() == [a]
+    num_rounds = 2 if call in ("begin_update", "send") else 1
+    assert a.own_calls.count("begin_update") == num_rounds
+    if num_rounds == 2:
+        assert session._ranks.engines == [a], "the group was formed anew"
+        assert len(set(session._ranks.groups)) == 2
+    session.sync(5)
+    assert a.served == [(4, 4), (5, 5)] and b.served == []
+    assert b.own_calls.count("pause") == 1, "a lost engine is told nothing more"
+
+
+@pytest.mark.parametrize("call", ["pause", "update_weights_from_disk"])
+def test_an_engine_that_dies_over_files_is_lost(tmp_path, call):
+    calls: list[str] = []
+    a = Engine("a", calls)
+    b = Engine("b", calls, gone_at=call)
+    session = opened(tmp_path, "disk", a, b, calls=calls)
+    session.sync(4)
+    assert a.served == [(4, 4)] and session._engines.ready() == [a]
+    assert calls.count("send") == 1
+
+
+@pytest.mark.parametrize("call", ["begin_update", "send", "end_update"])
+def test_what_every_engine_refuses_is_not_their_fault_and_none_goes_on(tmp_path, call):
+    calls: list[str] = []
+    engines = [Engine(name, calls, fails_at=call) for name in "ab"]
     session = opened(tmp_path, "broadcast", *engines, calls=calls)
-    with pytest.raises(RunError, match=f"engine b: {call} refused"):
+    with pytest.raises(RunError, match=f"engine a: {call} refused; engine b: {call} refused"):
         session.sync(4)
-    assert "resume" not in calls and engines[1].label == 0
+    assert "resume" not in calls and {engine.label for engine in engines} == {0}
     with pytest.raises(
         RunError, match="version 5 cannot be sent: the sync .* while it was sending"
     ):
         session.sync(5)
 
 
-def test_after_an_engine_that_was_not_paused_no_sync_goes_on(tmp_path):
+def test_engines_that_die_one_after_another_are_lost_one_after_another(tmp_path):
     calls: list[str] = []
-    engines = [Engine("a", calls), Engine("b", calls, fails_at="pause")]
-    session = opened(tmp_path, "broadcast", *engines, calls=calls)
-    with pytest.raises(RunError, match="engine b: pause refused"):
+    a = Engine("a", calls)
+    b = Engine("b", calls, gone_at="begin_update")
+    c = Engine("c", calls, gone_at="send")
+    session = opened(tmp_path, "broadcast", a, b, c, calls=calls)
+    session.sync(4)
+    assert a.served == [(4, 4)] and session._engines.ready() == [a]
+    assert len(session._ranks.groups) == 3
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_run_without_an_engine_and_without_hope_ends_with_the_causes(tmp_path, call):
+    calls: list[str] = []
+    session = opened(tmp_path, "broadcast", Engine("a", calls, gone_at=call), calls=calls)
+    with pytest.raises(RunError, match=f"no engine is left: engine a: {call} was not answered"):
         session.sync(4)
-    assert "begin_update" not in calls and "resume" not in calls
-    with pytest.raises(RunError, match="version 5 cannot be sent: .* while it was paused"):
-        session.sync(5)
 
 
-def test_an_engine_with_another_label_is_named(tmp_path):
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("transport", ["broadcast", "disk"])
+def test_the_only_engine_comes_back_and_gets_the_weights_before_it_serves(
+    tmp_path, monkeypatch, call, transport
+):
+    """The sync goes on without any engine; who comes up joins with its version."""
+    monkeypatch.setattr("nanoslime.orchestration.engine_pool._PAUSE_S", 0.0)
+    if transport == "disk" and call in ("begin_update", "send", "end_update"):
+        call = "update_weights_from_disk"
+    calls: list[str] = []
+    fresh = Engine("a", calls)
+    may_start = threading.Event()
+
+    def restart() -> Engine:
+        assert may_start.wait(10)
+        return fresh
+
+    gone = Engine("a", calls, gone_at=call)
+    session = opened(tmp_path, transport, gone, calls=calls, restarts=[restart])
+    pool = session._engines
+    told: list[list[Engine]] = []
+    pool.subscribe(told.append, lambda: told.append("drain"))
+    session.sync(4)
+    assert session.version == 4 and told == ["drain", []]
+    pool.service(session.join)
+    assert told == ["drain", []], "it is not up yet"
+    may_start.set()
+    while not pool.ready():
+        pool.service(session.join)
+    assert told == ["drain", [], [fresh]]
+    assert fresh.served == [(4, 4)] and gone.served == []
+    session.sync(5)
+    assert fresh.served == [(4, 4), (5, 5)]
+
+
+def test_an_engine_joins_while_the_others_serve(tmp_path, monkeypatch):
+    monkeypatch.setattr("nanoslime.orchestration.engine_pool._PAUSE_S", 0.0)
+    calls: list[str] = []
+    a = Engine("a", calls)
+    b = Engine("b", calls)
+    fresh = Engine("b", calls)
+    session = opened(
+        tmp_path, "broadcast", a, b, calls=calls, restarts=[lambda: None, lambda: fresh]
+    )
+    pool = session._engines
+    session.sync(1)
+    a.own_calls.clear()
+    pool.lost("b", "b hangs")
+    while not fresh.served:
+        pool.service(session.join)
+    assert a.own_calls == [], "it was not even paused"
+    assert fresh.served == [(1, 1)] and pool.ready() == [a, fresh]
+    session.sync(2)
+    assert a.served == [(1, 1), (2, 2)] and fresh.served == [(1, 1), (2, 2)]
+    assert session._ranks.engines == [a, fresh]
+
+
+def test_an_engine_that_dies_as_it_joins_is_lost_again_and_the_others_serve(tmp_path, monkeypatch):
+    monkeypatch.setattr("nanoslime.orchestration.engine_pool._PAUSE_S", 0.0)
+    calls: list[str] = []
+    a = Engine("a", calls)
+    fresh = [Engine("b", calls, gone_at="send"), Engine("b", calls, fails_at="end_update")]
+    fresh.append(Engine("b", calls))
+    coming = iter(fresh)
+    session = opened(
+        tmp_path,
+        "broadcast",
+        a,
+        Engine("b", calls),
+        calls=calls,
+        restarts=[lambda: None, lambda: next(coming)],
+    )
+    pool = session._engines
+    session.sync(1)
+    pool.lost("b", "b hangs")
+    while len(pool.ready()) < 2:
+        pool.service(session.join)
+    assert [engine.served for engine in fresh] == [[], [], [(1, 1)]]
+    assert pool.metrics() == {"engines/ready": 2, "engines/lost": 3, "engines/restarts": 3}
+
+
+def test_an_engine_that_reports_another_version_is_lost(tmp_path):
     calls: list[str] = []
     engines = [Engine("a", calls), Engine("b", calls)]
     session = opened(tmp_path, "broadcast", *engines, calls=calls)
-    engines[1].end_update = lambda version: None
+    engines[1].end_update = lambda version, flush: None
+    session.sync(4)
+    assert engines[1].served == [] and session._engines.ready() == engines[:1]
+
+
+def test_a_sync_of_which_every_engine_reports_another_version_fails(tmp_path):
+    calls: list[str] = []
+    engines = [Engine("a", calls), Engine("b", calls)]
+    session = opened(tmp_path, "broadcast", *engines, calls=calls)
+    for engine in engines:
+        engine.end_update = lambda version, flush: None
     with pytest.raises(RunError, match="engine b reports policy version 0 after the sync of 4"):
         session.sync(4)
     assert "resume" not in calls and session.version == -1
@@ -203,7 +402,7 @@ def test_an_engine_with_another_label_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("transport", "has_engines", "deadline_s"),
-    [("broadcast", True, 5.0), ("tensor", True, 5.0), ("disk", False, None)],
+    [("broadcast", True, 15.0), ("tensor", True, 15.0), ("disk", False, None)],
 )
 def test_ranks_are_told_of_their_engines_and_of_the_deadline(
     tmp_path, transport, has_engines, deadline_s
@@ -214,7 +413,7 @@ def test_ranks_are_told_of_their_engines_and_of_the_deadline(
     ranks = Ranks(calls, tmp_path)
     session = SyncSession(
         ranks,
-        EngineCalls([engine]),
+        EnginePool([engine]),
         SeparateDevices(),
         transport=transport,
         directory=tmp_path,
@@ -223,17 +422,29 @@ def test_ranks_are_told_of_their_engines_and_of_the_deadline(
     session.open([[3, 4]])
     sender, side, _ = ranks.told["connect"]
     assert sender == TRANSPORTS[transport].sender
-    assert side == EngineSide([engine] if has_engines else [], [[3, 4]], "10.0.0.7", tmp_path)
+    engines = [engine] if has_engines else []
+    ranks_of = [[3, 4]] if has_engines else []
+    assert side == EngineSide(engines, ranks_of, "10.0.0.7", tmp_path, side.group)
     session.sync(2)
     assert ranks.told["send"] == (2, deadline_s)
 
 
-def test_a_call_of_one_engine_that_is_late_is_named():
-    """The others may have answered."""
+def test_a_call_of_one_engine_that_is_late_or_fails_is_named():
+    """The others may have answered, or answer in a while."""
     calls = EngineCalls([Engine("a", []), Engine("b", [])])
     waiting: Future[None] = Future()
     done: Future[None] = Future()
     done.set_result(None)
-    with pytest.raises(RunError, match="engine b did not join within 0s"):
+    with pytest.raises(EnginesFailed, match="engine b did not join within 0s") as late:
         calls.collect([done, waiting], "join", 0.01)
+    assert [(name, f.is_gone) for name, f in late.value.failures.items()] == [("b", True)]
+    failed: Future[None] = Future()
+    failed.set_exception(EngineGone("engine a is dead"))
+    threading.Timer(0.1, waiting.set_exception, [RunError("engine b lost its peer")]).start()
+    with pytest.raises(EnginesFailed, match="engine a is dead; engine b lost its peer") as both:
+        calls.collect([failed, waiting], "join", 30)
+    assert [(name, f.is_gone) for name, f in both.value.failures.items()] == [
+        ("a", True),
+        ("b", False),
+    ]
     calls.close()

@@ -13,13 +13,13 @@ import pytest
 from safetensors.torch import load_file
 
 from nanoslime.orchestration.devices import SeparateDevices
+from nanoslime.orchestration.engine_pool import EnginePool
 from nanoslime.orchestration.local_group import LocalTrainGroup
 from nanoslime.processes.ports import free_port
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.run_dir import RunDir
 from nanoslime.training.backend import RankEnv
 from nanoslime.types import RunError
-from nanoslime.weight_sync.engine_calls import EngineCalls
 from nanoslime.weight_sync.session import SyncSession
 from tests.orchestration.test_weight_sync import gap, run_config, sample, train_once
 from tests.rollout.engines.test_sglang_client import send_tensors
@@ -73,7 +73,7 @@ def test_what_a_trainer_of_a_tied_model_sends_is_taken(
     meeting = f"tcp://127.0.0.1:{free_port('127.0.0.1')}"
     env = RankEnv(rank=0, world_size=1, local_rank=0, device="cpu", init_method=meeting)
     group = LocalTrainGroup(run_config("fsdp"), RunDir.create(tmp_path, "run"), model, env)
-    engines = EngineCalls([engine])
+    engines = EnginePool([engine])
     session = SyncSession(
         group,
         engines,
@@ -93,7 +93,6 @@ def test_what_a_trainer_of_a_tied_model_sends_is_taken(
         assert gap(group._worker, sample(engine, seed=2)) < 1e-4
     finally:
         group.close()
-        engines.close()
 
 
 def test_a_trained_tensor_that_never_came_is_missed_whatever_repeats_came(

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from nanoslime.orchestration.devices import SeparateDevices
+from nanoslime.orchestration.engine_pool import EnginePool
 from nanoslime.orchestration.local_group import LocalTrainGroup
 from nanoslime.plugins import resolve
 from nanoslime.processes.ports import free_port
 from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
 from nanoslime.run_dir import RunDir
 from nanoslime.training.backend import RankEnv
-from nanoslime.weight_sync.engine_calls import EngineCalls
 from nanoslime.weight_sync.session import SyncSession
 from nanoslime.weight_sync.transport import TRANSPORTS, Delivery
 from tests.orchestration.test_weight_sync import gap, run_config, sample, train_once
@@ -36,7 +36,7 @@ def test_an_engine_has_the_trainers_weights_after_a_sync(
     meeting = f"tcp://127.0.0.1:{free_port('127.0.0.1')}"
     env = RankEnv(rank=0, world_size=1, local_rank=0, device="cpu", init_method=meeting)
     group = LocalTrainGroup(run_config("fsdp"), RunDir.create(tmp_path, "run"), tiny_model, env)
-    engines = EngineCalls([engine])
+    engines = EnginePool([engine])
     session = SyncSession(
         group,
         engines,
@@ -61,7 +61,6 @@ def test_an_engine_has_the_trainers_weights_after_a_sync(
                 assert gap(worker, sample(engine, seed=10 + version)) < 1e-4
     finally:
         group.close()
-        engines.close()
 
 
 @pytest.mark.sglang

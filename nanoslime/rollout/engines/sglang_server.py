@@ -75,6 +75,7 @@ def owner(start: EngineStart) -> SGLangServer:
         colocated=config.cluster.colocate,
         trust_remote_code=config.model.trust_remote_code,
         routed_experts=config.training.routing_replay == "R3",
+        control_deadline_s=config.weight_sync.deadline_s,
     )
 
 
@@ -103,6 +104,8 @@ class SGLangServer:
     gpu_ids: Sequence[int | str] = ()
     # Whether the engine reports the experts of each token.
     routed_experts: bool = False
+    # How long a control call of a weight sync may take.
+    control_deadline_s: float = 300.0
     # Whether the engine gives its memory to trainers on the same GPUs and takes it back.
     colocated: bool = False
     # Whether code of the checkpoint may run in it: its configuration, its tokenizer.
@@ -133,6 +136,7 @@ class SGLangServer:
             experts_of=shape if self.routed_experts else None,
             world_size=self.config.engine_tp_size,
             request_deadline_s=self.config.request_deadline_s,
+            control_deadline_s=self.control_deadline_s,
         )
         self.process = ChildProcess(f"engine {self.name}", self.command, self.env, self.log)
         self.process.wait_until(engine.health, f"200 from {engine.url}/health", deadline_s)
