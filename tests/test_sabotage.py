@@ -263,8 +263,8 @@ FAULTS = [
     Fault(
         "an engine's version is not looked at",
         "nanoslime/weight_sync/session.py",
-        "        self._verify(version)\n",
-        "",
+        '        self._verify(version)\n        self._engines.each("resume")\n',
+        '        self._engines.each("resume")\n',
         SYNC,
     ),
     Fault(
