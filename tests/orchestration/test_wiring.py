@@ -278,10 +278,10 @@ def test_buckets_and_deadlines_reach_those_who_keep_them(tmp_path, files, monkey
         seen["bucket"] = max(len(bucket) for bucket in rank.assembler.plan.buckets)
         make_sender(self, rank, engines)
 
-    def called(self: Any, method: str, *args: Any, **options: Any) -> None:
+    def called(self: Any, method: str, *args: Any, **options: Any) -> Any:
         if method == "send":
             seen["send's deadline"] = options["deadline_s"]
-        call(self, method, *args, **options)
+        return call(self, method, *args, **options)
 
     def started(self: Any, deadline_s: float) -> Any:
         seen["engine's deadline"] = deadline_s
@@ -294,7 +294,7 @@ def test_buckets_and_deadlines_reach_those_who_keep_them(tmp_path, files, monkey
     wired.run(files, tmp_path, {**changes, "rollout.start_deadline_s": 55.0})
     assert seen == {
         "rank's deadline": 77.0,
-        "send's deadline": 77.0,
+        "send's deadline": 3 * 77.0,
         "engine's deadline": 55.0,
         "bucket": 1,
     }
