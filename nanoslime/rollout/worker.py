@@ -96,14 +96,11 @@ class RolloutWorker:
         self._environment = environments.make(rollout.environment, rollout.environment_options)
         self._scorer = Scorer(config.data)
         self._router = Router(max_inflight=rollout.max_inflight)
-        self._model = ServedModel(
-            router=self._router,
-            tokenizer=AutoTokenizer.from_pretrained(
-                setup.model_dir, trust_remote_code=config.model.trust_remote_code
-            ),
-            context_length=ModelShape.read(setup.model_dir).context_length,
-            chat_template_kwargs=config.data.chat_template_kwargs,
+        tokenizer = AutoTokenizer.from_pretrained(
+            setup.model_dir, trust_remote_code=config.model.trust_remote_code
         )
+        shape = ModelShape.read(setup.model_dir)
+        self._model = ServedModel.of(config, self._router, tokenizer, shape)
         self._recorder = Recorder(
             Recording(
                 directory=setup.rollouts,
