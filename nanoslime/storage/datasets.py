@@ -130,7 +130,7 @@ def _patterns(directory: Path, config: str, split: str) -> list[str] | None:
     Raises RunError for a configuration or a split that the card has not.
     """
     listed = _card(directory).get("configs") or []
-    by_name = {str(entry.get("config_name")): entry for entry in listed}
+    by_name = {str(entry.get("config_name")): entry for entry in listed if isinstance(entry, dict)}
     if not by_name:
         return None
     if not config and split in by_name:
@@ -150,9 +150,10 @@ def _patterns(directory: Path, config: str, split: str) -> list[str] | None:
     entries = files if isinstance(files, list) else [files]
     patterns: dict[str, list[str]] = {}
     for entry in entries:
-        pair = entry if isinstance(entry, dict) else {"split": "train", "path": entry}
+        has_split = isinstance(entry, dict) and {"split", "path"} <= entry.keys()
+        pair = entry if has_split else {"split": "train", "path": entry}
         paths = pair["path"] if isinstance(pair["path"], list) else [pair["path"]]
-        patterns.setdefault(str(pair["split"]), []).extend(paths)
+        patterns.setdefault(str(pair["split"]), []).extend(map(str, paths))
     split = split or ("train" if len(patterns) > 1 else next(iter(patterns)))
     if split not in patterns:
         raise RunError(
