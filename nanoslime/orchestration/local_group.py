@@ -20,7 +20,7 @@ class LocalTrainGroup(TrainGroup):
         self._worker: TrainWorker | None = None
 
     def setup(self) -> None:
-        self._worker = TrainWorker(self.config, self.model_dir, self._env, self.run.skipped)
+        self._worker = TrainWorker(self.config, self.model_dir, self._env, self.run)
         self.dp_size = self._worker.dp_size
 
     def _train(self, shards: list[list[BatchPlan]]) -> dict[str, float]:

@@ -40,7 +40,7 @@ from nanoslime.orchestration.rank_environment import (
 from nanoslime.orchestration.worker import TrainWorker
 from nanoslime.processes.logs import FORMAT, set_level
 from nanoslime.processes.ports import free_port
-from nanoslime.run_dir import Attempt
+from nanoslime.run_dir import Attempt, RunDir
 from nanoslime.training.backend import RankEnv
 from nanoslime.types import Engine, RunError
 
@@ -178,7 +178,7 @@ class RankActor:
         with told_in_one_line(logger, "choose a port"):
             return RankPlace(address, free_port(address), gpu_ids)
 
-    def setup(self, world_size: int, meeting: RankPlace, skipped_dir: Path) -> tuple[int, int]:
+    def setup(self, world_size: int, meeting: RankPlace, run: RunDir) -> tuple[int, int]:
         """Builds the worker; returns (dp_rank, dp_size)."""
         setup = self._setup
         env = RankEnv(
@@ -193,7 +193,7 @@ class RankActor:
             "trainer rank %d of %d on %s, pid %d", env.rank, world_size, address, os.getpid()
         )
         with told_in_one_line(logger, "load the model"):
-            self._worker = TrainWorker(setup.config, setup.model_dir, env, skipped_dir)
+            self._worker = TrainWorker(setup.config, setup.model_dir, env, run)
         return self._worker.dp_rank, self._worker.dp_size
 
     def call(self, method: str, *args: Any) -> Any:
@@ -373,7 +373,7 @@ class RayTrainGroup(TrainGroup):
         first = self._ranks.actors[0].place.remote()
         [meeting] = self._ranks.gather([first], "choose a port", self._deadlines.start)
         world_size = len(self._ranks.actors)
-        refs = self._ranks.start_on_each("setup", world_size, meeting, self.run.skipped)
+        refs = self._ranks.start_on_each("setup", world_size, meeting, self.run)
         found = self._ranks.gather(refs, "load the model", self._deadlines.start)
         self._dp_ranks = [dp_rank for dp_rank, _ in found]
         self.dp_size = found[0][1]

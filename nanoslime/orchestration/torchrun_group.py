@@ -253,7 +253,7 @@ def _answer_calls(env: RankEnv, connection: Connection, longest_s: float | None)
                 if call.method == "setup":
                     config, model_dir, attempt = call.arguments
                     logs.enter_context(logged_to(attempt.log("trainer", env.rank)))
-                    worker = TrainWorker(config, model_dir, env, attempt.run.skipped)
+                    worker = TrainWorker(config, model_dir, env, attempt.run)
                     result: Any = (worker.dp_rank, worker.dp_size)
                 else:
                     result = getattr(worker, call.method)(*call.arguments)

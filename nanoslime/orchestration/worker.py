@@ -13,10 +13,13 @@ from nanoslime import algorithms
 from nanoslime.batch import BatchPlan, StepMetrics, TrainBatch
 from nanoslime.config import RunConfig
 from nanoslime.plugins import resolve
+from nanoslime.run_dir import RunDir
 from nanoslime.storage import manifest
+from nanoslime.storage.recorded_samples import gaps_file
 from nanoslime.training import BACKENDS
 from nanoslime.training.backend import RankEnv, TrainBackend, collectives
 from nanoslime.training.batching import fill, references
+from nanoslime.training.token_gaps import GapNotes
 from nanoslime.types import ArrayStore, LocalStore, RunError
 from nanoslime.weight_sync.assemble import Assembler
 from nanoslime.weight_sync.disk import write_checkpoint
@@ -32,10 +35,13 @@ class TrainWorker:
         config: RunConfig,
         model_dir: Path,
         env: RankEnv,
-        skipped_dir: Path | None = None,
+        run: RunDir | None = None,
         store: ArrayStore | None = None,
     ):
-        """`store` has the arrays of samples; without it they are in the plans themselves."""
+        """`run` is where files about batches and tokens go; there are none without it.
+
+        `store` has the arrays of samples; without it they are in the plans themselves.
+        """
         if env.device == "cuda" and not torch.cuda.is_available():
             raise RunError(
                 f"trainer rank {env.rank}: torch {torch.__version__} sees no CUDA on a node that "
@@ -47,7 +53,8 @@ class TrainWorker:
         self.env = env
         backend = resolve(config.training.backend, BACKENDS, "training.backend")
         self.backend: TrainBackend = backend(config, model_dir, env)
-        self.backend.skipped_dir = skipped_dir
+        self._run = run
+        self.backend.skipped_dir = run.skipped if run else None
         self.dp_rank = self.backend.dp_rank
         self.dp_size = self.backend.dp_size
         self.algorithm = algorithms.make(config.training_algorithm, config.rollout.max_new_tokens)
@@ -61,6 +68,8 @@ class TrainWorker:
         )
         self._sender: Sender | None = None
         self._store = store or LocalStore()
+        # The version that the engines had last; the next rollout that is trained on has its number.
+        self._version: int | None = None
 
     def train_plans(self, plans: list[BatchPlan]) -> dict[str, float]:
         """`train` on the batches of these plans, whose arrays this rank fetches first."""
@@ -95,7 +104,10 @@ class TrainWorker:
         if self.backend.is_last_stage:
             self._set_token_advantages(batches)
         middle = time.monotonic()
-        steps = [self.backend.train_step(batch, self.algorithm) for batch in batches]
+        gaps = self._gap_notes()
+        steps = [self.backend.train_step(batch, gaps or self.algorithm) for batch in batches]
+        if gaps is not None:
+            self._write_gaps(gaps)
         end = time.monotonic()
         times = {"time/logprobs_s": middle - begin, "time/train_s": end - middle}
         return times | metrics_row(steps)
@@ -142,6 +154,7 @@ class TrainWorker:
         """Sends the current weights as `version`."""
         if self._sender is None:
             raise RuntimeError("connect() comes before send()")
+        self._version = version
         try:
             return Sent(self._sender.send(version))
         except EnginesFailed as e:
@@ -159,6 +172,20 @@ class TrainWorker:
         if self._sender is not None:
             self._sender.close()
             self._sender = None
+
+    def _gap_notes(self) -> GapNotes | None:
+        """Where this rank notes its tokens' gaps to the engine; None where it does not."""
+        is_recorded = self.config.rollout.record == "full" and self._version is not None
+        if self._run is None or not is_recorded or not self.backend.writes_logprobs:
+            return None
+        return GapNotes(self.algorithm)
+
+    def _write_gaps(self, gaps: GapNotes) -> None:
+        gaps.write(gaps_file(self._run.rollouts, self._version, self.dp_rank))
+        keep = self.config.rollout.record_keep
+        if keep:
+            old = gaps_file(self._run.rollouts, self._version - keep, self.dp_rank)
+            old.unlink(missing_ok=True)
 
     def _set_token_advantages(self, batches: list[TrainBatch]) -> None:
         joined = _joined(batches)

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nanoslime.config import RolloutConfig
-from nanoslime.rollout.array_file import ArrayFile, ArrayWriter
 from nanoslime.run_dir import recorded_rollout
+from nanoslime.storage.array_file import ArrayFile, ArrayWriter
 from nanoslime.storage.shared_files import finite, publish
 from nanoslime.types import RunError, Sample, SampleGroup, Status
 

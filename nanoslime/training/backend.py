@@ -77,6 +77,8 @@ class TrainBackend(ABC):
     dp_rank: int
     dp_size: int
     is_last_stage: bool  # of the pipeline: logprobs exist here
+    # Of the ranks with the same logprobs (TP, CP), the one that writes about them.
+    writes_logprobs: bool
     # Keeps the batches of the first skipped steps, as step_<k>/rank_<r>.pt for
     # TrainBatch.load: on the weights of that time they give the same gradient norm again.
     skipped_dir: Path | None = None

@@ -31,6 +31,7 @@ class FSDPBackend(TrainBackend):
     """TrainBackend on FSDP2. It joins the default process group if need be."""
 
     is_last_stage = True
+    writes_logprobs = True
 
     def __init__(self, config: RunConfig, model_dir: Path, env: RankEnv) -> None:
         check_data_parallel_only(config.training)

@@ -36,6 +36,8 @@ class MegatronBackend(TrainBackend):
         self.dp_rank = self._ranks.dp_rank
         self.dp_size = self._ranks.dp_size
         self.is_last_stage = self._ranks.is_last_stage
+        is_first = self._ranks.tp_rank == 0 and self._ranks.cp_rank == 0
+        self.writes_logprobs = self.is_last_stage and is_first
         self._distributed = model.build(self._shape, config, self._ranks, self._device)
         self._model_chunks = [model.unwrap(chunk) for chunk in self._distributed]
         self._parameter_pieces = self._bind()
