@@ -22,7 +22,7 @@ from nanoslime.types import RunError
 
 _NUM_SHOWN = 5
 # From so many nats on, a token has the background of this number (of 256 colours).
-_BACKGROUNDS = ((1.0, 196), (0.3, 208), (0.1, 220), (0.03, 230))
+_BACKGROUNDS = ((1.0, 196), (0.1, 208), (0.01, 220), (0.001, 230))
 _RESET = "\x1b[0m"
 _DIM = "\x1b[2m"
 _BOLD = "\x1b[1m"

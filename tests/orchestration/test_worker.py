@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +11,9 @@ from nanoslime.batch import StepMetrics
 from nanoslime.config import ModelConfig, RolloutConfig, RunConfig, TrainingConfig
 from nanoslime.config.algorithm import GRPOConfig, ReinforcePPConfig
 from nanoslime.orchestration.worker import TrainWorker, metrics_row
+from nanoslime.rollout import recorder
+from nanoslime.run_dir import RunDir
+from nanoslime.storage.recorded_samples import gaps_file, read_samples, tokens_key
 from nanoslime.training.batching import BatchingOptions, make_train_batches
 from tests.algorithms.made import group
 from tests.models.hf import save_model
@@ -21,6 +25,7 @@ CONFIG = RunConfig(
     algorithm=ReinforcePPConfig(),
     training=TrainingConfig(backend="fsdp", num_steps_per_rollout=2),
 )
+SAMPLING = recorder.SamplingSettings(2, 8, 1.0, 1.0, -1)
 
 
 def train(env, model_dir, steps):
@@ -123,3 +128,73 @@ def test_a_row_has_the_means_of_means_and_the_maxima_of_maxima():
         "train/c": -1.0,
         "train/num_skipped": 4.0,
     }
+
+
+class NoEngine:
+    """A sender to nobody."""
+
+    def send(self, version: int) -> int:
+        return 0
+
+    def close(self) -> None: ...
+
+
+def note_gaps(env, config, model_dir, run, steps):
+    """Trains on rollout 4 in this run; returns the logprobs of its sequences by their tokens."""
+    worker = TrainWorker(config, model_dir, env, run)
+    batches = [step[worker.dp_rank] for step in steps]
+    found = {}
+    for batch in batches:
+        logprobs = worker.backend.logprobs(batch, "policy")
+        for ids, values in zip(batch.token_ids, logprobs or [], strict=False):
+            found[tokens_key(ids.numpy())] = values.tolist()
+    worker._sender = NoEngine()
+    worker.send(4)
+    worker.train(batches)
+    return found
+
+
+@pytest.mark.parametrize("old_logprobs", ["recomputed", "current"])
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"backend": "fsdp"},
+        pytest.param({"backend": "megatron", "tp_size": 2}, marks=pytest.mark.megatron),
+        pytest.param({"backend": "megatron", "pp_size": 2}, marks=pytest.mark.megatron),
+    ],
+    ids=str,
+)
+def test_the_gap_of_each_token_to_the_engine_is_kept(tmp_path, training, old_logprobs):
+    """Every logprob of these engines is 0, so that the gap is the trainer's logprob."""
+    config = RunConfig(
+        model=ModelConfig(dtype="float32"),
+        rollout=RolloutConfig(rollout_batch_size=2, record_keep=2),
+        algorithm=GRPOConfig(old_logprobs=old_logprobs),
+        training=TrainingConfig(**training),
+    )
+    run = RunDir.create(tmp_path, "run")
+    gaps_file(run.rollouts, 2, 0).touch()
+    gaps_file(run.rollouts, 3, 0).touch()
+    groups = [group(0, [1.0, 0.0], lengths=[3, 5]), group(1, [0.0, 1.0], lengths=[2, 7])]
+    algorithms.make(config.algorithm, 2).advantages(groups)
+    dp_size = 2 if training["backend"] == "fsdp" else 1
+    options = BatchingOptions(
+        num_steps=1, dp_size=dp_size, max_tokens=64, denominator="tokens", temperature=1.0
+    )
+    steps = make_train_batches(groups, options)
+    ranks = RankPool(2)
+    try:
+        model = save_model(tmp_path / "model", "qwen3")
+        expected = ranks(note_gaps, config, model, run, steps)
+    finally:
+        ranks.close()
+    recorder.record(recorder.Recording(run.rollouts, SAMPLING), 4, groups)
+    logprobs = expected[0] | expected[1]
+    samples = read_samples(run.rollouts, 4)
+    assert len(samples) == 4
+    for sample in samples:
+        own = logprobs[tokens_key(sample.token_ids)]
+        assert np.isnan(sample.gaps[0]) and sample.largest_gap > 1
+        assert sample.gaps[1:] == pytest.approx(own[1:], rel=2e-3)
+    files = {path.name for path in run.rollouts.glob("gaps_*")}
+    assert files == {"gaps_3-0.npz"} | {f"gaps_4-{rank}.npz" for rank in range(dp_size)}
