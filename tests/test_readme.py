@@ -95,6 +95,9 @@ def test_every_flag_exists():
         "nproc-per-node",
         "section.field",
         "cluster",
+        "best",
+        "group",
+        "status",
     }
     text = re.sub(r"```bash.*?```", "", README, flags=re.DOTALL)
     in_backticks = " ".join(re.findall(r"`([^`]*)`", text))

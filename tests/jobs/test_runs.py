@@ -94,6 +94,7 @@ def rollouts(text: str) -> list[str]:
         (["--best", "2"], "0 3"),
         (["--group", "0"], "1 0"),
         (["--group", "1", "--best", "1"], "3"),
+        (["--worst", "0"], ""),
         (["--status", "error"], "2"),
         (["--status", "completed", "--worst", "1"], "1"),
         (["--step", "0", "--worst", "1"], "2"),
@@ -115,7 +116,7 @@ def test_of_equal_rewards_the_larger_gap_is_the_worse(run, tokenizer):
 
 def test_a_sample_is_told_with_all_that_is_known_of_it(run):
     text = shown(run, "--best", "1")
-    assert "reward 1  completed  group 0  rollout 0  prompt 17  policy version 3, 4" in text
+    assert "reward 1.0  completed  group 0  rollout 0  prompt 17  policy versions [3, 4]" in text
     assert 'label "4"' in text and "4 + 4 tokens" in text
     assert "gap   0.51 on average, 2 at most" in text
     assert text.endswith("── prompt\n2+2=\n── response\nso 4")
@@ -123,12 +124,12 @@ def test_a_sample_is_told_with_all_that_is_known_of_it(run):
 
 def test_each_token_has_the_colour_of_its_gap(run):
     text = shown(run, "--best", "1", "--color")
-    assert text.endswith("\x1b[0m\ns\x1b[30;48;5;220mo\x1b[0m \x1b[30;48;5;196m4\x1b[0m")
+    assert text.endswith("── response\ns\x1b[30;48;5;220mo\x1b[0m \x1b[30;48;5;196m4\x1b[0m")
 
 
 def test_an_error_is_told(run):
     text = shown(run, "--status", "error")
-    assert "reward none  error" in text and "error the engine said\nno" in text
+    assert "reward None  error" in text and "error the engine said\nno" in text
 
 
 @pytest.mark.parametrize("color", ["--color", "--no-color"])
