@@ -6,7 +6,7 @@ sets -> a GroupTask for each prompt -> whoever samples and scores them -> metric
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -75,6 +75,8 @@ class Evaluation:
     """The evaluations of a run; `sets` are those of `RunConfig.eval_sets`."""
 
     def __init__(self, config: RunConfig, run: RunDir, loaded: RunPrompts):
+        # Of the last evaluation, one for each set: what evals.jsonl got.
+        self.rows: list[dict[str, Any]] = []
         self._run = run
         self._seed = config.eval.seed
         self.sets = [
@@ -120,7 +122,7 @@ class Evaluation:
         groups = sample([task for tasks in tasks_of for task in tasks])
         by_id = {group.group_id: group for group in groups}
         metrics: dict[str, float] = {}
-        rows = []
+        self.rows = []
         for one, tasks in zip(self.sets, tasks_of, strict=True):
             own = [by_id[task.group_id] for task in tasks]
             of_set = evaluation_metrics(own, one.config.pass_reward)
@@ -135,10 +137,10 @@ class Evaluation:
                 "samples": sum(len(group.samples) for group in own),
                 "prompts": len(own),
             }
-            rows.append(row | of_set)
-            logger.info("%s", _line(row, of_set))
+            self.rows.append(row | of_set)
+            logger.info("%s", _line(self.rows[-1]))
         with self._run.evals.open("a") as file:
-            file.writelines(json.dumps(finite(row)) + "\n" for row in rows)
+            file.writelines(json.dumps(finite(row)) + "\n" for row in self.rows)
         return metrics
 
 
@@ -148,15 +150,33 @@ def _seed(*entropy: int) -> int:
     return int(bits.generate_state(1, np.uint64)[0] >> 1)
 
 
-def _line(row: dict[str, Any], metrics: dict[str, float]) -> str:
+def _line(row: dict[str, Any]) -> str:
     """One line for a person: each estimate with its standard error."""
-    estimates = []
-    for name, value in metrics.items():
-        if "@" in name and not name.endswith("_se"):
-            error = metrics.get(f"{name}_se")
-            estimates.append(f"{name} {value:.4f}" + ("" if error is None else f" ± {error:.4f}"))
+    estimates = [f"{name} {value:.4f}{error}" for name, value, error in _estimates(row)]
     return (
         f"evaluation of {row['set']} after {row['step'] + 1} rollouts: {', '.join(estimates)}; "
-        f"{row['samples']} samples of {row['prompts']} prompts, {metrics['truncated_ratio']:.0%} "
-        f"truncated, {metrics['response_tokens_mean']:.0f} tokens on average"
+        f"{row['samples']} samples of {row['prompts']} prompts, {row['truncated_ratio']:.0%} "
+        f"truncated, {row['response_tokens_mean']:.0f} tokens on average"
     )
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows of an evaluation for a person, a line for each estimate."""
+    lines = []
+    for row in rows:
+        for name, value, error in _estimates(row):
+            lines.append(f"{row['set']:20} {name:10} {value:.4f}{error}")
+        lines.append(
+            f"{row['set']:20} {row['samples']} samples of {row['prompts']} prompts, "
+            f"{row['truncated_ratio']:.0%} truncated, {row['error_ratio']:.0%} not made, "
+            f"{row['response_tokens_mean']:.0f} tokens on average"
+        )
+    return "\n".join(lines)
+
+
+def _estimates(row: dict[str, Any]) -> Iterator[tuple[str, float, str]]:
+    """Name, value and the text of the standard error of each estimate."""
+    for name, value in row.items():
+        if "@" in name and not name.endswith("_se"):
+            error = row.get(f"{name}_se")
+            yield name, value, "" if error is None else f" ± {error:.4f}"

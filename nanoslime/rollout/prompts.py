@@ -71,8 +71,8 @@ class RunPrompts:
     eval_sets: Mapping[str, Sequence[Prompt]]
 
     @classmethod
-    def load(cls, config: RunConfig, model_dir: Path) -> "RunPrompts":
-        """Raises RunError as `load_prompts` does."""
+    def load(cls, config: RunConfig, model_dir: Path, *, for_training: bool = True) -> "RunPrompts":
+        """Raises RunError as `load_prompts` does. for_training: beside the evaluation sets."""
         data = config.data
         tokenizer = AutoTokenizer.from_pretrained(
             model_dir, trust_remote_code=config.model.trust_remote_code
@@ -80,7 +80,8 @@ class RunPrompts:
         weights = {source.title: source.weight for source in data.sources}
         train = {}
         num_rows = 0
-        for name, own in data.by_source().items():
+        sources = data.by_source() if for_training else {}
+        for name, own in sources.items():
             prompts = load_prompts(Path(own.prompts), tokenizer, own, name, num_rows)
             num_rows = prompts[-1].prompt_id + 1
             train[name] = LoadedSource(prompts, own.prompts, weights.get(name, 1.0))

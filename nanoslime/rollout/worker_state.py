@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from nanoslime.rollout.array_file import ArrayFile, ArrayWriter
 from nanoslime.rollout.policy import Call
 from nanoslime.rollout.recorder import sample_entry, sample_of
 from nanoslime.rollout.tasks import GroupTask, Sampling
+from nanoslime.storage.array_file import ArrayFile, ArrayWriter
 from nanoslime.types import Generation, Prompt, Sample, Status
 
 
