@@ -37,6 +37,7 @@ from nanoslime.rollout.tasks import GroupTask
 from nanoslime.rollout.worker import RolloutWorker, WorkerSetup
 from nanoslime.run_dir import DONE, FAILED, RunDir
 from nanoslime.storage.commit import checkpoints
+from nanoslime.storage.datasets import with_local_prompts
 from nanoslime.storage.manifest import verify
 from nanoslime.storage.shared_files import publish_json
 from nanoslime.training.backend import RankEnv
@@ -110,6 +111,7 @@ def evaluate(checkpoint: Checkpoint, config: RunConfig, output: Path | None) -> 
     name = checkpoint.exported(config)
     model = replace(config.model, hf_checkpoint=name, revision="")
     config, _ = with_local_checkpoint(replace(config, model=model), download=True)
+    config = with_local_prompts(config)
     model_dir = Path(config.model.hf_checkpoint)
     for one in config.eval_sets:
         rewards.check(one.data(config.data))
