@@ -28,7 +28,7 @@ from nanoslime.config.training import MEGATRON_ONLY, PARALLEL_SIZES
 from nanoslime.models.local_checkpoint import with_local_checkpoint
 from nanoslime.orchestration.evaluation import Evaluation, Sampler, table
 from nanoslime.orchestration.local_group import LocalTrainGroup
-from nanoslime.orchestration.session import engine_here, prepare_model
+from nanoslime.orchestration.session import EngineHere, prepare_model
 from nanoslime.processes.ports import free_port
 from nanoslime.processes.temp import ensure_short_tmpdir
 from nanoslime.rollout import rewards
@@ -120,7 +120,9 @@ def evaluate(checkpoint: Checkpoint, config: RunConfig, output: Path | None) -> 
     device = config.cluster.device
     gpu_ids = list(range(config.rollout.engine_tp_size)) if device == "cuda" else []
     with ExitStack() as resources:
-        engine = engine_here(config, run.new_attempt(), model_dir, device, gpu_ids, resources)
+        here = EngineHere(config, run.new_attempt(), model_dir, device, gpu_ids)
+        resources.callback(here.close)
+        engine = here.start()
         worker = RolloutWorker(WorkerSetup(config, model_dir, run.rollouts))
         resources.callback(worker.close)
         worker.set_engines([engine])

@@ -101,7 +101,7 @@ def test_sglang_finds_what_the_embedded_engine_finds(
     flags = ["--eval-prompts", prompts, "--eval.temperature", "0", "--max-new-tokens", "6"]
     flags += ["--reward", REWARD, "--dtype", "float32"]
     embedded = evaluated(tmp_path, tiny_model, *flags, "--engine", "embedded")
-    monkeypatch.setattr(evaluate, "engine_here", lambda *_: sglang_engine)
+    monkeypatch.setattr(evaluate.EngineHere, "start", lambda _: sglang_engine)
     assert evaluated(tmp_path, tiny_model, *flags, "--engine", "sglang") == embedded
     assert embedded[0]["response_tokens_mean"] == 6
 
