@@ -8,6 +8,10 @@ own, with real SGLang and real weight syncs: `python -m nanoslime.train --mock -
 task, a learning rate of 0, and both without SGLang's float32 output layer
 (enable_fp32_lm_head), which nanoslime sets. Further flags go to all runs.
 
+Groups with equal rewards stay in training (filter_zero_std false), so that a gap is of all
+sampled tokens: of the others, the tokens that the model is unsure of would be left at the end,
+where most groups are solved, and their gap is larger.
+
 The table has train/logprob_gap_mean over the first and over the last rollouts of a run, their
 ratio, and beside them the entropy, on which a gap depends: a sure policy has a small one.
 Exits with 1 where a ratio of a case with the float32 output layer is above 1.2, or of the one
@@ -54,6 +58,7 @@ def train(case: Case, rollouts: int, run_root: Path, more: list[str]) -> list[di
     """The rows of a run, one a rollout."""
     command = [sys.executable, "-m", "nanoslime.train", "--mock", "--engine", "sglang"]
     command += ["--dtype", "bfloat16", "--num-rollout", str(rollouts)]
+    command += ["--algorithm.filter-zero-std", "false"]
     command += ["--run-root", str(run_root), "--name", case.name, *case.flags, *more]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     lines = (run_root / case.name / "metrics.jsonl").read_text().splitlines()
