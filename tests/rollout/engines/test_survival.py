@@ -20,10 +20,12 @@ from nanoslime.processes.child import ChildProcess
 from nanoslime.processes.ports import free_port
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.rollout.engines.sglang_server import SGLangServer
+from nanoslime.rollout.router import Router
 from nanoslime.types import GenerateRequest, Generation, RequestFailed, RunError
 from tests import process_table
 from tests.processes.programs import STUBBORN
-from tests.serving import ServerOwner, make_server, wait_until_running
+from tests.rollout.engines.fake_sglang import FakeSGLang, fine, serving
+from tests.serving import ServerOwner, make_server, num_running, wait_until_running
 
 
 def fake_server(model: Path, log: Path, program: str) -> SGLangServer:
@@ -131,18 +133,35 @@ def generate(engine: SGLangEngine, max_new_tokens: int) -> list[Generation]:
 def test_no_part_of_a_real_server_survives_its_owner(
     sglang_engine: SGLangEngine, shared_server: ServerOwner, no_leftovers: None
 ) -> None:
-    """The owner is killed while a request runs; the request's error names the lost engine."""
+    """The owner is killed while requests run; their error names the lost engine. One that came
+    by a router is answered by another engine.
+    """
     group = shared_server.server_pid
     assert sglang_engine.health()
     # HTTP server, scheduler, detokenizer.
     assert len(process_table.process_group(group)) >= 3
     lost = "engine engine-0 at http.*: /generate failed: .*; log: .*engine-0.log; last"
-    with ThreadPoolExecutor(max_workers=1) as threads:
-        running = threads.submit(generate, sglang_engine, max_new_tokens=4000)
-        wait_until_running(sglang_engine)
-        shared_server.kill()
-        with pytest.raises(RequestFailed, match=lost):
-            running.result(60)
+    routers: list[Router] = []
+
+    async def routed(other: SGLangEngine) -> list[Generation]:
+        routers.append(Router([sglang_engine]))
+        request = GenerateRequest([6], n=1, max_new_tokens=4000, temperature=1.0)
+        answer = asyncio.create_task(routers[0].generate(request))
+        await asyncio.sleep(0)
+        routers[0].set_engines([sglang_engine, other])
+        return await answer
+
+    with serving(FakeSGLang(lambda number: fine()), "engine-1") as other:
+        with ThreadPoolExecutor(max_workers=2) as threads:
+            running = threads.submit(generate, sglang_engine, max_new_tokens=4000)
+            by_router = threads.submit(lambda: asyncio.run(routed(other)))
+            wait_until_running(sglang_engine)
+            process_table.wait_for(lambda: num_running(sglang_engine) == 2, timeout_s=20)
+            shared_server.kill()
+            with pytest.raises(RequestFailed, match=lost):
+                running.result(60)
+            assert by_router.result(60)[0].token_ids == [7]
+    assert "engine-0" in routers[0].lost["engine-0"]
     process_table.wait_for(lambda: not process_table.process_group(group), timeout_s=5)
     assert process_table.process_group(group) == []
     with pytest.raises(RunError, match=r"engine-0 .*/pause_generation failed: ConnectionError"):
