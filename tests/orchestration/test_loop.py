@@ -424,3 +424,31 @@ def test_a_model_trains_whose_files_hold_multi_token_prediction(tmp_path, model,
     exported = load_file(run.hf(1) / "model.safetensors")
     assert exported.keys() == tensors(ModelShape.read(moe)).keys()
     assert AutoModelForCausalLM.from_pretrained(run.hf(1)).config.num_nextn_predict_layers == 1
+
+
+def test_several_sources_give_their_shares_also_of_a_run_that_is_resumed(tmp_path, model):
+    lines = model.train.read_text().splitlines()
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("\n".join(["{", *lines[:3]]))
+    own = {"prompts": str(broken), "name": "b", "weight": 3}
+    sources = ["--data.sources", json.dumps({"prompts": str(model.train), "name": "a"})]
+    sources += [json.dumps(own), "--data.broken", "skip", "--save-interval", "1"]
+    flags = run_dir(tmp_path, "whole", model)
+    at = flags.index("--prompts")
+    flags[at : at + 2] = sources
+    assert train.main([*flags, "--num-rollout", "2"]) == DONE
+    whole = RunDir.open(tmp_path / "whole")
+    for row in rows(whole):
+        assert (row["rollout/a/num_samples"], row["rollout/b/num_samples"]) == (4, 12)
+        mean = (row["rollout/a/reward_mean"] + 3 * row["rollout/b/reward_mean"]) / 4
+        assert row["rollout/reward_mean"] == pytest.approx(mean)
+
+    flags[flags.index("whole")] = "halves"
+    assert train.main([*flags, "--num-rollout", "1"]) == DONE
+    halves = RunDir.open(tmp_path / "halves")
+    assert train.main(["--resume", str(halves.path), "--num-rollout", "2"]) == DONE
+    assert [of_rollout(row) for row in rows(halves)] == [of_rollout(row) for row in rows(whole)]
+
+
+def of_rollout(row: dict) -> dict:
+    return {name: value for name, value in row.items() if name.startswith("rollout/")}
