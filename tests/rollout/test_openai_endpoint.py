@@ -126,6 +126,30 @@ def test_an_agent_that_goes_back_gives_two_samples_and_trains_shared_turns_once(
     assert {sample.rollout_id for sample in samples} == {30}
 
 
+def test_a_long_conversation_goes_on_from_its_last_turn(served) -> None:
+    async def use(client, session):
+        messages = [QUESTION]
+        generated = []
+        for _ in range(3):
+            answer = await chat(client, messages, max_tokens=9)
+            messages += [said(answer), AGAIN]
+            generated += answer.choices[0].token_ids
+        return generated
+
+    generated, [sample] = used(served, use)
+    assert sample.token_ids[sample.loss_mask].tolist() == generated
+
+
+def test_a_branch_without_a_token_of_its_own_is_no_sample(served) -> None:
+    async def use(client, session):
+        first = await chat(client, [QUESTION], max_tokens=2)
+        await chat(client, [QUESTION, said(first), AGAIN])
+        await chat(client, [QUESTION, said(first), {"role": "user", "content": "9="}])
+
+    _, samples = used(served, use, limit=2)
+    assert [sample.num_response_tokens for sample in samples] == [2]
+
+
 def test_a_response_that_was_asked_for_twice_is_two_samples(served) -> None:
     async def use(client, session):
         return [await chat(client, [QUESTION], max_tokens=9) for _ in range(2)]

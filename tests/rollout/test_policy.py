@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from nanoslime.rollout import policy as policy_module
 from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
 from nanoslime.rollout.policy import Call, Policy, ServedModel
 from nanoslime.rollout.router import Router
@@ -274,3 +275,38 @@ def test_an_engine_that_is_interrupted_again_and_again_loses_no_token(
     for one, other in zip(pieces, whole, strict=True):
         assert one.status is Status.TRUNCATED and one.versions == other.versions == [(0, 0)]
         assert np.allclose(one.logprobs, other.logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "spans, num_tokens, expected",
+    [
+        ([(0, 5), (3, 6)], 3, [(0, 5)]),
+        ([(0, 5), (0, 6)], 3, [(0, 6)]),
+        ([(0, 5), (2, 6), (2, 5)], 4, [(0, 5)]),
+        ([(0, 5)], 0, []),
+    ],
+)
+def test_a_span_without_a_token_is_none(spans, num_tokens, expected) -> None:
+    assert policy_module._without_empty(spans, num_tokens) == expected
+
+
+def test_a_prompt_that_was_asked_for_twice_is_replayed_in_order(make_policy) -> None:
+    saved = [Call(PROMPT, Generation([n], [-1.0], Status.COMPLETED, [(0, 0)])) for n in (20, 21)]
+    policy = make_policy(transcript=saved)
+    assert [generate(policy).token_ids for _ in range(2)] == [[20], [21]]
+    assert policy.num_tokens_left == 9 - 2 and not policy.model.router.requests
+
+
+def test_the_experts_of_tokens_that_came_back_are_kept(make_policy) -> None:
+    policy = make_policy()
+    experts = np.zeros((4, 1, 1), np.uint8)
+    answers = [
+        Generation([8, 9], [-1.0, -1.0], Status.ABORTED, [(0, 0)], routed_experts=experts),
+        Generation([], [], Status.ERROR, [], error="no luck"),
+    ]
+
+    async def answer(request, key=""):
+        return [answers.pop(0)]
+
+    policy.model = replace(policy.model, router=replace_generate(None, answer))
+    assert generate(policy).routed_experts is experts
