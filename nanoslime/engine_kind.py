@@ -59,6 +59,8 @@ class EngineKind(ABC):
     title: ClassVar[str]
     # Whether its engines have GPUs (or slots) of their own; otherwise the driver has one.
     takes_slots: ClassVar[bool]
+    # Whether it draws the same samples from a seed, whatever it does beside.
+    honours_seeds: ClassVar[bool] = False
     # Values of weight_sync.transport that it can take; "auto" is the first possible one.
     transports: ClassVar[tuple[str, ...]]
     # "package.module:name" of a function from EngineStart to EngineOwner.

@@ -24,6 +24,7 @@ from nanoslime.orchestration.report import Clock, report_failure, write_summary
 from nanoslime.orchestration.session import Session
 from nanoslime.processes.logs import logged_to
 from nanoslime.processes.temp import ensure_short_tmpdir
+from nanoslime.rollout.producer import StopAsked
 from nanoslime.run_dir import DONE, FAILED, STOPPED
 from nanoslime.tracking import Tracker, make_tracker
 from nanoslime.types import RunError
@@ -32,17 +33,31 @@ logger = logging.getLogger(__name__)
 
 
 def train(session: Session, tracker: Tracker, clock: Clock, start: int) -> int:
-    """Trains from rollout `start` on; returns DONE, or STOPPED after its commit."""
+    """Trains from rollout `start` on; returns DONE, or STOPPED after a commit."""
+    try:
+        return _train(session, tracker, clock, start)
+    except StopAsked as reason:
+        # What was being sampled goes into the checkpoint, and on in the next attempt.
+        clock("checkpoint")
+        session.checkpoints.commit(clock.step, None)
+        logger.warning("stopped after %d rollouts: %s", clock.step, reason)
+        return STOPPED
+
+
+def _train(session: Session, tracker: Tracker, clock: Clock, start: int) -> int:
     config = session.config
     trainer = session.trainer
     rollout = session.rollout
     checkpoints = session.checkpoints
     num_rollout = config.rollout.num_rollout
     session.weights.sync(start)
-    if start == 0:
+    rollout.set_version(start)
+    is_evaluated = start > 0 and not config.eval.due(start - 1, num_rollout)
+    if not is_evaluated and not rollout.is_evaluated(start - 1):
         clock("evaluate")
-        rollout.evaluate(-1)
+        rollout.evaluate(start - 1)
     for step in range(start, num_rollout):
+        begin = time.monotonic()
         clock("generate")
         groups = rollout.generate(step)
         clock("train")
@@ -53,19 +68,20 @@ def train(session: Session, tracker: Tracker, clock: Clock, start: int) -> int:
             checkpoints.save(step + 1)  # while the trainer is awake; `commit` comes below
         clock("weight_sync")
         metrics |= session.weights.sync(step + 1)
+        metrics["time/step_s"] = time.monotonic() - begin
+        rollout.set_version(step + 1)
         clock.step = step + 1
-        reward = None
+        evaluated: dict[str, float] | None = {}
         if config.eval.due(step, num_rollout):
             clock("evaluate")
             evaluated = rollout.evaluate(step)
-            metrics |= evaluated
-            reward = evaluated.get("eval/reward_mean")
+        metrics |= evaluated or {}
         tracker.log(step, metrics)
         stop = session.attempt.must_stop()
         if due or stop:
             clock("checkpoint")
-            checkpoints.commit(step + 1, reward)
-        if stop and step + 1 < num_rollout:
+            checkpoints.commit(step + 1, metrics.get("eval/reward_mean"))
+        if stop and (step + 1 < num_rollout or evaluated is None):
             logger.warning("stopped after %d rollouts: %s", step + 1, stop)
             return STOPPED
     if config.checkpoint.export_hf:

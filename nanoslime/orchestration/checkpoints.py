@@ -3,7 +3,9 @@ aside, hashed by the ranks that wrote it, and committed by one rename.
 
 checkpoints/step_<k>/
     trainer/       weights, optimizer, RNG and schedule, as the backend writes them
-    driver.json    rollouts done, policy version, data cursor, best evaluation
+    rollout/       groups that were being sampled, of each rollout worker, if there were any
+    driver.json    rollouts done, policy version, data cursor, numbers of the groups, best
+                   evaluation
     manifest.json  the checksum of every file, written last
 """
 
@@ -12,6 +14,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from nanoslime.config import RunConfig
@@ -62,13 +65,14 @@ class Checkpoints:
         checkpoints, but none that verifies.
         """
         rollouts = self._newest_good()
-        if rollouts:
-            path = self.run.checkpoint(rollouts)
-            driver = json.loads((path / "driver.json").read_text())
-            self.trainer.load(path / "trainer")
-            self.rollout.load_state_dict(driver["rollout"])
-            self._best = self._comparable_best(driver)
-            logger.info("resumed after %d rollouts from %s", rollouts, path)
+        if rollouts is None:
+            return 0
+        path = self.run.checkpoint(rollouts)
+        driver = json.loads((path / "driver.json").read_text())
+        self.trainer.load(path / "trainer")
+        self.rollout.load(path / "rollout", driver["rollout"], rollouts)
+        self._best = self._comparable_best(driver)
+        logger.info("resumed after %d rollouts from %s", rollouts, path)
         return rollouts
 
     def _comparable_best(self, driver: dict[str, Any]) -> tuple[float, int] | None:
@@ -76,7 +80,7 @@ class Checkpoints:
         if not driver["best"]:
             return None
         before = driver["rollout"].get("held_out")
-        if before is not None and before != self.rollout.state_dict().get("held_out"):
+        if before is not None and before != self.rollout.held_out:
             logger.warning(
                 "the evaluation prompts are others than before: rewards of evaluations cannot be "
                 "compared across this start, and the best checkpoint is chosen anew"
@@ -87,7 +91,9 @@ class Checkpoints:
 
     def save(self, rollouts: int) -> None:
         """Puts the trainer's state aside; `commit` makes it a checkpoint."""
-        partial = partial_dir(self.run.checkpoint(rollouts))
+        self._save_trainer(partial_dir(self.run.checkpoint(rollouts)), rollouts)
+
+    def _save_trainer(self, partial: Path, rollouts: int) -> None:
         (partial / "trainer").mkdir()
         hashes = self.trainer.save(partial / "trainer")
         self._hashes = {f"trainer/{name}": digest for name, digest in hashes.items()}
@@ -100,18 +106,21 @@ class Checkpoints:
         devices then change turns. `reward` comes from the evaluation at this step, if
         there was one; it decides which checkpoint is the best.
         """
-        if self._saved != rollouts:
-            self.save(rollouts)
+        final = self.run.checkpoint(rollouts)
+        is_saved = self._saved == rollouts
+        partial = partial_path(final) if is_saved else partial_dir(final)
+        # What is being sampled comes first: a stop ends it, and frees shared devices.
+        rollout = self.rollout.save(partial / "rollout")
+        if not is_saved:
+            self._save_trainer(partial, rollouts)
         if reward is not None and (self._best is None or reward > self._best[0]):
             self._best = (reward, rollouts)
         state = {
             "rollouts": rollouts,
             "policy_version": self.weights.version,
-            "rollout": self.rollout.state_dict(),
+            "rollout": rollout,
             "best": self._best,
         }
-        final = self.run.checkpoint(rollouts)
-        partial = partial_path(final)
         (partial / "driver.json").write_text(json.dumps(state))
         commit(partial, final, self._hashes)
         self._saved = None
@@ -125,8 +134,8 @@ class Checkpoints:
             self.run.checkpoints, keep_last=keep.keep_last, keep_every=keep.keep_every, best=best
         )
 
-    def _newest_good(self) -> int:
-        """Returns the rollouts of the newest checkpoint that verifies; 0 without any."""
+    def _newest_good(self) -> int | None:
+        """Returns the rollouts of the newest checkpoint that verifies; None without any."""
         refused = []
         for step, path in reversed(checkpoints(self.run.checkpoints)):
             try:
@@ -142,4 +151,4 @@ class Checkpoints:
                 f"{'; '.join(refused)}; no other is left: put one back, "
                 f"or empty {self.run.checkpoints} to begin anew"
             )
-        return 0
+        return None

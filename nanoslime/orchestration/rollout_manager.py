@@ -1,33 +1,32 @@
 """The rollout side of a run: from prompts to groups with advantages, and evaluation."""
 
-import asyncio
+import json
 import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from itertools import groupby
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from nanoslime import algorithms
+from nanoslime.algorithms.filters import filter_groups
 from nanoslime.algorithms.prepare import PreparedGroups, prepare
-from nanoslime.config import RolloutConfig, RunConfig
+from nanoslime.config import RunConfig
+from nanoslime.engine_kind import engine_kind
 from nanoslime.orchestration.evaluation import Evaluation
-from nanoslime.rollout import recorder, rewards
-from nanoslime.rollout.generate import sample_groups
+from nanoslime.rollout import recorder
+from nanoslime.rollout.admission import Admission, Limits
+from nanoslime.rollout.producer import Producer, Recipe, Serving, StopAsked
 from nanoslime.rollout.prompts import RunPrompts
-from nanoslime.rollout.router import LeastInflightRouter
-from nanoslime.rollout.tasks import GroupTask
+from nanoslime.rollout.tasks import GroupTask, Sampling
 from nanoslime.run_dir import RunDir
 from nanoslime.types import (
-    Engine,
     GroupReport,
     Prompt,
     RunError,
-    Sample,
-    SampleGroup,
+    SampleReport,
     Status,
     local_reports,
 )
@@ -46,124 +45,169 @@ class Weights(Protocol):
 
 
 class RolloutManager:
-    """Samples in the driver. Every sample must be of the current version of `weights`."""
+    """Takes rollouts from a Producer, gives them advantages, and evaluates.
+
+    No sample is older than rollout.max_staleness versions of `weights`.
+    """
 
     def __init__(
         self,
         config: RunConfig,
         run: RunDir,
         loaded: RunPrompts,
-        engines: Sequence[Engine],
         weights: Weights,
+        serving: Serving,
     ):
         self.config = config
         self.run = run
         self.metrics: dict[str, float] = {}
         self._weights = weights
-        data = config.data
-        self._tokenizer = loaded.tokenizer
-        self._reward = rewards.make(data.reward)
         self._algorithm = algorithms.make(config.algorithm, config.rollout.max_new_tokens)
-        self._router = LeastInflightRouter(engines)
         self._failures = SampleFailures()
         self._loaded = loaded
-        self._source = loaded.stream(config.seed, data.shuffle)
+        self._sampling = Sampling.of(config.rollout)
+        self._source = loaded.stream(config.seed, config.data.shuffle)
         self._evaluation = Evaluation(config, run, loaded)
+        self._stopped = False
+        rollout = config.rollout
+        limits = Limits(
+            batch=rollout.rollout_batch_size,
+            max_staleness=rollout.max_staleness,
+            num_rollouts=rollout.num_rollout,
+            max_replaced=(rollout.dynamic_sampling_rounds - 1) * rollout.rollout_batch_size,
+            overdue=rollout.overdue,
+        )
+        recipe = Recipe(
+            make_task=self._task,
+            is_kept=self._is_kept,
+            has_versions=not rollout.rollout_only,
+            restarts=rollout.max_staleness == 0 and engine_kind(rollout).honours_seeds,
+        )
+        self._producer = Producer(limits, recipe, self._source, serving)
+
+    def set_version(self, version: int) -> None:
+        """The engines have the weights after `version` rollouts.
+
+        With max_staleness they sample further prompts from now on, not only when `generate`
+        waits for them.
+        """
+        if self.config.rollout.max_staleness:
+            self._producer.set_version(version)
 
     def generate(self, step: int) -> list[GroupReport]:
-        """Returns scored, filtered groups with advantages, sampled by the current policy.
+        """Returns scored, filtered groups with advantages, which training takes next.
 
         Sets `metrics` for the step. Warns of samples that could not be made. Raises
-        RunError where no sample could be made.
+        RunError where no sample could be made, and StopAsked.
         """
         start = time.monotonic()
-        rollout = self.config.rollout
-        batch_size = rollout.rollout_batch_size
-        first_round = step * rollout.dynamic_sampling_rounds
-        groups: list[SampleGroup] = []
-        kept: list[SampleGroup] = []
-        for number in range(first_round, first_round + rollout.dynamic_sampling_rounds):
-            prompts = self._source.next(batch_size - len(kept))
-            groups += self._sample(
-                prompts,
-                rollout,
-                first_group_id=number * batch_size,
-                seed=(self.config.seed, 0, number),
-            )
-            prepared = _prepare(groups, self._algorithm)
-            kept = prepared.groups
-            self.metrics = prepared.metrics
-            if len(kept) == batch_size:
-                break
+        try:
+            rollout = self._producer.take(step)
+        except StopAsked:
+            self._stopped = True
+            raise
+        waited_s = time.monotonic() - start
+        groups = rollout.groups
         self._check_versions(groups)
-        settings = recorder.SamplingSettings.of(rollout)
-        recorder.record(recorder.Recording(self.run.rollouts, settings), step, groups)
+        prepared = _prepare(groups, self._algorithm)
+        self._producer.finish(step, groups)
         self._failures.report(groups, f"rollout {step}", "are left out")
-        self.metrics |= self._loaded.source_metrics(local_reports(groups))
-        self.metrics["time/generate_s"] = time.monotonic() - start
-        return local_reports(kept)
+        self.metrics = prepared.metrics | self._producer.metrics()
+        self.metrics |= _age_metrics(groups, self._weights.version)
+        self.metrics |= self._loaded.source_metrics(groups)
+        for reason, number in rollout.taken.counts.items():
+            self.metrics[f"rollout/{reason}"] = float(number)
+        self.metrics["time/generate_s"] = waited_s
+        return prepared.groups
 
-    def evaluate(self, step: int) -> dict[str, float]:
+    def evaluate(self, step: int) -> dict[str, float] | None:
         """Evaluates the policy on every set of prompts; returns metrics, none without a set.
 
-        A sample that could not be made counts as reward 0, with a warning. Raises RunError
-        where no sample could be made.
+        A sample that could not be made counts as reward 0, with a warning. Returns None
+        where the run is told to stop meanwhile. Raises RunError where no sample could be
+        made.
         """
-        return self._evaluation.run(step, self._weights.version, self._sample_tasks)
+        try:
+            return self._evaluation.run(step, self._weights.version, self._evaluate)
+        except StopAsked as reason:
+            logger.warning("the evaluation after %d rollouts is left out: %s", step + 1, reason)
+            return None
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"prompts": self._source.state_dict(), "held_out": self._evaluation.digest()}
+    def is_evaluated(self, step: int) -> bool:
+        """Whether an evaluation after rollout `step` is on record."""
+        if not self.run.evals.exists():
+            return False
+        rows = [json.loads(line) for line in self.run.evals.read_text().splitlines()]
+        return any(row["step"] == step for row in rows)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def save(self, directory: Path) -> dict[str, Any]:
+        """Writes groups that are being sampled into `directory`, which is made where there
+        are any; returns what else `load` needs. A run that stops ends them then."""
+        state = {
+            "producer": self._producer.save(directory),
+            "prompts": self._source.state_dict(),
+            "held_out": self.held_out,
+        }
+        if self._stopped:
+            self._producer.halt()
+        return state
+
+    def load(self, directory: Path, state: dict[str, Any], rollouts: int) -> None:
+        """Goes on where `save` was called, after so many rollouts."""
         if "prompts" not in state:
             raise RunError(
                 "the checkpoint is of a run with rollout.load_rollouts, which has no data cursor; "
                 "go on with --load-rollouts, or start a new run from its hf/ export"
             )
         self._source.load_state_dict(state["prompts"])
-
-    def _sample(
-        self,
-        prompts: list[Prompt],
-        rollout: RolloutConfig,
-        *,
-        first_group_id: int,
-        seed: tuple[int, int, int],
-    ) -> list[SampleGroup]:
-        groups = sample_groups(
-            prompts,
-            self._router,
-            self._tokenizer,
-            rollout,
-            self._reward,
-            first_group_id=first_group_id,
-            seed=seed,
-        )
-        return asyncio.run(groups)
-
-    def _sample_tasks(self, tasks: Sequence[GroupTask]) -> list[SampleGroup]:
-        groups: list[SampleGroup] = []
-        for (sampling, reward), same in groupby(tasks, attrgetter("sampling", "reward")):
-            own = list(same)
-            found = sample_groups(
-                [task.prompt for task in own],
-                self._router,
-                self._tokenizer,
-                replace(self.config.rollout, **asdict(sampling)),
-                rewards.make(reward),
-                first_group_id=own[0].group_id,
-                seeds=[task.seed for task in own],
+        producer = state.get("producer")
+        if producer is None:
+            # It was made when groups were sampled for one rollout at a time.
+            rollout = self.config.rollout
+            admission = Admission(self._producer.limits)
+            admission.num_taken = rollouts
+            admission.next_group_id = (
+                rollouts * rollout.rollout_batch_size * rollout.dynamic_sampling_rounds
             )
-            groups += asyncio.run(found)
+            producer = {"num_files": 0, "admission": admission.state_dict()}
+        self._producer.load(directory, producer)
+
+    @property
+    def held_out(self) -> str:
+        """A hash of the prompts whose reward chooses the best checkpoint."""
+        return self._evaluation.digest()
+
+    def close(self) -> None:
+        self._producer.close()
+
+    def _task(self, prompt: Prompt, group_id: int) -> GroupTask:
+        entropy = [self.config.seed % 2**32, 0, group_id]
+        bits = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
+        return GroupTask(
+            group_id=group_id,
+            prompt=prompt,
+            sampling=self._sampling,
+            seed=int(bits >> 1),
+            reward=prompt.reward or self.config.data.reward,
+        )
+
+    def _is_kept(self, group: GroupReport) -> bool:
+        kept, _ = filter_groups([group], drop_zero_std=self.config.algorithm.filter_zero_std)
+        return bool(kept)
+
+    def _evaluate(self, tasks: Sequence[GroupTask]) -> list[GroupReport]:
+        groups = self._producer.evaluate(tasks)
         self._failures.report(groups, "evaluation", "count as reward 0")
         return groups
 
-    def _check_versions(self, groups: list[SampleGroup]) -> None:
+    def _check_versions(self, groups: Sequence[GroupReport]) -> None:
+        """Raises RunError for a token beyond the bound, or of newer weights."""
         current = self._weights.version
+        bound = current - self.config.rollout.max_staleness
         for group in groups:
             for sample in group.samples:
                 for _, version in sample.policy_versions:
-                    if version != current:
+                    if not bound <= version <= current:
                         raise RunError(
                             f"group {group.group_id} was sampled by policy version {version}, "
                             f"the trainer is at {current}"
@@ -175,6 +219,8 @@ class Replay:
 
     Policy versions are those of the recording, whatever the trainer's is.
     """
+
+    held_out: str | None = None
 
     def __init__(self, config: RunConfig):
         self.config = config
@@ -192,23 +238,30 @@ class Replay:
         drawn: dict[str, Any] = {"temperature": rollout.temperature}
         if algorithm.denominator == "fixed" or algorithm.overlong_buffer:
             drawn["max_new_tokens"] = rollout.max_new_tokens
-        groups = recorder.load(Path(rollout.load_rollouts), step, **drawn)
+        groups = local_reports(recorder.load(Path(rollout.load_rollouts), step, **drawn))
         self._failures.report(groups, f"rollout {step}", "are left out")
         prepared = _prepare(groups, self._algorithm)
-        self.metrics = prepared.metrics
+        self.metrics = prepared.metrics | _age_metrics(groups, step)
         self.metrics["time/generate_s"] = time.monotonic() - start
-        return local_reports(prepared.groups)
+        return prepared.groups
+
+    def set_version(self, version: int) -> None: ...
 
     def evaluate(self, step: int) -> dict[str, float]:
         return {}
 
-    def state_dict(self) -> dict[str, Any]:
+    def is_evaluated(self, step: int) -> bool:
+        return True
+
+    def save(self, directory: Path) -> dict[str, Any]:
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load(self, directory: Path, state: dict[str, Any], rollouts: int) -> None: ...
 
 
-def _prepare(groups: list[SampleGroup], algorithm: algorithms.PolicyGradient) -> PreparedGroups:
+def _prepare(
+    groups: list[GroupReport], algorithm: algorithms.PolicyGradient
+) -> PreparedGroups[SampleReport]:
     """Prepares `groups` for training; warns where no group is left to train on."""
     prepared = prepare(groups, algorithm)
     if groups and not prepared.groups:
@@ -218,13 +271,26 @@ def _prepare(groups: list[SampleGroup], algorithm: algorithms.PolicyGradient) ->
     return prepared
 
 
+def _age_metrics(groups: Sequence[GroupReport], version: int) -> dict[str, float]:
+    """By how many versions the tokens in the loss are behind `version`, which they train."""
+    tokens: Counter[int] = Counter()
+    for group in groups:
+        for sample in group.samples:
+            tokens.update(sample.loss_tokens_by_version)
+    total = sum((version - of_token) * number for of_token, number in tokens.items())
+    return {
+        "rollout/staleness_mean": total / max(tokens.total(), 1),
+        "rollout/staleness_max": float(version - min(tokens, default=version)),
+    }
+
+
 class SampleFailures:
     """Tells of samples that could not be made: each distinct cause once in a run."""
 
     def __init__(self) -> None:
         self._told: set[str] = set()
 
-    def report(self, groups: Sequence[SampleGroup], what: str, consequence: str) -> None:
+    def report(self, groups: Sequence[GroupReport], what: str, consequence: str) -> None:
         """Warns of the samples of `what` that no engine could make.
 
         Raises RunError with the engine's words where no sample is left: what a pause or
@@ -237,7 +303,7 @@ class SampleFailures:
             num_alike = sum(_cause(sample) == _cause(first) for sample in samples)
             raise RunError(
                 f"{what}: {len(samples)} of {len(samples)} samples could not be made; "
-                f"first: prompt {first.metadata.get('prompt_id')}: {_cause(first)} "
+                f"first: prompt {first.prompt_id}: {_cause(first)} "
                 f"({num_alike} samples)"
             )
         news = [cause for cause in causes if cause not in self._told]
@@ -253,6 +319,6 @@ class SampleFailures:
             )
 
 
-def _cause(sample: Sample) -> str:
+def _cause(sample: SampleReport) -> str:
     """Why a sample was not made."""
     return sample.error or f"it is {sample.status}"

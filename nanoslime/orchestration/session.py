@@ -25,7 +25,10 @@ from nanoslime.orchestration.local_group import LocalTrainGroup
 from nanoslime.orchestration.rollout_manager import Replay, RolloutManager
 from nanoslime.orchestration.torchrun_group import Ranks, TorchrunTrainGroup
 from nanoslime.rollout import rewards
+from nanoslime.rollout.producer import Serving
 from nanoslime.rollout.prompts import RunPrompts
+from nanoslime.rollout.tasks import Worker
+from nanoslime.rollout.worker import RolloutWorker, WorkerSetup
 from nanoslime.run_dir import Attempt, RunDir
 from nanoslime.storage.commit import remove_leftovers
 from nanoslime.training.backend import RankEnv
@@ -57,6 +60,8 @@ class Started:
     transport: str
     # What starts each engine again, in their order; without it they stay lost.
     restarts: Sequence[Restart] = ()
+    # None: one in this process is enough.
+    workers: Sequence[Worker] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +207,25 @@ def make_session(
     if inputs.prompts is None:
         rollout = Replay(config)
     else:
-        rollout = RolloutManager(config, run, inputs.prompts, started.engines, weights)
+        workers = started.workers
+        if workers is None:
+            workers = [_worker_here(inputs, run, resources)]
+        for worker in workers:
+            pool.subscribe(worker.set_engines, worker.drain)
+        serving = Serving(
+            workers=workers,
+            lost=pool.lost,
+            service=lambda: pool.service(weights.join),
+            must_stop=attempt.must_stop,
+        )
+        rollout = RolloutManager(config, run, inputs.prompts, weights, serving)
+        resources.callback(rollout.close)
     remove_leftovers(run.checkpoints)
     checkpoints = Checkpoints(config, run, trainer, rollout, weights)
     return Session(config, attempt, trainer, rollout, weights, pool, checkpoints)
+
+
+def _worker_here(inputs: Inputs, run: RunDir, resources: ExitStack) -> RolloutWorker:
+    worker = RolloutWorker(WorkerSetup(inputs.config, inputs.model_dir, run.rollouts))
+    resources.callback(worker.close)
+    return worker

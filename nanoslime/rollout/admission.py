@@ -31,6 +31,7 @@ Overdue = Literal["wait", "regenerate", "drop"]
 class Limits:
     batch: int  # groups of a rollout
     max_staleness: int
+    num_rollouts: int  # of the run: nothing is sampled for more
     # Groups that may be replaced for one rollout, because no filter lets them through.
     max_replaced: int = 0
     overdue: Overdue = "wait"
@@ -77,8 +78,8 @@ class Admission:
 
     def room(self) -> int:
         """How many prompts may be admitted now."""
-        rollouts_ahead = self.version + self.limits.max_staleness + 1 - self.num_taken
-        return max(rollouts_ahead * self.limits.batch - len(self.groups), 0)
+        last = min(self.version + self.limits.max_staleness + 1, self.limits.num_rollouts)
+        return max((last - self.num_taken) * self.limits.batch - len(self.groups), 0)
 
     def admit(self) -> int:
         """Admits one prompt; returns the id of its group."""

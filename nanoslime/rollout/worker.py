@@ -247,7 +247,8 @@ class RolloutWorker:
                 await self._scorer.score(sample, task.prompt, task.reward)
                 self._count("time/score_s", self._loop.time() - begin)
         tokens = sum(sample.num_response_tokens for sample in samples)
-        self._count("rollout/generated_tokens", tokens)
+        if task.purpose == "train":
+            self._count("rollout/generated_tokens", tokens)
         rollout.transcript = policy.transcript
         rollout.policy = None
         rollout.samples = samples

@@ -24,7 +24,12 @@ model = test_loop.model  # the fixture
 
 
 def untimed(run: RunDir) -> list[dict]:
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows(run)]
+    """The rows without seconds, and without what engines were asked since the row before: an
+    evaluation may have been in another attempt."""
+    return [
+        {name: value for name, value in row.items() if not name.startswith(("time/", "router/"))}
+        for row in rows(run)
+    ]
 
 
 @pytest.fixture(

@@ -75,8 +75,8 @@ def test_a_run_ends_with_summary_checkpoint_and_export(tmp_path, model):
 
 @pytest.mark.parametrize("backend", ["fsdp", pytest.param("megatron", marks=pytest.mark.megatron)])
 def test_a_stopped_run_resumes_exactly(tmp_path, model, backend, monkeypatch):
-    """Stopped after two of four rollouts and resumed: rewards, losses and gradient norms
-    of an uninterrupted run.
+    """Stopped in the second or after two of four rollouts and resumed: rewards, losses and
+    gradient norms of an uninterrupted run.
     """
     more = f"--backend {backend} --num-rollout 4 --use-kl-loss --kl-loss-coef 0.01"
     flags = run_dir(tmp_path, "straight", model, more)
@@ -87,7 +87,8 @@ def test_a_stopped_run_resumes_exactly(tmp_path, model, backend, monkeypatch):
     assert train.run(launch) == STOPPED
     monkeypatch.undo()
     stopped = RunDir.open(tmp_path / "stopped")
-    assert stopped.status()["phase"] == "stopped" and (stopped.checkpoints / "step_2").is_dir()
+    assert stopped.status()["phase"] == "stopped"
+    assert stopped.status()["step"] in (1, 2)
     assert train.main(["--resume", str(stopped.path)]) == DONE
     assert losses(stopped) == losses(RunDir.open(tmp_path / "straight"))
     assert [r["step"] for r in rows(stopped)] == [0, 1, 2, 3]

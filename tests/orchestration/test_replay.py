@@ -21,9 +21,20 @@ model = test_loop.model  # the fixture
 KL = "--use-kl-loss --kl-loss-coef 0.01 --num-steps-per-rollout 2 --lr 1e-3"
 
 
+# What engines and rewards count, and evaluations; a replay has none of them.
+NOT_REPLAYED = ("time/", "eval/", "router/", "rollout/generated_", "rollout/reward_")
+
+
 def untimed(run: RunDir) -> list[dict]:
+    """The rows without what no replay has, but with the rewards."""
     return [
-        {k: v for k, v in row.items() if not k.startswith(("time/", "eval/"))} for row in rows(run)
+        {
+            name: value
+            for name, value in row.items()
+            if not name.startswith(NOT_REPLAYED)
+            or name in ("rollout/reward_mean", "rollout/reward_std")
+        }
+        for row in rows(run)
     ]
 
 

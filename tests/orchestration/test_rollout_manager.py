@@ -12,9 +12,11 @@ import pytest
 from nanoslime.config import DataConfig, EvalConfig, RolloutConfig, RunConfig
 from nanoslime.orchestration.rollout_manager import RolloutManager
 from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
+from nanoslime.rollout.producer import Serving
 from nanoslime.rollout.prompts import RunPrompts
+from nanoslime.rollout.worker import RolloutWorker, WorkerSetup
 from nanoslime.run_dir import RunDir
-from nanoslime.types import GenerateRequest, Generation, GroupReport, RunError, Status
+from nanoslime.types import GenerateRequest, Generation, GroupReport, RunError
 
 FINE = "ab"
 TOO_LONG = "a" * 4096  # the model's context is 4096 tokens
@@ -57,7 +59,28 @@ def manager(
     run = RunDir.create(tmp_path, name)
     engines = [engine(str(model), "float32", "cpu", seed=0)]
     prompts = RunPrompts.load(config, model)
-    return RolloutManager(config, run, prompts, engines, Weights(version=0))
+    worker = RolloutWorker(WorkerSetup(config, model, run.rollouts))
+    worker.set_engines(engines)
+    serving = Serving([worker], lost=lambda name, cause: None, service=lambda: None)
+    made = RolloutManager(config, run, prompts, Weights(version=0), serving)
+    OPEN[made] = worker
+    return made
+
+
+OPEN: dict[RolloutManager, RolloutWorker] = {}
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    for made in list(OPEN):
+        close(made)
+
+
+def close(made: RolloutManager) -> None:
+    """Then everything is on record."""
+    made.close()
+    OPEN.pop(made).close()
 
 
 def test_a_sample_that_cannot_be_made_counts_as_reward_0(tmp_path, tiny_model, caplog):
@@ -88,6 +111,7 @@ def test_a_rollout_without_any_sample_ends_the_run(tmp_path, tiny_model):
     )
     with pytest.raises(RunError, match=message):
         rollout.generate(0)
+    close(rollout)
     # What the engine was asked for and what it said is on record.
     assert (rollout.run.rollouts / "step_0-0.jsonl").read_text().count("4096 tokens") == 16
 
@@ -103,20 +127,6 @@ def test_a_cause_is_told_once_in_a_run_and_counted_in_every_rollout(tmp_path, ti
         "rollout 0: 8 of 16 samples could not be made and are left out: "
         "a prompt of 4096 tokens fills the model's context"
     ]
-
-
-class EndsEverything(EmbeddedEngine):
-    """It ends each request as a server does that aborts what runs."""
-
-    async def generate(self, request: GenerateRequest) -> list[Generation]:
-        answers = await super().generate(request)
-        return [replace(answer, status=Status.ABORTED) for answer in answers]
-
-
-def test_a_rollout_of_aborted_samples_ends_the_run(tmp_path, tiny_model):
-    rollout = manager(tmp_path, tiny_model, [FINE], engine=EndsEverything, rollout_batch_size=1)
-    with pytest.raises(RunError, match=r"8 of 8 .* first: prompt 0: it is aborted"):
-        rollout.generate(0)
 
 
 def test_equal_rewards_are_no_failure(tmp_path, tiny_model):
@@ -161,42 +171,30 @@ def test_without_further_rounds_what_is_filtered_is_missing(tmp_path, tiny_model
     rollout = sampling(tmp_path, tiny_model, 1)
     kept = [rollout.generate(step) for step in range(3)]
     assert all(len(groups) < 3 for groups in kept)
-    assert rollout.state_dict()["prompts"]["epoch"] == 1  # 3 x 3 prompts of 7
-    assert rollout.state_dict()["prompts"]["position"] == 2
+    cursor = rollout.save(tmp_path / "state")["prompts"]
+    assert (cursor["epoch"], cursor["position"]) == (1, 2)  # 3 x 3 prompts of 7
+    assert not (tmp_path / "state").exists(), "nothing is being sampled"
 
 
 def test_further_prompts_are_sampled_until_the_batch_is_full(tmp_path, tiny_model):
+    """As many as were filtered, in the order of the prompts."""
     rollout = sampling(tmp_path, tiny_model, 20)
+    num_sampled = []
     for step in range(2):
         kept = rollout.generate(step)
         assert len(kept) == 3 and all(prompt % 3 == 0 for _, prompt in ids(kept))
         assert all(any(s.advantage for s in g.samples) for g in kept)
-        sampled = int(rollout.metrics["rollout/num_samples"]) // 3
-        assert rollout.metrics["rollout/dropped_group_zero_std"] == sampled - 3 > 0
+        num_sampled.append(int(rollout.metrics["rollout/num_samples"]) // 3)
+        num_dropped = rollout.metrics["rollout/dropped_group_zero_std"]
+        assert num_dropped == num_sampled[-1] - 3 > 0
+    close(rollout)
+    first = 0
+    for step, number in enumerate(num_sampled):
         lines = (rollout.run.rollouts / f"step_{step}-0.jsonl").read_text().splitlines()
-        assert len(lines) == 3 * sampled  # what was filtered is on record too
-        group_ids = {json.loads(line)["group"] for line in lines}
-        assert len(group_ids) == sampled
-        assert min(group_ids) >= step * 60 and max(group_ids) < (step + 1) * 60
-
-
-def test_a_further_round_asks_for_as_many_prompts_as_are_missing(tmp_path, tiny_model):
-    rollout = sampling(tmp_path, tiny_model, 20)
-    taken = []
-    take = rollout._source.next
-
-    def watched(n):
-        prompts = take(n)
-        taken.append([prompt.prompt_id for prompt in prompts])
-        return prompts
-
-    rollout._source.next = watched
-    rollout.generate(0)
-    missing = 3
-    for prompt_ids in taken:
-        assert len(prompt_ids) == missing
-        missing -= sum(prompt_id % 3 == 0 for prompt_id in prompt_ids)
-    assert missing == 0 and len(taken) > 1
+        assert len(lines) == 3 * number  # what was filtered is on record too
+        entries = [json.loads(line) for line in lines]
+        assert sorted({entry["group"] for entry in entries}) == list(range(first, first + number))
+        first += number
 
 
 def test_rounds_are_bounded(tmp_path, tiny_model, caplog):
@@ -214,11 +212,11 @@ def test_the_data_cursor_resumes_exactly_after_further_rounds(tmp_path, tiny_mod
     for step in range(3):  # a new process for every rollout
         resumed = sampling(tmp_path, tiny_model, 20, name=f"resumed{step}")
         if state is not None:
-            resumed.load_state_dict(state)
+            resumed.load(tmp_path / "state", state, step)
         got = resumed.generate(step)
         assert ids(got) == ids(expected[step]) and tokens(got) == tokens(expected[step])
-        state = json.loads(json.dumps(resumed.state_dict()))
-    assert state["prompts"] == straight.state_dict()["prompts"]
+        state = json.loads(json.dumps(resumed.save(tmp_path / "state")))
+    assert state["prompts"] == straight.save(tmp_path / "state")["prompts"]
 
 
 def test_a_sample_of_another_version_ends_the_run(tmp_path, tiny_model):
@@ -232,15 +230,14 @@ def test_a_sample_of_another_version_ends_the_run(tmp_path, tiny_model):
         assert not list(rollout.run.rollouts.iterdir())
 
 
+class UpdatedOnTheWay(EmbeddedEngine):
+    async def generate(self, request: GenerateRequest) -> list[Generation]:
+        answers = await super().generate(request)
+        return [replace(answer, versions=[(0, 0), (2, 1)]) for answer in answers]
+
+
 def test_a_token_of_another_version_in_the_middle_ends_the_run(tmp_path, tiny_model):
     """A weight update may pause a sample and change the policy under it."""
-    rollout = manager(tmp_path, tiny_model, [FINE])
-    [engine] = rollout._router._engines.values()
-    generate = engine.generate
-
-    async def updated_on_the_way(request):
-        return [replace(g, versions=[(0, 0), (2, 1)]) for g in await generate(request)]
-
-    engine.generate = updated_on_the_way
+    rollout = manager(tmp_path, tiny_model, [FINE], engine=UpdatedOnTheWay)
     with pytest.raises(RunError, match="sampled by policy version 1, the trainer is at 0"):
         rollout.generate(0)

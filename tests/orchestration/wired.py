@@ -5,7 +5,8 @@ were asked and gave can be seen.
 import json
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +105,22 @@ class Seen:
 
     @property
     def of_training(self) -> list[Asked]:
-        return [asked for asked in self.asked if asked.prompt.startswith("t")]
+        """For each group, in the order of their start."""
+        return self._groups("t", self.config.rollout.n_samples_per_prompt)
 
     @property
     def of_evaluation(self) -> list[Asked]:
-        return [asked for asked in self.asked if asked.prompt.startswith("h")]
+        return self._groups("h", self.config.eval.n_samples_per_prompt)
+
+    def _groups(self, letter: str, num_samples: int) -> list[Asked]:
+        """Each sample is a request of its own; those of a group are put together."""
+        asked = [one for one in self.asked if one.prompt.startswith(letter)]
+        groups = []
+        for own in batched(asked, num_samples):
+            assert len({one.prompt for one in own}) == 1
+            answers = [answer for one in own for answer in one.answers]
+            groups.append(Asked(replace(own[0].request, n=num_samples), answers))
+        return groups
 
 
 TOKENIZER = build_tokenizer()
@@ -173,9 +185,10 @@ def _watch(seen: Seen, patch: pytest.MonkeyPatch) -> None:
     logprobs = TrainBackend.logprobs
 
     async def watched_generate(engine: Any, request: GenerateRequest) -> list[Generation]:
-        answers = await generate(engine, request)
-        seen.asked.append(Asked(request, answers))
-        return answers
+        asked = Asked(request, [])
+        seen.asked.append(asked)
+        asked.answers.extend(await generate(engine, request))
+        return asked.answers
 
     def watched_logprobs(backend: Any, shard: Any, weights: Any) -> Any:
         seen.passes.append(weights)

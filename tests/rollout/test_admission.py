@@ -6,10 +6,15 @@ import json
 import random
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
 from nanoslime.rollout.admission import Admission, Limits, Taken
+
+
+def made(**changes: Any) -> Limits:
+    return replace(Limits(batch=1, max_staleness=0, num_rollouts=1000), **changes)
 
 
 @dataclass
@@ -117,7 +122,7 @@ def test_no_trained_token_is_too_old_and_no_prompt_is_lost(max_staleness, overdu
     """Under random loads, filters, failures and resumes: with the same limits."""
     for seed in range(20):
         rng = random.Random(f"{max_staleness} {overdue} {seed}")
-        limits = Limits(
+        limits = made(
             batch=rng.choice([1, 2, 5]),
             max_staleness=max_staleness,
             max_replaced=rng.choice([0, 2, 7]),
@@ -144,7 +149,7 @@ def test_a_run_resumed_with_other_limits_keeps_to_them():
     reasons: Counter[str] = Counter()
     for seed in range(60):
         rng = random.Random(seed)
-        run = Simulated(Limits(batch=4, max_staleness=4), rng)
+        run = Simulated(made(batch=4, max_staleness=4), rng)
         run.feed()
         for _ in range(12):
             run.train(run.take())
@@ -163,7 +168,7 @@ def test_a_run_resumed_with_other_limits_keeps_to_them():
 
 def test_on_policy_a_rollout_is_what_was_admitted_for_it():
     """In the order of the prompts, whichever finishes first; each filtered group is replaced."""
-    admission = Admission(Limits(batch=3, max_staleness=0, max_replaced=2))
+    admission = Admission(made(batch=3, max_staleness=0, max_replaced=2))
     assert [admission.admit() for _ in range(admission.room())] == [0, 1, 2]
     assert admission.room() == 0
     admission.finish(2, 0, is_kept=True)
@@ -182,7 +187,7 @@ def test_on_policy_a_rollout_is_what_was_admitted_for_it():
 
 
 def test_engines_run_ahead_by_the_bound():
-    admission = Admission(Limits(batch=2, max_staleness=2))
+    admission = Admission(made(batch=2, max_staleness=2))
     assert admission.room() == 6
     for _ in range(6):
         admission.finish(admission.admit(), 0, is_kept=True)
@@ -193,7 +198,7 @@ def test_engines_run_ahead_by_the_bound():
 
 def slow_first_groups(overdue) -> Admission:
     """Groups 0 to 2 are of version 0, of which 0 runs on; then 3 and 4 of version 1 finish."""
-    admission = Admission(Limits(batch=1, max_staleness=2, overdue=overdue))
+    admission = Admission(made(batch=1, max_staleness=2, overdue=overdue))
     for _ in range(3):
         admission.admit()
     for group_id in (1, 2):
@@ -213,6 +218,16 @@ def test_a_take_waits_for_what_is_due_though_other_groups_are_there():
     assert taken is not None and taken.group_ids == [0]
 
 
+def test_the_last_rollouts_admit_no_more_than_they_need():
+    admission = Admission(made(batch=2, max_staleness=4, num_rollouts=3))
+    assert admission.room() == 6
+    for _ in range(6):
+        admission.finish(admission.admit(), 0, is_kept=True)
+    for version in (1, 2, 3):
+        assert admission.take() is not None
+        assert admission.set_version(version) == [] and admission.room() == 0
+
+
 @pytest.mark.parametrize("overdue", ["regenerate", "drop"])
 def test_what_is_overdue_is_cancelled_and_counted(overdue):
     admission = slow_first_groups(overdue)
@@ -227,7 +242,7 @@ def test_what_is_overdue_is_cancelled_and_counted(overdue):
 
 def test_a_take_waits_early_enough_for_slow_groups_of_one_version():
     """Two slow groups that are due at the same take would not both fit into it."""
-    admission = Admission(Limits(batch=1, max_staleness=2))
+    admission = Admission(made(batch=1, max_staleness=2))
     for _ in range(3):
         admission.admit()
     admission.finish(0, 0, is_kept=True)
@@ -242,7 +257,7 @@ def test_a_take_waits_early_enough_for_slow_groups_of_one_version():
 
 def test_a_group_that_began_late_is_due_late():
     """Group 1 waited for an engine until there were weights of version 1; 2 did not."""
-    admission = Admission(Limits(batch=1, max_staleness=2))
+    admission = Admission(made(batch=1, max_staleness=2))
     for _ in range(3):
         admission.admit()
     admission.finish(0, 0, is_kept=True)

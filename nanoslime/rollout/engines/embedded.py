@@ -10,6 +10,7 @@ class Embedded(EngineKind):
     name = "embedded"
     title = "embedded"
     takes_slots = False
+    honours_seeds = True
     transports = ("in_process", "disk")
     owner = "nanoslime.rollout.engines.embedded_model:EmbeddedOwner"
 

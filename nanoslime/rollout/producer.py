@@ -1,0 +1,331 @@
+"""Keeps the rollout workers busy, as far as the bound on staleness allows, and hands out
+rollouts to train on.
+
+    prompts -> Admission -> GroupTask -> worker with the least to do
+                    take <- GroupReport <- one polling thread per worker
+
+There is no loop of its own: prompts are admitted when something has happened, by the thread that
+tells of it. The caller of `take` and `evaluate` waits, and does in the meantime what only its
+thread may do.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nanoslime.rollout.admission import Admission, Cancelled, Limits, Taken
+from nanoslime.rollout.prompts import PromptStream
+from nanoslime.rollout.tasks import FinishedGroup, GroupTask, RestoredGroup, Worker, WorkerNews
+from nanoslime.types import GroupReport, Prompt, RunError
+
+# A worker is asked for news for so long, and a waiting caller looks up so often.
+_POLL_S = 0.5
+_LOOK_S = 0.1
+# So often it looks whether the run is told to stop, which may read a network filesystem.
+_STOP_LOOK_S = 1.0
+_END_S = 30.0
+
+
+class StopAsked(Exception):
+    """The run is told to stop, for the reason that is the message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What samples and scores for a run, and what the caller of `take` does while it waits."""
+
+    workers: Sequence[Worker]
+    # Hears the name of an engine that a worker has found dead, and the cause.
+    lost: Callable[[str, str], None]
+    # Brings engines back, where it is time for it. Raises RunError where none is left.
+    service: Callable[[], None]
+    # Why the run has to stop, if it has to.
+    must_stop: Callable[[], str | None] = lambda: None
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What makes tasks of prompts, and judges what comes back."""
+
+    make_task: Callable[[Prompt, int], GroupTask]  # of a prompt and the group's number
+    is_kept: Callable[[GroupReport], bool]  # whether the filters leave anything of it
+    # Whether engines have weights of the training's versions; else tokens do not age.
+    has_versions: bool = True
+    # Whether a group that was interrupted begins anew instead of going on: the engine then
+    # draws the same samples again, bit for bit.
+    restarts: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """What a take gives: all groups in order, those that no filter lets through included."""
+
+    groups: list[GroupReport]
+    taken: Taken
+
+
+@dataclass(slots=True)
+class _Held:
+    """A group between its start on a worker and its rollout."""
+
+    task: GroupTask
+    worker: int
+    report: GroupReport | None = None
+
+
+@dataclass(slots=True)
+class Producer:
+    limits: Limits
+    recipe: Recipe
+    source: PromptStream
+    serving: Serving
+    _admission: Admission = field(init=False)
+    _changed: threading.Condition = field(default_factory=threading.Condition, init=False)
+    _held: dict[int, _Held] = field(default_factory=dict, init=False)
+    # Whether prompts may be admitted: from the first weights until the end.
+    _is_open: bool = field(default=False, init=False)
+    _lost: dict[str, str] = field(default_factory=dict, init=False)
+    _failure: BaseException | None = field(default=None, init=False)
+    _closed: bool = field(default=False, init=False)
+    _threads: list[threading.Thread] = field(default_factory=list, init=False)
+    _next_look: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        self._admission = Admission(self.limits)
+        for worker in self.workers:
+            thread = threading.Thread(
+                target=self._listen, args=(worker,), name=f"news of {worker.name}", daemon=True
+            )
+            self._threads.append(thread)
+            thread.start()
+
+    @property
+    def workers(self) -> Sequence[Worker]:
+        return self.serving.workers
+
+    def set_version(self, version: int) -> None:
+        """The engines have the weights after `version` rollouts: prompts are admitted."""
+        with self._changed:
+            self._is_open = True
+            self._cancel(self._admission.set_version(version))
+            self._feed()
+
+    def take(self, version: int) -> Rollout:
+        """Waits for the groups of the next rollout, which trains these weights.
+
+        Raises StopAsked, and the error of a worker or a pool that cannot go on.
+        """
+        self.set_version(version)
+        taken = self._wait_for(self._next)
+        with self._changed:
+            groups = [self._report(group_id) for group_id in taken.group_ids]
+        return Rollout(groups, taken)
+
+    def finish(self, step: int, groups: Sequence[GroupReport]) -> None:
+        """Has the workers record these groups, which `take` gave, as those of rollout
+        `step`, and let them go."""
+        with self._changed:
+            for number, worker in enumerate(self.workers):
+                own = [group for group in groups if self._held[group.group_id].worker == number]
+                finished = [
+                    FinishedGroup(group.group_id, [sample.advantage for sample in group.samples])
+                    for group in own
+                ]
+                worker.finish_step(step, finished)
+            for group in groups:
+                del self._held[group.group_id]
+
+    def evaluate(self, tasks: Sequence[GroupTask]) -> list[GroupReport]:
+        """Waits for these groups alone, in order; training groups go on beside them.
+
+        The numbers of their groups are negative. Raises what `take` raises.
+        """
+        group_ids = [task.group_id for task in tasks]
+        with self._changed:
+            self._start(tasks)
+
+        def finished() -> list[GroupReport] | None:
+            reports = [self._held[group_id].report for group_id in group_ids]
+            found = [report for report in reports if report is not None]
+            return found if len(found) == len(reports) else None
+
+        try:
+            return self._wait_for(finished)
+        finally:
+            with self._changed:
+                self._drop(group_ids)
+
+    def metrics(self) -> dict[str, float]:
+        """What the workers have counted since they were asked the last time."""
+        found: dict[str, float] = {}
+        for worker in self.workers:
+            for name, value in worker.metrics().items():
+                found[name] = found.get(name, 0.0) + value
+        return found
+
+    def save(self, directory: Path) -> dict[str, Any]:
+        """Writes the groups that run or wait into `directory`, which is made where there are
+        any; returns what `load` needs beside it."""
+        with self._changed:
+            num_files = 0
+            if any(group_id >= 0 for group_id in self._held):
+                directory.mkdir()
+                num_files = len(self.workers)
+                for number, worker in enumerate(self.workers):
+                    worker.save(directory / f"{number}.npz")
+            return {"num_files": num_files, "admission": self._admission.state_dict()}
+
+    def load(self, directory: Path, state: dict[str, Any]) -> None:
+        """Goes on with what `save` wrote; the workers may be more or fewer than then."""
+        with self._changed:
+            self._admission.load_state_dict(state["admission"])
+            for number in range(state["num_files"]):
+                place = number % len(self.workers)
+                for restored in self.workers[place].load(directory / f"{number}.npz"):
+                    self._restore(place, restored)
+            missing = self._admission.groups.keys() - self._held.keys()
+            if missing:
+                raise RunError(f"{directory} lacks groups {sorted(missing)} of driver.json")
+
+    def halt(self) -> None:
+        """Ends what runs, so that engines and trainer may share devices again; for a run that
+        stops, after `save`."""
+        with self._changed:
+            self._is_open = False
+            self._drop(list(self._held))
+
+    def close(self) -> None:
+        """Ends the threads; the workers stay."""
+        self._closed = True
+        for thread in self._threads:
+            thread.join(_END_S)
+
+    def _listen(self, worker: Worker) -> None:
+        try:
+            while not self._closed:
+                news = worker.poll(_POLL_S)
+                with self._changed:
+                    self._hear(news)
+        except BaseException as error:
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
+
+    def _hear(self, news: WorkerNews) -> None:
+        if not news.groups and not news.lost:
+            return
+        for report in news.groups:
+            self._arrived(report)
+        self._lost |= news.lost
+        self._feed()
+        self._changed.notify_all()
+
+    def _arrived(self, report: GroupReport) -> None:
+        held = self._held.get(report.group_id)
+        if held is None:
+            return  # it was cancelled meanwhile
+        held.report = report
+        if held.task.purpose == "eval":
+            return
+        oldest = [sample.oldest_version for sample in report.samples]
+        versions = [version for version in oldest if version is not None]
+        self._admission.finish(
+            report.group_id,
+            min(versions, default=None) if self.recipe.has_versions else None,
+            is_kept=self.recipe.is_kept(report),
+        )
+
+    def _wait_for[T](self, found: Callable[[], T | None]) -> T:
+        """What `found` gives; it is asked again whenever something has happened."""
+        while True:
+            with self._changed:
+                if self._failure is not None:
+                    raise self._failure
+                result = found()
+                if result is not None:
+                    return result
+                self._changed.wait(_LOOK_S)
+                lost, self._lost = self._lost, {}
+            for name, cause in lost.items():
+                self.serving.lost(name, cause)
+            self.serving.service()
+            self._check_stop()
+
+    def _check_stop(self) -> None:
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + _STOP_LOOK_S
+        reason = self.serving.must_stop()
+        if reason:
+            raise StopAsked(reason)
+
+    def _next(self) -> Taken | None:
+        taken = self._admission.take()
+        if taken is None:
+            self._cancel(self._admission.cancel_overdue())
+        self._feed()
+        return taken
+
+    def _report(self, group_id: int) -> GroupReport:
+        report = self._held[group_id].report
+        assert report is not None, "a take holds finished groups only"
+        return report
+
+    def _feed(self) -> None:
+        """Starts as many prompts as there is room for."""
+        if not self._is_open:
+            return
+        prompts = self.source.next(self._admission.room())
+        self._start([self.recipe.make_task(prompt, self._admission.admit()) for prompt in prompts])
+
+    def _start(self, tasks: Sequence[GroupTask]) -> None:
+        """Each task goes to the worker with the fewest samples to make."""
+        load = [0] * len(self.workers)
+        for held in self._held.values():
+            if held.report is None:
+                load[held.worker] += held.task.sampling.n_samples_per_prompt
+        by_worker: list[list[GroupTask]] = [[] for _ in self.workers]
+        for task in tasks:
+            number = load.index(min(load))
+            load[number] += task.sampling.n_samples_per_prompt
+            by_worker[number].append(task)
+            self._held[task.group_id] = _Held(task, number)
+        for worker, own in zip(self.workers, by_worker, strict=True):
+            if own:
+                worker.start(own)
+
+    def _cancel(self, cancelled: Sequence[Cancelled]) -> None:
+        """Ends these groups, and starts those that take their place."""
+        again = []
+        for gone in cancelled:
+            if gone.again is not None:
+                prompt = self._held[gone.group_id].task.prompt
+                again.append(self.recipe.make_task(prompt, gone.again))
+        self._drop([gone.group_id for gone in cancelled])
+        self._start(again)
+
+    def _drop(self, group_ids: Sequence[int]) -> None:
+        for group_id in group_ids:
+            held = self._held.pop(group_id, None)
+            if held is not None:
+                with suppress(RunError):  # a dead worker says so to its thread
+                    self.workers[held.worker].cancel([group_id])
+
+    def _restore(self, place: int, restored: RestoredGroup) -> None:
+        task = restored.task
+        worker = self.workers[place]
+        is_known = task.group_id in (*self._admission.groups, *self._admission.replaced)
+        if not is_known:
+            worker.cancel([task.group_id])
+            return
+        self._held[task.group_id] = _Held(task, place)
+        if restored.report is not None:
+            self._arrived(restored.report)
+        elif self.recipe.restarts:
+            worker.cancel([task.group_id])
+            worker.start([task])
