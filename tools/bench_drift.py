@@ -58,7 +58,7 @@ def train(case: Case, rollouts: int, run_root: Path, more: list[str]) -> list[di
     """The rows of a run, one a rollout."""
     command = [sys.executable, "-m", "nanoslime.train", "--mock", "--engine", "sglang"]
     command += ["--dtype", "bfloat16", "--num-rollout", str(rollouts)]
-    command += ["--algorithm.filter-zero-std", "false"]
+    command += ["--algorithm.no-filter-zero-std"]
     command += ["--run-root", str(run_root), "--name", case.name, *case.flags, *more]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     lines = (run_root / case.name / "metrics.jsonl").read_text().splitlines()
