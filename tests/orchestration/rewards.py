@@ -19,3 +19,8 @@ def missing_key(text, label, metadata) -> float:
 
 def exits(text, label, metadata) -> float:
     raise SystemExit("the grader's server is gone")
+
+
+def share_of_odd_digits(text, label, metadata) -> float:
+    digits = [c for c in text if c.isdigit()]
+    return sum(int(c) % 2 for c in digits) / max(len(digits), 1)
