@@ -432,6 +432,7 @@ def test_several_sources_give_their_shares_also_of_a_run_that_is_resumed(tmp_pat
     broken = tmp_path / "broken.jsonl"
     broken.write_text("\n".join(["{", *lines[:3]]))
     own = {"prompts": str(broken), "name": "b", "weight": 3}
+    own["reward"] = "tests.orchestration.rewards:always_one"
     sources = ["--data.sources", json.dumps({"prompts": str(model.train), "name": "a"})]
     sources += [json.dumps(own), "--data.broken", "skip", "--save-interval", "1"]
     flags = run_dir(tmp_path, "whole", model)
@@ -441,6 +442,7 @@ def test_several_sources_give_their_shares_also_of_a_run_that_is_resumed(tmp_pat
     whole = RunDir.open(tmp_path / "whole")
     for row in rows(whole):
         assert (row["rollout/a/num_samples"], row["rollout/b/num_samples"]) == (4, 12)
+        assert row["rollout/b/reward_mean"] == 1.0 > row["rollout/a/reward_mean"]
         mean = (row["rollout/a/reward_mean"] + 3 * row["rollout/b/reward_mean"]) / 4
         assert row["rollout/reward_mean"] == pytest.approx(mean)
 
