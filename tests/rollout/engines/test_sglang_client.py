@@ -22,7 +22,15 @@ from nanoslime.process_groups import join_group, listen
 from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.rollout.router import Router
-from nanoslime.types import BroadcastEngine, Engine, GenerateRequest, Generation, RunError, Status
+from nanoslime.types import (
+    BroadcastEngine,
+    Engine,
+    GenerateRequest,
+    Generation,
+    PauseMode,
+    RunError,
+    Status,
+)
 from nanoslime.weight_sync.colocated import serialize_on_cpu
 from tests.serving import VOCAB_SIZE, num_running, reference_logprobs, wait_until_running
 
@@ -158,16 +166,24 @@ def test_proxies_of_the_environment_are_ignored(
     assert generate(sglang_engine, tokens=2)[0].token_ids
 
 
+@pytest.mark.parametrize("mode", ["retract", "in_place"])
 def test_paused_requests_go_on_under_the_new_version(
-    sglang_engine: SGLangEngine, other_model: Path
+    sglang_engine: SGLangEngine, other_model: Path, mode: PauseMode
 ) -> None:
     """A request that outlives a weight update reports which tokens each version
-    sampled, with its logprobs."""
+    sampled, with its logprobs. In place it keeps the cache of the old weights, which cannot be
+    flushed.
+    """
     with in_background(generate, sglang_engine, n=1, tokens=1500) as running:
         wait_until_running(sglang_engine)
-        sglang_engine.pause()
-        sglang_engine.flush()
-        sglang_engine.update_weights_from_disk(str(other_model), 1)
+        sglang_engine.pause(mode)
+        is_kept = mode == "in_place"
+        if not is_kept:
+            sglang_engine.flush()
+        sglang_engine.begin_update()
+        send_tensors(sglang_engine, load_file(other_model / "model.safetensors"))
+        sglang_engine.end_update(1, flush=not is_kept)
+        sglang_engine.update_weights_from_disk(str(other_model), 1, flush=not is_kept)
         assert sglang_engine.policy_version() == 1
         assert not running.done()
         sglang_engine.resume()
@@ -176,7 +192,8 @@ def test_paused_requests_go_on_under_the_new_version(
     assert old == (0, 0)
     first_of_new, version = new
     assert version == 1
-    assert_sampled_from(other_model, answer, first=first_of_new)
+    if not is_kept:
+        assert_sampled_from(other_model, answer, first=first_of_new)
 
 
 @pytest.mark.parametrize("ends", ["interrupt", "interrupt_while_paused", "pause"])
