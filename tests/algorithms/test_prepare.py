@@ -142,3 +142,13 @@ def test_groups_of_equal_rewards_count_in_the_denominator_unless_they_are_filter
     )
     [[batch]] = make_train_batches(prepared.groups, options)
     assert batch.denominator == denominator
+
+
+def test_each_part_of_a_weighted_reward_has_its_mean():
+    groups = [group(0, [0.0, 1.0]), group(1, [0.0, 1.0])]
+    first, second, *_ = [member for one in groups for member in one.samples]
+    first.reward_parts = {"f1": 0.5, "my.module:brief": 1.0}
+    second.reward_parts = {"f1": 1.0, "my.module:brief": 0.0}
+    metrics = prepare(groups, algorithm()).metrics
+    assert metrics["rollout/reward_f1_mean"] == 0.75
+    assert metrics["rollout/reward_my.module:brief_mean"] == 0.5

@@ -27,6 +27,10 @@ def misbehave(text, label, metadata):
             time.sleep(1000)
         case "kill":
             os._exit(7)
+        case "fork and kill":
+            if os.fork():
+                os._exit(7)
+            time.sleep(1000)
         case "segfault":
             os.kill(os.getpid(), 11)
         case "exit":

@@ -127,6 +127,7 @@ FAULTS = {
     "hang": "it took longer than 1 s",
     "hang asleep": "it took longer than 1 s",
     "kill": "its process ended with exit code 7",
+    "fork and kill": "its process ended with exit code 7",
     "segfault": "its process was killed by SIGSEGV",
     "close": "its process",
     "exit": "SystemExit: the grader has gone",
