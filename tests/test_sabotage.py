@@ -85,11 +85,12 @@ FAULTS = [
     Fault(
         "old logprobs taken after the step",
         "nanoslime/orchestration/worker.py",
-        "        steps = [self.backend.train_step(batch, self.algorithm) for batch in batches]\n",
+        "        steps = "
+        "[self.backend.train_step(batch, gaps or self.algorithm) for batch in batches]\n",
         "        steps = []\n"
         "        for batch in batches:\n"
         "            batch.old_logprobs = self.backend.logprobs(batch, 'policy')\n"
-        "            steps.append(self.backend.train_step(batch, self.algorithm))\n",
+        "            steps.append(self.backend.train_step(batch, gaps or self.algorithm))\n",
         "tests/orchestration/test_loop.py -k old_logprobs",
     ),
     Fault(
@@ -277,8 +278,8 @@ FAULTS = [
     Fault(
         "all prompts of a rollout share a seed",
         "nanoslime/rollout/generate.py",
-        "_request_seed(seed, position))",
-        "_request_seed(seed, 0))",
+        "_request_seed(seed, position) for",
+        "_request_seed(seed, 0) for",
         "tests/rollout/test_generate.py",
     ),
     Fault(

@@ -139,6 +139,13 @@ def test_no_sample_speaks_to_the_terminal(run, color):
     assert "\x1b[2J" not in text and "\x07" not in text and "\r" not in text
 
 
+def test_a_coloured_token_does_not_speak_to_the_terminal_either(run, tokenizer):
+    one = sample(tokenizer, 0, "\x07", 1.0)
+    recorder.record(recorder.Recording(run.rollouts, SETTINGS), 6, [SampleGroup(0, [one])])
+    write_gaps(gaps_file(run.rollouts, 6, 0), [(one.token_ids, np.array([np.nan] * 4 + [5.0]))])
+    assert shown(run, "--color").endswith("\x1b[30;48;5;196m\\x07\x1b[0m")
+
+
 def test_a_character_of_several_tokens_has_the_largest_of_their_gaps(run, tokenizer):
     one = sample(tokenizer, 0, "\N{GRINNING FACE}!\n", 1.0)
     recorder.record(recorder.Recording(run.rollouts, SETTINGS), 6, [SampleGroup(0, [one])])

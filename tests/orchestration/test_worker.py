@@ -165,7 +165,6 @@ def note_gaps(env, config, model_dir, run, steps):
     ids=str,
 )
 def test_the_gap_of_each_token_to_the_engine_is_kept(tmp_path, training, old_logprobs):
-    """Every logprob of these engines is 0, so that the gap is the trainer's logprob."""
     config = RunConfig(
         model=ModelConfig(dtype="float32"),
         rollout=RolloutConfig(rollout_batch_size=2, record_keep=2),
@@ -176,6 +175,8 @@ def test_the_gap_of_each_token_to_the_engine_is_kept(tmp_path, training, old_log
     gaps_file(run.rollouts, 2, 0).touch()
     gaps_file(run.rollouts, 3, 0).touch()
     groups = [group(0, [1.0, 0.0], lengths=[3, 5]), group(1, [0.0, 1.0], lengths=[2, 7])]
+    for sample in (sample for one in groups for sample in one.samples):
+        sample.rollout_logprobs[1:] = -0.5
     algorithms.make(config.algorithm, 2).advantages(groups)
     dp_size = 2 if training["backend"] == "fsdp" else 1
     options = BatchingOptions(
@@ -195,6 +196,6 @@ def test_the_gap_of_each_token_to_the_engine_is_kept(tmp_path, training, old_log
     for sample in samples:
         own = logprobs[tokens_key(sample.token_ids)]
         assert np.isnan(sample.gaps[0]) and sample.largest_gap > 1
-        assert sample.gaps[1:] == pytest.approx(own[1:], rel=2e-3)
+        assert sample.gaps[1:] == pytest.approx([value + 0.5 for value in own[1:]], rel=2e-3)
     files = {path.name for path in run.rollouts.glob("gaps_*")}
     assert files == {"gaps_3-0.npz"} | {f"gaps_4-{rank}.npz" for rank in range(dp_size)}
