@@ -62,10 +62,10 @@ FAULTS = [
     ),
     Fault(
         "mask shifted by one",
-        "nanoslime/rollout/generate.py",
-        "loss_mask=np.arange(num_prompt + num_response) >= num_prompt",
-        "loss_mask=np.arange(num_prompt + num_response) > num_prompt",
-        "tests/rollout/test_generate.py",
+        "nanoslime/rollout/sample_builder.py",
+        "mask = np.asarray(self._mask[:end], np.bool_)",
+        "mask = np.roll(np.asarray(self._mask[:end], np.bool_), 1)",
+        "tests/rollout/test_sample_builder.py",
     ),
     Fault(
         "temperature dropped from the trainer's logprobs",

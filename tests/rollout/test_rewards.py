@@ -1,16 +1,14 @@
 """Every reward of the table, by examples with known values."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from nanoslime.config import DataConfig
 from nanoslime.plugins import resolve
-from nanoslime.rollout.generate import make_sample
 from nanoslime.rollout.rewards import REWARDS, call
-from nanoslime.types import Generation, Prompt, Status
+from nanoslime.types import Prompt, Sample, Status
 from tests.rollout.test_prompts import GSM8K
 
 
@@ -209,9 +207,18 @@ def test_f1_is_that_of_squad(text: str, label: object, value: float) -> None:
 
 def test_a_reward_gets_the_status_and_the_prompt_where_it_names_them() -> None:
     prompt = Prompt(0, np.array([1], np.int32), "what?<think>", "7", {"k": 1})
-    generation = Generation([2], [0.0], Status.TRUNCATED, [(0, 0)])
-    tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: "so 7")
-    sample = make_sample(prompt, generation, 0, 0, tokenizer)
+    sample = Sample(
+        group_id=0,
+        rollout_id=0,
+        token_ids=np.array([1, 2], np.int32),
+        loss_mask=np.array([False, True]),
+        rollout_logprobs=np.zeros(2, np.float32),
+        policy_versions=[(1, 0)],
+        status=Status.TRUNCATED,
+        text="so 7",
+        label=prompt.label,
+        metadata=prompt.metadata,
+    )
     seen = []
 
     def plain(text, label, metadata) -> float:
