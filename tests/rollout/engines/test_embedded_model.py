@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from nanoslime.rollout.engines import embedded_model
-from nanoslime.rollout.engines.embedded_model import EmbeddedEngine, pick
+from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
+from nanoslime.rollout.engines.embedded_sampling import pick
 from nanoslime.types import Engine, GenerateRequest, Generation, PauseMode, RunError, Status
 from tests.models.hf import add_mtp, save_model
 from tests.serving import (
@@ -348,13 +349,13 @@ def test_requests_that_are_started_together_are_one_batch(
 ) -> None:
     """Also where some come a few turns of the event loop after the first."""
     sizes = []
-    sample = embedded_model._sample
+    sample = embedded_model.sample_batch
 
     def watched(model: Any, sequences: Any, *rest: Any) -> None:
         sizes.append(len(sequences))
         sample(model, sequences, *rest)
 
-    monkeypatch.setattr(embedded_model, "_sample", watched)
+    monkeypatch.setattr(embedded_model, "sample_batch", watched)
 
     async def late(turns: int) -> list[Generation]:
         for _ in range(turns):
