@@ -175,8 +175,8 @@ class EmbeddedEngine:
 
     def interrupt(self) -> None:
         with self._batch_stopped():
-            while self._waiting:
-                self._waiting.pop(0).finish(aborted=True)
+            for job in self._remove(list(self._waiting)):
+                job.finish(aborted=True)
 
     def close(self) -> None:
         """Ends its requests and its thread."""
@@ -263,13 +263,24 @@ class EmbeddedEngine:
 
     def _answer_waiting(self) -> None:
         """Makes batches of the requests that wait, until none is left or the engine pauses."""
+        jobs = list(self._waiting)
         try:
             with self._alone("a weight update"):
                 while self._waiting and not (self._paused or self._must_stop.is_set()):
-                    self._run_batch(list(self._waiting))
+                    jobs = list(self._waiting)
+                    self._run_batch(jobs)
         except Exception as e:  # whoever waits has to hear of it
-            while self._waiting:
-                self._waiting.pop(0).fail(e)
+            for job in self._remove(jobs):
+                job.fail(e)
+
+    def _remove(self, jobs: Sequence[_Job]) -> list[_Job]:
+        """Takes those of `jobs` that wait from the waiting, before any is told: who hears of it
+        may ask again at once.
+        """
+        removed = [job for job in jobs if job in self._waiting]
+        for job in removed:
+            self._waiting.remove(job)
+        return removed
 
     def _run_batch(self, jobs: Sequence[_Job]) -> None:
         """Answers these requests; those that a stop leaves unfinished stay among the waiting."""
