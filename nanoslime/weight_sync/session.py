@@ -17,6 +17,7 @@ An error leaves the session in the state in which it happened. After IDLE the en
 stay paused, so that none serves a mixture, and a further sync is refused.
 """
 
+import logging
 import secrets
 import shutil
 import time
@@ -28,6 +29,8 @@ from typing import Any, Protocol
 from nanoslime.types import PauseMode, RunError
 from nanoslime.weight_sync.engine_calls import EnginesFailed, Failure
 from nanoslime.weight_sync.transport import TRANSPORTS, Delivery, EngineSide, Sent, version_dir
+
+logger = logging.getLogger(__name__)
 
 
 class State(StrEnum):
@@ -258,17 +261,17 @@ class SyncSession:
     def _all_well(self, sent: Sequence[Sent]) -> bool:
         """Whether no engine failed the ranks; loses those that did.
 
-        An engine that is gone makes the others fail too, which are asked first.
+        Where one hangs, the others are late with it. So all are asked whether they live, once
+        nothing keeps them waiting; only where all do, what the ranks say of them counts.
         """
         problems = [of_rank.problem for of_rank in sent if of_rank.problem]
         if not problems:
             return True
+        logger.warning("the engines' update is broken off: %s", "; ".join(problems))
         failures: dict[str, Failure] = {}
         for of_rank in sent:
             failures |= of_rank.failures
         before = self._engines.in_sync()
-        gone = {name: failure for name, failure in failures.items() if failure.is_gone}
-        self._engines.fail(gone)
         self._disconnect()
         if self._engines.in_sync() == before:
             if not failures:

@@ -255,6 +255,25 @@ def test_an_engine_that_fails_is_lost_and_the_others_are_brought_to_the_version(
     assert b.own_calls.count("pause") == 1, "a lost engine is told nothing more"
 
 
+def test_an_engine_that_was_late_because_another_hangs_goes_on(tmp_path):
+    """Both are late for the rank that sends; only one of them answers afterwards."""
+    calls: list[str] = []
+    a = Engine("a", calls)
+    b = Engine("b", calls, gone_at="abandon_update")
+    session = opened(tmp_path, "broadcast", a, b, calls=calls)
+    send = session._ranks._send
+
+    def late(version: int) -> Sent:
+        if b in session._ranks.engines:
+            failures = {name: Failure(f"{name} is late", is_gone=True) for name in "ab"}
+            return Sent(failures=failures, problem="a is late; b is late")
+        return send(version)
+
+    session._ranks._send = late
+    session.sync(4)
+    assert a.served == [(4, 4)] and b.served == []
+
+
 @pytest.mark.parametrize("call", ["pause", "update_weights_from_disk"])
 def test_an_engine_that_dies_over_files_is_lost(tmp_path, call):
     calls: list[str] = []
@@ -295,7 +314,9 @@ def test_engines_that_die_one_after_another_are_lost_one_after_another(tmp_path)
 def test_a_run_without_an_engine_and_without_hope_ends_with_the_causes(tmp_path, call):
     calls: list[str] = []
     session = opened(tmp_path, "broadcast", Engine("a", calls, gone_at=call), calls=calls)
-    with pytest.raises(RunError, match=f"no engine is left: engine a: {call} was not answered"):
+    found_by = "abandon_update" if call == "send" else call
+    message = f"no engine is left: engine a: {found_by} was not answered"
+    with pytest.raises(RunError, match=message):
         session.sync(4)
 
 
