@@ -37,10 +37,11 @@ def evaluated(root: Path, *words: object) -> list[dict[str, Any]]:
     return json.loads(output.read_text())["sets"]
 
 
-def of_step(seen: wired.Seen, step: int) -> dict[str, Any]:
-    """The row of the greedy set, which no seed changes."""
-    [row] = [row for row in seen.evals if (row["step"], row["set"]) == (step, "greedy")]
-    return row
+def of_step(seen: wired.Seen, step: int) -> list[dict[str, Any]]:
+    """The rows of all sets: one is sampled by the seeds of the step, one is greedy."""
+    rows = [row for row in seen.evals if row["step"] == step]
+    assert [row["set"] for row in rows] == ["held_out", "greedy"]
+    return rows
 
 
 def test_a_model_is_evaluated_by_a_recipe(tmp_path, seen, files):
@@ -49,13 +50,13 @@ def test_a_model_is_evaluated_by_a_recipe(tmp_path, seen, files):
     settings = wired.settings(files, changes(files))
     settings["data"]["prompts"] = settings["model"]["hf_checkpoint"] = ""
     recipe.write_text(json.dumps(settings))
-    assert evaluated(tmp_path, files.model, recipe)[1] == of_step(seen, -1)
+    assert evaluated(tmp_path, files.model, recipe) == of_step(seen, -1)
 
 
 def test_a_run_is_evaluated_at_its_newest_export(tmp_path, seen, capsys):
-    assert evaluated(tmp_path, seen.run.path)[1] == of_step(seen, 1)
+    assert evaluated(tmp_path, seen.run.path) == of_step(seen, 1)
     shown = capsys.readouterr().out.splitlines()
-    row = of_step(seen, 1)
+    row = of_step(seen, 1)[1]
     estimate = f"greedy               mean@1     {row['reward']:.4f} ± {row['mean@1_se']:.4f}"
     assert estimate in shown and str(tmp_path / "found.json") in shown[-1]
     assert seen.run.evals.read_text().count("\n") == 6  # of the run itself alone
@@ -63,16 +64,16 @@ def test_a_run_is_evaluated_at_its_newest_export(tmp_path, seen, capsys):
 
 def test_a_step_of_the_trainer_is_exported_and_evaluated(tmp_path, seen):
     checkpoint = seen.run.checkpoint(1)
-    assert evaluated(tmp_path, checkpoint)[1] == of_step(seen, 0)
+    assert evaluated(tmp_path, checkpoint) == of_step(seen, 0)
     assert of_step(seen, 0) != of_step(seen, 1)
     exported = seen.run.hf(1)
-    assert evaluated(tmp_path, exported)[1] == of_step(seen, 0)
+    assert evaluated(tmp_path, exported) == of_step(seen, 0)
 
 
 @pytest.mark.megatron
 def test_a_step_of_megatron_is_exported_and_evaluated(tmp_path, files):
     megatron = wired.run(files, tmp_path, changes(files, **{"training.backend": "megatron"}))
-    assert evaluated(tmp_path, megatron.run.checkpoint(1))[1] == of_step(megatron, 0)
+    assert evaluated(tmp_path, megatron.run.checkpoint(1)) == of_step(megatron, 0)
 
 
 def test_flags_change_what_is_evaluated(tmp_path, seen, files):

@@ -137,10 +137,10 @@ FAULTS = [
     ),
     Fault(
         "prompt tokens in the loss",
-        "nanoslime/rollout/generate.py",
-        "loss_mask=np.arange(num_prompt + num_response) >= num_prompt",
-        "loss_mask=np.arange(num_prompt + num_response) >= 1",
-        "tests/rollout/test_generate.py",
+        "nanoslime/rollout/sample_builder.py",
+        "self._mask = [False] * len(self.token_ids)",
+        "self._mask = [False] + [True] * (len(self.token_ids) - 1)",
+        "tests/rollout/test_sample_builder.py",
     ),
     Fault(
         "an answer inside of an unfinished thought pays",
@@ -229,29 +229,31 @@ FAULTS = [
     Fault(
         "samples without the seed of the run",
         "nanoslime/orchestration/rollout_manager.py",
-        "seed=(self.config.seed, 0, number)",
-        "seed=(0, 0, number)",
+        "entropy = [self.config.seed % 2**32, 0, group_id]",
+        "entropy = [0, 0, group_id]",
         f"{WIRING} -k seed",
     ),
     Fault(
         "every rollout with the same seed",
         "nanoslime/orchestration/rollout_manager.py",
-        "seed=(self.config.seed, 0, number)",
-        "seed=(self.config.seed, 0, 0)",
+        "entropy = [self.config.seed % 2**32, 0, group_id]",
+        "entropy = [self.config.seed % 2**32, 0, 0]",
         f"{WIRING} -k seed",
     ),
     Fault(
         "prompts in the same order whatever the seed",
         "nanoslime/orchestration/rollout_manager.py",
-        "loaded.stream(config.seed, data.shuffle)",
-        "loaded.stream(0, data.shuffle)",
+        "loaded.stream(config.seed, config.data.shuffle)",
+        "loaded.stream(0, config.data.shuffle)",
         f"{WIRING} -k seed",
     ),
     Fault(
         "over-long responses are judged by length 0",
         "nanoslime/orchestration/rollout_manager.py",
-        "algorithms.make(config.algorithm, config.rollout.max_new_tokens)\n        self._router",
-        "algorithms.make(config.algorithm)\n        self._router",
+        "algorithms.make(config.algorithm, config.rollout.max_new_tokens)\n"
+        "        self._failures = SampleFailures()\n        self._loaded",
+        "algorithms.make(config.algorithm)\n"
+        "        self._failures = SampleFailures()\n        self._loaded",
         WRITTEN_OUT,
     ),
     Fault(
@@ -276,11 +278,26 @@ FAULTS = [
         f"{WIRING} -k resumed",
     ),
     Fault(
-        "all prompts of a rollout share a seed",
-        "nanoslime/rollout/generate.py",
-        "_request_seed(seed, position) for",
-        "_request_seed(seed, 0) for",
-        "tests/rollout/test_generate.py",
+        "all samples of a prompt share a seed",
+        "nanoslime/rollout/policy.py",
+        "self._seed = (task.seed, index)",
+        "self._seed = (task.seed, 0)",
+        "tests/rollout/test_worker.py -k each_group",
+    ),
+    Fault(
+        "each sample of a rollout has a reward of its own",
+        "nanoslime/rollout/worker.py",
+        "        await self._scorer.score(samples, task.prompt, task.reward)\n",
+        "        for sample in samples:\n"
+        "            await self._scorer.score([sample], task.prompt, task.reward)\n",
+        "tests/rollout/test_worker.py -k share",
+    ),
+    Fault(
+        "waiting for tokens is time of the environment",
+        "nanoslime/rollout/policy.py",
+        "            limit.reschedule(None)\n",
+        "",
+        "tests/rollout/test_worker.py -k waiting",
     ),
     Fault(
         "sequences in flight are never given back",

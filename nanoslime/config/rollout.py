@@ -79,6 +79,9 @@ class RolloutConfig:
     of such. single_turn: one response."""
     environment_options: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the environment."""
+    environment_timeout_s: float = Field(default=3600.0, gt=0)
+    """An environment that takes longer gives its sample the status error. Waiting for the
+    policy's tokens does not count: their deadline is request_deadline_s."""
     engine_tp_size: int = Field(default=1, ge=1)
     """GPUs per engine."""
     engines_per_node: int | None = Field(default=None, ge=1)

@@ -6,7 +6,8 @@ it, does not show: a request that was interrupted is asked again with the tokens
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from nanoslime.models.shape import ModelShape
 from nanoslime.rollout.chat import Chat
 from nanoslime.rollout.tasks import GroupTask, Sampling
 from nanoslime.storage.prompt_text import check_template
-from nanoslime.types import GenerateRequest, Generation, Status
+from nanoslime.types import GenerateRequest, Generation, RunError, Status
 
 # SGLang refuses a prompt that leaves fewer tokens of the context than this.
 _LEAST_ROOM = 8
@@ -105,6 +106,9 @@ class Policy:
         self._calls: list[Call] = []
         self._not_yet_replayed = [replace(call) for call in transcript]
         self._turn = asyncio.Lock()
+        self._num_waiting = 0
+        self._limit: asyncio.Timeout | None = None
+        self._time_left_s = 0.0
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -132,6 +136,47 @@ class Policy:
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
+    @asynccontextmanager
+    async def time_limit(self, seconds: float) -> AsyncIterator[None]:
+        """Ends what runs in it after so many seconds, but those in which it waits in `generate`.
+
+        Raises RunError then.
+        """
+        limit = asyncio.timeout(seconds)
+        try:
+            async with limit:
+                self._limit = limit
+                yield
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise RunError(
+                f"it took longer than rollout.environment_timeout_s={seconds:g}, beside the time "
+                "for its tokens"
+            ) from error
+        finally:
+            self._limit = None
+
+    @contextmanager
+    def _time_stands_still(self) -> Iterator[None]:
+        """What runs in it does not count into `time_limit`; several may run at once."""
+        loop = asyncio.get_running_loop()
+        limit = self._limit
+        if limit is None or limit.expired():
+            yield
+            return
+        deadline = limit.when()
+        if deadline is not None:
+            self._time_left_s = deadline - loop.time()
+            limit.reschedule(None)
+        self._num_waiting += 1
+        try:
+            yield
+        finally:
+            self._num_waiting -= 1
+            if self._num_waiting == 0 and self._limit is limit:
+                limit.reschedule(loop.time() + self._time_left_s)
+
     async def generate(
         self,
         token_ids: Sequence[int],
@@ -146,27 +191,33 @@ class Policy:
         stay in it. The status is TRUNCATED, also without a token, where a limit or the
         model's context ends it, and ERROR with a cause where no engine could make it.
         """
-        async with self._turn:
-            left = self.num_tokens_left
-            limit = left if max_new_tokens is None else min(left, max_new_tokens)
-            stop = (*self.sampling.stop, *(stop or ()))
-            number = len(self._calls)
-            call = self._call(token_ids)
-            num_in_vain = 0
-            while call.generation.status is Status.ABORTED and num_in_vain < _MAX_IN_VAIN:
-                num_before = len(call.generation.token_ids)
-                request = self._request(call, number, limit - num_before, stop)
-                if request is None:
-                    call.generation = replace(call.generation, status=Status.TRUNCATED, error=None)
-                    break
-                [more] = await self.model.router.generate(request, key=self._key)
-                call.generation = self._joined(call, more, stop)
-                if len(call.generation.token_ids) > num_before:
-                    num_in_vain = 0
-                elif call.generation.status is Status.ABORTED:
-                    num_in_vain += 1
-                    await asyncio.sleep(_PAUSE_S * num_in_vain)
-            return call.generation
+        with self._time_stands_still():
+            async with self._turn:
+                return await self._generate(token_ids, max_new_tokens, stop)
+
+    async def _generate(
+        self, token_ids: Sequence[int], max_new_tokens: int | None, stop: Sequence[str] | None
+    ) -> Generation:
+        left = self.num_tokens_left
+        limit = left if max_new_tokens is None else min(left, max_new_tokens)
+        stop = (*self.sampling.stop, *(stop or ()))
+        number = len(self._calls)
+        call = self._call(token_ids)
+        num_in_vain = 0
+        while call.generation.status is Status.ABORTED and num_in_vain < _MAX_IN_VAIN:
+            num_before = len(call.generation.token_ids)
+            request = self._request(call, number, limit - num_before, stop)
+            if request is None:
+                call.generation = replace(call.generation, status=Status.TRUNCATED, error=None)
+                break
+            [more] = await self.model.router.generate(request, key=self._key)
+            call.generation = self._joined(call, more, stop)
+            if len(call.generation.token_ids) > num_before:
+                num_in_vain = 0
+            elif call.generation.status is Status.ABORTED:
+                num_in_vain += 1
+                await asyncio.sleep(_PAUSE_S * num_in_vain)
+        return call.generation
 
     def _call(self, token_ids: Sequence[int]) -> Call:
         """The call for these tokens: that of the transcript, or a new one."""

@@ -94,6 +94,7 @@ class RolloutWorker:
         self.name = f"rollout worker {setup.index}"
         self._store = store or LocalStore()
         self._environment = environments.make(rollout.environment, rollout.environment_options)
+        self._environment_timeout_s = rollout.environment_timeout_s
         self._scorer = Scorer(config.data)
         self._router = Router(max_inflight=rollout.max_inflight)
         tokenizer = AutoTokenizer.from_pretrained(
@@ -231,7 +232,10 @@ class RolloutWorker:
             policy = Policy(task, index, self._model, rollout.transcript)
             rollout.policy = policy
             try:
-                samples = await self._environment(task.prompt, policy)
+                async with policy.time_limit(self._environment_timeout_s):
+                    samples = await self._environment(task.prompt, policy)
+                if not samples:
+                    raise ValueError("it gave no sample")
                 for sample in samples:
                     sample.group_id = policy.group_id
                     sample.rollout_id = policy.rollout_id
@@ -241,11 +245,9 @@ class RolloutWorker:
                 logger.debug("group %d: the environment failed", task.group_id, exc_info=e)
                 cause = f"the environment failed with {summary(e)}"
                 samples = [SampleBuilder(task.prompt, policy).build(Status.ERROR, cause)]
-        for sample in samples:
-            if sample.status is not Status.ERROR:
-                begin = self._loop.time()
-                await self._scorer.score(sample, task.prompt, task.reward)
-                self._count("time/score_s", self._loop.time() - begin)
+        begin = self._loop.time()
+        await self._scorer.score(samples, task.prompt, task.reward)
+        self._count("time/score_s", self._loop.time() - begin)
         tokens = sum(sample.num_response_tokens for sample in samples)
         if task.purpose == "train":
             self._count("rollout/generated_tokens", tokens)
@@ -326,7 +328,9 @@ class RolloutWorker:
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
-        await environments.close(self._environment)
-        await self._scorer.close()
-        await self._router.close()
-        await self._loop.shutdown_asyncgens()
+        try:
+            await environments.close(self._environment)
+        finally:
+            await self._scorer.close()
+            await self._router.close()
+            await self._loop.shutdown_asyncgens()

@@ -65,9 +65,9 @@ def scored(data: DataConfig, name: str, texts: list[str], *, together: bool = Fa
     async def use(scorer: Scorer) -> list[Sample]:
         samples = [make_sample(text) for text in texts]
         for sample in [] if together else samples:
-            await scorer.score(sample, prompt(), name)
+            await scorer.score([sample], prompt(), name)
         if together:
-            await asyncio.gather(*(scorer.score(sample, prompt(), name) for sample in samples))
+            await asyncio.gather(*(scorer.score([sample], prompt(), name) for sample in samples))
         return samples
 
     return with_scorer(data, use)
@@ -151,7 +151,7 @@ def test_a_reward_that_fails_gives_its_sample_an_error_and_the_next_one_its_rewa
     async def use(scorer: Scorer) -> list[Sample]:
         samples = [make_sample(text) for text in texts]
         for sample in samples:
-            await scorer.score(sample, prompt(), MISBEHAVE)
+            await scorer.score([sample], prompt(), MISBEHAVE)
         assert scorer.metrics() == {
             "rollout/reward_errors": len(FAULTS),
             "rollout/reward_timeouts": 2,
@@ -224,7 +224,7 @@ def test_a_reward_that_cannot_be_loaded_is_refused_or_costs_the_samples() -> Non
 )
 def test_the_event_loop_goes_on_meanwhile(name: str, text: str) -> None:
     async def use(scorer: Scorer) -> float:
-        task = asyncio.create_task(scorer.score(make_sample(text), prompt(), name))
+        task = asyncio.create_task(scorer.score([make_sample(text)], prompt(), name))
         longest = 0.0
         while not task.done():
             start = time.monotonic()
@@ -239,7 +239,7 @@ def test_quick_rewards_stay_quick() -> None:
     async def use(scorer: Scorer) -> float:
         samples = [make_sample(text) for text in ["4", "5"] * 128]
         start = time.perf_counter()
-        await asyncio.gather(*(scorer.score(s, prompt(), "exact_match") for s in samples))
+        await asyncio.gather(*(scorer.score([s], prompt(), "exact_match") for s in samples))
         seconds = time.perf_counter() - start
         assert [sample.reward for sample in samples] == [1.0, 0.0] * 128
         return seconds
@@ -296,16 +296,51 @@ def test_a_source_may_have_a_reward_of_its_own_beside_a_weighted_sum() -> None:
     ]
 
 
+def test_the_samples_of_a_rollout_share_the_reward_of_the_last_one() -> None:
+    async def use(scorer: Scorer) -> None:
+        samples = [make_sample("3"), make_sample("4"), make_sample("4", status=Status.ERROR)]
+        await scorer.score(samples, prompt(), "weighted")
+        assert [sample.reward for sample in samples] == [1.5, 1.5, None]
+        parts = {"exact_match": 1.0, "f1": 1.0}
+        assert [sample.reward_parts for sample in samples] == [parts, parts, {}]
+
+        given = [make_sample("4", reward=0.25), make_sample("4")]
+        await scorer.score(given, prompt(), "weighted")
+        assert [sample.reward for sample in given] == [0.25, 0.25]
+
+    with_scorer(DataConfig(rewards={"exact_match": 1.0, "f1": 0.5}), use)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "cause"),
+    [
+        ((None, None), "KeyError"),
+        ((0.5, 1.0), "share one reward, but the environment gave [0.5, 1.0]"),
+        ((0.5, float("inf")), "inf"),
+    ],
+)
+def test_a_rollout_without_one_reward_is_an_error_of_all_its_samples(rewards, cause) -> None:
+    async def use(scorer: Scorer) -> dict[str, float]:
+        samples = [make_sample("4", reward=reward) for reward in rewards]
+        await scorer.score(samples, prompt(), "tests.orchestration.rewards:missing_key")
+        assert [sample.status for sample in samples] == [Status.ERROR] * 2
+        assert [sample.reward for sample in samples] == [None] * 2
+        assert all(cause in sample.error for sample in samples), samples[0].error
+        return scorer.metrics()
+
+    assert with_scorer(DataConfig(), use)["rollout/reward_errors"] == 2
+
+
 def test_samples_that_have_a_reward_or_an_error_are_left_alone() -> None:
     async def use(scorer: Scorer) -> None:
         broken = make_sample("4", status=Status.ERROR, error="no engine")
-        await scorer.score(broken, prompt(), "exact_match")
+        await scorer.score([broken], prompt(), "exact_match")
         assert (broken.reward, broken.error) == (None, "no engine")
         judged = make_sample("4", reward=0.25)
-        await scorer.score(judged, prompt(), "exact_match")
+        await scorer.score([judged], prompt(), "exact_match")
         assert judged.reward == 0.25
         odd = make_sample("4", reward=float("nan"))
-        await scorer.score(odd, prompt(), "exact_match")
+        await scorer.score([odd], prompt(), "exact_match")
         assert (odd.status, odd.reward) == (Status.ERROR, None)
 
     with_scorer(DataConfig(), use)
@@ -316,12 +351,12 @@ def test_close_and_cancelled_calls_leave_no_process() -> None:
         hanging = [make_sample("hang") for _ in range(4)]
         async with asyncio.TaskGroup() as group:
             tasks = [
-                group.create_task(scorer.score(sample, prompt(), MISBEHAVE)) for sample in hanging
+                group.create_task(scorer.score([sample], prompt(), MISBEHAVE)) for sample in hanging
             ]
-            await scorer.score(make_sample("child"), prompt(), f"{ODD}:pid")
+            await scorer.score([make_sample("child")], prompt(), f"{ODD}:pid")
             for task in tasks[:2]:
                 task.cancel()
-        await scorer.score(make_sample("child"), prompt(), MISBEHAVE)
+        await scorer.score([make_sample("child")], prompt(), MISBEHAVE)
         return psutil.Process().children(recursive=True)
 
     before = psutil.Process().children(recursive=True)
@@ -344,7 +379,7 @@ from tests.rollout.test_scorer import make_sample, prompt
 
 async def main():
     await Scorer(DataConfig()).score(
-        make_sample({str(pids)!r}), prompt(), "{ODD}:tells_pids_and_hangs"
+        [make_sample({str(pids)!r})], prompt(), "{ODD}:tells_pids_and_hangs"
     )
 asyncio.run(main())
 """

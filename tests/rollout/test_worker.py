@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nanoslime.algorithms.rewards import rewards_by_group
 from nanoslime.config import DataConfig, RolloutConfig, RunConfig
 from nanoslime.rollout import recorder, worker_state
 from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
@@ -154,12 +155,16 @@ def test_a_finished_step_is_recorded_with_its_advantages_and_let_go(open_worker,
         ("misaligned", "must be equally long"),
         ("first_in_loss", "token 0 is in the loss"),
         ("no_list", "TypeError"),
+        ("empty", "it gave no sample"),
+        ("hanging", "it took longer than rollout.environment_timeout_s=0.2"),
+        ("hanging_after_turns", "it took longer than rollout.environment_timeout_s=0.2"),
+        ("late_by_itself", "TimeoutError: its own"),
     ],
 )
 def test_what_an_environment_does_wrong_is_an_error_of_its_samples(
     open_worker, environment, cause
 ) -> None:
-    worker = open_worker(environment=f"{HERE}:{environment}")
+    worker = open_worker(environment=f"{HERE}:{environment}", environment_timeout_s=0.2)
     worker.start([task(0)])
     [group] = reports(worker, 1)
     assert [sample.status for sample in group.samples] == [Status.ERROR] * 3
@@ -208,6 +213,25 @@ async def no_list(prompt: Prompt, policy: Policy) -> Any:
     return 5
 
 
+async def empty(prompt: Prompt, policy: Policy) -> list[Sample]:
+    return []
+
+
+async def hanging(prompt: Prompt, policy: Policy) -> list[Sample]:
+    await asyncio.Event().wait()
+    return []
+
+
+async def hanging_after_turns(prompt: Prompt, policy: Policy) -> list[Sample]:
+    turns = [policy.generate(prompt.token_ids, max_new_tokens=2) for _ in range(2)]
+    await asyncio.gather(*turns)
+    return await hanging(prompt, policy)
+
+
+async def late_by_itself(prompt: Prompt, policy: Policy) -> list[Sample]:
+    raise TimeoutError("its own")
+
+
 async def two_turns(prompt: Prompt, policy: Policy) -> list[Sample]:
     """Two answers of three tokens with an observation between them, and the first one again as
     a sample of its own."""
@@ -219,13 +243,38 @@ async def two_turns(prompt: Prompt, policy: Policy) -> list[Sample]:
     return [first.build(), both.build()]
 
 
-def test_samples_of_one_rollout_share_its_number(open_worker) -> None:
+def test_waiting_for_tokens_is_no_time_of_the_environment(open_worker, engine) -> None:
+    """Also where it waits for several at once, and for an engine."""
+    gate = Gate(engine)
+    worker = open_worker(engines=[], environment=f"{HERE}:turns_at_once", environment_timeout_s=0.2)
+    worker.start([task(0)])
+    assert not worker.poll(0.4).groups
+    worker.set_engines([gate])
+    wait_for(lambda: gate.num_waiting == 3)
+    gate.let_through = 3
+    assert not worker.poll(0.4).groups
+    assert gate.num_waiting == 3
+    gate.is_open = True
+    [group] = reports(worker, 1)
+    assert [sample.error for sample in group.samples] == [None] * 3
+
+
+async def turns_at_once(prompt: Prompt, policy: Policy) -> list[Sample]:
+    turns = [policy.generate(prompt.token_ids, max_new_tokens=2) for _ in range(2)]
+    first, _ = await asyncio.gather(*turns)
+    builder = SampleBuilder(prompt, policy)
+    builder.generated(first)
+    return [builder.build()]
+
+
+def test_samples_of_one_rollout_share_its_number_and_its_reward(open_worker) -> None:
     worker = open_worker(environment=f"{HERE}:two_turns")
-    worker.start([task(2)])
+    worker.start([task(2, f"{REWARDS}:by_text_where_labelled")])
     [group] = reports(worker, 1)
     assert [sample.rollout_id for sample in group.samples] == [6, 6, 7, 7, 8, 8]
     assert [sample.num_tokens for sample in group.samples] == [6, 11] * 3
-    assert len(group.rewards) == 6
+    assert group.rewards[::2] == group.rewards[1::2] and len(set(group.rewards)) == 3
+    assert set(rewards_by_group([group])[2]) == {6, 7, 8}
 
 
 class Gate:
@@ -237,6 +286,8 @@ class Gate:
         self.num_waiting = 0
         self.num_cancelled = 0
         self.num_interrupts = 0
+        # So many requests pass while it is closed.
+        self.let_through = 0
         self._engine = engine
 
     def interrupt(self) -> None:
@@ -246,7 +297,7 @@ class Gate:
         self.num_waiting += 1
         before = self.num_interrupts
         try:
-            while not self.is_open:
+            while not self.is_open and self.let_through == 0:
                 await asyncio.sleep(0.005)
                 if self.num_interrupts > before:
                     return [Generation([], [], Status.ABORTED, [])] * request.n
@@ -255,6 +306,7 @@ class Gate:
             raise
         finally:
             self.num_waiting -= 1
+        self.let_through = max(0, self.let_through - 1)
         return await self._engine.generate(request)
 
 

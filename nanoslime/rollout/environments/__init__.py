@@ -1,8 +1,16 @@
 """Environments by name: a file here and a line in ENVIRONMENTS.
 
 An environment is `async run(prompt, policy) -> list[Sample]`: one rollout of a prompt. It asks
-the policy for tokens as often as it likes, and gives back the sequences that are trained on,
-without rewards. It is a function, whose further parameters are its options; or a class that is
+the policy for tokens as often as it likes, and gives back the sequences that are trained on, one
+or several. A rollout has one reward, which all of its samples share: where the environment sets
+none, the last sample is scored for all, so the sample whose text holds the answer comes last; what
+it sets has to be the same in all samples that it sets it in.
+
+What it raises is the error of its rollout, and so is taking longer than
+rollout.environment_timeout_s, in which waiting for tokens does not count. All environments of a
+rollout worker run in one event loop: what blocks belongs into a thread (`asyncio.to_thread`).
+
+An environment is a function, whose further parameters are its options; or a class that is
 made of the options and called so, with an `async close()` where it has something to end.
 
 The table lies in `config`, where the login node can check the name of an environment.

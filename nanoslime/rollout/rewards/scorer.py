@@ -7,6 +7,7 @@ import asyncio
 import logging
 import os
 from collections import Counter
+from collections.abc import Sequence
 
 from nanoslime.config import DataConfig
 from nanoslime.failures import summary
@@ -30,22 +31,31 @@ class Scorer:
         self._counts: Counter[str] = Counter()
         self._told: set[tuple[str, str]] = set()
 
-    async def score(self, sample: Sample, prompt: Prompt, reward_name: str) -> None:
-        """Sets the reward of the sample, and its parts where the reward is a weighted sum.
+    async def score(self, samples: Sequence[Sample], prompt: Prompt, reward_name: str) -> None:
+        """Gives the samples of one rollout their reward, and its parts where it is a weighted sum.
 
-        A reward that crashes, takes too long, ends its process or returns no finite number
-        gives the sample the status error, with the cause in `error`. A sample that has this
-        status already is left alone; a reward that its environment has set is only checked.
+        It is one for all of them: what the environment gave any of them, or else the reward
+        of the last one. Samples that have status error already are left alone. A reward that
+        crashes, takes too long, ends its process or is no finite number gives all the others
+        this status, with the cause in `error`; so do rewards of the environment that differ.
         """
-        if sample.status is Status.ERROR:
+        made = [sample for sample in samples if sample.status is not Status.ERROR]
+        given = [sample for sample in made if sample.reward is not None]
+        if not made:
             return
+        judged = (given or made)[-1]
         try:
-            if sample.reward is None:
-                await self._judge(sample, prompt, self._data.reward_weights(reward_name))
+            if given:
+                judged.reward = _agreed(given)
             else:
-                sample.reward = number(sample.reward)
+                await self._judge(judged, prompt, self._data.reward_weights(reward_name))
         except Exception as error:
-            self._fail(sample, reward_name, error)
+            self._fail(made, judged, reward_name, error)
+            return
+        for sample in made:
+            if sample.reward is None:
+                sample.reward_parts = dict(judged.reward_parts)
+            sample.reward = judged.reward
 
     def metrics(self) -> dict[str, float]:
         """How many samples have lost their reward since this was asked the last time."""
@@ -83,17 +93,34 @@ class Scorer:
         arguments = (sample.text, sample.label, prompt.metadata)
         return await self._pools[name].call(arguments, known(sample, prompt, data))
 
-    def _fail(self, sample: Sample, reward_name: str, error: Exception) -> None:
+    def _fail(
+        self, samples: Sequence[Sample], judged: Sample, reward_name: str, error: Exception
+    ) -> None:
         failure = RewardFailed(summary(error), type(error).__name__)
         if isinstance(error, RewardFailed):
             failure = error
-        sample.status = Status.ERROR
-        sample.reward = None
-        sample.error = f"reward {reward_name}: {failure.cause}"
-        self._counts["rollout/reward_errors"] += 1
-        self._counts["rollout/reward_timeouts"] += failure.kind == "late"
+        cause = f"reward {reward_name}: {failure.cause}"
+        for sample in samples:
+            sample.status = Status.ERROR
+            sample.reward = None
+            sample.error = cause
+            self._counts["rollout/reward_errors"] += 1
+            self._counts["rollout/reward_timeouts"] += failure.kind == "late"
         key = (reward_name, failure.kind)
         if key not in self._told:
             self._told.add(key)
             details = f"\n{failure.traceback}" if failure.traceback else ""
-            logger.warning("%s (told once; response: %.200r)%s", sample.error, sample.text, details)
+            logger.warning("%s (told once; response: %.200r)%s", cause, judged.text, details)
+
+
+def _agreed(samples: Sequence[Sample]) -> float:
+    """The reward that the environment gave the samples of a rollout.
+
+    Raises ValueError where they have several, or one is no finite number.
+    """
+    rewards = {number(sample.reward) for sample in samples}
+    if len(rewards) > 1:
+        raise ValueError(
+            f"the samples of a rollout share one reward, but the environment gave {sorted(rewards)}"
+        )
+    return rewards.pop()
