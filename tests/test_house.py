@@ -37,7 +37,7 @@ LEVELS = [
 TORCH_FREE = {room for level in LEVELS[: LEVELS.index(("run_dir",)) + 1] for room in level}
 LEVEL_OF = {room: i for i, level in enumerate(LEVELS) for room in level}
 DOORS = {  # the only places that may import these
-    "ray": ("nanoslime/orchestration/ray_group.py",),
+    "ray": ("nanoslime/orchestration/ray/",),
     "megatron": ("nanoslime/training/megatron/",),
     "sglang": (
         "nanoslime/rollout/sglang_plugin.py",

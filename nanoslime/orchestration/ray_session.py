@@ -2,11 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 from nanoslime.config import RunConfig
 from nanoslime.layout import Layout
-from nanoslime.orchestration import ray_group
+from nanoslime.orchestration.engine_pool import Restart
 from nanoslime.orchestration.groups import NoTrainer, TrainGroup, resolve_transport
+from nanoslime.orchestration.ray import cluster
+from nanoslime.orchestration.ray.trainers import RayTrainGroup
+from nanoslime.orchestration.ray.workers import RayEngines, RayWorker
 from nanoslime.orchestration.session import (
     EngineHere,
     Phase,
@@ -32,23 +36,23 @@ def open_ray(
         config, model_dir = inputs.config, inputs.model_dir
         phase("start")
         if local:
-            ray_group.start_local(layout.slots_per_node, layout.device)
+            cluster.start_local(layout.slots_per_node, layout.device)
         else:
             head = read_json(attempt.head)
-            ray_group.connect(head, layout.num_nodes, config.cluster.node_join_deadline_s)
-        resources.callback(ray_group.disconnect)
+            cluster.connect(head, layout.num_nodes, config.cluster.node_join_deadline_s)
+        resources.callback(cluster.disconnect)
 
         colocate = config.cluster.colocate
-        servers: ray_group.RayEngines | None = None
+        servers: RayEngines | None = None
         if layout.engines:
-            servers = ray_group.RayEngines(config, attempt, layout, model_dir)
+            servers = RayEngines(config, attempt, layout, model_dir)
             resources.callback(servers.close)
             if not colocate:
                 servers.start()  # they start while the trainers do
 
         trainer: TrainGroup
         if layout.trainers:
-            trainer = ray_group.RayTrainGroup(config, attempt, layout, model_dir)
+            trainer = RayTrainGroup(config, attempt, layout, model_dir)
         else:
             trainer = NoTrainer(config, attempt.run, model_dir)
         resources.callback(trainer.close)
@@ -61,12 +65,20 @@ def open_ray(
         trainer.setup()
 
         engines: list[Engine] = []
+        restarts: list[Restart] = []
+        workers: list[RayWorker] | None = None
+        home: dict[str, int] = {}
         if servers is not None:
-            engines = list(servers.wait())
+            engines = servers.wait()
+            restarts = [partial(servers.restart, index) for index in range(len(engines))]
+            names = [engine.name for engine in engines]
+            home = dict(zip(names, servers.workers_by_engine, strict=True))
+            workers = servers.open_workers()
         elif not config.rollout.load_rollouts:
             here = EngineHere(config, attempt, model_dir, "cpu", [])
             resources.callback(here.close)
             engines.append(here.start())
+            restarts.append(here.start)
         ranks_by_engine = [layout.ranks_at(place) for place in layout.engines]
-        started = Started(trainer, engines, ranks_by_engine, transport)
+        started = Started(trainer, engines, ranks_by_engine, transport, restarts, workers, home)
         yield make_session(inputs, attempt, started, resources)

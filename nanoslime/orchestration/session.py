@@ -10,14 +10,15 @@ A session that closes ends whatever it started, also when opening it fails half 
 two ways are in ray_session.py: the others do without Ray being installed.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nanoslime import algorithms, rehearsal
 from nanoslime.config import RunConfig
 from nanoslime.engine_kind import EngineOwner, EngineStart, engine_kind
+from nanoslime.orchestration.assignment import Assignment
 from nanoslime.orchestration.checkpoints import Checkpoints
 from nanoslime.orchestration.engine_pool import EnginePool, Restart
 from nanoslime.orchestration.groups import NoTrainer, TrainGroup, resolve_transport
@@ -62,6 +63,8 @@ class Started:
     restarts: Sequence[Restart] = ()
     # None: one in this process is enough.
     workers: Sequence[Worker] | None = None
+    # The worker beside each engine, by the engine's name; all have those that are not in it.
+    home: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,8 +213,8 @@ def make_session(
         workers = started.workers
         if workers is None:
             workers = [_worker_here(inputs, run, resources)]
-        for worker in workers:
-            pool.subscribe(worker.set_engines, worker.drain)
+        assignment = Assignment(workers, started.home)
+        pool.subscribe(assignment.set_engines, assignment.drain)
         serving = Serving(
             workers=workers,
             lost=pool.lost,

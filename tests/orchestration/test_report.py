@@ -14,7 +14,7 @@ from nanoslime.config import RunConfig
 from nanoslime.config.deadlines import Deadline
 from nanoslime.config.model import RehearsalConfig
 from nanoslime.models.shape import ModelShape
-from nanoslime.orchestration import ray_group
+from nanoslime.orchestration.ray import actors, cluster, trainers
 from nanoslime.orchestration.report import Clock
 from nanoslime.orchestration.rollout_manager import RolloutManager
 from nanoslime.processes.temp import ensure_short_tmpdir
@@ -133,21 +133,21 @@ def test_a_rank_on_ray_that_raises_tells_its_log_and_the_driver(
     config = RunConfig(training={"backend": "fsdp", "num_gpus": 2}, cluster={"slots_per_node": 2})
     plan = layout.plan(config, ModelShape.read(tmp_path / "model"))
     attempt = RunDir.create(tmp_path, "run").new_attempt()
-    ray_group.start_local(plan.slots_per_node, plan.device)
+    cluster.start_local(plan.slots_per_node, plan.device)
     try:
-        places = [ray_group.ActorPlace(index=0, node=0, num_slots=0)]
+        places = [actors.ActorPlace(index=0, node=0, num_slots=0)]
         nowhere = replace(attempt, number=2)
-        doomed = ray_group._Actors(
-            ray_group.RankActor, "doomed rank", places, nowhere, config, tmp_path / "model"
+        doomed = actors.Actors(
+            trainers.RankActor, "doomed rank", places, nowhere, config, tmp_path / "model"
         )
         refs = doomed.start_on_each("place")
         with pytest.raises(RunError, match="doomed rank 0 on node 0 failed to start: FileNotFound"):
             doomed.gather(refs, "start", Deadline(60.0, "training.start_deadline_s"))
-        group = ray_group.RayTrainGroup(config, attempt, plan, tmp_path / "model")
+        group = trainers.RayTrainGroup(config, attempt, plan, tmp_path / "model")
         with pytest.raises(RunError) as caught:
             group.setup()
     finally:
-        ray_group.disconnect()
+        cluster.disconnect()
     assert "failed to load the model: " in str(caught.value)
     assert "\n" not in str(caught.value)
     logs = [attempt.log("trainer", rank).read_text() for rank in range(2)]

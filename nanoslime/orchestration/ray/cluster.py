@@ -1,0 +1,64 @@
+"""The Ray cluster of a run: that of the node agents, or one of this process's own."""
+
+import logging
+import os
+import time
+from typing import Any
+
+import ray
+
+from nanoslime.types import RunError
+
+NODE_LABEL = "nanoslime-node"
+# The Ray resource that stands for a GPU on nodes that have none.
+SLOT = "slot"
+
+
+def connect(head: dict[str, Any], num_nodes: int, deadline_s: float) -> None:
+    """Connects to the cluster of the node agents; waits until every node has joined."""
+    _init(address=head["ray_address"], _node_ip_address=head["node_ip"])
+    end = time.monotonic() + deadline_s
+    while len(joined := _joined_nodes()) < num_nodes:
+        if time.monotonic() > end:
+            missing = [node for node in range(num_nodes) if str(node) not in joined]
+            raise RunError(
+                f"nodes {missing} are not in the Ray cluster at {head['ray_address']} "
+                f"after {deadline_s:.0f}s"
+            )
+        time.sleep(0.2)
+
+
+def _joined_nodes() -> set[str]:
+    """The plan's numbers of the nodes that are alive in the cluster."""
+    return {node["Labels"].get(NODE_LABEL) for node in ray.nodes() if node["Alive"]}
+
+
+def start_local(num_slots: int, device: str) -> None:
+    """Starts a Ray of this process's own, with one node, which is node 0 of the plan.
+
+    `python -m nanoslime.train --num-gpus N` runs on it.
+    """
+    # Ray reads this. The cluster listens on loopback and ends with this process.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    _init(
+        _node_ip_address="127.0.0.1",
+        include_dashboard=False,
+        labels={NODE_LABEL: "0"},
+        num_cpus=max(2, num_slots),
+        **slots_option(num_slots, device),
+    )
+
+
+def _init(**options: Any) -> None:
+    ray.init(logging_level=logging.WARNING, log_to_driver=False, namespace="nanoslime", **options)
+
+
+def disconnect() -> None:
+    ray.shutdown()
+
+
+def slots_option(num: int, device: str) -> dict[str, Any]:
+    """Ray's options that reserve so many GPUs, or CPU slots."""
+    if device == "cuda":
+        return {"num_gpus": num}
+    return {"resources": {SLOT: num}}

@@ -1,0 +1,112 @@
+"""The trainer ranks as actors."""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from nanoslime.batch import BatchPlan
+from nanoslime.config import RunConfig
+from nanoslime.failures import told_in_one_line
+from nanoslime.layout import Layout
+from nanoslime.orchestration.groups import TrainGroup
+from nanoslime.orchestration.ray.actors import ActorPlace, Actors, ActorSetup, log_to
+from nanoslime.orchestration.ray.store import RayStore
+from nanoslime.orchestration.worker import TrainWorker
+from nanoslime.processes.ports import free_port
+from nanoslime.run_dir import Attempt, RunDir
+from nanoslime.training.backend import RankEnv
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RankPlace:
+    """Where a trainer rank was put."""
+
+    address: str
+    port: int  # one that was free a moment ago
+    gpu_ids: list[str]  # the node's numbers, or UUIDs, of the GPUs that Ray gave
+
+
+@ray.remote
+class RankActor:
+    """One trainer rank. `place` comes before `setup`: rank 0 listens where it said."""
+
+    def __init__(self, setup: ActorSetup):
+        log_to(setup.log, setup.config.log_level)
+        setup.enter_environment()
+        self._setup = setup
+        self._worker: TrainWorker | None = None
+
+    def place(self) -> RankPlace:
+        address = ray.util.get_node_ip_address()
+        gpu_ids = [str(gpu_id) for gpu_id in ray.get_gpu_ids()]
+        with told_in_one_line(logger, "choose a port"):
+            return RankPlace(address, free_port(address), gpu_ids)
+
+    def setup(self, world_size: int, meeting: RankPlace, run: RunDir) -> tuple[int, int]:
+        """Builds the worker; returns (dp_rank, dp_size)."""
+        setup = self._setup
+        env = RankEnv(
+            rank=setup.index,
+            world_size=world_size,
+            local_rank=0,
+            device=setup.device,
+            init_method=f"tcp://{meeting.address}:{meeting.port}",
+        )
+        address = ray.util.get_node_ip_address()
+        logger.info(
+            "trainer rank %d of %d on %s, pid %d", env.rank, world_size, address, os.getpid()
+        )
+        with told_in_one_line(logger, "load the model"):
+            self._worker = TrainWorker(setup.config, setup.model_dir, env, run, RayStore())
+        return self._worker.dp_rank, self._worker.dp_size
+
+    def call(self, method: str, *args: Any) -> Any:
+        """A collective method of TrainWorker, by name."""
+        with told_in_one_line(logger, method):
+            return getattr(self._worker, method)(*args)
+
+
+class RayTrainGroup(TrainGroup):
+    """Construction reserves the ranks' places; `setup` builds their models."""
+
+    def __init__(self, config: RunConfig, attempt: Attempt, layout: Layout, model_dir: Path):
+        super().__init__(config, attempt.run, model_dir, len(layout.trainers))
+        places = [ActorPlace(place.rank, place.node, num_slots=1) for place in layout.trainers]
+        self._ranks = Actors(RankActor, "trainer rank", places, attempt, config, model_dir)
+        found: list[RankPlace] = self._ranks.gather(
+            self._ranks.start_on_each("place"), "start", self._deadlines.start
+        )
+        self.address = found[0].address
+        self.gpu_ids = [gpu_id for place in found for gpu_id in place.gpu_ids]
+        self._dp_ranks: list[int] = []
+
+    def setup(self) -> None:
+        # A port is chosen only now: engines have taken some since the ranks were placed.
+        first = self._ranks.actors[0].place.remote()
+        [meeting] = self._ranks.gather([first], "choose a port", self._deadlines.start)
+        world_size = len(self._ranks.actors)
+        refs = self._ranks.start_on_each("setup", world_size, meeting, self.run)
+        found = self._ranks.gather(refs, "load the model", self._deadlines.start)
+        self._dp_ranks = [dp_rank for dp_rank, _ in found]
+        self.dp_size = found[0][1]
+
+    def _train(self, shards: list[list[BatchPlan]]) -> dict[str, float]:
+        stored = [ray.put(of_dp_rank) for of_dp_rank in shards]
+        refs = [
+            actor.call.remote("train_plans", stored[dp_rank])
+            for actor, dp_rank in zip(self._ranks.actors, self._dp_ranks, strict=True)
+        ]
+        return self._ranks.gather(refs, "train", self._deadlines.train)[0]
+
+    def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> Any:
+        refs = self._ranks.start_on_each("call", method, *args)
+        return self._ranks.gather(refs, what, self._deadline(deadline_s))
+
+    def close(self) -> None:
+        self._ranks.kill()

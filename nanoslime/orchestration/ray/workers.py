@@ -1,0 +1,228 @@
+"""The nodes with engines: an actor on each owns the servers there and runs a rollout worker."""
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from nanoslime.config import RunConfig
+from nanoslime.config.deadlines import Deadline
+from nanoslime.engine_kind import EngineOwner, EngineStart, engine_kind
+from nanoslime.failures import told_in_one_line
+from nanoslime.layout import EnginePlace, Layout
+from nanoslime.orchestration.ray.actors import ActorPlace, Actors, ActorSetup, log_to
+from nanoslime.orchestration.ray.store import RayStore
+from nanoslime.rollout.tasks import FinishedGroup, GroupTask, RestoredGroup, WorkerNews
+from nanoslime.rollout.worker import RolloutWorker, WorkerSetup
+from nanoslime.run_dir import Attempt
+from nanoslime.types import Engine
+
+logger = logging.getLogger(__name__)
+
+# A worker that lives answers a call within this time; a save may wait for its disk.
+_ANSWER_S = 120.0
+_SAVE_S = 600.0
+# Engines start beside one another, and a worker answers meanwhile.
+_MAX_CONCURRENCY = 64
+
+
+@ray.remote
+class WorkerActor:
+    """Owns the engines of its node, and runs the rollout worker beside them."""
+
+    def __init__(self, setup: ActorSetup):
+        log_to(setup.log, setup.config.log_level)
+        setup.enter_environment()
+        self._setup = setup
+        self._owners: dict[int, EngineOwner] = {}
+        self._worker: RolloutWorker | None = None
+
+    def start_engine(self, index: int, deadline_s: float, gpus: list[str] | slice) -> Engine:
+        """Starts an engine; one that it owned under this index is ended first.
+
+        `gpus` are the engine's, by number or UUID, or its part of those that Ray gave to the
+        node's engines together.
+        """
+        setup = self._setup
+        if isinstance(gpus, slice):
+            gpus = [str(gpu_id) for gpu_id in ray.get_gpu_ids()[gpus]]
+        kind = engine_kind(setup.config.rollout)
+        start = EngineStart(
+            config=setup.config,
+            index=index,
+            model_dir=setup.model_dir,
+            device=setup.device,
+            host=ray.util.get_node_ip_address(),
+            log=setup.log.with_name(f"{kind.name}-{index}.log"),
+            gpu_ids=gpus,
+        )
+        with told_in_one_line(logger, f"start engine {index}"):
+            if index in self._owners:
+                self._owners.pop(index).close()
+            owner = kind.make_owner(start)
+            self._owners[index] = owner
+            return owner.start(deadline_s)
+
+    def open_worker(self, setup: WorkerSetup) -> None:
+        with told_in_one_line(logger, "open the rollout worker"):
+            self._worker = RolloutWorker(setup, RayStore())
+        logger.info("%s, pid %d", self._worker.name, os.getpid())
+
+    def call_worker(self, method: str, *args: Any) -> Any:
+        """A method of the rollout worker, by name."""
+        with told_in_one_line(logger, method):
+            return getattr(self._worker, method)(*args)
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+        for owner in self._owners.values():
+            owner.close()
+
+
+class RayWorker:
+    """A `Worker` whose work is done by the actor `number`. RunError names it and its log."""
+
+    def __init__(self, actors: Actors, number: int):
+        self.name = f"rollout worker {number}"
+        self._actors = actors
+        self._number = number
+
+    def start(self, tasks: Sequence[GroupTask]) -> None:
+        self._call("start", list(tasks))
+
+    def poll(self, timeout_s: float) -> WorkerNews:
+        return self._call("poll", timeout_s, deadline_s=timeout_s + _ANSWER_S)
+
+    def cancel(self, group_ids: Sequence[int]) -> None:
+        self._call("cancel", list(group_ids))
+
+    def finish_step(self, step: int, groups: Sequence[FinishedGroup]) -> None:
+        self._call("finish_step", step, list(groups))
+
+    def set_engines(self, engines: Sequence[Engine]) -> None:
+        self._call("set_engines", list(engines))
+
+    def drain(self) -> None:
+        self._call("drain")
+
+    def save(self, path: Path) -> None:
+        self._call("save", path, deadline_s=_SAVE_S)
+
+    def load(self, path: Path) -> list[RestoredGroup]:
+        return self._call("load", path, deadline_s=_SAVE_S)
+
+    def metrics(self) -> dict[str, float]:
+        return self._call("metrics")
+
+    def close(self) -> None:
+        self._call("close", deadline_s=_SAVE_S)
+
+    def _call(self, method: str, *args: Any, deadline_s: float = _ANSWER_S) -> Any:
+        ref = self._actors.actors[self._number].call_worker.remote(method, *args)
+        what = f"answer to {method}"
+        deadline = Deadline(deadline_s, "the time for an answer")
+        [answer] = self._actors.gather([ref], what, deadline, [self._number])
+        return answer
+
+
+class RayEngines:
+    """The engine servers of a run and the rollout workers beside them. `start` starts the
+    servers side by side; `wait` returns their clients once all are up.
+    """
+
+    def __init__(self, config: RunConfig, attempt: Attempt, layout: Layout, model_dir: Path):
+        self._config = config
+        self._attempt = attempt
+        self._layout = layout
+        self._model_dir = model_dir
+        self._deadline = Deadline(config.rollout.start_deadline_s, "rollout.start_deadline_s")
+        self._title = engine_kind(config.rollout).title
+        self._starting: list[Any] = []
+        self._gpus_by_rank: Sequence[str] = ()
+        nodes = sorted({place.node for place in layout.engines})
+        # The worker of each engine.
+        self.workers_by_engine = [nodes.index(place.node) for place in layout.engines]
+        places = [
+            ActorPlace(number, node, self._num_slots(node)) for number, node in enumerate(nodes)
+        ]
+        self._actors = Actors(
+            WorkerActor, "worker", places, attempt, config, model_dir, _MAX_CONCURRENCY
+        )
+
+    def start(self, gpus_by_rank: Sequence[str] = ()) -> None:
+        """Starts every server. `gpus_by_rank` are the trainers' GPUs, where the engines
+        share them; without it the engines have their own.
+        """
+        self._gpus_by_rank = gpus_by_rank
+        self._starting = [self._start(place) for place in self._layout.engines]
+
+    def wait(self) -> list[Engine]:
+        what = f"start its {self._title} servers"
+        return self._actors.gather(
+            self._starting, what, self._late_deadline, self.workers_by_engine
+        )
+
+    def restart(self, index: int) -> Engine:
+        """Ends an engine, whatever has become of it, and starts it again where it was."""
+        ref = self._start(self._layout.engines[index])
+        what = f"start engine {index} again"
+        [engine] = self._actors.gather(
+            [ref], what, self._late_deadline, [self.workers_by_engine[index]]
+        )
+        return engine
+
+    def open_workers(self) -> list[RayWorker]:
+        """A rollout worker on each node with engines."""
+        num_workers = len(self._actors.actors)
+        setups = [
+            WorkerSetup(
+                self._config,
+                self._model_dir,
+                self._attempt.run.rollouts,
+                index=number,
+                num_workers=num_workers,
+                num_engines=self.workers_by_engine.count(number),
+            )
+            for number in range(num_workers)
+        ]
+        refs = [
+            actor.open_worker.remote(setup)
+            for actor, setup in zip(self._actors.actors, setups, strict=True)
+        ]
+        self._actors.gather(refs, "open its rollout worker", self._late_deadline)
+        return [RayWorker(self._actors, number) for number in range(num_workers)]
+
+    def close(self) -> None:
+        refs = self._actors.start_on_each("close")
+        ray.wait(refs, num_returns=len(refs), timeout=20)
+        self._actors.kill()
+
+    @property
+    def _late_deadline(self) -> Deadline:
+        """An engine that is late says so itself, a little earlier."""
+        return replace(self._deadline, seconds=self._deadline.seconds + 30)
+
+    def _num_slots(self, node: int) -> int:
+        """What the actor of a node reserves; colocated, the trainers hold the slots."""
+        if self._config.cluster.colocate:
+            return 0
+        return sum(len(place.slots) for place in self._layout.engines if place.node == node)
+
+    def _start(self, place: EnginePlace) -> Any:
+        worker = self.workers_by_engine[place.index]
+        actor = self._actors.actors[worker]
+        return actor.start_engine.remote(
+            place.index, self._deadline.seconds, self._gpus_of(place, worker)
+        )
+
+    def _gpus_of(self, place: EnginePlace, worker: int) -> list[str] | slice:
+        if self._gpus_by_rank:
+            return [self._gpus_by_rank[rank] for rank in self._layout.ranks_at(place)]
+        size = len(place.slots)
+        before = self.workers_by_engine[: place.index].count(worker)
+        return slice(before * size, (before + 1) * size)

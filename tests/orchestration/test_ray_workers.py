@@ -1,0 +1,119 @@
+"""A rollout worker as an actor of Ray, with a real server: the driver plans with references,
+and each rank fetches its own arrays.
+"""
+
+import time
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from nanoslime import algorithms
+from nanoslime.batch import TrainBatch
+from nanoslime.config import RunConfig
+from nanoslime.orchestration.ray import cluster
+from nanoslime.orchestration.ray.actors import ActorPlace, Actors
+from nanoslime.orchestration.ray.store import RayStore
+from nanoslime.orchestration.ray.workers import RayWorker, WorkerActor
+from nanoslime.rollout import recorder
+from nanoslime.rollout.tasks import FinishedGroup, GroupTask, Sampling
+from nanoslime.rollout.worker import WorkerSetup
+from nanoslime.run_dir import RunDir
+from nanoslime.training.batching import (
+    BatchingOptions,
+    fill,
+    make_train_batches,
+    plan_train_batches,
+    references,
+)
+from nanoslime.types import Prompt, RunError
+
+CONFIG = RunConfig(
+    rollout={"max_new_tokens": 20, "n_samples_per_prompt": 3},
+    data={"reward": "tests.orchestration.rewards:by_length"},
+)
+OPTIONS = BatchingOptions(
+    num_steps=2, dp_size=2, max_tokens=40, denominator="sequences", temperature=1.0
+)
+
+
+@ray.remote(num_cpus=0)
+class Rank:
+    """Has nothing but its plans and the store."""
+
+    def batches(self, plans) -> list[TrainBatch]:
+        store = RayStore()
+        return [fill(plan, store.get(references(plan))) for plan in plans]
+
+
+def task(group_id: int) -> GroupTask:
+    prompt = Prompt(group_id, np.array([5, 6, 7 + group_id], np.int32), "p", "l")
+    sampling = Sampling.of(CONFIG.rollout)
+    return GroupTask(group_id, prompt, sampling, seed=group_id, reward=CONFIG.data.reward)
+
+
+def assert_same(one: TrainBatch, other: TrainBatch) -> None:
+    for field in fields(TrainBatch):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        if isinstance(a, list) and isinstance(a[0], torch.Tensor):
+            assert all(x.dtype == y.dtype and x.equal(y) for x, y in zip(a, b, strict=True))
+        else:
+            assert a == b, field.name
+
+
+@pytest.mark.ray
+@pytest.mark.sglang
+def test_arrays_go_from_the_worker_to_the_ranks_past_the_driver(
+    tmp_path, tiny_model, sglang_engine
+) -> None:
+    attempt = RunDir.create(tmp_path, "run").new_attempt()
+    cluster.start_local(2, "cpu")
+    try:
+        places = [ActorPlace(index=0, node=0, num_slots=0)]
+        actors = Actors(WorkerActor, "worker", places, attempt, CONFIG, tiny_model, 8)
+        setup = WorkerSetup(CONFIG, tiny_model, attempt.run.rollouts)
+        ray.get(actors.actors[0].open_worker.remote(setup))
+        worker = RayWorker(actors, 0)
+        worker.set_engines([sglang_engine])
+        worker.start([task(number) for number in range(4)])
+        reports = []
+        deadline = time.monotonic() + 120
+        while len(reports) < 4:
+            assert time.monotonic() < deadline
+            reports += worker.poll(1.0).groups
+        reports.sort(key=lambda group: group.group_id)
+        samples = [sample for group in reports for sample in group.samples]
+        assert all(isinstance(sample.arrays, ray.ObjectRef) for sample in samples)
+
+        algorithms.make(CONFIG.algorithm).advantages(reports)
+        steps = plan_train_batches(reports, OPTIONS)
+        worker.finish_step(
+            0,
+            [
+                FinishedGroup(g.group_id, [sample.advantage for sample in g.samples])
+                for g in reports
+            ],
+        )
+        got = [
+            ray.get(Rank.remote().batches.remote([step[dp_rank] for step in steps]))
+            for dp_rank in range(2)
+        ]
+        while not list(attempt.run.rollouts.glob("*.npz")):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        expected = make_train_batches(recorder.load(attempt.run.rollouts, 0), OPTIONS)
+        for step in range(2):
+            for dp_rank in range(2):
+                assert_same(got[dp_rank][step], expected[step][dp_rank])
+        with pytest.raises(RunError, match="worker 0 on node 0 failed to answer to load: .*absent"):
+            worker.load(tmp_path / "absent.npz")
+
+        ray.kill(actors.actors[0])
+        with pytest.raises(
+            RunError, match=r"worker 0 on node 0 died .* poll; log: .*worker-0\.log"
+        ):
+            worker.poll(1.0)
+    finally:
+        cluster.disconnect()
