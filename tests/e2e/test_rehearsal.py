@@ -113,9 +113,12 @@ def test_the_main_job_on_four_simulated_nodes(start):
     logs = log_names(run)
     assert {f"trainer-{rank}.log" for rank in range(4)} <= logs
     assert {"sglang-0.log", "sglang-1.log", "driver-0.log"} <= logs
+    assert {"worker-0.log", "worker-1.log"} <= logs
     assert not any("trainer-4" in name or "sglang-2" in name for name in logs)
     assert list(run.tensorboard.glob("events.out.tfevents.*"))
-    samples = json_lines(run.rollouts / "step_1-0.jsonl")
+    by_worker = [json_lines(run.rollouts / f"step_1-{worker}.jsonl") for worker in range(2)]
+    assert all(by_worker)
+    samples = [sample for samples in by_worker for sample in samples]
     assert len(samples) == 64 * 8
     assert {version for sample in samples for _, version in sample["versions"]} == {1}
     exported = load_file(Path(summary["hf_export"]) / "model.safetensors")
@@ -170,7 +173,7 @@ def test_half_a_run_each_from_its_recipe(start, tmp_path):
     assert "sglang-0.log" in log_names(sampled)
     assert {"trainer-0.log", "trainer-1.log"} <= log_names(trained)
     assert not any(name.startswith("trainer") for name in log_names(sampled))
-    assert not any(name.startswith(("sglang", "engine")) for name in log_names(trained))
+    assert not any(name.startswith(("sglang", "worker")) for name in log_names(trained))
     sampled_rows = json_lines(sampled.metrics)
     trained_rows = json_lines(trained.metrics)
     for before, after in zip(sampled_rows, trained_rows, strict=True):
@@ -219,10 +222,18 @@ def test_a_killed_trainer_rank_ends_the_run_with_its_name(start):
 
 
 @pytest.mark.sglang
-def test_a_killed_engine_ends_the_run_with_its_name(start):
+def test_a_killed_engine_comes_back_and_ends_the_run_when_it_may_not(start):
     flags = ["--nodes", "2", "--pp-size", "1", "--num-rollout", "1000"]
+    flags += ["--rollout.engine-restarts", "1"]
     rehearsal = start(*flags, "--eval.max-prompts", "8")
     rehearsal.wait_for_line("step 1/1000")
     os.kill(rehearsal.pid_of("sglang.launch_server"), signal.SIGKILL)
+    rehearsal.wait_for_line("engine engine-0 is up again")
+    num_lines = len(rehearsal.lines)
+    process_table.wait_for(
+        lambda: any(line.startswith("step ") for line in rehearsal.lines[num_lines:]), 90
+    )
+    assert rehearsal.process.poll() is None, "".join(rehearsal.lines)
+    os.kill(rehearsal.pid_of("sglang.launch_server"), signal.SIGKILL)
     assert rehearsal.wait(90) == 1
-    assert rehearsal.says("engine-0") and rehearsal.says("sglang-0.log")
+    assert rehearsal.says("no engine is left") and rehearsal.says("sglang-0.log")

@@ -19,7 +19,7 @@ from nanoslime.orchestration.ray.store import RayStore
 from nanoslime.rollout.tasks import FinishedGroup, GroupTask, RestoredGroup, WorkerNews
 from nanoslime.rollout.worker import RolloutWorker, WorkerSetup
 from nanoslime.run_dir import Attempt
-from nanoslime.types import Engine
+from nanoslime.types import Engine, RunError
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ class WorkerActor:
         self._setup = setup
         self._owners: dict[int, EngineOwner] = {}
         self._worker: RolloutWorker | None = None
+        self._closed = False
 
     def start_engine(self, index: int, deadline_s: float, gpus: list[str] | slice) -> Engine:
         """Starts an engine; one that it owned under this index is ended first.
@@ -63,6 +64,8 @@ class WorkerActor:
         with told_in_one_line(logger, f"start engine {index}"):
             if index in self._owners:
                 self._owners.pop(index).close()
+            if self._closed:
+                raise RunError(f"engine {index} is not started again: the run ends")
             owner = kind.make_owner(start)
             self._owners[index] = owner
             return owner.start(deadline_s)
@@ -78,9 +81,10 @@ class WorkerActor:
             return getattr(self._worker, method)(*args)
 
     def close(self) -> None:
+        self._closed = True
         if self._worker is not None:
             self._worker.close()
-        for owner in self._owners.values():
+        for owner in list(self._owners.values()):
             owner.close()
 
 
