@@ -453,5 +453,30 @@ def test_several_sources_give_their_shares_also_of_a_run_that_is_resumed(tmp_pat
     assert [of_rollout(row) for row in rows(halves)] == [of_rollout(row) for row in rows(whole)]
 
 
+def test_a_weighted_sum_of_rewards_trains_and_an_evaluation_has_its_own(tmp_path, model):
+    parts = {"exact_match": 1.0, "tests.orchestration.rewards:by_length": 0.5}
+    own = {"prompts": str(model.held_out), "name": "own", "max_prompts": 4}
+    own["reward"] = "tests.orchestration.rewards:always_one"
+    flags = run_dir(tmp_path, "sum", model, "--num-rollout 1")
+    flags += ["--data.rewards", json.dumps(parts), "--eval.sets", json.dumps(own)]
+    assert train.main(flags) == DONE
+    run = RunDir.open(tmp_path / "sum")
+    for line in (run.rollouts / "step_0-0.jsonl").read_text().splitlines():
+        sample = json.loads(line)
+        expected = {"exact_match": float(sample["text"] == sample["label"])}
+        expected["tests.orchestration.rewards:by_length"] = float(len(sample["text"]))
+        assert sample["reward_parts"].keys() == expected.keys()
+        assert sample["reward"] == sum(parts[n] * v for n, v in sample["reward_parts"].items())
+        assert sample["reward_parts"] == expected, sample
+    [row] = rows(run)
+    means = [row[f"rollout/reward_{name}_mean"] for name in parts]
+    assert means[1] > 0 and row["train/grad_norm"] > 0
+    assert row["rollout/reward_mean"] == pytest.approx(means[0] + 0.5 * means[1])
+    evals = [json.loads(line) for line in run.evals.read_text().splitlines()]
+    assert [one["set"] for one in evals] == ["held_out", "own"] * 2
+    # The first set has the sum, which is above 1 only with the lengths in it.
+    assert evals[0]["reward"] > 1.0 and [one["reward"] for one in evals[1::2]] == [1.0, 1.0]
+
+
 def of_rollout(row: dict) -> dict:
     return {name: value for name, value in row.items() if name.startswith("rollout/")}

@@ -3,8 +3,11 @@ until training is done with them, and go on from a checkpoint.
 """
 
 import asyncio
+import gc
 import json
+import pickle
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -432,3 +435,27 @@ def test_partial_samples_of_a_server_are_saved_while_they_go_on(
     for sample in again.samples:
         assert sample.num_response_tokens == int(sample.arrays.loss_mask.sum()) <= 600
         assert (sample.arrays.rollout_logprobs[3:] < 0).all()
+
+
+@pytest.mark.sglang
+def test_a_closed_worker_leaves_no_session_of_a_server_open(
+    tmp_path, tiny_model, sglang_engine, caplog
+) -> None:
+    """Neither that of an engine on which a request runs, nor that of one that was taken away."""
+    first, second = [pickle.loads(pickle.dumps(sglang_engine)) for _ in range(2)]
+    long = Sampling(n_samples_per_prompt=2, max_new_tokens=3000, temperature=1.0)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        worker = RolloutWorker(setup(tmp_path, tiny_model))
+        worker.set_engines([first])
+        worker.start([task(0)])
+        reports(worker, 1)
+        worker.set_engines([second])
+        del first
+        worker.start([task(1, sampling=long)])
+        wait_until_running(second)
+        worker.close()
+        del worker, second
+        gc.collect()
+    told = [str(one.message) for one in warned] + [one.getMessage() for one in caplog.records]
+    assert not [line for line in told if "nclosed" in line or "destroyed" in line]
