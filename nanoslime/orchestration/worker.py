@@ -1,13 +1,19 @@
 """The work of one trainer rank: steps, checkpoints, and its part in weight sync."""
 
+import errno
+import os
+import shutil
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import CheckpointException
 
 from nanoslime import algorithms
 from nanoslime.batch import BatchPlan, StepMetrics, TrainBatch
@@ -25,6 +31,9 @@ from nanoslime.weight_sync.assemble import Assembler
 from nanoslime.weight_sync.disk import write_checkpoint
 from nanoslime.weight_sync.engine_calls import EnginesFailed
 from nanoslime.weight_sync.transport import EngineSide, RankSide, Sender, Sent
+
+# torch does not say that a disk is full, but by how much less was written than it expected.
+_FULL_DISK_BYTES = 1 << 20
 
 
 class TrainWorker:
@@ -117,7 +126,7 @@ class TrainWorker:
 
         Returns the hashes of the files that this rank wrote.
         """
-        with collectives(self.config.training):
+        with collectives(self.config.training), _full_disk_is_named(path):
             self.backend.save(path)
         return manifest.hash_own(path, self.env.rank)
 
@@ -192,6 +201,17 @@ class TrainWorker:
         values = iter(self.algorithm.token_advantages(joined, self.backend.all_sum))
         for batch in batches:
             batch.token_advantages = list(islice(values, len(batch.token_ids)))
+
+
+@contextmanager
+def _full_disk_is_named(path: Path) -> Iterator[None]:
+    """Raises OSError that says so where writing to `path` fails because its disk is full."""
+    try:
+        yield
+    except (Exception, CheckpointException) as e:
+        if shutil.disk_usage(path).free < _FULL_DISK_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from e
+        raise
 
 
 def _joined(batches: list[TrainBatch]) -> TrainBatch:

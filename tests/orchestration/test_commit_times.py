@@ -21,7 +21,7 @@ class Trainer:
 
 
 class Rollout:
-    def state_dict(self) -> dict:
+    def save(self, path) -> dict:
         return {}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,8 @@ def test_each_set_has_a_row_an_evaluation(seen):
 def test_each_set_is_sampled_in_its_own_way(seen):
     asked = {}
     for one in seen.asked:
-        asked.setdefault((one.prompt[0], one.request.n), one.request)
-    held_out, greedy, other = asked["h", 2], asked["h", 1], asked["o", 4]
+        asked.setdefault((one.prompt[0], one.request.top_k), one.request)
+    held_out, greedy, other = asked["h", -1], asked["h", 1], asked["o", 50]
     assert (held_out.temperature, held_out.top_p, held_out.top_k) == (1.0, 1.0, -1)
     assert (greedy.top_k, greedy.top_p, greedy.max_new_tokens) == (1, 1.0, 8)
     assert (other.temperature, other.top_p, other.top_k) == (0.7, 0.9, 50)
@@ -80,7 +81,8 @@ def test_each_set_is_sampled_in_its_own_way(seen):
 
 def test_greedy_samples_do_not_depend_on_their_seed(seen):
     """Also not where they are drawn beside others, in one batch."""
-    greedy = [one for one in seen.of_evaluation if one.request.top_k == 1]
+    of_held_out = [one for one in seen.asked if one.prompt.startswith("h")]
+    greedy = [one for one in of_held_out if one.request.top_k == 1]
     assert len({one.request.seed for one in greedy}) == len(greedy) == 6
     model = AutoModelForCausalLM.from_pretrained(seen.files.model, dtype=torch.float32)
     for one in greedy[:3]:
@@ -91,16 +93,17 @@ def test_greedy_samples_do_not_depend_on_their_seed(seen):
 
 
 def test_a_set_has_a_reward_and_a_bar_of_its_own(seen):
-    lengths = []
+    by_prompt = defaultdict(list)
     for one in seen.asked:
         if one.prompt.startswith("o"):
-            texts = [
-                wired.TOKENIZER.decode(a.token_ids, skip_special_tokens=True) for a in one.answers
-            ]
-            lengths.append([len(text) for text in texts])
+            [answer] = one.answers
+            text = wired.TOKENIZER.decode(answer.token_ids, skip_special_tokens=True)
+            by_prompt[one.prompt].append(len(text))
+    # The first evaluation asks for four samples of each prompt, the second for as many again.
+    lengths = [of_prompt[:4] for of_prompt in by_prompt.values()]
     row = seen.evals[2]
-    assert row["reward"] == row["mean@4"] == pytest.approx(sum(map(sum, lengths[:5])) / 20)
-    passed = [sum(length >= 4 for length in of_prompt) / 4 for of_prompt in lengths[:5]]
+    assert row["reward"] == row["mean@4"] == pytest.approx(sum(map(sum, lengths)) / 20)
+    passed = [sum(length >= 4 for length in of_prompt) / 4 for of_prompt in lengths]
     assert row["pass@1"] == pytest.approx(sum(passed) / 5)
     assert 0 < row["pass@1"] < row["pass@2"] < 1
 
