@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from nanoslime.config import DataConfig
 from nanoslime.failures import summary
-from nanoslime.rollout.rewards import call, known, make, number
+from nanoslime.rollout.rewards import Reward, call, known, make, number
 from nanoslime.rollout.rewards.pool import RewardFailed, RewardPool
 from nanoslime.types import Prompt, Sample, Status
 
@@ -27,6 +27,7 @@ class Scorer:
 
     def __init__(self, data: DataConfig) -> None:
         self._data = data
+        self._quick: dict[str, Reward] = {}
         self._pools: dict[str, RewardPool] = {}
         self._counts: Counter[str] = Counter()
         self._told: set[tuple[str, str]] = set()
@@ -85,7 +86,9 @@ class Scorer:
         """Raises RewardFailed, or what a quick reward raises."""
         data = self._data
         if name in QUICK:
-            return call(make(name), sample, prompt, data)
+            if name not in self._quick:
+                self._quick[name] = make(name)  # which looks at its signature, for long
+            return call(self._quick[name], sample, prompt, data)
         if name not in self._pools:
             cores = len(os.sched_getaffinity(0))
             size = data.reward_processes or min(cores, _MAX_PROCESSES)
