@@ -229,15 +229,15 @@ FAULTS = [
     Fault(
         "samples without the seed of the run",
         "nanoslime/orchestration/rollout_manager.py",
-        "entropy = [self.config.seed % 2**32, 0, group_id]",
-        "entropy = [0, 0, group_id]",
+        "seed_of(self.config.seed, 0, group_id)",
+        "seed_of(0, 0, group_id)",
         f"{WIRING} -k seed",
     ),
     Fault(
         "every rollout with the same seed",
         "nanoslime/orchestration/rollout_manager.py",
-        "entropy = [self.config.seed % 2**32, 0, group_id]",
-        "entropy = [self.config.seed % 2**32, 0, 0]",
+        "seed_of(self.config.seed, 0, group_id)",
+        "seed_of(self.config.seed, 0, 0)",
         f"{WIRING} -k seed",
     ),
     Fault(

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-import numpy as np
-
 from nanoslime.algorithms.evaluation import evaluation_metrics
 from nanoslime.config import EvalSetConfig, RunConfig
 from nanoslime.rollout.prompts import RunPrompts, digest
-from nanoslime.rollout.tasks import GroupTask, Sampling
+from nanoslime.rollout.tasks import GroupTask, Sampling, seed_of
 from nanoslime.run_dir import RunDir
 from nanoslime.storage.shared_files import finite
 from nanoslime.types import Group, Prompt
@@ -101,7 +99,7 @@ class Evaluation:
                     group_id=next(group_ids),
                     prompt=prompt,
                     sampling=one.sampling,
-                    seed=_seed(self._seed, 1 + number, step, position),
+                    seed=seed_of(self._seed, 1 + number, step, position),
                     reward=one.reward,
                     purpose="eval",
                 )
@@ -142,12 +140,6 @@ class Evaluation:
         with self._run.evals.open("a") as file:
             file.writelines(json.dumps(finite(row)) + "\n" for row in self.rows)
         return metrics
-
-
-def _seed(*entropy: int) -> int:
-    """63 bits."""
-    bits = np.random.SeedSequence([number % 2**32 for number in entropy])
-    return int(bits.generate_state(1, np.uint64)[0] >> 1)
 
 
 def _line(row: dict[str, Any]) -> str:

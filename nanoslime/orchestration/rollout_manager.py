@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from nanoslime import algorithms
 from nanoslime.algorithms.filters import filter_groups
 from nanoslime.algorithms.prepare import PreparedGroups, prepare
@@ -20,7 +18,7 @@ from nanoslime.rollout import recorder
 from nanoslime.rollout.admission import Admission, Limits
 from nanoslime.rollout.producer import Producer, Recipe, Serving, StopAsked
 from nanoslime.rollout.prompts import RunPrompts
-from nanoslime.rollout.tasks import GroupTask, Sampling
+from nanoslime.rollout.tasks import GroupTask, Sampling, seed_of
 from nanoslime.run_dir import RunDir
 from nanoslime.types import (
     GroupReport,
@@ -181,13 +179,11 @@ class RolloutManager:
         self._producer.close()
 
     def _task(self, prompt: Prompt, group_id: int) -> GroupTask:
-        entropy = [self.config.seed % 2**32, 0, group_id]
-        bits = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
         return GroupTask(
             group_id=group_id,
             prompt=prompt,
             sampling=self._sampling,
-            seed=int(bits >> 1),
+            seed=seed_of(self.config.seed, 0, group_id),
             reward=prompt.reward or self.config.data.reward,
         )
 

@@ -11,14 +11,13 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from nanoslime.config import RunConfig
 from nanoslime.models.context import context_limit
 from nanoslime.models.shape import ModelShape
 from nanoslime.rollout.chat import Chat
-from nanoslime.rollout.tasks import GroupTask, Sampling
+from nanoslime.rollout.tasks import GroupTask, Sampling, seed_of
 from nanoslime.storage.prompt_text import check_template
 from nanoslime.types import GenerateRequest, Generation, RunError, Status
 
@@ -313,5 +312,4 @@ def _without_empty(spans: Sequence[tuple[int, int]], num_tokens: int) -> list[tu
 def _seed_of(*numbers: int) -> int:
     """A seed of 63 bits of its own for these numbers, each of 64 bits at most."""
     words = [word for number in numbers for word in (number % 2**32, number >> 32)]
-    bits = np.random.SeedSequence(words).generate_state(1, np.uint64)[0]
-    return int(bits >> 1)
+    return seed_of(*words)

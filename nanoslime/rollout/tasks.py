@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
+
 from nanoslime.config import RolloutConfig
 from nanoslime.types import Engine, GroupReport, Prompt
 
@@ -82,6 +84,12 @@ class WorkerNews:
     groups: list[GroupReport] = field(default_factory=list)
     # Engines that failed their health checks, by name, with the cause.
     lost: dict[str, str] = field(default_factory=dict)
+
+
+def seed_of(*words: int) -> int:
+    """A seed of 63 bits of its own for these numbers, of which 32 bits count each."""
+    bits = np.random.SeedSequence([word % 2**32 for word in words])
+    return int(bits.generate_state(1, np.uint64)[0] >> 1)
 
 
 class Worker(Protocol):
