@@ -9,7 +9,8 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from nanoslime.types import Engine, GenerateRequest, Generation, RequestFailed, RunError, Status
@@ -31,6 +32,8 @@ _MAX_KEYS = 65_536
 _FAREWELL_S = 10.0
 _INTERRUPT_AGAIN_S = 0.5
 _INTERRUPT_DEADLINE_S = 30.0
+# Control calls to engines that run at once.
+_MAX_THREADS = 64
 
 
 @dataclass(slots=True)
@@ -93,6 +96,8 @@ class Router:
         self._holds = False  # for a sync
         self._num_interrupts = 0  # that are under way
         self._farewells: set[asyncio.Task[None]] = set()
+        # Those of the event loop are the environments' own: all may wait for tokens.
+        self._threads = ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix="router")
         self._add(engines)
 
     async def generate(self, request: GenerateRequest, key: str = "") -> list[Generation]:
@@ -176,6 +181,7 @@ class Router:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._threads.shutdown(wait=False)
 
     def metrics(self) -> dict[str, float]:
         """By engine: sequences in flight, and what came of its requests since the last call."""
@@ -215,17 +221,20 @@ class Router:
         try:
             return await ticket.granted
         except asyncio.CancelledError:
-            if ticket.granted.cancelled():
+            if not ticket.granted.cancelled():
+                self._release(ticket.granted.result(), n)
+            elif ticket in self._queue:
                 self._queue.remove(ticket)
                 self._grant()  # it may have kept others waiting
-            else:
-                self._release(ticket.granted.result(), n)
             raise
 
     def _grant(self) -> None:
         """Gives the first in the queue their engines, as long as there is room."""
         while self._queue and not self._holds and not self._num_interrupts:
             ticket = self._queue[0]
+            if ticket.granted.cancelled():  # whoever waited has not yet come to hear of it
+                self._queue.popleft()
+                continue
             slot = self._choose(ticket)
             if slot is None:
                 return
@@ -309,11 +318,14 @@ class Router:
         for number in range(_NUM_TRIES):
             if number > 0:
                 await asyncio.sleep(_HEALTH_PAUSE_S)
-            if await asyncio.to_thread(slot.engine.health):
+            if await self._in_thread(slot.engine.health):
                 return
         # A paused engine does not generate; the sync that has paused it judges it.
         if self._serves(slot) and not self._holds:
             self._lose(slot, f"{cause}; it failed {_NUM_TRIES} health checks")
+
+    async def _in_thread[T](self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
     def _tell(self, slot: _Slot, cause: str) -> None:
         """Warns of an engine's first failed request."""
@@ -339,7 +351,7 @@ class Router:
         end = time.monotonic() + _INTERRUPT_DEADLINE_S
         while calls and time.monotonic() < end:
             try:
-                await asyncio.to_thread(slot.engine.interrupt)
+                await self._in_thread(slot.engine.interrupt)
             except RunError as e:
                 logger.warning("its requests could not be interrupted: %s", e)
                 return

@@ -411,6 +411,46 @@ def test_a_cancelled_request_is_cancelled_on_its_engine() -> None:
     run_within(run())
 
 
+def test_a_group_that_is_given_up_while_some_of_it_waits_leaves_nothing_behind() -> None:
+    """All hear of it together: those that run make room for those that wait."""
+
+    async def run() -> None:
+        a = Scripted("a")
+        router = Router([a], max_inflight=2)
+        tasks = [asyncio.create_task(router.generate(make_request())) for _ in range(6)]
+        await settled()
+        for task in tasks[:5]:
+            task.cancel()
+        ended = await asyncio.gather(*tasks[:5], return_exceptions=True)
+        assert [type(error) for error in ended] == [asyncio.CancelledError] * 5
+        a.gate.set()
+        assert (await tasks[5])[0].status is Status.COMPLETED
+        assert router.inflight == {"a": 0} and router.metrics()["router/queued"] == 0
+
+    run_within(run())
+
+
+def test_threads_of_environments_do_not_keep_an_engine_from_being_interrupted() -> None:
+    """They wait for tokens, which are given only once the interrupt is over."""
+
+    async def run() -> None:
+        over = threading.Event()
+        waiting = [asyncio.create_task(asyncio.to_thread(over.wait, 15)) for _ in range(64)]
+        a = Scripted("a")
+        router = Router([a])
+        task = asyncio.create_task(router.generate(make_request()))
+        await settled()
+        async with asyncio.timeout(5):
+            await router.interrupt()
+            [answer] = await task
+        assert answer.status is Status.ABORTED
+        over.set()
+        await asyncio.gather(*waiting)
+        await router.close()
+
+    run_within(run())
+
+
 def test_metrics_are_by_engine_and_since_the_last_call(quick_health: None) -> None:
     async def run() -> dict[str, float]:
         a = Scripted("a", is_open=True)
