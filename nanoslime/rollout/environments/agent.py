@@ -12,17 +12,30 @@
 import asyncio
 import inspect
 import json
+import logging
 import os
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+import psutil
+
 from nanoslime.plugins import resolve
+from nanoslime.processes.logs import last_line
 from nanoslime.rollout.openai_endpoint import OpenAIEndpoint, Session
 from nanoslime.rollout.policy import Policy
 from nanoslime.types import Prompt, RunError, Sample
+
+logger = logging.getLogger(__name__)
+
+_KILL_DEADLINE_S = 10.0
 
 
 class Agent:
@@ -30,7 +43,6 @@ class Agent:
         self,
         agent: str | Sequence[str],
         agent_options: Mapping[str, Any] | None = None,
-        timeout_s: float = 3600.0,
         host: str = "127.0.0.1",
     ) -> None:
         """`host` is the address of this machine that the agent reaches.
@@ -44,20 +56,13 @@ class Agent:
         else:
             self._command = agent
         self._options = dict(agent_options or {})
-        self._timeout_s = timeout_s
         self._endpoint = OpenAIEndpoint(host)
 
     async def __call__(self, prompt: Prompt, policy: Policy) -> list[Sample]:
         """The sequences that the agent has made. Raises what the agent raises, and RunError
-        where it takes too long or its command fails."""
+        where its command fails."""
         async with self._endpoint.session(prompt, policy) as session:
-            try:
-                async with asyncio.timeout(self._timeout_s):
-                    reward = await self._run(prompt, session)
-            except TimeoutError as error:
-                raise RunError(
-                    f"the agent was not done within timeout_s={self._timeout_s:g}"
-                ) from error
+            reward = await self._run(prompt, session)
             samples = session.samples()
         for sample in samples:
             sample.reward = reward
@@ -80,27 +85,66 @@ class Agent:
         if inspect.iscoroutinefunction(self._function):
             reward = await self._function(**given)
         else:
-            reward = await asyncio.to_thread(self._function, **given)
+            reward = await _in_thread(self._function, given)
         return None if reward is None else float(reward)
 
     async def _run_command(self, prompt: Prompt, session: Session) -> None:
         """Whatever the command has started ends with it."""
         given = json.dumps({"prompt": prompt.text, "metadata": prompt.metadata})
         environ = {"OPENAI_BASE_URL": session.url, "OPENAI_API_KEY": session.token}
-        process = await asyncio.create_subprocess_exec(
-            *self._command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            env={**os.environ, **environ},
-            start_new_session=True,
-        )
+        # A pipe would stay open as long as a process that the command leaves behind.
+        with tempfile.NamedTemporaryFile() as told:
+            process = await asyncio.create_subprocess_exec(
+                *self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=told,
+                env={**os.environ, **environ},
+                start_new_session=True,
+            )
+            try:
+                await process.communicate(given.encode())
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                await process.wait()
+                await _in_thread(_end_all_of, {"url": session.url})
+            if process.returncode != 0:
+                told_last = last_line(Path(told.name))
+                raise RunError(f"the agent's command ended with {process.returncode}: {told_last}")
+
+
+async def _in_thread(function: Callable[..., Any], given: Mapping[str, Any]) -> Any:
+    """What the function returns. It runs in a thread of its own, however many others do, and one
+    that never ends does not keep this process from ending.
+    """
+    answer: Future[Any] = Future()
+
+    def run() -> None:
+        answer.set_running_or_notify_cancel()
         try:
-            _, told = await process.communicate(given.encode())
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
-        if process.returncode != 0:
-            lines = told.decode(errors="replace").strip().splitlines() or ["it wrote no error"]
-            raise RunError(f"the agent's command ended with {process.returncode}: {lines[-1]}")
+            answer.set_result(function(**given))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, name="agent", daemon=True).start()
+    return await asyncio.wrap_future(answer)
+
+
+def _end_all_of(url: str) -> None:
+    """Kills the processes that have this URL in their environment, in whatever session."""
+    deadline = time.monotonic() + _KILL_DEADLINE_S
+    while killed := [process for process in psutil.process_iter() if _kill(process, url)]:
+        if time.monotonic() > deadline:
+            logger.error("of an agent, alive after SIGKILL, and left: %s", killed)
+            return
+        time.sleep(0.01)
+
+
+def _kill(process: psutil.Process, url: str) -> bool:
+    """Whether it was one of this URL."""
+    with suppress(psutil.Error):
+        if process.environ().get("OPENAI_BASE_URL") == url:
+            process.kill()
+            return True
+    return False

@@ -4,6 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import threading
 import time
 
 from openai import AsyncOpenAI, OpenAI
@@ -26,6 +27,19 @@ def plain(*, prompt, metadata, base_url, api_key):
     return metadata["k"]
 
 
+_barriers: dict[int, threading.Barrier] = {}
+
+
+def together(*, prompt, metadata, base_url, api_key, n):
+    """Returns when so many are in it at once."""
+    _barriers.setdefault(n, threading.Barrier(n)).wait(30)
+    return 1
+
+
+def endless_thread(*, prompt, metadata, base_url, api_key):
+    time.sleep(3600)
+
+
 async def endless(*, prompt, metadata, base_url, api_key):
     await asyncio.sleep(3600)
 
@@ -42,6 +56,12 @@ def main(what: str) -> None:
         # A child of its own must not outlive it.
         subprocess.run([sys.executable, "-c", "import time; time.sleep(3600)"])
         time.sleep(3600)
+    if what == "leave":
+        # A process of another session, which holds this one's output.
+        subprocess.Popen(
+            [sys.executable, "-c", "import time; time.sleep(3600)"], start_new_session=True
+        )
+        return
     assert given["metadata"] == {"k": 0.5}
     with OpenAI() as client:  # OPENAI_BASE_URL and OPENAI_API_KEY say where and as whom
         messages = [{"role": "user", "content": given["prompt"]}]

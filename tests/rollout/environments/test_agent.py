@@ -1,6 +1,7 @@
 """Agents in the process and beside it: their samples, rewards, time limits and failures."""
 
 import asyncio
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,21 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
     return ServedModel(InterruptingRouter(engine), tokenizer_of(path), 512)
 
 
-def rolled_out(served: ServedModel, n: int = 1, **options: Any) -> list[list[Sample]]:
+def rolled_out(
+    served: ServedModel, n: int = 1, timeout_s: float = 60.0, **options: Any
+) -> list[list[Sample]]:
     sampling = Sampling(n_samples_per_prompt=n, max_new_tokens=60, temperature=1.0)
     task = GroupTask(7, PROMPT, sampling, 3, "none")
+
+    async def one(environment: environments.Environment, policy: Policy) -> list[Sample]:
+        async with policy.time_limit(timeout_s):
+            return await environment(PROMPT, policy)
 
     async def run() -> list[list[Sample]]:
         environment = environments.make("agent", options)
         try:
             policies = [Policy(task, index, served) for index in range(n)]
-            return await asyncio.gather(*(environment(PROMPT, policy) for policy in policies))
+            return await asyncio.gather(*(one(environment, policy) for policy in policies))
         finally:
             await environments.close(environment)
 
@@ -77,10 +84,41 @@ def test_a_command_that_fails_gives_its_last_line(served, no_leftovers) -> None:
         rolled_out(served, agent=command)
 
 
-def test_an_agent_that_takes_too_long_is_ended_with_all_its_processes(served, no_leftovers) -> None:
-    for agent in (f"{HERE}:endless", [sys.executable, str(Path(agents.__file__)), "hang"]):
-        with pytest.raises(RunError, match="the agent was not done within timeout_s=1.5"):
-            rolled_out(served, agent=agent, timeout_s=1.5)
+@pytest.mark.parametrize("agent", [f"{HERE}:endless", f"{HERE}:endless_thread", "hang"])
+def test_an_agent_that_takes_too_long_is_ended_with_all_its_processes(
+    served, agent, no_leftovers
+) -> None:
+    if agent == "hang":
+        agent = [sys.executable, str(Path(agents.__file__)), "hang"]
+    with pytest.raises(RunError, match="longer than rollout.environment_timeout_s=1.5"):
+        rolled_out(served, agent=agent, timeout_s=1.5)
+
+
+def test_what_a_command_leaves_behind_ends_with_it(served, no_leftovers) -> None:
+    command = [sys.executable, str(Path(agents.__file__)), "leave"]
+    [[sample]] = rolled_out(served, agent=command)
+    assert sample.error == "the environment generated nothing"
+
+
+def test_plain_functions_run_side_by_side_however_many_they_are(served) -> None:
+    """The event loop has fewer threads."""
+    rollouts = rolled_out(served, n=64, agent=f"{HERE}:together", agent_options={"n": 64})
+    assert [sample.reward for [sample] in rollouts] == [1.0] * 64
+
+
+def test_a_plain_function_that_hangs_keeps_no_process_from_ending() -> None:
+    program = f"""
+import asyncio
+from {HERE} import endless_thread
+from nanoslime.rollout.environments import agent
+async def main():
+    given = dict(prompt="", metadata={{}}, base_url="", api_key="")
+    async with asyncio.timeout(0.1):
+        await agent._in_thread(endless_thread, given)
+asyncio.run(main())
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
+    assert b"TimeoutError" in ended.stderr
 
 
 def test_what_an_agent_raises_goes_to_the_worker(served) -> None:
