@@ -284,7 +284,11 @@ class GenerateRequest:
     seed: int | None = None  # same seed, same samples: honoured by the embedded engine only
 
     def check_tokens(self, vocab_size: int, engine: str) -> None:
-        """Raises RunError for a token id outside the vocabulary, which would kill a server."""
+        """Raises RunError for a prompt without tokens, which would cost those beside it their
+        batch, and for a token id outside the vocabulary, which would kill a server.
+        """
+        if not self.token_ids:
+            raise RunError(f"engine {engine}: a prompt without a token cannot be continued")
         for position, token in enumerate(self.token_ids):
             if not 0 <= token < vocab_size:
                 raise RunError(

@@ -31,7 +31,15 @@ logger = logging.getLogger(__name__)
 
 _MAX_REQUEST_BYTES = 256 << 20
 # What a request can be refused for.
-_REFUSED = (RunError, ValueError, LookupError, TypeError, AttributeError, TemplateError)
+_REFUSED = (
+    *(RunError, ValueError, LookupError, TypeError, AttributeError),
+    *(ArithmeticError, RecursionError, TemplateError),
+)
+# Sampling that an agent may set, and the run's configuration decides on.
+_SAMPLING = (
+    *("temperature", "top_p", "top_k", "min_p", "seed", "logit_bias", "stop_token_ids"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty"),
+)
 
 
 @dataclass(eq=False, slots=True)
@@ -47,9 +55,9 @@ class Turn:
 class Session:
     """The requests of one rollout."""
 
-    def __init__(self, prompt: Prompt, policy: Policy, url: str, token: str) -> None:
+    def __init__(self, prompt: Prompt, policy: Policy, url: str) -> None:
         self.url = url  # the base URL of an OpenAI client
-        self.token = token  # its API key
+        self.token = secrets.token_urlsafe(24)  # its API key
         self.policy = policy
         self._prompt = prompt
         self._chat = policy.chat
@@ -152,13 +160,13 @@ class Session:
 class OpenAIEndpoint:
     """The server, in the event loop that first opens a session.
 
-    Requests carry the token of the run: `Authorization: Bearer TOKEN`, the API key of clients.
+    Requests carry the token of their session, which is a client's API key:
+    `Authorization: Bearer TOKEN`.
     """
 
     def __init__(self, host: str = "127.0.0.1") -> None:
         """`host` is the address of this machine that agents reach."""
         self._host = host
-        self._token = secrets.token_urlsafe(24)
         self._sessions: dict[str, Session] = {}
         self._runner: web.AppRunner | None = None
         self._starting = asyncio.Lock()
@@ -169,7 +177,7 @@ class OpenAIEndpoint:
         """A session of its own for one rollout; its URL is answered inside only."""
         address = await self._address()
         name = secrets.token_urlsafe(12)
-        session = Session(prompt, policy, f"{address}/sessions/{name}/v1", self._token)
+        session = Session(prompt, policy, f"{address}/sessions/{name}/v1")
         self._sessions[name] = session
         try:
             yield session
@@ -188,7 +196,9 @@ class OpenAIEndpoint:
                 app.router.add_post(f"{base}/chat/completions", partial(self._answer, Session.chat))
                 app.router.add_post(f"{base}/completions", partial(self._answer, Session.complete))
                 # The tokens of a client that has gone are for nobody.
-                runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
+                runner = web.AppRunner(
+                    app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0
+                )
                 await runner.setup()
                 await web.TCPSite(runner, self._host, 0).start()
                 self._runner = runner
@@ -200,12 +210,12 @@ class OpenAIEndpoint:
         method: Callable[[Session, Mapping[str, Any]], Awaitable[dict[str, Any]]],
         request: web.Request,
     ) -> web.Response:
-        given = request.headers.get("Authorization", "")
-        if not hmac.compare_digest(given.encode(), f"Bearer {self._token}".encode()):
-            return _refusal(401, "the API key is not that of the session")
         session = self._sessions.get(request.match_info["name"])
         if session is None:
             return _refusal(404, "there is no such session; its rollout may have ended")
+        given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
+        if not hmac.compare_digest(given, f"Bearer {session.token}".encode()):
+            return _refusal(401, "the API key is not that of the session")
         try:
             body = await request.json()
             self._warn_of_sampling(body, session)
@@ -215,8 +225,7 @@ class OpenAIEndpoint:
 
     def _warn_of_sampling(self, body: Mapping[str, Any], session: Session) -> None:
         own = session.policy.sampling
-        asked = {name: body.get(name) for name in ("temperature", "top_p", "top_k")}
-        differ = [n for n, value in asked.items() if value not in (None, getattr(own, n))]
+        differ = [n for n in _SAMPLING if body.get(n) not in (None, getattr(own, n, 0))]
         if differ and not self._has_warned:
             self._has_warned = True
             logger.warning("an agent sets %s: the run's configuration decides", ", ".join(differ))

@@ -15,6 +15,18 @@ from nanoslime.types import Generation, Status
 # As Hermes and Qwen write the call of a tool.
 _TOOL_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 
+# What is not served, by its name: the values that do not ask for it, and the way out.
+_NOT_SERVED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "stream": ((None, False), "send requests without it"),
+    "n": ((None, 1), "send one request for each sample"),
+    "best_of": ((None, 1), "leave it out"),
+    "echo": ((None, False), "leave it out"),
+    "suffix": ((None, ""), "leave it out"),
+    "top_logprobs": ((None, 0), "leave it out; logprobs are those of the sampled tokens"),
+    "response_format": ((None, {"type": "text"}), "ask for the format in a message"),
+    "tool_choice": ((None, "auto"), "leave it out, and the tools where none may be called"),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:
@@ -33,19 +45,26 @@ class Asked:
         not served."""
         if prompt not in body:
             raise ValueError(f"the request has no {prompt!r}")
-        if body.get("stream"):
-            raise ValueError("stream=true is not served; send requests without it")
-        if body.get("n") not in (None, 1):
-            raise ValueError(f"n={body['n']} is not served; send one request for each sample")
-        limit = body.get("max_completion_tokens") or body.get("max_tokens")
+        for name, (served, way_out) in _NOT_SERVED.items():
+            if body.get(name) not in served:
+                raise ValueError(f"{name}={json.dumps(body[name])} is not served; {way_out}")
+        limit = body.get("max_completion_tokens")
+        if limit is None:
+            limit = body.get("max_tokens")
+        if limit is not None and (type(limit) is not int or limit < 1):
+            raise ValueError(f"max_tokens={limit!r} is no number of tokens; ask for 1 or more")
         stop = body.get("stop") or ()
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(isinstance(text, str) and text for text in stop):
+            raise ValueError(f"stop={list(stop)!r} has to hold texts that are not empty")
         return cls(
             is_chat=prompt == "messages",
             model=str(body.get("model", "policy")),
-            max_new_tokens=None if limit is None else int(limit),
-            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            max_new_tokens=limit,
+            stop=stop,
             tools=list(body.get("tools") or ()),
-            has_logprobs=body.get("logprobs") not in (None, False),
+            # The number 0 asks for those of the sampled tokens, too.
+            has_logprobs=body.get("logprobs") is not None and body["logprobs"] is not False,
         )
 
 

@@ -165,7 +165,7 @@ def test_completions_go_on_from_text_and_from_tokens(served, kind) -> None:
 
     async def use(client, session):
         prompt = "12=" if kind == "text" else encode("12=")
-        first = await client.completions.create(model="m", prompt=prompt, max_tokens=20, logprobs=1)
+        first = await client.completions.create(model="m", prompt=prompt, max_tokens=20, logprobs=0)
         [choice] = first.choices
         assert len(choice.logprobs.token_logprobs) == len(choice.token_ids)
         if kind == "text":
@@ -214,6 +214,16 @@ def test_what_is_not_served_is_refused_in_one_sentence(served) -> None:
     requests = [
         ({"stream": True}, "stream=true is not served"),
         ({"n": 2}, "n=2 is not served"),
+        ({"logprobs": True, "top_logprobs": 5}, "top_logprobs=5 is not served"),
+        ({"response_format": {"type": "json_object"}}, "response_format=.* is not served"),
+        ({"tool_choice": "required"}, "tool_choice=.* is not served; leave it out"),
+        ({"max_tokens": 0}, "max_tokens=0 is no number of tokens; ask for 1 or more"),
+        ({"max_completion_tokens": -1}, "max_tokens=-1 is no number"),
+        ({"extra_body": {"max_tokens": 1.5}}, "max_tokens=1.5 is no number"),
+        ({"stop": ["a", ""]}, "stop=.* has to hold texts that are not empty"),
+        ({"extra_body": {"stop": [5]}}, r"stop=\[5\] has to hold texts"),
+        ({"messages": []}, "a prompt without a token cannot be continued"),
+        ({"messages": [{"role": "user", "content": ""}]}, "a prompt without a token"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only text"),
         ({"messages": [{"content": "x"}]}, "role"),
         ({"messages": 3}, "TypeError"),
@@ -226,15 +236,20 @@ def test_what_is_not_served_is_refused_in_one_sentence(served) -> None:
         for prompt in ([], "", [[1], [2]], ["a", "b"], [[]]):
             with pytest.raises(BadRequestError, match="one text, or the token ids"):
                 await client.completions.create(model="m", prompt=prompt)
-        with pytest.raises(BadRequestError, match="token id 9999"):
-            await client.completions.create(model="m", prompt=[9999])
+        for change, message in (
+            ({"prompt": [9999]}, "token id 9999"),
+            ({"echo": True}, "echo=true is not served"),
+            ({"best_of": 2}, "best_of=2 is not served"),
+        ):
+            with pytest.raises(BadRequestError, match=message):
+                await client.completions.create(**{"model": "m", "prompt": "12=", **change})
         with pytest.raises(AuthenticationError):
             await chat(client.with_options(api_key="other"), [QUESTION])
         other = session.url.replace("/sessions/", "/sessions/other")
         with pytest.raises(NotFoundError, match="no such session"):
             await chat(client.with_options(base_url=other), [QUESTION])
         async with aiohttp.ClientSession() as http:
-            for data in ("{", "[]", "null"):
+            for data in ("{", "[]", "null", "[" * 100_000, '{"messages": [], "n": 1e999}'):
                 headers = {"Authorization": f"Bearer {session.token}"}
                 url = f"{session.url}/chat/completions"
                 async with http.post(url, data=data, headers=headers) as response:
@@ -242,6 +257,50 @@ def test_what_is_not_served_is_refused_in_one_sentence(served) -> None:
 
     _, [sample] = used(served, use)
     assert (sample.status, sample.error) == (Status.ERROR, "the environment generated nothing")
+
+
+def test_a_session_is_open_to_its_own_key_only(served) -> None:
+    async def use(client, session):
+        url = f"{session.url}/chat/completions"
+        endpoint = OpenAIEndpoint()
+        async with aiohttp.ClientSession() as http, endpoint.session(PROMPT, session.policy) as two:
+            for key in (None, "", "Bearer", session.token, f"Bearer {two.token}", "Bearer \udcff"):
+                headers = {} if key is None else {"Authorization": key}
+                async with http.post(url, json={"messages": [QUESTION]}, headers=headers) as answer:
+                    assert answer.status == 401, key
+            async with http.post(two.url.replace("/v1", "/v1/v1")) as answer:
+                assert answer.status == 404
+        await endpoint.close()
+
+    _, [sample] = used(served, use)
+    assert sample.error == "the environment generated nothing"
+
+
+def test_requests_that_wait_for_tokens_do_not_hold_up_the_end(served) -> None:
+    """They are of threads, for example, that nobody can end."""
+    over = asyncio.Event()
+
+    class Waiting:
+        async def generate(self, request, key: str = "") -> list[Generation]:
+            await over.wait()
+            return []
+
+    async def run() -> None:
+        endpoint = OpenAIEndpoint()
+        policy = policy_of(ServedModel(Waiting(), served.tokenizer, 512))
+        async with aiohttp.ClientSession() as http:
+            async with endpoint.session(PROMPT, policy) as session:
+                headers = {"Authorization": f"Bearer {session.token}"}
+                body = {"messages": [QUESTION]}
+                url = f"{session.url}/chat/completions"
+                waiting = asyncio.create_task(http.post(url, json=body, headers=headers))
+                await asyncio.sleep(0.1)
+            async with asyncio.timeout(10):
+                await endpoint.close()
+                with pytest.raises(aiohttp.ClientError):
+                    await waiting
+
+    asyncio.run(run())
 
 
 def test_a_request_that_no_engine_answers_gives_its_cause(served) -> None:

@@ -56,6 +56,7 @@ class Agent:
         else:
             self._command = agent
         self._options = dict(agent_options or {})
+        self._host = host
         self._endpoint = OpenAIEndpoint(host)
 
     async def __call__(self, prompt: Prompt, policy: Policy) -> list[Sample]:
@@ -92,6 +93,9 @@ class Agent:
         """Whatever the command has started ends with it."""
         given = json.dumps({"prompt": prompt.text, "metadata": prompt.metadata})
         environ = {"OPENAI_BASE_URL": session.url, "OPENAI_API_KEY": session.token}
+        # No proxy of the environment leads to this machine.
+        for name in ("NO_PROXY", "no_proxy"):
+            environ[name] = ",".join([*filter(None, [os.environ.get(name)]), self._host])
         # A pipe would stay open as long as a process that the command leaves behind.
         with tempfile.NamedTemporaryFile() as told:
             process = await asyncio.create_subprocess_exec(

@@ -14,7 +14,7 @@ Prompts are those of the run. To train on the dataset of an environment, write i
 from collections.abc import Mapping
 from typing import Any
 
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 from nanoslime.rollout.openai_endpoint import OpenAIEndpoint
 from nanoslime.rollout.policy import Policy
@@ -46,7 +46,12 @@ class Verifiers:
         async with self._endpoint.session(prompt, policy) as session:
             # An endpoint that refuses would refuse again, and a long response takes long.
             client = AsyncOpenAI(
-                base_url=session.url, api_key=session.token, max_retries=0, timeout=None
+                base_url=session.url,
+                api_key=session.token,
+                max_retries=0,
+                timeout=None,
+                # No proxy of the environment leads to this machine.
+                http_client=DefaultAsyncHttpxClient(trust_env=False),
             )
             async with client:
                 output = await self._environment.run_rollout(row, client, "policy", {})

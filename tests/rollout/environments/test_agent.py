@@ -72,7 +72,10 @@ def test_a_plain_function_runs_in_a_thread(served) -> None:
     assert [sample.reward for [sample] in rollouts] == [0.5, 0.5]
 
 
-def test_a_command_is_told_where_the_endpoint_is(served, no_leftovers) -> None:
+def test_a_command_is_told_where_the_endpoint_is(served, no_leftovers, monkeypatch) -> None:
+    """And goes there without the proxy that it may need for other addresses."""
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "example.org")
     command = [sys.executable, str(Path(agents.__file__)), "work"]
     [[sample]] = rolled_out(served, agent=command)
     assert sample.num_response_tokens > 0 and sample.reward is None
