@@ -3,14 +3,18 @@
 An architecture's file puts its rules together from these.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from nanoslime.models.rules import FLOAT32, HFTensor, Rule
+from nanoslime.models.rules import FLOAT32, HFTensor, RowLayout, Rule
 from nanoslime.models.shape import ModelShape
 
-Combination = Literal["cat", "halves", "qkv"]
-"""The layouts that take several Hugging Face tensors, or several blocks of rows of one."""
+Shapes = dict[str, tuple[int, ...]]
+"""Hugging Face tensors by name."""
+
+# What Hugging Face calls the matrices of a gated MLP: inwards, and the one outwards.
+_GATED = ("gate_proj", "up_proj", "down_proj")
+FUSED = ("gate_up_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,41 +26,27 @@ class Layers:
     megatron_prefix: str = "decoder.layers.{l}."
     num_experts: int = 0
 
-    def copy(
+    def rule(
         self,
         megatron: str,
-        hf: HFTensor,
+        hf: Shapes,
+        layout: RowLayout = "copy",
         *,
         tp_dim: int | None = None,
         local_spec_name: str | None = None,
     ) -> Rule:
-        """One Hugging Face tensor, as it is."""
+        tensors = [HFTensor(self.hf_prefix + name, shape) for name, shape in hf.items()]
         if local_spec_name is not None:
             local_spec_name = self.megatron_prefix + local_spec_name
         return Rule(
             self.megatron_prefix + megatron,
-            "copy",
-            self._absolute([hf]),
+            layout,
+            tuple(tensors),
             tp_dim=tp_dim,
             layers=self.numbers,
             num_experts=self.num_experts,
             local_spec_name=local_spec_name,
         )
-
-    def combine(self, megatron: str, layout: Combination, hf: list[HFTensor]) -> Rule:
-        """Several Hugging Face tensors, or halves of one; tensor parallelism splits
-        their rows."""
-        return Rule(
-            self.megatron_prefix + megatron,
-            layout,
-            self._absolute(hf),
-            tp_dim=0,
-            layers=self.numbers,
-            num_experts=self.num_experts,
-        )
-
-    def _absolute(self, tensors: list[HFTensor]) -> tuple[HFTensor, ...]:
-        return tuple(HFTensor(self.hf_prefix + name, shape) for name, shape in tensors)
 
 
 def all_layers(shape: ModelShape) -> Layers:
@@ -85,91 +75,65 @@ def attention(shape: ModelShape) -> list[Rule]:
     hidden = shape.hidden_size
     q = shape.num_attention_heads * shape.head_dim
     kv = shape.num_key_value_heads * shape.head_dim
+    rows = {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}
+    weights: Shapes = {f"{name}.weight": (size, hidden) for name, size in rows.items()}
     rules = [
-        layers.copy(
+        layers.rule(
             "self_attention.linear_qkv.layer_norm_weight",
-            HFTensor("input_layernorm.weight", (hidden,)),
+            {"input_layernorm.weight": (hidden,)},
             local_spec_name="input_layernorm.weight",
         ),
-        layers.combine(
-            "self_attention.linear_qkv.weight",
-            "qkv",
-            [
-                HFTensor("self_attn.q_proj.weight", (q, hidden)),
-                HFTensor("self_attn.k_proj.weight", (kv, hidden)),
-                HFTensor("self_attn.v_proj.weight", (kv, hidden)),
-            ],
-        ),
-        layers.copy(
-            "self_attention.linear_proj.weight",
-            HFTensor("self_attn.o_proj.weight", (hidden, q)),
-            tp_dim=1,
+        layers.rule("self_attention.linear_qkv.weight", weights, "qkv", tp_dim=0),
+        layers.rule(
+            "self_attention.linear_proj.weight", {"self_attn.o_proj.weight": (hidden, q)}, tp_dim=1
         ),
     ]
     if shape.qkv_bias:
-        biases = [
-            HFTensor("self_attn.q_proj.bias", (q,)),
-            HFTensor("self_attn.k_proj.bias", (kv,)),
-            HFTensor("self_attn.v_proj.bias", (kv,)),
-        ]
-        rules.append(layers.combine("self_attention.linear_qkv.bias", "qkv", biases))
+        biases: Shapes = {f"{name}.bias": (size,) for name, size in rows.items()}
+        rules.append(layers.rule("self_attention.linear_qkv.bias", biases, "qkv", tp_dim=0))
     if shape.qk_norm:
-        q_norm = HFTensor("self_attn.q_norm.weight", (shape.head_dim,))
-        k_norm = HFTensor("self_attn.k_norm.weight", (shape.head_dim,))
-        rules.append(layers.copy("self_attention.q_layernorm.weight", q_norm))
-        rules.append(layers.copy("self_attention.k_layernorm.weight", k_norm))
+        for name in ("q", "k"):
+            norm: Shapes = {f"self_attn.{name}_norm.weight": (shape.head_dim,)}
+            rules.append(layers.rule(f"self_attention.{name}_layernorm.weight", norm))
     return rules
 
 
-@dataclass(frozen=True, slots=True)
-class GatedMLP:
-    """The matrices of a gated MLP, hidden_size -> intermediate_size -> hidden_size."""
+def gated_mlp(
+    layers: Layers,
+    megatron: str,
+    hf: str,
+    size: tuple[int, int],
+    matrices: Sequence[str] = _GATED,
+) -> list[Rule]:
+    """The matrices of a gated MLP, hidden_size -> intermediate_size -> hidden_size.
 
-    # Both prefixes are relative to the layer.
-    megatron_prefix: str
-    hf_prefix: str
-    hidden_size: int
-    intermediate_size: int
-    gate: str = "gate_proj"
-    up: str = "up_proj"
-    down: str = "down_proj"
-
-    def rules(self, layers: Layers) -> list[Rule]:
-        inwards = (self.intermediate_size, self.hidden_size)
-        gate = HFTensor(f"{self.hf_prefix}{self.gate}.weight", inwards)
-        up = HFTensor(f"{self.hf_prefix}{self.up}.weight", inwards)
-        fc1 = layers.combine(f"{self.megatron_prefix}linear_fc1.weight", "cat", [gate, up])
-        return [fc1, self._fc2(layers)]
-
-    def fused_rules(self, layers: Layers) -> list[Rule]:
-        """The rules where Hugging Face holds gate and up in one tensor."""
-        both = (2 * self.intermediate_size, self.hidden_size)
-        gate_up = HFTensor(f"{self.hf_prefix}gate_up_proj.weight", both)
-        fc1 = layers.combine(f"{self.megatron_prefix}linear_fc1.weight", "halves", [gate_up])
-        return [fc1, self._fc2(layers)]
-
-    def _fc2(self, layers: Layers) -> Rule:
-        outwards = (self.hidden_size, self.intermediate_size)
-        down = HFTensor(f"{self.hf_prefix}{self.down}.weight", outwards)
-        return layers.copy(f"{self.megatron_prefix}linear_fc2.weight", down, tp_dim=1)
+    `megatron` and `hf` are its prefixes in the layer, `size` is (intermediate_size,
+    hidden_size). `matrices` are gate, up and down, or FUSED where gate and up are one tensor.
+    """
+    intermediate, hidden = size
+    *inwards, outwards = matrices
+    rows = 2 * intermediate // len(inwards)
+    gate_up: Shapes = {f"{hf}{name}.weight": (rows, hidden) for name in inwards}
+    down: Shapes = {f"{hf}{outwards}.weight": (hidden, intermediate)}
+    layout: RowLayout = "halves" if len(inwards) == 1 else "cat"
+    return [
+        layers.rule(f"{megatron}linear_fc1.weight", gate_up, layout, tp_dim=0),
+        layers.rule(f"{megatron}linear_fc2.weight", down, tp_dim=1),
+    ]
 
 
 def dense_mlp(
-    shape: ModelShape, layers: Layers | None = None, *, fused: bool = False
+    shape: ModelShape, layers: Layers | None = None, matrices: Sequence[str] = _GATED
 ) -> list[Rule]:
-    """A gated MLP and the norm before it, in `layers` (None: in all).
-
-    `fused` says that Hugging Face holds gate and up in one tensor.
-    """
+    """A gated MLP and the norm before it, in `layers` (None: in all)."""
     layers = layers or all_layers(shape)
-    norm = layers.copy(
+    norm = layers.rule(
         "mlp.linear_fc1.layer_norm_weight",
-        HFTensor("post_attention_layernorm.weight", (shape.hidden_size,)),
+        {"post_attention_layernorm.weight": (shape.hidden_size,)},
         local_spec_name="pre_mlp_layernorm.weight",
     )
-    mlp = GatedMLP("mlp.", "mlp.", shape.hidden_size, shape.intermediate_size)
-    matrices = mlp.fused_rules(layers) if fused else mlp.rules(layers)
-    return [norm, *matrices]
+    size = (shape.intermediate_size, shape.hidden_size)
+    return [norm, *gated_mlp(layers, "mlp.", "mlp.", size, matrices)]
 
 
 def dense_decoder(shape: ModelShape) -> list[Rule]:
@@ -187,9 +151,7 @@ class ExpertNames:
     shared: str = "mlp.shared_experts."
     # The gate of the shared experts' output, relative to the layer.
     shared_gate: str = "mlp.shared_experts_gate.weight"
-    gate: str = "gate_proj"
-    up: str = "up_proj"
-    down: str = "down_proj"
+    matrices: Sequence[str] = _GATED
 
 
 DEEPSEEK_NAMES = ExpertNames()
@@ -203,35 +165,32 @@ def experts_mlp(shape: ModelShape, names: ExpertNames = DEEPSEEK_NAMES) -> list[
     hidden = shape.hidden_size
     layers = Layers(numbers=moe.layers)
     experts = Layers(numbers=moe.layers, num_experts=moe.num_experts)
-    expert = GatedMLP(
-        "mlp.experts.experts.{e}.",
-        names.block + "experts.{e}.",
-        hidden,
-        moe.intermediate_size,
-        gate=names.gate,
-        up=names.up,
-        down=names.down,
-    )
-    router = HFTensor(names.block + "gate.weight", (moe.num_experts, hidden))
+    size = (moe.intermediate_size, hidden)
     rules = [
-        layers.copy(
+        layers.rule(
             "pre_mlp_layernorm.weight",
-            HFTensor("post_attention_layernorm.weight", (hidden,)),
+            {"post_attention_layernorm.weight": (hidden,)},
             # The key that the local layer spec gives the norm in torch_dist.
             local_spec_name="mlp.linear_fc1.layer_norm_weight",
         ),
-        layers.copy("mlp.router.weight", router),
-        *expert.rules(experts),
+        layers.rule("mlp.router.weight", {f"{names.block}gate.weight": (moe.num_experts, hidden)}),
+        *gated_mlp(
+            experts,
+            "mlp.experts.experts.{e}.",
+            f"{names.block}experts.{{e}}.",
+            size,
+            names.matrices,
+        ),
     ]
     if moe.score_bias:
-        bias = HFTensor(names.block + FLOAT32, (moe.num_experts,))
-        rules.append(layers.copy("mlp.router.expert_bias", bias))
+        bias: Shapes = {f"{names.block}{FLOAT32}": (moe.num_experts,)}
+        rules.append(layers.rule("mlp.router.expert_bias", bias))
     if moe.shared_intermediate_size:
-        shared = GatedMLP("mlp.shared_experts.", names.shared, hidden, moe.shared_intermediate_size)
-        rules += shared.rules(layers)
+        size = (moe.shared_intermediate_size, hidden)
+        rules += gated_mlp(layers, "mlp.shared_experts.", names.shared, size)
     if moe.shared_gate:
-        gate = HFTensor(names.shared_gate, (1, hidden))
-        rules.append(layers.copy("mlp.shared_experts.gate_weight", gate))
+        gate: Shapes = {names.shared_gate: (1, hidden)}
+        rules.append(layers.rule("mlp.shared_experts.gate_weight", gate))
     return rules
 
 
@@ -251,8 +210,8 @@ def mtp(shape: ModelShape) -> list[Rule]:
     numbers = range(shape.num_layers, shape.num_layers + shape.num_mtp_layers)
     layers = Layers(numbers=tuple(numbers), megatron_prefix="mtp.layers.{i}.")
     return [
-        layers.copy("enorm.weight", HFTensor("enorm.weight", (hidden,))),
-        layers.copy("hnorm.weight", HFTensor("hnorm.weight", (hidden,))),
-        layers.copy("eh_proj.weight", HFTensor("eh_proj.weight", (hidden, 2 * hidden)), tp_dim=0),
-        layers.copy("final_layernorm.weight", HFTensor("shared_head.norm.weight", (hidden,))),
+        layers.rule("enorm.weight", {"enorm.weight": (hidden,)}),
+        layers.rule("hnorm.weight", {"hnorm.weight": (hidden,)}),
+        layers.rule("eh_proj.weight", {"eh_proj.weight": (hidden, 2 * hidden)}, tp_dim=0),
+        layers.rule("final_layernorm.weight", {"shared_head.norm.weight": (hidden,)}),
     ]

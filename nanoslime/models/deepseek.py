@@ -5,8 +5,8 @@ https://arxiv.org/abs/2412.19437. The checkpoints that DeepSeek publishes are in
 dequantize them first.
 """
 
-from nanoslime.models.blocks import all_layers, ends, mixed_mlp, mtp
-from nanoslime.models.rules import HFTensor, Rule
+from nanoslime.models.blocks import Shapes, all_layers, ends, mixed_mlp, mtp
+from nanoslime.models.rules import Rule
 from nanoslime.models.shape import MLA, Architecture, ConfigFile, ModelShape
 
 
@@ -45,28 +45,26 @@ def _attention(shape: ModelShape) -> list[Rule]:
     heads = shape.num_attention_heads
     kv_rank = mla.kv_lora_rank
     kv_up = heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+    kv_down = kv_rank + mla.qk_rope_head_dim
+    o = heads * mla.v_head_dim
     return [
-        layers.copy("input_layernorm.weight", HFTensor("input_layernorm.weight", (hidden,))),
-        layers.copy(
+        layers.rule("input_layernorm.weight", {"input_layernorm.weight": (hidden,)}),
+        layers.rule(
             "self_attention.linear_kv_down_proj.weight",
-            HFTensor(
-                "self_attn.kv_a_proj_with_mqa.weight", (kv_rank + mla.qk_rope_head_dim, hidden)
-            ),
+            {"self_attn.kv_a_proj_with_mqa.weight": (kv_down, hidden)},
         ),
-        layers.copy(
+        layers.rule(
             "self_attention.linear_kv_up_proj.layer_norm_weight",
-            HFTensor("self_attn.kv_a_layernorm.weight", (kv_rank,)),
+            {"self_attn.kv_a_layernorm.weight": (kv_rank,)},
             local_spec_name="self_attention.kv_layernorm.weight",
         ),
-        layers.copy(
+        layers.rule(
             "self_attention.linear_kv_up_proj.weight",
-            HFTensor("self_attn.kv_b_proj.weight", (kv_up, kv_rank)),
+            {"self_attn.kv_b_proj.weight": (kv_up, kv_rank)},
             tp_dim=0,
         ),
-        layers.copy(
-            "self_attention.linear_proj.weight",
-            HFTensor("self_attn.o_proj.weight", (hidden, heads * mla.v_head_dim)),
-            tp_dim=1,
+        layers.rule(
+            "self_attention.linear_proj.weight", {"self_attn.o_proj.weight": (hidden, o)}, tp_dim=1
         ),
         *_query_rules(shape, mla.q_lora_rank),
     ]
@@ -78,26 +76,21 @@ def _query_rules(shape: ModelShape, q_rank: int | None) -> list[Rule]:
     hidden = shape.hidden_size
     q = shape.num_attention_heads * shape.head_dim
     if q_rank is None:
-        return [
-            layers.copy(
-                "self_attention.linear_q_proj.weight",
-                HFTensor("self_attn.q_proj.weight", (q, hidden)),
-                tp_dim=0,
-            )
-        ]
+        matrix: Shapes = {"self_attn.q_proj.weight": (q, hidden)}
+        return [layers.rule("self_attention.linear_q_proj.weight", matrix, tp_dim=0)]
     return [
-        layers.copy(
+        layers.rule(
             "self_attention.linear_q_down_proj.weight",
-            HFTensor("self_attn.q_a_proj.weight", (q_rank, hidden)),
+            {"self_attn.q_a_proj.weight": (q_rank, hidden)},
         ),
-        layers.copy(
+        layers.rule(
             "self_attention.linear_q_up_proj.layer_norm_weight",
-            HFTensor("self_attn.q_a_layernorm.weight", (q_rank,)),
+            {"self_attn.q_a_layernorm.weight": (q_rank,)},
             local_spec_name="self_attention.q_layernorm.weight",
         ),
-        layers.copy(
+        layers.rule(
             "self_attention.linear_q_up_proj.weight",
-            HFTensor("self_attn.q_b_proj.weight", (q, q_rank)),
+            {"self_attn.q_b_proj.weight": (q, q_rank)},
             tp_dim=0,
         ),
     ]

@@ -6,8 +6,8 @@ MLP. Their Megatron names are the names in the layers that slime and mbridge pat
 GLM-4 converts, it does not train with Megatron.
 """
 
-from nanoslime.models.blocks import all_layers, attention, dense_mlp, ends, mixed_mlp, mtp
-from nanoslime.models.rules import HFTensor, Rule
+from nanoslime.models.blocks import FUSED, all_layers, attention, dense_mlp, ends, mixed_mlp, mtp
+from nanoslime.models.rules import Rule
 from nanoslime.models.shape import Architecture, ConfigFile, ModelShape
 
 
@@ -20,9 +20,9 @@ def _read(config: ConfigFile) -> ModelShape:
 
 def _rules(shape: ModelShape) -> list[Rule]:
     layers = all_layers(shape)
-    rules = [*ends(shape), *attention(shape), *dense_mlp(shape, fused=True)]
+    rules = [*ends(shape), *attention(shape), *dense_mlp(shape, matrices=FUSED)]
     for name in ("post_self_attn_layernorm.weight", "post_mlp_layernorm.weight"):
-        rules.append(layers.copy(name, HFTensor(name, (shape.hidden_size,))))
+        rules.append(layers.rule(name, {name: (shape.hidden_size,)}))
     return rules
 
 

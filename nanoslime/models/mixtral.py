@@ -5,7 +5,7 @@ from nanoslime.models.blocks import ExpertNames, attention, ends, experts_mlp
 from nanoslime.models.rules import Rule
 from nanoslime.models.shape import Architecture, ConfigFile, ModelShape, MoE
 
-_NAMES = ExpertNames(block="block_sparse_moe.", gate="w1", up="w3", down="w2")
+_NAMES = ExpertNames(block="block_sparse_moe.", matrices=("w1", "w3", "w2"))
 
 
 def _read(config: ConfigFile) -> ModelShape:

@@ -21,6 +21,8 @@ from typing import Literal, NamedTuple
 from nanoslime.models.parallel_sizes import check_tp_size
 from nanoslime.models.shape import ModelShape
 
+RowLayout = Literal["copy", "vocab", "cat", "halves", "qkv"]
+
 Box = tuple[slice, ...]
 """A slice for each dimension, with start and stop set."""
 
@@ -50,7 +52,7 @@ class Rule:
     """
 
     megatron: str
-    layout: Literal["copy", "vocab", "cat", "halves", "qkv"]
+    layout: RowLayout
     hf_tensors: tuple[HFTensor, ...]
     tp_dim: int | None = None
     # None: the tensor is outside of the layers.
