@@ -40,10 +40,7 @@ def read_tensors(directory: Path, shape: ModelShape) -> dict[str, TensorInfo]:
         listing = directory / SINGLE_FILE
     shapes = {name: info.shape for name, info in found.items()}
     files = {name: str(info.file) for name, info in found.items()}
-    try:
-        check_tensors(shape, shapes, str(listing), files)
-    except ValueError as error:
-        raise RunError(str(error)) from error
+    check_tensors(shape, shapes, str(listing), files)
     if shape.tie_word_embeddings:
         check_tied_head(found)
     return found

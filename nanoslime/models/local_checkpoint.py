@@ -10,7 +10,6 @@ from nanoslime.models.tiny import tiny_qwen3_config
 from nanoslime.storage.checkpoint_code import check_code, check_tokenizer
 from nanoslime.storage.hub import find_checkpoint
 from nanoslime.storage.tokenizer_files import check_vocabulary
-from nanoslime.types import RunError
 
 
 def with_local_checkpoint(config: RunConfig, *, download: bool) -> tuple[RunConfig, ModelShape]:
@@ -26,10 +25,7 @@ def with_local_checkpoint(config: RunConfig, *, download: bool) -> tuple[RunConf
         return config, shape
     model = config.model
     found = find_checkpoint(model.hf_checkpoint, model.revision, download=download)
-    try:
-        shape = ModelShape.read(found.directory)
-    except ValueError as error:
-        raise RunError(str(error)) from error
+    shape = ModelShape.read(found.directory)
     check_context(config, shape)
     if found.is_whole:
         read_tensors(found.directory, shape)

@@ -188,40 +188,30 @@ def check_experts(shape: ModelShape, config: TrainingConfig, stage_ranks: int) -
     """
     moe = shape.moe
     if moe is None:
-        _check_no_expert_sizes(shape, config)
+        for name, verb in (("etp_size", "cuts"), ("ep_size", "spreads")):
+            size = getattr(config, name)
+            if size > 1:
+                raise RunError(
+                    f"training.{name}={size} {verb} experts, and a {shape.model_type} has none; "
+                    "choose 1"
+                )
         return
     if config.tp_size > 1 and not config.sequence_parallel:
         raise RunError(
             f"training.tp_size={config.tp_size} of a model with experts needs --sequence-parallel"
         )
-    etp_choices = _sizes_of_experts(moe.intermediate_size, stage_ranks, config.ep_size)
-    if config.etp_size not in etp_choices:
-        raise RunError(
-            f"training.etp_size={config.etp_size} must divide "
-            f"moe_intermediate_size={moe.intermediate_size}, and training.ep_size x "
-            f"training.etp_size the {stage_ranks} ranks of a pipeline stage; "
-            f"choose {one_of(etp_choices)}"
-        )
-    ep_choices = _sizes_of_experts(moe.num_experts, stage_ranks, config.etp_size)
-    if config.ep_size not in ep_choices:
-        raise RunError(
-            f"training.ep_size={config.ep_size} must divide num_experts={moe.num_experts}, and "
-            f"training.ep_size x training.etp_size the {stage_ranks} ranks of a pipeline stage; "
-            f"choose {one_of(ep_choices)}"
-        )
-
-
-def _check_no_expert_sizes(shape: ModelShape, config: TrainingConfig) -> None:
-    if config.etp_size > 1:
-        raise RunError(
-            f"training.etp_size={config.etp_size} cuts experts, and a {shape.model_type} has none; "
-            "choose 1"
-        )
-    if config.ep_size > 1:
-        raise RunError(
-            f"training.ep_size={config.ep_size} spreads experts, and a {shape.model_type} has "
-            "none; choose 1"
-        )
+    divided = {
+        "etp_size": ("moe_intermediate_size", moe.intermediate_size, config.ep_size),
+        "ep_size": ("num_experts", moe.num_experts, config.etp_size),
+    }
+    for name, (whole_name, whole, other_size) in divided.items():
+        choices = _sizes_of_experts(whole, stage_ranks, other_size)
+        if getattr(config, name) not in choices:
+            raise RunError(
+                f"training.{name}={getattr(config, name)} must divide {whole_name}={whole}, and "
+                f"training.ep_size x training.etp_size the {stage_ranks} ranks of a pipeline "
+                f"stage; choose {one_of(choices)}"
+            )
 
 
 def _sizes_of_experts(whole: int, stage_ranks: int, other_size: int) -> list[int]:

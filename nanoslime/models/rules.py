@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple
 
 from nanoslime.models.parallel_sizes import check_tp_size
 from nanoslime.models.shape import ModelShape
+from nanoslime.types import RunError
 
 RowLayout = Literal["copy", "vocab", "cat", "halves", "qkv"]
 
@@ -183,7 +184,7 @@ def check_tensors(
     where: str,
     files: dict[str, str] | None = None,
 ) -> None:
-    """Raises ValueError unless the tensors at `where` are exactly the model's.
+    """Raises RunError unless the tensors at `where` are exactly the model's.
 
     `present` maps their names to their shapes. Multi-token prediction layers may be
     there, whole, or not; repeats, such as a tied lm_head.weight, too. What is computed is
@@ -196,18 +197,18 @@ def check_tensors(
             expected[name] = expected[repeated]
     for name, full_shape in expected.items():
         if name not in present:
-            raise ValueError(
+            raise RunError(
                 f"{where} has no tensor {name} {list(full_shape)}, part of every {shape.model_type}"
             )
         if tuple(present[name]) != full_shape:
-            raise ValueError(
+            raise RunError(
                 f"{file_of.get(name, where)}: {name} is {list(present[name])}, "
                 f"config.json asks for {list(full_shape)}"
             )
     unknown = present.keys() - expected.keys()
     extra = sorted(name for name in unknown if not is_computed(name))
     if extra:
-        raise ValueError(
+        raise RunError(
             f"{file_of.get(extra[0], where)}: {len(extra)} tensors do not belong to a "
             f"{shape.model_type}: {extra[:3]}"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from nanoslime.models import ARCHITECTURES
 from nanoslime.plugins import resolve
+from nanoslime.storage.json_file import read_object
+from nanoslime.types import RunError
 
 if TYPE_CHECKING:
     from nanoslime.models.rules import Rule
@@ -104,11 +105,13 @@ class ModelShape:
     def read(cls, directory: Path | str) -> ModelShape:
         """The shape of the checkpoint in `directory`.
 
-        Raises ValueError for a missing or broken config.json, a key that is missing,
+        Raises RunError for a missing or broken config.json, a key that is missing,
         and an architecture or a setting of it that nanoslime does not have.
         """
         path = Path(directory) / "config.json"
-        return cls.from_config(_read_object(path), path)
+        if not path.is_file():
+            raise RunError(f"{path} does not exist; a Hugging Face checkpoint directory has one")
+        return cls.from_config(read_object(path), path)
 
     @classmethod
     def from_config(cls, values: dict[str, Any], path: Path = Path("config.json")) -> ModelShape:
@@ -116,7 +119,7 @@ class ModelShape:
         file = ConfigFile(path, values)
         model_type = file["model_type"]
         if model_type not in ARCHITECTURES:
-            raise ValueError(
+            raise RunError(
                 f"{path}: model_type={model_type!r} is not supported; "
                 f"known are {', '.join(sorted(ARCHITECTURES))}"
             )
@@ -211,20 +214,6 @@ def _megatron_lacks(shape: ModelShape) -> list[str]:
     return found
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError as e:
-        raise ValueError(
-            f"{path} does not exist; a Hugging Face checkpoint directory has one"
-        ) from e
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{path} cannot be read as JSON: {e}") from e
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} should hold one JSON object, not {type(values).__name__}")
-    return values
-
-
 class ConfigFile:
     """A config.json whose errors name the file."""
 
@@ -233,10 +222,10 @@ class ConfigFile:
         self._values = values
 
     def __getitem__(self, key: str) -> Any:
-        """The value of `key`. Raises ValueError where it is missing or null."""
+        """The value of `key`. Raises RunError where it is missing or null."""
         value = self._values.get(key)
         if value is None:
-            raise ValueError(f"{self.path} has no {key}, which the model's shape needs")
+            raise RunError(f"{self.path} has no {key}, which the model's shape needs")
         return value
 
     def get(self, key: str, default: Any) -> Any:
@@ -245,10 +234,10 @@ class ConfigFile:
         return default if value is None else value
 
     def refuse(self, key: str, allowed: Any) -> None:
-        """Raises ValueError where `key` is present with another value than `allowed`."""
+        """Raises RunError where `key` is present with another value than `allowed`."""
         value = self.get(key, allowed)
         if value != allowed:
-            raise ValueError(f"{self.path}: {key}={value!r} is not supported, only {allowed!r}")
+            raise RunError(f"{self.path}: {key}={value!r} is not supported, only {allowed!r}")
 
     def sizes(self, rotary_fraction: float = 1.0) -> dict[str, Any]:
         """The fields of ModelShape that every decoder spells alike.
@@ -258,7 +247,7 @@ class ConfigFile:
         self.refuse("hidden_act", "silu")
         quantization = self.get("quantization_config", None)
         if quantization:
-            raise ValueError(
+            raise RunError(
                 f"{self.path}: {quantization.get('quant_method')} weights are not supported; "
                 "dequantize them first"
             )

@@ -40,7 +40,7 @@ class ExpectedTensors:
 
     @classmethod
     def of_checkpoint(cls, path: str) -> ExpectedTensors:
-        """The tensors of the model in `path`. Raises ValueError as ModelShape.read does."""
+        """The tensors of the model in `path`. Raises RunError as ModelShape.read does."""
         shape = ModelShape.read(path)
         return cls(tensors(shape), optional_tensors(shape))
 

@@ -7,7 +7,7 @@ that splits text otherwise than the checkpoint's own code, and says nothing.
 from pathlib import Path
 from typing import Any
 
-from nanoslime.storage.tokenizer_files import read_object
+from nanoslime.storage.json_file import read_object
 from nanoslime.types import RunError
 
 _TOKENIZER = "tokenizer.json"

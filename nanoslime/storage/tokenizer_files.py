@@ -1,10 +1,10 @@
 """What the login node reads in the files of a tokenizer, without transformers."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanoslime.storage.json_file import read_object, read_text
 from nanoslime.types import RunError
 
 # Templates use them as texts, also where a tokenizer lacks one.
@@ -34,7 +34,7 @@ class TokenizerFiles:
         default = directory / "chat_template.jinja"
         if default.is_file():
             files["default"] = default
-        templates = {name: _read_text(file) for name, file in files.items()}
+        templates = {name: read_text(file) for name, file in files.items()}
         return cls(templates or _templates_of(config), special_tokens)
 
     def chat_template(self, *, has_tools: bool) -> str | None:
@@ -79,24 +79,3 @@ def _templates_of(config: dict[str, Any]) -> dict[str, str]:
     if isinstance(found, list):
         return {template["name"]: template["template"] for template in found}
     return dict(found)
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """A JSON object; an empty one where there is no such file."""
-    if not file.is_file():
-        return {}
-    text = _read_text(file)
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise RunError(f"{file} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise RunError(f"{file} should hold one JSON object, not {type(values).__name__}")
-    return values
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"{file} cannot be read: {error}") from error

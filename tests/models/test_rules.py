@@ -257,10 +257,10 @@ def test_missing_renamed_and_misshapen_tensors_are_named(directory, shape):
         missing = without(good, name)
         renamed = {**missing, name.replace("model", "modul") + "_": full_shape}
         for bad in (missing, renamed):
-            with pytest.raises(ValueError, match=f"^here has no tensor {name} "):
+            with pytest.raises(RunError, match=f"^here has no tensor {name} "):
                 check_tensors(shape, bad, "here")
         wrong = (*full_shape[:-1], full_shape[-1] - 1)
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(RunError) as error:
             check_tensors(shape, {**good, name: wrong}, "here")
         says = f"here: {name} is {list(wrong)}, config.json asks for {list(full_shape)}"
         assert str(error.value) == says
@@ -273,7 +273,7 @@ def test_tensors_that_do_not_belong_to_the_model_are_named(directory, shape):
         # Layer 4 is the multi-token prediction layer of the others.
         extra.append("model.layers.4.mlp.up_proj.bias")
     for name in extra:
-        with pytest.raises(ValueError, match=f"^here: 1 tensors do not belong .*{name}"):
+        with pytest.raises(RunError, match=f"^here: 1 tensors do not belong .*{name}"):
             check_tensors(shape, {**good, name: (1,)}, "here")
 
 
@@ -284,7 +284,7 @@ def test_repeats_are_allowed_in_the_shape_of_what_they_repeat(directory, shape):
         assert repeats(shape)["lm_head.weight"] == "model.embed_tokens.weight"
         check_tensors(shape, {**good, "lm_head.weight": full_shape}, "here")
         says = r"lm_head.weight is \[1, 32\], config.json asks for \[250, 32\]"
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(RunError, match=says):
             check_tensors(shape, {**good, "lm_head.weight": (1, 32)}, "here")
     elif not shape.num_mtp_layers:
         assert repeats(shape) == {}
@@ -306,10 +306,10 @@ def test_multi_token_prediction_is_all_there_or_not_at_all(tmp_path, family, sha
     assert every == {**expected, **repeated}
     check_tensors(shape, expected, "here")
     for name in expected.keys() - without_mtp.keys():
-        with pytest.raises(ValueError, match=f"^here has no tensor {name} "):
+        with pytest.raises(RunError, match=f"^here has no tensor {name} "):
             check_tensors(shape, without(every, name), "here")
     one_more = {**every, "model.layers.5.enorm.weight": (32,)}
-    with pytest.raises(ValueError, match=r"^here: 1 tensors do not belong .*layers.5.enorm"):
+    with pytest.raises(RunError, match=r"^here: 1 tensors do not belong .*layers.5.enorm"):
         check_tensors(shape, one_more, "here")
 
     names = names_here(shape, ModelPartition(mtp=True))

@@ -8,6 +8,7 @@ import transformers
 
 from nanoslime.models import ARCHITECTURES
 from nanoslime.models.shape import MLA, ModelShape, MoE
+from nanoslime.types import RunError
 from tests.models.hf import FAMILIES, LLAMA3_ROPE, make_model, score_biases
 from tests.models.published import CONFIGS
 
@@ -210,18 +211,18 @@ def test_what_megatron_cannot_compute_is_listed_and_converts_all_the_same(
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(tmp_path, name, changes, message):
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(RunError, match=message) as error:
         read(tmp_path, CONFIGS[name] | changes)
     assert str(tmp_path / "config.json") in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [(None, "does not exist"), ("{", "cannot be read"), ("[]", "not list")]
+    ("text", "message"), [(None, "does not exist"), ("{", "is not JSON"), ("[]", "not list")]
 )
 def test_a_missing_or_broken_config_is_named(tmp_path, text, message):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(RunError, match=message) as error:
         ModelShape.read(tmp_path)
     assert str(tmp_path / "config.json") in str(error.value)
 

@@ -227,7 +227,7 @@ def _verify_manifest(directory: Path, content: bytes) -> None:
 
 
 def _open_huggingface(path: Path, manifest_dir: Path | None) -> Checkpoint:
-    shape = _read_shape(path)
+    shape = ModelShape.read(path)
     tensors = {}
     for name, info in read_tensors(path, shape).items():
         chunk = Chunk((0,) * len(info.shape), info.shape, info.file, info.start)
@@ -246,7 +246,7 @@ def _check_repeats(shape: ModelShape, tensors: dict[str, StoredTensor]) -> None:
 
 
 def _open_torch_dist(path: Path, metadata_dir: Path, manifest_dir: Path | None) -> Checkpoint:
-    shape = _read_shape(metadata_dir)
+    shape = ModelShape.read(metadata_dir)
     contents = torch_dist.read(path, keys.is_weight)
     contents.read_common()  # refuses a pickle that wants to execute something
     tensors = keys.by_name(contents.tensors)
@@ -319,13 +319,6 @@ def _has_shape(tensor: StoredTensor, expected: tuple[int, ...], *, may_be_padded
     if not may_be_padded or len(tensor.shape) != 2:
         return False
     return tensor.shape[0] >= expected[0] and tensor.shape[1] == expected[1]
-
-
-def _read_shape(directory: Path) -> ModelShape:
-    try:
-        return ModelShape.read(directory)
-    except ValueError as error:
-        raise RunError(str(error)) from error
 
 
 def _check_dtypes(tensors: dict[str, StoredTensor]) -> None:
