@@ -1,7 +1,7 @@
 """The algorithms: maths on samples and tensors. No I/O, no process groups, no framework."""
 
 from nanoslime.algorithms.policy_gradient import PolicyGradient
-from nanoslime.config.algorithm import AnyAlgorithm, CustomConfig
+from nanoslime.config.algorithm import AlgorithmConfig
 from nanoslime.plugins import resolve
 from nanoslime.types import RunError
 
@@ -15,7 +15,7 @@ ALGORITHMS = {
 }
 
 
-def make(config: AnyAlgorithm | CustomConfig, max_response_length: int = 0) -> PolicyGradient:
+def make(config: AlgorithmConfig, max_response_length: int = 0) -> PolicyGradient:
     """Makes the algorithm of `config.name`, which satisfies
     nanoslime.training.backend.Algorithm.
 

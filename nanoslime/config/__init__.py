@@ -7,20 +7,3 @@ from nanoslime.config.model import DataConfig, ModelConfig, RehearsalConfig
 from nanoslime.config.rollout import RolloutConfig, WeightSyncConfig
 from nanoslime.config.run import RunConfig
 from nanoslime.config.training import CheckpointConfig, TrackingConfig, TrainingConfig
-
-__all__ = [
-    "AlgorithmConfig",
-    "CheckpointConfig",
-    "ClusterConfig",
-    "DataConfig",
-    "EvalConfig",
-    "EvalSetConfig",
-    "GRPOConfig",
-    "ModelConfig",
-    "RehearsalConfig",
-    "RolloutConfig",
-    "RunConfig",
-    "TrackingConfig",
-    "TrainingConfig",
-    "WeightSyncConfig",
-]

@@ -3,7 +3,7 @@
 Their maths is in nanoslime/algorithms, where `name` picks it.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -13,9 +13,26 @@ Level = Literal["token", "sequence", "geometric"]
 Positive = Annotated[float, Field(gt=0)]
 
 
-def is_set(config: object, name: str) -> bool:
-    """Whether the field has another value than its class gives it."""
-    return bool(getattr(config, name) != getattr(type(config), name))
+# Switches, and the settings beside them that mean nothing without them.
+SETTINGS_OF = {
+    "algorithm.use_kl_loss": ("kl_loss_coef", "use_unbiased_kl"),
+    "algorithm.overlong_buffer": ("overlong_penalty",),
+    "algorithm.correction.use_tis": ("tis_level", "tis_clip", "tis_clip_low"),
+    "algorithm.correction.use_opsm": ("opsm_delta",),
+    "algorithm.correction.reject": ("reject_low", "reject_high"),
+}
+
+
+def _refuse_idle_settings(config: object, section: str) -> None:
+    """Raises ValueError for a setting in `section` that is set while its switch is off."""
+    for switch, names in SETTINGS_OF.items():
+        place, _, field = switch.rpartition(".")
+        if place != section or getattr(config, field) not in (False, 0, "none"):
+            continue
+        for name in names:
+            value = getattr(config, name)
+            if value != getattr(type(config), name):
+                raise ValueError(f"{section}.{name}={value} needs {switch}")
 
 
 @knobs
@@ -61,21 +78,8 @@ class CorrectionConfig:
                 f"algorithm.correction.reject_low={self.reject_low} is above "
                 f"reject_high={self.reject_high}; give both, in ascending order"
             )
-        if not self.use_tis:
-            self._refuse_without("use_tis", ("tis_level", "tis_clip", "tis_clip_low"))
-        if self.reject == "none":
-            self._refuse_without("reject", ("reject_low", "reject_high"))
-        if not self.use_opsm:
-            self._refuse_without("use_opsm", ("opsm_delta",))
+        _refuse_idle_settings(self, "algorithm.correction")
         return self
-
-    def _refuse_without(self, switch: str, names: tuple[str, ...]) -> None:
-        for name in names:
-            if is_set(self, name):
-                raise ValueError(
-                    f"algorithm.correction.{name}={getattr(self, name)} needs "
-                    f"algorithm.correction.{switch}"
-                )
 
     @property
     def compares_with_engine(self) -> bool:
@@ -139,28 +143,13 @@ class SharedConfig:
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        self._check_kl()
-        self._check_old_logprobs()
-        if not self.overlong_buffer and is_set(self, "overlong_penalty"):
-            raise ValueError(
-                f"algorithm.overlong_penalty={self.overlong_penalty} needs "
-                "algorithm.overlong_buffer"
-            )
-        return self
-
-    def _check_kl(self) -> None:
         if self.kl_coef > 0 and self.use_kl_loss:
             raise ValueError(
                 "algorithm.kl_coef and algorithm.use_kl_loss exclude each other; set one"
             )
-        if self.use_kl_loss:
-            return
-        if is_set(self, "kl_loss_coef"):
-            raise ValueError(
-                f"algorithm.kl_loss_coef={self.kl_loss_coef} needs algorithm.use_kl_loss"
-            )
-        if is_set(self, "use_unbiased_kl"):
-            raise ValueError("algorithm.use_unbiased_kl=True needs algorithm.use_kl_loss")
+        _refuse_idle_settings(self, "algorithm")
+        self._check_old_logprobs()
+        return self
 
     def _check_old_logprobs(self) -> None:
         if self.old_logprobs == "rollout" and self.correction.compares_with_engine:
@@ -169,9 +158,7 @@ class SharedConfig:
                 "engine; algorithm.old_logprobs=rollout makes them the same; "
                 "choose recomputed or current"
             )
-        if self.old_logprobs != "current":
-            return
-        if self.kl_coef > 0:
+        if self.old_logprobs == "current" and self.kl_coef > 0:
             raise ValueError(
                 "algorithm.kl_coef needs the old policy, which algorithm.old_logprobs=current "
                 "has not; choose recomputed"
@@ -282,16 +269,6 @@ class CustomConfig(ClippedConfig):
     """Its own knobs, which it finds in `self.config.options`."""
 
 
-AnyAlgorithm = (
-    GRPOConfig
-    | GSPOConfig
-    | CISPOConfig
-    | RLOOConfig
-    | ReinforcePPConfig
-    | ReinforcePPBaselineConfig
-)
-
-
 CUSTOM = "package.module:Name"
 
 
@@ -311,3 +288,7 @@ AlgorithmConfig = Annotated[
     | Annotated[CustomConfig, Tag(CUSTOM)],
     Discriminator(_tag),
 ]
+# The classes by name; CUSTOM stands for all names of the user's own.
+ALGORITHM_CONFIGS: dict[str, type[SharedConfig]] = {
+    tag.tag: algorithm for algorithm, tag in map(get_args, get_args(get_args(AlgorithmConfig)[0]))
+}

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from nanoslime.config import flags as flag_table
 from nanoslime.config import upstream
-from nanoslime.config.algorithm import CUSTOM, AnyAlgorithm, CustomConfig, GRPOConfig
+from nanoslime.config.algorithm import ALGORITHM_CONFIGS, SETTINGS_OF, GRPOConfig
 from nanoslime.config.rollout import ENGINES
 from nanoslime.config.run import RunConfig
 from nanoslime.config.training import MEGATRON_ONLY, MEGATRON_OPTIONS, PARALLEL_SIZES
@@ -25,14 +25,6 @@ from nanoslime.plugins import resolve
 from nanoslime.types import RunError
 
 _HELP = {"-h", "--help"}
-# Switches, and the settings beside them that mean nothing without them.
-_SETTINGS_OF = {
-    "algorithm.use_kl_loss": ("kl_loss_coef", "use_unbiased_kl"),
-    "algorithm.overlong_buffer": ("overlong_penalty",),
-    "algorithm.correction.use_tis": ("tis_level", "tis_clip", "tis_clip_low"),
-    "algorithm.correction.use_opsm": ("opsm_delta",),
-    "algorithm.correction.reject": ("reject_low", "reject_high"),
-}
 _OFF = {"false", "no", "off", "none", "0"}
 
 
@@ -55,7 +47,7 @@ def load(
     settings = [flag for flag in flags if flag not in _HELP]
     flags_given = flag_table.parse(settings)
     for flag in flags_given:
-        if flag.field in _SETTINGS_OF and flag.value in _OFF:
+        if flag.field in SETTINGS_OF and flag.value in _OFF:
             layers.forget_settings_of(flag.field)
     for flag in flags_given:
         layers.put(flag.field, flag.value, _Source(f"flag {flag.name}", is_flag=True))
@@ -179,7 +171,7 @@ class _Layers:
         target = self.values
         for section in sections:
             target = target.get(section, {})
-        for name in _SETTINGS_OF[switch]:
+        for name in SETTINGS_OF[switch]:
             target.pop(name, None)
 
     def validate(self) -> RunConfig:
@@ -233,9 +225,7 @@ class _Layers:
         """For a key that another class of the union has; one that none has is refused
         on the way in."""
         having = []
-        algorithms = {algorithm.name: algorithm for algorithm in get_args(AnyAlgorithm)}
-        algorithms[CUSTOM] = CustomConfig
-        for name, algorithm in algorithms.items():
+        for name, algorithm in ALGORITHM_CONFIGS.items():
             if field in {f.name for f in fields(algorithm)}:
                 having.append(name)
         chosen = self.values["algorithm"]["name"]
