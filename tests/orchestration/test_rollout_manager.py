@@ -219,6 +219,26 @@ def test_the_data_cursor_resumes_exactly_after_further_rounds(tmp_path, tiny_mod
     assert state["prompts"] == straight.save(tmp_path / "state")["prompts"]
 
 
+def test_a_checkpoint_of_before_there_was_a_producer_goes_on_at_its_data_cursor(
+    tmp_path, tiny_model
+):
+    """Each rollout was sampled by itself then, so that nothing runs at a checkpoint."""
+    straight = sampling(tmp_path, tiny_model, 1, name="straight")
+    expected = [straight.generate(step) for step in range(3)]
+    before = sampling(tmp_path, tiny_model, 1, name="before")
+    for step in range(2):
+        before.generate(step)
+    state = before.save(tmp_path / "state")
+    del state["producer"]
+    after = sampling(tmp_path, tiny_model, 1, name="after")
+    after.load(tmp_path / "state", state, 2)
+    got = after.generate(2)
+    assert ids(got) == ids(expected[2]) and tokens(got) == tokens(expected[2])
+    no_cursor = sampling(tmp_path, tiny_model, 1, name="no_cursor")
+    with pytest.raises(RunError, match="of a run with rollout.load_rollouts, which has no data cu"):
+        no_cursor.load(tmp_path / "state", {}, 2)
+
+
 def test_a_sample_of_another_version_ends_the_run(tmp_path, tiny_model):
     """Older or newer: the engine's weights are not those that the trainer has."""
     for version in (-1, 1):
