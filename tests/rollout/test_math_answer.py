@@ -17,7 +17,7 @@ from nanoslime.types import Status
 LABELS = [
     (
         r"\frac{3}{4}",
-        [r"\dfrac{3}{4}", r"\frac34", "3/4", "0.75", r"\tfrac{6}{8}"],
+        [r"\dfrac{3}{4}", r"\frac34", "3/4", "0.75", r"\tfrac{6}{8}", "½+1/4"],
         ["4", "3", r"\frac{4}{3}"],
     ),
     (
@@ -42,6 +42,11 @@ LABELS = [
     (r"\text{(C)}", ["C", "(C)", r"\text{C}", r"\textbf{(C)}"], ["D", r"\text{(B)}", "3"]),
     (r"\text{even}", ["even", r"\textit{even}"], ["odd", r"\text{neither}"]),
     ("no", [r"\text{no}", "no"], ["yes", r"\text{yes}"]),
+    ("Alice", ["Alice!", r"\text{Alice.}", '"alice"'], ["Alicia!"]),
+    (r"\frac{3}{2}", ["1 1/2", r"1\frac{1}{2}"], ["11/2", "1"]),
+    (r"\emptyset", ["∅", r"\varnothing"], ["0"]),
+    ("6x^2", ["6x²", "2·3x²"], ["6x³", "6x"]),
+    ("1000000", [r"1\ 000\ 000", "1 000 000", r"1000000\ "], ["1"]),
     (r"\text{June 20}", [r"\text{June 20}"], ["20", r"\text{June 21}"]),
     (r"6+9i", ["6 + 9i", "9i + 6", "6+9 i"], ["6-9i", "9+6i", "15"]),
     (r"3\sqrt{13}", [r"\sqrt{117}", r"3 \sqrt{13}", "3√13"], [r"\sqrt{13}", r"13\sqrt{3}", "10.8"]),
@@ -148,6 +153,11 @@ def test_a_label_earns_its_own_reward_in_every_way_to_store_it(label: str) -> No
     [
         ("The answer is 18, as was to be shown.", "18"),
         ("The answer to question 3 is 18. It took 2 steps.", "18"),
+        ("The final answer is 18. I hope it is correct.", "18"),
+        ("The answer is 18. A check: 9 * 2 = 18.", "18"),
+        ("The answer is 18 (not 19).", "18"),
+        ("The answer is 3 (mod 7).", "3 (mod 7)"),
+        ("The train leaves at 12:30.", "12:30"),
         ("**Answer: 18**", "18"),
         ("**Final Answer:** $18$ dollars", "18"),
         ("Answer: she has 18 eggs", "18"),
@@ -165,6 +175,7 @@ def test_a_label_earns_its_own_reward_in_every_way_to_store_it(label: str) -> No
         ("#### Step 2\nso\n#### 18", "18"),
         ("\\boxed{1} or \\boxed{ \\frac{1}{2} }", "\\frac{1}{2}"),
         ("\\boxed{\\boxed{3}}", "3"),
+        ("\\boxed{\\text{Answer: }3}", "3"),
         ("first \\boxed{3}, then \\boxed{}", ""),
         ("the answer is 3, \\boxed{4", ""),
         ("", ""),

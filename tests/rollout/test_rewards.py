@@ -1,6 +1,7 @@
 """Every reward of the table, by examples with known values."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -149,6 +150,11 @@ CAPITALS = {"choices": ["Rome", "Oslo", "Paris", "Bonn"]}
         "Option C is correct.",
         "So the best choice is $\\textbf{(C)}$ Paris.",
         "(C) is the correct answer.",
+        "The answer is \\(C\\).",
+        "The answer is 'C'.",
+        "Answer：C",
+        "C!",
+        "The answer is Paris.",
         "(A) is no. (B) is no. (C) fits.",
         "$\\boxed{\\text{C}}$",
         "\\boxed{\\textbf{(C) } Paris}",
@@ -159,7 +165,7 @@ CAPITALS = {"choices": ["Rome", "Oslo", "Paris", "Bonn"]}
 )
 def test_the_choice_that_a_response_names(text: str) -> None:
     reward = resolve("multiple_choice", REWARDS, "data.reward")
-    for label in ("C", "(C)", "c", "Paris", 2):
+    for label in ("C", "(C)", "c", "Paris", "C. Paris", 2):
         assert reward(text, label, CAPITALS) == 1.0
     for label in ("A", "B", "Rome", 0):
         assert reward(text, label, CAPITALS) == 0.0
@@ -185,6 +191,15 @@ def test_no_choice_or_another_one(text: str) -> None:
     reward = resolve("multiple_choice", REWARDS, "data.reward")
     assert reward(text, "C", CAPITALS) == 0.0
     assert reward("The answer is C", "C", {}, status=Status.TRUNCATED) == 0.0
+
+
+@pytest.mark.parametrize("mark", ["\\boxed{%s}", "<answer>%s</answer>", "#### %s"])
+def test_an_answer_without_end_does_not_hold_up_the_event_loop(mark: str) -> None:
+    reward = resolve("multiple_choice", REWARDS, "data.reward")
+    start = time.process_time()
+    for repeated in (" ", "*", "(", "- "):
+        assert reward(mark % (repeated * 20_000), "C", CAPITALS) == 0.0
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ _MAX_HEADLINES = 50
 _ANSWER_IS = re.compile(r"\banswer\b[^\n.:$\\]{0,80}?(?:\bis\b:?|:|=)", re.IGNORECASE)
 # What a marked answer may begin with: "Total cost:", "Therefore, the sum is", "=".
 _LEAD = re.compile(r"(?:[a-zA-Z]{2,}[,']?\s+)*[a-zA-Z]{2,}(?:\s+is|\s*:|\s+=)\s+|=\s*")
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
+_DIGITS = r"\d+(?::\d+)+|(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
 _NUMBER = rf"(?:(?<![\d)])-)?(?:\\?\$)?(?:{_DIGITS})(?:/\d+)?(?!\w|\^)(?:\s?\\?%)?"
 # In $...$ two letters in a row belong to a command or to the argument of one. The text between
 # two prices is no formula.
@@ -51,11 +51,13 @@ _FORMULA = (
 )
 # Words that carry on with the mathematics of a number, as units do not.
 _MATH_WORDS = r"(?:and|or|pi|sqrt|sin|cos|tan|log|ln|mod|choose|times|over|plus|minus)\b"
+# Where the next sentence or a remark begins: ". I hope", " (not".
+_NEXT = rf"(?:[.!?]\s+[AI]\s|\s+\((?!{_MATH_WORDS})[a-zA-Z]{{2}})"
 _LEADING = re.compile(
-    rf"{_FORMULA}|{_NUMBER}(?=[.,;:!]?\s+(?!{_MATH_WORDS})[a-zA-Z]{{2}})", re.DOTALL
+    rf"{_FORMULA}|{_NUMBER}(?={_NEXT}|[.,;:!]?\s+(?!{_MATH_WORDS})[a-zA-Z]{{2}})", re.DOTALL
 )
 _ANYWHERE = re.compile(rf"{_FORMULA}|(?<![\w^{{.])(?:{_NUMBER})", re.DOTALL)
-_SENTENCE_END = re.compile(r"[.!?,;]\s+(?=[a-zA-Z]{2})|[.!?]?\n")
+_SENTENCE_END = re.compile(rf"{_NEXT}|[.!?,;]\s+(?=[a-zA-Z]{{2}})|[.!?]?\n")
 _UNIT = re.compile(
     rf"(?<=[\d}}%)])\s*(?!{_MATH_WORDS})[a-zA-Z]{{2,}}(?:[\s/.-]+[a-zA-Z]+)*(?:\^\{{?\d\}}?)?$"
     r"|(?<=\S)(?:\\[,;!: ]|~|\s)*\\(?:text|textbf|textrm|mathrm|mbox)\s*\{[^{}]*\}(?:\^\{?\d\}?)?$"
@@ -63,7 +65,8 @@ _UNIT = re.compile(
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 # Spacing, sizes, currency, percent and degrees do not make another answer.
 _NOISE = re.compile(r"\\[!,;: ]|\\(?:left|right)(?![a-z])|\\?[$%]|\^\{?\\circ\}?|[\s~]")
-_THOUSANDS_SEPARATOR = re.compile(r"(?<=\d)(?:,|,\\!|\{,\})(?=\d{3}(?!\d))")
+_THOUSANDS_SEPARATOR = re.compile(r"(?<=\d)(?:,|,\\!|\{,\}|\\[,;: ]|~|\s)(?=\d{3}(?!\d))")
+_MIXED_NUMBER = re.compile(r"(?<![\d.])(\d+)\s+(\d+/\d+)")
 _PLAIN_NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)")
 _BASE = re.compile(r"_\{?(\d+)\}?$")
 _SYMBOLS = {
@@ -72,6 +75,12 @@ _SYMBOLS = {
     "π": "\\pi ",
     "°": "^\\circ ",
     "∞": "\\infty ",
+    "∅": "\\emptyset ",
+    "\\varnothing": "\\emptyset ",
+    "·": "\\cdot ",
+    "½": "\\frac{1}{2}",
+    "²": "^2",
+    "³": "^3",
 }
 
 _judge = MathJudge()
@@ -184,14 +193,14 @@ def _cleaned(answer: str) -> str:
     lead_in = _ANSWER_IS.search(answer)
     if lead_in:
         answer = answer[lead_in.end() :]
-    answer = answer.lstrip(" \t\n*`").rstrip(" \t\n*`.")
+    answer = answer.lstrip(" \t\n*`}").rstrip(" \t\n*`.")
     lead = _LEAD.match(answer)
     if lead:
         answer = answer[lead.end() :].lstrip(" *")
     for opening, closing in (("\\(", "\\)"), ("\\[", "\\]"), ("$", "$"), ("$", "$")):
         if answer.startswith(opening) and answer.endswith(closing):
             answer = answer[len(opening) : -len(closing) or None].strip()
-    answer = answer.rstrip(". ")
+    answer = answer.rstrip(". \\")
     return _UNIT.sub("", answer).strip()
 
 
@@ -207,7 +216,7 @@ def same_answer(label: str, answer: str) -> bool:
         return Decimal(wanted) == Decimal(given)
     # To math-verify a word is the product of its letters.
     if len(wanted) > 3 and wanted.isalpha():
-        return wanted.casefold() == given.casefold()
+        return wanted.casefold() == given.casefold().strip('"“”.!')
     bases = _BASE.findall(wanted) + _BASE.findall(given)
     if len(set(bases)) > 1:
         return False
@@ -223,19 +232,19 @@ def _as_text(answer: str) -> str:
 
 def plain(answer: str) -> str:
     """Without text commands, spaces, currency, percent, degrees and thousands separators."""
-    return _NOISE.sub("", _without_thousands_separators(_TEXT.sub(r"\1", answer)))
+    return _NOISE.sub("", _plain_numbers(_TEXT.sub(r"\1", answer)))
 
 
-def _without_thousands_separators(answer: str) -> str:
-    """10,080 as 10080; (10,080) is a pair."""
-    if re.search(r"[(\[]|\\\{", answer):
-        return answer
-    return _THOUSANDS_SEPARATOR.sub("", answer)
+def _plain_numbers(answer: str) -> str:
+    """10,080 as 10080, but (10,080) is a pair; 1 1/2 as a sum."""
+    if not re.search(r"[(\[]|\\\{", answer):
+        answer = _THOUSANDS_SEPARATOR.sub("", answer)
+    return _MIXED_NUMBER.sub(r"(\1+\2)", answer)
 
 
 def _for_judge(answer: str) -> str:
     """With the spaces and commands that math-verify needs: 6+9i, 2 pi, 4.5e33."""
-    answer = _without_thousands_separators(answer)
+    answer = _plain_numbers(answer)
     answer = re.sub(r"(?<=\d)i\b", " i", answer)
     answer = re.sub(r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi ", answer)
     return re.sub(r"(?<=\d)[eE]([+-]?\d+)(?![\w.])", r" \\times 10^{\1}", answer)
