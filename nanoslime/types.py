@@ -310,6 +310,8 @@ class Generation:
     error: str | None = None
     # [P+R-1, ...] as in Sample, where the engine was asked to report them
     routed_experts: np.ndarray | None = None
+    # What reading the answer took that it is the first generation of.
+    parse_s: float = field(default=0.0, compare=False)
 
 
 # What an engine holds on its device. With the weights alone it can be sent new ones.

@@ -44,6 +44,7 @@ class EngineCounts:
     failures: int = 0
     tokens: int = 0
     latency_s: float = 0.0  # of all answers together
+    parse_s: float = 0.0
 
 
 @dataclass(eq=False, slots=True)
@@ -185,7 +186,7 @@ class Router:
 
     def metrics(self) -> dict[str, float]:
         """By engine: sequences in flight, and what came of its requests since the last call."""
-        found: dict[str, float] = {"router/queued": float(len(self._queue))}
+        found: dict[str, float] = {"router/queued": float(len(self._queue)), "time/parse_s": 0.0}
         for name, slot in self._slots.items():
             counts = slot.counts
             slot.counts = EngineCounts()
@@ -195,6 +196,7 @@ class Router:
             found[f"router/{name}/failures"] = float(counts.failures)
             found[f"router/{name}/tokens"] = float(counts.tokens)
             found[f"router/{name}/latency_s"] = counts.latency_s / num_answers
+            found["time/parse_s"] += counts.parse_s
         return found
 
     @property
@@ -295,6 +297,7 @@ class Router:
         slot.heard = time.monotonic()
         slot.counts.latency_s += slot.heard - start
         slot.counts.tokens += sum(len(generation.token_ids) for generation in answer)
+        slot.counts.parse_s += sum(generation.parse_s for generation in answer)
         return answer
 
     async def _watch(self, slot: _Slot) -> None:

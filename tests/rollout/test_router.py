@@ -43,7 +43,8 @@ class Scripted:
             raise RequestFailed(f"engine {self.name} failed; log: {self.name}.log")
         if not self.gate.is_set():
             return [Generation([1, 2], [0.0, 0.0], Status.ABORTED, [(0, 0)])] * request.n
-        return [Generation([1], [0.0], Status.COMPLETED, [(0, 0)])] * request.n
+        done = Generation([1], [0.0], Status.COMPLETED, [(0, 0)], parse_s=0.25)
+        return [done] * request.n
 
     def interrupt(self) -> None:
         self.num_interrupts += 1
@@ -466,6 +467,7 @@ def test_metrics_are_by_engine_and_since_the_last_call(quick_health: None) -> No
     assert 0 < counted.pop("router/a/latency_s") < 1
     assert counted == {
         "router/queued": 0,
+        "time/parse_s": 0.5,
         "router/a/inflight": 0,
         "router/a/requests": 3,
         "router/a/failures": 2,

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import math
 import time
-from base64 import b64decode, b64encode
+from base64 import b64encode
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import aiohttp
-import numpy as np
+import orjson
 import requests
 
 from nanoslime.models.shape import ModelShape
 from nanoslime.processes.logs import last_line
+from nanoslime.rollout.engines.sglang_answer import Asked, read_generations
 from nanoslime.types import (
     EngineGone,
     GenerateRequest,
@@ -37,7 +36,7 @@ _KEEP_ALIVE_S = 3.0
 # HTTP's 4xx that another try may save: request timeout, too many requests.
 _TRANSIENT_REFUSALS = (408, 429)
 _MAX_REASON_CHARS = 300
-_STATUS = {"stop": Status.COMPLETED, "length": Status.TRUNCATED, "abort": Status.ABORTED}
+_JSON = {"Content-Type": "application/json"}
 
 
 class HttpSessions:
@@ -97,38 +96,26 @@ class SGLangEngine:
         something else.
         """
         request.check_tokens(self.vocab_size, self.name)
-        status, text = await self._post_generate(self._generate_body(request))
+        status, content = await self._post_generate(self._generate_body(request))
         if 400 <= status < 500 and status not in _TRANSIENT_REFUSALS:
-            message = f"SGLang refused it ({status}): {_reason(text)}"
+            message = f"SGLang refused it ({status}): {_reason(content)}"
             refused = Generation([], [], Status.ERROR, [], error=message)
             return [refused] * request.n
         if status != 200:
-            raise self._error(f"/generate answered {status}: {_reason(text)}", RequestFailed)
+            raise self._error(f"/generate answered {status}: {_reason(content)}", RequestFailed)
+        begin = time.monotonic()
+        asked = Asked(request.n, len(request.token_ids), self.vocab_size, self.experts_of)
         try:
-            return self._generations(text, request)
+            first, *others = read_generations(content, asked)
         except (ValueError, LookupError, TypeError, AttributeError) as e:
             raise self._error(
                 f"/generate answered what is no generation ({type(e).__name__}: {e}): "
-                f"{text[:_MAX_REASON_CHARS]!r}",
+                f"{_beginning(content)!r}",
                 RequestFailed,
             ) from e
+        return [replace(first, parse_s=time.monotonic() - begin), *others]
 
-    def _generations(self, text: str, request: GenerateRequest) -> list[Generation]:
-        """Reads SGLang's answer. Raises whatever reading finds where it is something else."""
-        answer = json.loads(text)
-        answers = answer if isinstance(answer, list) else [answer]
-        if len(answers) != request.n:
-            raise ValueError(f"{len(answers)} of {request.n} samples")
-        num_prompt_tokens = len(request.token_ids)
-        generations = [_generation(item, num_prompt_tokens, self.experts_of) for item in answers]
-        for generation in generations:
-            if not all(0 <= token < self.vocab_size for token in generation.token_ids):
-                raise ValueError(f"a token outside the vocabulary of {self.vocab_size}")
-            if not all(map(math.isfinite, generation.logprobs)):
-                raise ValueError("a logprob that is not finite")
-        return generations
-
-    def _generate_body(self, request: GenerateRequest) -> dict[str, Any]:
+    def _generate_body(self, request: GenerateRequest) -> bytes:
         sampling_params = {
             "n": request.n,
             "max_new_tokens": request.max_new_tokens,
@@ -139,22 +126,23 @@ class SGLangEngine:
             "stop": list(request.stop),
             "skip_special_tokens": False,
         }
-        return {
-            "input_ids": [int(token) for token in request.token_ids],
+        body = {
+            "input_ids": request.token_ids,
             "sampling_params": sampling_params,
             "return_logprob": True,
             "return_routed_experts": self.experts_of is not None,
         }
+        return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
 
-    async def _post_generate(self, body: dict[str, Any]) -> tuple[int, str]:
-        """The status and the text of the answer. Raises RequestFailed where there is none."""
+    async def _post_generate(self, body: bytes) -> tuple[int, bytes]:
+        """The status and the content of the answer. Raises RequestFailed where there is none."""
         timeout = aiohttp.ClientTimeout(total=self.request_deadline_s)
         session = await self._sessions.here()
         try:
             # A cancelled request closes its connection, and SGLang aborts it then.
-            async with session.post(f"{self.url}/generate", json=body, timeout=timeout) as response:
-                content = await response.read()
-                return response.status, content.decode(errors="replace")
+            url = f"{self.url}/generate"
+            async with session.post(url, data=body, headers=_JSON, timeout=timeout) as response:
+                return response.status, await response.read()
         except TimeoutError as e:
             raise self._error(
                 f"/generate was not answered within {self.request_deadline_s:g} s", RequestFailed
@@ -349,56 +337,16 @@ class SGLangEngine:
         )
 
 
-def _reason(text: str) -> str:
+def _reason(content: bytes) -> str:
     """The message in an answer that is an error; the answer itself where it has none."""
     try:
-        reason = json.loads(text)["error"]
+        reason = orjson.loads(content)["error"]
     except (ValueError, LookupError, TypeError):
-        reason = text
+        return _beginning(content)
     if isinstance(reason, dict):
         reason = reason.get("message", reason)
     return str(reason)[:_MAX_REASON_CHARS]
 
 
-def _generation(
-    answer: dict[str, Any], num_prompt_tokens: int, shape: ModelShape | None
-) -> Generation:
-    meta = answer["meta_info"]
-    token_ids = list(answer["output_ids"])
-    logprobs = [float(logprob) for logprob, *_ in meta["output_token_logprobs"]]
-    if len(logprobs) != len(token_ids):
-        raise ValueError(f"{len(token_ids)} tokens, {len(logprobs)} logprobs")
-    spans = meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0}]
-    finish_reason = meta["finish_reason"]
-    status = _STATUS[finish_reason["type"]]
-    if status is Status.ABORTED and "routed_experts" not in meta:
-        shape = None  # it was ended while it waited
-    return Generation(
-        token_ids=token_ids,
-        logprobs=logprobs,
-        status=status,
-        versions=[(int(span["start"]), int(span["version"])) for span in spans if token_ids],
-        error=finish_reason.get("message"),
-        routed_experts=_routed_experts(meta, num_prompt_tokens, len(token_ids), shape),
-    )
-
-
-def _routed_experts(
-    meta: dict[str, Any],
-    num_prompt_tokens: int,
-    num_response_tokens: int,
-    shape: ModelShape | None,
-) -> np.ndarray | None:
-    """The experts of each token but the last [T-1, num_moe_layers, topk], as in `Sample`.
-
-    SGLang reports every layer, also those without experts. Returns None where the
-    server does not report experts, and for a request that was ended before it ran.
-    """
-    if shape is None or shape.moe is None or num_response_tokens == 0:
-        return None
-    num_reported = num_prompt_tokens + num_response_tokens - 1
-    of_all_layers = np.frombuffer(b64decode(meta["routed_experts"]), dtype=np.int32).reshape(
-        num_reported, shape.num_layers, shape.moe.num_experts_per_token
-    )
-    dtype = np.uint8 if shape.moe.num_experts <= 256 else np.int16
-    return of_all_layers[:, list(shape.moe_layers)].astype(dtype)
+def _beginning(content: bytes) -> str:
+    return content[:_MAX_REASON_CHARS].decode(errors="replace")
