@@ -106,12 +106,12 @@ class RolloutManager:
             raise
         waited_s = time.monotonic() - start
         groups = rollout.groups
-        self._check_versions(groups)
         prepared = _prepare(groups, self._algorithm)
+        self._check_versions(prepared.groups)
         self._producer.finish(step, groups)
         self._failures.report(groups, f"rollout {step}", "are left out")
         self.metrics = prepared.metrics | self._producer.metrics()
-        self.metrics |= _age_metrics(groups, self._weights.version)
+        self.metrics |= _age_metrics(prepared.groups, self._weights.version)
         self.metrics |= self._loaded.source_metrics(groups)
         for reason, number in rollout.taken.counts.items():
             self.metrics[f"rollout/{reason}"] = float(number)
@@ -141,11 +141,7 @@ class RolloutManager:
     def save(self, directory: Path) -> dict[str, Any]:
         """Writes groups that are being sampled into `directory`, which is made where there
         are any; returns what else `load` needs. A run that stops ends them then."""
-        state = {
-            "producer": self._producer.save(directory),
-            "prompts": self._source.state_dict(),
-            "held_out": self.held_out,
-        }
+        state = self._producer.save(directory) | {"held_out": self.held_out}
         if self._stopped:
             self._producer.halt()
         return state
@@ -197,7 +193,7 @@ class RolloutManager:
         return groups
 
     def _check_versions(self, groups: Sequence[GroupReport]) -> None:
-        """Raises RunError for a token beyond the bound, or of newer weights."""
+        """Raises RunError for a token to train on that is beyond the bound, or of newer weights."""
         current = self._weights.version
         bound = current - self.config.rollout.max_staleness
         for group in groups:
@@ -237,7 +233,7 @@ class Replay:
         groups = local_reports(recorder.load(Path(rollout.load_rollouts), step, **drawn))
         self._failures.report(groups, f"rollout {step}", "are left out")
         prepared = _prepare(groups, self._algorithm)
-        self.metrics = prepared.metrics | _age_metrics(groups, step)
+        self.metrics = prepared.metrics | _age_metrics(prepared.groups, step)
         self.metrics["time/generate_s"] = time.monotonic() - start
         return prepared.groups
 

@@ -172,7 +172,7 @@ class Admission:
             "num_taken": self.num_taken,
             "next_group_id": self.next_group_id,
             "oldest": {str(number): group.oldest for number, group in self.groups.items()},
-            "replaced": self.replaced,
+            "replaced": list(self.replaced),
             "counts": dict(self.counts),
         }
 

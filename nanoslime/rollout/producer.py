@@ -169,7 +169,7 @@ class Producer:
 
     def save(self, directory: Path) -> dict[str, Any]:
         """Writes the groups that run or wait into `directory`, which is made where there are
-        any; returns what `load` needs beside it."""
+        any; returns what `load` and the source need beside it, as of the same moment."""
         with self._changed:
             num_files = 0
             if any(group_id >= 0 for group_id in self._held):
@@ -177,10 +177,13 @@ class Producer:
                 num_files = len(self.workers)
                 for number, worker in enumerate(self.workers):
                     worker.save(directory / f"{number}.npz")
-            return {"num_files": num_files, "admission": self._admission.state_dict()}
+            state = {"num_files": num_files, "admission": self._admission.state_dict()}
+            return {"producer": state, "prompts": self.source.state_dict()}
 
     def load(self, directory: Path, state: dict[str, Any]) -> None:
-        """Goes on with what `save` wrote; the workers may be more or fewer than then."""
+        """Goes on with what `save` wrote and, as "producer", returned. The workers may be more or
+        fewer than then.
+        """
         with self._changed:
             self._admission.load_state_dict(state["admission"])
             for number in range(state["num_files"]):

@@ -19,7 +19,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
-from nanoslime.config import RolloutConfig
+from nanoslime.rollout.tasks import Sampling
 from nanoslime.run_dir import recorded_rollout
 from nanoslime.storage.array_file import ArrayFile, ArrayWriter
 from nanoslime.storage.shared_files import finite, publish
@@ -32,32 +32,11 @@ _ARRAYS = ("token_ids", "loss_mask", "rollout_logprobs", "routed_experts")
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingSettings:
-    """How the samples of a rollout were drawn; the names are RolloutConfig's."""
-
-    n_samples_per_prompt: int
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-
-    @classmethod
-    def of(cls, config: RolloutConfig) -> SamplingSettings:
-        return cls(
-            n_samples_per_prompt=config.n_samples_per_prompt,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class Recording:
     """What a worker records, and where."""
 
     directory: Path
-    settings: SamplingSettings
+    settings: Sampling  # how the samples were drawn
     mode: Literal["none", "text", "full"] = "full"
     # The last so many rollouts are kept; 0: all.
     keep: int = 0
@@ -119,8 +98,10 @@ def record(recording: Recording, step: int, groups: Sequence[SampleGroup]) -> No
     samples = [sample for group in groups for sample in group.samples]
     directory = recording.directory
     directory.mkdir(parents=True, exist_ok=True)
-    path = recorded_rollout(directory, step, recording.worker)
-    publish(path.with_suffix(".jsonl"), "".join(_line(sample) for sample in samples).encode())
+    arrays = recorded_rollout(directory, step, recording.worker)
+    lines = arrays.with_suffix(".jsonl")
+    written = {lines}
+    publish(lines, "".join(_line(sample) for sample in samples).encode())
     if recording.mode == "full":
         writer = ArrayWriter()
         tree = {
@@ -128,16 +109,22 @@ def record(recording: Recording, step: int, groups: Sequence[SampleGroup]) -> No
             "num_workers": recording.num_workers,
             "samples": [sample_entry(sample, writer) for sample in samples],
         }
-        writer.write(path, tree)
-    if recording.keep:
-        _retain(recording, step)
+        writer.write(arrays, tree)
+        written.add(arrays)
+    _retain(recording, step, written)
 
 
-def _retain(recording: Recording, step: int) -> None:
-    for old in recording.directory.glob(f"step_*-{recording.worker}.*"):
-        number = int(old.stem.removeprefix("step_").split("-")[0])
-        if number <= step - recording.keep:
-            old.unlink(missing_ok=True)
+def _retain(recording: Recording, step: int, written: set[Path]) -> None:
+    """Removes rollouts that are too old, and what else there is of this one: an earlier start of
+    the run may have had more workers, or recorded more. Each worker removes its own files, and
+    its share of those whose worker this start has not.
+    """
+    for path in recording.directory.glob("step_*-*.*"):
+        number, worker = map(int, path.stem.removeprefix("step_").split("-"))
+        is_old = bool(recording.keep) and number <= step - recording.keep
+        is_left_over = number == step and path not in written
+        if worker % recording.num_workers == recording.worker and (is_old or is_left_over):
+            path.unlink(missing_ok=True)
 
 
 def load(

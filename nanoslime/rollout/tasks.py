@@ -68,12 +68,10 @@ class FinishedGroup:
 class RestoredGroup:
     """A group that a worker has read from a checkpoint.
 
-    `report` is None where the group is still being sampled; `oldest_version` is that of
-    the tokens it has so far, None without any. `task` is what it was started with.
+    `report` is None where the group is still being sampled. `task` is what it was started with.
     """
 
     task: GroupTask
-    oldest_version: int | None
     report: GroupReport | None
 
 

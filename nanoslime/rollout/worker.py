@@ -24,11 +24,18 @@ from nanoslime.failures import summary
 from nanoslime.models.shape import ModelShape
 from nanoslime.rollout import environments, worker_state
 from nanoslime.rollout.policy import Call, Policy, ServedModel
-from nanoslime.rollout.recorder import Recorder, Recording, SamplingSettings
+from nanoslime.rollout.recorder import Recorder, Recording
 from nanoslime.rollout.rewards.scorer import Scorer
 from nanoslime.rollout.router import Router
 from nanoslime.rollout.sample_builder import SampleBuilder
-from nanoslime.rollout.tasks import FinishedGroup, GroupTask, RestoredGroup, WorkerNews
+from nanoslime.rollout.tasks import (
+    FinishedGroup,
+    GroupTask,
+    Purpose,
+    RestoredGroup,
+    Sampling,
+    WorkerNews,
+)
 from nanoslime.types import (
     ArrayStore,
     Engine,
@@ -105,15 +112,20 @@ class RolloutWorker:
         self._recorder = Recorder(
             Recording(
                 directory=setup.rollouts,
-                settings=SamplingSettings.of(rollout),
+                settings=Sampling.of(rollout),
                 mode=rollout.record,
                 keep=rollout.record_keep,
                 worker=setup.index,
                 num_workers=setup.num_workers,
             )
         )
-        # Rollouts that may run at once; the others wait in the order of their groups.
-        self._slots = asyncio.Semaphore(rollout.max_inflight * setup.num_engines)
+        # Rollouts that may run at once; the others wait in the order of their groups. Those of
+        # an evaluation do not wait for those of training.
+        num_slots = rollout.max_inflight * setup.num_engines
+        self._slots: dict[Purpose, asyncio.Semaphore] = {
+            "train": asyncio.Semaphore(num_slots),
+            "eval": asyncio.Semaphore(num_slots),
+        }
         self._held: dict[int, Held] = {}
         self._counted: dict[str, float] = {}
         # Guards the news, for which `poll` waits.
@@ -228,7 +240,7 @@ class RolloutWorker:
 
     async def _run_rollout(self, task: GroupTask, index: int, rollout: Rollout) -> None:
         """Sets the samples of `rollout`, scored. Nothing that goes wrong with them ends the run."""
-        async with self._slots:
+        async with self._slots[task.purpose]:
             policy = Policy(task, index, self._model, rollout.transcript)
             rollout.policy = policy
             try:
@@ -251,7 +263,7 @@ class RolloutWorker:
         tokens = sum(sample.num_response_tokens for sample in samples)
         if task.purpose == "train":
             self._count("rollout/generated_tokens", tokens)
-        rollout.transcript = policy.transcript
+        rollout.transcript = []
         rollout.policy = None
         rollout.samples = samples
 
@@ -308,7 +320,7 @@ class RolloutWorker:
                 report = self._report(held)
             else:
                 self._begin(held)
-            restored.append(RestoredGroup(saved.task, saved.oldest_version, report))
+            restored.append(RestoredGroup(saved.task, report))
         return restored
 
     async def _take_lost(self) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from nanoslime.types import Generation, Prompt, Sample, Status
 
 @dataclass(frozen=True, slots=True)
 class SavedRollout:
-    """What a rollout has so far; `samples` is None until its environment has ended."""
+    """What a rollout has so far: requests until its samples are scored, then these."""
 
     transcript: list[Call]
     samples: list[Sample] | None
@@ -28,18 +28,6 @@ class SavedRollout:
 class SavedGroup:
     task: GroupTask
     rollouts: list[SavedRollout]
-
-    @property
-    def oldest_version(self) -> int | None:
-        """Of all tokens that the group has; None without any."""
-        return min(self._versions(), default=None)
-
-    def _versions(self) -> Iterator[int]:
-        for rollout in self.rollouts:
-            for sample in rollout.samples or []:
-                yield from (version for _, version in sample.policy_versions)
-            for call in rollout.transcript:
-                yield from (version for _, version in call.generation.versions)
 
 
 def encode(groups: Sequence[SavedGroup]) -> tuple[ArrayWriter, Any]:
@@ -59,19 +47,13 @@ def read(path: Path) -> list[SavedGroup]:
 
 def _group_entry(group: SavedGroup, writer: ArrayWriter) -> dict[str, Any]:
     task = group.task
-    prompt = task.prompt
+    prompt = {name: getattr(task.prompt, name) for name in Prompt.__dataclass_fields__}
     return {
         "group_id": task.group_id,
         "sampling": asdict(task.sampling),
         "seed": task.seed,
         "reward": task.reward,
-        "prompt": {
-            "prompt_id": prompt.prompt_id,
-            "token_ids": writer.add(prompt.token_ids),
-            "text": prompt.text,
-            "label": prompt.label,
-            "metadata": prompt.metadata,
-        },
+        "prompt": prompt | {"token_ids": writer.add(task.prompt.token_ids)},
         "rollouts": [_rollout_entry(rollout, writer) for rollout in group.rollouts],
     }
 
@@ -79,9 +61,9 @@ def _group_entry(group: SavedGroup, writer: ArrayWriter) -> dict[str, Any]:
 def _rollout_entry(rollout: SavedRollout, writer: ArrayWriter) -> dict[str, Any]:
     samples = rollout.samples
     if samples is not None:
-        return {"samples": [sample_entry(sample, writer) for sample in samples], "transcript": []}
+        samples = [sample_entry(sample, writer) for sample in samples]
     calls = [_call_entry(call, writer) for call in rollout.transcript]
-    return {"samples": None, "transcript": calls}
+    return {"samples": samples, "transcript": calls}
 
 
 def _call_entry(call: Call, writer: ArrayWriter) -> dict[str, Any]:

@@ -13,12 +13,13 @@ from jobs import runs
 from nanoslime.config import ModelConfig, RunConfig
 from nanoslime.config.load import dump
 from nanoslime.rollout import recorder
+from nanoslime.rollout.tasks import Sampling
 from nanoslime.run_dir import RunDir
 from nanoslime.storage.recorded_samples import gaps_file, read_samples, write_gaps
 from nanoslime.types import Sample, SampleGroup, Status
 from tests.serving import save_byte_tokenizer
 
-SETTINGS = recorder.SamplingSettings(2, 8, 1.0, 1.0, -1)
+SETTINGS = Sampling(2, 8, 1.0)
 PROMPT = "2+2="
 HOSTILE = 'a\x1b[2J\x07\r b"é\N{GRINNING FACE}\nend'
 

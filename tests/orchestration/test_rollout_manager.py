@@ -3,6 +3,7 @@ a batch is full.
 """
 
 import json
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from nanoslime.config import DataConfig, EvalConfig, RolloutConfig, RunConfig
 from nanoslime.orchestration.rollout_manager import RolloutManager
+from nanoslime.rollout import recorder
 from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
 from nanoslime.rollout.producer import Serving
 from nanoslime.rollout.prompts import RunPrompts
@@ -242,12 +244,77 @@ def test_a_checkpoint_of_before_there_was_a_producer_goes_on_at_its_data_cursor(
 def test_a_sample_of_another_version_ends_the_run(tmp_path, tiny_model):
     """Older or newer: the engine's weights are not those that the trainer has."""
     for version in (-1, 1):
-        rollout = manager(tmp_path, tiny_model, [FINE], name=f"run{version}")
+        reward = "by_text_where_labelled"
+        rollout = manager(tmp_path, tiny_model, [FINE], reward=reward, name=f"run{version}")
         rollout._weights.version = version
         message = f"group 0 was sampled by policy version 0, the trainer is at {version}"
         with pytest.raises(RunError, match=message):
             rollout.generate(0)
         assert not list(rollout.run.rollouts.iterdir())
+
+
+def test_the_data_cursor_is_of_the_moment_in_which_the_groups_are_saved(tmp_path, tiny_model):
+    """Groups that finish, or are replaced, while the checkpoint is written belong to the next."""
+    settings = {"rollout_batch_size": 3, "dynamic_sampling_rounds": 20, "max_staleness": 2}
+    rollout = manager(tmp_path, tiny_model, [FINE], PROMPTS, **settings)
+    source = rollout._source
+    admission = rollout._producer._admission
+    cursor = source.state_dict
+
+    def slow_cursor() -> dict[str, Any]:
+        num_admitted = admission.next_group_id
+        deadline = time.monotonic() + 0.5
+        while admission.next_group_id == num_admitted and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return cursor()
+
+    source.state_dict = slow_cursor
+    rollout.set_version(0)
+    state = rollout.save(tmp_path / "state")
+    saved = json.dumps(state)
+    while admission.next_group_id == state["producer"]["admission"]["next_group_id"]:
+        time.sleep(0.01)
+    assert json.dumps(state) == saved
+    num_taken = state["prompts"]["epoch"] * len(PROMPTS) + state["prompts"]["position"]
+    assert num_taken == state["producer"]["admission"]["next_group_id"]
+
+
+class OfVersion1(EmbeddedEngine):
+    def policy_version(self) -> int:
+        return 1
+
+    async def generate(self, request: GenerateRequest) -> list[Generation]:
+        answers = await super().generate(request)
+        return [replace(answer, versions=[(0, 1)]) for answer in answers]
+
+
+def test_what_was_filtered_may_be_older_than_a_bound_that_a_resume_made_smaller(
+    tmp_path, tiny_model
+):
+    """It goes on record with the next rollout, and trains nothing."""
+    settings = {"reward": "by_text_where_labelled", "rollout_batch_size": 3}
+    settings |= {"n_samples_per_prompt": 3, "dynamic_sampling_rounds": 20}
+    before = manager(tmp_path, tiny_model, [FINE], PROMPTS, max_staleness=2, **settings)
+    before.generate(0)
+    before.set_version(1)
+    admission = before._producer._admission
+    deadline = time.monotonic() + 60
+    while not admission.replaced:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    state = before.save(tmp_path / "state")
+    close(before)
+    of_version_0 = state["producer"]["admission"]["replaced"]
+
+    settings |= {"name": "resumed", "engine": OfVersion1}
+    resumed = manager(tmp_path, tiny_model, [FINE], PROMPTS, **settings)
+    resumed._weights.version = 1
+    resumed.load(tmp_path / "state", state, 1)
+    kept = resumed.generate(1)
+    assert len(kept) == 3 and resumed.metrics["rollout/staleness_max"] == 0
+    close(resumed)
+    recorded = {group.group_id for group in recorder.load(resumed.run.rollouts, 1)}
+    assert recorded >= {*of_version_0, *(group.group_id for group in kept)}
 
 
 class UpdatedOnTheWay(EmbeddedEngine):
@@ -258,6 +325,7 @@ class UpdatedOnTheWay(EmbeddedEngine):
 
 def test_a_token_of_another_version_in_the_middle_ends_the_run(tmp_path, tiny_model):
     """A weight update may pause a sample and change the policy under it."""
-    rollout = manager(tmp_path, tiny_model, [FINE], engine=UpdatedOnTheWay)
+    reward = "by_text_where_labelled"
+    rollout = manager(tmp_path, tiny_model, [FINE], reward=reward, engine=UpdatedOnTheWay)
     with pytest.raises(RunError, match="sampled by policy version 1, the trainer is at 0"):
         rollout.generate(0)

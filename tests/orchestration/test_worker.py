@@ -12,6 +12,7 @@ from nanoslime.config import ModelConfig, RolloutConfig, RunConfig, TrainingConf
 from nanoslime.config.algorithm import GRPOConfig, ReinforcePPConfig
 from nanoslime.orchestration.worker import TrainWorker, metrics_row
 from nanoslime.rollout import recorder
+from nanoslime.rollout.tasks import Sampling
 from nanoslime.run_dir import RunDir
 from nanoslime.storage.recorded_samples import gaps_file, read_samples, tokens_key
 from nanoslime.training.batching import BatchingOptions, make_train_batches
@@ -25,7 +26,7 @@ CONFIG = RunConfig(
     algorithm=ReinforcePPConfig(),
     training=TrainingConfig(backend="fsdp", num_steps_per_rollout=2),
 )
-SAMPLING = recorder.SamplingSettings(2, 8, 1.0, 1.0, -1)
+SAMPLING = Sampling(2, 8, 1.0)
 
 
 def train(env, model_dir, steps):

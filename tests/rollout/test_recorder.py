@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from nanoslime.rollout import recorder
+from nanoslime.rollout.tasks import Sampling
+from nanoslime.storage.recorded_samples import read_samples
 from nanoslime.types import RunError, Sample, SampleGroup, Status
 
-SETTINGS = recorder.SamplingSettings(
-    n_samples_per_prompt=2, max_new_tokens=4, temperature=0.7, top_p=1.0, top_k=-1
-)
+SETTINGS = Sampling(n_samples_per_prompt=2, max_new_tokens=4, temperature=0.7)
 
 
 def recording(directory: Path, **changes: Any) -> recorder.Recording:
@@ -224,8 +224,6 @@ def test_the_files_of_all_workers_are_one_rollout(tmp_path: Path) -> None:
     parts = [[first, third], [], [second]]
     for worker, groups in enumerate(parts):
         record(tmp_path, 0, groups, worker=worker, num_workers=3)
-    # A worker that an earlier start of the run had, and this one has not.
-    record(tmp_path, 0, [first], worker=3, num_workers=4)
     loaded = recorder.load(tmp_path, 0)
     assert [group.group_id for group in loaded] == [5, 6, 9]
     assert [len(group.samples) for group in loaded] == [2, 3, 1]
@@ -247,14 +245,30 @@ def test_what_is_kept_is_a_choice(tmp_path: Path, mode: Any, expected: list[str]
 
 def test_the_last_rollouts_are_kept_and_other_workers_files_left_alone(tmp_path: Path) -> None:
     for step in range(3):
-        record(tmp_path, step, [], worker=1)
+        record(tmp_path, step, [], worker=1, num_workers=2)
     for step in range(12):
-        record(tmp_path, step, [], keep=2)
+        record(tmp_path, step, [], num_workers=2, keep=2)
     left = {path.name for path in tmp_path.glob("*.npz")}
     assert left == {f"step_{step}-0.npz" for step in (10, 11)} | {
         f"step_{step}-1.npz" for step in range(3)
     }
     assert len(list(tmp_path.glob("*.jsonl"))) == 5
+
+
+def test_nothing_is_left_of_a_rollout_that_an_earlier_start_recorded(tmp_path: Path) -> None:
+    """It had more workers, and recorded more; its other rollouts stay, until they are too old."""
+    for step in (3, 4):
+        for worker in range(5):
+            record(tmp_path, step, make_groups(), worker=worker, num_workers=5)
+    for worker in range(2):
+        record(tmp_path, 4, make_groups(), mode="text", worker=worker, num_workers=2)
+    left = {path.name for path in tmp_path.glob("step_4-*")}
+    assert left == {"step_4-0.jsonl", "step_4-1.jsonl"}
+    assert len(list(tmp_path.glob("step_3-*"))) == 10
+    assert len(read_samples(tmp_path, 4)) == 2 * 6
+    for worker in range(2):
+        record(tmp_path, 5, [], worker=worker, num_workers=2, keep=2)
+    assert not list(tmp_path.glob("step_3-*"))
 
 
 def test_what_cannot_be_recorded_is_told_at_the_next_call(tmp_path: Path) -> None:

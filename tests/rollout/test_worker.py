@@ -9,6 +9,7 @@ import pickle
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from nanoslime.algorithms.rewards import rewards_by_group
 from nanoslime.config import DataConfig, RolloutConfig, RunConfig
 from nanoslime.rollout import recorder, worker_state
 from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
+from nanoslime.rollout.environments import single_turn
 from nanoslime.rollout.policy import Policy
 from nanoslime.rollout.sample_builder import SampleBuilder
 from nanoslime.rollout.tasks import FinishedGroup, GroupTask, RestoredGroup, Sampling
@@ -38,7 +40,7 @@ def setup(directory: Path, model: Path, **rollout: Any):
 
 
 def task(group_id: int, reward: str = "exact_match", tokens: Sequence[int] = (5, 6, 7), **more):
-    prompt = Prompt(4, np.array(tokens, np.int32), "text", "b", {"k": 1})
+    prompt = Prompt(4, np.array(tokens, np.int32), "text", "b", {"k": 1}, "math", "f1")
     values = {"sampling": SAMPLING, "seed": 17 + group_id, "reward": reward, **more}
     return GroupTask(group_id=group_id, prompt=prompt, **values)
 
@@ -280,6 +282,18 @@ def test_samples_of_one_rollout_share_its_number_and_its_reward(open_worker) -> 
     assert set(rewards_by_group([group])[2]) == {6, 7, 8}
 
 
+async def never_done_in_training(prompt: Prompt, policy: Policy) -> list[Sample]:
+    if policy.group_id >= 0:
+        await asyncio.Event().wait()
+    return await single_turn.run(prompt, policy)
+
+
+def test_an_evaluation_does_not_wait_for_rollouts_of_training(open_worker) -> None:
+    worker = open_worker(environment=f"{HERE}:never_done_in_training", max_inflight=1)
+    worker.start([task(0), task(1), task(-1, purpose="eval")])
+    assert [group.group_id for group in reports(worker, 1)] == [-1]
+
+
 class Gate:
     """An engine behind a gate: requests wait until it opens."""
 
@@ -386,8 +400,10 @@ def test_a_saved_worker_goes_on_elsewhere_with_the_same_samples(
     resumed = open_worker(environment=f"{HERE}:two_turns", engines=[])
     restored = by_id(resumed.load(path))
     assert restored.keys() == {0, 1, 2}
-    assert restored[0].task.prompt.label == "b" and restored[0].task.sampling == SAMPLING
-    assert (restored[0].oldest_version, restored[1].oldest_version) == (0, None)
+    assert restored[0].task.sampling == SAMPLING
+    prompts = [asdict(one.prompt) for one in (restored[0].task, task(0))]
+    assert [prompt.pop("token_ids").tolist() for prompt in prompts] == [[5, 6, 7]] * 2
+    assert prompts[0] == prompts[1]
     assert restored[1].report is None
     resumed.set_engines([engine])
     again = reports(resumed, 2)
@@ -428,7 +444,7 @@ def test_partial_samples_of_a_server_are_saved_while_they_go_on(
 
     resumed = open_worker(engines=[sglang_engine])
     restored = by_id(resumed.load(path))
-    assert restored[0].oldest_version == 0 and restored[0].report is None
+    assert restored[0].report is None
     assert restored[1].report is not None
     [again] = reports(resumed, 1)
     assert [row[: len(start)] for row, start in zip(tokens([again]), starts, strict=True)] == starts
