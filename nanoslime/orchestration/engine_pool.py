@@ -131,8 +131,8 @@ class EnginePool:
             self._num_lost += 1
             logger.error("lost: %s; %d engines left", cause, len(self._engines(*_ALIVE)))
             self._start_again(place)
-        if not self._syncs:
-            self._tell_change()
+            if not self._syncs:
+                self._tell_change()
 
     def service(self, join: Callable[[], None]) -> None:
         """Has `join` give engines that came up the current weights.
@@ -146,9 +146,10 @@ class EnginePool:
 
     def drain(self) -> None:
         self._require_any()
-        self._syncs = True
-        for tell in self._on_drain:
-            tell()
+        with self._lock:  # a loss that is being told comes before
+            self._syncs = True
+            for tell in self._on_drain:
+                tell()
         self._take_in()
         self._change(EngineState.READY, EngineState.DRAINING)
 
@@ -158,8 +159,9 @@ class EnginePool:
     def serve(self) -> None:
         self._change(EngineState.SYNCING, EngineState.READY)
         self._require_any()
-        self._syncs = False
-        self._tell_change()
+        with self._lock:
+            self._syncs = False
+            self._tell_change()
 
     def each(self, method: str, *args: Any, **options: Any) -> dict[str, Any]:
         return self._each(self.in_sync(), method, *args, **options)

@@ -160,6 +160,27 @@ def test_losses_during_a_sync_are_told_when_it_ends() -> None:
     assert told == [["a", "b"], ["a"]]
 
 
+def test_a_loss_that_is_still_being_told_does_not_end_a_drain() -> None:
+    """Otherwise a router sends requests to engines that a sync has paused."""
+    pool = serving(EnginePool([Engine("a"), Engine("b")]))
+    told: list[list[str] | str] = []
+    telling = threading.Event()
+
+    def slowly(engines: list[Engine]) -> None:
+        telling.set()
+        time.sleep(0.2)
+        told.append([engine.name for engine in engines])
+
+    pool.subscribe(slowly, lambda: told.append("drain"))
+    telling.clear()
+    loss = threading.Thread(target=pool.lost, args=("b", "b hangs"))
+    loss.start()
+    assert telling.wait(20)
+    pool.drain()
+    loss.join()
+    assert told == [["a", "b"], ["a"], "drain"]
+
+
 def test_a_refusal_of_all_engines_is_nobodys_loss(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR)
     pool = EnginePool([Engine("a"), Engine("b")])
