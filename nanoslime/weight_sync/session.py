@@ -120,7 +120,9 @@ class SyncSession:
         self._ranks_of: dict[str, Sequence[int]] = {}
         # The engines that the ranks' senders know, and their process group.
         self._connected: list[Any] | None = None
-        self._group = ""
+        # The last one is theirs; engines may still be in those before, as they served when
+        # another one joined.
+        self._groups: list[str] = []
         self.state = State.IDLE
         # The version of the weights that every engine has; -1 before the first sync.
         self.version = -1
@@ -152,6 +154,7 @@ class SyncSession:
             self._write_files(version)
             self._engines.drain()
             times = self._update(version)
+            del self._groups[:-1]
         self.version = version
         self._engines.serve()
         times["time/weight_sync_s"] = time.monotonic() - start
@@ -226,9 +229,10 @@ class SyncSession:
             self._disconnect()
         delivery = self._transport.delivery
         engines = [] if delivery is Delivery.FILES else self._engines.in_sync()
-        self._group = f"nanoslime-weights-{secrets.token_hex(4)}"
+        group = f"nanoslime-weights-{secrets.token_hex(4)}"
+        self._groups.append(group)
         ranks = [self._ranks_of.get(engine.name, ()) for engine in engines]
-        side = EngineSide(engines, ranks, self._ranks.address, self._directory, self._group)
+        side = EngineSide(engines, ranks, self._ranks.address, self._directory, group)
         self._connected = engines
         what = "open the way of weights"
         sent = self._ask_ranks("connect", self._transport.sender, side, what=what)
@@ -243,7 +247,8 @@ class SyncSession:
         self._ranks.call("close", what="close the way of weights", deadline_s=self._long_s)
         self._connected = None
         if self._transport.delivery is Delivery.BUCKETS:
-            self._engines.each("abandon_update", self._group)
+            for group in self._groups:
+                self._engines.each("abandon_update", group)
 
     def _send(self, version: int) -> bool:
         """False where an engine was lost meanwhile."""

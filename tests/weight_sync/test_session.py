@@ -32,6 +32,7 @@ class Engine:
         self.is_gone = False
         self.is_paused = False
         self.own_calls: list[str] = []
+        self.groups_left: list[str] = []
         # The version of the weights that it has; None for a mixture.
         self.weights: int | None = 0
         self.served: list[tuple[int | None, int]] = []  # weights and label, at each resume
@@ -75,6 +76,7 @@ class Engine:
 
     def abandon_update(self, group: str) -> None:
         self._told("abandon_update")
+        self.groups_left.append(group)
 
     def update_weights_from_disk(self, path: str, version: int, *, flush: bool) -> None:
         assert Path(path).is_dir() and self.is_paused
@@ -375,6 +377,13 @@ def test_an_engine_joins_while_the_others_serve(tmp_path, monkeypatch):
     session.sync(2)
     assert a.served == [(1, 1), (2, 2)] and fresh.served == [(1, 1), (2, 2)]
     assert session._ranks.engines == [a, fresh]
+    first, of_fresh, _ = session._ranks.groups
+    assert a.groups_left == [first, of_fresh], "it leaves the first one once it does not serve"
+    a.groups_left.clear()
+    session.sync(3)
+    pool.lost("b", "b hangs again")
+    session.sync(4)
+    assert a.groups_left == [session._ranks.groups[2]]
 
 
 def test_an_engine_that_dies_as_it_joins_is_lost_again_and_the_others_serve(tmp_path, monkeypatch):
