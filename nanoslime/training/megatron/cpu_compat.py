@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -56,79 +57,61 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     return make
 
 
-class _Cuda(ModuleType):
-    """torch.cuda as megatron-core sees it: device and random generator are the CPU's."""
+def _all_gather(
+    outputs: list[torch.Tensor], tensor: torch.Tensor, group: dist.ProcessGroup
+) -> None:
+    """all_gather of tensors of any sizes, as NCCL has it; gloo's takes those of one size only.
 
-    Stream = _Stream
-    Event = _Stream
-    manual_seed = staticmethod(torch.manual_seed)
-
-    @staticmethod
-    def current_device() -> torch.device:
-        return _CPU
-
-    @staticmethod
-    def set_device(*args: Any) -> None: ...
-
-    @staticmethod
-    def synchronize(*args: Any) -> None: ...
-
-    @staticmethod
-    def current_stream(*args: Any) -> _Stream:
-        return _Stream()
-
-    @staticmethod
-    def default_stream(*args: Any) -> _Stream:
-        return _Stream()
-
-    @staticmethod
-    def stream(stream: Any) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    @staticmethod
-    def get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.get_rng_state()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch.cuda, name)
-
-
-class _Distributed(ModuleType):
-    """torch.distributed as megatron-core sees it.
-
-    gloo gathers only tensors of one size, NCCL of any. Ranks that share an expert have
-    different numbers of its tokens.
+    Ranks that share an expert have different numbers of its tokens.
     """
-
-    @staticmethod
-    def all_gather(
-        outputs: list[torch.Tensor], tensor: torch.Tensor, group: dist.ProcessGroup
-    ) -> None:
-        sizes = {output.shape for output in outputs}
-        if len(sizes) == 1:
-            dist.all_gather(outputs, tensor, group=group)
-            return
-        outputs[group.rank()].copy_(tensor)
-        for source, output in enumerate(outputs):
-            dist.broadcast(output, group=group, group_src=source)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(dist, name)
+    sizes = {output.shape for output in outputs}
+    if len(sizes) == 1:
+        dist.all_gather(outputs, tensor, group=group)
+        return
+    outputs[group.rank()].copy_(tensor)
+    for source, output in enumerate(outputs):
+        dist.broadcast(output, group=group, group_src=source)
 
 
-class _Torch(ModuleType):
-    """torch as megatron-core sees it."""
-
-    cuda = _Cuda("torch.cuda")
-    distributed = _Distributed("torch.distributed")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
+def _nothing(*args: Any) -> None: ...
 
 
-_TORCH = _Torch("torch")
-for _name in ("tensor", "zeros", "ones", "empty", "full", "arange"):
-    setattr(_TORCH, _name, _on_cpu(getattr(torch, _name)))
+def _get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    torch.set_rng_state(state)
+
+
+def _stand_in(real: ModuleType, **changes: Any) -> ModuleType:
+    """A module in which some names of `real` are others; it has all else from `real`."""
+    module = ModuleType(real.__name__)
+    vars(module).update(changes, __getattr__=partial(getattr, real))
+    return module
+
+
+# torch as megatron-core sees it: device and random generator are the CPU's.
+_CUDA = _stand_in(
+    torch.cuda,
+    Stream=_Stream,
+    Event=_Stream,
+    current_device=lambda: _CPU,
+    current_stream=_Stream,
+    default_stream=_Stream,
+    get_rng_state=_get_rng_state,
+    manual_seed=torch.manual_seed,
+    set_device=_nothing,
+    stream=nullcontext,
+    synchronize=_nothing,
+)
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange")
+_TORCH = _stand_in(
+    torch,
+    cuda=_CUDA,
+    distributed=_stand_in(dist, all_gather=_all_gather),
+    **{name: _on_cpu(getattr(torch, name)) for name in _FACTORIES},
+)
 
 
 def install() -> None:
@@ -146,14 +129,6 @@ def install() -> None:
     megatron_random._get_cuda_rng_state = _get_rng_state
     megatron_random._set_cuda_rng_state = _set_rng_state
     token_dispatcher.maybe_move_tensor_to_cpu = _to_cpu
-
-
-def _get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
-    return torch.get_rng_state()
-
-
-def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-    torch.set_rng_state(state)
 
 
 def _to_cpu(tensor: Any, as_numpy: bool = False, **_: Any) -> Any:
