@@ -69,9 +69,7 @@ def _check_plugins(config: RunConfig) -> None:
     installed = Path(config.cluster.venv or sys.prefix).glob("lib/python3.*/site-packages")
     search = [str(Path.cwd()), *map(str, installed)]
     try:
-        sources = list(config.data.by_source().values())
-        sources += [one.data(config.data) for one in config.eval_sets]
-        for data in sources:
+        for data in config.prompt_sources:
             for reward in data.reward_weights(data.reward):
                 check_importable(reward, REWARDS, "data.reward", search)
         check_importable(config.rollout.environment, ENVIRONMENTS, "rollout.environment", search)
@@ -92,10 +90,8 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
 
 def _check_sources(config: RunConfig, tokenizer: Path | None) -> list[str]:
     """What the job will use of each source of prompts; `tokenizer` holds its files."""
-    sources = list(config.data.by_source().values())
-    sources += [one.data(config.data) for one in config.eval_sets]
     lines = []
-    for own in sources:
+    for own in config.prompt_sources:
         tally = check_prompts(Path(own.prompts), own, tokenizer)
         lines.append(f"{own.prompts}: {tally.text}")
     return lines

@@ -34,16 +34,6 @@ SUBMITTERS = {
     "sbatch": "jobs.slurm_submit:submit_sbatch",
 }
 _HELP = {"-h", "--help"}
-_SUMMARY_KEYS = (
-    "reward_before",
-    "reward_after",
-    "steps",
-    "seconds",
-    "logprob_gap_max",
-    "checkpoint",
-    "hf_export",
-    "tensorboard",
-)
 
 
 def main(argv: list[str], environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
@@ -227,11 +217,10 @@ def summary_table(run: RunDir) -> str:
         return f"no summary: the run did not reach its end; its logs are in {logs}"
     summary = read_json(run.summary)
     rows = []
-    for key in _SUMMARY_KEYS:
-        value = summary.get(key)
+    for key, value in summary.items():
         if isinstance(value, float):
             value = f"{value:.4g}"
-        if value is not None:
+        if isinstance(value, int | str):
             rows.append(f"{key:16} {value}")
     rows.append(f"{'summary':16} {run.summary}")
     return "\n".join(rows)

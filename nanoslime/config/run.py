@@ -95,6 +95,12 @@ class RunConfig:
             sets.insert(0, EvalSetConfig(name=HELD_OUT, prompts=self.data.eval_prompts))
         return sets
 
+    @property
+    def prompt_sources(self) -> list[DataConfig]:
+        """How the prompts of each source are read and scored, those of evaluations included."""
+        of_training = list(self.data.by_source().values())
+        return of_training + [one.data(self.data) for one in self.eval_sets]
+
     def _check_rehearsal(self) -> None:
         if self.rehearsal.enabled and self.model.hf_checkpoint:
             raise ValueError(

@@ -87,9 +87,7 @@ def prepare_inputs(config: RunConfig, run: RunDir) -> Inputs:
     algorithms.make(config.algorithm)
     prompts = None
     if not config.rollout.load_rollouts:
-        sources = list(config.data.by_source().values())
-        sources += [one.data(config.data) for one in config.eval_sets]
-        for data in sources:
+        for data in config.prompt_sources:
             rewards.check(data)
         prompts = RunPrompts.load(config, model_dir)
     return Inputs(config, model_dir, prompts)

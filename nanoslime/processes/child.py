@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -127,10 +128,8 @@ class ChildProcess:
         """
         if self._lifeline < 0:
             return
-        try:
+        with suppress(ProcessLookupError):  # nothing of the group may be left
             os.killpg(self.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # nothing of the group is left
         deadline = time.monotonic() + _KILL_DEADLINE_S
         left = _group_members(self.pid)
         while left and time.monotonic() < deadline:
@@ -159,11 +158,9 @@ def signal_when_closed(read_end: int, group: int, number: signal.Signals) -> Non
 def _group_members(group: int) -> list[int]:
     """Live processes of a process group, zombies left out."""
     members = []
-    for process in psutil.process_iter():
-        try:
+    for process in psutil.process_iter(["status"]):
+        with suppress(ProcessLookupError):
             in_group = os.getpgid(process.pid) == group
-            if in_group and process.status() != psutil.STATUS_ZOMBIE:
+            if in_group and process.info["status"] != psutil.STATUS_ZOMBIE:
                 members.append(process.pid)
-        except (ProcessLookupError, psutil.NoSuchProcess):
-            continue
     return members

@@ -19,6 +19,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 _PR_SET_CHILD_SUBREAPER = 36
 _KILL_DEADLINE_S = 10.0
 _POLL_S = 0.05
+_ENDED = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 
 
 def adopt_orphans() -> None:
@@ -33,8 +34,11 @@ def descendants(root: int, spare: Collection[int] = ()) -> set[int]:
     Processes in `spare`, and all below them, are left out.
     """
     children: dict[int, list[int]] = {}
-    for pid in psutil.pids():
-        children.setdefault(_parent(pid), []).append(pid)
+    # It would leave out a process that has the id of one that it has seen before.
+    psutil.process_iter.cache_clear()
+    for process in psutil.process_iter(["ppid", "status"]):
+        if process.info["status"] not in _ENDED:
+            children.setdefault(process.info["ppid"], []).append(process.pid)
     found: set[int] = set()
     to_visit = [root]
     while to_visit:
@@ -89,14 +93,3 @@ def _signal_until_gone(number: signal.Signals, patience_s: float, spare: Collect
                 os.kill(pid, number)
         signalled |= alive
         time.sleep(_POLL_S)
-
-
-def _parent(pid: int) -> int:
-    """The parent of a live process; 0 for a process that is gone or a zombie."""
-    try:
-        process = psutil.Process(pid)
-        if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
-            return 0
-        return process.ppid()
-    except psutil.Error:
-        return 0
