@@ -1,4 +1,4 @@
-"""torch's flash attention: one call for all sequences of a pack."""
+"""torch's flash attention, one call for all sequences of a pack, and what stands in for it."""
 
 import inspect
 
@@ -54,3 +54,28 @@ def attend(
         **({"enable_gqa": True} if _ASKS_FOR_GROUPED_HEADS else {}),
     )
     return attended[..., :value_dim]
+
+
+def attend_one(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float | None
+) -> Tensor:
+    """Attention [L, heads, v] of one sequence, on any device and in any dtype.
+
+    query [L, heads, d], key [K, groups, d], value [K, groups, v]. It is causal (L = K) unless a
+    mask, bool [L, K], says what each token sees.
+    """
+    num_groups = key.shape[1]
+    if query.is_cuda and num_groups < query.shape[1]:
+        # The kernels for float32 and for masks know no grouped heads.
+        repeats = query.shape[1] // num_groups
+        key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
+    attended = F.scaled_dot_product_attention(
+        query.transpose(0, 1)[None],  # [1, heads, L, d]
+        key.transpose(0, 1)[None],
+        value.transpose(0, 1)[None],
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return attended[0].transpose(0, 1)

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from nanoslime.training import flash_attention
@@ -85,20 +84,25 @@ def _attend(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **options
         )
+    # [1, heads, T, d] -> [T, heads, d]
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    lengths = packed_sequences.lengths
     if flash_attention.suits(query, value):
-        # [1, heads, T, d] -> [T, heads, d]
-        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
         attended = flash_attention.attend(
             query,
             key,
             value,
             packed_sequences.cu_seqlens,
-            max(packed_sequences.lengths),
+            max(lengths),
             scale=scaling,
             window=attention_mask,
         )
         return attended[None], None
-    return _per_sequence(query, key, value, attention_mask, scaling, packed_sequences), None
+    outputs = []
+    for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
+        mask = _window_mask(q, attention_mask)
+        outputs.append(flash_attention.attend_one(q, k, v, mask, scale=scaling))
+    return torch.cat(outputs)[None], None
 
 
 def _window_or_mask(
@@ -118,44 +122,9 @@ AttentionInterface.register(PACKED, _attend)
 AttentionMaskInterface.register(PACKED, _window_or_mask)
 
 
-def _per_sequence(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    window: int | None,
-    scale: float | None,
-    packed: PackedSequences,
-) -> Tensor:
-    if query.is_cuda:
-        # The kernel that saves memory in float32 does not know grouped heads.
-        num_groups = query.shape[1] // key.shape[1]
-        key = repeat_kv(key, num_groups)
-        value = repeat_kv(value, num_groups)
-    per_sequence = zip(
-        query.split(packed.lengths, dim=2),
-        key.split(packed.lengths, dim=2),
-        value.split(packed.lengths, dim=2),
-        strict=True,
-    )
-    outputs = []
-    for own_query, own_key, own_value in per_sequence:
-        mask = _window_mask(own_query, window)
-        out = F.scaled_dot_product_attention(
-            own_query,
-            own_key,
-            own_value,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scale,
-            enable_gqa=True,
-        )
-        outputs.append(out.transpose(1, 2))
-    return torch.cat(outputs, dim=1)
-
-
 def _window_mask(query: Tensor, window: int | None) -> Tensor | None:
     """bool [L, L]: a token sees itself and the window - 1 before it; None if it sees all."""
-    length = query.shape[2]
+    length = len(query)
     if window is None or length <= window:
         return None
     positions = torch.arange(length, device=query.device)

@@ -106,41 +106,27 @@ class PackedAttention(MegatronModule):
                 value.split(cp_shard.padded_lengths),
                 strict=True,
             )
-            attended = torch.cat([self._attend(q, k, v) for q, k, v in per_sequence])
+            outputs = []
+            for q, k, v in per_sequence:
+                mask = self._mask(k)
+                outputs.append(flash_attention.attend_one(q, k, v, mask, scale=self.scale))
+            attended = torch.cat(outputs)
         return attended.flatten(1)[:, None]
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention of one sequence: the queries of this rank see the keys and values of all ranks.
+    def _mask(self, key: Tensor) -> Tensor | None:
+        """bool [T_i / cp_size, T_i]: what the queries of this rank see of a sequence's `key` [T_i].
 
-        query [T_i / cp_size, heads, d], key [T_i, groups, d], value [T_i, groups, v]
-        -> [T_i / cp_size, heads, v].
+        None without context parallelism. The queries are those of chunks r and 2 cp_size - 1 -
+        r; see context_parallel.
         """
         cp_size = self._cp_group.size()
-        num_groups = key.shape[1]
-        if query.is_cuda and num_groups < query.shape[1]:
-            # The kernels for float32 and for masks know no grouped heads.
-            key, value = (
-                x.repeat_interleave(query.shape[1] // num_groups, 1) for x in (key, value)
-            )
-        mask = None
-        if cp_size > 1:
-            # The queries of this rank are chunks r and 2 cp_size - 1 - r; see
-            # context_parallel.
-            rank = self._cp_group.rank()
-            positions = torch.arange(len(key), device=key.device)
-            chunks = positions.view(2 * cp_size, -1)
-            own_chunks = torch.cat([chunks[rank], chunks[-1 - rank]])
-            mask = positions <= own_chunks[:, None]
-        attended = F.scaled_dot_product_attention(
-            query.transpose(0, 1)[None],  # [1, heads, T_i, d]
-            key.transpose(0, 1)[None],
-            value.transpose(0, 1)[None],
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return attended[0].transpose(0, 1)
+        if cp_size == 1:
+            return None
+        rank = self._cp_group.rank()
+        positions = torch.arange(len(key), device=key.device)
+        chunks = positions.view(2 * cp_size, -1)
+        own_chunks = torch.cat([chunks[rank], chunks[-1 - rank]])
+        return positions <= own_chunks[:, None]
 
 
 class LatentAttention(MLASelfAttention):
