@@ -180,16 +180,13 @@ def _trainer_slots(config: RunConfig, slots: int) -> list[int]:
 
 def _check_colocated(config: RunConfig) -> None:
     cluster = config.cluster
-    if cluster.rollout_nodes is not None:
-        raise RunError(
-            f"cluster.rollout_nodes={cluster.rollout_nodes} with cluster.colocate: engines then "
-            "share the trainers' slots, on every node; leave one of them out"
-        )
-    if cluster.engine_gpus is not None:
-        raise RunError(
-            f"cluster.engine_gpus={cluster.engine_gpus} with cluster.colocate: engines then "
-            "share the trainers' slots, on every node; leave one of them out"
-        )
+    for field in ("rollout_nodes", "engine_gpus"):
+        asked = getattr(cluster, field)
+        if asked is not None:
+            raise RunError(
+                f"cluster.{field}={asked} with cluster.colocate: engines then share the "
+                "trainers' slots, on every node; leave one of them out"
+            )
     engine = engine_kind(config.rollout)
     if not engine.takes_slots:
         raise RunError(

@@ -18,9 +18,7 @@ from __future__ import annotations
 import errno
 import importlib.metadata
 import os
-import shutil
 import socket
-import subprocess
 import sys
 import time
 import uuid
@@ -31,6 +29,7 @@ from typing import Any
 
 from nanoslime.config import RunConfig
 from nanoslime.config.load import read
+from nanoslime.processes.command import ask
 from nanoslime.storage import resume
 from nanoslime.storage.commit import checkpoints
 from nanoslime.storage.shared_files import (
@@ -375,11 +374,9 @@ def _version(package: str) -> str:
 
 
 def _git(*arguments: str) -> str:
-    """Output of git about this checkout; empty where there is no git or no checkout."""
-    if shutil.which("git") is None:
-        return ""
+    """Output of git about this checkout; empty where git is missing or slow, or no checkout."""
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=_GIT_DEADLINE_S, errors="replace"
-    )
-    return done.stdout
+    try:
+        return ask(command, _GIT_DEADLINE_S).stdout
+    except (OSError, RunError):
+        return ""

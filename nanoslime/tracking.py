@@ -45,10 +45,11 @@ def make_tracker(config: RunConfig, run: RunDir, start: int) -> Tracker:
     removed. Raises ValueError where a sink is asked for and its package is not installed.
     """
     tracker = Tracker()
+    num_rollout = config.rollout.num_rollout
     if start:
-        logger.info("resuming after step %d/%d", start, config.rollout.num_rollout)
+        logger.info("resuming after step %d/%d", start, num_rollout)
     _forget_from(start, run)
-    tracker.sinks.append(_console(config.rollout.num_rollout))
+    tracker.sinks.append(lambda step, m: logger.info("%s", console_line(step, num_rollout, m)))
     tracker.sinks.append(_json_lines(run.metrics))
     if config.tracking.use_tensorboard:
         tracker.sinks.append(_tensorboard(run.tensorboard, start, closed_by=tracker))
@@ -78,13 +79,6 @@ def console_line(step: int, num_rollout: int, metrics: dict[str, float]) -> str:
             phase = name.removeprefix("time/").removesuffix("_s")
             words.append(f"{phase} {seconds:.1f}s")
     return "  ".join(words)
-
-
-def _console(num_rollout: int) -> Sink:
-    def log(step: int, metrics: dict[str, float]) -> None:
-        logger.info("%s", console_line(step, num_rollout, metrics))
-
-    return log
 
 
 def _forget_from(start: int, run: RunDir) -> None:
@@ -144,8 +138,4 @@ def _wandb(config: RunConfig, run: RunDir, closed_by: ExitStack) -> Sink:
         config=asdict(config),
     )
     closed_by.callback(wandb_run.finish)
-
-    def log(step: int, metrics: dict[str, float]) -> None:
-        wandb_run.log(metrics, step=step)
-
-    return log
+    return lambda step, metrics: wandb_run.log(metrics, step=step)

@@ -37,15 +37,13 @@ class Deadlines:
 def derive_deadlines(config: RunConfig, num_parameters: int, num_ranks: int) -> Deadlines:
     """Those of a model of `num_parameters` on `num_ranks` trainer ranks."""
     training = config.training
-    train_s = training.train_deadline_s
-    if train_s is None:
-        flops = _rollout_flops(config, num_parameters)
-        work_s = flops / (num_ranks * _FLOPS[config.cluster.device])
-        train_s = training.collective_deadline_s + max(_FLOOR_S, work_s)
-    save_s = training.save_deadline_s
-    if save_s is None:
-        work_s = _BYTES_PER_PARAMETER * num_parameters / (num_ranks * _BYTES_PER_S)
-        save_s = training.collective_deadline_s + max(_FLOOR_S, work_s)
+    flops = _rollout_flops(config, num_parameters)
+    compute_s = flops / (num_ranks * _FLOPS[config.cluster.device])
+    write_s = _BYTES_PER_PARAMETER * num_parameters / (num_ranks * _BYTES_PER_S)
+    derived_train_s = training.collective_deadline_s + max(_FLOOR_S, compute_s)
+    derived_save_s = training.collective_deadline_s + max(_FLOOR_S, write_s)
+    train_s = training.train_deadline_s or derived_train_s
+    save_s = training.save_deadline_s or derived_save_s
     return Deadlines(
         start=Deadline(training.start_deadline_s, "training.start_deadline_s"),
         train=Deadline(train_s, "training.train_deadline_s"),

@@ -26,6 +26,7 @@ def ask(
             command,
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=deadline_s,
             env=None if env is None else dict(env),
             input=stdin,

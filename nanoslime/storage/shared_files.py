@@ -65,9 +65,9 @@ def _create(path: Path, data: bytes, mode: int = 0o644) -> None:
         os.fsync(file.fileno())
 
 
-def publish_json(path: Path, value: Any, mode: int = 0o644) -> None:
+def publish_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, as `publish` does."""
-    publish(path, as_json(value), mode)
+    publish(path, as_json(value))
 
 
 def as_json(value: Any) -> bytes:

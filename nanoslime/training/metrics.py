@@ -52,11 +52,8 @@ class MetricSums:
     ) -> None:
         """Adds a micro-batch: `loss` and `metrics` of Algorithm.loss for `logprobs` [T]."""
         self._add(_LOSS, WeightedMean(loss, batch.denominator))
-        for name, metric in metrics.items():
-            self._add(name, metric)
-        for name, metric in engine_gap_metrics(logprobs, batch).items():
-            self._add(name, metric)
-        for name, metric in advantage_metrics(batch).items():
+        own = engine_gap_metrics(logprobs, batch) | advantage_metrics(batch)
+        for name, metric in (metrics | own).items():
             self._add(name, metric)
 
     def _add(self, name: str, metric: Metric) -> None:
