@@ -13,7 +13,7 @@ from pathlib import Path
 from nanoslime.config.run import RunConfig
 from nanoslime.plugins import resolve
 from nanoslime.run_dir import RunDir
-from nanoslime.storage.shared_files import finite, publish
+from nanoslime.storage.shared_files import finite_json, publish
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def _json_lines(path: Path) -> Sink:
 
     def log(step: int, metrics: dict[str, float]) -> None:
         with open(path, "a") as file:
-            file.write(json.dumps(finite({"step": step, **metrics})) + "\n")
+            file.write(finite_json({"step": step, **metrics}) + "\n")
 
     return log
 

@@ -94,7 +94,7 @@ class RolloutConfig:
     mask_stale_tokens: bool = False
     """Tokens that older weights than the current ones sampled leave the loss and its
     denominators; a sample that has no others leaves the batch."""
-    max_inflight: int = Field(default=256, ge=1)
+    max_inflight: int = Field(default=512, ge=1)
     """Sequences that are sent to an engine at once, by each rollout worker; more wait, which
     does not count into request_deadline_s."""
     at_sync: PauseMode = "retract"

@@ -4,7 +4,6 @@ sets -> a GroupTask for each prompt -> whoever samples and scores them -> metric
 -> evals.jsonl (a row for each set), the log, and metrics for the tracker
 """
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from nanoslime.config import EvalSetConfig, RunConfig
 from nanoslime.rollout.prompts import RunPrompts, digest
 from nanoslime.rollout.tasks import GroupTask, Sampling, seed_of
 from nanoslime.run_dir import RunDir
-from nanoslime.storage.shared_files import finite
+from nanoslime.storage.shared_files import finite_json
 from nanoslime.types import Group, Prompt
 
 logger = logging.getLogger(__name__)
@@ -138,7 +137,7 @@ class Evaluation:
             self.rows.append(row | of_set)
             logger.info("%s", _line(self.rows[-1]))
         with self._run.evals.open("a") as file:
-            file.writelines(json.dumps(finite(row)) + "\n" for row in self.rows)
+            file.writelines(finite_json(row) + "\n" for row in self.rows)
         return metrics
 
 

@@ -7,7 +7,6 @@ step_<k>-<worker>.npz     the same of each sample, with its arrays, and how it w
 
 from __future__ import annotations
 
-import json
 import logging
 import queue
 import threading
@@ -22,7 +21,7 @@ from typing import Any, Literal
 from nanoslime.rollout.tasks import Sampling
 from nanoslime.run_dir import recorded_rollout
 from nanoslime.storage.array_file import ArrayFile, ArrayWriter
-from nanoslime.storage.shared_files import finite, publish
+from nanoslime.storage.shared_files import finite_json, publish
 from nanoslime.types import RunError, Sample, SampleGroup, Status
 
 logger = logging.getLogger(__name__)
@@ -184,7 +183,7 @@ def _line(sample: Sample) -> str:
         "versions": sample.policy_versions,
         "metadata": sample.metadata,
     }
-    return json.dumps(finite(entry), ensure_ascii=False, default=str) + "\n"
+    return finite_json(entry, ensure_ascii=False, default=str) + "\n"
 
 
 def sample_entry(sample: Sample, writer: ArrayWriter) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from nanoslime.storage.shared_files import finite, sync_directory
+from nanoslime.storage.shared_files import finite_json, sync_directory
 from nanoslime.types import RunError
 
 # The entry of an array, and its first and last row there.
@@ -45,7 +45,7 @@ class ArrayWriter:
         `tree` is JSON; nan and inf in it become null, and other values their text.
         """
         aside = path.with_name(f".{path.name}.partial")
-        text = json.dumps(finite(tree), default=str).encode()
+        text = finite_json(tree, default=str).encode()
         try:
             with aside.open("wb") as file:
                 with zipfile.ZipFile(file, "w") as packed:

@@ -72,17 +72,26 @@ def publish_json(path: Path, value: Any) -> None:
 
 def as_json(value: Any) -> bytes:
     """What `publish_json` writes."""
-    return (json.dumps(finite(value), indent=1) + "\n").encode()
+    return (finite_json(value, indent=1) + "\n").encode()
 
 
-def finite(value: Any) -> Any:
-    """`value` with None for each nan and inf in it, which JSON does not have."""
+def finite_json(value: Any, **options: Any) -> str:
+    """`value` as JSON, which has no nan and no inf: they are null there. The options are those
+    of json.dumps."""
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:
+        return json.dumps(_finite(value), **options)
+
+
+def _finite(value: Any) -> Any:
+    """`value` with None for each nan and inf in it."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: finite(inner) for key, inner in value.items()}
+        return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(inner) for inner in value]
+        return [_finite(inner) for inner in value]
     return value
 
 

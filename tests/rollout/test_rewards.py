@@ -8,7 +8,7 @@ import pytest
 
 from nanoslime.config import DataConfig
 from nanoslime.plugins import resolve
-from nanoslime.rollout.rewards import REWARDS, call
+from nanoslime.rollout.rewards import REWARDS, asked_names, call, known, make
 from nanoslime.types import Prompt, Sample, Status
 from tests.rollout.test_prompts import GSM8K
 
@@ -244,9 +244,11 @@ def test_a_reward_gets_the_status_and_the_prompt_where_it_names_them() -> None:
         seen.append((status, prompt))
         return 2.0
 
-    data = DataConfig()
-    assert call(plain, sample, prompt, data) == 1.0
-    assert call(knowing, sample, prompt, data) == 2.0
+    arguments = (sample.text, sample.label, prompt.metadata)
+    named = known(sample, prompt, DataConfig())
+    assert call(plain, asked_names(plain), arguments, named) == 1.0
+    assert call(knowing, asked_names(knowing), arguments, named) == 2.0
     assert seen == [("so 7", "7", {"k": 1}), (Status.TRUNCATED, "what?<think>")]
     for name in ("exact_match", "f1", "gsm8k", "math_answer", "multiple_choice"):
-        assert call(resolve(name, REWARDS, "data.reward"), sample, prompt, data) == 0.0
+        reward = make(name)
+        assert call(reward, asked_names(reward), arguments, named) == 0.0

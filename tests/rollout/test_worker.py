@@ -110,6 +110,17 @@ def test_the_seed_decides_the_samples_whatever_else_runs(open_worker) -> None:
     assert tokens(reports(other, 3))[:6] == expected
 
 
+def test_a_full_collection_leaves_out_what_was_there_before_the_worker(open_worker) -> None:
+    before = [0]
+    worker = open_worker()
+    after = [0]
+    walked = gc.get_objects()
+    assert any(one is after for one in walked)
+    assert not any(one is before for one in walked)
+    worker.close()
+    assert gc.get_freeze_count() == 0
+
+
 class Store:
     """Keeps arrays by number."""
 

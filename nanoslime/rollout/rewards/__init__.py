@@ -5,7 +5,7 @@ The table lies in `config`, where the login node can check the name of a reward.
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -60,14 +60,14 @@ def known(sample: Sample, prompt: Prompt, data: DataConfig) -> dict[str, Any]:
     }
 
 
-def call(reward: Reward, sample: Sample, prompt: Prompt, data: DataConfig) -> float:
-    """`reward(text, label, metadata)` with what it asks for by name.
+def call(
+    reward: Reward, asked: Iterable[str], arguments: Sequence[Any], named: Mapping[str, Any]
+) -> float:
+    """`reward(*arguments)`, text, label and metadata, with what it asks for of `named`.
 
     Raises what the reward raises, and what `number` does.
     """
-    named = known(sample, prompt, data)
-    asked = {name: named[name] for name in asked_names(reward)}
-    return number(reward(sample.text, sample.label, prompt.metadata, **asked))
+    return number(reward(*arguments, **{name: named[name] for name in asked}))
 
 
 def number(value: Any) -> float:

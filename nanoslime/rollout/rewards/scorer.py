@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from nanoslime.config import DataConfig
 from nanoslime.failures import summary
-from nanoslime.rollout.rewards import Reward, call, known, make, number
+from nanoslime.rollout.rewards import Reward, asked_names, call, known, make, number
 from nanoslime.rollout.rewards.pool import RewardFailed, RewardPool
 from nanoslime.types import Prompt, Sample, Status
 
@@ -27,7 +27,8 @@ class Scorer:
 
     def __init__(self, data: DataConfig) -> None:
         self._data = data
-        self._quick: dict[str, Reward] = {}
+        # With what each asks for by name.
+        self._quick: dict[str, tuple[Reward, frozenset[str]]] = {}
         self._pools: dict[str, RewardPool] = {}
         self._counts: Counter[str] = Counter()
         self._told: set[tuple[str, str]] = set()
@@ -85,16 +86,18 @@ class Scorer:
     async def _value(self, name: str, sample: Sample, prompt: Prompt) -> float:
         """Raises RewardFailed, or what a quick reward raises."""
         data = self._data
+        arguments = (sample.text, sample.label, prompt.metadata)
+        named = known(sample, prompt, data)
         if name in QUICK:
             if name not in self._quick:
-                self._quick[name] = make(name)  # which looks at its signature, for long
-            return call(self._quick[name], sample, prompt, data)
+                reward = make(name)
+                self._quick[name] = reward, asked_names(reward)  # its signature takes long
+            return call(*self._quick[name], arguments, named)
         if name not in self._pools:
             cores = len(os.sched_getaffinity(0))
             size = data.reward_processes or min(cores, _MAX_PROCESSES)
             self._pools[name] = RewardPool(name, size, data.reward_timeout_s)
-        arguments = (sample.text, sample.label, prompt.metadata)
-        return await self._pools[name].call(arguments, known(sample, prompt, data))
+        return await self._pools[name].call(arguments, named)
 
     def _fail(
         self, samples: Sequence[Sample], judged: Sample, reward_name: str, error: Exception
