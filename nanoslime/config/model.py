@@ -37,6 +37,9 @@ of the following, it gets by name:
     timeout_s   data.reward_timeout_s
 """
 
+ONE_LABEL = frozenset({"gsm8k", "math", "math_answer", "multiple_choice", "gpqa"})
+"""The rewards to which a list of labels, of which any is right, says nothing."""
+
 WEIGHTED = "weighted"
 """The name of the weighted sum of data.rewards."""
 
@@ -123,7 +126,8 @@ class DataConfig:
     and the other keys, a dot leads into a struct or a list (reward_model.ground_truth,
     messages.0.content), unless the row has a key with that dot in its name."""
     label_key: str = "label"
-    """Where a row has its label, a text or a number; empty: there are no labels."""
+    """Where a row has its label: a text or a number, or several texts of which any is right
+    (for exact_match, f1 and rewards of your own); empty: there are no labels."""
     metadata_key: str = "metadata"
     """Where a row may have an object, or its JSON text, that the reward gets."""
     chat_template: Literal["auto", "on", "off"] = "auto"
@@ -195,8 +199,12 @@ class DataConfig:
             )
         for name in sorted({part for reward in named for part in self.reward_weights(reward)}):
             place = target(name, REWARDS, "data.rewards")
-            if place == REWARDS["remote"] and not self.reward_url:
-                raise ValueError(f"data.reward={name!r} needs data.reward_url, its server")
+            has_address = self.reward_url.startswith(("http://", "https://"))
+            if place == REWARDS["remote"] and not has_address:
+                raise ValueError(
+                    f"data.reward={name!r} needs data.reward_url, the http:// or https:// address "
+                    f"of its server, not {self.reward_url!r}"
+                )
         return self
 
     def reward_weights(self, reward: str) -> dict[str, float]:

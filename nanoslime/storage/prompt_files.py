@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoslime.config import DataConfig
+from nanoslime.config.model import ONE_LABEL
 from nanoslime.storage.datasets import prompt_files
 from nanoslime.storage.prompt_rows import MAX_QUOTED_CHARS, Row, Tally, from_json, read_rows
 from nanoslime.types import RunError
@@ -33,7 +34,7 @@ class PromptRecord:
     place: str
     # A text, or messages of which each has a role and a text as content.
     prompt: str | Messages
-    label: str | int | float | None
+    label: str | int | float | tuple[str, ...] | None
     metadata: dict[str, Any]
 
 
@@ -176,9 +177,9 @@ def _text_of_part(part: Any) -> Any:
     return part
 
 
-def _label(row: Row, data: DataConfig) -> str | int | float | None:
+def _label(row: Row, data: DataConfig) -> str | int | float | tuple[str, ...] | None:
     """Raises RunError for a label that is neither text nor number, with a key that may lead
-    to one."""
+    to one; a list of texts is one where no reward needs a single label."""
     if not data.label_key:
         return None
     label = _require(row, "data.label_key", data.label_key)
@@ -186,6 +187,10 @@ def _label(row: Row, data: DataConfig) -> str | int | float | None:
         return str(label)
     if isinstance(label, str | int) or (isinstance(label, float) and math.isfinite(label)):
         return label
+    needs_one = not ONE_LABEL.isdisjoint(data.reward_weights(data.reward))
+    if isinstance(label, list) and label and not needs_one:
+        if all(isinstance(one, str) for one in label):
+            return tuple(label)
     if isinstance(label, dict):
         names = [name for name, value in label.items() if isinstance(value, str | int | float)]
         keys = [f"{data.label_key}.{name}" for name in names]

@@ -42,7 +42,6 @@ def misbehave(text, label, metadata):
             return 1.0
         case "print":
             print("x" * 1_000_000)
-            sys.stdout.flush()
             return 1.0
         case "fork":
             # Both processes go on from here.
@@ -73,6 +72,11 @@ async def waits(text, label, metadata, *, sample, timeout_s):
         case "crash":
             return metadata["no such key"]
     return float(sample.token_ids.sum()) + timeout_s
+
+
+def says(text, label, metadata):
+    print("said:", text)
+    return 1.0
 
 
 def pid(text, label, metadata) -> float:

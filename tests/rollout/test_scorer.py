@@ -171,6 +171,12 @@ def test_a_reward_that_fails_gives_its_sample_an_error_and_the_next_one_its_rewa
     assert sum("KeyError" in record.message for record in caplog.records) == 1
 
 
+def test_what_a_reward_prints_is_at_once_on_standard_error(capfd, monkeypatch) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    scored(DataConfig(), f"{ODD}:says", ["4"])
+    assert capfd.readouterr().err == "said: 4\n"
+
+
 def test_failures_of_one_cause_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         samples = scored(DataConfig(), MISBEHAVE, ["crash"] * 20 + ["nan"], together=True)
@@ -273,6 +279,7 @@ def test_a_weighted_sum_records_its_parts_and_fails_with_any_of_them() -> None:
         ({"rewards": {"f2": 1.0}}, "data.rewards='f2' is unknown"),
         ({"rewards": {"remote": 1.0}}, "needs data.reward_url"),
         ({"reward": "remote_rm"}, "needs data.reward_url"),
+        ({"reward": "remote", "reward_url": "localhost:8000/score"}, "http://.*'localhost:8000"),
         ({"rewards": {"f1": float("nan")}}, "finite"),
         ({"reward_timeout_s": 0}, "greater than 0"),
     ],

@@ -12,8 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanoslime.config import DataConfig
+from nanoslime.plugins import resolve
+from nanoslime.rollout.rewards import REWARDS
 from nanoslime.storage.prompt_files import PromptRecord, read_prompts
 from nanoslime.storage.prompt_rows import Tally
+from nanoslime.storage.prompt_text import check_prompts
 from nanoslime.types import RunError
 
 # A row of DAPO-Math-17k.
@@ -100,7 +103,12 @@ def test_a_name_with_a_dot_in_it_goes_first(tmp_path: Path, suffix: str) -> None
         ),
         ({}, {"prompt_key": "prompt.1.content"}, "no key 'prompt.1.content'; set data.prompt_key"),
         ({}, {"metadata_key": "more"}, "no key 'more'; set data.metadata_key to one of"),
-        ({"label": ["42"]}, {}, "the label .'42'. is .*; set data.label_key to label.0 for its"),
+        (
+            {"label": ["42"]},
+            {"reward": "gsm8k"},
+            "the label .'42'. is .*; set data.label_key to label.0 for its",
+        ),
+        ({"label": []}, {}, "the label .. is neither a text nor a number"),
         ({"label": None}, {}, "the label None is neither a text nor a number; write one, or set"),
         ({"label": float("nan")}, {}, "the label nan is neither"),
         ({"label": float("inf")}, {}, "the label inf is neither"),
@@ -354,6 +362,20 @@ def test_labels_are_kept_as_they_are(tmp_path: Path, label: Any) -> None:
     (record,) = read(write(tmp_path, [{"prompt": "e\u0301", "label": label}], "jsonl"))
     assert (record.prompt, record.label) == ("e\u0301", label)
     assert type(record.label) is type(label)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_any_of_several_labels_may_be_right(tmp_path: Path, suffix: str) -> None:
+    row = {"prompt": "Who?", "answers": {"text": ["Ann Lee", "A. Lee"]}}
+    path = write(tmp_path, [row, row], suffix)
+    for reward in ("exact_match", "f1"):
+        data = DataConfig(label_key="answers.text", reward=reward, deduplicate=True)
+        assert check_prompts(path, data, None).num_used == 1
+        (record, _) = read_prompts(path, data)
+        assert record.label == ("Ann Lee", "A. Lee")
+        judge = resolve(reward, REWARDS, "data.reward")
+        assert judge("A. Lee", record.label, {}) == 1.0
+        assert judge("Bob", record.label, {}) == 0.0
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""1 where the response is the label, else 0."""
+"""1 where the response is the label, or one of several, else 0."""
 
 from typing import Any
 
@@ -6,6 +6,9 @@ from nanoslime.rollout.rewards.thoughts import without_thoughts
 
 
 def reward(text: str, label: Any, metadata: dict[str, Any], *, prompt: str = "") -> float:
-    """Compares both as text, without surrounding white space, and without thoughts."""
+    """Compares as text, without surrounding white space, and without thoughts; the label may be
+    several texts."""
     response = without_thoughts(text, prompt)
-    return float(response is not None and response.strip() == str(label).strip())
+    labels = label if isinstance(label, list | tuple) else [label]
+    right = {str(one).strip() for one in labels if one is not None}
+    return float(response is not None and response.strip() in right)

@@ -72,7 +72,7 @@ class RewardProcess:
         held, lifeline = socket.socketpair()
         with theirs, held:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-c", _START, str(theirs.fileno()), *sys.path),
+                *(sys.executable, "-u", "-P", "-c", _START, str(theirs.fileno()), *sys.path),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=2,
                 start_new_session=True,
