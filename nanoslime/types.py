@@ -287,7 +287,7 @@ class GenerateRequest:
         """Raises RunError for a prompt without tokens, which would cost those beside it their
         batch, and for a token id outside the vocabulary, which would kill a server.
         """
-        if not self.token_ids:
+        if len(self.token_ids) == 0:
             raise RunError(f"engine {engine}: a prompt without a token cannot be continued")
         for position, token in enumerate(self.token_ids):
             if not 0 <= token < vocab_size:

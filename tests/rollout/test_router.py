@@ -516,6 +516,7 @@ def test_a_server_that_answers_once_with_500_keeps_its_engine() -> None:
         (500, "internal"),
         (503, ""),
         (429, "full"),
+        (307, ""),
         (200, "{"),
         (200, "[]"),
         (200, json.dumps(one_sample(token=100))),

@@ -29,6 +29,7 @@ class Asked:
 
     num_samples: int
     num_prompt_tokens: int
+    max_new_tokens: int
     vocab_size: int
     # The model, where the server reports the experts of each token.
     experts_of: ModelShape | None
@@ -70,10 +71,16 @@ def _generation(
     meta = answer["meta_info"]
     token_ids = answer["output_ids"]
     logprobs = [entry[0] for entry in meta["output_token_logprobs"]]
-    _check(token_ids, logprobs, asked.vocab_size)
+    _check(token_ids, logprobs, asked)
     spans = meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0}]
+    versions = [(int(span["start"]), int(span["version"])) for span in spans if token_ids]
+    starts = [start for start, _ in versions]
+    if token_ids and (starts[0] != 0 or sorted(starts) != starts):
+        raise ValueError(f"versions that are not in order from the first token on: {versions[:8]}")
     finish_reason = meta["finish_reason"]
     status = _STATUS[finish_reason["type"]]
+    if not token_ids and status is not Status.ABORTED:
+        raise ValueError("no token")
     experts = None
     # A request that was ended while it waited has none.
     has_experts = status is not Status.ABORTED or "routed_experts" in meta
@@ -86,23 +93,25 @@ def _generation(
         token_ids=token_ids,
         logprobs=logprobs,
         status=status,
-        versions=[(int(span["start"]), int(span["version"])) for span in spans if token_ids],
+        versions=versions,
         error=finish_reason.get("message"),
         routed_experts=experts,
     )
 
 
-def _check(token_ids: list[Any], logprobs: list[Any], vocab_size: int) -> None:
+def _check(token_ids: list[Any], logprobs: list[Any], asked: Asked) -> None:
     """Raises ValueError or TypeError for what are no tokens with a logprob each."""
     if len(logprobs) != len(token_ids):
         raise ValueError(f"{len(token_ids)} tokens, {len(logprobs)} logprobs")
+    if len(token_ids) > asked.max_new_tokens:
+        raise ValueError(f"{len(token_ids)} tokens, {asked.max_new_tokens} were asked for")
     if not token_ids:
         return
     tokens = np.array(token_ids)
     if tokens.dtype.kind != "i" or tokens.ndim != 1:
         raise ValueError(f"token ids that are no list of integers: {token_ids[:8]}")
-    if tokens.min() < 0 or tokens.max() >= vocab_size:
-        raise ValueError(f"a token outside the vocabulary of {vocab_size}")
+    if tokens.min() < 0 or tokens.max() >= asked.vocab_size:
+        raise ValueError(f"a token outside the vocabulary of {asked.vocab_size}")
     if not np.isfinite(np.array(logprobs)).all():
         raise ValueError("a logprob that is not finite")
 

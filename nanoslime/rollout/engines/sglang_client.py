@@ -104,7 +104,13 @@ class SGLangEngine:
         if status != 200:
             raise self._error(f"/generate answered {status}: {_reason(content)}", RequestFailed)
         begin = time.monotonic()
-        asked = Asked(request.n, len(request.token_ids), self.vocab_size, self.experts_of)
+        asked = Asked(
+            num_samples=request.n,
+            num_prompt_tokens=len(request.token_ids),
+            max_new_tokens=request.max_new_tokens,
+            vocab_size=self.vocab_size,
+            experts_of=self.experts_of,
+        )
         try:
             first, *others = read_generations(content, asked)
         except (ValueError, LookupError, TypeError, AttributeError) as e:
@@ -140,8 +146,13 @@ class SGLangEngine:
         session = await self._sessions.here()
         try:
             # A cancelled request closes its connection, and SGLang aborts it then.
-            url = f"{self.url}/generate"
-            async with session.post(url, data=body, headers=_JSON, timeout=timeout) as response:
+            async with session.post(
+                f"{self.url}/generate",
+                data=body,
+                headers=_JSON,
+                timeout=timeout,
+                allow_redirects=False,
+            ) as response:
                 return response.status, await response.read()
         except TimeoutError as e:
             raise self._error(
@@ -315,7 +326,13 @@ class SGLangEngine:
         try:
             with requests.Session() as session:
                 session.trust_env = False
-                return session.request(method, f"{self.url}{path}", json=body, timeout=deadline_s)
+                return session.request(
+                    method,
+                    f"{self.url}{path}",
+                    json=body,
+                    timeout=deadline_s,
+                    allow_redirects=False,
+                )
         except requests.Timeout as e:
             problem = f"{path} was not answered within {deadline_s:g} s"
             raise self._error(problem, EngineGone) from e

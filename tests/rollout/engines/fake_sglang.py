@@ -64,6 +64,8 @@ def serving(
         def answer(self, status: int, text: str) -> None:
             self.send_response(status)
             self.send_header("Content-Length", str(len(text.encode())))
+            if 300 <= status < 400:
+                self.send_header("Location", self.path)
             self.end_headers()
             self.wfile.write(text.encode())
 

@@ -27,7 +27,7 @@ def asked(
     )
     shape = ModelShape.from_config(tiny_qwen3_config())
     shape = replace(shape, num_layers=NUM_LAYERS, moe=moe)
-    return Asked(num_samples, NUM_PROMPT_TOKENS, vocab_size=100, experts_of=shape)
+    return Asked(num_samples, NUM_PROMPT_TOKENS, max_new_tokens=8, vocab_size=100, experts_of=shape)
 
 
 def dense() -> Asked:
@@ -90,6 +90,12 @@ def test_experts_that_were_not_asked_for_are_not_read() -> None:
     assert read(answer(2, experts(2)), dense())[0].routed_experts is None
 
 
+def with_versions(*starts: int) -> bytes:
+    sample = answer(2)
+    sample["meta_info"]["weight_versions"] = [{"version": "3", "start": one} for one in starts]
+    return json.dumps(sample).encode()
+
+
 REFUSED = {
     "no JSON": b"<html>",
     "nothing": b"",
@@ -106,6 +112,11 @@ REFUSED = {
     "a text for a token": json.dumps(one_sample(token="7")).encode(),
     "a list for a token": json.dumps(one_sample(token=[7])).encode(),
     "true for a token": json.dumps(one_sample(token=True)).encode(),
+    "more tokens than were asked for": json.dumps(answer(9)).encode(),
+    "no token at an end": json.dumps(answer(0)).encode(),
+    "a version of a token before the first": with_versions(-1, 1),
+    "a first token of no version": with_versions(1),
+    "versions out of order": with_versions(0, 2, 1),
     "a logprob too many": json.dumps(SAMPLE | {"output_ids": []}).encode(),
 }
 
