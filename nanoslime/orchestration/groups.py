@@ -1,5 +1,6 @@
 """The trainer ranks as the training loop sees them, whatever processes they live in."""
 
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from nanoslime.orchestration.engine_pool import EnginePool
 from nanoslime.run_dir import RunDir
 from nanoslime.training.batching import BatchingOptions, plan_train_batches
 from nanoslime.types import GroupReport
+
+logger = logging.getLogger(__name__)
 
 
 class TrainGroup(ABC):
@@ -93,9 +96,18 @@ class TrainGroup(ABC):
         )
         steps = plan_train_batches(groups, options)
         shards = [[step[dp_rank] for step in steps] for dp_rank in range(self.dp_size)]
-        times = {"time/plan_s": time.monotonic() - begin}
-        times |= self.devices.give_to_trainer()
-        return times | self._train(shards)
+        metrics = {"time/plan_s": time.monotonic() - begin}
+        num_samples = sum(len(group.samples) for group in groups)
+        num_masked = num_samples - sum(step[0].num_sequences for step in steps)
+        metrics["rollout/dropped_sample_masked"] = float(num_masked)
+        if groups and not steps:
+            logger.warning(
+                "none of %d samples is left to train on: rollout.mask_stale_tokens or "
+                "algorithm.truncated=mask leaves out all of their tokens",
+                num_samples,
+            )
+        metrics |= self.devices.give_to_trainer()
+        return metrics | self._train(shards)
 
     def export_hf(self, path: Path) -> None:
         self.devices.give_to_trainer()

@@ -23,7 +23,7 @@ from nanoslime.orchestration.devices import SeparateDevices
 from nanoslime.orchestration.groups import TrainGroup, resolve_transport
 from nanoslime.orchestration.torchrun_group import Answer, Call, Ranks
 from nanoslime.run_dir import RunDir
-from nanoslime.types import RunError, local_reports
+from nanoslime.types import RunError, Status, local_reports
 from nanoslime.weight_sync.transport import TRANSPORTS
 from tests.algorithms.made import group
 from tests.models.hf import save_model
@@ -149,6 +149,23 @@ def test_only_tokens_of_the_current_weights_are_trained_on_where_asked(tmp_path)
     assert batches(tmp_path, mask_stale_tokens=True, version=1) == [[]]
     [[batch]] = batches(tmp_path, version=1)
     assert (batch.num_tokens, batch.oldest_version_in_loss) == (20, None)
+
+
+def test_samples_whose_tokens_are_all_masked_are_counted_and_a_rollout_of_them_is_told(
+    tmp_path, caplog
+):
+    made = RunConfig(algorithm=GRPOConfig(truncated="mask"))
+    trainer = Batches(made, RunDir(tmp_path), save_model(tmp_path / "model", "qwen3"), 2)
+    groups = [group(number, [1.0, 0.0]) for number in range(5)]
+    algorithms.make(made.algorithm).advantages(groups)
+    samples = [sample for one in groups for sample in one.samples]
+    for left_out in (0, 3, 10):
+        for sample in samples[:left_out]:
+            sample.status = Status.TRUNCATED
+        assert not caplog.records
+        metrics = trainer.train(local_reports(groups), 0)
+        assert metrics["rollout/dropped_sample_masked"] == left_out
+    assert "none of 10 samples is left to train on: rollout.mask_stale_tokens or" in caplog.text
 
 
 def test_every_rank_gets_its_own_share_of_every_step(tmp_path):

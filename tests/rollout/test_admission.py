@@ -28,7 +28,8 @@ class Simulated:
     prompt_of: dict[int, int] = field(default_factory=dict)
     # Groups that run: the version at their first token (None: queued), and steps to their end.
     running: dict[int, list[int | None]] = field(default_factory=dict)
-    finished: dict[int, int | None] = field(default_factory=dict)
+    # And those that have: also whether the filters leave anything.
+    finished: dict[int, tuple[int | None, bool]] = field(default_factory=dict)
     trained: list[list[int]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
@@ -56,8 +57,8 @@ class Simulated:
             self.running[group_id] = [first, steps - 1]
             if steps <= 1 and (first is not None or self.rng.random() < 0.1):
                 del self.running[group_id]
-                self.finished[group_id] = first  # without any token: it failed
                 is_kept = first is not None and self.rng.random() < 0.8
+                self.finished[group_id] = first, is_kept  # without any token: it failed
                 assert self.admission.finish(group_id, first, is_kept=is_kept)
         self.feed()
 
@@ -83,8 +84,8 @@ class Simulated:
     def train(self, taken: Taken) -> None:
         version = self.admission.version
         for group_id in taken.group_ids:
-            oldest = self.finished.pop(group_id)
-            if oldest is not None:
+            oldest, is_kept = self.finished.pop(group_id)
+            if is_kept:
                 assert version - self.limits.max_staleness <= oldest <= version
         self.trained.append([self.prompt_of[group_id] for group_id in taken.group_ids])
         self.counts += taken.counts
@@ -99,8 +100,8 @@ class Simulated:
         version = self.admission.version
         self.admission = Admission(limits)
         self.admission.load_state_dict(state)
-        for group_id, oldest in self.finished.items():
-            assert self.admission.finish(group_id, oldest, is_kept=True)
+        for group_id, (oldest, is_kept) in self.finished.items():
+            assert self.admission.finish(group_id, oldest, is_kept=is_kept)
         self.cancel(self.admission.set_version(version))
 
     def check_prompts(self) -> None:
@@ -145,11 +146,13 @@ def test_no_trained_token_is_too_old_and_no_prompt_is_lost(max_staleness, overdu
 
 
 def test_a_run_resumed_with_other_limits_keeps_to_them():
-    """A smaller bound or batch: what no longer fits is sampled again or dropped, and counted."""
+    """A smaller bound or batch: what no longer fits is sampled again or dropped, and counted.
+    Only of what the filters leave nothing may older tokens go on record.
+    """
     reasons: Counter[str] = Counter()
     for seed in range(60):
         rng = random.Random(seed)
-        run = Simulated(made(batch=4, max_staleness=4), rng)
+        run = Simulated(made(batch=4, max_staleness=4, max_replaced=rng.choice([0, 3])), rng)
         run.feed()
         for _ in range(12):
             run.train(run.take())
@@ -158,6 +161,7 @@ def test_a_run_resumed_with_other_limits_keeps_to_them():
                     run.limits,
                     batch=rng.choice([1, 2, 4]),
                     max_staleness=rng.choice([0, 1, 2, 4]),
+                    max_replaced=rng.choice([0, 3, 8]),
                     overdue=rng.choice(["wait", "regenerate", "drop"]),
                 )
                 run.resume(limits)

@@ -123,9 +123,6 @@ class RayWorker:
     def metrics(self) -> dict[str, float]:
         return self._call("metrics")
 
-    def close(self) -> None:
-        self._call("close", deadline_s=_SAVE_S)
-
     def _call(self, method: str, *args: Any, deadline_s: float = _ANSWER_S) -> Any:
         ref = self._actors.actors[self._number].call_worker.remote(method, *args)
         what = f"answer to {method}"
@@ -203,7 +200,8 @@ class RayEngines:
 
     def close(self) -> None:
         refs = self._actors.start_on_each("close")
-        ray.wait(refs, num_returns=len(refs), timeout=20)
+        # They record the last rollout first.
+        ray.wait(refs, num_returns=len(refs), timeout=_ANSWER_S)
         self._actors.kill()
 
     @property
