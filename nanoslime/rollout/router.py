@@ -293,6 +293,7 @@ class Router:
             slot.calls.discard(call)
             if not slot.calls and slot.watch is not None:
                 slot.watch.cancel()
+                slot.watch = None  # the next request may come before it has ended
             self._release(slot, request.n)
         slot.heard = time.monotonic()
         slot.counts.latency_s += slot.heard - start

@@ -180,6 +180,32 @@ def test_what_a_lost_engine_had_goes_elsewhere_at_once(
     run_within(run())
 
 
+def test_an_engine_that_hangs_at_the_next_turn_of_its_only_rollout_is_lost(
+    quick_health: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next request follows the answer at once."""
+    monkeypatch.setattr(router_module, "_SILENCE_S", 0.1)
+
+    async def run() -> None:
+        a = Scripted("a", is_open=True)
+        good = Scripted("b", is_open=True)
+        router = Router([a])
+        await router.generate(make_request())
+        a.gate.clear()
+        a.is_gone = True
+
+        async def replace() -> None:
+            await until(lambda: bool(router.lost))
+            router.set_engines([good])
+
+        replaced = asyncio.create_task(replace())
+        [answer] = await router.generate(make_request())
+        assert answer.status is Status.COMPLETED
+        await replaced
+
+    run_within(run())
+
+
 def test_a_busy_engine_that_is_healthy_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(router_module, "_SILENCE_S", 0.02)
 
