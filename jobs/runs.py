@@ -7,6 +7,7 @@ logprob of it is from the engine's.
 """
 
 import argparse
+import signal
 import sys
 
 from jobs import samples
@@ -28,4 +29,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    # Whoever reads may stop to, as head and less do.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main(sys.argv[1:]))

@@ -6,6 +6,7 @@ recorded rollout -> choice by reward -> prompt and response, token by token, wit
 import argparse
 import json
 import math
+import shutil
 import sys
 from collections.abc import Iterator
 from itertools import groupby
@@ -24,7 +25,6 @@ from nanoslime.types import RunError, Status
 _BACKGROUNDS = {1.0: 196, 0.1: 208, 0.01: 220, 0.001: 230}
 _BLACK_ON = "\x1b[30;48;5;{}m"
 _RESET = "\x1b[0m"
-_RULE = "─" * 80
 # Control characters (C0 and C1) are shown, so that no sample moves the cursor or rings a bell.
 _CONTROL = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160))}
 _SHOWN_AS = {code: text for code, text in _CONTROL.items() if chr(code) not in "\n\t"}
@@ -34,13 +34,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's directory")
     parser.add_argument("--step", type=int, help="the rollout, from 0 on; default: the last")
     order = parser.add_mutually_exclusive_group()
-    order.add_argument("--worst", type=int, metavar="N", default=5, help="of lowest reward (5)")
-    order.add_argument("--best", type=int, metavar="N", help="of highest reward")
+    order.add_argument("--worst", type=_number, metavar="N", default=5, help="of lowest reward (5)")
+    order.add_argument("--best", type=_number, metavar="N", help="of highest reward")
     parser.add_argument("--group", type=int, metavar="ID", help="those of one group alone")
     parser.add_argument("--status", choices=list(Status), help="those of one status alone")
     on_terminal = sys.stdout.isatty()
     parser.add_argument("--color", action=argparse.BooleanOptionalAction, default=on_terminal)
     parser.set_defaults(show=show)
+
+
+def _number(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} samples cannot be shown; give 0 or more")
+    return number
 
 
 def show(asked: argparse.Namespace) -> str:
@@ -68,12 +75,13 @@ def show(asked: argparse.Namespace) -> str:
     named = read(run.config).model.hf_checkpoint
     file = Path(named or run.model / "model") / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(file)) if file.is_file() else None
+    rule = "─" * min(80, shutil.get_terminal_size().columns)
     lines = [f"{run.path}: step {step}, {len(chosen)} of {len(samples)} samples"]
     if asked.color:
         shades = [_colored(f" {least:g} ", least) for least in reversed(_BACKGROUNDS)]
         lines.append(f"|trainer - engine| of a token's logprob, from {' '.join(shades)} nats on")
     for sample in chosen:
-        lines += [_RULE, *_described(sample), *_response(sample, tokenizer, asked.color)]
+        lines += [rule, *_described(sample), *_response(sample, tokenizer, asked.color)]
     return "\n".join(lines)
 
 

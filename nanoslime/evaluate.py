@@ -150,8 +150,10 @@ def _sampler(worker: RolloutWorker) -> Sampler:
 
 def parse(argv: list[str]) -> tuple[Checkpoint, RunConfig, Path | None]:
     parser = argparse.ArgumentParser(prog="python -m nanoslime.evaluate", allow_abbrev=False)
+    parser.description = __doc__
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.usage = "%(prog)s CHECKPOINT [RECIPE.yaml] [--output FILE] [flags of nanoslime.train]"
-    parser.add_argument("checkpoint")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("--output", type=Path)
     known, flags = parser.parse_known_args(argv)
     checkpoint = Checkpoint.find(known.checkpoint)

@@ -13,6 +13,9 @@ from collections.abc import Sequence
 
 from nanoslime.types import Group, Scored, Status
 
+# A weighted sum of rewards may be so much below 1 where all of its parts are 1.
+_ROUNDING = 1e-9
+
 
 def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
     """The chance that one of `k` samples passes, estimated from `num_samples` of which
@@ -46,7 +49,7 @@ def evaluation_metrics[S: Scored](
 
     reward_mean is the mean reward, in which each prompt weighs the same; it is called mean@n
     too, where n is the number of rollouts of a prompt. pass@k is the chance that one of k
-    passes, for each power of two k up to n; a rollout passes with a reward of at least
+    passes, for n and each power of two k below it; a rollout passes with a reward of at least
     `pass_reward`. <name>_se is the standard error, which a single prompt does not have.
 
     Siblings (samples with one rollout_id) are one rollout, with the mean of their rewards. A
@@ -57,12 +60,12 @@ def evaluation_metrics[S: Scored](
     if num_rollouts == 0:
         raise ValueError("an evaluation needs a sample of each of its prompts")
     values = {f"mean@{num_rollouts}": [math.fsum(own) / len(own) for own in scores]}
-    k = 1
-    while k <= num_rollouts:
+    num_passed = [sum(score >= pass_reward - _ROUNDING for score in own) for own in scores]
+    powers = {2**i for i in range(num_rollouts.bit_length())}
+    for k in sorted(powers | {num_rollouts}):
         values[f"pass@{k}"] = [
-            pass_at_k(len(own), sum(score >= pass_reward for score in own), k) for own in scores
+            pass_at_k(len(own), passed, k) for own, passed in zip(scores, num_passed, strict=True)
         ]
-        k *= 2
     metrics = {"reward_mean": math.fsum(values[f"mean@{num_rollouts}"]) / len(groups)}
     for name, of_prompts in values.items():
         metrics[name] = math.fsum(of_prompts) / len(of_prompts)

@@ -69,10 +69,10 @@ def test_the_metrics_of_two_prompts_by_hand():
     )
 
 
-def test_the_powers_of_two_up_to_the_number_of_samples_are_told():
+def test_the_number_of_samples_and_the_powers_of_two_below_it_are_told():
     found = evaluation_metrics([group(0, [1, 0, 0]), group(1, [1, 1, 0])])
     estimates = {name for name in found if "@" in name and not name.endswith("_se")}
-    assert estimates == {"mean@3", "pass@1", "pass@2"}
+    assert estimates == {"mean@3", "pass@1", "pass@2", "pass@3"}
 
 
 def test_more_samples_of_the_same_prompts_are_no_further_evidence_of_other_prompts():
@@ -96,6 +96,8 @@ def test_a_sample_passes_with_the_reward_that_the_set_asks_for():
     groups = [group(0, [0.5, 0.4])]
     assert evaluation_metrics(groups)["pass@2"] == 0.0
     assert evaluation_metrics(groups, pass_reward=0.5)["pass@2"] == 1.0
+    assert 0.7 + 0.2 + 0.1 < 1
+    assert evaluation_metrics([group(0, [0.7 + 0.2 + 0.1])])["pass@1"] == 1.0
 
 
 def test_siblings_are_one_rollout():

@@ -1,6 +1,9 @@
 """The samples of a run as a person sees them in a terminal."""
 
 import io
+import shlex
+import subprocess
+import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +13,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from jobs import runs
+from jobs.checkout import ROOT
 from nanoslime.config import ModelConfig, RunConfig
 from nanoslime.config.load import dump
 from nanoslime.rollout import recorder
@@ -103,6 +107,19 @@ def rollouts(text: str) -> list[str]:
 )
 def test_samples_are_chosen_and_sorted_by_reward(run, flags, expected):
     assert rollouts(shown(run, *flags)) == expected.split()
+
+
+def test_a_number_below_zero_is_refused(run, capsys):
+    with pytest.raises(SystemExit):
+        runs.main(["samples", str(run.path), "--best", "-1"])
+    assert "-1 samples cannot be shown; give 0 or more" in capsys.readouterr().err
+
+
+def test_whoever_stops_to_read_hears_nothing(run):
+    command = shlex.join([sys.executable, "jobs/runs.py", "samples", str(run.path)])
+    pipe = f"for i in 1 2 3; do {command}; done | head -n 1"
+    done = subprocess.run(pipe, shell=True, capture_output=True, text=True, cwd=ROOT)
+    assert (done.stdout.count("\n"), done.stderr) == (1, "")
 
 
 def test_of_equal_rewards_the_larger_gap_is_the_worse(run, tokenizer):
