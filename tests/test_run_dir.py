@@ -206,3 +206,14 @@ def test_provenance_names_commit_and_versions(run: RunDir) -> None:
     text = run.provenance.read_text()
     assert '"--nodes"' in text
     assert '"ray": "2.' in text
+
+
+def test_only_the_last_status_of_a_run_waits_for_the_disk(run: RunDir, monkeypatch) -> None:
+    run.new_attempt()
+    synced = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    run.write_status("train", 3)
+    assert not synced
+    run.write_status("failed", 3, error="why")
+    assert len(synced) == 1
+    assert (run.status()["phase"], run.status()["error"]) == ("failed", "why")

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from nanoslime.config import RunConfig
+from nanoslime.engine_kind import engine_kind
 from nanoslime.models.context import context_limit
 from nanoslime.models.shape import ModelShape
 from nanoslime.rollout.chat import Chat
@@ -44,6 +45,8 @@ class ServedModel:
     context_length: int
     # Variables of the chat template; None where none is applied.
     chat_template_kwargs: Mapping[str, Any] | None = None
+    # Whether the engines do; requests to others have no seed.
+    honours_seeds: bool = True
 
     @classmethod
     def of(
@@ -57,7 +60,8 @@ class ServedModel:
         data = config.data
         use_template = check_template(bool(tokenizer.chat_template), data)
         kwargs = data.chat_template_kwargs if use_template else None
-        return cls(router, tokenizer, context_limit(config, shape), kwargs)
+        honours_seeds = engine_kind(config.rollout).honours_seeds
+        return cls(router, tokenizer, context_limit(config, shape), kwargs, honours_seeds)
 
     @property
     def chat(self) -> Chat:
@@ -244,6 +248,9 @@ class Policy:
         if max_new_tokens <= 0 or (room < _LEAST_ROOM and not is_first):
             return None
         sampling = self.sampling
+        seed = None
+        if self.model.honours_seeds:
+            seed = _seed_of(*self._seed, number, len(call.generation.token_ids))
         return GenerateRequest(
             token_ids=token_ids,
             n=1,
@@ -253,7 +260,7 @@ class Policy:
             top_k=sampling.top_k,
             stop_token_ids=(*sampling.stop_token_ids, *self.model.end_token_ids),
             stop=stop,
-            seed=_seed_of(*self._seed, number, len(call.generation.token_ids)),
+            seed=seed,
         )
 
     def _joined(self, call: Call, more: Generation, stop: tuple[str, ...]) -> Generation:

@@ -20,11 +20,14 @@ from nanoslime.types import RunError
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
 
-def publish(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Write `data` aside and rename it to `path`; `mode` holds from the first byte."""
+def publish(path: Path, data: bytes, mode: int = 0o644, *, durable: bool = True) -> None:
+    """Write `data` aside and rename it to `path`; `mode` holds from the first byte.
+
+    What is not `durable` may be lost, and the file be cut short, where the machine loses power.
+    """
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        _create(aside, data, mode)
+        _create(aside, data, mode, durable)
         os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
@@ -56,18 +59,22 @@ def publish_once(path: Path, data: bytes) -> bool:
     return True
 
 
-def _create(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Write a new file and force it to disk. Raises FileExistsError where there is one."""
+def _create(path: Path, data: bytes, mode: int = 0o644, durable: bool = True) -> None:
+    """Write a new file, a durable one all the way to the disk.
+
+    Raises FileExistsError where there is one.
+    """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def publish_json(path: Path, value: Any) -> None:
+def publish_json(path: Path, value: Any, *, durable: bool = True) -> None:
     """Write `value` as JSON, as `publish` does."""
-    publish(path, as_json(value))
+    publish(path, as_json(value), durable=durable)
 
 
 def as_json(value: Any) -> bytes:

@@ -172,6 +172,13 @@ def test_each_request_of_each_sample_has_a_seed_of_its_own(make_policy) -> None:
     assert len({*seeds(0), *seeds(1)}) == 6
 
 
+def test_engines_that_honour_no_seeds_get_none(make_policy) -> None:
+    policy = make_policy()
+    policy.model = replace(policy.model, honours_seeds=False)
+    generate(policy, max_new_tokens=2)
+    assert [request.seed for request in policy.model.router.requests] == [None]
+
+
 def test_a_transcript_answers_and_its_last_request_goes_on(make_policy) -> None:
     """Saved in the middle of the second turn, and restored in another process."""
 

@@ -54,7 +54,7 @@ def known(sample: Sample, prompt: Prompt, data: DataConfig) -> dict[str, Any]:
         "status": sample.status,
         "prompt": prompt.text,
         # The experts of a sample are many, and no reward's business.
-        "sample": replace(sample, routed_experts=None),
+        "sample": sample if sample.routed_experts is None else replace(sample, routed_experts=None),
         "reward_url": data.reward_url,
         "timeout_s": data.reward_timeout_s,
     }
