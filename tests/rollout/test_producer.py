@@ -298,7 +298,7 @@ def test_what_three_workers_saved_goes_on_with_fewer_or_more(
     gates[0].let_through = 3  # samples: a group and a half of the first worker's
     gates[1].is_open = True
     wait_for(lambda: sum(held.report is not None for held in saved._held.values()) == 4)
-    state = json.loads(json.dumps(saved.save(tmp_path / "rollout")))
+    state = json.loads(json.dumps(saved.save(tmp_path / "rollout")))["producer"]
     assert state["num_files"] == 3
 
     after = made([Gate(engine) for _ in range(num_after)], Numbers(position=10))
