@@ -67,7 +67,7 @@ def _train(session: Session, tracker: Tracker, clock: Clock, start: int) -> int:
             clock("checkpoint")
             checkpoints.save(step + 1)  # while the trainer is awake; `commit` comes below
         clock("weight_sync")
-        metrics |= session.weights.sync(step + 1)
+        metrics |= session.weights.sync(step + 1) | session.engines.metrics()
         metrics["time/step_s"] = time.monotonic() - begin
         rollout.set_version(step + 1)
         clock.step = step + 1

@@ -9,6 +9,7 @@ from nanoslime.layout import Layout
 from nanoslime.orchestration.engine_pool import Restart
 from nanoslime.orchestration.groups import NoTrainer, TrainGroup, resolve_transport
 from nanoslime.orchestration.ray import cluster
+from nanoslime.orchestration.ray.store import RayStore
 from nanoslime.orchestration.ray.trainers import RayTrainGroup
 from nanoslime.orchestration.ray.workers import RayEngines, RayWorker
 from nanoslime.orchestration.session import (
@@ -80,5 +81,14 @@ def open_ray(
             engines.append(here.start())
             restarts.append(here.start)
         ranks_by_engine = [layout.ranks_at(place) for place in layout.engines]
-        started = Started(trainer, engines, ranks_by_engine, transport, restarts, workers, home)
+        started = Started(
+            trainer,
+            engines,
+            ranks_by_engine,
+            transport,
+            restarts,
+            workers,
+            home,
+            store=RayStore(),
+        )
         yield make_session(inputs, attempt, started, resources)

@@ -8,8 +8,9 @@ An unknown or repeated name, or another shape, is refused before anything is loa
 session (begin ... end) or a directory that lacks a tensor is refused with its name. A
 refusal is an error response (success false); the server goes on.
 
-On a machine without CUDA it also lets SGLang keep the experts that its routers choose
-in ordinary memory.
+The experts that its routers choose leave the scheduler in one byte each where they can, not in
+four: they are nearly all of an answer. On a machine without CUDA the plug-in also lets SGLang
+keep them in ordinary memory.
 """
 
 from collections.abc import Callable
@@ -24,6 +25,10 @@ from nanoslime.types import RunError
 
 _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
 _MANAGER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+_COLLECT_EXPERTS = (
+    "sglang.srt.managers.scheduler_components.batch_result_processor"
+    ".SchedulerBatchResultProcessor._maybe_collect_routed_experts"
+)
 _PIN_MEMORY = "sglang.srt.mem_cache.pool_host.common._cuda_host_register"
 
 # Success and a message.
@@ -42,6 +47,7 @@ def register() -> None:
         f"{_UPDATER}.begin_weight_update": guard.begin,
         f"{_MANAGER}.begin_weight_update": guard.answer_begin,
         f"{_MANAGER}.end_weight_update": guard.answer_end,
+        _COLLECT_EXPERTS: _collect_small_experts,
     }
     for target, hook in hooks.items():
         HookRegistry.register(target, hook, HookType.AROUND)
@@ -52,6 +58,13 @@ def register() -> None:
 
 def _leave_unpinned(*arguments: object) -> None:
     """Stands in for cudaHostRegister."""
+
+
+def _collect_small_experts(original: Original, processor: Any, request: Any) -> None:
+    original(processor, request)
+    experts = request.routed_experts
+    if experts is not None and experts.numel() and experts.max() < 256:
+        request.routed_experts = experts.to(torch.uint8)
 
 
 class WeightGuard:

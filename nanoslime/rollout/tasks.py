@@ -93,8 +93,9 @@ def seed_of(*words: int) -> int:
 class Worker(Protocol):
     """One rollout worker as the driver sees it, in this process or as an actor of Ray.
 
-    Every call but `poll`, `save` and `load` returns at once. All raise RunError that names the
-    worker where it is gone.
+    Calls without an answer return at once and are obeyed in their order, before a later `save`,
+    `load` or `metrics`. The others raise RunError that names the worker where it is gone, and
+    `poll` also where it could not obey.
     """
 
     name: str

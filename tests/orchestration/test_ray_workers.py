@@ -2,10 +2,13 @@
 and each rank fetches its own arrays.
 """
 
+import re
 import time
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
@@ -63,6 +66,32 @@ def assert_same(one: TrainBatch, other: TrainBatch) -> None:
             assert a == b, field.name
 
 
+def assert_obeys_in_order_and_keeps_nobody_waiting(worker: RayWorker, log: Path) -> None:
+    """Also while its process stands still."""
+    [pid] = re.findall(r"rollout worker 0, pid (\d+)", log.read_text())
+    process = psutil.Process(int(pid))
+    process.suspend()
+    try:
+        begin = time.monotonic()
+        for number in range(20, 30):
+            worker.start([task(number)])
+            worker.cancel([number])
+        worker.start([task(30)])
+        assert time.monotonic() - begin < 10
+    finally:
+        process.resume()
+    reports = []
+    while not reports:
+        assert time.monotonic() - begin < 120
+        reports = worker.poll(1.0).groups
+    assert [report.group_id for report in reports] == [30]
+    worker.finish_step(9, [FinishedGroup(999, [])])
+    with pytest.raises(RunError, match="rollout worker 0 failed: .*999"):
+        while True:
+            assert time.monotonic() - begin < 120
+            worker.poll(1.0)
+
+
 @pytest.mark.ray
 @pytest.mark.sglang
 def test_arrays_go_from_the_worker_to_the_ranks_past_the_driver(
@@ -110,6 +139,7 @@ def test_arrays_go_from_the_worker_to_the_ranks_past_the_driver(
         with pytest.raises(RunError, match="worker 0 on node 0 failed to answer to load: .*absent"):
             worker.load(tmp_path / "absent.npz")
 
+        assert_obeys_in_order_and_keeps_nobody_waiting(worker, attempt.log("worker", 0))
         ray.kill(actors.actors[0])
         with pytest.raises(
             RunError, match=r"worker 0 on node 0 died .* poll; log: .*worker-0\.log"

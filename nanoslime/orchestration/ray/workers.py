@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,9 +29,11 @@ _ANSWER_S = 120.0
 _SAVE_S = 600.0
 # Engines start beside one another, and a worker answers meanwhile.
 _MAX_CONCURRENCY = 64
+# What a worker is told it does one after another, so that nobody has to wait for it.
+_IN_ORDER = "in_order"
 
 
-@ray.remote
+@ray.remote(concurrency_groups={_IN_ORDER: 1})
 class WorkerActor:
     """Owns the engines of its node, and runs the rollout worker beside them."""
 
@@ -75,10 +78,16 @@ class WorkerActor:
             self._worker = RolloutWorker(setup, RayStore())
         logger.info("%s, pid %d", self._worker.name, os.getpid())
 
+    @ray.method(concurrency_group=_IN_ORDER)
     def call_worker(self, method: str, *args: Any) -> Any:
-        """A method of the rollout worker, by name."""
+        """A method of the rollout worker, by name; those of one caller run in their order."""
         with told_in_one_line(logger, method):
             return getattr(self._worker, method)(*args)
+
+    def poll_worker(self, timeout_s: float) -> WorkerNews:
+        """It may wait, beside what runs in order."""
+        with told_in_one_line(logger, "poll"):
+            return self._worker.poll(timeout_s)
 
     def close(self) -> None:
         self._closed = True
@@ -89,30 +98,40 @@ class WorkerActor:
 
 
 class RayWorker:
-    """A `Worker` whose work is done by the actor `number`. RunError names it and its log."""
+    """A `Worker` whose work is done by the actor `number`. RunError names it and its log.
+
+    What it is told without an answer is sent and not waited for: `poll` raises what became of
+    it, and that an actor is gone or hangs.
+    """
 
     def __init__(self, actors: Actors, number: int):
         self.name = f"rollout worker {number}"
         self._actors = actors
         self._number = number
+        # Calls that nobody waits for, by method, in their order.
+        self._told: deque[tuple[str, Any]] = deque()
 
     def start(self, tasks: Sequence[GroupTask]) -> None:
-        self._call("start", list(tasks))
+        self._tell("start", list(tasks))
 
     def poll(self, timeout_s: float) -> WorkerNews:
-        return self._call("poll", timeout_s, deadline_s=timeout_s + _ANSWER_S)
+        while self._told and _is_done(self._told[0][1]):
+            method, ref = self._told.popleft()
+            self._answer(method, ref)
+        ref = self._actor.poll_worker.remote(timeout_s)
+        return self._answer("poll", ref, timeout_s + _ANSWER_S)
 
     def cancel(self, group_ids: Sequence[int]) -> None:
-        self._call("cancel", list(group_ids))
+        self._tell("cancel", list(group_ids))
 
     def finish_step(self, step: int, groups: Sequence[FinishedGroup]) -> None:
-        self._call("finish_step", step, list(groups))
+        self._tell("finish_step", step, list(groups))
 
     def set_engines(self, engines: Sequence[Engine]) -> None:
-        self._call("set_engines", list(engines))
+        self._tell("set_engines", list(engines))
 
     def drain(self) -> None:
-        self._call("drain")
+        self._tell("drain")
 
     def save(self, path: Path) -> None:
         self._call("save", path, deadline_s=_SAVE_S)
@@ -123,12 +142,26 @@ class RayWorker:
     def metrics(self) -> dict[str, float]:
         return self._call("metrics")
 
+    @property
+    def _actor(self) -> Any:
+        return self._actors.actors[self._number]
+
+    def _tell(self, method: str, *args: Any) -> None:
+        self._told.append((method, self._actor.call_worker.remote(method, *args)))
+
     def _call(self, method: str, *args: Any, deadline_s: float = _ANSWER_S) -> Any:
-        ref = self._actors.actors[self._number].call_worker.remote(method, *args)
-        what = f"answer to {method}"
+        ref = self._actor.call_worker.remote(method, *args)
+        return self._answer(method, ref, deadline_s)
+
+    def _answer(self, method: str, ref: Any, deadline_s: float = _ANSWER_S) -> Any:
         deadline = Deadline(deadline_s, "the time for an answer")
-        [answer] = self._actors.gather([ref], what, deadline, [self._number])
+        [answer] = self._actors.gather([ref], f"answer to {method}", deadline, [self._number])
         return answer
+
+
+def _is_done(ref: Any) -> bool:
+    done, _ = ray.wait([ref], timeout=0)
+    return bool(done)
 
 
 class RayEngines:

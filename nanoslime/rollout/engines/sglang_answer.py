@@ -6,6 +6,7 @@ and never becomes a Python string.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -119,12 +120,13 @@ def _check(token_ids: list[Any], logprobs: list[Any], asked: Asked) -> None:
 def _routed_experts(text: memoryview, num_rows: int, shape: ModelShape, moe: MoE) -> np.ndarray:
     """The experts of each token but the last [num_rows, num_moe_layers, topk], as in `Sample`.
 
-    SGLang reports every layer, also those without experts, as int32.
+    SGLang reports every layer, also those without experts: as int32, or by our plug-in as uint8.
     """
     values = b64decode(text, validate=True)
+    sizes = (num_rows, shape.num_layers, moe.num_experts_per_token)
+    sent_as = np.uint8 if len(values) == math.prod(sizes) else np.int32
     dtype = np.uint8 if moe.num_experts <= 256 else np.int16
-    experts = np.frombuffer(values, np.int32).astype(dtype)
-    of_layers = experts.reshape(num_rows, shape.num_layers, moe.num_experts_per_token)
+    of_layers = np.frombuffer(values, sent_as).astype(dtype, copy=False).reshape(sizes)
     if len(shape.moe_layers) < shape.num_layers:
         of_layers = of_layers[:, list(shape.moe_layers)]
     return of_layers

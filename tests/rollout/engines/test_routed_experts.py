@@ -3,13 +3,16 @@ replays them."""
 
 from __future__ import annotations
 
+from base64 import b64decode
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import requests
 import torch.distributed as dist
 
+from nanoslime.models.shape import ModelShape
 from nanoslime.processes.ports import free_port
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from tests.models.hf import save_model
@@ -34,6 +37,15 @@ def engine(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     server = replace(server, routed_experts=True)
     yield server.start(deadline_s=500)
     server.close()
+
+
+def test_experts_are_sent_in_one_byte_each(engine: SGLangEngine, model_dir: Path) -> None:
+    sampling = {"max_new_tokens": 6, "ignore_eos": True}
+    body = {"input_ids": [5, 6, 7], "sampling_params": sampling, "return_routed_experts": True}
+    answer = requests.post(f"{engine.url}/generate", json=body, timeout=60).json()
+    shape = ModelShape.read(model_dir)
+    num_ids = (3 + 6 - 1) * shape.num_layers * shape.moe.num_experts_per_token
+    assert len(b64decode(answer["meta_info"]["routed_experts"])) == num_ids
 
 
 def test_the_trainer_replays_what_sglang_chose(

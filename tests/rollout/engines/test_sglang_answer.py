@@ -72,6 +72,19 @@ def test_each_sample_has_its_own_experts_whatever_its_text_says(options: dict) -
         assert generation.status is Status.TRUNCATED
 
 
+@pytest.mark.parametrize("num_experts", [128, 500])
+def test_experts_of_one_byte_each_are_those_of_four(num_experts: int) -> None:
+    """Those of one answer may all be below 256 where the model has more."""
+    routed = experts(3)
+    both = [
+        read(answer(3, as_sent), asked(num_experts=num_experts))
+        for as_sent in (routed, routed.astype(np.uint8))
+    ]
+    (wide,), (narrow,) = both
+    assert wide.routed_experts.dtype == narrow.routed_experts.dtype
+    assert np.array_equal(wide.routed_experts, narrow.routed_experts)
+
+
 def test_layers_without_experts_are_left_out_and_many_experts_need_two_bytes() -> None:
     routed = experts(2, num_experts=500)
     [generation] = read(answer(2, routed), asked(layers=(0, 2), num_experts=500))
