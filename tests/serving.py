@@ -18,7 +18,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from nanoslime.config.rollout import RolloutConfig
+from nanoslime.config import ModelConfig, RolloutConfig, RunConfig, WeightSyncConfig
+from nanoslime.engine_kind import EngineStart
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.rollout.engines.sglang_server import SGLangServer
 from tests import process_table
@@ -93,21 +94,22 @@ def reference_logprobs(
 
 
 def make_server(
-    model: Path, log: Path, port: int, name: str = "engine-0", **sglang: object
+    model: Path,
+    log: Path,
+    port: int | None = None,
+    index: int = 0,
+    deadline_s: float = 300.0,
+    **sglang: object,
 ) -> SGLangServer:
-    """A server on this machine's CPU; `sglang`: options of SGLang."""
+    """A server on this machine's CPU; `sglang`: options of SGLang, `deadline_s`: of a sync."""
     options = {"max_total_tokens": 8192, "max_running_requests": 64, **sglang}
-    return SGLangServer(
-        name=name,
-        model_path=str(model),
-        config=RolloutConfig(sglang=options),
-        dtype="float32",
-        device="cpu",
-        host="127.0.0.1",
-        port=port,
-        log=log,
-        seed=0,
+    config = RunConfig(
+        model=ModelConfig(dtype="float32"),
+        rollout=RolloutConfig(sglang=options),
+        weight_sync=WeightSyncConfig(deadline_s=deadline_s),
     )
+    start = EngineStart(config, index, model, device="cpu", host="127.0.0.1", log=log)
+    return SGLangServer(start, port)
 
 
 @pytest.fixture(scope="session")

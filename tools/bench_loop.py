@@ -40,7 +40,7 @@ from nanoslime.config import RunConfig
 from nanoslime.config.load import read
 from nanoslime.engine_kind import EngineStart
 from nanoslime.rollout import recorder
-from nanoslime.rollout.engines.sglang_server import owner
+from nanoslime.rollout.engines.sglang_server import SGLangServer
 from nanoslime.run_dir import RunDir
 
 NUM_WARM_UP = 2
@@ -84,7 +84,7 @@ def bare(config: RunConfig, model: Path, rollouts: list[Prompts], log: Path) -> 
     """Seconds of each rollout by the kind of its requests."""
     os.environ["OMP_NUM_THREADS"] = "1"
     start = EngineStart(config, 0, model, device="cpu", host="127.0.0.1", log=log)
-    server = owner(start)
+    server = SGLangServer(start)
     try:
         engine = server.start(config.rollout.start_deadline_s)
         return asyncio.run(_ask_all(engine.url, config, rollouts))

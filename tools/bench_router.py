@@ -25,7 +25,8 @@ import requests
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from nanoslime.config import RolloutConfig
+from nanoslime.config import ModelConfig, RunConfig
+from nanoslime.engine_kind import EngineStart
 from nanoslime.models.tiny import tiny_qwen3_config
 from nanoslime.processes.ports import free_port
 from nanoslime.rehearsal import build_tokenizer
@@ -54,17 +55,10 @@ def make_model(path: Path) -> Path:
 
 @contextmanager
 def serving(work: Path) -> Iterator[SGLangEngine]:
-    server = SGLangServer(
-        name="engine-0",
-        model_path=str(make_model(work / "model")),
-        config=RolloutConfig(),
-        dtype="float32",
-        device="cpu",
-        host=HOST,
-        port=free_port(HOST),
-        log=work / "engine-0.log",
-        seed=0,
-    )
+    config = RunConfig(model=ModelConfig(dtype="float32"))
+    model = make_model(work / "model")
+    log = work / "engine-0.log"
+    server = SGLangServer(EngineStart(config, 0, model, device="cpu", host=HOST, log=log))
     try:
         yield server.start(START_S)
     finally:

@@ -47,8 +47,8 @@ class Place:
 
     def start(self) -> Engine:
         self.close()
-        self.server = make_server(self.model, self.log, free_port("127.0.0.1"), name=self.name)
-        self.server.control_deadline_s = DEADLINE_S
+        index = int(self.name[-1])
+        self.server = make_server(self.model, self.log, index=index, deadline_s=DEADLINE_S)
         return self.server.start(deadline_s=280)
 
     def signal(self, number: signal.Signals, part: str = "") -> None:

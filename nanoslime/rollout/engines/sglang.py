@@ -23,7 +23,7 @@ class SGLang(EngineKind):
     title = "SGLang"
     takes_slots = True
     transports = ("tensor", "broadcast", "disk")
-    owner = "nanoslime.rollout.engines.sglang_server:owner"
+    owner = "nanoslime.rollout.engines.sglang_server:SGLangServer"
 
     def check_options(self, rollout: RolloutConfig) -> None:
         """Raises RunError for a name in rollout.sglang that SGLang lacks or nanoslime sets,

@@ -9,7 +9,7 @@ from nanoslime.config import ModelConfig, RolloutConfig, RunConfig, TrainingConf
 from nanoslime.engine_kind import EngineStart
 from nanoslime.processes.child import ChildProcess
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
-from nanoslime.rollout.engines.sglang_server import SGLangServer, owner
+from nanoslime.rollout.engines.sglang_server import SGLangServer
 from nanoslime.types import GenerateRequest
 from tests.serving import VOCAB_SIZE
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.sglang
 def made(model: Path, log: Path, index: int = 0, **config: Any) -> SGLangServer:
     rollout = RolloutConfig(engine_tp_size=2, request_deadline_s=77.0)
     run = RunConfig(seed=3, rollout=rollout, model=ModelConfig(dtype="float32"), **config)
-    return owner(EngineStart(run, index, model, device="cpu", host="127.0.0.1", log=log))
+    return SGLangServer(EngineStart(run, index, model, device="cpu", host="127.0.0.1", log=log))
 
 
 def flags(server: SGLangServer) -> dict[str, str]:

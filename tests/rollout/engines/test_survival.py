@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from nanoslime.config.rollout import RolloutConfig
+from nanoslime.config import RolloutConfig, RunConfig
+from nanoslime.engine_kind import EngineStart
 from nanoslime.processes.child import ChildProcess
 from nanoslime.processes.ports import free_port
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
@@ -29,7 +30,7 @@ from tests.serving import ServerOwner, make_server, num_running, wait_until_runn
 
 
 def fake_server(model: Path, log: Path, program: str) -> SGLangServer:
-    server = make_server(model, log, free_port("127.0.0.1"), name="engine-3")
+    server = make_server(model, log, free_port("127.0.0.1"), index=3)
     server.command = [sys.executable, "-c", program]
     return server
 
@@ -103,20 +104,15 @@ def test_an_option_that_is_set_elsewhere_is_refused(tiny_model: Path, tmp_path: 
 
 
 def test_no_stubs_on_cuda(tiny_model: Path, tmp_path: Path) -> None:
-    server = SGLangServer(
-        name="engine-0",
-        model_path=str(tiny_model),
-        config=RolloutConfig(engine_tp_size=2),
-        dtype="bfloat16",
-        device="cuda",
-        host="10.0.0.1",
-        port=1234,
-        log=tmp_path / "e.log",
-        seed=7,
-        gpu_ids=(2, 3),
+    config = RunConfig(seed=7, rollout=RolloutConfig(engine_tp_size=2))
+    log = tmp_path / "e.log"
+    start = EngineStart(
+        config, 0, tiny_model, device="cuda", host="10.0.0.1", log=log, gpu_ids=(2, 3)
     )
+    server = SGLangServer(start, 1234)
     flags = " ".join(server.command)
-    assert "--device cuda --tp-size 2 --weight-version 0 --dtype bfloat16 --random-seed 7" in flags
+    assert "--device cuda --tp-size 2 --weight-version 0 --dtype bfloat16" in flags
+    assert "--random-seed 7000" in flags
     assert "torch_native" not in flags
     assert "sglang_stubs" not in server.env.get("PYTHONPATH", "")
     assert "--enable-fp32-lm-head" in flags
