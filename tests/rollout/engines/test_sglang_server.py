@@ -1,5 +1,6 @@
 """What a run's configuration makes of the command and the client of an SGLang server."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def test_a_request_is_told_whole() -> None:
         top_k=7,
         stop_token_ids=(8,),
     )
-    body = engine._generate_body(request)
+    body = json.loads(engine._generate_body(request))
     assert body["input_ids"] == [1, 2] and body["return_logprob"] is True
     sampling = body["sampling_params"]
     expected = {"n": 3, "max_new_tokens": 4, "temperature": 0.5, "top_p": 0.6, "top_k": 7}
