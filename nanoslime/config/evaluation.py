@@ -5,16 +5,8 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from nanoslime.config.base import knobs
-from nanoslime.config.model import (
-    REWARDS,
-    WEIGHTED,
-    DataConfig,
-    SourceConfig,
-    settings_of_flag,
-    title_of,
-)
+from nanoslime.config.model import PromptsConfig, settings_of_flag
 from nanoslime.config.rollout import LOWEST_TEMPERATURE, check_top_k
-from nanoslime.plugins import target
 
 # The set that data.eval_prompts is.
 HELD_OUT = "held_out"
@@ -34,14 +26,11 @@ EvalTemperature = Annotated[float, Field(ge=0), AfterValidator(_greedy_or_sample
 
 
 @knobs
-class EvalSetConfig:
+class EvalSetConfig(PromptsConfig):
     """One set of prompts that the policy is evaluated on; what is left out is as in `eval`,
-    and where that has no such field, as in training."""
+    and where that has no such field, as in training. Metrics are called eval/<name>/..."""
 
-    prompts: str = Field(min_length=1)
-    """In one of the forms of data.prompts."""
-    name: str = Field(default="", pattern=r"^[\w.-]*$", max_length=100)
-    """Metrics are called eval/<name>/...; by default the name of the file or of the data set."""
+    _setting = "eval.sets"
     n_samples_per_prompt: int | None = Field(default=None, ge=1)
     """Default: eval.n_samples_per_prompt; 1 in a set with temperature 0 of its own."""
     temperature: EvalTemperature | None = None
@@ -51,43 +40,13 @@ class EvalSetConfig:
     max_new_tokens: int | None = Field(default=None, ge=1)
     max_prompts: int | None = Field(default=None, ge=0)
     """The first so many; 0: all."""
-    reward: str | None = None
-    """Default: data.reward."""
     pass_reward: float = 1.0
     """A sample passes, for pass@k, with at least this reward."""
-    system_prompt: str | None = None
-    prompt_key: str | None = Field(default=None, min_length=1)
-    label_key: str | None = None
-    metadata_key: str | None = None
 
     @field_validator("top_k")
     @classmethod
     def _off_or_positive(cls, top_k: int) -> int:
         return check_top_k(top_k, "eval.sets.top_k")
-
-    @field_validator("reward")
-    @classmethod
-    def _known_reward(cls, reward: str | None) -> str | None:
-        if reward not in (None, WEIGHTED):
-            target(reward, REWARDS, "eval.sets.reward")
-        return reward
-
-    @property
-    def title(self) -> str:
-        """Its name, or that of the file or the data set."""
-        return self.name or title_of(self.prompts)
-
-    def data(self, data: DataConfig) -> DataConfig:
-        """How the prompts of this set are read and scored: as `data`, but for its own fields."""
-        source = SourceConfig(
-            prompts=self.prompts,
-            reward=self.reward,
-            system_prompt=self.system_prompt,
-            prompt_key=self.prompt_key,
-            label_key=self.label_key,
-            metadata_key=self.metadata_key,
-        )
-        return data.of_source(source)
 
 
 @knobs

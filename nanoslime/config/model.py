@@ -4,9 +4,9 @@ A model's shape comes from the checkpoint's config.json, never from flags.
 """
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from pathlib import PurePath
-from typing import Annotated, Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -84,16 +84,16 @@ class RehearsalConfig:
 
 
 @knobs
-class SourceConfig:
-    """One of several sources of prompts. What is left out is as in `data`."""
+class PromptsConfig:
+    """Prompts that are read and scored in their own way. What is left out is as in `data`."""
 
+    _setting: ClassVar[str]
     prompts: str = Field(min_length=1)
-    weight: float = Field(default=1.0, gt=0)
-    """Share of the prompts that come from here, relative to the weights of the others."""
-    name: str = Field(default="", pattern=r"^[\w.-]*$")
-    """What metrics call it; by default the name of the file or of the data set."""
+    """In one of the forms of data.prompts."""
+    name: str = Field(default="", pattern=r"^[\w.-]*$", max_length=100)
+    """What metrics call them; by default the name of the file or of the data set."""
     reward: str | None = None
-    prompt_key: Annotated[str, Field(min_length=1)] | None = None
+    prompt_key: str | None = Field(default=None, min_length=1)
     label_key: str | None = None
     metadata_key: str | None = None
     system_prompt: str | None = None
@@ -101,12 +101,33 @@ class SourceConfig:
     @field_validator("reward")
     @classmethod
     def _known_reward(cls, reward: str | None) -> str | None:
-        return reward if reward in (None, WEIGHTED) else _known_reward(reward)
+        if reward not in (None, WEIGHTED):
+            target(reward, REWARDS, f"{cls._setting}.reward")
+        return reward
 
     @property
     def title(self) -> str:
-        """Its name, or that of the file or the data set."""
-        return self.name or title_of(self.prompts)
+        """Their name, or that of the file or the data set, without what stands behind it."""
+        path, _, _ = self.prompts.partition(":")
+        return self.name or PurePath(path).name.partition(".")[0]
+
+    def data(self, data: "DataConfig") -> "DataConfig":
+        """`data` for these prompts alone."""
+        own = {one.name: getattr(self, one.name) for one in fields(PromptsConfig)}
+        del own["name"]
+        if self.reward not in (None, WEIGHTED):
+            own["rewards"] = {}
+        set_here = {name: value for name, value in own.items() if value is not None}
+        return replace(data, sources=[], **set_here)
+
+
+@knobs
+class SourceConfig(PromptsConfig):
+    """One of several sources of prompts."""
+
+    _setting = "data.sources"
+    weight: float = Field(default=1.0, gt=0)
+    """Share of the prompts that come from here, relative to the weights of the others."""
 
 
 @knobs
@@ -188,7 +209,9 @@ class DataConfig:
                 f"data.reward={reward!r} and data.rewards exclude each other; name {reward!r} in "
                 "data.rewards, with a weight"
             )
-        return reward if reward == WEIGHTED else _known_reward(reward)
+        if reward != WEIGHTED:
+            target(reward, REWARDS, "data.reward")
+        return reward
 
     @model_validator(mode="after")
     def _rewards_have_what_they_need(self) -> Self:
@@ -240,27 +263,7 @@ class DataConfig:
         empty name this one, where there is only one."""
         if not self.sources:
             return {"": self}
-        return {source.title: self.of_source(source) for source in self.sources}
-
-    def of_source(self, source: SourceConfig) -> "DataConfig":
-        """The configuration of this source alone."""
-        settings = asdict(source)
-        del settings["name"], settings["weight"]
-        if source.reward not in (None, WEIGHTED):
-            settings["rewards"] = {}
-        own = {name: value for name, value in settings.items() if value is not None}
-        return replace(self, sources=[], **own)
-
-
-def _known_reward(reward: str) -> str:
-    target(reward, REWARDS, "data.reward")
-    return reward
-
-
-def title_of(prompts: str) -> str:
-    """The name of a file or a data set, without what stands behind it."""
-    path, _, _ = prompts.partition(":")
-    return PurePath(path).name.partition(".")[0]
+        return {source.title: source.data(self) for source in self.sources}
 
 
 def settings_of_flag(source: Any, field: str) -> Any:

@@ -145,9 +145,15 @@ def _fields(place: str, line: bytes) -> dict[str, Any]:
         ) from error
     except (ValueError, RecursionError) as error:
         quoted = line.decode(errors="replace").strip()[:MAX_QUOTED_CHARS]
-        raise RunError(f"{place}: not a line of JSON ({error}): {quoted!r}") from error
+        raise RunError(
+            f"{place}: not a line of JSON ({error}): {quoted!r}; write one object a line "
+            "(jq -c .[] makes them of an array)"
+        ) from error
     if not isinstance(fields, dict):
-        raise RunError(f"{place}: a JSON object is needed, found {type(fields).__name__}")
+        raise RunError(
+            f"{place}: a JSON object is needed, found {type(fields).__name__}; write one object a "
+            "line (jq -c .[] makes them of an array)"
+        )
     return fields
 
 

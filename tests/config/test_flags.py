@@ -274,7 +274,7 @@ def test_a_field_that_two_flags_of_a_command_set_is_refused(args):
         ),
         (
             ["--eval.sets", a_set(zzz=0)],
-            "unknown key eval.sets.0.zzz; valid here: prompts, name, n_",
+            "unknown key eval.sets.0.zzz; valid here: prompts, name, reward, ",
         ),
         (["--eval.sets", a_set(temperature=1e-9)], "temperature=1e-09 of an evaluation is neither"),
         (

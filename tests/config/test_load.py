@@ -419,7 +419,10 @@ def test_sources_of_prompts_come_from_yaml_and_from_flags(tmp_path):
     [
         (['{"prompts": "a", "weihgt": 1}'], "unknown key data.sources.0.weihgt; did you mean weig"),
         (['{"prompts": "a", "weight": 0}'], "data.sources.0.weight=0: must be greater than 0"),
-        (['{"prompts": "a", "reward": "no"}'], "data.reward='no' is unknown; choose one of exact"),
+        (
+            ['{"prompts": "a", "reward": "no"}'],
+            "data.sources.reward='no' is unknown; choose one of",
+        ),
         (["{prompts"], "data.sources: '{prompts' is not JSON"),
         (["a/x.jsonl", "b/x.jsonl"], "2 of them are called 'x'; give each a `name` of its own"),
         (["a", "--prompts", "b"], "data.prompts='b' and data.sources are both set"),

@@ -201,6 +201,7 @@ def test_a_decimal_label_is_a_number(tmp_path: Path) -> None:
         ("p.jsonl", b"", "p.jsonl holds no prompts"),
         ("p.jsonl", b"\n \n", "p.jsonl holds no prompts"),
         ("p.jsonl", b"\n{broken", r"p.jsonl:2: not a line of JSON \(.*\): '{broken'"),
+        ("p.json", b'[\n {"prompt": "a"}\n]', r"p.json:1: .*'\['; write one object a line \(jq -c"),
         ("p.jsonl", b"[" * 100_000, r"p.jsonl:1: not a line of JSON \(.*\): "),
         (
             "p.jsonl",
