@@ -6,7 +6,9 @@ The server has the rehearsal's tiny model, on this machine's CPU. A request has 
 asks for one, so that nearly all of its time is overhead. The ways take turns, a round each, and
 the table has the median and the 90th percentile of all rounds, in milliseconds. The router of
 the wheel runs in an environment of its own: `pip install sglang-router==0.3.2`, with the
-default policy (cache_aware). The last line says what the server itself does in a second.
+default policy (cache_aware). The last column is the processor time of a request in the client's
+process, where our router runs, too; it says what that costs also where other work makes the times
+noise. The last line says what the server itself does in a second.
 """
 
 import asyncio
@@ -18,7 +20,7 @@ import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import requests
@@ -39,8 +41,8 @@ HOST = "127.0.0.1"
 CONCURRENCY = (1, 8, 64)
 START_S = 280.0
 HEADER = """\
-| requests at once | way | median ms | more than direct | 90th percentile ms | requests/s |
-|---|---|---|---|---|---|"""
+| requests at once | way | median ms | more than direct | 90th percentile ms | requests/s | CPU ms |
+|---|---|---|---|---|---|---|"""
 
 # Sends one request, which belongs to a key.
 Send = Callable[[GenerateRequest, str], Awaitable[list[Generation]]]
@@ -93,9 +95,16 @@ def _is_up(url: str) -> bool:
         return False
 
 
-async def measure(send: Send, concurrency: int, num_requests: int) -> tuple[list[float], float]:
-    """The seconds of each request, and those of all together."""
-    seconds: list[float] = []
+@dataclass(slots=True)
+class Measured:
+    """Of all requests of one way at one concurrency."""
+
+    seconds: list[float] = field(default_factory=list)  # of each request
+    total_s: float = 0.0
+    cpu_s: float = 0.0  # processor time of this process
+
+
+async def measure(send: Send, concurrency: int, num_requests: int, into: Measured) -> None:
     numbers = iter(range(num_requests))
 
     async def client() -> None:
@@ -104,33 +113,34 @@ async def measure(send: Send, concurrency: int, num_requests: int) -> tuple[list
             request = GenerateRequest(prompt, n=1, max_new_tokens=1, temperature=1.0)
             start = time.perf_counter()
             [answer] = await send(request, str(number // 8))
-            seconds.append(time.perf_counter() - start)
+            into.seconds.append(time.perf_counter() - start)
             if len(answer.token_ids) != 1:
                 raise RunError(f"a request was not answered: {answer}")
 
     start = time.perf_counter()
+    cpu_start = time.process_time()
     await asyncio.gather(*(client() for _ in range(concurrency)))
-    return seconds, time.perf_counter() - start
+    into.total_s += time.perf_counter() - start
+    into.cpu_s += time.process_time() - cpu_start
 
 
 async def compare(ways: dict[str, Send], rounds: int, num_requests: int) -> None:
     print(HEADER, flush=True)
     for concurrency in CONCURRENCY:
-        seconds: dict[str, list[float]] = {way: [] for way in ways}
-        total_s = dict.fromkeys(ways, 0.0)
+        found = {way: Measured() for way in ways}
         for number in range(rounds + 1):
             for way, send in ways.items():
-                of_round, round_s = await measure(send, concurrency, num_requests)
-                if number > 0:  # the first round warms up
-                    seconds[way] += of_round
-                    total_s[way] += round_s
-        direct = statistics.median(seconds["direct"])
-        for way, of_way in seconds.items():
-            median = statistics.median(of_way)
-            high = statistics.quantiles(of_way, n=10)[-1]
+                into = found[way] if number > 0 else Measured()  # the first round warms up
+                await measure(send, concurrency, num_requests, into)
+        direct = statistics.median(found["direct"].seconds)
+        for way, of_way in found.items():
+            median = statistics.median(of_way.seconds)
+            high = statistics.quantiles(of_way.seconds, n=10)[-1]
             cells = [f"{median * 1e3:.2f}", f"{(median - direct) * 1e3:+.2f}", f"{high * 1e3:.2f}"]
-            rate = len(of_way) / total_s[way]
-            print(f"| {concurrency} | {way} | {' | '.join(cells)} | {rate:.0f} |", flush=True)
+            num_made = len(of_way.seconds)
+            cells.append(f"{num_made / of_way.total_s:.0f}")
+            cells.append(f"{of_way.cpu_s / num_made * 1e3:.3f}")
+            print(f"| {concurrency} | {way} | {' | '.join(cells)} |", flush=True)
 
 
 async def tokens_per_s(engine: SGLangEngine, num_sequences: int, num_tokens: int) -> float:
