@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from nanoslime import train
 from nanoslime.rollout import recorder
 from nanoslime.run_dir import DONE, RunDir
-from nanoslime.types import Sample
+from nanoslime.types import Sample, Status
 from tests.rollout.calling_model import save_calling_model, tokenizer_of
 
 FLAGS = """--mock --num-rollout 3 --rollout-batch-size 4 --n-samples-per-prompt 8
@@ -65,6 +65,35 @@ def test_an_environment_is_trained_by_one_flag(tmp_path: Path, environment: str)
     groups = recorder.load(run.rollouts, 0)
     norm = gradient_norm(model, [sample for group in groups for sample in group.samples])
     assert metrics[0]["train/grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_samples_of_an_environment_that_raises_or_hangs_are_left_out(tmp_path, caplog) -> None:
+    """The other samples of their groups, and the other groups, are trained on; the causes are
+    told and counted."""
+    model = save_calling_model(tmp_path / "model")
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": f"{number}=", "label": number} for number in range(8)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [*FLAGS.split(), "--run-root", tmp_path, "--name", "run", "--num-rollout", "2"]
+    flags += ["--hf-checkpoint", model, "--prompts", prompts]
+    flags += ["--environment", f"{HERE}.faulty:run", "--rollout.environment-timeout-s", "0.3"]
+    flags += ["--environment-options", '{"num_samples": 8}', "--rollout-batch-size", "8"]
+    assert train.main([str(flag) for flag in flags]) == DONE
+    run = RunDir.open(tmp_path / "run")
+    num_wrong = {0: 0, 1: 8, 2: 8, 3: 1}
+    for step, line in enumerate(run.metrics.read_text().splitlines()):
+        row = json.loads(line)
+        assert row["rollout/num_samples"] == 64 and row["train/grad_norm"] > 0
+        assert row["rollout/dropped_sample_error"] == 2 * sum(num_wrong.values())
+        groups = recorder.load(run.rollouts, step)
+        assert sorted(int(group.samples[0].label) for group in groups) == list(range(8))
+        for group in groups:
+            wrong = [sample for sample in group.samples if sample.status is Status.ERROR]
+            assert len(wrong) == num_wrong[int(group.samples[0].label) % 4]
+            assert all(sample.advantage is None for sample in wrong)
+    told = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert any("ConnectionError: the tool's server is gone" in text for text in told)
+    assert any("longer than rollout.environment_timeout_s=0.3" in text for text in told)
 
 
 def check_tokens(sample: Sample, step: int, observed: str, tokenizer) -> None:
