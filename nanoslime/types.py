@@ -250,8 +250,11 @@ def local_reports(groups: Sequence[SampleGroup]) -> list[GroupReport]:
 class ArrayStore(Protocol):
     """Keeps the arrays of samples where they are made, for whoever trains on them."""
 
-    def put(self, arrays: SampleArrays) -> Any:
-        """Returns a reference that can be sent to any process of the run."""
+    def put(self, arrays: SampleArrays, name: str) -> Any:
+        """Returns a reference that can be sent to any process of the run.
+
+        `name` says in errors whose arrays they are.
+        """
         ...
 
     def get(self, references: Sequence[Any]) -> list[SampleArrays]:
@@ -262,7 +265,7 @@ class ArrayStore(Protocol):
 class LocalStore:
     """An ArrayStore whose references are the arrays themselves, wherever they are sent."""
 
-    def put(self, arrays: SampleArrays) -> SampleArrays:
+    def put(self, arrays: SampleArrays, name: str) -> SampleArrays:
         return arrays
 
     def get(self, references: Sequence[Any]) -> list[SampleArrays]:

@@ -12,7 +12,9 @@ import asyncio
 import gc
 import itertools
 import logging
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +51,11 @@ from nanoslime.types import (
 )
 
 logger = logging.getLogger(__name__)
+
+# An event loop that comes to nothing for so long is blocked; whoever asks it over Ray waits a
+# little longer. Once that has been told, nobody waits for it again.
+_PATIENCE_S = 100.0
+_PATIENCE_ONCE_BLOCKED_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +146,7 @@ class RolloutWorker:
         # takes 0.2 s in every other rollout, and no request goes on meanwhile. So it leaves
         # out what this process has by now.
         gc.freeze()
+        self._patience_s = _PATIENCE_S
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=self.name, daemon=True)
         self._thread.start()
@@ -208,9 +216,34 @@ class RolloutWorker:
 
         self._loop.call_soon_threadsafe(call)
 
-    def _in_loop[T](self, coroutine: Any) -> Any:
-        """Called from other threads: the result of the coroutine."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+    def _in_loop(self, coroutine: Any) -> Any:
+        """Called from other threads: the result of the coroutine.
+
+        Raises RunError where the loop does not come to it, because something blocks it.
+        """
+        has_begun = threading.Event()
+
+        async def run() -> Any:
+            has_begun.set()
+            return await coroutine
+
+        call = asyncio.run_coroutine_threadsafe(run(), self._loop)
+        if not has_begun.wait(self._patience_s):
+            call.cancel()
+            coroutine.close()
+            waited_s = self._patience_s
+            self._patience_s = _PATIENCE_ONCE_BLOCKED_S
+            raise RunError(
+                f"{self.name} has done nothing for {waited_s:g} s, because its event loop is "
+                f"blocked at {self._whereabouts()}; what blocks belongs into asyncio.to_thread"
+            )
+        return call.result()
+
+    def _whereabouts(self) -> str:
+        """The innermost lines at which the event loop is, the caller's first."""
+        frame = sys._current_frames()[self._thread.ident or 0]
+        innermost = traceback.extract_stack(frame)[-3:]
+        return " > ".join(f"{line.filename}:{line.lineno}" for line in innermost)
 
     def _has_news(self) -> bool:
         return bool(self._reports or self._failure)
@@ -276,10 +309,11 @@ class RolloutWorker:
     def _report(self, held: Held) -> GroupReport:
         """What the driver is told of a finished group; its arrays go to the store."""
         reports = []
-        for sample in held.samples:
+        for number, sample in enumerate(held.samples):
             reference = None
             if held.task.purpose == "train":
-                reference = self._store.put(sample.arrays)
+                name = f"sample {number} of group {held.task.group_id} by {self.name}"
+                reference = self._store.put(sample.arrays, name)
             reports.append(sample.report(reference))
         return GroupReport(held.task.group_id, reports)
 

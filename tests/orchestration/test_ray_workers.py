@@ -18,7 +18,7 @@ from nanoslime.batch import TrainBatch
 from nanoslime.config import RunConfig
 from nanoslime.orchestration.ray import cluster
 from nanoslime.orchestration.ray.actors import ActorPlace, Actors
-from nanoslime.orchestration.ray.store import RayStore
+from nanoslime.orchestration.ray.store import RayStore, Stored
 from nanoslime.orchestration.ray.workers import RayWorker, WorkerActor
 from nanoslime.rollout import recorder
 from nanoslime.rollout.tasks import FinishedGroup, GroupTask, Sampling
@@ -114,7 +114,7 @@ def test_arrays_go_from_the_worker_to_the_ranks_past_the_driver(
             reports += worker.poll(1.0).groups
         reports.sort(key=lambda group: group.group_id)
         samples = [sample for group in reports for sample in group.samples]
-        assert all(isinstance(sample.arrays, ray.ObjectRef) for sample in samples)
+        assert all(isinstance(sample.arrays, Stored) for sample in samples)
 
         algorithms.make(CONFIG.algorithm).advantages(reports)
         steps = plan_train_batches(reports, OPTIONS)
@@ -145,5 +145,12 @@ def test_arrays_go_from_the_worker_to_the_ranks_past_the_driver(
             RunError, match=r"worker 0 on node 0 died .* poll; log: .*worker-0\.log"
         ):
             worker.poll(1.0)
+        # Ray may still find a copy for a moment.
+        own = RayStore().put(expected[0][0], "what has not died")
+        message = "arrays of sample 1 of group 2 by rollout worker 0 cannot be fetched.*OwnerDied"
+        with pytest.raises(RunError, match=message):
+            while time.monotonic() < deadline:
+                RayStore().get([own, samples[7].arrays])
+                time.sleep(0.1)
     finally:
         cluster.disconnect()

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import pickle
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ import pytest
 from nanoslime.algorithms.rewards import rewards_by_group
 from nanoslime.config import DataConfig, RolloutConfig, RunConfig
 from nanoslime.rollout import recorder, worker_state
+from nanoslime.rollout import worker as worker_module
 from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
 from nanoslime.rollout.environments import single_turn
 from nanoslime.rollout.policy import Policy
@@ -127,7 +129,7 @@ class Store:
     def __init__(self) -> None:
         self.kept: list[SampleArrays] = []
 
-    def put(self, arrays: SampleArrays) -> int:
+    def put(self, arrays: SampleArrays, name: str) -> int:
         self.kept.append(arrays)
         return len(self.kept) - 1
 
@@ -259,6 +261,33 @@ async def two_turns(prompt: Prompt, policy: Policy) -> list[Sample]:
     return [first.build(), both.build()]
 
 
+IS_BLOCKED = threading.Event()
+
+
+async def blocking(prompt: Prompt, policy: Policy) -> list[Sample]:
+    IS_BLOCKED.wait(30)  # it ought to be in asyncio.to_thread
+    return [SampleBuilder(prompt, policy).build()]
+
+
+def test_an_environment_that_blocks_the_event_loop_ends_the_run_with_its_line(
+    open_worker, monkeypatch
+) -> None:
+    monkeypatch.setattr(worker_module, "_PATIENCE_S", 0.3)
+    worker = open_worker(environment=f"{HERE}:blocking")
+    worker.start([task(0)])
+    line = f"test_worker.py:{blocking.__code__.co_firstlineno + 1} > "
+    message = f"rollout worker 0 has done nothing for 0.3 s, .* blocked at .*{line}.*threading.py"
+    try:
+        with pytest.raises(RunError, match=message):
+            worker.poll(0.1)
+        begin = time.monotonic()
+        with pytest.raises(RunError, match="for 1 s, because its event loop is blocked"):
+            worker.close()
+        assert time.monotonic() - begin < 10
+    finally:
+        IS_BLOCKED.set()
+
+
 def test_waiting_for_tokens_is_no_time_of_the_environment(open_worker, engine) -> None:
     """Also where it waits for several at once, and for an engine."""
     gate = Gate(engine)
@@ -376,7 +405,7 @@ def test_groups_wait_for_engines_and_run_at_most_so_many_at_once(open_worker, en
 
 def test_a_fault_of_the_worker_is_told_by_poll(open_worker) -> None:
     class Full(Store):
-        def put(self, arrays: SampleArrays) -> int:
+        def put(self, arrays: SampleArrays, name: str) -> int:
             raise MemoryError("the store is full")
 
     worker = open_worker(store=Full())
