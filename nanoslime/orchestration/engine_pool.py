@@ -69,11 +69,8 @@ class EnginePool:
     ) -> None:
         """`restarts` are in the order of `engines`; without them a lost engine stays lost."""
         self._max_restarts = max_restarts if restarts else 0
-        if not restarts:
-            self._places = [_Place(engine, None) for engine in engines]
-        else:
-            pairs = zip(engines, restarts, strict=True)
-            self._places = [_Place(engine, restart) for engine, restart in pairs]
+        pairs = zip(engines, restarts or [None] * len(engines), strict=True)
+        self._places = [_Place(engine, restart) for engine, restart in pairs]
         self._lock = threading.RLock()
         self._closed = threading.Event()
         self._syncs = True  # until the first sync has ended

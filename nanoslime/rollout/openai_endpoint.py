@@ -36,10 +36,8 @@ _REFUSED = (
     *(ArithmeticError, RecursionError, TemplateError),
 )
 # Sampling that an agent may set, and the run's configuration decides on.
-_SAMPLING = (
-    *("temperature", "top_p", "top_k", "min_p", "seed", "logit_bias", "stop_token_ids"),
-    *("presence_penalty", "frequency_penalty", "repetition_penalty"),
-)
+_SAMPLING = """temperature top_p top_k min_p seed logit_bias stop_token_ids presence_penalty
+    frequency_penalty repetition_penalty""".split()
 
 
 @dataclass(eq=False, slots=True)

@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from nanoslime.types import Engine, GenerateRequest, Generation, RequestFailed, RunError, Status
@@ -363,9 +364,7 @@ class Router:
 
     async def _take_leave(self, slot: _Slot) -> None:
         """Ends the requests of an engine that has been taken away."""
-        try:
+        with suppress(TimeoutError):
             await asyncio.wait_for(self._interrupt(slot), _FAREWELL_S)
-        except TimeoutError:
-            pass
         for call in slot.calls:
             call.cancel()

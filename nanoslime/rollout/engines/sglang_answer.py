@@ -17,7 +17,7 @@ import orjson
 from pybase64 import b64decode
 
 from nanoslime.models.shape import ModelShape, MoE
-from nanoslime.types import Generation, Status
+from nanoslime.types import GenerateRequest, Generation, Status
 
 _STATUS = {"stop": Status.COMPLETED, "length": Status.TRUNCATED, "abort": Status.ABORTED}
 # What stands before the experts' text. Within a JSON string, quotation marks are escaped.
@@ -28,9 +28,7 @@ _EXPERTS = re.compile(rb'"routed_experts"\s*:\s*"')
 class Asked:
     """What an answer has to fit."""
 
-    num_samples: int
-    num_prompt_tokens: int
-    max_new_tokens: int
+    request: GenerateRequest
     vocab_size: int
     # The model, where the server reports the experts of each token.
     experts_of: ModelShape | None
@@ -46,8 +44,8 @@ def read_generations(content: bytes, asked: Asked) -> list[Generation]:
         content, texts = _without_experts(content)
     answer = orjson.loads(content)
     answers = answer if isinstance(answer, list) else [answer]
-    if len(answers) != asked.num_samples:
-        raise ValueError(f"{len(answers)} of {asked.num_samples} samples")
+    if len(answers) != asked.request.n:
+        raise ValueError(f"{len(answers)} of {asked.request.n} samples")
     return [_generation(item, asked, texts) for item in answers]
 
 
@@ -88,7 +86,7 @@ def _generation(
     shape = asked.experts_of
     if token_ids and has_experts and shape is not None and shape.moe is not None:
         text = experts_texts[int(meta["routed_experts"])]
-        num_rows = asked.num_prompt_tokens + len(token_ids) - 1
+        num_rows = len(asked.request.token_ids) + len(token_ids) - 1
         experts = _routed_experts(text, num_rows, shape, shape.moe)
     return Generation(
         token_ids=token_ids,
@@ -104,8 +102,8 @@ def _check(token_ids: list[Any], logprobs: list[Any], asked: Asked) -> None:
     """Raises ValueError or TypeError for what are no tokens with a logprob each."""
     if len(logprobs) != len(token_ids):
         raise ValueError(f"{len(token_ids)} tokens, {len(logprobs)} logprobs")
-    if len(token_ids) > asked.max_new_tokens:
-        raise ValueError(f"{len(token_ids)} tokens, {asked.max_new_tokens} were asked for")
+    if len(token_ids) > asked.request.max_new_tokens:
+        raise ValueError(f"{len(token_ids)} tokens, {asked.request.max_new_tokens} were asked for")
     if not token_ids:
         return
     tokens = np.array(token_ids)

@@ -64,7 +64,7 @@ class HttpSessions:
     async def _open(self) -> AsyncGenerator[aiohttp.ClientSession]:
         # The router bounds the number of requests.
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
-        async with aiohttp.ClientSession(connector=connector, trust_env=False) as session:
+        async with aiohttp.ClientSession(connector=connector, headers=_JSON) as session:
             yield session
 
 
@@ -104,13 +104,7 @@ class SGLangEngine:
         if status != 200:
             raise self._error(f"/generate answered {status}: {_reason(content)}", RequestFailed)
         begin = time.monotonic()
-        asked = Asked(
-            num_samples=request.n,
-            num_prompt_tokens=len(request.token_ids),
-            max_new_tokens=request.max_new_tokens,
-            vocab_size=self.vocab_size,
-            experts_of=self.experts_of,
-        )
+        asked = Asked(request, self.vocab_size, self.experts_of)
         try:
             first, *others = read_generations(content, asked)
         except (ValueError, LookupError, TypeError, AttributeError) as e:
@@ -146,14 +140,9 @@ class SGLangEngine:
         session = await self._sessions.here()
         try:
             # A cancelled request closes its connection, and SGLang aborts it then.
-            async with session.post(
-                f"{self.url}/generate",
-                data=body,
-                headers=_JSON,
-                timeout=timeout,
-                allow_redirects=False,
-            ) as response:
-                return response.status, await response.read()
+            url = f"{self.url}/generate"
+            async with session.post(url, data=body, timeout=timeout, allow_redirects=False) as got:
+                return got.status, await got.read()
         except TimeoutError as e:
             raise self._error(
                 f"/generate was not answered within {self.request_deadline_s:g} s", RequestFailed
@@ -287,9 +276,6 @@ class SGLangEngine:
             self.flush()
         self._post("/update_weight_version", new_version=str(version), abort_all_requests=False)
 
-    def destroy_weight_group(self, group: str) -> None:
-        self._post("/destroy_weights_update_group", group_name=group)
-
     def abandon_update(self, group: str) -> None:
         # SGLang refuses to end what was not begun, and to leave a group that is not its own.
         self._request("POST", "/end_weight_update", {})
@@ -326,13 +312,7 @@ class SGLangEngine:
         try:
             with requests.Session() as session:
                 session.trust_env = False
-                return session.request(
-                    method,
-                    f"{self.url}{path}",
-                    json=body,
-                    timeout=deadline_s,
-                    allow_redirects=False,
-                )
+                return session.request(method, f"{self.url}{path}", json=body, timeout=deadline_s)
         except requests.Timeout as e:
             problem = f"{path} was not answered within {deadline_s:g} s"
             raise self._error(problem, EngineGone) from e

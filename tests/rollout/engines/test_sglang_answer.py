@@ -10,7 +10,7 @@ import pytest
 from nanoslime.models.shape import ModelShape, MoE
 from nanoslime.models.tiny import tiny_qwen3_config
 from nanoslime.rollout.engines.sglang_answer import Asked, read_generations
-from nanoslime.types import Generation, Status
+from nanoslime.types import GenerateRequest, Generation, Status
 from tests.rollout.engines.fake_sglang import one_sample
 
 NUM_LAYERS = 3
@@ -27,7 +27,9 @@ def asked(
     )
     shape = ModelShape.from_config(tiny_qwen3_config())
     shape = replace(shape, num_layers=NUM_LAYERS, moe=moe)
-    return Asked(num_samples, NUM_PROMPT_TOKENS, max_new_tokens=8, vocab_size=100, experts_of=shape)
+    prompt = [1] * NUM_PROMPT_TOKENS
+    request = GenerateRequest(prompt, num_samples, max_new_tokens=8, temperature=1.0)
+    return Asked(request, vocab_size=100, experts_of=shape)
 
 
 def dense() -> Asked:

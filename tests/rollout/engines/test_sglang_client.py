@@ -380,7 +380,7 @@ class Sender:
             received.result(DEADLINE_S)
 
     def close(self) -> None:
-        self.engine.destroy_weight_group(self.name)
+        self.engine.abandon_update(self.name)
 
 
 def test_distributed_update_in_buckets(sglang_engine: SGLangEngine, other_model: Path) -> None:
