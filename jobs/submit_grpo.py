@@ -18,8 +18,8 @@ from jobs.checkout import ROOT
 from jobs.run_files import kept_if_accepted
 from nanoslime import layout as layouts
 from nanoslime.config import RunConfig
+from nanoslime.config.flags import HELP, refuse_repeated
 from nanoslime.config.flags import parse as parse_flags
-from nanoslime.config.flags import refuse_repeated
 from nanoslime.config.load import dump, load
 from nanoslime.layout import Layout
 from nanoslime.plugins import resolve
@@ -33,7 +33,6 @@ SUBMITTERS = {
     "submitit": "jobs.slurm_submit:submit_submitit",
     "sbatch": "jobs.slurm_submit:submit_sbatch",
 }
-_HELP = {"-h", "--help"}
 
 
 def main(argv: list[str], environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
@@ -144,7 +143,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise RunError("--resume takes the configuration of the run; leave out --recipe")
     command.recipe = yaml_file(command.recipe, RECIPES)
     command.cluster = yaml_file(command.cluster, CLUSTERS)
-    if _HELP & set(flags):
+    if HELP & set(flags):
         parser.print_help()
     return command, flags
 
@@ -154,13 +153,13 @@ def configure(command: argparse.Namespace, flags: list[str]) -> RunConfig:
 
     Without a recipe it is the rehearsal's, unless a flag names a checkpoint or is --help.
     """
-    given = parse_flags([flag for flag in flags if flag not in _HELP])
+    given = parse_flags([flag for flag in flags if flag not in HELP])
     refuse_repeated(given)
     if command.resume:
         before = RunDir.open(command.resume).config_to_resume()
         return load(before, command.cluster, flags, resumes=True)
     recipe = command.recipe
-    wants_help = bool(_HELP & set(flags))
+    wants_help = bool(HELP & set(flags))
     if recipe is None and not wants_help:
         fields = {flag.field for flag in given}
         if "model.hf_checkpoint" not in fields:

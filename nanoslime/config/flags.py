@@ -25,6 +25,7 @@ import tyro
 from nanoslime.config.run import RunConfig
 from nanoslime.types import RunError
 
+HELP = frozenset({"-h", "--help"})
 # Fields of each section whose own name is a flag, too.
 _SHORT_NAMES = {
     "model": "hf_checkpoint dtype trust_remote_code",

@@ -24,7 +24,6 @@ from nanoslime.config.training import MEGATRON_ONLY, MEGATRON_OPTIONS, PARALLEL_
 from nanoslime.plugins import resolve
 from nanoslime.types import RunError
 
-_HELP = {"-h", "--help"}
 _OFF = {"false", "no", "off", "none", "0"}
 
 
@@ -44,7 +43,7 @@ def load(
         layers.add_file(recipe, "")
     if cluster is not None:
         layers.add_file(cluster, "cluster")
-    settings = [flag for flag in flags if flag not in _HELP]
+    settings = [flag for flag in flags if flag not in flag_table.HELP]
     flags_given = flag_table.parse(settings)
     for flag in flags_given:
         if flag.field in SETTINGS_OF and flag.value in _OFF:

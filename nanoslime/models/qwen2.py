@@ -2,7 +2,7 @@
 
 from nanoslime.models.blocks import ExpertNames, attention, dense_decoder, ends, mixed_mlp
 from nanoslime.models.rules import Rule
-from nanoslime.models.shape import Architecture, ConfigFile, ModelShape, MoE
+from nanoslime.models.shape import Architecture, ConfigFile, ModelShape
 
 _MOE_NAMES = ExpertNames(
     shared="mlp.shared_expert.",
@@ -15,12 +15,7 @@ def _read(config: ConfigFile) -> ModelShape:
 
 
 def _read_moe(config: ConfigFile) -> ModelShape:
-    moe = MoE(
-        layers=config.sparse_layers(),
-        num_experts=config["num_experts"],
-        num_experts_per_token=config["num_experts_per_tok"],
-        normalized=config.get("norm_topk_prob", False),
-        intermediate_size=config["moe_intermediate_size"],
+    moe = config.softmax_moe(
         shared_intermediate_size=config["shared_expert_intermediate_size"],
         shared_gate=True,
     )

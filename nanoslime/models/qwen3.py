@@ -3,7 +3,7 @@ from the hidden size."""
 
 from nanoslime.models.blocks import attention, dense_decoder, ends, mixed_mlp
 from nanoslime.models.rules import Rule
-from nanoslime.models.shape import Architecture, ConfigFile, ModelShape, MoE
+from nanoslime.models.shape import Architecture, ConfigFile, ModelShape
 
 
 def _read(config: ConfigFile) -> ModelShape:
@@ -15,15 +15,7 @@ def _read(config: ConfigFile) -> ModelShape:
 
 def _read_moe(config: ConfigFile) -> ModelShape:
     config.refuse("attention_bias", False)
-    num_experts = config.get("num_experts", None) or config["num_local_experts"]
-    moe = MoE(
-        layers=config.sparse_layers(),
-        num_experts=num_experts,
-        num_experts_per_token=config["num_experts_per_tok"],
-        normalized=config.get("norm_topk_prob", False),
-        intermediate_size=config["moe_intermediate_size"],
-    )
-    return ModelShape(**config.sizes(), qk_norm=True, moe=moe)
+    return ModelShape(**config.sizes(), qk_norm=True, moe=config.softmax_moe())
 
 
 def _moe_rules(shape: ModelShape) -> list[Rule]:

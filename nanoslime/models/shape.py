@@ -267,13 +267,20 @@ class ConfigFile:
             **self._rotary_fields(rotary_fraction),
         }
 
-    def sparse_layers(self) -> tuple[int, ...]:
-        """The layers with experts: every decoder_sparse_step-th, mlp_only_layers aside
-        (Qwen)."""
+    def softmax_moe(self, **others: Any) -> MoE:
+        """Experts as Qwen spells them, in every decoder_sparse_step-th layer, mlp_only_layers
+        aside; `others` are further fields."""
         step = self.get("decoder_sparse_step", 1)
         dense = self.get("mlp_only_layers", [])
         layers = range(self["num_hidden_layers"])
-        return tuple(layer for layer in layers if (layer + 1) % step == 0 and layer not in dense)
+        return MoE(
+            layers=tuple(n for n in layers if (n + 1) % step == 0 and n not in dense),
+            num_experts=self.get("num_experts", None) or self["num_local_experts"],
+            num_experts_per_token=self["num_experts_per_tok"],
+            normalized=self.get("norm_topk_prob", False),
+            intermediate_size=self["moe_intermediate_size"],
+            **others,
+        )
 
     def sigmoid_moe(self) -> MoE:
         """Experts as DeepSeek-V3 and GLM-4.5 spell them: dense layers first, shared

@@ -24,13 +24,15 @@ _READY_POLL_S = 0.5
 _KILL_DEADLINE_S = 10.0
 
 
-class ChildProcess:
+class ChildProcess(subprocess.Popen[bytes]):
     """Runs `command` in a new session, with stdout and stderr appended to `log`.
 
     The kernel sends `death_signal` to the child's process group when this process dies in
     any way, SIGKILL included: the child holds the read end of a pipe whose only write end is
     here. PR_SET_PDEATHSIG would not do: it fires when the *thread* that started the child
     ends.
+
+    Its session and its process group have the child's id. `send_signal` is to the child alone.
 
     The child and all that it starts ignore `ignored_signals`. Give some only where this
     process has one thread, since the child sets them between fork and exec.
@@ -58,7 +60,7 @@ class ChildProcess:
 
         try:
             with log.open("ab") as output:
-                self._process = subprocess.Popen(
+                super().__init__(
                     command,
                     env=dict(env),
                     stdin=subprocess.DEVNULL,
@@ -75,25 +77,12 @@ class ChildProcess:
         finally:
             os.close(read_end)
 
-    @property
-    def pid(self) -> int:
-        """The child's process id; its session and its process group have the same id."""
-        return self._process.pid
-
-    def poll(self) -> int | None:
-        """The exit code, negative after a deadly signal; None while the child runs."""
-        return self._process.poll()
-
     def alive(self) -> bool:
         return self.poll() is None
 
-    def send_signal(self, number: signal.Signals) -> None:
-        """Send a signal to the child alone. A child that has ended gets none."""
-        self._process.send_signal(number)
-
     def exit_summary(self) -> str:
         """One line that says how the child ended and how its log ends."""
-        code = self._process.returncode
+        code = self.returncode
         if code < 0:
             how = f"was killed by {signal.Signals(-code).name}"
         else:
@@ -110,7 +99,7 @@ class ChildProcess:
             if not self.alive():
                 self.close()
                 raise RunError(
-                    f"{self.name} exited with status {self._process.returncode} before {awaited}; "
+                    f"{self.name} exited with status {self.returncode} before {awaited}; "
                     f"log: {self.log}; last line: {last_line(self.log)}"
                 )
             if time.monotonic() > deadline:
@@ -135,7 +124,7 @@ class ChildProcess:
         while left and time.monotonic() < deadline:
             time.sleep(0.05)
             left = _group_members(self.pid)
-        self._process.poll()
+        self.poll()
         os.close(self._lifeline)
         self._lifeline = -1
         if left:
