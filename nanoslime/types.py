@@ -192,11 +192,6 @@ class SampleReport:
     reward_parts: dict[str, float] = field(default_factory=dict)
     advantage: float | None = None
 
-    @property
-    def oldest_version(self) -> int | None:
-        """The oldest version that sampled any of its tokens; None without such tokens."""
-        return min((version for _, version in self.policy_versions), default=None)
-
 
 class Scored(Protocol):
     """What the algorithms see of a sample: a `Sample` or a `SampleReport`."""

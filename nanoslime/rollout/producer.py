@@ -234,13 +234,9 @@ class Producer:
         held.report = report
         if held.task.purpose == "eval":
             return
-        oldest = [sample.oldest_version for sample in report.samples]
-        versions = [version for version in oldest if version is not None]
-        self._admission.finish(
-            report.group_id,
-            min(versions, default=None) if self.recipe.has_versions else None,
-            is_kept=self.recipe.is_kept(report),
-        )
+        versions = [version for sample in report.samples for _, version in sample.policy_versions]
+        oldest = min(versions, default=None) if self.recipe.has_versions else None
+        self._admission.finish(report.group_id, oldest, is_kept=self.recipe.is_kept(report))
 
     def _wait_for[T](self, found: Callable[[], T | None]) -> T:
         """What `found` gives; it is asked again whenever something has happened."""

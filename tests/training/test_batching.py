@@ -352,7 +352,6 @@ def test_a_rollout_of_stale_tokens_has_no_step():
 def test_a_report_counts_the_tokens_in_the_loss_by_their_version():
     report = spanned(0, 1, [(0, 4), (5, 3), (7, 4)]).report(None)
     assert list(report.loss_tokens_by_version.items()) == [(3, 2), (4, 4)]
-    assert report.oldest_version == 3
     # The prompt is of no version; a span without tokens in the loss counts nothing.
     assert spanned(0, 1, [(0, 1), (3, 2)]).report(None).loss_tokens_by_version == {2: 6}
 
