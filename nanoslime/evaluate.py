@@ -23,7 +23,7 @@ from typing import Any
 from transformers.utils.logging import disable_progress_bar
 
 from nanoslime.config import RunConfig
-from nanoslime.config.load import load, read
+from nanoslime.config.load import dump, load, read
 from nanoslime.config.training import MEGATRON_ONLY, PARALLEL_SIZES
 from nanoslime.models.local_checkpoint import with_local_checkpoint
 from nanoslime.orchestration.evaluation import Evaluation, Sampler, table
@@ -107,7 +107,10 @@ def _export(run: RunDir, state: Path, destination: Path, config: RunConfig) -> N
 
 
 def evaluate(checkpoint: Checkpoint, config: RunConfig, output: Path | None) -> str:
-    """Evaluates, writes `output` (by default into a new run directory) and returns a table."""
+    """Evaluates, writes `output` (by default into a new run directory) and returns a table.
+
+    The run directory has the configuration.
+    """
     name = checkpoint.exported(config)
     model = replace(config.model, hf_checkpoint=name, revision="")
     config, _ = with_local_checkpoint(replace(config, model=model), download=True)
@@ -117,6 +120,7 @@ def evaluate(checkpoint: Checkpoint, config: RunConfig, output: Path | None) -> 
         rewards.check(one.data(config.data))
     prompts = RunPrompts.load(config, model_dir, for_training=False)
     run = RunDir.create(Path(config.cluster.run_root or "runs"), f"{config.name}-evaluation")
+    run.config.write_text(dump(config))
     device = config.cluster.device
     gpu_ids = list(range(config.rollout.engine_tp_size)) if device == "cuda" else []
     with ExitStack() as resources:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from nanoslime import evaluate
+from nanoslime.config.load import read
 from nanoslime.run_dir import DONE, FAILED
 from tests.orchestration import wired
 
@@ -51,6 +52,8 @@ def test_a_model_is_evaluated_by_a_recipe(tmp_path, seen, files):
     settings["data"]["prompts"] = settings["model"]["hf_checkpoint"] = ""
     recipe.write_text(json.dumps(settings))
     assert evaluated(tmp_path, files.model, recipe) == of_step(seen, -1)
+    [written] = tmp_path.glob("*/config.yaml")
+    assert [one.title for one in read(written).eval_sets] == ["held_out", "greedy"]
 
 
 def test_a_run_is_evaluated_at_its_newest_export(tmp_path, seen, capsys):
