@@ -9,6 +9,7 @@ it sets has to be the same in all samples that it sets it in.
 What it raises is the error of its rollout, and so is taking longer than
 rollout.environment_timeout_s, in which waiting for tokens does not count. All environments of a
 rollout worker run in one event loop: what blocks belongs into a thread (`asyncio.to_thread`).
+A loop that is blocked for 100 s ends the run, with the line at which it is.
 
 An environment is a function, whose further parameters are its options; or a class that is
 made of the options and called so, with an `async close()` where it has something to end.
