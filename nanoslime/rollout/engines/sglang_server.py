@@ -138,10 +138,7 @@ class SGLangServer:
 
 def _cpu_environment(model_dir: Path, index: int) -> dict[str, str]:
     cores = sorted(os.sched_getaffinity(0))
-    path = [str(_STUBS)]
-    ours = os.environ.get("PYTHONPATH")
-    if ours:
-        path.append(ours)
+    path = [str(_STUBS), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         "PYTHONPATH": os.pathsep.join(path),
         "SGLANG_DISABLED_MODEL_ARCHS": ",".join(_model_files_to_skip(model_dir)),
@@ -176,11 +173,6 @@ def _flags(options: Mapping[str, Any]) -> Iterator[str]:
         if value is None or value is False:
             continue
         yield f"--{name.replace('_', '-')}"
-        if value is True:
-            continue
-        if isinstance(value, dict):
-            yield json.dumps(value)
-        elif isinstance(value, list | tuple):
-            yield from (str(item) for item in value)
-        else:
-            yield str(value)
+        if value is not True:
+            values = value if isinstance(value, list | tuple) else [value]
+            yield from (json.dumps(one) if isinstance(one, dict) else str(one) for one in values)

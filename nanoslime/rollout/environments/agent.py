@@ -49,12 +49,9 @@ class Agent:
 
         Raises ValueError for a function that cannot be loaded.
         """
-        self._function = None
-        self._command: Sequence[str] = ()
+        self._agent: Any = agent
         if isinstance(agent, str):
-            self._function = resolve(agent, {}, "environment_options.agent")
-        else:
-            self._command = agent
+            self._agent = resolve(agent, {}, "environment_options.agent")
         self._options = dict(agent_options or {})
         self._host = host
         self._endpoint = OpenAIEndpoint(host)
@@ -73,7 +70,7 @@ class Agent:
         await self._endpoint.close()
 
     async def _run(self, prompt: Prompt, session: Session) -> float | None:
-        if self._function is None:
+        if not callable(self._agent):
             await self._run_command(prompt, session)
             return None
         given = {
@@ -83,10 +80,10 @@ class Agent:
             "api_key": session.token,
             **self._options,
         }
-        if inspect.iscoroutinefunction(self._function):
-            reward = await self._function(**given)
+        if inspect.iscoroutinefunction(self._agent):
+            reward = await self._agent(**given)
         else:
-            reward = await _in_thread(self._function, given)
+            reward = await _in_thread(self._agent, given)
         return None if reward is None else float(reward)
 
     async def _run_command(self, prompt: Prompt, session: Session) -> None:
@@ -99,7 +96,7 @@ class Agent:
         # A pipe would stay open as long as a process that the command leaves behind.
         with tempfile.NamedTemporaryFile() as told:
             process = await asyncio.create_subprocess_exec(
-                *self._command,
+                *self._agent,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=told,
