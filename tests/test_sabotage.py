@@ -259,7 +259,7 @@ FAULTS = [
     Fault(
         "samples of any version are trained on",
         "nanoslime/orchestration/rollout_manager.py",
-        "        self._check_versions(groups)\n",
+        "        self._check_versions(prepared.groups)\n",
         "",
         VERSIONS,
     ),
