@@ -99,12 +99,16 @@ class Admission:
         expired = [number for number, group in self.groups.items() if group.oldest < bound]
         return [self._cancel(group_id, "beyond_bound") for group_id in expired]
 
-    def finish(self, group_id: int, oldest: int | None, *, is_kept: bool) -> bool:
+    def finish(
+        self, group_id: int, oldest: int | None, *, is_kept: bool, has_failed: bool = False
+    ) -> bool:
         """A group was sampled; returns whether it is still wanted.
 
         `oldest` is the version of its oldest token, None without any. A group that the
         filters do not keep is replaced by a further prompt, which `room` then allows,
-        until the limit of the rollout is reached.
+        until the limit of the rollout is reached. None of its samples could be made where it
+        `has_failed`: such groups come early, and would fill a rollout that samples ahead, so
+        one batch more of them may be replaced.
         """
         group = self.groups.get(group_id)
         if group is None:
@@ -112,7 +116,10 @@ class Admission:
         group.is_finished = True
         if oldest is not None:
             group.oldest = oldest
-        if not is_kept and len(self.replaced) < self.limits.max_replaced:
+        max_replaced = self.limits.max_replaced
+        if has_failed and self.limits.max_staleness > 0:
+            max_replaced += self.limits.batch
+        if not is_kept and len(self.replaced) < max_replaced:
             del self.groups[group_id]
             self.replaced.append(group_id)
         return True

@@ -20,7 +20,7 @@ from typing import Any
 from nanoslime.rollout.admission import Admission, Cancelled, Limits, Taken
 from nanoslime.rollout.prompts import PromptStream
 from nanoslime.rollout.tasks import FinishedGroup, GroupTask, RestoredGroup, Worker, WorkerNews
-from nanoslime.types import GroupReport, Prompt, RunError
+from nanoslime.types import GroupReport, Prompt, RunError, Status
 
 # A worker is asked for news for so long, and a waiting caller looks up so often.
 _POLL_S = 0.5
@@ -236,7 +236,12 @@ class Producer:
             return
         versions = [version for sample in report.samples for _, version in sample.policy_versions]
         oldest = min(versions, default=None) if self.recipe.has_versions else None
-        self._admission.finish(report.group_id, oldest, is_kept=self.recipe.is_kept(report))
+        self._admission.finish(
+            report.group_id,
+            oldest,
+            is_kept=self.recipe.is_kept(report),
+            has_failed=all(sample.status is Status.ERROR for sample in report.samples),
+        )
 
     def _wait_for[T](self, found: Callable[[], T | None]) -> T:
         """What `found` gives; it is asked again whenever something has happened."""

@@ -59,7 +59,8 @@ class Simulated:
                 del self.running[group_id]
                 is_kept = first is not None and self.rng.random() < 0.8
                 self.finished[group_id] = first, is_kept  # without any token: it failed
-                assert self.admission.finish(group_id, first, is_kept=is_kept)
+                failed = first is None
+                assert self.admission.finish(group_id, first, is_kept=is_kept, has_failed=failed)
         self.feed()
 
     def cancel(self, cancelled) -> None:
@@ -133,8 +134,10 @@ def test_no_trained_token_is_too_old_and_no_prompt_is_lost(max_staleness, overdu
         run.feed()
         for step in range(25):
             taken = run.take()
-            num_batch = limits.batch + limits.max_replaced
-            assert limits.batch <= len(taken.group_ids) <= num_batch
+            most = limits.batch + limits.max_replaced
+            if max_staleness > 0:
+                most += limits.batch  # of groups that failed
+            assert limits.batch <= len(taken.group_ids) <= most
             run.train(taken)
             assert len(run.admission.groups) <= (max_staleness + 1) * limits.batch
             if rng.random() < 0.2:
@@ -188,6 +191,29 @@ def test_on_policy_a_rollout_is_what_was_admitted_for_it():
     assert taken is not None and taken.group_ids == [0, 1, 2, 3, 4]
     assert admission.room() == 0, "the next rollout waits for its weights"
     assert admission.set_version(1) == [] and admission.room() == 3
+
+
+def test_groups_that_fail_at_once_do_not_fill_a_rollout_that_samples_ahead():
+    """Every second prompt fails before any other group is there; one batch more is tried."""
+    admission = Admission(made(batch=4, max_staleness=1))
+    good = []
+    while admission.room():
+        group_id = admission.admit()
+        if group_id % 2:
+            admission.finish(group_id, None, is_kept=False, has_failed=True)
+        else:
+            good.append(group_id)
+    assert len(admission.replaced) == 4
+    assert admission.take() is None
+    for group_id in good:
+        admission.finish(group_id, 0, is_kept=True)
+    taken = admission.take()
+    assert taken is not None and len(set(taken.group_ids) & set(good)) >= 2
+
+    hopeless = Admission(made(batch=4, max_staleness=1))
+    for _ in range(3 * 4):
+        hopeless.finish(hopeless.admit(), None, is_kept=False, has_failed=True)
+    assert hopeless.room() == 0 and hopeless.take() is not None
 
 
 def test_engines_run_ahead_by_the_bound():
