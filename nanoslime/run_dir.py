@@ -199,8 +199,13 @@ class RunDir:
             publish_json(self.path / "status.json", status, durable=False)
 
     def status(self) -> dict[str, Any]:
-        """The last published status, {} before the first."""
-        return _read(self.path / "status.json")
+        """The last published status; {} before the first, and where the machine lost power before
+        it was on the disk.
+        """
+        try:
+            return _read(self.path / "status.json")
+        except RunError:
+            return {}
 
     def write_provenance(self, argv: Sequence[str]) -> None:
         """Record the command line, the code's git commit and diff, and all versions."""

@@ -3,11 +3,14 @@
 import errno
 import os
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from nanoslime import run_dir
 from nanoslime.run_dir import DONE, FAILED, RunDir
+from nanoslime.storage.shared_files import read_json
 from nanoslime.types import RunError
 from tests.full_disk import fill
 
@@ -217,3 +220,13 @@ def test_only_the_last_status_of_a_run_waits_for_the_disk(run: RunDir, monkeypat
     run.write_status("failed", 3, error="why")
     assert len(synced) == 1
     assert (run.status()["phase"], run.status()["error"]) == ("failed", "why")
+
+
+def test_a_status_that_a_loss_of_power_has_emptied_is_none(run: RunDir, monkeypatch) -> None:
+    monkeypatch.setattr(run_dir, "read_json", partial(read_json, deadline_s=0.1))
+    run.new_attempt()
+    run.write_status("train", 3)
+    (run.path / "status.json").write_bytes(b"")
+    assert run.status() == {}
+    run.write_status("generate", 4)
+    assert run.status()["step"] == 4
