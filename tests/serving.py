@@ -18,7 +18,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from nanoslime.config import ModelConfig, RolloutConfig, RunConfig, WeightSyncConfig
+from nanoslime.config import (
+    ModelConfig,
+    RolloutConfig,
+    RunConfig,
+    TrainingConfig,
+    WeightSyncConfig,
+)
 from nanoslime.engine_kind import EngineStart
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.rollout.engines.sglang_server import SGLangServer
@@ -99,13 +105,16 @@ def make_server(
     port: int | None = None,
     index: int = 0,
     deadline_s: float = 300.0,
+    trust_remote_code: bool = False,
+    training: TrainingConfig | None = None,
     **sglang: object,
 ) -> SGLangServer:
     """A server on this machine's CPU; `sglang`: options of SGLang, `deadline_s`: of a sync."""
     options = {"max_total_tokens": 8192, "max_running_requests": 64, **sglang}
     config = RunConfig(
-        model=ModelConfig(dtype="float32"),
+        model=ModelConfig(dtype="float32", trust_remote_code=trust_remote_code),
         rollout=RolloutConfig(sglang=options),
+        training=training or TrainingConfig(),
         weight_sync=WeightSyncConfig(deadline_s=deadline_s),
     )
     start = EngineStart(config, index, model, device="cpu", host="127.0.0.1", log=log)

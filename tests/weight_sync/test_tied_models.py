@@ -6,7 +6,6 @@ Its tokenizer is code of the checkpoint, which SGLang runs because the model is 
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,8 +52,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def engine(model: Path) -> Iterator[SGLangEngine]:
     log = model.parent / "engine.log"
-    server = make_server(model, log, free_port("127.0.0.1"))
-    server = replace(server, trust_remote_code=True)
+    server = make_server(model, log, free_port("127.0.0.1"), trust_remote_code=True)
     try:
         yield server.start(deadline_s=280)
     finally:

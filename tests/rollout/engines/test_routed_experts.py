@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from base64 import b64decode
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import requests
 import torch.distributed as dist
 
+from nanoslime.config import TrainingConfig
 from nanoslime.models.shape import ModelShape
 from nanoslime.processes.ports import free_port
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
@@ -33,8 +33,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def engine(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangEngine]:
     log = tmp_path_factory.mktemp("sglang") / "engine.log"
-    server = make_server(model_dir, log, free_port("127.0.0.1"), skip_tokenizer_init=True)
-    server = replace(server, routed_experts=True)
+    training = TrainingConfig(backend="megatron", routing_replay="R3")
+    port = free_port("127.0.0.1")
+    server = make_server(model_dir, log, port, training=training, skip_tokenizer_init=True)
     yield server.start(deadline_s=500)
     server.close()
 
