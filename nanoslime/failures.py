@@ -21,8 +21,10 @@ def summary(error: BaseException) -> str:
     """
     told: RunError | None = None
     for link in _chain(error):
-        if isinstance(link, RunError):
-            told = link
+        # Ray's own error is one too, where that of the task is: with its traceback as message.
+        itself = _unwrapped(link)
+        if isinstance(itself, RunError):
+            told = itself
             if link.__cause__ is not None:
                 break
     if told is not None:

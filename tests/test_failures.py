@@ -143,6 +143,24 @@ def test_the_first_telling_line_is_told(function: Callable[[], Any], line: str) 
     assert summary(caught.value) == line
 
 
+class TaskError(RunError):
+    """As Ray makes it of an error of a task: of the same class, with the traceback as message."""
+
+    def __init__(self, cause: RunError) -> None:
+        super().__init__(f"ray::RankActor.call() (pid=1)\n  File x, line 1\nRunError: {cause}")
+        self.cause = cause
+
+
+def test_of_an_error_that_came_over_ray_the_run_error_itself_is_told() -> None:
+    assert summary(TaskError(RunError("the arrays are gone"))) == "the arrays are gone"
+    try:
+        raise TaskError(RunError("the arrays are gone"))
+    except TaskError as error:
+        failure = RuntimeError("a hook failed")
+        failure.__cause__ = error
+    assert summary(failure) == "the arrays are gone"
+
+
 def test_a_line_that_announces_is_told_with_the_next() -> None:
     with pytest.raises(RuntimeError) as caught:
         other_state_dict()

@@ -108,4 +108,8 @@ def test_a_killed_rollout_worker_ends_the_run_with_its_name(start, nodes, number
     print(f"\nended after {time.monotonic() - begin:.1f} s", end="")
     [line] = [line for line in rehearsal.lines if line.startswith("failed:")]
     print("; " + line, end="")
-    assert f"worker {number} on node {number + 1} died" in line and log.name in line
+    died = f"worker {number} on node {number + 1} died while asked to"
+    # A trainer may miss its arrays before anybody asks the worker for something.
+    missed = f"by rollout worker {number} cannot be fetched, because its process has died"
+    assert (died in line and log.name in line) or missed in line
+    assert "Traceback" not in line and "call()" not in line

@@ -198,7 +198,8 @@ def test_ranks_that_share_experts_replay_what_the_engines_chose(start, tmp_path)
     flags = ["--hf-checkpoint", str(model), "--prompts", str(prompts), "--dtype", "float32"]
     flags += "--nodes 2 --tp-size 1 --pp-size 1 --ep-size 2 --training.routing-replay R3".split()
     flags += "--num-rollout 3 --rollout-batch-size 16 --n-samples-per-prompt 4".split()
-    flags += "--max-new-tokens 16 --algorithm.no-filter-zero-std --entropy-coef 0.05".split()
+    flags += "--max-new-tokens 16 --data.max-prompt-tokens 32 --entropy-coef 0.05".split()
+    flags += ["--algorithm.no-filter-zero-std"]
     rehearsal = start(*flags, "--lr", "1e-3", "--name", "rehearsal")
     assert rehearsal.wait(280) == 0, "".join(rehearsal.lines)
     rows = json_lines(rehearsal.run.metrics)
