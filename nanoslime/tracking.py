@@ -17,6 +17,8 @@ from nanoslime.storage.shared_files import finite_json, publish
 
 logger = logging.getLogger(__name__)
 
+_BESIDE = ("time/parse_s", "time/record_s", "time/score_s")
+
 WRITERS = {"tensorboard": "torch.utils.tensorboard:SummaryWriter", "wandb": "wandb:init"}
 WANDB_ID_CHARS = 16
 
@@ -59,7 +61,10 @@ def make_tracker(config: RunConfig, run: RunDir, start: int) -> Tracker:
 
 
 def console_line(step: int, num_rollout: int, metrics: dict[str, float]) -> str:
-    """One line for a person: rewards, KL, the gap between engine and trainer, seconds a phase."""
+    """One line for a person: rewards, KL, the gap between engine and trainer, seconds a phase.
+
+    Seconds that rollout workers sum over what runs beside one another are no phases.
+    """
     kl_name = "train/ref_kl" if "train/ref_kl" in metrics else "train/ppo_kl_abs"
     columns = [
         ("reward", "rollout/reward_mean", ".3f"),
@@ -75,7 +80,7 @@ def console_line(step: int, num_rollout: int, metrics: dict[str, float]) -> str:
     if metrics.get("train/skipped"):
         words.append("SKIPPED: gradient not finite or too large")
     for name, seconds in metrics.items():
-        if name.startswith("time/"):
+        if name.startswith("time/") and name not in _BESIDE:
             phase = name.removeprefix("time/").removesuffix("_s")
             words.append(f"{phase} {seconds:.1f}s")
     return "  ".join(words)
