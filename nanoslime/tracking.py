@@ -17,6 +17,7 @@ from nanoslime.storage.shared_files import finite_json, publish
 
 logger = logging.getLogger(__name__)
 
+# What rollout workers sum over samples that they make side by side.
 _BESIDE = ("time/parse_s", "time/record_s", "time/score_s")
 
 WRITERS = {"tensorboard": "torch.utils.tensorboard:SummaryWriter", "wandb": "wandb:init"}

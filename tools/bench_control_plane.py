@@ -350,7 +350,7 @@ async def one_sample(plane: Plane, model_dir: Path, directory: Path) -> None:
         times.append(time.perf_counter())
         await scorer.score([sample], prompt, config.data.reward)
         times.append(time.perf_counter())
-        report = sample.report(store.put(sample.arrays))
+        report = sample.report(store.put(sample.arrays, "the sample"))
         times.append(time.perf_counter())
         fetched = store.get([report.arrays])
         times.append(time.perf_counter())

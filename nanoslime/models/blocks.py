@@ -35,6 +35,10 @@ class Layers:
         tp_dim: int | None = None,
         local_spec_name: str | None = None,
     ) -> Rule:
+        """The Megatron tensor that these Hugging Face tensors make up, in each of the layers.
+
+        All names are relative to the layer; `tp_dim` is what tensor parallelism splits.
+        """
         tensors = [HFTensor(self.hf_prefix + name, shape) for name, shape in hf.items()]
         if local_spec_name is not None:
             local_spec_name = self.megatron_prefix + local_spec_name

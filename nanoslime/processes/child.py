@@ -10,10 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
-
 from nanoslime.processes.logs import last_line
-from nanoslime.processes.tree import described
+from nanoslime.processes.tree import described, live_processes
 from nanoslime.types import RunError
 
 logger = logging.getLogger(__name__)
@@ -147,9 +145,8 @@ def signal_when_closed(read_end: int, group: int, number: signal.Signals) -> Non
 def _group_members(group: int) -> list[int]:
     """Live processes of a process group, zombies left out."""
     members = []
-    for process in psutil.process_iter(["status"]):
+    for process in live_processes():
         with suppress(ProcessLookupError):
-            in_group = os.getpgid(process.pid) == group
-            if in_group and process.info["status"] != psutil.STATUS_ZOMBIE:
+            if os.getpgid(process.pid) == group:
                 members.append(process.pid)
     return members

@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 
 import psutil
@@ -28,17 +28,23 @@ def adopt_orphans() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
+def live_processes(*attributes: str) -> Iterator[psutil.Process]:
+    """All processes of this machine that have not ended, with these attributes in their `info`."""
+    # It would leave out a process that has the id of one that it has seen before.
+    psutil.process_iter.cache_clear()
+    for process in psutil.process_iter(["status", *attributes]):
+        if process.info["status"] not in _ENDED:
+            yield process
+
+
 def descendants(root: int, spare: Collection[int] = ()) -> set[int]:
     """Ids of the live processes below `root`.
 
     Processes in `spare`, and all below them, are left out.
     """
     children: dict[int, list[int]] = {}
-    # It would leave out a process that has the id of one that it has seen before.
-    psutil.process_iter.cache_clear()
-    for process in psutil.process_iter(["ppid", "status"]):
-        if process.info["status"] not in _ENDED:
-            children.setdefault(process.info["ppid"], []).append(process.pid)
+    for process in live_processes("ppid"):
+        children.setdefault(process.info["ppid"], []).append(process.pid)
     found: set[int] = set()
     to_visit = [root]
     while to_visit:

@@ -24,7 +24,16 @@ _STUBS = Path(__file__).parents[1] / "sglang_stubs"
 
 # Files of sglang/srt/models that our text models need; importing all 200 takes half a
 # minute.
-_MODEL_FILES = {*"llama qwen2 qwen2_moe qwen3 qwen3_moe utils registry __init__".split()}
+_MODEL_FILES = {
+    "llama",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "utils",
+    "registry",
+    "__init__",
+}
 
 # Defaults of an engine on a CPU, for a model of some megabytes.
 _CPU_OPTIONS = {

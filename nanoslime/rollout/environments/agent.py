@@ -29,6 +29,7 @@ import psutil
 
 from nanoslime.plugins import resolve
 from nanoslime.processes.logs import last_line
+from nanoslime.processes.tree import live_processes
 from nanoslime.rollout.openai_endpoint import OpenAIEndpoint, Session
 from nanoslime.rollout.policy import Policy
 from nanoslime.types import Prompt, RunError, Sample
@@ -135,7 +136,7 @@ async def _in_thread(function: Callable[..., Any], given: Mapping[str, Any]) -> 
 def _end_all_of(url: str) -> None:
     """Kills the processes that have this URL in their environment, in whatever session."""
     deadline = time.monotonic() + _KILL_DEADLINE_S
-    while killed := [process for process in psutil.process_iter() if _kill(process, url)]:
+    while killed := [process for process in live_processes() if _kill(process, url)]:
         if time.monotonic() > deadline:
             logger.error("of an agent, alive after SIGKILL, and left: %s", killed)
             return
