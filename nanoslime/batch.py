@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from nanoslime.types import KeptArrays, SampleArrays
 
 
 @dataclass(kw_only=True, slots=True)
@@ -26,8 +27,8 @@ class BatchPlan:
     Fields that TrainBatch has too mean the same there.
     """
 
-    # One for each sequence: what the ArrayStore of the run resolves; None is a dummy.
-    references: list[Any]
+    # One for each sequence; None is a dummy.
+    arrays: list[SampleArrays | KeptArrays | None]
     advantages: list[float]
     token_weights: list[float]
     microbatches: list[list[int]]

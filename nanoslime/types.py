@@ -102,8 +102,8 @@ class Sample:
             routed_experts=self.routed_experts,
         )
 
-    def report(self, reference: Any) -> SampleReport:
-        """What the driver is told of the sample; `reference` leads to its arrays.
+    def report(self, arrays: SampleArrays | KeptArrays) -> SampleReport:
+        """What the driver is told of the sample; `arrays` are its own, or say where they are.
 
         Raises ValueError for a sample on which no trainer could train.
         """
@@ -127,7 +127,7 @@ class Sample:
             policy_versions=self.policy_versions,
             loss_tokens_by_version=dict(sorted(counts.items())),
             expert_shape=expert_shape,
-            arrays=reference,
+            arrays=arrays,
             error=self.error,
             reward=self.reward,
             reward_parts=self.reward_parts,
@@ -166,12 +166,20 @@ class SampleArrays:
             yield first, end, version
 
 
+@dataclass(frozen=True, slots=True)
+class KeptArrays:
+    """Says where the arrays of a sample are: a rollout worker keeps them for the trainer ranks."""
+
+    worker: int
+    group_id: int
+    index: int  # of the sample in its group
+
+
 @dataclass(kw_only=True, slots=True)
 class SampleReport:
-    """What the driver knows of a sample: numbers, and a reference to its arrays.
+    """What the driver knows of a sample: numbers, and where its arrays are.
 
-    The arrays stay with the rollout worker that made the sample, until a trainer rank
-    fetches them. Names that `Sample` has too mean the same here.
+    Names that `Sample` has too mean the same here.
     """
 
     group_id: int
@@ -185,8 +193,7 @@ class SampleReport:
     loss_tokens_by_version: dict[int, int]
     # (num_moe_layers, topk) where the sample has routed experts.
     expert_shape: tuple[int, int] | None
-    # What the ArrayStore of the run resolves to SampleArrays.
-    arrays: Any
+    arrays: SampleArrays | KeptArrays
     error: str | None = None
     reward: float | None = None
     reward_parts: dict[str, float] = field(default_factory=dict)
@@ -240,31 +247,6 @@ def local_reports(groups: Sequence[SampleGroup]) -> list[GroupReport]:
         Group(group.group_id, [sample.report(sample.arrays) for sample in group.samples])
         for group in groups
     ]
-
-
-class ArrayStore(Protocol):
-    """Keeps the arrays of samples where they are made, for whoever trains on them."""
-
-    def put(self, arrays: SampleArrays, name: str) -> Any:
-        """Returns a reference that can be sent to any process of the run.
-
-        `name` says in errors whose arrays they are.
-        """
-        ...
-
-    def get(self, references: Sequence[Any]) -> list[SampleArrays]:
-        """Raises RunError where an array is gone, because its worker died."""
-        ...
-
-
-class LocalStore:
-    """An ArrayStore whose references are the arrays themselves, wherever they are sent."""
-
-    def put(self, arrays: SampleArrays, name: str) -> SampleArrays:
-        return arrays
-
-    def get(self, references: Sequence[Any]) -> list[SampleArrays]:
-        return list(references)
 
 
 @dataclass(frozen=True, slots=True)

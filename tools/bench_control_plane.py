@@ -21,7 +21,7 @@ import statistics
 import tempfile
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -43,7 +43,6 @@ from nanoslime.orchestration.assignment import Assignment
 from nanoslime.orchestration.engine_pool import EnginePool
 from nanoslime.orchestration.ray import cluster
 from nanoslime.orchestration.ray.actors import ActorPlace, Actors
-from nanoslime.orchestration.ray.store import RayStore
 from nanoslime.orchestration.ray.trainers import RayTrainGroup
 from nanoslime.orchestration.ray.workers import RayWorker, WorkerActor
 from nanoslime.orchestration.rollout_manager import RolloutManager
@@ -104,8 +103,8 @@ class StubBackend:
 class StubTrainers(RayTrainGroup):
     """`num_ranks` data-parallel ranks, for which the few processes take turns."""
 
-    def __init__(self, *args: Any, num_ranks: int) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: Any, num_ranks: int, workers: Sequence[Any]) -> None:
+        super().__init__(*args, workers)
         self._num_ranks = num_ranks
         self.fetch_s: list[float] = []
 
@@ -206,10 +205,11 @@ def plane(options: Namespace, work: Path) -> Iterator[Plane]:
         engines = stack.enter_context(stub_servers)
         cluster.start_local(options.rank_processes, "cpu")
         stack.callback(cluster.disconnect)
-        trainer = make_trainer(options, config, attempt, model_dir)
+        actors, process = open_worker(options, config, attempt, model_dir)
+        worker = RayWorker(actors, 0)
+        trainer = make_trainer(options, config, attempt, model_dir, actors.actors)
         stack.callback(trainer.close)
         trainer.setup()
-        worker, process = open_worker(options, config, attempt, model_dir)
         pool = EnginePool(engines)
         assignment = Assignment([worker], {})
         pool.subscribe(assignment.set_engines, assignment.drain)
@@ -223,7 +223,7 @@ def plane(options: Namespace, work: Path) -> Iterator[Plane]:
 
 
 def make_trainer(
-    options: Namespace, config: RunConfig, attempt: Attempt, model_dir: Path
+    options: Namespace, config: RunConfig, attempt: Attempt, model_dir: Path, workers: Sequence[Any]
 ) -> StubTrainers:
     num_processes = options.rank_processes
     layout = Layout(
@@ -235,12 +235,14 @@ def make_trainer(
         trainers=tuple(TrainerPlace(rank, 0, rank) for rank in range(num_processes)),
         engines=(),
     )
-    return StubTrainers(config, attempt, layout, model_dir, num_ranks=options.ranks)
+    return StubTrainers(
+        config, attempt, layout, model_dir, num_ranks=options.ranks, workers=workers
+    )
 
 
 def open_worker(
     options: Namespace, config: RunConfig, attempt: Attempt, model_dir: Path
-) -> tuple[RayWorker, psutil.Process]:
+) -> tuple[Actors, psutil.Process]:
     """The rollout worker as an actor of Ray, and its process."""
     places = [ActorPlace(index=0, node=0, num_slots=0)]
     actors = Actors(WorkerActor, "worker", places, attempt, config, model_dir, 64)
@@ -249,7 +251,7 @@ def open_worker(
     actors.gather(opened, "open its worker", Deadline(120.0, "the time for it"))
     log = attempt.log("worker", 0).read_text()
     [pid] = re.findall(r"rollout worker 0, pid (\d+)", log)
-    return RayWorker(actors, 0), psutil.Process(int(pid))
+    return actors, psutil.Process(int(pid))
 
 
 class Table:
@@ -296,7 +298,7 @@ def one_step(plane: Plane, step: int, table: Table, log: Sink) -> None:
     waited_s = row["time/generate_s"]
     parse_s = row["time/parse_s"]
     table.add("node", "parse", parse_s)
-    table.add("node", "receive, decode, build, score, store (CPU)", node_cpu_s - parse_s)
+    table.add("node", "receive, decode, build, score (CPU)", node_cpu_s - parse_s)
     table.add("driver", "tasks out, reports in (CPU)", generate_cpu_s - (generate_s - waited_s))
     table.add("driver", "advantages, metrics, finish", generate_s - waited_s)
 
@@ -334,7 +336,6 @@ async def one_sample(plane: Plane, model_dir: Path, directory: Path) -> None:
     model = ServedModel.of(config, router, tokenizer, ModelShape.read(model_dir))
     [source] = RunPrompts.load(config, model_dir).train.values()
     scorer = Scorer(config.data)
-    store = RayStore()
     stages = Table()
     for number, prompt in enumerate(source.prompts[:16]):
         task = GroupTask(number, prompt, Sampling.of(config.rollout), 0, config.data.reward)
@@ -350,14 +351,12 @@ async def one_sample(plane: Plane, model_dir: Path, directory: Path) -> None:
         times.append(time.perf_counter())
         await scorer.score([sample], prompt, config.data.reward)
         times.append(time.perf_counter())
-        report = sample.report(store.put(sample.arrays, "the sample"))
-        times.append(time.perf_counter())
-        fetched = store.get([report.arrays])
+        report = sample.report(sample.arrays)
         times.append(time.perf_counter())
         sample.advantage = report.advantage = 0.0
         [[plan]] = plan_train_batches([Group(number, [report])], ONE_BATCH)
         times.append(time.perf_counter())
-        fill(plan, fetched)
+        fill(plan)
         times.append(time.perf_counter())
         for mode in ("text", "full"):
             record(Recording(directory, SETTINGS, mode, keep=1), number, [Group(number, [sample])])
@@ -366,7 +365,7 @@ async def one_sample(plane: Plane, model_dir: Path, directory: Path) -> None:
         seconds = [after - before for before, after in pairwise(times)]
         stages.add("", "request and answer, without parse", seconds[0] - parse_s)
         stages.add("", "parse", parse_s)
-        names = ("decode", "decode and build", "score", "report and store", "fetch", "plan", "fill")
+        names = ("decode", "decode and build", "score", "report", "plan", "fill")
         for name, of_stage in zip((*names, "record text", "record full"), seconds[1:], strict=True):
             stages.add("", name, of_stage)
     await scorer.close()

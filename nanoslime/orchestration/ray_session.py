@@ -9,7 +9,6 @@ from nanoslime.layout import Layout
 from nanoslime.orchestration.engine_pool import Restart
 from nanoslime.orchestration.groups import NoTrainer, TrainGroup, resolve_transport
 from nanoslime.orchestration.ray import cluster
-from nanoslime.orchestration.ray.store import RayStore
 from nanoslime.orchestration.ray.trainers import RayTrainGroup
 from nanoslime.orchestration.ray.workers import RayEngines, RayWorker
 from nanoslime.orchestration.session import (
@@ -53,7 +52,8 @@ def open_ray(
 
         trainer: TrainGroup
         if layout.trainers:
-            trainer = RayTrainGroup(config, attempt, layout, model_dir)
+            actors = () if servers is None else servers.actors
+            trainer = RayTrainGroup(config, attempt, layout, model_dir, actors)
         else:
             trainer = NoTrainer(config, attempt.run, model_dir)
         resources.callback(trainer.close)
@@ -81,14 +81,5 @@ def open_ray(
             engines.append(here.start())
             restarts.append(here.start)
         ranks_by_engine = [layout.ranks_at(place) for place in layout.engines]
-        started = Started(
-            trainer,
-            engines,
-            ranks_by_engine,
-            transport,
-            restarts,
-            workers,
-            home,
-            store=RayStore(),
-        )
+        started = Started(trainer, engines, ranks_by_engine, transport, restarts, workers, home)
         yield make_session(inputs, attempt, started, resources)

@@ -33,7 +33,7 @@ from nanoslime.rollout.worker import RolloutWorker, WorkerSetup
 from nanoslime.run_dir import Attempt, RunDir
 from nanoslime.storage.commit import remove_leftovers
 from nanoslime.training.backend import RankEnv
-from nanoslime.types import ArrayStore, Engine, RunError
+from nanoslime.types import Engine, RunError
 from nanoslime.weight_sync.session import SyncSession
 
 Phase = Callable[[str], None]  # called with the name of the phase that starts
@@ -65,8 +65,6 @@ class Started:
     workers: Sequence[Worker] | None = None
     # The worker beside each engine, by the engine's name; all have those that are not in it.
     home: Mapping[str, int] = field(default_factory=dict)
-    # Where a worker in this process keeps arrays; None: in its reports.
-    store: ArrayStore | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +210,9 @@ def make_session(
     else:
         workers = started.workers
         if workers is None:
-            workers = [_worker_here(inputs, run, resources, started.store)]
+            worker = RolloutWorker(WorkerSetup(config, inputs.model_dir, run.rollouts))
+            resources.callback(worker.close)
+            workers = [worker]
         assignment = Assignment(workers, started.home)
         pool.subscribe(assignment.set_engines, assignment.drain)
         serving = Serving(
@@ -226,12 +226,3 @@ def make_session(
     remove_leftovers(run.checkpoints)
     checkpoints = Checkpoints(config, run, trainer, rollout, weights)
     return Session(config, attempt, trainer, rollout, weights, pool, checkpoints)
-
-
-def _worker_here(
-    inputs: Inputs, run: RunDir, resources: ExitStack, store: ArrayStore | None
-) -> RolloutWorker:
-    setup = WorkerSetup(inputs.config, inputs.model_dir, run.rollouts)
-    worker = RolloutWorker(setup, store)
-    resources.callback(worker.close)
-    return worker

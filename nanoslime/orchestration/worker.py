@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, islice
@@ -24,9 +24,9 @@ from nanoslime.storage import manifest
 from nanoslime.storage.recorded_samples import gaps_file
 from nanoslime.training import BACKENDS
 from nanoslime.training.backend import RankEnv, TrainBackend, collectives
-from nanoslime.training.batching import fill, references
+from nanoslime.training.batching import fill
 from nanoslime.training.token_gaps import GapNotes
-from nanoslime.types import ArrayStore, LocalStore, RunError
+from nanoslime.types import KeptArrays, RunError, SampleArrays
 from nanoslime.weight_sync.assemble import Assembler
 from nanoslime.weight_sync.disk import write_checkpoint
 from nanoslime.weight_sync.engine_calls import EnginesFailed
@@ -45,12 +45,8 @@ class TrainWorker:
         model_dir: Path,
         env: RankEnv,
         run: RunDir | None = None,
-        store: ArrayStore | None = None,
     ):
-        """`run` is where files about batches and tokens go; there are none without it.
-
-        `store` has the arrays of samples; without it they are in the plans themselves.
-        """
+        """`run` is where files about batches and tokens go; there are none without it."""
         if env.device == "cuda" and not torch.cuda.is_available():
             raise RunError(
                 f"trainer rank {env.rank}: torch {torch.__version__} sees no CUDA on a node that "
@@ -76,14 +72,16 @@ class TrainWorker:
             bucket_bytes=config.weight_sync.bucket_bytes,
         )
         self._sender: Sender | None = None
-        self._store = store or LocalStore()
         # The version that the engines had last; the next rollout that is trained on has its number.
         self._version: int | None = None
 
-    def train_plans(self, plans: list[BatchPlan]) -> dict[str, float]:
-        """`train` on the batches of these plans, whose arrays this rank fetches first."""
+    def train_plans(
+        self, plans: list[BatchPlan], fetch: Callable[[], Mapping[KeptArrays, SampleArrays]] = dict
+    ) -> dict[str, float]:
+        """`train` on the batches of these plans. `fetch` gets what rollout workers keep of them."""
         begin = time.monotonic()
-        batches = [fill(plan, self._store.get(references(plan))) for plan in plans]
+        fetched = fetch()
+        batches = [fill(plan, fetched) for plan in plans]
         fetch_s = time.monotonic() - begin
         if not batches:
             return {}

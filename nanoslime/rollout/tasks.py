@@ -1,7 +1,7 @@
 """What the driver and its rollout workers tell each other: tasks there, news back.
 
 A worker runs the groups that it is given and keeps their samples. The driver sees reports,
-which hold numbers and references to arrays, and decides which groups a rollout has.
+which hold numbers and where the arrays are, and decides which groups a rollout has.
 """
 
 from collections.abc import Sequence
@@ -113,8 +113,8 @@ class Worker(Protocol):
         ...
 
     def finish_step(self, step: int, groups: Sequence[FinishedGroup]) -> None:
-        """Records these groups as those of rollout `step`, in the background, and lets their
-        arrays go."""
+        """Records these groups as those of rollout `step`, in the background, and lets those of
+        the step before go."""
         ...
 
     def set_engines(self, engines: Sequence[Engine]) -> None:

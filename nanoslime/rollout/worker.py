@@ -1,6 +1,6 @@
 """A rollout worker: runs groups of rollouts, scores them, and keeps their samples.
 
-    GroupTask -> n x environment.run(prompt, policy) -> scorer -> ArrayStore -> GroupReport
+    GroupTask -> n x environment.run(prompt, policy) -> scorer -> GroupReport
 
 All of it happens in one event loop in a thread of its own, which lives as long as the worker.
 The calls of the driver come in from other threads.
@@ -40,12 +40,12 @@ from nanoslime.rollout.tasks import (
     WorkerNews,
 )
 from nanoslime.types import (
-    ArrayStore,
     Engine,
     GroupReport,
-    LocalStore,
+    KeptArrays,
     RunError,
     Sample,
+    SampleArrays,
     SampleGroup,
     Status,
 )
@@ -102,12 +102,13 @@ class RolloutWorker:
     loaded.
     """
 
-    def __init__(self, setup: WorkerSetup, store: ArrayStore | None = None) -> None:
-        """`store` keeps the arrays for the trainers; without it they are in the reports."""
+    def __init__(self, setup: WorkerSetup, *, keeps_arrays: bool = False) -> None:
+        """`keeps_arrays` says that reports have KeptArrays, which `arrays` resolves."""
         config = setup.config
         rollout = config.rollout
         self.name = f"rollout worker {setup.index}"
-        self._store = store or LocalStore()
+        self._index = setup.index
+        self._keeps_arrays = keeps_arrays
         self._environment = environments.make(rollout.environment, rollout.environment_options)
         self._environment_timeout_s = rollout.environment_timeout_s
         self._scorer = Scorer(config.data)
@@ -135,6 +136,8 @@ class RolloutWorker:
             "eval": asyncio.Semaphore(num_slots),
         }
         self._held: dict[int, Held] = {}
+        # The samples of the last step that was finished, by group: it is being trained on.
+        self._finished: dict[int, list[Sample]] = {}
         self._counted: dict[str, float] = {}
         # Guards the news, for which `poll` waits.
         self._changed = threading.Condition()
@@ -175,6 +178,10 @@ class RolloutWorker:
 
     def finish_step(self, step: int, groups: Sequence[FinishedGroup]) -> None:
         self._soon(self._finish_step, step, list(groups))
+
+    def arrays(self, kept: Sequence[KeptArrays]) -> list[SampleArrays]:
+        """The arrays of samples of the step that was finished last."""
+        return self._in_loop(self._arrays(kept))
 
     def set_engines(self, engines: Sequence[Engine]) -> None:
         self._soon(self._router.set_engines, list(engines))
@@ -307,15 +314,15 @@ class RolloutWorker:
         rollout.samples = samples
 
     def _report(self, held: Held) -> GroupReport:
-        """What the driver is told of a finished group; its arrays go to the store."""
+        """What the driver is told of a finished group."""
+        group_id = held.task.group_id
         reports = []
-        for number, sample in enumerate(held.samples):
-            reference = None
-            if held.task.purpose == "train":
-                name = f"sample {number} of group {held.task.group_id} by {self.name}"
-                reference = self._store.put(sample.arrays, name)
-            reports.append(sample.report(reference))
-        return GroupReport(held.task.group_id, reports)
+        for index, sample in enumerate(held.samples):
+            arrays: SampleArrays | KeptArrays = sample.arrays
+            if self._keeps_arrays:
+                arrays = KeptArrays(self._index, group_id, index)
+            reports.append(sample.report(arrays))
+        return GroupReport(group_id, reports)
 
     def _cancel(self, gone: set[int]) -> None:
         for group_id in gone:
@@ -327,12 +334,18 @@ class RolloutWorker:
 
     def _finish_step(self, step: int, groups: Sequence[FinishedGroup]) -> None:
         finished = []
+        self._finished = {}
         for group in groups:
             samples = self._held.pop(group.group_id).samples
             for sample, advantage in zip(samples, group.advantages, strict=True):
                 sample.advantage = advantage
             finished.append(SampleGroup(group.group_id, samples))
+            if self._keeps_arrays:
+                self._finished[group.group_id] = samples
         self._recorder.record(step, finished)
+
+    async def _arrays(self, kept: Sequence[KeptArrays]) -> list[SampleArrays]:
+        return [self._finished[one.group_id][one.index].arrays for one in kept]
 
     async def _state(self) -> tuple[worker_state.ArrayWriter, Any]:
         """The training groups with the tokens that they have, as `worker_state` writes them."""

@@ -9,10 +9,10 @@ numbers alone; the arrays of a sample are only where it is trained on.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from nanoslime.batch import BatchPlan, TrainBatch
 from nanoslime.training.packing import pack
 from nanoslime.types import (
     GroupReport,
+    KeptArrays,
     SampleArrays,
     SampleGroup,
     SampleReport,
@@ -75,7 +76,7 @@ def make_train_batches(
     Raises ValueError for a sample without an advantage, or with token 0 in the loss.
     """
     steps = plan_train_batches(local_reports(groups), options)
-    return [[fill(plan, references(plan)) for plan in step] for step in steps]
+    return [[fill(plan) for plan in step] for step in steps]
 
 
 def plan_train_batches(
@@ -90,15 +91,21 @@ def plan_train_batches(
     return [_plan_step(samples, options) for samples in steps if samples]
 
 
-def references(plan: BatchPlan) -> list[Any]:
-    """The references of a plan in the order in which `fill` takes their arrays."""
-    return [reference for reference in plan.references if reference is not None]
+def kept_arrays(plans: Sequence[BatchPlan]) -> list[KeptArrays]:
+    """What rollout workers keep of the sequences of `plans`, in order."""
+    return [one for plan in plans for one in plan.arrays if isinstance(one, KeptArrays)]
 
 
-def fill(plan: BatchPlan, arrays: Sequence[SampleArrays]) -> TrainBatch:
-    """The batch of `plan`; `arrays` are those of `references(plan)`."""
-    fetched = iter(arrays)
-    sequences = [_DUMMY if ref is None else next(fetched) for ref in plan.references]
+def fill(plan: BatchPlan, fetched: Mapping[KeptArrays, SampleArrays] | None = None) -> TrainBatch:
+    """The batch of `plan`; `fetched` has all that rollout workers keep of it."""
+    sequences = []
+    for arrays in plan.arrays:
+        if arrays is None:
+            sequences.append(_DUMMY)
+        elif isinstance(arrays, KeptArrays):
+            sequences.append(fetched[arrays])
+        else:
+            sequences.append(arrays)
     masks = [_loss_mask(sequence, plan.oldest_version_in_loss) for sequence in sequences]
     batch = TrainBatch(
         token_ids=[torch.tensor(s.token_ids, dtype=torch.long) for s in sequences],
@@ -185,7 +192,7 @@ def _plan_step(samples: list[SampleReport], options: BatchingOptions) -> list[Ba
     for microbatches in ranks:
         mine = [i for microbatch in microbatches for i in microbatch]
         plan = BatchPlan(
-            references=[samples[i].arrays for i in mine],
+            arrays=[samples[i].arrays for i in mine],
             advantages=[advantages[i] for i in mine],
             token_weights=[token_weight(samples[i]) for i in mine],
             microbatches=_counted_from_zero(microbatches),
@@ -212,8 +219,8 @@ def _add_dummies(plan: BatchPlan) -> None:
     for microbatch in plan.microbatches:
         if microbatch:
             continue
-        microbatch.append(len(plan.references))
-        plan.references.append(None)
+        microbatch.append(len(plan.arrays))
+        plan.arrays.append(None)
         plan.advantages.append(0.0)
         plan.token_weights.append(0.0)
 

@@ -171,7 +171,7 @@ def test_samples_whose_tokens_are_all_masked_are_counted_and_a_rollout_of_them_i
 def test_every_rank_gets_its_own_share_of_every_step(tmp_path):
     ranks = batches(tmp_path, dp_size=2, num_steps_per_rollout=2)
     assert [len(steps) for steps in ranks] == [2, 2]
-    shares = [[len(step.references) for step in steps] for steps in ranks]
+    shares = [[len(step.arrays) for step in steps] for steps in ranks]
     assert [sum(of_step) for of_step in zip(*shares, strict=True)] == [4, 6]
 
 

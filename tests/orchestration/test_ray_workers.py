@@ -1,4 +1,4 @@
-"""A rollout worker as an actor of Ray, with a real server: the driver plans with references,
+"""A rollout worker as an actor of Ray, with a real server: the driver plans with numbers,
 and each rank fetches its own arrays.
 """
 
@@ -18,7 +18,7 @@ from nanoslime.batch import TrainBatch
 from nanoslime.config import RunConfig
 from nanoslime.orchestration.ray import cluster
 from nanoslime.orchestration.ray.actors import ActorPlace, Actors
-from nanoslime.orchestration.ray.store import RayStore, Stored
+from nanoslime.orchestration.ray.deliveries import Delivery, order, receive
 from nanoslime.orchestration.ray.workers import RayWorker, WorkerActor
 from nanoslime.rollout import recorder
 from nanoslime.rollout.tasks import FinishedGroup, GroupTask, Sampling
@@ -27,11 +27,11 @@ from nanoslime.run_dir import RunDir
 from nanoslime.training.batching import (
     BatchingOptions,
     fill,
+    kept_arrays,
     make_train_batches,
     plan_train_batches,
-    references,
 )
-from nanoslime.types import Prompt, RunError
+from nanoslime.types import KeptArrays, Prompt, RunError
 
 CONFIG = RunConfig(
     rollout={"max_new_tokens": 20, "n_samples_per_prompt": 3},
@@ -44,11 +44,11 @@ OPTIONS = BatchingOptions(
 
 @ray.remote(num_cpus=0)
 class Rank:
-    """Has nothing but its plans and the store."""
+    """Has nothing but its plans and what was ordered for it."""
 
-    def batches(self, plans) -> list[TrainBatch]:
-        store = RayStore()
-        return [fill(plan, store.get(references(plan))) for plan in plans]
+    def batches(self, plans, deliveries: list[Delivery]) -> list[TrainBatch]:
+        fetched = receive(deliveries)
+        return [fill(plan, fetched) for plan in plans]
 
 
 def task(group_id: int) -> GroupTask:
@@ -114,7 +114,7 @@ def test_arrays_go_from_the_worker_to_the_ranks_past_the_driver(
             reports += worker.poll(1.0).groups
         reports.sort(key=lambda group: group.group_id)
         samples = [sample for group in reports for sample in group.samples]
-        assert all(isinstance(sample.arrays, Stored) for sample in samples)
+        assert all(isinstance(sample.arrays, KeptArrays) for sample in samples)
 
         algorithms.make(CONFIG.algorithm).advantages(reports)
         steps = plan_train_batches(reports, OPTIONS)
@@ -125,10 +125,12 @@ def test_arrays_go_from_the_worker_to_the_ranks_past_the_driver(
                 for g in reports
             ],
         )
-        got = [
-            ray.get(Rank.remote().batches.remote([step[dp_rank] for step in steps]))
-            for dp_rank in range(2)
-        ]
+        got = []
+        for dp_rank in range(2):
+            plans = [step[dp_rank] for step in steps]
+            deliveries = order(kept_arrays(plans), actors.actors)
+            assert len(deliveries) == 1
+            got.append(ray.get(Rank.remote().batches.remote(plans, deliveries)))
         while not list(attempt.run.rollouts.glob("*.npz")):
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -145,12 +147,8 @@ def test_arrays_go_from_the_worker_to_the_ranks_past_the_driver(
             RunError, match=r"worker 0 on node 0 died .* poll; log: .*worker-0\.log"
         ):
             worker.poll(1.0)
-        # Ray may still find a copy for a moment.
-        own = RayStore().put(expected[0][0], "what has not died")
-        message = "arrays of sample 1 of group 2 by rollout worker 0 cannot be fetched.*OwnerDied"
+        message = "arrays of 2 samples by rollout worker 0 cannot be fetched.* has died.*ActorDied"
         with pytest.raises(RunError, match=message):
-            while time.monotonic() < deadline:
-                RayStore().get([own, samples[7].arrays])
-                time.sleep(0.1)
+            receive(order([samples[7].arrays, samples[8].arrays], actors.actors))
     finally:
         cluster.disconnect()

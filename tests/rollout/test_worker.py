@@ -27,7 +27,17 @@ from nanoslime.rollout.policy import Policy
 from nanoslime.rollout.sample_builder import SampleBuilder
 from nanoslime.rollout.tasks import FinishedGroup, GroupTask, RestoredGroup, Sampling
 from nanoslime.rollout.worker import RolloutWorker, WorkerSetup
-from nanoslime.types import Generation, GroupReport, Prompt, RunError, Sample, SampleArrays, Status
+from nanoslime.types import (
+    Generation,
+    GroupReport,
+    KeptArrays,
+    Prompt,
+    RunError,
+    Sample,
+    SampleArrays,
+    SampleGroup,
+    Status,
+)
 from tests.serving import wait_until_running
 
 SAMPLING = Sampling(n_samples_per_prompt=3, max_new_tokens=6, temperature=0.7)
@@ -56,8 +66,9 @@ def engine(tiny_model: Path) -> EmbeddedEngine:
 def open_worker(tmp_path: Path, tiny_model: Path, engine: EmbeddedEngine) -> Iterator[Any]:
     opened: list[RolloutWorker] = []
 
-    def make(*, engines: Sequence[Any] = (engine,), store: Any = None, **more: Any):
-        worker = RolloutWorker(setup(tmp_path, tiny_model, **more), store)
+    def make(*, engines: Sequence[Any] = (engine,), keeps_arrays: bool = False, **more: Any):
+        made = setup(tmp_path, tiny_model, **more)
+        worker = RolloutWorker(made, keeps_arrays=keeps_arrays)
         opened.append(worker)
         worker.set_engines(engines)
         return worker
@@ -123,30 +134,35 @@ def test_a_full_collection_leaves_out_what_was_there_before_the_worker(open_work
     assert gc.get_freeze_count() == 0
 
 
-class Store:
-    """Keeps arrays by number."""
-
-    def __init__(self) -> None:
-        self.kept: list[SampleArrays] = []
-
-    def put(self, arrays: SampleArrays, name: str) -> int:
-        self.kept.append(arrays)
-        return len(self.kept) - 1
-
-    def get(self, references: Sequence[int]) -> list[SampleArrays]:
-        return [self.kept[reference] for reference in references]
-
-
-def test_reports_have_references_and_evaluations_have_no_arrays_at_all(open_worker) -> None:
-    store = Store()
-    worker = open_worker(store=store)
-    worker.start([task(0), task(-1, purpose="eval")])
-    evaluated, trained = reports(worker, 2)
-    assert [sample.arrays for sample in evaluated.samples] == [None] * 3
-    assert [sample.arrays for sample in trained.samples] == [0, 1, 2]
-    [arrays] = store.get([1])
-    assert len(arrays.token_ids) == 9
+def test_arrays_of_the_step_that_was_finished_last_are_kept_for_the_trainers(open_worker) -> None:
+    worker = open_worker(keeps_arrays=True)
+    worker.start([task(0), task(1), task(2), task(-1, purpose="eval")])
+    evaluated, *trained = reports(worker, 4)
     assert not {-1} & worker._held.keys(), "an evaluation is not kept"
+    places = [[sample.arrays for sample in group.samples] for group in trained]
+    assert places[1] == [KeptArrays(worker=0, group_id=1, index=index) for index in range(3)]
+    worker.finish_step(7, [FinishedGroup(group_id, [0.5] * 3) for group_id in (0, 1)])
+    worker.start([task(3)])
+    reports(worker, 1)
+    asked = [places[1][2], places[0][0], places[1][0]]
+    fetched = worker.arrays(asked)
+    groups = recorded(worker, 7)
+    for one, arrays in zip(asked, fetched, strict=True):
+        sample = groups[one.group_id].samples[one.index]
+        np.testing.assert_array_equal(arrays.token_ids, sample.token_ids)
+        np.testing.assert_array_equal(arrays.rollout_logprobs, sample.rollout_logprobs)
+        assert arrays.policy_versions == sample.policy_versions
+    worker.finish_step(8, [FinishedGroup(2, [0.5] * 3)])
+    assert len(worker.arrays(places[2])) == 3
+    with pytest.raises(KeyError):
+        worker.arrays(asked)
+
+
+def recorded(worker: RolloutWorker, step: int) -> list[SampleGroup]:
+    """The groups of a step, once they are on disk."""
+    directory = worker._recorder._recording.directory
+    wait_for(lambda: any(directory.glob("*.npz")))
+    return recorder.load(directory, step)
 
 
 def test_a_finished_step_is_recorded_with_its_advantages_and_let_go(open_worker, tmp_path) -> None:
@@ -404,13 +420,9 @@ def test_groups_wait_for_engines_and_run_at_most_so_many_at_once(open_worker, en
 
 
 def test_a_fault_of_the_worker_is_told_by_poll(open_worker) -> None:
-    class Full(Store):
-        def put(self, arrays: SampleArrays, name: str) -> int:
-            raise MemoryError("the store is full")
-
-    worker = open_worker(store=Full())
-    worker.start([task(0)])
-    with pytest.raises(RunError, match="rollout worker 0 failed: MemoryError: the store is full"):
+    worker = open_worker()
+    worker.finish_step(0, [FinishedGroup(7, [])])
+    with pytest.raises(RunError, match="rollout worker 0 failed: KeyError: 7"):
         reports(worker, 1)
 
 

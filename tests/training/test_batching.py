@@ -15,11 +15,11 @@ from nanoslime.batch import TrainBatch
 from nanoslime.training.batching import (
     BatchingOptions,
     fill,
+    kept_arrays,
     make_train_batches,
     plan_train_batches,
-    references,
 )
-from nanoslime.types import GroupReport, Sample, SampleGroup, Status
+from nanoslime.types import GroupReport, KeptArrays, Sample, SampleGroup, Status
 
 
 def sample(group_id, rollout_id, length, response, advantage=1.0):
@@ -370,17 +370,29 @@ def assert_same(some, others):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_plans_hold_no_arrays_and_filled_from_references_they_are_the_batches(seed):
+def test_plans_hold_no_arrays_and_filled_with_fetched_ones_they_are_the_batches(seed):
     groups = with_experts(random_groups(seed))
     options = BatchingOptions(
         num_steps=2, dp_size=3, max_tokens=50, denominator="sequences", temperature=0.7
     )
-    kept = [s.arrays for group in groups for s in group.samples]
-    numbers = itertools.count()
+    fetched = {
+        KeptArrays(worker=1, group_id=group.group_id, index=index): sample.arrays
+        for group in groups
+        for index, sample in enumerate(group.samples)
+    }
     reports = [
-        GroupReport(g.group_id, [s.report(next(numbers)) for s in g.samples]) for g in groups
+        GroupReport(
+            group.group_id,
+            [
+                sample.report(KeptArrays(1, group.group_id, index))
+                for index, sample in enumerate(group.samples)
+            ],
+        )
+        for group in groups
     ]
     plans = pickle.loads(pickle.dumps(plan_train_batches(reports, options)))
     assert len(pickle.dumps(plans)) < 20_000
-    filled = [[fill(p, [kept[ref] for ref in references(p)]) for p in step] for step in plans]
+    asked = kept_arrays([plan for step in plans for plan in step])
+    assert sorted(asked, key=str) == sorted(fetched, key=str)
+    filled = [[fill(plan, fetched) for plan in step] for step in plans]
     assert_same(filled, make_train_batches(groups, options))

@@ -6,5 +6,5 @@ folder imports ray.
                                         their servers and runs a rollout worker
 
 The arrays of samples go from the worker that made them to the ranks that train on them; the
-driver has references. An actor that dies ends the run: RunError says its name, node and log.
+driver has their numbers. An actor that dies ends the run: RunError says its name, node and log.
 """

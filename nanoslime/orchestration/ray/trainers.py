@@ -2,7 +2,9 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ from nanoslime.failures import told_in_one_line
 from nanoslime.layout import Layout
 from nanoslime.orchestration.groups import TrainGroup
 from nanoslime.orchestration.ray.actors import ActorPlace, Actors, ActorSetup, log_to
-from nanoslime.orchestration.ray.store import RayStore
+from nanoslime.orchestration.ray.deliveries import Delivery, order, receive
 from nanoslime.orchestration.worker import TrainWorker
 from nanoslime.processes.ports import free_port
 from nanoslime.run_dir import Attempt, RunDir
 from nanoslime.training.backend import RankEnv
+from nanoslime.training.batching import kept_arrays
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +66,12 @@ class RankActor:
             "trainer rank %d of %d on %s, pid %d", env.rank, world_size, address, os.getpid()
         )
         with told_in_one_line(logger, "load the model"):
-            self._worker = TrainWorker(setup.config, setup.model_dir, env, run, RayStore())
+            self._worker = TrainWorker(setup.config, setup.model_dir, env, run)
         return self._worker.dp_rank, self._worker.dp_size
+
+    def train(self, plans: list[BatchPlan], deliveries: list[Delivery]) -> dict[str, float]:
+        with told_in_one_line(logger, "train"):
+            return self._worker.train_plans(plans, partial(receive, deliveries))
 
     def call(self, method: str, *args: Any) -> Any:
         """A collective method of TrainWorker, by name."""
@@ -73,9 +80,19 @@ class RankActor:
 
 
 class RayTrainGroup(TrainGroup):
-    """Construction reserves the ranks' places; `setup` builds their models."""
+    """Construction reserves the ranks' places; `setup` builds their models.
 
-    def __init__(self, config: RunConfig, attempt: Attempt, layout: Layout, model_dir: Path):
+    `workers` are the actors of the rollout workers, in the order of their numbers.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        attempt: Attempt,
+        layout: Layout,
+        model_dir: Path,
+        workers: Sequence[Any] = (),
+    ):
         super().__init__(config, attempt.run, model_dir, len(layout.trainers))
         places = [ActorPlace(place.rank, place.node, num_slots=1) for place in layout.trainers]
         self._ranks = Actors(RankActor, "trainer rank", places, attempt, config, model_dir)
@@ -85,6 +102,7 @@ class RayTrainGroup(TrainGroup):
         self.address = found[0].address
         self.gpu_ids = [gpu_id for place in found for gpu_id in place.gpu_ids]
         self._dp_ranks: list[int] = []
+        self._workers = workers
 
     def setup(self) -> None:
         # A port is chosen only now: engines have taken some since the ranks were placed.
@@ -97,9 +115,10 @@ class RayTrainGroup(TrainGroup):
         self.dp_size = found[0][1]
 
     def _train(self, shards: list[list[BatchPlan]]) -> dict[str, float]:
-        stored = [ray.put(of_dp_rank) for of_dp_rank in shards]
+        plans = [ray.put(of_dp_rank) for of_dp_rank in shards]
+        deliveries = [order(kept_arrays(of_dp_rank), self._workers) for of_dp_rank in shards]
         refs = [
-            actor.call.remote("train_plans", stored[dp_rank])
+            actor.train.remote(plans[dp_rank], deliveries[dp_rank])
             for actor, dp_rank in zip(self._ranks.actors, self._dp_ranks, strict=True)
         ]
         return self._ranks.gather(refs, "train", self._deadlines.train)[0]

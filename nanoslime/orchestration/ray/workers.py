@@ -16,7 +16,6 @@ from nanoslime.engine_kind import EngineOwner, EngineStart, engine_kind
 from nanoslime.failures import told_in_one_line
 from nanoslime.layout import EnginePlace, Layout
 from nanoslime.orchestration.ray.actors import ActorPlace, Actors, ActorSetup, log_to
-from nanoslime.orchestration.ray.store import RayStore
 from nanoslime.rollout.tasks import FinishedGroup, GroupTask, RestoredGroup, WorkerNews
 from nanoslime.rollout.worker import RolloutWorker, WorkerSetup
 from nanoslime.run_dir import Attempt
@@ -75,7 +74,7 @@ class WorkerActor:
 
     def open_worker(self, setup: WorkerSetup) -> None:
         with told_in_one_line(logger, "open the rollout worker"):
-            self._worker = RolloutWorker(setup, RayStore())
+            self._worker = RolloutWorker(setup, keeps_arrays=True)
         logger.info("%s, pid %d", self._worker.name, os.getpid())
 
     @ray.method(concurrency_group=_IN_ORDER)
@@ -187,6 +186,11 @@ class RayEngines:
         self._actors = Actors(
             WorkerActor, "worker", places, attempt, config, model_dir, _MAX_CONCURRENCY
         )
+
+    @property
+    def actors(self) -> Sequence[Any]:
+        """The actors of the rollout workers, in the order of their numbers."""
+        return self._actors.actors
 
     def start(self, gpus_by_rank: Sequence[str] = ()) -> None:
         """Starts every server. `gpus_by_rank` are the trainers' GPUs, where the engines
