@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import shutil
@@ -14,10 +13,13 @@ from pathlib import Path
 
 import psutil
 
+from nanoslime.plugins import resolve
 from nanoslime.processes.command import ask
 from nanoslime.types import RunError
 
 _COMMAND_DEADLINE_S = 30.0
+# submitit 1.5.4; its public property reads the environment of this process alone.
+_EXPAND_NODELIST = "submitit.slurm.slurm:_parse_node_list"
 _DEFAULT_KILL_WAIT_S = 30.0
 # Ports from 20,000 on, a block of eight for each job, all below the ephemeral range
 # (32768 and up).
@@ -78,7 +80,9 @@ class ClusterEnv:
             )
         node_list = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]
         listed = _output("scontrol", "show", "hostnames", node_list).split()
-        names = tuple(listed or expand_nodelist(node_list))
+        # A container may lack scontrol.
+        expand = resolve(_EXPAND_NODELIST, {}, "SLURM_JOB_NODELIST")
+        names = tuple(listed or expand(node_list))
         index = int(environ["SLURM_NODEID"])
         cpus = environ.get("SLURM_CPUS_PER_TASK") or environ.get("SLURM_CPUS_ON_NODE", "0")
         return cls(
@@ -125,22 +129,6 @@ def remove_scratch(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def expand_nodelist(text: str) -> list[str]:
-    """The names in a node list like n[1,3-4],m7 or r[1-2]n[01-02], without scontrol."""
-    names: list[str] = []
-    for item in re.split(r",(?![^\[]*\])", text):
-        # Alternately a literal text and the inside of brackets: text, ranges, text, ...,
-        # text.
-        fragments = re.split(r"\[([^\]]*)\]", item)
-        choices = []
-        for i, fragment in enumerate(fragments):
-            is_ranges = i % 2 == 1
-            choices.append(_numbers(fragment) if is_ranges else [fragment])
-        for combination in itertools.product(*choices):
-            names.append("".join(combination))
-    return names
-
-
 def interface_address(name: str) -> str:
     """IPv4 address of a network interface; RunError lists the interfaces that exist."""
     interfaces = psutil.net_if_addrs()
@@ -151,16 +139,6 @@ def interface_address(name: str) -> str:
         f"cluster.network_interface={name} has no address on {socket.gethostname()}; "
         f"there: {', '.join(interfaces)}"
     )
-
-
-def _numbers(ranges: str) -> list[str]:
-    """The numbers in 1,3-4 or 01-02, with the leading zeros of each range's first."""
-    found = []
-    for item in ranges.split(","):
-        first, _, last = item.partition("-")
-        for number in range(int(first), int(last or first) + 1):
-            found.append(str(number).zfill(len(first)))
-    return found
 
 
 def _address(names: tuple[str, ...], index: int, network_interface: str) -> str:

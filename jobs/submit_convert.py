@@ -13,7 +13,6 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -34,26 +33,6 @@ _DEADLINE_S = 120.0
 _MAX_CPUS = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
-    """What is to run, and how it is submitted."""
-
-    tool: str
-    paths: tuple[Path, ...]
-    # Options of the tool, as typed.
-    options: tuple[str, ...]
-    cluster: Path | None
-    # Flags that set fields of the configuration over the cluster file.
-    flags: list[str]
-    cpus: int | None
-    local: bool
-    dry_run: bool
-
-    @property
-    def is_conversion(self) -> bool:
-        return self.tool in CONVERSIONS
-
-
 def main(argv: list[str], environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
     """The exit code: 0 submitted, 2 refused.
 
@@ -69,8 +48,12 @@ def main(argv: list[str], environ: Mapping[str, str] = os.environ, root: Path = 
         return 2
 
 
-def parse(argv: list[str]) -> Command:
-    """The options of this command; those that it does not know are the tool's."""
+def parse(argv: list[str]) -> argparse.Namespace:
+    """What is to run, and how it is submitted.
+
+    `options` are those that this command does not know: the tool's, as typed. `flags` set fields of
+    the configuration over the cluster file.
+    """
     summary = (__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser("submit_convert.py", description=summary, allow_abbrev=False)
     tools = ", ".join(f"{tool} {directories}" for tool, directories in TOOLS.items())
@@ -102,28 +85,23 @@ def parse(argv: list[str]) -> Command:
         action="store_true",
         help="print the tool's plan and the batch script; submit nothing",
     )
-    arguments, options = parser.parse_known_args(argv)
-    directories = TOOLS[arguments.tool]
-    if len(arguments.paths) != len(directories.split()):
-        raise RunError(f"{arguments.tool} takes {directories}, and then its own options")
-    flags = []
-    if arguments.partition is not None:
-        flags.append(f"--partition={arguments.partition}")
-    if arguments.time_limit_min is not None:
-        flags.append(f"--time-limit-min={arguments.time_limit_min}")
-    return Command(
-        tool=arguments.tool,
-        paths=tuple(path.absolute() for path in arguments.paths),
-        options=tuple(options),
-        cluster=yaml_file(arguments.cluster, CLUSTERS),
-        flags=flags,
-        cpus=arguments.cpus,
-        local=arguments.local,
-        dry_run=arguments.dry_run,
-    )
+    command, options = parser.parse_known_args(argv)
+    command.options = options
+    directories = TOOLS[command.tool]
+    if len(command.paths) != len(directories.split()):
+        raise RunError(f"{command.tool} takes {directories}, and then its own options")
+    command.paths = [path.absolute() for path in command.paths]
+    command.cluster = yaml_file(command.cluster, CLUSTERS)
+    command.flags = []
+    if command.partition is not None:
+        command.flags.append(f"--partition={command.partition}")
+    if command.time_limit_min is not None:
+        command.flags.append(f"--time-limit-min={command.time_limit_min}")
+    command.is_conversion = command.tool in CONVERSIONS
+    return command
 
 
-def run(command: Command, config: RunConfig, slurm: where.Where) -> int:
+def run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> int:
     """From the command to a job id, a printed plan, or the tool in our place."""
     local_line = f"LOCAL, nothing is submitted: {command.tool} runs on this machine"
     if not command.dry_run and not slurm.has_slurm(local=command.local):
@@ -154,7 +132,7 @@ def run(command: Command, config: RunConfig, slurm: where.Where) -> int:
     return 0
 
 
-def check(command: Command) -> str:
+def check(command: argparse.Namespace) -> str:
     """The conversion's own plan.
 
     Raises RunError with the reason why the tool refuses, or for a missing directory.
@@ -191,7 +169,7 @@ def submit(sbatch: Path, script: str, log_folder: Path) -> str:
     return done.stdout.strip().split(";")[0]
 
 
-def tool_words(command: Command, python: str, threads: int | None) -> list[str]:
+def tool_words(command: argparse.Namespace, python: str, threads: int | None) -> list[str]:
     """The tool as a command; of two --threads it takes the last, a user's own."""
     script = ROOT / "tools" / f"{command.tool.replace('-', '_')}.py"
     words = [python, str(script), *map(str, command.paths)]
@@ -200,7 +178,7 @@ def tool_words(command: Command, python: str, threads: int | None) -> list[str]:
     return [*words, *command.options]
 
 
-def sbatch_text(command: Command, config: RunConfig, log: str, folder: Path) -> str:
+def sbatch_text(command: argparse.Namespace, config: RunConfig, log: str, folder: Path) -> str:
     """The batch script. Pure; paths are quoted.
 
     Its job runs in `folder` and writes its output to `log`<job id>.out.
@@ -220,7 +198,7 @@ def sbatch_text(command: Command, config: RunConfig, log: str, folder: Path) -> 
     return batch_script(options, config, f"cd {shlex.quote(str(folder))}", f"exec {task}")
 
 
-def _log_prefix(command: Command) -> str:
+def _log_prefix(command: argparse.Namespace) -> str:
     """The job's log up to the job's id: beside the output, or in this directory."""
     if command.is_conversion:
         return f"{command.paths[-1]}.slurm-"

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from nanoslime import layout
@@ -14,7 +15,6 @@ from nanoslime.config import RunConfig
 from nanoslime.config.load import dump, load, read
 from nanoslime.engine_kind import takes_slots
 from nanoslime.models.local_checkpoint import with_local_checkpoint
-from nanoslime.models.shape import ModelShape
 from nanoslime.orchestration import torchrun_group
 from nanoslime.orchestration.session import Phase, Session, open_local
 from nanoslime.plugins import resolve
@@ -47,45 +47,12 @@ class Launch:
         self.attempt.run.accepted_config.unlink(missing_ok=True)
 
 
-@dataclass(frozen=True, slots=True)
-class CommandLine:
-    run: Path | None  # a submitted run
-    attempt: int | None
-    resume: Path | None  # a run of this machine
-    mock: bool
-    rest: list[str]  # a recipe, and flags of the configuration
-
-    @classmethod
-    def parse(cls, argv: list[str]) -> "CommandLine":
-        parser = argparse.ArgumentParser(
-            prog="python -m nanoslime.train", add_help=False, allow_abbrev=False
-        )
-        parser.add_argument("--run", type=Path)
-        parser.add_argument("--attempt", type=int)
-        parser.add_argument("--resume", type=Path)
-        parser.add_argument("--mock", action="store_true")
-        known, rest = parser.parse_known_args(argv)
-        return cls(known.run, known.attempt, known.resume, known.mock, rest)
-
-    def config(self) -> RunConfig:
-        """The configuration of a run on this machine."""
-        if self.resume:
-            before = RunDir.open(self.resume).config_to_resume()
-            return load(before, None, self.rest, resumes=True)
-        flags = list(self.rest)
-        recipe = MOCK_RECIPE if self.mock else None
-        if flags and not flags[0].startswith("-"):
-            given = Path(flags.pop(0))
-            recipe = recipe or given
-        return load(recipe, None, flags)
-
-
 def parse(argv: list[str]) -> Launch:
     """What the command line asks for. Raises RunError or ValueError in one line."""
-    asked = CommandLine.parse(argv)
+    asked = _asked(argv)
     if asked.run:
-        return _submitted(asked)
-    return _on_this_machine(asked.config(), RunDir.open(asked.resume) if asked.resume else None)
+        return _submitted(RunDir.open(asked.run), asked.attempt)
+    return _on_this_machine(_config(asked), RunDir.open(asked.resume) if asked.resume else None)
 
 
 def serves_rank_0() -> bool:
@@ -95,7 +62,7 @@ def serves_rank_0() -> bool:
 
 def serve_rank_0(argv: list[str]) -> int:
     """Takes part in the run that torchrun's rank 0 drives, until its end."""
-    config = CommandLine.parse(argv).config()
+    config = _config(_asked(argv))
     set_level(config.log_level)
     _check_torchrun(config)
     # A hub id is fetched before the ranks meet, as on rank 0: their deadline is shorter.
@@ -104,19 +71,42 @@ def serve_rank_0(argv: list[str]) -> int:
     return DONE if went_well else FAILED
 
 
-def _submitted(asked: CommandLine) -> Launch:
+def _asked(argv: list[str]) -> argparse.Namespace:
+    """`run` is a submitted run, `resume` one of this machine; `rest` are a recipe, and flags of the
+    configuration.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m nanoslime.train", add_help=False, allow_abbrev=False
+    )
+    parser.add_argument("--run", type=Path)
+    parser.add_argument("--attempt", type=int)
+    parser.add_argument("--resume", type=Path)
+    parser.add_argument("--mock", action="store_true")
+    asked, rest = parser.parse_known_args(argv)
+    asked.rest = rest
+    return asked
+
+
+def _config(asked: argparse.Namespace) -> RunConfig:
+    """The configuration of a run on this machine."""
+    flags = list(asked.rest)
+    if asked.resume:
+        return load(RunDir.open(asked.resume).config_to_resume(), None, flags, resumes=True)
+    recipe = MOCK_RECIPE if asked.mock else None
+    if flags and not flags[0].startswith("-"):
+        given = Path(flags.pop(0))
+        recipe = recipe or given
+    return load(recipe, None, flags)
+
+
+def _submitted(run: RunDir, number: int) -> Launch:
     """A run that a node agent starts: its directory holds everything."""
-    run = RunDir.open(asked.run)
-    attempt = run.attempt(asked.attempt)
+    attempt = run.attempt(number)
     config = read(run.config)
     set_level(config.log_level)
     plan = layout.Layout.from_json(run.plan.read_text())
     open_ray = resolve(OPEN_RAY, {}, "a submitted run")
-
-    def open_session(phase: Phase) -> AbstractContextManager[Session]:
-        return open_ray(config, attempt, plan, phase, local=False)
-
-    return Launch(attempt, open_session)
+    return Launch(attempt, partial(open_ray, config, attempt, plan, local=False))
 
 
 def _on_this_machine(config: RunConfig, run: RunDir | None) -> Launch:
@@ -132,7 +122,11 @@ def _on_this_machine(config: RunConfig, run: RunDir | None) -> Launch:
     has_servers_only = rollout.rollout_only and takes_slots(rollout)
     has_ranks_of_ray = config.training.num_gpus is not None and "RANK" not in os.environ
     if has_servers_only or has_ranks_of_ray:
-        return _on_own_ray(config, run, shape)
+        plan = layout.plan(config, shape)
+        attempt, pending = _new_attempt(config, run, plan)
+        open_ray = resolve(OPEN_RAY, {}, "training.num_gpus")
+        open_session = partial(open_ray, config, attempt, plan, local=True)
+        return Launch(attempt, open_session, pending, attempt.log("driver", 0))
     if config.cluster.device == "cuda" and takes_slots(rollout) and not config.cluster.colocate:
         raise RunError(
             f"rollout.engine={rollout.engine} has no GPU beside the trainer of this process: share "
@@ -140,21 +134,7 @@ def _on_this_machine(config: RunConfig, run: RunDir | None) -> Launch:
         )
     env = _rank_env(config)
     attempt, pending = _new_attempt(config, run)
-
-    def open_session(phase: Phase) -> AbstractContextManager[Session]:
-        return open_local(config, attempt, env, phase)
-
-    return Launch(attempt, open_session, pending, attempt.log("driver", 0))
-
-
-def _on_own_ray(config: RunConfig, run: RunDir | None, shape: ModelShape) -> Launch:
-    plan = layout.plan(config, shape)
-    attempt, pending = _new_attempt(config, run, plan)
-    open_ray = resolve(OPEN_RAY, {}, "training.num_gpus")
-
-    def open_session(phase: Phase) -> AbstractContextManager[Session]:
-        return open_ray(config, attempt, plan, phase, local=True)
-
+    open_session = partial(open_local, config, attempt, env)
     return Launch(attempt, open_session, pending, attempt.log("driver", 0))
 
 

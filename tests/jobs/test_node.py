@@ -15,7 +15,7 @@ from jobs import agent as agent_module
 from jobs import ray_node
 from jobs.agent import Agent, AttemptOver
 from jobs.checkout import ROOT
-from jobs.cluster_env import ClusterEnv, expand_nodelist, interface_address
+from jobs.cluster_env import ClusterEnv, interface_address
 from jobs.local import run_local
 from jobs.preflight import check_cores, check_driver, check_gpus
 from jobs.ray_node import cuda_home
@@ -319,8 +319,12 @@ def test_ports_are_below_the_ephemeral_range() -> None:
         ("a[1-2]-ib,b", ["a1-ib", "a2-ib", "b"]),
     ],
 )
-def test_node_lists_expand_without_scontrol(text: str, names: list[str]) -> None:
-    assert expand_nodelist(text) == names
+def test_node_lists_expand_without_scontrol(
+    monkeypatch: pytest.MonkeyPatch, text: str, names: list[str]
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    environ = {"SLURM_JOB_ID": "71", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": text}
+    assert ClusterEnv.from_slurm(environ, "lo").node_names == tuple(names)
 
 
 def test_slurm_facts_of_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
