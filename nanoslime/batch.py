@@ -21,39 +21,9 @@ from nanoslime.types import KeptArrays, SampleArrays
 
 
 @dataclass(kw_only=True, slots=True)
-class BatchPlan:
-    """What the driver decides of a `TrainBatch`, without the arrays of its samples.
+class StepShare:
+    """One data-parallel rank's share of an optimizer step. A list has one entry per sequence."""
 
-    Fields that TrainBatch has too mean the same there.
-    """
-
-    # One for each sequence; None is a dummy.
-    arrays: list[SampleArrays | KeptArrays | None]
-    advantages: list[float]
-    token_weights: list[float]
-    microbatches: list[list[int]]
-    denominator: float
-    num_tokens: int
-    num_sequences: int
-    temperature: float
-    # (num_moe_layers, topk) where the samples of the step have routed experts.
-    expert_shape: tuple[int, int] | None
-    # Tokens that an older version sampled are not in the loss; None keeps all.
-    oldest_version_in_loss: int | None
-
-
-@dataclass(kw_only=True, slots=True)
-class TrainBatch:
-    """One data-parallel rank's sequences of one optimizer step.
-
-    Each list has one entry per sequence. old_logprobs, ref_logprobs and token_advantages
-    are filled in on the ranks before the train step. Position t of a per-token tensor
-    describes token t, given the tokens before it; position 0 is never in the loss.
-    """
-
-    token_ids: list[Tensor]  # int64 [T_i]
-    loss_mask: list[Tensor]  # bool [T_i]
-    rollout_logprobs: list[Tensor]  # float32 [T_i]
     advantages: list[float]  # one scalar per sequence
     # 1 for a token mean, 1 / (tokens of the sequence's rollout) for a sequence mean
     token_weights: list[float]
@@ -64,6 +34,32 @@ class TrainBatch:
     num_tokens: int  # global over DP: tokens in the loss of this optimizer step
     num_sequences: int  # global over DP
     temperature: float  # of sampling; logits are divided by it before every logprob
+
+
+@dataclass(kw_only=True, slots=True)
+class BatchPlan(StepShare):
+    """What the driver decides of a `TrainBatch`, without the arrays of its samples."""
+
+    # One for each sequence; None is a dummy.
+    arrays: list[SampleArrays | KeptArrays | None]
+    # (num_moe_layers, topk) where the samples of the step have routed experts.
+    expert_shape: tuple[int, int] | None
+    # Tokens that an older version sampled are not in the loss; None keeps all.
+    oldest_version_in_loss: int | None
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainBatch(StepShare):
+    """The sequences of a share, each list with one entry per sequence.
+
+    old_logprobs, ref_logprobs and token_advantages are filled in on the ranks before the
+    train step. Position t of a per-token tensor describes token t, given the tokens before
+    it; position 0 is never in the loss.
+    """
+
+    token_ids: list[Tensor]  # int64 [T_i]
+    loss_mask: list[Tensor]  # bool [T_i]
+    rollout_logprobs: list[Tensor]  # float32 [T_i]
     old_logprobs: list[Tensor] | None = None
     ref_logprobs: list[Tensor] | None = None
     token_advantages: list[Tensor] | None = None

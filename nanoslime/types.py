@@ -7,7 +7,7 @@ lengths.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -53,36 +53,43 @@ class Prompt:
 
 
 @dataclass(kw_only=True, slots=True)
-class Sample:
+class SampleFacts:
+    """What the driver knows of a sample, too.
+
+    policy_versions are (first token, version) spans: a sample may outlive a weight update.
+    """
+
+    group_id: int  # the prompt's group; advantages are relative within it
+    rollout_id: int  # siblings of one fanned-out rollout share it, and one loss denominator
+    policy_versions: list[tuple[int, int]]
+    status: Status
+    error: str | None = None
+    reward: float | None = None  # set once, by the reward
+    # Where the reward is a weighted sum, what each reward in it gave, by name.
+    reward_parts: dict[str, float] = field(default_factory=dict)
+    advantage: float | None = None  # set once, by the algorithm; never stored in `reward`
+
+
+@dataclass(kw_only=True, slots=True)
+class Sample(SampleFacts):
     """One sampled sequence. Per-token fields are [T], where T = prompt + response tokens.
 
     rollout_logprobs[t] is log p(token_ids[t] | token_ids[:t]) at the sampling temperature,
     under the policy that sampled the token. It is 0.0 where loss_mask[t] is False (prompt,
     tool output).
 
-    policy_versions are (first token, version) spans: a sample may outlive a weight update.
-
     routed_experts are the experts that token t went to, by layer that has experts. They end
     one token early, because the engine never runs the last token.
     """
 
-    group_id: int  # the prompt's group; advantages are relative within it
-    rollout_id: int  # siblings of one fanned-out rollout share it, and one loss denominator
     token_ids: np.ndarray  # int32 [T]
     loss_mask: np.ndarray  # bool [T]
     rollout_logprobs: np.ndarray  # float32 [T]
-    policy_versions: list[tuple[int, int]]
-    status: Status
     text: str = ""  # the decoded response
     label: Any = None
     metadata: dict[str, Any] = field(default_factory=dict)
-    error: str | None = None
     # [T-1, num_moe_layers, topk]; uint8 up to 256 experts, else int16
     routed_experts: np.ndarray | None = None
-    reward: float | None = None  # set once, by the reward
-    # Where the reward is a weighted sum, what each reward in it gave, by name.
-    reward_parts: dict[str, float] = field(default_factory=dict)
-    advantage: float | None = None  # set once, by the algorithm; never stored in `reward`
 
     @property
     def num_tokens(self) -> int:
@@ -117,21 +124,15 @@ class Sample:
             num_in_loss = int(self.loss_mask[first:end].sum())
             if num_in_loss:
                 counts[version] = counts.get(version, 0) + num_in_loss
+        facts = {one.name: getattr(self, one.name) for one in fields(SampleFacts)}
         return SampleReport(
-            group_id=self.group_id,
-            rollout_id=self.rollout_id,
+            **facts,
             prompt_id=self.metadata.get("prompt_id", -1),
-            status=self.status,
             num_tokens=self.num_tokens,
             num_response_tokens=self.num_response_tokens,
-            policy_versions=self.policy_versions,
             loss_tokens_by_version=dict(sorted(counts.items())),
             expert_shape=expert_shape,
             arrays=arrays,
-            error=self.error,
-            reward=self.reward,
-            reward_parts=self.reward_parts,
-            advantage=self.advantage,
         )
 
     def check(self) -> None:
@@ -176,45 +177,21 @@ class KeptArrays:
 
 
 @dataclass(kw_only=True, slots=True)
-class SampleReport:
-    """What the driver knows of a sample: numbers, and where its arrays are.
+class SampleReport(SampleFacts):
+    """What the driver knows of a sample: numbers, and where its arrays are."""
 
-    Names that `Sample` has too mean the same here.
-    """
-
-    group_id: int
-    rollout_id: int
     prompt_id: int
-    status: Status
     num_tokens: int
     num_response_tokens: int
-    policy_versions: list[tuple[int, int]]
     # Tokens in the loss by the version that sampled them, oldest version first.
     loss_tokens_by_version: dict[int, int]
     # (num_moe_layers, topk) where the sample has routed experts.
     expert_shape: tuple[int, int] | None
     arrays: SampleArrays | KeptArrays
-    error: str | None = None
-    reward: float | None = None
-    reward_parts: dict[str, float] = field(default_factory=dict)
-    advantage: float | None = None
 
 
-class Scored(Protocol):
-    """What the algorithms see of a sample: a `Sample` or a `SampleReport`."""
-
-    group_id: int
-    rollout_id: int
-    status: Status
-    reward: float | None
-    reward_parts: dict[str, float]
-    advantage: float | None
-
-    @property
-    def num_tokens(self) -> int: ...
-
-    @property
-    def num_response_tokens(self) -> int: ...
+Scored = Sample | SampleReport
+"""What the algorithms see of a sample."""
 
 
 @dataclass(slots=True)

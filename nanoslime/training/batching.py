@@ -10,7 +10,7 @@ numbers alone; the arrays of a sample are only where it is trained on.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import count
 from typing import Literal
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanoslime.batch import BatchPlan, TrainBatch
+from nanoslime.batch import BatchPlan, StepShare, TrainBatch
 from nanoslime.training.packing import pack
 from nanoslime.types import (
     GroupReport,
@@ -107,17 +107,12 @@ def fill(plan: BatchPlan, fetched: Mapping[KeptArrays, SampleArrays] | None = No
         else:
             sequences.append(arrays)
     masks = [_loss_mask(sequence, plan.oldest_version_in_loss) for sequence in sequences]
+    share = {field.name: getattr(plan, field.name) for field in fields(StepShare)}
     batch = TrainBatch(
+        **share,
         token_ids=[torch.tensor(s.token_ids, dtype=torch.long) for s in sequences],
         loss_mask=[torch.tensor(mask, dtype=torch.bool) for mask in masks],
         rollout_logprobs=[torch.tensor(s.rollout_logprobs, dtype=torch.float32) for s in sequences],
-        advantages=plan.advantages,
-        token_weights=plan.token_weights,
-        microbatches=plan.microbatches,
-        denominator=plan.denominator,
-        num_tokens=plan.num_tokens,
-        num_sequences=plan.num_sequences,
-        temperature=plan.temperature,
     )
     if plan.expert_shape is not None:
         batch.routed_experts = [_routed_experts(s, plan.expert_shape) for s in sequences]
