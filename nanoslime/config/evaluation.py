@@ -1,11 +1,11 @@
 """When the policy is evaluated, on which sets of prompts, and how their samples are drawn."""
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from nanoslime.config.base import knobs
-from nanoslime.config.model import PromptsConfig, settings_of_flag
+from nanoslime.config.model import PromptsConfig, check_titles
 from nanoslime.config.rollout import LOWEST_TEMPERATURE, check_top_k
 
 # The set that data.eval_prompts is.
@@ -64,22 +64,9 @@ class EvalConfig:
     """Evaluate on so many prompts of a set at most; 0: on all."""
     seed: int = 0
 
-    @field_validator("sets", mode="before")
-    @classmethod
-    def _sets_of_flags(cls, sets: Any) -> Any:
-        """A set as text is the JSON of its settings, or its prompts alone."""
-        if not isinstance(sets, list):
-            return sets
-        return [settings_of_flag(one, "eval.sets") for one in sets]
-
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
-        names = [one.title for one in self.sets]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(
-                    f"eval.sets: the name {name!r} stands twice; give each a `name` of its own"
-                )
+        check_titles(self.sets)
         return self
 
     def due(self, step: int, num_rollout: int) -> bool:

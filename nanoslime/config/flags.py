@@ -62,22 +62,6 @@ _OTHER_NAMES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Switch:
-    """A switch that other frameworks know; it sets a field to one of two values."""
-
-    field: str
-    on: str
-    off: str
-
-
-SWITCHES = {
-    "use-rollout-logprobs": Switch("algorithm.old_logprobs", on="rollout", off="auto"),
-    "disable-grpo-std-normalization": Switch("algorithm.normalize_by_std", on="false", off="true"),
-    "calculate-per-token-loss": Switch("algorithm.denominator", on="tokens", off="sequences"),
-}
-
-
-@dataclass(frozen=True, slots=True)
 class Flag:
     """One flag as typed: the field it sets, and the value's text; None empties an
     optional field. Of a list it is the items' texts, of a dict what its JSON holds."""
@@ -92,32 +76,37 @@ class Spelling:
     """What the name of a flag stands for."""
 
     field: str
+    # Of a switch that other frameworks know: the field's values for "true" and "false".
+    on: str = ""
+    off: str = ""
     # Whether it is the --no- form.
-    negated: bool
-    switch: Switch | None = None
+    negated: bool = False
 
     @property
     def kind(self) -> Any:
         """The type of the value that a user gives."""
-        if self.switch:
-            return bool
-        return field_types()[self.field]
+        return bool if self.on else field_types()[self.field]
 
 
-def _aliases() -> dict[str, str]:
-    """Short names, without dashes in front -> fields."""
-    aliases = dict(_OTHER_NAMES)
-    for section, names in _SHORT_NAMES.items():
-        for name in names.split():
-            aliases[_as_flag(name)] = f"{section}.{name}"
-    return aliases
+SWITCHES = {
+    "use-rollout-logprobs": Spelling("algorithm.old_logprobs", on="rollout", off="auto"),
+    "disable-grpo-std-normalization": Spelling(
+        "algorithm.normalize_by_std", on="false", off="true"
+    ),
+    "calculate-per-token-loss": Spelling("algorithm.denominator", on="tokens", off="sequences"),
+}
 
 
 def _as_flag(field: str) -> str:
     return field.replace("_", "-")
 
 
-ALIASES = _aliases()
+# Short names, without dashes in front -> fields.
+ALIASES = _OTHER_NAMES | {
+    _as_flag(name): f"{section}.{name}"
+    for section, names in _SHORT_NAMES.items()
+    for name in names.split()
+}
 
 
 @cache
@@ -144,11 +133,8 @@ def field_types(section: Any = RunConfig, prefix: str = "") -> dict[str, Any]:
 @cache
 def spellings() -> dict[str, Spelling]:
     """Every flag, without the dashes in front, and what it stands for."""
-    plain = {_as_flag(field): Spelling(field, negated=False) for field in field_types()}
-    for name, field in ALIASES.items():
-        plain[name] = Spelling(field, negated=False)
-    for name, switch in SWITCHES.items():
-        plain[name] = Spelling(switch.field, negated=False, switch=switch)
+    named = {_as_flag(field): field for field in field_types()} | ALIASES
+    plain = {name: Spelling(field) for name, field in named.items()} | SWITCHES
     negated = {}
     for name, spelling in plain.items():
         section, dot, leaf = name.rpartition(".")
@@ -210,8 +196,11 @@ def _take_flag(rest: list[str]) -> Flag:
         text = _take_value(name, rest)
     if container is dict:
         return Flag(name, spelling.field, _json_object(name, text))
-    if spelling.switch:
-        return Flag(name, spelling.field, _switch_value(word, plain, spelling.switch, text))
+    if spelling.on:
+        values = {"true": spelling.on, "false": spelling.off}
+        if text not in values:
+            raise RunError(f"{word}: write --{plain} or --no-{plain}, or true or false behind it")
+        text = values[text]
     is_optional = type(None) in get_args(spelling.kind)
     if is_optional and text.lower() == "none":
         return Flag(name, spelling.field, None)
@@ -240,14 +229,6 @@ def _take_value(name: str, rest: list[str]) -> str:
     if not rest or rest[0].startswith("--"):
         raise RunError(f"{name} needs a value")
     return rest.pop(0)
-
-
-def _switch_value(word: str, plain: str, switch: Switch, text: str) -> str:
-    """The value of the switch's field for the text "true" or "false"."""
-    values = {"true": switch.on, "false": switch.off}
-    if text not in values:
-        raise RunError(f"{word}: write --{plain} or --no-{plain}, or true or false behind it")
-    return values[text]
 
 
 def _suggestions() -> dict[str, str]:

@@ -4,6 +4,7 @@ A model's shape comes from the checkpoint's config.json, never from flags.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import PurePath
 from typing import Any, ClassVar, Literal, Self
@@ -98,6 +99,19 @@ class PromptsConfig:
     metadata_key: str | None = None
     system_prompt: str | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_flag(cls, given: Any) -> Any:
+        """A text is the JSON of the settings, or the prompts alone."""
+        if not isinstance(given, str):
+            return given
+        if not given.startswith("{"):
+            return {"prompts": given}
+        try:
+            return json.loads(given)
+        except ValueError as error:
+            raise ValueError(f"{cls._setting}: {given!r} is not JSON ({error})") from error
+
     @field_validator("reward")
     @classmethod
     def _known_reward(cls, reward: str | None) -> str | None:
@@ -119,6 +133,17 @@ class PromptsConfig:
             own["rewards"] = {}
         set_here = {name: value for name, value in own.items() if value is not None}
         return replace(data, sources=[], **set_here)
+
+
+def check_titles(listed: Sequence[PromptsConfig]) -> None:
+    """Raises ValueError where two have the same title."""
+    titles = [one.title for one in listed]
+    for one in listed:
+        if titles.count(one.title) > 1:
+            raise ValueError(
+                f"{one._setting}: {titles.count(one.title)} of them are called {one.title!r}; "
+                "give each a `name` of its own"
+            )
 
 
 @knobs
@@ -234,14 +259,6 @@ class DataConfig:
         """The weights of the rewards whose sum is the one that `reward` names, by name."""
         return self.rewards if reward == WEIGHTED else {reward: 1.0}
 
-    @field_validator("sources", mode="before")
-    @classmethod
-    def _sources_of_flags(cls, sources: Any) -> Any:
-        """A source as text is the JSON of its settings, or its prompts alone."""
-        if not isinstance(sources, list):
-            return sources
-        return [settings_of_flag(source, "data.sources") for source in sources]
-
     @model_validator(mode="after")
     def _has_one_kind_of_prompts(self) -> Self:
         if self.prompts and self.sources:
@@ -249,13 +266,7 @@ class DataConfig:
                 f"data.prompts={self.prompts!r} and data.sources are both set; make the file one "
                 "of the sources, or leave one of the two out"
             )
-        titles = [source.title for source in self.sources]
-        repeated = {title for title in titles if titles.count(title) > 1}
-        if repeated:
-            raise ValueError(
-                f"data.sources: {titles.count(min(repeated))} of them are called "
-                f"{min(repeated)!r}; give each a `name` of its own"
-            )
+        check_titles(self.sources)
         return self
 
     def by_source(self) -> "dict[str, DataConfig]":
@@ -264,15 +275,3 @@ class DataConfig:
         if not self.sources:
             return {"": self}
         return {source.title: source.data(self) for source in self.sources}
-
-
-def settings_of_flag(source: Any, field: str) -> Any:
-    """The settings of a source of prompts; as text they are JSON, or its prompts alone."""
-    if not isinstance(source, str):
-        return source
-    if not source.startswith("{"):
-        return {"prompts": source}
-    try:
-        return json.loads(source)
-    except ValueError as error:
-        raise ValueError(f"{field}: {source!r} is not JSON ({error})") from error

@@ -288,7 +288,7 @@ def test_a_field_that_two_flags_of_a_command_set_is_refused(args):
             ["--eval.sets", a_set(n_samples_per_prompt=0)],
             "sets.0.n_samples_per_prompt=0: must be gr",
         ),
-        (["--eval.sets", a_set(), a_set()], "eval.sets: the name 'x' stands twice; give each a"),
+        (["--eval.sets", a_set(), a_set()], "eval.sets: 2 of them are called 'x'; give each a"),
         (
             ["--eval.sets", a_set(name="held_out"), "--eval-prompts", "f"],
             "eval.sets: the name 'held_out' is that of data.eval_prompts; choose another",
