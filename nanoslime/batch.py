@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanoslime.models.rules import Box
 from nanoslime.types import KeptArrays, SampleArrays
 
 
@@ -178,6 +179,15 @@ class WeightShard:
     full_shape: tuple[int, ...]
     slices: tuple[slice, ...]  # one per dimension, with start and stop set
     tensor: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class OwnedShard:
+    """What a rank holds of a Hugging Face tensor, without its values."""
+
+    name: str
+    full_shape: tuple[int, ...]
+    box: Box  # in the full tensor
 
 
 @dataclass(frozen=True, slots=True)

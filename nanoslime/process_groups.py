@@ -7,10 +7,20 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 
-def listen(address: str, timeout_s: float) -> dist.TCPStore:
-    """Opens the store where a group meets; it listens at `address` and its own `.port`."""
+def shared_store(address: str, timeout_s: float) -> dist.TCPStore:
+    """The store where groups meet. Rank 0 of the default group, if there is one, listens at
+    `address` and the store's own `.port`; collective over that group.
+    """
     timeout = timedelta(seconds=timeout_s)
-    return dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    port: list[int | None] = [None]
+    store = None
+    if is_first:
+        store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        port = [store.port]
+    if dist.is_initialized():
+        dist.broadcast_object_list(port, src=0)
+    return store or dist.TCPStore(address, port[0], is_master=False, timeout=timeout)
 
 
 def join_group(

@@ -310,11 +310,20 @@ class Engine(Protocol):
         A request that is on its way may be missed.
         """
 
+    def score(self, token_ids: Sequence[int]) -> tuple[list[float], int]:
+        """The logprob of each token but the first, given those before it, at temperature 1; and
+        the version of the weights that say so."""
+        ...
+
     def flush(self) -> None: ...
     def policy_version(self) -> int: ...
 
-    def update_weights_from_disk(self, path: str, version: int, *, flush: bool = True) -> None:
-        """`flush` empties the prefix cache, which a pause in place forbids."""
+    def update_weights_from_disk(
+        self, path: str, version: int, *, flush: bool = True, compares: bool = False
+    ) -> None:
+        """`flush` empties the prefix cache, which a pause in place forbids. An engine that has
+        these weights `compares` them instead, and raises RunError where they differ.
+        """
 
     def release_memory(self) -> None:
         """Frees weights and cache on the device; nothing may be running."""
@@ -353,7 +362,8 @@ class BroadcastEngine(Engine, Protocol):
     def end_update(self, version: int, *, flush: bool = True) -> None: ...
 
     def abandon_update(self, group: str) -> None:
-        """Ends an update that was begun and leaves the group, whatever became of them.
+        """Ends an update that was begun, and leaves the groups whose names begin with `group`,
+        whatever became of them.
 
         The weights may be a mixture, so another update has to follow before `resume`.
         Raises EngineGone where what computes in the engine does not answer.

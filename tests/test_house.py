@@ -28,7 +28,7 @@ LEVELS = [
     ("layout",),
     ("run_dir",),
     # above: torch-free, and all that jobs/ sees
-    ("batch", "process_groups", "tensor_storage"),
+    ("batch", "process_groups", "sealed_bucket", "tensor_storage"),
     ("algorithms", "tracking"),
     ("rollout", "training", "weight_sync", "rehearsal"),
     ("orchestration",),

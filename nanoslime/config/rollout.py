@@ -141,4 +141,14 @@ class WeightSyncConfig:
     several; SGLang takes broadcast, and with cluster.colocate tensor (handles of the
     trainer's GPU memory)."""
     bucket_bytes: int = Field(default=512 << 20, ge=1)
+    """A rank holds two buckets of this size at most, or of its largest tensor."""
+    compare_every: int = Field(default=50, ge=0)
+    """In so many syncs one is made twice, as is the first, and that for an engine which comes
+    back: the second time must not change a tensor in any engine. 0: only those."""
+    probe_tokens: int = Field(default=64, ge=0)
+    """After each sync engines and trainer give so many tokens of a prompt their logprobs, which
+    are compared; 0: none."""
+    max_logprob_gap: float = Field(default=0.5, gt=0)
+    """An engine whose logprobs of these tokens differ from the trainer's by more than this, in
+    the mean, has other weights: it is lost, and the run ends where all are."""
     deadline_s: float = Field(default=300.0, gt=0)

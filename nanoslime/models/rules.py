@@ -38,6 +38,11 @@ _COMPUTED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cac
 VOCAB_MULTIPLE = 8
 
 
+def whole(shape: Iterable[int]) -> Box:
+    """The box of all elements of a tensor."""
+    return tuple(slice(0, length) for length in shape)
+
+
 class HFTensor(NamedTuple):
     name: str
     shape: tuple[int, ...]
@@ -273,7 +278,7 @@ def _instance_pieces(
     filled = 0
     for index, split in _segments(rule, shape, partition):
         tensor = rule.hf_tensors[index]
-        box = [slice(0, size) for size in tensor.shape]
+        box = list(whole(tensor.shape))
         if rule.tp_dim is not None:
             box[rule.tp_dim] = split
         local = [slice(0, _length(along)) for along in box]

@@ -34,6 +34,7 @@ from nanoslime.run_dir import Attempt, RunDir
 from nanoslime.storage.commit import remove_leftovers
 from nanoslime.training.backend import RankEnv
 from nanoslime.types import Engine, RunError
+from nanoslime.weight_sync.probe import Probe
 from nanoslime.weight_sync.session import SyncSession
 
 Phase = Callable[[str], None]  # called with the name of the phase that starts
@@ -202,6 +203,8 @@ def make_session(
         directory=run.weights,
         deadline_s=config.weight_sync.deadline_s,
         at_sync=config.rollout.at_sync,
+        compare_every=config.weight_sync.compare_every,
+        probe=_probe(inputs),
     )
     weights.open(started.ranks_by_engine)
     rollout: RolloutManager | Replay
@@ -226,3 +229,13 @@ def make_session(
     remove_leftovers(run.checkpoints)
     checkpoints = Checkpoints(config, run, trainer, rollout, weights)
     return Session(config, attempt, trainer, rollout, weights, pool, checkpoints)
+
+
+def _probe(inputs: Inputs) -> Probe | None:
+    """The first tokens of the first prompt; None without prompts, or where none are asked for."""
+    sync = inputs.config.weight_sync
+    if inputs.prompts is None or sync.probe_tokens < 2:
+        return None
+    first, *_ = inputs.prompts.train.values()
+    token_ids = [int(token) for token in first.prompts[0].token_ids[: sync.probe_tokens]]
+    return Probe(token_ids, sync.max_logprob_gap) if len(token_ids) > 1 else None

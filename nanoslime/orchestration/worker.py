@@ -27,9 +27,9 @@ from nanoslime.training.backend import RankEnv, TrainBackend, collectives
 from nanoslime.training.batching import fill
 from nanoslime.training.token_gaps import GapNotes
 from nanoslime.types import KeptArrays, RunError, SampleArrays
-from nanoslime.weight_sync.assemble import Assembler
-from nanoslime.weight_sync.disk import write_checkpoint
+from nanoslime.weight_sync.disk import CheckpointWriter
 from nanoslime.weight_sync.engine_calls import EnginesFailed
+from nanoslime.weight_sync.trainer_weights import TrainerWeights
 from nanoslime.weight_sync.transport import EngineSide, RankSide, Sender, Sent
 
 # torch does not say that a disk is full, but by how much less was written than it expected.
@@ -63,13 +63,12 @@ class TrainWorker:
         self.dp_rank = self.backend.dp_rank
         self.dp_size = self.backend.dp_size
         self.algorithm = algorithms.make(config.training_algorithm, config.rollout.max_new_tokens)
-        self._assembler = Assembler(
+        self._weights = TrainerWeights(
             self.backend.weight_shards,
+            self.backend.owned_shards(),
             rank=env.rank,
-            world_size=env.world_size,
             dtype=getattr(torch, config.model.dtype),
             device=env.torch_device,
-            bucket_bytes=config.weight_sync.bucket_bytes,
         )
         self._sender: Sender | None = None
         # The version that the engines had last; the next rollout that is trained on has its number.
@@ -145,9 +144,8 @@ class TrainWorker:
         self.close()
         make_sender = resolve(sender, {}, "weight_sync.transport")
         rank = RankSide(
-            assembler=self._assembler,
-            rank=self.env.rank,
-            device=self.env.torch_device,
+            weights=self._weights,
+            bucket_bytes=self.config.weight_sync.bucket_bytes,
             model_dir=self.model_dir,
             deadline_s=self.config.weight_sync.deadline_s,
         )
@@ -157,15 +155,39 @@ class TrainWorker:
             return Sent(failures=e.failures, problem=str(e))
         return Sent()
 
-    def send(self, version: int) -> Sent:
-        """Sends the current weights as `version`."""
+    def prepare(self, version: int) -> None:
+        """Begins to send the current weights as `version`, as far as no engine is needed for it."""
+        self._version = version
+        if self._sender is not None:
+            self._sender.prepare(version)
+
+    def send(self, version: int, compares: bool = False) -> Sent:
+        """Sends the current weights as `version`; see Sender."""
         if self._sender is None:
             raise RuntimeError("connect() comes before send()")
-        self._version = version
         try:
-            return Sent(self._sender.send(version))
+            return self._sender.send(version, compares=compares)
         except EnginesFailed as e:
             return Sent(failures=e.failures, problem=str(e))
+
+    def score(self, token_ids: list[int]) -> list[float] | None:
+        """The policy's logprob of each token but the first; None before the last pipeline stage."""
+        length = len(token_ids)
+        batch = TrainBatch(
+            token_ids=[torch.tensor(token_ids)],
+            loss_mask=[torch.ones(length, dtype=torch.bool)],
+            rollout_logprobs=[torch.zeros(length)],
+            advantages=[0.0],
+            token_weights=[1.0],
+            microbatches=[[0]],
+            denominator=1.0,
+            num_tokens=length,
+            num_sequences=1,
+            temperature=1.0,
+        )
+        with collectives(self.config.training):
+            logprobs = self.backend.logprobs(batch, "policy")
+        return None if logprobs is None else logprobs[0][1:].tolist()
 
     def write_hf(self, destination: Path) -> None:
         """Writes the current weights as a Hugging Face checkpoint.
@@ -173,7 +195,8 @@ class TrainWorker:
         Tokenizer and config are those of the original. What is not trained is left out:
         a repeated output layer, multi-token prediction.
         """
-        write_checkpoint(self._assembler, self.env.rank, destination, like=self.model_dir)
+        writer = CheckpointWriter(self._weights, self.config.weight_sync.bucket_bytes)
+        writer.write(destination, like=self.model_dir)
 
     def close(self) -> None:
         if self._sender is not None:

@@ -4,8 +4,10 @@ never in ours.
 Stock SGLang 0.5.23 answers success to a weight update with unknown names, loading
 nothing, and does not notice missing ones. With this plug-in, whichever way an update
 comes, its tensors are the trained ones of the model that the server was started from.
-An unknown or repeated name, or another shape, is refused before anything is loaded; a
-session (begin ... end) or a directory that lacks a tensor is refused with its name. A
+An unknown or repeated name, another shape, or a bucket that is not the next one or has other
+bytes than were sent (sealed_bucket.py), is refused before anything is loaded; a session
+(begin ... end) or a directory that lacks a tensor is refused with its name, and a directory
+that differs from its manifest. What one rank of the engine refuses, the engine refuses. A
 refusal is an error response (success false); the server goes on.
 
 The experts that its routers choose leave the scheduler in one byte each where they can, not in
@@ -14,13 +16,20 @@ keep them in ordinary memory.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from sglang.srt.managers.io_struct import BeginWeightUpdateReqOutput
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+from nanoslime.rollout import weight_check
+from nanoslime.rollout.engines.sglang_client import COMPARING
 from nanoslime.rollout.weight_check import ExpectedTensors, Named, checkpoint_shapes
+from nanoslime.sealed_bucket import HEADER, Place, broken_seal, place_of
+from nanoslime.storage import manifest
 from nanoslime.types import RunError
 
 _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
@@ -40,17 +49,22 @@ Original = Callable[..., Any]
 def register() -> None:
     """Install the hooks. SGLang calls it once in each of its processes."""
     guard = WeightGuard()
-    hooks = {
-        f"{_UPDATER}.update_weights_from_disk": guard.disk,
-        f"{_UPDATER}.load_weights_from_distributed": guard.bucket,
-        f"{_UPDATER}.update_weights_from_tensor": guard.bucket,
-        f"{_UPDATER}.begin_weight_update": guard.begin,
-        f"{_MANAGER}.begin_weight_update": guard.answer_begin,
-        f"{_MANAGER}.end_weight_update": guard.answer_end,
-        _COLLECT_EXPERTS: _collect_small_experts,
+    hooks: dict[str, list[Callable]] = {
+        f"{_UPDATER}.update_weights_from_disk": [guard.disk],
+        f"{_UPDATER}.load_weights_from_distributed": [guard.bucket],
+        f"{_UPDATER}.update_weights_from_tensor": [guard.bucket],
+        f"{_UPDATER}.begin_weight_update": [guard.begin],
+        f"{_UPDATER}.destroy_weights_update_group": [leave_groups],
+        f"{_MANAGER}.update_weights_from_disk": [answer_of_all_ranks],
+        f"{_MANAGER}.update_weights_from_distributed": [answer_of_all_ranks],
+        f"{_MANAGER}.update_weights_from_tensor": [answer_of_all_ranks],
+        f"{_MANAGER}.begin_weight_update": [guard.answer_begin],
+        f"{_MANAGER}.end_weight_update": [guard.answer_end, answer_of_all_ranks],
+        _COLLECT_EXPERTS: [_collect_small_experts],
     }
-    for target, hook in hooks.items():
-        HookRegistry.register(target, hook, HookType.AROUND)
+    for target, of_target in hooks.items():
+        for hook in of_target:
+            HookRegistry.register(target, hook, HookType.AROUND)
     if not torch.cuda.is_available():
         # SGLang pins the host's buffer for routed experts by a call of CUDA.
         HookRegistry.register(_PIN_MEMORY, _leave_unpinned, HookType.REPLACE)
@@ -67,6 +81,52 @@ def _collect_small_experts(original: Original, processor: Any, request: Any) -> 
         request.routed_experts = experts.to(torch.uint8)
 
 
+def leave_groups(original: Original, updater: Any, group_name: str) -> Result:
+    """Leaves all groups whose names begin so: every sender of weights has one of its own."""
+    names = [name for name in updater._model_update_group if name.startswith(group_name)]
+    results = [original(updater, name) for name in names or [group_name]]
+    failures = [message for success, message in results if not success]
+    return not failures, "; ".join(failures) or f"left {len(names)} groups"
+
+
+def answer_of_all_ranks(original: Original, manager: Any, request: Any) -> Any:
+    """SGLang gives the answer of its first rank; this one is the first refusal of any."""
+    answer = original(manager, request)
+    answers: list[Any] = [None] * dist.get_world_size(manager.tp_cpu_group)
+    dist.all_gather_object(answers, (answer.success, answer.message), manager.tp_cpu_group)
+    for rank, (success, message) in enumerate(answers):
+        if not success:
+            answer.success = False
+            answer.message = message if len(answers) == 1 else f"rank {rank}: {message}"
+            break
+    return answer
+
+
+@dataclass(slots=True)
+class _Received:
+    """What has come in a session."""
+
+    updater: Any
+    expected: ExpectedTensors
+    names: set[str] = field(default_factory=set)
+    last: Place | None = None
+    # Whether the parameters were made NaN before: this is the first update of the process.
+    is_first: bool = False
+    # Where the update compares: the parameters before it.
+    before: dict[str, list[int]] | None = None
+
+    def problem(self) -> str | None:
+        """What is wrong with the update, at its end."""
+        problem = self.expected.missing(self.names)
+        if problem is None and self.last and self.last.number + 1 != self.last.num_buckets:
+            problem = f"{self.last.number + 1} of {self.last.num_buckets} buckets came"
+        if problem is None and self.is_first:
+            problem = weight_check.left_empty(self.updater.get_model())
+        if problem is None and self.before is not None:
+            problem = weight_check.changed(self.updater.get_model(), self.before)
+        return problem
+
+
 class WeightGuard:
     """Knows which tensors this process may receive, and which it has received in the session.
 
@@ -76,11 +136,12 @@ class WeightGuard:
 
     def __init__(self) -> None:
         self._expected: dict[int, ExpectedTensors] = {}
-        self._received: dict[int, set[str]] = {}
+        self._received: dict[int, _Received] = {}
+        # Those that have had a whole update.
+        self._filled: set[int] = set()
 
     def begin(self, original: Original, updater: Any) -> None:
-        self._expected_by(updater)
-        self._received[id(updater)] = set()
+        self._received[id(updater)] = _Received(updater, self._expected_by(updater))
         original(updater)
 
     def answer_begin(self, original: Original, manager: Any, request: Any) -> Any:
@@ -90,8 +151,7 @@ class WeightGuard:
             message = f"tensor names cannot be checked: {e}"
             return BeginWeightUpdateReqOutput(success=False, message=message)
         if answer.success:
-            expected = [self._expected[updater] for updater in self._received]
-            num_expected = sum(len(tensors.required) for tensors in expected)
+            num_expected = sum(len(r.expected.required) for r in self._received.values())
             answer.message = f"{num_expected} tensors expected"
         return answer
 
@@ -101,51 +161,84 @@ class WeightGuard:
         """Load one bucket of the session, or refuse the whole of it.
 
         `named_tensors` are (name, tensor) pairs, or a flat tensor with the metadata of
-        its parts. SGLang calls this after the broadcasts were received, so that a
-        refusal does not leave their sender waiting.
+        its parts; the first one is the header. SGLang calls this after the broadcasts were
+        received, so that a refusal does not leave their sender waiting.
         """
-        received = _names_and_shapes(named_tensors)
-        seen = self._received.setdefault(id(updater), set())
-        problem = self._expected_by(updater).first_problem(received, seen)
+        flat, names, tensors = _opened(named_tensors)
+        received = self._received[id(updater)]
+        problem = "it has no header"
+        if flat is not None:
+            problem = broken_seal(flat, received.last)
+            problem = problem or received.expected.first_problem(names, received.names)
         if problem:
             return False, f"refused: {problem}"
+        place = place_of(flat)
+        if received.last is None:
+            self._watch(received, compares=place.compares)
         try:
-            success, message = original(updater, named_tensors, **options)
+            success, message = original(updater, tensors, **options)
         except Exception as e:
             # Whatever a loader raises would end the scheduler process.
             return False, f"the weights are a mixture of two versions: {type(e).__name__}: {e}"
         if success:
-            seen.update(name for name, _ in received)
+            received.names.update(name for name, _ in names)
+            received.last = place
         return success, message
 
     def disk(
-        self, original: Original, updater: Any, model_path: str, *args: Any, **kwargs: Any
+        self, original: Original, updater: Any, model_path: str, load_format: str, **options: Any
     ) -> Result:
+        """Load a directory; with COMPARING as its `load_format`, one that is loaded already."""
+        received = _Received(updater, self._expected_by(updater))
         try:
-            expected = self._expected_by(updater)
             found = checkpoint_shapes(model_path)
+            if (Path(model_path) / manifest.NAME).exists():
+                manifest.verify(Path(model_path))
         except (OSError, ValueError, RunError) as e:
             return False, f"refused {model_path}: {e}"
-        problem = expected.first_problem(found.items()) or expected.missing(found)
+        problem = received.expected.first_problem(found.items())
+        received.names.update(found)
+        problem = problem or received.expected.missing(found)
         if problem:
             return False, f"refused {model_path}: {problem}"
-        success, message = original(updater, model_path, *args, **kwargs)
+        compares = load_format == COMPARING
+        self._watch(received, compares=compares)
+        success, message = original(
+            updater, model_path, "auto" if compares else load_format, **options
+        )
+        problem = received.problem()
+        if success and problem:
+            return False, f"refused {model_path}: {problem}"
         if success:
+            self._filled.add(id(updater))
             message = f"{message} {len(found)} tensors checked."
         return success, message
 
     def answer_end(self, original: Original, manager: Any, request: Any) -> Any:
-        answer = original(manager, request)
-        sessions = self._received
+        sessions = self._received.values()
         self._received = {}
+        problems = [received.problem() for received in sessions]
+        answer = original(manager, request)
         if not answer.success:
             return answer
-        for updater, received in sessions.items():
-            problem = self._expected[updater].missing(received)
+        for received, problem in zip(sessions, problems, strict=True):
+            if received.last is not None:
+                answer.message = f"version {received.last.version}"
             if problem:
                 answer.success = False
-                answer.message = f"refused: {problem}; the weights are a mixture of two versions"
+                answer.message = f"refused: {problem}; the weights may be a mixture of two versions"
+            else:
+                self._filled.add(id(received.updater))
         return answer
+
+    def _watch(self, received: _Received, *, compares: bool) -> None:
+        """Before the first tensor of an update is loaded."""
+        model = received.updater.get_model()
+        if compares:
+            received.before = weight_check.fingerprints(model)
+        elif id(received.updater) not in self._filled:
+            received.is_first = True
+            weight_check.empty(model)
 
     def _expected_by(self, updater: Any) -> ExpectedTensors:
         """The tensors of the model that the server was started from.
@@ -159,7 +252,21 @@ class WeightGuard:
         return self._expected[id(updater)]
 
 
-def _names_and_shapes(named_tensors: Any) -> list[Named]:
+def _opened(named_tensors: Any) -> tuple[torch.Tensor | None, list[Named], Any]:
+    """A bucket as one flat tensor, its names and shapes, and what SGLang loads of it.
+
+    The flat tensor is None where the first tensor is no header.
+    """
     if isinstance(named_tensors, dict):
-        return [(part.name, tuple(part.shape)) for part in named_tensors["metadata"]]
-    return [(name, tuple(tensor.shape)) for name, tensor in named_tensors]
+        header, *metadata = named_tensors["metadata"]
+        flat = named_tensors["flattened_tensor"] if header.name == HEADER else None
+        names = [(part.name, tuple(part.shape)) for part in metadata]
+        return flat, names, {**named_tensors, "metadata": metadata}
+    (name, header), *tensors = named_tensors
+    flat = None
+    if name == HEADER:
+        num_bytes = header.nbytes + sum(tensor.nbytes for _, tensor in tensors)
+        storage = torch.empty(0, dtype=torch.uint8, device=header.device)
+        storage.set_(header.untyped_storage())
+        flat = storage[:num_bytes]
+    return flat, [(name, tuple(tensor.shape)) for name, tensor in tensors], tensors

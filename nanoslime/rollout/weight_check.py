@@ -1,5 +1,5 @@
 """Whether the tensors of a weight update are the trained tensors of the model that an
-engine was started from."""
+engine was started from, and whether the engine's own parameters are made of them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from nanoslime.models.rules import is_computed, optional_tensors, tensors
 from nanoslime.models.shape import ModelShape
+from nanoslime.sealed_bucket import checksum
 from nanoslime.storage.safetensors_file import read_headers
 
 Shapes = dict[str, tuple[int, ...]]
@@ -73,3 +76,41 @@ class ExpectedTensors:
             return None
         names = ", ".join(left[:_MAX_NAMES])
         return f"{len(left)} of {len(self.required)} tensors missing: {names}"
+
+
+@torch.no_grad()
+def empty(model: torch.nn.Module) -> None:
+    """Makes every parameter NaN, so that what an update leaves out is seen; see `left_empty`."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.fill_(torch.nan)
+
+
+@torch.no_grad()
+def left_empty(model: torch.nn.Module) -> str | None:
+    """Counts and names the parameters with NaN after an update; None where there are none."""
+    left = [name for name, parameter in model.named_parameters() if bool(parameter.isnan().any())]
+    return _listed(left, "parameters of the engine are NaN after the update")
+
+
+@torch.no_grad()
+def fingerprints(model: torch.nn.Module) -> dict[str, list[int]]:
+    """A checksum of every parameter, by name."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        data = parameter.detach().contiguous().reshape(-1).view(torch.uint8)
+        found[name] = checksum(data).tolist()
+    return found
+
+
+def changed(model: torch.nn.Module, before: dict[str, list[int]]) -> str | None:
+    """Counts and names the parameters that are not what they were; None where all are."""
+    now = fingerprints(model)
+    names = [name for name in before if now[name] != before[name]]
+    return _listed(names, "parameters of the engine were not what the trainer has")
+
+
+def _listed(names: list[str], problem: str) -> str | None:
+    if not names:
+        return None
+    return f"{len(names)} {problem}: {', '.join(names[:_MAX_NAMES])}"

@@ -29,7 +29,7 @@ def write(directory: Path, known: Mapping[str, str] | None = None) -> None:
     """
     hashes = dict(known or {})
     unknown = [name for name in _files(directory) if name not in hashes]
-    hashes.update(_hashes(directory, unknown))
+    hashes.update(hashes_of(directory, unknown))
     entries = {}
     for name in sorted(hashes):
         size = (directory / name).stat().st_size
@@ -45,7 +45,7 @@ def hash_own(directory: Path, rank: int) -> dict[str, str]:
     """
     of_rank = {name: _FILE_OF_RANK.match(name) for name in _files(directory)}
     own = [name for name, found in of_rank.items() if (int(found[1]) if found else 0) == rank]
-    return _hashes(directory, own)
+    return hashes_of(directory, own)
 
 
 def verify(directory: Path) -> None:
@@ -65,7 +65,7 @@ def verify(directory: Path) -> None:
             raise DamagedError(f"{path} is too long: {size} bytes, {NAME} says {sizes[name]}")
     for name in sorted(present - sizes.keys()):
         raise DamagedError(f"{directory / name} is not listed in {NAME}; it does not belong here")
-    for name, digest in _hashes(directory, hashes).items():
+    for name, digest in hashes_of(directory, hashes).items():
         if digest != hashes[name]:
             raise DamagedError(f"{directory / name} was altered: its XXH3-128 differs from {NAME}")
 
@@ -96,7 +96,9 @@ def _files(directory: Path) -> list[str]:
     return sorted(found)
 
 
-def _hashes(directory: Path, names: Collection[str]) -> dict[str, str]:
+def hashes_of(directory: Path, names: Collection[str]) -> dict[str, str]:
+    """The XXH3-128 of these files, by name."""
+
     def digest(name: str) -> str:
         with open(directory / name, "rb", buffering=0) as file:
             return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()

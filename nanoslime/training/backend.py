@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanoslime.batch import Metric, MicroBatch, StepMetrics, TrainBatch, WeightShard
+from nanoslime.batch import Metric, MicroBatch, OwnedShard, StepMetrics, TrainBatch, WeightShard
 from nanoslime.config import RunConfig
 from nanoslime.config.training import TrainingConfig
 from nanoslime.training.metrics import ReducedMetrics
@@ -197,6 +197,10 @@ class TrainBackend(ABC):
         They come in the same order at every call. Over all ranks each element comes at
         least once; replicas (DP, norms under TP) may repeat it.
         """
+
+    @abstractmethod
+    def owned_shards(self) -> list[list[OwnedShard]]:
+        """What weight_shards() gives on each rank, in its order; no collective."""
 
     @abstractmethod
     def save(self, path: Path) -> None:

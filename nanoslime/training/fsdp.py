@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from nanoslime.batch import TrainBatch, WeightShard
+from nanoslime.batch import OwnedShard, TrainBatch, WeightShard
 from nanoslime.config.run import RunConfig
 from nanoslime.config.training import TrainingConfig
+from nanoslime.models.rules import whole
 from nanoslime.models.trainable import check_data_parallel_only
 from nanoslime.training.backend import Algorithm, RankEnv, TrainBackend, init_process_group
-from nanoslime.training.fsdp_model import build_sharded, local_rows
+from nanoslime.training.fsdp_model import build_sharded, rows_of
 from nanoslime.training.metrics import MetricSums, ReducedMetrics
 from nanoslime.training.skipping import StepHistory
 
@@ -54,13 +55,13 @@ class FSDPBackend(TrainBackend):
         """This rank's rows of each tensor, float32; tied tensors come under their first
         name.
         """
-        for name, param in self._model.named_parameters():
-            yield from _own_rows(name, param, param.detach())
+        return self._shards("data")
+
+    def owned_shards(self) -> list[list[OwnedShard]]:
+        return [self._rows_of(rank) for rank in range(self.dp_size)]
 
     def grad_shards(self) -> Iterator[WeightShard]:
-        for name, param in self._model.named_parameters():
-            if param.grad is not None:
-                yield from _own_rows(name, param, param.grad)
+        return self._shards("grad")
 
     def save(self, path: Path) -> None:
         dcp.save(self._state(), checkpoint_id=path)
@@ -77,6 +78,22 @@ class FSDPBackend(TrainBackend):
         for name, generator in self._generators().items():
             if name in state:
                 generator.set_state(state[name])
+
+    def _shards(self, attribute: Literal["data", "grad"]) -> Iterator[WeightShard]:
+        params = dict(self._model.named_parameters())
+        for shard in self._rows_of(self.dp_rank):
+            value = getattr(params[shard.name], attribute)
+            if value is not None:
+                yield WeightShard(shard.name, shard.full_shape, shard.box, value.to_local())
+
+    def _rows_of(self, rank: int) -> list[OwnedShard]:
+        found = []
+        for name, param in self._model.named_parameters():
+            rows = rows_of(param, rank)
+            if rows.start < rows.stop:
+                box = (rows, *whole(param.shape[1:]))
+                found.append(OwnedShard(name, tuple(param.shape), box))
+        return found
 
     def _packed_logprobs(
         self, shard: TrainBatch, weights: Literal["policy", "ref"]
@@ -156,17 +173,6 @@ class FSDPBackend(TrainBackend):
             default = torch.cuda.default_generators[self._device.index]
             generators[f"rng.{self.dp_rank}.cuda"] = default
         return generators
-
-
-def _own_rows(name: str, param: DTensor, value: DTensor) -> Iterator[WeightShard]:
-    """The shard of `value`, which is distributed as `param`; none where this rank has no
-    row of it.
-    """
-    rows = local_rows(param)
-    if rows.start < rows.stop:
-        other_dimensions = [slice(0, size) for size in param.shape[1:]]
-        slices = (rows, *other_dimensions)
-        yield WeightShard(name, tuple(param.shape), slices, value.to_local())
 
 
 def _make_optimizer(model: torch.nn.Module, config: TrainingConfig) -> torch.optim.AdamW:

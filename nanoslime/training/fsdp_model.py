@@ -155,12 +155,11 @@ def _set_dropout_to_zero(hf_config: PretrainedConfig) -> None:
             setattr(text_config, name, 0.0)
 
 
-def local_rows(param: DTensor) -> slice:
-    """The rows (dimension 0) of this rank, as torch.chunk cuts; the last may have none."""
+def rows_of(param: DTensor, rank: int) -> slice:
+    """The rows (dimension 0) of a rank, as torch.chunk cuts; the last may have none."""
     num_rows = param.shape[0]
-    mesh = param.device_mesh
-    rows_per_rank = -(-num_rows // mesh.size())
-    start = min(mesh.get_local_rank() * rows_per_rank, num_rows)
+    rows_per_rank = -(-num_rows // param.device_mesh.size())
+    start = min(rank * rows_per_rank, num_rows)
     stop = min(start + rows_per_rank, num_rows)
     return slice(start, stop)
 
@@ -231,6 +230,7 @@ def _load_weights(model: PreTrainedModel, model_dir: Path) -> None:
     for file, names in names_by_file.items():
         with safe_open(file, framework="pt") as opened:
             for name in names:
-                rows = local_rows(params[name])
+                param = params[name]
+                rows = rows_of(param, param.device_mesh.get_local_rank())
                 if rows.start < rows.stop:
-                    params[name].to_local().copy_(opened.get_slice(name)[rows])
+                    param.to_local().copy_(opened.get_slice(name)[rows])

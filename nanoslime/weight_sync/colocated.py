@@ -1,10 +1,12 @@
 """Hands weights to engines on the trainers' own devices. NCCL refuses two ranks on one
 GPU, so an engine gets handles of tensors instead.
 
-    rank 0            assembles a bucket of whole tensors and broadcasts it to all trainer ranks
-    each rank         serializes its copy for the engine's rank on its GPU: an IPC handle, or the
-                      bytes on a CPU
+    a bucket's sender  gathers it into a flat tensor, and broadcasts that to all trainer ranks
+    each rank          serializes its copy for the engine's rank on its GPU: an IPC handle, or the
+                       bytes on a CPU
     an engine's first rank gathers that engine's payloads and posts them
+
+The flat tensor is one and the same for all buckets, so that an engine maps one handle.
 """
 
 import io
@@ -19,19 +21,22 @@ from sglang.srt.utils import MultiprocessingSerializer
 from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
 from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 
-from nanoslime.batch import WeightShard
+from nanoslime.sealed_bucket import Place, seal
 from nanoslime.types import BroadcastEngine, RunError
 from nanoslime.weight_sync.engine_calls import EnginesFailed, Failure
-from nanoslime.weight_sync.plan import Bucket
-from nanoslime.weight_sync.transport import EngineSide, RankSide
+from nanoslime.weight_sync.exchange import Exchange
+from nanoslime.weight_sync.flat import FlatBucket
+from nanoslime.weight_sync.plan import whole_on_first
+from nanoslime.weight_sync.transport import EngineSide, RankSide, Sent
 
 
 class TensorSender:
     """A `Sender`. A rank serves the engine that has part of its device, if any."""
 
     def __init__(self, rank: RankSide, engines: EngineSide):
-        self._assembler = rank.assembler
-        self._device = rank.device
+        self._weights = rank.weights
+        self._plan = rank.weights.plan(whole_on_first, rank.bucket_bytes)
+        self._exchange = Exchange(self._plan, rank.weights.rank, rank.weights.device)
         # Set on the first of the ranks on an engine's devices, which posts all their
         # payloads.
         self._engine: BroadcastEngine | None = None
@@ -41,56 +46,63 @@ class TensorSender:
         for engine, of_engine in zip(engines.engines, engines.ranks_by_engine, strict=True):
             ranks = list(of_engine)
             group = dist.new_group(ranks, timeout, backend="gloo")
-            if rank.rank in ranks:
+            if rank.weights.rank in ranks:
                 self._engine_ranks = ranks
                 self._group = group
-                if rank.rank == ranks[0]:
+                if rank.weights.rank == ranks[0]:
                     self._engine = engine
-        if rank.device.type == "cuda":
+        if rank.weights.device.type == "cuda":
             # As in SGLang: handles name a GPU by its UUID.
             monkey_patch_torch_reductions()
 
-    def send(self, version: int) -> int:
-        """Every rank sends one copy and returns the bytes of it."""
+    def prepare(self, version: int) -> None:
+        """Does nothing: a device that is shared has no room for it yet."""
+
+    def send(self, version: int, *, compares: bool = False) -> Sent:
+        """Every rank sends one copy and says how many bytes that is."""
         num_bytes = 0
         failed: RunError | None = None
-        shards = self._assembler.shards()
-        for bucket in self._assembler.plan.buckets:
-            filled = self._fill(bucket, shards)
-            dist.broadcast(filled.flattened_tensor, src=0)
+        shards = list(self._weights.shards())
+        buckets = [FlatBucket(bucket) for bucket in self._plan]
+        largest = max(bucket.nbytes for bucket in buckets)
+        device = self._weights.device
+        reused = torch.empty(largest, dtype=torch.uint8, device=device)
+        for number, bucket in enumerate(buckets):
+            flat = reused[: bucket.nbytes]
+            sender = self._plan[number].first_rank
+            is_sender = sender == self._weights.rank
+            self._exchange.bring(number, shards, bucket.views(flat) if is_sender else [])
+            if is_sender:
+                seal(flat, Place(version, number, len(buckets), compares))
+            dist.broadcast(flat, src=sender)
             if self._group is not None:
-                payloads = self._gather(filled)
+                payloads = self._gather(bucket, flat)
                 try:
                     if self._engine is not None and not failed:
                         self._engine.receive_payloads(payloads)
                 except RunError as e:
                     failed = e
-                # A handle is valid as long as its tensor.
+                # The engine reads the flat tensor until then.
                 dist.barrier(self._group)
-            num_bytes += filled.flattened_tensor.numel()
+            num_bytes += bucket.nbytes
+        if device.type == "cuda":
+            # Memory whose handle a process has given away is freed once this is asked.
+            torch.cuda.ipc_collect()
         if failed and self._engine is not None:
             raise EnginesFailed.of({self._engine.name: Failure.of(failed)})
-        return num_bytes
+        return Sent(num_bytes)
 
     def close(self) -> None: ...
 
-    def _fill(self, bucket: Bucket, shards: list[WeightShard]) -> FlattenedTensorBucket:
-        """Makes one flat tensor for the bucket; only rank 0 puts the weights in."""
-        flat = FlattenedTensorBucket.empty(
-            [tensor.name for tensor in bucket],
-            [tensor.dtype for tensor in bucket],
-            [torch.Size(tensor.shape) for tensor in bucket],
-            self._device,
-        )
-        places = dict(flat.reconstruct_tensors())
-        for name, tensor in self._assembler.assemble(bucket, shards):
-            places[name].copy_(tensor)
-        return flat
-
-    def _gather(self, bucket: FlattenedTensorBucket) -> list[bytes]:
+    def _gather(self, bucket: FlatBucket, flat: torch.Tensor) -> list[bytes]:
         """The bucket for each rank of the engine, on the rank that posts it."""
-        content = {"flattened_tensor": bucket.flattened_tensor, "metadata": bucket.metadata}
-        if self._device.type == "cuda":
+        if self._weights.device.type == "cuda":
+            torch.cuda.synchronize()  # the engine does not know of this process's streams
+        metadata = FlattenedTensorBucket.empty(
+            bucket.names, bucket.dtypes, bucket.shapes, torch.device("meta")
+        ).metadata
+        content = {"flattened_tensor": flat, "metadata": metadata}
+        if self._weights.device.type == "cuda":
             payload = MultiprocessingSerializer.serialize(content)
         else:
             payload = serialize_on_cpu(content)

@@ -1,54 +1,186 @@
-"""Writes Hugging Face checkpoints, for weight sync by files and for exports."""
+"""Writes Hugging Face checkpoints by all trainer ranks, for weight sync by files and for exports.
 
-from collections.abc import Iterable, Iterator
+    rank 0       makes the files, whose bytes are not there yet
+    every rank   writes its own rows where they belong, bucket by bucket
+    every rank   hashes its share of the files
+    rank 0       writes the manifest, and gives the directory its name
+
+Nothing is gathered: rows of a tensor are consecutive bytes of its file. Only ranks that share
+rows, since tensor parallelism splits another dimension, exchange them for whole ones.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from nanoslime.storage.commit import commit, partial_dir
-from nanoslime.storage.safetensors_file import copy_other_files, write_files
-from nanoslime.weight_sync.assemble import Assembler
-from nanoslime.weight_sync.transport import EngineSide, RankSide, version_dir
+from nanoslime.models.rules import Box
+from nanoslime.storage import manifest
+from nanoslime.storage.commit import commit, partial_dir, partial_path
+from nanoslime.storage.safetensors_file import (
+    INDEX_FILE,
+    copy_other_files,
+    parse_head,
+    plan_files,
+)
+from nanoslime.storage.shared_files import publish_json
+from nanoslime.types import RunError
+from nanoslime.weight_sync.exchange import Exchange
+from nanoslime.weight_sync.plan import PlannedTensor, rows_on_each
+from nanoslime.weight_sync.trainer_weights import TrainerWeights
+from nanoslime.weight_sync.transport import EngineSide, RankSide, Sent, version_dir
 
 MAX_SHARD_BYTES = 4 << 30
+SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class CheckpointSender:
-    """A `Sender`. Rank 0 writes the files, and the driver has the engines load them."""
+    """A `Sender`. All ranks write the files, and the driver has the engines load them."""
 
     def __init__(self, rank: RankSide, engines: EngineSide):
-        self._rank = rank
+        self._num_bytes = 0
+        self._writer = CheckpointWriter(rank.weights, rank.bucket_bytes)
+        self._model_dir = rank.model_dir
         self._directory = engines.directory
 
-    def send(self, version: int) -> int:
+    def prepare(self, version: int) -> None:
+        """Writes all of it: engines read files when they are asked to."""
         path = version_dir(self._directory, version)
-        write_checkpoint(self._rank.assembler, self._rank.rank, path, like=self._rank.model_dir)
-        if self._rank.rank > 0:
-            return 0
-        return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+        self._num_bytes = self._writer.write(path, like=self._model_dir)
+
+    def send(self, version: int, *, compares: bool = False) -> Sent:
+        return Sent(self._num_bytes)
 
     def close(self) -> None: ...
 
 
-def write_checkpoint(assembler: Assembler, rank: int, destination: Path, *, like: Path) -> None:
-    """Writes the current weights and the other files of `like`; collective.
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """Where the bytes of a tensor begin."""
 
-    The directory appears whole or not at all, in place of an earlier one.
-    """
-    tensors = assembler.tensors()
-    if rank > 0:
-        for _ in tensors:  # sends this rank's shards
-            raise RuntimeError("only rank 0 assembles tensors")
-        return
-    partial = partial_dir(destination)
-    copy_other_files(like, partial)
-    write_files(partial, assembler.specs, _as_bytes(tensors), max_shard_bytes=MAX_SHARD_BYTES)
-    commit(partial, destination)
+    file: str
+    offset: int
 
 
-def _as_bytes(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, np.ndarray]]:
-    for name, tensor in tensors:
-        on_host = tensor.cpu().contiguous()
-        yield name, on_host.view(torch.uint8).numpy().reshape(-1)
+class CheckpointWriter:
+    """One rank's part in writing checkpoints. Every method is collective."""
+
+    def __init__(self, weights: TrainerWeights, bucket_bytes: int) -> None:
+        self._weights = weights
+        self._plan = weights.plan(rows_on_each, bucket_bytes)
+        self._exchange = Exchange(self._plan, weights.rank, weights.device)
+        tensors = [tensor for bucket in self._plan for tensor in bucket.tensors]
+        # Some readers want each tensor aligned to its own elements.
+        tensors.sort(key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
+        specs = [
+            (tensor.name, SAFETENSORS_DTYPES[tensor.dtype], tensor.shape) for tensor in tensors
+        ]
+        self._heads, self._index = plan_files(specs, MAX_SHARD_BYTES)
+        self._starts: dict[str, _Start] = {}
+        self._file_bytes: dict[str, int] = {}
+        for file, head in self._heads.items():
+            self._file_bytes[file] = len(head)
+            for name, info in parse_head(Path(file), head).items():
+                self._starts[name] = _Start(file, info.start)
+                self._file_bytes[file] = info.stop
+
+    def write(self, destination: Path, *, like: Path) -> int:
+        """Writes the current weights and the other files of `like`; returns the bytes that this
+        rank wrote.
+
+        The directory appears whole or not at all, in place of an earlier one. Raises RunError
+        on all ranks where one cannot write.
+        """
+        partial = partial_path(destination)
+        is_first = self._weights.rank == 0
+        self._all(lambda: self._prepare(destination, like) if is_first else None)
+        num_bytes = self._write_rows(partial)
+        own = sorted(self._heads)[self._weights.rank :: len(self._weights.owned)]
+        hashed = self._all(lambda: manifest.hashes_of(partial, own))
+        hashes = {name: digest for of_rank in hashed for name, digest in of_rank.items()}
+        self._all(lambda: commit(partial, destination, hashes) if is_first else None)
+        return num_bytes
+
+    def _prepare(self, destination: Path, like: Path) -> None:
+        partial = partial_dir(destination)
+        copy_other_files(like, partial)
+        for name, head in self._heads.items():
+            with open(partial / name, "wb") as file:
+                file.write(head)
+                file.truncate(self._file_bytes[name])
+        if self._index is not None:
+            publish_json(partial / INDEX_FILE, self._index)
+
+    def _write_rows(self, partial: Path) -> int:
+        """A rank that cannot write still brings the others what they need."""
+        shards = list(self._weights.shards())
+        files: dict[str, int] = {}
+        failure: OSError | None = None
+        num_bytes = 0
+        for number, bucket in enumerate(self._plan):
+            targets = bucket.targets_on(self._weights.rank)
+            places = [_empty(tensor, box, self._weights.device) for tensor, box in targets]
+            self._exchange.bring(number, shards, places)
+            for (tensor, box), rows in zip(targets, places, strict=True):
+                if failure is not None:
+                    continue
+                start = self._starts[tensor.name]
+                try:
+                    if start.file not in files:
+                        files[start.file] = os.open(partial / start.file, os.O_WRONLY)
+                    _write(files[start.file], start.offset + _offset(tensor, box), rows)
+                    num_bytes += rows.nbytes
+                except OSError as error:
+                    path = str(partial / start.file)
+                    failure = OSError(error.errno, error.strerror, path)
+
+        def close() -> None:
+            for descriptor in files.values():
+                os.fsync(descriptor)
+                os.close(descriptor)
+            if failure is not None:
+                raise failure
+
+        self._all(close)
+        return num_bytes
+
+    def _all[T](self, act: Callable[[], T]) -> list[T]:
+        """What `act` returns on each rank. Raises RunError on all of them where one cannot."""
+        mine: tuple[Any, str] = (None, "")
+        try:
+            mine = (act(), "")
+        except (OSError, RunError) as error:
+            mine = (None, f"trainer rank {self._weights.rank}: {error}")
+        everyone: list[Any] = [mine] * len(self._weights.owned)
+        if len(everyone) > 1:
+            dist.all_gather_object(everyone, mine)
+        failures = [failure for _, failure in everyone if failure]
+        if failures:
+            raise RunError("; ".join(failures))
+        return [result for result, _ in everyone]
+
+
+def _empty(tensor: PlannedTensor, box: Box, device: torch.device) -> Tensor:
+    shape = [axis.stop - axis.start for axis in box]
+    return torch.empty(shape, dtype=tensor.dtype, device=device)
+
+
+def _offset(tensor: PlannedTensor, box: Box) -> int:
+    """Bytes of the tensor before these rows."""
+    if not box or box[0].start == 0:
+        return 0
+    return tensor.nbytes // tensor.shape[0] * box[0].start
+
+
+def _write(descriptor: int, offset: int, rows: Tensor) -> None:
+    """Writes all of the rows; a single call writes 2 GiB at the most."""
+    left = memoryview(rows.reshape(-1).view(torch.uint8).cpu().numpy())
+    while left:
+        written = os.pwrite(descriptor, left, offset)
+        left = left[written:]
+        offset += written

@@ -1,17 +1,19 @@
 """Hands weights to the embedded engine in the process of the only trainer rank."""
 
-from nanoslime.weight_sync.transport import EngineSide, RankSide
+from nanoslime.weight_sync.transport import EngineSide, RankSide, Sent
 
 
 class InProcessSender:
     """A `Sender`. The engine copies the tensors and takes their version in one call."""
 
     def __init__(self, rank: RankSide, engines: EngineSide):
-        self._assembler = rank.assembler
+        self._weights = rank.weights
         [self._engine] = engines.engines
 
-    def send(self, version: int) -> int:
-        self._engine.load_weights(self._assembler.tensors(), version)
-        return sum(tensor.nbytes for tensor in self._assembler.plan.tensors)
+    def prepare(self, version: int) -> None: ...
+
+    def send(self, version: int, *, compares: bool = False) -> Sent:
+        self._engine.load_weights(self._weights.whole_tensors(), version)
+        return Sent(self._weights.num_bytes)
 
     def close(self) -> None: ...

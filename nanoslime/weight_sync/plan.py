@@ -1,83 +1,134 @@
-"""Plans which rank sends which part of which tensor in which bucket, without communicating.
+"""Plans which rank brings which part of which tensor where, and in which bucket.
 
-    shards of each rank (name, full shape, box)  ->  tensors with their sources  ->  buckets
+    shards of each rank (name, full shape, box)  ->  tensors with sources and targets  ->  buckets
 
-The plan is made once and its order is static: all ranks go through the buckets of a
-sync in step, without asking one another.
+Nobody communicates for it: every rank knows from the weight map what each rank holds, and makes
+the same plan. Its order is static: all ranks go through the buckets of a sync in step, without
+asking one another.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, zip_longest
 
 import torch
 
-from nanoslime.models.rules import Box
+from nanoslime.batch import OwnedShard
+from nanoslime.models.rules import Box, whole
 
 
 @dataclass(frozen=True, slots=True)
-class OwnedShard:
-    """What a rank says of a shard that it holds."""
-
-    name: str
-    full_shape: tuple[int, ...]
-    box: Box  # in the full tensor
-
-
-@dataclass(frozen=True, slots=True)
-class ShardSource:
-    """Who sends one box of a tensor."""
+class Source:
+    """Who has one box of a tensor."""
 
     rank: int
     index: int  # in that rank's own list of shards
     box: Box
 
-    @property
-    def numel(self) -> int:
-        return math.prod(axis.stop - axis.start for axis in self.box)
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Who wants one box of a tensor."""
+
+    rank: int
+    box: Box
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """A whole Hugging Face tensor and the shards that fill it."""
+    """A whole Hugging Face tensor, the shards that fill it, and where its parts go."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    sources: tuple[ShardSource, ...]
+    sources: tuple[Source, ...]
+    targets: tuple[Target, ...]
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-Bucket = tuple[PlannedTensor, ...]  # what travels together
-
-
 @dataclass(frozen=True, slots=True)
-class SyncPlan:
-    buckets: tuple[Bucket, ...]
+class Bucket:
+    """What travels together: tensors with the same targets' ranks.
+
+    Tensors of larger elements come first, so that each is aligned where one follows the other.
+    """
+
+    tensors: tuple[PlannedTensor, ...]
 
     @property
-    def tensors(self) -> list[PlannedTensor]:
-        """All tensors in the order in which they are sent."""
-        return [tensor for bucket in self.buckets for tensor in bucket]
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def first_rank(self) -> int:
+        """The rank that has the tensors afterwards; the lowest where several share them."""
+        return min(target.rank for target in self.tensors[0].targets)
+
+    def targets_on(self, rank: int) -> list[tuple[PlannedTensor, Box]]:
+        """What of which tensor this rank gets."""
+        found = []
+        for tensor in self.tensors:
+            for target in tensor.targets:
+                if target.rank == rank:
+                    found.append((tensor, target.box))
+        return found
+
+
+# Where the parts of a tensor of this shape go, which these sources fill.
+Targets = Callable[[tuple[int, ...], Sequence[Source]], Sequence[Target]]
+
+
+def whole_on_first(shape: tuple[int, ...], sources: Sequence[Source]) -> list[Target]:
+    """The whole tensor, on the lowest rank that has a part of it.
+
+    So each pipeline stage gathers its own layers, and each expert-parallel rank its experts.
+    """
+    return [Target(min(source.rank for source in sources), whole(shape))]
+
+
+def whole_on_rank_0(shape: tuple[int, ...], sources: Sequence[Source]) -> list[Target]:
+    """The whole tensor, on rank 0."""
+    return [Target(0, whole(shape))]
+
+
+def rows_on_each(shape: tuple[int, ...], sources: Sequence[Source]) -> list[Target]:
+    """Whole rows, which are consecutive bytes of a file, on every rank that has a part.
+
+    A rank that has whole rows keeps them. Those that share rows, since other dimensions are
+    split too, get equal ranges of all rows.
+    """
+    targets = []
+    if all(_has_whole_rows(source.box, shape) for source in sources):
+        for source in sources:
+            targets.append(Target(source.rank, source.box))
+        return targets
+    ranks = sorted({source.rank for source in sources})
+    for number, rank in enumerate(ranks):
+        start = shape[0] * number // len(ranks)
+        stop = shape[0] * (number + 1) // len(ranks)
+        if start < stop:
+            targets.append(Target(rank, (slice(start, stop), *whole(shape[1:]))))
+    return targets
 
 
 def make_sync_plan(
     shards_by_rank: Sequence[Sequence[OwnedShard]],
     dtype_of: Callable[[str], torch.dtype],
     bucket_bytes: int,
-) -> SyncPlan:
+    targets_of: Targets,
+) -> tuple[Bucket, ...]:
     """Makes the plan for what each rank holds; of replicas the lowest rank's is sent.
 
-    `dtype_of` gives the dtype that a tensor of this name has in the engines. Raises
-    ValueError naming the tensor where shapes disagree, shards overlap, or a part of it
-    has no owner.
+    `dtype_of` gives the dtype that a tensor of this name has at its targets. The buckets of the
+    ranks take turns, so that one can gather while another one sends. Raises ValueError naming
+    the tensor where shapes disagree, shards overlap, or a part of it has no owner.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    sources: dict[str, dict[Box, ShardSource]] = {}
+    sources: dict[str, dict[Box, Source]] = {}
     for rank, shards in enumerate(shards_by_rank):
         for index, shard in enumerate(shards):
             shape = shapes.setdefault(shard.name, shard.full_shape)
@@ -87,51 +138,75 @@ def make_sync_plan(
                     f"another rank {shape}"
                 )
             of_tensor = sources.setdefault(shard.name, {})
-            of_tensor.setdefault(shard.box, ShardSource(rank, index, shard.box))
-    tensors = []
+            of_tensor.setdefault(shard.box, Source(rank, index, shard.box))
+    by_ranks: dict[tuple[int, ...], list[PlannedTensor]] = {}
     for name, shape in shapes.items():
-        filled = tuple(source for source in sources[name].values() if source.numel)
+        filled = tuple(source for source in sources[name].values() if size(source.box))
         _check_cover(name, shape, filled)
-        tensors.append(PlannedTensor(name, shape, dtype_of(name), filled))
-    # Large elements first: in a bucket of several dtypes each tensor is then aligned.
-    tensors.sort(key=lambda tensor: tensor.dtype.itemsize, reverse=True)
-    return SyncPlan(tuple(make_buckets(tensors, bucket_bytes)))
+        targets = tuple(targets_of(shape, filled))
+        tensor = PlannedTensor(name, shape, dtype_of(name), filled, targets)
+        ranks = tuple(sorted({target.rank for target in targets}))
+        by_ranks.setdefault(ranks, []).append(tensor)
+    queues = []
+    for ranks in sorted(by_ranks):
+        tensors = sorted(by_ranks[ranks], key=lambda tensor: -tensor.dtype.itemsize)
+        queues.append(list(make_buckets(tensors, bucket_bytes)))
+    rounds = zip_longest(*queues)
+    return tuple(bucket for turn in rounds for bucket in turn if bucket is not None)
 
 
-def make_buckets(tensors: Sequence[PlannedTensor], limit_bytes: int) -> list[Bucket]:
+def make_buckets(tensors: Sequence[PlannedTensor], limit_bytes: int) -> Iterator[Bucket]:
     """Consecutive tensors of at most `limit_bytes` together; a larger one goes alone."""
-    buckets: list[Bucket] = []
-    bucket: list[PlannedTensor] = []
+    gathered: list[PlannedTensor] = []
     num_bytes = 0
     for tensor in tensors:
-        if bucket and num_bytes + tensor.nbytes > limit_bytes:
-            buckets.append(tuple(bucket))
-            bucket = []
+        if gathered and num_bytes + tensor.nbytes > limit_bytes:
+            yield Bucket(tuple(gathered))
+            gathered = []
             num_bytes = 0
-        bucket.append(tensor)
+        gathered.append(tensor)
         num_bytes += tensor.nbytes
-    if bucket:
-        buckets.append(tuple(bucket))
-    return buckets
+    if gathered:
+        yield Bucket(tuple(gathered))
 
 
-def _check_cover(name: str, shape: tuple[int, ...], sources: Sequence[ShardSource]) -> None:
+def size(box: Box) -> int:
+    """The number of elements of a box."""
+    return math.prod(axis.stop - axis.start for axis in box)
+
+
+def overlap(one: Box, other: Box) -> Box | None:
+    """The elements that two boxes share, if there are any; without dimensions it is one."""
+    shared = tuple(
+        slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(one, other, strict=True)
+    )
+    return shared if all(axis.start < axis.stop for axis in shared) else None
+
+
+def within(box: Box, outer: Box) -> Box:
+    """Where a box lies in a tensor that holds just the elements of `outer`."""
+    return tuple(
+        slice(axis.start - around.start, axis.stop - around.start)
+        for axis, around in zip(box, outer, strict=True)
+    )
+
+
+def _has_whole_rows(box: Box, shape: Sequence[int]) -> bool:
+    return box[1:] == whole(shape[1:])
+
+
+def _check_cover(name: str, shape: tuple[int, ...], sources: Sequence[Source]) -> None:
     for a, b in combinations(sources, 2):
-        if _overlap(a.box, b.box):
+        if overlap(a.box, b.box) is not None:
             raise ValueError(
                 f"{name}: ranks {a.rank} and {b.rank} hold overlapping {_text(a.box)}, "
                 f"{_text(b.box)}"
             )
-    covered = sum(source.numel for source in sources)
+    covered = sum(size(source.box) for source in sources)
     if covered != math.prod(shape):
         raise ValueError(
             f"{name}: the ranks' pieces cover {covered} of {math.prod(shape)} elements"
         )
-
-
-def _overlap(a: Box, b: Box) -> bool:
-    """Whether they share an element; a tensor without dimensions is one element."""
-    return all(max(x.start, y.start) < min(x.stop, y.stop) for x, y in zip(a, b, strict=True))
 
 
 def _text(box: Box) -> str:

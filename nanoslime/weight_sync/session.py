@@ -28,6 +28,7 @@ from typing import Any, Protocol
 
 from nanoslime.types import PauseMode, RunError
 from nanoslime.weight_sync.engine_calls import EnginesFailed, Failure
+from nanoslime.weight_sync.probe import Probe
 from nanoslime.weight_sync.transport import TRANSPORTS, Delivery, EngineSide, Sent, version_dir
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,9 @@ class SyncSession:
 
     `transport` is a key of TRANSPORTS; one that sends files puts them into `directory`.
     `deadline_s` is that of a rank for one bucket and of an engine for one call.
+
+    In the first sync, in every `compare_every`-th (0: no further one), and for an engine that
+    comes back, all is sent twice: the second time must not change a tensor of the engine.
     """
 
     def __init__(
@@ -107,6 +111,8 @@ class SyncSession:
         directory: Path,
         deadline_s: float,
         at_sync: PauseMode = "retract",
+        compare_every: int = 0,
+        probe: Probe | None = None,
     ):
         self._ranks = ranks
         self._engines = engines
@@ -115,10 +121,13 @@ class SyncSession:
         self._directory = directory
         self._deadline_s = deadline_s
         self._pause_mode = at_sync
+        self._compare_every = compare_every
+        self._probe = probe
+        self._num_syncs = 0
         # A cache that is kept is that of the old weights; only requests in place need it.
         self._flushes = at_sync != "in_place"
         self._ranks_of: dict[str, Sequence[int]] = {}
-        # The engines that the ranks' senders know, and their process group.
+        # The engines that the ranks' senders know, and their process groups.
         self._connected: list[Any] | None = None
         # The last one is theirs; engines may still be in those before, as they served when
         # another one joined.
@@ -147,18 +156,25 @@ class SyncSession:
         self._require_idle(version)
         start = time.monotonic()
         times: dict[str, float] = {}
+        probed = self._look_at_probe()
         if self._transport.delivery is Delivery.NOTHING:
             version = 0
             self._verify(version)
         else:
-            self._write_files(version)
+            self._prepare(version)
             self._engines.drain()
-            times = self._update(version)
+            every = self._compare_every
+            is_compared = self._num_syncs == 0 or (every > 0 and self._num_syncs % every == 0)
+            times = self._update(version, is_compared=is_compared)
+            self._num_syncs += 1
             del self._groups[:-1]
         self.version = version
+        synced = self._engines.in_sync()
         self._engines.serve()
+        if self._probe is not None:
+            self._probe.ask(synced)
         times["time/weight_sync_s"] = time.monotonic() - start
-        return times
+        return times | probed
 
     def join(self) -> None:
         """Gives engines that have come up what the others serve; then they serve too."""
@@ -166,8 +182,8 @@ class SyncSession:
         if self._transport.delivery is Delivery.NOTHING:
             self._verify(self.version)
         else:
-            self._write_files(self.version)
-            self._update(self.version)
+            self._prepare(self.version)
+            self._update(self.version, is_compared=True)
         self._engines.serve()
 
     def _require_idle(self, version: int) -> None:
@@ -177,51 +193,85 @@ class SyncSession:
                 f"{self.version} failed while it was {self.state}"
             )
 
-    def _update(self, version: int) -> dict[str, float]:
+    def _update(self, version: int, *, is_compared: bool) -> dict[str, float]:
         """Brings the engines of the sync to `version`."""
         self.state = State.PAUSED
+        begin = time.monotonic()
         self._engines.each("pause", self._pause_mode)
         self._engines.paused()
         self._devices.make_room_for_weights()
         self.state = State.SENDING
-        self._deliver(version)
+        times = self._deliver(version)
+        if is_compared:
+            self._deliver(version, compares=True)
         self.state = State.VERIFYING
-        times = self._devices.give_to_engines()
+        times |= self._devices.give_to_engines()
         self._verify(version)
         self._engines.each("resume")
+        times["time/weight_sync_pause_s"] = time.monotonic() - begin
         self.state = State.IDLE
         return times
 
-    def _write_files(self, version: int) -> None:
-        """Files are written while the engines still generate."""
-        if self._transport.delivery is Delivery.FILES:
-            # They may take as long as a checkpoint does.
-            self._ask_ranks("send", version, what=f"send the weights of version {version}")
+    def _prepare(self, version: int) -> None:
+        """The ranks do what they can while the engines still generate."""
+        # Files may take as long as a checkpoint does.
+        deadline_s = None if self._transport.delivery is Delivery.FILES else self._long_s
+        what = f"prepare the weights of version {version}"
+        self._ranks.call("prepare", version, what=what, deadline_s=deadline_s)
+        if self._probe is not None:
+            what = f"score {len(self._probe.token_ids)} tokens"
+            tokens = self._probe.token_ids
+            by_rank = self._ranks.call("score", tokens, what=what, deadline_s=self._long_s)
+            self._probe.expect(version, by_rank or [])
 
-    def _deliver(self, version: int) -> None:
+    def _look_at_probe(self) -> dict[str, float]:
+        """What came of the probe after the last sync, as metrics; engines that have other
+        weights than the trainer thinks are lost."""
+        if self._probe is None:
+            return {}
+        metrics, failures = self._probe.collect()
+        self._engines.fail(failures)
+        return metrics
+
+    def _deliver(self, version: int, *, compares: bool = False) -> dict[str, float]:
+        """Returns the seconds of its parts, as metrics."""
         match self._transport.delivery:
             case Delivery.BUCKETS:
-                self._deliver_buckets(version)
+                return self._deliver_buckets(version, compares=compares)
             case Delivery.FILES:
                 path = version_dir(self._directory, version)
-                self._engines.each(
-                    "update_weights_from_disk", str(path), version, flush=self._flushes
-                )
-                # On NFS a file that an engine still has open cannot be removed at once.
-                shutil.rmtree(path, ignore_errors=True)
-            case Delivery.DIRECT:
+                options = {"flush": self._flushes and not compares, "compares": compares}
+                self._engines.each("update_weights_from_disk", str(path), version, **options)
+                self._remove_old_files(version)
+            case Delivery.DIRECT if not compares:
                 self._send(version)
+        return {}
 
-    def _deliver_buckets(self, version: int) -> None:
+    def _deliver_buckets(self, version: int, *, compares: bool) -> dict[str, float]:
         """Every round loses an engine, or is the last one."""
+        times: dict[str, float] = {}
         while engines := self._engines.in_sync():
             if engines != self._connected and not self._connect():
                 continue
             self._engines.each("begin_update")
-            if self._engines.in_sync() == engines and self._send(version):
-                break
+            if self._engines.in_sync() == engines:
+                sent = self._send(version, compares=compares)
+                if sent is not None:
+                    times = _longest([of_rank.times for of_rank in sent])
+                    break
             self._disconnect()
-        self._engines.each("end_update", version, flush=self._flushes)
+        self._engines.each("end_update", version, flush=self._flushes and not compares)
+        return times
+
+    def _remove_old_files(self, version: int) -> None:
+        """The last two versions stay, as what an engine that died may still be reading.
+
+        On NFS a file that an engine still has open cannot be removed at once.
+        """
+        kept = {version_dir(self._directory, kept) for kept in (version, version - 1)}
+        for path in self._directory.glob("version_*"):
+            if path not in kept:
+                shutil.rmtree(path, ignore_errors=True)
 
     def _connect(self) -> bool:
         """Makes the ranks' senders for the engines of the sync; False where one was lost."""
@@ -250,10 +300,11 @@ class SyncSession:
             for group in self._groups:
                 self._engines.each("abandon_update", group)
 
-    def _send(self, version: int) -> bool:
-        """False where an engine was lost meanwhile."""
+    def _send(self, version: int, *, compares: bool = False) -> list[Sent] | None:
+        """What the ranks say of it; None where an engine was lost meanwhile."""
         what = f"send the weights of version {version}"
-        return self._all_well(self._ask_ranks("send", version, what=what, deadline_s=self._long_s))
+        sent = self._ask_ranks("send", version, compares, what=what, deadline_s=self._long_s)
+        return sent if self._all_well(sent) else None
 
     @property
     def _long_s(self) -> float:
@@ -291,3 +342,12 @@ class SyncSession:
                 cause = f"engine {name} reports policy version {found} after the sync of {version}"
                 wrong[name] = Failure(cause, is_gone=False)
         self._engines.fail(wrong)
+
+
+def _longest(times: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The largest of each, over the ranks."""
+    found: dict[str, float] = {}
+    for of_rank in times:
+        for name, seconds in of_rank.items():
+            found[name] = max(seconds, found.get(name, 0.0))
+    return found

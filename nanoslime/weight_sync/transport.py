@@ -9,10 +9,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
-from nanoslime.weight_sync.assemble import Assembler
 from nanoslime.weight_sync.engine_calls import Failure
+from nanoslime.weight_sync.trainer_weights import TrainerWeights
 
 
 class Delivery(StrEnum):
@@ -43,9 +41,8 @@ TRANSPORTS = {
 class RankSide:
     """What a sender has on its trainer rank."""
 
-    assembler: Assembler
-    rank: int
-    device: torch.device
+    weights: TrainerWeights
+    bucket_bytes: int
     model_dir: Path  # tokenizer and config of what is trained
     deadline_s: float
 
@@ -60,7 +57,7 @@ class EngineSide:
     ranks_by_engine: Sequence[Sequence[int]]
     address: str  # of trainer rank 0, reachable from the engines
     directory: Path  # for Delivery.FILES; see `version_dir`
-    group: str = ""  # the name of the process group, where engines join one
+    group: str = ""  # how the names of process groups begin that engines join
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,24 +68,30 @@ class Sent:
     """
 
     num_bytes: int = 0
+    # Seconds that it took for its parts, as metrics.
+    times: Mapping[str, float] = field(default_factory=dict)
     failures: Mapping[str, Failure] = field(default_factory=dict)
     # What went wrong, where anything did.
     problem: str = ""
 
 
 class Sender(Protocol):
-    """Lives on every trainer rank. Construction, `send` and `close` are collective.
+    """Lives on every trainer rank. Construction and all methods are collective.
 
-    The first two raise EnginesFailed, naming the engines that refused, failed or were late.
-    `send` does so after its part in all collectives, so that no other rank waits for it.
+    Construction and `send` raise EnginesFailed, naming the engines that refused, failed or were
+    late. `send` does so after its part in all collectives, so that no other rank waits for it.
     """
 
     def __init__(self, rank: RankSide, engines: EngineSide) -> None: ...
 
-    def send(self, version: int) -> int:
+    def prepare(self, version: int) -> None:
+        """Does as much of `send` as is possible while the engines still generate."""
+        ...
+
+    def send(self, version: int, *, compares: bool = False) -> Sent:
         """Sends the current weights, bucket by bucket in the plan's order.
 
-        Returns the bytes that this rank sent.
+        Where it `compares`, engines have them already, and say so if anything changes.
         """
         ...
 

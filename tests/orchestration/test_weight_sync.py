@@ -203,7 +203,7 @@ def test_disk_sync_from_megatron_tp2(ranks, sglang_engine, tiny_model, tmp_path)
     flushes = num_flushes(sglang_engine)
     session.sync(7)
     assert num_flushes(sglang_engine) == flushes + 1
-    assert sglang_engine.policy_version() == 7 and list(tmp_path.iterdir()) == []
+    assert sglang_engine.policy_version() == 7
     assert max(ranks(measure, sample(sglang_engine, seed=6))) < 1e-4
     ranks(close_worker)
 

@@ -26,12 +26,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanoslime import algorithms
-from nanoslime.batch import StepMetrics, TrainBatch, WeightShard
+from nanoslime.batch import OwnedShard, StepMetrics, TrainBatch, WeightShard
 from nanoslime.config import GRPOConfig, ModelConfig, RolloutConfig, RunConfig, TrainingConfig
 from nanoslime.config.algorithm import CISPOConfig, GSPOConfig, ReinforcePPConfig
 from nanoslime.plugins import resolve
 from nanoslime.training.backend import RankEnv
-from nanoslime.weight_sync.plan import OwnedShard, SyncPlan, make_sync_plan
+from nanoslime.weight_sync.plan import Bucket, make_sync_plan, whole_on_first
 
 BACKENDS = {
     "megatron": "nanoslime.training.megatron.backend:MegatronBackend",
@@ -246,6 +246,7 @@ def train(
     return {
         "dp_rank": backend.dp_rank,
         "initial": initial,
+        "owned": backend.owned_shards(),
         "logprobs": logprobs,
         "steps": metrics,
         "grads": grads,
@@ -283,17 +284,19 @@ def _assembled(results: list[dict[str, Any]], name: str) -> dict[str, Tensor]:
     return assemble(shard for result in results for shard in result[name])
 
 
-def _sync_plan(results: list[dict[str, Any]]) -> SyncPlan:
+def _sync_plan(results: list[dict[str, Any]]) -> tuple[Bucket, ...]:
     """The plan for the shards that the ranks held before the first step."""
     shards_by_rank = [
         [OwnedShard(name, shape, box) for name, shape, box, _ in result["initial"]]
         for result in results
     ]
+    for result in results:
+        assert result["owned"] == shards_by_rank, "each rank knows what all the others hold"
 
     def float32(name: str) -> torch.dtype:
         return torch.float32
 
-    return make_sync_plan(shards_by_rank, float32, bucket_bytes=1 << 20)
+    return make_sync_plan(shards_by_rank, float32, 1 << 20, whole_on_first)
 
 
 def _by_sequence(results: list[dict[str, Any]], name: str, dp_size: int) -> list[Tensor]:

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from nanoslime.weight_sync.plan import OwnedShard, PlannedTensor, make_buckets, make_sync_plan
+from nanoslime.batch import OwnedShard
+from nanoslime.weight_sync.plan import (
+    Bucket,
+    PlannedTensor,
+    make_buckets,
+    make_sync_plan,
+    rows_on_each,
+    whole_on_first,
+)
 
 SHAPES = {"rows": (6, 4), "columns": (2, 8), "replicated": (5,), "only_on_last": (3, 3)}
 
@@ -31,9 +39,16 @@ RANK_1 = [
 ]
 
 
+def planned(*shards_by_rank: list[OwnedShard], targets=whole_on_first) -> tuple[Bucket, ...]:
+    return make_sync_plan(shards_by_rank, float32, bucket_bytes=1000, targets_of=targets)
+
+
+def tensors_of(plan: tuple[Bucket, ...]) -> dict[str, PlannedTensor]:
+    return {tensor.name: tensor for bucket in plan for tensor in bucket.tensors}
+
+
 def test_plan_takes_every_element_once_and_replicas_from_the_lowest_rank():
-    plan = make_sync_plan([RANK_0, RANK_1], float32, bucket_bytes=1000)
-    tensors = {tensor.name: tensor for tensor in plan.tensors}
+    tensors = tensors_of(planned(RANK_0, RANK_1))
     assert {name: tensor.shape for name, tensor in tensors.items()} == SHAPES
     assert [source.rank for source in tensors["replicated"].sources] == [0]
     assert [source.rank for source in tensors["only_on_last"].sources] == [1]
@@ -45,8 +60,7 @@ def test_plan_takes_every_element_once_and_replicas_from_the_lowest_rank():
 
 
 def test_a_source_says_which_of_its_ranks_shards_it_is():
-    plan = make_sync_plan([RANK_0, RANK_1], float32, bucket_bytes=1000)
-    for tensor in plan.tensors:
+    for tensor in tensors_of(planned(RANK_0, RANK_1)).values():
         for source in tensor.sources:
             shard = [RANK_0, RANK_1][source.rank][source.index]
             assert (shard.name, shard.box) == (tensor.name, source.box)
@@ -54,21 +68,21 @@ def test_a_source_says_which_of_its_ranks_shards_it_is():
 
 def test_plan_refuses_a_part_that_nobody_holds():
     with pytest.raises(ValueError, match="rows: the ranks' pieces cover 12 of 24"):
-        make_sync_plan([RANK_0, RANK_1[1:]], float32, bucket_bytes=1000)
+        planned(RANK_0, RANK_1[1:])
 
 
 def test_plan_refuses_overlapping_parts():
     overlap = [owned("rows", (0, 4), (0, 4)), owned("rows", (3, 6), (0, 4))]
     message = r"rows: ranks 0 and 0 hold overlapping \[0:4, 0:4\], \[3:6, 0:4\]"
     with pytest.raises(ValueError, match=message):
-        make_sync_plan([overlap], float32, bucket_bytes=1000)
+        planned(overlap)
 
 
 def test_plan_refuses_disagreeing_shapes():
     two = OwnedShard("a", (2,), (slice(0, 2),))
     three = OwnedShard("a", (3,), (slice(0, 3),))
     with pytest.raises(ValueError, match=r"a: rank 1 has full shape \(3,\), another rank \(2,\)"):
-        make_sync_plan([[two], [three]], float32, bucket_bytes=1000)
+        planned([two], [three])
 
 
 def test_large_elements_come_first_so_that_a_bucket_is_aligned():
@@ -77,13 +91,53 @@ def test_large_elements_come_first_so_that_a_bucket_is_aligned():
     def dtype_of(name: str) -> torch.dtype:
         return torch.float32 if name == "b" else torch.bfloat16
 
-    plan = make_sync_plan([shards], dtype_of, bucket_bytes=1000)
-    assert [tensor.name for tensor in plan.tensors] == ["b", "a", "c"]
-    assert [tensor.nbytes for tensor in plan.tensors] == [12, 6, 6]
+    [bucket] = make_sync_plan([shards], dtype_of, bucket_bytes=1000, targets_of=whole_on_first)
+    assert [tensor.name for tensor in bucket.tensors] == ["b", "a", "c"]
+    assert [tensor.nbytes for tensor in bucket.tensors] == [12, 6, 6]
 
 
 def test_buckets_keep_order_and_limit():
     sizes = [10, 10, 100, 5, 5, 5]
-    tensors = [PlannedTensor(str(i), (n,), torch.float32, ()) for i, n in enumerate(sizes)]
+    tensors = [PlannedTensor(str(i), (n,), torch.float32, (), ()) for i, n in enumerate(sizes)]
     buckets = make_buckets(tensors, limit_bytes=80)
-    assert [[t.name for t in bucket] for bucket in buckets] == [["0", "1"], ["2"], ["3", "4", "5"]]
+    names = [[tensor.name for tensor in bucket.tensors] for bucket in buckets]
+    assert names == [["0", "1"], ["2"], ["3", "4", "5"]]
+
+
+def test_the_lowest_rank_with_a_part_sends_a_tensor_and_senders_take_turns():
+    """As in two pipeline stages of two tensor-parallel ranks, which copy their norms."""
+    shards_by_rank = []
+    for stage in range(2):
+        for half in range(2):
+            shards = [OwnedShard(f"norm{stage}", (4,), (slice(0, 4),))]
+            for layer in range(3):
+                rows = slice(100 * half, 100 * half + 100)
+                shards.append(OwnedShard(f"{stage}.{layer}", (200,), (rows,)))
+            shards_by_rank.append(shards)
+    plan = planned(*shards_by_rank)
+    assert [bucket.first_rank for bucket in plan] == [0, 2, 0, 2, 0, 2]
+    for bucket in plan:
+        for tensor in bucket.tensors:
+            [target] = tensor.targets
+            assert target.box == (slice(0, tensor.shape[0]),)
+            assert target.rank == min(source.rank for source in tensor.sources)
+
+
+def test_rows_stay_where_they_are_and_columns_become_rows():
+    tensors = tensors_of(planned(RANK_0, RANK_1, targets=rows_on_each))
+    rows = tensors["rows"]
+    assert [(t.rank, t.box) for t in rows.targets] == [(s.rank, s.box) for s in rows.sources]
+    assert [(t.rank, t.box) for t in tensors["columns"].targets] == [
+        (0, (slice(0, 1), slice(0, 8))),
+        (1, (slice(1, 2), slice(0, 8))),
+    ]
+
+
+def test_fewer_rows_than_ranks_leave_some_without():
+    by_columns = [
+        [OwnedShard("flat", (2, 6), (slice(0, 2), slice(2 * rank, 2 * rank + 2)))]
+        for rank in range(3)
+    ]
+    [bucket] = planned(*by_columns, targets=rows_on_each)
+    targets = bucket.tensors[0].targets
+    assert [(t.rank, t.box[0]) for t in targets] == [(1, slice(0, 1)), (2, slice(1, 2))]

@@ -36,6 +36,7 @@ class Engine:
         # The version of the weights that it has; None for a mixture.
         self.weights: int | None = 0
         self.served: list[tuple[int | None, int]] = []  # weights and label, at each resume
+        self.compared: list[int] = []  # versions
         self._calls = calls
         self._fails_at = fails_at
         self._gone_at = gone_at
@@ -68,8 +69,11 @@ class Engine:
         self.weights = None
 
     def end_update(self, version: int, *, flush: bool) -> None:
+        if not flush:
+            assert self.label == version
+            self.compared.append(version)
+            self._told("compare")
         self._told("end_update")
-        assert flush
         if self.weights is None:
             raise RunError(f"engine {self.name}: end_update before the tensors of {version}")
         self.label = version
@@ -78,8 +82,15 @@ class Engine:
         self._told("abandon_update")
         self.groups_left.append(group)
 
-    def update_weights_from_disk(self, path: str, version: int, *, flush: bool) -> None:
+    def update_weights_from_disk(
+        self, path: str, version: int, *, flush: bool, compares: bool
+    ) -> None:
         assert Path(path).is_dir() and self.is_paused
+        if compares:
+            assert self.weights == version
+            self.compared.append(version)
+            self._told("compare")
+            return
         self._told("update_weights_from_disk")
         self.label = version
         self.weights = version
@@ -122,8 +133,9 @@ class Ranks:
         if method == "connect":
             self.engines = list(args[1].engines)
             self.groups.append(args[1].group)
-        if method == "send":
+        if method == "prepare":
             (self._directory / f"version_{args[0]}").mkdir(exist_ok=True)
+        if method == "send":
             return [self._send(args[0]), Sent()]
         return [Sent(), Sent()]
 
@@ -160,6 +172,7 @@ def opened(
         deadline_s=5.0,
     )
     session.open([[0]])
+    session._num_syncs = 1  # so that the next one is as most are, and compares nothing
     calls.clear()
     return session
 
@@ -170,18 +183,52 @@ def test_buckets_go_between_begin_and_end_while_the_engines_are_paused(tmp_path,
     engine = Engine("a", calls)
     session = opened(tmp_path, transport, engine, calls=calls)
     times = session.sync(3)
-    update = ["pause", "begin_update", "send", "send", "end_update", "policy_version", "resume"]
-    assert calls == update, "the ranks send, and the engine gets"
+    update = ["begin_update", "send", "send", "end_update"]
+    assert calls == ["prepare", "pause", *update, "policy_version", "resume"]
     assert (session.version, session.state, engine.label) == (3, State.IDLE, 3)
-    assert times["time/weight_sync_s"] >= 0
+    assert times["time/weight_sync_s"] >= times["time/weight_sync_pause_s"] >= 0
 
 
-def test_files_are_written_before_the_pause_and_removed_after_the_load(tmp_path):
+@pytest.mark.parametrize("transport", ["broadcast", "disk"])
+def test_the_first_sync_and_every_third_compare_and_so_does_a_join(
+    tmp_path, monkeypatch, transport
+):
+    monkeypatch.setattr("nanoslime.orchestration.engine_pool._PAUSE_S", 0.0)
+    calls: list[str] = []
+    a = Engine("a", calls)
+    fresh = Engine("a", calls)
+    session = opened(tmp_path, transport, a, calls=calls, restarts=[lambda: fresh])
+    session._num_syncs = 0
+    session._compare_every = 3
+    for version in range(5):
+        session.sync(version)
+    assert a.compared == [0, 3]
+    assert [label for _, label in a.served] == [0, 1, 2, 3, 4]
+    session._engines.lost("a", "a hangs")
+    while not fresh.served:
+        session._engines.service(session.join)
+    assert fresh.compared == [4] and fresh.served == [(4, 4)]
+
+
+@pytest.mark.parametrize("transport", ["broadcast", "disk"])
+def test_an_engine_in_which_comparing_changes_something_is_lost(tmp_path, transport):
+    calls: list[str] = []
+    a = Engine("a", calls)
+    b = Engine("b", calls, fails_at="compare")
+    session = opened(tmp_path, transport, a, b, calls=calls)
+    session._num_syncs = 0
+    session.sync(4)
+    assert a.served == [(4, 4)] and b.served == []
+
+
+def test_files_are_written_before_the_pause_and_two_versions_of_them_are_kept(tmp_path):
     calls: list[str] = []
     session = opened(tmp_path, "disk", Engine("a", calls), calls=calls)
     session.sync(3)
-    assert calls == ["send", "pause", "update_weights_from_disk", "policy_version", "resume"]
-    assert list(tmp_path.iterdir()) == []
+    assert calls == ["prepare", "pause", "update_weights_from_disk", "policy_version", "resume"]
+    session.sync(4)
+    session.sync(5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["version_4", "version_5"]
 
 
 def test_without_a_way_an_engine_of_another_version_is_named(tmp_path):
@@ -210,10 +257,15 @@ def test_shared_devices_change_hands_inside_a_sync(tmp_path):
     )
     session.open([[0]])
     calls.clear()
-    assert session.sync(1).keys() == {"time/weight_sync_s", "time/sleep_s"}
+    assert session.sync(1).keys() == {
+        "time/weight_sync_s",
+        "time/weight_sync_pause_s",
+        "time/sleep_s",
+    }
     update = ["begin_update", "send", "send", "end_update"]
-    turn = ["resume_memory weights", *update, "sleep", "resume_memory cache"]
-    assert calls == ["pause", *turn, "policy_version", "resume"]
+    again = ["begin_update", "send", "send", "compare", "end_update"]
+    turn = ["resume_memory weights", *update, *again, "sleep", "resume_memory cache"]
+    assert calls == ["prepare", "pause", *turn, "policy_version", "resume"]
     calls.clear()
     assert devices.give_to_trainer().keys() == {"time/wake_s"}
     assert devices.give_to_trainer() == {}
@@ -284,7 +336,7 @@ def test_an_engine_that_dies_over_files_is_lost(tmp_path, call):
     session = opened(tmp_path, "disk", a, b, calls=calls)
     session.sync(4)
     assert a.served == [(4, 4)] and session._engines.ready() == [a]
-    assert calls.count("send") == 1
+    assert calls.count("prepare") == 1
 
 
 @pytest.mark.parametrize("call", ["begin_update", "send", "end_update"])
@@ -456,7 +508,8 @@ def test_ranks_are_told_of_their_engines_and_of_the_deadline(
     ranks_of = [[3, 4]] if has_engines else []
     assert side == EngineSide(engines, ranks_of, "10.0.0.7", tmp_path, side.group)
     session.sync(2)
-    assert ranks.told["send"] == (2, deadline_s)
+    assert ranks.told["prepare"] == (2, deadline_s)
+    assert ranks.told.get("send", (2, True, deadline_s)) == (2, True, deadline_s)
 
 
 def test_a_call_of_one_engine_that_is_late_or_fails_is_named():

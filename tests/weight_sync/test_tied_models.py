@@ -17,6 +17,7 @@ from nanoslime.orchestration.local_group import LocalTrainGroup
 from nanoslime.processes.ports import free_port
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.run_dir import RunDir
+from nanoslime.sealed_bucket import Place
 from nanoslime.training.backend import RankEnv
 from nanoslime.types import RunError
 from nanoslime.weight_sync.session import SyncSession
@@ -99,13 +100,13 @@ def test_a_trained_tensor_that_never_came_is_missed_whatever_repeats_came(
     tensors = load_file(model / "model.safetensors")
     norm = tensors.pop("model.norm.weight")
     engine.begin_update()
-    send_tensors(engine, tensors)
+    send_tensors(engine, tensors, Place(2, 0, 1))
     with pytest.raises(RunError, match="1 of 24 tensors missing: model.norm.weight"):
         engine.end_update(2)
     engine.begin_update()
     with pytest.raises(RunError, match="unknown tensor 'lm_head.wait'"):
-        send_tensors(engine, {"lm_head.wait": norm})
+        send_tensors(engine, {"lm_head.wait": norm}, Place(2, 0, 1))
     del tensors["lm_head.weight"]
-    send_tensors(engine, {**tensors, "model.norm.weight": norm})
+    send_tensors(engine, {**tensors, "model.norm.weight": norm}, Place(2, 0, 1))
     engine.end_update(2)
     assert engine.policy_version() == 2

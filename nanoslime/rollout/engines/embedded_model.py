@@ -31,7 +31,7 @@ from nanoslime.rollout.engines.embedded_sampling import (
     StopTexts,
     sample_batch,
 )
-from nanoslime.rollout.weight_check import ExpectedTensors
+from nanoslime.rollout.weight_check import ExpectedTensors, changed, fingerprints
 from nanoslime.storage.safetensors_file import read_headers
 from nanoslime.types import (
     GenerateRequest,
@@ -183,16 +183,34 @@ class EmbeddedEngine:
         self.pause("abort")
         self._thread.shutdown()
 
+    def score(self, token_ids: Sequence[int]) -> tuple[list[float], int]:
+        """It waits for the batch that runs."""
+
+        @torch.no_grad()
+        def scored() -> tuple[list[float], int]:
+            ids = torch.tensor(list(token_ids), device=self._model.device)
+            logits = self._model(ids[None]).logits[0, :-1].float()
+            logprobs = logits.log_softmax(-1).gather(1, ids[1:, None])
+            return logprobs[:, 0].tolist(), self._version
+
+        return self._thread.submit(scored).result()
+
     def flush(self) -> None:
         """Nothing needs to be done: a cache ends with its batch."""
 
     def policy_version(self) -> int:
         return self._version
 
-    def update_weights_from_disk(self, path: str, version: int, *, flush: bool = True) -> None:
+    def update_weights_from_disk(
+        self, path: str, version: int, *, flush: bool = True, compares: bool = False
+    ) -> None:
         """`load_weights` from the safetensors of a directory."""
         files = {info.file for info in read_headers(Path(path)).values()}
+        before = fingerprints(self._model) if compares else {}
         self.load_weights(_tensors_of(sorted(files)), version)
+        problem = changed(self._model, before)
+        if problem:
+            raise RunError(f"engine {self.name} refused version {version}: {problem}")
 
     def load_weights(self, named: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copy tensors, under the names of the checkpoint, into the model.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from base64 import b64encode
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ _KEEP_ALIVE_S = 3.0
 _TRANSIENT_REFUSALS = (408, 429)
 _MAX_REASON_CHARS = 300
 _JSON = {"Content-Type": "application/json"}
+# The load format of an update from disk that must not change anything; our plug-in knows it.
+COMPARING = "nanoslime-comparing"
 
 
 class HttpSessions:
@@ -168,6 +170,21 @@ class SGLangEngine:
     def interrupt(self) -> None:
         self._request("POST", "/abort_request", {"abort_all": True}, _HEALTH_DEADLINE_S)
 
+    def score(self, token_ids: Sequence[int]) -> tuple[list[float], int]:
+        answer = self._post(
+            "/generate",
+            input_ids=list(token_ids),
+            sampling_params={"max_new_tokens": 1, "temperature": 1.0},
+            return_logprob=True,
+            logprob_start_len=0,
+        )
+        try:
+            meta = answer["meta_info"]
+            scored = [float(entry[0]) for entry in meta["input_token_logprobs"][1:]]
+            return scored, int(meta["weight_version"])
+        except (LookupError, TypeError, ValueError) as e:
+            raise self._error(f"/generate answered no logprobs of a prompt: {e}") from e
+
     def flush(self) -> None:
         """Empty the prefix cache.
 
@@ -195,14 +212,18 @@ class SGLangEngine:
                 f"({response.status_code}): {response.text[:_MAX_REASON_CHARS]!r}"
             ) from e
 
-    def update_weights_from_disk(self, path: str, version: int, *, flush: bool = True) -> None:
+    def update_weights_from_disk(
+        self, path: str, version: int, *, flush: bool = True, compares: bool = False
+    ) -> None:
         """Load the safetensors of a directory.
 
-        Raises RunError, with the weights as they were, where names or shapes differ.
+        Raises RunError, with the weights as they were, where names or shapes differ, or the
+        manifest; and where it `compares` and the load changes a parameter.
         """
         answer = self._post(
             "/update_weights_from_disk",
             model_path=path,
+            load_format=COMPARING if compares else "auto",
             weight_version=str(version),
             flush_cache=flush,
         )
@@ -239,10 +260,12 @@ class SGLangEngine:
     def receive_bucket(
         self, *, names: list[str], dtypes: list[str], shapes: list[list[int]], group: str
     ) -> None:
-        """Receive one broadcast from rank 0 of the group per tensor, in the order of `names`.
+        """Receive a broadcast from rank 0 of the group: the tensors, one after the other.
 
-        The names are the checkpoint's. Blocks until all were sent. Raises RunError,
-        once they were received, for an unknown or repeated name or another shape.
+        The first of them is the header of sealed_bucket.py; the others have the
+        checkpoint's names. Blocks until all is loaded. Raises RunError, once it was received,
+        for an unknown or repeated name, another shape, or a header that is not that of the
+        next bucket or of these bytes.
         """
         self._post(
             "/update_weights_from_distributed",
@@ -250,6 +273,7 @@ class SGLangEngine:
             dtypes=dtypes,
             shapes=shapes,
             group_name=group,
+            load_format="flattened_bucket",
             flush_cache=False,
         )
 
@@ -269,9 +293,11 @@ class SGLangEngine:
     def end_update(self, version: int, *, flush: bool = True) -> None:
         """Close the session, flush the cache, set the version.
 
-        Raises RunError where a tensor never came.
+        Raises RunError where a tensor never came, or those of another version did.
         """
-        self._post("/end_weight_update")
+        message = self._post("/end_weight_update").get("message")
+        if message != f"version {version}":
+            raise self._error(f"holds the weights of {message}, and should hold version {version}")
         if flush:
             self.flush()
         self._post("/update_weight_version", new_version=str(version), abort_all_requests=False)

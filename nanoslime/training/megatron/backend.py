@@ -9,9 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanoslime.batch import TrainBatch, WeightShard
+from nanoslime.batch import OwnedShard, TrainBatch, WeightShard
 from nanoslime.config import RunConfig
-from nanoslime.models.parallel_sizes import PipelineSizes
 from nanoslime.models.shape import ModelShape
 from nanoslime.models.trainable import check_kernels, check_parallel
 from nanoslime.storage.safetensors_file import METADATA_DIR, copy_other_files
@@ -36,7 +35,7 @@ class MegatronBackend(TrainBackend):
         self.dp_rank = self._ranks.dp_rank
         self.dp_size = self._ranks.dp_size
         self.is_last_stage = self._ranks.is_last_stage
-        is_first = self._ranks.tp_rank == 0 and self._ranks.cp_rank == 0
+        is_first = self._ranks.place.tp_rank == 0 and self._ranks.cp_rank == 0
         self.writes_logprobs = self.is_last_stage and is_first
         self._distributed = model.build(self._shape, config, self._ranks, self._device)
         self._model_chunks = [model.unwrap(chunk) for chunk in self._distributed]
@@ -57,6 +56,9 @@ class MegatronBackend(TrainBackend):
     def weight_shards(self) -> Iterator[WeightShard]:
         return weights.shards(self._parameter_pieces)
 
+    def owned_shards(self) -> list[list[OwnedShard]]:
+        return weights.owned_shards(self._shape, self._training, dist.get_world_size())
+
     def grad_shards(self) -> Iterator[WeightShard]:
         return weights.shards(self._parameter_pieces, "main_grad")
 
@@ -70,8 +72,7 @@ class MegatronBackend(TrainBackend):
 
     def _bind(self) -> weights.ParameterPieces:
         found = []
-        pipeline = PipelineSizes.of(self._training)
-        partitions = self._ranks.partitions(self._shape, pipeline)
+        partitions = parallel.partitions(self._ranks.place, self._training, self._shape)
         for chunk, partition in zip(self._model_chunks, partitions, strict=True):
             found += weights.bind(chunk, self._shape, partition)
         return found

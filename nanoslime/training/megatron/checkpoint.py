@@ -153,7 +153,7 @@ def _sharded_state(
                 weights, is_loading=is_loading, metadata=dict(content)
             )
     grid = (ranks.pp_size, ranks.dp_size, ranks.cp_size, ranks.tp_size)
-    place = (ranks.pp_rank, ranks.dp_rank, ranks.cp_rank, ranks.tp_rank)
+    place = (ranks.place.pp_rank, ranks.dp_rank, ranks.cp_rank, ranks.place.tp_rank)
     random_state = ShardedObject("random", _get_all_rng_states(), grid, place)
     return {"model": weights, "optimizer": moments, "random": random_state}
 

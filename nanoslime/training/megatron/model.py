@@ -19,7 +19,6 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from torch import Tensor
 
 from nanoslime.config import RunConfig
-from nanoslime.models.parallel_sizes import PipelineSizes
 from nanoslime.models.rules import padded_vocab_size
 from nanoslime.models.shape import MLA, ModelShape, MoE
 from nanoslime.training.megatron import weights
@@ -30,7 +29,12 @@ from nanoslime.training.megatron.local_layers import (
     use_latent_attention,
     use_packed_rotary_embedding,
 )
-from nanoslime.training.megatron.parallel import Ranks, megatron_sizes, megatron_stages
+from nanoslime.training.megatron.parallel import (
+    Ranks,
+    megatron_sizes,
+    megatron_stages,
+    partitions,
+)
 
 
 def model_config(
@@ -134,8 +138,7 @@ def build(shape: ModelShape, config: RunConfig, ranks: Ranks, device: torch.devi
         **config.training.megatron_ddp,
     }
     model_chunks: list[DDP] = []
-    partitions = ranks.partitions(shape, PipelineSizes.of(config.training))
-    for number, partition in enumerate(partitions):
+    for number, partition in enumerate(partitions(ranks.place, config.training, shape)):
         vp_stage = number if ranks.vpp_size > 1 else None
         gpt = gpt_model(
             shape,

@@ -20,21 +20,28 @@ from nanoslime.training.backend import RankEnv, init_process_group
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """A rank's place in the model: ranks of the same place hold the same weights."""
+
+    tp_rank: int
+    pp_rank: int
+    ep_rank: int
+    etp_rank: int
+
+
+@dataclass(frozen=True, slots=True)
 class Ranks:
     """This rank's place in the grids [pp, dp, cp, tp] and [pp, edp, ep, etp], and groups."""
 
-    tp_rank: int
+    place: Place
     tp_size: int
     cp_rank: int
     cp_size: int
     dp_rank: int
     dp_size: int
-    pp_rank: int
     pp_size: int
     vpp_size: int  # model chunks on this rank
-    ep_rank: int
     ep_size: int
-    etp_rank: int
     etp_size: int
     tp_group: ProcessGroup
     cp_group: ProcessGroup
@@ -43,26 +50,39 @@ class Ranks:
 
     @property
     def is_last_stage(self) -> bool:
-        return self.pp_rank == self.pp_size - 1
+        return self.place.pp_rank == self.pp_size - 1
 
-    def partitions(self, shape: ModelShape, pipeline: PipelineSizes) -> list[ModelPartition]:
-        """The part of the model in each model chunk; chunk v of rank p is stage v * pp_size + p."""
-        stages = pipeline.stages(shape.num_layers)
-        num_experts = shape.moe.num_experts // self.ep_size if shape.moe else 0
-        first_expert = self.ep_rank * num_experts
-        found = []
-        for stage in range(self.pp_rank, len(stages), self.pp_size):
-            partition = ModelPartition(
-                self.tp_rank,
-                self.tp_size,
-                layers=stages[stage],
-                first=stage == 0,
-                last=stage == len(stages) - 1,
-                experts=range(first_expert, first_expert + num_experts),
-                expert_tp=(self.etp_rank, self.etp_size),
-            )
-            found.append(partition)
-        return found
+
+def place_of(rank: int, world_size: int, config: TrainingConfig) -> Place:
+    """The place of any rank; no process group is needed."""
+    ranks_of_stage = world_size // config.pp_size
+    in_stage = rank % ranks_of_stage
+    return Place(
+        tp_rank=in_stage % config.tp_size,
+        pp_rank=rank // ranks_of_stage,
+        ep_rank=in_stage // config.etp_size % config.ep_size,
+        etp_rank=in_stage % config.etp_size,
+    )
+
+
+def partitions(place: Place, config: TrainingConfig, shape: ModelShape) -> list[ModelPartition]:
+    """The part of the model in each model chunk; chunk v of rank p is stage v * pp_size + p."""
+    stages = PipelineSizes.of(config).stages(shape.num_layers)
+    num_experts = shape.moe.num_experts // config.ep_size if shape.moe else 0
+    first_expert = place.ep_rank * num_experts
+    found = []
+    for stage in range(place.pp_rank, len(stages), config.pp_size):
+        partition = ModelPartition(
+            place.tp_rank,
+            config.tp_size,
+            layers=stages[stage],
+            first=stage == 0,
+            last=stage == len(stages) - 1,
+            experts=range(first_expert, first_expert + num_experts),
+            expert_tp=(place.etp_rank, config.etp_size),
+        )
+        found.append(partition)
+    return found
 
 
 def megatron_sizes(config: TrainingConfig) -> dict[str, int | None]:
@@ -102,16 +122,18 @@ def initialize(config: TrainingConfig, env: RankEnv, seed: int) -> Ranks:
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return Ranks(
         **{name: getattr(config, name) for name in PARALLEL_SIZES},
-        tp_rank=state.get_tensor_model_parallel_rank(),
+        place=Place(
+            tp_rank=state.get_tensor_model_parallel_rank(),
+            pp_rank=state.get_pipeline_model_parallel_rank(),
+            ep_rank=state.get_expert_model_parallel_rank(),
+            etp_rank=state.get_expert_tensor_parallel_rank(),
+        ),
         tp_group=state.get_tensor_model_parallel_group(),
         cp_rank=state.get_context_parallel_rank(),
         cp_group=state.get_context_parallel_group(),
         dp_rank=state.get_data_parallel_rank(),
         dp_group=state.get_data_parallel_group(),
-        pp_rank=state.get_pipeline_model_parallel_rank(),
         pp_group=state.get_pipeline_model_parallel_group(),
-        ep_rank=state.get_expert_model_parallel_rank(),
-        etp_rank=state.get_expert_tensor_parallel_rank(),
         dp_size=state.get_data_parallel_world_size(),
     )
 

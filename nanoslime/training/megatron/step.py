@@ -152,7 +152,7 @@ class Pipeline:
             return
         local_tokens = pack.cp_shard.tokens
         if self._sequence_parallel:
-            local_tokens = local_tokens.chunk(self._ranks.tp_size)[self._ranks.tp_rank]
+            local_tokens = local_tokens.chunk(self._ranks.tp_size)[self._ranks.place.tp_rank]
         places = (local_tokens >= 0).nonzero()[:, 0]
         tokens = on_device(local_tokens[places], experts.device)
         places = on_device(places, experts.device)
@@ -188,7 +188,7 @@ class Pipeline:
             pack.cp_shard.local(next_tokens),
             temperature=pack.batch.temperature,
             vocab_size=self._shape.vocab_size,
-            vocab_start=self._ranks.tp_rank * vocab_per_rank,
+            vocab_start=self._ranks.place.tp_rank * vocab_per_rank,
             tp_group=self._ranks.tp_group if self._ranks.tp_size > 1 else None,
             with_entropy=with_entropy,
         )

@@ -10,11 +10,13 @@ from megatron.core.models.gpt import GPTModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nanoslime.batch import WeightShard
+from nanoslime.batch import OwnedShard, WeightShard
+from nanoslime.config.training import TrainingConfig
 from nanoslime.models.checkpoint_files import read_tensors
 from nanoslime.models.freezing import frozen_names
 from nanoslime.models.rules import ModelPartition, Piece, pieces, tensors
 from nanoslime.models.shape import ModelShape
+from nanoslime.training.megatron.parallel import Place, partitions, place_of
 from nanoslime.types import RunError
 
 ParameterPieces = list[tuple[Piece, Tensor]]
@@ -106,6 +108,24 @@ def shards(parameter_pieces: ParameterPieces, attribute: str = "data") -> Iterat
         if hasattr(parameter, attribute):  # the bias of a router's scores has no gradient
             values = getattr(parameter, attribute)[piece.local]
             yield WeightShard(piece.hf, piece.full_shape, piece.box, values)
+
+
+def owned_shards(
+    shape: ModelShape, config: TrainingConfig, world_size: int
+) -> list[list[OwnedShard]]:
+    """What `shards` gives on each rank, in its order; no process group is needed."""
+    by_place: dict[Place, list[OwnedShard]] = {}
+    owned = []
+    for rank in range(world_size):
+        place = place_of(rank, world_size, config)
+        if place not in by_place:
+            by_place[place] = [
+                OwnedShard(piece.hf, piece.full_shape, piece.box)
+                for partition in partitions(place, config, shape)
+                for piece in pieces(shape, partition)
+            ]
+        owned.append(by_place[place])
+    return owned
 
 
 def _check_frozen_whole(frozen: set[str], shape: ModelShape) -> None:

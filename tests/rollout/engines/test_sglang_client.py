@@ -18,10 +18,11 @@ from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from nanoslime.process_groups import join_group, listen
+from nanoslime.process_groups import join_group, shared_store
 from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.rollout.router import Router
+from nanoslime.sealed_bucket import Place, seal
 from nanoslime.types import (
     BroadcastEngine,
     Engine,
@@ -32,6 +33,8 @@ from nanoslime.types import (
     Status,
 )
 from nanoslime.weight_sync.colocated import serialize_on_cpu
+from nanoslime.weight_sync.flat import FlatBucket
+from nanoslime.weight_sync.plan import Bucket, PlannedTensor
 from tests.serving import VOCAB_SIZE, num_running, reference_logprobs, wait_until_running
 
 pytestmark = pytest.mark.sglang
@@ -181,7 +184,7 @@ def test_paused_requests_go_on_under_the_new_version(
         if not is_kept:
             sglang_engine.flush()
         sglang_engine.begin_update()
-        send_tensors(sglang_engine, load_file(other_model / "model.safetensors"))
+        send_tensors(sglang_engine, load_file(other_model / "model.safetensors"), Place(1, 0, 1))
         sglang_engine.end_update(1, flush=not is_kept)
         sglang_engine.update_weights_from_disk(str(other_model), 1, flush=not is_kept)
         assert sglang_engine.policy_version() == 1
@@ -247,7 +250,7 @@ def test_an_abandoned_update_can_be_followed_by_another(
     sglang_engine.begin_update()
     sglang_engine.abandon_update("no such group")
     sglang_engine.begin_update()
-    send_tensors(sglang_engine, load_file(other_model / "model.safetensors"))
+    send_tensors(sglang_engine, load_file(other_model / "model.safetensors"), Place(5, 0, 1))
     sglang_engine.end_update(5)
     sglang_engine.resume()
     assert sglang_engine.policy_version() == 5
@@ -343,13 +346,24 @@ def test_a_bad_directory_is_refused_and_changes_nothing(
     assert_serves(sglang_engine, tiny_model)
 
 
+def flat_of(tensors: dict[str, Tensor], place: Place) -> tuple[FlatBucket, Tensor]:
+    """A bucket as a trainer sends it."""
+    planned = [PlannedTensor(n, tuple(t.shape), t.dtype, (), ()) for n, t in tensors.items()]
+    bucket = FlatBucket(Bucket(tuple(planned)))
+    flat = torch.empty(bucket.nbytes, dtype=torch.uint8)
+    for view, tensor in zip(bucket.views(flat), tensors.values(), strict=True):
+        view.copy_(tensor)
+    seal(flat, place)
+    return bucket, flat
+
+
 class Sender:
     """A trainer's rank 0: it joins the group, and broadcasts each bucket to the engine."""
 
     def __init__(self, engine: SGLangEngine, name: str) -> None:
         self.engine = engine
         self.name = name
-        store = listen("127.0.0.1", timeout_s=DEADLINE_S)
+        store = shared_store("127.0.0.1", timeout_s=DEADLINE_S)
         joining = in_background(
             engine.init_weight_group,
             address="127.0.0.1",
@@ -365,18 +379,23 @@ class Sender:
             )
             joined.result(DEADLINE_S)
 
-    def send(self, tensors: dict[str, Tensor]) -> None:
-        """Raises RunError where the engine refuses the tensors."""
+    def send(self, tensors: dict[str, Tensor], place: Place, *, flips: int | None = None) -> None:
+        """Sends a bucket, of which a bit of byte `flips` changes on the way.
+
+        Raises RunError where the engine refuses it.
+        """
+        bucket, flat = flat_of(tensors, place)
+        if flips is not None:
+            flat[flips] ^= 1
         receiving = in_background(
             self.engine.receive_bucket,
-            names=list(tensors),
-            dtypes=[str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()],
-            shapes=[list(tensor.shape) for tensor in tensors.values()],
+            names=bucket.names,
+            dtypes=[str(dtype).removeprefix("torch.") for dtype in bucket.dtypes],
+            shapes=[list(shape) for shape in bucket.shapes],
             group=self.name,
         )
         with receiving as received:
-            for tensor in tensors.values():
-                self.group.broadcast([tensor]).wait()
+            self.group.broadcast([flat]).wait()
             received.result(DEADLINE_S)
 
     def close(self) -> None:
@@ -388,8 +407,8 @@ def test_distributed_update_in_buckets(sglang_engine: SGLangEngine, other_model:
     sender = Sender(sglang_engine, "weights")
     sglang_engine.pause()
     sglang_engine.begin_update()
-    sender.send(dict(tensors[:10]))
-    sender.send(dict(tensors[10:]))
+    sender.send(dict(tensors[:10]), Place(5, 0, 2))
+    sender.send(dict(tensors[10:]), Place(5, 1, 2))
     sglang_engine.end_update(5)
     sglang_engine.resume()
     sender.close()
@@ -398,9 +417,77 @@ def test_distributed_update_in_buckets(sglang_engine: SGLangEngine, other_model:
     assert generate(sglang_engine, tokens=2)[0].versions == [(0, 5)]
 
 
-def send_tensors(engine: SGLangEngine, tensors: dict[str, Tensor]) -> None:
-    bucket = FlattenedTensorBucket(named_tensors=list(tensors.items()))
-    content = {"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}
+def test_a_bucket_that_is_not_what_was_sent_is_refused_and_the_weights_stay(
+    sglang_engine: SGLangEngine, tiny_model: Path, other_model: Path
+) -> None:
+    """Each is an update of its own: nothing of it is loaded."""
+    tensors = load_file(other_model / "model.safetensors")
+    half = dict(sorted(tensors.items())[:10])
+    rest = dict(sorted(tensors.items())[10:])
+    sender = Sender(sglang_engine, "seals")
+    sglang_engine.begin_update()
+    with pytest.raises(RunError, match="bucket 0 of version 5 has not the bytes that were sent"):
+        sender.send(tensors, Place(5, 0, 1), flips=1000)
+    with pytest.raises(RunError, match="bucket 1 of version 5 came where 0 was next"):
+        sender.send(half, Place(5, 1, 2))
+    assert_serves(sglang_engine, tiny_model)
+
+    sender.send(half, Place(5, 0, 3))
+    with pytest.raises(RunError, match="bucket 2 of version 5 came where 1 was next"):
+        sender.send(rest, Place(5, 2, 3))
+    with pytest.raises(RunError, match="a bucket of another update, Place.version=4"):
+        sender.send(rest, Place(4, 1, 3))
+    sender.send(rest, Place(5, 1, 3))
+    with pytest.raises(RunError, match="2 of 3 buckets came"):
+        sglang_engine.end_update(5)
+
+    sglang_engine.begin_update()
+    sender.send(tensors, Place(4, 0, 1))
+    with pytest.raises(RunError, match="holds the weights of version 4, and should hold version 5"):
+        sglang_engine.end_update(5)
+    assert sglang_engine.policy_version() == 0
+
+    sglang_engine.begin_update()
+    sender.send(tensors, Place(5, 0, 1))
+    sglang_engine.end_update(5)
+    sender.close()
+    assert_serves(sglang_engine, other_model)
+
+
+def test_an_engine_that_holds_other_weights_than_it_is_compared_with_says_which(
+    sglang_engine: SGLangEngine, tiny_model: Path, other_model: Path
+) -> None:
+    """Nothing is loaded twice unless it differs: a norm with one other bit is found by name."""
+    tensors = load_file(other_model / "model.safetensors")
+    for _ in range(2):
+        sglang_engine.begin_update()
+        send_tensors(sglang_engine, tensors, Place(5, 0, 1))
+        sglang_engine.end_update(5)
+    sglang_engine.begin_update()
+    send_tensors(sglang_engine, tensors, Place(5, 0, 1, compares=True))
+    sglang_engine.end_update(5)
+
+    changed = dict(tensors)
+    changed[NORM] = tensors[NORM].clone()
+    changed[NORM].view(torch.int32)[7] ^= 1
+    sglang_engine.begin_update()
+    send_tensors(sglang_engine, changed, Place(5, 0, 1, compares=True))
+    refusal = "1 parameters of the engine were not what the trainer has: model.norm.weight"
+    with pytest.raises(RunError, match=refusal):
+        sglang_engine.end_update(5)
+
+    sglang_engine.update_weights_from_disk(str(tiny_model), 6)
+    sglang_engine.update_weights_from_disk(str(tiny_model), 6, compares=True)
+    with pytest.raises(RunError, match="25 parameters|parameters of the engine were not"):
+        sglang_engine.update_weights_from_disk(str(other_model), 6, compares=True)
+    sglang_engine.update_weights_from_disk(str(tiny_model), 7)
+    assert_serves(sglang_engine, tiny_model)
+
+
+def send_tensors(engine: SGLangEngine, tensors: dict[str, Tensor], place: Place) -> None:
+    bucket, flat = flat_of(tensors, place)
+    empty = FlattenedTensorBucket.empty(bucket.names, bucket.dtypes, bucket.shapes, "cpu")
+    content = {"flattened_tensor": flat, "metadata": empty.get_metadata()}
     engine.receive_payloads([serialize_on_cpu(content)])
 
 
@@ -411,14 +498,14 @@ def test_tensor_update_refuses_wrong_names_and_goes_on(
     norm = tensors.pop(NORM)
     sglang_engine.begin_update()
     with pytest.raises(RunError, match="unknown tensor 'model.norm.wait'"):
-        send_tensors(sglang_engine, {"model.norm.wait": norm})
+        send_tensors(sglang_engine, {"model.norm.wait": norm}, Place(3, 0, 1))
     assert_serves(sglang_engine, tiny_model)
-    send_tensors(sglang_engine, tensors)
+    send_tensors(sglang_engine, tensors, Place(3, 0, 1))
     with pytest.raises(RunError, match=f"1 of 25 tensors missing: {NORM}"):
         sglang_engine.end_update(3)
 
     sglang_engine.begin_update()
-    send_tensors(sglang_engine, {**tensors, NORM: norm})
+    send_tensors(sglang_engine, {**tensors, NORM: norm}, Place(3, 0, 1))
     sglang_engine.end_update(3)
     assert sglang_engine.policy_version() == 3
     assert_serves(sglang_engine, other_model)
@@ -449,20 +536,20 @@ def test_distributed_update_refuses_wrong_names_and_goes_on(
 
     sglang_engine.begin_update()
     with pytest.raises(RunError, match="unknown tensor 'model.norm.wait'"):
-        sender.send({"model.norm.wait": norm})
+        sender.send({"model.norm.wait": norm}, Place(3, 0, 2))
     wrong_shape = rf"'{NORM}' has shape \[2\], the engine's checkpoint \[64\]"
     with pytest.raises(RunError, match=wrong_shape):
-        sender.send({NORM: torch.zeros(2)})
+        sender.send({NORM: torch.zeros(2)}, Place(3, 0, 2))
     assert_serves(sglang_engine, tiny_model)
-    sender.send(tensors)
+    sender.send(tensors, Place(3, 0, 2))
     with pytest.raises(RunError, match="came twice"):
-        sender.send({"lm_head.weight": tensors["lm_head.weight"]})
+        sender.send({"lm_head.weight": tensors["lm_head.weight"]}, Place(3, 1, 2))
     with pytest.raises(RunError, match=f"1 of 25 tensors missing: {NORM}"):
         sglang_engine.end_update(3)
     assert sglang_engine.policy_version() == 0
 
     sglang_engine.begin_update()
-    sender.send({**tensors, NORM: norm})
+    sender.send({**tensors, NORM: norm}, Place(3, 0, 1))
     sglang_engine.end_update(3)
     sender.close()
     assert_serves(sglang_engine, other_model)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from nanoslime.algorithms.grpo import GRPO
-from nanoslime.weight_sync.assemble import Assembler
+from nanoslime.weight_sync.trainer_weights import TrainerWeights
 from tests.training.parity import (
     KL,
     CopiedShard,
@@ -106,8 +106,14 @@ def sent(
 ) -> dict[str, Any]:
     """Whole tensors on rank 0 as a weight sync assembles them, before any step."""
     backend = make_backend(layout, model_dir, rank, tmp / "rendezvous")
-    place = {"rank": rank, "world_size": layout.world_size, "device": torch.device("cpu")}
-    return dict(Assembler(backend.weight_shards, dtype=torch.float32, **place).tensors())
+    weights = TrainerWeights(
+        backend.weight_shards,
+        backend.owned_shards(),
+        rank=rank,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    return dict(weights.whole_tensors())
 
 
 def _alone(layout: Layout) -> Layout:

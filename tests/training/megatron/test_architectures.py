@@ -18,7 +18,7 @@ from nanoslime.models.shape import ModelShape
 from nanoslime.training.megatron.forward import logits
 from nanoslime.training.megatron.local_layers import _layer_spec
 from nanoslime.training.megatron.model import model_config
-from nanoslime.weight_sync.assemble import Assembler
+from nanoslime.weight_sync.trainer_weights import TrainerWeights
 from tests.models.hf import FAMILIES, SIZES, save_model
 from tests.training.parity import KL, RELATIVE, Layout, make_backend, train_batch
 from tests.training.reference import make_step, reference
@@ -216,8 +216,14 @@ def test_in_bfloat16_the_bias_of_the_scores_stays_float32_and_as_it_was(tmp_path
         biases = [s for s in backend.weight_shards() if s.name.endswith("e_score_correction_bias")]
         assert len(biases) == 3
         rounded = 0
-        place = {"rank": 0, "world_size": 1, "device": torch.device("cpu")}
-        sent = dict(Assembler(backend.weight_shards, dtype=torch.bfloat16, **place).tensors())
+        weights = TrainerWeights(
+            backend.weight_shards,
+            backend.owned_shards(),
+            rank=0,
+            dtype=torch.bfloat16,
+            device=torch.device("cpu"),
+        )
+        sent = dict(weights.whole_tensors())
         for bias in biases:
             assert bias.tensor.dtype == torch.float32
             assert torch.equal(bias.tensor, files[bias.name])

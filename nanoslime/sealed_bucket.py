@@ -1,0 +1,83 @@
+"""The header of a bucket of weights, which proves it; trainers and engines know it.
+
+    header (int64 [7]) | tensor | tensor | ...
+
+The engine's plug-in takes the header off and refuses a bucket that is not the next one of its
+version, or whose bytes are not those that were sent.
+"""
+
+from dataclasses import astuple, dataclass, replace
+
+import torch
+import xxhash
+from torch import Tensor
+
+HEADER = "nanoslime.header"
+HEADER_WORDS = 7
+HEADER_BYTES = 8 * HEADER_WORDS
+# Words that are summed at a time, so that the products need little memory.
+_CHUNK_WORDS = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A bucket's place in an update."""
+
+    version: int
+    number: int
+    num_buckets: int
+    # The engine has this version already: what it loads now must change nothing.
+    compares: bool = False
+
+
+def seal(flat: Tensor, place: Place) -> None:
+    """Writes the header, once everything after it is there; nothing waits for the device."""
+    header = flat[:HEADER_BYTES].view(torch.int64)
+    header[:5] = torch.tensor([*astuple(place), flat.numel()])
+    header[5:] = checksum(flat[HEADER_BYTES:])
+
+
+def broken_seal(flat: Tensor, last: Place | None) -> str | None:
+    """What is wrong with a bucket that comes after `last`; None where nothing is."""
+    *_, num_bytes, first, second = flat[:HEADER_BYTES].view(torch.int64).tolist()
+    place = place_of(flat)
+    expected = 0 if last is None else last.number + 1
+    if num_bytes != flat.numel():
+        return f"{flat.numel()} bytes came of a bucket of {num_bytes}"
+    if last is not None and replace(place, number=last.number) != last:
+        return f"a bucket of another update, {place}, came after {last}"
+    if place.number != expected:
+        return f"bucket {place.number} of version {place.version} came where {expected} was next"
+    if checksum(flat[HEADER_BYTES:]).tolist() != [first, second]:
+        return f"bucket {place.number} of version {place.version} has not the bytes that were sent"
+    return None
+
+
+def place_of(flat: Tensor) -> Place:
+    """What the header says."""
+    version, number, num_buckets, compares = flat[:32].view(torch.int64).tolist()
+    return Place(version, number, num_buckets, bool(compares))
+
+
+def checksum(data: Tensor) -> Tensor:
+    """int64 [2] on the device of `data`, uint8 [n]; 8 must divide the address of its first byte.
+
+    On a CPU it is XXH3-128. Elsewhere it is the sum of the 64-bit words, which every single
+    changed bit changes, and their sum weighted by odd numbers, which changes with the order:
+    both modulo 2 to the power of 64.
+    """
+    if data.device.type == "cpu":
+        digest = xxhash.xxh3_128_digest(memoryview(data.numpy()))
+        return torch.frombuffer(bytearray(digest), dtype=torch.int64)
+    num_words = data.numel() // 8
+    rest = data.new_zeros(8)
+    rest[: data.numel() % 8] = data[num_words * 8 :]
+    total = rest.view(torch.int64)[0]
+    weighted = total.clone()
+    words = data[: num_words * 8].view(torch.int64)
+    for start in range(0, num_words, _CHUNK_WORDS):
+        chunk = words[start : start + _CHUNK_WORDS]
+        positions = torch.arange(start, start + chunk.numel(), device=data.device)
+        total = total + chunk.sum()
+        weighted = weighted + (chunk * (2 * positions + 3)).sum()
+    return torch.stack([total, weighted])

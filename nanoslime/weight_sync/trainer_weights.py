@@ -1,0 +1,64 @@
+"""The trainer's weights as a rank of it sees them: its own shards, and who has the others."""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanoslime.batch import OwnedShard, WeightShard
+from nanoslime.models.rules import FLOAT32
+from nanoslime.weight_sync.exchange import Exchange
+from nanoslime.weight_sync.plan import Bucket, Targets, make_sync_plan, whole_on_rank_0
+
+
+@dataclass(frozen=True)
+class TrainerWeights:
+    """What all ways of weights have in common on a rank.
+
+    `shards` gives this rank's shards with their current values, `owned` what each rank holds.
+    Shards meet on `device`, as `dtype`; some tensors are always float32.
+    """
+
+    shards: Callable[[], Iterable[WeightShard]]
+    owned: Sequence[Sequence[OwnedShard]]
+    rank: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where this rank does not hold what the others think it does."""
+        held = [OwnedShard(s.name, s.full_shape, s.slices) for s in self.shards()]
+        for mine, theirs in zip(held, self.owned[self.rank], strict=True):
+            if mine != theirs:
+                raise ValueError(f"trainer rank {self.rank} holds {mine}, not {theirs}")
+
+    def plan(self, targets_of: Targets, bucket_bytes: int) -> tuple[Bucket, ...]:
+        """The same on every rank; see make_sync_plan."""
+        return make_sync_plan(self.owned, self._dtype_of, bucket_bytes, targets_of)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors, each counted once."""
+        [bucket] = self.plan(whole_on_rank_0, bucket_bytes=sys.maxsize)
+        return bucket.nbytes
+
+    def whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields all tensors on rank 0, one after the other. Collective: elsewhere it yields
+        nothing, and has to be exhausted.
+        """
+        plan = self.plan(whole_on_rank_0, bucket_bytes=1)
+        exchange = Exchange(plan, self.rank, self.device)
+        shards = list(self.shards())
+        for number, bucket in enumerate(plan):
+            [tensor] = bucket.tensors
+            places = []
+            if self.rank == 0:
+                places = [torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)]
+            exchange.bring(number, shards, places)
+            for place in places:
+                yield tensor.name, place
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        return torch.float32 if name.endswith(FLOAT32) else self.dtype
