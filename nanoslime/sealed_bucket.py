@@ -33,7 +33,8 @@ class Place:
 def seal(flat: Tensor, place: Place) -> None:
     """Writes the header, once everything after it is there; nothing waits for the device."""
     header = flat[:HEADER_BYTES].view(torch.int64)
-    header[:5] = torch.tensor([*astuple(place), flat.numel()])
+    for word, value in zip(header, (*astuple(place), flat.numel()), strict=False):
+        word.fill_(value)
     header[5:] = checksum(flat[HEADER_BYTES:])
 
 
@@ -60,23 +61,30 @@ def place_of(flat: Tensor) -> Place:
 
 
 def checksum(data: Tensor) -> Tensor:
-    """int64 [2] on the device of `data`, uint8 [n]; 8 must divide the address of its first byte.
+    """int64 [2] on the device of `data`, uint8 [n]: XXH3-128 on a CPU, elsewhere `word_sums`."""
+    if data.device.type != "cpu":
+        return word_sums(data)
+    digest = xxhash.xxh3_128_digest(memoryview(data.numpy()))
+    return torch.frombuffer(bytearray(digest), dtype=torch.int64)
 
-    On a CPU it is XXH3-128. Elsewhere it is the sum of the 64-bit words, which every single
-    changed bit changes, and their sum weighted by odd numbers, which changes with the order:
-    both modulo 2 to the power of 64.
+
+def word_sums(data: Tensor) -> Tensor:
+    """int64 [2]: the sum of the 32-bit words of uint8 [n], and their sum weighted by odd numbers
+    that grow with the position, as Fletcher's checksum has it.
+
+    In up to 4 GiB every change of one word or of two is seen, whatever their bits, and every
+    exchange of two words: what it adds to the sums stays below 2 to the power of 64.
     """
-    if data.device.type == "cpu":
-        digest = xxhash.xxh3_128_digest(memoryview(data.numpy()))
-        return torch.frombuffer(bytearray(digest), dtype=torch.int64)
-    num_words = data.numel() // 8
-    rest = data.new_zeros(8)
-    rest[: data.numel() % 8] = data[num_words * 8 :]
-    total = rest.view(torch.int64)[0]
+    if data.storage_offset() % 4:
+        data = data.clone()
+    num_words = data.numel() // 4
+    rest = data.new_zeros(4)
+    rest[: data.numel() % 4] = data[num_words * 4 :]
+    total = rest.view(torch.int32)[0].long()
     weighted = total.clone()
-    words = data[: num_words * 8].view(torch.int64)
+    words = data[: num_words * 4].view(torch.int32)
     for start in range(0, num_words, _CHUNK_WORDS):
-        chunk = words[start : start + _CHUNK_WORDS]
+        chunk = words[start : start + _CHUNK_WORDS].long()
         positions = torch.arange(start, start + chunk.numel(), device=data.device)
         total = total + chunk.sum()
         weighted = weighted + (chunk * (2 * positions + 3)).sum()
