@@ -107,7 +107,8 @@ class BroadcastSender:
             self.prepare(version, compares=compares)
         update, self._update = self._update, None
         self._num_syncs += 1
-        turns = Turns(self._store, str(self._num_syncs), 2 * self._deadline_s)
+        sync = str(self._num_syncs)
+        turns = Turns(self._store, sync, self._senders, 2 * self._deadline_s)
         sends: list[Future[None]] = []
         with ThreadPoolExecutor(1, thread_name_prefix="weights") as wire:
             while update.full or update.next < len(self._senders):
@@ -133,7 +134,7 @@ class BroadcastSender:
     def _open(self, rank: RankSide, engines: EngineSide) -> None:
         """The senders open their groups one after the other, so that engines join in one order."""
         senders = sorted(set(self._senders))
-        turns = Turns(self._store, "open", len(senders) * rank.deadline_s)
+        turns = Turns(self._store, "open", senders, len(senders) * rank.deadline_s)
         if self._weights.rank not in senders:
             return
         turn = senders.index(self._weights.rank)
@@ -145,6 +146,9 @@ class BroadcastSender:
                 is_well = True
         finally:
             turns.over(turn, well=is_well)
+            if turn == 0:
+                # The store lives on this rank, and the others still need it to take their turns.
+                turns.wait(len(senders))
 
     def _fill(self, update: _Update) -> None:
         """Brings the shards of the next bucket to its sender, once that has room for it."""
@@ -181,9 +185,10 @@ class BroadcastSender:
                 update.num_bytes += bucket.nbytes
             update.is_well = is_well
         finally:
+            # It comes first, as the next bucket waits for it even if the store is gone.
+            update.free.put(full.flat)
             if after not in (None, self._weights.rank):
                 turns.over(full.number, well=update.is_well)
-            update.free.put(full.flat)
 
     def _neighbours(self, number: int) -> tuple[int | None, int | None]:
         """Who sends the bucket before, and the one after."""

@@ -1,32 +1,47 @@
 """Ranks act one after another, in an order that all of them know: no lock that could leak."""
 
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
+
+from nanoslime.types import RunError
 
 _WELL = b"well"
 _FAILED = b"failed"
 
 
 class Turns:
-    """The turns of one sync. A key of the store says that the turn before is over."""
+    """The turns of one sync; `ranks` has the rank of each.
 
-    def __init__(self, store: dist.Store, sync: int, deadline_s: float) -> None:
+    A key of the store says that the turn before is over.
+    """
+
+    def __init__(
+        self, store: dist.Store, sync: str, ranks: Sequence[int], deadline_s: float
+    ) -> None:
         self._store = store
         self._sync = sync
-        self._deadline = timedelta(seconds=deadline_s)
+        self._ranks = ranks
+        self._deadline_s = deadline_s
 
     def wait(self, turn: int) -> bool:
         """Waits until the turn before is over; False where it failed, or one before it.
 
-        Raises RuntimeError after the deadline.
+        Raises RunError that names its rank after the deadline, or where the store is gone.
         """
         if turn == 0:
             return True
         key = self._key(turn)
-        self._store.wait([key], self._deadline)
-        went_well = self._store.get(key) == _WELL
-        self._store.delete_key(key)
+        try:
+            self._store.wait([key], timedelta(seconds=self._deadline_s))
+            went_well = self._store.get(key) == _WELL
+            self._store.delete_key(key)
+        except RuntimeError as e:
+            raise RunError(
+                f"trainer rank {self._ranks[turn - 1]} did not say within {self._deadline_s:g}s "
+                f"that its turn {turn - 1} of {len(self._ranks)} to send weights is over: {e}"
+            ) from e
         return went_well
 
     def over(self, turn: int, *, well: bool) -> None:

@@ -1,0 +1,96 @@
+"""The ranks of a broadcast fail together: whatever one of them meets, no other waits for it."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from nanoslime.batch import OwnedShard, WeightShard
+from nanoslime.types import RunError
+from nanoslime.weight_sync import broadcast
+from nanoslime.weight_sync.broadcast import BroadcastSender
+from nanoslime.weight_sync.engine_calls import EnginesFailed
+from nanoslime.weight_sync.trainer_weights import TrainerWeights
+from nanoslime.weight_sync.transport import EngineSide, RankSide
+from nanoslime.weight_sync.turns import Turns
+from tests.weight_sync.test_trainer_weights import CPU, on_two_ranks
+
+NUM_TENSORS = 6
+
+
+class Refusing:
+    """An engine that joins no group."""
+
+    name = "a"
+    world_size = 1
+
+    def init_weight_group(self, **group: object) -> None:
+        raise RunError("engine a refuses")
+
+
+def sender_of(rank: int, deadline_s: float, *engines: object) -> BroadcastSender:
+    """Both ranks have tensors of their own, each a bucket; they take turns without engines too."""
+
+    def shards_of(rank: int) -> list[WeightShard]:
+        box = (slice(0, 4),)
+        return [
+            WeightShard(f"{rank}.{number}", (4,), box, torch.ones(4))
+            for number in range(NUM_TENSORS)
+        ]
+
+    owned = [
+        [OwnedShard(shard.name, shard.full_shape, shard.slices) for shard in shards_of(number)]
+        for number in range(2)
+    ]
+    weights = TrainerWeights(lambda: shards_of(rank), owned, rank, torch.float32, CPU)
+    side = EngineSide(engines, [[]] * len(engines), "127.0.0.1", Path(), "group")
+    return BroadcastSender(RankSide(weights, 1, Path(), deadline_s), side)
+
+
+def open_refused(rank: int, tmp_path: Path) -> None:
+    """Rank 1 is late to take its turn: rank 0, where the store lives, has had its own."""
+    wait = Turns.wait
+
+    def late(turns: Turns, turn: int) -> bool:
+        end = time.monotonic() + 2.0
+        while rank == 1 and not (tmp_path / "gone").exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        return wait(turns, turn)
+
+    broadcast.Turns.wait = late
+    if rank == 0:
+        with pytest.raises(EnginesFailed, match="engine a refuses"):
+            sender_of(rank, 1.0, Refusing())
+        (tmp_path / "gone").touch()
+    else:
+        sender_of(rank, 1.0, Refusing()).close()
+    dist.barrier()
+
+
+def test_a_rank_that_cannot_open_its_group_keeps_the_store_until_the_others_had_their_turn(
+    tmp_path: Path,
+) -> None:
+    on_two_ranks(open_refused, tmp_path)
+
+
+def lose_the_store(rank: int, tmp_path: Path) -> None:
+    """What rank 0 says never arrives: it fails at once, and the other one after its deadline."""
+    sender = sender_of(rank, 1.0)
+    assert sender.send(1).num_bytes == NUM_TENSORS * (56 + 16)
+
+    def gone(turns: Turns, turn: int, *, well: bool) -> None:
+        raise RuntimeError("the store is gone")
+
+    if rank == 0:
+        broadcast.Turns.over = gone
+    problem = "the store is gone" if rank == 0 else "trainer rank 0 did not say within 2s that its"
+    with pytest.raises(RuntimeError, match=problem):
+        sender.send(2)
+    dist.barrier()
+    sender.close()
+
+
+def test_a_rank_whose_turns_cannot_be_told_does_not_wait_for_itself(tmp_path: Path) -> None:
+    on_two_ranks(lose_the_store, tmp_path)
