@@ -45,7 +45,6 @@ class EngineOwner(Protocol):
         Raises RunError naming the engine and its log where it does not within
         `deadline_s`.
         """
-        ...
 
     def close(self) -> None: ...
 

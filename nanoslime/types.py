@@ -297,7 +297,6 @@ class Engine(Protocol):
 
     def health(self) -> bool:
         """Whether the engine generates; a hung one gives False after a deadline of its own."""
-        ...
 
     def pause(self, mode: PauseMode = "retract") -> None:
         """Stops generating; requests wait until `resume`, new ones and those that stay."""

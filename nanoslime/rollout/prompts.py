@@ -48,7 +48,6 @@ class PromptStream(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where `state` was taken. Raises RunError when that was with other
         prompts, or in another order."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

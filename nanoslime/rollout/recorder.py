@@ -12,22 +12,19 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from nanoslime.rollout.tasks import Sampling
 from nanoslime.run_dir import recorded_rollout
-from nanoslime.storage.array_file import ArrayFile, ArrayWriter
+from nanoslime.storage.array_file import read_tree, write_tree
 from nanoslime.storage.shared_files import finite_json, publish
-from nanoslime.types import RunError, Sample, SampleGroup, Status
+from nanoslime.types import RunError, Sample, SampleGroup
 
 logger = logging.getLogger(__name__)
-
-# The fields of a sample with an entry per token.
-_ARRAYS = ("token_ids", "loss_mask", "rollout_logprobs", "routed_experts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +38,15 @@ class Recording:
     keep: int = 0
     worker: int = 0
     num_workers: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What the file of a worker has of a rollout."""
+
+    settings: Sampling
+    num_workers: int
+    samples: list[Sample]
 
 
 class Recorder:
@@ -102,13 +108,7 @@ def record(recording: Recording, step: int, groups: Sequence[SampleGroup]) -> No
     written = {lines}
     publish(lines, "".join(_line(sample) for sample in samples).encode())
     if recording.mode == "full":
-        writer = ArrayWriter()
-        tree = {
-            "settings": asdict(recording.settings),
-            "num_workers": recording.num_workers,
-            "samples": [sample_entry(sample, writer) for sample in samples],
-        }
-        writer.write(arrays, tree)
+        write_tree(arrays, _Part(recording.settings, recording.num_workers, samples))
         written.add(arrays)
     _retain(recording, step, written)
 
@@ -145,15 +145,11 @@ def load(
     worker = 0
     while worker < num_workers:
         path = recorded_rollout(directory, step, worker)
-        file = ArrayFile(path, "a recorded rollout")
-        try:
-            num_workers = file.tree["num_workers"]
-            settings = file.tree["settings"]
-            samples += [sample_of(entry, file) for entry in file.tree["samples"]]
-        except (ValueError, KeyError, TypeError) as e:
-            raise file.error(e) from e
+        part = read_tree(path, "a recorded rollout", _Part)
+        num_workers = part.num_workers
+        samples += part.samples
         for name, value in expected.items():
-            drawn_with = settings.get(name)
+            drawn_with = getattr(part.settings, name)
             if value is not None and drawn_with != value:
                 raise RunError(
                     f"{path} has samples of rollout.{name}={drawn_with}, not {value}; "
@@ -184,17 +180,3 @@ def _line(sample: Sample) -> str:
         "metadata": sample.metadata,
     }
     return finite_json(entry, ensure_ascii=False, default=str) + "\n"
-
-
-def sample_entry(sample: Sample, writer: ArrayWriter) -> dict[str, Any]:
-    """A sample in the tree of an array file."""
-    entry = {name: getattr(sample, name) for name in Sample.__dataclass_fields__}
-    places = {name: writer.add(entry[name]) for name in _ARRAYS}
-    return entry | places
-
-
-def sample_of(entry: dict[str, Any], file: ArrayFile) -> Sample:
-    """The sample that `sample_entry` was given."""
-    arrays = {name: file.get(entry[name]) for name in _ARRAYS}
-    spans = [(first, version) for first, version in entry["policy_versions"]]
-    return Sample(**entry | arrays | {"policy_versions": spans, "status": Status(entry["status"])})

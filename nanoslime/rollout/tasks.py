@@ -102,42 +102,33 @@ class Worker(Protocol):
 
     def start(self, tasks: Sequence[GroupTask]) -> None:
         """Starts to sample and score these groups; each is reported once by `poll`."""
-        ...
 
     def poll(self, timeout_s: float) -> WorkerNews:
         """Waits for news, `timeout_s` at most; there may be none."""
-        ...
 
     def cancel(self, group_ids: Sequence[int]) -> None:
         """Ends these groups and forgets them, running or finished; they are not reported."""
-        ...
 
     def finish_step(self, step: int, groups: Sequence[FinishedGroup]) -> None:
         """Records these groups as those of rollout `step`, in the background, and lets those of
         the step before go."""
-        ...
 
     def set_engines(self, engines: Sequence[Engine]) -> None:
         """These engines serve from now on. A request on one that is no longer among them
         goes on elsewhere, from the tokens that it has."""
-        ...
 
     def drain(self) -> None:
         """A weight sync begins. Until the next `set_engines` no request is sent to an engine,
         and none of them is judged; what runs is the engines' to keep or to end."""
-        ...
 
     def save(self, path: Path) -> None:
         """Writes the training groups that it holds, partial samples included, to `path`.
 
         Running requests are interrupted for it, and go on.
         """
-        ...
 
     def load(self, path: Path) -> list[RestoredGroup]:
         """Reads what `save` wrote, and goes on with it once there are engines."""
-        ...
 
     def metrics(self) -> dict[str, float]:
         """What it has counted since it was asked the last time."""
-        ...

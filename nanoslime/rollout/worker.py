@@ -190,9 +190,7 @@ class RolloutWorker:
         self._soon(self._router.drain)
 
     def save(self, path: Path) -> None:
-        writer, tree = self._in_loop(self._state())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writer.write(path, tree)
+        worker_state.write(path, self._in_loop(self._state()))
 
     def load(self, path: Path) -> list[RestoredGroup]:
         return self._in_loop(self._restore(worker_state.read(path)))
@@ -347,15 +345,15 @@ class RolloutWorker:
     async def _arrays(self, kept: Sequence[KeptArrays]) -> list[SampleArrays]:
         return [self._finished[one.group_id][one.index].arrays for one in kept]
 
-    async def _state(self) -> tuple[worker_state.ArrayWriter, Any]:
-        """The training groups with the tokens that they have, as `worker_state` writes them."""
+    async def _state(self) -> list[worker_state.SavedGroup]:
+        """The training groups with the tokens that they have."""
         await self._router.interrupt()
         groups = []
         for held in self._held.values():
             if held.task.purpose == "train":
                 rollouts = [self._saved(rollout) for rollout in held.rollouts]
                 groups.append(worker_state.SavedGroup(held.task, rollouts))
-        return worker_state.encode(groups)
+        return groups
 
     def _saved(self, rollout: Rollout) -> worker_state.SavedRollout:
         policy = rollout.policy

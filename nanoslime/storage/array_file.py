@@ -4,100 +4,120 @@ Arrays of one type and trailing shape lie end to end in one entry, and the JSON 
 places. Each entry has a CRC-32, so a damaged file is refused.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import zipfile
-from collections import defaultdict
+from collections import Counter, defaultdict
+from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ConfigDict, TypeAdapter
 
 from nanoslime.storage.shared_files import finite_json, sync_directory
 from nanoslime.types import RunError
 
-# The entry of an array, and its first and last row there.
-Place = list[Any]
+# What stands in the tree for an array, and for a list of numbers: [entry, first row, last row].
+_ARRAY = "\0array"
+_NUMBERS = "\0numbers"
+_TYPES_OF_NUMBERS = ({int}, {float})
 
 
-class ArrayWriter:
-    """Takes arrays, and writes them with a tree that has their places."""
+def write_tree(path: Path, tree: Any) -> None:
+    """Writes the file aside and renames it, so that it appears whole or not at all.
+
+    `tree` is made of dataclasses, dicts, lists and tuples of JSON and arrays. Outside of arrays
+    and of lists of numbers nan and inf become null, and other values their text.
+    """
+    aside = path.with_name(f".{path.name}.partial")
+    packer = _Packer()
+    text = finite_json(packer.packed(tree), default=str).encode()
+    entries = {"tree": [np.frombuffer(text, np.uint8)], **packer.entries}
+    try:
+        with aside.open("wb") as file:
+            with zipfile.ZipFile(file, "w") as archive:
+                for name, arrays in entries.items():
+                    _write_entry(archive, name, arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def read_tree[T](path: Path, what: str, content: type[T]) -> T:
+    """What `write_tree` was given, as `content`.
+
+    Raises RunError for a file that is missing, damaged or of another type, and says that it is
+    no `what`.
+    """
+    config = ConfigDict(arbitrary_types_allowed=True)
+    of_one = TypeAdapter(tuple[content], config=config)  # type: ignore[valid-type]
+    of_one.rebuild(_types_namespace={"np": np})  # which nanoslime.types imports for mypy only
+    try:
+        with np.load(path) as file:
+            entries = dict(file)
+        text = bytes(entries.pop("tree"))
+        tree = json.loads(text, object_hook=partial(_unpacked, entries))
+        return of_one.validate_python((tree,))[0]
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile) as e:
+        raise RunError(f"{path} is not {what}: {type(e).__name__}: {e}") from e
+
+
+class _Packer:
+    """Takes the arrays out of a tree; by the name of their entry in the file."""
 
     def __init__(self) -> None:
-        self._arrays: dict[str, list[np.ndarray]] = defaultdict(list)
-        self._num_rows: dict[str, int] = defaultdict(int)
+        self.entries: dict[str, list[np.ndarray]] = defaultdict(list)
+        self._num_rows: Counter[str] = Counter()
 
-    def add(self, array: np.ndarray | None) -> Place | None:
-        """The place that `array` will have; it must not change before `write`."""
-        if array is None:
-            return None
+    def packed(self, value: Any) -> Any:
+        """`value` with a place for each array and for each list of numbers in it."""
+        if isinstance(value, np.ndarray) and value.ndim and value.dtype.kind in "biuf":
+            return {_ARRAY: self._place(value)}
+        if isinstance(value, list) and set(map(type, value)) in _TYPES_OF_NUMBERS:
+            numbers = np.array(value)
+            if numbers.dtype in (np.int64, np.float64):
+                return {_NUMBERS: self._place(numbers)}
+        if isinstance(value, list | tuple):
+            return [self.packed(inner) for inner in value]
+        if isinstance(value, dict):
+            return {key: self.packed(inner) for key, inner in value.items()}
+        if is_dataclass(value) and not isinstance(value, type):
+            return {field.name: self.packed(getattr(value, field.name)) for field in fields(value)}
+        return value
+
+    def _place(self, array: np.ndarray) -> list[Any]:
         entry = "_".join(str(part) for part in (array.dtype.name, *array.shape[1:]))
         first = self._num_rows[entry]
-        self._arrays[entry].append(array)
+        self.entries[entry].append(array)
         self._num_rows[entry] += len(array)
         return [entry, first, self._num_rows[entry]]
 
-    def write(self, path: Path, tree: Any) -> None:
-        """Writes the file aside and renames it, so that it appears whole or not at all.
 
-        `tree` is JSON; nan and inf in it become null, and other values their text.
-        """
-        aside = path.with_name(f".{path.name}.partial")
-        text = finite_json(tree, default=str).encode()
-        try:
-            with aside.open("wb") as file:
-                with zipfile.ZipFile(file, "w") as packed:
-                    self._write_entry(packed, "tree", [np.frombuffer(text, np.uint8)], len(text))
-                    for name, arrays in self._arrays.items():
-                        self._write_entry(packed, name, arrays, self._num_rows[name])
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
-        sync_directory(path.parent)
-
-    def _write_entry(
-        self, packed: zipfile.ZipFile, name: str, arrays: list[np.ndarray], num_rows: int
-    ) -> None:
-        """One after the other, so that no array is held twice."""
-        header = {
-            "descr": np.lib.format.dtype_to_descr(arrays[0].dtype),
-            "fortran_order": False,
-            "shape": (num_rows, *arrays[0].shape[1:]),
-        }
-        with packed.open(f"{name}.npy", "w", force_zip64=True) as entry:
-            np.lib.format.write_array_header_1_0(entry, header)
-            for array in arrays:
-                entry.write(np.ascontiguousarray(array).data)
-
-
-class ArrayFile:
-    """What an ArrayWriter has written: `tree`, and the arrays by their places."""
-
-    def __init__(self, path: Path, what: str) -> None:
-        """Raises RunError for a file that is missing or damaged, and says that it is no `what`."""
-        self._path = path
-        self._what = what
-        try:
-            with np.load(path) as file:
-                self._arrays = dict(file)
-            self.tree = json.loads(bytes(self._arrays.pop("tree")))
-        except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile) as e:
-            raise self.error(e) from e
-
-    def get(self, place: Place | None) -> np.ndarray | None:
-        """Raises ValueError or KeyError where the file has no such place."""
-        if place is None:
-            return None
-        entry, first, last = place
-        values = self._arrays[entry][first:last]
+def _unpacked(entries: dict[str, np.ndarray], packed: dict[str, Any]) -> Any:
+    """What an object of the tree stands for. Raises ValueError or KeyError for a wrong place."""
+    for kind in packed.keys() & {_ARRAY, _NUMBERS}:
+        entry, first, last = packed[kind]
+        values = entries[entry][first:last]
         if len(values) != last - first:
             raise ValueError(f"{entry} ends too early")
-        return values
+        return values if kind == _ARRAY else values.tolist()
+    return packed
 
-    def error(self, cause: Exception) -> RunError:
-        return RunError(f"{self._path} is not {self._what}: {type(cause).__name__}: {cause}")
+
+def _write_entry(archive: zipfile.ZipFile, name: str, arrays: list[np.ndarray]) -> None:
+    """One after the other, so that no array is held twice."""
+    header = {
+        "descr": np.lib.format.dtype_to_descr(arrays[0].dtype),
+        "fortran_order": False,
+        "shape": (sum(map(len, arrays)), *arrays[0].shape[1:]),
+    }
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+        np.lib.format.write_array_header_1_0(entry, header)
+        for array in arrays:
+            entry.write(np.ascontiguousarray(array).data)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from nanoslime.storage.array_file import ArrayFile, ArrayWriter
+from nanoslime.storage.array_file import read_tree, write_tree
 from nanoslime.types import RunError
 
 
@@ -55,9 +55,9 @@ def read_samples(directory: Path, step: int) -> list[RecordedSample]:
         steps = recorded_steps(directory)
         known = f"{steps[0]} to {steps[-1]}" if steps else "none"
         raise RunError(f"{directory} has no samples of step {step}; it has those of: {known}")
-    gaps: dict[str, np.ndarray | None] = {}
+    gaps: dict[str, np.ndarray] = {}
     for path in directory.glob(f"gaps_{step}-*.npz"):
-        gaps |= _read_gaps(path)
+        gaps |= read_tree(path, "a file of logprob gaps", dict[str, np.ndarray])
     samples: list[RecordedSample] = []
     for path in files:
         try:
@@ -67,19 +67,17 @@ def read_samples(directory: Path, step: int) -> list[RecordedSample]:
     return sorted(samples, key=lambda sample: (sample.line["group"], sample.line["rollout"]))
 
 
-def _of_worker(path: Path, gaps: dict[str, np.ndarray | None]) -> Iterator[RecordedSample]:
+def _of_worker(path: Path, gaps: dict[str, np.ndarray]) -> Iterator[RecordedSample]:
     # Of bytes, splitlines splits at line feeds only.
     lines = [json.loads(line) for line in path.read_bytes().splitlines()]
     arrays = path.with_suffix(".npz")
     if not arrays.exists():
         yield from map(RecordedSample, lines)
         return
-    file = ArrayFile(arrays, "a recorded rollout")
-    for line, entry in zip(lines, file.tree["samples"], strict=True):
-        token_ids = file.get(entry["token_ids"])
-        loss_mask = file.get(entry["loss_mask"])
-        assert token_ids is not None
-        yield RecordedSample(line, token_ids, loss_mask, gaps.get(tokens_key(token_ids)))
+    recorded = read_tree(arrays, "a recorded rollout", dict[str, Any])
+    for line, sample in zip(lines, recorded["samples"], strict=True):
+        token_ids = sample["token_ids"]
+        yield RecordedSample(line, token_ids, sample["loss_mask"], gaps.get(tokens_key(token_ids)))
 
 
 def gaps_file(directory: Path, step: int, dp_rank: int) -> Path:
@@ -88,18 +86,9 @@ def gaps_file(directory: Path, step: int, dp_rank: int) -> Path:
 
 def write_gaps(path: Path, sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
     """Writes the gaps [T] of sequences of tokens [T], as float16."""
-    writer = ArrayWriter()
-    tree = {}
-    for token_ids, gaps in sequences:
-        tree[tokens_key(token_ids)] = writer.add(gaps.astype(np.float16))
+    tree = {tokens_key(token_ids): gaps.astype(np.float16) for token_ids, gaps in sequences}
     path.parent.mkdir(parents=True, exist_ok=True)
-    writer.write(path, tree)
-
-
-def _read_gaps(path: Path) -> dict[str, np.ndarray | None]:
-    """Gaps by `tokens_key`."""
-    file = ArrayFile(path, "a file of logprob gaps")
-    return {key: file.get(place) for key, place in file.tree.items()}
+    write_tree(path, tree)
 
 
 def tokens_key(token_ids: np.ndarray) -> str:
