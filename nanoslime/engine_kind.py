@@ -83,7 +83,7 @@ class EngineKind(ABC):
 
 
 def engine_kind(rollout: RolloutConfig) -> EngineKind:
-    """The kind that `rollout.engine` names. Raises ValueError where it cannot be loaded."""
+    """The kind that `rollout.engine` names. Raises RunError where it cannot be loaded."""
     kind: EngineKind = resolve(rollout.engine, ENGINES, "rollout.engine")()
     return kind
 

@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from nanoslime.types import RunError
+
 _PLACE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -56,12 +58,15 @@ def check_importable(
 
 
 def resolve(name: str, table: Mapping[str, str], setting: str) -> Any:
-    """The object that `target` names. Raises ValueError as `target` does, or where it
-    cannot be imported.
+    """The object that `target` names. Raises RunError where there is none, or where it cannot
+    be imported.
     """
-    place = target(name, table, setting)
+    try:
+        place = target(name, table, setting)
+    except ValueError as e:
+        raise RunError(str(e)) from e
     module, _, attribute = place.partition(":")
     try:
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as e:
-        raise ValueError(f"{setting}={name!r}: cannot load {place}: {e}") from e
+        raise RunError(f"{setting}={name!r}: cannot load {place}: {e}") from e

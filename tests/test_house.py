@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 
 # Imports point from later lines to earlier ones; names of one line never import one another.
 LEVELS = [
-    ("types", "plugins"),
+    ("types",),
+    ("plugins",),
     ("failures",),
     ("processes",),
     ("config",),

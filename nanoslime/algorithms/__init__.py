@@ -21,10 +21,7 @@ def make(config: AlgorithmConfig, max_response_length: int = 0) -> PolicyGradien
 
     Raises RunError where that cannot be loaded or is no PolicyGradient.
     """
-    try:
-        algorithm = resolve(config.name, ALGORITHMS, "algorithm.name")
-    except ValueError as e:
-        raise RunError(str(e)) from e
+    algorithm = resolve(config.name, ALGORITHMS, "algorithm.name")
     if not isinstance(algorithm, type) or not issubclass(algorithm, PolicyGradient):
         raise RunError(
             f"algorithm.name={config.name!r} is no algorithm; "

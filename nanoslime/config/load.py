@@ -66,10 +66,7 @@ def load(
 
 
 def _check_engine_options(engine: str, config: RunConfig) -> None:
-    try:
-        kind = resolve(engine, ENGINES, "rollout.engine")
-    except ValueError as e:
-        raise RunError(str(e)) from e
+    kind = resolve(engine, ENGINES, "rollout.engine")
     if not isinstance(kind, type) or not hasattr(kind, "check_options"):
         raise RunError(
             f"rollout.engine={engine!r} is no kind of engine; "

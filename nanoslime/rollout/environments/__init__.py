@@ -38,10 +38,7 @@ def make(name: str, options: Mapping[str, Any]) -> Environment:
 
     Raises RunError where it cannot be loaded, or takes other options.
     """
-    try:
-        found = resolve(name, ENVIRONMENTS, _SETTING)
-    except ValueError as error:
-        raise RunError(str(error)) from error
+    found = resolve(name, ENVIRONMENTS, _SETTING)
     if not callable(found):
         raise RunError(f"{_SETTING}={name!r} is {found!r}; name a function or a class")
     positional = () if inspect.isclass(found) else ("prompt", "policy")

@@ -28,10 +28,7 @@ def check(data: DataConfig) -> None:
 
 def make(name: str) -> Reward:
     """The reward of this name. Raises RunError where it cannot be loaded or called."""
-    try:
-        reward: Reward = resolve(name, REWARDS, "data.reward")
-    except ValueError as error:
-        raise RunError(str(error)) from error
+    reward: Reward = resolve(name, REWARDS, "data.reward")
     if not callable(reward):
         raise RunError(f"data.reward={name!r} is {reward!r}; name a function of a response")
     try:

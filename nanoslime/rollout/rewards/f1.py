@@ -10,18 +10,16 @@ import string
 from collections import Counter
 from typing import Any
 
-from nanoslime.rollout.rewards.thoughts import without_thoughts
+from nanoslime.rollout.rewards.thoughts import of_answer
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
 
 
-def reward(text: str, label: Any, metadata: dict[str, Any], *, prompt: str = "") -> float:
+@of_answer
+def reward(response: str, label: Any, metadata: dict[str, Any], is_cut_off: bool) -> float:
     """The label is a text or a list of texts. Thoughts are no part of the response."""
-    response = without_thoughts(text, prompt)
     labels = label if isinstance(label, list | tuple) else [label]
-    if response is None:
-        return 0.0
     given = words(response)
     return max((f1(given, words(str(one))) for one in labels if one is not None), default=0.0)
 

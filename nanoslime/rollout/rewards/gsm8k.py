@@ -9,29 +9,19 @@ from fractions import Fraction
 from typing import Any
 
 from nanoslime.rollout.rewards.math_answer import final_answer, label_answer, plain
-from nanoslime.rollout.rewards.thoughts import without_thoughts
-from nanoslime.types import Status
+from nanoslime.rollout.rewards.thoughts import of_answer
 
 _FRACTION = re.compile(r"\\[dtc]?frac\s*\{?\s*(\d+)\s*\}?\s*\{?\s*(\d+)\s*\}?")
 _NUMBER = re.compile(r"(?<![\d.)])-?(?:\d+(?:\.\d*)?|\.\d+)(?:/\d+)?")
 _REMARK = re.compile(r"(?<=\S)\s*\([^()]*\)$")
 
 
-def reward(
-    text: str,
-    label: Any,
-    metadata: dict[str, Any],
-    *,
-    status: Status = Status.COMPLETED,
-    prompt: str = "",
-) -> float:
+@of_answer
+def reward(response: str, label: Any, metadata: dict[str, Any], is_cut_off: bool) -> float:
     """An answer of several numbers, as "18 or 19", is none."""
-    response = without_thoughts(text, prompt)
-    if response is None or label is None:
-        return 0.0
     wanted = value(label_answer(str(label)))
-    given = value(final_answer(response, cut_off=status is not Status.COMPLETED))
-    return float(wanted is not None and given == wanted)
+    given = value(final_answer(response, cut_off=is_cut_off))
+    return wanted is not None and given == wanted
 
 
 def value(answer: str) -> Fraction | None:

@@ -14,8 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from nanoslime.rollout.rewards.math_judge import MathJudge
-from nanoslime.rollout.rewards.thoughts import without_thoughts
-from nanoslime.types import Status
+from nanoslime.rollout.rewards.thoughts import of_answer
 
 # The answers of the data sets are shorter; a longer text is not parsed.
 MAX_ANSWER = 400
@@ -86,21 +85,12 @@ _SYMBOLS = {
 _judge = MathJudge()
 
 
-def reward(
-    text: str,
-    label: Any,
-    metadata: dict[str, Any],
-    *,
-    status: Status = Status.COMPLETED,
-    prompt: str = "",
-) -> float:
+@of_answer
+def reward(response: str, label: Any, metadata: dict[str, Any], is_cut_off: bool) -> float:
     """An unfinished thought is no answer, nor is the end of a response that was cut off."""
-    response = without_thoughts(text, prompt)
-    if response is None or label is None:
-        return 0.0
-    answer = final_answer(response, cut_off=status is not Status.COMPLETED)
+    answer = final_answer(response, cut_off=is_cut_off)
     wanted = label_answer(str(label))
-    return float(bool(answer and wanted) and same_answer(wanted, answer))
+    return bool(answer and wanted) and same_answer(wanted, answer)
 
 
 def label_answer(label: str) -> str:

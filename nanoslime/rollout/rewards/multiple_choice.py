@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nanoslime.rollout.rewards.math_answer import MAX_ANSWER, complete_part, final_answer, marked
-from nanoslime.rollout.rewards.thoughts import without_thoughts
-from nanoslime.types import Status
+from nanoslime.rollout.rewards.thoughts import of_answer
 
 _TAIL = 2000
 
@@ -34,19 +33,10 @@ _STATED = (
 )
 
 
-def reward(
-    text: str,
-    label: Any,
-    metadata: dict[str, Any],
-    *,
-    status: Status = Status.COMPLETED,
-    prompt: str = "",
-) -> float:
+@of_answer
+def reward(response: str, label: Any, metadata: dict[str, Any], is_cut_off: bool) -> float:
     """Of a response that was cut off, the last line does not count."""
-    response = without_thoughts(text, prompt)
-    if response is None or label is None:
-        return 0.0
-    if status is not Status.COMPLETED:
+    if is_cut_off:
         response = complete_part(response)
     choices = [str(choice) for choice in metadata.get("choices") or ()]
     if isinstance(label, int) and 0 <= label < len(choices):
@@ -56,8 +46,8 @@ def reward(
         wanted = letter.group(1).upper() if letter else _letter_of(str(label), choices)
         wanted = wanted or chosen(str(label), choices)
     if wanted is None:
-        return float(response.strip() == str(label).strip())
-    return float(chosen(response, choices) == wanted)
+        return response.strip() == str(label).strip()
+    return chosen(response, choices) == wanted
 
 
 def chosen(response: str, choices: Sequence[str]) -> str | None:
