@@ -34,9 +34,6 @@ class _Sequences:
     def cost(self, microbatch: Indices) -> float:
         return sum(self.costs[i] for i in microbatch)
 
-    def free_tokens(self, microbatch: Indices) -> int:
-        return self.max_tokens - sum(self.sizes[i] for i in microbatch)
-
 
 def sequence_costs(lengths: Sequence[int], parity_tokens: float) -> list[float]:
     """Costs in tokens' worth of matrix products.
@@ -76,8 +73,7 @@ def pack(
 
 
 def _costliest_first(rank: list[Indices], sequences: _Sequences) -> list[Indices]:
-    sorted_inside = [sorted(microbatch) for microbatch in rank]
-    return sorted(sorted_inside, key=lambda m: (-sequences.cost(m), m))
+    return sorted(rank, key=lambda m: (-sequences.cost(m), m))
 
 
 def _fill(sequences: _Sequences, num_ranks: int, multiple: int) -> list[Indices]:
@@ -165,84 +161,45 @@ def _deal(
     return ranks
 
 
-@dataclass(frozen=True, slots=True)
-class _Swap:
-    """A sequence that leaves a costly rank for a cheap one, and what comes in return."""
-
-    source: Indices
-    goer: int
-    target: Indices
-    comer: int | None
-
-    def make(self) -> None:
-        self.source.remove(self.goer)
-        self.target.append(self.goer)
-        if self.comer is not None:
-            self.target.remove(self.comer)
-            self.source.append(self.comer)
-
-
 def _exchange(ranks: list[list[Indices]], sequences: _Sequences) -> None:
-    """In place: the costliest rank gives sequences to the cheapest ranks, for cheaper or
-    none.
+    """In place: the costliest rank gives sequences to the cheapest ranks, for cheaper ones in
+    return, until it costs little more than the mean or nothing helps.
+
+    Of two ranks those sequences change places that bring the ranks nearest to each other. Each
+    micro-batch has one more sequence, without tokens, for which a sequence may be given too; but
+    none is left with these alone.
     """
-    loads = [sum(sequences.costs[i] for m in rank for i in m) for rank in ranks]
-    mean = sum(loads) / len(loads)
+    share = len(ranks[0])
+    microbatches = [microbatch for rank in ranks for microbatch in rank]
+    num_sequences = len(sequences.sizes)
+    sizes = np.array(sequences.sizes + [0] * len(microbatches))
+    costs = np.array(sequences.costs + [0.0] * len(microbatches))
+    place = np.arange(len(sizes)) - num_sequences  # by sequence, its micro-batch
+    for number, microbatch in enumerate(microbatches):
+        place[microbatch] = number
     for _ in range(16 * len(ranks)):
-        by_load = sorted(range(len(ranks)), key=lambda rank: (loads[rank], rank))
+        rank_of = place // share
+        loads = np.bincount(rank_of, costs, len(ranks))
+        by_load = loads.argsort(kind="stable")
         heavy = by_load[-1]
-        if loads[heavy] <= _CLOSE_ENOUGH * mean:
-            return
+        if loads[heavy] <= _CLOSE_ENOUGH * loads.mean():
+            break
+        room = sequences.max_tokens - np.bincount(place, sizes, len(microbatches))
+        is_alone = np.bincount(place[:num_sequences], minlength=len(microbatches)) == 1
+        goers = np.flatnonzero(rank_of == heavy)
         for light in by_load[:_PARTNERS]:
+            comers = np.flatnonzero(rank_of == light)
             gap = loads[heavy] - loads[light]
-            swap = _best_swap(ranks[heavy], ranks[light], gap, sequences)
-            if swap is not None:
-                swap.make()
-                moved_cost = sequences.costs[swap.goer]
-                if swap.comer is not None:
-                    moved_cost -= sequences.costs[swap.comer]
-                loads[heavy] -= moved_cost
-                loads[light] += moved_cost
+            fits = sizes[goers, None] <= room[place[comers]] + sizes[comers]
+            fits &= ~is_alone[place[goers], None] | (comers < num_sequences)
+            moved_costs = costs[goers, None] - costs[comers]
+            distance = np.where(fits, np.abs(moved_costs - gap / 2), np.inf)
+            if distance.min() < 0.49 * gap:  # else it hardly helps
+                goer, comer = np.divmod(distance.argmin(), len(comers))
+                pair = [goers[goer], comers[comer]]
+                place[pair] = place[pair[::-1]]
                 break
         else:
-            return
-
-
-def _best_swap(
-    heavy: list[Indices], light: list[Indices], gap: float, sequences: _Sequences
-) -> _Swap | None:
-    """The swap between two ranks whose loads differ by `gap` that is nearest to half the
-    gap.
-
-    None where no swap within the budget takes at least a hundredth off the gap.
-    """
-    sizes = sequences.sizes
-    costs = sequences.costs
-    goers = [(m, i) for m in heavy for i in m]
-    comers: list[tuple[Indices, int | None]] = []
-    comer_room = []
-    for microbatch in light:
-        free = sequences.free_tokens(microbatch)
-        for i in microbatch:
-            comers.append((microbatch, i))
-            comer_room.append(free + sizes[i])
-        comers.append((microbatch, None))
-        comer_room.append(free)
-
-    # [goers, comers]
-    fits = np.array([sizes[i] for _, i in goers])[:, None] <= np.array(comer_room)[None]
-    goer_costs = np.array([costs[i] for _, i in goers])
-    comer_costs = np.array([0.0 if i is None else costs[i] for _, i in comers])
-    moved_costs = goer_costs[:, None] - comer_costs[None]
-    goer_is_alone = np.array([len(m) == 1 for m, _ in goers])
-    nothing_comes = np.array([i is None for _, i in comers])
-    leaves_empty = goer_is_alone[:, None] & nothing_comes[None]
-    distance = np.where(fits & ~leaves_empty, np.abs(moved_costs - gap / 2), np.inf)
-
-    best = int(distance.argmin())
-    if not distance.flat[best] < 0.49 * gap:
-        return None
-    goer_number, comer_number = divmod(best, len(comers))
-    source, goer = goers[goer_number]
-    target, comer = comers[comer_number]
-    return _Swap(source, goer, target, comer)
+            break
+    for number, microbatch in enumerate(microbatches):
+        microbatch[:] = np.flatnonzero(place[:num_sequences] == number).tolist()
