@@ -7,7 +7,6 @@ engine's own package; what needs them stands in a file of its own, which
 `EngineKind.owner` names.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +48,8 @@ class EngineOwner(Protocol):
     def close(self) -> None: ...
 
 
-class EngineKind(ABC):
-    """The facts and checks of one kind of engine."""
+class EngineKind:
+    """The facts and checks of one kind of engine: by default no check, no GPU."""
 
     # The name in the table; the engine's logs bear it.
     name: ClassVar[str]
@@ -65,17 +64,15 @@ class EngineKind(ABC):
     # "package.module:name" of a function from EngineStart to EngineOwner.
     owner: ClassVar[str]
 
-    @abstractmethod
     def check_options(self, rollout: RolloutConfig) -> None:
         """Raises RunError for an option of the engine's own that it does not have."""
 
-    @abstractmethod
     def check_plan(self, rollout: RolloutConfig, shape: ModelShape, slots_per_node: int) -> None:
         """Raises RunError for a model or a size that the engine cannot serve."""
 
-    @abstractmethod
     def memory_fraction(self, config: RunConfig) -> float:
         """The part of a GPU's memory that the engine takes for weights and KV cache."""
+        return 0.0
 
     def make_owner(self, start: EngineStart) -> EngineOwner:
         owner: EngineOwner = resolve(self.owner, {}, "rollout.engine")(start)

@@ -8,6 +8,7 @@ sections 2.1 and 2.2).
 """
 
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -34,12 +35,7 @@ def standard_error(values: Sequence[float]) -> float | None:
 
     None for a single value, which says nothing of how values differ.
     """
-    count = len(values)
-    if count < 2:
-        return None
-    mean = math.fsum(values) / count
-    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
-    return math.sqrt(variance / count)
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def evaluation_metrics[S: Scored](
@@ -59,7 +55,7 @@ def evaluation_metrics[S: Scored](
     num_rollouts = min(map(len, scores), default=0)
     if num_rollouts == 0:
         raise ValueError("an evaluation needs a sample of each of its prompts")
-    values = {f"mean@{num_rollouts}": [math.fsum(own) / len(own) for own in scores]}
+    values = {f"mean@{num_rollouts}": [statistics.fmean(own) for own in scores]}
     num_passed = [sum(score >= pass_reward - _ROUNDING for score in own) for own in scores]
     powers = {2**i for i in range(num_rollouts.bit_length())}
     for k in sorted(powers | {num_rollouts}):
@@ -68,7 +64,7 @@ def evaluation_metrics[S: Scored](
         ]
     metrics = {"reward_mean": math.fsum(values[f"mean@{num_rollouts}"]) / len(groups)}
     for name, of_prompts in values.items():
-        metrics[name] = math.fsum(of_prompts) / len(of_prompts)
+        metrics[name] = statistics.fmean(of_prompts)
         error = standard_error(of_prompts)
         if error is not None:
             metrics[f"{name}_se"] = error
@@ -86,4 +82,4 @@ def _rollout_scores[S: Scored](group: Group[S]) -> list[float]:
     rewards: dict[int, list[float]] = defaultdict(list)
     for sample in group.samples:
         rewards[sample.rollout_id].append(sample.reward or 0.0)
-    return [math.fsum(own) / len(own) for own in rewards.values()]
+    return [statistics.fmean(own) for own in rewards.values()]

@@ -5,6 +5,8 @@ All take logprobs of the sampled tokens, of any one shape, and work with d = ref
 - logprobs.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -32,6 +34,14 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor, limit: float = torch.inf) -> Tens
     return torch.expm1(d) - d
 
 
+_ESTIMATORS: dict[KLType, Callable[[Tensor, Tensor], Tensor]] = {
+    "k1": k1,
+    "k2": k2,
+    "k3": k3,
+    "low_var_kl": partial(k3, limit=20.0),
+}
+
+
 def approx_kl(
     logprobs: Tensor, ref_logprobs: Tensor, kind: KLType, ratio: Tensor | None = None
 ) -> Tensor:
@@ -44,19 +54,10 @@ def approx_kl(
     exp(d) has a NaN gradient even where it is clamped. Raises ValueError for an unknown
     kind.
     """
-    match kind:
-        case "k1":
-            kl = k1(logprobs, ref_logprobs)
-        case "k2":
-            kl = k2(logprobs, ref_logprobs)
-        case "k3":
-            kl = k3(logprobs, ref_logprobs)
-        case "low_var_kl":
-            kl = k3(logprobs, ref_logprobs, limit=20.0)
-        case _:
-            raise ValueError(
-                f"kl_loss_type={kind!r} is unknown; choose one of k1, k2, k3, low_var_kl"
-            )
+    if kind not in _ESTIMATORS:
+        known = ", ".join(_ESTIMATORS)
+        raise ValueError(f"kl_loss_type={kind!r} is unknown; choose one of {known}")
+    kl = _ESTIMATORS[kind](logprobs, ref_logprobs)
     if ratio is not None:
         kl = kl * ratio
     if kind == "low_var_kl":

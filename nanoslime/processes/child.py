@@ -80,11 +80,7 @@ class ChildProcess(subprocess.Popen[bytes]):
 
     def exit_summary(self) -> str:
         """One line that says how the child ended and how its log ends."""
-        code = self.returncode
-        if code < 0:
-            how = f"was killed by {signal.Signals(-code).name}"
-        else:
-            how = f"ended with exit code {code}"
+        how = how_it_ended(self.returncode)
         return f"{self.name} {how}; see {self.log}: {last_line(self.log)}"
 
     def wait_until(self, ready: Callable[[], bool], awaited: str, deadline_s: float) -> None:
@@ -133,6 +129,13 @@ class ChildProcess(subprocess.Popen[bytes]):
                 described(left),
                 self.log,
             )
+
+
+def how_it_ended(code: int) -> str:
+    """What a process's return code says, as "was killed by SIGKILL"."""
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"ended with exit code {code}"
 
 
 def signal_when_closed(read_end: int, group: int, number: signal.Signals) -> None:

@@ -8,10 +8,9 @@ step_<k>-<worker>.npz     the same of each sample, with its arrays, and how it w
 from __future__ import annotations
 
 import logging
-import queue
-import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
@@ -54,17 +53,15 @@ class Recorder:
 
     def __init__(self, recording: Recording) -> None:
         self._recording = recording
-        self._waiting: queue.SimpleQueue[tuple[int, list[SampleGroup]] | None] = queue.SimpleQueue()
         self._failure: Exception | None = None
         self._seconds = 0.0
-        self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
-        self._thread.start()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recorder")
 
     def record(self, step: int, groups: list[SampleGroup]) -> None:
         """Records the worker's groups of rollout `step`; there may be none."""
         self.check()
         if self._recording.mode != "none":
-            self._waiting.put((step, groups))
+            self._thread.submit(self._run, step, groups)
 
     def check(self) -> None:
         """Raises RunError where a rollout could not be recorded."""
@@ -81,18 +78,16 @@ class Recorder:
 
     def close(self) -> None:
         """Returns when all is written."""
-        self._waiting.put(None)
-        self._thread.join()
+        self._thread.shutdown()
 
-    def _run(self) -> None:
-        while (item := self._waiting.get()) is not None:
-            begin = time.monotonic()
-            try:
-                record(self._recording, *item)
-            except Exception as e:
-                logger.exception("rollout %d could not be recorded", item[0])
-                self._failure = e
-            self._seconds += time.monotonic() - begin
+    def _run(self, step: int, groups: list[SampleGroup]) -> None:
+        begin = time.monotonic()
+        try:
+            record(self._recording, step, groups)
+        except Exception as e:
+            logger.exception("rollout %d could not be recorded", step)
+            self._failure = e
+        self._seconds += time.monotonic() - begin
 
 
 def record(recording: Recording, step: int, groups: Sequence[SampleGroup]) -> None:

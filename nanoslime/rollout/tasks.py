@@ -5,7 +5,7 @@ which hold numbers and where the arrays are, and decides which groups a rollout 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -31,15 +31,9 @@ class Sampling:
 
     @classmethod
     def of(cls, config: RolloutConfig) -> "Sampling":
-        return cls(
-            n_samples_per_prompt=config.n_samples_per_prompt,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            stop=tuple(config.stop),
-            stop_token_ids=tuple(config.stop_token_ids),
-        )
+        values = {field.name: getattr(config, field.name) for field in fields(cls)}
+        texts = tuple(config.stop)
+        return cls(**values | {"stop": texts, "stop_token_ids": tuple(config.stop_token_ids)})
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,9 +39,9 @@ class MetricSums:
     """
 
     def __init__(self) -> None:
-        # Float64 scalars by name. Each total has either a count or a denominator.
-        self._totals: dict[str, Tensor] = {}
-        self._counts: dict[str, Tensor] = {}
+        # By name, of float64. A sum is [total, count], where the count is 0 for a mean that has
+        # a denominator.
+        self._sums: dict[str, Tensor] = {}
         self._denominators: dict[str, float] = {}
         self._maxima: dict[str, Tensor] = {}
         # Less the values, so that all extremes are reduced as maxima.
@@ -63,11 +63,13 @@ class MetricSums:
         if isinstance(metric, Minimum):
             _keep_largest(self._negated_minima, name, -metric.value)
             return
-        self._totals[name] = self._totals.get(name, 0.0) + metric.total.detach().double()
+        total = metric.total.detach().double()
+        count = torch.zeros_like(total)
         if isinstance(metric, TokenMean):
-            self._counts[name] = self._counts.get(name, 0.0) + metric.count.double()
+            count = metric.count.double()
         else:
             self._denominators[name] = metric.denominator
+        self._sums[name] = self._sums.get(name, 0.0) + torch.stack([total, count])
 
     def reduce(self, group: ProcessGroup | None) -> ReducedMetrics:
         """Reduces over the ranks of `group` (None: this rank alone), in two collectives.
@@ -75,25 +77,19 @@ class MetricSums:
         Every rank must have added at least one micro-batch. What is taken over no token
         is 0.
         """
-        sums = torch.stack([*self._totals.values(), *self._counts.values()])
+        sums = torch.stack([*self._sums.values()])
         largest = torch.stack([*self._maxima.values(), *self._negated_minima.values()])
         if group is not None:
             dist.all_reduce(sums, group=group)
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-        num_totals = len(self._totals)
-        totals = dict(zip(self._totals, sums[:num_totals].tolist(), strict=True))
-        counts = dict(zip(self._counts, sums[num_totals:].tolist(), strict=True))
         extremes = [0.0 if value == -math.inf else value for value in largest.tolist()]
         num_maxima = len(self._maxima)
         maxima = dict(zip(self._maxima, extremes[:num_maxima], strict=True))
         negated_minima = zip(self._negated_minima, extremes[num_maxima:], strict=True)
         minima = {name: -value for name, value in negated_minima}
         means = {}
-        for name, total in totals.items():
-            if name in counts:
-                means[name] = total / max(counts[name], 1.0)
-            else:
-                means[name] = total / self._denominators[name]
+        for name, (total, count) in zip(self._sums, sums.tolist(), strict=True):
+            means[name] = total / self._denominators.get(name, max(count, 1.0))
         loss = means.pop(_LOSS)
         importance_squared = means.pop(_IMPORTANCE_SQUARED)
         means[_ESS] = means[_IMPORTANCE] ** 2 / max(importance_squared, 1e-300)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from nanoslime.processes.child import signal_when_closed
+from nanoslime.processes.child import how_it_ended, signal_when_closed
 from nanoslime.rollout.rewards.program import Outcome, late
 
 ASYNC_CALLS = 128
@@ -136,12 +136,7 @@ class RewardProcess:
                     future.set_result(outcome)
         self.kill()
         self._calls.close()
-        code = await self._process.wait()
-        how = (
-            f"was killed by {signal.Signals(-code).name}"
-            if code < 0
-            else f"ended with exit code {code}"
-        )
+        how = how_it_ended(await self._process.wait())
         for future in self._waiting.values():
             if not future.done():
                 future.set_exception(ProcessLost(f"its process {how}", how))
