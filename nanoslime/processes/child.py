@@ -7,11 +7,10 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from nanoslime.processes.logs import last_line
-from nanoslime.processes.tree import described, live_processes
+from nanoslime.processes.tree import kill_all
 from nanoslime.types import RunError
 
 logger = logging.getLogger(__name__)
@@ -19,7 +18,6 @@ logger = logging.getLogger(__name__)
 # Linux has this command of fcntl(2), Python's module does not name it.
 _F_SETSIG = 10
 _READY_POLL_S = 0.5
-_KILL_DEADLINE_S = 10.0
 
 
 class ChildProcess(subprocess.Popen[bytes]):
@@ -111,24 +109,12 @@ class ChildProcess(subprocess.Popen[bytes]):
         """
         if self._lifeline < 0:
             return
-        with suppress(ProcessLookupError):  # nothing of the group may be left
-            os.killpg(self.pid, signal.SIGKILL)
-        deadline = time.monotonic() + _KILL_DEADLINE_S
-        left = _group_members(self.pid)
-        while left and time.monotonic() < deadline:
-            time.sleep(0.05)
-            left = _group_members(self.pid)
+        left = kill_all(lambda process: os.getpgid(process.pid) == self.pid)
         self.poll()
         os.close(self._lifeline)
         self._lifeline = -1
         if left:
-            logger.error(
-                "%s: alive %g s after SIGKILL, and left: %s; log: %s",
-                self.name,
-                _KILL_DEADLINE_S,
-                described(left),
-                self.log,
-            )
+            logger.error("%s: %s; log: %s", self.name, left, self.log)
 
 
 def how_it_ended(code: int) -> str:
@@ -143,13 +129,3 @@ def signal_when_closed(read_end: int, group: int, number: signal.Signals) -> Non
     fcntl.fcntl(read_end, fcntl.F_SETOWN, -group)
     fcntl.fcntl(read_end, _F_SETSIG, number)
     fcntl.fcntl(read_end, fcntl.F_SETFL, os.O_ASYNC)
-
-
-def _group_members(group: int) -> list[int]:
-    """Live processes of a process group, zombies left out."""
-    members = []
-    for process in live_processes():
-        with suppress(ProcessLookupError):
-            if os.getpgid(process.pid) == group:
-                members.append(process.pid)
-    return members

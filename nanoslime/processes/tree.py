@@ -8,8 +8,9 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
+from functools import partial
 
 import psutil
 
@@ -63,39 +64,58 @@ def end_descendants(spare: Collection[int] = (), grace_s: float = 3.0) -> None:
     stay. What is still alive 10 s after SIGKILL, as a process that waits for a dead file server
     may be, is named in the log and left.
     """
-    if _signal_until_gone(signal.SIGTERM, grace_s, spare):
-        return
-    if _signal_until_gone(signal.SIGKILL, _KILL_DEADLINE_S, spare):
-        return
-    left = sorted(descendants(os.getpid(), spare))
-    logger.error("alive %g s after SIGKILL, and left: %s", _KILL_DEADLINE_S, described(left))
+    find = partial(descendants, os.getpid(), spare)
+    if _signal_until_gone(find, signal.SIGTERM, grace_s):
+        left = _kill_until_gone(find)
+        if left:
+            logger.error(left)
 
 
-def described(pids: Collection[int]) -> str:
-    """Id, name and state of each process that still exists."""
-    found = []
-    for pid in pids:
+def kill_all(belongs: Callable[[psutil.Process], bool]) -> str:
+    """Kills the live processes that `belongs` holds for, also those that start meanwhile.
+
+    It says what is alive 10 s after SIGKILL, and left; nothing where none is. A process of
+    which `belongs` cannot be told, because it has ended or is another user's, is left alone.
+    """
+
+    def find() -> set[int]:
+        found = set()
+        for process in live_processes():
+            with suppress(psutil.Error, ProcessLookupError):
+                if belongs(process):
+                    found.add(process.pid)
+        return found
+
+    return _kill_until_gone(find)
+
+
+def _kill_until_gone(find: Callable[[], set[int]]) -> str:
+    """Kills what `find` gives; says what is left, with id, name and state."""
+    left = []
+    for pid in sorted(_signal_until_gone(find, signal.SIGKILL, _KILL_DEADLINE_S)):
         with suppress(psutil.Error):
             process = psutil.Process(pid)
-            found.append(f"{pid} ({process.name()}, {process.status()})")
-    return ", ".join(found)
+            left.append(f"{pid} ({process.name()}, {process.status()})")
+    names = ", ".join(left)
+    return f"alive {_KILL_DEADLINE_S:g} s after SIGKILL, and left: {names}" if left else ""
 
 
-def _signal_until_gone(number: signal.Signals, patience_s: float, spare: Collection[int]) -> bool:
-    """Send the signal once to each descendant, also to new ones, until none is left.
+def _signal_until_gone(
+    find: Callable[[], set[int]], number: signal.Signals, patience_s: float
+) -> set[int]:
+    """Send the signal once to each process that `find` gives, also to new ones, until it gives
+    none.
 
-    False when `patience_s` passed first.
+    Returns what is alive when `patience_s` has passed.
     """
     deadline = time.monotonic() + patience_s
     signalled: set[int] = set()
     while True:
-        alive = descendants(os.getpid(), spare)
-        if not alive:
-            return True
-        if time.monotonic() > deadline:
-            return False
+        alive = find()
+        if not alive or time.monotonic() > deadline:
+            return alive
         for pid in alive - signalled:
-            with suppress(ProcessLookupError):
+            with suppress(OSError):  # it has ended, or is another user's
                 os.kill(pid, number)
         signalled |= alive
         time.sleep(_POLL_S)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nanoslime.processes import child as child_module
+from nanoslime.processes import tree
 from nanoslime.processes.child import ChildProcess
 from tests import process_table
 from tests.processes.programs import STUBBORN
@@ -137,10 +137,10 @@ def test_a_child_that_outlives_sigkill_is_named_and_left(
     no_leftovers: None,
 ) -> None:
     """A process that waits for a dead file server takes no signal: here none is sent."""
-    monkeypatch.setattr(child_module, "_KILL_DEADLINE_S", 0.2)
+    monkeypatch.setattr(tree, "_KILL_DEADLINE_S", 0.2)
     child = ChildProcess("server", ["sleep", "60"], os.environ, tmp_path / "server.log")
     with monkeypatch.context() as context:
-        context.setattr(os, "killpg", lambda *_: None)
+        context.setattr(os, "kill", lambda *_: None)
         child.close()
     [error] = caplog.messages
     assert error.startswith(f"server: alive 0.2 s after SIGKILL, and left: {child.pid} (sleep, ")

@@ -18,25 +18,20 @@ import signal
 import subprocess
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from nanoslime.plugins import resolve
 from nanoslime.processes.logs import last_line
-from nanoslime.processes.tree import live_processes
+from nanoslime.processes.tree import kill_all
 from nanoslime.rollout.openai_endpoint import OpenAIEndpoint, Session
 from nanoslime.rollout.policy import Policy
 from nanoslime.types import Prompt, RunError, Sample
 
 logger = logging.getLogger(__name__)
-
-_KILL_DEADLINE_S = 10.0
 
 
 class Agent:
@@ -135,18 +130,6 @@ async def _in_thread(function: Callable[..., Any], given: Mapping[str, Any]) -> 
 
 def _end_all_of(url: str) -> None:
     """Kills the processes that have this URL in their environment, in whatever session."""
-    deadline = time.monotonic() + _KILL_DEADLINE_S
-    while killed := [process for process in live_processes() if _kill(process, url)]:
-        if time.monotonic() > deadline:
-            logger.error("of an agent, alive after SIGKILL, and left: %s", killed)
-            return
-        time.sleep(0.01)
-
-
-def _kill(process: psutil.Process, url: str) -> bool:
-    """Whether it was one of this URL."""
-    with suppress(psutil.Error):
-        if process.environ().get("OPENAI_BASE_URL") == url:
-            process.kill()
-            return True
-    return False
+    left = kill_all(lambda process: process.environ().get("OPENAI_BASE_URL") == url)
+    if left:
+        logger.error("of an agent, %s", left)
