@@ -1,6 +1,8 @@
 """torch's flash attention, one call for all sequences of a pack, and what stands in for it."""
 
 import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ _MAX_HEAD_DIM = 256
 _ASKS_FOR_GROUPED_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def suits(query: Tensor, value: Tensor) -> bool:
+def _suits(query: Tensor, value: Tensor) -> bool:
     """Whether there is a kernel for these: half precision on CUDA, and a width that it takes."""
     half = query.dtype in (torch.bfloat16, torch.float16)
     head_dim = query.shape[-1]
@@ -25,18 +27,22 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    lengths: Sequence[int],
     cu_seqlens: Tensor,
-    longest: int,
     *,
     scale: float | None,
     window: int | None = None,
 ) -> Tensor:
-    """Causal attention [T, heads, v] within each sequence.
+    """Causal attention [T, heads, v] within each sequence, on any device and in any dtype.
 
-    query [T, heads, d], key [T, groups, d], value [T, groups, v]; cu_seqlens is int32 [N + 1],
-    and `longest` the length of the longest sequence. With a `window` a token sees itself and
-    the window - 1 before it. scale=None is d ** -0.5.
+    query [T, heads, d], key [T, groups, d], value [T, groups, v]; `lengths` [N] of the
+    sequences, and cu_seqlens, int32 [N + 1], on the device. With a `window` a token sees itself
+    and the window - 1 before it. scale=None is d ** -0.5.
     """
+    if not _suits(query, value):
+        mask_of = partial(_window_mask, window=window)
+        return attend_each(query, key, value, (lengths, lengths), mask_of, scale=scale)
+    longest = max(lengths)
     value_dim = value.shape[-1]
     if value_dim < query.shape[-1]:  # latent attention
         value = F.pad(value, [0, query.shape[-1] - value_dim])
@@ -56,14 +62,44 @@ def attend(
     return attended[..., :value_dim]
 
 
-def attend_one(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float | None
+def attend_each(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[Sequence[int], Sequence[int]],
+    mask_of: Callable[[Tensor], Tensor | None],
+    *,
+    scale: float | None,
 ) -> Tensor:
-    """Attention [L, heads, v] of one sequence, on any device and in any dtype.
+    """Attention [T, heads, v] of one sequence after the other.
 
-    query [L, heads, d], key [K, groups, d], value [K, groups, v]. It is causal (L = K) unless a
-    mask, bool [L, K], says what each token sees.
+    query [T, heads, d], key [K, groups, d], value [K, groups, v]; `lengths` of the sequences in
+    queries and in keys. It is causal unless the mask of a sequence's key, bool [L, K_i], says
+    what each of its L queries sees.
     """
+    query_lengths, key_lengths = lengths
+    outputs = []
+    for q, k, v in zip(
+        query.split(query_lengths), key.split(key_lengths), value.split(key_lengths), strict=True
+    ):
+        outputs.append(_attend_one(q, k, v, mask_of(k), scale))
+    return torch.cat(outputs)
+
+
+def _window_mask(key: Tensor, window: int | None) -> Tensor | None:
+    """bool [L, L]: a token sees itself and the window - 1 before it; None if it sees all."""
+    length = len(key)
+    if window is None or length <= window:
+        return None
+    positions = torch.arange(length, device=key.device)
+    distance = positions[:, None] - positions
+    return (distance >= 0) & (distance < window)
+
+
+def _attend_one(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    """Attention [L, heads, v] of one sequence."""
     num_groups = key.shape[1]
     if query.is_cuda and num_groups < query.shape[1]:
         # The kernels for float32 and for masks know no grouped heads.

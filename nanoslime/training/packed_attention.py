@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from nanoslime.training import flash_attention
+from nanoslime.training.flash_attention import attend
 from nanoslime.types import RunError
 
 PACKED = "packed_sequences"
@@ -86,23 +86,16 @@ def _attend(
         )
     # [1, heads, T, d] -> [T, heads, d]
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    lengths = packed_sequences.lengths
-    if flash_attention.suits(query, value):
-        attended = flash_attention.attend(
-            query,
-            key,
-            value,
-            packed_sequences.cu_seqlens,
-            max(lengths),
-            scale=scaling,
-            window=attention_mask,
-        )
-        return attended[None], None
-    outputs = []
-    for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
-        mask = _window_mask(q, attention_mask)
-        outputs.append(flash_attention.attend_one(q, k, v, mask, scale=scaling))
-    return torch.cat(outputs)[None], None
+    attended = attend(
+        query,
+        key,
+        value,
+        packed_sequences.lengths,
+        packed_sequences.cu_seqlens,
+        scale=scaling,
+        window=attention_mask,
+    )
+    return attended[None], None
 
 
 def _window_or_mask(
@@ -120,13 +113,3 @@ def _window_or_mask(
 
 AttentionInterface.register(PACKED, _attend)
 AttentionMaskInterface.register(PACKED, _window_or_mask)
-
-
-def _window_mask(query: Tensor, window: int | None) -> Tensor | None:
-    """bool [L, L]: a token sees itself and the window - 1 before it; None if it sees all."""
-    length = len(query)
-    if window is None or length <= window:
-        return None
-    positions = torch.arange(length, device=query.device)
-    distance = positions[:, None] - positions
-    return (distance >= 0) & (distance < window)

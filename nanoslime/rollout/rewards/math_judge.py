@@ -4,6 +4,7 @@ import atexit
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 
@@ -29,8 +30,13 @@ class MathJudge:
         with self._lock:
             if self._process is None:
                 self._process = self._start()
-            verdict = self._answer(self._process, json.dumps([label, answer]))
-            if not verdict:
+            assert self._process.stdin is not None
+            assert self._process.stdout is not None
+            with suppress(BrokenPipeError):
+                self._process.stdin.write(json.dumps([label, answer]) + "\n")
+                self._process.stdin.flush()
+            verdict = self._process.stdout.readline()
+            if not verdict:  # the program has ended
                 exit_code = self._process.wait()
                 self._process = None
                 raise RuntimeError(
@@ -38,18 +44,6 @@ class MathJudge:
                     f"{exit_code}; its error stands above, and it needs math-verify"
                 )
         return verdict == "1\n"
-
-    @staticmethod
-    def _answer(process: subprocess.Popen[str], question: str) -> str:
-        """The line that the program answers; "" where it has ended."""
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            process.stdin.write(question + "\n")
-            process.stdin.flush()
-        except BrokenPipeError:
-            return ""
-        return process.stdout.readline()
 
     def _start(self) -> subprocess.Popen[str]:
         process = subprocess.Popen(

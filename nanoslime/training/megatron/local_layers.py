@@ -30,7 +30,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from nanoslime.training import flash_attention
+from nanoslime.training.flash_attention import attend, attend_each
 from nanoslime.training.megatron.packed_sequences import PackedRotaryEmbedding, PackedSequences
 
 
@@ -90,38 +90,20 @@ class PackedAttention(MegatronModule):
         query = query.flatten(0, -3)
         key = cp_shard.gather_padded(key.flatten(0, -3))
         value = cp_shard.gather_padded(value.flatten(0, -3))
-        if self._cp_group.size() == 1 and flash_attention.suits(query, value):
-            attended = flash_attention.attend(
-                query,
-                key,
-                value,
-                packed_seq_params.cu_seqlens_q,
-                packed_seq_params.max_seqlen_q,
-                scale=self.scale,
-            )
+        if self._cp_group.size() == 1:
+            where = (cp_shard.padded_lengths, packed_seq_params.cu_seqlens_q)
+            attended = attend(query, key, value, *where, scale=self.scale)
         else:
-            per_sequence = zip(
-                query.split(cp_shard.local_lengths),
-                key.split(cp_shard.padded_lengths),
-                value.split(cp_shard.padded_lengths),
-                strict=True,
-            )
-            outputs = []
-            for q, k, v in per_sequence:
-                mask = self._mask(k)
-                outputs.append(flash_attention.attend_one(q, k, v, mask, scale=self.scale))
-            attended = torch.cat(outputs)
+            lengths = (cp_shard.local_lengths, cp_shard.padded_lengths)
+            attended = attend_each(query, key, value, lengths, self._mask, scale=self.scale)
         return attended.flatten(1)[:, None]
 
-    def _mask(self, key: Tensor) -> Tensor | None:
+    def _mask(self, key: Tensor) -> Tensor:
         """bool [T_i / cp_size, T_i]: what the queries of this rank see of a sequence's `key` [T_i].
 
-        None without context parallelism. The queries are those of chunks r and 2 cp_size - 1 -
-        r; see context_parallel.
+        The queries are those of chunks r and 2 cp_size - 1 - r; see context_parallel.
         """
         cp_size = self._cp_group.size()
-        if cp_size == 1:
-            return None
         rank = self._cp_group.rank()
         positions = torch.arange(len(key), device=key.device)
         chunks = positions.view(2 * cp_size, -1)

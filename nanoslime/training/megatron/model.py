@@ -1,8 +1,6 @@
 """A GPTModel of the checkpoint's shape, wrapped for data parallelism."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any
@@ -108,7 +106,8 @@ def gpt_model(
         use_latent_attention(spec)
     else:
         spec = local_block_spec(settings, vp_stage)
-    with cuda_names(), _without_deprecation_notice():
+    logging.getLogger(GPTModel.__module__).addFilter(_is_no_deprecation_notice)
+    with cuda_names():
         model = GPTModel(
             settings,
             spec,
@@ -286,18 +285,9 @@ def _mark_experts(model: torch.nn.Module) -> None:
             parameter.tensor_model_parallel = True
 
 
-@contextmanager
-def _without_deprecation_notice() -> Iterator[None]:
-    """Inside, megatron-core 0.19.2 does not log that HybridModel shall replace GPTModel."""
-    logger = logging.getLogger(GPTModel.__module__)
-    logger.addFilter(_is_no_deprecation_notice)
-    try:
-        yield
-    finally:
-        logger.removeFilter(_is_no_deprecation_notice)
-
-
 def _is_no_deprecation_notice(record: logging.LogRecord) -> bool:
+    """Whether it does not say, as megatron-core 0.19.2 does, that HybridModel shall replace
+    GPTModel."""
     return not record.getMessage().startswith("GPTModel IS DEPRECATED")
 
 
