@@ -62,6 +62,7 @@ class _Update:
     num_bytes: int = 0
     gather_s: float = 0.0
     wire_s: float = 0.0
+    load_s: float = 0.0
 
 
 class BroadcastSender:
@@ -123,6 +124,7 @@ class BroadcastSender:
         times = {
             "time/weight_sync_gather_s": update.gather_s,
             "time/weight_sync_wire_s": update.wire_s,
+            "time/weight_sync_load_s": update.load_s,
         }
         return Sent(update.num_bytes, times=times)
 
@@ -180,8 +182,9 @@ class BroadcastSender:
             if is_well:
                 begin = time.monotonic()
                 bucket = self._flat_buckets[full.number]
-                self._wire.send(bucket, full, update.version)
-                update.wire_s += time.monotonic() - begin
+                wire_s = self._wire.send(bucket, full, update.version)
+                update.wire_s += wire_s
+                update.load_s += time.monotonic() - begin - wire_s
                 update.num_bytes += bucket.nbytes
             update.is_well = is_well
         finally:
@@ -212,8 +215,9 @@ class _Wire:
         self._stream = torch.cuda.Stream(rank.weights.device) if is_cuda else None
         self._group = self._join(engines.address, store, "nccl" if is_cuda else "gloo")
 
-    def send(self, bucket: FlatBucket, full: _Full, version: int) -> None:
-        """Returns when every engine has loaded the bucket."""
+    def send(self, bucket: FlatBucket, full: _Full, version: int) -> float:
+        """Returns when every engine has loaded the bucket: the seconds of the broadcast."""
+        begin = time.monotonic()
         announced = self._calls.start(
             "receive_bucket",
             names=bucket.names,
@@ -226,11 +230,14 @@ class _Wire:
                 self._stream.wait_event(full.ready)
             flat = full.flat[: bucket.nbytes]
             work = dist.broadcast(flat, group_src=0, group=self._group, async_op=True)
+        over = work.get_future().then(lambda _: time.monotonic())
         self._calls.collect(announced, f"receive weights of version {version}", self._deadline_s)
         try:
             work.wait()
         except RuntimeError as e:  # of gloo and NCCL, which do not say who is gone
             raise EnginesFailed(f"the broadcast of version {version} broke: {e}", {}) from e
+        # A stream's work is over when its engines have answered, as far as the host knows.
+        return (time.monotonic() if self._stream else over.wait()) - begin
 
     def close(self) -> None:
         self._calls.close()
