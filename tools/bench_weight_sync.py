@@ -74,7 +74,7 @@ from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.rollout.engines.sglang_server import SGLangServer
 from nanoslime.training.megatron.weights import owned_shards
 from nanoslime.weight_sync.session import SyncSession
-from tools.rank_processes import HOST, Ranks, SyntheticWorker
+from tools.rank_processes import HOST, Ranks, SyntheticWorker, quick_context
 from tools.synthetic_engine import synthetic_engines
 
 PARTS = ("wire", "disk", "sglang")
@@ -215,7 +215,10 @@ class Bench:
         num_ranks = training.tp_size * training.pp_size * training.ep_size
         owned = owned_shards(shape, training, num_ranks)
         make = partial(SyntheticWorker, owned, run_config(training, self.bucket_bytes))
-        with synthetic_engines(num_engines) as engines, closing(Ranks(num_ranks, make)) as ranks:
+        with (
+            synthetic_engines(num_engines, quick_context()) as engines,
+            closing(Ranks(num_ranks, make)) as ranks,
+        ):
             session = open_session(ranks, engines, "broadcast", self.directory)
             self.wire_measured(trainers, 2 * shape.num_parameters, engines, ranks, session)
 

@@ -18,6 +18,20 @@ from nanoslime.training.backend import RankEnv, init_process_group
 from nanoslime.weight_sync.trainer_weights import TrainerWeights
 
 HOST = "127.0.0.1"
+# What is slow to import; the fork server imports it once for all processes.
+_PRELOAD = (
+    "nanoslime.rehearsal",
+    "nanoslime.training.fsdp",
+    "nanoslime.training.megatron.backend",
+    "tools.synthetic_engine",
+)
+
+
+def quick_context() -> Any:
+    """Makes processes that begin with torch and the trainers imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_PRELOAD))
+    return context
 
 
 class SyntheticWorker(TrainWorker):
@@ -49,7 +63,7 @@ class Ranks:
         self.seconds: dict[str, float] = {}
         self.num_bytes: list[int] = []
         self._ranks = []
-        context = multiprocessing.get_context("forkserver")
+        context = quick_context()
         meeting = f"tcp://{HOST}:{free_port(HOST)}"
         for rank in range(number):
             ours, theirs = context.Pipe()

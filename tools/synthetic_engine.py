@@ -4,7 +4,6 @@ bench_weight_sync.py measures our side with it.
 """
 
 import json
-import multiprocessing
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -133,9 +132,10 @@ def _serve(pipe: Connection) -> None:
 
 
 @contextmanager
-def synthetic_engines(number: int) -> Iterator[list[SGLangEngine]]:
-    """Clients of so many processes; these end with the context."""
-    context = multiprocessing.get_context("forkserver")
+def synthetic_engines(number: int, context: Any) -> Iterator[list[SGLangEngine]]:
+    """Clients of so many processes, which a context of multiprocessing makes; they end with this
+    one.
+    """
     processes = []
     engines = []
     try:
