@@ -214,7 +214,9 @@ class Bench:
         shape = ModelShape.from_config(model_config(gb * 1e9, is_moe=training.ep_size > 1))
         num_ranks = training.tp_size * training.pp_size * training.ep_size
         owned = owned_shards(shape, training, num_ranks)
-        make = partial(SyntheticWorker, owned, run_config(training, self.bucket_bytes))
+        make = partial(
+            SyntheticWorker, owned, run_config(training, self.bucket_bytes), self.directory
+        )
         with (
             synthetic_engines(num_engines, quick_context()) as engines,
             closing(Ranks(num_ranks, make)) as ranks,
@@ -267,12 +269,17 @@ class Bench:
 
     def disk(self) -> None:
         print_header("trainers", "GB by rank", "all ranks write s", "cp + fsync s", "ratio")
-        for trainers in ("1 rank", "TP2", "PP2"):
+        self.disk_rows(("1 rank", "TP2", "PP2"))
+
+    def disk_rows(self, layouts: Sequence[str]) -> None:
+        for trainers in layouts:
             training = LAYOUTS[trainers]
             shape = ModelShape.from_config(model_config(self.asked.gb * 1e9))
             num_ranks = training.tp_size * training.pp_size
             owned = owned_shards(shape, training, num_ranks)
-            make = partial(SyntheticWorker, owned, run_config(training, self.bucket_bytes))
+            make = partial(
+                SyntheticWorker, owned, run_config(training, self.bucket_bytes), self.directory
+            )
             with closing(Ranks(num_ranks, make)) as ranks:
                 self.disk_row(trainers, ranks)
 
@@ -285,7 +292,7 @@ class Bench:
             version = next(self.versions)
             ranks.call("prepare", version, what="write")
             sent = ranks.call("send", version, what="send")
-            written = self.directory / f"version_{version}"
+            written = self.directory / "weights" / f"version_{version}"
             begin = time.monotonic()
             subprocess.run(["cp", "-r", written, copied], check=True)
             for file in copied.iterdir():

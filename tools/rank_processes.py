@@ -37,9 +37,11 @@ def quick_context() -> Any:
 class SyntheticWorker(TrainWorker):
     """A rank that holds its shards, and has no model."""
 
-    def __init__(self, owned: list[list[OwnedShard]], config: RunConfig, env: RankEnv) -> None:
+    def __init__(
+        self, owned: list[list[OwnedShard]], config: RunConfig, model_dir: Path, env: RankEnv
+    ) -> None:
         self.config = config
-        self.model_dir = Path()
+        self.model_dir = model_dir
         held = []
         for shard in owned[env.rank]:
             shape = [axis.stop - axis.start for axis in shard.box]
