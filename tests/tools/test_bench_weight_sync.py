@@ -1,4 +1,4 @@
-"""The benchmark of weight sync on tiny sizes: what an engine receives, and a figure in each cell."""
+"""The benchmark of weight sync on tiny sizes: what an engine receives, a figure in each cell."""
 
 import argparse
 from pathlib import Path
