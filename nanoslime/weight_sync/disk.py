@@ -10,7 +10,10 @@ rows, since tensor parallelism splits another dimension, exchange them for whole
 """
 
 import os
-from collections.abc import Callable
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,9 +99,8 @@ class CheckpointWriter:
         The directory appears whole or not at all, in place of an earlier one. Raises RunError
         on all ranks where one cannot write.
         """
-        partial = partial_path(destination)
         is_first = self._weights.rank == 0
-        self._all(lambda: self._prepare(destination, like) if is_first else None)
+        partial, *_ = self._all(lambda: self._prepare(destination, like) if is_first else None)
         num_bytes = self._write_rows(partial)
         own = sorted(self._heads)[self._weights.rank :: len(self._weights.owned)]
         hashed = self._all(lambda: manifest.hashes_of(partial, own))
@@ -106,47 +108,42 @@ class CheckpointWriter:
         self._all(lambda: commit(partial, destination, hashes) if is_first else None)
         return num_bytes
 
-    def _prepare(self, destination: Path, like: Path) -> None:
-        partial = partial_dir(destination)
+    def _prepare(self, destination: Path, like: Path) -> Path:
+        """Makes the directory with files of their full length, of which nothing is written.
+
+        Its name is new: under one that has been used, a network filesystem may still show
+        another node the directory of then, which has become a checkpoint.
+        """
+        leftovers = partial_path(destination.with_name(f"{destination.name}.*"))
+        for leftover in leftovers.parent.glob(leftovers.name):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial = partial_dir(destination.with_name(f"{destination.name}.{secrets.token_hex(4)}"))
         copy_other_files(like, partial)
-        for name, head in self._heads.items():
+        for name, num_bytes in self._file_bytes.items():
             with open(partial / name, "wb") as file:
-                file.write(head)
-                file.truncate(self._file_bytes[name])
+                file.truncate(num_bytes)
         if self._index is not None:
             publish_json(partial / INDEX_FILE, self._index)
+        return partial
 
     def _write_rows(self, partial: Path) -> int:
         """A rank that cannot write still brings the others what they need."""
         shards = list(self._weights.shards())
-        files: dict[str, int] = {}
-        failure: OSError | None = None
+        files = _Files(partial)
+        if self._weights.rank == 0:
+            for name, head in self._heads.items():
+                files.write(_Start(name, 0), memoryview(head))
         num_bytes = 0
         for number, bucket in enumerate(self._plan):
             targets = bucket.targets_on(self._weights.rank)
             places = [_empty(tensor, box, self._weights.device) for tensor, box in targets]
             self._exchange.bring(number, shards, places)
             for (tensor, box), rows in zip(targets, places, strict=True):
-                if failure is not None:
-                    continue
                 start = self._starts[tensor.name]
-                try:
-                    if start.file not in files:
-                        files[start.file] = os.open(partial / start.file, os.O_WRONLY)
-                    _write(files[start.file], start.offset + _offset(tensor, box), rows)
-                    num_bytes += rows.nbytes
-                except OSError as error:
-                    path = str(partial / start.file)
-                    failure = OSError(error.errno, error.strerror, path)
-
-        def close() -> None:
-            for descriptor in files.values():
-                os.fsync(descriptor)
-                os.close(descriptor)
-            if failure is not None:
-                raise failure
-
-        self._all(close)
+                own_start = _Start(start.file, start.offset + _offset(tensor, box))
+                files.write(own_start, rows.reshape(-1).view(torch.uint8).cpu().numpy().data)
+                num_bytes += rows.nbytes
+        self._all(files.close)
         return num_bytes
 
     def _all[T](self, act: Callable[[], T]) -> list[T]:
@@ -165,6 +162,45 @@ class CheckpointWriter:
         return [result for result, _ in everyone]
 
 
+class _Files:
+    """Files of a directory that are open for writing. After an error nothing more is written;
+    `close` raises it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._descriptors: dict[str, int] = {}
+        self._failure: OSError | None = None
+
+    def write(self, start: _Start, left: memoryview) -> None:
+        """Writes all of it; a single call of the system writes 2 GiB at the most."""
+        with self._failing_later(start.file):
+            if start.file not in self._descriptors:
+                path = self._directory / start.file
+                self._descriptors[start.file] = os.open(path, os.O_WRONLY)
+            offset = start.offset
+            while left and self._failure is None:
+                written = os.pwrite(self._descriptors[start.file], left, offset)
+                left = left[written:]
+                offset += written
+
+    def close(self) -> None:
+        """A network filesystem says here that its disk is full."""
+        for name, descriptor in self._descriptors.items():
+            with self._failing_later(name), os.fdopen(descriptor, "wb"):
+                os.fsync(descriptor)
+        if self._failure is not None:
+            raise self._failure
+
+    @contextmanager
+    def _failing_later(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            path = str(self._directory / name)
+            self._failure = self._failure or OSError(error.errno, error.strerror, path)
+
+
 def _empty(tensor: PlannedTensor, box: Box, device: torch.device) -> Tensor:
     shape = [axis.stop - axis.start for axis in box]
     return torch.empty(shape, dtype=tensor.dtype, device=device)
@@ -175,12 +211,3 @@ def _offset(tensor: PlannedTensor, box: Box) -> int:
     if not box or box[0].start == 0:
         return 0
     return tensor.nbytes // tensor.shape[0] * box[0].start
-
-
-def _write(descriptor: int, offset: int, rows: Tensor) -> None:
-    """Writes all of the rows; a single call writes 2 GiB at the most."""
-    left = memoryview(rows.reshape(-1).view(torch.uint8).cpu().numpy())
-    while left:
-        written = os.pwrite(descriptor, left, offset)
-        left = left[written:]
-        offset += written

@@ -2,6 +2,8 @@
 hold.
 """
 
+import errno
+import os
 import resource
 import signal
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from nanoslime.batch import OwnedShard, WeightShard
 from nanoslime.processes.ports import free_port
 from nanoslime.storage import manifest
 from nanoslime.types import RunError
+from nanoslime.weight_sync import disk
 from nanoslime.weight_sync.disk import CheckpointWriter
 from nanoslime.weight_sync.exchange import Exchange
 from nanoslime.weight_sync.plan import rows_on_each, whole_on_first, whole_on_rank_0
@@ -107,6 +110,16 @@ def test_every_target_gets_its_bits_over_two_ranks(tmp_path: Path) -> None:
 
 
 def write_twice(rank: int, tmp_path: Path) -> None:
+    """No rank goes to a directory by a name that it has used before: on a network filesystem it
+    may see the old one, a checkpoint by now, and write into that."""
+    directories = []
+    files = disk._Files
+
+    def seen(directory: Path) -> disk._Files:
+        directories.append(directory)
+        return files(directory)
+
+    disk._Files = seen
     for dtype in (torch.float32, torch.bfloat16):
         writer = CheckpointWriter(weights_of(rank, dtype), bucket_bytes=60)
         num_bytes = writer.write(tmp_path / "out", like=tmp_path / "like")
@@ -117,6 +130,7 @@ def write_twice(rank: int, tmp_path: Path) -> None:
         assert found.keys() == want.keys()
         assert all(same_bits(found[name], tensor) for name, tensor in want.items())
         dist.barrier()
+    assert len(set(directories)) == 2
 
 
 def test_two_ranks_write_one_checkpoint_in_place_of_an_earlier_one(tmp_path: Path) -> None:
@@ -130,17 +144,34 @@ def test_two_ranks_write_one_checkpoint_in_place_of_an_earlier_one(tmp_path: Pat
     ]
 
 
+def full(descriptor: int) -> None:
+    """As fsync on a network filesystem."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def write_to_a_full_disk(rank: int, tmp_path: Path) -> None:
     """Rank 1 alone cannot write; both say so, and the old checkpoint stays."""
     writer = CheckpointWriter(weights_of(rank, torch.float32), bucket_bytes=60)
     writer.write(tmp_path / "out", like=tmp_path / "like")
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     if rank == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+        fsync, os.fsync = os.fsync, full
+    with pytest.raises(
+        RunError, match=r"trainer rank 1: .*No space left.*out\..*/model.safetensors"
+    ):
+        writer.write(tmp_path / "out", like=tmp_path / "like")
+    if rank == 1:
+        os.fsync = fsync
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     with pytest.raises(RunError, match=r"trainer rank 1: .*File too large: .*model.safetensors"):
         writer.write(tmp_path / "out", like=tmp_path / "like")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    dist.barrier()
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    writer.write(tmp_path / "out", like=tmp_path / "like")
 
 
 def test_a_rank_that_cannot_write_leaves_the_old_checkpoint_and_nobody_waiting(
@@ -148,6 +179,7 @@ def test_a_rank_that_cannot_write_leaves_the_old_checkpoint_and_nobody_waiting(
 ) -> None:
     (tmp_path / "like").mkdir()
     on_two_ranks(write_to_a_full_disk, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["like", "out"]
 
 
 def half() -> TrainerWeights:
