@@ -40,6 +40,8 @@ def seal(flat: Tensor, place: Place) -> None:
 
 def broken_seal(flat: Tensor, last: Place | None) -> str | None:
     """What is wrong with a bucket that comes after `last`; None where nothing is."""
+    if flat.dtype != torch.uint8 or flat.numel() < HEADER_BYTES:
+        return f"{flat.numel()} elements of {flat.dtype} hold no header"
     *_, num_bytes, first, second = flat[:HEADER_BYTES].view(torch.int64).tolist()
     place = place_of(flat)
     expected = 0 if last is None else last.number + 1

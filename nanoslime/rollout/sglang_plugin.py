@@ -2,12 +2,13 @@
 never in ours.
 
 Stock SGLang 0.5.23 answers success to a weight update with unknown names, loading
-nothing, and does not notice missing ones. With this plug-in, whichever way an update
-comes, its tensors are the trained ones of the model that the server was started from.
+nothing, and does not notice missing ones. With this plug-in, an update from a directory or in a
+session (begin ... end) has to bring the trained tensors of the model that the server was
+started from.
 An unknown or repeated name, another shape, or a bucket that is not the next one or has other
-bytes than were sent (sealed_bucket.py), is refused before anything is loaded; a session
-(begin ... end) or a directory that lacks a tensor is refused with its name, and a directory
-that differs from its manifest. What one rank of the engine refuses, the engine refuses. A
+bytes than were sent (sealed_bucket.py), is refused before anything is loaded; a session or a
+directory that lacks a tensor is refused with its name, and a directory that differs from the
+manifest that it may have. What one rank of the engine refuses, the engine refuses. A
 refusal is an error response (success false); the server goes on.
 
 The experts that its routers choose leave the scheduler in one byte each where they can, not in
@@ -39,6 +40,9 @@ _COLLECT_EXPERTS = (
     ".SchedulerBatchResultProcessor._maybe_collect_routed_experts"
 )
 _PIN_MEMORY = "sglang.srt.mem_cache.pool_host.common._cuda_host_register"
+
+# The client looks for this mark in the last model's answer.
+_OF_DRAFT = "no tensors checked: a model that drafts tokens keeps its weights"
 
 # Success and a message.
 Result = tuple[bool, str]
@@ -141,7 +145,8 @@ class WeightGuard:
         self._filled: set[int] = set()
 
     def begin(self, original: Original, updater: Any) -> None:
-        self._received[id(updater)] = _Received(updater, self._expected_by(updater))
+        if not _is_draft(updater):
+            self._received[id(updater)] = _Received(updater, self._expected_by(updater))
         original(updater)
 
     def answer_begin(self, original: Original, manager: Any, request: Any) -> Any:
@@ -164,6 +169,8 @@ class WeightGuard:
         its parts; the first one is the header. SGLang calls this after the broadcasts were
         received, so that a refusal does not leave their sender waiting.
         """
+        if _is_draft(updater):
+            return True, _OF_DRAFT
         flat, names, tensors = _opened(named_tensors)
         received = self._received[id(updater)]
         problem = "it has no header"
@@ -175,11 +182,7 @@ class WeightGuard:
         place = place_of(flat)
         if received.last is None:
             self._watch(received, compares=place.compares)
-        try:
-            success, message = original(updater, tensors, **options)
-        except Exception as e:
-            # Whatever a loader raises would end the scheduler process.
-            return False, f"the weights are a mixture of two versions: {type(e).__name__}: {e}"
+        success, message = _loaded(original, updater, tensors, **options)
         if success:
             received.names.update(name for name, _ in names)
             received.last = place
@@ -189,6 +192,8 @@ class WeightGuard:
         self, original: Original, updater: Any, model_path: str, load_format: str, **options: Any
     ) -> Result:
         """Load a directory; with COMPARING as its `load_format`, one that is loaded already."""
+        if _is_draft(updater):
+            return True, _OF_DRAFT
         received = _Received(updater, self._expected_by(updater))
         try:
             found = checkpoint_shapes(model_path)
@@ -203,16 +208,15 @@ class WeightGuard:
             return False, f"refused {model_path}: {problem}"
         compares = load_format == COMPARING
         self._watch(received, compares=compares)
-        success, message = original(
-            updater, model_path, "auto" if compares else load_format, **options
-        )
+        load_format = "auto" if compares else load_format
+        success, message = _loaded(original, updater, model_path, load_format, **options)
+        if not success:
+            return False, message
         problem = received.problem()
-        if success and problem:
+        if problem:
             return False, f"refused {model_path}: {problem}"
-        if success:
-            self._filled.add(id(updater))
-            message = f"{message} {len(found)} tensors checked."
-        return success, message
+        self._filled.add(id(updater))
+        return True, f"{message} {len(found)} tensors checked."
 
     def answer_end(self, original: Original, manager: Any, request: Any) -> Any:
         sessions = self._received.values()
@@ -252,21 +256,35 @@ class WeightGuard:
         return self._expected[id(updater)]
 
 
+def _is_draft(updater: Any) -> bool:
+    """Whether its model only drafts tokens for another one. Nobody trains it: it keeps its own
+    weights, and shares those that it has of the other one."""
+    return updater.get_model_runner().is_draft_worker
+
+
+def _loaded(original: Original, *arguments: Any, **options: Any) -> Result:
+    try:
+        return original(*arguments, **options)
+    except Exception as e:
+        # Whatever a loader raises would end the scheduler process.
+        return False, f"the weights may be a mixture of two versions: {type(e).__name__}: {e}"
+
+
 def _opened(named_tensors: Any) -> tuple[torch.Tensor | None, list[Named], Any]:
     """A bucket as one flat tensor, its names and shapes, and what SGLang loads of it.
 
     The flat tensor is None where the first tensor is no header.
     """
     if isinstance(named_tensors, dict):
-        header, *metadata = named_tensors["metadata"]
-        flat = named_tensors["flattened_tensor"] if header.name == HEADER else None
-        names = [(part.name, tuple(part.shape)) for part in metadata]
-        return flat, names, {**named_tensors, "metadata": metadata}
-    (name, header), *tensors = named_tensors
-    flat = None
-    if name == HEADER:
-        num_bytes = header.nbytes + sum(tensor.nbytes for _, tensor in tensors)
-        storage = torch.empty(0, dtype=torch.uint8, device=header.device)
-        storage.set_(header.untyped_storage())
-        flat = storage[:num_bytes]
-    return flat, [(name, tuple(tensor.shape)) for name, tensor in tensors], tensors
+        metadata = named_tensors["metadata"]
+        if not metadata or metadata[0].name != HEADER:
+            return None, [], None
+        names = [(part.name, tuple(part.shape)) for part in metadata[1:]]
+        return named_tensors["flattened_tensor"], names, {**named_tensors, "metadata": metadata[1:]}
+    if not named_tensors or named_tensors[0][0] != HEADER:
+        return None, [], None
+    (_, header), *tensors = named_tensors
+    num_bytes = header.nbytes + sum(tensor.nbytes for _, tensor in tensors)
+    storage = torch.empty(0, dtype=torch.uint8, device=header.device)
+    storage.set_(header.untyped_storage())
+    return storage[:num_bytes], [(name, tuple(tensor.shape)) for name, tensor in tensors], tensors

@@ -106,7 +106,7 @@ def fingerprints(model: torch.nn.Module) -> dict[str, list[int]]:
 def changed(model: torch.nn.Module, before: dict[str, list[int]]) -> str | None:
     """Counts and names the parameters that are not what they were; None where all are."""
     now = fingerprints(model)
-    names = [name for name in before if now[name] != before[name]]
+    names = [name for name in before if now.get(name) != before[name]]
     return _listed(names, "parameters of the engine were not what the trainer has")
 
 

@@ -22,7 +22,7 @@ from nanoslime.process_groups import join_group, shared_store
 from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.rollout.router import Router
-from nanoslime.sealed_bucket import Place, seal
+from nanoslime.sealed_bucket import HEADER, Place, seal
 from nanoslime.types import (
     BroadcastEngine,
     Engine,
@@ -491,6 +491,16 @@ def send_tensors(engine: SGLangEngine, tensors: dict[str, Tensor], place: Place)
     engine.receive_payloads([serialize_on_cpu(content)])
 
 
+# What others than our trainers may send, as stock SGLang takes it.
+WITHOUT_HEADER: list[Any] = [
+    [],
+    {"flattened_tensor": torch.zeros(2), "metadata": []},
+    [(NORM, None)],
+    [(NORM, torch.zeros(64))],
+    [(HEADER, torch.zeros(1))],
+]
+
+
 def test_tensor_update_refuses_wrong_names_and_goes_on(
     sglang_engine: SGLangEngine, tiny_model: Path, other_model: Path
 ) -> None:
@@ -499,6 +509,9 @@ def test_tensor_update_refuses_wrong_names_and_goes_on(
     sglang_engine.begin_update()
     with pytest.raises(RunError, match="unknown tensor 'model.norm.wait'"):
         send_tensors(sglang_engine, {"model.norm.wait": norm}, Place(3, 0, 1))
+    for content in WITHOUT_HEADER:
+        with pytest.raises(RunError, match=r"refused: .* header; log"):
+            sglang_engine.receive_payloads([serialize_on_cpu(content)])
     assert_serves(sglang_engine, tiny_model)
     send_tensors(sglang_engine, tensors, Place(3, 0, 1))
     with pytest.raises(RunError, match=f"1 of 25 tensors missing: {NORM}"):
