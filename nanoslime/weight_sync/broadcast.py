@@ -225,16 +225,22 @@ class _Wire:
             dtypes=[str(dtype).removeprefix("torch.") for dtype in bucket.dtypes],
             group=self.group_name,
         )
-        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
-            if self._stream:
-                self._stream.wait_event(full.ready)
-            flat = full.flat[: bucket.nbytes]
-            work = dist.broadcast(flat, group_src=0, group=self._group, async_op=True)
-        over = work.get_future().then(lambda _: time.monotonic())
-        self._calls.collect(announced, f"receive weights of version {version}", self._deadline_s)
+        what = f"receive weights of version {version}"
         try:
+            with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+                if self._stream:
+                    self._stream.wait_event(full.ready)
+                flat = full.flat[: bucket.nbytes]
+                work = dist.broadcast(flat, group_src=0, group=self._group, async_op=True)
+            over = work.get_future().then(lambda _: time.monotonic())
+            self._calls.collect(announced, what, self._deadline_s)
             work.wait()
-        except RuntimeError as e:  # of gloo and NCCL, which do not say who is gone
+        except RuntimeError as e:
+            # NCCL would wait for an engine that is gone, and end this process after a while.
+            self._group.abort()
+            if isinstance(e, EnginesFailed):
+                raise
+            # Neither gloo nor NCCL says who is gone.
             raise EnginesFailed(f"the broadcast of version {version} broke: {e}", {}) from e
         # A stream's work is over when its engines have answered, as far as the host knows.
         return (time.monotonic() if self._stream else over.wait()) - begin

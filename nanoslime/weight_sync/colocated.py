@@ -42,7 +42,8 @@ class TensorSender:
         self._engine: BroadcastEngine | None = None
         self._engine_ranks: list[int] = []
         self._group: dist.ProcessGroup | None = None
-        timeout = timedelta(seconds=rank.deadline_s)
+        # A rank waits for the call of an engine, which has deadline_s itself.
+        timeout = timedelta(seconds=2 * rank.deadline_s)
         for engine, of_engine in zip(engines.engines, engines.ranks_by_engine, strict=True):
             ranks = list(of_engine)
             group = dist.new_group(ranks, timeout, backend="gloo")

@@ -131,6 +131,8 @@ class CheckpointWriter:
         shards = list(self._weights.shards())
         files = _Files(partial)
         if self._weights.rank == 0:
+            # Not when the files are made: NFS takes a page that ends a file for known, and a
+            # later write to it would put zeros over the rows of other nodes.
             for name, head in self._heads.items():
                 files.write(_Start(name, 0), memoryview(head))
         num_bytes = 0

@@ -40,7 +40,7 @@ class _Route:
 
 
 class Exchange:
-    """Every rank calls `bring` for bucket after bucket, in the plan's order.
+    """Every rank makes one and calls `bring` for bucket after bucket, in the plan's order.
 
     It needs the default process group where there are several ranks. Shards meet on `device`.
     """
@@ -48,6 +48,10 @@ class Exchange:
     def __init__(self, plan: Sequence[Bucket], rank: int, device: torch.device) -> None:
         self._device = device
         self._routes = [_route(bucket, rank) for bucket in plan]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            # batch_isend_irecv asks for a call of the whole group before one of some of its
+            # ranks: NCCL would wait in its first one for those that have nothing to exchange.
+            dist.all_reduce(torch.zeros(1, device=device))
 
     @torch.no_grad()
     def bring(self, number: int, shards: Sequence[WeightShard], places: Sequence[Tensor]) -> None:

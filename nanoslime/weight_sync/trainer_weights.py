@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class TrainerWeights:
     def __post_init__(self) -> None:
         """Raises ValueError where this rank does not hold what the others think it does."""
         held = [OwnedShard(s.name, s.full_shape, s.slices) for s in self.shards()]
-        for mine, theirs in zip(held, self.owned[self.rank], strict=True):
+        for mine, theirs in zip_longest(held, self.owned[self.rank]):
             if mine != theirs:
                 raise ValueError(f"trainer rank {self.rank} holds {mine}, not {theirs}")
 

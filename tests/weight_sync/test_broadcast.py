@@ -30,8 +30,10 @@ class Refusing:
         raise RunError("engine a refuses")
 
 
-def sender_of(rank: int, deadline_s: float, *engines: object) -> BroadcastSender:
-    """Both ranks have tensors of their own, each a bucket; they take turns without engines too."""
+def sender_of(
+    rank: int, deadline_s: float, *engines: object, num_ranks: int = 2
+) -> BroadcastSender:
+    """All ranks have tensors of their own, each a bucket; they take turns without engines too."""
 
     def shards_of(rank: int) -> list[WeightShard]:
         box = (slice(0, 4),)
@@ -42,11 +44,25 @@ def sender_of(rank: int, deadline_s: float, *engines: object) -> BroadcastSender
 
     owned = [
         [OwnedShard(shard.name, shard.full_shape, shard.slices) for shard in shards_of(number)]
-        for number in range(2)
+        for number in range(num_ranks)
     ]
     weights = TrainerWeights(lambda: shards_of(rank), owned, rank, torch.float32, CPU)
     side = EngineSide(engines, [[]] * len(engines), "127.0.0.1", Path(), "group")
     return BroadcastSender(RankSide(weights, 1, Path(), deadline_s), side)
+
+
+def test_a_broadcast_that_cannot_begin_is_a_fault_of_the_engines(monkeypatch) -> None:
+    """NCCL makes its connections in the first one, so that it may raise at once."""
+
+    def broken(*tensors: object, **options: object) -> None:
+        raise RuntimeError("remote process exited")
+
+    sender = sender_of(0, 10.0, num_ranks=1)
+    assert sender.send(1).num_bytes > 0
+    monkeypatch.setattr(dist, "broadcast", broken)
+    with pytest.raises(EnginesFailed, match="broadcast of version 2 broke: remote process exited"):
+        sender.send(2)
+    sender.close()
 
 
 def open_refused(rank: int, tmp_path: Path) -> None:
@@ -54,30 +70,24 @@ def open_refused(rank: int, tmp_path: Path) -> None:
     wait = Turns.wait
 
     def late(turns: Turns, turn: int) -> bool:
-        end = time.monotonic() + 2.0
+        end = time.monotonic() + 3.0
         while rank == 1 and not (tmp_path / "gone").exists() and time.monotonic() < end:
             time.sleep(0.01)
         return wait(turns, turn)
 
-    broadcast.Turns.wait = late
+    broadcast.Turns.wait = late  # in this process only
     if rank == 0:
         with pytest.raises(EnginesFailed, match="engine a refuses"):
-            sender_of(rank, 1.0, Refusing())
+            sender_of(rank, 2.0, Refusing())
         (tmp_path / "gone").touch()
     else:
-        sender_of(rank, 1.0, Refusing()).close()
-    dist.barrier()
-
-
-def test_a_rank_that_cannot_open_its_group_keeps_the_store_until_the_others_had_their_turn(
-    tmp_path: Path,
-) -> None:
-    on_two_ranks(open_refused, tmp_path)
+        sender_of(rank, 2.0, Refusing()).close()
+    broadcast.Turns.wait = wait
 
 
 def lose_the_store(rank: int, tmp_path: Path) -> None:
     """What rank 0 says never arrives: it fails at once, and the other one after its deadline."""
-    sender = sender_of(rank, 1.0)
+    sender = sender_of(rank, 2.0)
     assert sender.send(1).num_bytes == NUM_TENSORS * (56 + 16)
 
     def gone(turns: Turns, turn: int, *, well: bool) -> None:
@@ -85,12 +95,19 @@ def lose_the_store(rank: int, tmp_path: Path) -> None:
 
     if rank == 0:
         broadcast.Turns.over = gone
-    problem = "the store is gone" if rank == 0 else "trainer rank 0 did not say within 2s that its"
+    problem = "the store is gone" if rank == 0 else "trainer rank 0 did not say within 4s that its"
     with pytest.raises(RuntimeError, match=problem):
         sender.send(2)
     dist.barrier()
     sender.close()
 
 
-def test_a_rank_whose_turns_cannot_be_told_does_not_wait_for_itself(tmp_path: Path) -> None:
-    on_two_ranks(lose_the_store, tmp_path)
+def fail_together(rank: int, tmp_path: Path) -> None:
+    open_refused(rank, tmp_path)
+    lose_the_store(rank, tmp_path)
+
+
+def test_a_rank_that_fails_lets_no_other_wait_and_keeps_the_store_for_their_turns(
+    tmp_path: Path,
+) -> None:
+    on_two_ranks(fail_together, tmp_path)

@@ -87,7 +87,13 @@ def _with_group(rank: int, meeting: str, check: Callable[..., None], tmp_path: P
 
 
 def every_way(rank: int, tmp_path: Path) -> None:
-    """Sent as bfloat16, in which the biases that are always float32 could not be."""
+    """Sent as bfloat16, in which the biases that are always float32 could not be.
+
+    All ranks make a call of the whole group before any exchange, which NCCL needs.
+    """
+    calls = []
+    all_reduce = dist.all_reduce
+    dist.all_reduce = lambda tensor: calls.append(all_reduce(tensor))
     weights = weights_of(rank, torch.bfloat16)
     want = expected(torch.bfloat16)
     for targets_of in (whole_on_first, whole_on_rank_0, rows_on_each):
@@ -100,6 +106,7 @@ def every_way(rank: int, tmp_path: Path) -> None:
                 exchange.bring(number, list(weights.shards()), places)
                 for (tensor, box), place in zip(targets, places, strict=True):
                     assert same_bits(place, want[tensor.name][box]), (tensor.name, targets_of)
+    assert len(calls) == 9
     got = dict(weights.whole_tensors())
     assert got.keys() == (want.keys() if rank == 0 else set())
     assert all(same_bits(tensor, want[name]) for name, tensor in got.items())
@@ -216,12 +223,16 @@ def test_tensors_meet_on_the_device_of_the_rank() -> None:
     assert tensor.device.type == "meta"
 
 
-def test_a_rank_that_holds_something_else_than_the_others_think_is_named() -> None:
+@pytest.mark.parametrize("others_think", [[1, 2, 3, 4, 0], [1, 2, 3, 4], []])
+def test_a_rank_that_holds_something_else_than_the_others_think_is_named(
+    others_think: list[int],
+) -> None:
     shards = shards_of(1)
+    theirs = owned([shards[number] for number in others_think])
     with pytest.raises(ValueError, match="trainer rank 1 holds OwnedShard.name='rows'"):
         TrainerWeights(
             lambda: shards,
-            [owned(shards_of(0)), owned(shards[1:] + shards[:1])],
+            [owned(shards_of(0)), theirs],
             rank=1,
             dtype=torch.float32,
             device=CPU,
