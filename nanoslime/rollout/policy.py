@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,6 +18,7 @@ from nanoslime.engine_kind import engine_kind
 from nanoslime.models.context import context_limit
 from nanoslime.models.shape import ModelShape
 from nanoslime.rollout.chat import Chat
+from nanoslime.rollout.router import Router
 from nanoslime.rollout.tasks import GroupTask, Sampling, seed_of
 from nanoslime.storage.prompt_text import check_template
 from nanoslime.types import GenerateRequest, Generation, RunError, Status
@@ -27,12 +28,6 @@ _LEAST_ROOM = 8
 # A request that is interrupted so often in a row, without a token in between, is given up.
 _MAX_IN_VAIN = 100
 _PAUSE_S = 0.02
-
-
-class Router(Protocol):
-    """What gives a request to one of the engines; requests of one key to the same one."""
-
-    async def generate(self, request: GenerateRequest, key: str = "") -> list[Generation]: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import batched
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -36,18 +36,6 @@ _BATCH = 1024
 _MIX = "sources"
 _ROUNDING = 1e-9
 _NO_TOKENS = np.zeros(0, np.int32)
-
-
-class PromptStream(Protocol):
-    """Where a run takes its prompts from, one after the other without an end."""
-
-    def next(self, n: int) -> list[Prompt]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken. Raises RunError when that was with other
-        prompts, or in another order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +77,7 @@ class RunPrompts:
             eval_sets[one.title] = load_prompts(Path(one.prompts), tokenizer, one.data(data))
         return cls(tokenizer, train, eval_sets)
 
-    def stream(self, seed: int, shuffle: bool) -> PromptStream:
+    def stream(self, seed: int, shuffle: bool) -> "PromptStream":
         """The training prompts in the order in which the run goes through them."""
         sources = {
             name: PromptSource(loaded.prompts, seed, shuffle, loaded.file, index)
@@ -354,3 +342,7 @@ class PromptMix:
 
 def _shares_text(shares: Mapping[str, float]) -> str:
     return ", ".join(f"{share:.3g} of {name}" for name, share in shares.items())
+
+
+# Where a run takes its prompts from, one after the other without an end.
+PromptStream = PromptSource | PromptMix

@@ -12,7 +12,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from nanoslime.types import Engine, GenerateRequest, Generation, RequestFailed, RunError, Status
 
@@ -189,15 +189,12 @@ class Router:
         """By engine: sequences in flight, and what came of its requests since the last call."""
         found: dict[str, float] = {"router/queued": float(len(self._queue)), "time/parse_s": 0.0}
         for name, slot in self._slots.items():
-            counts = slot.counts
+            counts = {"inflight": slot.inflight, **asdict(slot.counts)}
             slot.counts = EngineCounts()
-            num_answers = max(1, counts.requests - counts.failures)
-            found[f"router/{name}/inflight"] = float(slot.inflight)
-            found[f"router/{name}/requests"] = float(counts.requests)
-            found[f"router/{name}/failures"] = float(counts.failures)
-            found[f"router/{name}/tokens"] = float(counts.tokens)
-            found[f"router/{name}/latency_s"] = counts.latency_s / num_answers
-            found["time/parse_s"] += counts.parse_s
+            counts["latency_s"] /= max(1, counts["requests"] - counts["failures"])
+            found["time/parse_s"] += counts.pop("parse_s")
+            for what, count in counts.items():
+                found[f"router/{name}/{what}"] = float(count)
         return found
 
     @property
