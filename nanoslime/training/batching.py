@@ -24,10 +24,8 @@ from nanoslime.types import (
     GroupReport,
     KeptArrays,
     SampleArrays,
-    SampleGroup,
     SampleReport,
     Status,
-    local_reports,
 )
 
 _DUMMY_TOKENS = 2
@@ -66,24 +64,13 @@ class BatchingOptions:
     mask_truncated: bool = False
 
 
-def make_train_batches(
-    groups: Sequence[SampleGroup], options: BatchingOptions
-) -> list[list[TrainBatch]]:
-    """[optimizer step][data-parallel rank]: batches that hold each sample once.
-
-    The ranks of a step have equally many micro-batches. Where sequences do not suffice, a
-    masked-out dummy sequence fills a micro-batch. Without groups there are no steps.
-    Raises ValueError for a sample without an advantage, or with token 0 in the loss.
-    """
-    steps = plan_train_batches(local_reports(groups), options)
-    return [[fill(plan) for plan in step] for step in steps]
-
-
 def plan_train_batches(
     groups: Sequence[GroupReport], options: BatchingOptions
 ) -> list[list[BatchPlan]]:
-    """[optimizer step][data-parallel rank]: the plans of `make_train_batches`.
+    """[optimizer step][data-parallel rank]: plans of batches that hold each sample once.
 
+    The ranks of a step have equally many micro-batches. Where sequences do not suffice, a
+    masked-out dummy sequence fills a micro-batch. Without groups there are no steps.
     Raises ValueError for a sample without an advantage, or without the routed experts that
     others have.
     """

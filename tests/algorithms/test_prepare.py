@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from nanoslime.algorithms.prepare import group_metrics, prepare
-from nanoslime.training.batching import BatchingOptions, make_train_batches
+from nanoslime.training.batching import BatchingOptions
 from nanoslime.types import Sample, SampleGroup, Status
 from tests.algorithms.made import algorithm, group
+from tests.training.batches import make_train_batches
 
 _rollout_ids = count()
 

@@ -28,10 +28,10 @@ from nanoslime.training.batching import (
     BatchingOptions,
     fill,
     kept_arrays,
-    make_train_batches,
     plan_train_batches,
 )
 from nanoslime.types import KeptArrays, Prompt, RunError
+from tests.training.batches import make_train_batches
 
 CONFIG = RunConfig(
     rollout={"max_new_tokens": 20, "n_samples_per_prompt": 3},

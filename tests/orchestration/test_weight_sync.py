@@ -24,9 +24,10 @@ from nanoslime.orchestration.engine_pool import EnginePool
 from nanoslime.orchestration.worker import TrainWorker
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.training.backend import RankEnv
-from nanoslime.training.batching import BatchingOptions, make_train_batches
+from nanoslime.training.batching import BatchingOptions
 from nanoslime.types import GenerateRequest, Sample, SampleGroup
 from nanoslime.weight_sync.session import SyncSession
+from tests.training.batches import make_train_batches
 from tests.training.rank_pool import RankPool
 
 pytestmark = [pytest.mark.sglang]

@@ -16,10 +16,10 @@ from nanoslime.training.batching import (
     BatchingOptions,
     fill,
     kept_arrays,
-    make_train_batches,
     plan_train_batches,
 )
 from nanoslime.types import GroupReport, KeptArrays, Sample, SampleGroup, Status
+from tests.training.batches import make_train_batches
 
 
 def sample(group_id, rollout_id, length, response, advantage=1.0):

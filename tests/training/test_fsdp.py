@@ -22,9 +22,10 @@ from nanoslime.config.model import ModelConfig
 from nanoslime.config.rollout import RolloutConfig
 from nanoslime.config.run import RunConfig
 from nanoslime.config.training import TrainingConfig
-from nanoslime.training.batching import BatchingOptions, make_train_batches
+from nanoslime.training.batching import BatchingOptions
 from nanoslime.training.fsdp import FSDPBackend
 from nanoslime.types import RunError, Sample, SampleGroup, Status
+from tests.training.batches import make_train_batches
 
 TEMPERATURE = 0.8
 VOCAB = 67  # odd, so that two ranks have unequal shares

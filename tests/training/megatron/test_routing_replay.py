@@ -18,11 +18,12 @@ from torch import Tensor
 from nanoslime.algorithms.grpo import GRPO
 from nanoslime.batch import TrainBatch
 from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
-from nanoslime.training.batching import BatchingOptions, make_train_batches
+from nanoslime.training.batching import BatchingOptions
 from nanoslime.training.megatron.routing_replay import RouterReplay, routers, training_step
 from nanoslime.types import GenerateRequest, Sample, SampleGroup, Status
 from tests.models.hf import save_model
 from tests.training import parity
+from tests.training.batches import make_train_batches
 from tests.training.megatron.test_architectures import changes
 from tests.training.parity import KL, RELATIVE, Job, Layout, copied, make_backend, train_batch
 from tests.training.reference import make_step
