@@ -10,17 +10,16 @@ from typing import Any
 import submitit
 from submitit.core.utils import DelayedSubmission, FailedJobError
 
+from jobs import where
 from jobs.node import NodeJob
 from jobs.run_files import SUBMITIT_FOLDER
 from jobs.sbatch import python_of, sbatch_options, sbatch_text, setup_lines, step_options
 from nanoslime.config.run import RunConfig
 from nanoslime.layout import Layout
-from nanoslime.processes.command import ask
 from nanoslime.run_dir import RunDir
 from nanoslime.storage.shared_files import publish, publish_json
 from nanoslime.types import RunError
 
-_COMMAND_DEADLINE_S = 60.0
 # submitit takes these as parameters of its own.
 _SUBMITIT_PARAMETERS = ("job-name", "nodes", "ntasks-per-node")
 
@@ -73,7 +72,7 @@ def submit_submitit(config: RunConfig, layout: Layout, run: RunDir, driver: str 
     try:
         job = executor.submit(SubmittedJob(str(run.path), driver))
     except FailedJobError as error:
-        raise RunError(f"sbatch refused the job: {_complaint(str(error))}") from error
+        raise RunError(f"sbatch refused the job: {where.complaint(str(error))}") from error
     return _record(run, str(job.job_id), "submitit")
 
 
@@ -83,30 +82,11 @@ def submit_sbatch(config: RunConfig, layout: Layout, run: RunDir, driver: str = 
     The script stays in the run directory as job.sbatch. Raises RunError where sbatch refuses
     the job.
     """
-    script = run.path / "job.sbatch"
     text = sbatch_text(config, layout, run.path, driver)
-    publish(script, text.encode())
-    done = ask(["sbatch", "--parsable", str(script)], _COMMAND_DEADLINE_S)
-    if done.returncode:
-        raise RunError(f"sbatch refused the job: {_complaint(done.stderr)}")
-    # With several clusters it prints JOB;CLUSTER.
-    job_id = done.stdout.strip().split(";")[0]
-    return _record(run, job_id, "sbatch")
+    publish(run.path / "job.sbatch", text.encode())
+    return _record(run, where.submit("sbatch", text), "sbatch")
 
 
 def _record(run: RunDir, job_id: str, submitter: str) -> str:
     publish_json(run.path / "job.json", {"job_id": job_id, "submitted_by": submitter})
     return job_id
-
-
-def _complaint(text: str) -> str:
-    """The errors in the output of sbatch, each once, in one line."""
-    errors = []
-    for line in text.splitlines():
-        _, _, after_error = line.partition("error:")
-        message = after_error.strip()
-        if message and message not in errors:
-            errors.append(message)
-    if not errors:
-        return text.strip().replace("\n", " ")
-    return "; ".join(errors)

@@ -28,7 +28,7 @@ from nanoslime.types import RunError
 # The tools and the directories that they take.
 CONVERSIONS = {"hf-to-megatron": "HF_DIR OUT", "megatron-to-hf": "MEGATRON_DIR OUT"}
 TOOLS = {**CONVERSIONS, "verify-checkpoint": "A B", "inspect-checkpoint": "DIR"}
-# A plan reads the headers of all files; sbatch may be slow to answer.
+# A plan reads the headers of all files.
 _DEADLINE_S = 120.0
 _MAX_CPUS = 8
 
@@ -124,7 +124,8 @@ def run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> i
     if command.dry_run:
         print(where.test_only(slurm.sbatch, script))
         return 0
-    job = submit(slurm.sbatch, script, Path(log).parent)
+    make_folder(log)
+    job = where.submit(slurm.sbatch, script)
     resume = ""
     if command.is_conversion:
         resume = "the same command; what is written already is kept"
@@ -149,24 +150,19 @@ def check(command: argparse.Namespace) -> str:
     return ""
 
 
-def submit(sbatch: Path, script: str, log_folder: Path) -> str:
-    """Submit the script and return the job's id.
+def make_folder(log: str) -> None:
+    """Make the directory of the job's log, without which SLURM would drop the job's output.
 
-    SLURM would drop the output of a job whose log has no directory, so this makes it.
-    Raises RunError where it cannot be written, and where sbatch refuses the job.
+    Raises RunError where it cannot be written.
     """
+    folder = Path(log).parent
     try:
-        log_folder.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=log_folder).close()
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
     except OSError as error:
         raise RunError(
-            f"{log_folder} cannot be written, and the job's log goes there: {error.strerror}"
+            f"{folder} cannot be written, and the job's log goes there: {error.strerror}"
         ) from error
-    done = ask([str(sbatch), "--parsable"], _DEADLINE_S, stdin=script)
-    if done.returncode:
-        raise RunError(f"sbatch refused the job: {' '.join(done.stderr.split())}")
-    # With several clusters it prints JOB;CLUSTER.
-    return done.stdout.strip().split(";")[0]
 
 
 def tool_words(command: argparse.Namespace, python: str, threads: int | None) -> list[str]:

@@ -15,7 +15,7 @@ from nanoslime.types import RunError
 _COMMANDS = ("sbatch", "srun", "squeue", "sinfo", "scontrol")
 _SOCKETS = ("run/munge/munge.socket.2", "var/run/munge/munge.socket.2")
 _ANSWER_DEADLINE_S = 10.0
-_TEST_DEADLINE_S = 60.0
+_SUBMIT_DEADLINE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Where:
 
     traces: tuple[str, ...]
     # None where there is no sbatch, or where it does not answer.
-    sbatch: Path | None = None
+    sbatch: str | None = None
     # Why the sbatch in PATH does not answer; empty where it does, or where there is none.
     problem: str = ""
 
@@ -51,12 +51,8 @@ def detect(path: str, environ: Mapping[str, str], root: Path, cluster_file: Path
     if cluster_file is not None:
         traces.append(f"a cluster file was given ({cluster_file})")
     sbatch = shutil.which("sbatch", path=path)
-    if sbatch is None:
-        return Where(tuple(traces))
-    problem = _problem_of(sbatch, environ)
-    if problem:
-        return Where(tuple(traces), problem=problem)
-    return Where(tuple(traces), Path(sbatch))
+    problem = _problem_of(sbatch, environ) if sbatch else ""
+    return Where(tuple(traces), None if problem else sbatch, problem)
 
 
 def _traces(path: str, environ: Mapping[str, str], root: Path) -> list[str]:
@@ -89,13 +85,38 @@ def _problem_of(sbatch: str, environ: Mapping[str, str]) -> str:
     return errors[-1] if errors else f"exit code {done.returncode}"
 
 
-def test_only(sbatch: Path, script: str) -> str:
+def test_only(sbatch: str, script: str) -> str:
     """The answer of `sbatch --test-only` to a batch script: when it would start.
 
     Raises RunError with the reason why SLURM refuses it.
     """
-    done = ask([str(sbatch), "--test-only"], _TEST_DEADLINE_S, stdin=script)
+    done = ask([sbatch, "--test-only"], _SUBMIT_DEADLINE_S, stdin=script)
     answer = " ".join((done.stderr + done.stdout).split())
     if done.returncode:
         raise RunError(f"sbatch --test-only refuses the job: {answer}")
     return answer
+
+
+def submit(sbatch: str, script: str) -> str:
+    """Submit a batch script and return the job's id.
+
+    Raises RunError with the reason why SLURM refuses it.
+    """
+    done = ask([sbatch, "--parsable"], _SUBMIT_DEADLINE_S, stdin=script)
+    if done.returncode:
+        raise RunError(f"sbatch refused the job: {complaint(done.stderr)}")
+    # With several clusters it prints JOB;CLUSTER.
+    return done.stdout.strip().split(";")[0]
+
+
+def complaint(text: str) -> str:
+    """The errors in the output of sbatch, each once, in one line."""
+    errors = []
+    for line in text.splitlines():
+        _, _, after_error = line.partition("error:")
+        message = after_error.strip()
+        if message and message not in errors:
+            errors.append(message)
+    if not errors:
+        return text.strip().replace("\n", " ")
+    return "; ".join(errors)

@@ -26,7 +26,7 @@ esac
 REFUSING_SBATCH = """#!/bin/sh
 [ "$1" = --version ] && exit 0
 /bin/cat > /dev/null
-echo "error: no\nroom" >&2
+echo "error: no room\nsbatch: error: none at all" >&2
 exit 1
 """
 
@@ -266,7 +266,7 @@ def test_a_log_that_cannot_be_written_is_refused(login, tiny_model):
 def test_what_sbatch_says_is_one_line(login, tiny_model):
     login.slurm(REFUSING_SBATCH)
     said = refused_after_the_plan(login, "hf-to-megatron", tiny_model, "out")
-    assert said == "submit_convert: sbatch refused the job: error: no room\n"
+    assert said == "submit_convert: sbatch refused the job: no room; none at all\n"
 
 
 def test_a_trace_of_slurm_without_sbatch_stops(login, tiny_model):

@@ -80,7 +80,7 @@ def test_local_rehearses_whatever_there_is(machine):
 def test_an_sbatch_that_answers_is_slurm(machine):
     path = program(machine, "sbatch", 'test "$1" = --version && echo slurm 22.05.8')
     found = detect(machine)
-    assert found.sbatch == path
+    assert found.sbatch == str(path)
     assert found.has_slurm(local=False)
 
 
