@@ -1,10 +1,11 @@
 """The agent of one node: it starts Ray, on node 0 also the driver, and watches both.
 
-    check the machine -> Ray head | Ray worker -> all joined: head.json, driver -> watch
+    check the machine -> Ray head | Ray worker -> all joined: driver -> watch
     -> end everything that was started
 
 Agents meet in the attempt's directory:
 
+    head.json           how to reach Ray
     nodes/<i>.json      a node has joined
     heartbeat/<i>.json  it lives, or has left
     stop.json           the driver must stop
@@ -131,20 +132,19 @@ class Agent:
             deadline_s = self._config.cluster.gpu_probe_deadline_s
             check_gpus(self._env, self._layout.slots_per_node, deadline_s)
         if self._is_head:
-            ray_address = self._start_head()
-            self._join()
-            self._wait_for_nodes()
-            self._publish_head(ray_address)
-            self._start_driver()
+            self._start_head()
         else:
             self._start_worker()
-            self._join()
+        self._join()
+        if self._is_head:
+            self._wait_for_nodes()
+            self._start_driver()
         while True:
             self._tick()
             time.sleep(_TICK_S)
 
-    def _start_head(self) -> str:
-        """Start the Ray head and tell the other agents of it; returns its address."""
+    def _start_head(self) -> None:
+        """Start the Ray head and tell the other agents of it."""
         host = self._env.address
         first_port = self._env.first_port(self._attempt.path)
         port, client_port = consecutive_free_ports(first_port, 2, host)
@@ -159,20 +159,19 @@ class Agent:
         # The others may start as soon as the head's port answers, which is before `ray
         # start` is done.
         self._wait_for_ray(lambda: answers(host, port), "the port of the Ray head", log)
-        ray_address = f"{host}:{port}"
-        publish_json(self._ray_head_file, {"ray_address": ray_address})
+        head = {"ray_address": f"{host}:{port}", "node_ip": host}
+        publish_json(self._attempt.head, head)
         self._wait_until_started(log)
-        return ray_address
 
     def _start_worker(self) -> None:
         """Wait for the Ray head and start a worker that joins it."""
 
         def head_is_up() -> bool:
-            return seen(self._ray_head_file) and seen(self._token)
+            return seen(self._attempt.head) and seen(self._token)
 
         awaited = f"the Ray head on {self._env.node_names[0]}"
         self._wait_for_ray(head_is_up, awaited, self._attempt.log("agent", 0))
-        ray_address = read_json(self._ray_head_file)["ray_address"]
+        ray_address = read_json(self._attempt.head)["ray_address"]
         log = self._start_ray([f"--address={ray_address}"])
         self._wait_until_started(log)
 
@@ -199,34 +198,14 @@ class Agent:
         self._children.append(child)
         return child
 
-    @property
-    def _ray_head_file(self) -> Path:
-        return self._attempt.path / "ray_head.json"
-
     def _joined_file(self, node: int) -> Path:
         return self._attempt.path / "nodes" / f"{node}.json"
 
     def _join(self) -> None:
         """Say that this node's Ray is up."""
-        facts = {
-            "index": self._env.node_index,
-            "name": self._env.node_name,
-            "address": self._env.address,
-            "pid": os.getpid(),
-        }
+        facts = {"name": self._env.node_name, "address": self._env.address, "pid": os.getpid()}
         publish_json(self._joined_file(self._env.node_index), facts)
         logger.info("%s has joined", self._env.node_name)
-
-    def _publish_head(self, ray_address: str) -> None:
-        """Write down for the driver how to reach Ray and which nodes it consists of."""
-        files = [self._joined_file(node) for node in range(self._env.num_nodes)]
-        head = {
-            "ray_address": ray_address,
-            "node_ip": self._env.address,
-            "token_path": str(self._token),
-            "nodes": [read_json(file) for file in files],
-        }
-        publish_json(self._attempt.head, head)
 
     def _wait_until_started(self, log: Path) -> None:
         def has_started() -> bool:

@@ -232,7 +232,7 @@ class Attempt:
     number: int
 
     head = _at("head.json")
-    """How to reach Ray: {ray_address, node_ip, token_path, nodes}."""
+    """How to reach Ray: {ray_address, node_ip}."""
 
     @property
     def path(self) -> Path:

@@ -74,9 +74,10 @@ def test_submitit_job_has_an_agent_per_node_and_roles_where_the_plan_says(
         "3": ("engine", "127.0.1.4"),
     }
     assert {node["slots"] for node in seen} == {2.0}
-    head = json.loads((made.run.attempts / "1" / "head.json").read_text())
-    assert [node["name"] for node in head["nodes"]] == slurm.node_names
-    assert Path(head["token_path"]).stat().st_mode & 0o777 == 0o600
+    attempt = made.run.attempts / "1"
+    joined = [json.loads((attempt / "nodes" / f"{node}.json").read_text()) for node in range(4)]
+    assert [node["name"] for node in joined] == slurm.node_names
+    assert (attempt / "ray_token").stat().st_mode & 0o777 == 0o600
     assert (made.run.path / "slurm").stat().st_mode & 0o777 == 0o700
     assert scratches(tmp_path) == []
 
