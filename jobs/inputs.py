@@ -68,15 +68,12 @@ def _check_plugins(config: RunConfig) -> None:
     """
     installed = Path(config.cluster.venv or sys.prefix).glob("lib/python3.*/site-packages")
     search = [str(Path.cwd()), *map(str, installed)]
-    try:
-        for data in config.prompt_sources:
-            for reward in data.reward_weights(data.reward):
-                check_importable(reward, REWARDS, "data.reward", search)
-        check_importable(config.rollout.environment, ENVIRONMENTS, "rollout.environment", search)
-        if isinstance(config.algorithm, CustomConfig):
-            check_importable(config.algorithm.name, {}, "algorithm.name", search)
-    except ValueError as error:
-        raise RunError(str(error)) from error
+    for data in config.prompt_sources:
+        for reward in data.reward_weights(data.reward):
+            check_importable(reward, REWARDS, "data.reward", search)
+    check_importable(config.rollout.environment, ENVIRONMENTS, "rollout.environment", search)
+    if isinstance(config.algorithm, CustomConfig):
+        check_importable(config.algorithm.name, {}, "algorithm.name", search)
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:

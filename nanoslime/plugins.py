@@ -15,17 +15,21 @@ from nanoslime.types import RunError
 _PLACE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
+class PluginError(RunError, ValueError):
+    """A setting names what is not there. pydantic takes it for a rule's refusal."""
+
+
 def target(name: str, table: Mapping[str, str], setting: str) -> str:
     """The "package.module:Name" that `name` stands for: a key of `table`, or itself such a
     string.
 
-    Raises ValueError that names the valid choices where `name` is neither. `setting` is
+    Raises PluginError that names the valid choices where `name` is neither. `setting` is
     what errors call it.
     """
     found = table.get(name, name)
     if not _PLACE.fullmatch(found):
         known = ", ".join(sorted(table))
-        raise ValueError(
+        raise PluginError(
             f'{setting}={name!r} is unknown; choose one of {known}, or "package.module:name"'
         )
     return found
@@ -34,7 +38,7 @@ def target(name: str, table: Mapping[str, str], setting: str) -> str:
 def check_importable(
     name: str, table: Mapping[str, str], setting: str, search: Sequence[str] = ()
 ) -> None:
-    """Raises ValueError where the module that `target` names is neither in a directory of
+    """Raises PluginError where the module that `target` names is neither in a directory of
     `search` nor on Python's path.
 
     No package is imported for it: packages may need torch.
@@ -51,22 +55,19 @@ def check_importable(
             exists = any((p / word).is_dir() or (p / f"{word}.py").is_file() for p in places)
             places = [p / word for p in places]
     if not exists:
-        raise ValueError(
+        raise PluginError(
             f"{setting}={name!r}: there is no module {found}; "
             "start in the directory that holds it, or set PYTHONPATH"
         )
 
 
 def resolve(name: str, table: Mapping[str, str], setting: str) -> Any:
-    """The object that `target` names. Raises RunError where there is none, or where it cannot
-    be imported.
+    """The object that `target` names. Raises PluginError as `target` does, or where it
+    cannot be imported.
     """
-    try:
-        place = target(name, table, setting)
-    except ValueError as e:
-        raise RunError(str(e)) from e
+    place = target(name, table, setting)
     module, _, attribute = place.partition(":")
     try:
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as e:
-        raise RunError(f"{setting}={name!r}: cannot load {place}: {e}") from e
+        raise PluginError(f"{setting}={name!r}: cannot load {place}: {e}") from e
