@@ -78,10 +78,8 @@ def _check_plugins(config: RunConfig) -> None:
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
     run_root = _absolute(config.cluster.run_root or "runs")
-    venv = config.cluster.venv
-    if venv:
-        venv = str(_absolute(venv))
-    cluster = replace(config.cluster, run_root=str(run_root), venv=venv)
+    venv = config.cluster.venv and _absolute(config.cluster.venv)
+    cluster = replace(config.cluster, run_root=run_root, venv=venv)
     return replace(config, cluster=cluster)
 
 
@@ -94,8 +92,8 @@ def _check_sources(config: RunConfig, tokenizer: Path | None) -> list[str]:
     return lines
 
 
-def _absolute(path: str) -> Path:
-    return Path(path).expanduser().absolute()
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
 
 
 def check_resume(run: RunDir, config: RunConfig) -> None:

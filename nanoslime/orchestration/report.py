@@ -1,17 +1,15 @@
 """What a run tells of itself: its phase while it runs, and a summary at its end."""
 
-import json
 import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from nanoslime.failures import append_traceback, summary
 from nanoslime.orchestration.session import Session
 from nanoslime.run_dir import Attempt, RunDir
-from nanoslime.storage.shared_files import publish_json
+from nanoslime.storage.shared_files import publish_json, read_json_lines
 from nanoslime.types import RunError
 
 logger = logging.getLogger(__name__)
@@ -65,10 +63,10 @@ def write_summary(session: Session, clock: Clock, seconds: float) -> None:
     """
     run = session.attempt.run
     rollouts = session.config.rollout.num_rollout
-    evals = _json_lines(run.evals)
+    evals = read_json_lines(run.evals)
     # The first set of the first evaluation is that of `RunConfig.eval_sets`.
     evals = [row for row in evals if row.get("set") == evals[0].get("set")]
-    rows = _json_lines(run.metrics)
+    rows = read_json_lines(run.metrics)
     measured = [row.get("train/logprob_gap_max") for row in rows]
     gaps = [gap for gap in measured if gap is not None]
     hf = run.hf(rollouts)
@@ -92,9 +90,3 @@ def _reward_at(step: int, evals: Iterable[dict[str, Any]]) -> float | None:
         if evaluation["step"] == step:
             return evaluation["reward"]
     return None
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]

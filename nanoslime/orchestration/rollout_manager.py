@@ -1,6 +1,5 @@
 """The rollout side of a run: from prompts to groups with advantages, and evaluation."""
 
-import json
 import logging
 import time
 from collections import Counter
@@ -20,6 +19,7 @@ from nanoslime.rollout.producer import Producer, Recipe, Serving, StopAsked
 from nanoslime.rollout.prompts import RunPrompts
 from nanoslime.rollout.tasks import GroupTask, Sampling, seed_of
 from nanoslime.run_dir import RunDir
+from nanoslime.storage.shared_files import read_json_lines
 from nanoslime.types import (
     GroupReport,
     Prompt,
@@ -133,10 +133,7 @@ class RolloutManager:
 
     def is_evaluated(self, step: int) -> bool:
         """Whether an evaluation after rollout `step` is on record."""
-        if not self.run.evals.exists():
-            return False
-        rows = [json.loads(line) for line in self.run.evals.read_text().splitlines()]
-        return any(row["step"] == step for row in rows)
+        return any(row["step"] == step for row in read_json_lines(self.run.evals))
 
     def save(self, directory: Path) -> dict[str, Any]:
         """Writes groups that are being sampled into `directory`, which is made where there

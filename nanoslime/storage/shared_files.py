@@ -120,6 +120,13 @@ def read_json(path: Path, deadline_s: float = 5.0) -> Any:
             time.sleep(0.1)
 
 
+def read_json_lines(path: Path) -> list[Any]:
+    """The parsed lines of a file; none where there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def seen(path: Path) -> bool:
     """Whether `path` exists, by listing its directory: network filesystems may cache an
     absence.
