@@ -16,7 +16,7 @@ from nanoslime.config import RolloutConfig, RunConfig
 from nanoslime.config.rollout import ENGINES
 from nanoslime.models.shape import ModelShape
 from nanoslime.plugins import resolve
-from nanoslime.types import Engine
+from nanoslime.types import Engine, RunError
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +83,30 @@ def engine_kind(rollout: RolloutConfig) -> EngineKind:
     """The kind that `rollout.engine` names. Raises RunError where it cannot be loaded."""
     kind: EngineKind = resolve(rollout.engine, ENGINES, "rollout.engine")()
     return kind
+
+
+class RunEngine:
+    """An engine of a run, which can be started again until it is closed."""
+
+    def __init__(self, start: EngineStart):
+        self._start = start
+        self._owner: EngineOwner | None = None
+        self._closed = False
+
+    def start(self) -> Engine:
+        """Starts it, in place of the one before, of which nothing is left then."""
+        if self._owner is not None:
+            self._owner.close()
+        if self._closed:
+            raise RunError(f"engine {self._start.index} is not started again: the run ends")
+        rollout = self._start.config.rollout
+        self._owner = engine_kind(rollout).make_owner(self._start)
+        return self._owner.start(rollout.start_deadline_s)
+
+    def close(self) -> None:
+        self._closed = True
+        if self._owner is not None:
+            self._owner.close()
 
 
 def takes_slots(rollout: RolloutConfig) -> bool:

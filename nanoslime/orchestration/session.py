@@ -17,7 +17,7 @@ from pathlib import Path
 
 from nanoslime import algorithms, rehearsal
 from nanoslime.config import RunConfig
-from nanoslime.engine_kind import EngineOwner, EngineStart, engine_kind
+from nanoslime.engine_kind import EngineStart, RunEngine, engine_kind
 from nanoslime.orchestration.assignment import Assignment
 from nanoslime.orchestration.checkpoints import Checkpoints
 from nanoslime.orchestration.engine_pool import EnginePool, Restart
@@ -33,7 +33,7 @@ from nanoslime.rollout.worker import RolloutWorker, WorkerSetup
 from nanoslime.run_dir import Attempt, RunDir
 from nanoslime.storage.commit import remove_leftovers
 from nanoslime.training.backend import RankEnv
-from nanoslime.types import Engine, RunError
+from nanoslime.types import Engine
 from nanoslime.weight_sync.probe import Probe
 from nanoslime.weight_sync.session import SyncSession
 
@@ -143,7 +143,7 @@ def open_local(
         yield make_session(inputs, attempt, started, resources)
 
 
-class EngineHere:
+class EngineHere(RunEngine):
     """The only engine of a run: in this process, or owned by it."""
 
     def __init__(
@@ -154,32 +154,8 @@ class EngineHere:
         device: str,
         gpu_ids: Sequence[int],
     ):
-        self._kind = engine_kind(config.rollout)
-        self._start = EngineStart(
-            config=config,
-            index=0,
-            model_dir=model_dir,
-            device=device,
-            host="127.0.0.1",
-            log=attempt.log(self._kind.name, 0),
-            gpu_ids=list(gpu_ids),
-        )
-        self._owner: EngineOwner | None = None
-        self._closed = False
-
-    def start(self) -> Engine:
-        """Starts it, in place of the one before, of which nothing is left then."""
-        if self._owner is not None:
-            self._owner.close()
-        if self._closed:
-            raise RunError("the engine is not started again: the run ends")
-        self._owner = self._kind.make_owner(self._start)
-        return self._owner.start(self._start.config.rollout.start_deadline_s)
-
-    def close(self) -> None:
-        self._closed = True
-        if self._owner is not None:
-            self._owner.close()
+        log = attempt.log(engine_kind(config.rollout).name, 0)
+        super().__init__(EngineStart(config, 0, model_dir, device, "127.0.0.1", log, gpu_ids))
 
 
 def make_session(

@@ -12,14 +12,14 @@ import ray
 
 from nanoslime.config import RunConfig
 from nanoslime.config.deadlines import Deadline
-from nanoslime.engine_kind import EngineOwner, EngineStart, engine_kind
+from nanoslime.engine_kind import EngineStart, RunEngine, engine_kind
 from nanoslime.failures import told_in_one_line
 from nanoslime.layout import EnginePlace, Layout
 from nanoslime.orchestration.ray.actors import ActorPlace, Actors, ActorSetup, log_to
 from nanoslime.rollout.tasks import FinishedGroup, GroupTask, RestoredGroup, WorkerNews
 from nanoslime.rollout.worker import RolloutWorker, WorkerSetup
 from nanoslime.run_dir import Attempt
-from nanoslime.types import Engine, RunError
+from nanoslime.types import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +40,10 @@ class WorkerActor:
         log_to(setup.log, setup.config.log_level)
         setup.enter_environment()
         self._setup = setup
-        self._owners: dict[int, EngineOwner] = {}
+        self._engines: dict[int, RunEngine] = {}
         self._worker: RolloutWorker | None = None
-        self._closed = False
 
-    def start_engine(self, index: int, deadline_s: float, gpus: list[str] | slice) -> Engine:
+    def start_engine(self, index: int, gpus: list[str] | slice) -> Engine:
         """Starts an engine; one that it owned under this index is ended first.
 
         `gpus` are the engine's, by number or UUID, or its part of those that Ray gave to the
@@ -53,24 +52,12 @@ class WorkerActor:
         setup = self._setup
         if isinstance(gpus, slice):
             gpus = [str(gpu_id) for gpu_id in ray.get_gpu_ids()[gpus]]
-        kind = engine_kind(setup.config.rollout)
-        start = EngineStart(
-            config=setup.config,
-            index=index,
-            model_dir=setup.model_dir,
-            device=setup.device,
-            host=ray.util.get_node_ip_address(),
-            log=setup.log.with_name(f"{kind.name}-{index}.log"),
-            gpu_ids=gpus,
-        )
+        host = ray.util.get_node_ip_address()
+        log = setup.log.with_name(f"{engine_kind(setup.config.rollout).name}-{index}.log")
+        start = EngineStart(setup.config, index, setup.model_dir, setup.device, host, log, gpus)
+        engine = self._engines.setdefault(index, RunEngine(start))
         with told_in_one_line(logger, f"start engine {index}"):
-            if index in self._owners:
-                self._owners.pop(index).close()
-            if self._closed:
-                raise RunError(f"engine {index} is not started again: the run ends")
-            owner = kind.make_owner(start)
-            self._owners[index] = owner
-            return owner.start(deadline_s)
+            return engine.start()
 
     def open_worker(self, setup: WorkerSetup) -> None:
         with told_in_one_line(logger, "open the rollout worker"):
@@ -89,11 +76,10 @@ class WorkerActor:
             return self._worker.poll(timeout_s)
 
     def close(self) -> None:
-        self._closed = True
         if self._worker is not None:
             self._worker.close()
-        for owner in list(self._owners.values()):
-            owner.close()
+        for engine in list(self._engines.values()):
+            engine.close()
 
 
 class RayWorker:
@@ -255,9 +241,7 @@ class RayEngines:
     def _start(self, place: EnginePlace) -> Any:
         worker = self.workers_by_engine[place.index]
         actor = self._actors.actors[worker]
-        return actor.start_engine.remote(
-            place.index, self._deadline.seconds, self._gpus_of(place, worker)
-        )
+        return actor.start_engine.remote(place.index, self._gpus_of(place, worker))
 
     def _gpus_of(self, place: EnginePlace, worker: int) -> list[str] | slice:
         if self._gpus_by_rank:
