@@ -1,11 +1,10 @@
 """A rehearsal: a run's node agents as children of this process, one per simulated node."""
 
 import os
+import shutil
 import signal
 import sys
 import time
-from pathlib import Path
-from typing import BinaryIO
 
 from jobs.cluster_env import ClusterEnv, remove_scratch
 from jobs.node import start_agent
@@ -15,12 +14,10 @@ from nanoslime.layout import Layout
 from nanoslime.processes.child import ChildProcess
 from nanoslime.processes.tree import adopt_orphans, descendants, end_descendants
 from nanoslime.run_dir import FAILED, STOPPED, Attempt, RunDir
-from nanoslime.storage.shared_files import seen
 
 _POLL_S = 0.2
 # Agents may take this long to leave once the attempt has ended.
 _LEAVE_S = 60.0
-_BLOCK_BYTES = 65536
 
 
 def run_local(config: RunConfig, layout: Layout, run: RunDir, driver: str = "") -> int:
@@ -61,7 +58,9 @@ class _Supervisor:
         self._attempt = attempt
         self._agents = agents
         self._signals = signals
-        self._output = _Follower(attempt.log("driver", 0))
+        # The driver appends to it once it runs.
+        self._output = attempt.log("driver", 0).open("ab+")
+        self._output.seek(0)
         self._was_asked_to_stop = False
         # Nodes whose agent has failed and is reported.
         self._failed: set[int] = set()
@@ -72,7 +71,8 @@ class _Supervisor:
         any_alive = True
         while any_alive:
             any_alive = any(agent.alive() for agent in self._agents)
-            self._output.copy_new_lines()
+            shutil.copyfileobj(self._output, sys.stdout.buffer)
+            sys.stdout.flush()
             self._hand_on_signals()
             self._report_failed_agents()
             if self._attempt.ended() is not None:
@@ -102,23 +102,3 @@ class _Supervisor:
                 self._failed.add(node)
                 self._attempt.end(FAILED, agent.exit_summary())
                 self._attempt.leave(node)
-
-
-class _Follower:
-    """Copies to stdout what is appended to a log, which need not exist yet."""
-
-    def __init__(self, log: Path) -> None:
-        self._log = log
-        self._stream: BinaryIO | None = None
-
-    def copy_new_lines(self) -> None:
-        """Copy what has come since the last call."""
-        if self._stream is None and seen(self._log):
-            self._stream = self._log.open("rb")
-        if self._stream is None:
-            return
-        block = self._stream.read(_BLOCK_BYTES)
-        while block:
-            sys.stdout.write(block.decode(errors="replace"))
-            block = self._stream.read(_BLOCK_BYTES)
-        sys.stdout.flush()

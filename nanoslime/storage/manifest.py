@@ -52,39 +52,35 @@ def verify(directory: Path) -> None:
     """Raise DamagedError for a file that is missing, truncated, altered or not in the
     manifest.
     """
-    sizes, hashes = _read(directory)
+    listed = _read(directory)
     present = set(_files(directory))
-    for name in sorted(sizes):
+    for name, (num_bytes, _) in sorted(listed.items()):
         path = directory / name
         if name not in present:
-            raise DamagedError(f"{path} is missing; {NAME} lists it with {sizes[name]} bytes")
+            raise DamagedError(f"{path} is missing; {NAME} lists it with {num_bytes} bytes")
         size = path.stat().st_size
-        if size < sizes[name]:
-            raise DamagedError(f"{path} is truncated: {size} bytes, {NAME} says {sizes[name]}")
-        if size != sizes[name]:
-            raise DamagedError(f"{path} is too long: {size} bytes, {NAME} says {sizes[name]}")
-    for name in sorted(present - sizes.keys()):
+        if size < num_bytes:
+            raise DamagedError(f"{path} is truncated: {size} bytes, {NAME} says {num_bytes}")
+        if size != num_bytes:
+            raise DamagedError(f"{path} is too long: {size} bytes, {NAME} says {num_bytes}")
+    for name in sorted(present - listed.keys()):
         raise DamagedError(f"{directory / name} is not listed in {NAME}; it does not belong here")
-    for name, digest in hashes_of(directory, hashes).items():
-        if digest != hashes[name]:
+    for name, digest in hashes_of(directory, listed).items():
+        if digest != listed[name][1]:
             raise DamagedError(f"{directory / name} was altered: its XXH3-128 differs from {NAME}")
 
 
-def _read(directory: Path) -> tuple[dict[str, int], dict[str, str]]:
+def _read(directory: Path) -> dict[str, tuple[int, str]]:
     """(size, hash) of every file by name, as the manifest has them."""
-    sizes = {}
-    hashes = {}
     try:
-        for name, entry in read_json(directory / NAME)["files"].items():
-            sizes[name] = entry["bytes"]
-            hashes[name] = entry["xxh3_128"]
+        files = read_json(directory / NAME)["files"]
+        return {name: (entry["bytes"], entry["xxh3_128"]) for name, entry in files.items()}
     except FileNotFoundError as error:
         raise DamagedError(
             f"{directory} has no {NAME}: it was never completed, or lost it"
         ) from error
     except (RunError, LookupError, TypeError, AttributeError) as error:
         raise DamagedError(f"{directory / NAME} is not a manifest: {error}") from error
-    return sizes, hashes
 
 
 def _files(directory: Path) -> list[str]:

@@ -203,8 +203,9 @@ class RayEngines:
     def open_workers(self) -> list[RayWorker]:
         """A rollout worker on each node with engines."""
         num_workers = len(self._actors.actors)
-        setups = [
-            WorkerSetup(
+        refs = []
+        for number, actor in enumerate(self._actors.actors):
+            setup = WorkerSetup(
                 self._config,
                 self._model_dir,
                 self._attempt.run.rollouts,
@@ -212,12 +213,7 @@ class RayEngines:
                 num_workers=num_workers,
                 num_engines=self.workers_by_engine.count(number),
             )
-            for number in range(num_workers)
-        ]
-        refs = [
-            actor.open_worker.remote(setup)
-            for actor, setup in zip(self._actors.actors, setups, strict=True)
-        ]
+            refs.append(actor.open_worker.remote(setup))
         self._actors.gather(refs, "open its rollout worker", self._late_deadline)
         return [RayWorker(self._actors, number) for number in range(num_workers)]
 
