@@ -24,7 +24,7 @@ from nanoslime.config.load import dump, load
 from nanoslime.layout import Layout
 from nanoslime.plugins import resolve
 from nanoslime.run_dir import RunDir
-from nanoslime.storage.shared_files import publish, read_json
+from nanoslime.storage.shared_files import read_json
 from nanoslime.types import RunError
 
 RECIPES = ROOT / "jobs" / "recipes"
@@ -71,7 +71,8 @@ def run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> i
     if not submits:
         print(rehearsal_line(config), flush=True)
     run = resumed or RunDir.create(Path(config.cluster.run_root), config.name)
-    write_run_files(config, layout, run)
+    run.write_config(config, layout)
+    run.write_provenance(sys.argv)
     if command.prepare:
         print(run.path)
         return 0
@@ -184,15 +185,6 @@ def rehearsal_line(config: RunConfig) -> str:
     )
 
 
-def write_run_files(config: RunConfig, layout: Layout, run: RunDir) -> None:
-    """The files of the run directory that the run's processes read."""
-    if run.config.exists():
-        publish(run.accepted_config, run.config_to_resume().read_bytes())
-    publish(run.config, dump(config).encode())
-    publish(run.plan, layout.to_json().encode())
-    run.write_provenance(sys.argv)
-
-
 def submit(config: RunConfig, layout: Layout, resumed: RunDir | None, description: str) -> int:
     """Submits a new or resumed run; one that is refused leaves everything as it was.
 
@@ -201,7 +193,8 @@ def submit(config: RunConfig, layout: Layout, resumed: RunDir | None, descriptio
     submitter = resolve(config.cluster.submit, SUBMITTERS, "cluster.submit")
     run_root = Path(config.cluster.run_root)
     with kept_if_accepted(run_root, config.name, resumed) as run:
-        write_run_files(config, layout, run)
+        run.write_config(config, layout)
+        run.write_provenance(sys.argv)
         job = submitter(config, layout, run)
     print(f"{description}\n\nrun directory: {run.path}")
     log = f"{run.path}/attempts/latest/logs/driver-0.log"

@@ -23,7 +23,7 @@ from typing import Any
 from transformers.utils.logging import disable_progress_bar
 
 from nanoslime.config import RunConfig
-from nanoslime.config.load import dump, load, read
+from nanoslime.config.load import load, read
 from nanoslime.config.training import MEGATRON_ONLY, PARALLEL_SIZES
 from nanoslime.models.local_checkpoint import with_local_checkpoint
 from nanoslime.orchestration.evaluation import Evaluation, Sampler, table
@@ -39,7 +39,7 @@ from nanoslime.run_dir import DONE, FAILED, RunDir
 from nanoslime.storage.commit import checkpoints
 from nanoslime.storage.datasets import with_local_prompts
 from nanoslime.storage.manifest import verify
-from nanoslime.storage.shared_files import publish, publish_json
+from nanoslime.storage.shared_files import publish_json
 from nanoslime.training.backend import RankEnv
 from nanoslime.types import GroupReport, RunError
 
@@ -120,7 +120,7 @@ def evaluate(checkpoint: Checkpoint, config: RunConfig, output: Path | None) -> 
         rewards.check(one.data(config.data))
     prompts = RunPrompts.load(config, model_dir, for_training=False)
     run = RunDir.create(Path(config.cluster.run_root or "runs"), f"{config.name}-evaluation")
-    publish(run.config, dump(config).encode())
+    run.write_config(config)
     device = config.cluster.device
     gpu_ids = list(range(config.rollout.engine_tp_size)) if device == "cuda" else []
     with ExitStack() as resources:

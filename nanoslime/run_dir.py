@@ -1,7 +1,7 @@
 """The run directory: where everything of a run lies, and how its processes communicate.
 
     config.yaml plan.json provenance.json status.json summary.json
-    config.accepted.yaml (until a driver has taken the one that a resumed job was submitted with)
+    config.accepted.yaml (until a driver has taken the one with which a run is resumed)
     metrics.jsonl evals.jsonl tensorboard/ rollouts/
     checkpoints/step_<k>/  hf/step_<k>/
     model/ (a rehearsal makes it)  weights/ (weight sync by disk)
@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from nanoslime.config import RunConfig
-from nanoslime.config.load import read
+from nanoslime.config.load import dump, read
+from nanoslime.layout import Layout
 from nanoslime.processes.command import ask
 from nanoslime.storage import resume
 from nanoslime.storage.commit import checkpoints
@@ -115,6 +116,16 @@ class RunDir:
     def config_to_resume(self) -> Path:
         """The configuration with which the run's checkpoints are known to go on."""
         return self.accepted_config if self.accepted_config.exists() else self.config
+
+    def write_config(self, config: RunConfig, layout: Layout | None = None) -> None:
+        """What the run's processes read. `config_to_resume` stays what it was until a driver has
+        loaded a checkpoint with the new configuration.
+        """
+        if self.config.exists():
+            publish(self.accepted_config, self.config_to_resume().read_bytes())
+        publish(self.config, dump(config).encode())
+        if layout is not None:
+            publish(self.plan, layout.to_json().encode())
 
     def check_resumed(self, config: RunConfig) -> None:
         """Raises RunError where `config` cannot go on with what the run has done."""

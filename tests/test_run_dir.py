@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from nanoslime import run_dir
+from nanoslime.config import RunConfig
+from nanoslime.config.load import read
 from nanoslime.run_dir import DONE, FAILED, RunDir
 from nanoslime.storage.shared_files import read_json
 from nanoslime.types import RunError
@@ -230,3 +232,11 @@ def test_a_status_that_a_loss_of_power_has_emptied_is_none(run: RunDir, monkeypa
     assert run.status() == {}
     run.write_status("generate", 4)
     assert run.status()["step"] == 4
+
+
+def test_a_run_goes_on_with_the_configuration_that_a_driver_has_taken(run: RunDir) -> None:
+    for seed in (1, 2, 3):
+        run.write_config(RunConfig(seed=seed))
+    assert (read(run.config).seed, read(run.config_to_resume()).seed) == (3, 1)
+    run.accepted_config.unlink()
+    assert read(run.config_to_resume()).seed == 3

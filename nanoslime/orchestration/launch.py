@@ -6,13 +6,13 @@ import argparse
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from nanoslime import layout
 from nanoslime.config import RunConfig
-from nanoslime.config.load import dump, load, read
+from nanoslime.config.load import load, read
 from nanoslime.engine_kind import takes_slots
 from nanoslime.models.local_checkpoint import with_local_checkpoint
 from nanoslime.orchestration import torchrun_group
@@ -22,7 +22,6 @@ from nanoslime.processes.logs import set_level
 from nanoslime.processes.ports import free_port
 from nanoslime.run_dir import DONE, FAILED, Attempt, RunDir, with_recorded_rollouts
 from nanoslime.storage.datasets import with_local_prompts
-from nanoslime.storage.shared_files import publish
 from nanoslime.training.backend import RankEnv
 from nanoslime.types import RunError
 
@@ -35,15 +34,11 @@ MOCK_RECIPE = Path(__file__).parents[2] / "jobs" / "recipes" / "mock.yaml"
 class Launch:
     attempt: Attempt
     open: Callable[[Phase], AbstractContextManager[Session]]
-    # The files of a resumed run with what they will hold.
-    pending: dict[Path, str] = field(default_factory=dict)
     # The driver's log, unless its output goes there already.
     log: Path | None = None
 
     def accept(self) -> None:
-        """Writes what a resumed run goes on with; its checkpoint has taken it."""
-        for path, text in self.pending.items():
-            publish(path, text.encode())
+        """A checkpoint has taken the configuration that a resumed run goes on with."""
         self.attempt.run.accepted_config.unlink(missing_ok=True)
 
 
@@ -121,21 +116,23 @@ def _on_this_machine(config: RunConfig, run: RunDir | None) -> Launch:
     _check_torchrun(config)
     has_servers_only = rollout.rollout_only and takes_slots(rollout)
     has_ranks_of_ray = config.training.num_gpus is not None and "RANK" not in os.environ
-    if has_servers_only or has_ranks_of_ray:
-        plan = layout.plan(config, shape)
-        attempt, pending = _new_attempt(config, run, plan)
-        open_ray = resolve(OPEN_RAY, {}, "training.num_gpus")
-        open_session = partial(open_ray, config, attempt, plan, local=True)
-        return Launch(attempt, open_session, pending, attempt.log("driver", 0))
-    if config.cluster.device == "cuda" and takes_slots(rollout) and not config.cluster.colocate:
+    on_ray = has_servers_only or has_ranks_of_ray
+    needs_gpu = takes_slots(rollout) and not config.cluster.colocate
+    if config.cluster.device == "cuda" and needs_gpu and not on_ray:
         raise RunError(
             f"rollout.engine={rollout.engine} has no GPU beside the trainer of this process: share "
             "the trainer's by --colocate, give both their own by --num-gpus N, or --engine embedded"
         )
-    env = _rank_env(config)
-    attempt, pending = _new_attempt(config, run)
-    open_session = partial(open_local, config, attempt, env)
-    return Launch(attempt, open_session, pending, attempt.log("driver", 0))
+    plan = layout.plan(config, shape) if on_ray else None
+    run = run or RunDir.create(Path(config.cluster.run_root or "runs"), config.name)
+    run.write_config(config, plan)
+    attempt = run.new_attempt()
+    if on_ray:
+        open_ray = resolve(OPEN_RAY, {}, "training.num_gpus")
+        open_session = partial(open_ray, config, attempt, plan, local=True)
+    else:
+        open_session = partial(open_local, config, attempt, _rank_env(config))
+    return Launch(attempt, open_session, attempt.log("driver", 0))
 
 
 def _check_torchrun(config: RunConfig) -> None:
@@ -155,18 +152,3 @@ def _rank_env(config: RunConfig) -> RankEnv:
         device=device,
         init_method="env://",
     )
-
-
-def _new_attempt(
-    config: RunConfig, resumed: RunDir | None, plan: layout.Layout | None = None
-) -> tuple[Attempt, dict[Path, str]]:
-    """An attempt of a new or resumed run, and the files that wait for a resumed one."""
-    run = resumed or RunDir.create(Path(config.cluster.run_root or "runs"), config.name)
-    files = {run.config: dump(config)}
-    if plan is not None:
-        files[run.plan] = plan.to_json()
-    if resumed is not None:
-        return run.new_attempt(), files
-    for path, text in files.items():
-        publish(path, text.encode())
-    return run.new_attempt(), {}
