@@ -27,7 +27,8 @@ from typing import Any
 
 from nanoslime.models.rules import tensors
 from nanoslime.models.shape import ModelShape
-from nanoslime.storage.safetensors_file import Spec, write_files
+from nanoslime.storage.safetensors_file import Spec
+from tools.conversion.stream import write_files
 
 TOOLS = Path(__file__).parent
 # Bytes of the model below in bfloat16: of a layer, and of embedding, output layer and

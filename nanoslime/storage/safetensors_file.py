@@ -1,5 +1,4 @@
-"""Safetensors files without torch: headers, read and checked, and checkpoints written as
-a stream.
+"""Safetensors files without torch: headers, read and checked, and planned.
 
 A file is 8 bytes with the little-endian length of the header, a JSON header {name:
 {dtype, shape, data_offsets}}, and the tensors' bytes without holes; the offsets count
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanoslime.storage.shared_files import publish_json, read_json
+from nanoslime.storage.shared_files import read_json
 from nanoslime.types import RunError
 
 SINGLE_FILE = "model.safetensors"
@@ -47,7 +46,7 @@ _WEIGHT_SUFFIXES = (
     ".pth",
 )
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-_MAX_SHARD_BYTES = 5_000_000_000
+MAX_SHARD_BYTES = 5_000_000_000
 _GIT_LFS_POINTER = b"version "  # how it begins
 _COMPARED_BYTES = 16 << 20
 
@@ -252,7 +251,7 @@ def _info(path: Path, entry: dict[str, Any], data_start: int) -> TensorInfo:
 
 
 def plan_files(
-    tensors: Iterable[Spec], max_shard_bytes: int = _MAX_SHARD_BYTES
+    tensors: Iterable[Spec], max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> tuple[dict[str, bytes], dict[str, Any] | None]:
     """(file name -> its first bytes, content of the index) for the tensors in order.
 
@@ -300,46 +299,6 @@ def _head(tensors: dict[str, Any]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     padding = b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text) + len(padding)) + text + padding
-
-
-def write_files(
-    directory: Path,
-    specs: Iterable[Spec],
-    tensors: Iterable[tuple[str, Any]],
-    max_shard_bytes: int = _MAX_SHARD_BYTES,
-) -> None:
-    """Stream (name, contiguous buffer), in the order of `specs`, into the files of
-    `plan_files`.
-
-    At most one tensor is in memory: the caller's. Raises ValueError for a tensor that is
-    missing or not declared.
-    """
-    heads, index = plan_files(specs, max_shard_bytes)
-    incoming = iter(tensors)
-    for file_name, head in heads.items():
-        path = directory / file_name
-        with open(path, "wb") as file:
-            file.write(head)
-            for expected, info in parse_head(path, head).items():
-                name, buffer = next(incoming, ("no further tensor", b""))
-                if name != expected:
-                    raise ValueError(
-                        f"{name} was handed over where {expected} is next in the declared order"
-                    )
-                data = memoryview(buffer)
-                declared_bytes = info.stop - info.start
-                if data.nbytes != declared_bytes:
-                    raise ValueError(
-                        f"{name}: {data.nbytes} bytes came, "
-                        f"its dtype and shape declare {declared_bytes}"
-                    )
-                if declared_bytes:  # an empty view cannot be cast
-                    file.write(data.cast("B"))
-    extra = next(incoming, None)
-    if extra is not None:
-        raise ValueError(f"{extra[0]} was handed over after the last declared tensor")
-    if index is not None:
-        publish_json(directory / INDEX_FILE, index)
 
 
 def copy_other_files(source: Path, target: Path) -> None:

@@ -21,8 +21,8 @@ from nanoslime.models.shape import ModelShape
 from nanoslime.models.tiny import tiny_qwen3_config
 from nanoslime.orchestration.launch import parse
 from nanoslime.run_dir import RunDir
-from nanoslime.storage.safetensors_file import write_files
 from nanoslime.types import RunError
+from tools.conversion.stream import write_files
 
 SCRIPT = Path(submit_grpo.__file__)
 SBATCH = """#!/bin/sh

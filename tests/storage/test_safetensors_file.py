@@ -13,8 +13,8 @@ from nanoslime.storage.safetensors_file import (
     SafetensorsError,
     plan_files,
     read_headers,
-    write_files,
 )
+from tools.conversion.stream import write_files
 
 TENSORS = {
     "embed": np.arange(12, dtype=np.float32).reshape(3, 4),

@@ -23,11 +23,12 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 
 from nanoslime.models.rules import tensors
 from nanoslime.models.shape import ModelShape
-from nanoslime.storage.safetensors_file import read_headers, write_files
+from nanoslime.storage.safetensors_file import read_headers
 from tests.models.hf import add_mtp, save_model
 from tools import hf_to_megatron, megatron_to_hf
 from tools.conversion import torch_dist
 from tools.conversion.command import finish
+from tools.conversion.stream import write_files
 
 Extents = tuple[tuple[int, ...], tuple[int, ...]]  # start and shape of a box
 Tensors = dict[str, torch.Tensor]

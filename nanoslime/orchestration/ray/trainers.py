@@ -16,7 +16,7 @@ from nanoslime.failures import told_in_one_line
 from nanoslime.layout import Layout
 from nanoslime.orchestration.groups import TrainGroup
 from nanoslime.orchestration.ray.actors import ActorPlace, Actors, ActorSetup, log_to
-from nanoslime.orchestration.ray.deliveries import Delivery, order, receive
+from nanoslime.orchestration.ray.deliveries import order, receive
 from nanoslime.orchestration.worker import TrainWorker
 from nanoslime.processes.ports import free_port
 from nanoslime.run_dir import Attempt, RunDir
@@ -69,10 +69,6 @@ class RankActor:
             self._worker = TrainWorker(setup.config, setup.model_dir, env, run)
         return self._worker.dp_rank, self._worker.dp_size
 
-    def train(self, plans: list[BatchPlan], deliveries: list[Delivery]) -> dict[str, float]:
-        with told_in_one_line(logger, "train"):
-            return self._worker.train_plans(plans, partial(receive, deliveries))
-
     def call(self, method: str, *args: Any) -> Any:
         """A collective method of TrainWorker, by name."""
         with told_in_one_line(logger, method):
@@ -116,9 +112,11 @@ class RayTrainGroup(TrainGroup):
 
     def _train(self, shards: list[list[BatchPlan]]) -> dict[str, float]:
         plans = [ray.put(of_dp_rank) for of_dp_rank in shards]
-        deliveries = [order(kept_arrays(of_dp_rank), self._workers) for of_dp_rank in shards]
+        fetches = [
+            partial(receive, order(kept_arrays(of_dp_rank), self._workers)) for of_dp_rank in shards
+        ]
         refs = [
-            actor.train.remote(plans[dp_rank], deliveries[dp_rank])
+            actor.call.remote("train_plans", plans[dp_rank], fetches[dp_rank])
             for actor, dp_rank in zip(self._ranks.actors, self._dp_ranks, strict=True)
         ]
         return self._ranks.gather(refs, "train", self._deadlines.train)[0]

@@ -100,7 +100,7 @@ class RayWorker:
         self._tell("start", list(tasks))
 
     def poll(self, timeout_s: float) -> WorkerNews:
-        while self._told and _is_done(self._told[0][1]):
+        while self._told and ray.wait([self._told[0][1]], timeout=0)[0]:
             method, ref = self._told.popleft()
             self._answer(method, ref)
         ref = self._actor.poll_worker.remote(timeout_s)
@@ -142,11 +142,6 @@ class RayWorker:
         deadline = Deadline(deadline_s, "the time for an answer")
         [answer] = self._actors.gather([ref], f"answer to {method}", deadline, [self._number])
         return answer
-
-
-def _is_done(ref: Any) -> bool:
-    done, _ = ray.wait([ref], timeout=0)
-    return bool(done)
 
 
 class RayEngines:
