@@ -18,13 +18,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
 from nanoslime.config import RunConfig
 from nanoslime.config.load import load, read
-from nanoslime.config.training import MEGATRON_ONLY, PARALLEL_SIZES
 from nanoslime.models.local_checkpoint import with_local_checkpoint
 from nanoslime.orchestration.evaluation import Evaluation, Sampler, table
 from nanoslime.orchestration.local_group import LocalTrainGroup
@@ -89,11 +87,7 @@ class Checkpoint:
 def _export(run: RunDir, state: Path, destination: Path, config: RunConfig) -> None:
     """Writes the trainer's state as one rank has it that is alone, on the device of `config`."""
     trained, model_dir = prepare_model(read(run.config), run)
-    unset = type(trained.training)()
-    alone: dict[str, Any] = {}
-    for name in (*PARALLEL_SIZES, *MEGATRON_ONLY):
-        alone[name] = getattr(unset, name)
-    training = replace(trained.training, **alone)
+    training = trained.training.without_megatron()
     trained = replace(trained, training=training, cluster=config.cluster)
     address = f"tcp://127.0.0.1:{free_port('127.0.0.1')}"
     env = RankEnv(0, 1, 0, config.cluster.device, address)

@@ -35,6 +35,17 @@ def _refuse_idle_settings(config: object, section: str) -> None:
                 raise ValueError(f"{section}.{name}={value} needs {switch}")
 
 
+def _refuse_descending(config: object, section: str, low: str, high: str) -> None:
+    """Raises ValueError where the setting `low` is above `high`, if that is set."""
+    least = getattr(config, low)
+    most = getattr(config, high)
+    if most is not None and least > most:
+        raise ValueError(
+            f"{section}.{low}={least} is above {section}.{high}={most}; "
+            "give both, in ascending order"
+        )
+
+
 @knobs
 class CorrectionConfig:
     """What is done where engine and trainer give the same tokens different probabilities.
@@ -68,16 +79,8 @@ class CorrectionConfig:
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.tis_clip_low > self.tis_clip:
-            raise ValueError(
-                f"algorithm.correction.tis_clip_low={self.tis_clip_low} is above "
-                f"tis_clip={self.tis_clip}; give both, in ascending order"
-            )
-        if self.reject_low > self.reject_high:
-            raise ValueError(
-                f"algorithm.correction.reject_low={self.reject_low} is above "
-                f"reject_high={self.reject_high}; give both, in ascending order"
-            )
+        _refuse_descending(self, "algorithm.correction", "tis_clip_low", "tis_clip")
+        _refuse_descending(self, "algorithm.correction", "reject_low", "reject_high")
         _refuse_idle_settings(self, "algorithm.correction")
         return self
 
@@ -174,11 +177,7 @@ class ClippedConfig(SharedConfig):
 
     @model_validator(mode="after")
     def _clip_range_ascends(self) -> Self:
-        if self.eps_clip > self.clip_high:
-            raise ValueError(
-                f"algorithm.eps_clip={self.eps_clip} is above "
-                f"algorithm.eps_clip_high={self.clip_high}; give both, in ascending order"
-            )
+        _refuse_descending(self, "algorithm", "eps_clip", "eps_clip_high")
         return self
 
 

@@ -57,7 +57,9 @@ def load(
         _check_warmup(config, layers.sources)
         _check_rehearsal_data(config)
     if _falls_back_to_fsdp(config, layers.sources):
-        config = _with_fsdp(config)
+        # The parallel sizes of a recipe do not apply to FSDP2.
+        training = replace(config.training.without_megatron(), backend="fsdp")
+        config = replace(config, training=training)
     for which in MEGATRON_OPTIONS:
         upstream.check(which, f"training.{which}", getattr(config.training, which))
     for engine in dict.fromkeys([*ENGINES, config.rollout.engine]):
@@ -301,11 +303,3 @@ def _falls_back_to_fsdp(config: RunConfig, sources: dict[str, _Source]) -> bool:
         if source is not None and source.is_flag:
             return False
     return True
-
-
-def _with_fsdp(config: RunConfig) -> RunConfig:
-    """The same run with FSDP2; the parallel sizes of a recipe do not apply to it."""
-    unset = type(config.training)()
-    without = {name: getattr(unset, name) for name in PARALLEL_SIZES + MEGATRON_ONLY}
-    training = replace(config.training, backend="fsdp", **without)
-    return replace(config, training=training)

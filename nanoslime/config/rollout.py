@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from nanoslime.config.base import knobs
 from nanoslime.plugins import target
@@ -121,17 +121,12 @@ class RolloutConfig:
     def _off_or_positive(cls, top_k: int) -> int:
         return check_top_k(top_k, "rollout.top_k")
 
-    @field_validator("engine")
+    @field_validator("engine", "environment")
     @classmethod
-    def _known_engine(cls, engine: str) -> str:
-        target(engine, ENGINES, "rollout.engine")
-        return engine
-
-    @field_validator("environment")
-    @classmethod
-    def _known_environment(cls, environment: str) -> str:
-        target(environment, ENVIRONMENTS, "rollout.environment")
-        return environment
+    def _known(cls, name: str, info: ValidationInfo) -> str:
+        table = ENGINES if info.field_name == "engine" else ENVIRONMENTS
+        target(name, table, f"rollout.{info.field_name}")
+        return name
 
 
 @knobs

@@ -1,6 +1,7 @@
 """Trainer knobs: backend, parallel sizes, optimizer, micro-batches, checkpoints."""
 
 import re
+from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -104,6 +105,12 @@ class TrainingConfig:
     """Deadline of a save, a load or an export. By default the plan derives it: half an
     hour, or as long as 20 MB a second and rank take."""
     start_deadline_s: float = Field(default=600.0, gt=0)
+
+    def without_megatron(self) -> Self:
+        """The same without parallel sizes and what else only Megatron has."""
+        unset = type(self)()
+        left_out = {name: getattr(unset, name) for name in PARALLEL_SIZES + MEGATRON_ONLY}
+        return replace(self, **left_out)
 
     @model_validator(mode="after")
     def _collectives_end_first(self) -> Self:
