@@ -19,7 +19,7 @@ from tempfile import TemporaryFile
 from jobs import where
 from jobs.checkout import ROOT, environment
 from jobs.sbatch import batch_script, common_options, python_of, submitted
-from jobs.submit_grpo import CLUSTERS, yaml_file
+from jobs.submit_grpo import add_target
 from nanoslime.config import RunConfig
 from nanoslime.config.load import load
 from nanoslime.processes.command import ask
@@ -65,9 +65,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="DIR",
         help="what the tool takes; then its own options",
     )
-    parser.add_argument(
-        "--cluster", metavar="FILE|NAME", help="a cluster: a YAML file, or one of env/clusters"
-    )
+    add_target(parser)
     parser.add_argument(
         "--partition", help="in place of the cluster file's; a conversion needs no GPU"
     )
@@ -77,21 +75,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         type=int,
         help=f"cores, and threads of a conversion (as the node has, up to {_MAX_CPUS})",
     )
-    parser.add_argument(
-        "--local", action="store_true", help="run on this machine, whatever SLURM there is"
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print the tool's plan and the batch script; submit nothing",
-    )
     command, options = parser.parse_known_args(argv)
     command.options = options
     directories = TOOLS[command.tool]
     if len(command.paths) != len(directories.split()):
         raise RunError(f"{command.tool} takes {directories}, and then its own options")
     command.paths = [path.absolute() for path in command.paths]
-    command.cluster = yaml_file(command.cluster, CLUSTERS)
     command.flags = []
     if command.partition is not None:
         command.flags.append(f"--partition={command.partition}")

@@ -115,24 +115,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         "submit_grpo.py", description=summary, add_help=False, allow_abbrev=False
     )
-    parser.add_argument(
-        "--recipe",
-        metavar="FILE|NAME",
-        help=f"an experiment: a YAML file, or one of {_names(RECIPES)}",
-    )
-    parser.add_argument(
-        "--cluster",
-        metavar="FILE|NAME",
-        help=f"a cluster: a YAML file, or one of {_names(CLUSTERS)}",
-    )
-    parser.add_argument(
-        "--local", action="store_true", help="rehearse on this machine, whatever SLURM there is"
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print plan, configuration and batch script; submit nothing",
-    )
+    _add_yaml(parser, "--recipe", "an experiment", RECIPES)
+    add_target(parser)
     parser.add_argument(
         "--resume", metavar="RUN_DIR", type=Path, help="go on with a run after its last checkpoint"
     )
@@ -142,8 +126,6 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     command, flags = parser.parse_known_args(argv)
     if command.resume and command.recipe:
         raise RunError("--resume takes the configuration of the run; leave out --recipe")
-    command.recipe = yaml_file(command.recipe, RECIPES)
-    command.cluster = yaml_file(command.cluster, CLUSTERS)
     if HELP & set(flags):
         parser.print_help()
     return command, flags
@@ -218,18 +200,29 @@ def summary_table(run: RunDir) -> str:
     return "\n".join(rows)
 
 
-def yaml_file(name: str | None, folder: Path) -> Path | None:
-    """A YAML file by its path, or by its name in `folder`."""
-    if name is None:
-        return None
-    for path in (Path(name), folder / f"{name}.yaml"):
-        if path.is_file():
-            return path.absolute()
-    raise RunError(f"{name}: no such file, and not one of {_names(folder)}")
+def add_target(parser: argparse.ArgumentParser) -> None:
+    """The options of all that submits: to which cluster, and whether at all."""
+    _add_yaml(parser, "--cluster", "a cluster", CLUSTERS)
+    parser.add_argument(
+        "--local", action="store_true", help="run on this machine, whatever SLURM there is"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print plan and batch script; submit nothing"
+    )
 
 
-def _names(folder: Path) -> str:
-    return ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+def _add_yaml(parser: argparse.ArgumentParser, option: str, what: str, folder: Path) -> None:
+    """An option that takes a YAML file by its path, or by its name in `folder`."""
+
+    def find(name: str) -> Path:
+        for path in (Path(name), folder / f"{name}.yaml"):
+            if path.is_file():
+                return path.absolute()
+        raise RunError(f"{name}: no such file, and not one of {known}")
+
+    known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+    text = f"{what}: a YAML file, or one of {known}"
+    parser.add_argument(option, metavar="FILE|NAME", type=find, help=text)
 
 
 if __name__ == "__main__":

@@ -178,11 +178,11 @@ def test_fsdp_refuses_what_it_would_ignore(tmp_path, knob):
         ("correction: {opsm_delta: 1}", "correction.opsm_delta=1.0 needs .*use_opsm"),
         (
             "correction: {use_tis: true, tis_clip_low: 3}",
-            "correction.tis_clip_low=3.0 is above algorithm.correction.tis_clip=2.0; give both, in ascending order",
+            "correction.tis_clip_low=3.0 is above algorithm.correction.tis_clip=2.0; give both",
         ),
         (
             "correction: {reject: token, reject_low: 3}",
-            "correction.reject_low=3.0 is above algorithm.correction.reject_high=2.0; give both, in ascending order",
+            "correction.reject_low=3.0 is above algorithm.correction.reject_high=2.0; give both",
         ),
         (
             "name: gspo, eps_clip: 0.2",
