@@ -179,11 +179,8 @@ class RunDir:
 
     def find_attempt(self, key: str) -> Attempt | None:
         """The newest attempt made with `key`."""
-        for number in reversed(self._numbers()):
-            attempt = Attempt(self, number)
-            if attempt.key == key:
-                return attempt
-        return None
+        attempts = (Attempt(self, number) for number in reversed(self._numbers()))
+        return next((attempt for attempt in attempts if attempt.key == key), None)
 
     def latest_attempt(self) -> Attempt | None:
         numbers = self._numbers()

@@ -86,7 +86,4 @@ def write_summary(session: Session, clock: Clock, seconds: float) -> None:
 
 def _reward_at(step: int, evals: Iterable[dict[str, Any]]) -> float | None:
     """The reward of the first of these evaluations that is of `step`."""
-    for evaluation in evals:
-        if evaluation["step"] == step:
-            return evaluation["reward"]
-    return None
+    return next((one["reward"] for one in evals if one["step"] == step), None)

@@ -41,15 +41,6 @@ REPORTED = (
 )
 
 
-def log_to(path: Path, level: str) -> None:
-    """Sends this actor process's output to its own log of the attempt."""
-    with path.open("ab") as log:
-        os.dup2(log.fileno(), sys.stdout.fileno())
-        os.dup2(log.fileno(), sys.stderr.fileno())
-    logging.basicConfig(format=FORMAT, stream=sys.stderr, force=True)
-    set_level(level)
-
-
 @dataclass(frozen=True, slots=True)
 class ActorSetup:
     """What an actor process is told when it starts."""
@@ -62,8 +53,15 @@ class ActorSetup:
     users_threads: str | None  # the job's OMP_NUM_THREADS; Ray sets that of an actor
     num_neighbours: int  # actors of its kind on its machine, itself included
 
-    def enter_environment(self) -> None:
-        """Sets what NCCL, gloo and torch read in this process."""
+    def enter(self) -> None:
+        """Sends the output of this process to its own log of the attempt, and sets what NCCL, gloo
+        and torch read in it.
+        """
+        with self.log.open("ab") as log:
+            os.dup2(log.fileno(), sys.stdout.fileno())
+            os.dup2(log.fileno(), sys.stderr.fileno())
+        logging.basicConfig(format=FORMAT, stream=sys.stderr, force=True)
+        set_level(self.config.log_level)
         address = ray.util.get_node_ip_address()
         interface = self.config.cluster.network_interface
         interface = interface or interface_of(address, ipv4_addresses())

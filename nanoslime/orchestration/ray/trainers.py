@@ -15,7 +15,7 @@ from nanoslime.config import RunConfig
 from nanoslime.failures import told_in_one_line
 from nanoslime.layout import Layout
 from nanoslime.orchestration.groups import TrainGroup
-from nanoslime.orchestration.ray.actors import ActorPlace, Actors, ActorSetup, log_to
+from nanoslime.orchestration.ray.actors import ActorPlace, Actors, ActorSetup
 from nanoslime.orchestration.ray.deliveries import order, receive
 from nanoslime.orchestration.worker import TrainWorker
 from nanoslime.processes.ports import free_port
@@ -40,8 +40,7 @@ class RankActor:
     """One trainer rank. `place` comes before `setup`: rank 0 listens where it said."""
 
     def __init__(self, setup: ActorSetup):
-        log_to(setup.log, setup.config.log_level)
-        setup.enter_environment()
+        setup.enter()
         self._setup = setup
         self._worker: TrainWorker | None = None
 

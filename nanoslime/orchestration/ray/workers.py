@@ -15,7 +15,7 @@ from nanoslime.config.deadlines import Deadline
 from nanoslime.engine_kind import EngineStart, RunEngine, engine_kind
 from nanoslime.failures import told_in_one_line
 from nanoslime.layout import EnginePlace, Layout
-from nanoslime.orchestration.ray.actors import ActorPlace, Actors, ActorSetup, log_to
+from nanoslime.orchestration.ray.actors import ActorPlace, Actors, ActorSetup
 from nanoslime.rollout.tasks import FinishedGroup, GroupTask, RestoredGroup, WorkerNews
 from nanoslime.rollout.worker import RolloutWorker, WorkerSetup
 from nanoslime.run_dir import Attempt
@@ -37,8 +37,7 @@ class WorkerActor:
     """Owns the engines of its node, and runs the rollout worker beside them."""
 
     def __init__(self, setup: ActorSetup):
-        log_to(setup.log, setup.config.log_level)
-        setup.enter_environment()
+        setup.enter()
         self._setup = setup
         self._engines: dict[int, RunEngine] = {}
         self._worker: RolloutWorker | None = None
