@@ -53,11 +53,37 @@ class Prompt:
 
 
 @dataclass(kw_only=True, slots=True)
-class SampleFacts:
-    """What the driver knows of a sample, too.
+class SampleArrays:
+    """What a trainer rank needs of a sample. Arrays are per token: [T], where T = prompt +
+    response tokens.
+
+    rollout_logprobs[t] is log p(token_ids[t] | token_ids[:t]) at the sampling temperature,
+    under the policy that sampled the token. It is 0.0 where loss_mask[t] is False (prompt,
+    tool output).
 
     policy_versions are (first token, version) spans: a sample may outlive a weight update.
+
+    routed_experts are the experts that token t went to, by layer that has experts. They end
+    one token early, because the engine never runs the last token.
     """
+
+    token_ids: np.ndarray  # int32 [T]
+    loss_mask: np.ndarray  # bool [T]
+    rollout_logprobs: np.ndarray  # float32 [T]
+    policy_versions: list[tuple[int, int]]
+    # [T-1, num_moe_layers, topk]; uint8 up to 256 experts, else int16
+    routed_experts: np.ndarray | None = None
+
+    def spans(self) -> Iterator[tuple[int, int, int]]:
+        """(first token, token after the last one, version) of each span."""
+        ends = [first for first, _ in self.policy_versions[1:]] + [len(self.token_ids)]
+        for (first, version), end in zip(self.policy_versions, ends, strict=False):
+            yield first, end, version
+
+
+@dataclass(kw_only=True)
+class SampleFacts:
+    """What the driver knows of a sample, too."""
 
     group_id: int  # the prompt's group; advantages are relative within it
     rollout_id: int  # siblings of one fanned-out rollout share it, and one loss denominator
@@ -70,26 +96,13 @@ class SampleFacts:
     advantage: float | None = None  # set once, by the algorithm; never stored in `reward`
 
 
-@dataclass(kw_only=True, slots=True)
-class Sample(SampleFacts):
-    """One sampled sequence. Per-token fields are [T], where T = prompt + response tokens.
+@dataclass(kw_only=True)
+class Sample(SampleArrays, SampleFacts):
+    """One sampled sequence."""
 
-    rollout_logprobs[t] is log p(token_ids[t] | token_ids[:t]) at the sampling temperature,
-    under the policy that sampled the token. It is 0.0 where loss_mask[t] is False (prompt,
-    tool output).
-
-    routed_experts are the experts that token t went to, by layer that has experts. They end
-    one token early, because the engine never runs the last token.
-    """
-
-    token_ids: np.ndarray  # int32 [T]
-    loss_mask: np.ndarray  # bool [T]
-    rollout_logprobs: np.ndarray  # float32 [T]
     text: str = ""  # the decoded response
     label: Any = None
     metadata: dict[str, Any] = field(default_factory=dict)
-    # [T-1, num_moe_layers, topk]; uint8 up to 256 experts, else int16
-    routed_experts: np.ndarray | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -101,13 +114,7 @@ class Sample(SampleFacts):
 
     @property
     def arrays(self) -> SampleArrays:
-        return SampleArrays(
-            token_ids=self.token_ids,
-            loss_mask=self.loss_mask,
-            rollout_logprobs=self.rollout_logprobs,
-            policy_versions=self.policy_versions,
-            routed_experts=self.routed_experts,
-        )
+        return SampleArrays(**{one.name: getattr(self, one.name) for one in fields(SampleArrays)})
 
     def report(self, arrays: SampleArrays | KeptArrays) -> SampleReport:
         """What the driver is told of the sample; `arrays` are its own, or say where they are.
@@ -120,7 +127,7 @@ class Sample(SampleFacts):
             _, num_moe_layers, topk = self.routed_experts.shape
             expert_shape = (num_moe_layers, topk)
         counts: dict[int, int] = {}
-        for first, end, version in self.arrays.spans():
+        for first, end, version in self.spans():
             num_in_loss = int(self.loss_mask[first:end].sum())
             if num_in_loss:
                 counts[version] = counts.get(version, 0) + num_in_loss
@@ -150,23 +157,6 @@ class Sample(SampleFacts):
             )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SampleArrays:
-    """What a trainer rank needs of a sample; the fields are those of `Sample`."""
-
-    token_ids: np.ndarray  # int32 [T]
-    loss_mask: np.ndarray  # bool [T]
-    rollout_logprobs: np.ndarray  # float32 [T]
-    policy_versions: list[tuple[int, int]]
-    routed_experts: np.ndarray | None = None  # [T-1, num_moe_layers, topk]
-
-    def spans(self) -> Iterator[tuple[int, int, int]]:
-        """(first token, token after the last one, version) of each span."""
-        ends = [first for first, _ in self.policy_versions[1:]] + [len(self.token_ids)]
-        for (first, version), end in zip(self.policy_versions, ends, strict=False):
-            yield first, end, version
-
-
 @dataclass(frozen=True, slots=True)
 class KeptArrays:
     """Says where the arrays of a sample are: a rollout worker keeps them for the trainer ranks."""
@@ -176,7 +166,7 @@ class KeptArrays:
     index: int  # of the sample in its group
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(kw_only=True)
 class SampleReport(SampleFacts):
     """What the driver knows of a sample: numbers, and where its arrays are."""
 
