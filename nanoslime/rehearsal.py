@@ -63,15 +63,6 @@ class EncodedProblems:
         return len(self.prompts)
 
 
-@dataclass(frozen=True, slots=True)
-class WarmStart:
-    """What the warm start took and reached; rehearsal.json holds it."""
-
-    steps: int
-    reward: float  # expected exact match of a sample on the checked problems
-    seconds: float
-
-
 def make(directory: Path, knobs: RehearsalConfig, deadline_s: float = 120.0) -> RehearsalFiles:
     """Makes `directory` with model/, train.jsonl, held_out.jsonl and rehearsal.json.
 
@@ -93,13 +84,13 @@ def make(directory: Path, knobs: RehearsalConfig, deadline_s: float = 120.0) -> 
     with _one_thread():
         checked = _encode(train[:NUM_CHECKED], tokenizer)
         shown = _encode(train[NUM_CHECKED:], tokenizer)
-        model, warm_start = _warm_start(checked, shown, knobs.seed, knobs.target_reward, deadline_s)
+        model, warm_start = _warm_start(checked, shown, knobs, deadline_s)
     partial = commit.partial_dir(directory)
     model.save_pretrained(partial / "model")
     tokenizer.save_pretrained(partial / "model")
     _write_rows(partial / files.train.name, train)
     _write_rows(partial / files.held_out.name, held_out)
-    publish_json(partial / SUMMARY, {"knobs": asdict(knobs), "warm_start": asdict(warm_start)})
+    publish_json(partial / SUMMARY, {"knobs": asdict(knobs), "warm_start": warm_start})
     commit.commit(partial, directory)
     return files
 
@@ -123,21 +114,20 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _warm_start(
-    checked: EncodedProblems,
-    shown: EncodedProblems,
-    seed: int,
-    target_reward: float,
-    deadline_s: float,
-) -> tuple[Qwen3ForCausalLM, WarmStart]:
-    """A new model, taught from `shown` until a sample at temperature 1 is right often enough.
+    checked: EncodedProblems, shown: EncodedProblems, knobs: RehearsalConfig, deadline_s: float
+) -> tuple[Qwen3ForCausalLM, dict[str, float]]:
+    """A new model, taught from `shown` until a sample at temperature 1 is right often enough; and
+    the steps and the seconds that this took, with the reward that was reached.
 
-    "Often enough" is the probability `target_reward`, measured on the problems `checked`.
+    "Often enough" is the probability `target_reward`, measured on the problems `checked`: the
+    reward is the expected exact match of a sample.
     """
+    target_reward = knobs.target_reward
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(knobs.seed)
         model = Qwen3ForCausalLM(Qwen3Config.from_dict(tiny_qwen3_config())).float()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
-    demonstrations = _demonstrations(shown, _fault_rate(shown, target_reward), seed)
+    demonstrations = _demonstrations(shown, _fault_rate(shown, target_reward), knobs.seed)
     start = time.monotonic()
     step = 0
     reward = 0.0
@@ -165,7 +155,7 @@ def _warm_start(
             )
     seconds = time.monotonic() - start
     logger.info("warm start: %d steps, %.1f s, expected reward %.3f", step, seconds, reward)
-    return model, WarmStart(step, reward, seconds)
+    return model, {"steps": step, "reward": reward, "seconds": seconds}
 
 
 def _fault_rate(problems: EncodedProblems, target_reward: float) -> float:
