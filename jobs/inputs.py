@@ -3,7 +3,7 @@
 import hashlib
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from jobs.checkout import ROOT
@@ -27,18 +27,9 @@ _STAMP = ".nanoslime-target"
 _CUDA_LOCKS = ("cuda.lock", "cuda.pinned.txt")
 
 
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """The configuration with every path absolute and found, and what it leads to."""
-
-    config: RunConfig
-    shape: ModelShape
-    # How many prompts each source has, and how many of its rows are left out.
-    prompts: list[str]
-
-
-def resolve(config: RunConfig, *, download: bool) -> Inputs:
-    """Finds and checks the inputs of a run.
+def resolve(config: RunConfig, *, download: bool) -> tuple[RunConfig, ModelShape, list[str]]:
+    """Finds and checks the inputs of a run: the configuration with every path absolute and found,
+    the model's shape, and of each source how many prompts it has and how many rows are left out.
 
     download: a hub id is fetched whole; otherwise only its config.json. Raises RunError
     for what is missing.
@@ -48,7 +39,7 @@ def resolve(config: RunConfig, *, download: bool) -> Inputs:
     config = with_recorded_rollouts(config)
     config, shape = with_local_checkpoint(config, download=download)
     if config.rollout.load_rollouts or config.rehearsal.enabled:
-        return Inputs(config, shape, [])
+        return config, shape, []
     if not (config.data.prompts or config.data.sources):
         raise RunError(
             "data.prompts is not set: give --prompts FILE (.jsonl or .parquet), or OWNER/NAME of a "
@@ -57,7 +48,7 @@ def resolve(config: RunConfig, *, download: bool) -> Inputs:
     directory = Path(config.model.hf_checkpoint)
     tokenizer = directory if has_tokenizer_files(directory) else None
     config = with_local_prompts(config)
-    return Inputs(config, shape, _check_sources(config, tokenizer))
+    return config, shape, _check_sources(config, tokenizer)
 
 
 def _check_plugins(config: RunConfig) -> None:

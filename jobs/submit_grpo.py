@@ -57,15 +57,12 @@ def run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> i
     """From the configuration to a job id, a rehearsal's end, or a prepared directory."""
     submits = command.prepare or slurm.has_slurm(local=command.local)
     check_target(config, submits)
-    found = inputs.resolve(config, download=True)
-    config, shape = found.config, found.shape
-    layout = layouts.plan(config, shape)
+    config, layout, description = plan(config, download=True)
     if submits:
         inputs.check_environment(config)
     resumed = RunDir.open(command.resume) if command.resume else None
     if resumed is not None:
         inputs.check_resume(resumed, config)
-    description = layouts.describe(config, shape, layout, found.prompts)
     if submits and not command.prepare:
         return submit(config, layout, resumed, description)
     if not submits:
@@ -82,14 +79,19 @@ def run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> i
     return code
 
 
+def plan(config: RunConfig, *, download: bool) -> tuple[RunConfig, Layout, str]:
+    """The configuration with all inputs found, where everything goes, and what a person is told."""
+    config, shape, prompts = inputs.resolve(config, download=download)
+    layout = layouts.plan(config, shape)
+    return config, layout, layouts.describe(config, shape, layout, prompts)
+
+
 def dry_run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> int:
     """Print plan, configuration and batch script; code 2 for a run to be refused."""
-    found = inputs.resolve(config, download=False)
-    config, shape = found.config, found.shape
-    layout = layouts.plan(config, shape)
+    config, layout, description = plan(config, download=False)
     run_dir = command.resume or Path(config.cluster.run_root) / config.name
     script = sbatch.sbatch_text(config, layout, run_dir)
-    print(f"--- plan\n{layouts.describe(config, shape, layout, found.prompts)}\n")
+    print(f"--- plan\n{description}\n")
     print(f"--- configuration\n{dump(config)}")
     print(f"--- batch script\n{script}")
     print("--- checks")

@@ -6,7 +6,7 @@ sets -> a GroupTask for each prompt -> whoever samples and scores them -> metric
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -57,14 +57,13 @@ def eval_sampling(one: EvalSetConfig, config: RunConfig) -> Sampling:
     num_samples = one.n_samples_per_prompt
     if num_samples is None:
         num_samples = 1 if one.temperature == 0 else evaluation.n_samples_per_prompt
-    return Sampling(
+    return replace(
+        Sampling.of(rollout),
         n_samples_per_prompt=num_samples,
         max_new_tokens=one.max_new_tokens or rollout.max_new_tokens,
         temperature=temperature or 1.0,
         top_p=one.top_p if temperature else 1.0,
         top_k=one.top_k if temperature else 1,
-        stop=tuple(rollout.stop),
-        stop_token_ids=tuple(rollout.stop_token_ids),
     )
 
 
