@@ -58,9 +58,6 @@ class _Supervisor:
         self._attempt = attempt
         self._agents = agents
         self._signals = signals
-        # The driver appends to it once it runs.
-        self._output = attempt.log("driver", 0).open("ab+")
-        self._output.seek(0)
         self._was_asked_to_stop = False
         # Nodes whose agent has failed and is reported.
         self._failed: set[int] = set()
@@ -68,19 +65,22 @@ class _Supervisor:
 
     def run(self) -> None:
         """Returns when all agents have ended, or one does not leave after the end."""
-        any_alive = True
-        while any_alive:
-            any_alive = any(agent.alive() for agent in self._agents)
-            shutil.copyfileobj(self._output, sys.stdout.buffer)
-            sys.stdout.flush()
-            self._hand_on_signals()
-            self._report_failed_agents()
-            if self._attempt.ended() is not None:
-                self._leave_by = min(self._leave_by, time.monotonic() + _LEAVE_S)
-            if time.monotonic() > self._leave_by:
-                return
-            if any_alive:
-                time.sleep(_POLL_S)
+        # The driver appends to it once it runs.
+        with self._attempt.log("driver", 0).open("ab+") as output:
+            output.seek(0)
+            any_alive = True
+            while any_alive:
+                any_alive = any(agent.alive() for agent in self._agents)
+                shutil.copyfileobj(output, sys.stdout.buffer)
+                sys.stdout.flush()
+                self._hand_on_signals()
+                self._report_failed_agents()
+                if self._attempt.ended() is not None:
+                    self._leave_by = min(self._leave_by, time.monotonic() + _LEAVE_S)
+                if time.monotonic() > self._leave_by:
+                    return
+                if any_alive:
+                    time.sleep(_POLL_S)
 
     def _hand_on_signals(self) -> None:
         """The first signal asks for a stop; SIGTERM or a second one ends the agents."""
