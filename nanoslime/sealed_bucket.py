@@ -1,11 +1,12 @@
 """The header of a bucket of weights, which proves it; trainers and engines know it.
 
-    header (int64 [7]) | tensor | tensor | ...
+    header (int64 [8]) | tensor | tensor | ...
 
 The engine's plug-in takes the header off and refuses a bucket that is not the next one of its
-version, or whose bytes are not those that were sent.
+version, whose bytes are not those that were sent, or whose tensors are said to be others.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
 
 import torch
@@ -13,8 +14,10 @@ import xxhash
 from torch import Tensor
 
 HEADER = "nanoslime.header"
-HEADER_WORDS = 7
+HEADER_WORDS = 8
 HEADER_BYTES = 8 * HEADER_WORDS
+# What is said of a tensor: its name, dtype and shape.
+Part = tuple[str, torch.dtype, Sequence[int]]
 # Words that are summed at a time, so that the products need little memory.
 _CHUNK_WORDS = 4 << 20
 
@@ -30,19 +33,20 @@ class Place:
     compares: bool = False
 
 
-def seal(flat: Tensor, place: Place) -> None:
+def seal(flat: Tensor, place: Place, parts: Iterable[Part]) -> None:
     """Writes the header, once everything after it is there; nothing waits for the device."""
     header = flat[:HEADER_BYTES].view(torch.int64)
     for word, value in zip(header, (*astuple(place), flat.numel()), strict=False):
         word.fill_(value)
-    header[5:] = checksum(flat[HEADER_BYTES:])
+    header[5:7] = checksum(flat[HEADER_BYTES:])
+    header[7].fill_(_checksum_of(parts))
 
 
 def broken_seal(flat: Tensor, last: Place | None) -> str | None:
     """What is wrong with a bucket that comes after `last`; None where nothing is."""
     if flat.dtype != torch.uint8 or flat.numel() < HEADER_BYTES:
         return f"{flat.numel()} elements of {flat.dtype} hold no header"
-    *_, num_bytes, first, second = flat[:HEADER_BYTES].view(torch.int64).tolist()
+    *_, num_bytes, first, second, _ = flat[:HEADER_BYTES].view(torch.int64).tolist()
     place = place_of(flat)
     expected = 0 if last is None else last.number + 1
     if num_bytes != flat.numel():
@@ -54,6 +58,15 @@ def broken_seal(flat: Tensor, last: Place | None) -> str | None:
     if checksum(flat[HEADER_BYTES:]).tolist() != [first, second]:
         return f"bucket {place.number} of version {place.version} has not the bytes that were sent"
     return None
+
+
+def wrong_parts(flat: Tensor, parts: Iterable[Part]) -> str | None:
+    """Whether these are the parts that were sealed: two of one shape that have each other's
+    names, or a dtype of the same size, would be loaded otherwise."""
+    if flat[:HEADER_BYTES].view(torch.int64)[7] == _checksum_of(parts):
+        return None
+    place = place_of(flat)
+    return f"bucket {place.number} of version {place.version} has other names, dtypes or shapes"
 
 
 def place_of(flat: Tensor) -> Place:
@@ -91,3 +104,8 @@ def word_sums(data: Tensor) -> Tensor:
         total = total + chunk.sum()
         weighted = weighted + (chunk * (2 * positions + 3)).sum()
     return torch.stack([total, weighted])
+
+
+def _checksum_of(parts: Iterable[Part]) -> int:
+    text = "\n".join(f"{name} {dtype} {list(shape)}" for name, dtype, shape in parts)
+    return int.from_bytes(xxhash.xxh3_64_digest(text.encode()), signed=True)

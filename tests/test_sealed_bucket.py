@@ -11,14 +11,17 @@ from nanoslime.sealed_bucket import (
     place_of,
     seal,
     word_sums,
+    wrong_parts,
 )
+
+PARTS = [("gate", torch.float16, [10, 2]), ("up", torch.float16, [10, 2])]
 
 
 def sealed(number: int = 0, version: int = 7, num_buckets: int = 3, nbytes: int = 100):
     generator = torch.Generator().manual_seed(nbytes)
     body = torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=generator)
     flat = torch.cat([torch.zeros(HEADER_BYTES, dtype=torch.uint8), body])
-    seal(flat, Place(version, number, num_buckets))
+    seal(flat, Place(version, number, num_buckets), PARTS)
     return flat
 
 
@@ -49,13 +52,30 @@ def test_every_flipped_bit_is_seen() -> None:
             sealed(1, num_buckets=4),
             "a bucket of another update, Place(version=7, number=1, num_buckets=4",
         ),
-        (sealed(1)[:-1], "155 bytes came of a bucket of 156"),
+        (sealed(1)[:-1], "163 bytes came of a bucket of 164"),
     ],
 )
 def test_another_bucket_than_the_next_is_refused(next_one: torch.Tensor, problem: str) -> None:
     first = sealed(0)
     assert problem in broken_seal(next_one, place_of(first))
     assert broken_seal(sealed(1), place_of(first)) is None
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [("up", torch.float16, [10, 2]), ("gate", torch.float16, [10, 2])],
+        [("gate", torch.bfloat16, [10, 2]), ("up", torch.float16, [10, 2])],
+        [("gate", torch.float16, [2, 10]), ("up", torch.float16, [10, 2])],
+        [("gate", torch.float16, [10, 2])],
+        [],
+    ],
+)
+def test_other_names_dtypes_or_shapes_than_were_sealed_are_refused(parts) -> None:
+    flat = sealed(1)
+    assert wrong_parts(flat, parts) == "bucket 1 of version 7 has other names, dtypes or shapes"
+    as_an_engine_has_them = [(name, dtype, torch.Size(shape)) for name, dtype, shape in PARTS]
+    assert wrong_parts(flat, as_an_engine_has_them) is None
 
 
 def some_weights(count: int = 4096) -> torch.Tensor:
@@ -129,7 +149,7 @@ def test_sums_of_words_are_those_of_whole_numbers(nbytes: int, monkeypatch) -> N
 @pytest.mark.gpu
 def test_a_gpu_sees_flipped_bits_and_swapped_words() -> None:
     flat = sealed(nbytes=10_001).cuda()
-    seal(flat, Place(7, 0, 3))
+    seal(flat, Place(7, 0, 3), PARTS)
     assert broken_seal(flat, None) is None
     before = checksum(flat[HEADER_BYTES:])
     for position in (HEADER_BYTES, HEADER_BYTES + 5000, flat.numel() - 1):

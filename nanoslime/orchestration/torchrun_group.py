@@ -136,9 +136,16 @@ class Ranks:
         # A death breaks the collectives of all other ranks. A rank that failed by itself
         # ends after its answer, and only then does torchrun end the others, this one too.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        first_gone = self._first_dead({0})
+        heard = {0}
+        first_gone = self._first_dead(heard)
         if first_gone is not None and first_gone != rank:
             raise self._error(f"trainer rank {first_gone} died while asked to {what}")
+        silent = self._silent(heard | {rank})
+        if silent:
+            raise self._error(
+                f"trainer rank {rank} failed to {what}: {answer.failure}; "
+                f"trainer ranks {silent} have not answered"
+            )
         raise self._error(f"trainer rank {rank} failed to {what}: {answer.failure}")
 
     def _receive(self, rank: int) -> Answer | None:
@@ -164,6 +171,17 @@ class Ranks:
                     return rank
                 heard.add(rank)
         return None
+
+    def _silent(self, heard: set[int]) -> str:
+        """The ranks outside `heard` that neither answer nor end within two seconds: they hang, or
+        wait for one that does."""
+        end = time.monotonic() + NEWS_OF_A_DEATH_S
+        while pending := self._pending(heard):
+            ready = wait(pending.values(), timeout=max(0.0, end - time.monotonic()))
+            if not ready:
+                break
+            heard |= {rank for rank, connection in pending.items() if connection in ready}
+        return ", ".join(str(rank) for rank in pending)
 
     def _pending(self, heard: Container[int]) -> dict[int, Connection]:
         return {

@@ -28,8 +28,8 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from nanoslime.rollout import weight_check
 from nanoslime.rollout.engines.sglang_client import COMPARING
-from nanoslime.rollout.weight_check import ExpectedTensors, Named, checkpoint_shapes
-from nanoslime.sealed_bucket import HEADER, Place, broken_seal, place_of
+from nanoslime.rollout.weight_check import ExpectedTensors, checkpoint_shapes
+from nanoslime.sealed_bucket import HEADER, Part, Place, broken_seal, place_of, wrong_parts
 from nanoslime.storage import manifest
 from nanoslime.types import RunError
 
@@ -171,12 +171,14 @@ class WeightGuard:
         """
         if _is_draft(updater):
             return True, _OF_DRAFT
-        flat, names, tensors = _opened(named_tensors)
+        flat, parts, tensors = _opened(named_tensors)
+        names = [(name, tuple(shape)) for name, _, shape in parts]
         received = self._received[id(updater)]
         problem = "it has no header"
         if flat is not None:
             problem = broken_seal(flat, received.last)
             problem = problem or received.expected.first_problem(names, received.names)
+            problem = problem or wrong_parts(flat, parts)
         if problem:
             return False, f"refused: {problem}"
         place = place_of(flat)
@@ -270,8 +272,8 @@ def _loaded(original: Original, *arguments: Any, **options: Any) -> Result:
         return False, f"the weights may be a mixture of two versions: {type(e).__name__}: {e}"
 
 
-def _opened(named_tensors: Any) -> tuple[torch.Tensor | None, list[Named], Any]:
-    """A bucket as one flat tensor, its names and shapes, and what SGLang loads of it.
+def _opened(named_tensors: Any) -> tuple[torch.Tensor | None, list[Part], Any]:
+    """A bucket as one flat tensor, what its tensors are said to be, and what SGLang loads of it.
 
     The flat tensor is None where the first tensor is no header.
     """
@@ -279,12 +281,13 @@ def _opened(named_tensors: Any) -> tuple[torch.Tensor | None, list[Named], Any]:
         metadata = named_tensors["metadata"]
         if not metadata or metadata[0].name != HEADER:
             return None, [], None
-        names = [(part.name, tuple(part.shape)) for part in metadata[1:]]
-        return named_tensors["flattened_tensor"], names, {**named_tensors, "metadata": metadata[1:]}
+        parts = [(part.name, part.dtype, part.shape) for part in metadata[1:]]
+        return named_tensors["flattened_tensor"], parts, {**named_tensors, "metadata": metadata[1:]}
     if not named_tensors or named_tensors[0][0] != HEADER:
         return None, [], None
     (_, header), *tensors = named_tensors
     num_bytes = header.nbytes + sum(tensor.nbytes for _, tensor in tensors)
     storage = torch.empty(0, dtype=torch.uint8, device=header.device)
     storage.set_(header.untyped_storage())
-    return storage[:num_bytes], [(name, tuple(tensor.shape)) for name, tensor in tensors], tensors
+    parts = [(name, tensor.dtype, tensor.shape) for name, tensor in tensors]
+    return storage[:num_bytes], parts, tensors

@@ -164,7 +164,8 @@ class BroadcastSender:
         begin = time.monotonic()
         within = flat[: bucket.nbytes]
         self._exchange.bring(number, update.shards, bucket.views(within))
-        seal(within, Place(update.version, number, len(self._senders), update.compares))
+        place = Place(update.version, number, len(self._senders), update.compares)
+        seal(within, place, bucket.parts)
         ready = None
         if flat.device.type == "cuda":
             ready = torch.cuda.current_stream().record_event()

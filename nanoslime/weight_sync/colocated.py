@@ -74,7 +74,7 @@ class TensorSender:
             is_sender = sender == self._weights.rank
             self._exchange.bring(number, shards, bucket.views(flat) if is_sender else [])
             if is_sender:
-                seal(flat, Place(version, number, len(buckets), compares))
+                seal(flat, Place(version, number, len(buckets), compares), bucket.parts)
             dist.broadcast(flat, src=sender)
             if self._group is not None:
                 payloads = self._gather(bucket, flat)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nanoslime.batch import WeightShard
 from nanoslime.models.rules import Box
+from nanoslime.types import RunError
 from nanoslime.weight_sync.plan import Bucket, overlap, size, within
 
 
@@ -58,7 +59,8 @@ class Exchange:
         """Fills `places`, this rank's targets in bucket `number`, in their order.
 
         `shards` are this rank's own, with its current weights. On a CPU the places are filled
-        when it returns; on CUDA the current stream fills them.
+        when it returns; on CUDA the current stream fills them. Raises RunError naming a rank that
+        does not take part.
         """
         route = self._routes[number]
         for part, wanted in route.copies:
@@ -73,8 +75,14 @@ class Exchange:
         for rank, pack in arriving.items():
             operations.append(dist.P2POp(dist.irecv, pack, rank))
         works = dist.batch_isend_irecv(operations) if operations else []
-        for work in works:
-            work.wait()
+        for operation, work in zip(operations, works, strict=False):  # NCCL has one for all
+            try:
+                work.wait()
+            except RuntimeError as e:
+                raise RunError(
+                    f"trainer rank {operation.peer} did not exchange its part of bucket "
+                    f"{number}: {e}"
+                ) from e
         for rank, parts in route.receives.items():
             for wanted, values in zip(parts, _views(arriving[rank], parts), strict=True):
                 places[wanted.number][wanted.box].copy_(values)

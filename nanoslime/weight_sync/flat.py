@@ -16,6 +16,8 @@ class FlatBucket:
         self.dtypes = [torch.int64, *(tensor.dtype for tensor in bucket.tensors)]
         self.shapes = [(HEADER_WORDS,), *(tensor.shape for tensor in bucket.tensors)]
         self.nbytes = HEADER_BYTES + bucket.nbytes
+        # What is sealed of them.
+        self.parts = [(tensor.name, tensor.dtype, tensor.shape) for tensor in bucket.tensors]
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The tensors of the bucket within its bytes, uint8 [nbytes]."""

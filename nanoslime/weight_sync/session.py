@@ -201,7 +201,7 @@ class SyncSession:
         self._engines.paused()
         self._devices.make_room_for_weights()
         self.state = State.SENDING
-        times = self._deliver(version)
+        times = self._deliver_well(version)
         if is_compared:
             self._deliver(version, compares=True)
         self.state = State.VERIFYING
@@ -232,6 +232,16 @@ class SyncSession:
         metrics, failures = self._probe.collect()
         self._engines.fail(failures)
         return metrics
+
+    def _deliver_well(self, version: int) -> dict[str, float]:
+        """`_deliver`, and once more where every engine refuses: the fault may have passed."""
+        try:
+            return self._deliver(version)
+        except EnginesFailed as error:
+            logger.warning("version %d is sent once more: %s", version, error)
+        if self._transport.delivery is Delivery.FILES:
+            self._ranks.call("prepare", version, what=f"write version {version} once more")
+        return self._deliver(version)
 
     def _deliver(self, version: int, *, compares: bool = False) -> dict[str, float]:
         """Returns the seconds of its parts, as metrics."""

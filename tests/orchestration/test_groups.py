@@ -19,6 +19,7 @@ from nanoslime.config.deadlines import Deadline
 from nanoslime.config.rollout import WeightSyncConfig
 from nanoslime.models.shape import ModelShape
 from nanoslime.orchestration import groups as groups_module
+from nanoslime.orchestration import torchrun_group
 from nanoslime.orchestration.devices import SeparateDevices
 from nanoslime.orchestration.groups import TrainGroup, resolve_transport
 from nanoslime.orchestration.torchrun_group import Answer, Call, Ranks
@@ -85,6 +86,26 @@ def test_ranks_that_never_answer_are_named_with_the_setting():
         with pytest.raises(RunError, match=late):
             calls = [Call("train", ())] * 3
             ranks.ask(calls, "train", Deadline(0.2, "training.train_deadline_s"))
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def test_a_rank_that_fails_since_another_hangs_names_the_one_that_hangs(monkeypatch):
+    """Rank 0 lives in the driver."""
+    monkeypatch.setattr(torchrun_group, "NEWS_OF_A_DEATH_S", 0.2)
+    ends = [Pipe() for _ in range(4)]
+    ranks = Ranks.__new__(Ranks)
+    ranks._connections = [ours for ours, _ in ends]
+    ends[1][1].send_bytes(pickle.dumps(Answer(failure="the collective timed out")))
+    ends[3][1].send_bytes(pickle.dumps(Answer(failure="the collective timed out")))
+    handler = signal.getsignal(signal.SIGTERM)
+    told = (
+        "trainer rank 1 failed to train: the collective timed out; "
+        "trainer ranks 2 have not answered"
+    )
+    try:
+        with pytest.raises(RunError, match=told):
+            ranks.ask([Call("train", ())] * 4, "train", Deadline(5.0, "training.train_deadline_s"))
     finally:
         signal.signal(signal.SIGTERM, handler)
 

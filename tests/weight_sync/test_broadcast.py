@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from nanoslime.batch import OwnedShard, WeightShard
+from nanoslime.sealed_bucket import HEADER_BYTES
 from nanoslime.types import RunError
 from nanoslime.weight_sync import broadcast
 from nanoslime.weight_sync.broadcast import BroadcastSender
@@ -88,7 +89,7 @@ def open_refused(rank: int, tmp_path: Path) -> None:
 def lose_the_store(rank: int, tmp_path: Path) -> None:
     """What rank 0 says never arrives: it fails at once, and the other one after its deadline."""
     sender = sender_of(rank, 2.0)
-    assert sender.send(1).num_bytes == NUM_TENSORS * (56 + 16)
+    assert sender.send(1).num_bytes == NUM_TENSORS * (HEADER_BYTES + 16)
 
     def gone(turns: Turns, turn: int, *, well: bool) -> None:
         raise RuntimeError("the store is gone")

@@ -5,6 +5,7 @@ mixture, and an engine costs the run nothing but itself.
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -347,10 +348,37 @@ def test_what_every_engine_refuses_is_not_their_fault_and_none_goes_on(tmp_path,
     with pytest.raises(RunError, match=f"engine a: {call} refused; engine b: {call} refused"):
         session.sync(4)
     assert "resume" not in calls and {engine.label for engine in engines} == {0}
+    assert [engine.own_calls.count(call) for engine in engines] == [2, 2], "it was tried again"
     with pytest.raises(
         RunError, match="version 5 cannot be sent: the sync .* while it was sending"
     ):
         session.sync(5)
+
+
+@pytest.mark.parametrize("transport", ["broadcast", "tensor", "disk"])
+def test_what_every_engine_refuses_once_is_sent_again_and_named(tmp_path, caplog, transport):
+    """What went wrong on the way may have passed: files are written anew."""
+    calls: list[str] = []
+    engines = [Engine(name, calls) for name in "ab"]
+    session = opened(tmp_path, transport, *engines, calls=calls)
+    call = "update_weights_from_disk" if transport == "disk" else "send"
+    for engine in engines:
+        engine._fails_at = call
+    told = Engine._told
+
+    def once(engine: Engine, name: str) -> None:
+        try:
+            told(engine, name)
+        finally:
+            if name == call:
+                engine._fails_at = ""
+
+    for engine in engines:
+        engine._told = partial(once, engine)
+    session.sync(4)
+    assert [engine.served for engine in engines] == [[(4, 4)], [(4, 4)]]
+    assert calls.count("prepare") == (2 if transport == "disk" else 1)
+    assert f"version 4 is sent once more: engine a: {call} refused; engine b" in caplog.text
 
 
 def test_engines_that_die_one_after_another_are_lost_one_after_another(tmp_path):

@@ -184,9 +184,15 @@ class Actors:
                 raise RunError(f"{self._names[i]} failed to start: {reason}") from e
             raise self._died(i, what) from e
         except RayError as e:
-            dead = self._first_dead()  # a death breaks the collectives of all other ranks
+            dead, silent = self._others()  # a death breaks the collectives of all other ranks
             if dead is not None:
                 raise self._died(dead, what) from e
+            if silent:
+                names = ", ".join(self._names[other] for other in silent)
+                raise RunError(
+                    f"{self._names[i]} failed to {what}: {summary(e)}; {names} do not answer; "
+                    f"log: {self._logs[silent[0]]}"
+                ) from None
             # The actor has told its own log and us in one line.
             raise RunError(
                 f"{self._names[i]} failed to {what}: {summary(e)}; log: {self._logs[i]}"
@@ -195,15 +201,19 @@ class Actors:
     def _died(self, i: int, what: str) -> RunError:
         return RunError(f"{self._names[i]} died while asked to {what}; log: {self._logs[i]}")
 
-    def _first_dead(self) -> int | None:
-        """Asks all actors and returns the first dead one; news may take two seconds."""
+    def _others(self) -> tuple[int | None, list[int]]:
+        """Asks all actors; returns the first dead one, and those that do not answer within two
+        seconds: they may hang, and the others wait for them."""
         pings = self.start_on_each("__ray_ready__")
         ray.wait(pings, num_returns=len(pings), timeout=2.0)
+        silent = []
         for i, ping in enumerate(pings):
             try:
                 ray.get(ping, timeout=0)
             except RayActorError:
-                return i
-            except (GetTimeoutError, RayError):
+                return i, []
+            except GetTimeoutError:
+                silent.append(i)
+            except RayError:
                 continue
-        return None
+        return None, silent

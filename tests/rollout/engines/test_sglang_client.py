@@ -353,7 +353,7 @@ def flat_of(tensors: dict[str, Tensor], place: Place) -> tuple[FlatBucket, Tenso
     flat = torch.empty(bucket.nbytes, dtype=torch.uint8)
     for view, tensor in zip(bucket.views(flat), tensors.values(), strict=True):
         view.copy_(tensor)
-    seal(flat, place)
+    seal(flat, place, bucket.parts)
     return bucket, flat
 
 
@@ -485,10 +485,13 @@ def test_an_engine_that_holds_other_weights_than_it_is_compared_with_says_which(
 
 
 def send_tensors(engine: SGLangEngine, tensors: dict[str, Tensor], place: Place) -> None:
-    bucket, flat = flat_of(tensors, place)
+    engine.receive_payloads([payload_of(*flat_of(tensors, place))])
+
+
+def payload_of(bucket: FlatBucket, flat: Tensor) -> bytes:
+    """A bucket as a trainer hands it to one rank of an engine."""
     empty = FlattenedTensorBucket.empty(bucket.names, bucket.dtypes, bucket.shapes, "cpu")
-    content = {"flattened_tensor": flat, "metadata": empty.get_metadata()}
-    engine.receive_payloads([serialize_on_cpu(content)])
+    return serialize_on_cpu({"flattened_tensor": flat, "metadata": empty.get_metadata()})
 
 
 # What others than our trainers may send, as stock SGLang takes it.
