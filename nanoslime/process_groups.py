@@ -1,4 +1,4 @@
-"""Joins a process group beside the default one: trainer rank 0 with the ranks of engines."""
+"""Joins a process group beside the default one: a trainer rank with the ranks of engines."""
 
 from datetime import timedelta
 from typing import Any
@@ -26,7 +26,8 @@ def shared_store(address: str, timeout_s: float) -> dist.TCPStore:
 def join_group(
     store: dist.TCPStore, *, rank: int, world_size: int, name: str, backend: str, timeout_s: float
 ) -> dist.ProcessGroup:
-    """Joins group `name` at `store` as `rank`; returns when all `world_size` members have come.
+    """Joins group `name` at `store` as `rank`; with gloo it returns when all `world_size` members
+    have come. NCCL makes its connections in the first call of the group.
 
     torch has no public function for a group outside the default one. This one is made
     from the same parts as in SGLang's /init_weights_update_group, so that the two meet:

@@ -18,6 +18,7 @@ keep them in ordinary memory.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,9 +183,8 @@ class WeightGuard:
         if problem:
             return False, f"refused: {problem}"
         place = place_of(flat)
-        if received.last is None:
-            self._watch(received, compares=place.compares)
-        success, message = _loaded(original, updater, tensors, **options)
+        load = partial(original, updater, tensors, **options)
+        success, message = self._load(load, received, compares=place.compares)
         if success:
             received.names.update(name for name, _ in names)
             received.last = place
@@ -209,9 +209,9 @@ class WeightGuard:
         if problem:
             return False, f"refused {model_path}: {problem}"
         compares = load_format == COMPARING
-        self._watch(received, compares=compares)
         load_format = "auto" if compares else load_format
-        success, message = _loaded(original, updater, model_path, load_format, **options)
+        load = partial(original, updater, model_path, load_format, **options)
+        success, message = self._load(load, received, compares=compares)
         if not success:
             return False, message
         problem = received.problem()
@@ -236,6 +236,15 @@ class WeightGuard:
             else:
                 self._filled.add(id(received.updater))
         return answer
+
+    def _load(self, load: Callable[[], Result], received: _Received, *, compares: bool) -> Result:
+        try:
+            if received.last is None:
+                self._watch(received, compares=compares)
+            return load()
+        except Exception as e:
+            # Whatever is raised here would end the scheduler process.
+            return False, f"the weights may be a mixture of two versions: {type(e).__name__}: {e}"
 
     def _watch(self, received: _Received, *, compares: bool) -> None:
         """Before the first tensor of an update is loaded."""
@@ -262,14 +271,6 @@ def _is_draft(updater: Any) -> bool:
     """Whether its model only drafts tokens for another one. Nobody trains it: it keeps its own
     weights, and shares those that it has of the other one."""
     return updater.get_model_runner().is_draft_worker
-
-
-def _loaded(original: Original, *arguments: Any, **options: Any) -> Result:
-    try:
-        return original(*arguments, **options)
-    except Exception as e:
-        # Whatever a loader raises would end the scheduler process.
-        return False, f"the weights may be a mixture of two versions: {type(e).__name__}: {e}"
 
 
 def _opened(named_tensors: Any) -> tuple[torch.Tensor | None, list[Part], Any]:
