@@ -4,7 +4,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal, Protocol
@@ -140,13 +140,10 @@ class TrainBackend(ABC):
             self._keep_skipped(shard, norm, self.skipped_dir)
         history.optimizer_step += 1
         return StepMetrics(
-            loss=metrics.loss,
+            **asdict(metrics),
             grad_norm=norm,
             lr=lr,
             skipped=not accepted,
-            means=metrics.means,
-            maxima=metrics.maxima,
-            minima=metrics.minima,
             num_skipped=history.num_skipped,
         )
 

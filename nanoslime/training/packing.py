@@ -11,7 +11,7 @@ which grows with its tokens, plus that of attention, which grows with their squa
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 
 import numpy as np
 
@@ -150,14 +150,12 @@ def _deal(
     """Costliest first, each to the rank of least cost that lacks some of its share."""
     share = len(microbatches) // num_ranks
     ranks: list[list[Indices]] = [[] for _ in range(num_ranks)]
-    loads = [(0.0, rank) for rank in range(num_ranks)]
-    heapify(loads)
-    costs = [sequences.cost(m) for m in microbatches]
-    for number in sorted(range(len(microbatches)), key=lambda n: (-costs[n], n)):
-        load, rank = heappop(loads)
-        ranks[rank].append(microbatches[number])
-        if len(ranks[rank]) < share:
-            heappush(loads, (load + costs[number], rank))
+    loads = [0.0] * num_ranks
+    for microbatch in sorted(microbatches, key=sequences.cost, reverse=True):
+        lacking = [rank for rank in range(num_ranks) if len(ranks[rank]) < share]
+        rank = min(lacking, key=loads.__getitem__)
+        ranks[rank].append(microbatch)
+        loads[rank] += sequences.cost(microbatch)
     return ranks
 
 

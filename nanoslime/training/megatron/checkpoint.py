@@ -141,11 +141,8 @@ def _sharded_state(
     weights = {}
     for number, chunk in enumerate(model_chunks):
         weights[number] = chunk.sharded_state_dict(metadata=dict(content))
-    moments = {}
-    for number, inner in enumerate(optimizer.chained_optimizers):
-        moments[number] = {}
-        if not inner.get_parameters():
-            continue
+    moments = {number: {} for number in range(len(optimizer.chained_optimizers))}
+    for number, inner in _training(optimizer):
         if isinstance(inner, DistributedOptimizer):
             moments[number] = optimizer_shards.sharded(inner, weights)
         else:
@@ -158,6 +155,15 @@ def _sharded_state(
     return {"model": weights, "optimizer": moments, "random": random_state}
 
 
+def _training(optimizer: ChainedOptimizer) -> list[tuple[int, MegatronOptimizer]]:
+    """The optimizers that have something to train on this rank, by their numbers.
+
+    Any of them may have nothing (the second one is for experts).
+    """
+    chained = enumerate(optimizer.chained_optimizers)
+    return [(number, inner) for number, inner in chained if inner.get_parameters()]
+
+
 def _layout(ranks: Ranks) -> str:
     pipeline = f"pp{ranks.pp_size}x{ranks.vpp_size}"
     layout = f"tp{ranks.tp_size} cp{ranks.cp_size} {pipeline} dp{ranks.dp_size}"
@@ -168,9 +174,7 @@ def _layout(ranks: Ranks) -> str:
 
 def _make_state(optimizer: ChainedOptimizer) -> None:
     """Makes moments and step before the first update, as megatron-core does not."""
-    for inner in optimizer.chained_optimizers:
-        if not inner.get_parameters():
-            continue
+    for _, inner in _training(optimizer):
         if isinstance(inner.optimizer, HybridDeviceOptimizer):
             _make_offloaded_state(inner.optimizer)
             continue
@@ -198,12 +202,9 @@ def _load_optimizer(optimizer: ChainedOptimizer, loaded: dict[int, Any], num_upd
     """Restores moments and main parameters; the settings remain those of this run.
 
     The optimizer's step becomes `num_updates`, because megatron-core keeps the step of
-    rank 0. Rank 0 may have nothing to train, and so may each optimizer on any rank (the
-    second one is for experts).
+    rank 0. Rank 0 may have nothing to train.
     """
-    for number, inner in enumerate(optimizer.chained_optimizers):
-        if not inner.get_parameters():
-            continue
+    for number, inner in _training(optimizer):
         if isinstance(inner, DistributedOptimizer):
             _load_distributed(inner, loaded[number], num_updates)
         else:
