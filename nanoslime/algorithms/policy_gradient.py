@@ -79,10 +79,12 @@ class PolicyGradient(ABC):
         for sample in samples:
             key = (sample.group_id, sample.rollout_id)
             lengths[key] = max(lengths.get(key, 0), sample.num_response_tokens)
+        config = self.config
+        overlong = (self._max_response_length, config.overlong_buffer, config.overlong_penalty)
         found: dict[tuple[int, int], float] = {}
         for group_id, rewards in rewards_by_group(groups).items():
             shaped = [
-                reward + self._overlong_penalty(lengths[group_id, rollout_id])
+                reward + overlong_penalty(lengths[group_id, rollout_id], *overlong)
                 for rollout_id, reward in rewards.items()
             ]
             advantages = self.rollout_advantages(shaped)
@@ -90,14 +92,6 @@ class PolicyGradient(ABC):
                 found[group_id, rollout_id] = advantage
         for sample in samples:
             sample.advantage = found[sample.group_id, sample.rollout_id]
-
-    def _overlong_penalty(self, length: int) -> float:
-        config = self.config
-        if not config.overlong_buffer:
-            return 0.0
-        return overlong_penalty(
-            length, self._max_response_length, config.overlong_buffer, config.overlong_penalty
-        )
 
     def token_advantages(
         self, shard: TrainBatch, all_sum: Callable[[Tensor], Tensor]

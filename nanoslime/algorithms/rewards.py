@@ -37,8 +37,10 @@ def overlong_penalty(length: int, max_length: int, buffer: int, penalty: float) 
     """The amount added to the reward of a response of `length` tokens, never positive.
 
     It is 0 up to max_length - buffer, and from there falls linearly to -penalty at
-    max_length (soft over-long punishment, arXiv 2503.14476, equation 13).
+    max_length (soft over-long punishment, arXiv 2503.14476, equation 13); without a buffer 0.
     """
+    if not buffer:
+        return 0.0
     tokens_in_buffer = length - (max_length - buffer)
     share = min(max(tokens_in_buffer / buffer, 0.0), 1.0)
     return -penalty * share

@@ -9,7 +9,7 @@ ARCHITECTURES = {
     "glm4": "nanoslime.models.glm4:GLM4",
     "glm4_moe": "nanoslime.models.glm4:GLM4_MOE",
     "llama": "nanoslime.models.llama:LLAMA",
-    "mistral": "nanoslime.models.llama:MISTRAL",
+    "mistral": "nanoslime.models.llama:LLAMA",
     "mixtral": "nanoslime.models.mixtral:MIXTRAL",
     "qwen2": "nanoslime.models.qwen2:QWEN2",
     "qwen2_moe": "nanoslime.models.qwen2:QWEN2_MOE",

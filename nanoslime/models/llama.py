@@ -14,4 +14,3 @@ def _read(config: ConfigFile) -> ModelShape:
 LLAMA = Architecture(_read, dense_decoder)
 
 # Mistral has the same tensors; its version 0.1 attends within a sliding window.
-MISTRAL = Architecture(_read, dense_decoder)

@@ -69,11 +69,7 @@ def pack(
     _halve_largest_for_empty(microbatches)
     ranks = _deal(microbatches, sequences, num_ranks)
     _exchange(ranks, sequences)
-    return [_costliest_first(rank, sequences) for rank in ranks]
-
-
-def _costliest_first(rank: list[Indices], sequences: _Sequences) -> list[Indices]:
-    return sorted(rank, key=lambda m: (-sequences.cost(m), m))
+    return [sorted(rank, key=lambda m: (-sequences.cost(m), m)) for rank in ranks]
 
 
 def _fill(sequences: _Sequences, num_ranks: int, multiple: int) -> list[Indices]:

@@ -114,7 +114,8 @@ def on_host(tensors: Sequence[Tensor], owner: object) -> list[Tensor]:
 
     It is pinned as long as `owner` lives.
     """
-    sizes = [_padded(tensor.nbytes) for tensor in tensors]
+    # So many bytes each that the next tensor, of any dtype, is aligned.
+    sizes = [-(-tensor.nbytes // 64) * 64 for tensor in tensors]
     memory = torch.empty(sum(sizes), dtype=torch.uint8)
     if tensors and tensors[0].is_cuda:
         pin(memory, owner)
@@ -123,11 +124,6 @@ def on_host(tensors: Sequence[Tensor], owner: object) -> list[Tensor]:
         copy = place[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         copies.append(copy.copy_(tensor))
     return copies
-
-
-def _padded(num_bytes: int) -> int:
-    """So many bytes that the next tensor, of any dtype, is aligned."""
-    return -(-num_bytes // 64) * 64
 
 
 def pin(memory: Tensor, owner: object) -> Callable[[], Any]:
