@@ -11,7 +11,7 @@ import asyncio
 import hmac
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -75,12 +75,11 @@ class Session:
             variables["tools"] = asked.tools
         parent = self._parent("messages", history)
         if parent is None:
-            builder = self._begin(self._chat.start(messages, **variables))
+            new = self._chat.start(messages, **variables)
         else:
-            builder = parent.builder.fork()
-            new = messages[len(parent.history) :]
-            builder.observed(self._chat.following(builder.token_ids, new, **variables))
-        return await self._respond(Turn(parent, "messages", history, builder), asked)
+            later = messages[len(parent.history) :]
+            new = self._chat.following(parent.builder.token_ids, later, **variables)
+        return await self._respond(self._turn(parent, "messages", history, new), asked)
 
     async def complete(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Answers /completions, to a text or to token ids."""
@@ -91,12 +90,7 @@ class Session:
         new = prompt[len(parent.history) :] if parent else prompt
         if kind == "text":
             new = self.policy.tokenizer.encode(new, add_special_tokens=parent is None)
-        if parent is None:
-            builder = self._begin(new)
-        else:
-            builder = parent.builder.fork()
-            builder.observed(new)
-        return await self._respond(Turn(parent, kind, prompt, builder), asked)
+        return await self._respond(self._turn(parent, kind, prompt, new), asked)
 
     def samples(self) -> list[Sample]:
         """The sequences that the agent has made, one for each turn that it did not go on from.
@@ -116,11 +110,17 @@ class Session:
             loss_from = len(turn.builder.token_ids) if turn else 0
             samples.append(leaf.builder.build(loss_from=loss_from))
         if not samples:
-            return [self._begin(self._prompt.token_ids).build(error=self._error)]
+            return [SampleBuilder(self._prompt, self.policy).build(error=self._error)]
         return [sample for sample in samples if sample.num_response_tokens] or samples[:1]
 
-    def _begin(self, token_ids: Any) -> SampleBuilder:
-        return SampleBuilder(self._prompt, self.policy, token_ids)
+    def _turn(self, parent: Turn | None, kind: str, history: Any, new: Sequence[int]) -> Turn:
+        """The turn that goes on from `parent`, or begins, with the tokens `new`."""
+        if parent is None:
+            builder = SampleBuilder(self._prompt, self.policy, new)
+        else:
+            builder = parent.builder.fork()
+            builder.observed(new)
+        return Turn(parent, kind, history, builder)
 
     def _parent(self, kind: str, history: Any) -> Turn | None:
         """The longest turn that a request with this history goes on from."""
