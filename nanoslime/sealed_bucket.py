@@ -16,6 +16,9 @@ from torch import Tensor
 HEADER = "nanoslime.header"
 HEADER_WORDS = 8
 HEADER_BYTES = 8 * HEADER_WORDS
+# Stands after the name of a tensor that is larger than a bucket, as long as further rows of it
+# follow under the same name.
+MORE = "..."
 # What is said of a tensor: its name, dtype and shape.
 Part = tuple[str, torch.dtype, Sequence[int]]
 # Words that are summed at a time, so that the products need little memory.

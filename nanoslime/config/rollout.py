@@ -136,8 +136,8 @@ class WeightSyncConfig:
     several; SGLang takes broadcast, and with cluster.colocate tensor (handles of the
     trainer's GPU memory)."""
     bucket_bytes: int = Field(default=512 << 20, ge=1)
-    """A rank holds at most twice as many bytes for weight sync. Where its largest tensor has more
-    than two thirds of this, it holds three times that tensor."""
+    """A rank holds at most twice as many bytes for weight sync: of a tensor that is larger than a
+    bucket it sends rows."""
     compare_every: int = Field(default=50, ge=0)
     """In so many syncs one is made twice, as is the first, and that for an engine which comes
     back: the second time must not change a tensor in any engine. 0: only those."""

@@ -16,7 +16,8 @@ four: they are nearly all of an answer. On a machine without CUDA the plug-in al
 keep them in ordinary memory.
 """
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,11 +27,13 @@ import torch
 import torch.distributed as dist
 from sglang.srt.managers.io_struct import BeginWeightUpdateReqOutput
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
+from torch import Tensor
 
 from nanoslime.rollout import weight_check
 from nanoslime.rollout.engines.sglang_client import COMPARING
-from nanoslime.rollout.weight_check import ExpectedTensors, checkpoint_shapes
-from nanoslime.sealed_bucket import HEADER, Part, Place, broken_seal, place_of, wrong_parts
+from nanoslime.rollout.weight_check import ExpectedTensors, Named, checkpoint_shapes
+from nanoslime.sealed_bucket import HEADER, MORE, Part, Place, broken_seal, place_of, wrong_parts
 from nanoslime.storage import manifest
 from nanoslime.types import RunError
 
@@ -114,11 +117,38 @@ class _Received:
     updater: Any
     expected: ExpectedTensors
     names: set[str] = field(default_factory=set)
+    # Of tensors that are larger than a bucket, while further rows follow.
+    rows: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     last: Place | None = None
     # Whether the parameters were made NaN before: this is the first update of the process.
     is_first: bool = False
     # Where the update compares: the parameters before it.
     before: dict[str, list[int]] | None = None
+
+    def first_problem(self, named: Iterable[Named]) -> str | None:
+        """What is wrong with one of these tensors; rows are looked at once all have come."""
+        whole = []
+        for name, shape in named:
+            if not name.endswith(MORE) and name not in self.rows:
+                whole.append((name, shape))
+        return self.expected.first_problem(whole, self.names)
+
+    def load(self, original: Original, tensors: Any) -> Result:
+        """Loads the tensors of a bucket that are whole now, and keeps the rows of others."""
+        if isinstance(tensors, dict):
+            tensors = FlattenedTensorBucket(**tensors).reconstruct_tensors()
+        whole = []
+        for name, tensor in tensors:
+            if name.endswith(MORE):
+                self.rows[name.removesuffix(MORE)].append(tensor.clone())
+            else:
+                rows = self.rows.pop(name, [])
+                whole.append((name, torch.cat([*rows, tensor]) if rows else tensor))
+        problem = self.first_problem((name, tuple(tensor.shape)) for name, tensor in whole)
+        if problem:
+            return False, f"refused: {problem}"
+        self.names.update(name for name, _ in whole)
+        return original(self.updater, whole) if whole else (True, "rows are kept")
 
     def problem(self) -> str | None:
         """What is wrong with the update, at its end."""
@@ -178,15 +208,14 @@ class WeightGuard:
         problem = "it has no header"
         if flat is not None:
             problem = broken_seal(flat, received.last)
-            problem = problem or received.expected.first_problem(names, received.names)
+            problem = problem or received.first_problem(names)
             problem = problem or wrong_parts(flat, parts)
         if problem:
             return False, f"refused: {problem}"
         place = place_of(flat)
-        load = partial(original, updater, tensors, **options)
+        load = partial(received.load, original, tensors)
         success, message = self._load(load, received, compares=place.compares)
         if success:
-            received.names.update(name for name, _ in names)
             received.last = place
         return success, message
 

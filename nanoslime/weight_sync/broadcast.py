@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 NUM_FLAT = 2
 # A rank holds NUM_FLAT buckets and, while it fills one, the parts of it that arrive. All of
 # that fits into two times weight_sync.bucket_bytes.
-_SHARE = 2 / (NUM_FLAT + 1)
+SHARE = 2 / (NUM_FLAT + 1)
 
 
 @dataclass(slots=True)
@@ -72,7 +72,7 @@ class BroadcastSender:
         weights = rank.weights
         self._weights = weights
         self._deadline_s = rank.deadline_s
-        plan = weights.plan(whole_on_first, int(rank.bucket_bytes * _SHARE))
+        plan = weights.plan(whole_on_first, int(rank.bucket_bytes * SHARE))
         self._exchange = Exchange(plan, weights.rank, weights.device)
         self._senders = [bucket.first_rank for bucket in plan]
         self._flat_buckets = {

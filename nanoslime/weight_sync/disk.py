@@ -9,6 +9,7 @@ Nothing is gathered: rows of a tensor are consecutive bytes of its file. Only ra
 rows, since tensor parallelism splits another dimension, exchange them for whole ones.
 """
 
+import math
 import os
 import secrets
 import shutil
@@ -34,7 +35,7 @@ from nanoslime.storage.safetensors_file import (
 from nanoslime.storage.shared_files import publish_json
 from nanoslime.types import RunError
 from nanoslime.weight_sync.exchange import Exchange
-from nanoslime.weight_sync.plan import PlannedTensor, rows_on_each
+from nanoslime.weight_sync.plan import PlannedTensor, lengths, rows_on_each
 from nanoslime.weight_sync.trainer_weights import TrainerWeights
 from nanoslime.weight_sync.transport import EngineSide, RankSide, Sent, version_dir
 
@@ -75,11 +76,11 @@ class CheckpointWriter:
 
     def __init__(self, weights: TrainerWeights, bucket_bytes: int) -> None:
         self._weights = weights
-        self._plan = weights.plan(rows_on_each, bucket_bytes)
+        self._plan = weights.plan(rows_on_each, bucket_bytes, spreads=True)
         self._exchange = Exchange(self._plan, weights.rank, weights.device)
-        tensors = [tensor for bucket in self._plan for tensor in bucket.tensors]
+        by_name = {tensor.name: tensor for bucket in self._plan for tensor in bucket.tensors}
         # Some readers want each tensor aligned to its own elements.
-        tensors.sort(key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
+        tensors = sorted(by_name.values(), key=lambda t: (-t.dtype.itemsize, t.name))
         specs = [
             (tensor.name, SAFETENSORS_DTYPES[tensor.dtype], tensor.shape) for tensor in tensors
         ]
@@ -204,12 +205,11 @@ class _Files:
 
 
 def _empty(tensor: PlannedTensor, box: Box, device: torch.device) -> Tensor:
-    shape = [axis.stop - axis.start for axis in box]
-    return torch.empty(shape, dtype=tensor.dtype, device=device)
+    return torch.empty(lengths(box), dtype=tensor.dtype, device=device)
 
 
 def _offset(tensor: PlannedTensor, box: Box) -> int:
     """Bytes of the tensor before these rows."""
     if not box or box[0].start == 0:
         return 0
-    return tensor.nbytes // tensor.shape[0] * box[0].start
+    return tensor.dtype.itemsize * math.prod(tensor.shape[1:]) * box[0].start

@@ -15,7 +15,7 @@ from torch import Tensor
 from nanoslime.batch import WeightShard
 from nanoslime.models.rules import Box
 from nanoslime.types import RunError
-from nanoslime.weight_sync.plan import Bucket, overlap, size, within
+from nanoslime.weight_sync.plan import Bucket, lengths, overlap, size, within
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +97,11 @@ def _route(bucket: Bucket, rank: int) -> _Route:
     route = _Route()
     place = 0
     for tensor in bucket.tensors:
+        own = [source for source in tensor.sources if source.rank == rank]
         for target in tensor.targets:
-            for source in tensor.sources:
+            for source in tensor.sources if target.rank == rank else own:
                 shared = overlap(source.box, target.box)
-                if shared is None or rank not in (source.rank, target.rank):
+                if shared is None:
                     continue
                 part = _Part(source.index, within(shared, source.box), tensor.dtype)
                 wanted = _Part(place, within(shared, target.box), tensor.dtype)
@@ -120,7 +121,6 @@ def _views(pack: Tensor, parts: Sequence[_Part]) -> list[Tensor]:
     start = 0
     for part in parts:
         stop = start + part.nbytes
-        shape = [axis.stop - axis.start for axis in part.box]
-        views.append(pack[start:stop].view(part.dtype).reshape(shape))
+        views.append(pack[start:stop].view(part.dtype).reshape(lengths(part.box)))
         start = stop
     return views

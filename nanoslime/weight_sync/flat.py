@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nanoslime.sealed_bucket import HEADER, HEADER_BYTES, HEADER_WORDS
-from nanoslime.weight_sync.plan import Bucket
+from nanoslime.weight_sync.plan import Bucket, lengths
 
 
 class FlatBucket:
@@ -12,12 +12,12 @@ class FlatBucket:
 
     def __init__(self, bucket: Bucket) -> None:
         self._tensors = bucket.tensors
-        self.names = [HEADER, *(tensor.name for tensor in bucket.tensors)]
+        self.names = [HEADER, *(tensor.label for tensor in bucket.tensors)]
         self.dtypes = [torch.int64, *(tensor.dtype for tensor in bucket.tensors)]
-        self.shapes = [(HEADER_WORDS,), *(tensor.shape for tensor in bucket.tensors)]
+        self.shapes = [(HEADER_WORDS,), *(lengths(tensor.box) for tensor in bucket.tensors)]
         self.nbytes = HEADER_BYTES + bucket.nbytes
         # What is sealed of them.
-        self.parts = [(tensor.name, tensor.dtype, tensor.shape) for tensor in bucket.tensors]
+        self.parts = list(zip(self.names[1:], self.dtypes[1:], self.shapes[1:], strict=True))
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The tensors of the bucket within its bytes, uint8 [nbytes]."""
@@ -25,6 +25,6 @@ class FlatBucket:
         start = HEADER_BYTES
         for tensor in self._tensors:
             stop = start + tensor.nbytes
-            views.append(flat[start:stop].view(tensor.dtype).reshape(tensor.shape))
+            views.append(flat[start:stop].view(tensor.dtype).reshape(lengths(tensor.box)))
             start = stop
         return views

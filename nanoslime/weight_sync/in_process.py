@@ -13,7 +13,8 @@ class InProcessSender:
     def prepare(self, version: int) -> None: ...
 
     def send(self, version: int, *, compares: bool = False) -> Sent:
-        self._engine.load_weights(self._weights.whole_tensors(), version)
-        return Sent(self._weights.num_bytes)
+        tensors = dict(self._weights.whole_tensors())
+        self._engine.load_weights(tensors.items(), version)
+        return Sent(sum(tensor.nbytes for tensor in tensors.values()))
 
     def close(self) -> None: ...

@@ -9,13 +9,14 @@ asking one another.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, zip_longest
 
 import torch
 
 from nanoslime.batch import OwnedShard
 from nanoslime.models.rules import Box, whole
+from nanoslime.sealed_bucket import MORE
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +38,32 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """A whole Hugging Face tensor, the shards that fill it, and where its parts go."""
+    """A Hugging Face tensor, the shards that fill it, and where its parts go.
+
+    Of one that is larger than a bucket it is some `rows`.
+    """
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of the whole tensor
     dtype: torch.dtype
     sources: tuple[Source, ...]
     targets: tuple[Target, ...]
+    rows: slice | None = None
+
+    @property
+    def box(self) -> Box:
+        """What of the tensor it is."""
+        return whole(self.shape) if self.rows is None else (self.rows, *whole(self.shape[1:]))
+
+    @property
+    def label(self) -> str:
+        """What a bucket calls it."""
+        has_more = self.rows is not None and self.rows.stop < self.shape[0]
+        return self.name + MORE if has_more else self.name
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return size(self.box) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,15 +136,19 @@ def make_sync_plan(
     dtype_of: Callable[[str], torch.dtype],
     bucket_bytes: int,
     targets_of: Targets,
+    *,
+    spreads: bool = False,
 ) -> tuple[Bucket, ...]:
-    """Makes the plan for what each rank holds; of replicas the lowest rank's is sent.
+    """Makes the plan for what each rank holds; of replicas the lowest rank's is sent, or where
+    it `spreads`, another rank's for each tensor in turn.
 
-    `dtype_of` gives the dtype that a tensor of this name has at its targets. The buckets of the
-    ranks take turns, so that one can gather while another one sends. Raises ValueError naming
-    the tensor where shapes disagree, shards overlap, or a part of it has no owner.
+    `dtype_of` gives the dtype that a tensor of this name has at its targets. A bucket has at
+    most `bucket_bytes`, or one row of a tensor. The buckets of the ranks take turns, so that
+    one can gather while another one sends. Raises ValueError naming the tensor where shapes
+    disagree, shards overlap, or a part of it has no owner.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    sources: dict[str, dict[Box, Source]] = {}
+    replicas: dict[str, dict[Box, list[Source]]] = {}
     for rank, shards in enumerate(shards_by_rank):
         for index, shard in enumerate(shards):
             shape = shapes.setdefault(shard.name, shard.full_shape)
@@ -137,22 +157,47 @@ def make_sync_plan(
                     f"{shard.name}: rank {rank} has full shape {shard.full_shape}, "
                     f"another rank {shape}"
                 )
-            of_tensor = sources.setdefault(shard.name, {})
-            of_tensor.setdefault(shard.box, Source(rank, index, shard.box))
+            if size(shard.box):
+                of_tensor = replicas.setdefault(shard.name, {})
+                of_tensor.setdefault(shard.box, []).append(Source(rank, index, shard.box))
+    checked: set[tuple] = set()
     by_ranks: dict[tuple[int, ...], list[PlannedTensor]] = {}
-    for name, shape in shapes.items():
-        filled = tuple(source for source in sources[name].values() if size(source.box))
-        _check_cover(name, shape, filled)
-        targets = tuple(targets_of(shape, filled))
-        tensor = PlannedTensor(name, shape, dtype_of(name), filled, targets)
-        ranks = tuple(sorted({target.rank for target in targets}))
-        by_ranks.setdefault(ranks, []).append(tensor)
+    for number, (name, shape) in enumerate(shapes.items()):
+        of_tensor = replicas.get(name, {})
+        turn = number if spreads else 0
+        sources = tuple(of_box[turn % len(of_box)] for of_box in of_tensor.values())
+        pattern = (shape, tuple(source.box for source in sources))
+        if pattern not in checked:
+            _check_cover(name, shape, sources)
+            checked.add(pattern)
+        targets = tuple(targets_of(shape, sources))
+        tensor = PlannedTensor(name, shape, dtype_of(name), sources, targets)
+        for part in cut(tensor, bucket_bytes):
+            ranks = tuple(sorted({target.rank for target in part.targets}))
+            by_ranks.setdefault(ranks, []).append(part)
     queues = []
     for ranks in sorted(by_ranks):
         tensors = sorted(by_ranks[ranks], key=lambda tensor: -tensor.dtype.itemsize)
         queues.append(list(make_buckets(tensors, bucket_bytes)))
     rounds = zip_longest(*queues)
     return tuple(bucket for turn in rounds for bucket in turn if bucket is not None)
+
+
+def cut(tensor: PlannedTensor, limit_bytes: int) -> Iterator[PlannedTensor]:
+    """The tensor, or where it has more than `limit_bytes`, as many of its rows as fit."""
+    if tensor.nbytes <= limit_bytes or not tensor.shape:
+        yield tensor
+        return
+    num_rows = tensor.shape[0]
+    step = max(1, limit_bytes * num_rows // tensor.nbytes)
+    for start in range(0, num_rows, step):
+        part = replace(tensor, rows=slice(start, min(start + step, num_rows)))
+        targets = []
+        for target in tensor.targets:
+            shared = overlap(target.box, part.box)
+            if shared is not None:
+                targets.append(Target(target.rank, shared))
+        yield replace(part, targets=tuple(targets))
 
 
 def make_buckets(tensors: Sequence[PlannedTensor], limit_bytes: int) -> Iterator[Bucket]:
@@ -170,9 +215,14 @@ def make_buckets(tensors: Sequence[PlannedTensor], limit_bytes: int) -> Iterator
         yield Bucket(tuple(gathered))
 
 
+def lengths(box: Box) -> tuple[int, ...]:
+    """The shape of a tensor that holds just the elements of a box."""
+    return tuple(axis.stop - axis.start for axis in box)
+
+
 def size(box: Box) -> int:
     """The number of elements of a box."""
-    return math.prod(axis.stop - axis.start for axis in box)
+    return math.prod(lengths(box))
 
 
 def overlap(one: Box, other: Box) -> Box | None:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 
 import torch
@@ -27,6 +27,7 @@ class TrainerWeights:
     rank: int
     dtype: torch.dtype
     device: torch.device
+    _plans: dict[tuple, tuple[Bucket, ...]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         """Raises ValueError where this rank does not hold what the others think it does."""
@@ -35,21 +36,25 @@ class TrainerWeights:
             if mine != theirs:
                 raise ValueError(f"trainer rank {self.rank} holds {mine}, not {theirs}")
 
-    def plan(self, targets_of: Targets, bucket_bytes: int) -> tuple[Bucket, ...]:
-        """The same on every rank; see make_sync_plan."""
-        return make_sync_plan(self.owned, self._dtype_of, bucket_bytes, targets_of)
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all tensors, each counted once."""
-        [bucket] = self.plan(whole_on_rank_0, bucket_bytes=sys.maxsize)
-        return bucket.nbytes
+    def plan(
+        self, targets_of: Targets, bucket_bytes: int, *, spreads: bool = False
+    ) -> tuple[Bucket, ...]:
+        """The same on every rank; see make_sync_plan. It is made once: with many experts that
+        takes seconds.
+        """
+        asked = (targets_of, bucket_bytes, spreads)
+        if asked not in self._plans:
+            self._plans[asked] = make_sync_plan(
+                self.owned, self._dtype_of, bucket_bytes, targets_of, spreads=spreads
+            )
+        return self._plans[asked]
 
     def whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yields all tensors on rank 0, one after the other. Collective: elsewhere it yields
         nothing, and has to be exhausted.
         """
-        plan = self.plan(whole_on_rank_0, bucket_bytes=1)
+        [everything] = self.plan(whole_on_rank_0, bucket_bytes=sys.maxsize)
+        plan = [Bucket((tensor,)) for tensor in everything.tensors]
         exchange = Exchange(plan, self.rank, self.device)
         shards = list(self.shards())
         for number, bucket in enumerate(plan):

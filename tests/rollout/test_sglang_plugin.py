@@ -8,11 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
+from torch import Tensor
 
 from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
+from nanoslime.sealed_bucket import HEADER, HEADER_WORDS, MORE, Place, seal
 
 pytestmark = pytest.mark.sglang
 PLUGIN = "nanoslime.rollout.sglang_plugin"
+HEAD = "lm_head.weight"
+MORE_ROWS = HEAD + MORE
 
 
 @pytest.fixture
@@ -72,3 +78,72 @@ def test_a_directory_that_the_loader_cannot_take_is_refused_and_the_process_goes
     monkeypatch.setattr("nanoslime.rollout.weight_check.empty", broken)
     success, message = guard.disk(lambda *_: (True, ""), target, str(tiny_model), "auto")
     assert not success and "mixture of two versions: OSError: the disk" in message
+
+
+def sealed(flat: Tensor, content: dict[str, Tensor], place: Place) -> dict[str, Any]:
+    """A bucket as the plug-in gets it, in the first bytes of `flat`."""
+    tensors = {HEADER: torch.zeros(HEADER_WORDS, dtype=torch.int64), **content}
+    bucket = FlattenedTensorBucket(list(tensors.items()))
+    within = flat[: bucket.flattened_tensor.numel()]
+    within.copy_(bucket.flattened_tensor)
+    seal(within, place, [(name, t.dtype, t.shape) for name, t in content.items()])
+    return {"flattened_tensor": within, "metadata": bucket.metadata}
+
+
+def refuse(*arguments: object, **options: object) -> None:
+    raise AssertionError("nothing is to be loaded")
+
+
+@pytest.mark.parametrize("is_flat", [False, True])
+def test_rows_of_a_tensor_larger_than_a_bucket_are_loaded_once_all_have_come(
+    guard: Any, tiny_model: Path, is_flat: bool
+) -> None:
+    """Pairs come by broadcast, a flat tensor on shared devices; its memory is used again."""
+    tensors = load_file(tiny_model / "model.safetensors")
+    rows = tensors.pop(HEAD)
+    loaded: dict[str, Tensor] = {}
+
+    def load(updater: Any, named: list[tuple[str, Tensor]]) -> tuple[bool, str]:
+        loaded.update((name, tensor.clone()) for name, tensor in named)
+        return True, ""
+
+    target = updater_of(torch.nn.Module(), tiny_model, is_draft=False)
+    guard.begin(lambda updater: None, target)
+    flat = torch.empty(1 << 20, dtype=torch.uint8)
+    contents = ({MORE_ROWS: rows[:100]}, {MORE_ROWS: rows[100:300], **tensors}, {HEAD: rows[300:]})
+    for number, content in enumerate(contents):
+        bucket = sealed(flat, content, Place(3, number, len(contents)))
+        named = bucket if is_flat else FlattenedTensorBucket(**bucket).reconstruct_tensors()
+        assert HEAD not in loaded
+        assert guard.bucket(load if number else refuse, target, named)[0]
+    assert loaded.keys() == tensors.keys() | {HEAD}
+    assert torch.equal(loaded[HEAD], rows)
+
+
+@pytest.mark.parametrize(
+    ("rest", "problem"), [((101, 64), "has shape"), ((100, 3), "Sizes of tensors must match")]
+)
+def test_rows_that_do_not_make_up_their_tensor_are_refused(
+    guard: Any, tiny_model: Path, rest: tuple[int, int], problem: str
+) -> None:
+    rows = load_file(tiny_model / "model.safetensors")[HEAD]
+    start, num_columns = rest
+    target = updater_of(torch.nn.Module(), tiny_model, is_draft=False)
+    guard.begin(lambda updater: None, target)
+    flat = torch.empty(1 << 20, dtype=torch.uint8)
+    assert guard.bucket(refuse, target, sealed(flat, {MORE_ROWS: rows[:100]}, Place(3, 0, 2)))[0]
+    content = {HEAD: rows[start:, :num_columns]}
+    success, message = guard.bucket(refuse, target, sealed(flat, content, Place(3, 1, 2)))
+    assert not success and problem in message
+
+
+def test_an_update_that_ends_before_the_last_rows_is_refused(guard: Any, tiny_model: Path) -> None:
+    tensors = load_file(tiny_model / "model.safetensors")
+    rows = tensors.pop(HEAD)
+    target = updater_of(torch.nn.Module(), tiny_model, is_draft=False)
+    guard.begin(lambda updater: None, target)
+    flat = torch.empty(1 << 20, dtype=torch.uint8)
+    bucket = sealed(flat, {MORE_ROWS: rows[:100], **tensors}, Place(3, 0, 1))
+    assert guard.bucket(lambda *_: (True, ""), target, bucket)[0]
+    answer = guard.answer_end(lambda *_: SimpleNamespace(success=True, message=""), None, None)
+    assert not answer.success and f"1 of 25 tensors missing: {HEAD}" in answer.message

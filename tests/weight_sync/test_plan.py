@@ -4,15 +4,22 @@ import pytest
 import torch
 
 from nanoslime.batch import OwnedShard
+from nanoslime.models.rules import Box
+from nanoslime.weight_sync import exchange as exchange_module
+from nanoslime.weight_sync import plan as plan_module
+from nanoslime.weight_sync.flat import FlatBucket
 from nanoslime.weight_sync.plan import (
     Bucket,
     PlannedTensor,
     make_buckets,
     make_sync_plan,
+    overlap,
     rows_on_each,
+    size,
     whole_on_first,
 )
 
+THIRDS = ((0, 3), (3, 7), (7, 10))
 SHAPES = {"rows": (6, 4), "columns": (2, 8), "replicated": (5,), "only_on_last": (3, 3)}
 
 
@@ -94,6 +101,82 @@ def test_large_elements_come_first_so_that_a_bucket_is_aligned():
     [bucket] = make_sync_plan([shards], dtype_of, bucket_bytes=1000, targets_of=whole_on_first)
     assert [tensor.name for tensor in bucket.tensors] == ["b", "a", "c"]
     assert [tensor.nbytes for tensor in bucket.tensors] == [12, 6, 6]
+
+
+@pytest.mark.parametrize("targets_of", [whole_on_first, rows_on_each])
+def test_a_tensor_larger_than_a_bucket_travels_as_rows(targets_of):
+    """Three ranks hold its rows unevenly, or its columns; what is sent fills each row once."""
+    by_rows = [OwnedShard("rows", (10, 4), (slice(a, b), slice(0, 4))) for a, b in THIRDS]
+    by_columns = [OwnedShard("columns", (4, 10), (slice(0, 4), slice(a, b))) for a, b in THIRDS]
+    small = OwnedShard("scalar", (), ())
+    shards_by_rank = [[*shards, small] for shards in zip(by_rows, by_columns, strict=True)]
+    for limit in (1, 16, 40, 64, 100, 159, 160):
+        plan = make_sync_plan(shards_by_rank, float32, limit, targets_of)
+        count = {
+            name: torch.zeros(shape) for name, shape in (("rows", (10, 4)), ("columns", (4, 10)))
+        }
+        for bucket in plan:
+            assert bucket.nbytes <= limit or len(bucket.tensors) == 1
+            for tensor in bucket.tensors:
+                if tensor.name == "scalar":
+                    continue
+                row = tensor.nbytes // (tensor.box[0].stop - tensor.box[0].start)
+                assert tensor.nbytes <= max(limit, row)
+                assert tensor.nbytes == 4 * sum(size(target.box) for target in tensor.targets)
+                for target in tensor.targets:
+                    count[tensor.name][target.box] += 1
+        assert all(times.eq(1).all() for times in count.values())
+
+
+def test_rows_of_a_tensor_come_in_order_and_say_whether_more_follow():
+    plan = make_sync_plan([[owned("rows", (0, 6), (0, 4))]], float32, 33, whole_on_first)
+    tensors = [tensor for bucket in plan for tensor in bucket.tensors]
+    assert [tensor.box[0] for tensor in tensors] == [slice(0, 2), slice(2, 4), slice(4, 6)]
+    assert [tensor.label for tensor in tensors] == ["rows...", "rows...", "rows"]
+    shapes = [FlatBucket(bucket).shapes[1:] for bucket in plan]
+    assert shapes == [[(2, 4)], [(2, 4)], [(2, 4)]]
+
+
+def test_replicas_take_turns_where_the_plan_spreads():
+    """As in four data-parallel groups of two tensor-parallel ranks."""
+    shards_by_rank = []
+    for rank in range(8):
+        half = slice(100 * (rank % 2), 100 * (rank % 2) + 100)
+        shards_by_rank.append([OwnedShard(str(n), (200,), (half,)) for n in range(40)])
+    plan = make_sync_plan(shards_by_rank, float32, 10_000, rows_on_each, spreads=True)
+    num_rows = [0] * 8
+    for tensor in tensors_of(plan).values():
+        assert len({source.rank // 2 for source in tensor.sources}) == 1
+        for target in tensor.targets:
+            num_rows[target.rank] += size(target.box)
+    assert num_rows == [1000] * 8
+    plan = make_sync_plan(shards_by_rank, float32, 10_000, whole_on_first)
+    assert {bucket.first_rank for bucket in plan} == {0}
+
+
+@pytest.mark.parametrize("targets_of", [whole_on_first, rows_on_each])
+def test_the_work_of_a_plan_grows_with_the_shards_and_not_with_their_pairs(monkeypatch, targets_of):
+    """64 ranks that each hold rows of 60 tensors have 120,960 pairs of shards."""
+    num_compared = 0
+
+    def counted(one: Box, other: Box) -> Box | None:
+        nonlocal num_compared
+        num_compared += 1
+        return overlap(one, other)
+
+    monkeypatch.setattr(plan_module, "overlap", counted)
+    monkeypatch.setattr(exchange_module, "overlap", counted)
+    shards_by_rank = []
+    for rank in range(64):
+        rows = slice(2 * rank, 2 * rank + 2)
+        shards = [OwnedShard(str(n), (128, 4), (rows, slice(0, 4))) for n in range(60)]
+        shards_by_rank.append(shards)
+    plan = make_sync_plan(shards_by_rank, float32, 10_000, targets_of)
+    # The pairs of a shape are compared once.
+    assert num_compared <= 64 * 63 / 2
+    num_compared = 0
+    exchange_module.Exchange(plan, 5, torch.device("cpu"))
+    assert num_compared <= 2 * 64 * 60
 
 
 def test_buckets_keep_order_and_limit():

@@ -213,6 +213,13 @@ def test_a_bias_that_is_always_float32_keeps_its_bits(tmp_path: Path) -> None:
         assert got["even"].dtype == torch.bfloat16
 
 
+def test_a_plan_is_made_once() -> None:
+    """A further connection, or export, finds it."""
+    weights = weights_of(0, torch.bfloat16)
+    assert weights.plan(rows_on_each, 60) is weights.plan(rows_on_each, 60)
+    assert weights.plan(rows_on_each, 60) != weights.plan(rows_on_each, 10_000)
+
+
 def test_tensors_meet_on_the_device_of_the_rank() -> None:
     """Offloaded shards are on the CPU, the engines' NCCL group is not."""
     held = [WeightShard("a", (4,), (slice(0, 4),), torch.ones(4))]

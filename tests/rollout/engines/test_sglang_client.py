@@ -564,8 +564,18 @@ def test_distributed_update_refuses_wrong_names_and_goes_on(
         sglang_engine.end_update(3)
     assert sglang_engine.policy_version() == 0
 
+    head = tensors.pop("lm_head.weight")
     sglang_engine.begin_update()
-    sender.send({**tensors, NORM: norm}, Place(3, 0, 1))
+    sender.send({"lm_head.weight...": head[:100]}, Place(3, 0, 3))
+    sender.send({**tensors, NORM: norm}, Place(3, 1, 3))
+    with pytest.raises(RunError, match="'lm_head.weight' has shape"):
+        sender.send({"lm_head.weight": head[101:]}, Place(3, 2, 3))
+    with pytest.raises(RunError, match="1 of 25 tensors missing: lm_head.weight"):
+        sglang_engine.end_update(3)
+
+    sglang_engine.begin_update()
+    sender.send({"lm_head.weight...": head[:100]}, Place(3, 0, 2))
+    sender.send({**tensors, NORM: norm, "lm_head.weight": head[100:]}, Place(3, 1, 2))
     sglang_engine.end_update(3)
     sender.close()
     assert_serves(sglang_engine, other_model)
