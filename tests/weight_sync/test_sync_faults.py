@@ -242,6 +242,8 @@ def test_a_rank_that_dies_or_hangs_is_named_and_nothing_is_served_between_two_ve
     else:
         hangs = rf"trainer ranks (\d, )*{case.rank}(, \d)* (have not answered|did not)"
         assert re.search(hangs, outcome.error)
+        if case.transport == "broadcast":
+            assert re.search(r"trainer rank \d did not exchange its part of bucket", outcome.error)
         assert outcome.seconds < 4 * faulty_run.DEADLINE_S
     assert "of version 2" in outcome.error
     is_before_pause = "prepare" in case.fault or case.transport == "disk"

@@ -86,6 +86,20 @@ def _with_group(rank: int, meeting: str, check: Callable[..., None], tmp_path: P
     dist.destroy_process_group()
 
 
+def one_leaves(rank: int) -> None:
+    """Rank 1 has what rank 0 wants, and ends."""
+    weights = weights_of(rank, torch.float32)
+    plan = weights.plan(whole_on_rank_0, 10_000)
+    exchange = Exchange(plan, rank, CPU)
+    for number, bucket in enumerate(plan):
+        places = [torch.empty(t.shape, dtype=t.dtype) for t, _ in bucket.targets_on(rank)]
+        exchange.bring(number, list(weights.shards()), places)
+    if rank == 0:
+        message = f"trainer rank 1 did not exchange its part of bucket {number}: .*[Cc]onnection"
+        with pytest.raises(RunError, match=message):
+            exchange.bring(number, list(weights.shards()), places)
+
+
 def every_way(rank: int, tmp_path: Path) -> None:
     """Sent as bfloat16, in which the biases that are always float32 could not be.
 
@@ -110,9 +124,12 @@ def every_way(rank: int, tmp_path: Path) -> None:
     got = dict(weights.whole_tensors())
     assert got.keys() == (want.keys() if rank == 0 else set())
     assert all(same_bits(tensor, want[name]) for name, tensor in got.items())
+    one_leaves(rank)
 
 
-def test_every_target_gets_its_bits_over_two_ranks(tmp_path: Path) -> None:
+def test_every_target_gets_its_bits_over_two_ranks_and_one_that_leaves_is_named(
+    tmp_path: Path,
+) -> None:
     on_two_ranks(every_way, tmp_path)
 
 
