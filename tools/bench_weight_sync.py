@@ -348,8 +348,8 @@ class Bench:
         self, trainers: str, model_mb: str, engines: int, way: str, row: dict[str, float]
     ) -> None:
         prepare_s = row["total"] - row["pause"]
-        load_s = row["load"]
-        http_s = row["pause"] - row["send"]
+        load_s = row.get("load", 0.0)
+        http_s = row["pause"] - row.get("send", 0.0)
         ratio = ""
         if way == "disk":
             load_s, http_s = http_s, 0.0
@@ -357,7 +357,8 @@ class Bench:
             load_s = row["send"]
         else:
             ratio = f"{row['pause'] / row['wire']:.2f}"
-        figures = (prepare_s, row["pause"], row["gather"], row["wire"], load_s, http_s)
+        beside = (row.get("gather", 0.0), row.get("wire", 0.0))
+        figures = (prepare_s, row["pause"], *beside, load_s, http_s)
         texts = [f"{seconds:.3f}" if seconds else "" for seconds in figures]
         print_row(
             trainers,
@@ -439,7 +440,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--gb", type=float, default=1.0, help="the larger model; the other is 1/20")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--bucket-mb", type=float, default=64.0, help="weight_sync.bucket_bytes")
+    parser.add_argument("--bucket-mb", type=float, default=128.0, help="weight_sync.bucket_bytes")
     parser.add_argument("--directory", type=Path, help="where files are written for the time")
     asked = parser.parse_args()
     begin = time.monotonic()

@@ -77,6 +77,8 @@ class Ranks:
         self.run(_is_there)
 
     def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> Any:
+        if method == "connect":
+            self.seconds = {}
         begin = time.monotonic()
         results = self.run(_call, method, *args)
         self.seconds[method] = time.monotonic() - begin
