@@ -440,7 +440,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--gb", type=float, default=1.0, help="the larger model; the other is 1/20")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--bucket-mb", type=float, default=128.0, help="weight_sync.bucket_bytes")
+    parser.add_argument("--bucket-mb", type=float, default=64.0, help="weight_sync.bucket_bytes")
     parser.add_argument("--directory", type=Path, help="where files are written for the time")
     asked = parser.parse_args()
     begin = time.monotonic()
