@@ -6,12 +6,13 @@ places. Each entry has a CRC-32, so a damaged file is refused.
 
 import json
 import os
-import zipfile
 from collections import Counter, defaultdict
 from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter
@@ -22,7 +23,8 @@ from nanoslime.types import RunError
 # What stands in the tree for an array, and for a list of numbers: [entry, first row, last row].
 _ARRAY = "\0array"
 _NUMBERS = "\0numbers"
-_TYPES_OF_NUMBERS = ({int}, {float})
+# What a list of one of these types is kept as.
+_NUMBER_TYPES = {int: np.int64, float: np.float64}
 
 
 def write_tree(path: Path, tree: Any) -> None:
@@ -37,7 +39,7 @@ def write_tree(path: Path, tree: Any) -> None:
     entries = {"tree": [np.frombuffer(text, np.uint8)], **packer.entries}
     try:
         with aside.open("wb") as file:
-            with zipfile.ZipFile(file, "w") as archive:
+            with ZipFile(file, "w") as archive:
                 for name, arrays in entries.items():
                     _write_entry(archive, name, arrays)
             file.flush()
@@ -64,8 +66,8 @@ def read_tree[T](path: Path, what: str, content: type[T]) -> T:
         text = bytes(entries.pop("tree"))
         tree = json.loads(text, object_hook=partial(_unpacked, entries))
         return of_one.validate_python((tree,))[0]
-    except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile) as e:
-        raise RunError(f"{path} is not {what}: {type(e).__name__}: {e}") from e
+    except (OSError, EOFError, ValueError, LookupError, TypeError, RuntimeError, BadZipFile) as e:
+        raise RunError(f"{path} is not {what}: {type(e).__name__}: {shorten(str(e), 300)}") from e
 
 
 class _Packer:
@@ -79,9 +81,9 @@ class _Packer:
         """`value` with a place for each array and for each list of numbers in it."""
         if isinstance(value, np.ndarray) and value.ndim and value.dtype.kind in "biuf":
             return {_ARRAY: self._place(value)}
-        if isinstance(value, list) and set(map(type, value)) in _TYPES_OF_NUMBERS:
+        if isinstance(value, list) and set(map(type, value)) in ({int}, {float}):
             numbers = np.array(value)
-            if numbers.dtype in (np.int64, np.float64):
+            if numbers.dtype == _NUMBER_TYPES[type(value[0])]:  # no integer is too large
                 return {_NUMBERS: self._place(numbers)}
         if isinstance(value, list | tuple):
             return [self.packed(inner) for inner in value]
@@ -110,7 +112,7 @@ def _unpacked(entries: dict[str, np.ndarray], packed: dict[str, Any]) -> Any:
     return packed
 
 
-def _write_entry(archive: zipfile.ZipFile, name: str, arrays: list[np.ndarray]) -> None:
+def _write_entry(archive: ZipFile, name: str, arrays: list[np.ndarray]) -> None:
     """One after the other, so that no array is held twice."""
     header = {
         "descr": np.lib.format.dtype_to_descr(arrays[0].dtype),
