@@ -11,12 +11,12 @@ def nccl_defaults(environ: Mapping[str, str], sglang: Mapping[str, Any]) -> dict
     """NCCL's memory settings as SGLang 0.5.23 makes them for its engines.
 
     Ranks and engines share a communicator when weights are sent, and have to agree.
-    `sglang` are the options in rollout.sglang.
+    `sglang` are the options in rollout.sglang; what they need is on, whatever the user says.
     """
     symmetric = bool(sglang.get("enable_symm_mem"))
     nvls = symmetric or bool(sglang.get("enable_nccl_nvls"))
     values = dict(zip(_NCCL, (str(int(symmetric)), str(int(nvls))), strict=True))
-    return {name: value for name, value in values.items() if name not in environ}
+    return {name: on for name, on in values.items() if on == "1" or name not in environ}
 
 
 def interface_names(environ: Mapping[str, str], interface: str) -> dict[str, str]:

@@ -190,12 +190,21 @@ class RolloutManager:
         return groups
 
     def _check_versions(self, groups: Sequence[GroupReport]) -> None:
-        """Raises RunError for a token to train on that is beyond the bound, or of newer weights."""
+        """Raises RunError for a token to train on that is beyond the bound, or of newer weights,
+        and for one of older weights than a token before it.
+        """
         current = self._weights.version
         bound = current - self.config.rollout.max_staleness
         for group in groups:
             for sample in group.samples:
-                for _, version in sample.policy_versions:
+                versions = [version for _, version in sample.policy_versions]
+                if versions != sorted(versions):
+                    raise RunError(
+                        f"group {group.group_id} has a sample whose tokens are of policy versions "
+                        f"{versions}, one after the other: an engine calls its weights otherwise "
+                        f"than they are"
+                    )
+                for version in versions:
                     if not bound <= version <= current:
                         raise RunError(
                             f"group {group.group_id} was sampled by policy version {version}, "

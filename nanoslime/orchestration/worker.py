@@ -173,19 +173,22 @@ class TrainWorker:
     def score(self, token_ids: list[int]) -> list[float] | None:
         """The policy's logprob of each token but the first; None before the last pipeline stage."""
         length = len(token_ids)
+        training = self.config.training
+        # Stages that are interleaved need as many micro-batches.
+        num_microbatches = training.pp_size if training.vpp_size > 1 else 1
         batch = TrainBatch(
             token_ids=[torch.tensor(token_ids)],
             loss_mask=[torch.ones(length, dtype=torch.bool)],
             rollout_logprobs=[torch.zeros(length)],
             advantages=[0.0],
             token_weights=[1.0],
-            microbatches=[[0]],
+            microbatches=[[0]] * num_microbatches,
             denominator=1.0,
             num_tokens=length,
             num_sequences=1,
             temperature=1.0,
         )
-        with collectives(self.config.training):
+        with collectives(training):
             logprobs = self.backend.logprobs(batch, "policy")
         return None if logprobs is None else logprobs[0][1:].tolist()
 

@@ -22,7 +22,11 @@ from nanoslime.orchestration.rank_environment import (
 def test_nccl_is_set_as_sglang_sets_it(sglang, cumem, nvls):
     expected = {"NCCL_CUMEM_ENABLE": cumem, "NCCL_NVLS_ENABLE": nvls}
     assert nccl_defaults({}, sglang) == expected
-    assert nccl_defaults({"NCCL_CUMEM_ENABLE": "1"}, sglang) == {"NCCL_NVLS_ENABLE": nvls}
+    users = {"NCCL_CUMEM_ENABLE": "1", "NCCL_NVLS_ENABLE": "1"}
+    needed = {name: on for name, on in expected.items() if on == "1"}
+    assert nccl_defaults(users, sglang) == needed
+    off = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
+    assert nccl_defaults(off, sglang) == needed, "SGLang sets these as well"
 
 
 def test_the_interface_is_the_one_with_the_published_address():

@@ -3,9 +3,11 @@ a batch is full.
 """
 
 import json
+import re
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -251,6 +253,22 @@ def test_a_sample_of_another_version_ends_the_run(tmp_path, tiny_model):
         with pytest.raises(RunError, match=message):
             rollout.generate(0)
         assert not list(rollout.run.rollouts.iterdir())
+
+
+def test_a_sample_whose_later_tokens_are_of_an_older_version_ends_the_run(tmp_path, tiny_model):
+    """Each of them is within the bound: some engine's label is wrong."""
+    rollout = manager(tmp_path, tiny_model, [FINE], max_staleness=2)
+    rollout._weights.version = 6
+    for versions in ([4, 5], [5, 5], [6]):
+        rollout._check_versions([group_of(versions)])
+    for versions in ([5, 4], [4, 6, 5]):
+        with pytest.raises(RunError, match=re.escape(f"are of policy versions {versions}")):
+            rollout._check_versions([group_of(versions)])
+
+
+def group_of(versions: list[int]) -> Any:
+    sample = SimpleNamespace(policy_versions=list(enumerate(versions)))
+    return SimpleNamespace(group_id=3, samples=[sample])
 
 
 def test_the_data_cursor_is_of_the_moment_in_which_the_groups_are_saved(tmp_path, tiny_model):

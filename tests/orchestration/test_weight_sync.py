@@ -8,6 +8,7 @@ the same tokens then agree to 1e-4.
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from nanoslime.training.backend import RankEnv
 from nanoslime.training.batching import BatchingOptions
 from nanoslime.types import GenerateRequest, Sample, SampleGroup
 from nanoslime.weight_sync.session import SyncSession
+from tests.models.hf import save_model
+from tests.serving import reference_logprobs
 from tests.training.batches import make_train_batches
 from tests.training.rank_pool import RankPool
 
@@ -244,6 +247,35 @@ def test_colocated_ranks_and_an_engine_take_turns(
     assert max(ranks(measure, fresh)) < 1e-4
     sglang_engine.resume_memory("weights")
     sglang_engine.resume_memory("cache")
+    ranks(close_worker)
+
+
+SCORING = [
+    {"backend": "megatron", "tp_size": 2, "sequence_parallel": True},
+    {"backend": "megatron", "pp_size": 2, "vpp_size": 2},
+    {"backend": "megatron", "cp_size": 2},
+    {"backend": "fsdp"},
+]
+
+
+def open_with(env: RankEnv, training: dict[str, Any], model: Path) -> None:
+    config = replace(run_config("fsdp"), training=TrainingConfig(**training))
+    _worker["it"] = TrainWorker(config, model, env)
+
+
+@pytest.mark.megatron
+@pytest.mark.parametrize("training", SCORING, ids=str)
+def test_ranks_score_a_prompt_at_temperature_1_in_every_layout(ranks, tmp_path, training):
+    """Those of the last pipeline stage do; what is sampled has another temperature."""
+    sizes = {"num_hidden_layers": 4, "vocab_size": 320}
+    model = save_model(tmp_path / "model", "qwen3", **sizes)
+    tokens = list(range(40, 73))
+    ranks(open_with, training, model)
+    scored = [one for one in ranks(call_worker, "score", tokens) if one is not None]
+    assert len(scored) == 2 // training.get("pp_size", 1)
+    expected = reference_logprobs(model, tokens[:1], tokens[1:], 1.0)
+    for logprobs in scored:
+        assert (torch.tensor(logprobs) - expected).abs().max() < 1e-5
     ranks(close_worker)
 
 

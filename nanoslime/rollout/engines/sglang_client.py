@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from base64 import b64encode
 from collections.abc import AsyncGenerator, Sequence
@@ -171,16 +172,23 @@ class SGLangEngine:
         self._request("POST", "/abort_request", {"abort_all": True}, _HEALTH_DEADLINE_S)
 
     def score(self, token_ids: Sequence[int]) -> tuple[list[float], int]:
+        """SGLang takes no prefix from its cache where logprobs are asked for from token 0 on; it
+        draws no random number for a token of temperature 0.
+        """
         answer = self._post(
             "/generate",
             input_ids=list(token_ids),
-            sampling_params={"max_new_tokens": 1, "temperature": 1.0},
+            sampling_params={"max_new_tokens": 1, "temperature": 0.0},
             return_logprob=True,
             logprob_start_len=0,
         )
         try:
             meta = answer["meta_info"]
-            scored = [float(entry[0]) for entry in meta["input_token_logprobs"][1:]]
+            found = [entry[0] for entry in meta["input_token_logprobs"][1:]]
+            if len(found) != len(token_ids) - 1:
+                raise ValueError(f"{len(found)} of {len(token_ids)} tokens")
+            # JSON has no NaN.
+            scored = [math.nan if logprob is None else float(logprob) for logprob in found]
             return scored, int(meta["weight_version"])
         except (LookupError, TypeError, ValueError) as e:
             raise self._error(f"/generate answered no logprobs of a prompt: {e}") from e
