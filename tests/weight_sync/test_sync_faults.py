@@ -242,7 +242,7 @@ def test_a_rank_that_dies_or_hangs_is_named_and_nothing_is_served_between_two_ve
     else:
         hangs = rf"trainer ranks (\d, )*{case.rank}(, \d)* (have not answered|did not)"
         assert re.search(hangs, outcome.error)
-        if case.transport == "broadcast":
+        if case.transport == "broadcast" and "gathers" in case.fault:
             assert re.search(r"trainer rank \d did not exchange its part of bucket", outcome.error)
         assert outcome.seconds < 4 * faulty_run.DEADLINE_S
     assert "of version 2" in outcome.error
@@ -256,7 +256,7 @@ def test_what_is_wrong_before_the_seal_is_seen_where_a_sync_compares(
     case: Case, stage: Stage
 ) -> None:
     outcome, ends = stage.play(case)
-    message = "1 parameters of the engine were not what the trainer has: model.layers.1."
+    message = "1 parameters of the engine were not what the trainer has: "
     assert outcome.error.count(message) == 2
     assert ends == ["2, paused", "2, paused"]
 
