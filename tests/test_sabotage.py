@@ -270,6 +270,13 @@ FAULTS = [
         SYNC,
     ),
     Fault(
+        "what engines say of the probe is not looked at",
+        "nanoslime/weight_sync/session.py",
+        "        self._engines.fail(failures)\n        return metrics\n",
+        "        return metrics\n",
+        f"{SYNC} -k beyond",
+    ),
+    Fault(
         "a resumed run labels its weights 0",
         "nanoslime/train.py",
         "session.weights.sync(start)",

@@ -142,9 +142,10 @@ class WeightSyncConfig:
     """In so many syncs one is made twice, as is the first, and that for an engine which comes
     back: the second time must not change a tensor in any engine. 0: only those."""
     probe_tokens: int = Field(default=64, ge=0)
-    """After each sync engines and trainer give so many tokens of a prompt their logprobs, which
+    """After each sync engines and trainer give so many tokens of prompts their logprobs, which
     are compared; 0: none."""
-    max_logprob_gap: float = Field(default=0.5, gt=0)
+    max_logprob_gap: float | None = Field(default=None, gt=0)
     """An engine whose logprobs of these tokens differ from the trainer's by more than this, in
-    the mean, has other weights: it is lost, and the run ends where all are."""
+    the mean, has other weights: it is lost and started again, and the run ends where all are. By
+    default 0.01 where model.dtype is float32, and 0.3 otherwise."""
     deadline_s: float = Field(default=300.0, gt=0)

@@ -104,11 +104,13 @@ class Checkpoints:
 
         Saves first where `save` was not called: a trainer and engines that share
         devices then change turns. `reward` comes from the evaluation at this step, if
-        there was one; it decides which checkpoint is the best.
+        there was one; it decides which checkpoint is the best. Raises EnginesFailed where
+        the engines turn out to have other weights than the trainer.
         """
         final = self.run.checkpoint(rollouts)
         is_saved = self._saved == rollouts
         partial = partial_path(final) if is_saved else partial_dir(final)
+        self.weights.look_at_probe()
         # What is being sampled comes first: a stop ends it, and frees shared devices.
         rollout = self.rollout.save(partial / "rollout")
         if not is_saved:

@@ -99,6 +99,9 @@ class EnginePool:
         """The engines that are being given weights."""
         return self._engines(*_IN_SYNC)
 
+    def alive(self) -> list[Engine]:
+        return self._engines(*_ALIVE)
+
     def states(self) -> list[EngineState]:
         with self._lock:
             return [place.state for place in self._places]
@@ -126,7 +129,7 @@ class EnginePool:
             place.state = EngineState.LOST
             place.cause = cause
             self._num_lost += 1
-            logger.error("lost: %s; %d engines left", cause, len(self._engines(*_ALIVE)))
+            logger.error("lost: %s; %d engines left", cause, len(self.alive()))
             self._start_again(place)
             if not self._syncs:
                 self._tell_change()
@@ -137,9 +140,18 @@ class EnginePool:
         Raises RunError with all causes where no engine is left and none may come back.
         """
         self._require_any()
-        self._take_in()
+        self.take_in()
         if self.in_sync():
             join()
+
+    def take_in(self) -> None:
+        """They take part in the next sync, or in one of their own."""
+        with self._lock:
+            for place in self._places:
+                if place.came_up is not None:
+                    place.engine = place.came_up
+                    place.came_up = None
+                    place.state = EngineState.SYNCING
 
     def drain(self) -> None:
         self._require_any()
@@ -147,7 +159,6 @@ class EnginePool:
             self._syncs = True
             for tell in self._on_drain:
                 tell()
-        self._take_in()
         self._change(EngineState.READY, EngineState.DRAINING)
 
     def paused(self) -> None:
@@ -163,13 +174,16 @@ class EnginePool:
     def each(self, method: str, *args: Any, **options: Any) -> dict[str, Any]:
         return self._each(self.in_sync(), method, *args, **options)
 
+    def each_alive(self, method: str, *args: Any) -> dict[str, Any]:
+        return self._each(self.alive(), method, *args)
+
     def each_ready(self, method: str, *args: Any) -> dict[str, Any]:
         """As `each`, of those that serve."""
         return self._each(self.ready(), method, *args)
 
     def fail(self, failures: Mapping[str, Failure]) -> None:
         num_refusals = sum(not failure.is_gone for failure in failures.values())
-        if num_refusals and num_refusals == len(self._engines(*_ALIVE)):
+        if num_refusals and num_refusals == len(self.alive()):
             raise EnginesFailed.of(failures)
         for name, failure in failures.items():
             self.lost(name, failure.cause)
@@ -195,15 +209,6 @@ class EnginePool:
             for place in self._places:
                 if place.state is old:
                     place.state = new
-
-    def _take_in(self) -> None:
-        """Engines that came up take part in the next sync, or in one of their own."""
-        with self._lock:
-            for place in self._places:
-                if place.came_up is not None:
-                    place.engine = place.came_up
-                    place.came_up = None
-                    place.state = EngineState.SYNCING
 
     def _tell_change(self) -> None:
         ready = self.ready()

@@ -13,6 +13,7 @@ two ways are in ray_session.py: the others do without Ray being installed.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 
 from nanoslime import algorithms, rehearsal
@@ -208,10 +209,16 @@ def make_session(
 
 
 def _probe(inputs: Inputs) -> Probe | None:
-    """The first tokens of the first prompt; None without prompts, or where none are asked for."""
+    """The tokens of the first prompts, one after the other; None without prompts, or where none
+    are asked for."""
     sync = inputs.config.weight_sync
     if inputs.prompts is None or sync.probe_tokens < 2:
         return None
-    first, *_ = inputs.prompts.train.values()
-    token_ids = [int(token) for token in first.prompts[0].token_ids[: sync.probe_tokens]]
-    return Probe(token_ids, sync.max_logprob_gap) if len(token_ids) > 1 else None
+    sources = inputs.prompts.train.values()
+    prompts = chain.from_iterable(source.prompts for source in sources)
+    tokens = chain.from_iterable(prompt.token_ids for prompt in prompts)
+    token_ids = [int(token) for token in islice(tokens, sync.probe_tokens)]
+    max_gap = sync.max_logprob_gap
+    if max_gap is None:
+        max_gap = 0.01 if inputs.config.model.dtype == "float32" else 0.3
+    return Probe(token_ids, max_gap) if len(token_ids) > 1 else None

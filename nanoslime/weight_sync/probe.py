@@ -1,18 +1,19 @@
 """After each sync, engines and trainer say how likely the same few tokens are.
 
-The trainer is asked before the pause, the engines once they generate again: beside their other
-requests, so that nothing waits for it. What they answer is looked at before the next sync.
+The trainer is asked before the pause, the engines once they generate again, beside their other
+requests. An engine that others keep busy may answer late: then that is looked at before the next
+sync. One alone beyond the bound is lost, and started again; where all are, the run ends.
 """
 
 import logging
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from nanoslime.types import RunError
+from nanoslime.types import EngineGone, RunError
 from nanoslime.weight_sync.engine_calls import Failure
 
 logger = logging.getLogger(__name__)
@@ -20,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Probe:
-    """`token_ids` are the first tokens of some prompt; `max_gap` is the bound on the mean
-    |engine's - trainer's logprob| over them, above which an engine cannot have these weights."""
+    """`max_gap` is the bound on the mean |engine's - trainer's logprob| over `token_ids`, above
+    which an engine cannot have these weights."""
 
     token_ids: list[int]
     max_gap: float
@@ -33,47 +34,63 @@ class Probe:
     def expect(self, version: int, by_rank: Sequence[Sequence[float] | None]) -> None:
         """What the trainer says; ranks of earlier pipeline stages say nothing."""
         of_ranks = [logprobs for logprobs in by_rank if logprobs is not None]
+        if version != self._version and self._asked:
+            logger.warning(
+                "whether they have the weights of version %d was asked of engines that have not "
+                "answered before the next version: %s",
+                self._version,
+                ", ".join(self._asked),
+            )
+            self._asked = {}
         self._version = version
         self._expected = np.array(of_ranks[0]) if of_ranks else np.zeros(0)
 
     def ask(self, engines: Sequence[Any]) -> None:
-        """Asks these engines, in threads; forgets what others have not yet answered."""
+        """Asks these engines, in threads."""
         if not len(self._expected) or not engines:
-            self._asked = {}
             return
         threads = ThreadPoolExecutor(len(engines), thread_name_prefix="probe")
-        self._asked = {
-            engine.name: threads.submit(engine.score, self.token_ids) for engine in engines
-        }
+        for engine in engines:
+            self._asked[engine.name] = threads.submit(engine.score, self.token_ids)
         threads.shutdown(wait=False)
 
-    def collect(self) -> tuple[dict[str, float], dict[str, Failure]]:
-        """Metrics over the engines that have answered, and those that are beyond the bound.
+    def collect(self, wait_s: float) -> tuple[dict[str, float], dict[str, Failure]]:
+        """Metrics over the engines that answer within `wait_s`, and those that have other weights.
 
-        An engine that fails or is late is left out: others watch whether it lives.
+        An engine that is gone is left out: others watch whether it lives.
         """
+        wait(self._asked.values(), timeout=wait_s)
+        answered = {name: call for name, call in self._asked.items() if call.done()}
         gaps = {}
-        for name, call in self._asked.items():
-            if not call.done() or isinstance(call.exception(), RunError):
+        failures = {}
+        for name, call in answered.items():
+            del self._asked[name]
+            error = call.exception()
+            if isinstance(error, RunError):
+                if not isinstance(error, EngineGone):
+                    logger.warning("the weights of engine %s were not compared: %s", name, error)
                 continue
             logprobs, version = call.result()
-            if version == self._version:
-                gaps[name] = np.abs(np.array(logprobs) - self._expected)
-        self._asked = {}
-        failures = {}
-        for name, gap in gaps.items():
-            mean = float(gap.mean())
-            if not mean <= self.max_gap:
-                cause = (
-                    f"engine {name} gives {len(gap)} tokens of a prompt other logprobs than the "
-                    f"trainer, by {mean:.3g} in the mean, with what it calls version "
-                    f"{self._version} of the weights; weight_sync.max_logprob_gap is "
-                    f"{self.max_gap:g}"
-                )
-                failures[name] = Failure(cause, is_gone=False)
+            gap = np.abs(np.array(logprobs) - self._expected)
+            gaps[name] = gap
+            problem = self._problem(gap, version)
+            if problem:
+                failures[name] = Failure(f"engine {name} {problem}", is_gone=False)
         if not gaps:
             return {}, failures
         return {
             "weight_sync/logprob_gap_mean": float(np.mean([gap.mean() for gap in gaps.values()])),
             "weight_sync/logprob_gap_max": float(max(gap.max() for gap in gaps.values())),
         }, failures
+
+    def _problem(self, gap: np.ndarray, version: int) -> str | None:
+        if version != self._version:
+            return f"says that it has version {version} after the sync of {self._version}"
+        mean = float(gap.mean())
+        if mean <= self.max_gap:
+            return None
+        return (
+            f"gives {len(gap)} tokens of prompts other logprobs than the trainer, by {mean:.3g} "
+            f"in the mean and {float(gap.max()):.3g} at most, with what it calls version "
+            f"{version} of the weights; weight_sync.max_logprob_gap is {self.max_gap:g}"
+        )

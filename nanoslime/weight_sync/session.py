@@ -2,7 +2,8 @@
 
     IDLE ──pause──> PAUSED ──begin──> SENDING ──end──> VERIFYING ──resume──> IDLE
 
-    IDLE       all engines that serve have `version`
+    IDLE       all engines that serve have `version`. Before the pause the ranks' senders meet
+               the engines that take part, and do what needs no engine
     PAUSED     the engines stop to generate; all hold the weights and the label of `version`
     SENDING    an engine may hold a mixture, under its old label. It takes the new label only
                when it has every tensor, and empties its cache, once, just before that
@@ -21,7 +22,7 @@ import logging
 import secrets
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +33,11 @@ from nanoslime.weight_sync.probe import Probe
 from nanoslime.weight_sync.transport import TRANSPORTS, Delivery, EngineSide, Sent, version_dir
 
 logger = logging.getLogger(__name__)
+
+# Engines that no request keeps busy have answered a probe by then; nothing new is sent to them
+# before. The answers of the others are waited for so long before the next sync or commit.
+_PROMPT_S = 0.5
+_LATE_S = 10.0
 
 
 class State(StrEnum):
@@ -56,6 +62,13 @@ class SyncedEngines(Protocol):
         """Those that take part in the sync, and have not been lost."""
         ...
 
+    def alive(self) -> list[Any]:
+        """Those that serve, too."""
+        ...
+
+    def take_in(self) -> None:
+        """Engines that came up take part from now on."""
+
     def drain(self) -> None:
         """A sync begins: all engines that live take part, and nothing more is sent to them."""
 
@@ -71,6 +84,10 @@ class SyncedEngines(Protocol):
 
         One that fails is lost; see `fail`.
         """
+        ...
+
+    def each_alive(self, method: str, *args: Any) -> dict[str, Any]:
+        """As `each`, also of those that serve."""
         ...
 
     def fail(self, failures: Mapping[str, Failure]) -> None:
@@ -127,11 +144,9 @@ class SyncSession:
         # A cache that is kept is that of the old weights; only requests in place need it.
         self._flushes = at_sync != "in_place"
         self._ranks_of: dict[str, Sequence[int]] = {}
-        # The engines that the ranks' senders know, and their process groups.
+        # The engines that the ranks' senders know, and how the names of their process groups begin.
         self._connected: list[Any] | None = None
-        # The last one is theirs; engines may still be in those before, as they served when
-        # another one joined.
-        self._groups: list[str] = []
+        self._group = ""
         self.state = State.IDLE
         # The version of the weights that every engine has; -1 before the first sync.
         self.version = -1
@@ -145,7 +160,7 @@ class SyncSession:
         for engine, ranks in zip(engines, ranks_by_engine, strict=False):
             self._ranks_of[engine.name] = ranks
         if self._transport.delivery is not Delivery.NOTHING:
-            self._connect()
+            self._connect(engines)
 
     def sync(self, version: int) -> dict[str, float]:
         """Puts the trainer's current weights into every engine, labelled `version`.
@@ -155,26 +170,23 @@ class SyncSession:
         """
         self._require_idle(version)
         start = time.monotonic()
-        times: dict[str, float] = {}
-        probed = self._look_at_probe()
+        times = self.look_at_probe()
         if self._transport.delivery is Delivery.NOTHING:
             version = 0
             self._verify(version)
         else:
-            self._prepare(version)
+            self._engines.take_in()
+            self._meet(self._engines.alive)
+            times |= self._prepare(version)
             self._engines.drain()
             every = self._compare_every
             is_compared = self._num_syncs == 0 or (every > 0 and self._num_syncs % every == 0)
-            times = self._update(version, is_compared=is_compared)
+            times |= self._update(version, is_compared=is_compared)
             self._num_syncs += 1
-            del self._groups[:-1]
         self.version = version
-        synced = self._engines.in_sync()
         self._engines.serve()
-        if self._probe is not None:
-            self._probe.ask(synced)
         times["time/weight_sync_s"] = time.monotonic() - start
-        return times | probed
+        return times
 
     def join(self) -> None:
         """Gives engines that have come up what the others serve; then they serve too."""
@@ -182,9 +194,19 @@ class SyncSession:
         if self._transport.delivery is Delivery.NOTHING:
             self._verify(self.version)
         else:
+            self._meet(self._engines.in_sync)
             self._prepare(self.version)
             self._update(self.version, is_compared=True)
         self._engines.serve()
+
+    def look_at_probe(self, wait_s: float = _LATE_S) -> dict[str, float]:
+        """What engines have answered since the last look, as metrics. Those that have other
+        weights than the trainer are lost. Raises EnginesFailed where all are."""
+        if self._probe is None:
+            return {}
+        metrics, failures = self._probe.collect(wait_s)
+        self._engines.fail(failures)
+        return metrics
 
     def _require_idle(self, version: int) -> None:
         if self.state is not State.IDLE:
@@ -208,30 +230,39 @@ class SyncSession:
         times |= self._devices.give_to_engines()
         self._verify(version)
         self._engines.each("resume")
-        times["time/weight_sync_pause_s"] = time.monotonic() - begin
+        end = time.monotonic()
+        times["time/weight_sync_pause_s"] = end - begin
         self.state = State.IDLE
+        if self._probe is not None:
+            self._probe.ask(self._engines.in_sync())
+            times |= self.look_at_probe(_PROMPT_S)
+            times["time/weight_sync_probe_s"] = time.monotonic() - end
         return times
 
-    def _prepare(self, version: int) -> None:
+    def _prepare(self, version: int) -> dict[str, float]:
         """The ranks do what they can while the engines still generate."""
         # Files may take as long as a checkpoint does.
         deadline_s = None if self._transport.delivery is Delivery.FILES else self._long_s
         what = f"prepare the weights of version {version}"
         self._ranks.call("prepare", version, what=what, deadline_s=deadline_s)
-        if self._probe is not None:
-            what = f"score {len(self._probe.token_ids)} tokens"
-            tokens = self._probe.token_ids
-            by_rank = self._ranks.call("score", tokens, what=what, deadline_s=self._long_s)
-            self._probe.expect(version, by_rank or [])
-
-    def _look_at_probe(self) -> dict[str, float]:
-        """What came of the probe after the last sync, as metrics; engines that have other
-        weights than the trainer thinks are lost."""
         if self._probe is None:
             return {}
-        metrics, failures = self._probe.collect()
-        self._engines.fail(failures)
-        return metrics
+        begin = time.monotonic()
+        what = f"score {len(self._probe.token_ids)} tokens"
+        tokens = self._probe.token_ids
+        by_rank = self._ranks.call("score", tokens, what=what, deadline_s=self._long_s)
+        self._probe.expect(version, by_rank or [])
+        return {"time/weight_sync_score_s": time.monotonic() - begin}
+
+    def _meet(self, engines: Callable[[], list[Any]]) -> None:
+        """Makes the senders for these engines anew, where they are not those of the last sync.
+
+        An engine that is lost by it takes no part.
+        """
+        while found := engines():
+            is_met = self._transport.delivery is not Delivery.BUCKETS or found == self._connected
+            if is_met or self._connect(found):
+                break
 
     def _deliver_well(self, version: int) -> dict[str, float]:
         """`_deliver`, and once more where every engine refuses: the fault may have passed."""
@@ -261,7 +292,7 @@ class SyncSession:
         """Every round loses an engine, or is the last one."""
         times: dict[str, float] = {}
         while engines := self._engines.in_sync():
-            if engines != self._connected and not self._connect():
+            if engines != self._connected and not self._connect(engines):
                 continue
             self._engines.each("begin_update")
             if self._engines.in_sync() == engines:
@@ -283,16 +314,15 @@ class SyncSession:
             if path not in kept:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _connect(self) -> bool:
-        """Makes the ranks' senders for the engines of the sync; False where one was lost."""
+    def _connect(self, engines: list[Any]) -> bool:
+        """Makes the ranks' senders for these engines; False where one was lost."""
         if self._connected is not None:
             self._disconnect()
-        delivery = self._transport.delivery
-        engines = [] if delivery is Delivery.FILES else self._engines.in_sync()
-        group = f"nanoslime-weights-{secrets.token_hex(4)}"
-        self._groups.append(group)
+        if self._transport.delivery is Delivery.FILES:
+            engines = []
+        self._group = f"nanoslime-weights-{secrets.token_hex(4)}"
         ranks = [self._ranks_of.get(engine.name, ()) for engine in engines]
-        side = EngineSide(engines, ranks, self._ranks.address, self._directory, group)
+        side = EngineSide(engines, ranks, self._ranks.address, self._directory, self._group)
         self._connected = engines
         what = "open the way of weights"
         sent = self._ask_ranks("connect", self._transport.sender, side, what=what)
@@ -307,8 +337,7 @@ class SyncSession:
         self._ranks.call("close", what="close the way of weights", deadline_s=self._long_s)
         self._connected = None
         if self._transport.delivery is Delivery.BUCKETS:
-            for group in self._groups:
-                self._engines.each("abandon_update", group)
+            self._engines.each_alive("abandon_update", self._group)
 
     def _send(self, version: int, *, compares: bool = False) -> list[Sent] | None:
         """What the ranks say of it; None where an engine was lost meanwhile."""

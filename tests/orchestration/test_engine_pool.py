@@ -104,6 +104,8 @@ def test_an_engine_that_came_up_takes_part_in_the_next_sync() -> None:
     pool.lost("b", "b hangs")
     until(lambda: pool._places[1].came_up is not None)
     assert pool.states() == [READY, STARTING], "the main thread takes it in"
+    pool.take_in()
+    assert pool.alive()[1] is fresh and pool.states() == [READY, SYNCING]
     pool.drain()
     assert pool.states() == [DRAINING, SYNCING] and pool.in_sync()[1] is fresh
 

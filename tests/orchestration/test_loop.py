@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -71,6 +72,26 @@ def test_a_run_ends_with_summary_checkpoint_and_export(tmp_path, model):
     assert (Path(summary["hf_export"]) / "model.safetensors").is_file()
     assert run.status()["phase"] == "done"
     assert len((run.rollouts / "step_1-0.jsonl").read_text().splitlines()) == 16
+
+
+def test_an_engine_with_other_weights_ends_the_run_in_the_same_step(tmp_path, model, monkeypatch):
+    """A layer of it is scaled once the run is at version 2."""
+    load = EmbeddedEngine.load_weights
+
+    def scaling(engine, named, version):
+        load(engine, named, version)
+        if version == 2:
+            with torch.no_grad():
+                engine._model.model.layers[0].mlp.down_proj.weight.mul_(1.2)
+
+    monkeypatch.setattr(EmbeddedEngine, "load_weights", scaling)
+    assert train.main(run_dir(tmp_path, "scaled", model, "--num-rollout 4")) == FAILED
+    run = RunDir.open(tmp_path / "scaled")
+    [row] = rows(run)
+    assert row["step"] == 0 and 0 <= row["weight_sync/logprob_gap_max"] < 1e-4
+    assert run.status()["step"] == 1
+    cause = "engine embedded gives .* with what it calls version 2 .*max_logprob_gap is 0.01"
+    assert re.search(cause, run.status()["error"])
 
 
 @pytest.mark.parametrize("backend", ["fsdp", pytest.param("megatron", marks=pytest.mark.megatron)])

@@ -390,7 +390,7 @@ EVERY_METRIC = {
 
 def test_the_readme_names_the_metrics_of_a_row(run_once):
     """Of every area but the seconds of phases."""
-    areas = ("rollout", "train", "eval")
+    areas = ("rollout", "train", "eval", "weight_sync")
     named = re.findall(rf"`((?:{'|'.join(areas)})/[a-z0-9_]+)`", README.read_text())
     assert len(named) == len(set(named))
     row = run_once(EVERY_METRIC).rows[0]

@@ -15,6 +15,7 @@ from nanoslime.orchestration.devices import SeparateDevices, SharedDevices
 from nanoslime.orchestration.engine_pool import EnginePool
 from nanoslime.types import EngineGone, RunError
 from nanoslime.weight_sync.engine_calls import EngineCalls, EnginesFailed, Failure
+from nanoslime.weight_sync.probe import Probe
 from nanoslime.weight_sync.session import State, SyncSession
 from nanoslime.weight_sync.transport import TRANSPORTS, EngineSide, Sent
 
@@ -134,7 +135,10 @@ class Ranks:
         if method == "connect":
             self.engines = list(args[1].engines)
             self.groups.append(args[1].group)
+        if method == "score":
+            return [None, [-1.0, -2.0]]
         if method == "prepare":
+            self.version = args[0]
             (self._directory / f"version_{args[0]}").mkdir(exist_ok=True)
         if method == "send":
             return [self._send(args[0]), Sent()]
@@ -452,18 +456,125 @@ def test_an_engine_joins_while_the_others_serve(tmp_path, monkeypatch):
     pool.lost("b", "b hangs")
     while not fresh.served:
         pool.service(session.join)
-    assert a.own_calls == [], "it was not even paused"
+    assert a.own_calls == ["abandon_update"], "it was not even paused"
     assert fresh.served == [(1, 1)] and pool.ready() == [a, fresh]
+    calls.clear()
     session.sync(2)
     assert a.served == [(1, 1), (2, 2)] and fresh.served == [(1, 1), (2, 2)]
     assert session._ranks.engines == [a, fresh]
+    assert calls[:6] == ["close", *["abandon_update"] * 2, "connect", "prepare", "pause"]
+    assert calls.count("connect") == 1, "the pause is as long as ever"
     first, of_fresh, _ = session._ranks.groups
-    assert a.groups_left == [first, of_fresh], "it leaves the first one once it does not serve"
+    assert a.groups_left == [first, of_fresh]
     a.groups_left.clear()
     session.sync(3)
     pool.lost("b", "b hangs again")
+    calls.clear()
     session.sync(4)
     assert a.groups_left == [session._ranks.groups[2]]
+    order = [call for call in calls if call != "abandon_update"]
+    assert order[:4] == ["close", "connect", "prepare", "pause"]
+
+
+def test_an_engine_that_dies_as_the_group_is_formed_does_not_stall_the_others(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("nanoslime.orchestration.engine_pool._PAUSE_S", 0.0)
+    calls: list[str] = []
+    a = Engine("a", calls)
+    fresh = Engine("b", calls)
+    session = opened(
+        tmp_path,
+        "broadcast",
+        a,
+        Engine("b", calls),
+        calls=calls,
+        restarts=[lambda: None, lambda: fresh],
+    )
+    pool = session._engines
+    session.sync(1)
+    pool.lost("b", "b hangs")
+    while pool._places[1].came_up is None:
+        threading.Event().wait(0.01)
+    fresh.is_gone = True
+    session.sync(2)
+    assert a.served == [(1, 1), (2, 2)] and fresh.served == []
+    assert session._ranks.engines == [a] and a.own_calls.count("pause") == 2
+
+
+@pytest.mark.parametrize(
+    ("b_says", "is_late", "gap"), [(-2.1, False, 0.1), (-3.0, False, 1.0), (-3.0, True, 0.0)]
+)
+def test_an_engine_alone_beyond_the_bound_is_lost_and_never_serves_again(
+    tmp_path, b_says, is_late, gap
+):
+    """At once; or, where it has answered late, in the next sync."""
+    calls: list[str] = []
+    a, b = Engine("a", calls), Engine("b", calls)
+    session = opened(tmp_path, "broadcast", a, b, calls=calls)
+    session._probe = Probe([1, 2, 3], max_gap=0.3)
+    may_answer = threading.Event()
+    if not is_late:
+        may_answer.set()
+
+    def score(tokens: list[int]) -> tuple[list[float], int]:
+        version = session._ranks.version
+        assert may_answer.wait(10)
+        return [-1.0, b_says], version
+
+    a.score = lambda tokens: ([-1.0, -2.0], session._ranks.version)
+    b.score = score
+    metrics = session.sync(4)
+    assert calls[:3] == ["prepare", "score", "pause"]
+    assert metrics.keys() >= {"time/weight_sync_score_s", "time/weight_sync_probe_s"}
+    assert metrics["weight_sync/logprob_gap_max"] == pytest.approx(gap)
+    assert session._engines.ready() == ([a] if gap == 1.0 else [a, b])
+    may_answer.set()
+    session.sync(5)
+    is_lost = b_says == -3.0
+    assert session._engines.ready() == ([a] if is_lost else [a, b])
+    assert len(b.served) == (1 if is_lost else 2)
+
+
+def test_all_engines_beyond_the_bound_end_the_run_in_the_same_sync(tmp_path):
+    calls: list[str] = []
+    engines = [Engine(name, calls) for name in "ab"]
+    session = opened(tmp_path, "broadcast", *engines, calls=calls)
+    session._probe = Probe([1, 2, 3], max_gap=0.3)
+    for engine in engines:
+        engine.score = lambda tokens: ([-1.0, -9.0], 4)
+    message = (
+        "engine a gives 2 tokens .* by 3.5 in the mean and 7 at most.*gap is 0.3; engine b gives"
+    )
+    with pytest.raises(EnginesFailed, match=message):
+        session.sync(4)
+    assert session._engines.ready() == []
+
+
+def test_an_engine_that_joins_is_probed_before_it_serves(tmp_path, monkeypatch):
+    monkeypatch.setattr("nanoslime.orchestration.engine_pool._PAUSE_S", 0.0)
+    calls: list[str] = []
+    a = Engine("a", calls)
+    wrong, right = Engine("b", calls), Engine("b", calls)
+    coming = iter([wrong, right])
+    session = opened(
+        tmp_path,
+        "broadcast",
+        a,
+        Engine("b", calls),
+        calls=calls,
+        restarts=[lambda: None, lambda: next(coming)],
+    )
+    session.sync(1)
+    session._probe = Probe([1, 2, 3], max_gap=0.3)
+    wrong.score = lambda tokens: ([-1.0, -9.0], 1)
+    right.score = lambda tokens: ([-1.0, -2.0], 1)
+    told: list[list[Engine]] = []
+    session._engines.subscribe(told.append, lambda: None)
+    session._engines.lost("b", "b hangs")
+    while len(session._engines.ready()) < 2:
+        session._engines.service(session.join)
+    assert all(wrong not in engines for engines in told) and told[-1] == [a, right]
 
 
 def test_an_engine_that_dies_as_it_joins_is_lost_again_and_the_others_serve(tmp_path, monkeypatch):

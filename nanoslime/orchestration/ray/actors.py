@@ -66,8 +66,7 @@ class ActorSetup:
         interface = self.config.cluster.network_interface
         interface = interface or interface_of(address, ipv4_addresses())
         os.environ.update(interface_names(os.environ, interface))
-        if self.device == "cuda":
-            os.environ.update(nccl_defaults(os.environ, self.config.rollout.sglang))
+        os.environ.update(nccl_defaults(os.environ, self.config.rollout.sglang))
         cores = len(os.sched_getaffinity(0))
         threads = num_threads(self.users_threads, cores, self.num_neighbours)
         os.environ["OMP_NUM_THREADS"] = str(threads)

@@ -184,16 +184,14 @@ class EmbeddedEngine:
         self._thread.shutdown()
 
     def score(self, token_ids: Sequence[int]) -> tuple[list[float], int]:
-        """It waits for the batch that runs."""
-
-        @torch.no_grad()
-        def scored() -> tuple[list[float], int]:
-            ids = torch.tensor(list(token_ids), device=self._model.device)
+        """A batch that runs goes on after it, from the tokens that it has."""
+        ids = torch.tensor(list(token_ids), device=self._model.device)
+        with self._batch_stopped(), torch.no_grad():
             logits = self._model(ids[None]).logits[0, :-1].float()
-            logprobs = logits.log_softmax(-1).gather(1, ids[1:, None])
-            return logprobs[:, 0].tolist(), self._version
-
-        return self._thread.submit(scored).result()
+            version = self._version
+        self._thread.submit(self._answer_waiting)
+        logprobs = logits.log_softmax(-1).gather(1, ids[1:, None])
+        return logprobs[:, 0].tolist(), version
 
     def flush(self) -> None:
         """Nothing needs to be done: a cache ends with its batch."""

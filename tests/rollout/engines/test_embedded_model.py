@@ -214,6 +214,35 @@ def test_a_prompt_that_fills_the_context_is_an_error_of_its_samples_only(
     assert len(fine[0].token_ids) == 8
 
 
+def test_a_prompt_is_scored_between_two_tokens_of_a_batch_which_goes_on(
+    engine: EmbeddedEngine, tiny_model: Path
+) -> None:
+    """Also while the engine is paused; then the batch waits for it to be resumed."""
+    prompt = list(range(40, 60))
+    expected = reference_logprobs(tiny_model, prompt[:1], prompt[1:], 1.0)
+    request = GenerateRequest([7, 8], n=1, max_new_tokens=400, temperature=1.0, seed=3)
+
+    async def scored() -> list[Generation]:
+        running = asyncio.create_task(engine.generate(request))
+        while not engine._busy.locked():
+            await asyncio.sleep(0.001)
+        found = [await asyncio.to_thread(engine.score, prompt)]
+        assert not running.done()
+        await asyncio.to_thread(engine.pause)
+        found.append(await asyncio.to_thread(engine.score, prompt))
+        assert not running.done() and not engine._busy.locked()
+        engine.resume()
+        for logprobs, version in found:
+            assert version == 0
+            assert (torch.tensor(logprobs) - expected).abs().max() < 1e-4
+        return await running
+
+    [answer] = asyncio.run(scored())
+    assert len(answer.token_ids) == 400
+    [alone] = asyncio.run(engine.generate(request))
+    assert alone.token_ids == answer.token_ids
+
+
 def test_requests_wait_while_paused(engine: EmbeddedEngine) -> None:
     async def paused() -> list[Generation]:
         engine.pause()
