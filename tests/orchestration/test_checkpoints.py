@@ -128,10 +128,10 @@ def test_other_prompts_are_refused_and_the_configuration_stays(run, model, tmp_p
     assert train.main(flags) == FAILED
     assert f"the prompts of {model.train} (hash " in caplog.messages[-1]
     assert f"others of {own} (hash " in caplog.messages[-1]
-    assert run.config.read_bytes() == before
+    assert run.config_to_resume().read_bytes() == before
     shutil.copy(model.train, own)
     assert train.main(flags) == DONE
-    assert "num_rollout: 3" in run.config.read_text()
+    assert "num_rollout: 3" in run.config_to_resume().read_text()
 
 
 def test_rewards_on_other_evaluation_prompts_are_not_compared(run, model, tmp_path, caplog):

@@ -22,7 +22,15 @@ KL = "--use-kl-loss --kl-loss-coef 0.01 --num-steps-per-rollout 2 --lr 1e-3"
 
 
 # What engines and rewards count, and evaluations; a replay has none of them.
-NOT_REPLAYED = ("time/", "eval/", "router/", "engines/", "rollout/generated_", "rollout/reward_")
+NOT_REPLAYED = (
+    "time/",
+    "eval/",
+    "router/",
+    "engines/",
+    "weight_sync/",
+    "rollout/generated_",
+    "rollout/reward_",
+)
 
 
 def untimed(run: RunDir) -> list[dict]:

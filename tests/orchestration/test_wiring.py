@@ -275,7 +275,7 @@ def test_buckets_and_deadlines_reach_those_who_keep_them(tmp_path, files, monkey
 
     def sender(self: Any, rank: Any, engines: Any) -> None:
         seen["rank's deadline"] = rank.deadline_s
-        seen["bucket"] = max(len(bucket) for bucket in rank.assembler.plan.buckets)
+        seen["bucket"] = rank.bucket_bytes
         make_sender(self, rank, engines)
 
     def called(self: Any, method: str, *args: Any, **options: Any) -> Any:

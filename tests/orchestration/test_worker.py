@@ -135,8 +135,7 @@ def test_a_row_has_the_means_of_means_and_the_maxima_of_maxima():
 class NoEngine:
     """A sender to nobody."""
 
-    def send(self, version: int) -> int:
-        return 0
+    def prepare(self, version: int) -> None: ...
 
     def close(self) -> None: ...
 
@@ -151,7 +150,7 @@ def note_gaps(env, config, model_dir, run, steps):
         for ids, values in zip(batch.token_ids, logprobs or [], strict=False):
             found[tokens_key(ids.numpy())] = values.tolist()
     worker._sender = NoEngine()
-    worker.send(4)
+    worker.prepare(4)
     worker.train(batches)
     return found
 
