@@ -19,6 +19,8 @@ from nanoslime.weight_sync.turns import Turns
 from tests.weight_sync.test_trainer_weights import CPU, on_two_ranks
 
 NUM_TENSORS = 6
+# Room for one of them.
+BUCKET_BYTES = 24
 
 
 class Refusing:
@@ -49,7 +51,7 @@ def sender_of(
     ]
     weights = TrainerWeights(lambda: shards_of(rank), owned, rank, torch.float32, CPU)
     side = EngineSide(engines, [[]] * len(engines), "127.0.0.1", Path(), "group")
-    return BroadcastSender(RankSide(weights, 1, Path(), deadline_s), side)
+    return BroadcastSender(RankSide(weights, BUCKET_BYTES, Path(), deadline_s), side)
 
 
 def test_a_broadcast_that_cannot_begin_is_a_fault_of_the_engines(monkeypatch) -> None:
