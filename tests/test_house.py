@@ -29,7 +29,7 @@ LEVELS = [
     ("layout",),
     ("run_dir",),
     # above: torch-free, and all that jobs/ sees
-    ("batch", "process_groups", "sealed_bucket", "tensor_storage"),
+    ("batch", "process_groups", "sealed_bucket", "shared_bytes", "tensor_storage"),
     ("algorithms", "tracking"),
     ("rollout", "training", "weight_sync", "rehearsal"),
     ("orchestration",),

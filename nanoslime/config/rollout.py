@@ -134,7 +134,7 @@ class WeightSyncConfig:
     transport: Literal["auto", "broadcast", "tensor", "disk", "in_process"] = "auto"
     """auto: an embedded engine takes in_process beside one rank, and disk beside
     several; SGLang takes broadcast, and with cluster.colocate tensor (handles of the
-    trainer's GPU memory)."""
+    trainer's memory, on a GPU or a CPU)."""
     bucket_bytes: int = Field(default=512 << 20, ge=1)
     """A rank holds at most twice as many bytes for weight sync: of a tensor that is larger than a
     bucket it sends rows."""

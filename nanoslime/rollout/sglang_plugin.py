@@ -34,6 +34,7 @@ from nanoslime.rollout import weight_check
 from nanoslime.rollout.engines.sglang_client import COMPARING
 from nanoslime.rollout.weight_check import ExpectedTensors, Named, checkpoint_shapes
 from nanoslime.sealed_bucket import HEADER, MORE, Part, Place, broken_seal, place_of, wrong_parts
+from nanoslime.shared_bytes import shared_bytes
 from nanoslime.storage import manifest
 from nanoslime.types import RunError
 
@@ -197,12 +198,16 @@ class WeightGuard:
         """Load one bucket of the session, or refuse the whole of it.
 
         `named_tensors` are (name, tensor) pairs, or a flat tensor with the metadata of
-        its parts; the first one is the header. SGLang calls this after the broadcasts were
-        received, so that a refusal does not leave their sender waiting.
+        its parts, of which a trainer on the CPU gives a handle (shared_bytes.py); the first one is
+        the header. SGLang calls this after the broadcasts were received, so that a refusal does not
+        leave their sender waiting.
         """
         if _is_draft(updater):
             return True, _OF_DRAFT
-        flat, parts, tensors = _opened(named_tensors)
+        try:
+            flat, parts, tensors = _opened(named_tensors)
+        except RunError as e:
+            return False, f"refused: {e}"
         names = [(name, tuple(shape)) for name, _, shape in parts]
         received = self._received[id(updater)]
         problem = "it has no header"
@@ -305,14 +310,18 @@ def _is_draft(updater: Any) -> bool:
 def _opened(named_tensors: Any) -> tuple[torch.Tensor | None, list[Part], Any]:
     """A bucket as one flat tensor, what its tensors are said to be, and what SGLang loads of it.
 
-    The flat tensor is None where the first tensor is no header.
+    The flat tensor is None where the first tensor is no header. Raises RunError where it lies in
+    memory that this process cannot open.
     """
     if isinstance(named_tensors, dict):
         metadata = named_tensors["metadata"]
         if not metadata or metadata[0].name != HEADER:
             return None, [], None
         parts = [(part.name, part.dtype, part.shape) for part in metadata[1:]]
-        return named_tensors["flattened_tensor"], parts, {**named_tensors, "metadata": metadata[1:]}
+        flat = named_tensors["flattened_tensor"]
+        if not isinstance(flat, Tensor):
+            flat = shared_bytes(flat)
+        return flat, parts, {"flattened_tensor": flat, "metadata": metadata[1:]}
     if not named_tensors or named_tensors[0][0] != HEADER:
         return None, [], None
     (_, header), *tensors = named_tensors

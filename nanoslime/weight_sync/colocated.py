@@ -2,17 +2,15 @@
 GPU, so an engine gets handles of tensors instead.
 
     a bucket's sender  gathers it into a flat tensor, and broadcasts that to all trainer ranks
-    each rank          serializes its copy for the engine's rank on its GPU: an IPC handle, or the
-                       bytes on a CPU
+    each rank          makes a handle of its copy for the engine's rank on its device: CUDA's IPC
+                       handle, or one of shared memory on a CPU (shared_bytes.py)
     an engine's first rank gathers that engine's payloads and posts them
 
 The flat tensor is one and the same for all buckets, so that an engine maps one handle.
 """
 
-import io
 import pickle
 from datetime import timedelta
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
 from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 
 from nanoslime.sealed_bucket import Place, seal
+from nanoslime.shared_bytes import Handle, SharedBytes
 from nanoslime.types import BroadcastEngine, RunError
 from nanoslime.weight_sync.engine_calls import EnginesFailed, Failure
 from nanoslime.weight_sync.exchange import Exchange
@@ -62,12 +61,17 @@ class TensorSender:
     def send(self, version: int, *, compares: bool = False) -> Sent:
         """Every rank sends one copy and says how many bytes that is."""
         num_bytes = 0
-        failed: RunError | None = None
+        failure: Failure | None = None
         shards = list(self._weights.shards())
         buckets = [FlatBucket(bucket) for bucket in self._plan]
         largest = max(bucket.nbytes for bucket in buckets)
         device = self._weights.device
-        reused = torch.empty(largest, dtype=torch.uint8, device=device)
+        shared = None
+        if device.type == "cpu":
+            shared = SharedBytes(largest)
+            reused = shared.tensor
+        else:
+            reused = torch.empty(largest, dtype=torch.uint8, device=device)
         for number, bucket in enumerate(buckets):
             flat = reused[: bucket.nbytes]
             sender = self._plan[number].first_rank
@@ -77,62 +81,43 @@ class TensorSender:
                 seal(flat, Place(version, number, len(buckets), compares), bucket.parts)
             dist.broadcast(flat, src=sender)
             if self._group is not None:
-                payloads = self._gather(bucket, flat)
+                payloads = self._gather(bucket, shared.handle(bucket.nbytes) if shared else flat)
                 try:
-                    if self._engine is not None and not failed:
+                    if self._engine is not None and not failure:
                         self._engine.receive_payloads(payloads)
                 except RunError as e:
-                    failed = e
+                    # The error itself would keep this call's memory.
+                    failure = Failure.of(e)
                 # The engine reads the flat tensor until then.
                 dist.barrier(self._group)
             num_bytes += bucket.nbytes
         if device.type == "cuda":
             # Memory whose handle a process has given away is freed once this is asked.
             torch.cuda.ipc_collect()
-        if failed and self._engine is not None:
-            raise EnginesFailed.of({self._engine.name: Failure.of(failed)})
+        if failure and self._engine is not None:
+            raise EnginesFailed.of({self._engine.name: failure})
         return Sent(num_bytes)
 
     def close(self) -> None: ...
 
-    def _gather(self, bucket: FlatBucket, flat: torch.Tensor) -> list[bytes]:
+    def _gather(self, bucket: FlatBucket, flat: torch.Tensor | Handle) -> list[bytes]:
         """The bucket for each rank of the engine, on the rank that posts it."""
         if self._weights.device.type == "cuda":
             torch.cuda.synchronize()  # the engine does not know of this process's streams
-        metadata = FlattenedTensorBucket.empty(
-            bucket.names, bucket.dtypes, bucket.shapes, torch.device("meta")
-        ).metadata
-        content = {"flattened_tensor": flat, "metadata": metadata}
-        if self._weights.device.type == "cuda":
-            payload = MultiprocessingSerializer.serialize(content)
-        else:
-            payload = serialize_on_cpu(content)
         payloads: list[Any] | None = None
         if self._engine is not None:
             payloads = [None] * len(self._engine_ranks)
+        payload = payload_of(bucket, flat)
         dist.gather_object(payload, payloads, dst=self._engine_ranks[0], group=self._group)
         return payloads or []
 
 
-class _TensorPickler(pickle._Pickler):
-    """Calls the function that loads a tensor's bytes by the name that it has in torch.
-
-    megatron-core 0.19 puts a function of its own in its place, as soon as it is imported, and
-    SGLang refuses a pickle that names that one.
-    """
-
-    def save_function(self, function: FunctionType) -> None:
-        if function is torch.storage._load_from_bytes:
-            self.write(pickle.GLOBAL + b"torch.storage\n_load_from_bytes\n")
-            self.memoize(function)
-        else:
-            self.save_global(function)
-
-    dispatch = pickle._Pickler.dispatch | {FunctionType: save_function}
-
-
-def serialize_on_cpu(content: dict[str, Any]) -> bytes:
-    """Pickles tensors of the CPU by value, as SGLang takes them whatever has been imported here."""
-    buffer = io.BytesIO()
-    _TensorPickler(buffer).dump(content)
-    return buffer.getvalue()
+def payload_of(bucket: FlatBucket, flat: torch.Tensor | Handle) -> bytes:
+    """A handle of the bucket's bytes and what they are, in classes that SGLang unpickles."""
+    metadata = FlattenedTensorBucket.empty(
+        bucket.names, bucket.dtypes, bucket.shapes, torch.device("meta")
+    ).metadata
+    content = {"flattened_tensor": flat, "metadata": metadata}
+    if isinstance(flat, torch.Tensor):
+        return MultiprocessingSerializer.serialize(content)
+    return pickle.dumps(content)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
 from nanoslime.sealed_bucket import HEADER, HEADER_WORDS, MORE, Place, seal
+from nanoslime.shared_bytes import SharedBytes
 
 pytestmark = pytest.mark.sglang
 PLUGIN = "nanoslime.rollout.sglang_plugin"
@@ -94,11 +95,12 @@ def refuse(*arguments: object, **options: object) -> None:
     raise AssertionError("nothing is to be loaded")
 
 
-@pytest.mark.parametrize("is_flat", [False, True])
+@pytest.mark.parametrize("form", ["pairs", "flat", "handle"])
 def test_rows_of_a_tensor_larger_than_a_bucket_are_loaded_once_all_have_come(
-    guard: Any, tiny_model: Path, is_flat: bool
+    guard: Any, tiny_model: Path, form: str
 ) -> None:
-    """Pairs come by broadcast, a flat tensor on shared devices; its memory is used again."""
+    """Pairs come by broadcast, a flat tensor or a handle of one on shared devices; its memory is
+    used again."""
     tensors = load_file(tiny_model / "model.safetensors")
     rows = tensors.pop(HEAD)
     loaded: dict[str, Tensor] = {}
@@ -109,15 +111,34 @@ def test_rows_of_a_tensor_larger_than_a_bucket_are_loaded_once_all_have_come(
 
     target = updater_of(torch.nn.Module(), tiny_model, is_draft=False)
     guard.begin(lambda updater: None, target)
-    flat = torch.empty(1 << 20, dtype=torch.uint8)
+    shared = SharedBytes(1 << 20)
     contents = ({MORE_ROWS: rows[:100]}, {MORE_ROWS: rows[100:300], **tensors}, {HEAD: rows[300:]})
     for number, content in enumerate(contents):
-        bucket = sealed(flat, content, Place(3, number, len(contents)))
-        named = bucket if is_flat else FlattenedTensorBucket(**bucket).reconstruct_tensors()
+        bucket = sealed(shared.tensor, content, Place(3, number, len(contents)))
+        named: Any = bucket
+        if form == "pairs":
+            named = FlattenedTensorBucket(**bucket).reconstruct_tensors()
+        elif form == "handle":
+            handle = shared.handle(bucket["flattened_tensor"].numel())
+            named = {**bucket, "flattened_tensor": handle}
         assert HEAD not in loaded
         assert guard.bucket(load if number else refuse, target, named)[0]
     assert loaded.keys() == tensors.keys() | {HEAD}
     assert torch.equal(loaded[HEAD], rows)
+
+
+def test_a_handle_that_opens_nothing_here_is_refused_in_one_sentence_and_nothing_is_loaded(
+    guard: Any, tiny_model: Path
+) -> None:
+    target = updater_of(torch.nn.Module(), tiny_model, is_draft=False)
+    guard.begin(lambda updater: None, target)
+    shared = SharedBytes(1 << 20)
+    bucket = sealed(shared.tensor, load_file(tiny_model / "model.safetensors"), Place(3, 0, 1))
+    handle = shared.handle(bucket["flattened_tensor"].numel())
+    del bucket["flattened_tensor"], shared
+    success, message = guard.bucket(refuse, target, {**bucket, "flattened_tensor": handle})
+    assert not success and "\n" not in message
+    assert message.startswith("refused: memory of a trainer rank cannot be opened as /proc/")
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from nanoslime.training.backend import RankEnv
 from nanoslime.types import RunError
 from nanoslime.weight_sync.session import SyncSession
 from tests.orchestration.test_weight_sync import gap, run_config, sample, train_once
-from tests.rollout.engines.test_sglang_client import assert_serves, flat_of, payload_of
+from tests.rollout.engines.test_sglang_client import assert_serves, flat_of, shared
 
 pytestmark = [pytest.mark.sglang, pytest.mark.matrix, pytest.mark.timeout(500)]
 DEADLINE_S = 15.0
@@ -106,14 +106,16 @@ def test_a_payload_that_is_wrong_for_the_second_rank_is_refused(
     wrong[1000] ^= 1
     refusal = "rank 1: refused: bucket 0 of version 5 has not the bytes that were sent"
     two.engine.begin_update()
-    with pytest.raises(RunError, match=refusal):
-        two.engine.receive_payloads([payload_of(bucket, flat), payload_of(bucket, wrong)])
+    with shared(bucket, flat) as right, shared(bucket, wrong) as other:
+        with pytest.raises(RunError, match=refusal):
+            two.engine.receive_payloads([right, other])
     with pytest.raises(RunError, match="rank 1: refused: 25 of 25 tensors missing"):
         two.engine.end_update(5)
     assert two.engine.policy_version() == 0
 
     two.engine.begin_update()
-    two.engine.receive_payloads([payload_of(bucket, flat)] * 2)
+    with shared(bucket, flat) as payload:
+        two.engine.receive_payloads([payload] * 2)
     two.engine.end_update(5)
     assert_serves(two.engine, other_model)
     two.engine.update_weights_from_disk(str(tiny_model), 0)

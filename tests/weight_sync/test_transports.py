@@ -2,8 +2,10 @@
 and their version.
 """
 
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from nanoslime.orchestration.devices import SeparateDevices
@@ -59,8 +61,20 @@ def test_an_engine_has_the_trainers_weights_after_a_sync(
             else:
                 assert session.version == engine.policy_version() == version
                 assert gap(worker, sample(engine, seed=10 + version)) < 1e-4
+            assert not holders_of_shared_bytes()
     finally:
         group.close()
+
+
+def holders_of_shared_bytes() -> list[psutil.Process]:
+    """Of this process and its servers, those that still have memory of a trainer rank mapped."""
+    this = psutil.Process()
+    holders = []
+    for process in [this, *this.children(recursive=True)]:
+        with suppress(OSError):
+            if "/memfd:nanoslime" in Path(f"/proc/{process.pid}/maps").read_text():
+                holders.append(process)
+    return holders
 
 
 @pytest.mark.sglang

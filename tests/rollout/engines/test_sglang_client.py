@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -23,6 +22,7 @@ from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.rollout.router import Router
 from nanoslime.sealed_bucket import HEADER, Place, seal
+from nanoslime.shared_bytes import SharedBytes
 from nanoslime.types import (
     BroadcastEngine,
     Engine,
@@ -32,7 +32,7 @@ from nanoslime.types import (
     RunError,
     Status,
 )
-from nanoslime.weight_sync.colocated import serialize_on_cpu
+from nanoslime.weight_sync.colocated import payload_of
 from nanoslime.weight_sync.flat import FlatBucket
 from nanoslime.weight_sync.plan import Bucket, PlannedTensor
 from tests.serving import VOCAB_SIZE, num_running, reference_logprobs, wait_until_running
@@ -485,22 +485,26 @@ def test_an_engine_that_holds_other_weights_than_it_is_compared_with_says_which(
 
 
 def send_tensors(engine: SGLangEngine, tensors: dict[str, Tensor], place: Place) -> None:
-    engine.receive_payloads([payload_of(*flat_of(tensors, place))])
+    bucket, flat = flat_of(tensors, place)
+    with shared(bucket, flat) as payload:
+        engine.receive_payloads([payload])
 
 
-def payload_of(bucket: FlatBucket, flat: Tensor) -> bytes:
+@contextmanager
+def shared(bucket: FlatBucket, flat: Tensor) -> Iterator[bytes]:
     """A bucket as a trainer hands it to one rank of an engine."""
-    empty = FlattenedTensorBucket.empty(bucket.names, bucket.dtypes, bucket.shapes, "cpu")
-    return serialize_on_cpu({"flattened_tensor": flat, "metadata": empty.get_metadata()})
+    memory = SharedBytes(flat.numel())
+    memory.tensor.copy_(flat)
+    yield payload_of(bucket, memory.handle(flat.numel()))
 
 
 # What others than our trainers may send, as stock SGLang takes it.
 WITHOUT_HEADER: list[Any] = [
     [],
-    {"flattened_tensor": torch.zeros(2), "metadata": []},
+    {"flattened_tensor": torch.zeros(2, device="meta"), "metadata": []},
     [(NORM, None)],
-    [(NORM, torch.zeros(64))],
-    [(HEADER, torch.zeros(1))],
+    [(NORM, torch.zeros(64, device="meta"))],
+    [(HEADER, torch.zeros(1, device="meta"))],
 ]
 
 
@@ -514,8 +518,13 @@ def test_tensor_update_refuses_wrong_names_and_goes_on(
         send_tensors(sglang_engine, {"model.norm.wait": norm}, Place(3, 0, 1))
     for content in WITHOUT_HEADER:
         with pytest.raises(RunError, match=r"refused: .* header; log"):
-            sglang_engine.receive_payloads([serialize_on_cpu(content)])
+            sglang_engine.receive_payloads([pickle.dumps(content)])
     assert_serves(sglang_engine, tiny_model)
+    bucket, flat = flat_of(tensors, Place(3, 0, 1))
+    with shared(bucket, flat) as payload:
+        pass
+    with pytest.raises(RunError, match="refused: memory of a trainer rank cannot be opened as"):
+        sglang_engine.receive_payloads([payload])
     send_tensors(sglang_engine, tensors, Place(3, 0, 1))
     with pytest.raises(RunError, match=f"1 of 25 tensors missing: {NORM}"):
         sglang_engine.end_update(3)
