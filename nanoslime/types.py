@@ -261,6 +261,9 @@ class Generation:
     parse_s: float = field(default=0.0, compare=False)
 
 
+# A tensor's name, its dtype as "torch.bfloat16", its shape.
+TensorKind = tuple[str, str, Sequence[int]]
+
 # What an engine holds on its device. With the weights alone it can be sent new ones.
 MemoryPart = Literal["weights", "cache"]
 
@@ -303,6 +306,10 @@ class Engine(Protocol):
         """The logprob of each token but the first, given those before it, at temperature 1; and
         the version of the weights that say so."""
         ...
+
+    def agree(self, tensors: Sequence[TensorKind]) -> None:
+        """Raises RunError where an update with these tensors is none of the model that the
+        engine has loaded, or of another dtype."""
 
     def flush(self) -> None: ...
     def policy_version(self) -> int: ...

@@ -26,7 +26,7 @@ from nanoslime.training import BACKENDS
 from nanoslime.training.backend import RankEnv, TrainBackend, collectives
 from nanoslime.training.batching import fill
 from nanoslime.training.token_gaps import GapNotes
-from nanoslime.types import KeptArrays, RunError, SampleArrays
+from nanoslime.types import KeptArrays, RunError, SampleArrays, TensorKind
 from nanoslime.weight_sync.disk import CheckpointWriter
 from nanoslime.weight_sync.engine_calls import EnginesFailed
 from nanoslime.weight_sync.trainer_weights import TrainerWeights
@@ -154,6 +154,10 @@ class TrainWorker:
         except EnginesFailed as e:
             return Sent(failures=e.failures, problem=str(e))
         return Sent()
+
+    def tensor_kinds(self) -> list[TensorKind]:
+        """What engines are sent, on rank 0; nothing elsewhere."""
+        return self._weights.kinds() if self.env.rank == 0 else []
 
     def prepare(self, version: int) -> None:
         """Begins to send the current weights as `version`, as far as no engine is needed for it."""

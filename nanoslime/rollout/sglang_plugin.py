@@ -16,6 +16,7 @@ four: they are nearly all of an answer. On a machine without CUDA the plug-in al
 keep them in ordinary memory.
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -25,13 +26,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from sglang.srt.managers.io_struct import BeginWeightUpdateReqOutput
+from sglang.srt.managers.io_struct import BeginWeightUpdateReqOutput, CheckWeightsReqOutput
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 from torch import Tensor
 
 from nanoslime.rollout import weight_check
-from nanoslime.rollout.engines.sglang_client import COMPARING
+from nanoslime.rollout.engines.sglang_client import AGREE, COMPARING
 from nanoslime.rollout.weight_check import ExpectedTensors, Named, checkpoint_shapes
 from nanoslime.sealed_bucket import HEADER, MORE, Part, Place, broken_seal, place_of, wrong_parts
 from nanoslime.shared_bytes import shared_bytes
@@ -67,6 +68,7 @@ def register() -> None:
         f"{_MANAGER}.update_weights_from_disk": [answer_of_all_ranks],
         f"{_MANAGER}.update_weights_from_distributed": [answer_of_all_ranks],
         f"{_MANAGER}.update_weights_from_tensor": [answer_of_all_ranks],
+        f"{_MANAGER}.check_weights": [guard.answer_agree, answer_of_all_ranks],
         f"{_MANAGER}.begin_weight_update": [guard.answer_begin],
         f"{_MANAGER}.end_weight_update": [guard.answer_end, answer_of_all_ranks],
         _COLLECT_EXPERTS: [_collect_small_experts],
@@ -180,6 +182,19 @@ class WeightGuard:
         if not _is_draft(updater):
             self._received[id(updater)] = _Received(updater, self._expected_by(updater))
         original(updater)
+
+    def answer_agree(self, original: Original, manager: Any, request: Any) -> Any:
+        """Whether an update with the tensors of `skip_tensor_list` is one of the loaded model."""
+        if AGREE not in (request.skip_tensor_list or ()):
+            return original(manager, request)
+        sent = json.loads(request.skip_tensor_list[1])
+        updater = manager.tp_worker.model_runner.weight_updater
+        try:
+            problem = self._expected_by(updater).disagreement(sent, updater.get_model())
+        except (OSError, ValueError, RunError) as e:
+            problem = f"tensor names cannot be checked: {e}"
+        message = problem or f"{len(sent)} tensors agreed"
+        return CheckWeightsReqOutput(success=problem is None, message=message)
 
     def answer_begin(self, original: Original, manager: Any, request: Any) -> Any:
         try:

@@ -3,16 +3,17 @@ engine was started from, and whether the engine's own parameters are made of the
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from nanoslime.models.rules import is_computed, optional_tensors, tensors
+from nanoslime.models.rules import FLOAT32, is_computed, optional_tensors, tensors
 from nanoslime.models.shape import ModelShape
 from nanoslime.sealed_bucket import checksum
 from nanoslime.storage.safetensors_file import read_headers
+from nanoslime.types import TensorKind
 
 Shapes = dict[str, tuple[int, ...]]
 # The name and the shape of a tensor.
@@ -69,6 +70,29 @@ class ExpectedTensors:
                     f"{list(expected)}"
                 )
             names.add(name)
+        return None
+
+    def disagreement(self, sent: Sequence[TensorKind], model: torch.nn.Module) -> str | None:
+        """What keeps a trainer that sends these tensors from an engine that has loaded `model`;
+        None where nothing does.
+
+        The engine's dtype is the narrowest that it has: some keep a few parameters in float32.
+        Engines divide or join other tensors, and hold each norm as it is; by them a model is found
+        that was loaded with other sizes than its config.json has, or with fewer layers.
+        """
+        problem = self.first_problem((name, tuple(shape)) for name, _, shape in sent)
+        problem = problem or self.missing(name for name, _, _ in sent)
+        if problem:
+            return problem
+        own = str(min(model.parameters(), key=lambda parameter: parameter.itemsize).dtype)
+        loaded = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+        for name, dtype, shape in sent:
+            if dtype != own and not name.endswith(FLOAT32):
+                return f"tensor {name!r} is sent as {dtype}, and the engine was loaded as {own}"
+            is_norm = name in self.required and name.endswith("norm.weight")
+            if is_norm and loaded.get(name) != list(shape):
+                found = loaded.get(name, "no such tensor")
+                return f"tensor {name!r} has shape {list(shape)}, and the engine loaded {found}"
         return None
 
     def missing(self, received: Iterable[str]) -> str | None:

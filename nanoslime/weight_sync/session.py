@@ -27,7 +27,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
-from nanoslime.types import PauseMode, RunError
+from nanoslime.types import PauseMode, RunError, TensorKind
 from nanoslime.weight_sync.engine_calls import EnginesFailed, Failure
 from nanoslime.weight_sync.probe import Probe
 from nanoslime.weight_sync.transport import TRANSPORTS, Delivery, EngineSide, Sent, version_dir
@@ -147,6 +147,8 @@ class SyncSession:
         # The engines that the ranks' senders know, and how the names of their process groups begin.
         self._connected: list[Any] | None = None
         self._group = ""
+        # What every engine is sent, as rank 0 says.
+        self._tensors: list[TensorKind] = []
         self.state = State.IDLE
         # The version of the weights that every engine has; -1 before the first sync.
         self.version = -1
@@ -255,10 +257,14 @@ class SyncSession:
         return {"time/weight_sync_score_s": time.monotonic() - begin}
 
     def _meet(self, engines: Callable[[], list[Any]]) -> None:
-        """Makes the senders for these engines anew, where they are not those of the last sync.
+        """Agrees with engines that are new on what they are sent, and makes the senders anew where
+        the engines are not those of the last sync.
 
         An engine that is lost by it takes no part.
         """
+        if not self._tensors:
+            self._tensors, *_ = self._ranks.call("tensor_kinds", what="list the tensors")
+        self._engines.each("agree", self._tensors)
         while found := engines():
             is_met = self._transport.delivery is not Delivery.BUCKETS or found == self._connected
             if is_met or self._connect(found):

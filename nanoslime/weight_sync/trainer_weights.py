@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nanoslime.batch import OwnedShard, WeightShard
 from nanoslime.models.rules import FLOAT32
+from nanoslime.types import TensorKind
 from nanoslime.weight_sync.exchange import Exchange
 from nanoslime.weight_sync.plan import Bucket, Targets, make_sync_plan, whole_on_rank_0
 
@@ -48,6 +49,11 @@ class TrainerWeights:
                 self.owned, self._dtype_of, bucket_bytes, targets_of, spreads=spreads
             )
         return self._plans[asked]
+
+    def kinds(self) -> list[TensorKind]:
+        """What engines are sent, each tensor whole."""
+        shapes = {shard.name: shard.full_shape for shards in self.owned for shard in shards}
+        return [(name, str(self._dtype_of(name)), tuple(shape)) for name, shape in shapes.items()]
 
     def whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yields all tensors on rank 0, one after the other. Collective: elsewhere it yields

@@ -4,6 +4,7 @@ SGLang, and how it dies.
 Each run is a child process; every wait has a deadline, and nothing may be left of it.
 """
 
+import ast
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -222,13 +224,30 @@ def test_a_killed_trainer_rank_ends_the_run_with_its_name(start):
     assert rehearsal.run.status()["phase"] == "failed"
 
 
+def check_environments(run: RunDir, server_pid: int) -> None:
+    """NCCL and gloo are told the same in a server, in what it starts, and in the ranks."""
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE")
+    expected = dict(zip(names, ("lo", "lo", "0", "0"), strict=True))
+    for rank in range(2):
+        log = run.attempt(1).log("trainer", rank).read_text()
+        [told] = re.findall(r"environment: ({.*})", log)
+        assert ast.literal_eval(told).items() >= expected.items()
+    server = psutil.Process(server_pid)
+    environments = [process.environ() for process in (server, *server.children(recursive=True))]
+    # A process that has given itself a title has none any more.
+    found = [{name: one.get(name) for name in names} for one in environments if "PATH" in one]
+    assert len(found) > 1 and all(one == expected for one in found)
+
+
 @pytest.mark.sglang
 def test_a_killed_engine_comes_back_and_ends_the_run_when_it_may_not(start):
     flags = ["--nodes", "2", "--pp-size", "1", "--num-rollout", "1000"]
     flags += ["--rollout.engine-restarts", "1"]
     rehearsal = start(*flags, "--eval.max-prompts", "8")
     rehearsal.wait_for_line("step 1/1000")
-    os.kill(rehearsal.pid_of("sglang.launch_server"), signal.SIGKILL)
+    server = rehearsal.pid_of("sglang.launch_server")
+    check_environments(rehearsal.run, server)
+    os.kill(server, signal.SIGKILL)
     rehearsal.wait_for_line("engine engine-0 is up again")
     num_lines = len(rehearsal.lines)
     process_table.wait_for(

@@ -7,6 +7,7 @@ the same tokens then agree to 1e-4.
 """
 
 import asyncio
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.training.backend import RankEnv
 from nanoslime.training.batching import BatchingOptions
 from nanoslime.types import GenerateRequest, Sample, SampleGroup
+from nanoslime.weight_sync.probe import Probe
 from nanoslime.weight_sync.session import SyncSession
 from tests.models.hf import save_model
 from tests.serving import reference_logprobs
@@ -197,6 +199,54 @@ def test_broadcast_from_megatron_tp2_after_every_step(ranks, sglang_engine, tiny
         assert {v for g in fresh for s in g.samples for _, v in s.policy_versions} == {version}
         assert stale > 1e-2, "the step moved nothing: a stale engine would not be seen"
         assert max(ranks(measure, fresh)) < 1e-4
+    ranks(close_worker)
+
+
+@pytest.mark.megatron
+def test_an_engine_that_comes_back_has_the_current_weights_before_a_router_sees_it(
+    ranks, sglang_engine, tiny_model, other_model, tmp_path, monkeypatch
+):
+    """It came up with those of its checkpoint; it is in the group of the next sync, which is
+    formed before the pause.
+    """
+    monkeypatch.setattr("nanoslime.orchestration.engine_pool._PAUSE_S", 0.0)
+
+    def restart() -> SGLangEngine:
+        sglang_engine.update_weights_from_disk(str(other_model), 0)
+        return sglang_engine
+
+    ranks(open_worker, "megatron", tiny_model)
+    pool = EnginePool([sglang_engine], [restart], max_restarts=1)
+    session = SyncSession(
+        PoolRanks(ranks),
+        pool,
+        SeparateDevices(),
+        transport="broadcast",
+        directory=tmp_path,
+        deadline_s=120.0,
+        probe=Probe(list(range(40, 72)), max_gap=0.01),
+    )
+    session.open([[0]])
+    session.sync(1)
+    told: list[tuple[int, float]] = []
+
+    def on_change(engines: list[SGLangEngine]) -> None:
+        for engine in engines:
+            fresh = sample(engine, seed=40)
+            told.append((engine.policy_version(), max(ranks(measure, fresh))))
+
+    ranks(step, sample(sglang_engine, seed=39))
+    session.sync(2)
+    pool.subscribe(on_change, lambda: None)
+    pool.lost("engine-0", "a test says that it hangs")
+    deadline = time.monotonic() + 60
+    while not pool.ready() and time.monotonic() < deadline:
+        pool.service(session.join)
+    ranks(step, sample(sglang_engine, seed=41))
+    metrics = session.sync(3)
+    assert [version for version, _ in told] == [2, 2, 3]
+    assert all(gap < 1e-4 for _, gap in told)
+    assert metrics["weight_sync/logprob_gap_max"] < 1e-4
     ranks(close_worker)
 
 

@@ -1,6 +1,7 @@
 """What the plug-in does to models that no server here runs beside another one."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,8 @@ from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 from torch import Tensor
 
 from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
+from nanoslime.rollout.engines.sglang_client import AGREE
+from nanoslime.rollout.weight_check import checkpoint_shapes
 from nanoslime.sealed_bucket import HEADER, HEADER_WORDS, MORE, Place, seal
 from nanoslime.shared_bytes import SharedBytes
 
@@ -26,7 +29,8 @@ MORE_ROWS = HEAD + MORE
 def guard(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The plug-in imports this module of SGLang for its answers; it takes packages that a CPU
     lacks, and for which a server has stand-ins."""
-    answers = SimpleNamespace(BeginWeightUpdateReqOutput=SimpleNamespace)
+    names = ("BeginWeightUpdateReqOutput", "CheckWeightsReqOutput")
+    answers = SimpleNamespace(**dict.fromkeys(names, SimpleNamespace))
     monkeypatch.setitem(sys.modules, "sglang.srt.managers.io_struct", answers)
     monkeypatch.delitem(sys.modules, PLUGIN, raising=False)
     yield importlib.import_module(PLUGIN).WeightGuard()
@@ -168,3 +172,30 @@ def test_an_update_that_ends_before_the_last_rows_is_refused(guard: Any, tiny_mo
     assert guard.bucket(lambda *_: (True, ""), target, bucket)[0]
     answer = guard.answer_end(lambda *_: SimpleNamespace(success=True, message=""), None, None)
     assert not answer.success and f"1 of 25 tensors missing: {HEAD}" in answer.message
+
+
+def test_a_model_of_another_dtype_is_not_agreed_on_and_other_checks_are_sglangs(
+    guard: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    model = EmbeddedEngine(str(tiny_model), "bfloat16", "cpu", seed=0)._model
+    updater = updater_of(model, tiny_model, is_draft=False)
+    runner = SimpleNamespace(weight_updater=updater)
+    manager = SimpleNamespace(tp_worker=SimpleNamespace(model_runner=runner))
+    shapes = checkpoint_shapes(str(tiny_model)).items()
+
+    def asked(dtype: str) -> Any:
+        listed = json.dumps([[name, dtype, shape] for name, shape in shapes])
+        return guard.answer_agree(None, manager, SimpleNamespace(skip_tensor_list=[AGREE, listed]))
+
+    assert asked("torch.bfloat16").success
+    assert asked("torch.bfloat16").message == "25 tensors agreed"
+    refused = asked("torch.float32")
+    assert not refused.success
+    end = "is sent as torch.float32, and the engine was loaded as torch.bfloat16"
+    assert refused.message.endswith(end)
+    runner.weight_updater = updater_of(model, tmp_path / "no such model", is_draft=False)
+    unread = asked("torch.bfloat16")
+    assert not unread.success and "tensor names cannot be checked" in unread.message
+    for others in (None, ["lm_head"]):
+        request = SimpleNamespace(skip_tensor_list=others)
+        assert guard.answer_agree(lambda *asked: asked, manager, request) == (manager, request)

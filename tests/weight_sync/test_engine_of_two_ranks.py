@@ -22,6 +22,7 @@ from nanoslime.orchestration.local_group import LocalTrainGroup
 from nanoslime.processes.ports import free_port
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.rollout.engines.sglang_server import SGLangServer
+from nanoslime.rollout.weight_check import checkpoint_shapes
 from nanoslime.run_dir import RunDir
 from nanoslime.sealed_bucket import Place
 from nanoslime.training.backend import RankEnv
@@ -95,6 +96,13 @@ def two(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield TwoRanks(server, server.start(deadline_s=280), flips)
     finally:
         server.close()
+
+
+def test_both_ranks_agree_on_what_they_are_sent(two: TwoRanks, tiny_model: Path) -> None:
+    shapes = checkpoint_shapes(str(tiny_model)).items()
+    two.engine.agree([(name, "torch.float32", shape) for name, shape in shapes])
+    with pytest.raises(RunError, match="rank 0: tensor .* is sent as torch.float16, and the"):
+        two.engine.agree([(name, "torch.float16", shape) for name, shape in shapes])
 
 
 def test_a_payload_that_is_wrong_for_the_second_rank_is_refused(

@@ -34,6 +34,7 @@ class Engine:
         self.is_gone = False
         self.is_paused = False
         self.own_calls: list[str] = []
+        self.agreed: list[Any] = []
         self.groups_left: list[str] = []
         # The version of the weights that it has; None for a mixture.
         self.weights: int | None = 0
@@ -54,6 +55,11 @@ class Engine:
             raise EngineGone(f"engine {self.name}: {call} was not answered")
         if call == self._fails_at:
             raise RunError(f"engine {self.name}: {call} refused")
+
+    def agree(self, tensors: list[Any]) -> None:
+        self.agreed.append(tensors)
+        if self._fails_at == "agree":
+            raise RunError(f"engine {self.name}: it was loaded as torch.float16")
 
     def pause(self, mode: str) -> None:
         assert mode == "retract"
@@ -128,6 +134,8 @@ class Ranks:
     def call(
         self, method: str, *args: Any, what: str, deadline_s: float | None = None
     ) -> list[Sent]:
+        if method == "tensor_kinds":
+            return [[("w", "torch.float32", (2, 3))], []]
         self._calls.append(method)
         self.told[method] = (*args, deadline_s)
         if method == self._fails_at:
@@ -474,6 +482,25 @@ def test_an_engine_joins_while_the_others_serve(tmp_path, monkeypatch):
     assert a.groups_left == [session._ranks.groups[2]]
     order = [call for call in calls if call != "abandon_update"]
     assert order[:4] == ["close", "connect", "prepare", "pause"]
+
+
+@pytest.mark.parametrize("transport", ["broadcast", "tensor", "disk"])
+def test_an_engine_agrees_once_on_what_it_is_sent_before_anything_pauses(tmp_path, transport):
+    calls: list[str] = []
+    a, b = Engine("a", calls), Engine("b", calls, fails_at="agree")
+    session = opened(tmp_path, transport, a, b, calls=calls)
+    session.sync(1)
+    session.sync(2)
+    assert a.agreed == b.agreed == [[("w", "torch.float32", (2, 3))]]
+    assert session._engines.ready() == [a] and b.own_calls.count("pause") == 0
+
+
+def test_a_run_of_which_no_engine_agrees_ends_before_the_pause(tmp_path):
+    calls: list[str] = []
+    session = opened(tmp_path, "broadcast", Engine("a", calls, fails_at="agree"), calls=calls)
+    with pytest.raises(EnginesFailed, match="engine a: it was loaded as torch.float16"):
+        session.sync(1)
+    assert calls == []
 
 
 def test_an_engine_that_dies_as_the_group_is_formed_does_not_stall_the_others(

@@ -69,6 +69,13 @@ def expected(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def test_every_rank_says_of_each_tensor_once_what_engines_are_sent() -> None:
+    tensors = expected(torch.bfloat16)
+    kinds = [(name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
+    for rank in (0, 1):
+        assert sorted(weights_of(rank, torch.bfloat16).kinds()) == sorted(kinds)
+
+
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(one, other)
 

@@ -39,6 +39,7 @@ from nanoslime.types import (
     MemoryPart,
     PauseMode,
     RunError,
+    TensorKind,
 )
 
 # The most sequences in one forward.
@@ -192,6 +193,11 @@ class EmbeddedEngine:
         self._thread.submit(self._answer_waiting)
         logprobs = logits.log_softmax(-1).gather(1, ids[1:, None])
         return logprobs[:, 0].tolist(), version
+
+    def agree(self, tensors: Sequence[TensorKind]) -> None:
+        problem = self._expected.disagreement(tensors, self._model)
+        if problem:
+            raise RunError(f"engine {self.name} cannot take the trainer's weights: {problem}")
 
     def flush(self) -> None:
         """Nothing needs to be done: a cache ends with its batch."""

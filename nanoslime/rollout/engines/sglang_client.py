@@ -28,6 +28,7 @@ from nanoslime.types import (
     RequestFailed,
     RunError,
     Status,
+    TensorKind,
 )
 
 # SGLang answers /health by generating a token, which takes about a second on a CPU.
@@ -40,6 +41,9 @@ _MAX_REASON_CHARS = 300
 _JSON = {"Content-Type": "application/json"}
 # The load format of an update from disk that must not change anything; our plug-in knows it.
 COMPARING = "nanoslime-comparing"
+# Stands before the tensors that a check of weights asks about; likewise. Without the plug-in it
+# is the name of no tensor.
+AGREE = "nanoslime-agree"
 
 
 class HttpSessions:
@@ -192,6 +196,11 @@ class SGLangEngine:
             return scored, int(meta["weight_version"])
         except (LookupError, TypeError, ValueError) as e:
             raise self._error(f"/generate answered no logprobs of a prompt: {e}") from e
+
+    def agree(self, tensors: Sequence[TensorKind]) -> None:
+        listed = orjson.dumps(tensors).decode()
+        answer = self._post("/weights_checker", skip_tensor_list=[AGREE, listed])
+        self._require_plugin(answer, "tensors agreed")
 
     def flush(self) -> None:
         """Empty the prefix cache.

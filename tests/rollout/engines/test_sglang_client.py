@@ -242,6 +242,48 @@ def test_requests_of_one_event_loop_share_a_session_and_its_connections(
     assert second is not first
 
 
+def test_a_prompt_is_scored_under_the_weights_of_now_whatever_the_cache_has(
+    sglang_engine: SGLangEngine, tiny_model: Path, other_model: Path
+) -> None:
+    prompt = list(range(40, 104))
+    for version, model in ((3, tiny_model), (4, other_model)):
+        sglang_engine.update_weights_from_disk(str(model), version, flush=False)
+        expected = reference_logprobs(model, prompt[:1], prompt[1:], 1.0)
+        for _ in range(2):
+            logprobs, label = sglang_engine.score(prompt)
+            assert label == version
+            assert (torch.tensor(logprobs) - expected).abs().max() < 1e-4
+
+
+KINDS_THAT_DIFFER = {
+    "float16": (
+        lambda kind: (kind[0], "torch.float16", kind[2]),
+        "is sent as torch.float16, and the engine was loaded as torch.float32",
+    ),
+    "name": (lambda kind: ("model.nom.weight", *kind[1:]), "unknown tensor 'model.nom.weight'"),
+    "shape": (lambda kind: (*kind[:2], (65,)), r"'model.norm.weight' has shape \[65\], .* \[64\]"),
+    "nothing": (lambda kind: None, "1 of 25 tensors missing: model.norm.weight"),
+}
+
+
+@pytest.mark.parametrize("difference", KINDS_THAT_DIFFER)
+def test_an_engine_agrees_to_no_other_tensors_than_its_own(
+    sglang_engine: SGLangEngine, tiny_model: Path, difference: str
+) -> None:
+    """The embedded engine neither. SGLang's own check of weights goes on as ever."""
+    kinds = [
+        (name, "torch.float32", tuple(tensor.shape))
+        for name, tensor in load_file(tiny_model / "model.safetensors").items()
+    ]
+    change, message = KINDS_THAT_DIFFER[difference]
+    changed = [change(kind) if kind[0] == NORM else kind for kind in kinds]
+    for engine in (sglang_engine, EmbeddedEngine(str(tiny_model), "float32", "cpu", seed=0)):
+        engine.agree(kinds)
+        with pytest.raises(RunError, match=f"engine {engine.name} .*{message}"):
+            engine.agree([kind for kind in changed if kind is not None])
+    assert len(sglang_engine._post("/weights_checker", action="checksum")["ranks"]) == 1
+
+
 def test_an_abandoned_update_can_be_followed_by_another(
     sglang_engine: SGLangEngine, tiny_model: Path, other_model: Path
 ) -> None:
