@@ -270,6 +270,13 @@ FAULTS = [
         SYNC,
     ),
     Fault(
+        "no engine is asked whether it has loaded what it is sent",
+        "nanoslime/weight_sync/session.py",
+        '        self._engines.each("agree", self._tensors)\n',
+        "",
+        f"{SYNC} -k agree",
+    ),
+    Fault(
         "what engines say of the probe is not looked at",
         "nanoslime/weight_sync/session.py",
         "        self._engines.fail(failures)\n        return metrics\n",
