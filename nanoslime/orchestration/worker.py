@@ -157,7 +157,7 @@ class TrainWorker:
 
     def tensor_kinds(self) -> list[TensorKind]:
         """What engines are sent, on rank 0; nothing elsewhere."""
-        return self._weights.kinds() if self.env.rank == 0 else []
+        return self._weights.kinds() if self._weights.rank == 0 else []
 
     def prepare(self, version: int) -> None:
         """Begins to send the current weights as `version`, as far as no engine is needed for it."""
