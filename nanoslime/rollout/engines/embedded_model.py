@@ -129,7 +129,6 @@ class EmbeddedEngine:
         self._stopping = threading.Lock()
         self._waiting: list[_Job] = []
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="embedded-engine")
-        self._released_shapes: list[torch.Size] = []
 
     async def generate(self, request: GenerateRequest) -> list[Generation]:
         """`request.n` continuations. A prompt that leaves no room for a token gets status error.
@@ -236,15 +235,14 @@ class EmbeddedEngine:
     def release_memory(self) -> None:
         with self._alone("the running batch"):
             for parameter in self._model.parameters():
-                self._released_shapes.append(parameter.shape)
-                parameter.data = parameter.data.new_empty(0)
+                # One element stands for all of them: it keeps its shape.
+                parameter.data = parameter.data.new_empty(1).expand(parameter.shape)
 
     def resume_memory(self, part: MemoryPart) -> None:
         if part == "cache":
             return  # the next batch makes its own
-        for parameter, shape in zip(self._model.parameters(), self._released_shapes, strict=True):
-            parameter.data = parameter.data.new_empty(shape)
-        self._released_shapes.clear()
+        for parameter in self._model.parameters():
+            parameter.data = parameter.data.new_empty(parameter.shape)
 
     @contextmanager
     def _alone(self, other: str) -> Iterator[None]:
