@@ -316,10 +316,11 @@ class RolloutWorker:
         group_id = held.task.group_id
         reports = []
         for index, sample in enumerate(held.samples):
-            arrays: SampleArrays | KeptArrays = sample.arrays
             if self._keeps_arrays:
-                arrays = KeptArrays(self._index, group_id, index)
-            reports.append(sample.report(arrays))
+                report = sample.report(KeptArrays(self._index, group_id, index))
+            else:
+                report = sample.report(sample.arrays)
+            reports.append(report)
         return GroupReport(group_id, reports)
 
     def _cancel(self, gone: set[int]) -> None:

@@ -34,8 +34,10 @@ class TensorSender:
 
     def __init__(self, rank: RankSide, engines: EngineSide):
         self._weights = rank.weights
-        self._plan = rank.weights.plan(whole_on_first, rank.bucket_bytes)
-        self._exchange = Exchange(self._plan, rank.weights.rank, rank.weights.device)
+        plan = rank.weights.plan(whole_on_first, rank.bucket_bytes)
+        self._exchange = Exchange(plan, rank.weights.rank, rank.weights.device)
+        self._buckets = [FlatBucket(bucket) for bucket in plan]
+        self._senders = [bucket.first_rank for bucket in plan]
         # Set on the first of the ranks on an engine's devices, which posts all their
         # payloads.
         self._engine: BroadcastEngine | None = None
@@ -63,8 +65,7 @@ class TensorSender:
         num_bytes = 0
         failure: Failure | None = None
         shards = list(self._weights.shards())
-        buckets = [FlatBucket(bucket) for bucket in self._plan]
-        largest = max(bucket.nbytes for bucket in buckets)
+        largest = max(bucket.nbytes for bucket in self._buckets)
         device = self._weights.device
         shared = None
         if device.type == "cpu":
@@ -72,13 +73,13 @@ class TensorSender:
             reused = shared.tensor
         else:
             reused = torch.empty(largest, dtype=torch.uint8, device=device)
-        for number, bucket in enumerate(buckets):
+        for number, bucket in enumerate(self._buckets):
             flat = reused[: bucket.nbytes]
-            sender = self._plan[number].first_rank
+            sender = self._senders[number]
             is_sender = sender == self._weights.rank
             self._exchange.bring(number, shards, bucket.views(flat) if is_sender else [])
             if is_sender:
-                seal(flat, Place(version, number, len(buckets), compares), bucket.parts)
+                seal(flat, Place(version, number, len(self._buckets), compares), bucket.parts)
             dist.broadcast(flat, src=sender)
             if self._group is not None:
                 payloads = self._gather(bucket, shared.handle(bucket.nbytes) if shared else flat)

@@ -15,6 +15,7 @@ from torch import Tensor
 from nanoslime.batch import WeightShard
 from nanoslime.models.rules import Box
 from nanoslime.types import RunError
+from nanoslime.weight_sync.flat import views_of
 from nanoslime.weight_sync.plan import Bucket, lengths, overlap, size, within
 
 
@@ -116,11 +117,5 @@ def _route(bucket: Bucket, rank: int) -> _Route:
 
 
 def _views(pack: Tensor, parts: Sequence[_Part]) -> list[Tensor]:
-    """The parts of a message, one after the other; a bucket's larger elements come first."""
-    views = []
-    start = 0
-    for part in parts:
-        stop = start + part.nbytes
-        views.append(pack[start:stop].view(part.dtype).reshape(lengths(part.box)))
-        start = stop
-    return views
+    """The parts of a message; a bucket's larger elements come first."""
+    return views_of(pack, [(part.dtype, lengths(part.box)) for part in parts])

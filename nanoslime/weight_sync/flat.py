@@ -1,5 +1,8 @@
 """How a bucket lies in one flat tensor of bytes, after its header (sealed_bucket.py)."""
 
+import math
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,7 +14,6 @@ class FlatBucket:
     """How a bucket lies in a flat tensor; names, dtypes and shapes are those that engines get."""
 
     def __init__(self, bucket: Bucket) -> None:
-        self._tensors = bucket.tensors
         self.names = [HEADER, *(tensor.label for tensor in bucket.tensors)]
         self.dtypes = [torch.int64, *(tensor.dtype for tensor in bucket.tensors)]
         self.shapes = [(HEADER_WORDS,), *(lengths(tensor.box) for tensor in bucket.tensors)]
@@ -21,10 +23,18 @@ class FlatBucket:
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The tensors of the bucket within its bytes, uint8 [nbytes]."""
-        views = []
-        start = HEADER_BYTES
-        for tensor in self._tensors:
-            stop = start + tensor.nbytes
-            views.append(flat[start:stop].view(tensor.dtype).reshape(lengths(tensor.box)))
-            start = stop
-        return views
+        return views_of(flat[HEADER_BYTES:], [(dtype, shape) for _, dtype, shape in self.parts])
+
+
+def views_of(data: Tensor, kinds: Iterable[tuple[torch.dtype, Sequence[int]]]) -> list[Tensor]:
+    """Tensors of these dtypes and shapes, which lie one after the other in uint8 [n].
+
+    Each is aligned where those of larger elements come first.
+    """
+    views = []
+    start = 0
+    for dtype, shape in kinds:
+        stop = start + dtype.itemsize * math.prod(shape)
+        views.append(data[start:stop].view(dtype).reshape(shape))
+        start = stop
+    return views

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import zip_longest
 
 import torch
@@ -60,17 +61,21 @@ class TrainerWeights:
         nothing, and has to be exhausted.
         """
         [everything] = self.plan(whole_on_rank_0, bucket_bytes=sys.maxsize)
-        plan = [Bucket((tensor,)) for tensor in everything.tensors]
-        exchange = Exchange(plan, self.rank, self.device)
         shards = list(self.shards())
-        for number, bucket in enumerate(plan):
-            [tensor] = bucket.tensors
+        for number, tensor in enumerate(everything.tensors):
             places = []
             if self.rank == 0:
                 places = [torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)]
-            exchange.bring(number, shards, places)
+            self._one_by_one.bring(number, shards, places)
             for place in places:
                 yield tensor.name, place
+
+    @cached_property
+    def _one_by_one(self) -> Exchange:
+        """Brings each tensor to rank 0, in a bucket of its own."""
+        [everything] = self.plan(whole_on_rank_0, bucket_bytes=sys.maxsize)
+        plan = [Bucket((tensor,)) for tensor in everything.tensors]
+        return Exchange(plan, self.rank, self.device)
 
     def _dtype_of(self, name: str) -> torch.dtype:
         return torch.float32 if name.endswith(FLOAT32) else self.dtype

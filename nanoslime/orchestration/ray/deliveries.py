@@ -20,6 +20,8 @@ from nanoslime.types import KeptArrays, RunError, SampleArrays
 # Ray notices within a second that a worker is dead. One that hangs it would wait for without
 # an end.
 _FETCH_S = 300.0
+# What has come is there at once.
+_AT_HAND_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +47,14 @@ def order(kept: Sequence[KeptArrays], workers: Sequence[Any]) -> list[Delivery]:
 
 def receive(deliveries: Sequence[Delivery]) -> dict[KeptArrays, SampleArrays]:
     """Waits for these deliveries. Raises RunError that names the worker of one that fails."""
+    refs = [delivery.ref for delivery in deliveries]
+    if refs:
+        # They come to this node side by side.
+        ray.wait(refs, num_returns=len(refs), timeout=_FETCH_S)
     found: dict[KeptArrays, SampleArrays] = {}
     for delivery in deliveries:
         try:
-            arrays = ray.get(delivery.ref, timeout=_FETCH_S)
+            arrays = ray.get(delivery.ref, timeout=_AT_HAND_S)
         except RayError as e:
             worker = delivery.kept[0].worker
             raise RunError(
