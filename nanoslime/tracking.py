@@ -17,8 +17,9 @@ from nanoslime.storage.shared_files import finite_json, publish
 
 logger = logging.getLogger(__name__)
 
-# What rollout workers sum over samples that they make side by side.
-_BESIDE = ("time/parse_s", "time/record_s", "time/score_s")
+# What takes turns in a step, as far as a line has room for it.
+_PHASES = ("generate", "fetch", "logprobs", "train", "sleep", "weight_sync", "wake", "step")
+_SHORT_S = 0.05
 
 WRITERS = {"tensorboard": "torch.utils.tensorboard:SummaryWriter", "wandb": "wandb:init"}
 WANDB_ID_CHARS = 16
@@ -64,7 +65,7 @@ def make_tracker(config: RunConfig, run: RunDir, start: int) -> Tracker:
 def console_line(step: int, num_rollout: int, metrics: dict[str, float]) -> str:
     """One line for a person: rewards, KL, the gap between engine and trainer, seconds a phase.
 
-    Seconds that rollout workers sum over what runs beside one another are no phases.
+    A phase that would be shown as 0.0 s is left out.
     """
     kl_name = "train/ref_kl" if "train/ref_kl" in metrics else "train/ppo_kl_abs"
     columns = [
@@ -80,9 +81,9 @@ def console_line(step: int, num_rollout: int, metrics: dict[str, float]) -> str:
             words.append(f"{label} {metrics[name]:{number_format}}")
     if metrics.get("train/skipped"):
         words.append("SKIPPED: gradient not finite or too large")
-    for name, seconds in metrics.items():
-        if name.startswith("time/") and name not in _BESIDE:
-            phase = name.removeprefix("time/").removesuffix("_s")
+    for phase in _PHASES:
+        seconds = metrics.get(f"time/{phase}_s", 0.0)
+        if seconds >= _SHORT_S:
             words.append(f"{phase} {seconds:.1f}s")
     return "  ".join(words)
 

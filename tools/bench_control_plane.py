@@ -91,6 +91,9 @@ class StubBackend:
     def weight_shards(self) -> list[Any]:
         return []
 
+    def owned_shards(self) -> list[list[Any]]:
+        return [[] for _ in range(self.dp_size)]
+
     def logprobs(self, batch: TrainBatch, weights: str) -> None:
         return None
 

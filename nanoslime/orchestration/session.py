@@ -195,10 +195,15 @@ def make_session(
             workers = [worker]
         assignment = Assignment(workers, started.home)
         pool.subscribe(assignment.set_engines, assignment.drain)
+
+        def service() -> None:
+            pool.service(weights.join)
+            weights.look_at_probe(wait_s=0.0)
+
         serving = Serving(
             workers=workers,
             lost=pool.lost,
-            service=lambda: pool.service(weights.join),
+            service=service,
             must_stop=attempt.must_stop,
         )
         rollout = RolloutManager(config, run, inputs.prompts, weights, serving)
@@ -221,4 +226,8 @@ def _probe(inputs: Inputs) -> Probe | None:
     max_gap = sync.max_logprob_gap
     if max_gap is None:
         max_gap = 0.01 if inputs.config.model.dtype == "float32" else 0.3
-    return Probe(token_ids, max_gap) if len(token_ids) > 1 else None
+    if len(token_ids) < 2:
+        return None
+    # What engines have in hand goes on after a sync, and keeps the trainer waiting for nothing.
+    wait_s = 0.5 if inputs.config.rollout.max_staleness == 0 else 0.0
+    return Probe(token_ids, max_gap, wait_s)

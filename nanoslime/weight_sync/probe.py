@@ -1,8 +1,9 @@
 """After each sync, engines and trainer say how likely the same few tokens are.
 
 The trainer is asked before the pause, the engines once they generate again, beside their other
-requests. An engine that others keep busy may answer late: then that is looked at before the next
-sync. One alone beyond the bound is lost, and started again; where all are, the run ends.
+requests. A sync waits for the answers where an engine has nothing else to do. Otherwise they are
+looked at while the driver waits for samples, and at the latest before the next sync. An engine
+alone beyond the bound is lost, and started again; where all are, the run ends.
 """
 
 import logging
@@ -22,10 +23,12 @@ logger = logging.getLogger(__name__)
 @dataclass(slots=True)
 class Probe:
     """`max_gap` is the bound on the mean |engine's - trainer's logprob| over `token_ids`, above
-    which an engine cannot have these weights."""
+    which an engine cannot have these weights. `wait_s` is how long a sync waits for answers; the
+    engines are sent no further requests before."""
 
     token_ids: list[int]
     max_gap: float
+    wait_s: float = 0.5
     _version: int = -1
     # The trainer's, float64 [T - 1]: of each token but the first, given those before it.
     _expected: np.ndarray = field(default_factory=lambda: np.zeros(0))

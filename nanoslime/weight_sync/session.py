@@ -34,9 +34,8 @@ from nanoslime.weight_sync.transport import TRANSPORTS, Delivery, EngineSide, Se
 
 logger = logging.getLogger(__name__)
 
-# Engines that no request keeps busy have answered a probe by then; nothing new is sent to them
-# before. The answers of the others are waited for so long before the next sync or commit.
-_PROMPT_S = 0.5
+# An engine that other requests keep busy may take so long to answer a probe. That is waited for
+# before the next sync or commit only.
 _LATE_S = 10.0
 
 
@@ -140,6 +139,8 @@ class SyncSession:
         self._pause_mode = at_sync
         self._compare_every = compare_every
         self._probe = probe
+        # The largest gaps of what engines have answered since the last row of metrics.
+        self._probed: dict[str, float] = {}
         self._num_syncs = 0
         # A cache that is kept is that of the old weights; only requests in place need it.
         self._flushes = at_sync != "in_place"
@@ -172,7 +173,8 @@ class SyncSession:
         """
         self._require_idle(version)
         start = time.monotonic()
-        times = self.look_at_probe()
+        self.look_at_probe()
+        times: dict[str, float] = {}
         if self._transport.delivery is Delivery.NOTHING:
             version = 0
             self._verify(version)
@@ -188,6 +190,8 @@ class SyncSession:
         self.version = version
         self._engines.serve()
         times["time/weight_sync_s"] = time.monotonic() - start
+        times |= self._probed
+        self._probed = {}
         return times
 
     def join(self) -> None:
@@ -201,14 +205,17 @@ class SyncSession:
             self._update(self.version, is_compared=True)
         self._engines.serve()
 
-    def look_at_probe(self, wait_s: float = _LATE_S) -> dict[str, float]:
-        """What engines have answered since the last look, as metrics. Those that have other
-        weights than the trainer are lost. Raises EnginesFailed where all are."""
+    def look_at_probe(self, wait_s: float = _LATE_S) -> None:
+        """Looks at what engines have answered by now, or within `wait_s`.
+
+        Those that have other weights than the trainer are lost. Raises EnginesFailed where all
+        have. The next sync returns how far they are from the trainer.
+        """
         if self._probe is None:
-            return {}
+            return
         metrics, failures = self._probe.collect(wait_s)
+        self._probed = _longest([self._probed, metrics])
         self._engines.fail(failures)
-        return metrics
 
     def _require_idle(self, version: int) -> None:
         if self.state is not State.IDLE:
@@ -237,7 +244,9 @@ class SyncSession:
         self.state = State.IDLE
         if self._probe is not None:
             self._probe.ask(self._engines.in_sync())
-            times |= self.look_at_probe(_PROMPT_S)
+            # An engine that joins has nothing else to do.
+            joins = version == self.version
+            self.look_at_probe(_LATE_S if joins else self._probe.wait_s)
             times["time/weight_sync_probe_s"] = time.monotonic() - end
         return times
 
@@ -390,7 +399,7 @@ class SyncSession:
 
 
 def _longest(times: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The largest of each, over the ranks."""
+    """The largest of each: the slowest rank, the engine that is farthest from the trainer."""
     found: dict[str, float] = {}
     for of_rank in times:
         for name, seconds in of_rank.items():

@@ -563,6 +563,27 @@ def test_an_engine_alone_beyond_the_bound_is_lost_and_never_serves_again(
     assert len(b.served) == (1 if is_lost else 2)
 
 
+def test_a_sync_waits_for_no_answer_where_engines_are_busy_and_a_look_finds_it(tmp_path):
+    calls: list[str] = []
+    a, b = Engine("a", calls), Engine("b", calls)
+    session = opened(tmp_path, "broadcast", a, b, calls=calls)
+    session._probe = Probe([1, 2, 3], max_gap=0.3, wait_s=0.0)
+    may_answer = threading.Event()
+
+    def score(tokens: list[int]) -> tuple[list[float], int]:
+        assert may_answer.wait(10)
+        return [-1.0, -3.0], 4
+
+    a.score = lambda tokens: ([-1.0, -2.0], session._ranks.version)
+    b.score = score
+    assert session.sync(4)["time/weight_sync_probe_s"] < 0.4
+    assert session._engines.ready() == [a, b]
+    may_answer.set()
+    session.look_at_probe()
+    assert session._engines.ready() == [a]
+    assert session.sync(5)["weight_sync/logprob_gap_max"] == pytest.approx(1.0)
+
+
 def test_all_engines_beyond_the_bound_end_the_run_in_the_same_sync(tmp_path):
     calls: list[str] = []
     engines = [Engine(name, calls) for name in "ab"]
