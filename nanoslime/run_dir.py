@@ -7,6 +7,7 @@
     model/ (a rehearsal makes it)  weights/ (weight sync by disk)
     skipped/step_<k>/ (batches of steps left out)
     attempts/<n>/ logs/<role>-<rank>.log nodes/ heartbeat/<node>.json stop.json end.json
+                  phases.jsonl (each phase, with the time at which it began)
     attempts/latest
 
 An attempt is one life of the job: every requeue is a new one. Files are published by rename
@@ -35,6 +36,7 @@ from nanoslime.storage import resume
 from nanoslime.storage.commit import checkpoints
 from nanoslime.storage.shared_files import (
     as_json,
+    finite_json,
     publish,
     publish_json,
     publish_once,
@@ -51,7 +53,9 @@ STOPPED = 75
 STOPPED (EX_TEMPFAIL): told to stop, committed; another attempt can go on.
 """
 _VERSIONS = ("torch", "megatron-core", "sglang", "ray", "transformers", "submitit")
-_LAST_PHASES = ("done", "stopped", "failed")
+LAST_PHASES = ("done", "stopped", "failed")
+# What takes turns in a step; metrics time/<phase>_s hold the seconds of each.
+STEP_PHASES = ("generate", "fetch", "logprobs", "train", "sleep", "weight_sync", "wake")
 _MAX_DIFF_CHARS = 1_000_000
 _GIT_DEADLINE_S = 60.0
 # An attempt holds so much room back, to say on a full disk how it ended.
@@ -147,7 +151,8 @@ class RunDir:
         staged = self.attempts / f".new-{uuid.uuid4().hex}"
         for folder in ("logs", "heartbeat", "nodes"):
             (staged / folder).mkdir(parents=True)
-        record = {"key": key, "started": time.time(), "host": socket.gethostname()}
+        host = socket.gethostname()
+        record = {"key": key, "started": time.time(), "host": host, "pid": os.getpid()}
         publish_json(staged / "attempt.json", record)
         publish(staged / "reserve", b"r" * _RESERVE_BYTES)
         number = self._take_next_number(staged)
@@ -200,11 +205,15 @@ class RunDir:
             "heartbeat": attempt.heartbeats() if attempt else {},
             **facts,
         }
-        if attempt is not None and phase in _LAST_PHASES:
+        if attempt is not None and phase in LAST_PHASES:
             attempt.on_reserve(lambda: publish_json(self.path / "status.json", status))
         else:
             # A disk may take 5 ms to make a file durable, and a step has several phases.
             publish_json(self.path / "status.json", status, durable=False)
+        if attempt is not None:
+            line = {"time": status["time"], "phase": phase, "step": step, **facts}
+            with attempt.phases.open("a") as file:
+                file.write(finite_json(line) + "\n")
 
     def status(self) -> dict[str, Any]:
         """The last published status; {} before the first, and where the machine lost power before
@@ -241,6 +250,8 @@ class Attempt:
 
     head = _at("head.json")
     """How to reach Ray: {ray_address, node_ip}."""
+    phases = _at("phases.jsonl")
+    """Every status in its order: {time, phase, step} and what else was told."""
 
     @property
     def path(self) -> Path:

@@ -1,30 +1,40 @@
 """Where the numbers of a run go: one line a step on the console, metrics.jsonl,
 TensorBoard, W&B.
+
+TensorBoard and W&B are written in threads of their own: one that hangs costs its own numbers,
+never a step.
 """
 
 import hashlib
 import json
 import logging
+import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from queue import Full, Queue
 
 from nanoslime.config.run import RunConfig
 from nanoslime.plugins import resolve
-from nanoslime.run_dir import RunDir
+from nanoslime.run_dir import STEP_PHASES, RunDir
 from nanoslime.storage.shared_files import finite_json, publish
 
 logger = logging.getLogger(__name__)
 
-# What takes turns in a step, as far as a line has room for it.
-_PHASES = ("generate", "fetch", "logprobs", "train", "sleep", "weight_sync", "wake", "step")
 _SHORT_S = 0.05
+# Steps that may wait for a writer, and how long its start and its end may keep a run waiting.
+_MAX_WAITING = 1000
+_OPEN_DEADLINE_S = 60.0
+_CLOSE_DEADLINE_S = 30.0
 
 WRITERS = {"tensorboard": "torch.utils.tensorboard:SummaryWriter", "wandb": "wandb:init"}
 WANDB_ID_CHARS = 16
 
 Sink = Callable[[int, dict[str, float]], object]  # takes a step and its metrics
+# Makes a sink, and what closes it.
+OpenSink = Callable[[], tuple[Sink, Callable[[], object]]]
 
 
 class Tracker(ExitStack):
@@ -35,11 +45,88 @@ class Tracker(ExitStack):
     def __init__(self) -> None:
         super().__init__()
         self.sinks: list[Sink] = []
+        self.writers: list[Writer] = []
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Records the metrics of `step`. Names are area/what_unit; steps come in rising order."""
-        for sink in self.sinks:
+        num_dropped = sum(writer.num_dropped for writer in self.writers)
+        if num_dropped:
+            metrics = metrics | {"tracking/dropped": float(num_dropped)}
+        for sink in (*self.sinks, *self.writers):
             sink(step, metrics)
+
+    def write_aside(self, name: str, open_sink: OpenSink) -> None:
+        """Gives a sink a thread of its own, in which it is opened, used and closed."""
+        writer = Writer(name, open_sink)
+        self.writers.append(writer)
+        self.callback(writer.close)
+
+
+class Writer:
+    """A sink in a thread of its own. Steps that it does not take are dropped and counted.
+
+    Raises what opening it raises within a minute; one that takes longer is not waited for.
+    """
+
+    def __init__(self, name: str, open_sink: OpenSink) -> None:
+        self.num_dropped = 0
+        self._name = name
+        self._open_sink = open_sink
+        self._waiting: Queue[tuple[int, dict[str, float]] | None] = Queue(_MAX_WAITING)
+        self._is_open = threading.Event()
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+        if not self._is_open.wait(_OPEN_DEADLINE_S):
+            logger.warning("%s is not ready after %g s: training begins", name, _OPEN_DEADLINE_S)
+        if self._error is not None:
+            raise self._error
+
+    def __call__(self, step: int, metrics: dict[str, float]) -> None:
+        try:
+            self._waiting.put_nowait((step, metrics))
+        except Full:
+            self._drop(step, "it has not taken the steps before")
+
+    def close(self) -> None:
+        """Waits for what it still has to write, but no longer than the deadline."""
+        deadline = time.monotonic() + _CLOSE_DEADLINE_S
+        try:
+            self._waiting.put(None, timeout=_CLOSE_DEADLINE_S)
+        except Full:
+            logger.warning("%s takes nothing any more", self._name)
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            logger.warning(
+                "%s has not ended within %g s and is left behind, with %d steps that it has not "
+                "written",
+                self._name,
+                _CLOSE_DEADLINE_S,
+                self._waiting.qsize(),
+            )
+
+    def _run(self) -> None:
+        try:
+            sink, close = self._open_sink()
+        except Exception as error:
+            self._error = error
+            logger.error("%s cannot be opened: %s", self._name, error)
+            return
+        finally:
+            self._is_open.set()
+        while (given := self._waiting.get()) is not None:
+            try:
+                sink(*given)
+            except Exception as error:
+                self._drop(given[0], str(error))
+        close()
+
+    def _drop(self, step: int, reason: str) -> None:
+        if not self.num_dropped:
+            logger.warning(
+                "%s: step %d is not written, and no more is said: %s", self._name, step, reason
+            )
+        self.num_dropped += 1
 
 
 def make_tracker(config: RunConfig, run: RunDir, start: int) -> Tracker:
@@ -56,9 +143,9 @@ def make_tracker(config: RunConfig, run: RunDir, start: int) -> Tracker:
     tracker.sinks.append(lambda step, m: logger.info("%s", console_line(step, num_rollout, m)))
     tracker.sinks.append(_json_lines(run.metrics))
     if config.tracking.use_tensorboard:
-        tracker.sinks.append(_tensorboard(run.tensorboard, start, closed_by=tracker))
+        tracker.write_aside("TensorBoard", _tensorboard(run.tensorboard, start))
     if config.tracking.use_wandb:
-        tracker.sinks.append(_wandb(config, run, closed_by=tracker))
+        tracker.write_aside("W&B", _wandb(config, run))
     return tracker
 
 
@@ -81,7 +168,7 @@ def console_line(step: int, num_rollout: int, metrics: dict[str, float]) -> str:
             words.append(f"{label} {metrics[name]:{number_format}}")
     if metrics.get("train/skipped"):
         words.append("SKIPPED: gradient not finite or too large")
-    for phase in _PHASES:
+    for phase in (*STEP_PHASES, "step"):
         seconds = metrics.get(f"time/{phase}_s", 0.0)
         if seconds >= _SHORT_S:
             words.append(f"{phase} {seconds:.1f}s")
@@ -116,33 +203,42 @@ def _json_lines(path: Path) -> Sink:
     return log
 
 
-def _tensorboard(directory: Path, start: int, closed_by: ExitStack) -> Sink:
+def _tensorboard(directory: Path, start: int) -> OpenSink:
     make_writer = resolve("tensorboard", WRITERS, "tracking.use_tensorboard=true, writer")
-    writer = make_writer(log_dir=str(directory), purge_step=start)
-    closed_by.callback(writer.close)
 
-    def log(step: int, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            # A tag has no @, which mean@k and pass@k have.
-            writer.add_scalar(name.replace("@", "_at_"), value, step)
-        writer.flush()
+    def open_sink() -> tuple[Sink, Callable[[], object]]:
+        writer = make_writer(log_dir=str(directory), purge_step=start)
 
-    return log
+        def log(step: int, metrics: dict[str, float]) -> None:
+            for name, value in metrics.items():
+                # A tag has no @, which mean@k and pass@k have.
+                writer.add_scalar(name.replace("@", "_at_"), value, step)
+            writer.flush()
+
+        return log, writer.close
+
+    return open_sink
 
 
-def _wandb(config: RunConfig, run: RunDir, closed_by: ExitStack) -> Sink:
-    """Opens one W&B run per run directory. W&B itself ignores steps that it has already seen."""
+def _wandb(config: RunConfig, run: RunDir) -> OpenSink:
+    """One W&B run for all attempts of a run. W&B itself ignores steps that it has already seen.
+
+    Offline (the default) each attempt leaves a folder, which `jobs/runs.py sync` uploads.
+    """
     init = resolve("wandb", WRITERS, "tracking.use_wandb=true, writer")
     # The name alone would not do as an id: another run root may hold a run of this name.
     path_hash = hashlib.sha256(str(run.path).encode()).hexdigest()
-    wandb_run = init(
-        project=config.tracking.wandb_project,
-        mode=config.tracking.wandb_mode,
-        resume="allow",
-        id=path_hash[:WANDB_ID_CHARS],
-        name=run.name,
-        dir=str(run.path),
-        config=asdict(config),
-    )
-    closed_by.callback(wandb_run.finish)
-    return lambda step, metrics: wandb_run.log(metrics, step=step)
+
+    def open_sink() -> tuple[Sink, Callable[[], object]]:
+        wandb_run = init(
+            project=config.tracking.wandb_project,
+            mode=config.tracking.wandb_mode,
+            resume="allow",
+            id=path_hash[:WANDB_ID_CHARS],
+            name=run.name,
+            dir=str(run.path),
+            config=asdict(config),
+        )
+        return lambda step, metrics: wandb_run.log(metrics, step=step), wandb_run.finish
+
+    return open_sink

@@ -1,8 +1,10 @@
 """The run directory: unique, private, and one truth about attempts, stops, ends and status."""
 
 import errno
+import json
 import os
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -211,6 +213,21 @@ def test_provenance_names_commit_and_versions(run: RunDir) -> None:
     text = run.provenance.read_text()
     assert '"--nodes"' in text
     assert '"ray": "2.' in text
+
+
+def test_every_attempt_keeps_its_phases(run: RunDir) -> None:
+    first = run.new_attempt()
+    run.write_status("generate", 3)
+    run.write_status("failed", 3, error="no")
+    second = run.new_attempt()
+    run.write_status("train", 3)
+    kept = [json.loads(line) for line in first.phases.read_text().splitlines()]
+    assert [(line["phase"], line["step"], line.get("error")) for line in kept] == [
+        ("generate", 3, None),
+        ("failed", 3, "no"),
+    ]
+    assert kept[0]["time"] <= kept[1]["time"] <= time.time()
+    assert [json.loads(line)["phase"] for line in second.phases.open()] == ["train"]
 
 
 def test_only_the_last_status_of_a_run_waits_for_the_disk(run: RunDir, monkeypatch) -> None:

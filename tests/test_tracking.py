@@ -1,13 +1,16 @@
 """Where metrics arrive, what a resumed run does to them, what a missing writer says."""
 
+import importlib
 import json
 import logging
 import math
 import sys
+import time
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from nanoslime import tracking
 from nanoslime.config.rollout import RolloutConfig
 from nanoslime.config.run import RunConfig
 from nanoslime.config.training import TrackingConfig
@@ -25,16 +28,31 @@ METRICS = {
 
 
 WANDB_STAND_IN = """
+import threading
+
 calls = []
+never = threading.Event()
+hangs_in = ""
+
+def hang(where):
+    if where == hangs_in:
+        never.wait()
 
 class Run:
     def log(self, metrics, step):
+        hang("log")
+        if "refused" in metrics:
+            raise ValueError("not this one")
         calls.append([step, metrics])
 
     def finish(self):
+        hang("finish")
         calls.append("finish")
 
 def init(**options):
+    hang("init")
+    if options["project"] == "refused":
+        raise PermissionError("no such project")
     calls.append(options)
     return Run()
 """
@@ -133,6 +151,16 @@ def test_wandb_asked_for_but_not_installed_is_a_clear_error(run, monkeypatch):
         make_tracker(config(use_wandb=True), run, 0)
 
 
+@pytest.fixture
+def wandb(monkeypatch, tmp_path):
+    """A stand-in for the wandb package, which keeps its calls and hangs where it is told to."""
+    (tmp_path / "wandb.py").write_text(WANDB_STAND_IN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    yield importlib.import_module("wandb")
+    sys.modules.pop("wandb").never.set()
+
+
 @pytest.mark.parametrize(
     ("asked", "mode", "project"),
     [
@@ -140,17 +168,56 @@ def test_wandb_asked_for_but_not_installed_is_a_clear_error(run, monkeypatch):
         ({"wandb_mode": "online", "wandb_project": "mine"}, "online", "mine"),
     ],
 )
-def test_wandb_gets_steps_offline_by_default(run, monkeypatch, tmp_path, asked, mode, project):
-    """A stand-in for the wandb package, which records its calls in a file."""
-    (tmp_path / "wandb.py").write_text(WANDB_STAND_IN)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+def test_wandb_gets_steps_offline_by_default(run, wandb, asked, mode, project):
     with make_tracker(config(use_wandb=True, use_tensorboard=False, **asked), run, 0) as tracker:
         tracker.log(0, {"a": 1.0})
-    options, *calls = sys.modules["wandb"].calls
-    monkeypatch.delitem(sys.modules, "wandb")
+    options, *calls = wandb.calls
     assert (options["mode"], options["project"]) == (mode, project)
     assert options["name"] == run.name
     assert options["dir"] == str(run.path)
     assert options["config"]["rollout"]["num_rollout"] == 9
     assert calls == [[0, {"a": 1.0}], "finish"]
+
+
+def test_all_attempts_of_a_run_are_one_wandb_run(run, wandb, tmp_path):
+    another = RunDir.create(tmp_path / "elsewhere", run.name)
+    for each, start in ((run, 0), (run, 1), (another, 0)):
+        with make_tracker(config(use_wandb=True, use_tensorboard=False), each, start):
+            pass
+    first, again, other = [call["id"] for call in wandb.calls if call != "finish"]
+    assert first == again != other
+
+
+@pytest.mark.parametrize("hangs_in", ["init", "log", "finish"])
+def test_a_tracker_that_hangs_costs_its_own_steps_alone(run, wandb, monkeypatch, caplog, hangs_in):
+    monkeypatch.setattr(tracking, "_MAX_WAITING", 2)
+    monkeypatch.setattr(tracking, "_OPEN_DEADLINE_S", 0.1)
+    monkeypatch.setattr(tracking, "_CLOSE_DEADLINE_S", 0.1)
+    wandb.hangs_in = hangs_in
+    begin = time.monotonic()
+    with make_tracker(config(use_wandb=True, use_tensorboard=False), run, 0) as tracker:
+        for step in range(9):
+            tracker.log(step, {"a": 1.0})
+    assert time.monotonic() - begin < 5.0
+    assert [row["step"] for row in rows(run)] == list(range(9))
+    told = [record.getMessage() for record in caplog.records]
+    assert any("W&B has not ended within 0.1 s and is left behind" in line for line in told)
+    if hangs_in != "finish":
+        # One step is in its hands, unless it has not even begun, and two wait for it.
+        num_dropped = 9 - 2 - (hangs_in == "log")
+        assert tracker.writers[0].num_dropped in (num_dropped, num_dropped + 1)
+        assert rows(run)[-1]["tracking/dropped"] >= num_dropped - 1
+        assert sum("is not written, and no more is said" in line for line in told) == 1
+
+
+def test_a_tracker_that_refuses_a_step_gets_the_next_one(run, wandb):
+    with make_tracker(config(use_wandb=True, use_tensorboard=False), run, 0) as tracker:
+        tracker.log(0, {"refused": 1.0})
+        tracker.log(1, {"a": 1.0})
+    assert wandb.calls[1:] == [[1, {"a": 1.0}], "finish"] or wandb.calls[1][1]["a"] == 1.0
+    assert tracker.writers[0].num_dropped == 1
+
+
+def test_a_tracker_that_cannot_begin_ends_the_start(run, wandb):
+    with pytest.raises(PermissionError, match="no such project"):
+        make_tracker(config(use_wandb=True, wandb_project="refused"), run, 0)
