@@ -39,7 +39,7 @@ TORCH_FREE = {room for level in LEVELS[: LEVELS.index(("run_dir",)) + 1] for roo
 LEVEL_OF = {room: i for i, level in enumerate(LEVELS) for room in level}
 DOORS = {  # the only places that may import these
     "ray": ("nanoslime/orchestration/ray/",),
-    "megatron": ("nanoslime/training/megatron/",),
+    "megatron": ("nanoslime/training/megatron/", "tools/conversion/gpt_logits.py"),
     "sglang": (
         "nanoslime/rollout/sglang_plugin.py",
         "nanoslime/rollout/sglang_stubs/",

@@ -70,7 +70,7 @@ class Checkpoints:
         path = self.run.checkpoint(rollouts)
         driver = json.loads((path / "driver.json").read_text())
         self.trainer.load(path / "trainer")
-        self.rollout.load(path / "rollout", driver["rollout"], rollouts)
+        self.rollout.load(path / "rollout", driver["rollout"])
         self._best = self._comparable_best(driver)
         logger.info("resumed after %d rollouts from %s", rollouts, path)
         return rollouts

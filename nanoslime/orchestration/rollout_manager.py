@@ -14,7 +14,7 @@ from nanoslime.config import RunConfig
 from nanoslime.engine_kind import engine_kind
 from nanoslime.orchestration.evaluation import Evaluation
 from nanoslime.rollout import recorder
-from nanoslime.rollout.admission import Admission, Limits
+from nanoslime.rollout.admission import Limits
 from nanoslime.rollout.producer import Producer, Recipe, Serving, StopAsked
 from nanoslime.rollout.prompts import RunPrompts
 from nanoslime.rollout.tasks import GroupTask, Sampling, seed_of
@@ -143,25 +143,15 @@ class RolloutManager:
             self._producer.halt()
         return state
 
-    def load(self, directory: Path, state: dict[str, Any], rollouts: int) -> None:
-        """Goes on where `save` was called, after so many rollouts."""
-        if "prompts" not in state:
+    def load(self, directory: Path, state: dict[str, Any]) -> None:
+        """Goes on where `save` was called."""
+        if "producer" not in state:
             raise RunError(
                 "the checkpoint is of a run with rollout.load_rollouts, which has no data cursor; "
                 "go on with --load-rollouts, or start a new run from its hf/ export"
             )
         self._source.load_state_dict(state["prompts"])
-        producer = state.get("producer")
-        if producer is None:
-            # It was made when groups were sampled for one rollout at a time.
-            rollout = self.config.rollout
-            admission = Admission(self._producer.limits)
-            admission.num_taken = rollouts
-            admission.next_group_id = (
-                rollouts * rollout.rollout_batch_size * rollout.dynamic_sampling_rounds
-            )
-            producer = {"num_files": 0, "admission": admission.state_dict()}
-        self._producer.load(directory, producer)
+        self._producer.load(directory, state["producer"])
 
     @property
     def held_out(self) -> str:
@@ -254,7 +244,7 @@ class Replay:
     def save(self, directory: Path) -> dict[str, Any]:
         return {}
 
-    def load(self, directory: Path, state: dict[str, Any], rollouts: int) -> None: ...
+    def load(self, directory: Path, state: dict[str, Any]) -> None: ...
 
 
 def _prepare(

@@ -255,14 +255,8 @@ class PromptSource:
                     f"the data cursor was saved with {name}={state[name]}, this run has "
                     f"{name}={value}; resume with the prompt file and the seed of the run's start"
                 )
-        saved = state.get("prompts")
-        if saved is None:
-            logger.warning(
-                "the checkpoint was made before prompts were hashed, so that nothing tells "
-                "whether these %d prompts are those of the run's start",
-                len(self._prompts),
-            )
-        elif saved != self._prompts_digest:
+        saved = state["prompts"]
+        if saved != self._prompts_digest:
             raise RunError(
                 f"the data cursor was saved with the prompts of {state['file']} (hash {saved}), "
                 f"this run has as many others of {self._file} (hash {self._prompts_digest}); "

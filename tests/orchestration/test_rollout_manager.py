@@ -216,31 +216,17 @@ def test_the_data_cursor_resumes_exactly_after_further_rounds(tmp_path, tiny_mod
     for step in range(3):  # a new process for every rollout
         resumed = sampling(tmp_path, tiny_model, 20, name=f"resumed{step}")
         if state is not None:
-            resumed.load(tmp_path / "state", state, step)
+            resumed.load(tmp_path / "state", state)
         got = resumed.generate(step)
         assert ids(got) == ids(expected[step]) and tokens(got) == tokens(expected[step])
         state = json.loads(json.dumps(resumed.save(tmp_path / "state")))
     assert state["prompts"] == straight.save(tmp_path / "state")["prompts"]
 
 
-def test_a_checkpoint_of_before_there_was_a_producer_goes_on_at_its_data_cursor(
-    tmp_path, tiny_model
-):
-    """Each rollout was sampled by itself then, so that nothing runs at a checkpoint."""
-    straight = sampling(tmp_path, tiny_model, 1, name="straight")
-    expected = [straight.generate(step) for step in range(3)]
-    before = sampling(tmp_path, tiny_model, 1, name="before")
-    for step in range(2):
-        before.generate(step)
-    state = before.save(tmp_path / "state")
-    del state["producer"]
-    after = sampling(tmp_path, tiny_model, 1, name="after")
-    after.load(tmp_path / "state", state, 2)
-    got = after.generate(2)
-    assert ids(got) == ids(expected[2]) and tokens(got) == tokens(expected[2])
+def test_a_checkpoint_without_a_data_cursor_is_refused(tmp_path, tiny_model):
     no_cursor = sampling(tmp_path, tiny_model, 1, name="no_cursor")
     with pytest.raises(RunError, match="of a run with rollout.load_rollouts, which has no data cu"):
-        no_cursor.load(tmp_path / "state", {}, 2)
+        no_cursor.load(tmp_path / "state", {})
 
 
 def test_a_sample_of_another_version_ends_the_run(tmp_path, tiny_model):
@@ -327,7 +313,7 @@ def test_what_was_filtered_may_be_older_than_a_bound_that_a_resume_made_smaller(
     settings |= {"name": "resumed", "engine": OfVersion1}
     resumed = manager(tmp_path, tiny_model, [FINE], PROMPTS, **settings)
     resumed._weights.version = 1
-    resumed.load(tmp_path / "state", state, 1)
+    resumed.load(tmp_path / "state", state)
     kept = resumed.generate(1)
     assert len(kept) == 3 and resumed.metrics["rollout/staleness_max"] == 0
     close(resumed)

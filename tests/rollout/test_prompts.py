@@ -300,14 +300,6 @@ def test_resume_with_as_many_other_prompts_is_refused(others: PromptSource) -> N
     made("a", "b").load_state_dict(state)  # the same prompts in another file
 
 
-def test_a_cursor_without_a_hash_is_taken_with_one_warning(caplog) -> None:
-    state = made("a", "b").state_dict()
-    del state["prompts"], state["file"]
-    made("a", "c").load_state_dict(state)
-    [warning] = caplog.messages
-    assert "before prompts were hashed" in warning
-
-
 SIZES = {"a": 10, "b": 3, "c": 1}
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from nanoslime.training.megatron import forward
 from nanoslime.types import RunError
+from tools.conversion import gpt_logits
 from tools.conversion.checkpoint import HUGGING_FACE, Checkpoint
 
 
@@ -26,6 +26,6 @@ def logits(checkpoint: Checkpoint, num_tokens: int) -> Tensor:
         )
         return model.eval()(tokens[None]).logits[0]
     try:
-        return forward.logits(checkpoint.shape, checkpoint.path, tokens)
+        return gpt_logits.logits(checkpoint.shape, checkpoint.path, tokens)
     except ValueError as error:
         raise RunError(f"{checkpoint.path}: {error}") from error

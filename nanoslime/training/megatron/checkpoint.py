@@ -15,7 +15,6 @@ import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
-from megatron.core.dist_checkpointing.serialization import load_content_metadata
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
@@ -70,7 +69,7 @@ def save(
 ) -> None:
     """Writes this rank's state into the existing empty directory `path`; collective."""
     _make_state(optimizer)
-    state = _sharded_state(model_chunks, optimizer, ranks, _CONTENT, is_loading=False)
+    state = _sharded_state(model_chunks, optimizer, ranks, is_loading=False)
     state["step_history"] = asdict(history)
     state["layout"] = _layout(ranks)
     copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -119,8 +118,7 @@ def _read(
     It has "random" only where the same layout saved it.
     """
     common = dist_checkpointing.load_common_state_dict(str(path))
-    content = load_content_metadata(preloaded_state_dict=common) or _CONTENT
-    state = _sharded_state(model_chunks, optimizer, ranks, content, is_loading=True)
+    state = _sharded_state(model_chunks, optimizer, ranks, is_loading=True)
     before = common["layout"]
     now = _layout(ranks)
     if before != now:
@@ -130,24 +128,19 @@ def _read(
 
 
 def _sharded_state(
-    model_chunks: list[GPTModel],
-    optimizer: ChainedOptimizer,
-    ranks: Ranks,
-    content: dict[str, Any],
-    *,
-    is_loading: bool,
+    model_chunks: list[GPTModel], optimizer: ChainedOptimizer, ranks: Ranks, *, is_loading: bool
 ) -> dict[str, Any]:
     """This rank's state, and where each of its tensors lies in the whole."""
     weights = {}
     for number, chunk in enumerate(model_chunks):
-        weights[number] = chunk.sharded_state_dict(metadata=dict(content))
+        weights[number] = chunk.sharded_state_dict(metadata=dict(_CONTENT))
     moments = {number: {} for number in range(len(optimizer.chained_optimizers))}
     for number, inner in _training(optimizer):
         if isinstance(inner, DistributedOptimizer):
             moments[number] = optimizer_shards.sharded(inner, weights)
         else:
             moments[number] = inner.sharded_state_dict(
-                weights, is_loading=is_loading, metadata=dict(content)
+                weights, is_loading=is_loading, metadata=dict(_CONTENT)
             )
     grid = (ranks.pp_size, ranks.dp_size, ranks.cp_size, ranks.tp_size)
     place = (ranks.place.pp_rank, ranks.dp_rank, ranks.cp_rank, ranks.place.tp_rank)

@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from nanoslime.algorithms.grpo import GRPO
 from nanoslime.models.shape import ModelShape
-from nanoslime.training.megatron.forward import logits
 from nanoslime.training.megatron.local_layers import _layer_spec
 from nanoslime.training.megatron.model import model_config
 from nanoslime.weight_sync.trainer_weights import TrainerWeights
 from tests.models.hf import FAMILIES, SIZES, save_model
 from tests.training.parity import KL, RELATIVE, Layout, make_backend, train_batch
 from tests.training.reference import make_step, reference
+from tools.conversion.gpt_logits import logits
 
 pytestmark = pytest.mark.megatron
 

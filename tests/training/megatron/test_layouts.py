@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from nanoslime.models.rules import pieces
 from nanoslime.models.shape import ModelShape
-from nanoslime.training.megatron.forward import logits
 from tests.models.hf import save_model
 from tests.training.megatron import gpt
 from tests.training.megatron.gpt import LAYOUTS, Grid, differences, save
 from tests.training.megatron.test_architectures import NOISE, TOKENS, changes
+from tools.conversion.gpt_logits import logits
 
 pytestmark = pytest.mark.megatron
 

@@ -77,7 +77,7 @@ def make(env, path: Path) -> None:
 
 
 def gathered_state(backend: MegatronBackend, *, is_loading: bool) -> dict:
-    """As nanoslime saved before: megatron-core gathers the optimizer's state on one rank."""
+    """As megatron-core saves by itself: it gathers the optimizer's state on one rank."""
     weights = {0: backend._model_chunks[0].sharded_state_dict(metadata=dict(GATHERED))}
     moments = {}
     for number, inner in enumerate(backend._optimizer.chained_optimizers):
@@ -92,7 +92,7 @@ def reads_the_gathered_form(env, layout, model_dir, step, path) -> bool:
     make(env, path)
     contents = gathered_state(first, is_loading=False)
     contents |= checkpoint._sharded_state(
-        first._model_chunks, first._optimizer, first._ranks, GATHERED, is_loading=False
+        first._model_chunks, first._optimizer, first._ranks, is_loading=False
     ) | {"optimizer": contents["optimizer"]}
     contents |= {"layout": checkpoint._layout(first._ranks)}
     contents["step_history"] = {"optimizer_step": 2, "num_skipped": 0}

@@ -66,7 +66,7 @@ def load_torch_dist(gpt: GPTModel, directory: Path) -> None:
         "singleton_local_shards": any(key.endswith("linear_fc1.weight_w") for key in keys),
     }
     wanted = {}
-    fp8_state = {}  # FP8's state is not in every file, and float32 needs none
+    fp8_state: dict[str, None] = {}  # FP8's state is not in every file, and float32 needs none
     for key, value in gpt.sharded_state_dict(metadata=layout).items():
         if key.endswith("_extra_state"):
             fp8_state[key] = None
