@@ -1,56 +1,60 @@
-"""Asks a process apart whether two answers are the same mathematics."""
+"""Asks a process apart whether two answers are the same mathematics.
 
-import atexit
-import json
-import subprocess
-import sys
-from contextlib import suppress
-from pathlib import Path
+sympy may take for ever (`9^{9^9}`) inside of one call that no signal handler and no thread can
+end. The kernel therefore ends the process that judges once a question has used its time, and a
+server that has sympy loaded already forks the next one. Both end with this process.
+"""
+
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from threading import Lock
 
-_PROGRAM = Path(__file__).with_name("math_judge_program.py")
+from nanoslime.plugins import resolve
+
+_PROGRAM = "nanoslime.rollout.rewards.math_judge_program"
 
 
 class MathJudge:
-    """The process of math_judge_program.py, started with the first question; safe for threads.
-
-    It ends where its input ends, and so with this process, however that ends.
-    """
+    """The process that judges, started with the first question; safe for threads."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
+        self._process: BaseProcess | None = None
         self._lock = Lock()
 
     def same(self, label: str, answer: str) -> bool:
         """Whether `answer` is the mathematics of `label`; both are LaTeX or plain text.
 
         False where that cannot be told within the time and memory that the program allows.
-        Raises RuntimeError when the program has ended.
+        Raises RuntimeError when the program cannot be started.
         """
         with self._lock:
             if self._process is None:
-                self._process = self._start()
-            assert self._process.stdin is not None
-            assert self._process.stdout is not None
-            with suppress(BrokenPipeError):
-                self._process.stdin.write(json.dumps([label, answer]) + "\n")
-                self._process.stdin.flush()
-            verdict = self._process.stdout.readline()
-            if not verdict:  # the program has ended
-                exit_code = self._process.wait()
+                self._start()
+            try:
+                self._questions.send((label, answer))
+                return self._questions.recv()
+            except (EOFError, ConnectionError):
+                process = self._process
                 self._process = None
-                raise RuntimeError(
-                    f"the process that compares mathematical answers ended with exit code "
-                    f"{exit_code}; its error stands above, and it needs math-verify"
-                )
-        return verdict == "1\n"
-
-    def _start(self) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-P", str(_PROGRAM)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+                process.join()
+        if process.exitcode < 0:  # the question has ended it by a signal
+            return False
+        raise RuntimeError(
+            f"the process that compares mathematical answers ended with exit code "
+            f"{process.exitcode}; its error stands above, and it needs math-verify"
         )
-        atexit.register(process.communicate)
-        return process
+
+    def _start(self) -> None:
+        processes = get_context("forkserver")
+        processes.set_forkserver_preload([_PROGRAM])
+        self._questions, theirs = processes.Pipe()
+        process = processes.Process(target=_serve, args=(theirs,), daemon=True)
+        process.start()
+        theirs.close()
+        self._process = process
+
+
+def _serve(questions: Connection) -> None:
+    """Only the process that judges loads sympy."""
+    resolve(f"{_PROGRAM}:serve", {}, "data.reward")(questions)
