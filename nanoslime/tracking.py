@@ -19,7 +19,7 @@ from queue import Full, Queue
 from nanoslime.config.run import RunConfig
 from nanoslime.plugins import resolve
 from nanoslime.run_dir import STEP_PHASES, RunDir
-from nanoslime.storage.shared_files import finite_json, publish
+from nanoslime.storage.shared_files import json_line, publish
 
 logger = logging.getLogger(__name__)
 
@@ -197,8 +197,8 @@ def _json_lines(path: Path) -> Sink:
     """Appends one JSON object a step, which is on the file system when the sink returns."""
 
     def log(step: int, metrics: dict[str, float]) -> None:
-        with open(path, "a") as file:
-            file.write(finite_json({"step": step, **metrics}) + "\n")
+        with open(path, "ab") as file:
+            file.write(json_line({"step": step, **metrics}))
 
     return log
 

@@ -15,7 +15,7 @@ from nanoslime.config import EvalSetConfig, RunConfig
 from nanoslime.rollout.prompts import RunPrompts, digest
 from nanoslime.rollout.tasks import GroupTask, Sampling, seed_of
 from nanoslime.run_dir import RunDir
-from nanoslime.storage.shared_files import finite_json
+from nanoslime.storage.shared_files import json_line
 from nanoslime.types import Group, Prompt
 
 logger = logging.getLogger(__name__)
@@ -135,8 +135,8 @@ class Evaluation:
             }
             self.rows.append(row | of_set)
             logger.info("%s", _line(self.rows[-1]))
-        with self._run.evals.open("a") as file:
-            file.writelines(finite_json(row) + "\n" for row in self.rows)
+        with self._run.evals.open("ab") as file:
+            file.writelines(map(json_line, self.rows))
         return metrics
 
 

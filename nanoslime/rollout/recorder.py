@@ -20,7 +20,7 @@ from typing import Literal
 from nanoslime.rollout.tasks import Sampling
 from nanoslime.run_dir import recorded_rollout
 from nanoslime.storage.array_file import read_tree, write_tree
-from nanoslime.storage.shared_files import finite_json, publish
+from nanoslime.storage.shared_files import json_line, publish
 from nanoslime.types import RunError, Sample, SampleGroup
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def record(recording: Recording, step: int, groups: Sequence[SampleGroup]) -> No
     arrays = recorded_rollout(directory, step, recording.worker)
     lines = arrays.with_suffix(".jsonl")
     written = {lines}
-    publish(lines, "".join(_line(sample) for sample in samples).encode())
+    publish(lines, b"".join(map(_line, samples)))
     if recording.mode == "full":
         write_tree(arrays, _Part(recording.settings, recording.num_workers, samples))
         written.add(arrays)
@@ -156,7 +156,7 @@ def load(
     return [SampleGroup(group_id, list(members)) for group_id, members in by_group]
 
 
-def _line(sample: Sample) -> str:
+def _line(sample: Sample) -> bytes:
     experts = sample.routed_experts
     entry = {
         "group": sample.group_id,
@@ -174,4 +174,4 @@ def _line(sample: Sample) -> str:
         "versions": sample.policy_versions,
         "metadata": sample.metadata,
     }
-    return finite_json(entry, ensure_ascii=False, default=str) + "\n"
+    return json_line(entry)

@@ -17,7 +17,7 @@ from zipfile import BadZipFile, ZipFile
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter
 
-from nanoslime.storage.shared_files import finite_json, sync_directory
+from nanoslime.storage.shared_files import json_line, sync_directory
 from nanoslime.types import RunError
 
 # What stands in the tree for an array, and for a list of numbers: [entry, first row, last row].
@@ -35,7 +35,7 @@ def write_tree(path: Path, tree: Any) -> None:
     """
     aside = path.with_name(f".{path.name}.partial")
     packer = _Packer()
-    text = finite_json(packer.packed(tree), default=str).encode()
+    text = json_line(packer.packed(tree))
     entries = {"tree": [np.frombuffer(text, np.uint8)], **packer.entries}
     try:
         with aside.open("wb") as file:

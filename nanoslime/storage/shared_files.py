@@ -8,12 +8,13 @@ that.
 
 import errno
 import json
-import math
 import os
 import time
 import uuid
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import to_json
 
 from nanoslime.types import RunError
 
@@ -79,27 +80,13 @@ def publish_json(path: Path, value: Any, *, durable: bool = True) -> None:
 
 def as_json(value: Any) -> bytes:
     """What `publish_json` writes."""
-    return (finite_json(value, indent=1) + "\n").encode()
+    return to_json(value, indent=1, inf_nan_mode="null") + b"\n"
 
 
-def finite_json(value: Any, **options: Any) -> str:
-    """`value` as JSON, which has no nan and no inf: they are null there. The options are those
-    of json.dumps."""
-    try:
-        return json.dumps(value, allow_nan=False, **options)
-    except ValueError:
-        return json.dumps(_finite(value), **options)
-
-
-def _finite(value: Any) -> Any:
-    """`value` with None for each nan and inf in it."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return value
+def json_line(value: Any) -> bytes:
+    """`value` as a line of JSON, which has no nan and no inf: they are null there. What JSON
+    does not know is written as its text."""
+    return to_json(value, inf_nan_mode="null", bytes_mode="base64", fallback=str) + b"\n"
 
 
 def read_json(path: Path, deadline_s: float = 5.0) -> Any:

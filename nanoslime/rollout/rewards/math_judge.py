@@ -49,12 +49,12 @@ class MathJudge:
         processes = get_context("forkserver")
         processes.set_forkserver_preload([_PROGRAM])
         self._questions, theirs = processes.Pipe()
-        process = processes.Process(target=_serve, args=(theirs,), daemon=True)
+        process = processes.Process(target=_serve, args=(_PROGRAM, theirs), daemon=True)
         process.start()
         theirs.close()
         self._process = process
 
 
-def _serve(questions: Connection) -> None:
+def _serve(program: str, questions: Connection) -> None:
     """Only the process that judges loads sympy."""
-    resolve(f"{_PROGRAM}:serve", {}, "data.reward")(questions)
+    resolve(f"{program}:serve", {}, "data.reward")(questions)

@@ -2,10 +2,10 @@
 
 They save kernels and memory, and each needs something of the machine:
 
-    apply_rope_fusion             Transformer Engine; interleaved from 2.3 on; not latent attention,
-                                  where megatron-core 0.19.2 has a kernel for YaRN only
+    apply_rope_fusion             Transformer Engine; not latent attention, where megatron-core
+                                  0.19.2 has a kernel for YaRN only
     bias_activation_fusion        torch.compile for the GPU: Triton, a C compiler, Python's headers
-    moe_permute_fusion            Transformer Engine from 2.1 on
+    moe_permute_fusion            Transformer Engine
     gradient_accumulation_fusion  Apex's kernel, also beside Transformer Engine, because
                                   megatron-core's own output layer asks for it
 
@@ -21,8 +21,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from megatron.core.models.common.embeddings import rope_utils
-from megatron.core.utils import is_te_min_version
 
 from nanoslime.models.shape import ModelShape
 
@@ -31,20 +29,17 @@ from nanoslime.models.shape import ModelShape
 class Kernels:
     """What is there for fused paths on this machine; by default nothing, as on a CPU."""
 
-    rope: bool = False
-    interleaved_rope: bool = False
-    permute: bool = False
+    transformer_engine: bool = False
     compiler: bool = False
     gradient_accumulation: bool = False
 
 
 def fused_paths(shape: ModelShape, kernels: Kernels) -> dict[str, bool]:
     """megatron-core's switches of fused paths, on where this model and machine have them."""
-    rope = kernels.interleaved_rope if shape.rotary_interleaved else kernels.rope
     return {
-        "apply_rope_fusion": rope and shape.mla is None,
+        "apply_rope_fusion": kernels.transformer_engine and shape.mla is None,
         "bias_activation_fusion": kernels.compiler,
-        "moe_permute_fusion": kernels.permute and shape.moe is not None,
+        "moe_permute_fusion": kernels.transformer_engine and shape.moe is not None,
         "gradient_accumulation_fusion": kernels.gradient_accumulation,
     }
 
@@ -53,12 +48,8 @@ def kernels_for(device: torch.device) -> Kernels:
     """What megatron-core and torch find installed for `device`."""
     if device.type != "cuda":
         return Kernels()
-    has_transformer_engine = find_spec("transformer_engine") is not None
-    rope = has_transformer_engine and rope_utils.fused_apply_rotary_pos_emb_thd is not None
     return Kernels(
-        rope=rope,
-        interleaved_rope=rope and is_te_min_version("2.3.0"),
-        permute=has_transformer_engine and is_te_min_version("2.1.0"),
+        transformer_engine=find_spec("transformer_engine") is not None,
         compiler=_can_compile(),
         gradient_accumulation=find_spec("fused_weight_gradient_mlp_cuda") is not None,
     )

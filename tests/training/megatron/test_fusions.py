@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import pytest
 import torch
@@ -45,14 +45,10 @@ def test_each_path_needs_its_own_kernel(shapes):
     shape = shapes["qwen3_moe"]
     everything = set(fused_paths(shape, Kernels()))
     assert off(shape, Kernels()) == everything
-    assert off(shape, Kernels(rope=True)) == everything - NO_ROPE
-    assert off(shape, Kernels(permute=True)) == everything - NO_PERMUTE
+    assert off(shape, Kernels(transformer_engine=True)) == everything - NO_ROPE - NO_PERMUTE
     assert off(shape, Kernels(compiler=True)) == everything - {"bias_activation_fusion"}
     own_gradients = Kernels(gradient_accumulation=True)
     assert off(shape, own_gradients) == everything - {"gradient_accumulation_fusion"}
-    interleaved = replace(shape, rotary_interleaved=True)
-    assert off(interleaved, Kernels(rope=True)) == everything
-    assert off(interleaved, Kernels(rope=True, interleaved_rope=True)) == everything - NO_ROPE
 
 
 def test_the_switches_are_megatrons_and_all_off_on_a_cpu(shapes):
@@ -68,5 +64,4 @@ def test_the_switches_are_megatrons_and_all_off_on_a_cpu(shapes):
 def test_without_its_packages_a_gpu_has_no_kernels_of_transformer_engine():
     """This machine has none of them, whatever device is asked for."""
     found = kernels_for(torch.device("cuda"))
-    assert not (found.rope or found.interleaved_rope or found.permute)
-    assert not found.gradient_accumulation
+    assert not (found.transformer_engine or found.gradient_accumulation)
