@@ -36,7 +36,7 @@ from nanoslime.storage import resume
 from nanoslime.storage.commit import checkpoints
 from nanoslime.storage.shared_files import (
     as_json,
-    finite_json,
+    json_line,
     publish,
     publish_json,
     publish_once,
@@ -212,8 +212,8 @@ class RunDir:
             publish_json(self.path / "status.json", status, durable=False)
         if attempt is not None:
             line = {"time": status["time"], "phase": phase, "step": step, **facts}
-            with attempt.phases.open("a") as file:
-                file.write(finite_json(line) + "\n")
+            with attempt.phases.open("ab") as file:
+                file.write(json_line(line))
 
     def status(self) -> dict[str, Any]:
         """The last published status; {} before the first, and where the machine lost power before
