@@ -196,7 +196,7 @@ def test_a_sync_ends_well_without_an_engine_that_fails_during_it(
 ) -> None:
     """It fails after the first of several buckets; another hangs in the broadcast then."""
     run.all_ready()
-    receive = sglang_client.SGLangEngine.receive_bucket
+    receive = sglang_client.SGLangEngine.receive_buckets
     lock = threading.Lock()
     num_buckets = 0
 
@@ -209,7 +209,7 @@ def test_a_sync_ends_well_without_an_engine_that_fails_during_it(
                     run.places[1].signal(*FAULTS[fault])
         receive(engine, **bucket)
 
-    monkeypatch.setattr(sglang_client.SGLangEngine, "receive_bucket", faulty)
+    monkeypatch.setattr(sglang_client.SGLangEngine, "receive_buckets", faulty)
     healthy = run.pool.ready()[0]
     start = time.monotonic()
     run.sync()

@@ -115,7 +115,7 @@ def test_inside_a_namespace(
         assert pool.ready() == engines
         train_once(group._worker, sample(engines[0], seed=1))
 
-        receive = sglang_client.SGLangEngine.receive_bucket
+        receive = sglang_client.SGLangEngine.receive_buckets
         seen = []
 
         def stopping(engine: sglang_client.SGLangEngine, **bucket: object) -> None:
@@ -125,7 +125,7 @@ def test_inside_a_namespace(
                     subprocess.run([*far_side, "ip", "link", "set", "v1", "down"], check=True)
             receive(engine, **bucket)
 
-        monkeypatch.setattr(sglang_client.SGLangEngine, "receive_bucket", stopping)
+        monkeypatch.setattr(sglang_client.SGLangEngine, "receive_buckets", stopping)
         begin = time.monotonic()
         session.sync(2)
         seconds = time.monotonic() - begin

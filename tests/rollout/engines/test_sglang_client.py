@@ -430,7 +430,7 @@ class Sender:
         if flips is not None:
             flat[flips] ^= 1
         receiving = in_background(
-            self.engine.receive_bucket,
+            self.engine.receive_buckets,
             names=bucket.names,
             dtypes=[str(dtype).removeprefix("torch.") for dtype in bucket.dtypes],
             shapes=[list(shape) for shape in bucket.shapes],
@@ -599,7 +599,7 @@ def test_distributed_update_refuses_wrong_names_and_goes_on(
     norm = tensors.pop(NORM)
     sender = Sender(sglang_engine, "refusals")
     with pytest.raises(RunError, match="must run between"):
-        sender.engine.receive_bucket(names=[], dtypes=[], shapes=[], group="refusals")
+        sender.engine.receive_buckets(names=[], dtypes=[], shapes=[], group="refusals")
 
     sglang_engine.begin_update()
     with pytest.raises(RunError, match="unknown tensor 'model.norm.wait'"):
