@@ -180,38 +180,48 @@ def _older_label_everywhere(armed: Armed, seal: Callable[..., None]) -> Callable
     return faulty
 
 
+def _in_runs(armed: Armed, change: Callable[[list[Any], int], list[Any]]) -> None:
+    """`change` gives what a rank announces and sends in place of the buckets of a run, once the
+    fault strikes at the one of this number."""
+    announce = broadcast._Wire.announce
+    send = broadcast._Wire.send
+    # The buckets that are sent, in order, and those of them that are full already.
+    changed: list[Any] = []
+    copies: dict[int, Any] = {}
+
+    def announcing(wire: Any, buckets: Any) -> None:
+        copies.clear()
+        changed[:] = buckets
+        for number in range(len(buckets)):
+            if armed.at(_now[0], number):
+                changed[:] = change(list(buckets), number)
+        announce(wire, changed)
+
+    def sending(wire: Any, bucket: Any, full: Any, version: int) -> None:
+        flat = broadcast._Flat(full.flat.tensor.clone())
+        copies[id(bucket)] = broadcast._Full(full.number, flat)
+        while changed and id(changed[0]) in copies:
+            next_one = changed.pop(0)
+            send(wire, next_one, copies[id(next_one)], version)
+
+    broadcast._Wire.announce = announcing  # type: ignore[method-assign]
+    broadcast._Wire.send = sending  # type: ignore[method-assign]
+
+
 def _drop(armed: Armed) -> None:
     """The rank believes that it has sent a bucket."""
-    send = broadcast._Wire.send
-
-    def faulty(wire: Any, bucket: Any, full: Any, version: int) -> float:
-        if armed.at(version, full.number):
-            return 0.0
-        return send(wire, bucket, full, version)
-
-    broadcast._Wire.send = faulty  # type: ignore[method-assign]
+    _in_runs(armed, lambda buckets, number: buckets[:number] + buckets[number + 1 :])
     _in_posts(lambda post, engine, payloads: None, armed)
 
 
 def _exchange(armed: Armed) -> None:
     """A bucket comes after the rank's next one."""
-    send = broadcast._Wire.send
-    held: list[Any] = []
 
-    def faulty(wire: Any, bucket: Any, full: Any, version: int) -> float:
-        if armed.at(version, full.number):
-            copied = broadcast._Full(full.number, full.flat.clone(), None)
-            held.append((bucket, copied, version))
-            return 0.0
-        if held and held[0][1].number > full.number:
-            held.clear()  # of an attempt that was broken off
-        late = held.pop() if held else None
-        seconds = send(wire, bucket, full, version)
-        if late is not None:
-            send(wire, *late)
-        return seconds
+    def exchanged(buckets: list[Any], number: int) -> list[Any]:
+        one, other = buckets[number : number + 2]
+        return [*buckets[:number], other, one, *buckets[number + 2 :]]
 
-    broadcast._Wire.send = faulty  # type: ignore[method-assign]
+    _in_runs(armed, exchanged)
     last: list[Any] = []
 
     def swapped(post: Any, engine: Any, payloads: Any) -> None:
@@ -221,14 +231,7 @@ def _exchange(armed: Armed) -> None:
 
 
 def _twice(armed: Armed) -> None:
-    send = broadcast._Wire.send
-
-    def faulty(wire: Any, bucket: Any, full: Any, version: int) -> float:
-        if armed.at(version, full.number):
-            send(wire, bucket, full, version)
-        return send(wire, bucket, full, version)
-
-    broadcast._Wire.send = faulty  # type: ignore[method-assign]
+    _in_runs(armed, lambda buckets, number: [*buckets[: number + 1], *buckets[number:]])
 
     def twice(post: Any, engine: Any, payloads: Any) -> None:
         post(engine, payloads)
@@ -267,7 +270,7 @@ def _describing(change: Callable[[flat.FlatBucket], bool]) -> Callable[[Armed], 
     whether it could."""
 
     def install(armed: Armed) -> None:
-        send = broadcast._Wire.send
+        announce = broadcast._Wire.announce
         gather = colocated.TensorSender._gather
 
         def changed(bucket: flat.FlatBucket, version: int) -> flat.FlatBucket:
@@ -277,13 +280,13 @@ def _describing(change: Callable[[flat.FlatBucket], bool]) -> Callable[[Armed], 
             is_due = version == VERSION and len(bucket.names) > 2
             return other if is_due and change(other) and armed.at(version) else bucket
 
-        def sending(wire: Any, bucket: Any, full: Any, version: int) -> float:
-            return send(wire, changed(bucket, version), full, version)
+        def announcing(wire: Any, buckets: Any) -> None:
+            announce(wire, [changed(bucket, _now[0]) for bucket in buckets])
 
         def gathering(sender: Any, bucket: Any, flat: torch.Tensor) -> list[bytes]:
             return gather(sender, changed(bucket, _now[0]), flat)
 
-        broadcast._Wire.send = sending  # type: ignore[method-assign]
+        broadcast._Wire.announce = announcing  # type: ignore[method-assign]
         colocated.TensorSender._gather = gathering  # type: ignore[method-assign]
 
     return install
@@ -469,6 +472,7 @@ FAULTS: dict[str, Callable[[Armed], None]] = {
 PATCHED: list[tuple[Any, str]] = [
     (broadcast, "seal"),
     (colocated, "seal"),
+    (broadcast._Wire, "announce"),
     (broadcast._Wire, "send"),
     (colocated.TensorSender, "send"),
     (colocated.TensorSender, "_gather"),
