@@ -13,12 +13,11 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate, batched, groupby
 from queue import SimpleQueue
-from threading import Event
 from typing import Any
 
 import torch
@@ -315,19 +314,13 @@ class _Wire:
 
     def _wait(self, work: dist.Work, version: int) -> None:
         """Waits for a broadcast, but not if an engine refuses to receive it."""
-        is_over = Event()
-
-        def look(call: Future[Any]) -> None:
-            if call.exception() is not None:
-                is_over.set()
-
-        work.get_future().then(lambda _: is_over.set())
-        for call in self._announced:
-            call.add_done_callback(look)
-        is_over.wait(self._deadline_s)
-        if not work.is_completed():
-            if self._calls.failures_of(self._announced):
-                self.collect(version)
+        over: Future[None] = Future()
+        # `work` itself learns it a moment later than its future.
+        work.get_future().then(lambda _: over.set_result(None))
+        done, _ = wait([over, *self._announced], self._deadline_s, return_when=FIRST_COMPLETED)
+        if self._calls.failures_of(self._announced):
+            self.collect(version)
+        if not done:
             raise EnginesFailed(
                 f"trainer rank {self._rank}: the broadcast of version {version} is not over after "
                 f"{self._deadline_s:.0f}s",
