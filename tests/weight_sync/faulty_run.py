@@ -15,6 +15,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,7 @@ class Armed:
     """Says when a fault strikes on this rank: at its NTH bucket of VERSION, so often as it may."""
 
     def __init__(self, case: Case) -> None:
+        self.transport = case.transport
         self._left = case.times
         self._seen = 0
 
@@ -292,8 +294,8 @@ def _describing(change: Callable[[flat.FlatBucket], bool]) -> Callable[[Armed], 
     return install
 
 
-# The version that this rank sends.
-_now = [0]
+# The version that this rank works on, and what it was asked to do with it.
+_now: list[Any] = [0, ""]
 
 
 def _rename(bucket: flat.FlatBucket) -> bool:
@@ -301,9 +303,16 @@ def _rename(bucket: flat.FlatBucket) -> bool:
     return True
 
 
+def _norms(bucket: flat.FlatBucket) -> list[int]:
+    """The places of its norms, which are too small to be cut by rows."""
+    return [place for place, name in enumerate(bucket.names) if "norm" in name]
+
+
 def _reshape(bucket: flat.FlatBucket) -> bool:
-    bucket.shapes[1] = (1, *bucket.shapes[1])
-    return True
+    for place in _norms(bucket):
+        bucket.shapes[place] = (1, *bucket.shapes[place])
+        return True
+    return False
 
 
 def _retype(bucket: flat.FlatBucket) -> bool:
@@ -313,8 +322,10 @@ def _retype(bucket: flat.FlatBucket) -> bool:
 
 
 def _repeat_name(bucket: flat.FlatBucket) -> bool:
-    bucket.names[2] = bucket.names[1]
-    return True
+    for one, other in pairwise(_norms(bucket)):
+        bucket.names[other] = bucket.names[one]
+        return True
+    return False
 
 
 def _swap_names(bucket: flat.FlatBucket) -> bool:
@@ -377,8 +388,8 @@ def _signalled(number: signal.Signals, when: str) -> Callable[[Armed], None]:
         bring = broadcast.Exchange.bring
 
         def bringing(exchange: Any, number: int, shards: Any, places: Any) -> None:
-            # The first buckets are brought before the pause.
-            if number >= 8:
+            # Buckets that are brought before the pause are not meant, but all files are.
+            if number >= 8 and (_now[1] == "send" or armed.transport == "disk"):
                 strike(armed, _now[0], None)
             bring(exchange, number, shards, places)
 
@@ -503,7 +514,7 @@ def _note_version(method: str) -> None:
     original = getattr(TrainWorker, method)
 
     def noting(worker: TrainWorker, version: int, *more: Any) -> Any:
-        _now[0] = version
+        _now[:] = [version, method]
         return original(worker, version, *more)
 
     setattr(TrainWorker, method, noting)
