@@ -2,18 +2,19 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanoslime.batch import Metric, MicroBatch, OwnedShard, StepMetrics, TrainBatch, WeightShard
+from nanoslime.algorithms.policy_gradient import PolicyGradient
+from nanoslime.batch import OwnedShard, StepMetrics, TrainBatch, WeightShard
 from nanoslime.config import RunConfig
 from nanoslime.config.training import TrainingConfig
 from nanoslime.training.metrics import ReducedMetrics
@@ -44,25 +45,6 @@ class RankEnv:
         if self.device == "cuda":
             return torch.device("cuda", self.local_rank)
         return torch.device("cpu")
-
-
-class Algorithm(Protocol):
-    """What a backend asks of an algorithm: maths on tensors, no I/O, no process groups.
-
-    nanoslime.algorithms.policy_gradient says what the methods return.
-    """
-
-    denominator: Literal["tokens", "sequences", "fixed"]
-    needs_old_logprobs: bool
-    needs_reference: bool
-
-    def token_advantages(
-        self, shard: TrainBatch, all_sum: Callable[[Tensor], Tensor]
-    ) -> list[Tensor]: ...
-
-    def loss(
-        self, logprobs: Tensor, entropy: Tensor, batch: MicroBatch
-    ) -> tuple[Tensor, dict[str, Metric]]: ...
 
 
 class TrainBackend(ABC):
@@ -120,7 +102,7 @@ class TrainBackend(ABC):
         """
         return self._weights("ref")
 
-    def train_step(self, shard: TrainBatch, algorithm: Algorithm) -> StepMetrics:
+    def train_step(self, shard: TrainBatch, algorithm: PolicyGradient) -> StepMetrics:
         """Makes an optimizer step; the result is the same on every rank.
 
         The gradient is clipped to a global norm of clip_grad. A norm that is not finite,
@@ -223,7 +205,7 @@ class TrainBackend(ABC):
         """[T] per micro-batch, on the last stage only. The model holds `weights` already."""
 
     @abstractmethod
-    def _backward(self, shard: TrainBatch, algorithm: Algorithm) -> ReducedMetrics:
+    def _backward(self, shard: TrainBatch, algorithm: PolicyGradient) -> ReducedMetrics:
         """Fills the gradients, summed over ranks, and returns metrics on every rank."""
 
     @abstractmethod

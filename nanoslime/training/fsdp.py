@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from nanoslime.algorithms.policy_gradient import PolicyGradient
 from nanoslime.batch import OwnedShard, TrainBatch, WeightShard
 from nanoslime.config.run import RunConfig
 from nanoslime.config.training import TrainingConfig
 from nanoslime.models.rules import whole
 from nanoslime.models.trainable import check_data_parallel_only
-from nanoslime.training.backend import Algorithm, RankEnv, TrainBackend, init_process_group
+from nanoslime.training.backend import RankEnv, TrainBackend, init_process_group
 from nanoslime.training.fsdp_model import build_sharded, rows_of
 from nanoslime.training.metrics import MetricSums, ReducedMetrics
 from nanoslime.training.skipping import StepHistory
@@ -105,7 +106,7 @@ class FSDPBackend(TrainBackend):
             packs.append(logprobs.cpu())
         return packs
 
-    def _backward(self, shard: TrainBatch, algorithm: Algorithm) -> ReducedMetrics:
+    def _backward(self, shard: TrainBatch, algorithm: PolicyGradient) -> ReducedMetrics:
         self._optimizer.zero_grad()
         sums = MetricSums()
         for indices in shard.microbatches:

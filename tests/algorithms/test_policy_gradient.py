@@ -180,6 +180,6 @@ def test_the_signed_move_of_the_policy_may_cancel_out():
 
 def test_the_protocol_of_the_backends_is_met():
     made: PolicyGradient = algorithm(denominator="sequences")
-    assert made.denominator == "sequences"
+    assert made.config.denominator == "sequences"
     assert not made.needs_reference
     assert made.needs_old_logprobs
