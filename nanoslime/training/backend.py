@@ -51,9 +51,7 @@ class TrainBackend(ABC):
     """One rank's view; all ranks make the same calls, each with its data-parallel shard.
 
     Construction is collective: it joins the process group and loads the weights of a
-    model's directory. For parity tests backends also have `grad_shards()`: as
-    weight_shards, but the clipped float32 gradients of the last step, summed over data
-    parallelism (under Megatron's distributed optimizer, the rank's share only).
+    model's directory.
     """
 
     dp_rank: int

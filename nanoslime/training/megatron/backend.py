@@ -60,9 +60,6 @@ class MegatronBackend(TrainBackend):
     def owned_shards(self) -> list[list[OwnedShard]]:
         return weights.owned_shards(self._shape, self._training, dist.get_world_size())
 
-    def grad_shards(self) -> Iterator[WeightShard]:
-        return weights.shards(self._parameter_pieces, "main_grad")
-
     def save(self, path: Path) -> None:
         checkpoint.save(path, self._model_chunks, self._optimizer, self._history, self._ranks)
         if dist.get_rank() == 0:  # with these it converts back to Hugging Face's format
