@@ -2,7 +2,6 @@
 
 import json
 import os
-import secrets
 import shutil
 import sys
 from collections.abc import Mapping
@@ -10,7 +9,6 @@ from pathlib import Path
 
 from jobs.cluster_env import ClusterEnv
 from nanoslime.layout import Layout
-from nanoslime.storage.shared_files import publish
 
 STARTED = "Ray runtime started."
 """What `ray start` (2.60) prints once its raylet is registered with the head."""
@@ -19,16 +17,17 @@ _CPU_OBJECT_STORE_BYTES = 200_000_000
 _RECONNECT_TIMEOUT_S = 30
 
 
-def make_token(path: Path) -> None:
-    """Write this job's secret: without one, whoever reaches the port runs code as us."""
-    publish(path, secrets.token_hex(32).encode(), mode=0o600)
+def environment(base: Mapping[str, str], token: Path, scratch: Path) -> dict[str, str]:
+    """The environment of `ray start` and of the driver, and so of all that they start.
 
-
-def environment(base: Mapping[str, str], token: Path) -> dict[str, str]:
-    """The environment of `ray start` and of the driver, and so of all that they start."""
+    What they leave in TMPDIR goes with the scratch directory, which nobody else can enter.
+    """
+    # Ray would take this token rather than that of the file.
+    base = {name: value for name, value in base.items() if name != "RAY_AUTH_TOKEN"}
     return {
         **base,
         **cuda_home(base, Path(sys.prefix)),
+        "TMPDIR": str(scratch),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -73,7 +72,8 @@ def start_command(env: ClusterEnv, layout: Layout, scratch: Path, options: list[
         *sizes,
         f"--resources={json.dumps({'slot': slots})}",
         f"--labels=nanoslime-node={env.node_index},nanoslime-role={role}",
-        f"--temp-dir={scratch}",
+        # Ray opens this one to all users; the one around it stays closed.
+        f"--temp-dir={scratch / 'ray'}",
         "--min-worker-port=0",
         "--max-worker-port=0",
         "--dashboard-agent-listen-port=0",

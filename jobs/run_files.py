@@ -11,18 +11,26 @@ from nanoslime.storage.shared_files import publish
 
 # submitit's folder in a run directory.
 SUBMITIT_FOLDER = "slurm"
-# A submission writes only such files beside it.
-_KINDS = (".yaml", ".json", ".sbatch")
+_WRITTEN = (
+    "config.yaml",
+    "config.accepted.yaml",
+    "plan.json",
+    "provenance.json",
+    "job.sbatch",
+    "job.json",
+)
 
 
 @contextmanager
-def kept_if_accepted(run_root: Path, name: str, resumed: RunDir | None) -> Iterator[RunDir]:
+def kept_if_accepted(
+    run_root: Path, name: str, resumed: RunDir | None, share: str = ""
+) -> Iterator[RunDir]:
     """The resumed run, or a new one; where the block raises, all files are as before."""
     missing = [folder for folder in (run_root, *run_root.parents) if not folder.exists()]
     before = {}
     if resumed is not None:
         before = {file: file.read_bytes() for file in _written(resumed.path)}
-    run = resumed or RunDir.create(run_root, name)
+    run = resumed or RunDir.create(run_root, name, share)
     folder = run.path / SUBMITIT_FOLDER
     of_submitit = set(folder.glob("*"))
     try:
@@ -41,4 +49,4 @@ def kept_if_accepted(run_root: Path, name: str, resumed: RunDir | None) -> Itera
 
 
 def _written(run: Path) -> list[Path]:
-    return [file for file in run.glob("*") if file.suffix in _KINDS]
+    return [run / name for name in _WRITTEN if (run / name).is_file()]

@@ -28,7 +28,7 @@ from nanoslime.orchestration.evaluation import Evaluation, Sampler, table
 from nanoslime.orchestration.local_group import LocalTrainGroup
 from nanoslime.orchestration.session import EngineHere, prepare_model
 from nanoslime.processes.ports import free_port
-from nanoslime.processes.temp import ensure_short_tmpdir
+from nanoslime.processes.temp import private_tmpdir
 from nanoslime.rollout import rewards
 from nanoslime.rollout.prompts import RunPrompts
 from nanoslime.rollout.tasks import GroupTask
@@ -113,7 +113,8 @@ def evaluate(checkpoint: Checkpoint, config: RunConfig, output: Path | None) -> 
     for one in config.eval_sets:
         rewards.check(one.data(config.data))
     prompts = RunPrompts.load(config, model_dir, for_training=False)
-    run = RunDir.create(Path(config.cluster.run_root or "runs"), f"{config.name}-evaluation")
+    root = Path(config.cluster.run_root or "runs")
+    run = RunDir.create(root, f"{config.name}-evaluation", config.cluster.share)
     run.write_config(config)
     device = config.cluster.device
     gpu_ids = list(range(config.rollout.engine_tp_size)) if device == "cuda" else []
@@ -181,8 +182,8 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     disable_progress_bar()
     try:
-        ensure_short_tmpdir()
-        shown = evaluate(*parse(argv))
+        with private_tmpdir():
+            shown = evaluate(*parse(argv))
     except (RunError, ValueError, OSError) as e:
         logger.error("%s", e)
         return FAILED

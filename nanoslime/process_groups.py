@@ -1,10 +1,26 @@
-"""Joins a process group beside the default one: a trainer rank with the ranks of engines."""
+"""Where process groups meet, and how to join one beside the default one: a trainer rank with the
+ranks of engines."""
 
+import socket
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
+
+
+def listening_store(address: str, port: int, timeout: timedelta) -> dist.TCPStore:
+    """A store that listens at `address`, with 0 at a port of its own.
+
+    Torch's own ones listen at all addresses of the machine, and ask nobody for a secret. Raises
+    OSError where the port is taken.
+    """
+    listener = socket.create_server((address, port))
+    port = listener.getsockname()[1]
+    fd = listener.detach()
+    return dist.TCPStore(
+        address, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=fd
+    )
 
 
 def shared_store(address: str, timeout_s: float) -> dist.TCPStore:
@@ -16,7 +32,7 @@ def shared_store(address: str, timeout_s: float) -> dist.TCPStore:
     port: list[int | None] = [None]
     store = None
     if is_first:
-        store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        store = listening_store(address, 0, timeout)
         port = [store.port]
     if dist.is_initialized():
         dist.broadcast_object_list(port, src=0)

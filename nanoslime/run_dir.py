@@ -6,13 +6,11 @@
     checkpoints/step_<k>/  hf/step_<k>/
     model/ (a rehearsal makes it)  weights/ (weight sync by disk)
     skipped/step_<k>/ (batches of steps left out)
-    job.json (the SLURM job that holds the run, where there is one)
     attempts/<n>/ logs/<role>-<rank>.log nodes/ heartbeat/<node>.json stop.json end.json
                   phases.jsonl (each phase, with the time at which it began)
     attempts/latest
 
-An attempt is one life of the job: every requeue is a new one. Only the newest one may go on and
-commit: an older one ends as soon as it sees that there is another. Files are published by rename
+An attempt is one life of the job: every requeue is a new one. Files are published by rename
 and read with patience, since the directory usually is on a network filesystem.
 """
 
@@ -21,17 +19,17 @@ from __future__ import annotations
 import errno
 import importlib.metadata
 import os
+import secrets
+import shutil
 import socket
+import stat
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from nanoslime.config import RunConfig
 from nanoslime.config.load import dump, read
@@ -65,9 +63,8 @@ _MAX_DIFF_CHARS = 1_000_000
 _GIT_DEADLINE_S = 60.0
 # An attempt holds so much room back, to say on a full disk how it ended.
 _RESERVE_BYTES = 65_536
+_SHARED_UMASK = 0o027
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-# A run with a younger heartbeat is taken to be alive; heartbeats come every few seconds.
-_ALIVE_S = 60
 # A network filesystem may fail to read a file that it reads a moment later.
 _READ_PAUSES_S = (0.1, 0.4)
 
@@ -84,7 +81,6 @@ class RunDir:
     config = _at("config.yaml")
     accepted_config = _at("config.accepted.yaml")
     plan = _at("plan.json")
-    job = _at("job.json")
     provenance = _at("provenance.json")
     summary = _at("summary.json")
     metrics = _at("metrics.jsonl")
@@ -98,8 +94,12 @@ class RunDir:
     attempts = _at("attempts")
 
     @classmethod
-    def create(cls, run_root: Path, name: str) -> RunDir:
-        """A new directory (mode 0700): `name`, or `name`-<time> where that is taken."""
+    def create(cls, run_root: Path, name: str, share: str = "") -> RunDir:
+        """A new directory: `name`, or `name`-<time> where that is taken.
+
+        Its mode is 0700, or 2750 for the group `share`. Raises RunError for a group of which the
+        user is no member.
+        """
         run_root = run_root.expanduser().absolute()
         run_root.mkdir(parents=True, exist_ok=True)
         for candidate in _candidate_names(name):
@@ -108,17 +108,36 @@ class RunDir:
             except FileExistsError:
                 continue
             run = cls(run_root / candidate)
+            if share:
+                run._share(share)
             for folder in (run.attempts, run.checkpoints, run.rollouts):
                 folder.mkdir()
             return run
         raise RunError(f"no free name like {name} in {run_root}")
 
+    def _share(self, group: str) -> None:
+        try:
+            shutil.chown(self.path, group=group)
+        except (LookupError, PermissionError) as error:
+            self.path.rmdir()
+            raise RunError(
+                f"cluster.share={group!r}: {self.path} cannot be given to this group ({error}); "
+                "name one of those that `id -Gn` lists, or leave it out"
+            ) from error
+        self.path.chmod(0o2750)
+        os.umask(_SHARED_UMASK)
+
     @classmethod
     def open(cls, path: Path) -> RunDir:
-        """An existing run directory; RunError names a path that is none."""
+        """An existing run directory; RunError names a path that is none.
+
+        Of one that a group may read, it may also read what this process and its children make.
+        """
         run = cls(path.expanduser().absolute())
         if not run.attempts.is_dir():
             raise RunError(f"{path} is not a run directory: it has no attempts/ folder")
+        if run.path.stat().st_mode & stat.S_ISGID:
+            os.umask(_SHARED_UMASK)
         return run
 
     @property
@@ -145,31 +164,6 @@ class RunDir:
         has_checkpoints = bool(checkpoints(self.checkpoints))
         resume.check_resumed(self.path, before, config, has_checkpoints=has_checkpoints)
 
-    def refuse_if_alive(self) -> None:
-        """RunError where the last attempt has not ended: the process that made it lives on this
-        host, or, seen from another host, a node of it has lately given a sign of life.
-        """
-        attempt = self.latest_attempt()
-        if attempt is None or attempt.ended() is not None:
-            return
-        maker = attempt.record
-        pid = maker["pid"]
-        if maker["host"] == socket.gethostname() and pid != os.getpid():
-            if _lived_at(maker["started"], pid):
-                raise RunError(
-                    f"{self.path} is running: process {pid} on this host drives its attempt "
-                    f"{attempt.number}; stop it first (kill {pid})"
-                )
-            return
-        for node, beat in attempt.heartbeats().items():
-            age_s = time.time() - float(beat["time"])
-            has_left = "left" in beat
-            if age_s < _ALIVE_S and not has_left:
-                raise RunError(
-                    f"{self.path} is running: node {node} of attempt {attempt.number} was alive "
-                    f"{age_s:.0f} s ago; stop it first, or wait {_ALIVE_S} s if it was killed"
-                )
-
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step_{step}"
 
@@ -186,7 +180,6 @@ class RunDir:
             (staged / folder).mkdir(parents=True)
         host = socket.gethostname()
         record = {"key": key, "started": time.time(), "host": host, "pid": os.getpid()}
-        record["rollouts"] = self._num_committed()
         publish_json(staged / "attempt.json", record)
         publish(staged / "reserve", b"r" * _RESERVE_BYTES)
         number = self._take_next_number(staged)
@@ -224,17 +217,6 @@ class RunDir:
     def latest_attempt(self) -> Attempt | None:
         numbers = self._numbers()
         return Attempt(self, numbers[-1]) if numbers else None
-
-    def num_vain_requeues(self, job_id: str) -> int:
-        """How often in a row SLURM has started the job anew since an attempt of it committed a
-        new step.
-        """
-        attempts = [Attempt(self, number) for number in self._numbers()]
-        own = [attempt for attempt in attempts if attempt.key.startswith(f"{job_id}-")]
-        num_committed = self._num_committed()
-        vain = [attempt for attempt in own if attempt.record["rollouts"] == num_committed]
-        # The first attempt of a job is no requeue.
-        return len(vain) - (len(vain) == len(own))
 
     def write_status(self, phase: str, step: int, **facts: Any) -> None:
         """Publish what the run is doing.
@@ -282,10 +264,6 @@ class RunDir:
         }
         publish_json(self.provenance, record)
 
-    def _num_committed(self) -> int:
-        """The number of rollouts of the newest checkpoint; 0 without any."""
-        return max((rollouts for rollouts, _ in checkpoints(self.checkpoints)), default=0)
-
     def _numbers(self) -> list[int]:
         return sorted(int(name) for name in os.listdir(self.attempts) if name.isdigit())
 
@@ -301,6 +279,7 @@ class Attempt:
     """How to reach Ray: {ray_address, node_ip}."""
     phases = _at("phases.jsonl")
     """Every status in its order: {time, phase, step} and what else was told."""
+    ray_token = _at("ray_token")
 
     @property
     def path(self) -> Path:
@@ -309,12 +288,12 @@ class Attempt:
     @property
     def key(self) -> str:
         """The key that `new_attempt` was given."""
-        return str(self.record["key"])
+        return str(read_json(self.path / "attempt.json")["key"])
 
-    @property
-    def record(self) -> dict[str, Any]:
-        """By whom and when the attempt was made, and how many rollouts were committed then."""
-        return dict(read_json(self.path / "attempt.json"))
+    def make_ray_token(self) -> Path:
+        """Ray's secret: without one, whoever reaches a port of it runs code as us."""
+        publish(self.ray_token, secrets.token_hex(32).encode(), mode=0o600)
+        return self.ray_token
 
     def log(self, role: str, rank: int) -> Path:
         return self.path / "logs" / f"{role}-{rank}.log"
@@ -350,50 +329,27 @@ class Attempt:
         """Ask the driver to commit a checkpoint and end with STOPPED.
 
         requeue: the job shall go on in a new attempt (its time is up), rather than end
-        (somebody asked). The first reason stays. A request to end takes an earlier or later one
-        to go on back, as when a job is cancelled while it drains.
+        (somebody asked). The first reason stays. A later request may add the requeue, as when
+        SIGUSR2 follows SIGTERM.
         """
-        if not requeue:
-            self._publish_once("final", reason=reason)
+        if requeue:
+            self._publish_once("requeue", reason=reason)
         self._publish_once("stop", reason=reason, requeue=requeue)
 
     def must_stop(self) -> str | None:
-        """Why the attempt must stop, or None. Raises RunError where a newer one has begun."""
-        with suppress(OSError):
-            self.require_newest()
+        """Why the attempt must stop, or None."""
         return _read(self.path / "stop.json").get("reason")
 
-    def final_stop(self) -> str | None:
-        """Why the run was asked to end, rather than to go on in a new attempt, if it was."""
-        return _read(self.path / "final.json").get("reason")
+    def requeue_wanted(self) -> bool:
+        """Whether the stop was requested so that a new attempt can go on."""
+        return bool(_read(self.path / "requeue.json"))
 
-    def is_newest(self) -> bool:
-        return max(self.run._numbers()) <= self.number
-
-    def require_newest(self) -> None:
-        """RunError where a newer attempt of the run has begun, as when SLURM has lost this one's
-        node and started the job anew.
-        """
-        if not self.is_newest():
-            raise RunError(
-                f"attempt {max(self.run._numbers())} of {self.run.path} has begun, so attempt "
-                f"{self.number} ends and commits nothing more; look at the newer one"
-            )
-
-    def end(self, code: int, reason: str, *, can_go_on: bool = False) -> bool:
+    def end(self, code: int, reason: str) -> bool:
         """Record how the attempt ended, DONE, STOPPED or FAILED. The first record stays.
 
-        can_go_on: a machine failed, so that another attempt may do better. Returns whether this
-        record is the one that stays.
+        Returns whether this is it.
         """
-        facts = {"code": code, "reason": reason, "can_go_on": can_go_on or code == STOPPED}
-        return self.on_reserve(lambda: self._publish_once("end", **facts))
-
-    def can_go_on(self) -> bool:
-        """Whether the attempt was stopped, failed by a fault of a machine, or could not say how
-        it ended.
-        """
-        return bool(_read(self.path / "end.json").get("can_go_on", True))
+        return self.on_reserve(lambda: self._publish_once("end", code=code, reason=reason))
 
     def ended(self) -> tuple[int, str] | None:
         """(code, reason) once the attempt has ended."""
@@ -466,14 +422,6 @@ def _read(path: Path) -> dict[str, Any]:
         except OSError:
             time.sleep(pause_s)
     return {}
-
-
-def _lived_at(moment: float, pid: int) -> bool:
-    """Whether the process of this number on this host has lived since `moment`, or before."""
-    try:
-        return bool(psutil.Process(pid).create_time() <= moment)
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _version(package: str) -> str:

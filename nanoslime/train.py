@@ -15,6 +15,7 @@ The loop is the same in all of them.
 import logging
 import sys
 import time
+from contextlib import ExitStack
 
 from transformers.utils.logging import disable_progress_bar
 
@@ -23,7 +24,7 @@ from nanoslime.orchestration.launch import Launch, parse, serve_rank_0, serves_r
 from nanoslime.orchestration.report import Clock, report_failure, write_summary
 from nanoslime.orchestration.session import Session
 from nanoslime.processes.logs import logged_to
-from nanoslime.processes.temp import ensure_short_tmpdir
+from nanoslime.processes.temp import private_tmpdir
 from nanoslime.rollout.producer import StopAsked
 from nanoslime.run_dir import DONE, FAILED, STOPPED
 from nanoslime.tracking import Tracker, make_tracker
@@ -119,19 +120,20 @@ def run(launch: Launch) -> int:
 def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     disable_progress_bar()  # transformers shows one for each of many small reads
-    try:
-        ensure_short_tmpdir()
-        if serves_rank_0():
-            return serve_rank_0(argv)
-        launch = parse(argv)
-    except (RunError, ValueError, OSError) as e:
-        logger.error("%s", e)
-        return FAILED
-    except Exception as e:
-        logger.exception("the run could not be started")  # there is no log yet
-        logger.error("%s", summary(e))
-        return FAILED
-    return run(launch)
+    with ExitStack() as resources:
+        try:
+            resources.enter_context(private_tmpdir())
+            if serves_rank_0():
+                return serve_rank_0(argv)
+            launch = parse(argv)
+        except (RunError, ValueError, OSError) as e:
+            logger.error("%s", e)
+            return FAILED
+        except Exception as e:
+            logger.exception("the run could not be started")  # there is no log yet
+            logger.error("%s", summary(e))
+            return FAILED
+        return run(launch)
 
 
 if __name__ == "__main__":

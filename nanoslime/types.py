@@ -26,12 +26,6 @@ class RunError(RuntimeError):
     """An expected way for a run to fail, shown as one line: value, place, way out."""
 
 
-class MachineFailure(RunError):
-    """A process died or hangs, or a node or a filesystem is lost: it is not the fault of what the
-    run was asked to do, and another attempt may go on.
-    """
-
-
 class RequestFailed(RunError):
     """A request got no usable answer, through no fault of its own; it may be tried again.
 
@@ -39,7 +33,7 @@ class RequestFailed(RunError):
     """
 
 
-class EngineGone(MachineFailure):
+class EngineGone(RunError):
     """An engine did not answer a control call: it is dead, or it hangs."""
 
 

@@ -214,15 +214,15 @@ FAULTS = [
     Fault(
         "evaluation on all prompts",
         "nanoslime/orchestration/evaluation.py",
-        "[one.title][: limit or None]",
-        "[one.title]",
+        "prompts[: limit or None]",
+        "prompts",
         WRITTEN_OUT,
     ),
     Fault(
         "evaluation with the seed of training",
         "nanoslime/orchestration/evaluation.py",
-        "seed=seed_of(config.eval.seed, 1",
-        "seed=seed_of(config.seed, 1",
+        "self._seed = config.eval.seed",
+        "self._seed = config.seed",
         f"{WIRING} -k seed",
     ),
     Fault(

@@ -206,7 +206,7 @@ def plane(options: Namespace, work: Path) -> Iterator[Plane]:
             sizes, options.engines, options.server_processes, shape, work / "log"
         )
         engines = stack.enter_context(stub_servers)
-        cluster.start_local(options.rank_processes, "cpu")
+        cluster.start_local(options.rank_processes, "cpu", attempt.make_ray_token())
         stack.callback(cluster.disconnect)
         actors, process = open_worker(options, config, attempt, model_dir)
         worker = RayWorker(actors, 0)

@@ -53,6 +53,7 @@ from nanoslime.config import RunConfig
 from nanoslime.config.load import read
 from nanoslime.engine_kind import EngineStart
 from nanoslime.rollout import recorder
+from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.rollout.engines.sglang_server import SGLangServer
 from nanoslime.run_dir import RunDir
 
@@ -96,13 +97,13 @@ def recorded_prompts(run: RunDir, rollouts: int) -> list[Prompts]:
 
 
 @contextmanager
-def serving(config: RunConfig, model: Path, log: Path) -> Iterator[str]:
-    """The address of an SGLang server with the loop's options."""
+def serving(config: RunConfig, model: Path, log: Path) -> Iterator[SGLangEngine]:
+    """An SGLang server with the loop's options."""
     os.environ["OMP_NUM_THREADS"] = "1"
     start = EngineStart(config, 0, model, device="cpu", host="127.0.0.1", log=log)
     server = SGLangServer(start)
     try:
-        yield server.start(config.rollout.start_deadline_s).url
+        yield server.start(config.rollout.start_deadline_s)
     finally:
         server.close()
 
@@ -111,7 +112,7 @@ def serving(config: RunConfig, model: Path, log: Path) -> Iterator[str]:
 class Client:
     """Sends rollouts to an SGLang server, without anything else of the loop."""
 
-    url: str
+    engine: SGLangEngine
     config: RunConfig
     end_token_ids: list[int]
     rollouts: list[Prompts]
@@ -137,7 +138,9 @@ class Client:
         return seconds
 
     def _session(self) -> aiohttp.ClientSession:
-        return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), trust_env=False)
+        connector = aiohttp.TCPConnector(limit=0)
+        headers = self.engine.authorization()
+        return aiohttp.ClientSession(connector=connector, trust_env=False, headers=headers)
 
     async def _ask(self, session: aiohttp.ClientSession, prompts: Prompts, kind: str) -> float:
         n = self.config.rollout.n_samples_per_prompt
@@ -146,12 +149,14 @@ class Client:
         begin = time.monotonic()
         await asyncio.gather(*(self._ask_one(session, body) for body in bodies))
         seconds = time.monotonic() - begin
-        async with session.post(f"{self.url}/flush_cache") as answer:  # as a weight sync does
+        async with session.post(
+            f"{self.engine.url}/flush_cache"
+        ) as answer:  # as a weight sync does
             answer.raise_for_status()
         return seconds
 
     async def _ask_one(self, session: aiohttp.ClientSession, body: bytes) -> None:
-        async with session.post(f"{self.url}/generate", data=body, headers=JSON) as answer:
+        async with session.post(f"{self.engine.url}/generate", data=body, headers=JSON) as answer:
             answer.raise_for_status()
             orjson.loads(await answer.read())
 
@@ -214,8 +219,8 @@ def measure(
     config = read(run.config)
     end = AutoTokenizer.from_pretrained(model).eos_token_id
     seconds["train"] = replayed(run, flags, f"replay-{name}")[NUM_WARM_UP:]
-    with serving(config, model, run_root / f"{name}.sglang.log") as url:
-        client = Client(url, config, [] if end is None else [end], prompts)
+    with serving(config, model, run_root / f"{name}.sglang.log") as engine:
+        client = Client(engine, config, [] if end is None else [end], prompts)
         for kind, values in asyncio.run(client.ask_all()).items():
             seconds[kind] = values[NUM_WARM_UP:]
         if staleness:

@@ -16,7 +16,8 @@ ALGORITHMS = {
 
 
 def make(config: AlgorithmConfig, max_response_length: int = 0) -> PolicyGradient:
-    """Makes the algorithm of `config.name`.
+    """Makes the algorithm of `config.name`, which satisfies
+    nanoslime.training.backend.Algorithm.
 
     Raises RunError where that cannot be loaded or is no PolicyGradient.
     """

@@ -3,11 +3,15 @@
 A cluster's values stand in env/clusters/*.yaml.
 """
 
-from typing import Literal
+import re
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from nanoslime.config.base import knobs
+
+# A value that a shell takes from somewhere else ($...) is none.
+_SECRET = re.compile(r"\b(\w*(?:TOKEN|API_KEY|SECRET\w*|PASSWORD))=[\"']?[^\s\"'$`]", re.IGNORECASE)
 
 
 @knobs
@@ -40,8 +44,6 @@ class ClusterConfig:
     signal_lead_s: int = Field(default=300, ge=30)
     """Seconds before the time limit at which the job is told to commit and requeue."""
     max_requeues: int = Field(default=10, ge=0)
-    """How often in a row a job requeues itself, after a stop or a fault of a machine, without
-    a new commit."""
     extra_sbatch: dict[str, str] = Field(default_factory=dict)
     """Further sbatch options, without the leading dashes."""
     setup: list[str] = Field(default_factory=list)
@@ -52,6 +54,9 @@ class ClusterConfig:
     """Interface whose address a node publishes and NCCL and gloo use; empty: that of
     the default route."""
     run_root: str = ""
+    share: str = ""
+    """A group that may read the runs' directories (mode 2750), but not their secrets; empty: nobody
+    else may (0700)."""
     venv: str = ""
     """Virtual environment of the compute nodes; empty: the environment that submits."""
     submit: Literal["submitit", "sbatch"] = "submitit"
@@ -60,15 +65,21 @@ class ClusterConfig:
     gpu_probe_deadline_s: float = Field(default=180.0, gt=0)
     """How long torch may take on a node to start and to find its GPUs."""
 
+    @model_validator(mode="after")
+    def _has_no_secret(self) -> Self:
+        """What stands here is written into the run's directory, its batch script and its log."""
+        lines = [*self.setup, *(f"{name}={value}" for name, value in self.env.items())]
+        if found := _SECRET.search("\n".join(lines)):
+            raise ValueError(
+                f"cluster.env and cluster.setup would write {found[1]} into the run's files; "
+                f"export {found[1]} in the shell that submits, which the job inherits"
+            )
+        return self
+
     @property
     def slots(self) -> int:
         """GPUs of a node, or CPU slots where it has none."""
         return self.gpus_per_node or self.slots_per_node
-
-    @property
-    def drain_s(self) -> float:
-        """How long a driver that is told to stop may take to commit, before it is ended."""
-        return 0.8 * self.signal_lead_s
 
     @property
     def device(self) -> Literal["cuda", "cpu"]:

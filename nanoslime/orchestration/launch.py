@@ -16,6 +16,7 @@ from nanoslime.config.load import load, read
 from nanoslime.engine_kind import takes_slots
 from nanoslime.models.local_checkpoint import with_local_checkpoint
 from nanoslime.orchestration import torchrun_group
+from nanoslime.orchestration.rank_environment import interface_names
 from nanoslime.orchestration.session import Phase, Session, open_local
 from nanoslime.plugins import resolve
 from nanoslime.processes.logs import set_level
@@ -110,7 +111,6 @@ def _on_this_machine(config: RunConfig, run: RunDir | None) -> Launch:
     config, shape = with_local_checkpoint(config, download=True)
     config = with_local_prompts(config)
     if run is not None:
-        run.refuse_if_alive()
         run.check_resumed(config)
     config = with_recorded_rollouts(config)
     rollout = config.rollout
@@ -125,7 +125,8 @@ def _on_this_machine(config: RunConfig, run: RunDir | None) -> Launch:
             "the trainer's by --colocate, give both their own by --num-gpus N, or --engine embedded"
         )
     plan = layout.plan(config, shape) if on_ray else None
-    run = run or RunDir.create(Path(config.cluster.run_root or "runs"), config.name)
+    cluster = config.cluster
+    run = run or RunDir.create(Path(cluster.run_root or "runs"), config.name, cluster.share)
     run.write_config(config, plan)
     attempt = run.new_attempt()
     if on_ray:
@@ -142,7 +143,11 @@ def _check_torchrun(config: RunConfig) -> None:
 
 
 def _rank_env(config: RunConfig) -> RankEnv:
-    """From torchrun's variables where they are set, else the only rank."""
+    """From torchrun's variables where they are set, else the only rank. On one machine, gloo and
+    NCCL listen at the loopback interface."""
+    is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    interface = config.cluster.network_interface or ("lo" if is_one_machine else "")
+    os.environ.update(interface_names(os.environ, interface))
     device = config.cluster.device
     if "RANK" not in os.environ:
         return RankEnv(0, 1, 0, device, f"tcp://127.0.0.1:{free_port('127.0.0.1')}")

@@ -36,7 +36,7 @@ def open_ray(
         config, model_dir = inputs.config, inputs.model_dir
         phase("start")
         if local:
-            cluster.start_local(layout.slots_per_node, layout.device)
+            cluster.start_local(layout.slots_per_node, layout.device, attempt.make_ray_token())
         else:
             head = read_json(attempt.head)
             cluster.connect(head, layout.num_nodes, config.cluster.node_join_deadline_s)

@@ -1,49 +1,81 @@
-"""A temporary directory whose path leaves room for sockets.
+"""A temporary directory for this process and its children alone, with room for sockets.
 
-Ray and SGLang put AF_UNIX sockets below TMPDIR, and the kernel takes 107 bytes for the path of
-one. Ray's own part of it takes 68.
+Others can write in /tmp, so that what a library finds there by name may be theirs. Ray and SGLang
+put AF_UNIX sockets below TMPDIR, and the kernel takes 107 bytes for the path of one. Ray's own part
+of it takes 68.
 """
 
 import logging
 import os
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from nanoslime.types import RunError
 
 logger = logging.getLogger(__name__)
 
+_PREFIX = "ns-"
 _MAX_BYTES = 107 - 68 - 2
+# Of the directory in which ours lies: tempfile adds eight letters, and the path a slash.
+_MAX_PARENT_BYTES = _MAX_BYTES - 1 - len(_PREFIX) - 8
 _SHORT = ("/tmp", "/var/tmp", "/dev/shm")
+# Ray prefers the second.
+_VARIABLES = ("TMPDIR", "RAY_TMPDIR")
 
 
-def ensure_short_tmpdir() -> None:
-    """Points TMPDIR of this process and its children elsewhere where its path is too long.
+@contextmanager
+def private_tmpdir() -> Iterator[None]:
+    """Inside, TMPDIR is a new directory (0700), which is removed at the end with what is in it.
 
-    So it does with RAY_TMPDIR, which Ray prefers. Neither has to exist: Ray makes what they name.
+    It lies in the directory of RAY_TMPDIR or TMPDIR, or where that has no room in one with a
+    shorter path. One without room that nobody else can enter stays: the node's agent has made it.
     Raises RunError where no directory with a short path can be written.
     """
-    named = {"TMPDIR": max(os.environ.get("TMPDIR", ""), tempfile.gettempdir(), key=len)}
-    if "RAY_TMPDIR" in os.environ:
-        named["RAY_TMPDIR"] = os.environ["RAY_TMPDIR"]
-    for name, directory in named.items():
-        if len(os.fsencode(directory)) > _MAX_BYTES:
-            os.environ[name] = _short_directory(name, directory)
-            tempfile.tempdir = None
+    parent = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    num_bytes = len(os.fsencode(parent))
+    if num_bytes > _MAX_PARENT_BYTES:
+        if (
+            num_bytes <= _MAX_BYTES
+            and os.path.isdir(parent)
+            and os.stat(parent).st_mode & 0o77 == 0
+        ):
+            yield
+            return
+        parent = _short_directory(parent)
+    before = {name: os.environ.get(name, "") for name in _VARIABLES}
+    os.makedirs(parent, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        prefix=_PREFIX, dir=parent, ignore_cleanup_errors=True
+    ) as directory:
+        _set_variables(dict.fromkeys(_VARIABLES, directory))
+        try:
+            yield
+        finally:
+            _set_variables(before)
 
 
-def _short_directory(name: str, directory: str) -> str:
-    """What takes the place of `directory`, the value of the variable `name`."""
+def _set_variables(values: Mapping[str, str]) -> None:
+    """An empty value stands for a variable that is not set."""
+    for name, value in values.items():
+        os.environ[name] = value
+        if not value:
+            del os.environ[name]
+    tempfile.tempdir = None
+
+
+def _short_directory(directory: str) -> str:
+    """What takes the place of `directory`."""
     usable = [short for short in _SHORT if os.access(short, os.W_OK | os.X_OK)]
     if not usable:
         raise RunError(
-            f"{name}={directory} is longer than {_MAX_BYTES} bytes, which leaves sockets in it no "
-            f"room, and none of {', '.join(_SHORT)} can be written; set a shorter {name}"
+            f"TMPDIR={directory} is longer than {_MAX_PARENT_BYTES} bytes, which leaves sockets in "
+            f"it no room, and none of {', '.join(_SHORT)} can be written; set a shorter TMPDIR"
         )
     logger.warning(
-        "%s=%s is longer than %d bytes, which leaves sockets in it no room: %s is used",
-        name,
+        "TMPDIR=%s is longer than %d bytes, which leaves sockets in it no room: %s is used",
         directory,
-        _MAX_BYTES,
+        _MAX_PARENT_BYTES,
         usable[0],
     )
     return usable[0]

@@ -18,7 +18,7 @@ keep them in ordinary memory.
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 from torch import Tensor
 
+from nanoslime.process_groups import listening_store
 from nanoslime.rollout import weight_check
 from nanoslime.rollout.engines.sglang_client import AGREE, COMPARING
 from nanoslime.rollout.weight_check import ExpectedTensors, Named, checkpoint_shapes
@@ -45,6 +46,7 @@ _COLLECT_EXPERTS = (
     "sglang.srt.managers.scheduler_components.batch_result_processor"
     ".SchedulerBatchResultProcessor._maybe_collect_routed_experts"
 )
+_COMMAND_LINE = "sglang.srt.sampling.watermarking.core.redact_watermark_command_line"
 _PIN_MEMORY = "sglang.srt.mem_cache.pool_host.common._cuda_host_register"
 
 # The client looks for this mark in the last model's answer.
@@ -72,6 +74,9 @@ def register() -> None:
         f"{_MANAGER}.begin_weight_update": [guard.answer_begin],
         f"{_MANAGER}.end_weight_update": [guard.answer_end, answer_of_all_ranks],
         _COLLECT_EXPERTS: [_collect_small_experts],
+        "sglang.srt.server_args.ServerArgs.resolved_dict": [hide_key],
+        _COMMAND_LINE: [hide_key_in_command],
+        "torch.distributed.rendezvous._create_c10d_store": [listen_at_own_address],
     }
     for target, of_target in hooks.items():
         for hook in of_target:
@@ -90,6 +95,28 @@ def _collect_small_experts(original: Original, processor: Any, request: Any) -> 
     experts = request.routed_experts
     if experts is not None and experts.numel() and experts.max() < 256:
         request.routed_experts = experts.to(torch.uint8)
+
+
+def hide_key(original: Original, arguments: Any) -> dict[str, Any]:
+    """The options as SGLang logs them when it starts, dumps them, and tells /server_info."""
+    options = original(arguments)
+    return {**options, "api_key": options["api_key"] and "hidden"}
+
+
+def hide_key_in_command(original: Original, words: Sequence[str], *others: Any) -> str:
+    """SGLang puts what its config file says into the command line that it tells of itself."""
+    shown = list(words)
+    if "--api-key" in shown:
+        shown[shown.index("--api-key") + 1] = "hidden"
+    return original(shown, *others)
+
+
+def listen_at_own_address(original: Original, *arguments: Any) -> dist.Store:
+    """The store where the processes of an engine meet: torch's own listens at all addresses."""
+    host, port, rank, _, timeout, *_ = arguments
+    if rank == 0:
+        return listening_store(host, port, timeout)
+    return original(*arguments)
 
 
 def leave_groups(original: Original, updater: Any, group_name: str) -> Result:

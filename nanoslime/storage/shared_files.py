@@ -35,14 +35,14 @@ def publish(path: Path, data: bytes, mode: int = 0o644, *, durable: bool = True)
         raise
 
 
-def publish_once(path: Path, data: bytes) -> bool:
+def publish_once(path: Path, data: bytes, mode: int = 0o644) -> bool:
     """Publish `data` unless `path` exists; whether it was this call that made it.
 
     Of several that publish at the same time, on whatever nodes, one makes it.
     """
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        _create(aside, data)
+        _create(aside, data, mode)
         os.link(aside, path)
         return True
     except FileExistsError:
@@ -54,7 +54,7 @@ def publish_once(path: Path, data: bytes) -> bool:
     finally:
         aside.unlink(missing_ok=True)
     try:
-        _create(path, data)
+        _create(path, data, mode)
     except FileExistsError:
         return False
     return True

@@ -2,21 +2,22 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanoslime.algorithms.policy_gradient import PolicyGradient
-from nanoslime.batch import OwnedShard, StepMetrics, TrainBatch, WeightShard
+from nanoslime.batch import Metric, MicroBatch, OwnedShard, StepMetrics, TrainBatch, WeightShard
 from nanoslime.config import RunConfig
 from nanoslime.config.training import TrainingConfig
+from nanoslime.process_groups import listening_store
 from nanoslime.training.metrics import ReducedMetrics
 from nanoslime.training.schedule import lr_at
 from nanoslime.training.skipping import StepHistory
@@ -47,11 +48,32 @@ class RankEnv:
         return torch.device("cpu")
 
 
+class Algorithm(Protocol):
+    """What a backend asks of an algorithm: maths on tensors, no I/O, no process groups.
+
+    nanoslime.algorithms.policy_gradient says what the methods return.
+    """
+
+    denominator: Literal["tokens", "sequences", "fixed"]
+    needs_old_logprobs: bool
+    needs_reference: bool
+
+    def token_advantages(
+        self, shard: TrainBatch, all_sum: Callable[[Tensor], Tensor]
+    ) -> list[Tensor]: ...
+
+    def loss(
+        self, logprobs: Tensor, entropy: Tensor, batch: MicroBatch
+    ) -> tuple[Tensor, dict[str, Metric]]: ...
+
+
 class TrainBackend(ABC):
     """One rank's view; all ranks make the same calls, each with its data-parallel shard.
 
     Construction is collective: it joins the process group and loads the weights of a
-    model's directory.
+    model's directory. For parity tests backends also have `grad_shards()`: as
+    weight_shards, but the clipped float32 gradients of the last step, summed over data
+    parallelism (under Megatron's distributed optimizer, the rank's share only).
     """
 
     dp_rank: int
@@ -100,7 +122,7 @@ class TrainBackend(ABC):
         """
         return self._weights("ref")
 
-    def train_step(self, shard: TrainBatch, algorithm: PolicyGradient) -> StepMetrics:
+    def train_step(self, shard: TrainBatch, algorithm: Algorithm) -> StepMetrics:
         """Makes an optimizer step; the result is the same on every rank.
 
         The gradient is clipped to a global norm of clip_grad. A norm that is not finite,
@@ -203,7 +225,7 @@ class TrainBackend(ABC):
         """[T] per micro-batch, on the last stage only. The model holds `weights` already."""
 
     @abstractmethod
-    def _backward(self, shard: TrainBatch, algorithm: PolicyGradient) -> ReducedMetrics:
+    def _backward(self, shard: TrainBatch, algorithm: Algorithm) -> ReducedMetrics:
         """Fills the gradients, summed over ranks, and returns metrics on every rank."""
 
     @abstractmethod
@@ -290,13 +312,10 @@ def init_process_group(env: RankEnv, config: TrainingConfig) -> None:
     start_deadline = timedelta(seconds=config.start_deadline_s)
     collective_deadline = timedelta(seconds=config.collective_deadline_s)
     try:
-        rendezvous = dist.rendezvous(
-            env.init_method, env.rank, env.world_size, timeout=start_deadline
-        )
-        store, rank, world_size = next(rendezvous)
-        store.set(f"trainer rank {rank}", "here")
-        store.wait([f"trainer rank {other}" for other in range(world_size)], start_deadline)
-    except RuntimeError as e:
+        store = _meeting_store(env, start_deadline)
+        store.set(f"trainer rank {env.rank}", "here")
+        store.wait([f"trainer rank {other}" for other in range(env.world_size)], start_deadline)
+    except (RuntimeError, OSError) as e:
         raise RunError(
             f"trainer rank {env.rank} of {env.world_size} did not meet the others at"
             f" {env.init_method} within training.start_deadline_s={config.start_deadline_s:g};"
@@ -305,7 +324,15 @@ def init_process_group(env: RankEnv, config: TrainingConfig) -> None:
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if env.device == "cuda" else "gloo",
         store=dist.PrefixStore("default_pg", store),
-        rank=rank,
-        world_size=world_size,
+        rank=env.rank,
+        world_size=env.world_size,
         timeout=collective_deadline,
     )
+
+
+def _meeting_store(env: RankEnv, timeout: timedelta) -> dist.Store:
+    place = urlsplit(env.init_method)
+    if place.scheme == "tcp" and place.hostname and place.port and env.rank == 0:
+        return listening_store(place.hostname, place.port, timeout)
+    store, _, _ = next(dist.rendezvous(env.init_method, env.rank, env.world_size, timeout=timeout))
+    return store

@@ -102,6 +102,30 @@ def test_a_wrong_recipe_is_refused_with_file_place_and_way_out(tmp_path, recipe,
         load(write(tmp_path / "r.yaml", recipe), None, [])
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "cluster: {env: {WANDB_API_KEY: hunter2}}",
+        "cluster: {env: {hf_token: hunter2}}",
+        "cluster: {env: {AWS_SECRET_ACCESS_KEY: hunter2}}",
+        "cluster: {setup: ['module load cuda; export HF_TOKEN=hunter2']}",
+        """cluster: {setup: ["export DB_PASSWORD='hunter2'"]}""",
+    ],
+)
+def test_a_secret_that_would_be_written_down_is_refused_and_not_shown(tmp_path, recipe):
+    with pytest.raises(
+        RunError, match="export (WANDB_API_KEY|hf_token|AWS_|HF_|DB_).* in the shell"
+    ) as e:
+        load(write(tmp_path / "r.yaml", recipe), None, [])
+    assert "hunter2" not in str(e.value)
+
+
+def test_what_is_no_secret_may_stand_in_the_environment(tmp_path):
+    recipe = "cluster: {env: {NCCL_IB_PKEY: '1', TOKENIZERS_PARALLELISM: 'false'}, "
+    recipe += "setup: ['export HF_TOKEN=$(cat ~/.token)', 'export HF_TOKEN=\"$T\"']}"
+    assert load(write(tmp_path / "r.yaml", recipe), None, []).cluster.env["NCCL_IB_PKEY"] == "1"
+
+
 def test_every_wrong_value_has_its_own_line(tmp_path):
     recipe = write(tmp_path / "r.yaml", "training: {lr: a, tp_size: b}")
     with pytest.raises(RunError) as refused:

@@ -98,7 +98,7 @@ def test_arrays_go_from_the_worker_to_the_ranks_past_the_driver(
     tmp_path, tiny_model, sglang_engine
 ) -> None:
     attempt = RunDir.create(tmp_path, "run").new_attempt()
-    cluster.start_local(2, "cpu")
+    cluster.start_local(2, "cpu", attempt.make_ray_token())
     try:
         places = [ActorPlace(index=0, node=0, num_slots=0)]
         actors = Actors(WorkerActor, "worker", places, attempt, CONFIG, tiny_model, 8)

@@ -17,7 +17,7 @@ from nanoslime.models.shape import ModelShape
 from nanoslime.orchestration.ray import actors, cluster, trainers
 from nanoslime.orchestration.report import Clock
 from nanoslime.orchestration.rollout_manager import RolloutManager
-from nanoslime.processes.temp import ensure_short_tmpdir
+from nanoslime.processes.temp import private_tmpdir
 from nanoslime.run_dir import FAILED, RunDir
 from nanoslime.training.fsdp import FSDPBackend
 from nanoslime.types import RunError
@@ -130,31 +130,35 @@ def test_a_phase_that_cannot_be_written_down_begins_all_the_same(small_disk, cap
 def test_a_rank_on_ray_that_raises_tells_its_log_and_the_driver(
     tmp_path, model, monkeypatch
 ) -> None:
-    """TMPDIR is too long for Ray's sockets, which is mended first."""
+    """TMPDIR is too long for Ray's sockets, which is mended first. Another Ray that somebody has
+    started is not used."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    ensure_short_tmpdir()
     (tmp_path / "model").mkdir()
     shutil.copy(model.model / "config.json", tmp_path / "model")
     config = RunConfig()
     config = RunConfig(training={"backend": "fsdp", "num_gpus": 2}, cluster={"slots_per_node": 2})
     plan = layout.plan(config, ModelShape.read(tmp_path / "model"))
     attempt = RunDir.create(tmp_path, "run").new_attempt()
-    cluster.start_local(plan.slots_per_node, plan.device)
-    try:
-        places = [actors.ActorPlace(index=0, node=0, num_slots=0)]
-        nowhere = replace(attempt, number=2)
-        doomed = actors.Actors(
-            trainers.RankActor, "doomed rank", places, nowhere, config, tmp_path / "model"
-        )
-        refs = doomed.start_on_each("place")
-        with pytest.raises(RunError, match="doomed rank 0 on node 0 failed to start: FileNotFound"):
-            doomed.gather(refs, "start", Deadline(60.0, "training.start_deadline_s"))
-        group = trainers.RayTrainGroup(config, attempt, plan, tmp_path / "model")
-        with pytest.raises(RunError) as caught:
-            group.setup()
-    finally:
-        cluster.disconnect()
+    with private_tmpdir():
+        cluster.start_local(plan.slots_per_node, plan.device, attempt.make_ray_token())
+        try:
+            places = [actors.ActorPlace(index=0, node=0, num_slots=0)]
+            nowhere = replace(attempt, number=2)
+            doomed = actors.Actors(
+                trainers.RankActor, "doomed rank", places, nowhere, config, tmp_path / "model"
+            )
+            refs = doomed.start_on_each("place")
+            with pytest.raises(
+                RunError, match="doomed rank 0 on node 0 failed to start: FileNotFound"
+            ):
+                doomed.gather(refs, "start", Deadline(60.0, "training.start_deadline_s"))
+            group = trainers.RayTrainGroup(config, attempt, plan, tmp_path / "model")
+            with pytest.raises(RunError) as caught:
+                group.setup()
+        finally:
+            cluster.disconnect()
     assert "failed to load the model: " in str(caught.value)
     assert "\n" not in str(caught.value)
     logs = [attempt.log("trainer", rank).read_text() for rank in range(2)]

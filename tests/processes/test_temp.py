@@ -1,64 +1,105 @@
-"""A TMPDIR that is too long for sockets is replaced, once and audibly."""
+"""Processes have a temporary directory of their own, with room for sockets; all of it goes."""
 
 import os
 import socket
+import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from nanoslime.processes import temp
-from nanoslime.processes.temp import ensure_short_tmpdir
+from nanoslime.processes.temp import private_tmpdir
 from nanoslime.types import RunError
 
 # What Ray 2.60 puts below TMPDIR, with a process id of seven digits.
 RAYS = "ray/session_2026-11-27_23-17-46_123456_4194304/sockets/plasma_store"
 
 
-@pytest.fixture
-def long_tmpdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    directory = tmp_path / ("d" * 90)
-    directory.mkdir()
-    monkeypatch.setenv("TMPDIR", str(directory))
+@pytest.fixture(autouse=True)
+def own_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", None)
-    return directory
+    monkeypatch.delenv("TMPDIR", raising=False)
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
 
 
-def test_a_long_tmpdir_is_replaced_and_said(long_tmpdir, caplog) -> None:
-    ensure_short_tmpdir()
-    ensure_short_tmpdir()
-    assert os.environ["TMPDIR"] == tempfile.gettempdir() == "/tmp"
-    [warning] = caplog.messages
-    assert warning.startswith(f"TMPDIR={long_tmpdir} is longer than 37 bytes")
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A directory with a short path."""
+    with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as root:
+        yield Path(root)
 
 
-@pytest.mark.parametrize(("num_bytes", "stays"), [(37, True), (38, False)])
-def test_the_longest_tmpdir_that_stays_has_room_for_rays_sockets(
-    num_bytes: int, stays: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with tempfile.TemporaryDirectory(dir="/tmp") as root:
-        directory = Path(root, "d" * (num_bytes - len(root) - 1))
-        path = directory / RAYS
-        path.parent.mkdir(parents=True)
-        monkeypatch.setenv("TMPDIR", str(directory))
-        monkeypatch.setattr(tempfile, "tempdir", None)
-        ensure_short_tmpdir()
-        assert (os.environ["TMPDIR"] == str(directory)) is stays
-        if stays:
-            with socket.socket(socket.AF_UNIX) as server:
-                server.bind(str(path))
+def test_what_libraries_leave_goes_and_nobody_else_enters(short, monkeypatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(short))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    with private_tmpdir():
+        own = Path(os.environ["TMPDIR"])
+        assert own.parent == short and str(own) == tempfile.gettempdir()
+        assert own.stat().st_mode & 0o777 == 0o700
+        (own / "ray").mkdir()
+        (own / "ray").chmod(0o777)
+        tempfile.NamedTemporaryFile(delete=False).close()  # as SGLang does
+        subprocess.run([sys.executable, "-c", "import tempfile; tempfile.mkdtemp()"], check=True)
+        assert len(list(own.iterdir())) == 3
+    assert list(short.iterdir()) == []
+    assert os.environ["TMPDIR"] == tempfile.gettempdir() == str(short)
 
 
 @pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
-def test_a_long_directory_that_ray_would_make_is_replaced(name, monkeypatch) -> None:
-    monkeypatch.setenv("TMPDIR", "/tmp")
-    monkeypatch.setenv(name, "/tmp/none/" + "d" * 90)
+def test_a_directory_that_is_too_long_is_replaced_and_said(
+    name, tmp_path, monkeypatch, caplog
+) -> None:
+    long = tmp_path / ("d" * 90)
+    long.mkdir()
+    monkeypatch.setenv(name, str(long))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    ensure_short_tmpdir()
-    assert os.environ[name] == "/tmp"
+    with private_tmpdir():
+        assert Path(os.environ[name]).parent == Path("/tmp")
+    assert os.environ[name] == str(long)
+    [warning] = caplog.messages
+    assert warning.startswith(f"TMPDIR={long} is longer than 25 bytes")
 
 
-def test_without_a_short_directory_the_true_reason_is_told(long_tmpdir, monkeypatch) -> None:
-    monkeypatch.setattr(temp, "_SHORT", (str(long_tmpdir / "none"),))
-    with pytest.raises(RunError, match=r"TMPDIR=.* is longer than 37 bytes.*set a shorter TMPDIR"):
-        ensure_short_tmpdir()
+@pytest.mark.parametrize(("num_bytes", "stays"), [(25, True), (26, False)])
+def test_the_longest_tmpdir_that_stays_has_room_for_rays_sockets(
+    short: Path, num_bytes: int, stays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = short / ("d" * (num_bytes - len(str(short)) - 1))
+    directory.mkdir()
+    monkeypatch.setenv("TMPDIR", str(directory))
+    with private_tmpdir():
+        own = Path(os.environ["TMPDIR"])
+        assert (own.parent == directory) is stays
+        path = own / RAYS
+        path.parent.mkdir(parents=True)
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+
+
+@pytest.mark.parametrize(("mode", "stays"), [(0o700, True), (0o755, False)])
+def test_a_private_one_without_room_for_another_level_stays(
+    short: Path, mode: int, stays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver has that of its node's agent."""
+    directory = short / ("d" * (37 - len(str(short)) - 1))
+    directory.mkdir()
+    directory.chmod(mode)
+    monkeypatch.setenv("TMPDIR", str(directory))
+    with private_tmpdir():
+        assert (os.environ["TMPDIR"] == str(directory)) is stays
+    assert directory.is_dir()
+
+
+def test_without_a_short_directory_the_true_reason_is_told(tmp_path, monkeypatch) -> None:
+    long = tmp_path / ("d" * 90)
+    long.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
+    monkeypatch.setattr(temp, "_SHORT", (str(long / "none"),))
+    with (
+        pytest.raises(RunError, match=r"TMPDIR=.* is longer than 25 bytes.*set a shorter TMPDIR"),
+        private_tmpdir(),
+    ):
+        raise AssertionError("there is no such directory")

@@ -21,16 +21,7 @@ from nanoslime.training import skipping
 from nanoslime.training.megatron.optimizer import optimizer_config
 from nanoslime.types import RunError
 from tests.models.hf import save_model
-from tests.training.parity import (
-    KL,
-    LENGTHS,
-    Layout,
-    assemble,
-    copied,
-    grad_shards,
-    make_backend,
-    train_batch,
-)
+from tests.training.parity import KL, LENGTHS, Layout, assemble, copied, make_backend, train_batch
 from tests.training.reference import make_step
 
 pytestmark = pytest.mark.megatron
@@ -113,7 +104,7 @@ def test_auto_trains_as_recomputed_without_the_pass(start, batches):
                     batch.old_logprobs = backend.logprobs(batch, "policy")
                 batch.token_advantages = made.token_advantages(batch, backend.all_sum)
                 step = backend.train_step(batch, made)
-                found[old] = (step, assemble(copied(grad_shards(backend))))
+                found[old] = (step, assemble(copied(backend.grad_shards())))
             (step, grads), (expected, expected_grads) = found["auto"], found["recomputed"]
             assert step.loss == pytest.approx(expected.loss, rel=1e-5, abs=1e-6)
             assert step.values == pytest.approx(expected.values, rel=1e-5, abs=1e-6)
@@ -199,7 +190,7 @@ def test_frozen_parameters_stay_and_the_others_have_the_gradients_of_before(
     """Decay and clipping included: with all trained, the norm is larger."""
     whole = start(clip_grad=0.0, **changes)
     norm = whole.train_step(batches[0], GRPO(KL)).grad_norm
-    expected = None if "distributed_optimizer" in changes else assemble(copied(grad_shards(whole)))
+    expected = None if "distributed_optimizer" in changes else assemble(copied(whole.grad_shards()))
     backend = start(
         freeze=["embed_tokens", r"layers\.[01]\.mlp", r"layers\.2\.self_attn\."],
         clip_grad=0.0,
@@ -214,7 +205,7 @@ def test_frozen_parameters_stay_and_the_others_have_the_gradients_of_before(
     assert len(frozen) == 1 + 3 + 3 + 6
     assert 0 < step.grad_norm < norm
     if expected:
-        grads = assemble(copied(grad_shards(backend)))
+        grads = assemble(copied(backend.grad_shards()))
         assert grads.keys() == before.keys() - frozen
         for name, grad in grads.items():
             assert (grad - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max(), name
@@ -313,7 +304,7 @@ def test_bfloat16_sums_gradients_in_float32_and_steps_as_float32_does(start, bat
         before = parameters(backend)
         steps = [backend.train_step(batch, GRPO(KL)) for batch in batches]
         norms.append(steps[0].grad_norm)
-        shards = list(grad_shards(backend))
+        shards = list(backend.grad_shards())
         assert {shard.tensor.dtype for shard in shards} == {torch.float32}
         gradients.append(assemble(copied(shards)))
         after = parameters(backend)

@@ -3,11 +3,13 @@
 import logging
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import ray
+from ray._raylet import AuthenticationTokenLoader, Config
 
-from nanoslime.types import MachineFailure
+from nanoslime.types import RunError
 
 NODE_LABEL = "nanoslime-node"
 # The Ray resource that stands for a GPU on nodes that have none.
@@ -21,7 +23,7 @@ def connect(head: dict[str, Any], num_nodes: int, deadline_s: float) -> None:
     while len(joined := _joined_nodes()) < num_nodes:
         if time.monotonic() > end:
             missing = [node for node in range(num_nodes) if str(node) not in joined]
-            raise MachineFailure(
+            raise RunError(
                 f"nodes {missing} are not in the Ray cluster at {head['ray_address']} "
                 f"after {deadline_s:.0f}s"
             )
@@ -33,14 +35,19 @@ def _joined_nodes() -> set[str]:
     return {node["Labels"].get(NODE_LABEL) for node in ray.nodes() if node["Alive"]}
 
 
-def start_local(num_slots: int, device: str) -> None:
+def start_local(num_slots: int, device: str, token: Path) -> None:
     """Starts a Ray of this process's own, with one node, which is node 0 of the plan.
 
-    `python -m nanoslime.train --num-gpus N` runs on it.
+    `python -m nanoslime.train --num-gpus N` runs on it. It ends with this process. Every user of
+    this machine reaches its ports, and needs the secret in the file `token`.
     """
-    # Ray reads this. The cluster listens on loopback and ends with this process.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.pop("RAY_AUTH_TOKEN", None)
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
+    # Ray keeps the mode and the token that it has read first.
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
     _init(
+        address="local",  # whatever RAY_ADDRESS says
         _node_ip_address="127.0.0.1",
         include_dashboard=False,
         labels={NODE_LABEL: "0"},

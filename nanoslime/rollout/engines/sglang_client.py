@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
+import secrets
 import time
 from base64 import b64encode
 from collections.abc import AsyncGenerator, Sequence
@@ -19,6 +21,7 @@ import requests
 from nanoslime.models.shape import ModelShape
 from nanoslime.processes.logs import last_line
 from nanoslime.rollout.engines.sglang_answer import Asked, read_generations
+from nanoslime.storage.shared_files import as_json, publish_once, read_json
 from nanoslime.types import (
     EngineGone,
     GenerateRequest,
@@ -44,6 +47,18 @@ COMPARING = "nanoslime-comparing"
 # Stands before the tensors that a check of weights asks about; likewise. Without the plug-in it
 # is the name of no tensor.
 AGREE = "nanoslime-agree"
+# SGLang's option for the secret that each request has to show, health checks excepted.
+_API_KEY = "api-key"
+
+
+def make_key(path: Path) -> None:
+    """A new secret, unless the file is there: options of SGLang, which YAML reads too."""
+    publish_once(path, as_json({_API_KEY: secrets.token_hex(32)}), mode=0o600)
+
+
+@functools.cache
+def _key_in(path: Path) -> str:
+    return str(read_json(path)[_API_KEY])
 
 
 class HttpSessions:
@@ -91,6 +106,8 @@ class SGLangEngine:
     experts_of: ModelShape | None = None
     request_deadline_s: float = 1800.0
     control_deadline_s: float = 300.0
+    # Whoever has the client reads the key there: it travels with no message. None: there is none.
+    key_file: Path | None = None
     _sessions: HttpSessions = field(
         default_factory=HttpSessions, init=False, repr=False, compare=False
     )
@@ -144,11 +161,15 @@ class SGLangEngine:
     async def _post_generate(self, body: bytes) -> tuple[int, bytes]:
         """The status and the content of the answer. Raises RequestFailed where there is none."""
         timeout = aiohttp.ClientTimeout(total=self.request_deadline_s)
+        key = self.authorization()
         session = await self._sessions.here()
         try:
             # A cancelled request closes its connection, and SGLang aborts it then.
             url = f"{self.url}/generate"
-            async with session.post(url, data=body, timeout=timeout, allow_redirects=False) as got:
+            asked = session.post(
+                url, data=body, headers=key, timeout=timeout, allow_redirects=False
+            )
+            async with asked as got:
                 return got.status, await got.read()
         except TimeoutError as e:
             raise self._error(
@@ -156,6 +177,10 @@ class SGLangEngine:
             ) from e
         except (aiohttp.ClientError, OSError) as e:
             raise self._error(f"/generate failed: {type(e).__name__}: {e}", RequestFailed) from e
+
+    def authorization(self) -> dict[str, str]:
+        """The header that shows the server its key."""
+        return {"Authorization": f"Bearer {_key_in(self.key_file)}"} if self.key_file else {}
 
     def health(self) -> bool:
         """Whether the server generates. It does not while it starts, is paused, or is gone."""
@@ -355,6 +380,7 @@ class SGLangEngine:
         try:
             with requests.Session() as session:
                 session.trust_env = False
+                session.headers.update(self.authorization())
                 return session.request(method, f"{self.url}{path}", json=body, timeout=deadline_s)
         except requests.Timeout as e:
             problem = f"{path} was not answered within {deadline_s:g} s"

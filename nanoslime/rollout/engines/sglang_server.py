@@ -16,7 +16,7 @@ from nanoslime.models.shape import ModelShape
 from nanoslime.processes.child import ChildProcess
 from nanoslime.processes.ports import free_port, require_free_port
 from nanoslime.rollout.engines.sglang import COLOCATED_MEM_FRACTION
-from nanoslime.rollout.engines.sglang_client import SGLangEngine
+from nanoslime.rollout.engines.sglang_client import SGLangEngine, make_key
 from nanoslime.types import RunError
 
 # Stand-ins for packages that SGLang imports and that do not exist for a CPU.
@@ -65,12 +65,15 @@ class SGLangServer:
         self._name = f"engine-{start.index}"
         self._port = port or free_port(start.host)
         self._shape = ModelShape.read(start.model_dir)
+        # The key of all engines of the attempt, in its directory, whose user alone reads it.
+        self._key_file = start.log.with_name("engine_key.yaml")
         self._reports_experts = start.config.training.routing_replay == "R3"
         # SGLang does not see the context of a config that its rope scaling stretches.
         self._stretched_context = None
         if self._shape.context_length > self._shape.max_position_embeddings:
             self._stretched_context = self._shape.context_length
-        self.command = [sys.executable, "-m", "sglang.launch_server", *_flags(self._options())]
+        server = [sys.executable, "-m", "sglang.launch_server", "--config", str(self._key_file)]
+        self.command = [*server, *_flags(self._options())]
         self.env = os.environ | self._environment()
         self.process: ChildProcess | None = None
 
@@ -90,7 +93,9 @@ class SGLangServer:
             world_size=plan.config.rollout.engine_tp_size,
             request_deadline_s=plan.config.rollout.request_deadline_s,
             control_deadline_s=plan.config.weight_sync.deadline_s,
+            key_file=self._key_file,
         )
+        make_key(self._key_file)
         self.process = ChildProcess(f"engine {self._name}", self.command, self.env, plan.log)
         self.process.wait_until(engine.health, f"200 from {engine.url}/health", deadline_s)
         return engine
@@ -133,8 +138,8 @@ class SGLangServer:
 
     def _environment(self) -> dict[str, str]:
         """What the server's environment has beyond ours."""
-        # SGLang warms up by calling itself over HTTP.
-        environment = {"NO_PROXY": "*", "no_proxy": "*"}
+        # SGLang warms up by calling itself over HTTP. Its server in Rust knows no key.
+        environment = {"NO_PROXY": "*", "no_proxy": "*", "SGLANG_RUST_SERVER": "0"}
         if self._stretched_context:
             environment["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
         plan = self._plan

@@ -102,10 +102,12 @@ def freeze(
         model.embedding.register_forward_hook(_require_grad)
 
 
-def shards(parameter_pieces: ParameterPieces) -> Iterator[WeightShard]:
-    """The pieces, with views of the parameters."""
+def shards(parameter_pieces: ParameterPieces, attribute: str = "data") -> Iterator[WeightShard]:
+    """The pieces, with views of the parameters or (main_grad) of their float32 gradients."""
     for piece, parameter in parameter_pieces:
-        yield WeightShard(piece.hf, piece.full_shape, piece.box, parameter.data[piece.local])
+        if hasattr(parameter, attribute):  # the bias of a router's scores has no gradient
+            values = getattr(parameter, attribute)[piece.local]
+            yield WeightShard(piece.hf, piece.full_shape, piece.box, values)
 
 
 def owned_shards(

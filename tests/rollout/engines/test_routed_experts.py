@@ -43,7 +43,8 @@ def engine(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def test_experts_are_sent_in_one_byte_each(engine: SGLangEngine, model_dir: Path) -> None:
     sampling = {"max_new_tokens": 6, "ignore_eos": True}
     body = {"input_ids": [5, 6, 7], "sampling_params": sampling, "return_routed_experts": True}
-    answer = requests.post(f"{engine.url}/generate", json=body, timeout=60).json()
+    options = {"headers": engine.authorization(), "timeout": 60}
+    answer = requests.post(f"{engine.url}/generate", json=body, **options).json()
     shape = ModelShape.read(model_dir)
     num_ids = (3 + 6 - 1) * shape.num_layers * shape.moe.num_experts_per_token
     assert len(b64decode(answer["meta_info"]["routed_experts"])) == num_ids

@@ -300,13 +300,7 @@ def test_an_abandoned_update_can_be_followed_by_another(
 
 
 def test_flush_names_the_engine_when_requests_do_not_end(sglang_engine: SGLangEngine) -> None:
-    impatient = SGLangEngine(
-        name="engine-0",
-        url=sglang_engine.url,
-        log=sglang_engine.log,
-        vocab_size=VOCAB_SIZE,
-        control_deadline_s=1.0,
-    )
+    impatient = replace(sglang_engine, control_deadline_s=1.0)
     with in_background(generate, sglang_engine, n=1, tokens=400):
         wait_until_running(sglang_engine)
         sglang_engine.pause("in_place")

@@ -4,15 +4,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import requests
 
 from nanoslime.config import ModelConfig, RolloutConfig, RunConfig, TrainingConfig
 from nanoslime.engine_kind import EngineStart
 from nanoslime.processes.child import ChildProcess
+from nanoslime.rollout.engines.sglang import SGLang
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.rollout.engines.sglang_server import SGLangServer
-from nanoslime.types import GenerateRequest
-from tests.serving import VOCAB_SIZE
+from nanoslime.types import GenerateRequest, RunError
+from tests.serving import VOCAB_SIZE, ServerOwner
 
 pytestmark = pytest.mark.sglang
 
@@ -90,3 +93,69 @@ def test_a_request_is_told_whole() -> None:
     expected = {"n": 3, "max_new_tokens": 4, "temperature": 0.5, "top_p": 0.6, "top_k": 7}
     assert {name: sampling[name] for name in expected} == expected
     assert sampling["stop_token_ids"] == [8]
+
+
+def test_a_request_without_the_key_is_refused(sglang_engine: SGLangEngine) -> None:
+    """What loads weights, ends requests or tells of the run is not for other users of the machine;
+    neither a path that only looks like the health check's nor a Host that does opens it."""
+    wrong = {"Authorization": "Bearer " + "0" * 64}
+    closed = (
+        "generate v1/completions model_info server_info v1/models pause_generation flush_cache "
+        "update_weights_from_disk update_weights_from_tensor update_weights_from_distributed "
+        "init_weights_update_group update_weight_version release_memory_occupation openapi.json "
+        "abort_request health/../model_info /health/../model_info"
+    ).split()
+    for path in closed:
+        for method in ("GET", "POST"):
+            for headers in ({}, wrong, {"Host": "127.0.0.1/health?"}, {"Authorization": "Bearer "}):
+                url = f"{sglang_engine.url}/{path}"
+                prepared = requests.Request(method, url, headers=headers, json={}).prepare()
+                prepared.url = url  # as it is written
+                with requests.Session() as session:
+                    answer = session.send(prepared, timeout=30)
+                assert answer.status_code in (401, 404), (method, path, headers)
+    assert requests.get(f"{sglang_engine.url}/health", timeout=60).status_code == 200
+    websocket = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+    websocket["Sec-WebSocket-Key"] = "MDEyMzQ1Njc4OWFiY2RlZg=="
+    url = f"{sglang_engine.url}/v1/realtime"
+    assert requests.get(url, headers=websocket, timeout=30).status_code >= 400
+
+
+def test_the_key_is_nowhere_but_in_its_file(
+    sglang_engine: SGLangEngine, shared_server: ServerOwner
+) -> None:
+    key_file = sglang_engine.key_file
+    assert key_file is not None and key_file.stat().st_mode & 0o777 == 0o600
+    key = json.loads(key_file.read_text())["api-key"]
+    assert len(key) == 64
+    log = Path(sglang_engine.log).read_text()
+    assert "'api_key': 'hidden'" in log and key not in log
+    for path in ("/server_info", "/get_server_info"):
+        told = sglang_engine._request("GET", path)
+        assert told.json()["api_key"] == "hidden" and key not in told.text
+        assert "--api-key hidden" in told.json()["launch_command"]
+    server = psutil.Process(shared_server.server_pid)
+    for process in (server, *server.children(recursive=True)):
+        assert key not in " ".join(process.cmdline())
+        assert key not in " ".join(process.environ().values())
+    assert key not in repr(sglang_engine)
+
+
+def test_the_engines_of_an_attempt_have_one_key(tiny_model: Path, tmp_path: Path) -> None:
+    """Also one that starts again: others of the attempt know the key that is there."""
+    (tmp_path / "other").mkdir()
+    keys = []
+    for log in ("first.log", "second.log", "first.log", "other/first.log"):
+        server = made(tiny_model, tmp_path / log)
+        server.command = ["sleep", "60"]
+        with pytest.raises(RunError, match="was not up"):
+            server.start(deadline_s=0.0)
+        keys.append((tmp_path / log).with_name("engine_key.yaml").read_text())
+    assert keys[0] == keys[1] == keys[2] != keys[3]
+
+
+@pytest.mark.parametrize("name", ["api_key", "tokenizer_worker_num", "grpc_port", "enable_http2"])
+def test_an_option_that_would_open_the_server_is_refused(name: str) -> None:
+    rollout = RolloutConfig(sglang={name: 2})
+    with pytest.raises(RunError, match=f"rollout.sglang.{name} is set by nanoslime; use nothing:"):
+        SGLang().check_options(rollout)
