@@ -23,22 +23,24 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
+from typing import Any
 
 from jobs import ray_node
 from jobs.cluster_env import ClusterEnv, remove_scratch
 from jobs.preflight import check_cores, check_gpus
 from jobs.signals import WARNINGS, handled
 from nanoslime.config.run import RunConfig
-from nanoslime.failures import summary
+from nanoslime.failures import is_of_machine, summary
 from nanoslime.layout import Layout
 from nanoslime.processes.child import ChildProcess
 from nanoslime.processes.logs import last_line
-from nanoslime.processes.ports import answers, consecutive_free_ports
+from nanoslime.processes.ports import answers, hold_consecutive_ports
 from nanoslime.processes.tree import adopt_orphans, end_descendants
 from nanoslime.run_dir import DONE, FAILED, STOPPED, Attempt
 from nanoslime.storage.shared_files import publish_json, read_json, seen
-from nanoslime.types import RunError
+from nanoslime.types import MachineFailure, RunError
 
 logger = logging.getLogger(__name__)
 
@@ -48,25 +50,23 @@ _HEARTBEAT_S = 5.0
 _SILENCE_S = 90.0
 # Other agents may take this long to clean up.
 _LEAVE_S = 30.0
-# A driver that was told to stop may use this much of the time until SLURM kills the job.
-_SIGNAL_LEAD_SHARE = 0.8
+# A driver that got SIGTERM may use this much of the time until SLURM kills the job.
 _KILL_WAIT_SHARE = 0.6
-# A child that SIGTERM ended may have got it together with us: our own is then on its way.
+# A child that ends may have got SIGTERM together with us: our own is then on its way.
 _SIGTERM_DELAY_S = 0.5
-_ENDED_BY_SIGTERM = (-signal.SIGTERM, 128 + signal.SIGTERM)
 
 
+@dataclass(eq=False)
 class AttemptOver(Exception):
-    """The attempt is over, so all waiting ends.
+    """The attempt is over, so all waiting ends."""
 
-    published: another agent has said so already.
-    """
-
-    def __init__(self, code: int, reason: str, published: bool = False) -> None:
-        super().__init__(reason)
-        self.code = code
-        self.reason = reason
-        self.published = published
+    code: int
+    reason: str
+    _: KW_ONLY
+    # Another agent has said so already.
+    published: bool = False
+    # It failed by a fault of a machine, so that another attempt may do better.
+    can_go_on: bool = False
 
 
 @contextmanager
@@ -91,6 +91,7 @@ class Agent:
         self._env = env
         self._is_head = env.node_index == 0
         self._scratch = env.scratch(attempt.path)
+        self._guard = os.getppid()
         self._driver_command = shlex.split(driver) or [sys.executable, "-m", "nanoslime.train"]
         self._children: list[ChildProcess] = []
         self._driver: ChildProcess | None = None
@@ -115,10 +116,11 @@ class Agent:
             except AttemptOver as over:
                 end = over
             except RunError as error:
-                end = AttemptOver(FAILED, str(error))
+                end = AttemptOver(FAILED, str(error), can_go_on=is_of_machine(error))
             except Exception as error:
                 logger.exception("the agent of %s failed", self._env.node_name)
-                end = AttemptOver(FAILED, f"agent of {self._env.node_name}: {summary(error)}")
+                reason = f"agent of {self._env.node_name}: {summary(error)}"
+                end = AttemptOver(FAILED, reason, can_go_on=is_of_machine(error))
             return self._leave(end)
 
     def _live(self) -> None:
@@ -144,7 +146,8 @@ class Agent:
         """Start the Ray head and tell the other agents of it."""
         host = self._env.address
         first_port = self._env.first_port(self._attempt.path)
-        port, client_port = consecutive_free_ports(first_port, 2, host)
+        ports, self._ports_holder = hold_consecutive_ports(first_port, 2, host)
+        port, client_port = ports
         self._attempt.make_ray_token()
         options = [
             "--head",
@@ -214,13 +217,15 @@ class Agent:
     def _wait_for_ray(self, condition: Callable[[], bool], awaited: str, log: Path) -> None:
         deadline_s = self._config.cluster.ray_start_deadline_s
         if not self._wait_until(condition, deadline_s):
-            raise RunError(f"waited {deadline_s:g} s for {awaited}; see {log}: {last_line(log)}")
+            raise MachineFailure(
+                f"waited {deadline_s:g} s for {awaited}; see {log}: {last_line(log)}"
+            )
 
     def _wait_for_nodes(self) -> None:
         deadline_s = self._config.cluster.node_join_deadline_s
         if not self._wait_until(lambda: not self._missing_nodes(), deadline_s):
             missing = [self._describe_node(node) for node in self._missing_nodes()]
-            raise RunError(f"did not join within {deadline_s:g} s: {', '.join(missing)}")
+            raise MachineFailure(f"did not join within {deadline_s:g} s: {', '.join(missing)}")
 
     def _missing_nodes(self) -> list[int]:
         joined = os.listdir(self._joined_file(0).parent)
@@ -245,12 +250,15 @@ class Agent:
         return False
 
     def _tick(self) -> None:
-        """What an agent does whatever it waits for. Raises when the attempt is over."""
+        """What an agent does whatever it waits for. Raises when the attempt is over, also since a
+        newer one has begun.
+        """
         self._follow_end()
         if time.monotonic() >= self._next_beat_at:
             self._next_beat_at = time.monotonic() + _HEARTBEAT_S
             self._beat()
             self._check_heartbeats()
+            self._attempt.must_stop()
         self._pass_on_signals()
         for child in self._children:
             code = child.poll()
@@ -275,7 +283,12 @@ class Agent:
             raise AttemptOver(code, reason, published=True)
 
     def _pass_on_signals(self) -> None:
-        """Have the driver told to stop for every signal that has come."""
+        """Have the driver told to stop for every signal that has come.
+
+        RunError where it is the SIGTERM that comes when this agent's guard dies.
+        """
+        if self._signals and os.getppid() != self._guard:
+            raise MachineFailure(f"the guard of the agent of {self._env.node_name} was killed")
         while self._signals:
             number = self._signals[0]
             logger.warning("%s: the driver is told to stop", number.name)
@@ -300,33 +313,36 @@ class Agent:
         if self._driver is None:
             raise AttemptOver(STOPPED, f"{reason}, before the driver started")
         if self._kill_at == float("inf"):
-            patience_s = self._config.cluster.signal_lead_s * _SIGNAL_LEAD_SHARE
-            self._kill_at = time.monotonic() + patience_s
+            self._kill_at = time.monotonic() + self._config.cluster.drain_s
         if time.monotonic() > self._kill_at:
             raise AttemptOver(STOPPED, f"{reason}; the driver did not commit in time and was ended")
 
     def _handle_exit(self, child: ChildProcess, code: int) -> None:
-        """The end of a child ends the attempt: raises AttemptOver with the reason."""
+        """The end of a child ends the attempt: raises AttemptOver or RunError with the reason."""
         if child is self._driver and code == DONE:
             raise AttemptOver(DONE, "")
         if child is self._driver and code == STOPPED:
             reason = self._attempt.must_stop() or "the driver stopped by itself"
             raise AttemptOver(STOPPED, reason)
-        if code in _ENDED_BY_SIGTERM:
-            time.sleep(_SIGTERM_DELAY_S)
-            self._pass_on_signals()
-            stop_reason = self._attempt.must_stop()
-            if stop_reason is not None:
-                raise AttemptOver(STOPPED, f"{stop_reason}; {child.exit_summary()}")
+        time.sleep(_SIGTERM_DELAY_S)
+        self._pass_on_signals()
+        final_stop = self._attempt.final_stop()
+        if final_stop:
+            raise AttemptOver(STOPPED, f"{final_stop}; {child.exit_summary()}")
         self._follow_end()
-        told = self._driver_error() if child is self._driver else ""
-        raise AttemptOver(FAILED, f"{told}; log: {child.log}" if told else child.exit_summary())
+        if child is not self._driver:
+            raise MachineFailure(child.exit_summary())
+        status = self._driver_status()
+        told = status.get("error")
+        is_lost = code < 0 or status.get("can_go_on")
+        kind = MachineFailure if is_lost else RunError
+        raise kind(f"{told}; log: {child.log}" if told else child.exit_summary())
 
-    def _driver_error(self) -> str:
+    def _driver_status(self) -> dict[str, Any]:
         """What the driver wrote down before it ended: its log may end with anything."""
         status = self._attempt.run.status()
         is_ours = status.get("attempt") == self._attempt.number
-        return str(status.get("error", "")) if is_ours else ""
+        return status if is_ours else {}
 
     def _check_heartbeats(self) -> None:
         """RunError for a silent node. Node 0 looks at all, the others at node 0.
@@ -346,7 +362,7 @@ class Agent:
             elif now - changed_at > _SILENCE_S:
                 name = self._env.node_names[int(node)]
                 log = self._attempt.log("agent", int(node))
-                raise RunError(
+                raise MachineFailure(
                     f"no heartbeat from {name} (node {node}) for {_SILENCE_S:g} s; see {log}"
                 )
 
@@ -377,7 +393,7 @@ class Agent:
     def _publish_end(self, end: AttemptOver) -> bool:
         """Whether this agent is the one that ended the attempt; so it is if nobody can say."""
         with logged_if_unwritable():
-            return self._attempt.end(end.code, end.reason)
+            return self._attempt.end(end.code, end.reason, can_go_on=end.can_go_on)
         return True
 
     def _wait_for_others_to_leave(self) -> None:
@@ -389,9 +405,11 @@ class Agent:
             time.sleep(_TICK_S)
 
     def _write_final_status(self) -> None:
-        """The status of a run whose driver could not say how it ended."""
+        """The status of a run whose driver could not say how it ended. That of a newer attempt
+        stays.
+        """
         code, reason = self._attempt.ended() or (FAILED, "unknown")
-        if code == DONE:
+        if code == DONE or not self._attempt.is_newest():
             return
         run = self._attempt.run
         status = run.status()

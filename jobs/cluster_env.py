@@ -68,7 +68,7 @@ class ClusterEnv:
         """Seconds from SIGTERM to SIGKILL of a job that must go: SLURM's KillWait."""
         if self.local:
             return 0.0
-        match = re.search(r"KillWait\s*=\s*(\d+)", _output("scontrol", "show", "config"))
+        match = re.search(r"KillWait\s*=\s*(\d+)", slurm_says("scontrol", "show", "config"))
         return float(match[1]) if match else _DEFAULT_KILL_WAIT_S
 
     @classmethod
@@ -79,7 +79,7 @@ class ClusterEnv:
                 "SLURM_JOB_ID and SLURM_NODEID are not set: start this with srun inside a job"
             )
         node_list = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]
-        listed = _output("scontrol", "show", "hostnames", node_list).split()
+        listed = slurm_says("scontrol", "show", "hostnames", node_list).split()
         # A container may lack scontrol.
         expand = resolve(_EXPAND_NODELIST, {}, "SLURM_JOB_NODELIST")
         names = tuple(listed or expand(node_list))
@@ -169,7 +169,7 @@ def _address(names: tuple[str, ...], index: int, network_interface: str) -> str:
 
 def _node_address(name: str) -> str:
     """SLURM's NodeAddr of a node as an IPv4 address; empty where it is not known."""
-    match = re.search(r"NodeAddr=(\S+)", _output("scontrol", "show", "node", name, "-o"))
+    match = re.search(r"NodeAddr=(\S+)", slurm_says("scontrol", "show", "node", name, "-o"))
     if not match:
         return ""
     try:
@@ -178,7 +178,7 @@ def _node_address(name: str) -> str:
         return ""
 
 
-def _output(*command: str) -> str:
+def slurm_says(*command: str) -> str:
     """Output of a SLURM command; empty where it is missing, fails, or does not answer."""
     environ = {**os.environ, "LC_ALL": "C"}
     try:

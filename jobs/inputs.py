@@ -2,13 +2,14 @@
 
 import hashlib
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
+from jobs import where
 from jobs.checkout import ROOT
 from nanoslime.config import RunConfig
 from nanoslime.config.algorithm import CustomConfig
+from nanoslime.config.cluster import ClusterConfig
 from nanoslime.config.model import REWARDS
 from nanoslime.config.rollout import ENVIRONMENTS
 from nanoslime.models.local_checkpoint import with_local_checkpoint
@@ -20,8 +21,6 @@ from nanoslime.storage.prompt_text import check_prompts
 from nanoslime.storage.tokenizer_files import has_tokenizer_files
 from nanoslime.types import RunError
 
-# A run with a younger heartbeat is taken to be alive; heartbeats come every few seconds.
-_ALIVE_S = 60
 # env/run.sh writes into an environment for which target and from which locks it was made.
 _STAMP = ".nanoslime-target"
 _CUDA_LOCKS = ("cuda.lock", "cuda.pinned.txt")
@@ -89,22 +88,28 @@ def _absolute(path: str) -> str:
 
 def check_resume(run: RunDir, config: RunConfig) -> None:
     """RunError where the run lives, or `config` cannot go on with what it has done."""
-    refuse_if_running(run)
+    is_over = where.refuse_if_job_lives(run)
+    if not is_over:
+        run.refuse_if_alive()
     run.check_resumed(config)
 
 
-def refuse_if_running(run: RunDir) -> None:
-    """RunError where a node of the run's last attempt has lately given a sign of life."""
-    attempt = run.latest_attempt()
-    if attempt is None or attempt.ended() is not None:
-        return
-    for node, beat in attempt.heartbeats().items():
-        age_s = time.time() - float(beat["time"])
-        has_left = "left" in beat
-        if age_s < _ALIVE_S and not has_left:
+def check_times(cluster: ClusterConfig) -> None:
+    """Refuses a job that would be told to stop before it could do anything."""
+    limit_s = cluster.time_limit_min * 60
+    needed_s = cluster.signal_lead_s + cluster.drain_s
+    if limit_s <= needed_s:
+        raise RunError(
+            f"cluster.time_limit_min={cluster.time_limit_min} ends the job after {limit_s} s; with "
+            f"cluster.signal_lead_s={cluster.signal_lead_s} it is told to stop so long before, and "
+            f"takes up to {cluster.drain_s:g} s to commit, so that no time is left to train: set a "
+            f"limit of more than {needed_s / 60:.0f} min, or a shorter lead"
+        )
+    for option, field in (("time", "time_limit_min"), ("signal", "signal_lead_s")):
+        if option in cluster.extra_sbatch:
             raise RunError(
-                f"{run.path} is running: node {node} of attempt {attempt.number} was alive "
-                f"{age_s:.0f} s ago; stop it first, or wait {_ALIVE_S} s if it was killed"
+                f"cluster.extra_sbatch has {option!r}, of which the job would know nothing: set "
+                f"cluster.{field} instead"
             )
 
 

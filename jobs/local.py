@@ -1,10 +1,12 @@
 """A rehearsal: a run's node agents as children of this process, one per simulated node."""
 
+import math
 import os
 import shutil
 import signal
 import sys
 import time
+from dataclasses import dataclass, field
 
 from jobs.cluster_env import ClusterEnv, remove_scratch
 from jobs.node import start_agent
@@ -48,34 +50,32 @@ def run_local(config: RunConfig, layout: Layout, run: RunDir, driver: str = "") 
     return code
 
 
+@dataclass(slots=True)
 class _Supervisor:
     """Shows the driver's lines, hands signals on and reports a killed agent."""
 
-    def __init__(
-        self, attempt: Attempt, agents: list[ChildProcess], signals: list[signal.Signals]
-    ) -> None:
-        """`signals`: those that have come and are not yet handed on."""
-        self._attempt = attempt
-        self._agents = agents
-        self._signals = signals
-        self._was_asked_to_stop = False
-        # Nodes whose agent has failed and is reported.
-        self._failed: set[int] = set()
-        self._leave_by = float("inf")
+    attempt: Attempt
+    agents: list[ChildProcess]
+    # Those that have come and are not yet handed on.
+    signals: list[signal.Signals]
+    _was_asked_to_stop: bool = False
+    # Nodes whose agent has failed and is reported.
+    _failed: set[int] = field(default_factory=set)
+    _leave_by: float = math.inf
 
     def run(self) -> None:
         """Returns when all agents have ended, or one does not leave after the end."""
         # The driver appends to it once it runs.
-        with self._attempt.log("driver", 0).open("ab+") as output:
+        with self.attempt.log("driver", 0).open("ab+") as output:
             output.seek(0)
             any_alive = True
             while any_alive:
-                any_alive = any(agent.alive() for agent in self._agents)
+                any_alive = any(agent.alive() for agent in self.agents)
                 shutil.copyfileobj(output, sys.stdout.buffer)
                 sys.stdout.flush()
                 self._hand_on_signals()
                 self._report_failed_agents()
-                if self._attempt.ended() is not None:
+                if self.attempt.ended() is not None:
                     self._leave_by = min(self._leave_by, time.monotonic() + _LEAVE_S)
                 if time.monotonic() > self._leave_by:
                     return
@@ -84,21 +84,21 @@ class _Supervisor:
 
     def _hand_on_signals(self) -> None:
         """The first signal asks for a stop; SIGTERM or a second one ends the agents."""
-        while self._signals:
-            number = self._signals.pop(0)
+        while self.signals:
+            number = self.signals.pop(0)
             if self._was_asked_to_stop or number == signal.SIGTERM:
-                for agent in self._agents:
+                for agent in self.agents:
                     agent.send_signal(signal.SIGTERM)
             else:
                 reason = "Ctrl-C" if number == signal.SIGINT else number.name
-                self._attempt.request_stop(reason)
+                self.attempt.request_stop(reason)
                 message = "stopping after this step; once more ends it at once"
                 print(message, file=sys.stderr, flush=True)
             self._was_asked_to_stop = True
 
     def _report_failed_agents(self) -> None:
-        for node, agent in enumerate(self._agents):
+        for node, agent in enumerate(self.agents):
             if agent.poll() and node not in self._failed:
                 self._failed.add(node)
-                self._attempt.end(FAILED, agent.exit_summary())
-                self._attempt.leave(node)
+                self.attempt.end(FAILED, agent.exit_summary())
+                self.attempt.leave(node)

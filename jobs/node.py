@@ -39,7 +39,8 @@ _EXIT_DELAY_S = 1.5
 
 @dataclass(frozen=True)
 class NodeJob:
-    """What a SLURM task runs: it guards an agent, and asks for a requeue.
+    """What a SLURM task runs: it guards an agent. Whether the job is requeued is decided after
+    its step, by jobs/requeue.py.
 
     submitit pickles it. Its state is the path of the run directory; everything else is
     read there.
@@ -50,55 +51,39 @@ class NodeJob:
     driver: str = ""
 
     def __call__(self) -> int:
-        """Returns DONE, or STOPPED (75) where the job shall be requeued.
+        """Returns DONE. Raises RunError where the attempt failed, or was stopped."""
+        # Those that have come and are not yet handed on. submitit's own handlers, which requeue,
+        # do not come in between.
+        signals: list[signal.Signals] = []
+        with handled(signals.append):
+            return self._run(signals)
 
-        Raises RunError where the attempt failed.
-        """
+    def _run(self, signals: list[signal.Signals]) -> int:
+        """Start the agent, hand signals on, wait for its end and clean up after it."""
         run = RunDir.open(Path(self.run_dir))
         config = read(run.config)
         env = ClusterEnv.from_slurm(os.environ, config.cluster.network_interface)
-        under_submitit = callable(signal.getsignal(signal.SIGUSR2))
         attempt = _find_attempt(run, env, config.cluster.ray_start_deadline_s)
-        code = self._guard(attempt, config, env)
-        if not under_submitit:
-            # A SIGTERM that comes now must not replace the exit code.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if code == FAILED:
-            _, reason = attempt.ended() or (FAILED, "unknown")
-            raise RunError(reason)
-        if code != STOPPED or not attempt.requeue_wanted():
-            return DONE
-        if env.restart_count >= config.cluster.max_requeues:
-            raise RunError(
-                "stopped, and not requeued: "
-                f"cluster.max_requeues={config.cluster.max_requeues} is reached"
-            )
-        if under_submitit and env.node_index == 0:
-            # submitit's handler calls checkpoint() and `scontrol requeue`, and ends the
-            # process.
-            signal.raise_signal(signal.SIGUSR2)
-        return STOPPED
-
-    def _guard(self, attempt: Attempt, config: RunConfig, env: ClusterEnv) -> int:
-        """Start the agent, hand signals on, wait for its end and clean up after it."""
         adopt_orphans()
         agent = start_agent(attempt, config, env, self.driver)
-        with handled(agent.send_signal):
+        code = agent.poll()
+        while code is None:
+            while signals:
+                agent.send_signal(signals.pop(0))
+            time.sleep(_POLL_S)
             code = agent.poll()
-            while code is None:
-                time.sleep(_POLL_S)
-                code = agent.poll()
-            with logged_if_unwritable():
-                if code not in (DONE, STOPPED):
-                    code = FAILED
-                    attempt.end(FAILED, agent.exit_summary())
-            end_descendants()
-            remove_scratch(env.scratch(attempt.path))
-            with logged_if_unwritable():
-                attempt.leave(env.node_index)
+        with logged_if_unwritable():
+            if code not in (DONE, STOPPED):
+                attempt.end(FAILED, agent.exit_summary(), can_go_on=code < 0)
+        end_descendants()
+        remove_scratch(env.scratch(attempt.path))
+        with logged_if_unwritable():
+            attempt.leave(env.node_index)
         if code != DONE:
             time.sleep(_EXIT_DELAY_S)
-        return code
+            _, reason = attempt.ended() or (FAILED, "unknown")
+            raise RunError(reason)
+        return DONE
 
 
 def start_agent(attempt: Attempt, config: RunConfig, env: ClusterEnv, driver: str) -> ChildProcess:
@@ -106,14 +91,8 @@ def start_agent(attempt: Attempt, config: RunConfig, env: ClusterEnv, driver: st
 
     When we die it gets SIGTERM, so that it can end what it started itself.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "jobs.node",
-        str(attempt.run.path),
-        "--attempt",
-        str(attempt.number),
-    ]
+    place = [str(attempt.run.path), "--attempt", str(attempt.number)]
+    command = [sys.executable, "-m", "jobs.node", *place]
     if driver:
         command += ["--driver", driver]
     if env.local:
@@ -146,7 +125,7 @@ def _find_attempt(run: RunDir, env: ClusterEnv, deadline_s: float) -> Attempt:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Guard an agent, or be one. The exit code: DONE, FAILED or STOPPED."""
+    """Guard an agent, or be one. The exit code: DONE or FAILED, of an agent also STOPPED."""
     arguments = _parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:

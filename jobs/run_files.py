@@ -11,14 +11,8 @@ from nanoslime.storage.shared_files import publish
 
 # submitit's folder in a run directory.
 SUBMITIT_FOLDER = "slurm"
-_WRITTEN = (
-    "config.yaml",
-    "config.accepted.yaml",
-    "plan.json",
-    "provenance.json",
-    "job.sbatch",
-    "job.json",
-)
+# A submission writes only such files beside it.
+_KINDS = (".yaml", ".json", ".sbatch")
 
 
 @contextmanager
@@ -49,4 +43,4 @@ def kept_if_accepted(
 
 
 def _written(run: Path) -> list[Path]:
-    return [run / name for name in _WRITTEN if (run / name).is_file()]
+    return [file for file in run.glob("*") if file.suffix in _KINDS]

@@ -12,7 +12,6 @@ from jobs.checkout import ROOT
 from nanoslime.config.cluster import ClusterConfig
 from nanoslime.config.run import RunConfig
 from nanoslime.layout import Layout
-from nanoslime.run_dir import STOPPED
 
 _CPUS_PER_GPU = 8
 # An option of sbatch with its value; True is an option without a value.
@@ -76,8 +75,11 @@ def step_options(config: RunConfig, layout: Layout) -> list[str]:
 
 
 def setup_lines(config: RunConfig) -> list[str]:
-    """Shell lines before the step: site setup, the job's environment, PYTHONPATH."""
-    lines = list(config.cluster.setup)
+    """Shell lines before the step: site setup, the job's environment, PYTHONPATH.
+
+    SIGTERM does not end the script: it outlives the step of a job whose time is up.
+    """
+    lines = ["trap : TERM", *config.cluster.setup]
     for name, value in sorted(config.cluster.env.items()):
         lines.append(f"export {name}={shlex.quote(value)}")
     lines.append(f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}")
@@ -118,13 +120,13 @@ def sbatch_text(config: RunConfig, layout: Layout, run_dir: Path, driver: str = 
         config,
         "",
         shlex.join(step),
-        "code=$?",
-        "# A run that was stopped in time has committed and goes on in a new attempt.",
-        f'if [ "$code" -eq {STOPPED} ]; then',
-        '    scontrol requeue "$SLURM_JOB_ID" && exit 0',
-        "fi",
-        'exit "$code"',
+        requeue_line(config, run_dir),
     )
+
+
+def requeue_line(config: RunConfig, run_dir: Path) -> str:
+    """The shell line after the step: it requeues the job or says why not, and has its exit code."""
+    return shlex.join([python_of(config), "-m", "jobs.requeue", str(run_dir)]) + " $?"
 
 
 def submitted(job: str, log: str, resume: str) -> str:

@@ -4,16 +4,21 @@ Nothing stays on the login node.
 """
 
 import shlex
-from dataclasses import dataclass
-from typing import Any
 
 import submitit
-from submitit.core.utils import DelayedSubmission, FailedJobError
+from submitit.core.utils import FailedJobError
 
 from jobs import where
 from jobs.node import NodeJob
 from jobs.run_files import SUBMITIT_FOLDER
-from jobs.sbatch import python_of, sbatch_options, sbatch_text, setup_lines, step_options
+from jobs.sbatch import (
+    python_of,
+    requeue_line,
+    sbatch_options,
+    sbatch_text,
+    setup_lines,
+    step_options,
+)
 from nanoslime.config.run import RunConfig
 from nanoslime.layout import Layout
 from nanoslime.run_dir import RunDir
@@ -24,20 +29,8 @@ from nanoslime.types import RunError
 _SUBMITIT_PARAMETERS = ("job-name", "nodes", "ntasks-per-node")
 
 
-@dataclass(frozen=True)
-class SubmittedJob(NodeJob):
-    """The callable that submitit pickles, and asks what to run after a requeue."""
-
-    def checkpoint(self, *args: Any, **kwargs: Any) -> DelayedSubmission:
-        """The same job again.
-
-        submitit's handler calls it once the attempt has ended (see NodeJob.__call__).
-        """
-        return DelayedSubmission(self)
-
-
 def submit_submitit(config: RunConfig, layout: Layout, run: RunDir, driver: str = "") -> str:
-    """Submit by submitit, which requeues by itself, and return the job id.
+    """Submit by submitit and return the job id.
 
     submitit keeps its files in the run's slurm/ folder. Raises RunError where sbatch
     refuses the job.
@@ -49,11 +42,7 @@ def submit_submitit(config: RunConfig, layout: Layout, run: RunDir, driver: str 
         )
     folder = run.path / SUBMITIT_FOLDER
     folder.mkdir(mode=0o700, exist_ok=True)
-    executor = submitit.SlurmExecutor(
-        folder,
-        max_num_timeout=config.cluster.max_requeues,
-        python=shlex.quote(python_of(config)),
-    )
+    executor = submitit.SlurmExecutor(folder, python=shlex.quote(python_of(config)))
     options = sbatch_options(config, layout)
     additional = {k: v for k, v in options.items() if k not in _SUBMITIT_PARAMETERS}
     executor.update_parameters(
@@ -63,6 +52,7 @@ def submit_submitit(config: RunConfig, layout: Layout, run: RunDir, driver: str 
         time=config.cluster.time_limit_min,
         signal_delay_s=config.cluster.signal_lead_s,
         setup=setup_lines(config),
+        teardown=[requeue_line(config, run.path)],
         srun_args=step_options(config, layout),
         stderr_to_stdout=True,
         # Sites that track workload keys refuse submitit's own.
@@ -70,7 +60,7 @@ def submit_submitit(config: RunConfig, layout: Layout, run: RunDir, driver: str 
         additional_parameters=additional,
     )
     try:
-        job = executor.submit(SubmittedJob(str(run.path), driver))
+        job = executor.submit(NodeJob(str(run.path), driver))
     except FailedJobError as error:
         raise RunError(f"sbatch refused the job: {where.complaint(str(error))}") from error
     return _record(run, str(job.job_id), "submitit")
@@ -88,5 +78,5 @@ def submit_sbatch(config: RunConfig, layout: Layout, run: RunDir, driver: str = 
 
 
 def _record(run: RunDir, job_id: str, submitter: str) -> str:
-    publish_json(run.path / "job.json", {"job_id": job_id, "submitted_by": submitter})
+    publish_json(run.job, {"job_id": job_id, "submitted_by": submitter})
     return job_id

@@ -24,7 +24,7 @@ from nanoslime.config.load import dump, load
 from nanoslime.layout import Layout
 from nanoslime.plugins import resolve
 from nanoslime.run_dir import RunDir
-from nanoslime.storage.shared_files import read_json
+from nanoslime.storage.shared_files import publish_json, read_json
 from nanoslime.types import RunError
 
 RECIPES = ROOT / "jobs" / "recipes"
@@ -71,6 +71,9 @@ def run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> i
     run.write_config(config, layout)
     run.write_provenance(sys.argv)
     if command.prepare:
+        job_id = os.environ.get("SLURM_JOB_ID")
+        if job_id:
+            publish_json(run.job, {"job_id": job_id, "submitted_by": "template"})
         print(run.path)
         return 0
     print(f"{description}\n\nrun directory: {run.path}", flush=True)
@@ -153,7 +156,9 @@ def configure(command: argparse.Namespace, flags: list[str]) -> RunConfig:
 
 
 def check_target(config: RunConfig, submits: bool) -> None:
-    """Refuse a rehearsal of a cluster with GPUs."""
+    """Refuse a rehearsal of a cluster with GPUs, and a job without time to train."""
+    if submits:
+        inputs.check_times(config.cluster)
     if config.cluster.device == "cuda" and not submits:
         raise RunError(
             f"cluster.gpus_per_node={config.cluster.gpus_per_node}: a rehearsal takes no GPUs; "

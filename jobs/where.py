@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanoslime.processes.command import ask
+from nanoslime.run_dir import RunDir
+from nanoslime.storage.shared_files import read_json
 from nanoslime.types import RunError
 
 _COMMANDS = ("sbatch", "srun", "squeue", "sinfo", "scontrol")
@@ -107,6 +109,32 @@ def submit(sbatch: str, script: str) -> str:
         raise RunError(f"sbatch refused the job: {complaint(done.stderr)}")
     # With several clusters it prints JOB;CLUSTER.
     return done.stdout.strip().split(";")[0]
+
+
+def refuse_if_job_lives(run: RunDir) -> bool:
+    """RunError where the run's job pends or runs; returns whether SLURM says that it does not.
+
+    False: it was never submitted, or there is no SLURM here that could say.
+    """
+    if not run.job.exists() or shutil.which("squeue") is None:
+        return False
+    job_id = str(read_json(run.job)["job_id"])
+    user = f"--user={run.job.stat().st_uid}"
+    listed = ask(["squeue", "--noheader", user, "--format=%A %T %r"], _ANSWER_DEADLINE_S)
+    if listed.returncode:
+        raise RunError(
+            f"squeue cannot say whether job {job_id} of {run.path} is over: "
+            f"{complaint(listed.stderr)}; try again when SLURM answers"
+        )
+    for line in listed.stdout.splitlines():
+        number, state, reason = line.split(maxsplit=2)
+        if number == job_id:
+            raise RunError(
+                f"job {job_id} still holds {run.path}: it is {state} ({reason}), and two jobs "
+                f"would train in one directory; end it with `scancel {job_id}`, wait until "
+                "squeue no longer shows it, and resume again"
+            )
+    return True
 
 
 def complaint(text: str) -> str:

@@ -1,5 +1,6 @@
 """What went wrong in one line, and the whole of it in a log."""
 
+import errno
 import logging
 import subprocess
 import traceback
@@ -7,10 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from nanoslime.types import RunError
+from nanoslime.types import MachineFailure, RunError
 
 _MAX_LINE_CHARS = 500
 _TRACEBACK = "Traceback (most recent call last):"
+# What a filesystem answers that is full, lost, or read-only since it is damaged.
+_OF_FILESYSTEMS = {errno.EDQUOT, errno.EIO, errno.ENOSPC, errno.EROFS, errno.ESTALE}
 
 
 def summary(error: BaseException) -> str:
@@ -36,6 +39,14 @@ def summary(error: BaseException) -> str:
     return line if cause == line else f"{line}; cause: {cause}"
 
 
+def is_of_machine(error: BaseException) -> bool:
+    """Whether `error` or what led to it is a failure of a process, a node or a filesystem."""
+    links = [_unwrapped(link) for link in _chain(error)]
+    errnos = [link.errno for link in links if isinstance(link, OSError)]
+    is_lost = any(isinstance(link, MachineFailure) for link in links)
+    return is_lost or not _OF_FILESYSTEMS.isdisjoint(errnos)
+
+
 def append_traceback(log: Path, error: BaseException) -> None:
     """Puts the traceback into `log`, unless it is that of a RunError alone."""
     if isinstance(error, RunError) and len(list(_chain(error))) == 1:
@@ -50,13 +61,14 @@ def told_in_one_line(logger: logging.Logger, what: str) -> Iterator[None]:
     """An error inside goes with its traceback into this process's log, and on as a RunError.
 
     A RunError of one line can be pickled; what other packages raise often cannot. Some of it is
-    no Exception either: torch's CheckpointException.
+    no Exception either: torch's CheckpointException. A failure of a machine stays one.
     """
     try:
         yield
     except BaseException as error:
         logger.exception("failed to %s", what)
-        raise RunError(summary(error)) from None
+        kind = MachineFailure if is_of_machine(error) else RunError
+        raise kind(summary(error)) from None
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -6,11 +6,13 @@
     checkpoints/step_<k>/  hf/step_<k>/
     model/ (a rehearsal makes it)  weights/ (weight sync by disk)
     skipped/step_<k>/ (batches of steps left out)
+    job.json (the SLURM job that holds the run, where there is one)
     attempts/<n>/ logs/<role>-<rank>.log nodes/ heartbeat/<node>.json stop.json end.json
                   phases.jsonl (each phase, with the time at which it began)
     attempts/latest
 
-An attempt is one life of the job: every requeue is a new one. Files are published by rename
+An attempt is one life of the job: every requeue is a new one. Only the newest one may go on and
+commit: an older one ends as soon as it sees that there is another. Files are published by rename
 and read with patience, since the directory usually is on a network filesystem.
 """
 
@@ -27,9 +29,12 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from nanoslime.config import RunConfig
 from nanoslime.config.load import dump, read
@@ -65,6 +70,8 @@ _GIT_DEADLINE_S = 60.0
 _RESERVE_BYTES = 65_536
 _SHARED_UMASK = 0o027
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# A run with a younger heartbeat is taken to be alive; heartbeats come every few seconds.
+_ALIVE_S = 60
 # A network filesystem may fail to read a file that it reads a moment later.
 _READ_PAUSES_S = (0.1, 0.4)
 
@@ -81,6 +88,7 @@ class RunDir:
     config = _at("config.yaml")
     accepted_config = _at("config.accepted.yaml")
     plan = _at("plan.json")
+    job = _at("job.json")
     provenance = _at("provenance.json")
     summary = _at("summary.json")
     metrics = _at("metrics.jsonl")
@@ -164,6 +172,31 @@ class RunDir:
         has_checkpoints = bool(checkpoints(self.checkpoints))
         resume.check_resumed(self.path, before, config, has_checkpoints=has_checkpoints)
 
+    def refuse_if_alive(self) -> None:
+        """RunError where the last attempt has not ended: the process that made it lives on this
+        host, or, seen from another host, a node of it has lately given a sign of life.
+        """
+        attempt = self.latest_attempt()
+        if attempt is None or attempt.ended() is not None:
+            return
+        maker = attempt.record
+        pid = maker["pid"]
+        if maker["host"] == socket.gethostname() and pid != os.getpid():
+            if _lived_at(maker["started"], pid):
+                raise RunError(
+                    f"{self.path} is running: process {pid} on this host drives its attempt "
+                    f"{attempt.number}; stop it first (kill {pid})"
+                )
+            return
+        for node, beat in attempt.heartbeats().items():
+            age_s = time.time() - float(beat["time"])
+            has_left = "left" in beat
+            if age_s < _ALIVE_S and not has_left:
+                raise RunError(
+                    f"{self.path} is running: node {node} of attempt {attempt.number} was alive "
+                    f"{age_s:.0f} s ago; stop it first, or wait {_ALIVE_S} s if it was killed"
+                )
+
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step_{step}"
 
@@ -180,6 +213,7 @@ class RunDir:
             (staged / folder).mkdir(parents=True)
         host = socket.gethostname()
         record = {"key": key, "started": time.time(), "host": host, "pid": os.getpid()}
+        record["rollouts"] = self._num_committed()
         publish_json(staged / "attempt.json", record)
         publish(staged / "reserve", b"r" * _RESERVE_BYTES)
         number = self._take_next_number(staged)
@@ -217,6 +251,17 @@ class RunDir:
     def latest_attempt(self) -> Attempt | None:
         numbers = self._numbers()
         return Attempt(self, numbers[-1]) if numbers else None
+
+    def num_vain_requeues(self, job_id: str) -> int:
+        """How often in a row SLURM has started the job anew since an attempt of it committed a
+        new step.
+        """
+        attempts = [Attempt(self, number) for number in self._numbers()]
+        own = [attempt for attempt in attempts if attempt.key.startswith(f"{job_id}-")]
+        num_committed = self._num_committed()
+        vain = [attempt for attempt in own if attempt.record["rollouts"] == num_committed]
+        # The first attempt of a job is no requeue.
+        return len(vain) - (len(vain) == len(own))
 
     def write_status(self, phase: str, step: int, **facts: Any) -> None:
         """Publish what the run is doing.
@@ -264,6 +309,10 @@ class RunDir:
         }
         publish_json(self.provenance, record)
 
+    def _num_committed(self) -> int:
+        """The number of rollouts of the newest checkpoint; 0 without any."""
+        return max((rollouts for rollouts, _ in checkpoints(self.checkpoints)), default=0)
+
     def _numbers(self) -> list[int]:
         return sorted(int(name) for name in os.listdir(self.attempts) if name.isdigit())
 
@@ -288,7 +337,12 @@ class Attempt:
     @property
     def key(self) -> str:
         """The key that `new_attempt` was given."""
-        return str(read_json(self.path / "attempt.json")["key"])
+        return str(self.record["key"])
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """By whom and when the attempt was made, and how many rollouts were committed then."""
+        return dict(read_json(self.path / "attempt.json"))
 
     def make_ray_token(self) -> Path:
         """Ray's secret: without one, whoever reaches a port of it runs code as us."""
@@ -329,27 +383,50 @@ class Attempt:
         """Ask the driver to commit a checkpoint and end with STOPPED.
 
         requeue: the job shall go on in a new attempt (its time is up), rather than end
-        (somebody asked). The first reason stays. A later request may add the requeue, as when
-        SIGUSR2 follows SIGTERM.
+        (somebody asked). The first reason stays. A request to end takes an earlier or later one
+        to go on back, as when a job is cancelled while it drains.
         """
-        if requeue:
-            self._publish_once("requeue", reason=reason)
+        if not requeue:
+            self._publish_once("final", reason=reason)
         self._publish_once("stop", reason=reason, requeue=requeue)
 
     def must_stop(self) -> str | None:
-        """Why the attempt must stop, or None."""
+        """Why the attempt must stop, or None. Raises RunError where a newer one has begun."""
+        with suppress(OSError):
+            self.require_newest()
         return _read(self.path / "stop.json").get("reason")
 
-    def requeue_wanted(self) -> bool:
-        """Whether the stop was requested so that a new attempt can go on."""
-        return bool(_read(self.path / "requeue.json"))
+    def final_stop(self) -> str | None:
+        """Why the run was asked to end, rather than to go on in a new attempt, if it was."""
+        return _read(self.path / "final.json").get("reason")
 
-    def end(self, code: int, reason: str) -> bool:
+    def is_newest(self) -> bool:
+        return max(self.run._numbers()) <= self.number
+
+    def require_newest(self) -> None:
+        """RunError where a newer attempt of the run has begun, as when SLURM has lost this one's
+        node and started the job anew.
+        """
+        if not self.is_newest():
+            raise RunError(
+                f"attempt {max(self.run._numbers())} of {self.run.path} has begun, so attempt "
+                f"{self.number} ends and commits nothing more; look at the newer one"
+            )
+
+    def end(self, code: int, reason: str, *, can_go_on: bool = False) -> bool:
         """Record how the attempt ended, DONE, STOPPED or FAILED. The first record stays.
 
-        Returns whether this is it.
+        can_go_on: a machine failed, so that another attempt may do better. Returns whether this
+        record is the one that stays.
         """
-        return self.on_reserve(lambda: self._publish_once("end", code=code, reason=reason))
+        facts = {"code": code, "reason": reason, "can_go_on": can_go_on or code == STOPPED}
+        return self.on_reserve(lambda: self._publish_once("end", **facts))
+
+    def can_go_on(self) -> bool:
+        """Whether the attempt was stopped, failed by a fault of a machine, or could not say how
+        it ended.
+        """
+        return bool(_read(self.path / "end.json").get("can_go_on", True))
 
     def ended(self) -> tuple[int, str] | None:
         """(code, reason) once the attempt has ended."""
@@ -422,6 +499,14 @@ def _read(path: Path) -> dict[str, Any]:
         except OSError:
             time.sleep(pause_s)
     return {}
+
+
+def _lived_at(moment: float, pid: int) -> bool:
+    """Whether the process of this number on this host has lived since `moment`, or before."""
+    try:
+        return bool(psutil.Process(pid).create_time() <= moment)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _version(package: str) -> str:

@@ -26,6 +26,12 @@ class RunError(RuntimeError):
     """An expected way for a run to fail, shown as one line: value, place, way out."""
 
 
+class MachineFailure(RunError):
+    """A process died or hangs, or a node or a filesystem is lost: it is not the fault of what the
+    run was asked to do, and another attempt may go on.
+    """
+
+
 class RequestFailed(RunError):
     """A request got no usable answer, through no fault of its own; it may be tried again.
 
@@ -33,7 +39,7 @@ class RequestFailed(RunError):
     """
 
 
-class EngineGone(RunError):
+class EngineGone(MachineFailure):
     """An engine did not answer a control call: it is dead, or it hangs."""
 
 
@@ -351,7 +357,7 @@ class BroadcastEngine(Engine, Protocol):
         backend: str,
     ) -> None: ...
     def begin_update(self) -> None: ...
-    def receive_bucket(
+    def receive_buckets(
         self, *, names: list[str], dtypes: list[str], shapes: list[list[int]], group: str
     ) -> None: ...
     def receive_payloads(self, payloads: list[bytes]) -> None: ...

@@ -4,6 +4,9 @@ import errno
 import grp
 import json
 import os
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -122,13 +125,59 @@ def test_attempts_made_at_once_are_different(run: RunDir) -> None:
 def test_a_stop_belongs_to_one_attempt(run: RunDir) -> None:
     first = run.new_attempt()
     assert first.must_stop() is None
-    first.request_stop("time limit")
-    first.request_stop("second thoughts")
-    assert (first.must_stop(), first.requeue_wanted()) == ("time limit", False)
+    first.request_stop("time limit", requeue=True)
+    first.request_stop("second thoughts", requeue=True)
+    assert (first.must_stop(), first.final_stop()) == ("time limit", None)
+    first.request_stop("cancelled")
     first.request_stop("SIGUSR2", requeue=True)
-    first.request_stop("third thoughts")
-    assert (first.must_stop(), first.requeue_wanted()) == ("time limit", True)
+    assert (first.must_stop(), first.final_stop()) == ("time limit", "cancelled")
     assert run.new_attempt().must_stop() is None
+
+
+def test_an_attempt_is_over_when_a_newer_one_has_begun(run: RunDir) -> None:
+    first = run.new_attempt("7-0")
+    first.require_newest()
+    second = run.new_attempt("7-1")
+    says = f"attempt 2 of {re.escape(str(run.path))} has begun, so attempt 1 ends"
+    for heard in (first.must_stop, first.require_newest):
+        with pytest.raises(RunError, match=says) as error:
+            heard()
+        assert "\n" not in str(error.value)
+    assert second.must_stop() is None
+
+
+def test_requeues_count_from_the_last_attempt_that_committed_a_new_step(run: RunDir) -> None:
+    def num_vain(job_id: str, *keys: str) -> int:
+        for key in keys:
+            run.new_attempt(key)
+        return run.num_vain_requeues(job_id)
+
+    assert num_vain("7", "6-0", "6-1", "77-0", "7-0") == 0
+    assert num_vain("7", "7-1") == 1
+    assert num_vain("7", "7-2", "7-3") == 3
+    run.checkpoint(4).mkdir()
+    assert num_vain("7") == 0
+    assert num_vain("7", "7-4", "7-5") == 2
+    assert num_vain("8", "8-0") == 0
+
+
+def test_a_run_whose_process_lives_on_this_host_is_not_started_again(
+    run: RunDir, tmp_path: Path
+) -> None:
+    make = "import sys, time; from nanoslime.run_dir import RunDir; from pathlib import Path\n"
+    make += "RunDir.open(Path(sys.argv[1])).new_attempt(); print(); time.sleep(60)"
+    maker = subprocess.Popen(
+        [sys.executable, "-c", make, run.path], stdout=subprocess.PIPE, text=True
+    )
+    assert maker.stdout is not None
+    maker.stdout.readline()
+    with pytest.raises(RunError, match=f"process {maker.pid} on this host drives its attempt 1"):
+        run.refuse_if_alive()
+    run.attempt(1).beat(1, 3)
+    maker.kill()
+    maker.wait()
+    maker.stdout.close()
+    run.refuse_if_alive()
 
 
 def test_the_first_end_stays(run: RunDir) -> None:
@@ -158,20 +207,20 @@ def test_of_ends_published_at_once_one_stays_and_says_so(run: RunDir) -> None:
     assert not list(attempt.path.glob(".end*"))
 
 
-def test_a_stop_never_takes_a_requeue_back(run: RunDir) -> None:
+def test_one_request_to_end_takes_back_what_others_asked(run: RunDir) -> None:
     attempt = run.new_attempt()
     together = threading.Barrier(8)
 
     def ask(node: int) -> None:
         together.wait()
-        attempt.request_stop(f"node {node}", requeue=node == 3)
+        attempt.request_stop(f"node {node}", requeue=node != 3)
 
     threads = [threading.Thread(target=ask, args=(node,)) for node in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert attempt.requeue_wanted()
+    assert attempt.final_stop() == "node 3"
     assert attempt.must_stop()
 
 

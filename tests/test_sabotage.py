@@ -214,15 +214,15 @@ FAULTS = [
     Fault(
         "evaluation on all prompts",
         "nanoslime/orchestration/evaluation.py",
-        "prompts[: limit or None]",
-        "prompts",
+        "[one.title][: limit or None]",
+        "[one.title]",
         WRITTEN_OUT,
     ),
     Fault(
         "evaluation with the seed of training",
         "nanoslime/orchestration/evaluation.py",
-        "self._seed = config.eval.seed",
-        "self._seed = config.seed",
+        "seed=seed_of(config.eval.seed, 1",
+        "seed=seed_of(config.seed, 1",
         f"{WIRING} -k seed",
     ),
     Fault(

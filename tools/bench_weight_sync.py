@@ -27,7 +27,8 @@ sglang  real trainers and real SGLang, whose models have random weights.
           prepare s        before the pause: the first buckets, or all files
           pause s          engines stand still, /pause_generation to /continue_generation
           gather s         in ranks that fill buckets, the slowest one; beside wire and load
-          wire s           all broadcasts, from announcing one to its last byte sent
+          wire s           all broadcasts, from announcing a run of buckets to its last byte sent;
+                           engines load a bucket of a run before they receive the next one
           load s           from there to all engines' answers: seals and loading
           HTTP s           the pause without `send`: the other calls of a sync, and the driver's
                            to the ranks

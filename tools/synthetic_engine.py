@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from nanoslime.process_groups import join_group
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
-from nanoslime.sealed_bucket import Place, broken_seal, place_of
+from nanoslime.sealed_bucket import HEADER, Place, broken_seal, place_of
 
 HOST = "127.0.0.1"
 DEADLINE_S = 120.0
@@ -57,15 +57,18 @@ class Receiver:
         return "0 tensors expected"
 
     def update_weights_from_distributed(self, body: dict[str, Any]) -> str:
-        num_bytes = 0
-        for dtype, shape in zip(body["dtypes"], body["shapes"], strict=True):
-            num_bytes += getattr(torch, dtype).itemsize * prod(shape)
-        flat = self._receive(num_bytes, self.groups[body["group_name"]])
-        problem = broken_seal(flat, self.last)
-        if problem:
-            raise ValueError(problem)
-        self.last = place_of(flat)
-        self.num_bytes += num_bytes
+        sizes: list[int] = []
+        for name, dtype, shape in zip(body["names"], body["dtypes"], body["shapes"], strict=True):
+            if name == HEADER:
+                sizes.append(0)
+            sizes[-1] += getattr(torch, dtype).itemsize * prod(shape)
+        for num_bytes in sizes:
+            flat = self._receive(num_bytes, self.groups[body["group_name"]])
+            problem = broken_seal(flat, self.last)
+            if problem:
+                raise ValueError(problem)
+            self.last = place_of(flat)
+            self.num_bytes += num_bytes
         return "received"
 
     def receive_bare(self, body: dict[str, Any]) -> str:

@@ -16,8 +16,7 @@ ALGORITHMS = {
 
 
 def make(config: AlgorithmConfig, max_response_length: int = 0) -> PolicyGradient:
-    """Makes the algorithm of `config.name`, which satisfies
-    nanoslime.training.backend.Algorithm.
+    """Makes the algorithm of `config.name`.
 
     Raises RunError where that cannot be loaded or is no PolicyGradient.
     """

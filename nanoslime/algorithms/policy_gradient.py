@@ -8,7 +8,7 @@ entropy_coef x entropy).
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ PolicyTerms = tuple[Tensor, dict[str, Tensor]]
 
 
 class PolicyGradient(ABC):
-    """The base of all algorithms; it satisfies nanoslime.training.backend.Algorithm.
+    """The base of all algorithms: maths on tensors, no I/O, no process groups.
 
     `max_response_length` in tokens is needed for overlong_buffer only.
     """
@@ -36,7 +36,6 @@ class PolicyGradient(ABC):
     def __init__(self, config: SharedConfig, max_response_length: int = 0) -> None:
         self.config = config
         self._max_response_length = max_response_length
-        self.denominator: Literal["tokens", "sequences", "fixed"] = config.denominator
         # A run resolves auto (RunConfig.old_logprobs); elsewhere it is what is always right.
         self.needs_old_logprobs = config.old_logprobs in ("auto", "recomputed")
         self.needs_reference = config.needs_reference

@@ -44,6 +44,8 @@ class ClusterConfig:
     signal_lead_s: int = Field(default=300, ge=30)
     """Seconds before the time limit at which the job is told to commit and requeue."""
     max_requeues: int = Field(default=10, ge=0)
+    """How often in a row a job requeues itself, after a stop or a fault of a machine, without
+    a new commit."""
     extra_sbatch: dict[str, str] = Field(default_factory=dict)
     """Further sbatch options, without the leading dashes."""
     setup: list[str] = Field(default_factory=list)
@@ -80,6 +82,11 @@ class ClusterConfig:
     def slots(self) -> int:
         """GPUs of a node, or CPU slots where it has none."""
         return self.gpus_per_node or self.slots_per_node
+
+    @property
+    def drain_s(self) -> float:
+        """How long a driver that is told to stop may take to commit, before it is ended."""
+        return 0.8 * self.signal_lead_s
 
     @property
     def device(self) -> Literal["cuda", "cpu"]:

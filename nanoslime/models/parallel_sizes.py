@@ -26,10 +26,6 @@ class ParallelDims:
     ep: int
     dp: int
 
-    @property
-    def world_size(self) -> int:
-        return self.tp * self.pp * self.cp * self.dp
-
     def coordinates(self, rank: int) -> dict[str, int]:
         """The rank's place along tp, cp, dp and pp; tp runs fastest."""
         sizes = {"tp": self.tp, "cp": self.cp, "dp": self.dp, "pp": self.pp}

@@ -20,7 +20,7 @@ from typing import Any
 from nanoslime.config import RunConfig
 from nanoslime.orchestration.groups import TrainGroup
 from nanoslime.orchestration.rollout_manager import Replay, RolloutManager
-from nanoslime.run_dir import RunDir
+from nanoslime.run_dir import Attempt, RunDir
 from nanoslime.storage.commit import checkpoints, commit, partial_dir, partial_path, retain
 from nanoslime.storage.manifest import DamagedError, verify
 from nanoslime.types import RunError
@@ -39,7 +39,7 @@ class Checkpoints:
     """
 
     config: RunConfig
-    run: RunDir
+    attempt: Attempt
     trainer: TrainGroup
     rollout: RolloutManager | Replay
     weights: SyncSession
@@ -52,6 +52,10 @@ class Checkpoints:
 
     def __post_init__(self) -> None:
         self._last_commit_s = self.clock()
+
+    @property
+    def run(self) -> RunDir:
+        return self.attempt.run
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is committed after this step."""
@@ -105,8 +109,10 @@ class Checkpoints:
         Saves first where `save` was not called: a trainer and engines that share
         devices then change turns. `reward` comes from the evaluation at this step, if
         there was one; it decides which checkpoint is the best. Raises EnginesFailed where
-        the engines turn out to have other weights than the trainer.
+        the engines turn out to have other weights than the trainer, and RunError where a newer
+        attempt has begun.
         """
+        self.attempt.require_newest()
         final = self.run.checkpoint(rollouts)
         is_saved = self._saved == rollouts
         partial = partial_path(final) if is_saved else partial_dir(final)
@@ -124,7 +130,7 @@ class Checkpoints:
             "best": self._best,
         }
         (partial / "driver.json").write_text(json.dumps(state))
-        commit(partial, final, self._hashes)
+        commit(partial, final, self._hashes, self.attempt.require_newest)
         self._saved = None
         self._last_commit_s = self.clock()
         self._retain()

@@ -19,7 +19,7 @@ from enum import StrEnum
 from typing import Any
 
 from nanoslime.failures import summary
-from nanoslime.types import Engine, RunError
+from nanoslime.types import Engine, MachineFailure
 from nanoslime.weight_sync.engine_calls import EnginesFailed, Failure, call_each
 
 logger = logging.getLogger(__name__)
@@ -220,7 +220,7 @@ class EnginePool:
             states = {place.state for place in self._places}
             if self._places and states <= {EngineState.LOST}:
                 causes = "; ".join(place.cause for place in self._places)
-                raise RunError(f"no engine is left: {causes}")
+                raise MachineFailure(f"no engine is left: {causes}")
 
     def _start_again(self, place: _Place) -> None:
         """Starts the thread that brings the engine back, where there may be one."""

@@ -6,7 +6,7 @@ sets -> a GroupTask for each prompt -> whoever samples and scores them -> metric
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -22,27 +22,6 @@ logger = logging.getLogger(__name__)
 
 # Samples and scores the groups of these tasks; the order of the answers is free.
 Sampler = Callable[[Sequence[GroupTask]], Sequence[Group[Any]]]
-
-
-@dataclass(frozen=True, slots=True)
-class EvalSet:
-    """One set of prompts, ready to be sampled."""
-
-    config: EvalSetConfig
-    prompts: Sequence[Prompt]
-    sampling: Sampling
-    reward: str
-
-    @classmethod
-    def make(cls, one: EvalSetConfig, prompts: Sequence[Prompt], config: RunConfig) -> "EvalSet":
-        """`prompts` are all that its file has."""
-        limit = config.eval.max_prompts if one.max_prompts is None else one.max_prompts
-        return cls(
-            config=one,
-            prompts=prompts[: limit or None],
-            sampling=eval_sampling(one, config),
-            reward=one.data(config.data).reward,
-        )
 
 
 def eval_sampling(one: EvalSetConfig, config: RunConfig) -> Sampling:
@@ -68,37 +47,42 @@ def eval_sampling(one: EvalSetConfig, config: RunConfig) -> Sampling:
 
 
 class Evaluation:
-    """The evaluations of a run; `sets` are those of `RunConfig.eval_sets`."""
+    """The evaluations of a run on the sets of `RunConfig.eval_sets`."""
 
     def __init__(self, config: RunConfig, run: RunDir, loaded: RunPrompts):
         # Of the last evaluation, one for each set: what evals.jsonl got.
         self.rows: list[dict[str, Any]] = []
         self._run = run
-        self._seed = config.eval.seed
-        self.sets = [
-            EvalSet.make(one, loaded.eval_sets[one.title], config) for one in config.eval_sets
-        ]
+        self._config = config
+        self._sets = config.eval_sets
+        self._prompts: list[Sequence[Prompt]] = []
+        for one in self._sets:
+            limit = config.eval.max_prompts if one.max_prompts is None else one.max_prompts
+            self._prompts.append(loaded.eval_sets[one.title][: limit or None])
 
     def digest(self) -> str:
         """A hash of the prompts that choose the best checkpoint."""
-        return digest(self.sets[0].prompts if self.sets else [])
+        return digest(self._prompts[0] if self._prompts else [])
 
     def tasks(self, step: int) -> list[list[GroupTask]]:
         """The tasks of each set for the evaluation after rollout `step`, -1 before the first.
 
         Their groups have negative ids, so that they are none of the training's.
         """
+        config = self._config
         tasks = []
-        group_ids = count(-sum(len(one.prompts) for one in self.sets))
-        for number, one in enumerate(self.sets):
+        group_ids = count(-sum(map(len, self._prompts)))
+        for number, one in enumerate(self._sets):
+            sampling = eval_sampling(one, config)
+            reward = one.data(config.data).reward
             of_set = []
-            for position, prompt in enumerate(one.prompts):
+            for position, prompt in enumerate(self._prompts[number]):
                 task = GroupTask(
                     group_id=next(group_ids),
                     prompt=prompt,
-                    sampling=one.sampling,
-                    seed=seed_of(self._seed, 1 + number, step, position),
-                    reward=one.reward,
+                    sampling=sampling,
+                    seed=seed_of(config.eval.seed, 1 + number, step, position),
+                    reward=reward,
                     purpose="eval",
                 )
                 of_set.append(task)
@@ -112,23 +96,23 @@ class Evaluation:
         reward of the first set. evals.jsonl gets a row for each set, once all are done.
         `version` is that of the weights that the engines have.
         """
-        if not self.sets:
+        if not self._sets:
             return {}
         tasks_of = self.tasks(step)
         groups = sample([task for tasks in tasks_of for task in tasks])
         by_id = {group.group_id: group for group in groups}
         metrics: dict[str, float] = {}
         self.rows = []
-        for one, tasks in zip(self.sets, tasks_of, strict=True):
+        for one, tasks in zip(self._sets, tasks_of, strict=True):
             own = [by_id[task.group_id] for task in tasks]
-            of_set = evaluation_metrics(own, one.config.pass_reward)
+            of_set = evaluation_metrics(own, one.pass_reward)
             metrics.setdefault("eval/reward_mean", of_set["reward_mean"])
             for name, value in of_set.items():
-                metrics[f"eval/{one.config.title}/{name}"] = value
+                metrics[f"eval/{one.title}/{name}"] = value
             row = {
                 "step": step,
                 "version": version,
-                "set": one.config.title,
+                "set": one.title,
                 "reward": of_set["reward_mean"],
                 "samples": sum(len(group.samples) for group in own),
                 "prompts": len(own),

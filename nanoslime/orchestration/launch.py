@@ -111,6 +111,7 @@ def _on_this_machine(config: RunConfig, run: RunDir | None) -> Launch:
     config, shape = with_local_checkpoint(config, download=True)
     config = with_local_prompts(config)
     if run is not None:
+        run.refuse_if_alive()
         run.check_resumed(config)
     config = with_recorded_rollouts(config)
     rollout = config.rollout

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from nanoslime.failures import append_traceback, summary
+from nanoslime.failures import append_traceback, is_of_machine, summary
 from nanoslime.orchestration.session import Session
 from nanoslime.run_dir import Attempt, RunDir
 from nanoslime.storage.shared_files import publish_json, read_json_lines
@@ -42,14 +42,16 @@ class Clock:
 
 def report_failure(attempt: Attempt, clock: Clock, error: BaseException) -> None:
     """Tells how the run failed: in its status, with the traceback in the driver's log, and in
-    one line to the user.
+    one line to the user. The status of a run that has a newer attempt is that one's.
     """
     log = attempt.log("driver", 0)
     line = summary(error)
     if not isinstance(error, RunError):
         line += f" (in phase {clock.phase} after {clock.step} rollouts; traceback in {log})"
     try:
-        attempt.run.write_status("failed", clock.step, error=line)
+        if attempt.is_newest():
+            can_go_on = is_of_machine(error)
+            attempt.run.write_status("failed", clock.step, error=line, can_go_on=can_go_on)
     except OSError as e:
         logger.error("the status of the run cannot be written: %s", e)
     append_traceback(log, error)

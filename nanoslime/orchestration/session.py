@@ -209,7 +209,7 @@ def make_session(
         rollout = RolloutManager(config, run, inputs.prompts, weights, serving)
         resources.callback(rollout.close)
     remove_leftovers(run.checkpoints)
-    checkpoints = Checkpoints(config, run, trainer, rollout, weights)
+    checkpoints = Checkpoints(config, attempt, trainer, rollout, weights)
     return Session(config, attempt, trainer, rollout, weights, pool, checkpoints)
 
 

@@ -2,6 +2,7 @@
 
 import random
 import socket
+from contextlib import suppress
 
 from nanoslime.types import RunError
 
@@ -32,13 +33,23 @@ def free_ports(address: str, count: int) -> list[int]:
     )
 
 
-def consecutive_free_ports(first: int, count: int, address: str, num_tries: int = 100) -> list[int]:
-    """`count` consecutive ports from `first` on, the next `count` where one is taken."""
+def hold_consecutive_ports(
+    first: int, count: int, address: str, num_tries: int = 100
+) -> tuple[list[int], socket.socket]:
+    """`count` consecutive ports from `first` on, the next `count` where one is taken.
+
+    No other caller on this host, of whatever user, gets them while the socket is open: it has the
+    name of the first one, in the abstract namespace of AF_UNIX, which leaves no file.
+    """
     end = first + num_tries * count
     for start in range(first, end, count):
-        ports = list(range(start, start + count))
-        if all(_is_free(address, port) for port in ports):
-            return ports
+        holder = socket.socket(socket.AF_UNIX)
+        with suppress(OSError):
+            holder.bind(f"\0nanoslime-ports-{address}-{start}")
+            ports = list(range(start, start + count))
+            if all(_is_free(address, port) for port in ports):
+                return ports, holder
+        holder.close()
     raise RunError(f"no {count} free ports on {address} from {first} to {end}")
 
 

@@ -96,16 +96,12 @@ class Producer:
 
     def __post_init__(self) -> None:
         self._admission = Admission(self.limits)
-        for worker in self.workers:
+        for worker in self.serving.workers:
             thread = threading.Thread(
                 target=self._listen, args=(worker,), name=f"news of {worker.name}", daemon=True
             )
             self._threads.append(thread)
             thread.start()
-
-    @property
-    def workers(self) -> Sequence[Worker]:
-        return self.serving.workers
 
     def set_version(self, version: int) -> None:
         """The engines have the weights after `version` rollouts: prompts are admitted."""
@@ -129,7 +125,7 @@ class Producer:
         """Has the workers record these groups, which `take` gave, as those of rollout
         `step`, and let them go."""
         with self._changed:
-            for number, worker in enumerate(self.workers):
+            for number, worker in enumerate(self.serving.workers):
                 own = [group for group in groups if self._held[group.group_id].worker == number]
                 finished = [
                     FinishedGroup(group.group_id, [sample.advantage for sample in group.samples])
@@ -162,7 +158,7 @@ class Producer:
     def metrics(self) -> dict[str, float]:
         """What the workers have counted since they were asked the last time."""
         found: dict[str, float] = {}
-        for worker in self.workers:
+        for worker in self.serving.workers:
             for name, value in worker.metrics().items():
                 found[name] = found.get(name, 0.0) + value
         return found
@@ -174,8 +170,8 @@ class Producer:
             num_files = 0
             if any(group_id >= 0 for group_id in self._held):
                 directory.mkdir()
-                num_files = len(self.workers)
-                for number, worker in enumerate(self.workers):
+                num_files = len(self.serving.workers)
+                for number, worker in enumerate(self.serving.workers):
                     worker.save(directory / f"{number}.npz")
             state = {"num_files": num_files, "admission": self._admission.state_dict()}
             return {"producer": state, "prompts": self.source.state_dict()}
@@ -187,8 +183,8 @@ class Producer:
         with self._changed:
             self._admission.load_state_dict(state["admission"])
             for number in range(state["num_files"]):
-                place = number % len(self.workers)
-                for restored in self.workers[place].load(directory / f"{number}.npz"):
+                place = number % len(self.serving.workers)
+                for restored in self.serving.workers[place].load(directory / f"{number}.npz"):
                     self._restore(place, restored)
             missing = self._admission.groups.keys() - self._held.keys()
             if missing:
@@ -289,17 +285,17 @@ class Producer:
 
     def _start(self, tasks: Sequence[GroupTask]) -> None:
         """Each task goes to the worker with the fewest samples to make."""
-        load = [0] * len(self.workers)
+        load = [0] * len(self.serving.workers)
         for held in self._held.values():
             if held.report is None:
                 load[held.worker] += held.task.sampling.n_samples_per_prompt
-        by_worker: list[list[GroupTask]] = [[] for _ in self.workers]
+        by_worker: list[list[GroupTask]] = [[] for _ in self.serving.workers]
         for task in tasks:
             number = load.index(min(load))
             load[number] += task.sampling.n_samples_per_prompt
             by_worker[number].append(task)
             self._held[task.group_id] = _Held(task, number)
-        for worker, own in zip(self.workers, by_worker, strict=True):
+        for worker, own in zip(self.serving.workers, by_worker, strict=True):
             if own:
                 worker.start(own)
 
@@ -318,11 +314,11 @@ class Producer:
             held = self._held.pop(group_id, None)
             if held is not None:
                 with suppress(RunError):  # a dead worker says so to its thread
-                    self.workers[held.worker].cancel([group_id])
+                    self.serving.workers[held.worker].cancel([group_id])
 
     def _restore(self, place: int, restored: RestoredGroup) -> None:
         task = restored.task
-        worker = self.workers[place]
+        worker = self.serving.workers[place]
         is_known = task.group_id in (*self._admission.groups, *self._admission.replaced)
         if not is_known:
             worker.cancel([task.group_id])

@@ -32,8 +32,6 @@ from nanoslime.types import GroupReport, Prompt, RunError, SampleReport
 logger = logging.getLogger(__name__)
 
 _BATCH = 1024
-# Where a state holds those of several sources.
-_MIX = "sources"
 _ROUNDING = 1e-9
 _NO_TOKENS = np.zeros(0, np.int32)
 
@@ -83,9 +81,7 @@ class RunPrompts:
             name: PromptSource(loaded.prompts, seed, shuffle, loaded.file, index)
             for index, (name, loaded) in enumerate(self.train.items())
         }
-        if len(sources) == 1:
-            return next(iter(sources.values()))
-        return PromptMix(sources, {name: self.train[name].weight for name in sources})
+        return PromptStream(sources, {name: self.train[name].weight for name in sources})
 
     def source_metrics(self, groups: Sequence[GroupReport]) -> dict[str, float]:
         """How many samples of a rollout each source has, and their mean reward; empty where
@@ -244,11 +240,6 @@ class PromptSource:
 
         Raises RunError when that was with other prompts or another seed.
         """
-        if _MIX in state:
-            raise RunError(
-                f"the data cursor was saved with the sources {', '.join(state[_MIX])}, this run "
-                "has one source; resume with data.sources as at the run's start"
-            )
         for name, value in self._order().items():
             if state[name] != value:
                 raise RunError(
@@ -283,8 +274,8 @@ class PromptSource:
         return generator.permutation(len(self._prompts))
 
 
-class PromptMix:
-    """Takes prompts from several sources by their weights, each in its own epochs.
+class PromptStream:
+    """Takes prompts from one or several sources by their weights, each in its own epochs.
 
     After any number of prompts each source has given its share of them, to less than one
     prompt. The next prompt comes from the source whose turn ends first, of those whose turn
@@ -301,7 +292,7 @@ class PromptMix:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            _MIX: {
+            "sources": {
                 name: {"share": self._shares[name], **source.state_dict()}
                 for name, source in self._sources.items()
             }
@@ -312,21 +303,20 @@ class PromptMix:
 
         Raises RunError when that was with other sources, shares, prompts or another seed.
         """
-        saved = {name: own["share"] for name, own in state.get(_MIX, {}).items()}
+        saved = {name: own["share"] for name, own in state["sources"].items()}
         if list(saved.items()) != list(self._shares.items()):
-            before = _shares_text(saved) or "one source"
             raise RunError(
-                f"the data cursor was saved with {before}, this run has "
+                f"the data cursor was saved with {_shares_text(saved)}, this run has "
                 f"{_shares_text(self._shares)}; resume with data.sources and their weights as at "
                 "the run's start, or start a new run from its hf/ export"
             )
         for name, source in self._sources.items():
-            source.load_state_dict(state[_MIX][name])
+            source.load_state_dict(state["sources"][name])
 
     def _next_source(self) -> PromptSource:
         taken = {name: source.num_taken for name, source in self._sources.items()}
         number = sum(taken.values()) + 1
-        slack = 1 / (2 * len(taken) - 2)
+        slack = 1 / max(2 * len(taken) - 2, 1)
         # How many prompts a source is behind its share.
         behind = {name: share * number - taken[name] for name, share in self._shares.items()}
         eligible = [name for name in taken if behind[name] >= slack - _ROUNDING]
@@ -335,8 +325,4 @@ class PromptMix:
 
 
 def _shares_text(shares: Mapping[str, float]) -> str:
-    return ", ".join(f"{share:.3g} of {name}" for name, share in shares.items())
-
-
-# Where a run takes its prompts from, one after the other without an end.
-PromptStream = PromptSource | PromptMix
+    return ", ".join(f"{share:.3g} of {name or 'data.prompts'}" for name, share in shares.items())

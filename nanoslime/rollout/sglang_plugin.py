@@ -21,9 +21,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 from sglang.srt.managers.io_struct import BeginWeightUpdateReqOutput, CheckWeightsReqOutput
@@ -68,7 +70,7 @@ def register() -> None:
         f"{_UPDATER}.begin_weight_update": [guard.begin],
         f"{_UPDATER}.destroy_weights_update_group": [leave_groups],
         f"{_MANAGER}.update_weights_from_disk": [answer_of_all_ranks],
-        f"{_MANAGER}.update_weights_from_distributed": [answer_of_all_ranks],
+        f"{_MANAGER}.update_weights_from_distributed": [one_after_another, answer_of_all_ranks],
         f"{_MANAGER}.update_weights_from_tensor": [answer_of_all_ranks],
         f"{_MANAGER}.check_weights": [guard.answer_agree, answer_of_all_ranks],
         f"{_MANAGER}.begin_weight_update": [guard.answer_begin],
@@ -125,6 +127,44 @@ def leave_groups(original: Original, updater: Any, group_name: str) -> Result:
     results = [original(updater, name) for name in names or [group_name]]
     failures = [message for success, message in results if not success]
     return not failures, "; ".join(failures) or f"left {len(names)} groups"
+
+
+def one_after_another(original: Original, manager: Any, request: Any) -> Any:
+    """One call may announce several buckets: each is received and loaded before the next one.
+
+    After a refusal the others are only received, so that their sender does not wait.
+    """
+    updater = manager.tp_worker.model_runner.weight_updater
+    first, *others = _buckets_of(request)
+    answer = original(manager, first)
+    for bucket in others:
+        if answer.success:
+            answer = original(manager, bucket)
+            continue
+        try:
+            updater.receive_weights_from_distributed(
+                names=bucket.names,
+                dtypes=bucket.dtypes,
+                shapes=bucket.shapes,
+                group_name=bucket.group_name,
+                load_format=bucket.load_format,
+            )
+        except Exception:
+            # Their sender is gone, as the answer says.
+            break
+    return answer
+
+
+def _buckets_of(request: Any) -> list[Any]:
+    """A request for each bucket, which a header begins."""
+    starts = [number for number, name in enumerate(request.names) if name == HEADER]
+    if not starts or starts[0] > 0:
+        return [request]
+    buckets = []
+    for start, stop in pairwise([*starts, len(request.names)]):
+        own = {name: getattr(request, name)[start:stop] for name in ("names", "dtypes", "shapes")}
+        buckets.append(msgspec.structs.replace(request, **own))
+    return buckets
 
 
 def answer_of_all_ranks(original: Original, manager: Any, request: Any) -> Any:

@@ -316,11 +316,8 @@ class RolloutWorker:
         group_id = held.task.group_id
         reports = []
         for index, sample in enumerate(held.samples):
-            if self._keeps_arrays:
-                report = sample.report(KeptArrays(self._index, group_id, index))
-            else:
-                report = sample.report(sample.arrays)
-            reports.append(report)
+            kept = KeptArrays(self._index, group_id, index)
+            reports.append(sample.report(kept if self._keeps_arrays else sample.arrays))
         return GroupReport(group_id, reports)
 
     def _cancel(self, gone: set[int]) -> None:

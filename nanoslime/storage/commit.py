@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from nanoslime.storage import manifest
@@ -36,22 +36,29 @@ def partial_dir(final: Path) -> Path:
     return partial
 
 
-def commit(partial: Path, final: Path, known: Mapping[str, str] | None = None) -> None:
+def commit(
+    partial: Path,
+    final: Path,
+    known: Mapping[str, str] | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> None:
     """Write the manifest of `partial`, force all of it to disk, and rename it to `final`.
 
-    `known` are hashes of files, as `manifest.write` takes them.
+    `known` are hashes of files, as `manifest.write` takes them. `check` is called right before
+    the rename, and raises where it must not be.
     """
     manifest.write(partial, known)
-    put_in_place(partial, final)
+    put_in_place(partial, final, check)
 
 
-def put_in_place(partial: Path, final: Path) -> None:
+def put_in_place(partial: Path, final: Path, check: Callable[[], None] = lambda: None) -> None:
     """Force all of `partial` to disk and rename it to `final`, in place of what is there."""
     for folder, _, names in os.walk(partial):
         for name in names:
             with open(os.path.join(folder, name), "rb") as file:
                 os.fsync(file.fileno())
         sync_directory(Path(folder))
+    check()
     replaced = None
     if final.exists():
         replaced = _set_aside(final)

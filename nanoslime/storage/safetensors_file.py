@@ -54,10 +54,6 @@ _COMPARED_BYTES = 16 << 20
 Spec = tuple[str, str, tuple[int, ...]]
 
 
-class SafetensorsError(RunError):
-    """A checkpoint's files are missing, damaged or contradict one another."""
-
-
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
     """Where one tensor lies: bytes [start, stop) of `file`, counted from the file's beginning.
@@ -75,14 +71,14 @@ class TensorInfo:
 def read_headers(directory: Path) -> dict[str, TensorInfo]:
     """Every tensor of a Hugging Face checkpoint directory, by name; no tensor data is read.
 
-    Raises SafetensorsError for a missing or truncated file, a bad header, overlapping
+    Raises RunError for a missing or truncated file, a bad header, overlapping
     tensors, and an index that disagrees with its files.
     """
     if (directory / INDEX_FILE).exists():
         index = read_json(directory / INDEX_FILE)
         headers = _read_sharded_headers(directory, _weight_map(directory / INDEX_FILE, index))
         if "metadata" not in index:
-            raise SafetensorsError(
+            raise RunError(
                 f"{directory / INDEX_FILE} has no metadata, without which transformers does not "
                 'load the model; add "metadata": {}'
             )
@@ -92,29 +88,29 @@ def read_headers(directory: Path) -> dict[str, TensorInfo]:
 
 
 def require_weights(directory: Path) -> None:
-    """Raises SafetensorsError, saying what there is instead, for a directory without weights
+    """Raises RunError, saying what there is instead, for a directory without weights
     that could be read."""
     if not directory.is_dir():
-        raise SafetensorsError(
+        raise RunError(
             f"{directory} is not a directory: it holds neither {SINGLE_FILE} nor {INDEX_FILE}"
         )
     if (directory / SINGLE_FILE).exists() or (directory / INDEX_FILE).exists():
         return
     refuse_other_forms(directory)
-    raise SafetensorsError(f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+    raise RunError(f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
 
 
 def refuse_other_forms(directory: Path) -> None:
-    """Raises SafetensorsError for a directory with weights in a form that is not read."""
+    """Raises RunError for a directory with weights in a form that is not read."""
     names = sorted(path.name for path in directory.iterdir())
     if not {"adapter_config.json", "adapter_model.safetensors"}.isdisjoint(names):
-        raise SafetensorsError(
+        raise RunError(
             f"{directory} is no checkpoint but an adapter without its base model; merge the two "
             "first, with merge_and_unload() of peft, and save the result"
         )
     others = [name for name in names if name.endswith((".safetensors", ".bin", ".pth", ".gguf"))]
     if others:
-        raise SafetensorsError(
+        raise RunError(
             f"{directory} holds {others[0]}, but neither {SINGLE_FILE} nor {INDEX_FILE}, which "
             "are read; load the model with transformers and save it by save_pretrained()"
         )
@@ -124,10 +120,10 @@ def _weight_map(path: Path, content: Any) -> dict[str, str]:
     """The name of the file of each tensor, as the index says."""
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise SafetensorsError(f"{path} has no weight_map, which says in which file a tensor is")
+        raise RunError(f"{path} has no weight_map, which says in which file a tensor is")
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise SafetensorsError(
+            raise RunError(
                 f"{path} says that {name} is in {file!r}; only files beside the index are read, "
                 "by SGLang too: move them there and name them so"
             )
@@ -140,19 +136,19 @@ def _read_sharded_headers(directory: Path, weight_map: dict[str, str]) -> dict[s
     for file in sorted(set(weight_map.values())):
         path = directory / file
         if not path.exists():
-            raise SafetensorsError(f"{path} is missing; {INDEX_FILE} lists it")
+            raise RunError(f"{path} is missing; {INDEX_FILE} lists it")
         for name, info in read_file_header(path).items():
             if name in found:
-                raise SafetensorsError(f"{path} holds {name}, and so does {found[name].file}")
+                raise RunError(f"{path} holds {name}, and so does {found[name].file}")
             found[name] = info
     for name, file in weight_map.items():
         if name not in found or found[name].file.name != file:
-            raise SafetensorsError(
+            raise RunError(
                 f"{directory / file} does not hold {name}, although {INDEX_FILE} says so"
             )
     for name, info in found.items():
         if name not in weight_map:
-            raise SafetensorsError(f"{info.file} holds {name}, which {INDEX_FILE} does not list")
+            raise RunError(f"{info.file} holds {name}, which {INDEX_FILE} does not list")
     return found
 
 
@@ -162,17 +158,13 @@ def read_file_header(path: Path) -> dict[str, TensorInfo]:
         size = path.stat().st_size
         head = read_head(path)
     except OSError as error:
-        raise SafetensorsError(f"{path} cannot be read: {error.strerror}") from error
+        raise RunError(f"{path} cannot be read: {error.strerror}") from error
     tensors = parse_head(path, head)
     described = max((info.stop for info in tensors.values()), default=len(head))
     if size < described:
-        raise SafetensorsError(
-            f"{path} is truncated: {size} bytes, its header describes {described}"
-        )
+        raise RunError(f"{path} is truncated: {size} bytes, its header describes {described}")
     if size > described:
-        raise SafetensorsError(
-            f"{path} is too long: {size} bytes, its header describes {described}"
-        )
+        raise RunError(f"{path} is too long: {size} bytes, its header describes {described}")
     return tensors
 
 
@@ -183,15 +175,13 @@ def read_head(path: Path) -> bytes:
         prefix = file.read(8)
         length = -1
         if prefix == _GIT_LFS_POINTER:
-            raise SafetensorsError(
+            raise RunError(
                 f"{path} is a pointer of Git LFS and not the file itself; fetch it by git lfs pull"
             )
         if len(prefix) == 8:
             (length,) = struct.unpack("<Q", prefix)
         if not 0 < length <= min(size - 8, _MAX_HEADER_BYTES):
-            raise SafetensorsError(
-                f"{path} is truncated or not safetensors: {size} bytes, header {length}"
-            )
+            raise RunError(f"{path} is truncated or not safetensors: {size} bytes, header {length}")
         return prefix + file.read(length)
 
 
@@ -218,19 +208,17 @@ def parse_head(path: Path, head: bytes) -> dict[str, TensorInfo]:
         entries.pop("__metadata__", None)
         tensors = {name: _info(path, entry, len(head)) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SafetensorsError(
-            f"{path} has a broken header: {type(error).__name__}: {error}"
-        ) from error
+        raise RunError(f"{path} has a broken header: {type(error).__name__}: {error}") from error
     ordered = dict(sorted(tensors.items(), key=_place))
     position = len(head)
     for name, info in ordered.items():
         if info.start != position:
-            raise SafetensorsError(
+            raise RunError(
                 f"{path}: {name} is at byte {info.start}, not {position}: overlap or hole"
             )
         size_bytes = info.stop - info.start
         if size_bytes != math.prod(info.shape) * DTYPE_BYTES[info.dtype]:
-            raise SafetensorsError(
+            raise RunError(
                 f"{path}: {name} is {info.dtype} {list(info.shape)} in {size_bytes} bytes"
             )
         position = info.stop

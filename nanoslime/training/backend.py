@@ -2,19 +2,20 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanoslime.batch import Metric, MicroBatch, OwnedShard, StepMetrics, TrainBatch, WeightShard
+from nanoslime.algorithms.policy_gradient import PolicyGradient
+from nanoslime.batch import OwnedShard, StepMetrics, TrainBatch, WeightShard
 from nanoslime.config import RunConfig
 from nanoslime.config.training import TrainingConfig
 from nanoslime.process_groups import listening_store
@@ -48,32 +49,11 @@ class RankEnv:
         return torch.device("cpu")
 
 
-class Algorithm(Protocol):
-    """What a backend asks of an algorithm: maths on tensors, no I/O, no process groups.
-
-    nanoslime.algorithms.policy_gradient says what the methods return.
-    """
-
-    denominator: Literal["tokens", "sequences", "fixed"]
-    needs_old_logprobs: bool
-    needs_reference: bool
-
-    def token_advantages(
-        self, shard: TrainBatch, all_sum: Callable[[Tensor], Tensor]
-    ) -> list[Tensor]: ...
-
-    def loss(
-        self, logprobs: Tensor, entropy: Tensor, batch: MicroBatch
-    ) -> tuple[Tensor, dict[str, Metric]]: ...
-
-
 class TrainBackend(ABC):
     """One rank's view; all ranks make the same calls, each with its data-parallel shard.
 
     Construction is collective: it joins the process group and loads the weights of a
-    model's directory. For parity tests backends also have `grad_shards()`: as
-    weight_shards, but the clipped float32 gradients of the last step, summed over data
-    parallelism (under Megatron's distributed optimizer, the rank's share only).
+    model's directory.
     """
 
     dp_rank: int
@@ -122,7 +102,7 @@ class TrainBackend(ABC):
         """
         return self._weights("ref")
 
-    def train_step(self, shard: TrainBatch, algorithm: Algorithm) -> StepMetrics:
+    def train_step(self, shard: TrainBatch, algorithm: PolicyGradient) -> StepMetrics:
         """Makes an optimizer step; the result is the same on every rank.
 
         The gradient is clipped to a global norm of clip_grad. A norm that is not finite,
@@ -225,7 +205,7 @@ class TrainBackend(ABC):
         """[T] per micro-batch, on the last stage only. The model holds `weights` already."""
 
     @abstractmethod
-    def _backward(self, shard: TrainBatch, algorithm: Algorithm) -> ReducedMetrics:
+    def _backward(self, shard: TrainBatch, algorithm: PolicyGradient) -> ReducedMetrics:
         """Fills the gradients, summed over ranks, and returns metrics on every rank."""
 
     @abstractmethod

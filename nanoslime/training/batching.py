@@ -211,7 +211,7 @@ def _advantage(sample: SampleReport) -> float:
     if sample.advantage is None:
         raise ValueError(
             f"sample of group {sample.group_id}, rollout {sample.rollout_id} has no advantage; "
-            "Algorithm.advantages comes before batching"
+            "PolicyGradient.advantages comes before batching"
         )
     return float(sample.advantage)
 

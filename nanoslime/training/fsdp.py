@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from nanoslime.algorithms.policy_gradient import PolicyGradient
 from nanoslime.batch import OwnedShard, TrainBatch, WeightShard
 from nanoslime.config.run import RunConfig
 from nanoslime.config.training import TrainingConfig
 from nanoslime.models.rules import whole
 from nanoslime.models.trainable import check_data_parallel_only
-from nanoslime.training.backend import Algorithm, RankEnv, TrainBackend, init_process_group
+from nanoslime.training.backend import RankEnv, TrainBackend, init_process_group
 from nanoslime.training.fsdp_model import build_sharded, rows_of
 from nanoslime.training.metrics import MetricSums, ReducedMetrics
 from nanoslime.training.skipping import StepHistory
@@ -55,13 +56,13 @@ class FSDPBackend(TrainBackend):
         """This rank's rows of each tensor, float32; tied tensors come under their first
         name.
         """
-        return self._shards("data")
+        params = dict(self._model.named_parameters())
+        for shard in self._rows_of(self.dp_rank):
+            rows = params[shard.name].data.to_local()
+            yield WeightShard(shard.name, shard.full_shape, shard.box, rows)
 
     def owned_shards(self) -> list[list[OwnedShard]]:
         return [self._rows_of(rank) for rank in range(self.dp_size)]
-
-    def grad_shards(self) -> Iterator[WeightShard]:
-        return self._shards("grad")
 
     def save(self, path: Path) -> None:
         dcp.save(self._state(), checkpoint_id=path)
@@ -78,13 +79,6 @@ class FSDPBackend(TrainBackend):
         for name, generator in self._generators().items():
             if name in state:
                 generator.set_state(state[name])
-
-    def _shards(self, attribute: Literal["data", "grad"]) -> Iterator[WeightShard]:
-        params = dict(self._model.named_parameters())
-        for shard in self._rows_of(self.dp_rank):
-            value = getattr(params[shard.name], attribute)
-            if value is not None:
-                yield WeightShard(shard.name, shard.full_shape, shard.box, value.to_local())
 
     def _rows_of(self, rank: int) -> list[OwnedShard]:
         found = []
@@ -105,7 +99,7 @@ class FSDPBackend(TrainBackend):
             packs.append(logprobs.cpu())
         return packs
 
-    def _backward(self, shard: TrainBatch, algorithm: Algorithm) -> ReducedMetrics:
+    def _backward(self, shard: TrainBatch, algorithm: PolicyGradient) -> ReducedMetrics:
         self._optimizer.zero_grad()
         sums = MetricSums()
         for indices in shard.microbatches:

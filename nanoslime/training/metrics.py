@@ -50,7 +50,7 @@ class MetricSums:
     def add(
         self, loss: Tensor, metrics: dict[str, Metric], logprobs: Tensor, batch: MicroBatch
     ) -> None:
-        """Adds a micro-batch: `loss` and `metrics` of Algorithm.loss for `logprobs` [T]."""
+        """Adds a micro-batch: `loss` and `metrics` of PolicyGradient.loss for `logprobs` [T]."""
         self._add(_LOSS, WeightedMean(loss, batch.denominator))
         own = engine_gap_metrics(logprobs, batch) | advantage_metrics(batch)
         for name, metric in (metrics | own).items():

@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanoslime.algorithms.policy_gradient import PolicyGradient
 from nanoslime.batch import Metric, MicroBatch
 from nanoslime.storage.recorded_samples import write_gaps
-from nanoslime.training.backend import Algorithm
 
 
 class GapNotes:
-    """An `Algorithm` that is another one, and notes the gaps of every micro-batch in its loss."""
+    """Stands for an algorithm, and notes the gaps of every micro-batch in its loss."""
 
-    def __init__(self, algorithm: Algorithm) -> None:
+    def __init__(self, algorithm: PolicyGradient) -> None:
         self._algorithm = algorithm
         # The lengths of its sequences, tokens [T] and gaps [T] of each micro-batch.
         self._noted: list[tuple[list[int], Tensor, Tensor]] = []

@@ -4,18 +4,21 @@
     the bucket's sender               --broadcast--->  all engine ranks, in a group of its own
 
 Every pipeline stage has a sender, and every expert-parallel rank sends its own experts. They
-take turns in the order of the plan, which all know. A sender has two flat tensors: one fills
+take turns in the order of the plan, which all know: a turn is a run of consecutive buckets of
+one sender, of which the engines are told in one call. A sender has two flat tensors: one fills
 while the other is on the wire and in the engines' loaders.
 """
 
 import logging
 import time
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, batched, groupby
 from queue import SimpleQueue
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +30,7 @@ from nanoslime.sealed_bucket import Place, seal
 from nanoslime.weight_sync.engine_calls import EngineCalls, EnginesFailed
 from nanoslime.weight_sync.exchange import Exchange
 from nanoslime.weight_sync.flat import FlatBucket
-from nanoslime.weight_sync.plan import whole_on_first
+from nanoslime.weight_sync.plan import MAX_RUN, whole_on_first
 from nanoslime.weight_sync.transport import EngineSide, RankSide, Sent
 from nanoslime.weight_sync.turns import Turns
 
@@ -39,13 +42,38 @@ NUM_FLAT = 2
 SHARE = 2 / (NUM_FLAT + 1)
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """The buckets of one turn."""
+
+    turn: int
+    numbers: tuple[int, ...]
+    sender: int
+
+    @property
+    def first(self) -> int:
+        return self.numbers[0]
+
+    @property
+    def last(self) -> int:
+        return self.numbers[-1]
+
+
+@dataclass(slots=True)
+class _Flat:
+    """A tensor for one bucket. On a CPU both events are None."""
+
+    tensor: Tensor
+    is_full: torch.cuda.Event | None = None
+    is_free: torch.cuda.Event | None = None
+
+
 @dataclass(slots=True)
 class _Full:
     """A bucket that is ready to be sent, in the first bytes of `flat`."""
 
     number: int
-    flat: Tensor
-    ready: torch.cuda.Event | None  # None on a CPU
+    flat: _Flat
 
 
 @dataclass(slots=True)
@@ -55,9 +83,9 @@ class _Update:
     version: int
     compares: bool
     shards: list[WeightShard]
-    free: SimpleQueue[Tensor] = field(default_factory=SimpleQueue)
+    free: SimpleQueue[_Flat] = field(default_factory=SimpleQueue)
     full: deque[_Full] = field(default_factory=deque)
-    next: int = 0  # the bucket that is filled next
+    num_filled: int = 0
     is_well: bool = True
     num_bytes: int = 0
     gather_s: float = 0.0
@@ -74,7 +102,11 @@ class BroadcastSender:
         self._deadline_s = rank.deadline_s
         plan = weights.plan(whole_on_first, int(rank.bucket_bytes * SHARE))
         self._exchange = Exchange(plan, weights.rank, weights.device)
-        self._senders = [bucket.first_rank for bucket in plan]
+        self._num_buckets = len(plan)
+        self._runs = list(_runs_of([bucket.first_rank for bucket in plan]))
+        self._run_of = {number: run for run in self._runs for number in run.numbers}
+        # All ranks fill in this order: first what every sender has room for before the pause.
+        self._order, self._num_prepared = _filling_order(self._runs)
         self._flat_buckets = {
             number: FlatBucket(bucket)
             for number, bucket in enumerate(plan)
@@ -92,13 +124,9 @@ class BroadcastSender:
         if self._flat_buckets:
             num_bytes = max(bucket.nbytes for bucket in self._flat_buckets.values())
             for _ in range(NUM_FLAT):
-                flat = torch.empty(num_bytes, dtype=torch.uint8, device=self._weights.device)
-                update.free.put(flat)
-        num_filled: dict[int, int] = {}
-        for sender in self._senders:
-            num_filled[sender] = num_filled.get(sender, 0) + 1
-            if num_filled[sender] > NUM_FLAT:
-                break
+                tensor = torch.empty(num_bytes, dtype=torch.uint8, device=self._weights.device)
+                update.free.put(_Flat(tensor))
+        for _ in range(self._num_prepared):
             self._fill(update)
         self._update = update
 
@@ -109,10 +137,11 @@ class BroadcastSender:
         update, self._update = self._update, None
         self._num_syncs += 1
         sync = str(self._num_syncs)
-        turns = Turns(self._store, sync, self._senders, 2 * self._deadline_s)
+        senders = [run.sender for run in self._runs]
+        turns = Turns(self._store, sync, senders, 2 * self._deadline_s)
         sends: list[Future[None]] = []
         with ThreadPoolExecutor(1, thread_name_prefix="weights") as wire:
-            while update.full or update.next < len(self._senders):
+            while update.full or update.num_filled < self._num_buckets:
                 if not update.full:
                     self._fill(update)
                 while update.full:
@@ -135,7 +164,7 @@ class BroadcastSender:
 
     def _open(self, rank: RankSide, engines: EngineSide) -> None:
         """The senders open their groups one after the other, so that engines join in one order."""
-        senders = sorted(set(self._senders))
+        senders = sorted({run.sender for run in self._runs})
         turns = Turns(self._store, "open", senders, len(senders) * rank.deadline_s)
         if self._weights.rank not in senders:
             return
@@ -154,51 +183,83 @@ class BroadcastSender:
 
     def _fill(self, update: _Update) -> None:
         """Brings the shards of the next bucket to its sender, once that has room for it."""
-        number = update.next
-        update.next += 1
+        number = self._order[update.num_filled]
+        update.num_filled += 1
         bucket = self._flat_buckets.get(number)
         if bucket is None:
             self._exchange.bring(number, update.shards, [])
             return
         flat = update.free.get()
         begin = time.monotonic()
-        within = flat[: bucket.nbytes]
+        if flat.is_free is not None:
+            flat.is_free.wait()
+        within = flat.tensor[: bucket.nbytes]
         self._exchange.bring(number, update.shards, bucket.views(within))
-        place = Place(update.version, number, len(self._senders), update.compares)
+        place = Place(update.version, number, self._num_buckets, update.compares)
         seal(within, place, bucket.parts)
-        ready = None
-        if flat.device.type == "cuda":
-            ready = torch.cuda.current_stream().record_event()
-        update.full.append(_Full(number, flat, ready))
+        if within.is_cuda:
+            flat.is_full = torch.cuda.current_stream().record_event()
+        update.full.append(_Full(number, flat))
         update.gather_s += time.monotonic() - begin
 
     def _send_in_turn(self, update: _Update, full: _Full, turns: Turns) -> None:
         """Sends nothing more once something has failed, here or in an earlier turn."""
+        run = self._run_of[full.number]
+        bucket = self._flat_buckets[full.number]
         is_well = update.is_well
         update.is_well = False
-        before, after = self._neighbours(full.number)
         try:
-            if before not in (None, self._weights.rank):
-                is_well = turns.wait(full.number) and is_well
+            if full.number == run.first:
+                is_well = self._begin(run, turns) and is_well
             if is_well:
                 begin = time.monotonic()
-                bucket = self._flat_buckets[full.number]
-                wire_s = self._wire.send(bucket, full, update.version)
-                update.wire_s += wire_s
-                update.load_s += time.monotonic() - begin - wire_s
+                if full.number == run.first:
+                    self._wire.announce([self._flat_buckets[number] for number in run.numbers])
+                self._wire.send(bucket, full, update.version)
+                sent = time.monotonic()
+                update.wire_s += sent - begin
                 update.num_bytes += bucket.nbytes
+                if full.number == run.last:
+                    self._wire.collect(update.version)
+                    update.load_s += time.monotonic() - sent
             update.is_well = is_well
         finally:
             # It comes first, as the next bucket waits for it even if the store is gone.
             update.free.put(full.flat)
-            if after not in (None, self._weights.rank):
-                turns.over(full.number, well=update.is_well)
+            if full.number == run.last and self._sender_at(run.turn + 1) is not None:
+                turns.over(run.turn, well=update.is_well)
 
-    def _neighbours(self, number: int) -> tuple[int | None, int | None]:
-        """Who sends the bucket before, and the one after."""
-        before = self._senders[number - 1] if number > 0 else None
-        after = self._senders[number + 1] if number + 1 < len(self._senders) else None
-        return before, after
+    def _begin(self, run: _Run, turns: Turns) -> bool:
+        """Waits for the turn of this rank; False where an earlier one failed."""
+        before = self._sender_at(run.turn - 1)
+        return before is None or turns.wait(run.turn)
+
+    def _sender_at(self, turn: int) -> int | None:
+        """Who else has this turn; None where nobody has it, or this rank itself."""
+        if not 0 <= turn < len(self._runs):
+            return None
+        sender = self._runs[turn].sender
+        return None if sender == self._weights.rank else sender
+
+
+def _runs_of(senders: Sequence[int]) -> Iterator[_Run]:
+    """The turns of a plan, by the sender of each of its buckets."""
+    turn = 0
+    for sender, of_sender in groupby(range(len(senders)), key=senders.__getitem__):
+        for numbers in batched(of_sender, MAX_RUN):
+            yield _Run(turn, numbers, sender)
+            turn += 1
+
+
+def _filling_order(runs: Sequence[_Run]) -> tuple[list[int], int]:
+    """The buckets of all runs, the first NUM_FLAT of every sender before the others, and how
+    many these are."""
+    by_sender: dict[int, list[int]] = {}
+    for run in runs:
+        by_sender.setdefault(run.sender, []).extend(run.numbers)
+    first = {number for numbers in by_sender.values() for number in numbers[:NUM_FLAT]}
+    numbers = [number for run in runs for number in run.numbers]
+    return sorted(numbers, key=lambda number: number not in first), len(first)
 
 
 class _Wire:
@@ -214,28 +275,63 @@ class _Wire:
         self._calls = EngineCalls(engines.engines)
         is_cuda = rank.weights.device.type == "cuda"
         self._stream = torch.cuda.Stream(rank.weights.device) if is_cuda else None
+        self._announced: list[Future[Any]] = []
         self._group = self._join(engines.address, store, "nccl" if is_cuda else "gloo")
 
-    def send(self, bucket: FlatBucket, full: _Full, version: int) -> float:
-        """Returns when every engine has loaded the bucket: the seconds of the broadcast."""
-        begin = time.monotonic()
-        announced = self._calls.start(
-            "receive_bucket",
-            names=bucket.names,
-            shapes=[list(shape) for shape in bucket.shapes],
-            dtypes=[str(dtype).removeprefix("torch.") for dtype in bucket.dtypes],
-            group=self.group_name,
+    def announce(self, buckets: Sequence[FlatBucket]) -> None:
+        """Tells every engine which buckets come now; it answers when it has loaded them."""
+        names: list[str] = []
+        shapes: list[list[int]] = []
+        dtypes: list[str] = []
+        for bucket in buckets:
+            names += bucket.names
+            shapes += [list(shape) for shape in bucket.shapes]
+            dtypes += [str(dtype).removeprefix("torch.") for dtype in bucket.dtypes]
+        self._announced = self._calls.start(
+            "receive_buckets", names=names, shapes=shapes, dtypes=dtypes, group=self.group_name
         )
-        what = f"receive weights of version {version}"
+
+    def send(self, bucket: FlatBucket, full: _Full, version: int) -> None:
+        """Sends the next bucket of the run; on a CPU it is on its way to the engines' loaders
+        when this returns."""
+        flat = full.flat
+        data = flat.tensor[: bucket.nbytes]
+        with self._abort_if_broken(version):
+            if self._stream is None:
+                work = dist.broadcast(data, group_src=0, group=self._group, async_op=True)
+                self._wait(work, version)
+                return
+            with torch.cuda.stream(self._stream):
+                flat.is_full.wait()
+                dist.broadcast(data, group_src=0, group=self._group, async_op=True).wait()
+                flat.is_free = self._stream.record_event()
+
+    def collect(self, version: int) -> None:
+        """Returns when every engine has loaded the run."""
+        with self._abort_if_broken(version):
+            what = f"receive weights of version {version}"
+            self._calls.collect(self._announced, what, self._deadline_s)
+
+    def _wait(self, work: dist.Work, version: int) -> None:
+        """Waits for a broadcast, but not if an engine refuses to receive it."""
+        over: Future[None] = Future()
+        # `work` itself learns it a moment later than its future.
+        work.get_future().then(lambda _: over.set_result(None))
+        done, _ = wait([over, *self._announced], self._deadline_s, return_when=FIRST_COMPLETED)
+        if self._calls.failures_of(self._announced):
+            self.collect(version)
+        if not done:
+            raise EnginesFailed(
+                f"trainer rank {self._rank}: the broadcast of version {version} is not over after "
+                f"{self._deadline_s:.0f}s",
+                {},
+            )
+        work.wait()
+
+    @contextmanager
+    def _abort_if_broken(self, version: int) -> Iterator[None]:
         try:
-            with torch.cuda.stream(self._stream) if self._stream else nullcontext():
-                if self._stream:
-                    self._stream.wait_event(full.ready)
-                flat = full.flat[: bucket.nbytes]
-                work = dist.broadcast(flat, group_src=0, group=self._group, async_op=True)
-            over = work.get_future().then(lambda _: time.monotonic())
-            self._calls.collect(announced, what, self._deadline_s)
-            work.wait()
+            yield
         except RuntimeError as e:
             # NCCL would wait for an engine that is gone, and end this process after a while.
             self._group.abort()
@@ -243,8 +339,6 @@ class _Wire:
                 raise
             # Neither gloo nor NCCL says who is gone.
             raise EnginesFailed(f"the broadcast of version {version} broke: {e}", {}) from e
-        # A stream's work is over when its engines have answered, as far as the host knows.
-        return (time.monotonic() if self._stream else over.wait()) - begin
 
     def close(self) -> None:
         self._calls.close()

@@ -10,13 +10,17 @@ asking one another.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, zip_longest
+from itertools import batched, combinations, zip_longest
 
 import torch
 
 from nanoslime.batch import OwnedShard
 from nanoslime.models.rules import Box, whole
 from nanoslime.sealed_bucket import MORE
+
+# So many buckets of one sender come one after another. Each sender's turn costs the engines a
+# call, some milliseconds in which the wire is idle.
+MAX_RUN = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +183,9 @@ def make_sync_plan(
     for ranks in sorted(by_ranks):
         tensors = sorted(by_ranks[ranks], key=lambda tensor: -tensor.dtype.itemsize)
         queues.append(list(make_buckets(tensors, bucket_bytes)))
-    rounds = zip_longest(*queues)
-    return tuple(bucket for turn in rounds for bucket in turn if bucket is not None)
+    runs = [batched(queue, MAX_RUN) for queue in queues]
+    rounds = zip_longest(*runs, fillvalue=())
+    return tuple(bucket for turn in rounds for run in turn for bucket in run)
 
 
 def cut(tensor: PlannedTensor, limit_bytes: int) -> Iterator[PlannedTensor]:

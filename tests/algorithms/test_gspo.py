@@ -34,7 +34,7 @@ def test_a_sequence_is_clipped_as_a_whole():
 
 def test_the_clip_is_close_and_the_mean_is_over_sequences_unless_said_otherwise():
     made = algorithm(GSPOConfig())
-    assert made.denominator == "sequences"
+    assert made.config.denominator == "sequences"
     batch = pack([0.0], [1.0])
     assert loss([3.9e-4], batch, made)[2]["train/clip_ratio"] == 0
     assert loss([4.1e-4], batch, made)[2]["train/clip_ratio"] == 1

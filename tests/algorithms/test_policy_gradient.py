@@ -178,8 +178,8 @@ def test_the_signed_move_of_the_policy_may_cancel_out():
     assert loss([-2.0], pack([-1.5], [1.0]))[2]["train/ppo_kl_k1"] == 0.5  # old - current
 
 
-def test_the_protocol_of_the_backends_is_met():
+def test_an_algorithm_says_what_it_needs():
     made: PolicyGradient = algorithm(denominator="sequences")
-    assert made.denominator == "sequences"
+    assert made.config.denominator == "sequences"
     assert not made.needs_reference
     assert made.needs_old_logprobs

@@ -141,7 +141,7 @@ def test_the_table_has_what_the_configuration_can_name():
     for name, config in CONFIGS.items():
         made = algorithms.make(config())
         assert made.config.name == name
-        assert made.denominator == config().denominator
+        assert made.config.denominator == config().denominator
 
 
 @every

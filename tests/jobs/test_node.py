@@ -194,9 +194,7 @@ def test_a_killed_rehearsal_takes_its_nodes_along(
     rehearsal.finish()
     attempt = made.run.attempts / "1"
     assert process_table.wait_for((attempt / "end.json").exists, timeout_s=20)
-    code, reason = made.end
-    assert code == STOPPED
-    assert reason.startswith("SIGTERM at node0")
+    assert made.end == (FAILED, "the guard of the agent of node0 was killed")
     heartbeat = attempt / "heartbeat" / "0.json"
     assert process_table.wait_for(lambda: "left" in heartbeat.read_text(), timeout_s=20)
 
@@ -483,5 +481,5 @@ def test_a_signal_that_cannot_be_passed_on_is_passed_on_later(
     assert attempt.must_stop() is None
     agent._pass_on_signals()
     assert attempt.must_stop() == "SIGUSR2 at node0"
-    assert attempt.requeue_wanted()
+    assert attempt.final_stop() is None
     assert not agent._signals

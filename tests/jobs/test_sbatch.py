@@ -105,29 +105,6 @@ def test_environment_and_setup_come_before_the_step(tmp_path: Path) -> None:
     assert any(line.startswith("export PYTHONPATH=") for line in lines[:step])
 
 
-def run_script(tmp_path: Path, srun_code: int) -> tuple[int, str]:
-    """Run the batch script's shell part with srun and scontrol that only record their call."""
-    calls = tmp_path / "calls"
-    for name, code in (("srun", srun_code), ("scontrol", 0)):
-        program = tmp_path / name
-        record = f'echo {name} "$@" >> {shlex.quote(str(calls))}'
-        program.write_text(f"#!/bin/sh\n{record}\nexit {code}\n")
-        program.chmod(0o755)
-    made = make_run(tmp_path / "root", 1)
-    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "42"}
-    done = subprocess.run(["bash"], input=text_of(made), text=True, env=env, timeout=30)
-    return done.returncode, calls.read_text()
-
-
-@pytest.mark.parametrize(
-    ("srun_code", "code", "requeued"), [(0, 0, False), (1, 1, False), (75, 0, True)]
-)
-def test_only_a_stop_is_requeued(tmp_path: Path, srun_code: int, code: int, requeued: bool) -> None:
-    returned, calls = run_script(tmp_path, srun_code)
-    assert returned == code
-    assert ("scontrol requeue 42" in calls) == requeued
-
-
 def test_the_python_of_the_nodes_is_that_of_the_cluster_file(tmp_path: Path) -> None:
     made = make_run(tmp_path, 1, venv="/shared/envs/cuda")
     assert "/shared/envs/cuda/bin/python" in srun_line(text_of(made))

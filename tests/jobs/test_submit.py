@@ -50,6 +50,9 @@ class Machine:
             program = self.root / "bin" / name
             program.write_text(SBATCH.format(folder=self.root))
             program.chmod(0o755)
+        squeue = self.root / "bin" / "squeue"
+        squeue.write_text("#!/bin/sh\n")
+        squeue.chmod(0o755)
 
     def submit(self, *argv) -> tuple[int, str, str]:
         words = [str(word) for word in argv]
@@ -340,11 +343,38 @@ def test_resume_refuses_a_run_that_lives_and_takes_one_that_has_left(machine):
     run = RunDir.open(machine.root / "runs" / "first")
     attempt = run.new_attempt("42-0")
     attempt.beat(1, 7)
+    run.job.rename(run.path / "job.aside")
     code, _, err = machine.submit("--resume", run.path)
     assert code == 2
     assert "is running: node 1 of attempt 1 was alive" in err
     attempt.leave(1)
     assert machine.submit("--resume", run.path)[0] == 0
+    # SLURM knows more than heartbeats do.
+    attempt.beat(1, 8)
+    assert machine.submit("--resume", run.path)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("site", "says"),
+    [
+        ("time_limit_min: 5", "time_limit_min=5 ends the job after 300 s; .*more than 9 min"),
+        ("{time_limit_min: 9, signal_lead_s: 300}", "up to 240 s to commit"),
+        ("{time_limit_min: 1, signal_lead_s: 60}", "limit of more than 2 min"),
+        ("extra_sbatch: {time: 1-0}", "has 'time', .* set cluster.time_limit_min"),
+        ("extra_sbatch: {signal: USR2@9}", "has 'signal', .* set cluster.signal_lead_s"),
+    ],
+)
+def test_a_job_without_time_to_train_is_refused_with_numbers(machine, site, says):
+    machine.slurm()
+    cluster = machine.root / "site.yaml"
+    cluster.write_text(site)
+    assert re.search(says, machine.refusal("--nodes", "1", "--cluster", cluster))
+    assert machine.submitted == ""
+    code, out, _ = machine.submit("--nodes", "1", "--cluster", cluster, "--dry-run")
+    assert code == 2
+    assert re.search(f"would be refused: .*{says}", out)
+    cluster.write_text("time_limit_min: 10")
+    assert machine.submit("--nodes", "1", "--cluster", cluster)[0] == 0
 
 
 def test_what_cannot_be_resumed_is_refused(machine):

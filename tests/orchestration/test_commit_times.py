@@ -1,10 +1,14 @@
-"""When checkpoints are due: by steps, and by a clock."""
+"""When checkpoints are due, by steps and by a clock, and which attempt may commit them."""
+
+from pathlib import Path
 
 import pytest
 
 from nanoslime.config.load import load
 from nanoslime.orchestration.checkpoints import Checkpoints
 from nanoslime.run_dir import RunDir
+from nanoslime.storage.commit import checkpoints as committed
+from nanoslime.types import RunError
 
 
 class Clock:
@@ -37,8 +41,8 @@ def made(tmp_path):
     def make(*flags: str) -> tuple[Checkpoints, Clock]:
         clock = Clock()
         config = load(None, None, ["--num-rollout", "100", *flags])
-        run = RunDir.create(tmp_path, "run")
-        return Checkpoints(config, run, Trainer(), Rollout(), Weights(), clock=clock), clock
+        attempt = RunDir.create(tmp_path, "run").new_attempt()
+        return Checkpoints(config, attempt, Trainer(), Rollout(), Weights(), clock=clock), clock
 
     return make
 
@@ -74,3 +78,23 @@ def test_without_minutes_only_steps_count(made):
     checkpoints, clock = made()
     clock.minutes = 10_000
     assert not checkpoints.due(5)
+
+
+@pytest.mark.parametrize("begins", ["before", "while the trainer saves"])
+def test_an_attempt_that_a_newer_one_has_followed_commits_nothing(made, monkeypatch, begins):
+    checkpoints, _ = made()
+    run = checkpoints.run
+    checkpoints.commit(1, None)
+    save = Trainer.save
+
+    def meanwhile(trainer: Trainer, path: Path) -> dict[str, str]:
+        run.new_attempt()
+        return save(trainer, path)
+
+    if begins == "before":
+        run.new_attempt()
+    else:
+        monkeypatch.setattr(Trainer, "save", meanwhile)
+    with pytest.raises(RunError, match="attempt 2 of .* has begun, so attempt 1 ends"):
+        checkpoints.commit(2, None)
+    assert [step for step, _ in committed(run.checkpoints)] == [1]

@@ -6,12 +6,12 @@ has the current weights before it serves.
 import asyncio
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -28,6 +28,7 @@ from nanoslime.rollout.router import Router
 from nanoslime.run_dir import RunDir
 from nanoslime.training.backend import RankEnv
 from nanoslime.types import Engine, GenerateRequest, Generation, Status
+from nanoslime.weight_sync import broadcast
 from nanoslime.weight_sync.session import SyncSession
 from tests.orchestration.test_weight_sync import gap, run_config, sample, train_once
 from tests.serving import make_server, num_running
@@ -196,20 +197,17 @@ def test_a_sync_ends_well_without_an_engine_that_fails_during_it(
 ) -> None:
     """It fails after the first of several buckets; another hangs in the broadcast then."""
     run.all_ready()
-    receive = sglang_client.SGLangEngine.receive_bucket
-    lock = threading.Lock()
+    send = broadcast._Wire.send
     num_buckets = 0
 
-    def faulty(engine: sglang_client.SGLangEngine, **bucket: object) -> None:
+    def faulty(*arguments: Any) -> None:
         nonlocal num_buckets
-        if engine.name == "engine-1":
-            with lock:
-                num_buckets += 1
-                if num_buckets == 2:
-                    run.places[1].signal(*FAULTS[fault])
-        receive(engine, **bucket)
+        num_buckets += 1
+        if num_buckets == 2:
+            run.places[1].signal(*FAULTS[fault])
+        send(*arguments)
 
-    monkeypatch.setattr(sglang_client.SGLangEngine, "receive_bucket", faulty)
+    monkeypatch.setattr(broadcast._Wire, "send", faulty)
     healthy = run.pool.ready()[0]
     start = time.monotonic()
     run.sync()

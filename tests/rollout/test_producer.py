@@ -304,6 +304,6 @@ def test_what_three_workers_saved_goes_on_with_fewer_or_more(
     after = made([Gate(engine) for _ in range(num_after)], Numbers(position=10))
     after.load(tmp_path / "rollout", state["producer"])
     assert {held.worker for held in after._held.values()} == set(range(min(3, num_after)))
-    for worker in after.workers:
+    for worker in after.serving.workers:
         worker.set_engines([engine])
     assert three_rollouts(after) == expected

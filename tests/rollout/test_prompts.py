@@ -17,8 +17,8 @@ from nanoslime.models.tiny import BOS
 from nanoslime.rehearsal import build_tokenizer
 from nanoslime.rollout.prompts import (
     LoadedSource,
-    PromptMix,
     PromptSource,
+    PromptStream,
     RunPrompts,
     load_prompts,
 )
@@ -303,12 +303,12 @@ def test_resume_with_as_many_other_prompts_is_refused(others: PromptSource) -> N
 SIZES = {"a": 10, "b": 3, "c": 1}
 
 
-def mix(weights: dict[str, float], seed: int = 3) -> PromptMix:
+def mix(weights: dict[str, float], seed: int = 3) -> PromptStream:
     sources = {}
     for index, name in enumerate(weights):
         prompts = [Prompt(i, None, "", None, source=name) for i in range(SIZES[name])]
         sources[name] = PromptSource(prompts, seed, True, f"{name}.jsonl", index)
-    return PromptMix(sources, weights)
+    return PromptStream(sources, weights)
 
 
 @pytest.mark.parametrize("weights", [(0.5, 0.5), (3, 1), (5, 3, 2), (1, 1, 1), (100, 1, 0.3)])
@@ -354,10 +354,16 @@ def test_a_mix_resumes_with_the_same_sources_only() -> None:
             others.load_state_dict(state)
     with pytest.raises(RunError, match="seed=3, this run has seed=4"):
         mix({"a": 3, "b": 1}, seed=4).load_state_dict(state)
-    with pytest.raises(RunError, match="saved with the sources a, b, this run has one source"):
-        source().load_state_dict(state)
-    with pytest.raises(RunError, match="saved with one source, this run has 0.75 of a"):
-        mix({"a": 3, "b": 1}).load_state_dict(source().state_dict())
+    alone = PromptStream({"": source()}, {"": 1.0})
+    with pytest.raises(RunError, match="saved with 0.75 of a.*, this run has 1 of data.prompts"):
+        alone.load_state_dict(state)
+    with pytest.raises(RunError, match="saved with 1 of data.prompts, this run has 0.75 of a"):
+        mix({"a": 3, "b": 1}).load_state_dict(alone.state_dict())
+
+
+def test_one_source_alone_gives_its_prompts_in_its_own_order() -> None:
+    alone = PromptStream({"": source()}, {"": 0.3})
+    assert ids(alone.next(25)) == ids(source().next(25))
 
 
 def test_an_epoch_is_put_in_order_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -113,7 +114,7 @@ def test_a_job_told_that_its_time_is_up_commits_requeues_and_goes_on(
 def test_a_killed_agent_fails_the_job_in_one_line_and_leaves_nothing(
     slurm: SlurmCluster, tmp_path: Path
 ) -> None:
-    made = make_run(tmp_path, 2)
+    made = make_run(tmp_path, 2, max_requeues=0)
     job_id = submit_sbatch(made.config, made.layout, made.run, driver("deaf"))
     wait_for_driver(made, 1)
     agent = json.loads((made.run.attempts / "1" / "nodes" / "1.json").read_text())
@@ -130,18 +131,99 @@ def test_a_killed_agent_fails_the_job_in_one_line_and_leaves_nothing(
     assert scratches(tmp_path) == []
 
 
-def test_a_cancelled_job_leaves_nothing_and_is_not_requeued(
-    slurm: SlurmCluster, tmp_path: Path
+@pytest.mark.parametrize("submit", [submit_submitit, submit_sbatch])
+def test_a_job_that_is_cancelled_while_it_drains_leaves_nothing_and_never_comes_back(
+    slurm: SlurmCluster, tmp_path: Path, submit: Callable[..., str]
 ) -> None:
-    made = make_run(tmp_path, 1)
-    job_id = submit_submitit(made.config, made.layout, made.run, driver("deaf"))
+    venv = str(make_venv_with_fake_ray(tmp_path / "venv"))
+    made = make_run(tmp_path, 1, venv=venv)
+    job_id = submit(made.config, made.layout, made.run, driver("deaf"))
     wait_for_driver(made, 1)
+    slurm.run("scancel", "--signal=USR2", job_id)
+    stop = made.run.attempts / "1" / "stop.json"
+    assert process_table.wait_for(stop.exists, timeout_s=15), logs(made)
     slurm.run("scancel", job_id)
-    slurm.wait_state(int(job_id), "CANCELLED", timeout_s=30)
+    fields = slurm.wait_state(int(job_id), "CANCELLED", timeout_s=30)
     assert process_table.wait_for(lambda: not scratches(tmp_path), timeout_s=15)
+    assert fields["Restarts"] == "0"
+    assert fields["EndTime"] != "Unknown"
     code, reason = made.end
     assert code == STOPPED
-    assert reason.startswith("SIGTERM at n")
+    assert reason.startswith("SIGTERM at n1")
+
+
+@pytest.mark.parametrize("submit", [submit_submitit, submit_sbatch])
+def test_a_run_that_is_told_to_end_early_fails_its_job(
+    slurm: SlurmCluster, tmp_path: Path, submit: Callable[..., str]
+) -> None:
+    """`scancel --signal=TERM` alone: SLURM would call an exit code of 0 COMPLETED."""
+    venv = str(make_venv_with_fake_ray(tmp_path / "venv"))
+    made = make_run(tmp_path, 1, venv=venv)
+    job_id = submit(made.config, made.layout, made.run, driver("until-stop"))
+    wait_for_driver(made, 1)
+    slurm.run("scancel", "--signal=TERM", job_id)
+    fields = slurm.wait_state(int(job_id), "FAILED", timeout_s=60)
+    assert fields["Restarts"] == "0"
+    assert "not requeued: the run was asked to end: SIGTERM at n1" in logs(made)
+
+
+@pytest.mark.parametrize(
+    ("victim", "says"),
+    [
+        (r"driver_program\.py deaf --run", "the driver was killed by SIGKILL"),
+        pytest.param(r"fake_ray\.py start", "Ray on n[12] was killed by", marks=pytest.mark.matrix),
+        pytest.param(
+            r"jobs\.node \S+ --attempt", "the agent of n[12] was killed", marks=pytest.mark.matrix
+        ),
+        pytest.param(
+            r"jobs\.node \S+ --driver",
+            "the guard of the agent of n[12] was",
+            marks=pytest.mark.matrix,
+        ),
+    ],
+    ids=["driver", "ray", "agent", "guard"],
+)
+def test_a_job_whose_process_was_killed_goes_on_by_itself(
+    slurm: SlurmCluster, tmp_path: Path, victim: str, says: str
+) -> None:
+    venv = str(make_venv_with_fake_ray(tmp_path / "venv"))
+    made = make_run(tmp_path, 2, venv=venv)
+    job_id = submit_sbatch(made.config, made.layout, made.run, driver("deaf"))
+    wait_for_driver(made, 1)
+    running = process_table.all_processes().values()
+    own = [p for p in running if str(tmp_path) in p.command and not p.command.startswith("srun")]
+    pid = next(p.pid for p in own if re.search(victim, p.command))
+    os.kill(pid, signal.SIGKILL)
+    slurm.wait_state(int(job_id), "COMPLETED", timeout_s=_DEADLINE_S)
+    assert made.run.attempt(2).ended() == (DONE, ""), logs(made)
+    code, reason = made.run.attempt(1).ended() or (FAILED, "")
+    assert re.search(says, reason), reason
+    assert "requeued (1 of 10 in a row without a new commit)" in logs(made)
+    assert scratches(tmp_path) == []
+
+
+@pytest.mark.matrix
+def test_a_job_that_slurm_starts_anew_is_left_by_its_earlier_processes(
+    slurm: SlurmCluster, tmp_path: Path
+) -> None:
+    """slurmd of the node dies, what it ran lives on, and SLURM requeues the job."""
+    venv = str(make_venv_with_fake_ray(tmp_path / "venv"))
+    made = make_run(tmp_path, 1, venv=venv)
+    job_id = submit_sbatch(made.config, made.layout, made.run, driver("deaf"))
+    wait_for_driver(made, 1)
+    daemon = slurm.daemons.pop("slurmd-n1")
+    daemon.kill()
+    daemon.wait()
+    slurm.run("scontrol", "update", "nodename=n1", "state=down", "reason=lost")
+    wait_for_driver(made, 2)
+    first = made.run.attempt(1)
+    assert process_table.wait_for(lambda: first.ended() is not None, timeout_s=10), logs(made)
+    code, reason = first.ended() or (DONE, "")
+    assert code == FAILED
+    assert reason.startswith("attempt 2 of ")
+    assert "so attempt 1 ends and commits nothing more" in reason
+    fields = slurm.wait_state(int(job_id), "COMPLETED", timeout_s=60)
+    assert fields["Restarts"] == "1"
 
 
 def test_sbatch_refusing_is_one_line(slurm: SlurmCluster, tmp_path: Path) -> None:
@@ -171,7 +253,13 @@ def test_what_slurm_refuses_leaves_nothing_and_a_resumed_run_as_it_was(
     run = runs / "mine"
     assert list(runs.iterdir()) == [run]
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert submit_grpo.main(["--resume", str(run)]) == 2
+    (job_id,) = slurm.run("squeue", "--noheader", "--format=%A").stdout.split()
+    assert f"job {job_id} still holds {run}: it is PENDING (BeginTime)" in capsys.readouterr().err
+    slurm.run("scancel", job_id)
+    slurm.wait_state(int(job_id), "CANCELLED", timeout_s=10)
     assert submit_grpo.main(["--resume", str(run), "--partition", "nowhere", "--lr", "1"]) == 2
+    assert "invalid partition" in capsys.readouterr().err
     after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert after == before
 

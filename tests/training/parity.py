@@ -4,9 +4,8 @@
     collect(results, layout)                          whole tensors from the pieces of the ranks
     assert_parity(outcome, reference(...), layout)    compares with plain PyTorch (reference.py)
 
-To plug in a backend, give its class in BACKENDS. It is constructed as Backend(config,
-model_dir, env) and offers TrainBackend plus `grad_shards()`, the gradients of the last
-step, clipped, as WeightShards.
+To plug in a backend, give its class in BACKENDS, and say in `grad_shards` where it keeps its
+gradients.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ import multiprocessing
 import multiprocessing.connection
 import time
 import traceback
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +30,7 @@ from nanoslime.config import GRPOConfig, ModelConfig, RolloutConfig, RunConfig, 
 from nanoslime.config.algorithm import CISPOConfig, GSPOConfig, ReinforcePPConfig
 from nanoslime.plugins import resolve
 from nanoslime.training.backend import RankEnv
+from nanoslime.training.fsdp import FSDPBackend
 from nanoslime.weight_sync.plan import Bucket, make_sync_plan, whole_on_first
 
 BACKENDS = {
@@ -180,6 +180,23 @@ def train_batch(
     )
 
 
+def grad_shards(backend: Any) -> Iterator[WeightShard]:
+    """As weight_shards(), but the clipped float32 gradients of the last step, summed over data
+    parallelism (under Megatron's distributed optimizer, the rank's share only).
+    """
+    if isinstance(backend, FSDPBackend):
+        parameters = dict(backend._model.named_parameters())
+        for shard in backend.weight_shards():
+            grad = parameters[shard.name].grad
+            if grad is not None:
+                yield replace(shard, tensor=grad.to_local())
+        return
+    for piece, parameter in backend._parameter_pieces:
+        if hasattr(parameter, "main_grad"):  # the bias of a router's scores has none
+            grad = parameter.main_grad[piece.local]
+            yield WeightShard(piece.hf, piece.full_shape, piece.box, grad)
+
+
 def copied(shards: Iterable[WeightShard]) -> list[CopiedShard]:
     found = []
     for shard in shards:
@@ -240,7 +257,7 @@ def train(
             batch.token_advantages = algorithm.token_advantages(batch, backend.all_sum)
         metrics.append(backend.train_step(batch, algorithm))
         if not config.training.distributed_optimizer:
-            grads.append(copied(backend.grad_shards()))
+            grads.append(copied(grad_shards(backend)))
     params = copied(backend.weight_shards())
     ref_logprobs = backend.logprobs(batches[0], "ref")
     return {

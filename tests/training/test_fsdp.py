@@ -26,6 +26,7 @@ from nanoslime.training.batching import BatchingOptions
 from nanoslime.training.fsdp import FSDPBackend
 from nanoslime.types import RunError, Sample, SampleGroup, Status
 from tests.training.batches import make_train_batches
+from tests.training.parity import grad_shards
 
 TEMPERATURE = 0.8
 VOCAB = 67  # odd, so that two ranks have unequal shares
@@ -137,7 +138,7 @@ def train(env, config, model_dir, plan_by_step):
         policy = backend.logprobs(shard, "policy")
         ref = backend.logprobs(shard, "ref")
         metrics = backend.train_step(with_old_and_ref(shard, policy, ref), GRPO(config.algorithm))
-        reports.append((policy, ref, metrics, pieces(backend.grad_shards())))
+        reports.append((policy, ref, metrics, pieces(grad_shards(backend))))
     return reports, pieces(backend.weight_shards())
 
 

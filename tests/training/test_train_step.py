@@ -21,7 +21,16 @@ from nanoslime.training import skipping
 from nanoslime.training.megatron.optimizer import optimizer_config
 from nanoslime.types import RunError
 from tests.models.hf import save_model
-from tests.training.parity import KL, LENGTHS, Layout, assemble, copied, make_backend, train_batch
+from tests.training.parity import (
+    KL,
+    LENGTHS,
+    Layout,
+    assemble,
+    copied,
+    grad_shards,
+    make_backend,
+    train_batch,
+)
 from tests.training.reference import make_step
 
 pytestmark = pytest.mark.megatron
@@ -104,7 +113,7 @@ def test_auto_trains_as_recomputed_without_the_pass(start, batches):
                     batch.old_logprobs = backend.logprobs(batch, "policy")
                 batch.token_advantages = made.token_advantages(batch, backend.all_sum)
                 step = backend.train_step(batch, made)
-                found[old] = (step, assemble(copied(backend.grad_shards())))
+                found[old] = (step, assemble(copied(grad_shards(backend))))
             (step, grads), (expected, expected_grads) = found["auto"], found["recomputed"]
             assert step.loss == pytest.approx(expected.loss, rel=1e-5, abs=1e-6)
             assert step.values == pytest.approx(expected.values, rel=1e-5, abs=1e-6)
@@ -190,7 +199,7 @@ def test_frozen_parameters_stay_and_the_others_have_the_gradients_of_before(
     """Decay and clipping included: with all trained, the norm is larger."""
     whole = start(clip_grad=0.0, **changes)
     norm = whole.train_step(batches[0], GRPO(KL)).grad_norm
-    expected = None if "distributed_optimizer" in changes else assemble(copied(whole.grad_shards()))
+    expected = None if "distributed_optimizer" in changes else assemble(copied(grad_shards(whole)))
     backend = start(
         freeze=["embed_tokens", r"layers\.[01]\.mlp", r"layers\.2\.self_attn\."],
         clip_grad=0.0,
@@ -205,7 +214,7 @@ def test_frozen_parameters_stay_and_the_others_have_the_gradients_of_before(
     assert len(frozen) == 1 + 3 + 3 + 6
     assert 0 < step.grad_norm < norm
     if expected:
-        grads = assemble(copied(backend.grad_shards()))
+        grads = assemble(copied(grad_shards(backend)))
         assert grads.keys() == before.keys() - frozen
         for name, grad in grads.items():
             assert (grad - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max(), name
@@ -304,7 +313,7 @@ def test_bfloat16_sums_gradients_in_float32_and_steps_as_float32_does(start, bat
         before = parameters(backend)
         steps = [backend.train_step(batch, GRPO(KL)) for batch in batches]
         norms.append(steps[0].grad_norm)
-        shards = list(backend.grad_shards())
+        shards = list(grad_shards(backend))
         assert {shard.tensor.dtype for shard in shards} == {torch.float32}
         gradients.append(assemble(copied(shards)))
         after = parameters(backend)

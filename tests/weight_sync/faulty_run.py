@@ -15,6 +15,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,7 @@ class Armed:
     """Says when a fault strikes on this rank: at its NTH bucket of VERSION, so often as it may."""
 
     def __init__(self, case: Case) -> None:
+        self.transport = case.transport
         self._left = case.times
         self._seen = 0
 
@@ -180,38 +182,48 @@ def _older_label_everywhere(armed: Armed, seal: Callable[..., None]) -> Callable
     return faulty
 
 
+def _in_runs(armed: Armed, change: Callable[[list[Any], int], list[Any]]) -> None:
+    """`change` gives what a rank announces and sends in place of the buckets of a run, once the
+    fault strikes at the one of this number."""
+    announce = broadcast._Wire.announce
+    send = broadcast._Wire.send
+    # The buckets that are sent, in order, and those of them that are full already.
+    changed: list[Any] = []
+    copies: dict[int, Any] = {}
+
+    def announcing(wire: Any, buckets: Any) -> None:
+        copies.clear()
+        changed[:] = buckets
+        for number in range(len(buckets)):
+            if armed.at(_now[0], number):
+                changed[:] = change(list(buckets), number)
+        announce(wire, changed)
+
+    def sending(wire: Any, bucket: Any, full: Any, version: int) -> None:
+        flat = broadcast._Flat(full.flat.tensor.clone())
+        copies[id(bucket)] = broadcast._Full(full.number, flat)
+        while changed and id(changed[0]) in copies:
+            next_one = changed.pop(0)
+            send(wire, next_one, copies[id(next_one)], version)
+
+    broadcast._Wire.announce = announcing  # type: ignore[method-assign]
+    broadcast._Wire.send = sending  # type: ignore[method-assign]
+
+
 def _drop(armed: Armed) -> None:
     """The rank believes that it has sent a bucket."""
-    send = broadcast._Wire.send
-
-    def faulty(wire: Any, bucket: Any, full: Any, version: int) -> float:
-        if armed.at(version, full.number):
-            return 0.0
-        return send(wire, bucket, full, version)
-
-    broadcast._Wire.send = faulty  # type: ignore[method-assign]
+    _in_runs(armed, lambda buckets, number: buckets[:number] + buckets[number + 1 :])
     _in_posts(lambda post, engine, payloads: None, armed)
 
 
 def _exchange(armed: Armed) -> None:
     """A bucket comes after the rank's next one."""
-    send = broadcast._Wire.send
-    held: list[Any] = []
 
-    def faulty(wire: Any, bucket: Any, full: Any, version: int) -> float:
-        if armed.at(version, full.number):
-            copied = broadcast._Full(full.number, full.flat.clone(), None)
-            held.append((bucket, copied, version))
-            return 0.0
-        if held and held[0][1].number > full.number:
-            held.clear()  # of an attempt that was broken off
-        late = held.pop() if held else None
-        seconds = send(wire, bucket, full, version)
-        if late is not None:
-            send(wire, *late)
-        return seconds
+    def exchanged(buckets: list[Any], number: int) -> list[Any]:
+        one, other = buckets[number : number + 2]
+        return [*buckets[:number], other, one, *buckets[number + 2 :]]
 
-    broadcast._Wire.send = faulty  # type: ignore[method-assign]
+    _in_runs(armed, exchanged)
     last: list[Any] = []
 
     def swapped(post: Any, engine: Any, payloads: Any) -> None:
@@ -221,14 +233,7 @@ def _exchange(armed: Armed) -> None:
 
 
 def _twice(armed: Armed) -> None:
-    send = broadcast._Wire.send
-
-    def faulty(wire: Any, bucket: Any, full: Any, version: int) -> float:
-        if armed.at(version, full.number):
-            send(wire, bucket, full, version)
-        return send(wire, bucket, full, version)
-
-    broadcast._Wire.send = faulty  # type: ignore[method-assign]
+    _in_runs(armed, lambda buckets, number: [*buckets[: number + 1], *buckets[number:]])
 
     def twice(post: Any, engine: Any, payloads: Any) -> None:
         post(engine, payloads)
@@ -267,7 +272,7 @@ def _describing(change: Callable[[flat.FlatBucket], bool]) -> Callable[[Armed], 
     whether it could."""
 
     def install(armed: Armed) -> None:
-        send = broadcast._Wire.send
+        announce = broadcast._Wire.announce
         gather = colocated.TensorSender._gather
 
         def changed(bucket: flat.FlatBucket, version: int) -> flat.FlatBucket:
@@ -277,20 +282,20 @@ def _describing(change: Callable[[flat.FlatBucket], bool]) -> Callable[[Armed], 
             is_due = version == VERSION and len(bucket.names) > 2
             return other if is_due and change(other) and armed.at(version) else bucket
 
-        def sending(wire: Any, bucket: Any, full: Any, version: int) -> float:
-            return send(wire, changed(bucket, version), full, version)
+        def announcing(wire: Any, buckets: Any) -> None:
+            announce(wire, [changed(bucket, _now[0]) for bucket in buckets])
 
         def gathering(sender: Any, bucket: Any, flat: torch.Tensor) -> list[bytes]:
             return gather(sender, changed(bucket, _now[0]), flat)
 
-        broadcast._Wire.send = sending  # type: ignore[method-assign]
+        broadcast._Wire.announce = announcing  # type: ignore[method-assign]
         colocated.TensorSender._gather = gathering  # type: ignore[method-assign]
 
     return install
 
 
-# The version that this rank sends.
-_now = [0]
+# The version that this rank works on, and what it was asked to do with it.
+_now: list[Any] = [0, ""]
 
 
 def _rename(bucket: flat.FlatBucket) -> bool:
@@ -298,9 +303,16 @@ def _rename(bucket: flat.FlatBucket) -> bool:
     return True
 
 
+def _norms(bucket: flat.FlatBucket) -> list[int]:
+    """The places of its norms, which are too small to be cut by rows."""
+    return [place for place, name in enumerate(bucket.names) if "norm" in name]
+
+
 def _reshape(bucket: flat.FlatBucket) -> bool:
-    bucket.shapes[1] = (1, *bucket.shapes[1])
-    return True
+    for place in _norms(bucket):
+        bucket.shapes[place] = (1, *bucket.shapes[place])
+        return True
+    return False
 
 
 def _retype(bucket: flat.FlatBucket) -> bool:
@@ -310,8 +322,10 @@ def _retype(bucket: flat.FlatBucket) -> bool:
 
 
 def _repeat_name(bucket: flat.FlatBucket) -> bool:
-    bucket.names[2] = bucket.names[1]
-    return True
+    for one, other in pairwise(_norms(bucket)):
+        bucket.names[other] = bucket.names[one]
+        return True
+    return False
 
 
 def _swap_names(bucket: flat.FlatBucket) -> bool:
@@ -374,8 +388,8 @@ def _signalled(number: signal.Signals, when: str) -> Callable[[Armed], None]:
         bring = broadcast.Exchange.bring
 
         def bringing(exchange: Any, number: int, shards: Any, places: Any) -> None:
-            # The first buckets are brought before the pause.
-            if number >= 8:
+            # Buckets that are brought before the pause are not meant, but all files are.
+            if number >= 8 and (_now[1] == "send" or armed.transport == "disk"):
                 strike(armed, _now[0], None)
             bring(exchange, number, shards, places)
 
@@ -469,6 +483,7 @@ FAULTS: dict[str, Callable[[Armed], None]] = {
 PATCHED: list[tuple[Any, str]] = [
     (broadcast, "seal"),
     (colocated, "seal"),
+    (broadcast._Wire, "announce"),
     (broadcast._Wire, "send"),
     (colocated.TensorSender, "send"),
     (colocated.TensorSender, "_gather"),
@@ -499,7 +514,7 @@ def _note_version(method: str) -> None:
     original = getattr(TrainWorker, method)
 
     def noting(worker: TrainWorker, version: int, *more: Any) -> Any:
-        _now[0] = version
+        _now[:] = [version, method]
         return original(worker, version, *more)
 
     setattr(TrainWorker, method, noting)

@@ -54,6 +54,20 @@ def sender_of(
     return BroadcastSender(RankSide(weights, BUCKET_BYTES, Path(), deadline_s), side)
 
 
+def test_a_sender_sends_runs_and_fills_what_it_has_room_for_before_the_others_do(
+    monkeypatch,
+) -> None:
+    """All ranks know the order: without it two of them could wait for each other."""
+    monkeypatch.setattr(broadcast, "MAX_RUN", 3)
+    runs = list(broadcast._runs_of([0, 0, 0, 2, 2, 2, 0, 0, 0, 0, 2]))
+    assert [run.sender for run in runs] == [0, 2, 0, 0, 2]
+    assert [run.numbers for run in runs] == [(0, 1, 2), (3, 4, 5), (6, 7, 8), (9,), (10,)]
+    assert [run.turn for run in runs] == [0, 1, 2, 3, 4]
+    order, num_prepared = broadcast._filling_order(runs)
+    assert order[:num_prepared] == [0, 1, 3, 4]
+    assert order[num_prepared:] == [2, 5, 6, 7, 8, 9, 10]
+
+
 def test_a_broadcast_that_cannot_begin_is_a_fault_of_the_engines(monkeypatch) -> None:
     """NCCL makes its connections in the first one, so that it may raise at once."""
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,10 +23,11 @@ from nanoslime.orchestration.devices import SeparateDevices
 from nanoslime.orchestration.engine_pool import EnginePool
 from nanoslime.orchestration.local_group import LocalTrainGroup
 from nanoslime.processes.ports import free_port
-from nanoslime.rollout.engines import sglang_client, sglang_server
+from nanoslime.rollout.engines import sglang_server
 from nanoslime.rollout.engines.sglang_server import SGLangServer
 from nanoslime.run_dir import RunDir
 from nanoslime.training.backend import RankEnv
+from nanoslime.weight_sync import broadcast
 from nanoslime.weight_sync.session import SyncSession
 from tests import process_table
 from tests.orchestration.test_weight_sync import gap, run_config, sample, train_once
@@ -115,17 +117,16 @@ def test_inside_a_namespace(
         assert pool.ready() == engines
         train_once(group._worker, sample(engines[0], seed=1))
 
-        receive = sglang_client.SGLangEngine.receive_bucket
+        send = broadcast._Wire.send
         seen = []
 
-        def stopping(engine: sglang_client.SGLangEngine, **bucket: object) -> None:
-            if engine.name == "engine-1":
-                seen.append(engine)
-                if len(seen) == 2:
-                    subprocess.run([*far_side, "ip", "link", "set", "v1", "down"], check=True)
-            receive(engine, **bucket)
+        def stopping(wire: Any, bucket: Any, *more: Any) -> None:
+            seen.append(bucket)
+            if len(seen) == 2:
+                subprocess.run([*far_side, "ip", "link", "set", "v1", "down"], check=True)
+            send(wire, bucket, *more)
 
-        monkeypatch.setattr(sglang_client.SGLangEngine, "receive_bucket", stopping)
+        monkeypatch.setattr(broadcast._Wire, "send", stopping)
         begin = time.monotonic()
         session.sync(2)
         seconds = time.monotonic() - begin

@@ -18,7 +18,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from nanoslime.config import RunConfig
 from nanoslime.config.deadlines import Deadline
-from nanoslime.failures import summary
+from nanoslime.failures import is_of_machine, summary
 from nanoslime.orchestration.rank_environment import (
     interface_names,
     interface_of,
@@ -28,7 +28,7 @@ from nanoslime.orchestration.rank_environment import (
 from nanoslime.orchestration.ray.cluster import NODE_LABEL, slots_option
 from nanoslime.processes.logs import FORMAT, set_level
 from nanoslime.run_dir import Attempt
-from nanoslime.types import RunError
+from nanoslime.types import MachineFailure, RunError
 
 logger = logging.getLogger(__name__)
 # What an actor writes of its environment into its log.
@@ -167,7 +167,7 @@ class Actors:
             if not ready:
                 late = [actor_of[ref] for ref in pending]
                 names = ", ".join(self._names[i] for i in late)
-                raise RunError(
+                raise MachineFailure(
                     f"{names} did not {what} within {deadline} seconds; log: {self._logs[late[0]]}"
                 )
             self._check(actor_of[ready[0]], ready[0], what)
@@ -188,17 +188,18 @@ class Actors:
                 raise self._died(dead, what) from e
             if silent:
                 names = ", ".join(self._names[other] for other in silent)
-                raise RunError(
+                raise MachineFailure(
                     f"{self._names[i]} failed to {what}: {summary(e)}; {names} do not answer; "
                     f"log: {self._logs[silent[0]]}"
                 ) from None
             # The actor has told its own log and us in one line.
-            raise RunError(
+            kind = MachineFailure if is_of_machine(e) else RunError
+            raise kind(
                 f"{self._names[i]} failed to {what}: {summary(e)}; log: {self._logs[i]}"
             ) from None
 
-    def _died(self, i: int, what: str) -> RunError:
-        return RunError(f"{self._names[i]} died while asked to {what}; log: {self._logs[i]}")
+    def _died(self, i: int, what: str) -> MachineFailure:
+        return MachineFailure(f"{self._names[i]} died while asked to {what}; log: {self._logs[i]}")
 
     def _others(self) -> tuple[int | None, list[int]]:
         """Asks all actors; returns the first dead one, and those that do not answer within two

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray._raylet import AuthenticationTokenLoader, Config
 
-from nanoslime.types import RunError
+from nanoslime.types import MachineFailure
 
 NODE_LABEL = "nanoslime-node"
 # The Ray resource that stands for a GPU on nodes that have none.
@@ -23,7 +23,7 @@ def connect(head: dict[str, Any], num_nodes: int, deadline_s: float) -> None:
     while len(joined := _joined_nodes()) < num_nodes:
         if time.monotonic() > end:
             missing = [node for node in range(num_nodes) if str(node) not in joined]
-            raise RunError(
+            raise MachineFailure(
                 f"nodes {missing} are not in the Ray cluster at {head['ray_address']} "
                 f"after {deadline_s:.0f}s"
             )

@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import RayError
 
 from nanoslime.failures import summary
-from nanoslime.types import KeptArrays, RunError, SampleArrays
+from nanoslime.types import KeptArrays, MachineFailure, SampleArrays
 
 # Ray notices within a second that a worker is dead. One that hangs it would wait for without
 # an end.
@@ -57,7 +57,7 @@ def receive(deliveries: Sequence[Delivery]) -> dict[KeptArrays, SampleArrays]:
             arrays = ray.get(delivery.ref, timeout=_AT_HAND_S)
         except RayError as e:
             worker = delivery.kept[0].worker
-            raise RunError(
+            raise MachineFailure(
                 f"the arrays of {len(delivery.kept)} samples by rollout worker {worker} cannot be "
                 f"fetched, because its process has died or hangs, or its object store is gone: "
                 f"{summary(e)}; what has become of it is in its log, and --resume goes on from "

@@ -299,15 +299,15 @@ class SGLangEngine:
         answer = self._post("/begin_weight_update")
         self._require_plugin(answer, "tensors expected")
 
-    def receive_bucket(
+    def receive_buckets(
         self, *, names: list[str], dtypes: list[str], shapes: list[list[int]], group: str
     ) -> None:
-        """Receive a broadcast from rank 0 of the group: the tensors, one after the other.
+        """Receive broadcasts from rank 0 of the group, one for each header of sealed_bucket.py
+        among the names: a header and the tensors after it, one after the other.
 
-        The first of them is the header of sealed_bucket.py; the others have the
-        checkpoint's names. Blocks until all is loaded. Raises RunError, once it was received,
-        for an unknown or repeated name, another shape, or a header that is not that of the
-        next bucket or of these bytes.
+        Those have the checkpoint's names. Blocks until all is loaded. Raises RunError, once all
+        was received, for an unknown or repeated name, another shape, or a header that is not
+        that of the next bucket or of these bytes.
         """
         self._post(
             "/update_weights_from_distributed",
@@ -322,7 +322,7 @@ class SGLangEngine:
     def receive_payloads(self, payloads: list[bytes]) -> None:
         """Receive one bucket, which weight_sync/colocated.py serialized for each rank.
 
-        Raises RunError for the same causes as `receive_bucket`.
+        Raises RunError for the same causes as `receive_buckets`.
         """
         encoded = [b64encode(payload).decode() for payload in payloads]
         self._post(

@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nanoslime.algorithms.policy_gradient import PolicyGradient
 from nanoslime.batch import OwnedShard, TrainBatch, WeightShard
 from nanoslime.config import RunConfig
 from nanoslime.models.shape import ModelShape
 from nanoslime.models.trainable import check_kernels, check_parallel
 from nanoslime.storage.safetensors_file import METADATA_DIR, copy_other_files
-from nanoslime.training.backend import Algorithm, RankEnv, TrainBackend
+from nanoslime.training.backend import RankEnv, TrainBackend
 from nanoslime.training.megatron import checkpoint, cpu_compat, model, optimizer, parallel, weights
 from nanoslime.training.megatron.routing_replay import install_replay
 from nanoslime.training.megatron.step import Pipeline
@@ -59,9 +60,6 @@ class MegatronBackend(TrainBackend):
     def owned_shards(self) -> list[list[OwnedShard]]:
         return weights.owned_shards(self._shape, self._training, dist.get_world_size())
 
-    def grad_shards(self) -> Iterator[WeightShard]:
-        return weights.shards(self._parameter_pieces, "main_grad")
-
     def save(self, path: Path) -> None:
         checkpoint.save(path, self._model_chunks, self._optimizer, self._history, self._ranks)
         if dist.get_rank() == 0:  # with these it converts back to Hugging Face's format
@@ -90,7 +88,7 @@ class MegatronBackend(TrainBackend):
             ]
         return self._pipeline.logprobs(shard)
 
-    def _backward(self, shard: TrainBatch, algorithm: Algorithm) -> ReducedMetrics:
+    def _backward(self, shard: TrainBatch, algorithm: PolicyGradient) -> ReducedMetrics:
         if shard.routed_experts is None:
             self._refuse_without_experts()
         self._optimizer.zero_grad()

@@ -21,10 +21,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
+from nanoslime.algorithms.policy_gradient import PolicyGradient
 from nanoslime.batch import MicroBatch, TrainBatch, on_device
 from nanoslime.models.rules import padded_vocab_size
 from nanoslime.models.shape import ModelShape
-from nanoslime.training.backend import Algorithm
 from nanoslime.training.logprobs import linear_logprobs
 from nanoslime.training.megatron.context_parallel import ContextParallelShard
 from nanoslime.training.megatron.model import unwrap, uses_local_spec
@@ -73,7 +73,7 @@ class Pipeline:
 
         return self._run(shard, logprobs_of, forward_only=True, collect_non_loss_data=True)
 
-    def gradients(self, shard: TrainBatch, algorithm: Algorithm) -> ReducedMetrics | None:
+    def gradients(self, shard: TrainBatch, algorithm: PolicyGradient) -> ReducedMetrics | None:
         """Fills the gradient buffers, summed over ranks; metrics on the last stage."""
         sums = MetricSums()
 

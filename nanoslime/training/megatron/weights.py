@@ -102,12 +102,10 @@ def freeze(
         model.embedding.register_forward_hook(_require_grad)
 
 
-def shards(parameter_pieces: ParameterPieces, attribute: str = "data") -> Iterator[WeightShard]:
-    """The pieces, with views of the parameters or (main_grad) of their float32 gradients."""
+def shards(parameter_pieces: ParameterPieces) -> Iterator[WeightShard]:
+    """The pieces, with views of the parameters."""
     for piece, parameter in parameter_pieces:
-        if hasattr(parameter, attribute):  # the bias of a router's scores has no gradient
-            values = getattr(parameter, attribute)[piece.local]
-            yield WeightShard(piece.hf, piece.full_shape, piece.box, values)
+        yield WeightShard(piece.hf, piece.full_shape, piece.box, parameter.data[piece.local])
 
 
 def owned_shards(

@@ -423,15 +423,22 @@ class Sender:
         bucket, flat = flat_of(tensors, place)
         if flips is not None:
             flat[flips] ^= 1
+        self.send_run((bucket, flat))
+
+    def send_run(self, *run: tuple[FlatBucket, Tensor]) -> None:
+        """Sends buckets that are announced in one call."""
+        buckets = [bucket for bucket, _ in run]
+        dtypes = [dtype for bucket in buckets for dtype in bucket.dtypes]
         receiving = in_background(
-            self.engine.receive_bucket,
-            names=bucket.names,
-            dtypes=[str(dtype).removeprefix("torch.") for dtype in bucket.dtypes],
-            shapes=[list(shape) for shape in bucket.shapes],
+            self.engine.receive_buckets,
+            names=[name for bucket in buckets for name in bucket.names],
+            dtypes=[str(dtype).removeprefix("torch.") for dtype in dtypes],
+            shapes=[list(shape) for bucket in buckets for shape in bucket.shapes],
             group=self.name,
         )
         with receiving as received:
-            self.group.broadcast([flat]).wait()
+            for _, flat in run:
+                self.group.broadcast([flat]).wait()
             received.result(DEADLINE_S)
 
     def close(self) -> None:
@@ -451,6 +458,25 @@ def test_distributed_update_in_buckets(sglang_engine: SGLangEngine, other_model:
     assert sglang_engine.policy_version() == 5
     assert_serves(sglang_engine, other_model)
     assert generate(sglang_engine, tokens=2)[0].versions == [(0, 5)]
+
+
+def test_buckets_of_one_call_are_all_received_and_none_is_loaded_after_a_refused_one(
+    sglang_engine: SGLangEngine, other_model: Path
+) -> None:
+    tensors = sorted(load_file(other_model / "model.safetensors").items())
+    parts = [dict(tensors[:5]), dict(tensors[5:12]), dict(tensors[12:])]
+    run = [flat_of(part, Place(5, number, 3)) for number, part in enumerate(parts)]
+    sender = Sender(sglang_engine, "runs")
+    sglang_engine.begin_update()
+    _, broken = run[1]
+    broken[500] ^= 1
+    with pytest.raises(RunError, match="bucket 1 of version 5 has not the bytes that were sent"):
+        sender.send_run(*run)
+    broken[500] ^= 1
+    sender.send_run(*run[1:])
+    sglang_engine.end_update(5)
+    sender.close()
+    assert_serves(sglang_engine, other_model)
 
 
 def test_a_bucket_that_is_not_what_was_sent_is_refused_and_the_weights_stay(
@@ -593,7 +619,7 @@ def test_distributed_update_refuses_wrong_names_and_goes_on(
     norm = tensors.pop(NORM)
     sender = Sender(sglang_engine, "refusals")
     with pytest.raises(RunError, match="must run between"):
-        sender.engine.receive_bucket(names=[], dtypes=[], shapes=[], group="refusals")
+        sender.engine.receive_buckets(names=[], dtypes=[], shapes=[], group="refusals")
 
     sglang_engine.begin_update()
     with pytest.raises(RunError, match="unknown tensor 'model.norm.wait'"):

@@ -25,7 +25,16 @@ from tests.models.hf import save_model
 from tests.training import parity
 from tests.training.batches import make_train_batches
 from tests.training.megatron.test_architectures import changes
-from tests.training.parity import KL, RELATIVE, Job, Layout, copied, make_backend, train_batch
+from tests.training.parity import (
+    KL,
+    RELATIVE,
+    Job,
+    Layout,
+    copied,
+    grad_shards,
+    make_backend,
+    train_batch,
+)
 from tests.training.reference import make_step
 
 pytestmark = pytest.mark.megatron
@@ -58,7 +67,7 @@ def replay(
     recorded = [experts.clone() for experts in batch.routed_experts or []]
     disturb(backend)
     metrics = backend.train_step(batch, GRPO(KL))
-    return {"experts": recorded, "grads": copied(backend.grad_shards()), "step": metrics}
+    return {"experts": recorded, "grads": copied(grad_shards(backend)), "step": metrics}
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +149,7 @@ def test_a_replayed_step_is_the_same_in_every_layout_and_with_recompute(model_di
 
 def grads(backend: Any, batch: TrainBatch) -> dict[str, Tensor]:
     backend.train_step(batch, GRPO(KL))
-    return parity.assemble(copied(backend.grad_shards()))
+    return parity.assemble(copied(grad_shards(backend)))
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "glm4_moe", "deepseek_v3"])
@@ -157,7 +166,7 @@ def test_replaying_the_routers_own_choice_changes_nothing(family, start, tmp_pat
     backend.logprobs(batch, "policy")
     metrics = backend.train_step(batch, GRPO(KL))
     assert metrics.values["train/routing_mismatch_ratio"] == 0
-    assert difference(parity.assemble(copied(backend.grad_shards())), expected) == 0
+    assert difference(parity.assemble(copied(grad_shards(backend))), expected) == 0
 
 
 def chosen(backend: Any, call: Callable[[], Any]) -> Tensor:
