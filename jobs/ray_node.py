@@ -40,6 +40,15 @@ def environment(base: Mapping[str, str], token: Path, scratch: Path) -> dict[str
     }
 
 
+def keep_logs(scratch: Path, target: Path) -> None:
+    """Packs Ray's own logs, to which its errors point, from the scratch directory of a node into
+    `target`.tar.gz; nothing where Ray did not start.
+    """
+    folder = scratch / "session_latest" / "logs"
+    if folder.is_dir():
+        shutil.make_archive(os.fspath(target), "gztar", folder)
+
+
 def cuda_home(base: Mapping[str, str], venv: Path) -> dict[str, str]:
     """CUDA_HOME of the environment's own toolkit, where the machine offers none.
 

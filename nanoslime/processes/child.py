@@ -77,9 +77,14 @@ class ChildProcess(subprocess.Popen[bytes]):
         return self.poll() is None
 
     def exit_summary(self) -> str:
-        """One line that says how the child ended and how its log ends."""
-        how = how_it_ended(self.returncode)
-        return f"{self.name} {how}; see {self.log}: {last_line(self.log)}"
+        """One line that says how the child ended, and how its log ends.
+
+        The log of one that a signal killed says nothing of it.
+        """
+        ended = f"{self.name} {how_it_ended(self.returncode)}; see {self.log}"
+        if self.returncode < 0:
+            return ended
+        return f"{ended}, which ends with: {last_line(self.log)}"
 
     def wait_until(self, ready: Callable[[], bool], awaited: str, deadline_s: float) -> None:
         """Poll `ready` until it holds.

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -155,6 +156,9 @@ def test_a_failing_driver_ends_with_its_last_line(
     assert "the driver ended with exit code 3" in err
     assert "driver-0.log" in err
     assert err.rstrip().endswith("error: rollout.temperature=-1 must be positive")
+    with tarfile.open(made.run.attempts / "1" / "logs" / "ray-0.tar.gz") as kept:
+        logged = kept.extractfile("./raylet.err")
+        assert logged is not None and b"ran out of file descriptors" in logged.read()
 
 
 def test_ctrl_c_lets_the_driver_commit(tmp_path: Path, python_with_fake_ray: str) -> None:
