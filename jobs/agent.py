@@ -78,6 +78,21 @@ def logged_if_unwritable() -> Iterator[None]:
         logger.error("not written: %s", error)
 
 
+def clean_up(attempt: Attempt, env: ClusterEnv) -> None:
+    """Remove what an attempt left on this node, where nothing of it runs any more.
+
+    Ray's logs are kept where the attempt has failed.
+    """
+    scratch = env.scratch(attempt.path)
+    with logged_if_unwritable():
+        code, _ = attempt.ended() or (FAILED, "")
+        if code == FAILED:
+            ray_node.keep_logs(scratch, attempt.log("ray", env.node_index).with_suffix(""))
+    remove_scratch(scratch)
+    with logged_if_unwritable():
+        attempt.leave(env.node_index)
+
+
 class Agent:
     """One node's part of one attempt."""
 
@@ -91,6 +106,7 @@ class Agent:
         self._env = env
         self._is_head = env.node_index == 0
         self._scratch = env.scratch(attempt.path)
+        # Its death sends us SIGTERM.
         self._guard = os.getppid()
         self._driver_command = shlex.split(driver) or [sys.executable, "-m", "nanoslime.train"]
         self._children: list[ChildProcess] = []
@@ -377,12 +393,10 @@ class Agent:
         try:
             end_descendants()
         finally:
-            remove_scratch(self._scratch)
-            with logged_if_unwritable():
-                self._attempt.leave(self._env.node_index)
+            clean_up(self._attempt, self._env)
         if self._is_head:
             with logged_if_unwritable():
-                self._write_final_status()
+                self._attempt.write_final_status()
         reports_code = self._is_head or ended_it
         if end.code == DONE or not reports_code:
             return 0
@@ -403,17 +417,3 @@ class Agent:
             beats = self._attempt.heartbeats(map(int, staying))
             staying -= {node for node, beat in beats.items() if "left" in beat}
             time.sleep(_TICK_S)
-
-    def _write_final_status(self) -> None:
-        """The status of a run whose driver could not say how it ended. That of a newer attempt
-        stays.
-        """
-        code, reason = self._attempt.ended() or (FAILED, "unknown")
-        if code == DONE or not self._attempt.is_newest():
-            return
-        run = self._attempt.run
-        status = run.status()
-        if status.get("attempt") == self._attempt.number and status.get("error"):
-            return
-        phase = "stopped" if code == STOPPED else "failed"
-        run.write_status(phase, int(status.get("step", 0)), error=reason)

@@ -8,7 +8,8 @@ import sys
 import time
 from dataclasses import dataclass, field
 
-from jobs.cluster_env import ClusterEnv, remove_scratch
+from jobs.agent import clean_up, logged_if_unwritable
+from jobs.cluster_env import ClusterEnv
 from jobs.node import start_agent
 from jobs.signals import handled
 from nanoslime.config.run import RunConfig
@@ -42,7 +43,9 @@ def run_local(config: RunConfig, layout: Layout, run: RunDir, driver: str = "") 
         finally:
             end_descendants(others)
             for env in nodes:
-                remove_scratch(env.scratch(attempt.path))
+                clean_up(attempt, env)
+    with logged_if_unwritable():
+        attempt.write_final_status()
     code, reason = attempt.ended() or (FAILED, "the agents ended without saying why")
     if code:
         outcome = "stopped" if code == STOPPED else "failed"

@@ -10,15 +10,16 @@ agent whose guard dies ends.
 import argparse
 import logging
 import os
+import resource
 import signal
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.agent import Agent, logged_if_unwritable
+from jobs.agent import Agent, clean_up, logged_if_unwritable
 from jobs.checkout import environment
-from jobs.cluster_env import ClusterEnv, remove_scratch
+from jobs.cluster_env import ClusterEnv
 from jobs.signals import WARNINGS, handled
 from nanoslime.config.load import read
 from nanoslime.config.run import RunConfig
@@ -76,9 +77,10 @@ class NodeJob:
             if code not in (DONE, STOPPED):
                 attempt.end(FAILED, agent.exit_summary(), can_go_on=code < 0)
         end_descendants()
-        remove_scratch(env.scratch(attempt.path))
-        with logged_if_unwritable():
-            attempt.leave(env.node_index)
+        clean_up(attempt, env)
+        if env.node_index == 0:
+            with logged_if_unwritable():
+                attempt.write_final_status()
         if code != DONE:
             time.sleep(_EXIT_DELAY_S)
             _, reason = attempt.ended() or (FAILED, "unknown")
@@ -162,6 +164,9 @@ def _run_agent(arguments: argparse.Namespace) -> int:
     config = read(run.config)
     set_level(config.log_level)
     layout = Layout.from_json(run.plan.read_text())
+    # The memory of a process with a model in it would fill the directory that it started in.
+    _, most = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, most))
     if arguments.local_node is None:
         env = ClusterEnv.from_slurm(os.environ, config.cluster.network_interface)
     else:

@@ -435,6 +435,19 @@ class Attempt:
             return None
         return end["code"], end["reason"]
 
+    def write_final_status(self) -> None:
+        """The status of a run whose driver could not say how it ended. That of a newer attempt
+        stays.
+        """
+        code, reason = self.ended() or (FAILED, "unknown")
+        if code == DONE or not self.is_newest():
+            return
+        status = self.run.status()
+        if status.get("attempt") == self.number and status.get("error"):
+            return
+        phase = "stopped" if code == STOPPED else "failed"
+        self.run.write_status(phase, int(status.get("step", 0)), error=reason)
+
     def on_reserve[T](self, write: Callable[[], T]) -> T:
         """Does `write`; on a full disk once more, in the room that the attempt held back."""
         try:

@@ -129,7 +129,10 @@ def test_a_killed_agent_ends_the_rehearsal_with_its_name(tmp_path: Path) -> None
     assert code == FAILED
     assert err.count("\n") == 1
     assert "the agent of node0 was killed by SIGKILL" in err
-    assert "agent-0.log" in err
+    assert err.rstrip().endswith("agent-0.log")
+    status = made.run.status()
+    _, reason = made.run.attempt(1).ended()
+    assert status["phase"] == "failed" and status["error"] == reason
 
 
 @pytest.mark.ray
