@@ -44,7 +44,7 @@ def keep_logs(scratch: Path, target: Path) -> None:
     """Packs Ray's own logs, to which its errors point, from the scratch directory of a node into
     `target`.tar.gz; nothing where Ray did not start.
     """
-    folder = scratch / "session_latest" / "logs"
+    folder = scratch / "ray" / "session_latest" / "logs"
     if folder.is_dir():
         shutil.make_archive(os.fspath(target), "gztar", folder)
 
