@@ -28,6 +28,7 @@ from nanoslime.processes.child import ChildProcess
 from nanoslime.processes.logs import set_level
 from nanoslime.processes.tree import adopt_orphans, end_descendants
 from nanoslime.run_dir import DONE, FAILED, STOPPED, Attempt, RunDir
+from nanoslime.storage.shared_files import publish_json
 from nanoslime.types import RunError
 
 logger = logging.getLogger(__name__)
@@ -115,6 +116,8 @@ def _find_attempt(run: RunDir, env: ClusterEnv, deadline_s: float) -> Attempt:
     attempt = run.find_attempt(env.attempt_key)
     while attempt is None:
         if env.node_index == 0:
+            # A batch script may also have been handed to sbatch by a person.
+            publish_json(run.job, {"job_id": env.job_id})
             return run.new_attempt(env.attempt_key)
         if time.monotonic() > deadline:
             raise RunError(

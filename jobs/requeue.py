@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
         raise RunError(f"the step ended with exit code {argv[1]} before it began an attempt")
     code, reason = attempt.ended() or _SILENT
     if code == DONE:
-        return int(argv[1])
+        return DONE
     max_requeues = read(run.config).cluster.max_requeues
     num_vain = run.num_vain_requeues(job_id)
     why_not = obstacle(attempt, JobNow.of(job_id), num_vain, max_requeues)

@@ -1,11 +1,13 @@
 """The run directory of a submission, which a refusal leaves as it was."""
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from jobs import where
 from nanoslime.run_dir import RunDir
 from nanoslime.storage.shared_files import publish
 
@@ -13,6 +15,20 @@ from nanoslime.storage.shared_files import publish
 SUBMITIT_FOLDER = "slurm"
 # A submission writes only such files beside it.
 _KINDS = (".yaml", ".json", ".sbatch")
+
+
+@contextmanager
+def alone(resumed: RunDir | None) -> Iterator[None]:
+    """Of submissions that resume a run at the same time one goes on; the others wait for it and
+    are refused, since the run then has its job.
+    """
+    if resumed is None:
+        yield
+        return
+    with (resumed.path / ".submitting").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        where.refuse_if_job_lives(resumed)
+        yield
 
 
 @contextmanager

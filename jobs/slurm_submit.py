@@ -63,7 +63,7 @@ def submit_submitit(config: RunConfig, layout: Layout, run: RunDir, driver: str 
         job = executor.submit(NodeJob(str(run.path), driver))
     except FailedJobError as error:
         raise RunError(f"sbatch refused the job: {where.complaint(str(error))}") from error
-    return _record(run, str(job.job_id), "submitit")
+    return _record(run, str(job.job_id))
 
 
 def submit_sbatch(config: RunConfig, layout: Layout, run: RunDir, driver: str = "") -> str:
@@ -74,9 +74,9 @@ def submit_sbatch(config: RunConfig, layout: Layout, run: RunDir, driver: str = 
     """
     text = sbatch_text(config, layout, run.path, driver)
     publish(run.path / "job.sbatch", text.encode())
-    return _record(run, where.submit("sbatch", text), "sbatch")
+    return _record(run, where.submit("sbatch", text))
 
 
-def _record(run: RunDir, job_id: str, submitter: str) -> str:
-    publish_json(run.job, {"job_id": job_id, "submitted_by": submitter})
+def _record(run: RunDir, job_id: str) -> str:
+    publish_json(run.job, {"job_id": job_id})
     return job_id

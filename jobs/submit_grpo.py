@@ -15,7 +15,7 @@ from pathlib import Path
 
 from jobs import inputs, local, sbatch, where
 from jobs.checkout import ROOT
-from jobs.run_files import kept_if_accepted
+from jobs.run_files import alone, kept_if_accepted
 from nanoslime import layout as layouts
 from nanoslime.config import RunConfig
 from nanoslime.config.flags import HELP, refuse_repeated
@@ -24,7 +24,7 @@ from nanoslime.config.load import dump, load
 from nanoslime.layout import Layout
 from nanoslime.plugins import resolve
 from nanoslime.run_dir import RunDir
-from nanoslime.storage.shared_files import publish_json, read_json
+from nanoslime.storage.shared_files import read_json
 from nanoslime.types import RunError
 
 RECIPES = ROOT / "jobs" / "recipes"
@@ -71,9 +71,6 @@ def run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> i
     run.write_config(config, layout)
     run.write_provenance(sys.argv)
     if command.prepare:
-        job_id = os.environ.get("SLURM_JOB_ID")
-        if job_id:
-            publish_json(run.job, {"job_id": job_id, "submitted_by": "template"})
         print(run.path)
         return 0
     print(f"{description}\n\nrun directory: {run.path}", flush=True)
@@ -181,7 +178,8 @@ def submit(config: RunConfig, layout: Layout, resumed: RunDir | None, descriptio
     """
     submitter = resolve(config.cluster.submit, SUBMITTERS, "cluster.submit")
     run_root = Path(config.cluster.run_root)
-    with kept_if_accepted(run_root, config.name, resumed, config.cluster.share) as run:
+    kept = kept_if_accepted(run_root, config.name, resumed, config.cluster.share)
+    with alone(resumed), kept as run:
         run.write_config(config, layout)
         run.write_provenance(sys.argv)
         job = submitter(config, layout, run)

@@ -126,7 +126,7 @@ def run_script(made: MadeRun, tmp_path: Path, step_code: int) -> tuple[int, str,
 @pytest.mark.parametrize(
     ("ends", "step_code", "code", "told"),
     [
-        (lambda attempt: attempt.end(DONE, ""), 0, 0, ""),
+        (lambda attempt: attempt.end(DONE, ""), 137, 0, ""),
         (broken, 137, 0, "killed by SIGKILL; requeued (2 of 10 in a row without a new commit)"),
         (wrong, 1, 1, "no module named x; not requeued: another attempt would fail"),
         (warned_and_ended, 0, STOPPED, "not requeued: the run was asked to end: SIGTERM at n1"),

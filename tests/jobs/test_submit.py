@@ -181,7 +181,7 @@ def test_submission_prints_job_and_directory_and_leaves_what_the_job_reads(
     assert Layout.from_json(run.plan.read_text()).num_nodes == 2
     assert json.loads(run.provenance.read_text())["versions"]["ray"]
     job = json.loads((run.path / "job.json").read_text())
-    assert job == {"job_id": "42", "submitted_by": submitter}
+    assert job == {"job_id": "42"}
     assert machine.submitted.count("\n") == 1
 
 
@@ -208,7 +208,7 @@ def refuse(machine) -> None:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    found = sorted(path for path in folder.rglob("[!.]*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
@@ -352,6 +352,28 @@ def test_resume_refuses_a_run_that_lives_and_takes_one_that_has_left(machine):
     # SLURM knows more than heartbeats do.
     attempt.beat(1, 8)
     assert machine.submit("--resume", run.path)[0] == 0
+
+
+@pytest.mark.parametrize("submitter", ["sbatch", "submitit"])
+def test_of_two_resumptions_at_once_one_is_submitted(machine, submitter):
+    """The second command waits in front of sbatch until the first has its job."""
+    machine.slurm()
+    machine.submit("--nodes", "4", "--name", "first", "--submit", submitter)
+    (machine.root / "submitted").unlink()
+    run = machine.root / "runs" / "first"
+    squeue = machine.root / "bin" / "squeue"
+    sbatch = machine.root / "bin" / "sbatch"
+    marks_job = f'case "$1" in --version) ;; *) /bin/sleep 1; touch "{run}/queued" ;; esac'
+    sbatch.write_text(sbatch.read_text().replace("#!/bin/sh", f"#!/bin/sh\n{marks_job}"))
+    squeue.write_text(f'#!/bin/sh\n[ ! -e "{run}/queued" ] || echo 42 PENDING Priority\n')
+    resume = [sys.executable, str(SCRIPT), "--resume", str(run)]
+    pipe = subprocess.PIPE
+    both = [subprocess.Popen(resume, stdout=pipe, stderr=pipe, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=60) for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2], said
+    assert sum("job 42 still holds" in err for _, err in said) == 1
+    assert len(machine.submitted.splitlines()) == 1
+    assert json.loads((run / "job.json").read_text())["job_id"] == "42"
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,44 @@ def test_a_job_whose_process_was_killed_goes_on_by_itself(
 
 
 @pytest.mark.matrix
+def test_a_job_that_its_time_limit_ends_before_it_has_drained_goes_on(
+    slurm: SlurmCluster, tmp_path: Path
+) -> None:
+    """It is told at once that its time is up, and does not stop."""
+    venv = str(make_venv_with_fake_ray(tmp_path / "venv"))
+    made = make_run(tmp_path, 1, venv=venv, time_limit_min=1, signal_lead_s=300)
+    job_id = submit_submitit(made.config, made.layout, made.run, driver("deaf"))
+    wait_for_driver(made, 2)
+    slurm.wait_state(int(job_id), "COMPLETED", timeout_s=_DEADLINE_S)
+    first = made.run.attempt(1)
+    code, reason = first.ended() or (FAILED, "")
+    assert code == STOPPED
+    assert (first.final_stop() or "").startswith("SIGTERM")
+    assert "requeued (1 of 10 in a row without a new commit)" in logs(made)
+
+
+@pytest.mark.matrix
+def test_a_job_that_is_preempted_with_a_grace_time_stops_and_goes_on(
+    slurm: SlurmCluster, tmp_path: Path
+) -> None:
+    venv = str(make_venv_with_fake_ray(tmp_path / "venv"))
+    made = make_run(tmp_path, 1, venv=venv)
+    slurm.run("scontrol", "update", "partitionname=main", "GraceTime=30")
+    try:
+        job_id = submit_sbatch(made.config, made.layout, made.run, driver("until-stop"))
+        wait_for_driver(made, 1)
+        options = ["--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null"]
+        slurm.sbatch(*options, "--wrap=sleep 1")
+        wait_for_driver(made, 2)
+        slurm.wait_state(int(job_id), "COMPLETED", timeout_s=_DEADLINE_S)
+    finally:
+        slurm.run("scontrol", "update", "partitionname=main", "GraceTime=0")
+    code, reason = made.run.attempt(1).ended() or (FAILED, "")
+    assert code == STOPPED
+    assert reason.startswith("SIGTERM at n1")
+
+
+@pytest.mark.matrix
 def test_a_job_that_slurm_starts_anew_is_left_by_its_earlier_processes(
     slurm: SlurmCluster, tmp_path: Path
 ) -> None:
@@ -252,7 +290,7 @@ def test_what_slurm_refuses_leaves_nothing_and_a_resumed_run_as_it_was(
     assert submit_grpo.main(flags) == 0, capsys.readouterr().err
     run = runs / "mine"
     assert list(runs.iterdir()) == [run]
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in run.rglob("[!.]*") if path.is_file()}
     assert submit_grpo.main(["--resume", str(run)]) == 2
     (job_id,) = slurm.run("squeue", "--noheader", "--format=%A").stdout.split()
     assert f"job {job_id} still holds {run}: it is PENDING (BeginTime)" in capsys.readouterr().err
@@ -260,7 +298,7 @@ def test_what_slurm_refuses_leaves_nothing_and_a_resumed_run_as_it_was(
     slurm.wait_state(int(job_id), "CANCELLED", timeout_s=10)
     assert submit_grpo.main(["--resume", str(run), "--partition", "nowhere", "--lr", "1"]) == 2
     assert "invalid partition" in capsys.readouterr().err
-    after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    after = {path: path.read_bytes() for path in run.rglob("[!.]*") if path.is_file()}
     assert after == before
 
 
