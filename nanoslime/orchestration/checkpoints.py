@@ -94,7 +94,10 @@ class Checkpoints:
         return reward, rollouts
 
     def save(self, rollouts: int) -> None:
-        """Puts the trainer's state aside; `commit` makes it a checkpoint."""
+        """Puts the trainer's state aside; `commit` makes it a checkpoint. RunError where a newer
+        attempt has begun: it would write to the same place.
+        """
+        self.attempt.require_newest()
         self._save_trainer(partial_dir(self.run.checkpoint(rollouts)), rollouts)
 
     def _save_trainer(self, partial: Path, rollouts: int) -> None:

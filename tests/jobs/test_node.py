@@ -454,6 +454,27 @@ def test_an_attempt_ended_by_another_keeps_its_code(
     assert attempt.ended() == (FAILED, "Ray on node1 ended")
 
 
+@pytest.mark.parametrize("node", [0, 1])
+def test_an_agent_ends_when_a_newer_attempt_has_begun_and_leaves_that_ones_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node: int
+) -> None:
+    monkeypatch.setattr(agent_module, "end_descendants", lambda: None)
+    made = make_run(tmp_path, 2)
+    attempt = made.run.new_attempt("42-0")
+    agent = make_agent(made, node, attempt)
+    agent._tick()
+    made.run.new_attempt("42-1")
+    made.run.write_status("generate", 3)
+    agent._next_beat_at = 0.0
+    with pytest.raises(RunError, match="attempt 2 of .* has begun, so attempt 1 ends") as error:
+        agent._tick()
+    for other in range(2):
+        attempt.leave(other)
+    assert agent._leave(AttemptOver(FAILED, str(error.value))) == FAILED
+    assert attempt.ended() == (FAILED, str(error.value))
+    assert made.run.status()["phase"] == "generate"
+
+
 def test_the_code_of_an_attempt_outlives_a_directory_that_cannot_be_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,7 @@ from nanoslime.batch import TrainBatch
 from nanoslime.config.model import RehearsalConfig
 from nanoslime.models.rules import tensors
 from nanoslime.models.shape import ModelShape
+from nanoslime.orchestration.groups import TrainGroup
 from nanoslime.orchestration.launch import MOCK_RECIPE, Launch, parse
 from nanoslime.orchestration.rollout_manager import RolloutManager
 from nanoslime.orchestration.worker import TrainWorker
@@ -163,6 +164,28 @@ def test_a_stop_after_the_sync_of_a_colocated_run_is_saved_without_another_sync(
     stopped = RunDir.open(tmp_path / "stopped")
     assert train.main(["--resume", str(stopped.path)]) == DONE
     assert losses(stopped) == losses(RunDir.open(tmp_path / "straight"))
+
+
+def test_a_driver_that_a_newer_attempt_has_followed_ends_and_writes_nothing(
+    tmp_path, model, monkeypatch, caplog
+):
+    """As when its node is lost to SLURM, which starts the job anew, while it lives on."""
+    more = "--backend fsdp --num-rollout 3 --save-interval 1"
+    launch = parse(run_dir(tmp_path, "run", model, more))
+    train_group = TrainGroup.train
+
+    def followed(self, groups, version):
+        if version == 1:
+            self.run.new_attempt()
+        return train_group(self, groups, version)
+
+    monkeypatch.setattr(TrainGroup, "train", followed)
+    assert train.run(launch) == FAILED
+    run = launch.attempt.run
+    assert "attempt 2 of " in caplog.messages[-1] and "so attempt 1 ends" in caplog.messages[-1]
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step_1"]
+    assert [row["step"] for row in rows(run)] == [0]
+    assert run.status()["phase"] != "failed"
 
 
 def record_turns(monkeypatch: pytest.MonkeyPatch) -> list[str]:
