@@ -1,6 +1,7 @@
 """One line says what went wrong, whoever raised it and however it came here."""
 
 import concurrent.futures
+import errno
 import logging
 import pickle
 import subprocess
@@ -15,8 +16,8 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from nanoslime.failures import append_traceback, summary, told_in_one_line
-from nanoslime.types import RunError
+from nanoslime.failures import append_traceback, is_of_machine, summary, told_in_one_line
+from nanoslime.types import EngineGone, MachineFailure, RunError
 
 CUDA = (
     "CUDA error: device-side assert triggered\nCUDA kernel errors might be asynchronously "
@@ -193,3 +194,32 @@ def test_what_cannot_be_pickled_reaches_the_caller(caplog: pytest.LogCaptureFixt
     assert str(pickle.loads(pickle.dumps(caught.value))).startswith("OfAnotherPackage")
     assert "failed to train" in caplog.text
     assert 'raise OfAnotherPackage("a", "b")' in caplog.text
+
+
+def caused(error: BaseException, cause: BaseException) -> BaseException:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "of_machine"),
+    [
+        (MachineFailure("trainer rank 1 died"), True),
+        (EngineGone("engine 0 does not answer"), True),
+        (OSError(errno.ENOSPC, "No space left"), True),
+        (OSError(errno.ESTALE, "Stale file handle"), True),
+        (caused(RunError("failed to save"), OSError(errno.EIO, "Input/output error")), True),
+        (ExceptionGroup("threads", [MachineFailure("an engine is gone")]), True),
+        (RunError("data.reward: no module"), False),
+        (FileNotFoundError(errno.ENOENT, "No such file"), False),
+        (PermissionError(errno.EACCES, "Permission denied"), False),
+        (ZeroDivisionError("in the user's own reward"), False),
+    ],
+)
+def test_a_failure_of_a_machine_is_known_also_in_another_process(
+    error: BaseException, of_machine: bool
+) -> None:
+    assert is_of_machine(error) == of_machine
+    with pytest.raises(RunError) as told, told_in_one_line(logging.getLogger("rank"), "train"):
+        raise error
+    assert is_of_machine(pickle.loads(pickle.dumps(told.value))) == of_machine

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nanoslime.processes.logs import last_line
 from nanoslime.processes.tree import kill_all
-from nanoslime.types import RunError
+from nanoslime.types import MachineFailure, RunError
 
 logger = logging.getLogger(__name__)
 
@@ -95,13 +95,14 @@ class ChildProcess(subprocess.Popen[bytes]):
         while not ready():
             if not self.alive():
                 self.close()
-                raise RunError(
+                kind = MachineFailure if self.returncode < 0 else RunError
+                raise kind(
                     f"{self.name} exited with status {self.returncode} before {awaited}; "
                     f"log: {self.log}; last line: {last_line(self.log)}"
                 )
             if time.monotonic() > deadline:
                 self.close()
-                raise RunError(
+                raise MachineFailure(
                     f"{self.name} was not up after {deadline_s:g} s (awaited: {awaited}); "
                     f"log: {self.log}; last line: {last_line(self.log)}"
                 )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nanoslime.batch import WeightShard
 from nanoslime.models.rules import Box
-from nanoslime.types import RunError
+from nanoslime.types import MachineFailure
 from nanoslime.weight_sync.flat import views_of
 from nanoslime.weight_sync.plan import Bucket, lengths, overlap, size, within
 
@@ -80,7 +80,7 @@ class Exchange:
             try:
                 work.wait()
             except RuntimeError as e:
-                raise RunError(
+                raise MachineFailure(
                     f"trainer rank {operation.peer} did not exchange its part of bucket "
                     f"{number}: {e}"
                 ) from e

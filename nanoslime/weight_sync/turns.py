@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from nanoslime.types import RunError
+from nanoslime.types import MachineFailure
 
 _WELL = b"well"
 _FAILED = b"failed"
@@ -38,7 +38,7 @@ class Turns:
             went_well = self._store.get(key) == _WELL
             self._store.delete_key(key)
         except RuntimeError as e:
-            raise RunError(
+            raise MachineFailure(
                 f"trainer rank {self._ranks[turn - 1]} did not say within {self._deadline_s:g}s "
                 f"that its turn {turn - 1} of {len(self._ranks)} to send weights is over: {e}"
             ) from e
