@@ -303,6 +303,11 @@ class PromptStream:
 
         Raises RunError when that was with other sources, shares, prompts or another seed.
         """
+        if "sources" not in state:
+            raise RunError(
+                "the data cursor was saved by an earlier nanoslime, in a form that this one does "
+                "not read; go on with that one, or start a new run from the hf/ export"
+            )
         saved = {name: own["share"] for name, own in state["sources"].items()}
         if list(saved.items()) != list(self._shares.items()):
             raise RunError(

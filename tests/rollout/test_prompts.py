@@ -345,6 +345,11 @@ def test_a_mix_resumes_at_the_exact_prompt_of_each_source(drawn: int) -> None:
     ]
 
 
+def test_a_cursor_of_an_earlier_form_is_refused_in_one_sentence() -> None:
+    with pytest.raises(RunError, match="saved by an earlier nanoslime"):
+        PromptStream({"": source()}, {"": 1.0}).load_state_dict(source().state_dict())
+
+
 def test_a_mix_resumes_with_the_same_sources_only() -> None:
     state = json.loads(json.dumps(mix({"a": 3, "b": 1}).state_dict()))
     mix({"a": 6, "b": 2}).load_state_dict(state)
