@@ -18,14 +18,13 @@ keep them in ordinary memory.
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 import torch.distributed as dist
 from sglang.srt.managers.io_struct import BeginWeightUpdateReqOutput, CheckWeightsReqOutput
@@ -65,12 +64,13 @@ def register() -> None:
     guard = WeightGuard()
     hooks: dict[str, list[Callable]] = {
         f"{_UPDATER}.update_weights_from_disk": [guard.disk],
-        f"{_UPDATER}.load_weights_from_distributed": [guard.bucket],
+        f"{_UPDATER}.receive_weights_from_distributed": [one_after_another],
+        f"{_UPDATER}.load_weights_from_distributed": [guard.buckets],
         f"{_UPDATER}.update_weights_from_tensor": [guard.bucket],
         f"{_UPDATER}.begin_weight_update": [guard.begin],
         f"{_UPDATER}.destroy_weights_update_group": [leave_groups],
         f"{_MANAGER}.update_weights_from_disk": [answer_of_all_ranks],
-        f"{_MANAGER}.update_weights_from_distributed": [one_after_another, answer_of_all_ranks],
+        f"{_MANAGER}.update_weights_from_distributed": [answer_of_all_ranks],
         f"{_MANAGER}.update_weights_from_tensor": [answer_of_all_ranks],
         f"{_MANAGER}.check_weights": [guard.answer_agree, answer_of_all_ranks],
         f"{_MANAGER}.begin_weight_update": [guard.answer_begin],
@@ -129,42 +129,12 @@ def leave_groups(original: Original, updater: Any, group_name: str) -> Result:
     return not failures, "; ".join(failures) or f"left {len(names)} groups"
 
 
-def one_after_another(original: Original, manager: Any, request: Any) -> Any:
-    """One call may announce several buckets: each is received and loaded before the next one.
-
-    After a refusal the others are only received, so that their sender does not wait.
-    """
-    updater = manager.tp_worker.model_runner.weight_updater
-    first, *others = _buckets_of(request)
-    answer = original(manager, first)
-    for bucket in others:
-        if answer.success:
-            answer = original(manager, bucket)
-            continue
-        try:
-            updater.receive_weights_from_distributed(
-                names=bucket.names,
-                dtypes=bucket.dtypes,
-                shapes=bucket.shapes,
-                group_name=bucket.group_name,
-                load_format=bucket.load_format,
-            )
-        except Exception:
-            # Their sender is gone, as the answer says.
-            break
-    return answer
-
-
-def _buckets_of(request: Any) -> list[Any]:
-    """A request for each bucket, which a header begins."""
-    starts = [number for number, name in enumerate(request.names) if name == HEADER]
-    if not starts or starts[0] > 0:
-        return [request]
-    buckets = []
-    for start, stop in pairwise([*starts, len(request.names)]):
-        own = {name: getattr(request, name)[start:stop] for name in ("names", "dtypes", "shapes")}
-        buckets.append(msgspec.structs.replace(request, **own))
-    return buckets
+def one_after_another(original: Original, updater: Any, **run: Any) -> Iterator[Any]:
+    """One call may announce several buckets: each is received when it is asked for."""
+    starts = [number for number, name in enumerate(run["names"]) if name == HEADER]
+    for start, stop in pairwise([*(starts or [0]), len(run["names"])]):
+        bucket = {name: run[name][start:stop] for name in ("names", "dtypes", "shapes")}
+        yield original(updater, **run | bucket)
 
 
 def answer_of_all_ranks(original: Original, manager: Any, request: Any) -> Any:
@@ -274,6 +244,19 @@ class WeightGuard:
             answer.message = f"{num_expected} tensors expected"
         return answer
 
+    def buckets(self, original: Original, updater: Any, received: Iterable[Any]) -> Result:
+        """Loads each of them before the next one is received. After a refusal the others are only
+        received, so that their sender does not wait."""
+        result = True, _OF_DRAFT
+        try:
+            for named_tensors in received:
+                if result[0]:
+                    result = self.bucket(original, updater, named_tensors)
+        except Exception as e:
+            # Their sender is gone.
+            return False, f"weights were not received: {type(e).__name__}: {e}"
+        return result
+
     def bucket(
         self, original: Original, updater: Any, named_tensors: Any, **options: Any
     ) -> Result:
@@ -281,8 +264,7 @@ class WeightGuard:
 
         `named_tensors` are (name, tensor) pairs, or a flat tensor with the metadata of
         its parts, of which a trainer on the CPU gives a handle (shared_bytes.py); the first one is
-        the header. SGLang calls this after the broadcasts were received, so that a refusal does not
-        leave their sender waiting.
+        the header.
         """
         if _is_draft(updater):
             return True, _OF_DRAFT

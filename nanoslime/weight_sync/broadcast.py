@@ -50,30 +50,15 @@ class _Run:
     numbers: tuple[int, ...]
     sender: int
 
-    @property
-    def first(self) -> int:
-        return self.numbers[0]
-
-    @property
-    def last(self) -> int:
-        return self.numbers[-1]
-
 
 @dataclass(slots=True)
 class _Flat:
-    """A tensor for one bucket. On a CPU both events are None."""
+    """A tensor for one bucket, which has its first bytes. On a CPU both events are None."""
 
     tensor: Tensor
+    number: int = -1
     is_full: torch.cuda.Event | None = None
     is_free: torch.cuda.Event | None = None
-
-
-@dataclass(slots=True)
-class _Full:
-    """A bucket that is ready to be sent, in the first bytes of `flat`."""
-
-    number: int
-    flat: _Flat
 
 
 @dataclass(slots=True)
@@ -84,7 +69,7 @@ class _Update:
     compares: bool
     shards: list[WeightShard]
     free: SimpleQueue[_Flat] = field(default_factory=SimpleQueue)
-    full: deque[_Full] = field(default_factory=deque)
+    full: deque[_Flat] = field(default_factory=deque)
     num_filled: int = 0
     is_well: bool = True
     num_bytes: int = 0
@@ -190,6 +175,7 @@ class BroadcastSender:
             self._exchange.bring(number, update.shards, [])
             return
         flat = update.free.get()
+        flat.number = number
         begin = time.monotonic()
         if flat.is_free is not None:
             flat.is_free.wait()
@@ -199,47 +185,37 @@ class BroadcastSender:
         seal(within, place, bucket.parts)
         if within.is_cuda:
             flat.is_full = torch.cuda.current_stream().record_event()
-        update.full.append(_Full(number, flat))
+        update.full.append(flat)
         update.gather_s += time.monotonic() - begin
 
-    def _send_in_turn(self, update: _Update, full: _Full, turns: Turns) -> None:
+    def _send_in_turn(self, update: _Update, flat: _Flat, turns: Turns) -> None:
         """Sends nothing more once something has failed, here or in an earlier turn."""
-        run = self._run_of[full.number]
-        bucket = self._flat_buckets[full.number]
+        run = self._run_of[flat.number]
+        is_first = flat.number == run.numbers[0]
+        is_last = flat.number == run.numbers[-1]
+        bucket = self._flat_buckets[flat.number]
         is_well = update.is_well
         update.is_well = False
         try:
-            if full.number == run.first:
-                is_well = self._begin(run, turns) and is_well
+            if is_first:
+                is_well = turns.wait(run.turn) and is_well
             if is_well:
                 begin = time.monotonic()
-                if full.number == run.first:
+                if is_first:
                     self._wire.announce([self._flat_buckets[number] for number in run.numbers])
-                self._wire.send(bucket, full, update.version)
+                self._wire.send(bucket, flat, update.version)
                 sent = time.monotonic()
                 update.wire_s += sent - begin
                 update.num_bytes += bucket.nbytes
-                if full.number == run.last:
+                if is_last:
                     self._wire.collect(update.version)
                     update.load_s += time.monotonic() - sent
             update.is_well = is_well
         finally:
             # It comes first, as the next bucket waits for it even if the store is gone.
-            update.free.put(full.flat)
-            if full.number == run.last and self._sender_at(run.turn + 1) is not None:
+            update.free.put(flat)
+            if is_last and run.turn + 1 < len(self._runs):
                 turns.over(run.turn, well=update.is_well)
-
-    def _begin(self, run: _Run, turns: Turns) -> bool:
-        """Waits for the turn of this rank; False where an earlier one failed."""
-        before = self._sender_at(run.turn - 1)
-        return before is None or turns.wait(run.turn)
-
-    def _sender_at(self, turn: int) -> int | None:
-        """Who else has this turn; None where nobody has it, or this rank itself."""
-        if not 0 <= turn < len(self._runs):
-            return None
-        sender = self._runs[turn].sender
-        return None if sender == self._weights.rank else sender
 
 
 def _runs_of(senders: Sequence[int]) -> Iterator[_Run]:
@@ -291,10 +267,9 @@ class _Wire:
             "receive_buckets", names=names, shapes=shapes, dtypes=dtypes, group=self.group_name
         )
 
-    def send(self, bucket: FlatBucket, full: _Full, version: int) -> None:
+    def send(self, bucket: FlatBucket, flat: _Flat, version: int) -> None:
         """Sends the next bucket of the run; on a CPU it is on its way to the engines' loaders
         when this returns."""
-        flat = full.flat
         data = flat.tensor[: bucket.nbytes]
         with self._abort_if_broken(version):
             if self._stream is None:

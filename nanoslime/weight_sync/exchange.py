@@ -64,8 +64,6 @@ class Exchange:
         does not take part.
         """
         route = self._routes[number]
-        for part, wanted in route.copies:
-            places[wanted.number][wanted.box].copy_(shards[part.number].tensor[part.box])
         operations = []
         for rank, parts in route.sends.items():
             pack = self._empty(parts)
@@ -76,6 +74,8 @@ class Exchange:
         for rank, pack in arriving.items():
             operations.append(dist.P2POp(dist.irecv, pack, rank))
         works = dist.batch_isend_irecv(operations) if operations else []
+        for part, wanted in route.copies:
+            places[wanted.number][wanted.box].copy_(shards[part.number].tensor[part.box])
         for operation, work in zip(operations, works, strict=False):  # NCCL has one for all
             try:
                 work.wait()

@@ -199,9 +199,8 @@ def _in_runs(armed: Armed, change: Callable[[list[Any], int], list[Any]]) -> Non
                 changed[:] = change(list(buckets), number)
         announce(wire, changed)
 
-    def sending(wire: Any, bucket: Any, full: Any, version: int) -> None:
-        flat = broadcast._Flat(full.flat.tensor.clone())
-        copies[id(bucket)] = broadcast._Full(full.number, flat)
+    def sending(wire: Any, bucket: Any, flat: Any, version: int) -> None:
+        copies[id(bucket)] = broadcast._Flat(flat.tensor.clone())
         while changed and id(changed[0]) in copies:
             next_one = changed.pop(0)
             send(wire, next_one, copies[id(next_one)], version)
@@ -387,11 +386,11 @@ def _signalled(number: signal.Signals, when: str) -> Callable[[Armed], None]:
             return
         bring = broadcast.Exchange.bring
 
-        def bringing(exchange: Any, number: int, shards: Any, places: Any) -> None:
+        def bringing(exchange: Any, number: int, *more: Any) -> None:
             # Buckets that are brought before the pause are not meant, but all files are.
             if number >= 8 and (_now[1] == "send" or armed.transport == "disk"):
                 strike(armed, _now[0], None)
-            bring(exchange, number, shards, places)
+            bring(exchange, number, *more)
 
         broadcast.Exchange.bring = bringing  # type: ignore[method-assign]
 

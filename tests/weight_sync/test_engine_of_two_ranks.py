@@ -50,7 +50,7 @@ def receive(original, updater, **bucket):
 
 
 def register():
-    target = f"{UPDATER}.receive_weights_from_distributed"
+    target = f"{UPDATER}._receive_bucketed_weights_from_distributed"
     HookRegistry.register(target, receive, HookType.AROUND)
 """
 
