@@ -336,11 +336,7 @@ def _parallel_dims(config: RunConfig, shape: ModelShape, ranks: int, slots: int)
             f"per optimizer step for DP={dp}; choose sizes with a product of at least {dp * steps}"
         )
     return ParallelDims(
-        tp=training.tp_size,
-        pp=training.pp_size,
-        cp=training.cp_size,
-        ep=training.ep_size,
-        dp=dp,
+        tp=training.tp_size, pp=training.pp_size, cp=training.cp_size, ep=training.ep_size, dp=dp
     )
 
 

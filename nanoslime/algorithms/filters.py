@@ -6,13 +6,7 @@ from collections.abc import Sequence
 from nanoslime.algorithms.rewards import rewards_by_group, spreads
 from nanoslime.types import Group, Scored, Status
 
-REASONS = (
-    "sample_error",
-    "sample_aborted",
-    "sample_no_response",
-    "group_empty",
-    "group_zero_std",
-)
+REASONS = ("sample_error", "sample_aborted", "sample_no_response", "group_empty", "group_zero_std")
 """What `filter_groups` drops samples and groups for."""
 
 

@@ -103,11 +103,7 @@ def attention(shape: ModelShape) -> list[Rule]:
 
 
 def gated_mlp(
-    layers: Layers,
-    megatron: str,
-    hf: str,
-    size: tuple[int, int],
-    matrices: Sequence[str] = _GATED,
+    layers: Layers, megatron: str, hf: str, size: tuple[int, int], matrices: Sequence[str] = _GATED
 ) -> list[Rule]:
     """The matrices of a gated MLP, hidden_size -> intermediate_size -> hidden_size.
 

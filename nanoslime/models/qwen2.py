@@ -4,10 +4,7 @@ from nanoslime.models.blocks import ExpertNames, attention, dense_decoder, ends,
 from nanoslime.models.rules import Rule
 from nanoslime.models.shape import Architecture, ConfigFile, ModelShape
 
-_MOE_NAMES = ExpertNames(
-    shared="mlp.shared_expert.",
-    shared_gate="mlp.shared_expert_gate.weight",
-)
+_MOE_NAMES = ExpertNames(shared="mlp.shared_expert.", shared_gate="mlp.shared_expert_gate.weight")
 
 
 def _read(config: ConfigFile) -> ModelShape:
@@ -16,8 +13,7 @@ def _read(config: ConfigFile) -> ModelShape:
 
 def _read_moe(config: ConfigFile) -> ModelShape:
     moe = config.softmax_moe(
-        shared_intermediate_size=config["shared_expert_intermediate_size"],
-        shared_gate=True,
+        shared_intermediate_size=config["shared_expert_intermediate_size"], shared_gate=True
     )
     return ModelShape(**config.sizes(), qkv_bias=config.get("qkv_bias", True), moe=moe)
 

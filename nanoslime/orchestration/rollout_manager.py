@@ -20,14 +20,7 @@ from nanoslime.rollout.prompts import RunPrompts
 from nanoslime.rollout.tasks import GroupTask, Sampling, seed_of
 from nanoslime.run_dir import RunDir
 from nanoslime.storage.shared_files import read_json_lines
-from nanoslime.types import (
-    GroupReport,
-    Prompt,
-    RunError,
-    SampleReport,
-    Status,
-    local_reports,
-)
+from nanoslime.types import GroupReport, Prompt, RunError, SampleReport, Status, local_reports
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +42,7 @@ class RolloutManager:
     """
 
     def __init__(
-        self,
-        config: RunConfig,
-        run: RunDir,
-        loaded: RunPrompts,
-        weights: Weights,
-        serving: Serving,
+        self, config: RunConfig, run: RunDir, loaded: RunPrompts, weights: Weights, serving: Serving
     ):
         self.config = config
         self.run = run

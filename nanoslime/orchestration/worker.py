@@ -39,13 +39,7 @@ _FULL_DISK_BYTES = 1 << 20
 class TrainWorker:
     """Every method is collective: all ranks call it, in the same order."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        model_dir: Path,
-        env: RankEnv,
-        run: RunDir | None = None,
-    ):
+    def __init__(self, config: RunConfig, model_dir: Path, env: RankEnv, run: RunDir | None = None):
         """`run` is where files about batches and tokens go; there are none without it."""
         if env.device == "cuda" and not torch.cuda.is_available():
             raise RunError(

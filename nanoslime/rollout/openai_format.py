@@ -93,10 +93,7 @@ def single_prompt(prompt: Any) -> str | list[int]:
 
 
 def answer(
-    asked: Asked,
-    prompt_ids: list[int],
-    generation: Generation,
-    tokenizer: PreTrainedTokenizerBase,
+    asked: Asked, prompt_ids: list[int], generation: Generation, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     """The answer to a request. Beside OpenAI's fields it has the token ids, as vLLM's."""
     token_ids = generation.token_ids

@@ -20,13 +20,7 @@ from torch import Tensor
 
 from nanoslime.batch import BatchPlan, StepShare, TrainBatch
 from nanoslime.training.packing import pack
-from nanoslime.types import (
-    GroupReport,
-    KeptArrays,
-    SampleArrays,
-    SampleReport,
-    Status,
-)
+from nanoslime.types import GroupReport, KeptArrays, SampleArrays, SampleReport, Status
 
 _DUMMY_TOKENS = 2
 _DUMMY = SampleArrays(

@@ -33,14 +33,7 @@ from nanoslime.rollout.engines.embedded_sampling import (
 )
 from nanoslime.rollout.weight_check import ExpectedTensors, changed, fingerprints
 from nanoslime.storage.safetensors_file import read_headers
-from nanoslime.types import (
-    GenerateRequest,
-    Generation,
-    MemoryPart,
-    PauseMode,
-    RunError,
-    TensorKind,
-)
+from nanoslime.types import GenerateRequest, Generation, MemoryPart, PauseMode, RunError, TensorKind
 
 # The most sequences in one forward.
 _MAX_SEQUENCES = 1024

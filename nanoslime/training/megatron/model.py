@@ -27,12 +27,7 @@ from nanoslime.training.megatron.local_layers import (
     use_latent_attention,
     use_packed_rotary_embedding,
 )
-from nanoslime.training.megatron.parallel import (
-    Ranks,
-    megatron_sizes,
-    megatron_stages,
-    partitions,
-)
+from nanoslime.training.megatron.parallel import Ranks, megatron_sizes, megatron_stages, partitions
 
 
 def model_config(
@@ -140,12 +135,7 @@ def build(shape: ModelShape, config: RunConfig, ranks: Ranks, device: torch.devi
     for number, partition in enumerate(partitions(ranks.place, config.training, shape)):
         vp_stage = number if ranks.vpp_size > 1 else None
         gpt = gpt_model(
-            shape,
-            settings,
-            device,
-            first=partition.first,
-            last=partition.last,
-            vp_stage=vp_stage,
+            shape, settings, device, first=partition.first, last=partition.last, vp_stage=vp_stage
         )
         bound = weights.bind(gpt, shape, partition)
         weights.freeze(gpt, bound, shape, config.training.freeze)

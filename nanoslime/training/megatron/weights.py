@@ -81,10 +81,7 @@ def load(parameter_pieces: ParameterPieces, shape: ModelShape, directory: Path) 
 
 
 def freeze(
-    model: GPTModel,
-    parameter_pieces: ParameterPieces,
-    shape: ModelShape,
-    patterns: Sequence[str],
+    model: GPTModel, parameter_pieces: ParameterPieces, shape: ModelShape, patterns: Sequence[str]
 ) -> None:
     """Takes the tensors that training.freeze names out of training.
 
