@@ -70,7 +70,8 @@ class NodeJob:
         agent = start_agent(attempt, config, env, self.driver)
         code = agent.poll()
         while code is None:
-            while signals:
+            # Before its first heartbeat it would ignore some signals, and be ended by others.
+            if signals and attempt.heartbeats([env.node_index]):
                 agent.send_signal(signals.pop(0))
             time.sleep(_POLL_S)
             code = agent.poll()

@@ -176,6 +176,31 @@ def test_ctrl_c_lets_the_driver_commit(tmp_path: Path, python_with_fake_ray: str
     assert "stopped: Ctrl-C" in err
 
 
+def test_a_warning_that_comes_while_the_agent_starts_is_handed_on(
+    tmp_path: Path, python_with_fake_ray: str
+) -> None:
+    """The guard of a SLURM task, with the task's environment and without SLURM."""
+    made = make_run(tmp_path, 1, network_interface="lo")
+    task = {"SLURM_JOB_ID": "71", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "n1"}
+    command = [python_with_fake_ray, "-m", "jobs.node", made.run.path]
+    guard = subprocess.Popen(
+        [*command, "--driver", driver("until-stop")],
+        cwd=ROOT,
+        env={**os.environ, "PATH": "/nowhere", **task},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    log = made.run.attempts / "1" / "logs" / "agent-0.log"
+    assert process_table.wait_for(log.exists, _DEADLINE_S)
+    guard.send_signal(signal.SIGUSR2)
+    said, _ = guard.communicate(timeout=_DEADLINE_S)
+    code, reason = made.end
+    assert (code, guard.returncode) == (STOPPED, FAILED), said
+    assert reason.startswith("SIGUSR2 at n1")
+    assert made.run.attempt(1).final_stop() is None
+
+
 def test_a_second_ctrl_c_ends_a_driver_that_does_not_stop(
     tmp_path: Path, python_with_fake_ray: str
 ) -> None:
