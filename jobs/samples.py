@@ -31,7 +31,6 @@ _SHOWN_AS = {code: text for code, text in _CONTROL.items() if chr(code) not in "
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run's directory")
     parser.add_argument("--step", type=int, help="the rollout, from 0 on; default: the last")
     order = parser.add_mutually_exclusive_group()
     order.add_argument("--worst", type=_number, metavar="N", default=5, help="of lowest reward (5)")
@@ -40,7 +39,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--status", choices=list(Status), help="those of one status alone")
     on_terminal = sys.stdout.isatty()
     parser.add_argument("--color", action=argparse.BooleanOptionalAction, default=on_terminal)
-    parser.set_defaults(show=show)
 
 
 def _number(text: str) -> int:
@@ -50,8 +48,8 @@ def _number(text: str) -> int:
     return number
 
 
-def show(asked: argparse.Namespace) -> str:
-    """The samples that are asked for, as text.
+def show(asked: argparse.Namespace) -> Iterator[str]:
+    """The samples that are asked for, line by line.
 
     The lowest reward comes first (--best: the highest), a sample without one before it; of
     equal rewards the larger gap between trainer and engine. Raises RunError where nothing was
@@ -69,23 +67,27 @@ def show(asked: argparse.Namespace) -> str:
     if not left:
         raise RunError(f"none of the {len(samples)} samples of step {step} is of this choice")
     sign = 1 if asked.best is None else -1
-    left.sort(key=lambda sample: (sign * _reward(sample), -sample.largest_gap))
+    left.sort(key=lambda sample: (sign * reward_of(sample), -sample.largest_gap))
     chosen = left[: asked.worst if asked.best is None else asked.best]
+    tokenizer = tokenizer_of(run)
+    rule = "─" * min(80, shutil.get_terminal_size().columns)
+    yield f"{run.path}: step {step}, {len(chosen)} of {len(samples)} samples"
+    if asked.color:
+        shades = [_colored(f" {least:g} ", least) for least in reversed(_BACKGROUNDS)]
+        yield (f"|trainer - engine| of a token's logprob, from {' '.join(shades)} nats on")
+    for sample in chosen:
+        yield from [rule, *_described(sample), *turns(sample, tokenizer, asked.color)]
+
+
+def tokenizer_of(run: RunDir) -> Tokenizer | None:
+    """That of the run's model; None where it has gone."""
     # A run without a checkpoint of its own is a rehearsal.
     named = read(run.config).model.hf_checkpoint
     file = Path(named or run.model / "model") / "tokenizer.json"
-    tokenizer = Tokenizer.from_file(str(file)) if file.is_file() else None
-    rule = "─" * min(80, shutil.get_terminal_size().columns)
-    lines = [f"{run.path}: step {step}, {len(chosen)} of {len(samples)} samples"]
-    if asked.color:
-        shades = [_colored(f" {least:g} ", least) for least in reversed(_BACKGROUNDS)]
-        lines.append(f"|trainer - engine| of a token's logprob, from {' '.join(shades)} nats on")
-    for sample in chosen:
-        lines += [rule, *_described(sample), *_response(sample, tokenizer, asked.color)]
-    return "\n".join(lines)
+    return Tokenizer.from_file(str(file)) if file.is_file() else None
 
 
-def _reward(sample: RecordedSample) -> float:
+def reward_of(sample: RecordedSample) -> float:
     reward = sample.line["reward"]
     return -math.inf if reward is None else float(reward)
 
@@ -109,7 +111,7 @@ def _described(sample: RecordedSample) -> Iterator[str]:
         yield f"gap   {mean:.2g} on average, {sample.largest_gap:.2g} at most"
 
 
-def _response(sample: RecordedSample, tokenizer: Tokenizer | None, color: bool) -> Iterator[str]:
+def turns(sample: RecordedSample, tokenizer: Tokenizer | None, color: bool) -> Iterator[str]:
     """The prompt, then what the policy said and what it was told, each with a heading."""
     if sample.token_ids is None or tokenizer is None:
         yield _plain(sample.line["text"])

@@ -11,7 +11,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from concurrent.futures import Future
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from queue import Full, Queue
@@ -73,14 +74,13 @@ class Writer:
         self._name = name
         self._open_sink = open_sink
         self._waiting: Queue[tuple[int, dict[str, float]] | None] = Queue(_MAX_WAITING)
-        self._is_open = threading.Event()
-        self._error: Exception | None = None
+        self._opened: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
-        if not self._is_open.wait(_OPEN_DEADLINE_S):
+        try:
+            self._opened.result(_OPEN_DEADLINE_S)
+        except TimeoutError:
             logger.warning("%s is not ready after %g s: training begins", name, _OPEN_DEADLINE_S)
-        if self._error is not None:
-            raise self._error
 
     def __call__(self, step: int, metrics: dict[str, float]) -> None:
         try:
@@ -89,31 +89,25 @@ class Writer:
             self._drop(step, "it has not taken the steps before")
 
     def close(self) -> None:
-        """Waits for what it still has to write, but no longer than the deadline."""
+        """Waits for what it still has to write, but not for ever."""
         deadline = time.monotonic() + _CLOSE_DEADLINE_S
-        try:
+        with suppress(Full):
             self._waiting.put(None, timeout=_CLOSE_DEADLINE_S)
-        except Full:
-            logger.warning("%s takes nothing any more", self._name)
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
             logger.warning(
-                "%s has not ended within %g s and is left behind, with %d steps that it has not "
-                "written",
+                "%s has not ended within %g s: what it has not written is lost",
                 self._name,
                 _CLOSE_DEADLINE_S,
-                self._waiting.qsize(),
             )
 
     def _run(self) -> None:
         try:
             sink, close = self._open_sink()
         except Exception as error:
-            self._error = error
-            logger.error("%s cannot be opened: %s", self._name, error)
+            self._opened.set_exception(error)
             return
-        finally:
-            self._is_open.set()
+        self._opened.set_result(None)
         while (given := self._waiting.get()) is not None:
             try:
                 sink(*given)
@@ -123,9 +117,7 @@ class Writer:
 
     def _drop(self, step: int, reason: str) -> None:
         if not self.num_dropped:
-            logger.warning(
-                "%s: step %d is not written, and no more is said: %s", self._name, step, reason
-            )
+            logger.warning("%s has lost step %d, the first: %s", self._name, step, reason)
         self.num_dropped += 1
 
 

@@ -98,6 +98,16 @@ def test_every_flag_exists():
         "best",
         "group",
         "status",
+        "run-root",
+        "role",
+        "rank",
+        "attempt",
+        "grep",
+        "tail",
+        "follow",
+        "print",
+        "overlap",
+        "wait",
     }
     text = re.sub(r"```bash.*?```", "", README, flags=re.DOTALL)
     in_backticks = " ".join(re.findall(r"`([^`]*)`", text))

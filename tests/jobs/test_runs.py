@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from jobs import runs
 from jobs.checkout import ROOT
 from nanoslime.config import ModelConfig, RunConfig
 from nanoslime.config.load import dump
@@ -22,6 +21,7 @@ from nanoslime.run_dir import RunDir
 from nanoslime.storage.recorded_samples import gaps_file, read_samples, write_gaps
 from nanoslime.types import Sample, SampleGroup, Status
 from tests.serving import save_byte_tokenizer
+from tools.watch import commands
 
 SETTINGS = Sampling(2, 8, 1.0)
 PROMPT = "2+2="
@@ -81,7 +81,7 @@ def shown(run: RunDir, *flags: str) -> str:
     """What the command prints; it has to succeed."""
     out = io.StringIO()
     with redirect_stdout(out):
-        assert runs.main(["samples", str(run.path), *flags]) == 0
+        assert commands.main(["samples", str(run.path), *flags]) == 0
     return out.getvalue().removesuffix("\n")
 
 
@@ -111,7 +111,7 @@ def test_samples_are_chosen_and_sorted_by_reward(run, flags, expected):
 
 def test_a_number_below_zero_is_refused(run, capsys):
     with pytest.raises(SystemExit):
-        runs.main(["samples", str(run.path), "--best", "-1"])
+        commands.main(["samples", str(run.path), "--best", "-1"])
     assert "-1 samples cannot be shown; give 0 or more" in capsys.readouterr().err
 
 
@@ -208,16 +208,16 @@ def test_texts_alone_are_shown_without_tokens(run, tokenizer):
     ],
 )
 def test_what_is_not_there_is_said_in_one_line(run, flags, says, capsys):
-    assert runs.main(["samples", str(run.path), *flags]) == 1
+    assert commands.main(["samples", str(run.path), *flags]) == 1
     told = capsys.readouterr()
     assert says in told.err and told.err.count("\n") == 1 and not told.out
 
 
 def test_a_directory_of_no_run_and_a_damaged_recording_are_named(run, tmp_path, capsys):
-    assert runs.main(["samples", str(tmp_path)]) == 1
+    assert commands.main(["samples", str(tmp_path)]) == 1
     assert "is not a run directory" in capsys.readouterr().err
     (run.rollouts / "step_1-0.jsonl").write_text('{"group": 1')
-    assert runs.main(["samples", str(run.path)]) == 1
+    assert commands.main(["samples", str(run.path)]) == 1
     assert "step_1-0.jsonl is not a recorded rollout: JSONDecodeError" in capsys.readouterr().err
 
 

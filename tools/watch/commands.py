@@ -1,0 +1,116 @@
+"""Watches the runs of a user, looks into them, and ends them.
+
+    python jobs/runs.py ps                      a line for each run of the run root
+    python jobs/runs.py status RUN              step, phase, seconds, reward, hours, attempts
+    python jobs/runs.py top [RUN]               ps, or status, again and again
+    python jobs/runs.py logs RUN --role trainer --grep Error --follow
+    python jobs/runs.py attach RUN --node n2    a shell inside the job
+    python jobs/runs.py tunnel RUN              commands to paste on your own machine
+    python jobs/runs.py stop RUN                it commits and ends, and its job is cancelled
+    python jobs/runs.py report RUN              all of it as one HTML page
+    python jobs/runs.py samples RUN --worst 3   recorded samples, token by token
+    python jobs/runs.py sync RUN                uploads to W&B what was logged offline
+
+RUN is a run's directory, or its name below the run root. The run may live, have ended or have
+never started; only `stop` and `sync` write into its directory.
+"""
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from jobs import samples
+from nanoslime.types import RunError
+from tools.watch import control, report, run_logs
+from tools.watch.status import RunStatus, subjects
+
+_CLEAR = "\x1b[H\x1b[2J"
+# What a line of `ps` tells.
+_LINE = ("state", "step", "reward", "ETA", "hours")
+
+
+def main(argv: list[str]) -> int:
+    asked = _parser().parse_args(argv)
+    try:
+        # A name is that of a run below the run root, unless there is a run here.
+        if asked.run is not None and not (asked.run / "attempts").is_dir():
+            asked.run = asked.run_root / asked.run
+        for text in asked.show(asked):
+            print(text, flush=True)
+    except (RunError, OSError) as e:
+        print(e, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _ps(asked: argparse.Namespace) -> Iterator[str]:
+    paths = [asked.run]
+    if asked.run is None:
+        paths = sorted(path.parent for path in asked.run_root.glob("*/attempts"))
+    if not paths:
+        raise RunError(f"{asked.run_root} holds no run; give another --run-root DIR")
+    for path in paths:
+        status = RunStatus(path)
+        told = dict(subjects(status))
+        shown = [told[label] for label in _LINE if label in told]
+        yield f"{status.run.name:24}  {'; '.join(shown)}"
+
+
+def _status(asked: argparse.Namespace) -> Iterator[str]:
+    for label, text in subjects(RunStatus(asked.run)):
+        yield f"{label:9} {text}"
+
+
+def _top(asked: argparse.Namespace) -> Iterator[str]:
+    show = _ps if asked.run is None else _status
+    while True:
+        yield "\n".join([_CLEAR, *show(asked)])
+        time.sleep(asked.every)
+
+
+_COMMANDS = {
+    "ps": (_ps, "a line for each run of the run root"),
+    "status": (_status, "step, phase, seconds, reward, ETA, hours and attempts"),
+    "top": (_top, "ps, or status of a run, again and again"),
+    "logs": (run_logs.show, "the logs of all processes, merged by time"),
+    "attach": (control.attach, "a shell inside the run's allocation"),
+    "tunnel": (control.tunnel, "a command that leads to TensorBoard, for your own machine"),
+    "stop": (control.stop, "the run commits and ends, and its job is cancelled"),
+    "report": (report.write, "writes all of it as one HTML page, which needs no network"),
+    "samples": (samples.show, "recorded samples, each token coloured by its gap"),
+    "sync": (control.sync, "uploads to W&B what was logged offline; may be repeated"),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python jobs/runs.py", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    made = {}
+    for name, (show, summary) in _COMMANDS.items():
+        made[name] = commands.add_parser(name, help=summary, description=summary)
+        nargs = "?" if name in ("ps", "top") else None
+        made[name].add_argument("run", type=Path, metavar="RUN", nargs=nargs)
+        made[name].add_argument("--run-root", type=Path, default=Path("runs"), metavar="DIR")
+        made[name].set_defaults(show=show)
+    samples.add_options(made["samples"])
+    run_logs.add_options(made["logs"])
+    made["top"].add_argument("--every", type=float, default=5.0, metavar="S", help="seconds (5)")
+    made["attach"].add_argument("--node", help="the node's name; default: the job's first")
+    made["attach"].add_argument("--print", action="store_true", help="only print the command")
+    made["stop"].add_argument(
+        "--wait", type=float, default=600.0, metavar="S", help="seconds (600)"
+    )
+    made["report"].add_argument("--out", type=Path, metavar="FILE", help="default: NAME.html, here")
+    return parser
+
+
+if __name__ == "__main__":
+    # Whoever reads may stop to, as head and less do.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    sys.exit(main(sys.argv[1:]))
