@@ -6,11 +6,13 @@ Linux keeps the tree together: PR_SET_CHILD_SUBREAPER makes a child's orphans ou
 import ctypes
 import logging
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import psutil
 
@@ -20,6 +22,11 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 _PR_SET_CHILD_SUBREAPER = 36
 _KILL_DEADLINE_S = 10.0
 _POLL_S = 0.05
+# The inodes of shared memory in what the kernel tells of a process's mappings. The name that it
+# tells of a semaphore is an earlier one.
+_MAPPED = re.compile(r" (\d+) +/dev/shm/")
+# As Python, SGLang, NCCL and torch name what nobody needs but those who have it mapped.
+_SHARED_NAMES = ("sem.mp-", "psm_", "sglang_", "nccl-", "torch_")
 _ENDED = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 
 
@@ -104,18 +111,31 @@ def _signal_until_gone(
     find: Callable[[], set[int]], number: signal.Signals, patience_s: float
 ) -> set[int]:
     """Send the signal once to each process that `find` gives, also to new ones, until it gives
-    none.
+    none. The names of memory that they shared go, which they may have no time to remove.
 
     Returns what is alive when `patience_s` has passed.
     """
     deadline = time.monotonic() + patience_s
     signalled: set[int] = set()
+    shared: set[str] = set()
     while True:
         alive = find()
         if not alive or time.monotonic() > deadline:
+            _remove_names(shared)
             return alive
         for pid in alive - signalled:
             with suppress(OSError):  # it has ended, or is another user's
+                shared.update(_MAPPED.findall(Path(f"/proc/{pid}/maps").read_text()))
+            with suppress(OSError):
                 os.kill(pid, number)
         signalled |= alive
         time.sleep(_POLL_S)
+
+
+def _remove_names(inodes: Collection[str]) -> None:
+    """Removes the names of shared memory that has these inodes."""
+    for file in Path("/dev/shm").iterdir():
+        if file.name.startswith(_SHARED_NAMES):
+            with suppress(FileNotFoundError):
+                if str(file.stat().st_ino) in inodes:
+                    file.unlink()

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from transformers import AutoModelForCausalLM
 from nanoslime.models.tiny import BOS, EOS, PAD, VOCAB_SIZE, digit_problems
 from nanoslime.rehearsal import build_tokenizer
 from nanoslime.run_dir import RunDir
-from tests import process_table
+from tests import process_table, strangers
+from tests.jobs.made_run import scratches
 from tests.models.hf import save_model
 
 REPOSITORY = Path(__file__).parents[2]
@@ -239,14 +241,60 @@ def check_environments(run: RunDir, server_pid: int) -> None:
     assert len(found) > 1 and all(one == expected for one in found)
 
 
+def check_strangers(rehearsal: Rehearsal, scratch: list[Path]) -> None:
+    """Another user of the machine finds no port that does what he says, and no directory."""
+    processes = psutil.Process(rehearsal.process.pid).children(recursive=True)
+    by_process: dict[str, set[str]] = {}
+    for one, answer in strangers.knock(strangers.listeners(processes)):
+        process = one.process.split()[0]
+        if "/ray/autoscaler/" in one.process:  # counts for Prometheus, which everybody may read
+            assert answer == "HTTP 405"
+        elif answer not in strangers.REFUSED:
+            by_process.setdefault(process, set()).add(answer)
+            assert one.address.startswith("127."), one
+        elif "sglang.launch_server" in one.process:
+            assert answer == "HTTP 401" and one.address.startswith("127.")
+    # TCPStores and gloo ask nobody for a secret: the rest that the README names.
+    assert by_process == dict.fromkeys(("ray::RankActor", "sglang::scheduler"), {strangers.UNKNOWN})
+    if os.getuid() == 0:
+        assert strangers.entered([rehearsal.run.path, *scratch]) == []
+    assert all(path.stat().st_mode & 0o777 == 0o700 for path in scratch)
+
+
+def check_secrets(rehearsal: Rehearsal, secrets: list[str], scratch: list[Path]) -> None:
+    """They are in two files of this user's, and in no command line."""
+    logs = "rehearsal/attempts/1/logs"
+    expected = {"rehearsal/attempts/1/ray_token": 0o600, f"{logs}/engine_key.yaml": 0o600}
+    assert strangers.files_with(secrets, [rehearsal.root, *scratch]) == expected
+    if rehearsal.process.poll() is None:
+        for process in psutil.Process(rehearsal.process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                command = " ".join(process.cmdline())
+                assert not any(secret in command for secret in secrets)
+    assert not any(secret in line for secret in secrets for line in rehearsal.lines)
+
+
 @pytest.mark.sglang
-def test_a_killed_engine_comes_back_and_ends_the_run_when_it_may_not(start):
+def test_a_killed_engine_comes_back_and_ends_the_run_when_it_may_not(start, monkeypatch):
+    canaries = {
+        "HF_TOKEN": "canary-of-the-hub",
+        "WANDB_API_KEY": "canary-of-the-tracker" + "0" * 19,
+    }
+    for name, canary in canaries.items():
+        monkeypatch.setenv(name, canary)
     flags = ["--nodes", "2", "--pp-size", "1", "--num-rollout", "1000"]
     flags += ["--rollout.engine-restarts", "1"]
     rehearsal = start(*flags, "--eval.max-prompts", "8")
     rehearsal.wait_for_line("step 1/1000")
     server = rehearsal.pid_of("sglang.launch_server")
     check_environments(rehearsal.run, server)
+    attempt = rehearsal.run.attempt(1)
+    scratch = scratches(rehearsal.root)
+    assert len(scratch) == 2
+    key = json.loads(attempt.log("sglang", 0).with_name("engine_key.yaml").read_text())["api-key"]
+    secrets = [*canaries.values(), attempt.ray_token.read_text(), key]
+    check_strangers(rehearsal, scratch)
+    check_secrets(rehearsal, secrets, scratch)
     os.kill(server, signal.SIGKILL)
     rehearsal.wait_for_line("engine engine-0 is up again")
     num_lines = len(rehearsal.lines)
@@ -257,3 +305,5 @@ def test_a_killed_engine_comes_back_and_ends_the_run_when_it_may_not(start):
     os.kill(rehearsal.pid_of("sglang.launch_server"), signal.SIGKILL)
     assert rehearsal.wait(90) == 1
     assert rehearsal.says("no engine is left") and rehearsal.says("sglang-0.log")
+    check_secrets(rehearsal, secrets, [])
+    assert scratches(rehearsal.root) == []

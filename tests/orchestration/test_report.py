@@ -7,6 +7,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from nanoslime import layout, rehearsal, train
@@ -21,6 +22,7 @@ from nanoslime.processes.temp import private_tmpdir
 from nanoslime.run_dir import FAILED, RunDir
 from nanoslime.training.fsdp import FSDPBackend
 from nanoslime.types import RunError
+from tests import strangers
 from tests.full_disk import fill
 
 SCORER = "nanoslime.rollout.rewards.scorer"
@@ -144,6 +146,11 @@ def test_a_rank_on_ray_that_raises_tells_its_log_and_the_driver(
     with private_tmpdir():
         cluster.start_local(plan.slots_per_node, plan.device, attempt.make_ray_token())
         try:
+            own = psutil.Process().children(recursive=True)
+            answers = strangers.knock(strangers.listeners(own))
+            # Ray's monitor tells everybody its counts for Prometheus, and takes no order.
+            told = {answer for one, answer in answers if "/ray/autoscaler/" not in one.process}
+            assert len(answers) >= 3 and told <= strangers.REFUSED
             places = [actors.ActorPlace(index=0, node=0, num_slots=0)]
             nowhere = replace(attempt, number=2)
             doomed = actors.Actors(

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,33 @@ print(spared.poll())
 end_descendants()
 print(spared.wait())
 """
+
+
+SHARES_MEMORY = """
+import mmap, multiprocessing, sys
+from multiprocessing.shared_memory import SharedMemory
+lock = multiprocessing.get_context("spawn").Lock()
+memory = SharedMemory(create=True, size=8)
+file = open(sys.argv[1], "r+b")
+model = mmap.mmap(file.fileno(), 0)
+print("sem." + lock._semlock.name[1:], memory.name, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_names_of_memory_that_killed_processes_shared_go_with_them(no_leftovers: None) -> None:
+    """Python's resource tracker, which is there to remove them, is killed too. What else they have
+    mapped there, as a model, is somebody's file."""
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as model:
+        model.write(b"model")
+        model.flush()
+        command = [sys.executable, "-c", SHARES_MEMORY, model.name]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, start_new_session=True, **pipes) as child:
+            names = [Path("/dev/shm", name) for name in child.stdout.readline().split()]
+            assert len(names) == 2 and all(name.exists() for name in names)
+            assert tree.kill_all(lambda process: os.getpgid(process.pid) == child.pid) == ""
+        assert not any(name.exists() for name in names) and Path(model.name).exists()
 
 
 def test_descendants_are_found_through_generations() -> None:
