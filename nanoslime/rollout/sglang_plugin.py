@@ -11,12 +11,17 @@ directory that lacks a tensor is refused with its name, and a directory that dif
 manifest that it may have. What one rank of the engine refuses, the engine refuses. A
 refusal is an error response (success false); the server goes on.
 
+An engine into which a part of an update was loaded generates nothing, whoever resumes it, until a
+whole one has come. Ways past the checks are refused.
+
 The experts that its routers choose leave the scheduler in one byte each where they can, not in
 four: they are nearly all of an answer. On a machine without CUDA the plug-in also lets SGLang
 keep them in ordinary memory.
 """
 
 import json
+import logging
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +32,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from sglang.srt.managers.io_struct import BeginWeightUpdateReqOutput, CheckWeightsReqOutput
+from sglang.srt.managers.io_struct import (
+    BeginWeightUpdateReqOutput,
+    CheckWeightsReqOutput,
+    UpdateWeightFromDiskReqOutput,
+)
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 from torch import Tensor
@@ -41,13 +50,17 @@ from nanoslime.shared_bytes import shared_bytes
 from nanoslime.storage import manifest
 from nanoslime.types import RunError
 
+logger = logging.getLogger(__name__)
+
 _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
 _MANAGER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+_INGEST = "sglang.srt.managers.scheduler.Scheduler.ingest_requests"
 _COLLECT_EXPERTS = (
     "sglang.srt.managers.scheduler_components.batch_result_processor"
     ".SchedulerBatchResultProcessor._maybe_collect_routed_experts"
 )
 _COMMAND_LINE = "sglang.srt.sampling.watermarking.core.redact_watermark_command_line"
+_PATH_OF_LOADS = "sglang.srt.managers.load_snapshot.shm_path_for"
 _PIN_MEMORY = "sglang.srt.mem_cache.pool_host.common._cuda_host_register"
 
 # The client looks for this mark in the last model's answer.
@@ -67,18 +80,21 @@ def register() -> None:
         f"{_UPDATER}.receive_weights_from_distributed": [one_after_another],
         f"{_UPDATER}.load_weights_from_distributed": [guard.buckets],
         f"{_UPDATER}.update_weights_from_tensor": [guard.bucket],
+        f"{_UPDATER}.update_weights_from_ipc": [refuse_unchecked],
         f"{_UPDATER}.begin_weight_update": [guard.begin],
         f"{_UPDATER}.destroy_weights_update_group": [leave_groups],
-        f"{_MANAGER}.update_weights_from_disk": [answer_of_all_ranks],
-        f"{_MANAGER}.update_weights_from_distributed": [answer_of_all_ranks],
-        f"{_MANAGER}.update_weights_from_tensor": [answer_of_all_ranks],
-        f"{_MANAGER}.check_weights": [guard.answer_agree, answer_of_all_ranks],
+        f"{_MANAGER}.update_weights_from_disk": [guard.of_all_ranks, guard.verify_files],
+        f"{_MANAGER}.update_weights_from_distributed": [guard.of_all_ranks],
+        f"{_MANAGER}.update_weights_from_tensor": [guard.of_all_ranks],
+        f"{_MANAGER}.check_weights": [guard.answer_agree, guard.of_all_ranks],
         f"{_MANAGER}.begin_weight_update": [guard.answer_begin],
-        f"{_MANAGER}.end_weight_update": [guard.answer_end, answer_of_all_ranks],
+        f"{_MANAGER}.end_weight_update": [guard.answer_end, guard.of_all_ranks],
+        _INGEST: [guard.hold],
         _COLLECT_EXPERTS: [_collect_small_experts],
         "sglang.srt.server_args.ServerArgs.resolved_dict": [hide_key],
         _COMMAND_LINE: [hide_key_in_command],
         "torch.distributed.rendezvous._create_c10d_store": [listen_at_own_address],
+        _PATH_OF_LOADS: [_named_by_group],
     }
     for target, of_target in hooks.items():
         for hook in of_target:
@@ -90,6 +106,11 @@ def register() -> None:
 
 def _leave_unpinned(*arguments: object) -> None:
     """Stands in for cudaHostRegister."""
+
+
+def _named_by_group(original: Original, instance: str) -> str:
+    """SGLang leaves this file behind; its owner knows the process group, and removes it."""
+    return original(f"{os.getpgid(0)}-{instance}")
 
 
 def _collect_small_experts(original: Original, processor: Any, request: Any) -> None:
@@ -137,17 +158,9 @@ def one_after_another(original: Original, updater: Any, **run: Any) -> Iterator[
         yield original(updater, **run | bucket)
 
 
-def answer_of_all_ranks(original: Original, manager: Any, request: Any) -> Any:
-    """SGLang gives the answer of its first rank; this one is the first refusal of any."""
-    answer = original(manager, request)
-    answers: list[Any] = [None] * dist.get_world_size(manager.tp_cpu_group)
-    dist.all_gather_object(answers, (answer.success, answer.message), manager.tp_cpu_group)
-    for rank, (success, message) in enumerate(answers):
-        if not success:
-            answer.success = False
-            answer.message = message if len(answers) == 1 else f"rank {rank}: {message}"
-            break
-    return answer
+def refuse_unchecked(original: Original, updater: Any, request: Any) -> Result:
+    """Stands in for an update that has neither header nor end."""
+    return False, "refused: weights that come by this way are not checked"
 
 
 @dataclass(slots=True)
@@ -214,6 +227,43 @@ class WeightGuard:
         self._received: dict[int, _Received] = {}
         # Those that have had a whole update.
         self._filled: set[int] = set()
+        # A rank of this engine may have a part of an update, or none of any.
+        self._is_mixed = False
+        # The scheduler would generate, if its weights were whole.
+        self._holds = False
+
+    def hold(self, original: Original, scheduler: Any, **options: Any) -> Any:
+        """Has the scheduler stand still after its requests were received, whatever they were,
+        as long as its weights may be a mixture."""
+        if self._holds:
+            scheduler._engine_paused = False
+        received = original(scheduler, **options)
+        would_generate = self._is_mixed and not scheduler._engine_paused
+        if would_generate:
+            scheduler._engine_paused = True
+            if not self._holds:
+                logger.warning("nothing is generated until a whole version of the weights has come")
+        self._holds = would_generate
+        return received
+
+    def of_all_ranks(self, original: Original, manager: Any, request: Any) -> Any:
+        """SGLang gives the answer of its first rank; this one is the first refusal of any."""
+        answer = original(manager, request)
+        mine = (answer.success, answer.message, self._is_mixed)
+        answers: list[Any] = [mine] * dist.get_world_size(manager.tp_cpu_group)
+        dist.all_gather_object(answers, mine, manager.tp_cpu_group)
+        self._is_mixed = any(is_mixed for _, _, is_mixed in answers)
+        for rank, (success, message, _) in enumerate(answers):
+            if not success:
+                answer.success = False
+                answer.message = message if len(answers) == 1 else f"rank {rank}: {message}"
+                break
+        return answer
+
+    def verify_files(self, original: Original, manager: Any, request: Any) -> Any:
+        """Before any rank loads a file, each has hashed a share of all."""
+        answer = self.of_all_ranks(_verified_share, manager, request)
+        return original(manager, request) if answer.success else answer
 
     def begin(self, original: Original, updater: Any) -> None:
         if not _is_draft(updater):
@@ -223,6 +273,7 @@ class WeightGuard:
     def answer_agree(self, original: Original, manager: Any, request: Any) -> Any:
         """Whether an update with the tensors of `skip_tensor_list` is one of the loaded model."""
         if AGREE not in (request.skip_tensor_list or ()):
+            self._is_mixed |= request.action == "reset_tensors"
             return original(manager, request)
         sent = json.loads(request.skip_tensor_list[1])
         updater = manager.tp_worker.model_runner.weight_updater
@@ -297,8 +348,6 @@ class WeightGuard:
         received = _Received(updater, self._expected_by(updater))
         try:
             found = checkpoint_shapes(model_path)
-            if (Path(model_path) / manifest.NAME).exists():
-                manifest.verify(Path(model_path))
         except (OSError, ValueError, RunError) as e:
             return False, f"refused {model_path}: {e}"
         problem = received.expected.first_problem(found.items())
@@ -316,6 +365,7 @@ class WeightGuard:
         if problem:
             return False, f"refused {model_path}: {problem}"
         self._filled.add(id(updater))
+        self._is_mixed = False
         return True, f"{message} {len(found)} tensors checked."
 
     def answer_end(self, original: Original, manager: Any, request: Any) -> Any:
@@ -325,6 +375,7 @@ class WeightGuard:
         answer = original(manager, request)
         if not answer.success:
             return answer
+        self._is_mixed = any(problems)
         for received, problem in zip(sessions, problems, strict=True):
             if received.last is not None:
                 answer.message = f"version {received.last.version}"
@@ -339,6 +390,7 @@ class WeightGuard:
         try:
             if received.last is None:
                 self._watch(received, compares=compares)
+            self._is_mixed = True
             return load()
         except Exception as e:
             # Whatever is raised here would end the scheduler process.
@@ -363,6 +415,21 @@ class WeightGuard:
             path = updater.model_config.model_path
             self._expected[id(updater)] = ExpectedTensors.of_checkpoint(path)
         return self._expected[id(updater)]
+
+
+def _verified_share(manager: Any, request: Any) -> Any:
+    """Whether this rank's share of a directory's files is what the manifest says."""
+    path = Path(request.model_path)
+    message = ""
+    try:
+        if (path / manifest.NAME).exists():
+            group = manager.tp_cpu_group
+            manifest.verify(path, dist.get_rank(group), dist.get_world_size(group))
+    except (OSError, RunError) as e:
+        message = f"refused {path}: {e}"
+    return UpdateWeightFromDiskReqOutput(
+        success=not message, message=message, num_paused_requests=0
+    )
 
 
 def _is_draft(updater: Any) -> bool:

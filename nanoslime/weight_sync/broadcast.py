@@ -10,6 +10,7 @@ while the other is on the wire and in the engines' loaders.
 """
 
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -318,6 +319,10 @@ class _Wire:
     def close(self) -> None:
         self._calls.close()
         dist.destroy_process_group(self._group)
+        # Its last reference waits for what gloo still sends to an engine that hangs.
+        held = [self._group]
+        del self._group
+        threading.Thread(target=held.clear, daemon=True).start()
 
     def _join(self, address: str, store: dist.TCPStore, backend: str) -> dist.ProcessGroup:
         sizes = [engine.world_size for engine in self._calls.engines]

@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 # An engine that other requests keep busy may take so long to answer a probe. That is waited for
 # before the next sync or commit only.
 _LATE_S = 10.0
+# What one rank does after another.
+_IN_TURNS = ("time/weight_sync_wire_s", "time/weight_sync_load_s")
 
 
 class State(StrEnum):
@@ -214,7 +216,7 @@ class SyncSession:
         if self._probe is None:
             return
         metrics, failures = self._probe.collect(wait_s)
-        self._probed = _longest([self._probed, metrics])
+        self._probed = _over_all([self._probed, metrics])
         self._engines.fail(failures)
 
     def _require_idle(self, version: int) -> None:
@@ -313,7 +315,7 @@ class SyncSession:
             if self._engines.in_sync() == engines:
                 sent = self._send(version, compares=compares)
                 if sent is not None:
-                    times = _longest([of_rank.times for of_rank in sent])
+                    times = _over_all([of_rank.times for of_rank in sent])
                     break
             self._disconnect()
         self._engines.each("end_update", version, flush=self._flushes and not compares)
@@ -398,10 +400,12 @@ class SyncSession:
         self._engines.fail(wrong)
 
 
-def _longest(times: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The largest of each: the slowest rank, the engine that is farthest from the trainer."""
+def _over_all(times: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The largest of each: the slowest rank, the engine that is farthest from the trainer. Of what
+    the ranks do in turns it is the sum."""
     found: dict[str, float] = {}
     for of_rank in times:
         for name, seconds in of_rank.items():
-            found[name] = max(seconds, found.get(name, 0.0))
+            others = found.get(name, 0.0)
+            found[name] = others + seconds if name in _IN_TURNS else max(others, seconds)
     return found

@@ -29,7 +29,11 @@ MORE_ROWS = HEAD + MORE
 def guard(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The plug-in imports this module of SGLang for its answers; it takes packages that a CPU
     lacks, and for which a server has stand-ins."""
-    names = ("BeginWeightUpdateReqOutput", "CheckWeightsReqOutput")
+    names = (
+        "BeginWeightUpdateReqOutput",
+        "CheckWeightsReqOutput",
+        "UpdateWeightFromDiskReqOutput",
+    )
     answers = SimpleNamespace(**dict.fromkeys(names, SimpleNamespace))
     monkeypatch.setitem(sys.modules, "sglang.srt.managers.io_struct", answers)
     monkeypatch.delitem(sys.modules, PLUGIN, raising=False)
@@ -197,5 +201,5 @@ def test_a_model_of_another_dtype_is_not_agreed_on_and_other_checks_are_sglangs(
     unread = asked("torch.bfloat16")
     assert not unread.success and "tensor names cannot be checked" in unread.message
     for others in (None, ["lm_head"]):
-        request = SimpleNamespace(skip_tensor_list=others)
+        request = SimpleNamespace(skip_tensor_list=others, action="checksum")
         assert guard.answer_agree(lambda *asked: asked, manager, request) == (manager, request)

@@ -25,6 +25,17 @@ def test_a_whole_directory_verifies(checkpoint: Path) -> None:
     manifest.verify(checkpoint)
 
 
+def test_several_may_share_the_files_that_are_hashed(checkpoint: Path) -> None:
+    """Whether all of them are there, and how long they are, each sees itself."""
+    flip_a_bit(checkpoint / "weights.bin")
+    manifest.verify(checkpoint, share=0, num_shares=2)
+    with pytest.raises(DamagedError, match="weights.bin was altered"):
+        manifest.verify(checkpoint, share=1, num_shares=2)
+    (checkpoint / "weights.bin").unlink()
+    with pytest.raises(DamagedError, match="weights.bin is missing"):
+        manifest.verify(checkpoint, share=0, num_shares=2)
+
+
 def flip_a_bit(file: Path) -> None:
     data = bytearray(file.read_bytes())
     data[4999] ^= 1

@@ -1,13 +1,20 @@
 """The ranks of a broadcast fail together: whatever one of them meets, no other waits for it."""
 
+import gc
+import os
+import signal
 import time
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from nanoslime.batch import OwnedShard, WeightShard
+from nanoslime.process_groups import join_group
 from nanoslime.sealed_bucket import HEADER_BYTES
 from nanoslime.types import RunError
 from nanoslime.weight_sync import broadcast
@@ -16,11 +23,10 @@ from nanoslime.weight_sync.engine_calls import EnginesFailed
 from nanoslime.weight_sync.trainer_weights import TrainerWeights
 from nanoslime.weight_sync.transport import EngineSide, RankSide
 from nanoslime.weight_sync.turns import Turns
+from tests import process_table
 from tests.weight_sync.test_trainer_weights import CPU, on_two_ranks
 
 NUM_TENSORS = 6
-# Room for one of them.
-BUCKET_BYTES = 24
 
 
 class Refusing:
@@ -33,15 +39,51 @@ class Refusing:
         raise RunError("engine a refuses")
 
 
+class Hanging:
+    """An engine that joins its group, hangs then, and refuses buckets all the same."""
+
+    name = "a"
+    world_size = 1
+
+    def __init__(self) -> None:
+        self.process: Any = None
+
+    def init_weight_group(self, **group: Any) -> None:
+        context = mp.get_context("spawn")
+        self.process = context.Process(target=join_and_hang, args=(group,), daemon=True)
+        self.process.start()
+        assert process_table.wait_for(lambda: is_stopped(self.process.pid), 60)
+
+    def receive_buckets(self, **buckets: object) -> None:
+        raise RunError("engine a refuses")
+
+
+def join_and_hang(group: dict[str, Any]) -> None:
+    store = dist.TCPStore(group["address"], group["port"], is_master=False)
+    join_group(
+        store,
+        rank=group["rank_offset"],
+        world_size=group["world_size"],
+        name=group["group"],
+        backend=group["backend"],
+        timeout_s=60,
+    )
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def is_stopped(pid: int) -> bool:
+    return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+
+
 def sender_of(
-    rank: int, deadline_s: float, *engines: object, num_ranks: int = 2
+    rank: int, deadline_s: float, *engines: object, num_ranks: int = 2, num_elements: int = 4
 ) -> BroadcastSender:
     """All ranks have tensors of their own, each a bucket; they take turns without engines too."""
 
     def shards_of(rank: int) -> list[WeightShard]:
-        box = (slice(0, 4),)
+        box = (slice(0, num_elements),)
         return [
-            WeightShard(f"{rank}.{number}", (4,), box, torch.ones(4))
+            WeightShard(f"{rank}.{number}", (num_elements,), box, torch.ones(num_elements))
             for number in range(NUM_TENSORS)
         ]
 
@@ -51,7 +93,8 @@ def sender_of(
     ]
     weights = TrainerWeights(lambda: shards_of(rank), owned, rank, torch.float32, CPU)
     side = EngineSide(engines, [[]] * len(engines), "127.0.0.1", Path(), "group")
-    return BroadcastSender(RankSide(weights, BUCKET_BYTES, Path(), deadline_s), side)
+    # Room for one of them.
+    return BroadcastSender(RankSide(weights, 6 * num_elements, Path(), deadline_s), side)
 
 
 def test_a_sender_sends_runs_and_fills_what_it_has_room_for_before_the_others_do(
@@ -80,6 +123,22 @@ def test_a_broadcast_that_cannot_begin_is_a_fault_of_the_engines(monkeypatch) ->
     with pytest.raises(EnginesFailed, match="broadcast of version 2 broke: remote process exited"):
         sender.send(2)
     sender.close()
+
+
+def test_a_sender_is_closed_at_once_beside_an_engine_that_hangs() -> None:
+    """gloo waits for what it has begun to send until the deadline of the group."""
+    engine = Hanging()
+    sender = sender_of(0, 20.0, engine, num_ranks=1, num_elements=1 << 22)
+    begin = time.monotonic()
+    with pytest.raises(EnginesFailed, match="engine a refuses"):
+        sender.send(1)
+    sender.close()
+    del sender
+    gc.collect()
+    seconds = time.monotonic() - begin
+    engine.process.kill()
+    engine.process.join()
+    assert seconds < 10.0
 
 
 def open_refused(rank: int, tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
 """An engine of two tensor-parallel ranks: what one of them refuses, the engine refuses.
 
-SGLang 0.5.23 runs two ranks on a CPU where it finds no NCCL, which it would otherwise use for it.
 A plug-in beside ours, in the engine's own processes, changes what its second rank receives.
 """
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -25,6 +25,7 @@ from nanoslime.rollout.engines.sglang_server import SGLangServer
 from nanoslime.rollout.weight_check import checkpoint_shapes
 from nanoslime.run_dir import RunDir
 from nanoslime.sealed_bucket import Place
+from nanoslime.storage import manifest
 from nanoslime.training.backend import RankEnv
 from nanoslime.types import RunError
 from nanoslime.weight_sync.session import SyncSession
@@ -85,13 +86,7 @@ def two(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     server = SGLangServer(start)
     flips = directory / "flip"
     path = os.pathsep.join([str(plugin), server.env["PYTHONPATH"]])
-    cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
-    server.env |= {
-        "PYTHONPATH": path,
-        "FLIPS": str(flips),
-        "SGLANG_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}",
-        "SGLANG_NCCL_SO_PATH": str(directory / "no-nccl.so"),
-    }
+    server.env |= {"PYTHONPATH": path, "FLIPS": str(flips)}
     try:
         yield TwoRanks(server, server.start(deadline_s=280), flips)
     finally:
@@ -127,6 +122,26 @@ def test_a_payload_that_is_wrong_for_the_second_rank_is_refused(
     two.engine.end_update(5)
     assert_serves(two.engine, other_model)
     two.engine.update_weights_from_disk(str(tiny_model), 0)
+    assert_serves(two.engine, tiny_model)
+
+
+def test_a_file_that_is_wrong_for_one_rank_is_loaded_by_none(
+    two: TwoRanks, tiny_model: Path, other_model: Path, tmp_path: Path
+) -> None:
+    """Each of them hashes every second file; the only one with weights is the second's."""
+    path = tmp_path / "weights"
+    path.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(other_model / name, path)
+    manifest.write(path)
+    two.engine.update_weights_from_disk(str(path), 1)
+    assert_serves(two.engine, other_model)
+    two.engine.update_weights_from_disk(str(tiny_model), 0)
+    content = bytearray((path / "model.safetensors").read_bytes())
+    content[-100] ^= 1
+    (path / "model.safetensors").write_bytes(content)
+    with pytest.raises(RunError, match="rank 1: refused .*model.safetensors was altered"):
+        two.engine.update_weights_from_disk(str(path), 1)
     assert_serves(two.engine, tiny_model)
 
 

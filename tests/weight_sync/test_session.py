@@ -19,6 +19,13 @@ from nanoslime.weight_sync.probe import Probe
 from nanoslime.weight_sync.session import State, SyncSession
 from nanoslime.weight_sync.transport import TRANSPORTS, EngineSide, Sent
 
+# Of a rank, for its part of a sync.
+SECONDS = {
+    "time/weight_sync_gather_s": 4.0,
+    "time/weight_sync_wire_s": 2.0,
+    "time/weight_sync_load_s": 1.0,
+}
+
 
 class Engine:
     """Keeps what it is told, in a list that it shares with the ranks.
@@ -149,7 +156,7 @@ class Ranks:
             self.version = args[0]
             (self._directory / f"version_{args[0]}").mkdir(exist_ok=True)
         if method == "send":
-            return [self._send(args[0]), Sent()]
+            return [self._send(args[0]), Sent(times=SECONDS)]
         return [Sent(), Sent()]
 
     def _send(self, version: int) -> Sent:
@@ -163,7 +170,7 @@ class Ranks:
             return Sent(failures=failures, problem="; ".join(f.cause for f in failures.values()))
         for engine in self.engines:
             engine.weights = version
-        return Sent(num_bytes=8)
+        return Sent(num_bytes=8, times=SECONDS)
 
 
 def opened(
@@ -200,6 +207,10 @@ def test_buckets_go_between_begin_and_end_while_the_engines_are_paused(tmp_path,
     assert calls == ["prepare", "pause", *update, "policy_version", "resume"]
     assert (session.version, session.state, engine.label) == (3, State.IDLE, 3)
     assert times["time/weight_sync_s"] >= times["time/weight_sync_pause_s"] >= 0
+    # Two ranks send in turns what they have gathered side by side.
+    assert times["time/weight_sync_gather_s"] == 4.0
+    assert times["time/weight_sync_wire_s"] == 4.0
+    assert times["time/weight_sync_load_s"] == 2.0
 
 
 @pytest.mark.parametrize("transport", ["broadcast", "disk"])
@@ -274,6 +285,7 @@ def test_shared_devices_change_hands_inside_a_sync(tmp_path):
         "time/weight_sync_s",
         "time/weight_sync_pause_s",
         "time/sleep_s",
+        *SECONDS,
     }
     update = ["begin_update", "send", "send", "end_update"]
     again = ["begin_update", "send", "send", "compare", "end_update"]

@@ -107,7 +107,7 @@ NAMED = {
     "all buckets of an older label": "holds the weights of version 1, and should hold version 2",
     "a bit flipped in a file": r"version_2/model.safetensors was altered",
     "a file truncated": r"version_2/model.safetensors is truncated",
-    "a file missing": r"version_2 holds neither model.safetensors nor",
+    "a file missing": r"version_2/model.safetensors is missing; manifest.json lists it",
     "the manifest of another version": r"version_2/model.safetensors was altered",
 }
 OF_FILES = list(NAMED)[-4:]

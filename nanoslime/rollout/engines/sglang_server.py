@@ -22,6 +22,8 @@ from nanoslime.types import RunError
 # Stand-ins for packages that SGLang imports and that do not exist for a CPU.
 _STUBS = Path(__file__).parents[1] / "sglang_stubs"
 
+_SHARED_MEMORY = Path("/dev/shm")
+
 # Files of sglang/srt/models that our text models need; importing all 200 takes half a
 # minute.
 _MODEL_FILES = {
@@ -52,8 +54,8 @@ _CPU_OPTIONS = {
 class SGLangServer:
     """One SGLang server process of a run and everything that it starts.
 
-    `start()` gives the engine and `close()` ends all of it. On a CPU each engine computes on one
-    core; engine 0 has the last one, engine 1 the one before.
+    `start()` gives the engine and `close()` ends all of it. On a CPU each rank of an engine
+    computes on one core; the first rank of engine 0 has the last one, the next the one before.
     """
 
     def __init__(self, start: EngineStart, port: int | None = None) -> None:
@@ -103,6 +105,9 @@ class SGLangServer:
     def close(self) -> None:
         if self.process is not None:
             self.process.close()
+            # Our plug-in has the processes of the server name these files so.
+            for left in _SHARED_MEMORY.glob(f"sglang_loads_{self.process.pid}-*"):
+                left.unlink(missing_ok=True)
 
     def _options(self) -> dict[str, Any]:
         """The server's options by SGLang's names; the later ones take precedence."""
@@ -144,20 +149,24 @@ class SGLangServer:
             environment["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
         plan = self._plan
         if plan.device == "cpu":
-            environment.update(_cpu_environment(plan.model_dir, plan.index))
+            environment.update(_cpu_environment(plan))
         elif plan.gpu_ids:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in plan.gpu_ids)
         return environment
 
 
-def _cpu_environment(model_dir: Path, index: int) -> dict[str, str]:
+def _cpu_environment(plan: EngineStart) -> dict[str, str]:
     cores = sorted(os.sched_getaffinity(0))
+    num_ranks = plan.config.rollout.engine_tp_size
+    ranks = range(plan.index * num_ranks, (plan.index + 1) * num_ranks)
     path = [str(_STUBS), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         "PYTHONPATH": os.pathsep.join(path),
-        "SGLANG_DISABLED_MODEL_ARCHS": ",".join(_model_files_to_skip(model_dir)),
+        "SGLANG_DISABLED_MODEL_ARCHS": ",".join(_model_files_to_skip(plan.model_dir)),
         "SGLANG_USE_CPU_ENGINE": "1",
-        "SGLANG_CPU_OMP_THREADS_BIND": str(cores[-1 - index % len(cores)]),
+        "SGLANG_CPU_OMP_THREADS_BIND": "|".join(str(cores[-1 - r % len(cores)]) for r in ranks),
+        # Two ranks would use NCCL wherever it is found, and it needs CUDA.
+        "SGLANG_NCCL_SO_PATH": str(_STUBS / "no-nccl.so"),
         "OMP_NUM_THREADS": "1",
     }
 

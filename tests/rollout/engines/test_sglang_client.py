@@ -460,6 +460,38 @@ def test_distributed_update_in_buckets(sglang_engine: SGLangEngine, other_model:
     assert generate(sglang_engine, tokens=2)[0].versions == [(0, 5)]
 
 
+def send_a_part(engine: SGLangEngine, tensors: dict[str, Tensor]) -> None:
+    """And the trainer is gone; who cleans up after it ends the update."""
+    engine.begin_update()
+    send_tensors(engine, dict(sorted(tensors.items())[:10]), Place(5, 0, 2))
+    engine.abandon_update("no group")
+
+
+def reset_by_a_check(engine: SGLangEngine, tensors: dict[str, Tensor]) -> None:
+    for action in ("snapshot", "reset_tensors"):
+        engine._post("/weights_checker", action=action)
+
+
+@pytest.mark.parametrize(("mix", "is_paused"), [(send_a_part, True), (reset_by_a_check, False)])
+def test_an_engine_without_whole_weights_generates_nothing_whoever_resumes_it(
+    sglang_engine: SGLangEngine, other_model: Path, mix: Callable[..., None], is_paused: bool
+) -> None:
+    if is_paused:
+        sglang_engine.pause()
+    mix(sglang_engine, load_file(other_model / "model.safetensors"))
+    sglang_engine.resume()
+    with pytest.raises(RunError, match="/generate was not answered within"):
+        replace(sglang_engine, control_deadline_s=0.7).score(PROMPT)
+    with pytest.raises(RunError, match="refused: weights that come by this way are not checked"):
+        sglang_engine._post("/update_weights_from_ipc", zmq_handles={})
+    sglang_engine.pause()
+    sglang_engine.update_weights_from_disk(str(other_model), 5)
+    with pytest.raises(RunError, match="/generate was not answered within"):
+        replace(sglang_engine, control_deadline_s=0.7).score(PROMPT)
+    sglang_engine.resume()
+    assert_serves(sglang_engine, other_model)
+
+
 def test_buckets_of_one_call_are_all_received_and_none_is_loaded_after_a_refused_one(
     sglang_engine: SGLangEngine, other_model: Path
 ) -> None:

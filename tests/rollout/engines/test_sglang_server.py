@@ -1,6 +1,7 @@
 """What a run's configuration makes of the command and the client of an SGLang server."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import requests
 from nanoslime.config import ModelConfig, RolloutConfig, RunConfig, TrainingConfig
 from nanoslime.engine_kind import EngineStart
 from nanoslime.processes.child import ChildProcess
+from nanoslime.rollout.engines import sglang_server
 from nanoslime.rollout.engines.sglang import SGLang
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.rollout.engines.sglang_server import SGLangServer
@@ -44,6 +46,17 @@ def test_the_server_is_that_of_the_run(tiny_model: Path, tmp_path: Path) -> None
     assert "enable-fp32-lm-head" in found  # on a CPU, too
 
 
+def test_each_rank_on_a_cpu_has_a_core_and_none_finds_nccl(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last cores come first, and where there are too few, they are given again."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 5, 6, 7})
+    for index, cores in enumerate(("7|6", "5|4", "7|6")):
+        env = made(tiny_model, tmp_path / "log", index).env
+        assert env["SGLANG_CPU_OMP_THREADS_BIND"] == cores
+        assert not Path(env["SGLANG_NCCL_SO_PATH"]).exists()
+
+
 def test_no_two_engines_and_no_two_runs_sample_alike(tiny_model: Path, tmp_path: Path) -> None:
     """Each has a seed of its own, by the seed of the run and its index."""
     log = tmp_path / "log"
@@ -70,10 +83,29 @@ def test_the_client_has_the_deadline_and_the_size_of_the_engine(
     server = made(tiny_model, tmp_path / "log")
     server.command = ["true"]
     engine = server.start(deadline_s=55.0)
-    server.close()
     assert deadlines == [55.0]
+    server.close()
     assert (engine.request_deadline_s, engine.world_size) == (77.0, 2)
     assert engine.vocab_size == VOCAB_SIZE and engine.experts_of is None
+
+
+def test_a_server_that_is_closed_leaves_its_files_in_shared_memory_no_more_than_others_theirs(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However it ended. What SGLang names otherwise, or another process, is not its own."""
+    monkeypatch.setattr(sglang_server, "_SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(ChildProcess, "wait_until", lambda *asked: None)
+    server = made(tiny_model, tmp_path / "log")
+    server.command = ["true"]
+    server.start(deadline_s=55.0)
+    assert server.process is not None
+    server.process.wait()
+    own = tmp_path / f"sglang_loads_{server.process.pid}-5f1c_0a.shm"
+    others = [tmp_path / f"sglang_loads_{server.process.pid}1-5f1c_0a.shm", tmp_path / "psm_1"]
+    for file in (own, *others):
+        file.touch()
+    server.close()
+    assert not own.exists() and all(file.exists() for file in others)
 
 
 def test_a_request_is_told_whole() -> None:
