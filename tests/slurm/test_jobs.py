@@ -220,24 +220,27 @@ def test_a_job_that_its_time_limit_ends_before_it_has_drained_goes_on(
 
 
 @pytest.mark.matrix
-def test_a_job_that_is_preempted_with_a_grace_time_stops_and_goes_on(
-    slurm: SlurmCluster, tmp_path: Path
+@pytest.mark.parametrize("grace_s", [0, 30])
+def test_a_job_that_is_preempted_stops_and_is_requeued_once(
+    slurm: SlurmCluster, tmp_path: Path, grace_s: int
 ) -> None:
+    """SLURM requeues it by itself where its partition has no grace time."""
     venv = str(make_venv_with_fake_ray(tmp_path / "venv"))
     made = make_run(tmp_path, 1, venv=venv)
-    slurm.run("scontrol", "update", "partitionname=main", "GraceTime=30")
+    slurm.run("scontrol", "update", "partitionname=main", f"GraceTime={grace_s}")
     try:
         job_id = submit_sbatch(made.config, made.layout, made.run, driver("until-stop"))
         wait_for_driver(made, 1)
         options = ["--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null"]
         slurm.sbatch(*options, "--wrap=sleep 1")
         wait_for_driver(made, 2)
-        slurm.wait_state(int(job_id), "COMPLETED", timeout_s=_DEADLINE_S)
+        fields = slurm.wait_state(int(job_id), "COMPLETED", timeout_s=_DEADLINE_S)
     finally:
         slurm.run("scontrol", "update", "partitionname=main", "GraceTime=0")
     code, reason = made.run.attempt(1).ended() or (FAILED, "")
     assert code == STOPPED
     assert reason.startswith("SIGTERM at n1")
+    assert fields["Restarts"] == "1"
 
 
 @pytest.mark.matrix
