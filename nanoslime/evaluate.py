@@ -13,6 +13,7 @@ whole into this process; one that is too large for it is converted by tools/mega
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -26,6 +27,7 @@ from nanoslime.config.load import load, read
 from nanoslime.models.local_checkpoint import with_local_checkpoint
 from nanoslime.orchestration.evaluation import Evaluation, Sampler, table
 from nanoslime.orchestration.local_group import LocalTrainGroup
+from nanoslime.orchestration.rank_environment import interface_names
 from nanoslime.orchestration.session import EngineHere, prepare_model
 from nanoslime.processes.ports import free_port
 from nanoslime.processes.temp import private_tmpdir
@@ -105,6 +107,7 @@ def evaluate(checkpoint: Checkpoint, config: RunConfig, output: Path | None) -> 
 
     The run directory has the configuration.
     """
+    os.environ.update(interface_names(os.environ, config.cluster.network_interface or "lo"))
     name = checkpoint.exported(config)
     model = replace(config.model, hf_checkpoint=name, revision="")
     config, _ = with_local_checkpoint(replace(config, model=model), download=True)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import PurePath
 from typing import Any, ClassVar, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -244,6 +245,11 @@ class DataConfig:
         if WEIGHTED in named and not self.rewards:
             raise ValueError(
                 "data.reward='weighted' needs data.rewards: names of rewards, with weights"
+            )
+        if "@" in urlsplit(self.reward_url).netloc:
+            raise ValueError(
+                "data.reward_url holds a password, which would be written into the run's files; "
+                "let its server answer without one, or write a reward that reads it elsewhere"
             )
         for name in sorted({part for reward in named for part in self.reward_weights(reward)}):
             place = target(name, REWARDS, "data.rewards")

@@ -120,6 +120,13 @@ def test_a_secret_that_would_be_written_down_is_refused_and_not_shown(tmp_path, 
     assert "hunter2" not in str(e.value)
 
 
+def test_a_password_in_the_address_of_a_reward_is_refused_and_not_shown(tmp_path):
+    recipe = "data: {reward: remote, reward_url: 'https://me:hunter2@host/reward'}"
+    with pytest.raises(RunError, match="data.reward_url holds a password, .* elsewhere") as refused:
+        load(write(tmp_path / "r.yaml", recipe), None, [])
+    assert "hunter2" not in str(refused.value)
+
+
 def test_what_is_no_secret_may_stand_in_the_environment(tmp_path):
     recipe = "cluster: {env: {NCCL_IB_PKEY: '1', TOKENIZERS_PARALLELISM: 'false'}, "
     recipe += "setup: ['export HF_TOKEN=$(cat ~/.token)', 'export HF_TOKEN=\"$T\"']}"
