@@ -201,6 +201,11 @@ def mixed_mlp(shape: ModelShape, names: ExpertNames = DEEPSEEK_NAMES) -> list[Ru
     return [*dense_mlp(shape, Layers(numbers=tuple(dense))), *experts_mlp(shape, names)]
 
 
+def expert_decoder(shape: ModelShape, names: ExpertNames = DEEPSEEK_NAMES) -> list[Rule]:
+    """The rules of a Llama-like decoder with experts."""
+    return [*ends(shape), *attention(shape), *mixed_mlp(shape, names), *mtp(shape)]
+
+
 def mtp(shape: ModelShape) -> list[Rule]:
     """The tensors of a multi-token prediction layer around its decoder layer (arXiv
     2412.19437, section 2.2)."""

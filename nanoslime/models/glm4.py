@@ -6,7 +6,7 @@ MLP. Their Megatron names are the names in the layers that slime and mbridge pat
 GLM-4 converts, it does not train with Megatron.
 """
 
-from nanoslime.models.blocks import FUSED, all_layers, attention, dense_mlp, ends, mixed_mlp, mtp
+from nanoslime.models.blocks import FUSED, all_layers, attention, dense_mlp, ends, expert_decoder
 from nanoslime.models.rules import Rule
 from nanoslime.models.shape import Architecture, ConfigFile, ModelShape
 
@@ -36,14 +36,10 @@ def _read_moe(config: ConfigFile) -> ModelShape:
     )
 
 
-def _moe_rules(shape: ModelShape) -> list[Rule]:
-    return [*ends(shape), *attention(shape), *mixed_mlp(shape), *mtp(shape)]
-
-
 GLM4 = Architecture(
     _read,
     _rules,
     unconfirmed="the norms after attention and MLP are named as slime and mbridge do: "
     "no GPTModel has them",
 )
-GLM4_MOE = Architecture(_read_moe, _moe_rules)
+GLM4_MOE = Architecture(_read_moe, expert_decoder)

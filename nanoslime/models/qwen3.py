@@ -1,8 +1,7 @@
 """Qwen 3, dense and MoE: queries and keys are normalized per head; head_dim is apart
 from the hidden size."""
 
-from nanoslime.models.blocks import attention, dense_decoder, ends, mixed_mlp
-from nanoslime.models.rules import Rule
+from nanoslime.models.blocks import dense_decoder, expert_decoder
 from nanoslime.models.shape import Architecture, ConfigFile, ModelShape
 
 
@@ -18,9 +17,5 @@ def _read_moe(config: ConfigFile) -> ModelShape:
     return ModelShape(**config.sizes(), qk_norm=True, moe=config.softmax_moe())
 
 
-def _moe_rules(shape: ModelShape) -> list[Rule]:
-    return [*ends(shape), *attention(shape), *mixed_mlp(shape)]
-
-
 QWEN3 = Architecture(_read, dense_decoder)
-QWEN3_MOE = Architecture(_read_moe, _moe_rules)
+QWEN3_MOE = Architecture(_read_moe, expert_decoder)

@@ -248,22 +248,19 @@ def _joined(batches: list[TrainBatch]) -> TrainBatch:
 
 def metrics_row(steps: list[StepMetrics]) -> dict[str, float]:
     """Makes one row of a rollout's steps: means of means, maxima of maxima, minima of minima."""
-    means: dict[str, list[float]] = defaultdict(list)
-    maxima: dict[str, list[float]] = defaultdict(list)
-    minima: dict[str, list[float]] = defaultdict(list)
+    values: dict[str, list[float]] = defaultdict(list)
+    reduction: dict[str, Callable[[list[float]], float]] = {}
     for step in steps:
-        means["train/loss"].append(step.loss)
-        means["train/grad_norm"].append(step.grad_norm)
-        means["train/lr"].append(step.lr)
-        means["train/skipped"].append(float(step.skipped))
-        for name, value in step.means.items():
-            means[name].append(value)
-        for name, value in step.maxima.items():
-            maxima[name].append(value)
-        for name, value in step.minima.items():
-            minima[name].append(value)
-    row = {name: sum(values) / len(values) for name, values in means.items()}
-    row |= {name: max(values) for name, values in maxima.items()}
-    row |= {name: min(values) for name, values in minima.items()}
+        own_names = ("loss", "grad_norm", "lr", "skipped")
+        own = {f"train/{name}": float(getattr(step, name)) for name in own_names}
+        for found, reduce in ((own | step.means, _mean), (step.maxima, max), (step.minima, min)):
+            for name, value in found.items():
+                values[name].append(value)
+                reduction[name] = reduce
+    row = {name: reduction[name](of_steps) for name, of_steps in values.items()}
     row["train/num_skipped"] = float(steps[-1].num_skipped)
     return row
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

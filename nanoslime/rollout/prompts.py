@@ -18,10 +18,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nanoslime.config import RunConfig
 from nanoslime.config.model import DataConfig
-from nanoslime.storage.prompt_files import PromptRecord, read_prompts
+from nanoslime.storage.prompt_files import read_prompts
 from nanoslime.storage.prompt_rows import Tally
 from nanoslime.storage.prompt_text import (
-    Render,
     check_length,
     check_template,
     none_left,
@@ -67,18 +66,18 @@ class RunPrompts:
         num_rows = 0
         sources = data.by_source() if for_training else {}
         for name, own in sources.items():
-            prompts = load_prompts(Path(own.prompts), tokenizer, own, name, num_rows)
+            prompts = load_prompts(tokenizer, own, name, num_rows)
             num_rows = prompts[-1].prompt_id + 1
             train[name] = LoadedSource(prompts, own.prompts, weights.get(name, 1.0))
         eval_sets = {}
         for one in config.eval_sets:
-            eval_sets[one.title] = load_prompts(Path(one.prompts), tokenizer, one.data(data))
+            eval_sets[one.title] = load_prompts(tokenizer, one.data(data))
         return cls(tokenizer, train, eval_sets)
 
     def stream(self, seed: int, shuffle: bool) -> "PromptStream":
         """The training prompts in the order in which the run goes through them."""
         sources = {
-            name: PromptSource(loaded.prompts, seed, shuffle, loaded.file, index)
+            name: PromptSource(loaded, seed, shuffle, index)
             for index, (name, loaded) in enumerate(self.train.items())
         }
         return PromptStream(sources, {name: self.train[name].weight for name in sources})
@@ -104,13 +103,9 @@ class RunPrompts:
 
 
 def load_prompts(
-    path: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    config: DataConfig,
-    source: str = "",
-    first_id: int = 0,
+    tokenizer: PreTrainedTokenizerBase, config: DataConfig, source: str = "", first_id: int = 0
 ) -> list[Prompt]:
-    """Every prompt of a source, tokenized. Its `prompt_id` is its position there, counted
+    """Every prompt of `config.prompts`, tokenized. Its `prompt_id` is its position there, counted
     from `first_id`.
 
     Broken rows and over-long prompts are skipped, and repeated ones dropped, where the
@@ -118,6 +113,7 @@ def load_prompts(
     file and line for what `read_prompts` refuses, for a chat template that fails, an empty
     prompt and an over-long one.
     """
+    path = Path(config.prompts)
     render = None
     use_template = check_template(bool(tokenizer.chat_template), config)
     if use_template:
@@ -133,7 +129,7 @@ def load_prompts(
     tally = Tally(config)
     num_records = 0
     for records in batched(read_prompts(path, config, tally), _BATCH):
-        texts = [_text(record, config, render, tally) for record in records]
+        texts = [tally.unless_broken(prompt_text, record, config, render) for record in records]
         new = [text for text in dict.fromkeys(texts) if text and text not in known_texts]
         if new:
             # A chat template writes the special tokens itself.
@@ -163,17 +159,6 @@ def load_prompts(
     return prompts
 
 
-def _text(
-    record: PromptRecord, config: DataConfig, render: Render | None, tally: Tally
-) -> str | None:
-    """What the model sees; None where the chat template fails and the prompt is left out."""
-    try:
-        return prompt_text(record, config, render)
-    except RunError as error:
-        tally.broken(error)
-        return None
-
-
 def digest(prompts: Iterable[Prompt]) -> str:
     """A hash of the prompts' texts, labels and metadata in their order."""
     hashed = xxhash.xxh3_128()
@@ -187,20 +172,13 @@ class PromptSource:
     """Goes through the prompts of one source again and again.
 
     The seed decides the order of each epoch, together with `index`, the number of the source
-    among those of the run. `file` says in errors where the prompts are from.
+    among those of the run.
     """
 
-    def __init__(
-        self,
-        prompts: Sequence[Prompt],
-        seed: int,
-        shuffle: bool,
-        file: str = "no file",
-        index: int = 0,
-    ) -> None:
-        self._prompts = prompts
-        self._file = file
-        self._prompts_digest = digest(prompts)
+    def __init__(self, loaded: LoadedSource, seed: int, shuffle: bool, index: int = 0) -> None:
+        self._prompts = loaded.prompts
+        self._file = loaded.file
+        self._prompts_digest = digest(loaded.prompts)
         self._seed = seed
         self._shuffle = shuffle
         self._index = index

@@ -121,20 +121,12 @@ def _retain(recording: Recording, step: int, written: set[Path]) -> None:
             path.unlink(missing_ok=True)
 
 
-def load(
-    directory: Path,
-    step: int,
-    *,
-    temperature: float | None = None,
-    max_new_tokens: int | None = None,
-) -> list[SampleGroup]:
+def load(directory: Path, step: int, **settings: float) -> list[SampleGroup]:
     """The groups that all workers recorded, equal to them where labels and metadata are JSON.
 
     They are in the order of their ids. Raises RunError for a file that is missing or damaged,
-    and where the samples were drawn with another `temperature` or `max_new_tokens` than the
-    given one.
+    and where the samples were drawn with another one of these `settings` of Sampling.
     """
-    expected = {"temperature": temperature, "max_new_tokens": max_new_tokens}
     samples: list[Sample] = []
     num_workers = 1
     worker = 0
@@ -143,9 +135,9 @@ def load(
         part = read_tree(path, "a recorded rollout", _Part)
         num_workers = part.num_workers
         samples += part.samples
-        for name, value in expected.items():
+        for name, value in settings.items():
             drawn_with = getattr(part.settings, name)
-            if value is not None and drawn_with != value:
+            if drawn_with != value:
                 raise RunError(
                     f"{path} has samples of rollout.{name}={drawn_with}, not {value}; "
                     f"set rollout.{name}={drawn_with}"

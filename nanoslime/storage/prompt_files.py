@@ -53,21 +53,20 @@ def read_prompts(
     for file in prompt_files(path):
         try:
             for row in read_rows(file, tally):
-                try:
-                    record = PromptRecord(
-                        row.place, _prompt(row, data), _label(row, data), _meta(row, data)
-                    )
-                except RunError as error:
-                    tally.broken(error)
-                    continue
-                is_empty = False
-                yield record
+                record = tally.unless_broken(_record, row, data)
+                if record is not None:
+                    is_empty = False
+                    yield record
         except OSError as error:
             raise RunError(f"prompt file {file} cannot be read: {error}") from error
     if is_empty and tally.num_broken:
         raise RunError(f"{path}: each of {tally.num_broken} rows is broken: {tally.first_fault}")
     if is_empty:
         raise RunError(f"prompt file {path} holds no prompts")
+
+
+def _record(row: Row, data: DataConfig) -> PromptRecord:
+    return PromptRecord(row.place, _prompt(row, data), _label(row, data), _meta(row, data))
 
 
 def _find(value: Any, words: list[str]) -> Any:

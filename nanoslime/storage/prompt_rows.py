@@ -6,7 +6,7 @@ row is told apart from a fault of the file: only the first may be left out.
 
 import json
 import re
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
@@ -51,6 +51,14 @@ class Tally:
             raise error
         self.num_broken += num_rows
         self.first_fault = self.first_fault or str(error)
+
+    def unless_broken[T](self, make: Callable[..., T], *args: Any) -> T | None:
+        """What `make` gives for a row; None where it raises RunError, and the row is left out."""
+        try:
+            return make(*args)
+        except RunError as error:
+            self.broken(error)
+            return None
 
     def take(self, key: Hashable) -> bool:
         """Counts a prompt, and whether one with its `key`, text and label, came before.
@@ -122,12 +130,9 @@ def _json_rows(path: Path, tally: Tally) -> Iterator[Row]:
             if not line.strip(b" \t\r\n\xef\xbb\xbf"):
                 continue
             place = f"{path}:{number}"
-            try:
-                fields = _fields(place, line)
-            except RunError as error:
-                tally.broken(error)
-                continue
-            yield Row(place, fields)
+            fields = tally.unless_broken(_fields, place, line)
+            if fields is not None:
+                yield Row(place, fields)
 
 
 def _fields(place: str, line: bytes) -> dict[str, Any]:

@@ -20,31 +20,14 @@ from nanoslime.types import RunError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 METADATA_DIR = "hf"  # beside a Megatron checkpoint: configuration and tokenizer of the model
-DTYPE_BYTES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "BOOL": 1,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U64": 8,
-    "U32": 4,
-    "U16": 2,
-    "U8": 1,
+_DTYPES_BY_BYTES = {
+    8: "F64 I64 U64",
+    4: "F32 I32 U32",
+    2: "F16 BF16 I16 U16",
+    1: "F8_E4M3 F8_E5M2 BOOL I8 U8",
 }
-_WEIGHT_SUFFIXES = (
-    ".safetensors",
-    ".safetensors.index.json",
-    ".bin",
-    ".bin.index.json",
-    ".pt",
-    ".pth",
-)
+DTYPE_BYTES = {name: size for size, names in _DTYPES_BY_BYTES.items() for name in names.split()}
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".index.json", ".pt", ".pth")
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_SHARD_BYTES = 5_000_000_000
 _GIT_LFS_POINTER = b"version "  # how it begins

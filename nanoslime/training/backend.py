@@ -27,6 +27,8 @@ from nanoslime.types import RunError
 
 logger = logging.getLogger(__name__)
 
+Weights = Literal["policy", "ref"]
+
 # A run keeps so many batches of skipped steps: one that skips all shall not fill the
 # disk.
 MAX_KEPT = 16
@@ -75,9 +77,9 @@ class TrainBackend(ABC):
         # use; both on the host.
         self._reference: list[Tensor] = []
         self._policy_aside: list[Tensor] = []
-        self._present: Literal["policy", "ref"] = "policy"
+        self._present: Weights = "policy"
 
-    def logprobs(self, shard: TrainBatch, weights: Literal["policy", "ref"]) -> list[Tensor] | None:
+    def logprobs(self, shard: TrainBatch, weights: Weights) -> list[Tensor] | None:
         """float32 [T_i] per sequence of `shard`, on the CPU; None before the last stage.
 
         Under training.routing_replay=R2 the policy's choice of experts is put into
@@ -199,9 +201,7 @@ class TrainBackend(ABC):
     # `_backward`, `_grad_norm`, `_grads` and `_update` in this order.
 
     @abstractmethod
-    def _packed_logprobs(
-        self, shard: TrainBatch, weights: Literal["policy", "ref"]
-    ) -> list[Tensor]:
+    def _packed_logprobs(self, shard: TrainBatch, weights: Weights) -> list[Tensor]:
         """[T] per micro-batch, on the last stage only. The model holds `weights` already."""
 
     @abstractmethod
@@ -236,7 +236,7 @@ class TrainBackend(ABC):
         self._policy_aside = on_host(self._parameters(), self)
 
     @contextmanager
-    def _weights(self, which: Literal["policy", "ref"]) -> Iterator[None]:
+    def _weights(self, which: Weights) -> Iterator[None]:
         """Inside, the model has the weights `which`; afterwards, the policy's again."""
         if which == self._present:
             yield

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -13,6 +14,14 @@ from torch.nn.attention.varlen import varlen_attn
 _MAX_HEAD_DIM = 256
 # torch 2.11 computes grouped heads without being asked to.
 _ASKS_FOR_GROUPED_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """Where sequences lie on one token axis, end to end."""
+
+    lengths: list[int]  # tokens of each sequence
+    cu_seqlens: Tensor  # int32 [S+1], on the device of the attention
 
 
 def _suits(query: Tensor, value: Tensor) -> bool:
@@ -27,22 +36,21 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    lengths: Sequence[int],
-    cu_seqlens: Tensor,
+    pack: Pack,
     *,
     scale: float | None,
     window: int | None = None,
 ) -> Tensor:
     """Causal attention [T, heads, v] within each sequence, on any device and in any dtype.
 
-    query [T, heads, d], key [T, groups, d], value [T, groups, v]; `lengths` [N] of the
-    sequences, and cu_seqlens, int32 [N + 1], on the device. With a `window` a token sees itself
-    and the window - 1 before it. scale=None is d ** -0.5.
+    query [T, heads, d], key [T, groups, d], value [T, groups, v]. With a `window` a
+    token sees itself and the window - 1 before it. scale=None is d ** -0.5.
     """
     if not _suits(query, value):
         mask_of = partial(_window_mask, window=window)
-        return attend_each(query, key, value, (lengths, lengths), mask_of, scale=scale)
-    longest = max(lengths)
+        lengths = (pack.lengths, pack.lengths)
+        return attend_each(query, key, value, lengths, mask_of, scale=scale)
+    longest = max(pack.lengths)
     value_dim = value.shape[-1]
     if value_dim < query.shape[-1]:  # latent attention
         value = F.pad(value, [0, query.shape[-1] - value_dim])
@@ -51,8 +59,8 @@ def attend(
         query,
         key,
         value,
-        cu_seqlens,
-        cu_seqlens,
+        pack.cu_seqlens,
+        pack.cu_seqlens,
         longest,
         longest,
         scale=scale,

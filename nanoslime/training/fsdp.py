@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ from nanoslime.config.run import RunConfig
 from nanoslime.config.training import TrainingConfig
 from nanoslime.models.rules import whole
 from nanoslime.models.trainable import check_data_parallel_only
-from nanoslime.training.backend import RankEnv, TrainBackend, init_process_group
+from nanoslime.training.backend import RankEnv, TrainBackend, Weights, init_process_group
 from nanoslime.training.fsdp_model import build_sharded, rows_of
 from nanoslime.training.metrics import MetricSums, ReducedMetrics
 from nanoslime.training.skipping import StepHistory
@@ -89,9 +89,7 @@ class FSDPBackend(TrainBackend):
                 found.append(OwnedShard(name, tuple(param.shape), box))
         return found
 
-    def _packed_logprobs(
-        self, shard: TrainBatch, weights: Literal["policy", "ref"]
-    ) -> list[Tensor]:
+    def _packed_logprobs(self, shard: TrainBatch, weights: Weights) -> list[Tensor]:
         packs = []
         for indices in shard.microbatches:
             batch = shard.microbatch(indices).to(self._device)

@@ -17,8 +17,9 @@ from nanoslime.batch import MicroBatch
 from nanoslime.config.run import RunConfig
 from nanoslime.models.checkpoint_files import check_tied_head, float_tensors
 from nanoslime.models.freezing import frozen_names
+from nanoslime.training.flash_attention import Pack
 from nanoslime.training.logprobs import token_logprobs
-from nanoslime.training.packed_attention import PACKED, PackedSequences, choose_attention
+from nanoslime.training.packed_attention import PACKED, choose_attention
 from nanoslime.types import RunError
 
 # settings of models that do more to the hidden states than multiply them with the output
@@ -68,7 +69,7 @@ class Policy(torch.nn.Module):
         """
         options = {}
         if self._attention == PACKED:
-            options["packed_sequences"] = PackedSequences(batch.lengths, batch.cu_seqlens)
+            options["packed_sequences"] = Pack(batch.lengths, batch.cu_seqlens)
         # Other ways of attention separate sequences where the positions start again.
         output = self.causal_lm.get_decoder()(
             input_ids=batch.token_ids[None],

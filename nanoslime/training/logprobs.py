@@ -32,6 +32,7 @@ class _Options(NamedTuple):
     num_columns: int  # the first rows of the weight, which are tokens; the others are padding
     group: ProcessGroup | None
     chunk_tokens: int
+    with_entropy: bool
 
 
 def token_logprobs(
@@ -117,8 +118,9 @@ def linear_logprobs(
         num_columns=num_columns,
         group=tp_group,
         chunk_tokens=chunk_tokens,
+        with_entropy=with_entropy,
     )
-    return _LinearLogprobs.apply(hidden, weight, targets, with_entropy, options)
+    return _LinearLogprobs.apply(hidden, weight, targets, options)
 
 
 def _check_targets(targets: Tensor, vocab_size: int) -> None:
@@ -135,12 +137,7 @@ def _check_targets(targets: Tensor, vocab_size: int) -> None:
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        with_entropy: bool,
-        options: _Options,
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, options: _Options
     ) -> tuple[Tensor, Tensor | None]:
         blocks = _Blocks(hidden, weight, targets, options)
         # For each token, over its logits so far: the highest logit, the target's logit,
@@ -160,7 +157,7 @@ class _LinearLogprobs(torch.autograd.Function):
             target_logit[rows] += found * options.scale
 
             shifted = torch.add(-max_logit[rows, None], logits, alpha=options.scale, out=logits)
-            if with_entropy:
+            if options.with_entropy:
                 exp = blocks.exp(shifted)
                 exp_sum[rows] += exp.sum(dim=1)
                 weighted_logit_sum[rows] += exp.mul_(shifted).sum(dim=1)
@@ -172,7 +169,7 @@ class _LinearLogprobs(torch.autograd.Function):
             _shift_sums(exp_sum, weighted_logit_sum, local_max - max_logit)
             dist.all_reduce(statistics[1:], group=options.group)
         log_exp_sum = exp_sum.log()
-        entropy = log_exp_sum - weighted_logit_sum / exp_sum if with_entropy else None
+        entropy = log_exp_sum - weighted_logit_sum / exp_sum if options.with_entropy else None
         log_normalizer = max_logit + log_exp_sum
         ctx.save_for_backward(hidden, weight, targets, log_normalizer, entropy)
         ctx.options = options
@@ -221,7 +218,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 d_weight[columns] = d_columns
         if options.group is not None:
             dist.all_reduce(d_hidden, group=options.group)
-        return d_hidden.to(hidden.dtype), d_weight, None, None, None
+        return d_hidden.to(hidden.dtype), d_weight, None, None
 
 
 class _Block(NamedTuple):

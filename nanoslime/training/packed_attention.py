@@ -10,7 +10,6 @@ where the sequences lie, and gets in the mask's place the size of a layer's slid
 window, if it has one.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,18 +18,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from nanoslime.training.flash_attention import attend
+from nanoslime.training.flash_attention import Pack, attend
 from nanoslime.types import RunError
 
 PACKED = "packed_sequences"
-
-
-@dataclass(frozen=True, slots=True)
-class PackedSequences:
-    """Where the sequences of a pack lie on its token axis, end to end."""
-
-    lengths: list[int]  # tokens of each sequence
-    cu_seqlens: Tensor  # int32 [S+1], on the device of the attention
 
 
 def choose_attention(model: PreTrainedModel) -> str:
@@ -66,7 +57,7 @@ def _attend(
     attention_mask: int | Tensor | None,
     *,
     scaling: float | None = None,
-    packed_sequences: PackedSequences | None = None,
+    packed_sequences: Pack | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention [1, T, Hq, D] of query [1, Hq, T, D], key and value [1, Hkv, T, D].
@@ -86,15 +77,7 @@ def _attend(
         )
     # [1, heads, T, d] -> [T, heads, d]
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    attended = attend(
-        query,
-        key,
-        value,
-        packed_sequences.lengths,
-        packed_sequences.cu_seqlens,
-        scale=scaling,
-        window=attention_mask,
-    )
+    attended = attend(query, key, value, packed_sequences, scale=scaling, window=attention_mask)
     return attended[None], None
 
 

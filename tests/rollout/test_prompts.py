@@ -42,8 +42,8 @@ def write(path: Path, *records: object) -> Path:
 
 
 def load(path: Path, tokenizer: PreTrainedTokenizerBase, **changes: object) -> list[Prompt]:
-    config = DataConfig(**{"chat_template": "off", **changes})
-    return load_prompts(path, tokenizer, config)
+    config = DataConfig(**{"prompts": str(path), "chat_template": "off", **changes})
+    return load_prompts(tokenizer, config)
 
 
 def test_plain_prompts(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -231,7 +231,7 @@ def test_repeated_prompts_take_little_memory(
 
 def source(count: int = 10, seed: int = 3, shuffle: bool = True) -> PromptSource:
     prompts = [Prompt(i, None, "", None) for i in range(count)]
-    return PromptSource(prompts, seed=seed, shuffle=shuffle)
+    return PromptSource(LoadedSource(prompts, "no file"), seed=seed, shuffle=shuffle)
 
 
 def ids(prompts: list[Prompt]) -> list[int]:
@@ -282,7 +282,7 @@ def test_resume_with_other_prompts_or_seed_is_refused() -> None:
 
 def made(*texts: str, label: Any = 1, **metadata: Any) -> PromptSource:
     prompts = [Prompt(i, None, text, label, metadata) for i, text in enumerate(texts)]
-    return PromptSource(prompts, seed=3, shuffle=True, file="now.jsonl")
+    return PromptSource(LoadedSource(prompts, "now.jsonl"), seed=3, shuffle=True)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def mix(weights: dict[str, float], seed: int = 3) -> PromptStream:
     sources = {}
     for index, name in enumerate(weights):
         prompts = [Prompt(i, None, "", None, source=name) for i in range(SIZES[name])]
-        sources[name] = PromptSource(prompts, seed, True, f"{name}.jsonl", index)
+        sources[name] = PromptSource(LoadedSource(prompts, f"{name}.jsonl"), seed, True, index)
     return PromptStream(sources, weights)
 
 

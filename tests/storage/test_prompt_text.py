@@ -1,6 +1,7 @@
 """What the login node says of prompts is what the job would say: template, length, vocabulary."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def refusals(path: Path, directory: Path, **data: Any) -> set[str]:
         check_prompts(path, config, directory)
     said.add(str(on_login_node.value))
     with pytest.raises(RunError) as in_job:
-        load_prompts(path, tokenizer, config)
+        load_prompts(tokenizer, replace(config, prompts=str(path)))
     said.add(str(in_job.value))
     return said
 
@@ -88,7 +89,7 @@ def test_variables_reach_the_template(directory):
     path = write(directory, {"prompt": "a"})
     for variables, end in ({}, ""), ({"enable_thinking": False}, "<think></think>"):
         data = DataConfig(chat_template_kwargs=variables)
-        (prompt,) = load_prompts(path, tokenizer, data)
+        (prompt,) = load_prompts(tokenizer, replace(data, prompts=str(path)))
         assert prompt.text == f"<user>a\n<assistant>{end}"
         check_prompts(path, data, directory)
 
@@ -212,7 +213,7 @@ def test_login_node_and_job_count_the_same(directory, caplog):
     for deduplicate, num_used, what in (False, 3, "kept (data.dedup"), (True, 2, "left out"):
         data = DataConfig(**settings, deduplicate=deduplicate)
         caplog.clear()
-        assert len(load_prompts(path, tokenizer, data)) == num_used
+        assert len(load_prompts(tokenizer, replace(data, prompts=str(path)))) == num_used
         text = check_prompts(path, data, directory).text
         assert caplog.messages == [f"{path}: {text}"]
         assert text.startswith(f"{num_used} prompts; 2 of over 39 tokens are left out; 1 that rep")

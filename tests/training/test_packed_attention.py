@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from nanoslime.batch import MicroBatch, TrainBatch
+from nanoslime.training.flash_attention import Pack
 from nanoslime.training.fsdp_model import Policy
-from nanoslime.training.packed_attention import PACKED, PackedSequences, _attend
+from nanoslime.training.packed_attention import PACKED, _attend
 from nanoslime.types import RunError
 
 VOCAB = 61
@@ -185,7 +186,7 @@ def attend_on_cuda(dtype: torch.dtype, head_dim: int, value_dim: int, window: in
         key = torch.empty(1, 2, 60, head_dim, dtype=dtype, device="cuda")
         value = torch.empty(1, 2, 60, value_dim, dtype=dtype, device="cuda")
         cu_seqlens = torch.empty(4, dtype=torch.int32, device="cuda")
-        packed = PackedSequences([10, 20, 30], cu_seqlens)
+        packed = Pack([10, 20, 30], cu_seqlens)
         out, _ = _attend(
             torch.nn.Module(), query, key, value, window, scaling=0.1, packed_sequences=packed
         )
@@ -226,7 +227,7 @@ def test_layers_that_mix_packed_sequences_are_refused(family, settings):
 
 def test_logits_that_are_more_than_scaled_are_refused():
     query = torch.zeros(1, 2, 3, 4)
-    packed = PackedSequences([3], torch.tensor([0, 3], dtype=torch.int32))
+    packed = Pack([3], torch.tensor([0, 3], dtype=torch.int32))
     with pytest.raises(RunError, match="gives its attention s_aux"):
         _attend(torch.nn.Module(), query, query, query, None, packed_sequences=packed, s_aux=query)
 

@@ -32,13 +32,8 @@ from nanoslime.types import MachineFailure, RunError
 
 logger = logging.getLogger(__name__)
 # What an actor writes of its environment into its log.
-REPORTED = (
-    "OMP_NUM_THREADS",
-    "GLOO_SOCKET_IFNAME",
-    "NCCL_SOCKET_IFNAME",
-    "NCCL_CUMEM_ENABLE",
-    "NCCL_NVLS_ENABLE",
-)
+REPORTED = """OMP_NUM_THREADS GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME NCCL_CUMEM_ENABLE
+    NCCL_NVLS_ENABLE""".split()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -15,7 +14,7 @@ from nanoslime.config import RunConfig
 from nanoslime.models.shape import ModelShape
 from nanoslime.models.trainable import check_kernels, check_parallel
 from nanoslime.storage.safetensors_file import METADATA_DIR, copy_other_files
-from nanoslime.training.backend import RankEnv, TrainBackend
+from nanoslime.training.backend import RankEnv, TrainBackend, Weights
 from nanoslime.training.megatron import checkpoint, cpu_compat, model, optimizer, parallel, weights
 from nanoslime.training.megatron.routing_replay import install_replay
 from nanoslime.training.megatron.step import Pipeline
@@ -75,9 +74,7 @@ class MegatronBackend(TrainBackend):
             found += weights.bind(chunk, self._shape, partition)
         return found
 
-    def _packed_logprobs(
-        self, shard: TrainBatch, weights: Literal["policy", "ref"]
-    ) -> list[Tensor]:
+    def _packed_logprobs(self, shard: TrainBatch, weights: Weights) -> list[Tensor]:
         if weights == "ref":
             shard = replace(shard, routed_experts=None)
         elif self._replay == "R2" and self._shape.moe:

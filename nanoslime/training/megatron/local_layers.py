@@ -30,7 +30,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from nanoslime.training.flash_attention import attend, attend_each
+from nanoslime.training.flash_attention import Pack, attend, attend_each
 from nanoslime.training.megatron.packed_sequences import PackedRotaryEmbedding, PackedSequences
 
 
@@ -91,8 +91,8 @@ class PackedAttention(MegatronModule):
         key = cp_shard.gather_padded(key.flatten(0, -3))
         value = cp_shard.gather_padded(value.flatten(0, -3))
         if self._cp_group.size() == 1:
-            where = (cp_shard.padded_lengths, packed_seq_params.cu_seqlens_q)
-            attended = attend(query, key, value, *where, scale=self.scale)
+            pack = Pack(cp_shard.padded_lengths, packed_seq_params.cu_seqlens_q)
+            attended = attend(query, key, value, pack, scale=self.scale)
         else:
             lengths = (cp_shard.local_lengths, cp_shard.padded_lengths)
             attended = attend_each(query, key, value, lengths, self._mask, scale=self.scale)
