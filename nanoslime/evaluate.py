@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
@@ -25,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 from nanoslime.config import RunConfig
 from nanoslime.config.load import load, read
 from nanoslime.models.local_checkpoint import with_local_checkpoint
-from nanoslime.orchestration.evaluation import Evaluation, Sampler, table
+from nanoslime.orchestration.evaluation import Evaluation, table
 from nanoslime.orchestration.local_group import LocalTrainGroup
 from nanoslime.orchestration.rank_environment import interface_names
 from nanoslime.orchestration.session import EngineHere, prepare_model
@@ -129,25 +130,22 @@ def evaluate(checkpoint: Checkpoint, config: RunConfig, output: Path | None) -> 
         resources.callback(worker.close)
         worker.set_engines([engine])
         evaluation = Evaluation(config, run, prompts)
-        evaluation.run(checkpoint.rollouts - 1, checkpoint.rollouts, _sampler(worker))
+        evaluation.run(checkpoint.rollouts - 1, checkpoint.rollouts, partial(_sample, worker))
     rows = evaluation.rows
     output = output or run.path / "evaluation.json"
     publish_json(output, {"checkpoint": name, "sets": rows})
     return f"{table(rows)}\nin {output}"
 
 
-def _sampler(worker: RolloutWorker) -> Sampler:
-    def sample(tasks: Sequence[GroupTask]) -> list[GroupReport]:
-        worker.start(tasks)
-        groups: list[GroupReport] = []
-        while len(groups) < len(tasks):
-            news = worker.poll(_POLL_S)
-            for engine, cause in news.lost.items():
-                raise RunError(f"the evaluation has lost its engine {engine}: {cause}")
-            groups += news.groups
-        return groups
-
-    return sample
+def _sample(worker: RolloutWorker, tasks: Sequence[GroupTask]) -> list[GroupReport]:
+    worker.start(tasks)
+    groups: list[GroupReport] = []
+    while len(groups) < len(tasks):
+        news = worker.poll(_POLL_S)
+        for engine, cause in news.lost.items():
+            raise RunError(f"the evaluation has lost its engine {engine}: {cause}")
+        groups += news.groups
+    return groups
 
 
 def parse(argv: list[str]) -> tuple[Checkpoint, RunConfig, Path | None]:

@@ -163,18 +163,16 @@ def _state_bytes(config: RunConfig, shape: ModelShape, parallel: ParallelDims) -
     training = config.training
     trained = _trained_share(training.freeze, shape)
     if training.backend == "megatron":
-        return training_bytes(
-            shape,
-            Sharding(
-                tp_size=parallel.tp,
-                pipeline=PipelineSizes.of(training),
-                dp_size=parallel.dp * parallel.cp,
-                expert_ways=parallel.ep * training.etp_size,
-                distributed_optimizer=training.distributed_optimizer,
-                optimizer_offload=training.optimizer_offload,
-                trained=trained,
-            ),
+        sharding = Sharding(
+            tp_size=parallel.tp,
+            pipeline=PipelineSizes.of(training),
+            dp_size=parallel.dp * parallel.cp,
+            expert_ways=parallel.ep * training.etp_size,
+            distributed_optimizer=training.distributed_optimizer,
+            optimizer_offload=training.optimizer_offload,
+            trained=trained,
         )
+        return training_bytes(shape, sharding)
     # FSDP shards everything over data parallelism; the largest block is gathered, and
     # the next one.
     largest_block = max(shape.num_layer_parameters, shape.num_embedding_parameters)

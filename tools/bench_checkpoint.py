@@ -53,6 +53,10 @@ class Rank:
         if self.rank == 0:
             manifest.write(path)
 
+    @property
+    def _trained(self) -> checkpoint.Trained:
+        return checkpoint.Trained(self.chunks, self.optimizer, self.ranks)
+
     def load_gathered(self, path: Path) -> None:
         wanted = self._gathered(is_loading=True)
         loaded = checkpoint.dist_checkpointing.load(wanted, str(path))
@@ -64,14 +68,14 @@ class Rank:
         self.chunks[0].load_state_dict(loaded["model"])
 
     def save_parallel(self, path: Path) -> None:
-        checkpoint.save(path, self.chunks, self.optimizer, StepHistory(), self.ranks)
+        checkpoint.save(path, self._trained, StepHistory())
         hashes: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(hashes, manifest.hash_own(path, self.rank))
         if self.rank == 0:
             manifest.write(path, {name: digest for own in hashes for name, digest in own.items()})
 
     def load_parallel(self, path: Path) -> None:
-        checkpoint.load(path, self.chunks, self.optimizer, self.ranks)
+        checkpoint.load(path, self._trained)
 
     def _gathered(self, *, is_loading: bool) -> dict[str, Any]:
         checkpoint._make_state(self.optimizer)

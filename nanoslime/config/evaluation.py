@@ -2,11 +2,11 @@
 
 from typing import Annotated, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from nanoslime.config.base import knobs
 from nanoslime.config.model import PromptsConfig, check_titles
-from nanoslime.config.rollout import LOWEST_TEMPERATURE, check_top_k
+from nanoslime.config.rollout import LOWEST_TEMPERATURE, leaves_tokens
 
 # The set that data.eval_prompts is.
 HELD_OUT = "held_out"
@@ -36,17 +36,12 @@ class EvalSetConfig(PromptsConfig):
     temperature: EvalTemperature | None = None
     """0: greedy."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = -1
+    top_k: Annotated[int, leaves_tokens("eval.sets.top_k")] = -1
     max_new_tokens: int | None = Field(default=None, ge=1)
     max_prompts: int | None = Field(default=None, ge=0)
     """The first so many; 0: all."""
     pass_reward: float = 1.0
     """A sample passes, for pass@k, with at least this reward."""
-
-    @field_validator("top_k")
-    @classmethod
-    def _off_or_positive(cls, top_k: int) -> int:
-        return check_top_k(top_k, "eval.sets.top_k")
 
 
 @knobs

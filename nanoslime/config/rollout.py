@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from nanoslime.config.base import knobs
 from nanoslime.plugins import target
@@ -30,13 +30,17 @@ LOWEST_TEMPERATURE = 1e-6
 _MAX_STOP_STRINGS = 32
 
 
-def check_top_k(top_k: int, field: str) -> int:
-    """Raises ValueError where `top_k` leaves no token to sample."""
-    if top_k == 0 or top_k < -1:
-        raise ValueError(
-            f"{field}={top_k} leaves no token to sample; set 1 or more, or -1 for no limit"
-        )
-    return top_k
+def leaves_tokens(field: str) -> AfterValidator:
+    """Refuses a value of the top_k `field` that leaves no token to sample."""
+
+    def check(top_k: int) -> int:
+        if top_k == 0 or top_k < -1:
+            raise ValueError(
+                f"{field}={top_k} leaves no token to sample; set 1 or more, or -1 for no limit"
+            )
+        return top_k
+
+    return AfterValidator(check)
 
 
 @knobs
@@ -61,7 +65,7 @@ class RolloutConfig:
     max_new_tokens: int = Field(default=1024, ge=1)
     temperature: float = Field(default=1.0, ge=LOWEST_TEMPERATURE)
     top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = -1
+    top_k: Annotated[int, leaves_tokens("rollout.top_k")] = -1
     """Sample from so many of the likeliest tokens; -1: from all."""
     stop: list[Annotated[str, Field(min_length=1)]] = Field(
         default_factory=list, max_length=_MAX_STOP_STRINGS
@@ -115,11 +119,6 @@ class RolloutConfig:
     """SGLang server options as written there (mem_fraction_static: 0.8)."""
     start_deadline_s: float = Field(default=600.0, gt=0)
     request_deadline_s: float = Field(default=1800.0, gt=0)
-
-    @field_validator("top_k")
-    @classmethod
-    def _off_or_positive(cls, top_k: int) -> int:
-        return check_top_k(top_k, "rollout.top_k")
 
     @field_validator("engine", "environment")
     @classmethod

@@ -23,6 +23,11 @@ _LLAMA3_SCALING = {
 }
 
 
+# Fields of ModelShape that every config.json has under the same name.
+_SAME_NAMES = """model_type hidden_size intermediate_size num_attention_heads vocab_size
+    max_position_embeddings rms_norm_eps""".split()
+
+
 class Architecture(NamedTuple):
     """What models/<architecture>.py provides."""
 
@@ -253,17 +258,11 @@ class ConfigFile:
             )
         heads = self["num_attention_heads"]
         return {
-            "model_type": self["model_type"],
+            **{name: self[name] for name in _SAME_NAMES},
             "num_layers": self["num_hidden_layers"],
-            "hidden_size": self["hidden_size"],
-            "intermediate_size": self["intermediate_size"],
-            "num_attention_heads": heads,
             "num_key_value_heads": self.get("num_key_value_heads", heads),
             "head_dim": self.get("head_dim", self["hidden_size"] // heads),
-            "vocab_size": self["vocab_size"],
-            "max_position_embeddings": self["max_position_embeddings"],
             "tie_word_embeddings": self.get("tie_word_embeddings", False),
-            "rms_norm_eps": self["rms_norm_eps"],
             **self._rotary_fields(rotary_fraction),
         }
 

@@ -32,7 +32,7 @@ class Chat:
         """
         if self.template_kwargs is None:
             return self._encode(_contents(messages), special=True)
-        return self._encode(self._render(messages, **variables))
+        return self._encode(self.render(messages, **variables))
 
     def following(
         self, token_ids: Sequence[int], messages: Sequence[Message], **variables: Any
@@ -47,7 +47,7 @@ class Chat:
             return self._encode(_contents(messages))
         question = {"role": "user", "content": "?"}
         response = {"role": "assistant", "content": _RESPONSE}
-        text = self._render([question, response, *messages], **variables)
+        text = self.render([question, response, *messages], **variables)
         _, found, after = text.rpartition(_RESPONSE)
         if not found:
             raise ValueError("the chat template leaves out the response of the assistant")
@@ -58,7 +58,8 @@ class Chat:
             return new[1:]
         return new
 
-    def _render(self, messages: Sequence[Message], **variables: Any) -> str:
+    def render(self, messages: Sequence[Message], **variables: Any) -> str:
+        """The text of a conversation up to where the model's response begins."""
         given = {**(self.template_kwargs or {}), **variables}
         return str(
             self.tokenizer.apply_chat_template(

@@ -155,6 +155,9 @@ class Session:
         return answer
 
 
+_Method = Callable[[Session, Mapping[str, Any]], Awaitable[dict[str, Any]]]
+
+
 class OpenAIEndpoint:
     """The server, in the event loop that first opens a session.
 
@@ -203,11 +206,7 @@ class OpenAIEndpoint:
         port = self._runner.addresses[0][1]
         return f"http://{self._host}:{port}"
 
-    async def _answer(
-        self,
-        method: Callable[[Session, Mapping[str, Any]], Awaitable[dict[str, Any]]],
-        request: web.Request,
-    ) -> web.Response:
+    async def _answer(self, method: _Method, request: web.Request) -> web.Response:
         session = self._sessions.get(request.match_info["name"])
         if session is None:
             return _refusal(404, "there is no such session; its rollout may have ended")

@@ -7,7 +7,6 @@ import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import batched
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nanoslime.config import RunConfig
 from nanoslime.config.model import DataConfig
+from nanoslime.rollout.chat import Chat
 from nanoslime.storage.prompt_files import read_prompts
 from nanoslime.storage.prompt_rows import Tally
 from nanoslime.storage.prompt_text import (
@@ -114,15 +114,8 @@ def load_prompts(
     prompt and an over-long one.
     """
     path = Path(config.prompts)
-    render = None
     use_template = check_template(bool(tokenizer.chat_template), config)
-    if use_template:
-        render = partial(
-            tokenizer.apply_chat_template,
-            tokenize=False,
-            add_generation_prompt=True,
-            **config.chat_template_kwargs,
-        )
+    render = Chat(tokenizer, config.chat_template_kwargs).render if use_template else None
     prompts: list[Prompt] = []
     # Rows with the same text share it and its tokens.
     known_texts: dict[str, tuple[str, np.ndarray]] = {}

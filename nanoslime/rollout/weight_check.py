@@ -98,10 +98,7 @@ class ExpectedTensors:
     def missing(self, received: Iterable[str]) -> str | None:
         """Counts and names the required tensors that never came; None where all did."""
         left = sorted(self.required.keys() - set(received))
-        if not left:
-            return None
-        names = ", ".join(left[:_MAX_NAMES])
-        return f"{len(left)} of {len(self.required)} tensors missing: {names}"
+        return _listed(left, f"of {len(self.required)} tensors missing")
 
 
 @torch.no_grad()

@@ -118,16 +118,15 @@ class RolloutWorker:
         )
         shape = ModelShape.read(setup.model_dir)
         self._model = ServedModel.of(config, self._router, tokenizer, shape)
-        self._recorder = Recorder(
-            Recording(
-                directory=setup.rollouts,
-                settings=Sampling.of(rollout),
-                mode=rollout.record,
-                keep=rollout.record_keep,
-                worker=setup.index,
-                num_workers=setup.num_workers,
-            )
+        recording = Recording(
+            directory=setup.rollouts,
+            settings=Sampling.of(rollout),
+            mode=rollout.record,
+            keep=rollout.record_keep,
+            worker=setup.index,
+            num_workers=setup.num_workers,
         )
+        self._recorder = Recorder(recording)
         # Rollouts that may run at once; the others wait in the order of their groups. Those of
         # an evaluation do not wait for those of training.
         num_slots = rollout.max_inflight * setup.num_engines

@@ -87,11 +87,8 @@ def _read(directory: Path) -> dict[str, tuple[int, str]]:
 
 def _files(directory: Path) -> list[str]:
     """The relative paths of all files below `directory`, without its manifest."""
-    found = []
-    for path in directory.rglob("*"):
-        if path.is_file() and path != directory / NAME:
-            found.append(str(path.relative_to(directory)))
-    return sorted(found)
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return sorted(str(path.relative_to(directory)) for path in files if path != directory / NAME)
 
 
 def hashes_of(directory: Path, names: Collection[str]) -> dict[str, str]:

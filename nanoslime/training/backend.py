@@ -63,6 +63,8 @@ class TrainBackend(ABC):
     is_last_stage: bool  # of the pipeline: logprobs exist here
     # Of the ranks with the same logprobs (TP, CP), the one that writes about them.
     writes_logprobs: bool
+    # The ranks with other sequences; None: all ranks.
+    _dp_group: dist.ProcessGroup | None = None
     # Keeps the batches of the first skipped steps, as step_<k>/rank_<r>.pt for
     # TrainBatch.load: on the weights of that time they give the same gradient norm again.
     skipped_dir: Path | None = None
@@ -167,9 +169,11 @@ class TrainBackend(ABC):
         """Takes the memory again; all tensors are where they were."""
         self._memory.restore()
 
-    @abstractmethod
     def all_sum(self, value: Tensor) -> Tensor:
         """Sum over the data-parallel ranks, in a new tensor."""
+        total = value.to(self._device, copy=True)
+        dist.all_reduce(total, group=self._dp_group)
+        return total.to(value.device)
 
     @abstractmethod
     def weight_shards(self) -> Iterator[WeightShard]:

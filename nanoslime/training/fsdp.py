@@ -47,11 +47,6 @@ class FSDPBackend(TrainBackend):
         self._optimizer = _make_optimizer(self._model, config.training)
         self._keep_reference()
 
-    def all_sum(self, value: Tensor) -> Tensor:
-        total = value.clone()
-        dist.all_reduce(total)
-        return total
-
     def weight_shards(self) -> Iterator[WeightShard]:
         """This rank's rows of each tensor, float32; tied tensors come under their first
         name.

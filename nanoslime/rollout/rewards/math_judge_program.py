@@ -72,13 +72,6 @@ def serve(questions: Connection) -> None:
 # math-verify warns that it has no time limit of its own.
 logging.disable(logging.WARNING)
 # ANTLR learns its grammar while it parses, and the forked judges know what it has learned.
-for example in (
-    "\\frac{1}{2}",
-    "2x + \\sqrt{3}",
-    "(1, 2]",
-    "x = 5",
-    "0.25",
-    "10^{3}",
-    "\\{1, 2\\}",
-):
+EXAMPLES = ("\\frac{1}{2}", "2x + \\sqrt{3}", "(1, 2]", "x = 5", "0.25", "10^{3}", "\\{1, 2\\}")
+for example in EXAMPLES:
     same(example, example)

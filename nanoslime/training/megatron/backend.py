@@ -34,6 +34,7 @@ class MegatronBackend(TrainBackend):
         self._ranks = parallel.initialize(config.training, env, config.seed)
         self.dp_rank = self._ranks.dp_rank
         self.dp_size = self._ranks.dp_size
+        self._dp_group = self._ranks.dp_group
         self.is_last_stage = self._ranks.is_last_stage
         is_first = self._ranks.place.tp_rank == 0 and self._ranks.cp_rank == 0
         self.writes_logprobs = self.is_last_stage and is_first
@@ -42,16 +43,12 @@ class MegatronBackend(TrainBackend):
         self._parameter_pieces = self._bind()
         weights.load(self._parameter_pieces, self._shape, model_dir)
         self._optimizer = optimizer.build(self._distributed, config)
+        self._trained = checkpoint.Trained(self._model_chunks, self._optimizer, self._ranks)
         self._replay = config.training.routing_replay
         if self._replay != "none":
             install_replay(self._model_chunks, self._shape)
         self._pipeline = Pipeline(self._distributed, self._shape, self._ranks, self._device)
         self._keep_reference()
-
-    def all_sum(self, value: Tensor) -> Tensor:
-        total = value.to(self._device, copy=True)
-        dist.all_reduce(total, group=self._ranks.dp_group)
-        return total.to(value.device)
 
     def weight_shards(self) -> Iterator[WeightShard]:
         return weights.shards(self._parameter_pieces)
@@ -60,12 +57,12 @@ class MegatronBackend(TrainBackend):
         return weights.owned_shards(self._shape, self._training, dist.get_world_size())
 
     def save(self, path: Path) -> None:
-        checkpoint.save(path, self._model_chunks, self._optimizer, self._history, self._ranks)
+        checkpoint.save(path, self._trained, self._history)
         if dist.get_rank() == 0:  # with these it converts back to Hugging Face's format
             copy_other_files(self._model_dir, path / METADATA_DIR)
 
     def load(self, path: Path) -> None:
-        self._history = checkpoint.load(path, self._model_chunks, self._optimizer, self._ranks)
+        self._history = checkpoint.load(path, self._trained)
 
     def _bind(self) -> weights.ParameterPieces:
         found = []

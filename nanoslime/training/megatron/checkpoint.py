@@ -5,7 +5,7 @@ and its own range of the distributed optimizer's state (optimizer_shards.py).
 """
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -40,6 +40,15 @@ _CONTENT = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a checkpoint holds of a rank, and where the rank stands."""
+
+    model_chunks: list[GPTModel]
+    optimizer: ChainedOptimizer
+    ranks: Ranks
+
+
 class InProcessWriter(torch_dist.TorchDistSaveShardedStrategy):
     """Writes torch_dist files in the rank itself.
 
@@ -60,44 +69,36 @@ class InProcessWriter(torch_dist.TorchDistSaveShardedStrategy):
         dcp.save(state, storage_writer=writer, planner=planner)
 
 
-def save(
-    path: Path,
-    model_chunks: list[GPTModel],
-    optimizer: ChainedOptimizer,
-    history: StepHistory,
-    ranks: Ranks,
-) -> None:
+def save(path: Path, trained: Trained, history: StepHistory) -> None:
     """Writes this rank's state into the existing empty directory `path`; collective."""
-    _make_state(optimizer)
-    state = _sharded_state(model_chunks, optimizer, ranks, is_loading=False)
+    _make_state(trained.optimizer)
+    state = _sharded_state(trained, is_loading=False)
     state["step_history"] = asdict(history)
-    state["layout"] = _layout(ranks)
+    state["layout"] = _layout(trained.ranks)
     copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
     writer = FullyParallelSaveStrategyWrapper(InProcessWriter(), copies)
     dist_checkpointing.save(state, str(path), writer, content_metadata=_CONTENT)
 
 
-def load(
-    path: Path, model_chunks: list[GPTModel], optimizer: ChainedOptimizer, ranks: Ranks
-) -> StepHistory:
+def load(path: Path, trained: Trained) -> StepHistory:
     """Restores what `save` wrote and returns the step history; collective.
 
     The random state belongs to a rank. A layout other than the one that saved leaves it
     as it is. Raises RunError for a checkpoint that is damaged or of another model.
     """
-    _make_state(optimizer)
+    _make_state(trained.optimizer)
     try:
-        loaded = _read(path, model_chunks, optimizer, ranks)
+        loaded = _read(path, trained)
         history = StepHistory(**loaded["step_history"])
     except (CheckpointingException, dcp.CheckpointException, OSError, KeyError) as e:
         raise RunError(
             f"{path} cannot be loaded as a Megatron checkpoint of this model: {_reason(e)}"
         ) from e
-    for number, chunk in enumerate(model_chunks):
+    for number, chunk in enumerate(trained.model_chunks):
         chunk.load_state_dict(loaded["model"][number])
     # A rank with nothing to train has no state of an optimizer.
     state = loaded.get("optimizer", {})
-    _load_optimizer(optimizer, state, history.optimizer_step - history.num_skipped)
+    _load_optimizer(trained.optimizer, state, history.optimizer_step - history.num_skipped)
     if "random" in loaded:
         _set_all_rng_states(*loaded["random"])
     return history
@@ -110,29 +111,27 @@ def _reason(error: BaseException) -> str:
     return shorten(str(error), 300)
 
 
-def _read(
-    path: Path, model_chunks: list[GPTModel], optimizer: ChainedOptimizer, ranks: Ranks
-) -> dict[str, Any]:
+def _read(path: Path, trained: Trained) -> dict[str, Any]:
     """Reads the state in `path` for this rank; collective.
 
     It has "random" only where the same layout saved it.
     """
     common = dist_checkpointing.load_common_state_dict(str(path))
-    state = _sharded_state(model_chunks, optimizer, ranks, is_loading=True)
+    state = _sharded_state(trained, is_loading=True)
     before = common["layout"]
-    now = _layout(ranks)
+    now = _layout(trained.ranks)
     if before != now:
         logger.warning("random state not restored: saved by layout %s, now %s", before, now)
         del state["random"]
     return dist_checkpointing.load(state, str(path))
 
 
-def _sharded_state(
-    model_chunks: list[GPTModel], optimizer: ChainedOptimizer, ranks: Ranks, *, is_loading: bool
-) -> dict[str, Any]:
+def _sharded_state(trained: Trained, *, is_loading: bool) -> dict[str, Any]:
     """This rank's state, and where each of its tensors lies in the whole."""
+    optimizer = trained.optimizer
+    ranks = trained.ranks
     weights = {}
-    for number, chunk in enumerate(model_chunks):
+    for number, chunk in enumerate(trained.model_chunks):
         weights[number] = chunk.sharded_state_dict(metadata=dict(_CONTENT))
     moments = {number: {} for number in range(len(optimizer.chained_optimizers))}
     for number, inner in _training(optimizer):

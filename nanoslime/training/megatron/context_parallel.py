@@ -32,11 +32,7 @@ class ContextParallelShard:
     """
 
     def __init__(
-        self,
-        lengths: Sequence[int],
-        group: ProcessGroup,
-        length_multiple: int,
-        device: torch.device,
+        self, lengths: list[int], group: ProcessGroup, length_multiple: int, device: torch.device
     ) -> None:
         cp_size = group.size()
         self._group = group
@@ -103,10 +99,7 @@ class ContextParallelShard:
 def positions_by_rank(padded_lengths: Sequence[int], cp_size: int) -> Tensor:
     """[cp_size, P / cp_size]: the positions in a padded pack that each rank has, in its order."""
     num_chunks = _num_chunks(cp_size)
-    chunks_by_sequence = []
-    for length in padded_lengths:
-        chunks_by_sequence.append(torch.arange(length) * num_chunks // length)
-    chunks = torch.cat(chunks_by_sequence)
+    chunks = torch.cat([torch.arange(n) * num_chunks // n for n in padded_lengths])
     owners = torch.minimum(chunks, num_chunks - 1 - chunks)
     return owners.argsort(stable=True).view(cp_size, -1)
 

@@ -91,9 +91,9 @@ def reads_the_gathered_form(env, layout, model_dir, step, path) -> bool:
     first = trained(env, layout, model_dir, step, 2)
     make(env, path)
     contents = gathered_state(first, is_loading=False)
-    contents |= checkpoint._sharded_state(
-        first._model_chunks, first._optimizer, first._ranks, is_loading=False
-    ) | {"optimizer": contents["optimizer"]}
+    contents |= checkpoint._sharded_state(first._trained, is_loading=False) | {
+        "optimizer": contents["optimizer"]
+    }
     contents |= {"layout": checkpoint._layout(first._ranks)}
     contents["step_history"] = {"optimizer_step": 2, "num_skipped": 0}
     dist_checkpointing.save(
