@@ -62,15 +62,11 @@ def _traces(path: str, environ: Mapping[str, str], root: Path) -> list[str]:
     commands = [command for command in _COMMANDS if shutil.which(command, path=path)]
     if commands:
         traces.append(f"{', '.join(commands)} in PATH")
-    for file in sorted(root.glob("etc/slurm*")):
-        traces.append(f"configuration in {file}")
-    for name in sorted(environ):
-        if name.startswith(("SLURM_", "SBATCH_")):
-            traces.append(f"{name} is set")
-    for name in _SOCKETS:
-        if (root / name).exists():
-            traces.append(f"a munge socket ({root / name})")
-    return traces
+    traces += [f"configuration in {file}" for file in sorted(root.glob("etc/slurm*"))]
+    variables = [name for name in sorted(environ) if name.startswith(("SLURM_", "SBATCH_"))]
+    traces += [f"{name} is set" for name in variables]
+    sockets = [root / name for name in _SOCKETS]
+    return traces + [f"a munge socket ({socket})" for socket in sockets if socket.exists()]
 
 
 def _problem_of(sbatch: str, environ: Mapping[str, str]) -> str:

@@ -42,7 +42,7 @@ from nanoslime.models.shape import ModelShape
 from nanoslime.orchestration.assignment import Assignment
 from nanoslime.orchestration.engine_pool import EnginePool
 from nanoslime.orchestration.ray import cluster
-from nanoslime.orchestration.ray.actors import ActorPlace, Actors
+from nanoslime.orchestration.ray.actors import ActorPlace, Actors, RunOnRay
 from nanoslime.orchestration.ray.trainers import RayTrainGroup
 from nanoslime.orchestration.ray.workers import RayWorker, WorkerActor
 from nanoslime.orchestration.rollout_manager import RolloutManager
@@ -238,9 +238,8 @@ def make_trainer(
         trainers=tuple(TrainerPlace(rank, 0, rank) for rank in range(num_processes)),
         engines=(),
     )
-    return StubTrainers(
-        config, attempt, layout, model_dir, num_ranks=options.ranks, workers=workers
-    )
+    run = RunOnRay(config, attempt, model_dir)
+    return StubTrainers(run, layout, num_ranks=options.ranks, workers=workers)
 
 
 def open_worker(
@@ -248,7 +247,7 @@ def open_worker(
 ) -> tuple[Actors, psutil.Process]:
     """The rollout worker as an actor of Ray, and its process."""
     places = [ActorPlace(index=0, node=0, num_slots=0)]
-    actors = Actors(WorkerActor, "worker", places, attempt, config, model_dir, 64)
+    actors = Actors(WorkerActor, "worker", places, RunOnRay(config, attempt, model_dir), 64)
     setup = WorkerSetup(config, model_dir, attempt.run.rollouts, num_engines=options.engines)
     opened = actors.start_on_each("open_worker", setup)
     actors.gather(opened, "open its worker", Deadline(120.0, "the time for it"))

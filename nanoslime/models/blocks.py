@@ -6,11 +6,8 @@ An architecture's file puts its rules together from these.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nanoslime.models.rules import FLOAT32, HFTensor, RowLayout, Rule
+from nanoslime.models.rules import FLOAT32, HFTensor, RowLayout, Rule, Shapes
 from nanoslime.models.shape import ModelShape
-
-Shapes = dict[str, tuple[int, ...]]
-"""Hugging Face tensors by name."""
 
 # What Hugging Face calls the matrices of a gated MLP: inwards, and the one outwards.
 _GATED = ("gate_proj", "up_proj", "down_proj")

@@ -5,8 +5,8 @@ https://arxiv.org/abs/2412.19437. The checkpoints that DeepSeek publishes are in
 dequantize them first.
 """
 
-from nanoslime.models.blocks import Shapes, all_layers, ends, mixed_mlp, mtp
-from nanoslime.models.rules import Rule
+from nanoslime.models.blocks import all_layers, ends, mixed_mlp, mtp
+from nanoslime.models.rules import Rule, Shapes
 from nanoslime.models.shape import MLA, Architecture, ConfigFile, ModelShape
 
 

@@ -24,6 +24,9 @@ from nanoslime.types import RunError
 
 RowLayout = Literal["copy", "vocab", "cat", "halves", "qkv"]
 
+Shapes = dict[str, tuple[int, ...]]
+"""Of Hugging Face tensors, by name."""
+
 Box = tuple[slice, ...]
 """A slice for each dimension, with start and stop set."""
 
@@ -142,7 +145,7 @@ class ModelPartition:
         return self.tp_rank, self.tp_size
 
 
-def tensors(shape: ModelShape, *, mtp: bool = False) -> dict[str, tuple[int, ...]]:
+def tensors(shape: ModelShape, *, mtp: bool = False) -> Shapes:
     """Name -> full shape of every Hugging Face tensor in the model's files, without repeats."""
     return {piece.hf: piece.full_shape for piece in pieces(shape, ModelPartition(mtp=mtp))}
 
@@ -168,7 +171,7 @@ def has_mtp(shape: ModelShape, names: Iterable[str]) -> bool:
     return shape.num_mtp_layers > 0 and any(name.startswith(prefix) for name in names)
 
 
-def optional_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+def optional_tensors(shape: ModelShape) -> Shapes:
     """Name -> shape of what files may hold beside `tensors(shape)`, and no backend trains:
     repeats and the layers of multi-token prediction."""
     every = tensors(shape, mtp=True)
@@ -184,10 +187,7 @@ def is_computed(name: str) -> bool:
 
 
 def check_tensors(
-    shape: ModelShape,
-    present: dict[str, tuple[int, ...]],
-    where: str,
-    files: dict[str, str] | None = None,
+    shape: ModelShape, present: Shapes, where: str, files: dict[str, str] | None = None
 ) -> None:
     """Raises RunError unless the tensors at `where` are exactly the model's.
 

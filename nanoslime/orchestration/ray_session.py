@@ -9,6 +9,7 @@ from nanoslime.layout import Layout
 from nanoslime.orchestration.engine_pool import Restart
 from nanoslime.orchestration.groups import NoTrainer, TrainGroup, resolve_transport
 from nanoslime.orchestration.ray import cluster
+from nanoslime.orchestration.ray.actors import RunOnRay
 from nanoslime.orchestration.ray.trainers import RayTrainGroup
 from nanoslime.orchestration.ray.workers import RayEngines, RayWorker
 from nanoslime.orchestration.session import (
@@ -42,10 +43,11 @@ def open_ray(
             cluster.connect(head, layout.num_nodes, config.cluster.node_join_deadline_s)
         resources.callback(cluster.disconnect)
 
+        run = RunOnRay(config, attempt, model_dir)
         colocate = config.cluster.colocate
         servers: RayEngines | None = None
         if layout.engines:
-            servers = RayEngines(config, attempt, layout, model_dir)
+            servers = RayEngines(run, layout)
             resources.callback(servers.close)
             if not colocate:
                 servers.start()  # they start while the trainers do
@@ -53,7 +55,7 @@ def open_ray(
         trainer: TrainGroup
         if layout.trainers:
             actors = () if servers is None else servers.actors
-            trainer = RayTrainGroup(config, attempt, layout, model_dir, actors)
+            trainer = RayTrainGroup(run, layout, actors)
         else:
             trainer = NoTrainer(config, attempt.run, model_dir)
         resources.callback(trainer.close)

@@ -285,14 +285,8 @@ class SampleFailures:
         news = [cause for cause in causes if cause not in self._told]
         for cause in news[:_MAX_NEWS]:
             self._told.add(cause)
-            logger.warning(
-                "%s: %d of %d samples could not be made and %s: %s",
-                what,
-                causes[cause],
-                len(samples),
-                consequence,
-                cause,
-            )
+            number = f"{causes[cause]} of {len(samples)} samples"
+            logger.warning("%s: %s could not be made and %s: %s", what, number, consequence, cause)
 
 
 def _cause(sample: SampleReport) -> str:

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import torch
 
-from nanoslime.models.rules import FLOAT32, is_computed, optional_tensors, tensors
+from nanoslime.models.rules import FLOAT32, Shapes, is_computed, optional_tensors, tensors
 from nanoslime.models.shape import ModelShape
 from nanoslime.sealed_bucket import checksum
 from nanoslime.storage.safetensors_file import read_headers
 from nanoslime.types import TensorKind
 
-Shapes = dict[str, tuple[int, ...]]
 # The name and the shape of a tensor.
 Named = tuple[str, tuple[int, ...]]
 

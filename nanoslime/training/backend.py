@@ -149,12 +149,8 @@ class TrainBackend(ABC):
         rank = dist.get_rank()
         shard.save(directory / f"rank_{rank}.pt")
         if rank == 0:
-            logger.warning(
-                "optimizer step %d skipped: gradient norm %g; its batch is kept in %s",
-                optimizer_step,
-                norm,
-                directory,
-            )
+            message = "optimizer step %d skipped: gradient norm %g; its batch is kept in %s"
+            logger.warning(message, optimizer_step, norm, directory)
 
     def sleep(self) -> None:
         """Frees the memory of weights, gradients and optimizer state; no collective.

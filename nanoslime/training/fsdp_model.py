@@ -24,12 +24,8 @@ from nanoslime.types import RunError
 
 # settings of models that do more to the hidden states than multiply them with the output
 # weight
-_LOGITS_ARE_CHANGED_BY = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-)
+_LOGITS_ARE_CHANGED_BY = """final_logit_softcapping logit_scale logits_scaling
+    lm_head_multiplier""".split()
 
 
 class Policy(torch.nn.Module):

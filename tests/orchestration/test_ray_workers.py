@@ -17,7 +17,7 @@ from nanoslime import algorithms
 from nanoslime.batch import TrainBatch
 from nanoslime.config import RunConfig
 from nanoslime.orchestration.ray import cluster
-from nanoslime.orchestration.ray.actors import ActorPlace, Actors
+from nanoslime.orchestration.ray.actors import ActorPlace, Actors, RunOnRay
 from nanoslime.orchestration.ray.deliveries import Delivery, order, receive
 from nanoslime.orchestration.ray.workers import RayWorker, WorkerActor
 from nanoslime.rollout import recorder
@@ -101,7 +101,7 @@ def test_arrays_go_from_the_worker_to_the_ranks_past_the_driver(
     cluster.start_local(2, "cpu", attempt.make_ray_token())
     try:
         places = [ActorPlace(index=0, node=0, num_slots=0)]
-        actors = Actors(WorkerActor, "worker", places, attempt, CONFIG, tiny_model, 8)
+        actors = Actors(WorkerActor, "worker", places, RunOnRay(CONFIG, attempt, tiny_model), 8)
         setup = WorkerSetup(CONFIG, tiny_model, attempt.run.rollouts)
         ray.get(actors.actors[0].open_worker.remote(setup))
         worker = RayWorker(actors, 0)

@@ -153,15 +153,14 @@ def test_a_rank_on_ray_that_raises_tells_its_log_and_the_driver(
             assert len(answers) >= 3 and told <= strangers.REFUSED
             places = [actors.ActorPlace(index=0, node=0, num_slots=0)]
             nowhere = replace(attempt, number=2)
-            doomed = actors.Actors(
-                trainers.RankActor, "doomed rank", places, nowhere, config, tmp_path / "model"
-            )
+            run = actors.RunOnRay(config, nowhere, tmp_path / "model")
+            doomed = actors.Actors(trainers.RankActor, "doomed rank", places, run)
             refs = doomed.start_on_each("place")
             with pytest.raises(
                 RunError, match="doomed rank 0 on node 0 failed to start: FileNotFound"
             ):
                 doomed.gather(refs, "start", Deadline(60.0, "training.start_deadline_s"))
-            group = trainers.RayTrainGroup(config, attempt, plan, tmp_path / "model")
+            group = trainers.RayTrainGroup(replace(run, attempt=attempt), plan)
             with pytest.raises(RunError) as caught:
                 group.setup()
         finally:

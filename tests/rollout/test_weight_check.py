@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from nanoslime.models.rules import FLOAT32, optional_tensors, tensors
+from nanoslime.models.rules import FLOAT32, Shapes, optional_tensors, tensors
 from nanoslime.models.shape import ModelShape
 from nanoslime.rollout import weight_check
-from nanoslime.rollout.weight_check import ExpectedTensors, Shapes
+from nanoslime.rollout.weight_check import ExpectedTensors
 from nanoslime.types import TensorKind
 from tests.models.hf import FAMILIES, make_model
 

@@ -87,6 +87,15 @@ class ActorPlace:
     num_slots: int  # of the node's GPUs or CPU slots
 
 
+@dataclass(frozen=True, slots=True)
+class RunOnRay:
+    """What all actors of a run have in common."""
+
+    config: RunConfig
+    attempt: Attempt
+    model_dir: Path
+
+
 class Actors:
     """One actor for each place, on just the node that the plan names.
 
@@ -98,22 +107,20 @@ class Actors:
         actor_class: Any,
         role: str,
         places: Sequence[ActorPlace],
-        attempt: Attempt,
-        config: RunConfig,
-        model_dir: Path,
+        run: RunOnRay,
         max_concurrency: int = 1,
     ):
         """`max_concurrency` is how many calls of one actor run at once, in threads of it.
 
         Errors name actors by `role`; its first word names them in Ray, and their logs."""
-        device = config.cluster.device
+        device = run.config.cluster.device
         places_by_node = Counter(place.node for place in places)
         short_role = role.split()[0]
         self.actors: list[Any] = []
         self._names: list[str] = []
         self._logs: list[Path] = []
         for place in places:
-            log = attempt.log(short_role, place.index)
+            log = run.attempt.log(short_role, place.index)
             options = actor_class.options(
                 name=f"{short_role}-{place.index}",
                 num_cpus=0,
@@ -124,8 +131,8 @@ class Actors:
             )
             setup = ActorSetup(
                 index=place.index,
-                config=config,
-                model_dir=model_dir,
+                config=run.config,
+                model_dir=run.model_dir,
                 device=device,
                 log=log,
                 users_threads=os.environ.get("OMP_NUM_THREADS"),

@@ -5,21 +5,19 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ray
 
 from nanoslime.batch import BatchPlan
-from nanoslime.config import RunConfig
 from nanoslime.failures import told_in_one_line
 from nanoslime.layout import Layout
 from nanoslime.orchestration.groups import TrainGroup
-from nanoslime.orchestration.ray.actors import ActorPlace, Actors, ActorSetup
+from nanoslime.orchestration.ray.actors import ActorPlace, Actors, ActorSetup, RunOnRay
 from nanoslime.orchestration.ray.deliveries import order, receive
 from nanoslime.orchestration.worker import TrainWorker
 from nanoslime.processes.ports import free_port
-from nanoslime.run_dir import Attempt, RunDir
+from nanoslime.run_dir import RunDir
 from nanoslime.training.backend import RankEnv
 from nanoslime.training.batching import kept_arrays
 
@@ -80,17 +78,10 @@ class RayTrainGroup(TrainGroup):
     `workers` are the actors of the rollout workers, in the order of their numbers.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        attempt: Attempt,
-        layout: Layout,
-        model_dir: Path,
-        workers: Sequence[Any] = (),
-    ):
-        super().__init__(config, attempt.run, model_dir, len(layout.trainers))
+    def __init__(self, run: RunOnRay, layout: Layout, workers: Sequence[Any] = ()):
+        super().__init__(run.config, run.attempt.run, run.model_dir, len(layout.trainers))
         places = [ActorPlace(place.rank, place.node, num_slots=1) for place in layout.trainers]
-        self._ranks = Actors(RankActor, "trainer rank", places, attempt, config, model_dir)
+        self._ranks = Actors(RankActor, "trainer rank", places, run)
         found: list[RankPlace] = self._ranks.gather(
             self._ranks.start_on_each("place"), "start", self._deadlines.start
         )

@@ -10,15 +10,13 @@ from typing import Any
 
 import ray
 
-from nanoslime.config import RunConfig
 from nanoslime.config.deadlines import Deadline
 from nanoslime.engine_kind import EngineStart, RunEngine, engine_kind
 from nanoslime.failures import told_in_one_line
 from nanoslime.layout import EnginePlace, Layout
-from nanoslime.orchestration.ray.actors import ActorPlace, Actors, ActorSetup
+from nanoslime.orchestration.ray.actors import ActorPlace, Actors, ActorSetup, RunOnRay
 from nanoslime.rollout.tasks import FinishedGroup, GroupTask, RestoredGroup, WorkerNews
 from nanoslime.rollout.worker import RolloutWorker, WorkerSetup
-from nanoslime.run_dir import Attempt
 from nanoslime.types import Engine
 
 logger = logging.getLogger(__name__)
@@ -148,13 +146,12 @@ class RayEngines:
     servers side by side; `wait` returns their clients once all are up.
     """
 
-    def __init__(self, config: RunConfig, attempt: Attempt, layout: Layout, model_dir: Path):
-        self._config = config
-        self._attempt = attempt
+    def __init__(self, run: RunOnRay, layout: Layout):
+        rollout = run.config.rollout
+        self._run = run
         self._layout = layout
-        self._model_dir = model_dir
-        self._deadline = Deadline(config.rollout.start_deadline_s, "rollout.start_deadline_s")
-        self._title = engine_kind(config.rollout).title
+        self._deadline = Deadline(rollout.start_deadline_s, "rollout.start_deadline_s")
+        self._title = engine_kind(rollout).title
         self._starting: list[Any] = []
         self._gpus_by_rank: Sequence[str] = ()
         nodes = sorted({place.node for place in layout.engines})
@@ -163,9 +160,7 @@ class RayEngines:
         places = [
             ActorPlace(number, node, self._num_slots(node)) for number, node in enumerate(nodes)
         ]
-        self._actors = Actors(
-            WorkerActor, "worker", places, attempt, config, model_dir, _MAX_CONCURRENCY
-        )
+        self._actors = Actors(WorkerActor, "worker", places, run, _MAX_CONCURRENCY)
 
     @property
     def actors(self) -> Sequence[Any]:
@@ -200,9 +195,9 @@ class RayEngines:
         refs = []
         for number, actor in enumerate(self._actors.actors):
             setup = WorkerSetup(
-                self._config,
-                self._model_dir,
-                self._attempt.run.rollouts,
+                self._run.config,
+                self._run.model_dir,
+                self._run.attempt.run.rollouts,
                 index=number,
                 num_workers=num_workers,
                 num_engines=self.workers_by_engine.count(number),
@@ -224,7 +219,7 @@ class RayEngines:
 
     def _num_slots(self, node: int) -> int:
         """What the actor of a node reserves; colocated, the trainers hold the slots."""
-        if self._config.cluster.colocate:
+        if self._run.config.cluster.colocate:
             return 0
         return sum(len(place.slots) for place in self._layout.engines if place.node == node)
 
