@@ -29,6 +29,7 @@ from typing import Any
 
 from jobs import ray_node
 from jobs.cluster_env import ClusterEnv, remove_scratch
+from jobs.doctor import Doctor, Finding
 from jobs.preflight import check_cores, check_gpus
 from jobs.signals import WARNINGS, handled
 from nanoslime.config.run import RunConfig
@@ -37,7 +38,7 @@ from nanoslime.layout import Layout
 from nanoslime.processes.child import ChildProcess
 from nanoslime.processes.logs import last_line
 from nanoslime.processes.ports import answers, hold_consecutive_ports
-from nanoslime.processes.tree import adopt_orphans, end_descendants
+from nanoslime.processes.tree import adopt_orphans, descendants, end_descendants
 from nanoslime.run_dir import DONE, FAILED, STOPPED, Attempt
 from nanoslime.storage.shared_files import publish_json, read_json, seen
 from nanoslime.types import MachineFailure, RunError
@@ -46,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 _TICK_S = 0.25
 _HEARTBEAT_S = 5.0
+# So often while a task is late.
+_HURRY_S = 1.0
 # A node whose heartbeat stands still for this long is lost.
 _SILENCE_S = 90.0
 # Other agents may take this long to clean up.
@@ -119,6 +122,8 @@ class Agent:
         self._next_beat_at = 0.0
         # Of each node the last count, and when it changed on our monotonic clock.
         self._last_beats: dict[str, tuple[int, float]] = {}
+        self._doctor = Doctor(config.cluster, env.node_name, attempt.path / "stacks")
+        self._findings: set[Finding] = set()
 
     def run(self) -> int:
         """Live through the attempt.
@@ -284,9 +289,16 @@ class Agent:
             self._limit_stop()
 
     def _beat(self) -> None:
+        """Tell the others that this node lives, and what hangs here."""
+        found = self._doctor.examine(descendants(os.getpid()))
+        for finding in set(found) - self._findings:
+            logger.warning("%s", finding.what)
+        self._findings = set(found)
+        if any(finding.deadline_s for finding in found):
+            self._next_beat_at = time.monotonic() + _HURRY_S
         self._num_beats += 1
         try:
-            self._attempt.beat(self._env.node_index, self._num_beats)
+            self._attempt.beat(self._env.node_index, self._num_beats, findings=found)
         except OSError as error:
             # The next one may come through. The others end us where none does.
             logger.warning("heartbeat %d was not written: %s", self._num_beats, error)
@@ -361,7 +373,8 @@ class Agent:
         return status if is_ours else {}
 
     def _check_heartbeats(self) -> None:
-        """RunError for a silent node. Node 0 looks at all, the others at node 0.
+        """RunError for a silent node. Node 0 looks at all, also at what hangs there, the others at
+        node 0.
 
         A heartbeat that cannot be read this time is one that has not come.
         """
@@ -378,9 +391,12 @@ class Agent:
             elif now - changed_at > _SILENCE_S:
                 name = self._env.node_names[int(node)]
                 log = self._attempt.log("agent", int(node))
-                raise MachineFailure(
+                self._doctor.end(
                     f"no heartbeat from {name} (node {node}) for {_SILENCE_S:g} s; see {log}"
                 )
+        if self._is_head:
+            found = [Finding(*f) for beat in beats.values() for f in beat.get("findings", ())]
+            self._doctor.judge(found)
 
     def _leave(self, end: AttemptOver) -> int:
         """Publish the end, end all processes, remove scratch, wait for the others."""
@@ -390,6 +406,10 @@ class Agent:
         if not ended_it:
             code, reason = self._attempt.ended() or (end.code, end.reason)
             end = AttemptOver(code, reason, published=True)
+        if self._doctor.stacks.exists():
+            with logged_if_unwritable():
+                pids = descendants(os.getpid())
+                self._doctor.write_stacks(pids, f"node-{self._env.node_index}.txt")
         try:
             end_descendants()
         finally:

@@ -9,6 +9,7 @@
     job.json (the SLURM job that holds the run, where there is one)
     attempts/<n>/ logs/<role>-<rank>.log nodes/ heartbeat/<node>.json stop.json end.json
                   phases.jsonl (each phase, with the time at which it began)
+                  stacks/node-<i>.txt (where something hung)
     attempts/latest
 
 An attempt is one life of the job: every requeue is a new one. Only the newest one may go on and
@@ -352,9 +353,11 @@ class Attempt:
     def log(self, role: str, rank: int) -> Path:
         return self.path / "logs" / f"{role}-{rank}.log"
 
-    def beat(self, node: int, count: int) -> None:
-        """A heartbeat of `node`: a rising count, since the clocks of nodes differ."""
-        self._publish(f"heartbeat/{node}", count=count)
+    def beat(self, node: int, count: int, findings: Sequence[tuple] = ()) -> None:
+        """A heartbeat of `node`: a rising count, since the clocks of nodes differ, and what hangs
+        there.
+        """
+        self._publish(f"heartbeat/{node}", count=count, findings=findings)
 
     def leave(self, node: int) -> None:
         """In place of further heartbeats: nothing runs on `node` any more."""

@@ -66,6 +66,12 @@ class ClusterConfig:
     node_join_deadline_s: float = Field(default=300.0, gt=0)
     gpu_probe_deadline_s: float = Field(default=180.0, gt=0)
     """How long torch may take on a node to start and to find its GPUs."""
+    hang_factor: float = Field(default=8.0, gt=1)
+    """A phase that takes so many times its median hangs: the attempt ends, with all stacks."""
+    hang_floor_s: float = Field(default=90.0, gt=0)
+    """No phase hangs before it has taken so long."""
+    hang_deadline_s: float = Field(default=7200.0, gt=0)
+    """How long a phase may take that the attempt has not been through three times."""
 
     @model_validator(mode="after")
     def _has_no_secret(self) -> Self:

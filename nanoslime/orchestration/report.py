@@ -8,6 +8,7 @@ from typing import Any
 
 from nanoslime.failures import append_traceback, is_of_machine, summary
 from nanoslime.orchestration.session import Session
+from nanoslime.processes.phases import DRIVER, own_report
 from nanoslime.run_dir import Attempt, RunDir
 from nanoslime.storage.shared_files import publish_json, read_json_lines
 from nanoslime.types import RunError
@@ -33,6 +34,7 @@ class Clock:
             self.seconds[self.phase] += now - self._start
         self.phase = phase
         self._start = now
+        own_report().enter(DRIVER, phase)
         try:
             self._run.write_status(phase, self.step)
         except OSError as e:

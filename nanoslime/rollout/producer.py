@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nanoslime.processes.phases import DRIVER, own_report
 from nanoslime.rollout.admission import Admission, Cancelled, Limits, Taken
 from nanoslime.rollout.prompts import PromptStream
 from nanoslime.rollout.tasks import FinishedGroup, GroupTask, RestoredGroup, Worker, WorkerNews
@@ -260,6 +261,8 @@ class Producer:
         if now < self._next_look:
             return
         self._next_look = now + _STOP_LOOK_S
+        # Rollouts may take as long as they like: requests, environments and rewards have deadlines.
+        own_report().enter(DRIVER, "wait for rollouts")
         reason = self.serving.must_stop()
         if reason:
             raise StopAsked(reason)

@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 from nanoslime.config import RunConfig
 from nanoslime.failures import summary
 from nanoslime.models.shape import ModelShape
+from nanoslime.processes.phases import IDLE, own_report
 from nanoslime.rollout import environments, worker_state
 from nanoslime.rollout.policy import Call, Policy, ServedModel
 from nanoslime.rollout.recorder import Recorder, Recording
@@ -56,6 +57,7 @@ logger = logging.getLogger(__name__)
 # little longer. Once that has been told, nobody waits for it again.
 _PATIENCE_S = 100.0
 _PATIENCE_ONCE_BLOCKED_S = 1.0
+_ALIVE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +154,7 @@ class RolloutWorker:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=self.name, daemon=True)
         self._thread.start()
+        self._soon(self._tell_alive)
 
     def start(self, tasks: Sequence[GroupTask]) -> None:
         for task in tasks:
@@ -204,6 +207,7 @@ class RolloutWorker:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        own_report().enter(self.name, IDLE)
         self._recorder.close()
         gc.unfreeze()
 
@@ -248,6 +252,11 @@ class RolloutWorker:
         frame = sys._current_frames()[self._thread.ident or 0]
         innermost = traceback.extract_stack(frame)[-3:]
         return " > ".join(f"{line.filename}:{line.lineno}" for line in innermost)
+
+    def _tell_alive(self) -> None:
+        """Says in this process's report, again and again, that the loop is not blocked."""
+        own_report().enter(self.name, "serve")
+        self._loop.call_later(_ALIVE_S, self._tell_alive)
 
     def _has_news(self) -> bool:
         return bool(self._reports or self._failure)

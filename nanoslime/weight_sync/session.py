@@ -27,6 +27,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
+from nanoslime.processes.phases import DRIVER, own_report
 from nanoslime.types import PauseMode, RunError, TensorKind
 from nanoslime.weight_sync.engine_calls import EnginesFailed, Failure
 from nanoslime.weight_sync.probe import Probe
@@ -199,6 +200,7 @@ class SyncSession:
     def join(self) -> None:
         """Gives engines that have come up what the others serve; then they serve too."""
         self._require_idle(self.version)
+        own_report().enter(DRIVER, "weight_sync")
         if self._transport.delivery is Delivery.NOTHING:
             self._verify(self.version)
         else:

@@ -3,6 +3,8 @@
 until-stop   exit 75 when told to stop; the second attempt exits 0 at once
 fail         print a line and exit 3
 deaf         take no notice of anything, and leave a daemon behind
+steps        go through phases of a tenth of a second, as the trainer reports them
+hang         as steps, and hang in the fifth phase
 """
 
 import argparse
@@ -11,7 +13,20 @@ import sys
 import time
 from pathlib import Path
 
+from nanoslime.processes.phases import DRIVER, own_report
 from nanoslime.run_dir import DONE, STOPPED, RunDir
+
+
+def go_through_phases(count: int) -> None:
+    for _ in range(count):
+        own_report().enter(DRIVER, "generate")
+        time.sleep(0.1)
+        own_report().enter(DRIVER, "train")
+
+
+def hang_here() -> None:
+    own_report().enter(DRIVER, "generate")
+    time.sleep(240)
 
 
 def main() -> int:
@@ -28,6 +43,9 @@ def main() -> int:
     if args.mode == "deaf":
         subprocess.run(["setsid", "--fork", "sleep", "600"], check=True)
     (attempt.path / "driver_began").touch()
+    if args.mode in ("steps", "hang"):
+        go_through_phases(4 if args.mode == "hang" else 2000)
+        hang_here()
     deadline = time.monotonic() + 240
     while args.attempt == 1 and time.monotonic() < deadline:
         if args.mode == "until-stop" and attempt.must_stop():

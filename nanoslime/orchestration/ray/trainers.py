@@ -16,6 +16,7 @@ from nanoslime.orchestration.groups import TrainGroup
 from nanoslime.orchestration.ray.actors import ActorPlace, Actors, ActorSetup, RunOnRay
 from nanoslime.orchestration.ray.deliveries import order, receive
 from nanoslime.orchestration.worker import TrainWorker
+from nanoslime.processes.phases import IDLE, own_report
 from nanoslime.processes.ports import free_port
 from nanoslime.run_dir import RunDir
 from nanoslime.training.backend import RankEnv
@@ -68,8 +69,12 @@ class RankActor:
 
     def call(self, method: str, *args: Any) -> Any:
         """A collective method of TrainWorker, by name."""
+        name = f"trainer rank {self._setup.index}"
+        own_report().enter(name, method)
         with told_in_one_line(logger, method):
-            return getattr(self._worker, method)(*args)
+            result = getattr(self._worker, method)(*args)
+        own_report().enter(name, IDLE)
+        return result
 
 
 class RayTrainGroup(TrainGroup):

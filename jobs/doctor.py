@@ -1,0 +1,129 @@
+"""Finds what hangs in a run: phases past their deadline, and processes that are stopped.
+
+    each process -> its report (nanoslime/processes/phases.py) -> the agent of its node
+                 -> findings in the node's heartbeat -> the agent of node 0 -> the end
+
+The deadline of a phase is `cluster.hang_factor` times the median of its earlier times, and
+`cluster.hang_floor_s` at least. All that wait for what hangs are late with it, so node 0 waits
+a little for the findings of all nodes, and then names the likeliest cause.
+"""
+
+import os
+import re
+import statistics
+import time
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from nanoslime.config.cluster import ClusterConfig
+from nanoslime.processes.phases import IDLE, Task, dump_stacks, frames_of, read_tasks
+from nanoslime.types import MachineFailure
+
+# A phase's own median counts from so many times on.
+_MIN_KNOWN = 3
+# What is late hangs where it stays so for such a part of its deadline: the findings of other nodes
+# may come later, and all is late for a moment in a job that was suspended.
+_SETTLING_SHARE = 0.25
+# A process in one of these states of /proc is stopped, by a signal or by a debugger.
+_STOPPED = ("T", "t")
+# A thread with its innermost frame in one of these files waits for another process or thread.
+_WAITS = re.compile(r"/(distributed|pipeline_parallel|ray)/|/(threading|selectors)\.py:")
+# Frames of Python itself and of packages are neither ours nor the user's.
+_FOREIGN = re.compile(rf"{os.path.dirname(os.__file__)}/|<|.*/site-packages/")
+
+
+class Finding(NamedTuple):
+    """What a node's agent has found; the likeliest cause of a hang is the smallest one."""
+
+    # 0: a stopped process of ours, 1: of Ray's, 2: a late task that works, 3: one that waits.
+    order: int
+    # 0 where no task is late.
+    deadline_s: float
+    # It says who, on which node, and in which phase and frame.
+    what: str
+
+
+def learned_s(config: ClusterConfig, durations: Sequence[float]) -> float:
+    """So many times the median of what something has taken; the configured deadline at first."""
+    if len(durations) < _MIN_KNOWN:
+        return config.hang_deadline_s
+    return config.hang_factor * statistics.median_high(durations)
+
+
+class Doctor:
+    """One node's part: `examine` finds what hangs here, `judge` on node 0 what hangs anywhere."""
+
+    def __init__(self, config: ClusterConfig, node: str, stacks: Path) -> None:
+        """`stacks` is the directory for the stacks of all nodes, made when something hangs."""
+        self.stacks = stacks
+        self._config = config
+        self._node = node
+        # Since when something is late.
+        self._late_since = float("inf")
+
+    def examine(self, pids: Collection[int]) -> list[Finding]:
+        """Of these processes of this node: tasks that are late, and processes that are stopped."""
+        now = time.monotonic()
+        found = []
+        for pid in pids:
+            if _state(pid) in _STOPPED:
+                found.append(self._stopped(pid))
+            for task in read_tasks(pid):
+                for_s = now - task.since
+                limit_s = max(self._config.hang_floor_s, learned_s(self._config, task.durations))
+                if task.phase != IDLE and for_s > limit_s:
+                    found.append(self._late(pid, task, for_s, limit_s))
+        return found
+
+    def judge(self, found: Sequence[Finding]) -> None:
+        """Raises MachineFailure where a task is late among the findings of all nodes: it says who,
+        where, in which phase, and where all stacks are.
+        """
+        late = [finding for finding in found if finding.deadline_s]
+        now = time.monotonic()
+        self._late_since = min(self._late_since, now) if late else float("inf")
+        if late and now - self._late_since > _SETTLING_SHARE * late[0].deadline_s:
+            told = dict.fromkeys((min(found).what, min(late).what))
+            self.end(f"a hang: {'; '.join(told)}")
+
+    def end(self, what: str) -> NoReturn:
+        """Raises MachineFailure that says `what`; each node writes its stacks then."""
+        with suppress(OSError):
+            self.stacks.mkdir(exist_ok=True)
+        raise MachineFailure(f"{what}; the stacks of all processes: {self.stacks}")
+
+    def write_stacks(self, pids: Collection[int], file_name: str) -> None:
+        """Writes what these processes are doing into a file of the directory of stacks."""
+        with (self.stacks / file_name).open("w") as file:
+            for pid in sorted(pids):
+                file.write(f"\n=== {pid} {_read(pid, 'cmdline')}: {_state(pid)} in ")
+                file.write(f"{_read(pid, 'wchan')}\n{_read(pid, 'stack')}\n{dump_stacks(pid)}")
+
+    def _stopped(self, pid: int) -> Finding:
+        log = Path(os.path.realpath(f"/proc/{pid}/fd/1"))
+        is_ours = log.parent == self.stacks.with_name("logs").resolve()
+        what = f"{log.stem} on {self._node} (pid {pid}, {_read(pid, 'comm')}) is stopped (T)"
+        return Finding(1 - is_ours, 0.0, what)
+
+    def _late(self, pid: int, task: Task, for_s: float, limit_s: float) -> Finding:
+        frames = frames_of(dump_stacks(pid), task.thread) or [f"state {_state(pid)}"]
+        own = next((frame for frame in frames if not _FOREIGN.match(frame)), frames[0])
+        order = 3 if _WAITS.search(frames[0]) else 2
+        phase = f"phase {task.phase} for {for_s:.0f} s, and may be for {limit_s:.0f} s"
+        return Finding(order, limit_s, f"{task.name} on {self._node} is in {phase}, at {own}")
+
+
+def _state(pid: int) -> str:
+    """The letter by which /proc names the state of a process; empty where it has ended."""
+    _, _, after_name = _read(pid, "stat").rpartition(")")
+    return after_name[1:2]
+
+
+def _read(pid: int, name: str) -> str:
+    """A file of a process in /proc, as one line; empty where it cannot be read."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text(errors="replace").replace("\0", " ").strip()
+    except OSError:
+        return ""
