@@ -21,6 +21,7 @@ import shlex
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass
@@ -29,7 +30,7 @@ from typing import Any
 
 from jobs import ray_node
 from jobs.cluster_env import ClusterEnv, remove_scratch
-from jobs.doctor import Doctor, Finding
+from jobs.doctor import Doctor, Finding, learned_s
 from jobs.preflight import check_cores, check_gpus
 from jobs.signals import WARNINGS, handled
 from nanoslime.config.run import RunConfig
@@ -37,6 +38,7 @@ from nanoslime.failures import is_of_machine, summary
 from nanoslime.layout import Layout
 from nanoslime.processes.child import ChildProcess
 from nanoslime.processes.logs import last_line
+from nanoslime.processes.phases import own_report
 from nanoslime.processes.ports import answers, hold_consecutive_ports
 from nanoslime.processes.tree import adopt_orphans, descendants, end_descendants
 from nanoslime.run_dir import DONE, FAILED, STOPPED, Attempt
@@ -49,8 +51,9 @@ _TICK_S = 0.25
 _HEARTBEAT_S = 5.0
 # So often while a task is late.
 _HURRY_S = 1.0
-# A node whose heartbeat stands still for this long is lost.
+# A node whose heartbeat stands still for this long is lost, or sooner where beats are regular.
 _SILENCE_S = 90.0
+_NUM_INTERVALS = 99
 # Other agents may take this long to clean up.
 _LEAVE_S = 30.0
 # A driver that got SIGTERM may use this much of the time until SLURM kills the job.
@@ -122,6 +125,7 @@ class Agent:
         self._next_beat_at = 0.0
         # Of each node the last count, and when it changed on our monotonic clock.
         self._last_beats: dict[str, tuple[int, float]] = {}
+        self._beat_intervals: deque[float] = deque(maxlen=_NUM_INTERVALS)
         self._doctor = Doctor(config.cluster, env.node_name, attempt.path / "stacks")
         self._findings: set[Finding] = set()
 
@@ -274,6 +278,7 @@ class Agent:
         """What an agent does whatever it waits for. Raises when the attempt is over, also since a
         newer one has begun.
         """
+        own_report().enter(f"the agent of {self._env.node_name}", "watch")
         self._follow_end()
         if time.monotonic() >= self._next_beat_at:
             self._next_beat_at = time.monotonic() + _HEARTBEAT_S
@@ -379,6 +384,7 @@ class Agent:
         A heartbeat that cannot be read this time is one that has not come.
         """
         now = time.monotonic()
+        silence_s = min(_SILENCE_S, learned_s(self._config.cluster, self._beat_intervals))
         watched = range(self._env.num_nodes) if self._is_head else [0]
         beats = self._attempt.heartbeats(watched)
         for node in {*beats, *self._last_beats}:
@@ -387,12 +393,14 @@ class Agent:
             if "left" in beats.get(node, {}):
                 self._last_beats[node] = (count, float("inf"))
             elif count != last_count:
+                if node in self._last_beats:
+                    self._beat_intervals.append(now - changed_at)
                 self._last_beats[node] = (count, now)
-            elif now - changed_at > _SILENCE_S:
+            elif now - changed_at > silence_s:
                 name = self._env.node_names[int(node)]
                 log = self._attempt.log("agent", int(node))
                 self._doctor.end(
-                    f"no heartbeat from {name} (node {node}) for {_SILENCE_S:g} s; see {log}"
+                    f"no heartbeat from {name} (node {node}) for {silence_s:.0f} s; see {log}"
                 )
         if self._is_head:
             found = [Finding(*f) for beat in beats.values() for f in beat.get("findings", ())]
@@ -406,6 +414,7 @@ class Agent:
         if not ended_it:
             code, reason = self._attempt.ended() or (end.code, end.reason)
             end = AttemptOver(code, reason, published=True)
+        own_report().enter(f"the agent of {self._env.node_name}", "leave")
         if self._doctor.stacks.exists():
             with logged_if_unwritable():
                 pids = descendants(os.getpid())

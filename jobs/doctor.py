@@ -11,6 +11,8 @@ a little for the findings of all nodes, and then names the likeliest cause.
 import os
 import re
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Collection, Sequence
 from contextlib import suppress
@@ -18,7 +20,10 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from nanoslime.config.cluster import ClusterConfig
+from nanoslime.processes.child import ChildProcess
 from nanoslime.processes.phases import IDLE, Task, dump_stacks, frames_of, read_tasks
+from nanoslime.processes.tree import descendants
+from nanoslime.run_dir import FAILED, Attempt
 from nanoslime.types import MachineFailure
 
 # A phase's own median counts from so many times on.
@@ -26,6 +31,7 @@ _MIN_KNOWN = 3
 # What is late hangs where it stays so for such a part of its deadline: the findings of other nodes
 # may come later, and all is late for a moment in a job that was suspended.
 _SETTLING_SHARE = 0.25
+_PY_SPY_DEADLINE_S = 10.0
 # A process in one of these states of /proc is stopped, by a signal or by a debugger.
 _STOPPED = ("T", "t")
 # A thread with its innermost frame in one of these files waits for another process or thread.
@@ -95,11 +101,19 @@ class Doctor:
         raise MachineFailure(f"{what}; the stacks of all processes: {self.stacks}")
 
     def write_stacks(self, pids: Collection[int], file_name: str) -> None:
-        """Writes what these processes are doing into a file of the directory of stacks."""
+        """Writes what these processes are doing into a file of the directory of stacks.
+
+        py-spy looks at them too, where it is installed and may.
+        """
+        py_spy = [str(Path(sys.executable).with_name("py-spy")), "dump", "--nonblocking", "--pid"]
         with (self.stacks / file_name).open("w") as file:
             for pid in sorted(pids):
                 file.write(f"\n=== {pid} {_read(pid, 'cmdline')}: {_state(pid)} in ")
                 file.write(f"{_read(pid, 'wchan')}\n{_read(pid, 'stack')}\n{dump_stacks(pid)}")
+                file.flush()
+                with suppress(OSError, subprocess.TimeoutExpired):
+                    command = [*py_spy, str(pid)]
+                    subprocess.run(command, stdout=file, stderr=file, timeout=_PY_SPY_DEADLINE_S)
 
     def _stopped(self, pid: int) -> Finding:
         log = Path(os.path.realpath(f"/proc/{pid}/fd/1"))
@@ -113,6 +127,17 @@ class Doctor:
         order = 3 if _WAITS.search(frames[0]) else 2
         phase = f"phase {task.phase} for {for_s:.0f} s, and may be for {limit_s:.0f} s"
         return Finding(order, limit_s, f"{task.name} on {self._node} is in {phase}, at {own}")
+
+
+def end_if_hung(agent: ChildProcess, doctor: Doctor, attempt: Attempt) -> None:
+    """For who started an agent: ends the attempt and the agent where the agent hangs."""
+    try:
+        doctor.judge(doctor.examine([agent.pid]))
+    except MachineFailure as failure:
+        with suppress(OSError):
+            doctor.write_stacks(descendants(agent.pid), f"{agent.log.stem}.txt")
+            attempt.end(FAILED, str(failure), can_go_on=True)
+        agent.kill()
 
 
 def _state(pid: int) -> str:

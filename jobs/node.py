@@ -20,6 +20,7 @@ from pathlib import Path
 from jobs.agent import Agent, clean_up, logged_if_unwritable
 from jobs.checkout import environment
 from jobs.cluster_env import ClusterEnv
+from jobs.doctor import Doctor, end_if_hung
 from jobs.signals import WARNINGS, handled
 from nanoslime.config.load import read
 from nanoslime.config.run import RunConfig
@@ -68,8 +69,10 @@ class NodeJob:
         attempt = _find_attempt(run, env, config.cluster.ray_start_deadline_s)
         adopt_orphans()
         agent = start_agent(attempt, config, env, self.driver)
+        doctor = Doctor(config.cluster, env.node_name, attempt.path / "stacks")
         code = agent.poll()
         while code is None:
+            end_if_hung(agent, doctor, attempt)
             # Before its first heartbeat it would ignore some signals, and be ended by others.
             if signals and attempt.heartbeats([env.node_index]):
                 agent.send_signal(signals.pop(0))

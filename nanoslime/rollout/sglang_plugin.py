@@ -42,6 +42,7 @@ from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 from torch import Tensor
 
 from nanoslime.process_groups import listening_store
+from nanoslime.processes.phases import own_report
 from nanoslime.rollout import weight_check
 from nanoslime.rollout.engines.sglang_client import AGREE, COMPARING
 from nanoslime.rollout.weight_check import ExpectedTensors, Named, checkpoint_shapes
@@ -74,6 +75,7 @@ Original = Callable[..., Any]
 
 def register() -> None:
     """Install the hooks. SGLang calls it once in each of its processes."""
+    own_report()  # so that each shows its stacks
     guard = WeightGuard()
     hooks: dict[str, list[Callable]] = {
         f"{_UPDATER}.update_weights_from_disk": [guard.disk],

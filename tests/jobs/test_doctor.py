@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from itertools import count
@@ -11,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from jobs import doctor as doctor_module
-from jobs.doctor import Doctor, Finding
+from jobs.doctor import Doctor, Finding, end_if_hung
 from nanoslime.config.cluster import ClusterConfig
 from nanoslime.processes.child import ChildProcess
-from nanoslime.processes.phases import IDLE, own_report
+from nanoslime.processes.phases import IDLE, own_report, read_tasks
 from nanoslime.run_dir import FAILED
 from nanoslime.types import MachineFailure
 from tests import process_table
@@ -25,6 +26,16 @@ FLOOR_S = 3.0
 # What is learned of a task stays with this process, so each test has one of its own.
 NUMBERS = count()
 QUICK = ClusterConfig(hang_floor_s=FLOOR_S, hang_factor=8.0)
+
+
+PULSES = """
+import time
+from nanoslime.processes.phases import own_report
+
+while True:
+    own_report().enter("the agent of n0", "watch")
+    time.sleep(0.05)
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -207,3 +218,39 @@ def test_a_stopped_child_is_named_with_its_log_and_node(tmp_path: Path) -> None:
     os.kill(child.pid, signal.SIGCONT)
     assert process_table.wait_for(lambda: not doctor.examine([child.pid]), 10)
     child.close()
+
+
+@pytest.mark.parametrize("fault", [signal.SIGSTOP, signal.SIGKILL, None])
+def test_a_guard_ends_an_agent_that_hangs_and_no_other(
+    tmp_path: Path, fault: signal.Signals | None
+) -> None:
+    made = make_run(tmp_path, 1)
+    attempt = made.run.new_attempt("l1-0")
+    command = [sys.executable, "-c", PULSES]
+    agent = ChildProcess("the agent of n0", command, os.environ, attempt.log("agent", 0))
+    config = ClusterConfig(hang_floor_s=1.0, hang_factor=2.0)
+    doctor = Doctor(config, "n0", attempt.path / "stacks")
+
+    def is_known() -> bool:
+        return any(len(task.durations) > 3 for task in read_tasks(agent.pid))
+
+    assert process_table.wait_for(is_known, 20)
+    if fault is not None:
+        os.kill(agent.pid, fault)
+    end = time.monotonic() + (30 if fault else 3)
+    while agent.poll() is None and time.monotonic() < end:
+        end_if_hung(agent, doctor, attempt)
+        time.sleep(0.1)
+    if fault is None:
+        assert agent.poll() is None
+        agent.close()
+    else:
+        assert agent.poll() == -signal.SIGKILL
+    if fault is not signal.SIGSTOP:
+        assert attempt.ended() is None
+        return
+    code, reason = attempt.ended() or (0, "")
+    assert code == FAILED
+    assert attempt.can_go_on()
+    assert reason.startswith(f"a hang: agent-0 on n0 (pid {agent.pid}, python) is stopped (T); the")
+    assert doctor.stacks.exists()

@@ -21,7 +21,7 @@ from jobs.local import run_local
 from jobs.preflight import check_cores, check_driver, check_gpus
 from jobs.ray_node import cuda_home
 from nanoslime.run_dir import DONE, FAILED, STOPPED, Attempt, RunDir
-from nanoslime.types import RunError
+from nanoslime.types import MachineFailure, RunError
 from tests import process_table
 from tests.jobs.made_run import (
     HOSTILE,
@@ -460,6 +460,27 @@ def test_a_heartbeat_that_stays_unreadable_is_one_that_stands_still(
     now = 180.0
     with pytest.raises(RunError, match=r"no heartbeat from node[01] .* for 90 s; see .*agent-"):
         agent._check_heartbeats()
+
+
+def test_a_node_whose_beats_are_regular_is_lost_sooner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock is ours."""
+    made = make_run(tmp_path, 2)
+    attempt = made.run.new_attempt()
+    agent = make_agent(made, 0, attempt)
+    now = 0.0
+    monkeypatch.setattr(agent_module.time, "monotonic", lambda: now)
+    for count in range(1, 6):
+        attempt.beat(1, count)
+        agent._check_heartbeats()
+        now += 5.0
+    now += 34.0
+    agent._check_heartbeats()
+    now += 2.0
+    with pytest.raises(MachineFailure, match=r"no heartbeat from node1 .* for 40 s; see .*agent-"):
+        agent._check_heartbeats()
+    assert (attempt.path / "stacks").exists()
 
 
 def test_an_attempt_ended_by_another_keeps_its_code(
