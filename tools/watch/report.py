@@ -5,7 +5,6 @@ sample can end the element that holds it.
 """
 
 import argparse
-import json
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from jobs import samples
 from nanoslime.run_dir import RunDir
 from nanoslime.storage.recorded_samples import read_samples, recorded_steps
-from nanoslime.storage.shared_files import publish
+from nanoslime.storage.shared_files import json_line, publish
 from nanoslime.types import RunError
 from tools.watch.status import Life, RunStatus, facts, subjects
 
@@ -50,7 +49,7 @@ def html(status: RunStatus) -> str:
         "samples": _samples(status.run),
     }
     # Of all characters only this one can end a script element.
-    text = json.dumps(data, ensure_ascii=False, default=str).replace("<", "\\u003c")
+    text = json_line(data).decode().replace("<", "\\u003c")
     return _TEMPLATE.read_text().replace("RUN_DATA", text)
 
 
@@ -68,7 +67,7 @@ def _samples(run: RunDir) -> list[dict[str, Any]]:
     """Some of the first and of the last rollout; none where they cannot be read."""
     steps = recorded_steps(run.rollouts)
     chosen = []
-    with suppress(RunError, OSError):
+    with suppress(RunError, OSError, KeyError):
         tokenizer = samples.tokenizer_of(run)
         for step in sorted({*steps[:1], *steps[-1:]}):
             by_group = {one.line["group"]: one for one in read_samples(run.rollouts, step)}

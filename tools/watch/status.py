@@ -83,10 +83,12 @@ class RunStatus:
             self.lives.append(_life(attempt, self.now if alive else None))
         self.runs = bool(self.lives) and self.lives[-1].outcome == "running"
         self.phase = self.lives[-1].phases[-1] if self.lives else Phase("", 0, self.now, self.now)
-        # In a word: SLURM's, with its reason, while the job waits for an attempt to begin.
+        # In a word; SLURM's is up to 30 s old, and a job may have begun without an attempt.
         self.state = self.lives[-1].outcome if self.lives else "never started"
-        if self.job is not None and self.job.reason and not self.runs:
+        if self.job is not None and self.job.waits:
             self.state = f"{self.job.state} ({self.job.reason})"
+        elif self.job is not None and self.job.runs and not self.runs:
+            self.state = f"{self.state}, job {self.job.state}"
 
     def phase_s(self) -> dict[str, float]:
         """Median seconds of a step and of its phases."""

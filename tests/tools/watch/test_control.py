@@ -32,8 +32,8 @@ run.write_status("stopped", 3)
 """
 
 
-def start(run: RunDir, how: str) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen([sys.executable, "-c", DRIVER, str(run.path), how], cwd=ROOT)
+def start(run: RunDir, how: str, driver: str = DRIVER) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen([sys.executable, "-c", driver, str(run.path), how], cwd=ROOT)
     deadline = time.monotonic() + 60
     while not run.status():
         assert time.monotonic() < deadline and process.poll() is None
@@ -124,21 +124,16 @@ def test_a_process_that_does_not_end_in_time_gets_sigterm(tmp_path, told, refuse
 
 def test_a_job_is_cancelled_after_its_attempt_has_ended(submitted, programs, told):
     """SLURM may still take the job for running, or have requeued it."""
-    order = programs / "order"
-    stand_in(programs, "scancel", f'cat "$(cat {programs}/end)" > {order}')
-    end = submitted.attempt(1).path / "end.json"
-    (programs / "end").write_text(str(end))
-    stopper = subprocess.Popen(
-        [sys.executable, "-c", DRIVER.replace("run.new_attempt()", "run.attempt(1)")]
-        + [str(submitted.path), "obedient"],
-        cwd=ROOT,
-    )
-    while not submitted.status():
-        time.sleep(0.05)
+    phases = programs / "phases"
+    phases.symlink_to(submitted.attempt(1).phases)
+    calls = stand_in(programs, "scancel", f'tail -n 1 "{phases}" > "{programs}/when"')
+    driver = DRIVER.replace("run.new_attempt()", "run.attempt(1)")
+    process = start(submitted, "obedient", driver)
     asked, ended, cancelled = told("stop", submitted.path).splitlines()
-    assert stopper.wait(10) == 0
-    assert ended.startswith("attempt 1: stopped") and cancelled.startswith("scancel 12: ")
-    assert (programs / "scancel.calls").read_text() == "12\n"
+    assert process.wait(10) == 0
+    assert ended.startswith("attempt 1: stopped") and cancelled == "scancel 12: done"
+    assert calls.read_text() == "12\n"
+    assert json.loads((programs / "when").read_text())["phase"] == "stopped"
 
 
 def test_a_job_that_waits_is_cancelled_at_once(submitted, programs, told):

@@ -99,6 +99,18 @@ def test_no_text_of_a_run_is_markup(hostile_run, told, tmp_path):
     assert data["attempts"][0]["cause"] == HOSTILE
 
 
+def test_what_is_no_number_is_null_on_the_page(hostile_run, told, tmp_path):
+    """JSON of a browser has no NaN."""
+    hostile_run.metrics.write_text('{"step": 0, "train/loss": NaN}\n{"step": 1, "train/loss": 2}\n')
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    page = page_of(told, hostile_run.path, tmp_path)
+    data = json.loads(page.scripts[0], parse_constant=refuse)
+    assert data["curves"]["train/loss"] == [[0, None], [1, 2]]
+
+
 def test_a_page_goes_where_it_is_told_to(lived, told, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert told("report", lived.path) == f"{tmp_path}/lived.html\n"

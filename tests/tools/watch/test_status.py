@@ -252,15 +252,20 @@ def test_the_state_of_the_job_and_slurms_reason_are_told(
     assert page["job"].startswith(f"12  {job}")
 
 
-@pytest.mark.parametrize("word", ["PENDING (Priority)", "RUNNING (None)"])
-def test_a_job_whose_attempt_has_not_begun_is_no_run_that_ended(tmp_path, programs, told, word):
-    state, reason = word.rstrip(")").split(" (")
-    stand_in(programs, "squeue", f"echo '12|{state}|{reason}|4:00:00 left on '")
+@pytest.mark.parametrize(
+    ("queue", "before", "after"),
+    [
+        ("12|PENDING|Priority|4:00 left on ", "PENDING (Priority)", "PENDING (Priority)"),
+        ("12|RUNNING|None|4:00 left on n1", "never started, job RUNNING", "stopped, job RUNNING"),
+    ],
+)
+def test_a_job_whose_attempt_has_not_begun_is_told(tmp_path, programs, told, queue, before, after):
+    stand_in(programs, "squeue", f"echo '{queue}'")
     run = make_run(tmp_path / "runs", 2).run
     (run.path / "job.json").write_text('{"job_id": "12"}')
-    assert lines(told("status", run.path))["state"] == word
+    assert lines(told("status", run.path))["state"] == before
     write_phases(run, ("generate", 0, time.time() - 1000), ("stopped", 0, time.time()))
-    assert lines(told("status", run.path))["state"] == word
+    assert lines(told("status", run.path))["state"] == after
 
 
 def test_a_job_of_the_template_is_found_by_its_attempt(tmp_path, programs, told):

@@ -14,11 +14,6 @@ from nanoslime.run_dir import DONE, FAILED, STOPPED, RunDir
 _SMALL = "--rollout-batch-size 4 --n-samples-per-prompt 4 --eval.max-prompts 8 --num-rollout 6"
 
 
-def reward(text: str, label: str, metadata: dict[str, str]) -> float:
-    """One that differs between the samples of a prompt."""
-    return len(set(text)) % 5 / 4
-
-
 def lived_run(root: Path, model: Path) -> RunDir:
     """Six rollouts, a commit after every second: attempt 1 fails in the fourth, attempt 2 is
     told to stop in the fifth, and attempt 3 ends.
@@ -29,7 +24,12 @@ def lived_run(root: Path, model: Path) -> RunDir:
     flags = ["--mock", *_SMALL.split(), "--run-root", root, "--name", "lived"]
     flags += ["--checkpoint.interval", "2", "--checkpoint.no-export-hf"]
     flags += ["--rehearsal.no-enabled", "--hf-checkpoint", model, "--prompts", prompts]
-    flags += ["--eval-prompts", prompts, "--reward", "tests.tools.watch.watched:reward"]
+    flags += [
+        "--eval-prompts",
+        prompts,
+        "--reward",
+        "tests.orchestration.rewards:by_text_where_labelled",
+    ]
     generate = RolloutManager.generate
     with pytest.MonkeyPatch.context() as patch:
 
