@@ -14,7 +14,7 @@ from tests.jobs.made_run import HOSTILE, driver, make_run, make_venv_with_fake_r
 from tests.slurm.cluster import SlurmCluster
 from tools.watch import commands
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.matrix]
 
 
 @pytest.fixture
