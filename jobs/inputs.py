@@ -15,9 +15,10 @@ from nanoslime.config.rollout import ENVIRONMENTS
 from nanoslime.models.local_checkpoint import with_local_checkpoint
 from nanoslime.models.shape import ModelShape
 from nanoslime.plugins import check_importable
-from nanoslime.run_dir import RunDir, with_recorded_rollouts
+from nanoslime.run_dir import RunDir
 from nanoslime.storage.datasets import with_local_prompts
 from nanoslime.storage.prompt_text import check_prompts
+from nanoslime.storage.recorded_samples import with_recorded_rollouts
 from nanoslime.storage.tokenizer_files import has_tokenizer_files
 from nanoslime.types import RunError
 

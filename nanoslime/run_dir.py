@@ -20,18 +20,16 @@ and read with patience, since the directory usually is on a network filesystem.
 from __future__ import annotations
 
 import errno
-import importlib.metadata
 import os
 import secrets
 import shutil
 import socket
 import stat
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +38,9 @@ import psutil
 from nanoslime.config import RunConfig
 from nanoslime.config.load import dump, read
 from nanoslime.layout import Layout
-from nanoslime.processes.command import ask
 from nanoslime.storage import resume
 from nanoslime.storage.commit import checkpoints
+from nanoslime.storage.provenance import provenance
 from nanoslime.storage.shared_files import (
     as_json,
     json_line,
@@ -61,12 +59,9 @@ STOPPED = 75
 
 STOPPED (EX_TEMPFAIL): told to stop, committed; another attempt can go on.
 """
-_VERSIONS = ("torch", "megatron-core", "sglang", "ray", "transformers", "submitit")
 LAST_PHASES = ("done", "stopped", "failed")
 # What takes turns in a step; metrics time/<phase>_s hold the seconds of each.
 STEP_PHASES = ("generate", "fetch", "logprobs", "train", "sleep", "weight_sync", "wake")
-_MAX_DIFF_CHARS = 1_000_000
-_GIT_DEADLINE_S = 60.0
 # An attempt holds so much room back, to say on a full disk how it ended.
 _RESERVE_BYTES = 65_536
 _SHARED_UMASK = 0o027
@@ -299,16 +294,7 @@ class RunDir:
 
     def write_provenance(self, argv: Sequence[str]) -> None:
         """Record the command line, the code's git commit and diff, and all versions."""
-        record = {
-            "argv": list(argv),
-            "python": sys.version.split()[0],
-            "versions": {name: _version(name) for name in _VERSIONS},
-            "git_commit": _git("rev-parse", "HEAD").strip(),
-            "git_diff": _git("diff", "HEAD")[:_MAX_DIFF_CHARS],
-            "host": socket.gethostname(),
-            "time": time.time(),
-        }
-        publish_json(self.provenance, record)
+        publish_json(self.provenance, provenance(argv))
 
     def _num_committed(self) -> int:
         """The number of rollouts of the newest checkpoint; 0 without any."""
@@ -468,36 +454,6 @@ class Attempt:
         return publish_once(self.path / f"{name}.json", as_json({**facts, "time": time.time()}))
 
 
-def recorded_rollout(directory: Path, step: int, worker: int) -> Path:
-    """The file with which a rollout worker's part of a rollout can be trained on."""
-    return directory / f"step_{step}-{worker}.npz"
-
-
-def with_recorded_rollouts(config: RunConfig) -> RunConfig:
-    """The configuration with the absolute directory of the rollouts that it replays, if any.
-
-    rollout.load_rollouts may be a run, or its rollouts/. Raises RunError where it does not
-    hold rollouts 0 to num_rollout - 1.
-    """
-    directory = config.rollout.load_rollouts
-    num_rollout = config.rollout.num_rollout
-    if not directory:
-        return config
-    path = Path(directory).expanduser().absolute()
-    if (path / "rollouts").is_dir():
-        path = path / "rollouts"
-    num_found = 0
-    while num_found < num_rollout and recorded_rollout(path, num_found, worker=0).exists():
-        num_found += 1
-    if num_found < num_rollout:
-        raise RunError(
-            f"rollout.load_rollouts={directory!r} holds {num_found} rollouts "
-            f"(step_<k>-0.npz, from 0 on), rollout.num_rollout={num_rollout} asks for more; "
-            "lower it or record more"
-        )
-    return replace(config, rollout=replace(config.rollout, load_rollouts=str(path)))
-
-
 def _candidate_names(name: str) -> Iterator[str]:
     """`name`, then `name` with the time, then with a number too."""
     yield name
@@ -523,19 +479,3 @@ def _lived_at(moment: float, pid: int) -> bool:
         return bool(psutil.Process(pid).create_time() <= moment)
     except psutil.NoSuchProcess:
         return False
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _git(*arguments: str) -> str:
-    """Output of git about this checkout; empty where git is missing or slow, or no checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    try:
-        return ask(command, _GIT_DEADLINE_S).stdout
-    except (OSError, RunError):
-        return ""

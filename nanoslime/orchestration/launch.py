@@ -21,8 +21,9 @@ from nanoslime.orchestration.session import Phase, Session, open_local
 from nanoslime.plugins import resolve
 from nanoslime.processes.logs import set_level
 from nanoslime.processes.ports import free_port
-from nanoslime.run_dir import DONE, FAILED, Attempt, RunDir, with_recorded_rollouts
+from nanoslime.run_dir import DONE, FAILED, Attempt, RunDir
 from nanoslime.storage.datasets import with_local_prompts
+from nanoslime.storage.recorded_samples import with_recorded_rollouts
 from nanoslime.training.backend import RankEnv
 from nanoslime.types import RunError
 

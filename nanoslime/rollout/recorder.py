@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Literal
 
 from nanoslime.rollout.tasks import Sampling
-from nanoslime.run_dir import recorded_rollout
 from nanoslime.storage.array_file import read_tree, write_tree
+from nanoslime.storage.recorded_samples import recorded_rollout
 from nanoslime.storage.shared_files import json_line, publish
 from nanoslime.types import RunError, Sample, SampleGroup
 

@@ -1,0 +1,45 @@
+"""From what a run was made: the command line, the code and all versions."""
+
+import importlib.metadata
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nanoslime.processes.command import ask
+from nanoslime.types import RunError
+
+_VERSIONS = ("torch", "megatron-core", "sglang", "ray", "transformers", "submitit")
+_MAX_DIFF_CHARS = 1_000_000
+_GIT_DEADLINE_S = 60.0
+
+
+def provenance(argv: Sequence[str]) -> dict[str, Any]:
+    """What explains a run later. The diff is cut at a million characters."""
+    return {
+        "argv": list(argv),
+        "python": sys.version.split()[0],
+        "versions": {name: _version(name) for name in _VERSIONS},
+        "git_commit": _git("rev-parse", "HEAD").strip(),
+        "git_diff": _git("diff", "HEAD")[:_MAX_DIFF_CHARS],
+        "host": socket.gethostname(),
+        "time": time.time(),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _git(*arguments: str) -> str:
+    """Output of git about this checkout; empty where git is missing or slow, or no checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        return ask(command, _GIT_DEADLINE_S).stdout
+    except (OSError, RunError):
+        return ""
