@@ -58,23 +58,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("submit_convert.py", description=summary, allow_abbrev=False)
     tools = ", ".join(f"{tool} {directories}" for tool, directories in TOOLS.items())
     parser.add_argument("tool", choices=TOOLS, metavar="TOOL", help=tools)
-    parser.add_argument(
-        "paths",
-        nargs="+",
-        type=Path,
-        metavar="DIR",
-        help="what the tool takes; then its own options",
-    )
+    paths = "what the tool takes; then its own options"
+    parser.add_argument("paths", nargs="+", type=Path, metavar="DIR", help=paths)
     add_target(parser)
     parser.add_argument(
         "--partition", help="in place of the cluster file's; a conversion needs no GPU"
     )
     parser.add_argument("--time-limit-min", help="in place of the cluster file's")
-    parser.add_argument(
-        "--cpus",
-        type=int,
-        help=f"cores, and threads of a conversion (as the node has, up to {_MAX_CPUS})",
-    )
+    cores = f"cores, and threads of a conversion (as the node has, up to {_MAX_CPUS})"
+    parser.add_argument("--cpus", type=int, help=cores)
     command, options = parser.parse_known_args(argv)
     command.options = options
     directories = TOOLS[command.tool]

@@ -59,9 +59,7 @@ def put_in_place(partial: Path, final: Path, check: Callable[[], None] = lambda:
                 os.fsync(file.fileno())
         sync_directory(Path(folder))
     check()
-    replaced = None
-    if final.exists():
-        replaced = _set_aside(final)
+    replaced = _set_aside(final) if final.exists() else None
     os.rename(partial, final)
     sync_directory(final.parent)
     if replaced is not None:
