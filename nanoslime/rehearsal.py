@@ -25,7 +25,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from nanoslime.config.model import RehearsalConfig
-from nanoslime.models.tiny import EOS, SPECIAL_TOKENS, Problem, digit_problems, tiny_qwen3_config
+from nanoslime.models.tiny import (
+    EOS,
+    PAD,
+    SPECIAL_TOKENS,
+    Problem,
+    digit_problems,
+    tiny_qwen3_config,
+)
 from nanoslime.storage import commit
 from nanoslime.storage.shared_files import publish_json, read_json
 from nanoslime.types import RunError
@@ -122,6 +129,10 @@ def _warm_start(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(knobs.seed)
         model = Qwen3ForCausalLM(Qwen3Config.from_dict(tiny_qwen3_config())).float()
+        # transformers makes this row 0. The policy may sample the token, and the gradient of a norm
+        # at 0 is a thousand times that of the others.
+        embedding = model.get_input_embeddings().weight.data
+        embedding[PAD].normal_(std=model.config.initializer_range)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
     demonstrations = _demonstrations(shown, _fault_rate(shown, target_reward), knobs.seed)
     start = time.monotonic()

@@ -82,6 +82,9 @@ def test_the_checkpoint_has_the_shape_that_is_known_without_it(made: RehearsalFi
     tensors = load_file(made.model / "model.safetensors")
     assert sum(tensor.numel() for tensor in tensors.values()) == shape.num_parameters
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    # A token whose embedding is 0 has a gradient a thousand times that of the others.
+    norms = tensors["model.embed_tokens.weight"].norm(dim=1)
+    assert norms.min() > norms.median() / 2
     for name in ("config.json", "generation_config.json"):
         assert json.loads((made.model / name).read_text())["eos_token_id"] == EOS
 
