@@ -105,7 +105,7 @@ def main() -> None:
 def _answer(listener: Listener) -> str:
     host = listener.address.removeprefix("::ffff:")
     host = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-    connection = HTTPConnection(host, listener.port, timeout=2)
+    connection = HTTPConnection(host, listener.port, timeout=5)
     try:
         connection.request("POST", "/update_weights_from_disk", '{"model_path": "/tmp"}')
         return f"HTTP {connection.getresponse().status}"
@@ -127,7 +127,7 @@ def _answer(listener: Listener) -> str:
 def _call(place: str, method: str) -> str:
     with grpc.insecure_channel(place, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
-            channel.unary_unary(f"/ray.rpc.{method}")(b"", timeout=1)
+            channel.unary_unary(f"/ray.rpc.{method}")(b"", timeout=5)
         except grpc.RpcError as error:
             return error.code().name
     return "OK"

@@ -139,15 +139,15 @@ def test_a_rank_on_ray_that_raises_tells_its_log_and_the_driver(
     monkeypatch.setattr(tempfile, "tempdir", None)
     (tmp_path / "model").mkdir()
     shutil.copy(model.model / "config.json", tmp_path / "model")
-    config = RunConfig()
     config = RunConfig(training={"backend": "fsdp", "num_gpus": 2}, cluster={"slots_per_node": 2})
     plan = layout.plan(config, ModelShape.read(tmp_path / "model"))
     attempt = RunDir.create(tmp_path, "run").new_attempt()
+    before = psutil.Process().children(recursive=True)
     with private_tmpdir():
         cluster.start_local(plan.slots_per_node, plan.device, attempt.make_ray_token())
         try:
-            own = psutil.Process().children(recursive=True)
-            answers = strangers.knock(strangers.listeners(own))
+            of_ray = set(psutil.Process().children(recursive=True)) - set(before)
+            answers = strangers.knock(strangers.listeners(of_ray))
             # Ray's monitor tells everybody its counts for Prometheus, and takes no order.
             told = {answer for one, answer in answers if "/ray/autoscaler/" not in one.process}
             assert len(answers) >= 3 and told <= strangers.REFUSED
