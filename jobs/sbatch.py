@@ -13,6 +13,10 @@ from nanoslime.config.cluster import ClusterConfig
 from nanoslime.config.run import RunConfig
 from nanoslime.layout import Layout
 
+OUTLIVES_STEP = "trap : TERM"
+"""The shell line before a run's step: SIGTERM ends the step of a job whose time is up, and not the
+script, which then says whether the job goes on.
+"""
 _CPUS_PER_GPU = 8
 # An option of sbatch with its value; True is an option without a value.
 Options = dict[str, str | bool]
@@ -75,11 +79,8 @@ def step_options(config: RunConfig, layout: Layout) -> list[str]:
 
 
 def setup_lines(config: RunConfig) -> list[str]:
-    """Shell lines before the step: site setup, the job's environment, PYTHONPATH.
-
-    SIGTERM does not end the script: it outlives the step of a job whose time is up.
-    """
-    lines = ["trap : TERM", *config.cluster.setup]
+    """Shell lines before the step: site setup, the job's environment, PYTHONPATH."""
+    lines = list(config.cluster.setup)
     for name, value in sorted(config.cluster.env.items()):
         lines.append(f"export {name}={shlex.quote(value)}")
     lines.append(f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}")
@@ -119,6 +120,7 @@ def sbatch_text(config: RunConfig, layout: Layout, run_dir: Path, driver: str = 
         options,
         config,
         "",
+        OUTLIVES_STEP,
         shlex.join(step),
         requeue_line(config, run_dir),
     )

@@ -12,6 +12,7 @@ from jobs import where
 from jobs.node import NodeJob
 from jobs.run_files import SUBMITIT_FOLDER
 from jobs.sbatch import (
+    OUTLIVES_STEP,
     python_of,
     requeue_line,
     sbatch_options,
@@ -51,7 +52,7 @@ def submit_submitit(config: RunConfig, layout: Layout, run: RunDir, driver: str 
         ntasks_per_node=1,
         time=config.cluster.time_limit_min,
         signal_delay_s=config.cluster.signal_lead_s,
-        setup=setup_lines(config),
+        setup=[*setup_lines(config), OUTLIVES_STEP],
         teardown=[requeue_line(config, run.path)],
         srun_args=step_options(config, layout),
         stderr_to_stdout=True,
