@@ -2,6 +2,8 @@
 ranks of engines."""
 
 import socket
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
@@ -37,6 +39,17 @@ def shared_store(address: str, timeout_s: float) -> dist.TCPStore:
     if dist.is_initialized():
         dist.broadcast_object_list(port, src=0)
     return store or dist.TCPStore(address, port[0], is_master=False, timeout=timeout)
+
+
+def one_ahead[T](receives: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """What each of these calls receives, while the next one runs in a thread."""
+    with ThreadPoolExecutor(1, thread_name_prefix="receive") as thread:
+        coming: list[Future[T]] = []
+        for receive in receives:
+            coming.append(thread.submit(receive))
+            if len(coming) > 1:
+                yield coming.pop(0).result()
+        yield from (last.result() for last in coming)
 
 
 def join_group(

@@ -7,6 +7,7 @@ import json
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import prod
 from multiprocessing.connection import Connection
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nanoslime.process_groups import join_group
+from nanoslime.process_groups import join_group, one_ahead
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.sealed_bucket import HEADER, Place, broken_seal, place_of
 
@@ -62,13 +63,13 @@ class Receiver:
             if name == HEADER:
                 sizes.append(0)
             sizes[-1] += getattr(torch, dtype).itemsize * prod(shape)
-        for num_bytes in sizes:
-            flat = self._receive(num_bytes, self.groups[body["group_name"]])
+        group = self.groups[body["group_name"]]
+        for flat in one_ahead([partial(self._receive, size, group) for size in sizes]):
             problem = broken_seal(flat, self.last)
             if problem:
                 raise ValueError(problem)
             self.last = place_of(flat)
-            self.num_bytes += num_bytes
+            self.num_bytes += flat.nbytes
         return "received"
 
     def receive_bare(self, body: dict[str, Any]) -> str:

@@ -41,7 +41,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 from torch import Tensor
 
-from nanoslime.process_groups import listening_store
+from nanoslime.process_groups import listening_store, one_ahead
 from nanoslime.processes.phases import own_report
 from nanoslime.rollout import weight_check
 from nanoslime.rollout.engines.sglang_client import AGREE, COMPARING
@@ -153,11 +153,16 @@ def leave_groups(original: Original, updater: Any, group_name: str) -> Result:
 
 
 def one_after_another(original: Original, updater: Any, **run: Any) -> Iterator[Any]:
-    """One call may announce several buckets: each is received when it is asked for."""
+    """One call may announce several buckets: each is received when it is asked for, and on a CPU
+    while the one before it is looked at and loaded."""
     starts = [number for number, name in enumerate(run["names"]) if name == HEADER]
+    receives = []
     for start, stop in pairwise([*(starts or [0]), len(run["names"])]):
         bucket = {name: run[name][start:stop] for name in ("names", "dtypes", "shapes")}
-        yield original(updater, **run | bucket)
+        receives.append(partial(original, updater, **run | bucket))
+    if updater.device == "cpu":
+        return one_ahead(receives)
+    return (receive() for receive in receives)
 
 
 def refuse_unchecked(original: Original, updater: Any, request: Any) -> Result:
