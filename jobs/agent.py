@@ -284,7 +284,8 @@ class Agent:
             self._next_beat_at = time.monotonic() + _HEARTBEAT_S
             self._beat()
             self._check_heartbeats()
-            self._attempt.must_stop()
+            with suppress(OSError):
+                self._attempt.require_newest()
         self._pass_on_signals()
         for child in self._children:
             code = child.poll()

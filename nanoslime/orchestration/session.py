@@ -223,11 +223,11 @@ def _probe(inputs: Inputs) -> Probe | None:
     prompts = chain.from_iterable(source.prompts for source in sources)
     tokens = chain.from_iterable(prompt.token_ids for prompt in prompts)
     token_ids = [int(token) for token in islice(tokens, sync.probe_tokens)]
+    if len(token_ids) < 2:
+        return None
     max_gap = sync.max_logprob_gap
     if max_gap is None:
         max_gap = 0.01 if inputs.config.model.dtype == "float32" else 0.3
-    if len(token_ids) < 2:
-        return None
     # What engines have in hand goes on after a sync, and keeps the trainer waiting for nothing.
     wait_s = 0.5 if inputs.config.rollout.max_staleness == 0 else 0.0
     return Probe(token_ids, max_gap, wait_s)

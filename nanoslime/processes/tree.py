@@ -121,7 +121,8 @@ def _signal_until_gone(
     while True:
         alive = find()
         if not alive or time.monotonic() > deadline:
-            _remove_names(shared)
+            if shared:
+                _remove_names(shared)
             return alive
         for pid in alive - signalled:
             with suppress(OSError):  # it has ended, or is another user's

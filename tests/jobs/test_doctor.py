@@ -19,9 +19,12 @@ from nanoslime.processes.phases import IDLE, own_report, read_tasks
 from nanoslime.run_dir import FAILED
 from nanoslime.types import MachineFailure
 from tests import process_table
-from tests.jobs.made_run import MadeRun, make_run, make_venv_with_fake_ray, scratches
+from tests.jobs import test_node
+from tests.jobs.made_run import MadeRun, make_run
 from tests.jobs.test_node import Rehearsal
 
+clean = test_node.clean  # the fixture
+python_with_fake_ray = test_node.python_with_fake_ray  # the fixture
 FLOOR_S = 3.0
 # What is learned of a task stays with this process, so each test has one of its own.
 NUMBERS = count()
@@ -36,17 +39,6 @@ while True:
     own_report().enter("the agent of n0", "watch")
     time.sleep(0.05)
 """
-
-
-@pytest.fixture(autouse=True)
-def clean(no_leftovers: None, tmp_path: Path) -> Iterator[None]:
-    yield
-    assert scratches(tmp_path) == []
-
-
-@pytest.fixture
-def python_with_fake_ray(tmp_path: Path) -> str:
-    return str(make_venv_with_fake_ray(tmp_path / "venv") / "bin" / "python")
 
 
 def begun(tmp_path: Path, python: str, mode: str, num_nodes: int = 1) -> Rehearsal:
