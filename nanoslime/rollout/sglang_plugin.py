@@ -241,7 +241,10 @@ class WeightGuard:
 
     def hold(self, original: Original, scheduler: Any, **options: Any) -> Any:
         """Has the scheduler stand still after its requests were received, whatever they were,
-        as long as its weights may be a mixture."""
+        as long as its weights may be a mixture. Where an idle scheduler sleeps until a request
+        comes, one that stands still does too: SGLang's own loop would keep a core busy."""
+        if scheduler._engine_paused:
+            scheduler.maybe_sleep_on_idle()
         if self._holds:
             scheduler._engine_paused = False
         received = original(scheduler, **options)
