@@ -22,9 +22,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from jobs import samples
 from nanoslime.types import RunError
-from tools.watch import control, report, run_logs
+from tools.watch import control, report, run_logs, samples
 from tools.watch.status import RunStatus, subjects
 
 _CLEAR = "\x1b[H\x1b[2J"
