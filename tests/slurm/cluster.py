@@ -184,14 +184,18 @@ class SlurmCluster:
             process_table.end(group, grace_s=0.0)
         daemon.wait(_DAEMON_DEADLINE_S)
 
-    def reset(self) -> None:
-        """Cancel every job, start the nodes that were killed, and wait until all nodes are idle."""
-        self._cancel_all_jobs()
+    def start_dead_nodes(self) -> None:
+        """Start the nodes that were killed; jobs may run on the others."""
         for name in self.node_names:
             if f"slurmd-{name}" not in self.daemons:
                 self._spawn(f"slurmd-{name}", "slurmd", "-D", "-N", name)
         for name in self._nodes_in("down,drain"):
             self.run("scontrol", "update", f"nodename={name}", "state=resume", check=False)
+
+    def reset(self) -> None:
+        """Cancel every job, start the nodes that were killed, and wait until all nodes are idle."""
+        self._cancel_all_jobs()
+        self.start_dead_nodes()
         self._wait_idle(self.node_names)
 
     def log_tails(self, num_lines: int = 15) -> str:
