@@ -107,6 +107,7 @@ def test_every_flag_exists():
         "follow",
         "print",
         "overlap",
+        "hours",
         "wait",
     }
     text = re.sub(r"```bash.*?```", "", README, flags=re.DOTALL)

@@ -61,6 +61,8 @@ SIGNAL_LEAD_S = 120
 # As many clusters have it.
 KILL_WAIT_S = 30
 SAMPLE_EVERY_S = 5.0
+# A job that is requeued passes through states in which others end: it is over after so many looks.
+NUM_OVER = 4
 # A node that has lost power comes back after so long; slurmctld misses it after 30 s.
 NODE_AWAY_S = 60.0
 # An attempt is warm when it has made so many steps.
@@ -123,8 +125,9 @@ def plan_events(asked: argparse.Namespace) -> list[Event]:
     num_preemptions = max(1, round(asked.hours * asked.preemptions_per_hour))
     events = [Event(rng.uniform(0.05, 0.9) * total_s, "preempt") for _ in range(num_preemptions)]
     for hour in range(math.ceil(asked.hours)):
-        end_s = min(total_s, 3600.0 * (hour + 1))
-        events.append(Event(rng.uniform(hour * 3600.0, end_s - 0.1 * total_s), "lose a node"))
+        begin_s = 3600.0 * hour
+        length_s = min(3600.0, total_s - begin_s)
+        events.append(Event(begin_s + rng.uniform(0.05, 0.9) * length_s, "lose a node"))
     return sorted(events)
 
 
@@ -153,7 +156,9 @@ class Soak:
         with (self.asked.out / "samples.csv").open("w", newline="") as file:
             table = csv.writer(file)
             table.writerow(Sample._fields)
-            while time.monotonic() < end and self.job.state() not in OVER:
+            num_over = 0
+            while time.monotonic() < end and num_over < NUM_OVER:
+                num_over = num_over + 1 if self.job.state() in OVER else 0
                 self._disturb()
                 found = list(self._look())
                 table.writerows(found)

@@ -84,7 +84,9 @@ FAULTS = {
     "detokenizer": Fault(r"engine-0|no engine is left"),
     "rollout worker": Fault(r"rollout worker 0"),
 }
-OF_ONE_NODE = [name for name in FAULTS if name not in list(FAULTS)[-4:]]
+OF_SLURM = ("time limit", "preempt", "requeue", "node down", "slurmd lost")
+OF_ENGINES = ("sglang", "scheduler", "detokenizer", "rollout worker")
+OF_ONE_NODE = [name for name in FAULTS if name not in OF_ENGINES]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,24 +135,25 @@ def tell(capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
     return tell
 
 
-def is_at(job: Submitted, point: str) -> bool:
+def is_at(job: Submitted, point: str, fault: str) -> bool:
     phase, step = job.status()
     if point == "start":
-        return phase == "start"
+        has_victim = fault in OF_SLURM or bool(job.victims(fault))
+        return phase == "start" and has_victim
     if point == "between":
         return len(json_lines(job.run.metrics)) == STEP
     return phase == PHASES[point] and step >= STEP
 
 
 @contextmanager
-def held_at(job: Submitted, point: str) -> Iterator[None]:
-    """The driver stands still at a point of the run meanwhile."""
+def held_at(job: Submitted, point: str, fault: str) -> Iterator[None]:
+    """The driver stands still meanwhile, at a point of the run where the fault can come."""
     job.wait_for(lambda: job.victims("driver"), START_DEADLINE_S)
     [driver] = job.victims("driver")
     while True:
-        job.wait_for(lambda: is_at(job, point), START_DEADLINE_S, 0.001)
+        job.wait_for(lambda: is_at(job, point, fault), START_DEADLINE_S, 0.001)
         with frozen(driver.pid):
-            if is_at(job, point):
+            if is_at(job, point, fault):
                 yield
                 return
 
@@ -168,7 +171,7 @@ def inject(job: Submitted, fault: str) -> float:
     """Has the fault happen; returns when that was, in seconds since the epoch."""
     cluster = job.cluster
     node = job.nodes()[-1]
-    if fault not in ("time limit", "preempt", "requeue", "node down", "slurmd lost"):
+    if fault not in OF_SLURM:
         job.wait_for(lambda: job.victims(fault), START_DEADLINE_S)
         victim = job.victims(fault)[0]
         at = time.time()
@@ -389,7 +392,7 @@ def test_a_run_of_one_node_goes_on_as_if_nothing_had_been(
     told = f"random: {wait_s:.1f} s" if point == "random" else point
 
     def place(job: Submitted) -> AbstractContextManager[None]:
-        return after(job, wait_s) if point == "random" else held_at(job, point)
+        return after(job, wait_s) if point == "random" else held_at(job, point, fault)
 
     struck = strike(job, fault, place)
     check(struck, (told, fault), tell, *different_steps(job, undisturbed))
@@ -407,7 +410,7 @@ def test_rollouts_that_were_finished_ahead_are_trained_after_a_fault(
     """The engine samples a rollout ahead; what a commit holds of it need not be sampled again."""
     flags = [*EMBEDDED, "--max-staleness", "1"]
     job = Submitted.begin(slurm, tmp_path, flags, undisturbed.run.model)
-    struck = strike(job, fault, lambda job: held_at(job, point))
+    struck = strike(job, fault, lambda job: held_at(job, point, fault))
     found = check(struck, (f"{point}, one rollout ahead", fault), tell)
     assert found.reused > 0
 
@@ -436,7 +439,7 @@ def test_a_run_with_all_its_parts_goes_on(
     num_attempts: tuple[int, ...],
 ) -> None:
     job = Submitted.begin(slurm, tmp_path, SGLANG, undisturbed.run.model)
-    struck = strike(job, fault, lambda job: held_at(job, point))
+    struck = strike(job, fault, lambda job: held_at(job, point, fault))
     number = len(job.attempts())
     more = [] if number in num_attempts else [f"{number} attempts, not one of {num_attempts}"]
     check(struck, (f"{point}, SGLang", fault), tell, *more)
@@ -453,7 +456,7 @@ def test_a_run_that_loses_a_node_of_engines_goes_on_with_the_others(
 ) -> None:
     """The last node of the job holds the second of two engines; the trainer's node lives."""
     job = Submitted.begin(slurm, tmp_path, TWO_ENGINES, undisturbed.run.model)
-    struck = strike(job, fault, lambda job: held_at(job, "generate"))
+    struck = strike(job, fault, lambda job: held_at(job, "generate", fault))
     number = len(job.attempts())
     more = [f"it began anew, in attempt {number}"] if number > 1 else []
     check(struck, ("generate, two engines", f"{fault} of an engine"), tell, *more)
