@@ -60,7 +60,6 @@ JOB = {
 SIGNAL_LEAD_S = 120
 # As many clusters have it.
 KILL_WAIT_S = 30
-SAMPLE_EVERY_S = 5.0
 # A job that is requeued passes through states in which others end: it is over after so many looks.
 NUM_OVER = 4
 # A node that has lost power comes back after so long; slurmctld misses it after 30 s.
@@ -164,7 +163,7 @@ class Soak:
                 table.writerows(found)
                 file.flush()
                 self.samples += found
-                time.sleep(SAMPLE_EVERY_S)
+                time.sleep(self.asked.sample_every_s)
 
     def _disturb(self) -> None:
         now_s = time.monotonic() - self.begin
@@ -333,6 +332,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--hours", type=float, required=True)
     parser.add_argument("--time-limit-min", type=int, default=10, help="of the job")
     parser.add_argument("--preemptions-per-hour", type=float, default=3.0)
+    parser.add_argument("--sample-every-s", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=0, help="of when it is disturbed")
     parser.add_argument("--out", type=Path, help="an empty directory; default: a new one in /tmp")
     parser.add_argument("flags", nargs="*", help="after --: flags of jobs/submit_grpo.py")

@@ -9,7 +9,7 @@ import shutil
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,21 +188,14 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole]
 
 
-def lost_shared_memory(before: set[str]) -> list[str]:
-    """The names in /dev/shm that were not there before and that no process has mapped or open."""
-    new = set(os.listdir("/dev/shm")) - before
-    if not new:
-        return []
-    for pid in process_table.all_processes():
-        new -= _held_names(pid)
-    return sorted(name for name in new if Path("/dev/shm", name).exists())
-
-
-def _held_names(pid: int) -> set[str]:
-    texts = []
-    with suppress(OSError):
-        texts.append(Path(f"/proc/{pid}/maps").read_text())
-    with suppress(OSError):
-        for link in Path(f"/proc/{pid}/fd").iterdir():
-            texts.append(os.readlink(link))
-    return set(re.findall(r"/dev/shm/([^/\s]+)", "\n".join(texts)))
+def shared_memory(processes: Iterable[Process]) -> set[str]:
+    """The names in /dev/shm that any of these processes has mapped or open."""
+    found: set[str] = set()
+    for process in processes:
+        texts = []
+        with suppress(OSError):
+            texts.append(Path(f"/proc/{process.pid}/maps").read_text())
+        with suppress(OSError):
+            texts += [os.readlink(link) for link in Path(f"/proc/{process.pid}/fd").iterdir()]
+        found |= set(re.findall(r"/dev/shm/(\S+)", "\n".join(texts)))
+    return found & set(os.listdir("/dev/shm"))

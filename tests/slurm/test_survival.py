@@ -29,7 +29,7 @@ from tests import process_table
 from tests.jobs.made_run import scratches
 from tests.process_table import Process
 from tests.slurm.cluster import SlurmCluster
-from tests.slurm.submitted import Phase, Submitted, frozen, json_lines, lost_shared_memory
+from tests.slurm.submitted import Phase, Submitted, frozen, json_lines, shared_memory
 
 pytestmark = [
     pytest.mark.matrix,
@@ -101,27 +101,36 @@ class Struck:
     state: str
     # The processes of the run at the fault.
     family: set[Process]
-    shared_memory_before: set[str]
+    # The names in /dev/shm that they held.
+    shared: set[str]
+
+
+@pytest.fixture(scope="module")
+def patient() -> Iterator[SlurmCluster]:
+    """Four nodes on which a job has SLURM's usual time from SIGTERM to SIGKILL."""
+    with SlurmCluster(kill_wait_s=30) as cluster:
+        yield cluster
 
 
 @pytest.fixture
 def slurm(
-    slurm_cluster: SlurmCluster, no_leftovers: None, monkeypatch: pytest.MonkeyPatch
-) -> SlurmCluster:
-    monkeypatch.setenv("SLURM_CONF", str(slurm_cluster.config_file))
+    patient: SlurmCluster, no_leftovers: None, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[SlurmCluster]:
+    monkeypatch.setenv("SLURM_CONF", str(patient.config_file))
     monkeypatch.chdir(ROOT)
-    return slurm_cluster
+    yield patient
+    patient.reset()
 
 
 @pytest.fixture(scope="module")
 def undisturbed(
-    slurm_session: SlurmCluster, tmp_path_factory: pytest.TempPathFactory
+    patient: SlurmCluster, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Submitted]:
     """A run that nothing happens to: its steps are the right ones."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SLURM_CONF", str(slurm_session.config_file))
+        patch.setenv("SLURM_CONF", str(patient.config_file))
         patch.chdir(ROOT)
-        job = Submitted.begin(slurm_session, tmp_path_factory.mktemp("undisturbed"), EMBEDDED)
+        job = Submitted.begin(patient, tmp_path_factory.mktemp("undisturbed"), EMBEDDED)
         assert job.wait_for_end(END_DEADLINE_S) == "COMPLETED", job.log_ends()
     yield job
 
@@ -207,12 +216,12 @@ def strike(
     job: Submitted, fault: str, place: Callable[[Submitted], AbstractContextManager[None]]
 ) -> Struck:
     """Brings the run to a place, has the fault happen there, and waits for the job's end."""
-    before = set(os.listdir("/dev/shm"))
     with place(job):
         family = set(job.processes())
+        shared = shared_memory(family)
         at = inject(job, fault)
     state = job.wait_for_end(END_DEADLINE_S)
-    return Struck(job, FAULTS[fault], at, state, family, before)
+    return Struck(job, FAULTS[fault], at, state, family, shared)
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,8 +312,9 @@ def problems(struck: Struck, found: Tally) -> Iterator[str]:
         yield f"processes are left: {[process.command[:80] for process in left]}"
     if left_dirs := scratches(job.run.path):
         yield f"scratch is left: {left_dirs}"
-    if names := lost_shared_memory(struck.shared_memory_before):
-        yield f"left in /dev/shm: {names}"
+    # Those of other jobs on this machine are none of ours.
+    if names := struck.shared & set(os.listdir("/dev/shm")):
+        yield f"left in /dev/shm: {sorted(names)}"
 
 
 def _samples_trained_twice(job: Submitted) -> Iterator[str]:
