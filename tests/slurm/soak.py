@@ -64,6 +64,8 @@ KILL_WAIT_S = 30
 NUM_OVER = 4
 # A node that has lost power comes back after so long; slurmctld misses it after 30 s.
 NODE_AWAY_S = 60.0
+# So long a run may take to commit and end, when the time of the soak is over.
+STOP_WAIT_S = 60
 # An attempt is warm when it has made so many steps.
 WARM_STEPS = 5
 # A quarter holds at least so many samples of a process; one that lives shorter is not judged.
@@ -204,7 +206,8 @@ class Soak:
     def stop(self) -> None:
         """Ends the run as a person would. What it leaves is for the report."""
         if self.job.state() not in OVER:
-            commands.main(["stop", str(self.job.run.path)])
+            commands.main(["stop", "--wait", str(STOP_WAIT_S), str(self.job.run.path)])
+            self.cluster.run("scancel", str(self.job.job_id), check=False)
             self.job.wait_for_end(2.0 * KILL_WAIT_S)
 
 
