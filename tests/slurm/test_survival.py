@@ -113,13 +113,19 @@ def patient() -> Iterator[SlurmCluster]:
 
 
 @pytest.fixture
-def slurm(
-    patient: SlurmCluster, no_leftovers: None, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[SlurmCluster]:
-    monkeypatch.setenv("SLURM_CONF", str(patient.config_file))
-    monkeypatch.chdir(ROOT)
+def idle_nodes(patient: SlurmCluster) -> Iterator[SlurmCluster]:
     yield patient
     patient.reset()
+
+
+@pytest.fixture
+def slurm(
+    idle_nodes: SlurmCluster, no_leftovers: None, monkeypatch: pytest.MonkeyPatch
+) -> SlurmCluster:
+    """The daemons that `idle_nodes` starts again come after the look for leftovers."""
+    monkeypatch.setenv("SLURM_CONF", str(idle_nodes.config_file))
+    monkeypatch.chdir(ROOT)
+    return idle_nodes
 
 
 @pytest.fixture(scope="module")
