@@ -7,7 +7,7 @@ layout, and every rank makes it. The tables show
 
     planning   seconds of a core on every rank, once in its life: what all ranks hold, the
                plan, and the rank's own routes; and the memory that the plans of all ways keep
-    counts     what one sync sends; each broadcast is one call of each engine
+    counts     what one sync sends, and by how many calls of each engine
     loads      what single senders (or writers) deliver, the bytes through the network of the
                busiest rank, and the extra memory of the rank that needs most: flat buckets,
                and what arrives or leaves beside them; two buckets are the bound
@@ -37,7 +37,7 @@ from nanoslime.models.trainable import check_parallel
 from nanoslime.sealed_bucket import HEADER_BYTES
 from nanoslime.storage.safetensors_file import plan_files
 from nanoslime.training.megatron.weights import owned_shards
-from nanoslime.weight_sync.broadcast import NUM_FLAT, SHARE
+from nanoslime.weight_sync.broadcast import NUM_FLAT, SHARE, runs_of
 from nanoslime.weight_sync.disk import MAX_SHARD_BYTES
 from nanoslime.weight_sync.exchange import Exchange
 from nanoslime.weight_sync.plan import (
@@ -316,16 +316,19 @@ def print_before(layout: Layout) -> None:
     gathered = f"{counts.gathered_gb:.1f}"
     num_tensors = f"{len(tensors(shape)):,}"
     num_messages = f"{counts.num_parts:,}"
-    print_row(layout.title, "before", "-", 1, num_messages, gathered, num_tensors, "1.00")
+    amounts = (num_messages, gathered, num_tensors, num_tensors, "1.00")
+    print_row(layout.title, "before", "-", 1, *amounts)
 
 
 def print_counts(planned: Planned) -> None:
     counts = planned.counts
     num_buckets = f"{len(planned.plan):,}"
-    num_senders = len({bucket.first_rank for bucket in planned.plan})
+    senders = [bucket.first_rank for bucket in planned.plan]
+    num_calls = len(list(runs_of(senders))) if planned.name == "broadcast" else len(senders)
     wire = f"{planned.wire_bytes / planned.model_bytes:.2f}"
-    amounts = (num_buckets, num_senders, f"{counts.num_messages:,}", f"{counts.gathered_gb:.1f}")
-    print_row(planned.layout.title, planned.name, *amounts, num_buckets, wire)
+    gathered = (f"{counts.num_messages:,}", f"{counts.gathered_gb:.1f}")
+    amounts = (num_buckets, len(set(senders)), *gathered, num_buckets, f"{num_calls:,}", wire)
+    print_row(planned.layout.title, planned.name, *amounts)
 
 
 def print_loads(planned: Planned) -> None:
@@ -382,7 +385,10 @@ def main(argv: list[str]) -> int:
             cells = f"{owned_s:.1f} | {planned.name} | {planned.plan_s:.1f}"
             row = f"{planned.layout.title} | {cells} | {planned.routes_s:.2f} | {grown:.0f}"
             print(f"| {row} |", flush=True)
-    table("layout | way | buckets | senders | messages | gathered GB | broadcasts | wire / model")
+    table(
+        "layout | way | buckets | senders | messages | gathered GB | broadcasts | calls "
+        "| wire / model"
+    )
     for name in options.layouts:
         print_before(LAYOUTS[name])
         for planned in made:

@@ -89,7 +89,7 @@ class BroadcastSender:
         plan = weights.plan(whole_on_first, int(rank.bucket_bytes * SHARE))
         self._exchange = Exchange(plan, weights.rank, weights.device)
         self._num_buckets = len(plan)
-        self._runs = list(_runs_of([bucket.first_rank for bucket in plan]))
+        self._runs = list(runs_of([bucket.first_rank for bucket in plan]))
         self._run_of = {number: run for run in self._runs for number in run.numbers}
         # All ranks fill in this order: first what every sender has room for before the pause.
         self._order, self._num_prepared = _filling_order(self._runs)
@@ -219,7 +219,7 @@ class BroadcastSender:
                 turns.over(run.turn, well=update.is_well)
 
 
-def _runs_of(senders: Sequence[int]) -> Iterator[_Run]:
+def runs_of(senders: Sequence[int]) -> Iterator[_Run]:
     """The turns of a plan, by the sender of each of its buckets."""
     turn = 0
     for sender, of_sender in groupby(range(len(senders)), key=senders.__getitem__):

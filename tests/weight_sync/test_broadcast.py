@@ -102,7 +102,7 @@ def test_a_sender_sends_runs_and_fills_what_it_has_room_for_before_the_others_do
 ) -> None:
     """All ranks know the order: without it two of them could wait for each other."""
     monkeypatch.setattr(broadcast, "MAX_RUN", 3)
-    runs = list(broadcast._runs_of([0, 0, 0, 2, 2, 2, 0, 0, 0, 0, 2]))
+    runs = list(broadcast.runs_of([0, 0, 0, 2, 2, 2, 0, 0, 0, 0, 2]))
     assert [run.sender for run in runs] == [0, 2, 0, 0, 2]
     assert [run.numbers for run in runs] == [(0, 1, 2), (3, 4, 5), (6, 7, 8), (9,), (10,)]
     assert [run.turn for run in runs] == [0, 1, 2, 3, 4]

@@ -4,6 +4,7 @@ change its weights."""
 import asyncio
 import pickle
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -35,7 +37,13 @@ from nanoslime.types import (
 from nanoslime.weight_sync.colocated import payload_of
 from nanoslime.weight_sync.flat import FlatBucket
 from nanoslime.weight_sync.plan import Bucket, PlannedTensor
-from tests.serving import VOCAB_SIZE, num_running, reference_logprobs, wait_until_running
+from tests.serving import (
+    VOCAB_SIZE,
+    ServerOwner,
+    num_running,
+    reference_logprobs,
+    wait_until_running,
+)
 
 pytestmark = pytest.mark.sglang
 
@@ -470,6 +478,28 @@ def send_a_part(engine: SGLangEngine, tensors: dict[str, Tensor]) -> None:
 def reset_by_a_check(engine: SGLangEngine, tensors: dict[str, Tensor]) -> None:
     for action in ("snapshot", "reset_tensors"):
         engine._post("/weights_checker", action=action)
+
+
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_an_engine_that_stands_still_leaves_its_core_to_others(
+    shared_server: ServerOwner, sglang_engine: SGLangEngine, is_mixed: bool
+) -> None:
+    """SGLang's own loop asks for requests without a rest: several paused engines of a node would
+    keep its trainers, and each other's part of a weight sync, waiting."""
+    server = psutil.Process(shared_server.server_pid)
+    processes = [server, *server.children(recursive=True)]
+
+    def processor_s() -> float:
+        times = [process.cpu_times() for process in processes]
+        return sum(of_process.user + of_process.system for of_process in times)
+
+    sglang_engine.pause()
+    if is_mixed:
+        reset_by_a_check(sglang_engine, {})
+        sglang_engine.resume()
+    begin_s = processor_s()
+    time.sleep(1.5)
+    assert processor_s() - begin_s < 0.5
 
 
 @pytest.mark.parametrize(("mix", "is_paused"), [(send_a_part, True), (reset_by_a_check, False)])
