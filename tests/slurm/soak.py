@@ -10,9 +10,13 @@ touches the run. At the end it is stopped, and has to have
     every step once, with finite losses, and no fall of the reward from one attempt to the next
     gone on by itself: one job, and as many requeues as there are attempts less one
     memory, open files and threads of every process flat within 5%
+    the same of each role from attempt to attempt
 
-The last compares, for each process, the median of the first quarter of its samples with that of
-the last, from the moment at which its attempt has made a few steps. Ctrl-C ends the run and shows
+A process lives for one attempt, which is 8 of the 10 minutes. Within it, the median of the first
+quarter of its samples is compared with that of the last, from the moment at which its attempt has
+made a few steps. The report has the medians of all four quarters too: what only warms up grows ever
+less, and a leak goes on. Across attempts, the last quarters of the first attempts are compared with
+those of the last ones, so that what a longer history costs is seen. Ctrl-C ends the run and shows
 what there is. What follows `--` goes to jobs/submit_grpo.py, in place of JOB's flags of that name.
 
 The limits of SLURM count in minutes, and slurmctld looks at them every 30 s: a job is told up to
@@ -32,6 +36,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
 from typing import NamedTuple
@@ -46,9 +51,12 @@ from tests.slurm.cluster import SlurmCluster
 from tests.slurm.submitted import OVER, Submitted
 from tools.watch import commands
 
-# Two trainer ranks and an SGLang engine; two nodes of the four are spare.
+# The smallest job with all parts: a trainer rank and an SGLang engine, each on a node of its own;
+# two nodes of the four are spare.
 JOB = {
     "--nodes": "2",
+    "--cluster.slots-per-node": "1",
+    "--tp-size": "1",
     "--pp-size": "1",
     "--num-rollout": "1000000",
     "--save-interval": "10",
@@ -65,7 +73,7 @@ NUM_OVER = 4
 # A node that has lost power comes back after so long; slurmctld misses it after 30 s.
 NODE_AWAY_S = 60.0
 # So long a run may take to commit and end, when the time of the soak is over.
-STOP_WAIT_S = 60
+STOP_WAIT_S = 120
 # An attempt is warm when it has made so many steps.
 WARM_STEPS = 5
 # A quarter holds at least so many samples of a process; one that lives shorter is not judged.
@@ -80,13 +88,13 @@ LARGEST_FALL = 0.15
 
 
 class Sample(NamedTuple):
-    """A process at one moment. `warm`: its attempt has made a few steps."""
+    """A process at one moment; `steps`: that its attempt has made."""
 
     time: float
     attempt: int
     role: str
     pid: int
-    warm: bool
+    steps: int
     rss_mib: float
     files: int
     threads: int
@@ -100,13 +108,20 @@ class Event(NamedTuple):
 
 
 class Growth(NamedTuple):
-    """Of a quantity of a process: medians of its first and its last quarter."""
+    """Of a quantity of a process: medians of the four quarters of its samples."""
 
     attempt: int
     role: str
     quantity: str
-    first: float
-    last: float
+    quarters: tuple[float, ...]
+
+    @property
+    def first(self) -> float:
+        return self.quarters[0]
+
+    @property
+    def last(self) -> float:
+        return self.quarters[-1]
 
     @property
     def share(self) -> float:
@@ -194,14 +209,14 @@ class Soak:
             return
         number = attempts[-1].number
         _, step = self.job.status()
-        warm = step >= attempts[-1].record["rollouts"] + WARM_STEPS
+        steps = step - attempts[-1].record["rollouts"]
         for process, role in self.job.processes().items():
             with suppress(psutil.Error):
                 seen = psutil.Process(process.pid)
                 with seen.oneshot():
                     rss_mib = seen.memory_info().rss / 2**20
                     counts = (seen.num_fds(), seen.num_threads())
-                yield Sample(time.time(), number, role, process.pid, warm, rss_mib, *counts)
+                yield Sample(time.time(), number, role, process.pid, steps, rss_mib, *counts)
 
     def stop(self) -> None:
         """Ends the run as a person would. What it leaves is for the report."""
@@ -215,17 +230,34 @@ def growths(samples: Sequence[Sample]) -> list[Growth]:
     """Of each process that was seen for long enough while its attempt was warm."""
     of_process: dict[tuple[int, str, int], list[Sample]] = defaultdict(list)
     for sample in samples:
-        if sample.warm and sample.role not in ("other", "srun"):
+        if sample.steps >= WARM_STEPS and sample.role not in ("other", "srun"):
             of_process[sample.attempt, sample.role, sample.pid].append(sample)
     found = []
     for (attempt, role, _), own in of_process.items():
-        quarter = len(own) // 4
-        if quarter < MIN_QUARTER:
+        if len(own) < 4 * MIN_QUARTER:
             continue
+        ends = [len(own) * i // 4 for i in range(5)]
         for quantity in QUANTITIES:
-            first = median(getattr(sample, quantity) for sample in own[:quarter])
-            last = median(getattr(sample, quantity) for sample in own[-quarter:])
-            found.append(Growth(attempt, role, quantity, first, last))
+            values = [getattr(sample, quantity) for sample in own]
+            quarters = tuple(median(values[i:j]) for i, j in pairwise(ends))
+            found.append(Growth(attempt, role, quantity, quarters))
+    return found
+
+
+def growths_across(grown: Sequence[Growth]) -> list[Growth]:
+    """From attempt to attempt: the last quarters of a role's processes, in their attempts' order,
+    and of these again the medians of four quarters. `attempt` is the last one.
+    """
+    of_role: dict[tuple[str, str], list[Growth]] = defaultdict(list)
+    for one in grown:
+        of_role[one.role, one.quantity].append(one)
+    found = []
+    for (role, quantity), own in of_role.items():
+        if len(own) < 4:
+            continue
+        ends = [len(own) * i // 4 for i in range(5)]
+        quarters = tuple(median(one.last for one in own[i:j]) for i, j in pairwise(ends))
+        found.append(Growth(own[-1].attempt, role, quantity, quarters))
     return found
 
 
@@ -255,8 +287,12 @@ def problems(soak: Soak, grown: Sequence[Growth]) -> Iterator[str]:
         yield "no process was seen for long enough to say whether it grows"
     for one in grown:
         if not one.is_flat:
-            values = f"{one.first:.0f} to {one.last:.0f}"
+            values = " to ".join(f"{value:.0f}" for value in one.quarters)
             yield f"attempt {one.attempt}: {one.quantity} of {one.role} grows from {values}"
+    for one in growths_across(grown):
+        if not one.is_flat:
+            values = " to ".join(f"{value:.0f}" for value in one.quarters)
+            yield f"from attempt to attempt {one.quantity} of {one.role} grows from {values}"
     if not process_table.wait_for(lambda: not job.processes(), timeout_s=10.0):
         yield f"processes are left: {[process.command[:80] for process in job.processes()]}"
 
@@ -280,24 +316,33 @@ def report(soak: Soak, grown: Sequence[Growth]) -> Iterator[str]:
     yield "| attempt | seconds | steps | how it ended |\n|---|---|---|---|"
     for attempt in job.attempts():
         own = [phase for phase in phases if phase.attempt == attempt.number]
-        told = f"{own[0].step} to {max(p.step for p in own)}" if own else "-"
+        told = f"{attempt.record['rollouts']} to {max(p.step for p in own)}" if own else "-"
         seconds = f"{own[-1].time - attempt.record['started']:.0f}" if own else "-"
         _, reason = attempt.ended() or (None, "not told")
         yield f"| {attempt.number} | {seconds} | {told} | {reason[:160]} |"
-    rewards = [row["rollout/reward_mean"] for row in job.rows()]
-    tenth = max(1, len(rewards) // 10)
-    means = [fmean(rewards[i : i + tenth]) for i in range(0, len(rewards) - tenth + 1, tenth)]
-    yield f"\n{len(rewards)} steps, reward by tenths: {' '.join(f'{mean:.2f}' for mean in means)}"
+    rows = job.rows()
+    for name in ("rollout/reward_mean", "train/loss"):
+        values = [row[name] for row in rows if name in row]
+        tenth = max(1, len(values) // 10)
+        means = [fmean(values[i : i + tenth]) for i in range(0, len(values) - tenth + 1, tenth)]
+        yield f"\n{name} of {len(values)} steps by tenths: {' '.join(f'{m:.4f}' for m in means)}"
     yield f"\n| role | processes | {' | '.join(QUANTITIES)} |\n|{'---|' * (2 + len(QUANTITIES))}"
+    across = growths_across(grown)
     for role in sorted({one.role for one in grown}):
         cells = []
         for quantity in QUANTITIES:
             own_growths = [g for g in grown if (g.role, g.quantity) == (role, quantity)]
             worst = max(own_growths, key=lambda growth: growth.share)
-            cells.append(f"{worst.first:.0f} to {worst.last:.0f} ({worst.share:+.1%})")
+            cell = f"{_quarters(worst)}, attempt {worst.attempt}"
+            later = [g for g in across if (g.role, g.quantity) == (role, quantity)]
+            cells.append("; across: ".join([cell, *map(_quarters, later)]))
         yield f"| {role} | {len(own_growths)} | {' | '.join(cells)} |"
-    yield "(the process that grew most, by the medians of its first and its last quarter)\n"
+    yield "(medians of quarters, of the process that grew most and from attempt to attempt)\n"
     yield from soak.done
+
+
+def _quarters(grown: Growth) -> str:
+    return f"{' '.join(f'{value:.0f}' for value in grown.quarters)} ({grown.share:+.1%})"
 
 
 def main(argv: list[str]) -> int:

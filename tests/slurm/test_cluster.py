@@ -146,3 +146,20 @@ def test_stopping_ends_jobs_daemons_and_daemons_that_escaped(tmp_path):
     assert escaped_pid in {process.pid for process in before}
     assert escaped_pid not in after
     assert not cluster.directory.exists()
+
+
+def test_two_clusters_of_one_host_do_not_touch_each_other(slurm_cluster):
+    """Their nodes and jobs have equal names, numbers and addresses."""
+    script = ["--nodes=4", "--ntasks-per-node=1", "--wrap=srun sleep 60"]
+    with SlurmCluster() as other:
+        jobs = {cluster.directory: cluster.sbatch(*script) for cluster in (slurm_cluster, other)}
+        for cluster in (slurm_cluster, other):
+            cluster.wait_state(jobs[cluster.directory], "RUNNING", timeout_s=20)
+        # A node that is lost with a job on it would hold up the end of the cluster.
+        other.run("scancel", str(jobs[other.directory]))
+        other.wait_state(jobs[other.directory], "CANCELLED", timeout_s=20)
+        other.kill_node("n1")
+    own = jobs[slurm_cluster.directory]
+    assert slurm_cluster.job(own)["JobState"] == "RUNNING"
+    assert slurm_cluster.run("srun", "--overlap", f"--jobid={own}", "hostname").stdout.split()
+    slurm_cluster.run("scancel", str(own))

@@ -17,7 +17,7 @@ def samples(
 ) -> list[Sample]:
     """Of an agent, one after the other."""
     return [
-        Sample(float(i), 1, "agent", 7, True, rss_mib(i), files(i), 4) for i in range(NUM_SAMPLES)
+        Sample(float(i), 1, "agent", 7, 5 + i, rss_mib(i), files(i), 4) for i in range(NUM_SAMPLES)
     ]
 
 
@@ -34,9 +34,21 @@ def test_what_is_flat_passes_and_what_grows_by_six_percent_is_told():
 
 def test_a_peak_and_a_cold_start_are_no_growth():
     assert grown(samples(lambda i: 500.0 if i in (70, 75) else 100.0)) == []
-    cold = [sample._replace(warm=False) for sample in samples(lambda i: 1.0 + i)]
+    cold = [sample._replace(steps=4) for sample in samples(lambda i: 1.0 + i)]
     assert soak.growths(cold) == []
     assert soak.growths(samples(lambda i: 1.0)[: 4 * soak.MIN_QUARTER - 1]) == []
+
+
+def test_what_is_flat_in_each_attempt_and_grows_with_the_run_is_told():
+    found = []
+    for attempt in range(1, 9):
+        own = samples(lambda i: 100.0, lambda i, attempt=attempt: 30 + attempt)
+        found += [sample._replace(attempt=attempt, pid=attempt) for sample in own]
+    in_attempts = soak.growths(found)
+    assert all(one.is_flat for one in in_attempts)
+    across = {one.quantity: one for one in soak.growths_across(in_attempts)}
+    assert across["files"].quarters == (31.5, 33.5, 35.5, 37.5)
+    assert [name for name, one in across.items() if not one.is_flat] == ["files"]
 
 
 @pytest.mark.parametrize(("hours", "losses"), [(0.05, 1), (1.0, 1), (1.02, 2), (2.5, 3)])
