@@ -11,6 +11,9 @@ import json
 import os
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +29,19 @@ def publish(path: Path, data: bytes, mode: int = 0o644, *, durable: bool = True)
 
     What is not `durable` may be lost, and the file be cut short, where the machine loses power.
     """
+    with written_aside(path, mode, durable=durable) as file:
+        file.write(data)
+
+
+@contextmanager
+def written_aside(
+    path: Path, mode: int = 0o644, *, durable: bool = True
+) -> Iterator[BufferedWriter]:
+    """A new file, which gets the name `path` when all is written; see `publish`."""
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        _create(aside, data, mode, durable)
+        with _created(aside, mode, durable=durable) as file:
+            yield file
         os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
@@ -42,7 +55,8 @@ def publish_once(path: Path, data: bytes, mode: int = 0o644) -> bool:
     """
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        _create(aside, data, mode)
+        with _created(aside, mode) as file:
+            file.write(data)
         os.link(aside, path)
         return True
     except FileExistsError:
@@ -54,20 +68,22 @@ def publish_once(path: Path, data: bytes, mode: int = 0o644) -> bool:
     finally:
         aside.unlink(missing_ok=True)
     try:
-        _create(path, data, mode)
+        with _created(path, mode) as file:
+            file.write(data)
     except FileExistsError:
         return False
     return True
 
 
-def _create(path: Path, data: bytes, mode: int = 0o644, durable: bool = True) -> None:
-    """Write a new file, a durable one all the way to the disk.
+@contextmanager
+def _created(path: Path, mode: int, *, durable: bool = True) -> Iterator[BufferedWriter]:
+    """A new file, which reaches the disk where it is durable.
 
     Raises FileExistsError where there is one.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
+        yield file
         if durable:
             file.flush()
             os.fsync(file.fileno())

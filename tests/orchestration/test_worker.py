@@ -14,12 +14,13 @@ from nanoslime.orchestration.worker import TrainWorker, metrics_row
 from nanoslime.rollout import recorder
 from nanoslime.rollout.tasks import Sampling
 from nanoslime.run_dir import RunDir
-from nanoslime.storage.recorded_samples import gaps_file, read_samples, tokens_key
+from nanoslime.storage.recorded_samples import gaps_file, tokens_key
 from nanoslime.training.batching import BatchingOptions
 from tests.algorithms.made import group
 from tests.models.hf import save_model
 from tests.training.batches import make_train_batches
 from tests.training.rank_pool import RankPool
+from tools.watch.recorded import read_samples
 
 CONFIG = RunConfig(
     model=ModelConfig(dtype="float32"),

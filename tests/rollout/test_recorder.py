@@ -10,8 +10,8 @@ import pytest
 
 from nanoslime.rollout import recorder
 from nanoslime.rollout.tasks import Sampling
-from nanoslime.storage.recorded_samples import read_samples
 from nanoslime.types import RunError, Sample, SampleGroup, Status
+from tools.watch.recorded import read_samples
 
 SETTINGS = Sampling(n_samples_per_prompt=2, max_new_tokens=4, temperature=0.7)
 

@@ -25,7 +25,7 @@ class Leaf:
         {},
         [1, 2, -3],
         [2**63 - 1, -(2**63)],
-        [2**63, -1],  # numpy would make floats of them
+        [2**63, -1],
         [2**70],
         [1, 2.5],
         [1, True],
@@ -62,10 +62,10 @@ def test_a_dataclass_comes_back_and_nan_stays_in_a_list_of_numbers(tmp_path: Pat
 
 
 def test_what_is_no_json_and_no_array_of_numbers_becomes_its_text(tmp_path: Path) -> None:
-    tree = {"scalar": np.array(3), "texts": np.array(["a"]), "path": Path("x"), "nan": float("nan")}
+    tree = {"scalar": np.array(3), "texts": np.array(["a"]), "path": Path("x")}
     write_tree(tmp_path / "file.npz", tree)
     read = read_tree(tmp_path / "file.npz", "a tree", dict[str, Any])
-    assert read == {"scalar": "3", "texts": "['a']", "path": "x", "nan": None}
+    assert read == {"scalar": "3", "texts": "['a']", "path": "x"}
 
 
 def test_a_file_of_another_type_is_refused_by_name(tmp_path: Path) -> None:

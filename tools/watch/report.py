@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from nanoslime.run_dir import RunDir
-from nanoslime.storage.recorded_samples import read_samples, recorded_steps
 from nanoslime.storage.shared_files import json_line, publish
 from nanoslime.types import RunError
 from tools.watch import samples
+from tools.watch.recorded import read_samples, recorded_steps
 from tools.watch.status import Life, RunStatus, facts, subjects
 
 _TEMPLATE = Path(__file__).parent / "report.html"

@@ -18,8 +18,8 @@ from tokenizers.decoders import DecodeStream
 
 from nanoslime.config.load import read
 from nanoslime.run_dir import RunDir
-from nanoslime.storage.recorded_samples import RecordedSample, read_samples, recorded_steps
 from nanoslime.types import RunError, Status
+from tools.watch.recorded import RecordedSample, read_samples, recorded_steps
 
 # From so many nats on, a token has the background of this number (of 256 colours).
 _BACKGROUNDS = {1.0: 196, 0.1: 208, 0.01: 220, 0.001: 230}

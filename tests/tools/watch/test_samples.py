@@ -18,10 +18,11 @@ from nanoslime.config.load import dump
 from nanoslime.rollout import recorder
 from nanoslime.rollout.tasks import Sampling
 from nanoslime.run_dir import RunDir
-from nanoslime.storage.recorded_samples import gaps_file, read_samples, write_gaps
+from nanoslime.storage.recorded_samples import gaps_file, write_gaps
 from nanoslime.types import Sample, SampleGroup, Status
 from tests.serving import save_byte_tokenizer
 from tools.watch import commands
+from tools.watch.recorded import read_samples
 
 SETTINGS = Sampling(2, 8, 1.0)
 PROMPT = "2+2="
