@@ -42,13 +42,14 @@ from nanoslime.weight_sync.disk import MAX_SHARD_BYTES
 from nanoslime.weight_sync.exchange import Exchange
 from nanoslime.weight_sync.plan import (
     Bucket,
+    Source,
+    Target,
     Targets,
     make_sync_plan,
     overlap,
     rows_on_each,
     size,
     whole_on_first,
-    whole_on_rank_0,
 )
 
 MB = 1e6
@@ -306,6 +307,11 @@ def _bfloat16(name: str) -> torch.dtype:
 
 def print_row(*cells: object) -> None:
     print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def whole_on_rank_0(shape: tuple[int, ...], sources: Sequence[Source]) -> list[Target]:
+    """The whole tensor, on rank 0."""
+    return [Target(0, whole(shape))]
 
 
 def print_before(layout: Layout) -> None:

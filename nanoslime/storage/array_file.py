@@ -43,9 +43,10 @@ def write_tree(path: Path, tree: Any) -> None:
         return {_ARRAY: [entry, first, num_rows[entry]]}
 
     text = to_json(tree, inf_nan_mode="constants", bytes_mode="base64", fallback=place)
-    entries = {entry: np.concatenate(of_entry) for entry, of_entry in arrays.items()}
+    entries: dict[str, Any] = {"tree": np.frombuffer(text, np.uint8)}
+    entries |= {entry: np.concatenate(of_entry) for entry, of_entry in arrays.items()}
     with written_aside(path) as file:
-        np.savez(file, tree=np.frombuffer(text, np.uint8), **entries)
+        np.savez(file, **entries)
     sync_directory(path.parent)
 
 

@@ -110,11 +110,6 @@ def whole_on_first(shape: tuple[int, ...], sources: Sequence[Source]) -> list[Ta
     return [Target(min(source.rank for source in sources), whole(shape))]
 
 
-def whole_on_rank_0(shape: tuple[int, ...], sources: Sequence[Source]) -> list[Target]:
-    """The whole tensor, on rank 0."""
-    return [Target(0, whole(shape))]
-
-
 def rows_on_each(shape: tuple[int, ...], sources: Sequence[Source]) -> list[Target]:
     """Whole rows, which are consecutive bytes of a file, on every rank that has a part.
 

@@ -1,19 +1,15 @@
 """The trainer's weights as a rank of it sees them: its own shards, and who has the others."""
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import zip_longest
 
 import torch
-from torch import Tensor
 
 from nanoslime.batch import OwnedShard, WeightShard
 from nanoslime.models.rules import FLOAT32
 from nanoslime.types import TensorKind
-from nanoslime.weight_sync.exchange import Exchange
-from nanoslime.weight_sync.plan import Bucket, Targets, make_sync_plan, whole_on_rank_0
+from nanoslime.weight_sync.plan import Bucket, Targets, make_sync_plan
 
 
 @dataclass(frozen=True)
@@ -55,27 +51,6 @@ class TrainerWeights:
         """What engines are sent, each tensor whole."""
         shapes = {shard.name: shard.full_shape for shards in self.owned for shard in shards}
         return [(name, str(self._dtype_of(name)), tuple(shape)) for name, shape in shapes.items()]
-
-    def whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields all tensors on rank 0, one after the other. Collective: elsewhere it yields
-        nothing, and has to be exhausted.
-        """
-        [everything] = self.plan(whole_on_rank_0, bucket_bytes=sys.maxsize)
-        shards = list(self.shards())
-        for number, tensor in enumerate(everything.tensors):
-            places = []
-            if self.rank == 0:
-                places = [torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)]
-            self._one_by_one.bring(number, shards, places)
-            for place in places:
-                yield tensor.name, place
-
-    @cached_property
-    def _one_by_one(self) -> Exchange:
-        """Brings each tensor to rank 0, in a bucket of its own."""
-        [everything] = self.plan(whole_on_rank_0, bucket_bytes=sys.maxsize)
-        plan = [Bucket((tensor,)) for tensor in everything.tensors]
-        return Exchange(plan, self.rank, self.device)
 
     def _dtype_of(self, name: str) -> torch.dtype:
         return torch.float32 if name.endswith(FLOAT32) else self.dtype

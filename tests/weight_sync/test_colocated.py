@@ -15,6 +15,7 @@ from nanoslime.types import RunError
 from nanoslime.weight_sync.colocated import TensorSender
 from nanoslime.weight_sync.engine_calls import EnginesFailed
 from nanoslime.weight_sync.transport import EngineSide, RankSide
+from tests.weight_sync.gathered import whole_tensors
 from tests.weight_sync.test_trainer_weights import BIAS, half
 
 pytestmark = pytest.mark.sglang
@@ -101,7 +102,7 @@ def test_an_update_that_is_refused_leaves_no_memory(one_rank):
 
 def test_a_colocated_engine_gets_both_dtypes_in_one_bucket_within_the_deadline(one_rank):
     [got] = one_rank(post)
-    expected = dict(half().whole_tensors())
+    expected = whole_tensors(half())
     assert [name for name, _ in got] == [BIAS, "odd", "even"]
     for name, tensor in got:
         assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name])

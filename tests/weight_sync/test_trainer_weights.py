@@ -22,8 +22,9 @@ from nanoslime.types import RunError
 from nanoslime.weight_sync import disk
 from nanoslime.weight_sync.disk import CheckpointWriter
 from nanoslime.weight_sync.exchange import Exchange
-from nanoslime.weight_sync.plan import rows_on_each, whole_on_first, whole_on_rank_0
+from nanoslime.weight_sync.plan import rows_on_each, whole_on_first
 from nanoslime.weight_sync.trainer_weights import TrainerWeights
+from tests.weight_sync.gathered import whole_on_rank_0, whole_tensors
 
 FULL = {
     "rows": torch.arange(24.0).reshape(6, 4),  # cut by rows, unevenly
@@ -128,7 +129,7 @@ def every_way(rank: int, tmp_path: Path) -> None:
                 for (tensor, box), place in zip(targets, places, strict=True):
                     assert same_bits(place, want[tensor.name][box]), (tensor.name, targets_of)
     assert len(calls) == 9
-    got = dict(weights.whole_tensors())
+    got = whole_tensors(weights)
     assert got.keys() == (want.keys() if rank == 0 else set())
     assert all(same_bits(tensor, want[name]) for name, tensor in got.items())
     one_leaves(rank)
@@ -231,7 +232,7 @@ def test_a_bias_that_is_always_float32_keeps_its_bits(tmp_path: Path) -> None:
     like = tmp_path / "like"
     like.mkdir()
     CheckpointWriter(half(), bucket_bytes=100).write(tmp_path / "out", like=like)
-    for got in (dict(half().whole_tensors()), load_file(tmp_path / "out" / "model.safetensors")):
+    for got in (whole_tensors(half()), load_file(tmp_path / "out" / "model.safetensors")):
         assert same_bits(got[BIAS], torch.full((4,), 4 + 1 / 3))
         assert same_bits(got["odd"], torch.full((3,), 1 / 3).bfloat16())
         assert got["even"].dtype == torch.bfloat16
@@ -250,7 +251,7 @@ def test_tensors_meet_on_the_device_of_the_rank() -> None:
     weights = TrainerWeights(
         lambda: held, [owned(held)], rank=0, dtype=torch.float32, device=torch.device("meta")
     )
-    [(_, tensor)] = weights.whole_tensors()
+    [tensor] = whole_tensors(weights).values()
     assert tensor.device.type == "meta"
 
 

@@ -21,6 +21,7 @@ from tests.training.parity import (
     make_backend,
     train_batch,
 )
+from tests.weight_sync.gathered import whole_tensors
 
 
 def interrupted(
@@ -113,7 +114,7 @@ def sent(
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    return dict(weights.whole_tensors())
+    return whole_tensors(weights)
 
 
 def _alone(layout: Layout) -> Layout:

@@ -21,6 +21,7 @@ from nanoslime.weight_sync.trainer_weights import TrainerWeights
 from tests.models.hf import FAMILIES, SIZES, save_model
 from tests.training.parity import KL, RELATIVE, Layout, grad_shards, make_backend, train_batch
 from tests.training.reference import make_step, reference
+from tests.weight_sync.gathered import whole_tensors
 from tools.conversion.gpt_logits import logits
 
 pytestmark = pytest.mark.megatron
@@ -223,7 +224,7 @@ def test_in_bfloat16_the_bias_of_the_scores_stays_float32_and_as_it_was(tmp_path
             dtype=torch.bfloat16,
             device=torch.device("cpu"),
         )
-        sent = dict(weights.whole_tensors())
+        sent = whole_tensors(weights)
         for bias in biases:
             assert bias.tensor.dtype == torch.float32
             assert torch.equal(bias.tensor, files[bias.name])
