@@ -32,7 +32,6 @@ from jobs import ray_node
 from jobs.cluster_env import ClusterEnv, remove_scratch
 from jobs.doctor import Doctor, Finding, learned_s
 from jobs.preflight import check_cores, check_gpus
-from jobs.signals import WARNINGS, handled
 from nanoslime.config.run import RunConfig
 from nanoslime.failures import is_of_machine, summary
 from nanoslime.layout import Layout
@@ -40,6 +39,7 @@ from nanoslime.processes.child import ChildProcess
 from nanoslime.processes.logs import last_line
 from nanoslime.processes.phases import own_report
 from nanoslime.processes.ports import answers, hold_consecutive_ports
+from nanoslime.processes.signals import WARNINGS, handled
 from nanoslime.processes.tree import adopt_orphans, descendants, end_descendants
 from nanoslime.run_dir import DONE, FAILED, STOPPED, Attempt
 from nanoslime.storage.shared_files import publish_json, read_json, seen
@@ -219,7 +219,7 @@ class Agent:
     def _start(self, name: str, command: list[str], log: Path) -> ChildProcess:
         logger.info("starting: %s", shlex.join(command))
         env = ray_node.environment(os.environ, self._attempt.ray_token, self._scratch)
-        child = ChildProcess(name, command, env, log, ignored_signals=WARNINGS)
+        child = ChildProcess(name, command, env, log)
         self._children.append(child)
         return child
 
@@ -421,7 +421,8 @@ class Agent:
                 pids = descendants(os.getpid())
                 self._doctor.write_stacks(pids, f"node-{self._env.node_index}.txt")
         try:
-            end_descendants()
+            # They do not get SIGTERM.
+            end_descendants(grace_s=0.0)
         finally:
             clean_up(self._attempt, self._env)
         if self._is_head:

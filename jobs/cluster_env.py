@@ -66,8 +66,6 @@ class ClusterEnv:
 
     def kill_wait_s(self) -> float:
         """Seconds from SIGTERM to SIGKILL of a job that must go: SLURM's KillWait."""
-        if self.local:
-            return 0.0
         match = re.search(r"KillWait\s*=\s*(\d+)", slurm_says("scontrol", "show", "config"))
         return float(match[1]) if match else _DEFAULT_KILL_WAIT_S
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from jobs.agent import clean_up, logged_if_unwritable
 from jobs.cluster_env import ClusterEnv
 from jobs.node import start_agent
-from jobs.signals import handled
 from nanoslime.config.run import RunConfig
 from nanoslime.layout import Layout
 from nanoslime.processes.child import ChildProcess
+from nanoslime.processes.signals import handled
 from nanoslime.processes.tree import adopt_orphans, descendants, end_descendants
 from nanoslime.run_dir import FAILED, STOPPED, Attempt, RunDir
 
@@ -86,18 +86,25 @@ class _Supervisor:
                     time.sleep(_POLL_S)
 
     def _hand_on_signals(self) -> None:
-        """The first signal asks for a stop; SIGTERM or a second one ends the agents."""
+        """The first signal asks for a stop, and a second one ends the attempt at once.
+
+        After SIGTERM the driver has as much time as SLURM gives.
+        """
         while self.signals:
             number = self.signals.pop(0)
-            if self._was_asked_to_stop or number == signal.SIGTERM:
+            if number == signal.SIGTERM:
                 for agent in self.agents:
                     agent.send_signal(signal.SIGTERM)
+            elif self._was_asked_to_stop:
+                asked = self.attempt.final_stop()
+                reason = f"{asked}; the driver did not commit in time and was ended"
+                self.attempt.end(STOPPED, reason)
             else:
                 reason = "Ctrl-C" if number == signal.SIGINT else number.name
                 self.attempt.request_stop(reason)
                 message = "stopping after this step; once more ends it at once"
                 print(message, file=sys.stderr, flush=True)
-            self._was_asked_to_stop = True
+                self._was_asked_to_stop = True
 
     def _report_failed_agents(self) -> None:
         for node, agent in enumerate(self.agents):

@@ -21,12 +21,12 @@ from jobs.agent import Agent, clean_up, logged_if_unwritable
 from jobs.checkout import environment
 from jobs.cluster_env import ClusterEnv
 from jobs.doctor import Doctor, end_if_hung
-from jobs.signals import WARNINGS, handled
 from nanoslime.config.load import read
 from nanoslime.config.run import RunConfig
 from nanoslime.layout import Layout
 from nanoslime.processes.child import ChildProcess
 from nanoslime.processes.logs import set_level
+from nanoslime.processes.signals import handled
 from nanoslime.processes.tree import adopt_orphans, end_descendants
 from nanoslime.run_dir import DONE, FAILED, STOPPED, Attempt, RunDir
 from nanoslime.storage.shared_files import publish_json
@@ -81,7 +81,7 @@ class NodeJob:
         with logged_if_unwritable():
             if code not in (DONE, STOPPED):
                 attempt.end(FAILED, agent.exit_summary(), can_go_on=code < 0)
-        end_descendants()
+        end_descendants(grace_s=0.0)
         clean_up(attempt, env)
         if env.node_index == 0:
             with logged_if_unwritable():
@@ -110,7 +110,6 @@ def start_agent(attempt: Attempt, config: RunConfig, env: ClusterEnv, driver: st
         environment(**config.cluster.env),
         attempt.log("agent", env.node_index),
         death_signal=signal.SIGTERM,
-        ignored_signals=WARNINGS,
     )
 
 

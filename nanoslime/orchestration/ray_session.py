@@ -20,6 +20,7 @@ from nanoslime.orchestration.session import (
     make_session,
     prepare_inputs,
 )
+from nanoslime.processes.signals import hold_back_from_this_process
 from nanoslime.run_dir import Attempt
 from nanoslime.storage.shared_files import read_json
 from nanoslime.types import Engine
@@ -41,6 +42,7 @@ def open_ray(
         else:
             head = read_json(attempt.head)
             cluster.connect(head, layout.num_nodes, config.cluster.node_join_deadline_s)
+            hold_back_from_this_process()
         resources.callback(cluster.disconnect)
 
         run = RunOnRay(config, attempt, model_dir)

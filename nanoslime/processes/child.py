@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from nanoslime.processes.logs import last_line
+from nanoslime.processes.signals import held_back_from_children
 from nanoslime.processes.tree import kill_all
 from nanoslime.types import MachineFailure, RunError
 
@@ -30,8 +31,7 @@ class ChildProcess(subprocess.Popen[bytes]):
 
     Its session and its process group have the child's id. `send_signal` is to the child alone.
 
-    The child and all that it starts ignore `ignored_signals`. Give some only where this
-    process has one thread, since the child sets them between fork and exec.
+    The child and all that it starts do not get the signals of a job, unless it lets them through.
     """
 
     def __init__(
@@ -41,21 +41,13 @@ class ChildProcess(subprocess.Popen[bytes]):
         env: Mapping[str, str],
         log: Path,
         death_signal: signal.Signals = signal.SIGKILL,
-        ignored_signals: Sequence[signal.Signals] = (),
     ) -> None:
         self.name = name
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         read_end, self._lifeline = os.pipe()
-
-        def before_exec() -> None:
-            """The child leads its own process group by now."""
-            signal_when_closed(read_end, os.getpid(), death_signal)
-            for number in ignored_signals:
-                signal.signal(number, signal.SIG_IGN)
-
         try:
-            with log.open("ab") as output:
+            with log.open("ab") as output, held_back_from_children():
                 super().__init__(
                     command,
                     env=dict(env),
@@ -64,7 +56,6 @@ class ChildProcess(subprocess.Popen[bytes]):
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                     pass_fds=[read_end],
-                    preexec_fn=before_exec if ignored_signals else None,
                 )
             signal_when_closed(read_end, self.pid, death_signal)
         except BaseException:

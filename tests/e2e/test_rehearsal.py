@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from nanoslime.models.tiny import BOS, EOS, PAD, VOCAB_SIZE, digit_problems
 from nanoslime.rehearsal import build_tokenizer
-from nanoslime.run_dir import RunDir
+from nanoslime.run_dir import STOPPED, RunDir
 from tests import process_table, strangers
 from tests.jobs.made_run import scratches
 from tests.models.hf import save_model
@@ -154,13 +154,26 @@ def test_trainers_and_engines_share_two_nodes(start):
     assert load_file(Path(summary["hf_export"]) / "model.safetensors")
 
 
-def test_one_node_falls_back_to_fsdp(start):
-    """FSDP2 on the node's slots; the embedded engine leaves all of them to trainers."""
-    flags = ["--nodes", "1", "--num-rollout", "1", "--engine", "embedded"]
-    rehearsal = start(*flags, "--eval.max-prompts", "20")
-    assert rehearsal.wait() == 0, "".join(rehearsal.lines)
+def test_one_node_falls_back_to_fsdp_and_commits_though_sigterm_comes_to_all_its_processes(start):
+    """FSDP2 on the node's slots; the embedded engine leaves all of them to trainers.
+
+    SLURM without cgroups signals every process of a job.
+    """
+    flags = ["--nodes", "1", "--num-rollout", "1000", "--engine", "embedded"]
+    rehearsal = start(*flags, "--eval.max-prompts", "20", "--save-interval", "1000")
+    rehearsal.wait_for_line("step 1/1000")
     assert rehearsal.says("FSDP")
-    assert json.loads(rehearsal.run.summary.read_text())["logprob_gap_max"] < 1e-4
+    main = psutil.Process(rehearsal.process.pid)
+    for process in [main, *main.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGTERM)
+    assert rehearsal.wait(90) == STOPPED, "".join(rehearsal.lines)
+    run = rehearsal.run
+    rows = json_lines(run.metrics)
+    assert max(row["train/logprob_gap_max"] for row in rows) < 1e-4
+    assert run.checkpoint(len(rows)).is_dir()
+    assert run.attempt(1).ended() == (STOPPED, "SIGTERM at node0")
+    assert run.status()["phase"] == "stopped"
 
 
 @pytest.mark.sglang

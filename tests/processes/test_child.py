@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -34,21 +33,15 @@ CLEANS_UP_AT_SIGTERM = """
 import signal, sys
 from pathlib import Path
 signal.signal(signal.SIGTERM, lambda *_: (print("cleaned up", flush=True), sys.exit(0)))
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 print("ready", flush=True)
 while True:
     signal.pause()
 """
 
-SAYS_WHICH_SIGNALS_IT_IGNORES = """
-import signal
-signals = (signal.SIGUSR1, signal.SIGUSR2)
-ignored = [s.name for s in signals if signal.getsignal(s) == signal.SIG_IGN]
-print("ignored:", *ignored)
-"""
 
-
-def start(log: Path, program: str, **options: Sequence[signal.Signals]) -> ChildProcess:
-    return ChildProcess("server", [sys.executable, "-c", program], os.environ, log, **options)
+def start(log: Path, program: str) -> ChildProcess:
+    return ChildProcess("server", [sys.executable, "-c", program], os.environ, log)
 
 
 def start_owner(log: Path, program: str, death_signal: str) -> subprocess.Popen[str]:
@@ -96,19 +89,6 @@ def test_a_child_may_clean_up_when_its_owner_dies(tmp_path: Path, no_leftovers: 
         owner.wait(10)
     assert process_table.wait_for(lambda: group_size(pid) == 0, timeout_s=5)
     assert log.read_text() == "ready\ncleaned up\n"
-
-
-def test_a_child_ignores_the_signals_that_it_is_told_to(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    ignored = (signal.SIGUSR1, signal.SIGUSR2)
-    child = start(log, SAYS_WHICH_SIGNALS_IT_IGNORES, ignored_signals=ignored)
-    assert process_table.wait_for(lambda: not child.alive(), timeout_s=20)
-    child.close()
-    assert log.read_text() == "ignored: SIGUSR1 SIGUSR2\n"
-    child = start(log, SAYS_WHICH_SIGNALS_IT_IGNORES)
-    assert process_table.wait_for(lambda: not child.alive(), timeout_s=20)
-    child.close()
-    assert log.read_text().endswith("\nignored:\n")
 
 
 @pytest.mark.parametrize(

@@ -68,20 +68,26 @@ def stop(asked: argparse.Namespace) -> Iterator[str]:
 
 
 def _drain(status: RunStatus, wait_s: float) -> Iterator[str]:
-    attempt = status.run.attempt(status.lives[-1].number)
+    """Asks the newest attempt, and each that SLURM starts meanwhile, until none runs."""
     deadline = time.monotonic() + wait_s
-    try:
-        attempt.request_stop(f"{getpass.getuser()} asked by runs.py stop")
-        yield f"attempt {attempt.number} commits and ends, for at most {wait_s:g} s"
-    except OSError as error:
-        yield f"the run cannot be asked to commit: {error}"
-        deadline = 0.0
+    asked = None
     while status.runs and time.monotonic() < deadline:
+        attempt = status.run.attempt(status.lives[-1].number)
+        if attempt != asked:
+            asked = attempt
+            try:
+                attempt.request_stop(f"{getpass.getuser()} asked by runs.py stop")
+            except OSError as error:
+                yield f"the run cannot be asked to commit: {error}"
+                break
+            left_s = deadline - time.monotonic()
+            yield f"attempt {attempt.number} commits and ends, for at most {left_s:.0f} s"
         time.sleep(_POLL_S)
         status = RunStatus(status.run.path)
-    record = facts(attempt.path / "attempt.json")
+    newest = status.lives[-1]
+    record = facts(status.run.attempt(newest.number).path / "attempt.json")
     if not status.runs:
-        yield f"attempt {attempt.number}: {status.lives[-1].outcome} {status.lives[-1].cause}"
+        yield f"attempt {newest.number}: {newest.outcome} {newest.cause}"
     elif status.job is None and record.get("host") == socket.gethostname():
         os.kill(record["pid"], signal.SIGTERM)
         yield f"process {record['pid']} has not ended in time and gets SIGTERM"

@@ -15,6 +15,7 @@ from nanoslime.engine_kind import EngineStart, RunEngine, engine_kind
 from nanoslime.failures import told_in_one_line
 from nanoslime.layout import EnginePlace, Layout
 from nanoslime.orchestration.ray.actors import ActorPlace, Actors, ActorSetup, RunOnRay
+from nanoslime.processes.signals import hold_back_from_this_process
 from nanoslime.rollout.tasks import FinishedGroup, GroupTask, RestoredGroup, WorkerNews
 from nanoslime.rollout.worker import RolloutWorker, WorkerSetup
 from nanoslime.types import Engine
@@ -36,6 +37,7 @@ class WorkerActor:
 
     def __init__(self, setup: ActorSetup):
         setup.enter()
+        hold_back_from_this_process()
         self._setup = setup
         self._engines: dict[int, RunEngine] = {}
         self._worker: RolloutWorker | None = None

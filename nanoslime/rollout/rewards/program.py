@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, BinaryIO
 
 from nanoslime.failures import summary
+from nanoslime.processes.signals import hold_back_from_this_process
 from nanoslime.rollout.rewards import Reward, asked_names, make, number
 
 # A longer traceback is cut at its beginning, a longer line at its end.
@@ -30,6 +31,7 @@ Answer = Callable[[int, Outcome], None]
 
 
 def main(descriptor: int) -> None:
+    hold_back_from_this_process()
     connection = socket.socket(fileno=descriptor)
     # A process that a reward forks must not keep the socket open, nor answer.
     os.register_at_fork(after_in_child=lambda: os.close(connection.detach()))
