@@ -488,7 +488,7 @@ def test_an_attempt_ended_by_another_keeps_its_code(
 ) -> None:
     """Two agents find the same death: one of them ends the attempt, the other follows."""
     # They would end the servers of other tests.
-    monkeypatch.setattr(agent_module, "end_descendants", lambda: None)
+    monkeypatch.setattr(agent_module, "end_descendants", lambda **_: None)
     made = make_run(tmp_path, 2)
     attempt = made.run.new_attempt()
     agents = [make_agent(made, node, attempt) for node in range(2)]
@@ -504,7 +504,7 @@ def test_an_attempt_ended_by_another_keeps_its_code(
 def test_an_agent_ends_when_a_newer_attempt_has_begun_and_leaves_that_ones_status(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node: int
 ) -> None:
-    monkeypatch.setattr(agent_module, "end_descendants", lambda: None)
+    monkeypatch.setattr(agent_module, "end_descendants", lambda **_: None)
     made = make_run(tmp_path, 2)
     attempt = made.run.new_attempt("42-0")
     agent = make_agent(made, node, attempt)
@@ -525,7 +525,7 @@ def test_the_code_of_an_attempt_outlives_a_directory_that_cannot_be_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fault of a file server is injected at the listing of heartbeats."""
-    monkeypatch.setattr(agent_module, "end_descendants", lambda: None)
+    monkeypatch.setattr(agent_module, "end_descendants", lambda **_: None)
     made = make_run(tmp_path, 2)
     attempt = made.run.new_attempt()
 
