@@ -43,6 +43,7 @@ OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMO
 # A job that is requeued passes through states in which others end.
 _NUM_ALIKE = 4
 _LOOK_S = 0.5
+_NUM_LOGS = 8
 # So often SLURM is asked whether a job that is waited for still lives.
 _ASK_S = 5.0
 
@@ -103,7 +104,8 @@ class Submitted:
         """Waits until `condition()` holds. AssertionError where the job ends before."""
         deadline = time.monotonic() + timeout_s
         while not process_table.wait_for(condition, _ASK_S, interval_s):
-            assert self.state() not in OVER, f"the job ended first\n{self.log_ends()}"
+            is_over = self.state() in OVER and self.wait_for_end(2 * _NUM_ALIKE * _LOOK_S) in OVER
+            assert not is_over, f"the job ended first\n{self.log_ends()}"
             assert time.monotonic() < deadline, f"{timeout_s:g} s in vain\n{self.log_ends()}"
 
     def state(self) -> str:
@@ -159,7 +161,9 @@ class Submitted:
         return found
 
     def log_ends(self) -> str:
-        files = sorted(self.run.path.rglob("*.log")) + sorted(self.run.path.glob("*.out"))
+        """Of the logs that were written last."""
+        logs = [*self.run.path.rglob("*.log"), *self.run.path.glob("*.out")]
+        files = sorted(logs, key=lambda file: file.stat().st_mtime)[-_NUM_LOGS:]
         ends = [f"--- {file}\n{file.read_text(errors='replace')[-1200:]}" for file in files]
         return "\n".join(ends)
 
