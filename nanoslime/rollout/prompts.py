@@ -203,39 +203,24 @@ class PromptSource:
             "position": self._position,
             "prompts": self._prompts_digest,
             "file": self._file,
-            **self._order(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken.
+        """Go on where `state` was taken, with the same seed (storage/resume.py).
 
-        Raises RunError when that was with other prompts or another seed.
+        Raises RunError when that was with other prompts.
         """
-        for name, value in self._order().items():
-            if state[name] != value:
-                raise RunError(
-                    f"the data cursor was saved with {name}={state[name]}, this run has "
-                    f"{name}={value}; resume with the prompt file and the seed of the run's start"
-                )
         saved = state["prompts"]
         if saved != self._prompts_digest:
             raise RunError(
                 f"the data cursor was saved with the prompts of {state['file']} (hash {saved}), "
-                f"this run has as many others of {self._file} (hash {self._prompts_digest}); "
+                f"this run has others of {self._file} (hash {self._prompts_digest}); "
                 "resume with the prompts, labels and chat template of the run's start, or start "
                 "a new run from its hf/ export"
             )
         self._epoch = state["epoch"]
         self._position = state["position"]
         self._order_of_epoch = self._epoch_order()
-
-    def _order(self) -> dict[str, int]:
-        """The numbers that decide the order of the prompts."""
-        return {
-            "num_prompts": len(self._prompts),
-            "seed": self._seed,
-            "shuffle": int(self._shuffle),
-        }
 
     def _epoch_order(self) -> np.ndarray:
         """The prompts' positions in the order of the current epoch."""
@@ -262,32 +247,16 @@ class PromptStream:
         return [prompt for _ in range(n) for prompt in self._next_source().next(1)]
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "sources": {
-                name: {"share": self._shares[name], **source.state_dict()}
-                for name, source in self._sources.items()
-            }
-        }
+        return {name: source.state_dict() for name, source in self._sources.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken.
+        """Goes on where `state` was taken, with the same sources, weights and seed
+        (storage/resume.py).
 
-        Raises RunError when that was with other sources, shares, prompts or another seed.
+        Raises RunError when that was with other prompts.
         """
-        if "sources" not in state:
-            raise RunError(
-                "the data cursor was saved by an earlier nanoslime, in a form that this one does "
-                "not read; go on with that one, or start a new run from the hf/ export"
-            )
-        saved = {name: own["share"] for name, own in state["sources"].items()}
-        if list(saved.items()) != list(self._shares.items()):
-            raise RunError(
-                f"the data cursor was saved with {_shares_text(saved)}, this run has "
-                f"{_shares_text(self._shares)}; resume with data.sources and their weights as at "
-                "the run's start, or start a new run from its hf/ export"
-            )
         for name, source in self._sources.items():
-            source.load_state_dict(state["sources"][name])
+            source.load_state_dict(state[name])
 
     def _next_source(self) -> PromptSource:
         taken = {name: source.num_taken for name, source in self._sources.items()}
@@ -298,7 +267,3 @@ class PromptStream:
         eligible = [name for name in taken if behind[name] >= slack - _ROUNDING]
         chosen = min(eligible, key=lambda name: (1 - slack - behind[name]) / self._shares[name])
         return self._sources[chosen]
-
-
-def _shares_text(shares: Mapping[str, float]) -> str:
-    return ", ".join(f"{share:.3g} of {name or 'data.prompts'}" for name, share in shares.items())

@@ -175,7 +175,7 @@ def test_without_further_rounds_what_is_filtered_is_missing(tmp_path, tiny_model
     rollout = sampling(tmp_path, tiny_model, 1)
     kept = [rollout.generate(step) for step in range(3)]
     assert all(len(groups) < 3 for groups in kept)
-    [cursor] = rollout.save(tmp_path / "state")["prompts"]["sources"].values()
+    [cursor] = rollout.save(tmp_path / "state")["prompts"].values()
     assert (cursor["epoch"], cursor["position"]) == (1, 2)  # 3 x 3 prompts of 7
     assert not (tmp_path / "state").exists(), "nothing is being sampled"
 
@@ -279,7 +279,7 @@ def test_the_data_cursor_is_of_the_moment_in_which_the_groups_are_saved(tmp_path
     while admission.next_group_id == state["producer"]["admission"]["next_group_id"]:
         time.sleep(0.01)
     assert json.dumps(state) == saved
-    [cursor] = state["prompts"]["sources"].values()
+    [cursor] = state["prompts"].values()
     num_taken = cursor["epoch"] * len(PROMPTS) + cursor["position"]
     assert num_taken == state["producer"]["admission"]["next_group_id"]
 

@@ -272,14 +272,6 @@ def test_resume_is_exact(drawn: int) -> None:
     assert ids(resumed.next(25)) == ids(running.next(25))
 
 
-def test_resume_with_other_prompts_or_seed_is_refused() -> None:
-    state = source().state_dict()
-    with pytest.raises(RunError, match="num_prompts=10, this run has num_prompts=9"):
-        source(count=9).load_state_dict(state)
-    with pytest.raises(RunError, match="seed=3, this run has seed=4"):
-        source(seed=4).load_state_dict(state)
-
-
 def made(*texts: str, label: Any = 1, **metadata: Any) -> PromptSource:
     prompts = [Prompt(i, None, text, label, metadata) for i, text in enumerate(texts)]
     return PromptSource(LoadedSource(prompts, "now.jsonl"), seed=3, shuffle=True)
@@ -287,10 +279,17 @@ def made(*texts: str, label: Any = 1, **metadata: Any) -> PromptSource:
 
 @pytest.mark.parametrize(
     "others",
-    [made("a", "c"), made("b", "a"), made("ab", ""), made("a", "b", label=2), made("a", "b", x=1)],
-    ids=["text", "order", "border", "label", "metadata"],
+    [
+        made("a"),
+        made("a", "c"),
+        made("b", "a"),
+        made("ab", ""),
+        made("a", "b", label=2),
+        made("a", "b", x=1),
+    ],
+    ids=["number", "text", "order", "border", "label", "metadata"],
 )
-def test_resume_with_as_many_other_prompts_is_refused(others: PromptSource) -> None:
+def test_resume_with_other_prompts_is_refused(others: PromptSource) -> None:
     state = json.loads(json.dumps(made("a", "b").state_dict()))
     state["file"] = "before.jsonl"
     message = "with the prompts of before.jsonl .hash .*others of now.jsonl .hash .*new run"
@@ -343,27 +342,6 @@ def test_a_mix_resumes_at_the_exact_prompt_of_each_source(drawn: int) -> None:
     assert [(p.source, p.prompt_id) for p in one_by_one] == [
         (p.source, p.prompt_id) for p in together
     ]
-
-
-def test_a_cursor_of_an_earlier_form_is_refused_in_one_sentence() -> None:
-    with pytest.raises(RunError, match="saved by an earlier nanoslime"):
-        PromptStream({"": source()}, {"": 1.0}).load_state_dict(source().state_dict())
-
-
-def test_a_mix_resumes_with_the_same_sources_only() -> None:
-    state = json.loads(json.dumps(mix({"a": 3, "b": 1}).state_dict()))
-    mix({"a": 6, "b": 2}).load_state_dict(state)
-    says = "saved with 0.75 of a, 0.25 of b, this run has "
-    for others in (mix({"a": 1, "b": 1}), mix({"b": 1, "a": 3}), mix({"a": 3, "c": 1})):
-        with pytest.raises(RunError, match=says):
-            others.load_state_dict(state)
-    with pytest.raises(RunError, match="seed=3, this run has seed=4"):
-        mix({"a": 3, "b": 1}, seed=4).load_state_dict(state)
-    alone = PromptStream({"": source()}, {"": 1.0})
-    with pytest.raises(RunError, match="saved with 0.75 of a.*, this run has 1 of data.prompts"):
-        alone.load_state_dict(state)
-    with pytest.raises(RunError, match="saved with 1 of data.prompts, this run has 0.75 of a"):
-        mix({"a": 3, "b": 1}).load_state_dict(alone.state_dict())
 
 
 def test_one_source_alone_gives_its_prompts_in_its_own_order() -> None:
