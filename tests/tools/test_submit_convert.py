@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from jobs import submit_convert
+from jobs.checkout import ROOT
 from nanoslime.config.load import load
 from nanoslime.types import RunError
 from tests.jobs.made_run import HOSTILE
+from tools.conversion import job
 
-SCRIPT = Path(submit_convert.__file__)
+SCRIPT = ROOT / "jobs" / "submit_convert.py"
 SBATCH = """#!/bin/sh
 case "$1" in
   --version) echo slurm 22.05.8 ;;
@@ -47,7 +48,7 @@ class Login:
 
     def submit(self, *argv: str | Path) -> tuple[int, str, str]:
         environ = {"PATH": str(self.root / "bin")}
-        code = submit_convert.main([str(a) for a in argv], environ, self.root)
+        code = job.main([str(a) for a in argv], environ, self.root)
         shown = self._capsys.readouterr()
         return code, shown.out, shown.err
 
@@ -75,9 +76,9 @@ def batch(
     if cluster:
         Path("cluster.yaml").write_text(cluster)
         argv += ("--cluster", "cluster.yaml")
-    command = submit_convert.parse([str(a) for a in argv])
+    command = job.parse([str(a) for a in argv])
     config = load(None, command.cluster, command.flags)
-    return submit_convert.sbatch_text(command, config, log, Path(folder))
+    return job.sbatch_text(command, config, log, Path(folder))
 
 
 def asked(script: str) -> dict[str, str]:
@@ -160,17 +161,17 @@ def test_a_log_that_slurm_would_lose_is_refused(login, log):
 
 
 def test_threads_follow_the_cores_unless_the_tool_is_told(login):
-    command = submit_convert.parse(["hf-to-megatron", "a", "b", "--threads=3", "--cpus", "2"])
-    assert submit_convert.tool_words(command, "python", 2)[4:] == ["--threads", "2", "--threads=3"]
-    command = submit_convert.parse(["verify-checkpoint", "a", "b", "--logits", "--cpus", "2"])
-    assert submit_convert.tool_words(command, "python", 2)[4:] == ["--logits"]
+    command = job.parse(["hf-to-megatron", "a", "b", "--threads=3", "--cpus", "2"])
+    assert job.tool_words(command, "python", 2)[4:] == ["--threads", "2", "--threads=3"]
+    command = job.parse(["verify-checkpoint", "a", "b", "--logits", "--cpus", "2"])
+    assert job.tool_words(command, "python", 2)[4:] == ["--logits"]
 
 
-@pytest.mark.parametrize("tool", submit_convert.TOOLS)
+@pytest.mark.parametrize("tool", job.TOOLS)
 def test_every_tool_exists_and_takes_what_is_passed_to_it(tool, tmp_path):
-    paths = [f"none{directory}" for directory in submit_convert.TOOLS[tool].split()]
-    command = submit_convert.parse([tool, *paths])
-    words = submit_convert.tool_words(command, sys.executable, 1)
+    paths = [f"none{directory}" for directory in job.TOOLS[tool].split()]
+    command = job.parse([tool, *paths])
+    words = job.tool_words(command, sys.executable, 1)
     if command.is_conversion:
         words.append("--dry-run")
     environ = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
