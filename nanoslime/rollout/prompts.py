@@ -7,6 +7,7 @@ import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import batched
 from pathlib import Path
 from typing import Any
@@ -175,32 +176,23 @@ class PromptSource:
         self._seed = seed
         self._shuffle = shuffle
         self._index = index
-        self._epoch = 0
-        self._position = 0
-        self._order_of_epoch = self._epoch_order()
-
-    @property
-    def num_taken(self) -> int:
-        return self._epoch * len(self._prompts) + self._position
+        # Over all epochs.
+        self.num_taken = 0
+        # Of the epoch from which prompts are taken.
+        self._order = lru_cache(maxsize=1)(self._order_of)
 
     def next(self, n: int) -> list[Prompt]:
         """The next `n` prompts; they go on into the next epoch."""
         taken: list[Prompt] = []
-        while len(taken) < n:
-            if self._position == len(self._prompts):
-                self._epoch += 1
-                self._position = 0
-                self._order_of_epoch = self._epoch_order()
-            num_missing = n - len(taken)
-            indices = self._order_of_epoch[self._position : self._position + num_missing]
-            taken.extend(self._prompts[i] for i in indices.tolist())
-            self._position += len(indices)
+        for _ in range(n):
+            epoch, position = divmod(self.num_taken, len(self._prompts))
+            taken.append(self._prompts[self._order(epoch)[position]])
+            self.num_taken += 1
         return taken
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "epoch": self._epoch,
-            "position": self._position,
+            "num_taken": self.num_taken,
             "prompts": self._prompts_digest,
             "file": self._file,
         }
@@ -218,15 +210,13 @@ class PromptSource:
                 "resume with the prompts, labels and chat template of the run's start, or start "
                 "a new run from its hf/ export"
             )
-        self._epoch = state["epoch"]
-        self._position = state["position"]
-        self._order_of_epoch = self._epoch_order()
+        self.num_taken = state["num_taken"]
 
-    def _epoch_order(self) -> np.ndarray:
-        """The prompts' positions in the order of the current epoch."""
+    def _order_of(self, epoch: int) -> np.ndarray:
+        """The prompts' positions in the order of an epoch."""
         if not self._shuffle:
             return np.arange(len(self._prompts))
-        generator = np.random.default_rng([self._seed, self._epoch, self._index])
+        generator = np.random.default_rng([self._seed, epoch, self._index])
         return generator.permutation(len(self._prompts))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -351,12 +352,17 @@ def test_one_source_alone_gives_its_prompts_in_its_own_order() -> None:
 
 def test_an_epoch_is_put_in_order_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    order = PromptSource._epoch_order
-    monkeypatch.setattr(PromptSource, "_epoch_order", lambda self: made.append(1) or order(self))
+    order = PromptSource._order_of
+
+    def counted(source: PromptSource, epoch: int) -> np.ndarray:
+        made.append(epoch)
+        return order(source, epoch)
+
+    monkeypatch.setattr(PromptSource, "_order_of", counted)
     one_by_one = source()
     for _ in range(25):
         one_by_one.next(1)
-    assert len(made) == 3
+    assert made == [0, 1, 2]
 
 
 def test_sources_have_keys_rewards_and_prompt_ids_of_their_own(
