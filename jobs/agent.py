@@ -37,7 +37,7 @@ from nanoslime.failures import is_of_machine, summary
 from nanoslime.layout import Layout
 from nanoslime.processes.child import ChildProcess
 from nanoslime.processes.logs import last_line
-from nanoslime.processes.phases import own_report
+from nanoslime.processes.phases import DRIVER, own_report, read_tasks
 from nanoslime.processes.ports import answers, hold_consecutive_ports
 from nanoslime.processes.signals import WARNINGS, handled
 from nanoslime.processes.tree import adopt_orphans, descendants, end_descendants
@@ -58,8 +58,6 @@ _NUM_INTERVALS = 99
 _LEAVE_S = 30.0
 # A driver that got SIGTERM may use this much of the time until SLURM kills the job.
 _KILL_WAIT_SHARE = 0.6
-# A child that ends may have got SIGTERM together with us: our own is then on its way.
-_SIGTERM_DELAY_S = 0.5
 
 
 @dataclass(eq=False)
@@ -97,6 +95,16 @@ def clean_up(attempt: Attempt, env: ClusterEnv) -> None:
     remove_scratch(scratch)
     with logged_if_unwritable():
         attempt.leave(env.node_index)
+
+
+def _rest_of_training_s(driver: int) -> float:
+    """How much longer the driver trains in this step if that takes as long as the shortest training
+    so far; 0 where it does something else, or has not trained yet.
+    """
+    for task in read_tasks(driver):
+        if task.name == DRIVER and task.phase == "train" and task.durations:
+            return min(task.durations) - (time.monotonic() - task.since)
+    return 0.0
 
 
 class Agent:
@@ -340,7 +348,9 @@ class Agent:
                 self._kill_at = min(self._kill_at, time.monotonic() + patience_s)
 
     def _limit_stop(self) -> None:
-        """End a stop that takes too long: the driver has most of the signal lead."""
+        """End a stop that takes too long, as soon as that is known: the driver has most of the
+        signal lead. What it has committed stays.
+        """
         reason = self._attempt.must_stop()
         if reason is None:
             return
@@ -348,8 +358,16 @@ class Agent:
             raise AttemptOver(STOPPED, f"{reason}, before the driver started")
         if self._kill_at == float("inf"):
             self._kill_at = time.monotonic() + self._config.cluster.drain_s
-        if time.monotonic() > self._kill_at:
+        left_s = self._kill_at - time.monotonic()
+        if left_s < 0:
             raise AttemptOver(STOPPED, f"{reason}; the driver did not commit in time and was ended")
+        training_s = _rest_of_training_s(self._driver.pid)
+        if training_s > left_s:
+            raise AttemptOver(
+                STOPPED,
+                f"{reason}; the step in flight was given up: it had to train for {training_s:.0f} "
+                f"s more, and {left_s:.0f} s were left",
+            )
 
     def _handle_exit(self, child: ChildProcess, code: int) -> None:
         """The end of a child ends the attempt: raises AttemptOver or RunError with the reason."""
@@ -358,7 +376,6 @@ class Agent:
         if child is self._driver and code == STOPPED:
             reason = self._attempt.must_stop() or "the driver stopped by itself"
             raise AttemptOver(STOPPED, reason)
-        time.sleep(_SIGTERM_DELAY_S)
         self._pass_on_signals()
         final_stop = self._attempt.final_stop()
         if final_stop:

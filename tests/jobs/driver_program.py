@@ -5,6 +5,7 @@ fail         print a line and exit 3
 deaf         take no notice of anything, and leave a daemon behind
 steps        go through phases of a tenth of a second, as the trainer reports them
 hang         as steps, and hang in the fifth phase
+long-step    be in a training that has taken 100 s each time, and take no notice of anything
 """
 
 import argparse
@@ -22,6 +23,16 @@ def go_through_phases(count: int) -> None:
         own_report().enter(DRIVER, "generate")
         time.sleep(0.1)
         own_report().enter(DRIVER, "train")
+
+
+def train_long() -> None:
+    begin = time.monotonic() - 500
+    real_clock = time.monotonic
+    for number in range(5):
+        time.monotonic = lambda number=number: begin + 100 * number
+        own_report().enter(DRIVER, "train")
+    time.monotonic = real_clock
+    own_report().enter(DRIVER, "train")
 
 
 def hang_here() -> None:
@@ -42,6 +53,8 @@ def main() -> int:
         return 3
     if args.mode == "deaf":
         subprocess.run(["setsid", "--fork", "sleep", "600"], check=True)
+    if args.mode == "long-step":
+        train_long()
     (attempt.path / "driver_began").touch()
     if args.mode in ("steps", "hang"):
         go_through_phases(4 if args.mode == "hang" else 2000)

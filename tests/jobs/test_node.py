@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -214,6 +215,20 @@ def test_a_second_ctrl_c_ends_a_driver_that_does_not_stop(
     code, _, err = rehearsal.finish()
     assert code == STOPPED
     assert "stopped: Ctrl-C; the driver did not commit in time and was ended" in err
+
+
+def test_a_step_that_trains_for_longer_than_a_stop_leaves_is_given_up_at_once(
+    tmp_path: Path, python_with_fake_ray: str
+) -> None:
+    made = make_run(tmp_path, 1, signal_lead_s=100)
+    rehearsal = Rehearsal(made, "long-step", python_with_fake_ray)
+    rehearsal.wait_for_driver()
+    rehearsal.process.send_signal(signal.SIGINT)
+    code, _, err = rehearsal.finish()
+    assert code == STOPPED
+    given_up = r"stopped: Ctrl-C; the step in flight was given up: it had to train for (\d+) s more"
+    [training_s] = re.findall(f"{given_up}, and 80 s were left", err)
+    assert 80 < int(training_s) <= 100
 
 
 def test_a_killed_rehearsal_takes_its_nodes_along(
