@@ -354,6 +354,8 @@ class Agent:
         reason = self._attempt.must_stop()
         if reason is None:
             return
+        # A cancelled job may have been draining.
+        reason = self._attempt.final_stop() or reason
         if self._driver is None:
             raise AttemptOver(STOPPED, f"{reason}, before the driver started")
         if self._kill_at == float("inf"):
@@ -374,7 +376,8 @@ class Agent:
         if child is self._driver and code == DONE:
             raise AttemptOver(DONE, "")
         if child is self._driver and code == STOPPED:
-            reason = self._attempt.must_stop() or "the driver stopped by itself"
+            asked = self._attempt.final_stop() or self._attempt.must_stop()
+            reason = asked or "the driver stopped by itself"
             raise AttemptOver(STOPPED, reason)
         self._pass_on_signals()
         final_stop = self._attempt.final_stop()
