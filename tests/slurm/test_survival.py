@@ -1,10 +1,11 @@
 """Whatever happens to a run on a real SLURM, it goes on by itself, and no committed step is lost or
 made twice.
 
-`pytest -m matrix tests/slurm/test_survival.py`; -k "driver" picks a fault.
+`pytest -m matrix tests/slurm/test_survival.py`; -k "guard_at_sync" picks the run with that fault.
 
-One run meets one fault after the other, each at the next point of a plan, and each in an attempt of
-its own: what an attempt before it has left is there, as in a long run. Checkpoints are committed
+One run meets three faults, one after the other, each in an attempt of its own: what an attempt
+before it has left is there, as in a long run. The first four runs have each fault once, at various
+points; all runs have each fault at each point. Checkpoints are committed
 after every second step, and a fault comes where the step before it is not committed. The driver
 stands still while the fault comes, so that it comes exactly there. Nobody touches the run. All that
 is checked is read from its files, from SLURM and from the table of processes. Each fault prints a
@@ -46,7 +47,7 @@ pytestmark = [
     pytest.mark.megatron,
     pytest.mark.timeout(900),
 ]
-NUM_STEPS = 30
+NUM_STEPS = 20
 SAVE_INTERVAL = 2
 COMMON = f"""--num-rollout {NUM_STEPS} --save-interval {SAVE_INTERVAL} --rollout-batch-size 16
     --eval.max-prompts 8 --cluster.slots-per-node 1 --tp-size 1 --pp-size 1""".split()
@@ -59,6 +60,21 @@ TWO_ENGINES = [*COMMON, "--nodes", "3", "--cluster.rollout-nodes", "2"]
 OF_THE_ATTEMPT = re.compile(r"time/|router/|tracking/|rollout/generated_tokens")
 LEAVE_DEADLINE_S = 10.0
 OF_ONE_NODE = [name for name in FAULTS if name not in (*OF_ENGINES, "rollout worker")]
+NUM_A_RUN = 3
+
+
+def plans() -> list[list[tuple[str, str]]]:
+    """Every fault at every point; a plan has different faults and different points, in the order
+    of the points.
+    """
+    found = []
+    for shift in range(len(POINTS)):
+        for first in range(0, len(OF_ONE_NODE), NUM_A_RUN):
+            faults = OF_ONE_NODE[first : first + NUM_A_RUN]
+            places = [(shift + first + i) % len(POINTS) for i in range(len(faults))]
+            rows = sorted(zip(places, faults, strict=True))
+            found.append([(fault, POINTS[place]) for place, fault in rows])
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -318,9 +334,15 @@ def trial(
     return make
 
 
-@pytest.mark.parametrize("fault", OF_ONE_NODE)
-def test_a_run_of_one_node_goes_on_as_if_nothing_had_been(trial: Callable[..., Trial], fault: str):
-    trial(EMBEDDED).run([(fault, point) for point in POINTS])
+def name_of(plan: Sequence[tuple[str, str]]) -> str:
+    return "-".join(f"{fault}_at_{point}".replace(" ", "_") for fault, point in plan)
+
+
+@pytest.mark.parametrize("plan", plans(), ids=name_of)
+def test_a_run_of_one_node_goes_on_as_if_nothing_had_been(
+    trial: Callable[..., Trial], plan: list[tuple[str, str]]
+):
+    trial(EMBEDDED).run(plan)
 
 
 def test_rollouts_that_were_finished_ahead_are_trained_after_a_fault(trial: Callable[..., Trial]):
@@ -332,18 +354,23 @@ def test_rollouts_that_were_finished_ahead_are_trained_after_a_fault(trial: Call
 
 
 @pytest.mark.sglang
-def test_a_run_with_all_its_parts_goes_on(trial: Callable[..., Trial]):
-    """An engine that dies is started anew in the same attempt."""
-    in_place = [("sglang", "generate"), ("scheduler", "generate"), ("detokenizer", "generate")]
-    anew = [
-        ("trainer", "train"),
-        ("gcs", "sync"),
-        ("preempt", "generate"),
-        ("rollout worker", "generate"),
-        ("sglang", "sync"),
-    ]
-    found = trial(SGLANG, ", SGLang").run([*in_place, *anew])
-    assert [one.attempts for one in found[: len(in_place)]] == [0] * len(in_place)
+def test_an_engine_that_dies_is_started_anew_in_the_same_attempt(trial: Callable[..., Trial]):
+    plan = [("sglang", "generate"), ("scheduler", "generate"), ("detokenizer", "generate")]
+    found = trial(SGLANG, ", SGLang").run(plan)
+    assert [one.attempts for one in found] == [0] * len(plan)
+
+
+@pytest.mark.sglang
+@pytest.mark.parametrize(
+    "plan",
+    [
+        [("trainer", "train"), ("preempt", "generate"), ("gcs", "sync")],
+        [("rollout worker", "generate"), ("sglang", "sync")],
+    ],
+    ids=name_of,
+)
+def test_a_run_with_all_its_parts_goes_on(trial: Callable[..., Trial], plan: list[tuple[str, str]]):
+    trial(SGLANG, ", SGLang").run(plan)
 
 
 @pytest.mark.sglang
