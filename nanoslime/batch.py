@@ -243,8 +243,3 @@ class StepMetrics:
     maxima: dict[str, float]  # over the global batch
     num_skipped: int = 0  # optimizer steps without an update so far, also before a resume
     minima: dict[str, float] = field(default_factory=dict)  # over the global batch
-
-    @property
-    def values(self) -> dict[str, float]:
-        """Means, maxima and minima together."""
-        return self.means | self.maxima | self.minima

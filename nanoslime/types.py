@@ -336,6 +336,19 @@ class Engine(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class WeightGroup:
+    """A process group in which the ranks of engines receive weights from a trainer rank, its rank
+    0, which listens at `address`.
+    """
+
+    name: str
+    address: str
+    port: int
+    world_size: int
+    backend: str
+
+
 @runtime_checkable
 class BroadcastEngine(Engine, Protocol):
     """An engine that receives weights from trainer ranks rather than from files.
@@ -346,16 +359,7 @@ class BroadcastEngine(Engine, Protocol):
 
     world_size: int
 
-    def init_weight_group(
-        self,
-        *,
-        address: str,
-        port: int,
-        rank_offset: int,
-        world_size: int,
-        group: str,
-        backend: str,
-    ) -> None: ...
+    def join_weight_group(self, group: WeightGroup, first_rank: int) -> None: ...
     def begin_update(self) -> None: ...
     def receive_buckets(
         self, *, names: list[str], dtypes: list[str], shapes: list[list[int]], group: str

@@ -136,15 +136,14 @@ class Ranks:
         # A death breaks the collectives of all other ranks. A rank that failed by itself
         # ends after its answer, and only then does torchrun end the others, this one too.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        heard = {0}
-        first_gone = self._first_dead(heard)
-        if first_gone is not None and first_gone != rank:
+        first_gone, silent = self._others()
+        if first_gone not in (None, rank):
             raise self._error(f"trainer rank {first_gone} died while asked to {what}")
-        silent = self._silent(heard | {rank})
-        if silent:
+        hanging = ", ".join(str(other) for other in silent if other != rank)
+        if hanging:
             raise self._error(
                 f"trainer rank {rank} failed to {what}: {answer.failure}; "
-                f"trainer ranks {silent} have not answered"
+                f"trainer ranks {hanging} have not answered"
             )
         raise self._error(f"trainer rank {rank} failed to {what}: {answer.failure}")
 
@@ -155,33 +154,26 @@ class Ranks:
         except (EOFError, OSError):
             return None
 
-    def _first_dead(self, heard: set[int]) -> int | None:
-        """Returns the first rank outside `heard` whose connection closes within two
-        seconds without another answer.
-        """
-        end = time.monotonic() + NEWS_OF_A_DEATH_S
-        while pending := self._pending(heard):
-            ready = wait(pending.values(), timeout=max(0.0, end - time.monotonic()))
-            if not ready:
-                return None
-            for rank, connection in pending.items():
-                if connection not in ready:
-                    continue
-                if self._receive(rank) is None:
-                    return rank
-                heard.add(rank)
-        return None
+    def _others(self) -> tuple[int | None, list[int]]:
+        """Hears from all ranks but 0 for two seconds.
 
-    def _silent(self, heard: set[int]) -> str:
-        """The ranks outside `heard` that neither answer nor end within two seconds: they hang, or
-        wait for one that does."""
+        Returns the first that ends without another answer, and those that neither answer nor
+        end: they hang, or wait for one that does.
+        """
+        first_gone = None
+        heard = {0}
         end = time.monotonic() + NEWS_OF_A_DEATH_S
         while pending := self._pending(heard):
             ready = wait(pending.values(), timeout=max(0.0, end - time.monotonic()))
             if not ready:
                 break
-            heard |= {rank for rank, connection in pending.items() if connection in ready}
-        return ", ".join(str(rank) for rank in pending)
+            for rank, connection in pending.items():
+                if connection not in ready:
+                    continue
+                if self._receive(rank) is None and first_gone is None:
+                    first_gone = rank
+                heard.add(rank)
+        return first_gone, list(pending)
 
     def _pending(self, heard: Container[int]) -> dict[int, Connection]:
         return {
@@ -193,7 +185,7 @@ class Ranks:
     def _told_to_end(self, signum: int, frame: Any) -> None:
         """Handles SIGTERM, which torchrun sends to all ranks when one has died."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        dead = self._first_dead({0})
+        dead, _ = self._others()
         if dead is not None:
             raise self._error(f"trainer rank {dead} died")
         raise self._error("torchrun ended the run by SIGTERM")

@@ -197,11 +197,6 @@ class Router:
                 found[f"router/{name}/{what}"] = float(count)
         return found
 
-    @property
-    def inflight(self) -> dict[str, int]:
-        """Sequences that each engine was asked for and has not yet answered."""
-        return {name: slot.inflight for name, slot in self._slots.items()}
-
     def _add(self, engines: Sequence[Engine]) -> None:
         names = [engine.name for engine in engines]
         if len(set(names)) < len(names):

@@ -28,6 +28,7 @@ from torch import Tensor
 from nanoslime.batch import WeightShard
 from nanoslime.process_groups import join_group, shared_store
 from nanoslime.sealed_bucket import Place, seal
+from nanoslime.types import WeightGroup
 from nanoslime.weight_sync.engine_calls import EngineCalls, EnginesFailed
 from nanoslime.weight_sync.exchange import Exchange
 from nanoslime.weight_sync.flat import FlatBucket
@@ -327,17 +328,9 @@ class _Wire:
     def _join(self, address: str, store: dist.TCPStore, backend: str) -> dist.ProcessGroup:
         sizes = [engine.world_size for engine in self._calls.engines]
         *offsets, world_size = accumulate(sizes, initial=1)
+        asked = WeightGroup(self.group_name, address, store.port, world_size, backend)
         joins = [
-            self._calls.start_one(
-                engine,
-                "init_weight_group",
-                address=address,
-                port=store.port,
-                rank_offset=offset,
-                world_size=world_size,
-                group=self.group_name,
-                backend=backend,
-            )
+            self._calls.start_one(engine, "join_weight_group", group=asked, first_rank=offset)
             for engine, offset in zip(self._calls.engines, offsets, strict=True)
         ]
         try:

@@ -148,6 +148,11 @@ class Job:
     argument: Any
 
 
+def values_of(step: StepMetrics) -> dict[str, float]:
+    """Means, maxima and minima together."""
+    return step.means | step.maxima | step.minima
+
+
 def train_batch(
     step: dict[str, Any], dp_rank: int = 0, dp_size: int = 1, sequences: int | None = None
 ) -> TrainBatch:
@@ -419,15 +424,15 @@ def compare(outcome: Outcome, ref: Outcome) -> dict[str, float]:
     norms = []
     metrics = [0.0]
     for step, expected in zip(outcome.steps, ref.steps, strict=True):
-        assert step.values.keys() == expected.values.keys(), (
-            f"metrics that only one has: {step.values.keys() ^ expected.values.keys()}"
+        assert values_of(step).keys() == values_of(expected).keys(), (
+            f"metrics that only one has: {values_of(step).keys() ^ values_of(expected).keys()}"
         )
         assert math.isclose(step.lr, expected.lr)
         assert not step.skipped
         losses.append(_relative(step.loss, expected.loss))
         norms.append(_relative(step.grad_norm, expected.grad_norm))
-        for name, value in expected.values.items():
-            metrics.append(_relative(step.values[name], value))
+        for name, value in values_of(expected).items():
+            metrics.append(_relative(values_of(step)[name], value))
     assert outcome.params.keys() == ref.params.keys(), (
         f"parameters that only one has: {outcome.params.keys() ^ ref.params.keys()}"
     )

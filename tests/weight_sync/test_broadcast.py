@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from nanoslime.batch import OwnedShard, WeightShard
 from nanoslime.process_groups import join_group
 from nanoslime.sealed_bucket import HEADER_BYTES
-from nanoslime.types import RunError
+from nanoslime.types import RunError, WeightGroup
 from nanoslime.weight_sync import broadcast
 from nanoslime.weight_sync.broadcast import BroadcastSender
 from nanoslime.weight_sync.engine_calls import EnginesFailed
@@ -35,7 +35,7 @@ class Refusing:
     name = "a"
     world_size = 1
 
-    def init_weight_group(self, **group: object) -> None:
+    def join_weight_group(self, **asked: object) -> None:
         raise RunError("engine a refuses")
 
 
@@ -48,9 +48,10 @@ class Hanging:
     def __init__(self) -> None:
         self.process: Any = None
 
-    def init_weight_group(self, **group: Any) -> None:
+    def join_weight_group(self, group: WeightGroup, first_rank: int) -> None:
         context = mp.get_context("spawn")
-        self.process = context.Process(target=join_and_hang, args=(group,), daemon=True)
+        arguments = (group, first_rank)
+        self.process = context.Process(target=join_and_hang, args=arguments, daemon=True)
         self.process.start()
         assert process_table.wait_for(lambda: is_stopped(self.process.pid), 60)
 
@@ -58,14 +59,14 @@ class Hanging:
         raise RunError("engine a refuses")
 
 
-def join_and_hang(group: dict[str, Any]) -> None:
-    store = dist.TCPStore(group["address"], group["port"], is_master=False)
+def join_and_hang(group: WeightGroup, first_rank: int) -> None:
+    store = dist.TCPStore(group.address, group.port, is_master=False)
     join_group(
         store,
-        rank=group["rank_offset"],
-        world_size=group["world_size"],
-        name=group["group"],
-        backend=group["backend"],
+        rank=first_rank,
+        world_size=group.world_size,
+        name=group.name,
+        backend=group.backend,
         timeout_s=60,
     )
     os.kill(os.getpid(), signal.SIGSTOP)

@@ -32,6 +32,7 @@ from nanoslime.types import (
     RunError,
     Status,
     TensorKind,
+    WeightGroup,
 )
 
 # SGLang answers /health by generating a token, which takes about a second on a CPU.
@@ -271,28 +272,19 @@ class SGLangEngine:
         )
         self._require_plugin(answer, "tensors checked")
 
-    def init_weight_group(
-        self,
-        *,
-        address: str,
-        port: int,
-        rank_offset: int,
-        world_size: int,
-        group: str,
-        backend: str,
-    ) -> None:
-        """Join the group as ranks rank_offset .. rank_offset + self.world_size - 1.
+    def join_weight_group(self, group: WeightGroup, first_rank: int) -> None:
+        """Join the group as ranks first_rank .. first_rank + self.world_size - 1.
 
-        Blocks until all of its `world_size` ranks have joined.
+        Blocks until all ranks of the group have joined.
         """
         self._post(
             "/init_weights_update_group",
-            master_address=address,
-            master_port=port,
-            rank_offset=rank_offset,
-            world_size=world_size,
-            group_name=group,
-            backend=backend,
+            master_address=group.address,
+            master_port=group.port,
+            rank_offset=first_rank,
+            world_size=group.world_size,
+            group_name=group.name,
+            backend=group.backend,
         )
 
     def begin_update(self) -> None:

@@ -33,6 +33,7 @@ from nanoslime.types import (
     PauseMode,
     RunError,
     Status,
+    WeightGroup,
 )
 from nanoslime.weight_sync.colocated import payload_of
 from nanoslime.weight_sync.flat import FlatBucket
@@ -408,15 +409,8 @@ class Sender:
         self.engine = engine
         self.name = name
         store = shared_store("127.0.0.1", timeout_s=DEADLINE_S)
-        joining = in_background(
-            engine.init_weight_group,
-            address="127.0.0.1",
-            port=store.port,
-            rank_offset=1,
-            world_size=2,
-            group=name,
-            backend="gloo",
-        )
+        group = WeightGroup(name, "127.0.0.1", store.port, world_size=2, backend="gloo")
+        joining = in_background(engine.join_weight_group, group, first_rank=1)
         with joining as joined:
             self.group = join_group(
                 store, rank=0, world_size=2, backend="gloo", name=name, timeout_s=DEADLINE_S

@@ -34,6 +34,7 @@ from tests.training.parity import (
     grad_shards,
     make_backend,
     train_batch,
+    values_of,
 )
 from tests.training.reference import make_step
 
@@ -132,7 +133,7 @@ def test_a_replayed_step_is_the_same_in_every_layout_and_with_recompute(model_di
     [expected] = alone
     expected_grads = whole_grads(alone)
     assert all((experts >= 0).all() for experts in expected["experts"])
-    mismatch = expected["step"].values["train/routing_mismatch_ratio"]
+    mismatch = values_of(expected["step"])["train/routing_mismatch_ratio"]
     assert 0.2 < mismatch < 0.9, "the disturbed routers choose otherwise, mostly or partly"
     for layout, results in zip(LAYOUTS, others, strict=True):
         found = difference(whole_grads(results), expected_grads)
@@ -140,7 +141,7 @@ def test_a_replayed_step_is_the_same_in_every_layout_and_with_recompute(model_di
         assert found < RELATIVE, layout
         for result in results:
             assert result["step"].loss == pytest.approx(expected["step"].loss, rel=RELATIVE)
-            found_mismatch = result["step"].values["train/routing_mismatch_ratio"]
+            found_mismatch = values_of(result["step"])["train/routing_mismatch_ratio"]
             assert found_mismatch == pytest.approx(mismatch, abs=1e-9)
         if layout.dp_size == 1:  # each rank has recorded its own layers and tokens
             by_rank = torch.stack([torch.cat(result["experts"]) for result in results])
@@ -165,7 +166,7 @@ def test_replaying_the_routers_own_choice_changes_nothing(family, start, tmp_pat
     batch = train_batch(step)
     backend.logprobs(batch, "policy")
     metrics = backend.train_step(batch, GRPO(KL))
-    assert metrics.values["train/routing_mismatch_ratio"] == 0
+    assert values_of(metrics)["train/routing_mismatch_ratio"] == 0
     assert difference(parity.assemble(copied(grad_shards(backend))), expected) == 0
 
 
@@ -313,7 +314,7 @@ def check_r3(start: Any, batch: TrainBatch) -> None:
     results = []
     held = chosen(backend, lambda: results.append(backend.train_step(batch, GRPO(KL))))
     assert torch.equal(held[is_known], engine[is_known])
-    mismatch = results[0].values["train/routing_mismatch_ratio"]
+    mismatch = values_of(results[0])["train/routing_mismatch_ratio"]
     free_mismatch = (disturbed[is_known] != engine[is_known]).any(-1).double().mean()
     print(
         f"logprob gap: {gap:.1e} with R3; disturbed routers: {gap_of_disturbed:.1e} with R3,"
