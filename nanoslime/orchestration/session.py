@@ -201,10 +201,7 @@ def make_session(
             weights.look_at_probe(wait_s=0.0)
 
         serving = Serving(
-            workers=workers,
-            lost=pool.lost,
-            service=service,
-            must_stop=attempt.must_stop,
+            workers=workers, lost=pool.lost, service=service, must_stop=attempt.must_stop
         )
         rollout = RolloutManager(config, run, inputs.prompts, weights, serving)
         resources.callback(rollout.close)

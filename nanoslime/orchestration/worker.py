@@ -161,8 +161,7 @@ class TrainWorker:
 
     def send(self, version: int, compares: bool = False) -> Sent:
         """Sends the current weights as `version`; see Sender."""
-        if self._sender is None:
-            raise RuntimeError("connect() comes before send()")
+        assert self._sender is not None, "connect() comes before send()"
         try:
             return self._sender.send(version, compares=compares)
         except EnginesFailed as e:

@@ -12,24 +12,16 @@ _NUM_TRIES = 50
 
 
 def free_port(address: str) -> int:
-    """A TCP port that nobody on this host has bound, for a server at `address`."""
-    return free_ports(address, 1)[0]
+    """A TCP port that nobody on this host has bound, for a server at `address`.
 
-
-def free_ports(address: str, count: int) -> list[int]:
-    """`count` different ports that nobody on this host has bound.
-
-    The empty address stands for all addresses. The ports are free now: bind them soon.
+    The empty address stands for all addresses. The port is free now: bind it soon.
     """
-    ports: list[int] = []
     for port in random.SystemRandom().sample(_PORTS, _NUM_TRIES):
         if _is_free(address, port):
-            ports.append(port)
-        if len(ports) == count:
-            return ports
+            return port
     raise RunError(
-        f"found {len(ports)} of {count} free ports on {address or 'all addresses'}: "
-        f"{_NUM_TRIES} of {_PORTS.start} to {_PORTS.stop} were tried"
+        f"no free port was found on {address or 'all addresses'}: {_NUM_TRIES} of "
+        f"{_PORTS.start} to {_PORTS.stop} were tried"
     )
 
 
@@ -51,23 +43,6 @@ def hold_consecutive_ports(
                 return ports, holder
         holder.close()
     raise RunError(f"no {count} free ports on {address} from {first} to {end}")
-
-
-def require_free_port(address: str, port: int, who: str) -> None:
-    """Raises RunError in one line when `port` cannot be bound on `address`.
-
-    A port whose last connections have only just closed (TIME_WAIT) counts as free.
-    """
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, port))
-        except OSError as error:
-            raise RunError(
-                f"{who}: port {port} on {address} cannot be used ({error.strerror}); "
-                "give it another port or end the process that holds this one"
-            ) from error
 
 
 def answers(address: str, port: int) -> bool:

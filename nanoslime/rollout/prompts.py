@@ -21,12 +21,7 @@ from nanoslime.config.model import DataConfig
 from nanoslime.rollout.chat import Chat
 from nanoslime.storage.prompt_files import read_prompts
 from nanoslime.storage.prompt_rows import Tally
-from nanoslime.storage.prompt_text import (
-    check_length,
-    check_template,
-    none_left,
-    prompt_text,
-)
+from nanoslime.storage.prompt_text import check_length, check_template, none_left, prompt_text
 from nanoslime.types import GroupReport, Prompt, RunError, SampleReport
 
 logger = logging.getLogger(__name__)
@@ -191,11 +186,7 @@ class PromptSource:
         return taken
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "num_taken": self.num_taken,
-            "prompts": self._prompts_digest,
-            "file": self._file,
-        }
+        return {"num_taken": self.num_taken, "prompts": self._prompts_digest, "file": self._file}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken, with the same seed (storage/resume.py).

@@ -134,8 +134,7 @@ class Router:
                 return [Generation([], [], Status.ERROR, [], error=cause)] * request.n
 
     def set_engines(self, engines: Sequence[Engine]) -> None:
-        """These serve from now on, with what they already have. Raises RunError for two of one
-        name.
+        """These serve from now on, with what they already have. Each has a name of its own.
 
         Requests on others are ended there, with the tokens that they have where their engine
         still gives them.
@@ -198,9 +197,6 @@ class Router:
         return found
 
     def _add(self, engines: Sequence[Engine]) -> None:
-        names = [engine.name for engine in engines]
-        if len(set(names)) < len(names):
-            raise RunError(f"a router needs engines with names of their own, got {names}")
         for engine in engines:
             if engine.name not in self._slots:
                 self._slots[engine.name] = _Slot(engine)

@@ -85,8 +85,8 @@ class TrainBackend(ABC):
         """float32 [T_i] per sequence of `shard`, on the CPU; None before the last stage.
 
         Under training.routing_replay=R2 the policy's choice of experts is put into
-        `shard`; the reference chooses for itself in any case. Raises ValueError for "ref"
-        where the algorithm was configured without a reference.
+        `shard`; the reference chooses for itself in any case. "ref" is for an algorithm that
+        needs a reference.
         """
         with torch.no_grad(), self._weights(weights):
             packs = self._packed_logprobs(shard, weights)
@@ -241,13 +241,8 @@ class TrainBackend(ABC):
         if which == self._present:
             yield
             return
-        if which == "policy":
-            raise RuntimeError("the policy's weights are aside while the reference's are in use")
-        if not self._reference:
-            raise ValueError(
-                "reference logprobs need kl_coef > 0 or use_kl_loss;"
-                " without one of them the reference's weights are not kept"
-            )
+        assert which == "ref", "the policy's weights are aside while the reference's are in use"
+        assert self._reference, "the algorithm needs no reference, whose weights were not kept"
         live = self._parameters()
         # The stream keeps the order of copies between pinned memory and the device.
         torch._foreach_copy_(self._policy_aside, live, non_blocking=True)

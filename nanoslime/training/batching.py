@@ -65,8 +65,7 @@ def plan_train_batches(
 
     The ranks of a step have equally many micro-batches. Where sequences do not suffice, a
     masked-out dummy sequence fills a micro-batch. Without groups there are no steps.
-    Raises ValueError for a sample without an advantage, or without the routed experts that
-    others have.
+    Raises ValueError for a sample without the routed experts that others have.
     """
     steps = _split_into_steps(groups, options)
     return [_plan_step(samples, options) for samples in steps if samples]
@@ -202,11 +201,7 @@ def _add_dummies(plan: BatchPlan) -> None:
 
 
 def _advantage(sample: SampleReport) -> float:
-    if sample.advantage is None:
-        raise ValueError(
-            f"sample of group {sample.group_id}, rollout {sample.rollout_id} has no advantage; "
-            "PolicyGradient.advantages comes before batching"
-        )
+    assert sample.advantage is not None, "PolicyGradient.advantages comes before batching"
     return float(sample.advantage)
 
 

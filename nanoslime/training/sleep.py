@@ -32,8 +32,7 @@ class DeviceMemory:
         """Frees the storages of both. Those of `cleared` are not copied: they become
         zeros.
         """
-        if self._kept:
-            raise RuntimeError("asleep already: wake() comes before the next sleep()")
+        assert not self._kept, "asleep already: wake() comes before the next sleep()"
         self._kept = self._storages(kept)
         self._cleared = self._storages(cleared)
         self._copy_to_host()
@@ -45,8 +44,7 @@ class DeviceMemory:
     @torch.no_grad()
     def restore(self) -> None:
         """Takes the memory again, with the bytes that `release` kept."""
-        if not self._kept:
-            raise RuntimeError("not asleep: sleep() comes before wake()")
+        assert self._kept, "not asleep: sleep() comes before wake()"
         for storage, num_bytes in (self._kept | self._cleared).items():
             storage.resize_(num_bytes)
         for storage in self._cleared:

@@ -26,12 +26,7 @@ from torch import Tensor
 from nanoslime.models.rules import Box
 from nanoslime.storage import manifest
 from nanoslime.storage.commit import commit, partial_dir, partial_path
-from nanoslime.storage.safetensors_file import (
-    INDEX_FILE,
-    copy_other_files,
-    parse_head,
-    plan_files,
-)
+from nanoslime.storage.safetensors_file import INDEX_FILE, copy_other_files, parse_head, plan_files
 from nanoslime.storage.shared_files import publish_json
 from nanoslime.types import RunError
 from nanoslime.weight_sync.exchange import Exchange

@@ -526,11 +526,6 @@ def test_the_embedded_engine_answers_requests_that_start_together_as_one_batch(
     assert batches == [32]
 
 
-def test_engines_need_names_of_their_own(embedded: EmbeddedEngine) -> None:
-    with pytest.raises(RunError, match="names of their own"):
-        Router([embedded, embedded])
-
-
 def test_a_server_that_answers_once_with_500_keeps_its_engine() -> None:
     fake = FakeSGLang(lambda number: (500, "{}") if number == 0 else fine())
     with serving(fake) as engine:

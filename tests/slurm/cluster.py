@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 from nanoslime.processes.logs import last_lines
-from nanoslime.processes.ports import free_ports
+from nanoslime.processes.ports import free_port
 from tests import process_table
 
 _FINAL_STATES = {
@@ -228,7 +228,10 @@ class SlurmCluster:
     def _start_slurm(self, attempts: int = 3) -> None:
         """Ports are free when chosen; when one is taken before its daemon has it, choose again."""
         for attempt in range(1, attempts + 1):
-            self._write_config(free_ports("", 1 + self.num_nodes))
+            ports: set[int] = set()
+            while len(ports) < 1 + self.num_nodes:
+                ports.add(free_port(""))
+            self._write_config(list(ports))
             try:
                 self._spawn("slurmctld", "slurmctld", "-D", "-i")
                 for name in self.node_names:

@@ -145,10 +145,10 @@ def test_memory_of_a_sleeping_rank_is_really_given_back(alone, large, layout):
 
 def twice(env, model_dir) -> tuple[str, str]:
     backend = make_backend(Layout("fsdp"), model_dir, env)
-    with pytest.raises(RuntimeError) as too_early:
+    with pytest.raises(AssertionError) as too_early:
         backend.wake()
     backend.sleep()
-    with pytest.raises(RuntimeError) as twice:
+    with pytest.raises(AssertionError) as twice:
         backend.sleep()
     return str(too_early.value), str(twice.value)
 

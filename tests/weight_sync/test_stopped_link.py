@@ -23,7 +23,6 @@ from nanoslime.orchestration.devices import SeparateDevices
 from nanoslime.orchestration.engine_pool import EnginePool
 from nanoslime.orchestration.local_group import LocalTrainGroup
 from nanoslime.processes.ports import free_port
-from nanoslime.rollout.engines import sglang_server
 from nanoslime.rollout.engines.sglang_server import SGLangServer
 from nanoslime.run_dir import RunDir
 from nanoslime.training.backend import RankEnv
@@ -81,7 +80,6 @@ def test_inside_a_namespace(
     far_side: list[str], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "v0")
-    monkeypatch.setattr(sglang_server, "require_free_port", lambda *args: None)
     config = RunConfig(
         model=ModelConfig(dtype="float32"),
         rollout=RolloutConfig(sglang={"max_total_tokens": 8192, "max_running_requests": 64}),

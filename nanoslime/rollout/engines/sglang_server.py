@@ -14,7 +14,7 @@ from typing import Any
 from nanoslime.engine_kind import EngineStart
 from nanoslime.models.shape import ModelShape
 from nanoslime.processes.child import ChildProcess
-from nanoslime.processes.ports import free_port, require_free_port
+from nanoslime.processes.ports import free_port
 from nanoslime.rollout.engines.sglang import COLOCATED_MEM_FRACTION
 from nanoslime.rollout.engines.sglang_client import SGLangEngine, make_key
 from nanoslime.types import RunError
@@ -85,7 +85,6 @@ class SGLangServer:
         Raises RunError naming the engine, what was awaited, and the log.
         """
         plan = self._plan
-        require_free_port(plan.host, self._port, f"engine {self._name}")
         engine = SGLangEngine(
             name=self._name,
             url=f"http://{plan.host}:{self._port}",

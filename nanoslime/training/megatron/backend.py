@@ -83,20 +83,11 @@ class MegatronBackend(TrainBackend):
         return self._pipeline.logprobs(shard)
 
     def _backward(self, shard: TrainBatch, algorithm: PolicyGradient) -> ReducedMetrics:
-        if shard.routed_experts is None:
-            self._refuse_without_experts()
+        if self._replay == "R3" and shard.routed_experts is None:
+            raise ValueError("training.routing_replay=R3: no routed experts; the samples hold none")
         self._optimizer.zero_grad()
         metrics = self._pipeline.gradients(shard, algorithm)
         return parallel.from_last_stage(metrics, self._ranks)
-
-    def _refuse_without_experts(self) -> None:
-        if self._replay == "R2":
-            raise ValueError(
-                "training.routing_replay=R2: no routed experts; logprobs were not computed before"
-                " the step"
-            )
-        if self._replay == "R3":
-            raise ValueError("training.routing_replay=R3: no routed experts; the samples hold none")
 
     def _grad_norm(self) -> float:
         self._optimizer.prepare_grads()

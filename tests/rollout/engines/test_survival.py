@@ -7,7 +7,6 @@ again.
 
 import asyncio
 import os
-import socket
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -56,18 +55,6 @@ def test_a_server_that_exits(tiny_model: Path, tmp_path: Path, no_leftovers: Non
     with pytest.raises(RunError, match=message):
         server.start(deadline_s=60)
     assert time.monotonic() - start < 30
-
-
-def test_a_taken_port(tiny_model: Path, tmp_path: Path, no_leftovers: None) -> None:
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.1", 0))
-        holder.listen()
-        port = holder.getsockname()[1]
-        server = make_server(tiny_model, tmp_path / "e.log", port)
-        message = f"engine engine-0: port {port} on 127.0.0.1 cannot be used .*another port"
-        with pytest.raises(RunError, match=message):
-            server.start(deadline_s=5)
-    assert server.process is None
 
 
 def test_command_and_options(tiny_model: Path, tmp_path: Path) -> None:
