@@ -46,10 +46,16 @@ WEIGHTED = "weighted"
 """The name of the weighted sum of data.rewards."""
 
 # What the chat template is given besides data.chat_template_kwargs.
-_TEMPLATE_ARGUMENTS = set(
-    """conversation messages add_generation_prompt continue_final_message tokenize return_dict
-    return_tensors chat_template""".split()
-)
+_TEMPLATE_ARGUMENTS = {
+    "conversation",
+    "messages",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "return_dict",
+    "return_tensors",
+    "chat_template",
+}
 
 
 @knobs

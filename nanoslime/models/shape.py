@@ -24,8 +24,15 @@ _LLAMA3_SCALING = {
 
 
 # Fields of ModelShape that every config.json has under the same name.
-_SAME_NAMES = """model_type hidden_size intermediate_size num_attention_heads vocab_size
-    max_position_embeddings rms_norm_eps""".split()
+_SAME_NAMES = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
 
 
 class Architecture(NamedTuple):

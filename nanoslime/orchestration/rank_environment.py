@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-_NCCL = ("NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE")
-_INTERFACE = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+NCCL_MEMORY = ("NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE")
+INTERFACE = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 def nccl_defaults(environ: Mapping[str, str], sglang: Mapping[str, Any]) -> dict[str, str]:
@@ -15,7 +15,7 @@ def nccl_defaults(environ: Mapping[str, str], sglang: Mapping[str, Any]) -> dict
     """
     symmetric = bool(sglang.get("enable_symm_mem"))
     nvls = symmetric or bool(sglang.get("enable_nccl_nvls"))
-    values = dict(zip(_NCCL, (str(int(symmetric)), str(int(nvls))), strict=True))
+    values = dict(zip(NCCL_MEMORY, (str(int(symmetric)), str(int(nvls))), strict=True))
     return {name: on for name, on in values.items() if on == "1" or name not in environ}
 
 
@@ -23,7 +23,7 @@ def interface_names(environ: Mapping[str, str], interface: str) -> dict[str, str
     """The variables that tie gloo and NCCL to `interface`; none where it is empty."""
     if not interface:
         return {}
-    return {name: interface for name in _INTERFACE if name not in environ}
+    return {name: interface for name in INTERFACE if name not in environ}
 
 
 def interface_of(address: str, addresses: Mapping[str, list[str]]) -> str:

@@ -24,8 +24,12 @@ from nanoslime.types import RunError
 
 # settings of models that do more to the hidden states than multiply them with the output
 # weight
-_LOGITS_ARE_CHANGED_BY = """final_logit_softcapping logit_scale logits_scaling
-    lm_head_multiplier""".split()
+_LOGITS_ARE_CHANGED_BY = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+)
 
 
 class Policy(torch.nn.Module):

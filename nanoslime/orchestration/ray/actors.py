@@ -20,6 +20,8 @@ from nanoslime.config import RunConfig
 from nanoslime.config.deadlines import Deadline
 from nanoslime.failures import is_of_machine, summary
 from nanoslime.orchestration.rank_environment import (
+    INTERFACE,
+    NCCL_MEMORY,
     interface_names,
     interface_of,
     nccl_defaults,
@@ -32,8 +34,7 @@ from nanoslime.types import MachineFailure, RunError
 
 logger = logging.getLogger(__name__)
 # What an actor writes of its environment into its log.
-REPORTED = """OMP_NUM_THREADS GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME NCCL_CUMEM_ENABLE
-    NCCL_NVLS_ENABLE""".split()
+REPORTED = ("OMP_NUM_THREADS", *INTERFACE, *NCCL_MEMORY)
 
 
 @dataclass(frozen=True, slots=True)
