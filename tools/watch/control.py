@@ -60,6 +60,8 @@ def stop(asked: argparse.Namespace) -> Iterator[str]:
     job = status.job
     if status.runs:
         yield from _drain(status, asked.wait)
+        # The run may have gone on in another job meanwhile.
+        job = RunStatus(asked.run).job
     elif job is None or not (job.runs or job.waits):
         raise RunError(f"{status.run.path} does not run: {status.state}")
     if job is not None:

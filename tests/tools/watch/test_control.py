@@ -136,27 +136,31 @@ def test_a_job_is_cancelled_after_its_attempt_has_ended(submitted, programs, tol
     assert json.loads((programs / "when").read_text())["phase"] == "stopped"
 
 
-# A process whose job SLURM starts anew as soon as it is asked: the first attempt never says how it
+# A run that goes on in another job as soon as it is asked: the first attempt never says how it
 # ended, the second one commits.
 STARTED_ANEW = DRIVER.replace("run.new_attempt()", "run.attempt(1)").replace(
     """run.write_status("checkpoint", 3)""",
-    """attempt = run.new_attempt("12-1")
+    """attempt = run.new_attempt("13-0")
+(run.path / "job.json").write_text('{"job_id": "13"}')
 run.write_status("generate", 2)
 while not attempt.must_stop():
     time.sleep(0.05)""",
 )
 
 
-def test_an_attempt_that_slurm_starts_meanwhile_is_asked_too(submitted, programs, told):
+def test_an_attempt_that_begins_meanwhile_is_asked_too_and_its_job_cancelled(
+    submitted, programs, told
+):
+    stand_in(programs, "squeue", 'for job in 12 13; do echo "$job|RUNNING|None|1:00 left"; done')
     calls = stand_in(programs, "scancel", "true")
     process = start(submitted, "obedient", STARTED_ANEW)
     first, second, ended, cancelled = told("stop", submitted.path, "--wait", "30").splitlines()
     assert process.wait(10) == 0
     assert first == "attempt 1 commits and ends, for at most 30 s"
     assert second.startswith("attempt 2 commits and ends, for at most ")
-    assert ended.startswith("attempt 2: stopped") and cancelled == "scancel 12: done"
+    assert ended.startswith("attempt 2: stopped") and cancelled == "scancel 13: done"
     assert submitted.attempt(2).final_stop() == f"{getpass.getuser()} asked by runs.py stop"
-    assert calls.read_text() == "12\n"
+    assert calls.read_text() == "13\n"
 
 
 def test_a_job_that_waits_is_cancelled_at_once(submitted, programs, told):
