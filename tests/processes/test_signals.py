@@ -48,8 +48,8 @@ def test_a_child_and_its_programs_take_no_notice_of_a_jobs_signals(tmp_path: Pat
     with pytest.raises(subprocess.TimeoutExpired):
         child.wait(0.3)
     assert len(process_table.descendants(child.pid, process_table.all_processes())) == 1
-    child.close()
     assert "ended" not in (tmp_path / "log").read_text()
+    child.close()
 
 
 @pytest.mark.parametrize("number", ALL)
