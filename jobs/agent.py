@@ -8,8 +8,12 @@ Agents meet in the attempt's directory:
     head.json           how to reach Ray
     nodes/<i>.json      a node has joined
     heartbeat/<i>.json  it lives, or has left
+    lost/<i>.json       it is taken for lost
     stop.json           the driver must stop
     end.json            the attempt is over, and why
+
+A node that has only engines may be lost: the run goes on without them. Where it lives all the same,
+its agent sees that, ends what it has there, and its guard starts another one, which joins again.
 
 The agent that sees the end first writes it; all others follow. A non-zero exit code comes last,
 when the other agents have left, since SLURM then kills the step.
@@ -158,6 +162,7 @@ class Agent:
 
     def _live(self) -> None:
         """Everything up to the end of the attempt, which always comes as an exception."""
+        self._attempt.lost(self._env.node_index).unlink(missing_ok=True)
         self._tick()
         check_cores(self._env)
         if self._layout.device == "cuda":
@@ -215,6 +220,9 @@ class Agent:
         self._scratch.mkdir(mode=0o700)
         command = ray_node.start_command(self._env, self._layout, self._scratch, options)
         log = self._attempt.log("ray", self._env.node_index)
+        if log.exists():
+            # An earlier agent's: this one is waited for by what it writes.
+            log.rename(log.with_suffix(".lost.log"))
         self._start(f"Ray on {self._env.node_name}", command, log)
         return log
 
@@ -294,6 +302,8 @@ class Agent:
             self._check_heartbeats()
             with suppress(OSError):
                 self._attempt.require_newest()
+            if seen(self._attempt.lost(self._env.node_index)):
+                raise AttemptOver(DONE, "this node was taken for lost", published=True)
         self._pass_on_signals()
         for child in self._children:
             code = child.poll()
@@ -399,8 +409,8 @@ class Agent:
         return status if is_ours else {}
 
     def _check_heartbeats(self) -> None:
-        """RunError for a silent node. Node 0 looks at all, also at what hangs there, the others at
-        node 0.
+        """Finds nodes that are silent. Node 0 looks at all, also at what hangs there, the others at
+        node 0; see `_lose`.
 
         A heartbeat that cannot be read this time is one that has not come.
         """
@@ -414,18 +424,31 @@ class Agent:
             if "left" in beats.get(node, {}):
                 self._last_beats[node] = (count, float("inf"))
             elif count != last_count:
-                if node in self._last_beats:
+                if node in self._last_beats and changed_at < float("inf"):
                     self._beat_intervals.append(now - changed_at)
                 self._last_beats[node] = (count, now)
             elif now - changed_at > silence_s:
-                name = self._env.node_names[int(node)]
-                log = self._attempt.log("agent", int(node))
-                self._doctor.end(
-                    f"no heartbeat from {name} (node {node}) for {silence_s:.0f} s; see {log}"
-                )
+                self._lose(int(node), silence_s)
+                self._last_beats[node] = (count, float("inf"))
         if self._is_head:
-            found = [Finding(*f) for beat in beats.values() for f in beat.get("findings", ())]
+            living = [node for node in beats if self._last_beats[node][1] < float("inf")]
+            found = [Finding(*f) for node in living for f in beats[node].get("findings", ())]
             self._doctor.judge(found)
+
+    def _lose(self, node: int, silence_s: float) -> None:
+        """Takes a silent node for lost. Raises MachineFailure where the attempt needs it."""
+        self._mark_lost(node)
+        log = self._attempt.log("agent", node)
+        what = f"no heartbeat from {self._env.node_names[node]} (node {node}) for {silence_s:.0f} s"
+        if self._layout.roles(node) != "engine":
+            self._doctor.end(f"{what}; see {log}")
+        logger.error(
+            "%s: the run goes on without its engines, and takes them back where the node was only "
+            "silent; one that SLURM has set DOWN is not given back to a job, so that only the next "
+            "start of the job has it; see %s",
+            what,
+            log,
+        )
 
     def _leave(self, end: AttemptOver) -> int:
         """Publish the end, end all processes, remove scratch, wait for the others."""
@@ -462,9 +485,16 @@ class Agent:
         return True
 
     def _wait_for_others_to_leave(self) -> None:
+        """Those that do not leave in time are taken for lost."""
         deadline = time.monotonic() + _LEAVE_S
-        staying = set(self._attempt.heartbeats())
+        staying = {n for n in self._attempt.heartbeats() if not seen(self._attempt.lost(int(n)))}
         while staying and time.monotonic() < deadline:
             beats = self._attempt.heartbeats(map(int, staying))
             staying -= {node for node, beat in beats.items() if "left" in beat}
             time.sleep(_TICK_S)
+        for node in staying:
+            self._mark_lost(int(node))
+
+    def _mark_lost(self, node: int) -> None:
+        with logged_if_unwritable():
+            publish_json(self._attempt.lost(node), {"name": self._env.node_names[node]})

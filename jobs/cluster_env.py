@@ -65,7 +65,14 @@ class ClusterEnv:
         return _FIRST_PORT + block * _PORTS_PER_BLOCK
 
     def kill_wait_s(self) -> float:
-        """Seconds from SIGTERM to SIGKILL of a job that must go: SLURM's KillWait."""
+        """Seconds from SIGTERM to SIGKILL of a job that must go: SLURM's KillWait, or the grace
+        time of a job that is preempted.
+        """
+        job = job_facts(self.job_id)
+        if job.get("PreemptTime", "None") != "None":
+            grace_s = preemption_grace_s(job["Partition"])
+            if grace_s:
+                return float(grace_s)
         match = re.search(r"KillWait\s*=\s*(\d+)", slurm_says("scontrol", "show", "config"))
         return float(match[1]) if match else _DEFAULT_KILL_WAIT_S
 
@@ -174,6 +181,28 @@ def _node_address(name: str) -> str:
         return socket.gethostbyname(match[1])
     except OSError:
         return ""
+
+
+def preemption_grace_s(partition: str = "") -> int:
+    """Seconds that a partition, by default the site's default one, leaves to a job that it
+    preempts; 0 where it preempts none, or says nothing.
+    """
+    for line in slurm_says("scontrol", "show", "partition", "--oneliner").splitlines():
+        facts = _facts(line)
+        field, value = ("PartitionName", partition) if partition else ("Default", "YES")
+        grace_s = facts.get("GraceTime", "")
+        if facts.get(field) == value and facts.get("PreemptMode") != "OFF" and grace_s.isdigit():
+            return int(grace_s)
+    return 0
+
+
+def job_facts(job_id: str) -> dict[str, str]:
+    """What SLURM says of a job now, by its words; nothing where it does not answer."""
+    return _facts(slurm_says("scontrol", "show", "job", "--oneliner", job_id))
+
+
+def _facts(line: str) -> dict[str, str]:
+    return dict(re.findall(r"(\S+?)=(\S*)", line))
 
 
 def slurm_says(*command: str) -> str:

@@ -5,7 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from jobs import where
+from jobs import lead, where
 from jobs.checkout import ROOT
 from nanoslime.config import RunConfig
 from nanoslime.config.algorithm import CustomConfig
@@ -96,7 +96,7 @@ def check_resume(run: RunDir, config: RunConfig) -> None:
 
 
 def check_times(cluster: ClusterConfig) -> None:
-    """Refuses a job that would be told to stop before it could do anything."""
+    """Refuses a job that would be told to stop before it could do anything, or too late."""
     limit_s = cluster.time_limit_min * 60
     needed_s = cluster.signal_lead_s + cluster.drain_s
     if limit_s <= needed_s:
@@ -112,6 +112,7 @@ def check_times(cluster: ClusterConfig) -> None:
                 f"cluster.extra_sbatch has {option!r}, of which the job would know nothing: set "
                 f"cluster.{field} instead"
             )
+    lead.check_grace(cluster)
 
 
 def check_environment(config: RunConfig, repository: Path = ROOT) -> None:

@@ -21,15 +21,16 @@ from jobs.agent import Agent, clean_up, logged_if_unwritable
 from jobs.checkout import environment
 from jobs.cluster_env import ClusterEnv
 from jobs.doctor import Doctor, end_if_hung
+from jobs.requeue import follow_head
+from jobs.where import record_job
 from nanoslime.config.load import read
 from nanoslime.config.run import RunConfig
-from nanoslime.layout import Layout
 from nanoslime.processes.child import ChildProcess
 from nanoslime.processes.logs import set_level
 from nanoslime.processes.signals import handled
 from nanoslime.processes.tree import adopt_orphans, end_descendants
 from nanoslime.run_dir import DONE, FAILED, STOPPED, Attempt, RunDir
-from nanoslime.storage.shared_files import publish_json
+from nanoslime.storage.shared_files import seen
 from nanoslime.types import RunError
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,10 @@ class NodeJob:
                 agent.send_signal(signals.pop(0))
             time.sleep(_POLL_S)
             code = agent.poll()
+            if code == DONE and attempt.ended() is None:
+                # It was taken for lost, as when its filesystem had stood still.
+                agent = start_agent(attempt, config, env, self.driver)
+                code = None
         with logged_if_unwritable():
             if code not in (DONE, STOPPED):
                 attempt.end(FAILED, agent.exit_summary(), can_go_on=code < 0)
@@ -86,6 +91,8 @@ class NodeJob:
         if env.node_index == 0:
             with logged_if_unwritable():
                 attempt.write_final_status()
+        if env.node_index > 0 and seen(attempt.lost(0)):
+            follow_head(attempt, code)
         if code != DONE:
             time.sleep(_EXIT_DELAY_S)
             _, reason = attempt.ended() or (FAILED, "unknown")
@@ -117,11 +124,12 @@ def _find_attempt(run: RunDir, env: ClusterEnv, deadline_s: float) -> Attempt:
     """The attempt of this life of the job: node 0 makes it, the others wait for it."""
     deadline = time.monotonic() + deadline_s
     attempt = run.find_attempt(env.attempt_key)
-    while attempt is None:
+    # An earlier step of this life has had the one that has ended.
+    while attempt is None or attempt.ended() is not None:
         if env.node_index == 0:
             # A batch script may also have been handed to sbatch by a person.
-            publish_json(run.job, {"job_id": env.job_id})
-            return run.new_attempt(env.attempt_key)
+            record_job(run, env.job_id)
+            return run.new_attempt(env.attempt_key, env.num_nodes)
         if time.monotonic() > deadline:
             raise RunError(
                 f"waited {deadline_s:g} s for {env.node_names[0]} to begin an attempt "
@@ -169,7 +177,7 @@ def _run_agent(arguments: argparse.Namespace) -> int:
     attempt = run.attempt(arguments.attempt)
     config = read(run.config)
     set_level(config.log_level)
-    layout = Layout.from_json(run.plan.read_text())
+    layout = attempt.layout
     # The memory of a process with a model in it would fill the directory that it started in.
     _, most = resource.getrlimit(resource.RLIMIT_CORE)
     resource.setrlimit(resource.RLIMIT_CORE, (0, most))

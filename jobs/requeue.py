@@ -1,29 +1,38 @@
 """The last command of a run's batch script: whether the job goes on in a new attempt, and its
 exit code.
 
-    python -m jobs.requeue RUN_DIR CODE        CODE is that of the job's step
+    python -m jobs.requeue RUN_DIR CODE DRIVER [AFTER]
+        CODE is that of the job's step, DRIVER what jobs.node is told to start, or empty, and AFTER
+        the attempt that the step was to follow
 
 It runs when every task of the step has ended, however it did, and decides by what the attempt has
-left in its directory and by what SLURM says of the job now. It asks for a requeue
+left in its directory and by what SLURM says of the job now. It asks for a requeue, or with
+`cluster.resume_by=chain` submits the next job, to start when this one has ended,
 
     after a stop ahead of the time limit or of a preemption, which has committed
     after a failure of a machine: a dead process or node, a hang, a lost filesystem
 
 but not when the job was cancelled, when somebody asked the run to end, and when it was requeued
-`cluster.max_requeues` times in a row without a new commit. A run that has not reached its end and
-is not requeued makes the job fail, so that no other job takes its place by `afterok`.
+`cluster.max_requeues` times in a row without a new commit. An attempt that has lost nodes is
+followed by another one on those that are left, as long as they are enough. A run that has not
+reached its end and does not go on makes the job fail, so that no other job takes its place by
+`afterok`.
 """
 
 import os
-import re
+import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.cluster_env import slurm_says
+from jobs import where
+from jobs.cluster_env import job_facts, slurm_says
+from jobs.sbatch import OUTLIVES_STEP, requeue_line, step_command
 from nanoslime.config.load import read
 from nanoslime.processes.command import ask
 from nanoslime.run_dir import DONE, FAILED, STOPPED, Attempt, RunDir
+from nanoslime.storage.shared_files import publish_once, read_json, seen
 from nanoslime.types import RunError
 
 _REQUEUE_DEADLINE_S = 60.0
@@ -40,16 +49,19 @@ class JobNow:
     is_over: bool = False
     # Its time is up, or it makes room for another job within the grace time of its partition.
     must_leave: bool = False
+    nodes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, job_id: str) -> "JobNow":
-        text = slurm_says("scontrol", "show", "job", "--oneliner", job_id)
-        facts = dict(re.findall(r"(\S+?)=(\S*)", text))
+        facts = job_facts(job_id)
         limit = facts.get("TimeLimit", "")
         if ":" in limit and _size(facts["RunTime"]) >= _size(limit):
             return cls(must_leave=True)
         is_over = facts.get("JobState") in _OVER
-        return cls(is_over, must_leave=facts.get("PreemptTime", "None") != "None")
+        must_leave = facts.get("PreemptTime", "None") != "None"
+        listed = facts.get("NodeList", "")
+        names = slurm_says("scontrol", "show", "hostnames", listed) if listed else ""
+        return cls(is_over, must_leave, tuple(names.split()))
 
 
 def _size(duration: str) -> tuple[int, str]:
@@ -77,25 +89,88 @@ def obstacle(attempt: Attempt, job: JobNow, num_vain: int, max_requeues: int) ->
     return ""
 
 
+def nodes_left(attempt: Attempt, listed: Sequence[str]) -> list[str]:
+    """The nodes on which an attempt that has lost some can be followed by another one in the same
+    job; none where it has lost none, or too many.
+
+    listed: those that SLURM still counts to the job. It may notice later than we do.
+    """
+    lost = {read_json(mark)["name"] for mark in attempt.lost(0).parent.glob("*.json")}
+    left = [name for name in listed if name not in lost]
+    is_enough = attempt.layout.min_nodes <= len(left) < attempt.layout.num_nodes
+    # The batch script runs on the first one.
+    return left if is_enough and not seen(attempt.lost(0)) else []
+
+
+def num_vain_requeues(run: RunDir, job_id: str) -> int:
+    """How often in a row the job, or the chain of jobs that it ends, has gone on since an attempt
+    of it committed a new step.
+    """
+    jobs = where.chain(run, job_id)
+    own = [one for one in run.all_attempts() if one.key.rpartition("-")[0] in jobs]
+    num_committed = run.num_committed()
+    vain = [attempt for attempt in own if attempt.record["rollouts"] == num_committed]
+    # The first attempt of a job is no requeue.
+    return len(vain) - (len(vain) == len(own))
+
+
 def main(argv: list[str]) -> int:
-    run = RunDir.open(Path(argv[0]))
+    path, code_of_step, driver, *after = argv
+    run = RunDir.open(Path(path))
     job_id = os.environ["SLURM_JOB_ID"]
     attempt = run.find_attempt(f"{job_id}-{os.environ.get('SLURM_RESTART_COUNT', '0')}")
-    if attempt is None:
-        raise RunError(f"the step ended with exit code {argv[1]} before it began an attempt")
+    if attempt is None or str(attempt.number) in after:
+        raise RunError(f"the step ended with exit code {code_of_step} before it began an attempt")
     code, reason = attempt.ended() or _SILENT
     if code == DONE:
         return DONE
-    max_requeues = read(run.config).cluster.max_requeues
-    num_vain = run.num_vain_requeues(job_id)
-    why_not = obstacle(attempt, JobNow.of(job_id), num_vain, max_requeues)
-    if not why_not:
-        done = ask(["scontrol", "requeue", job_id], _REQUEUE_DEADLINE_S)
-        why_not = " ".join(done.stderr.split()) if done.returncode else ""
-    count = f"requeued ({num_vain + 1} of {max_requeues} in a row without a new commit)"
+    config = read(run.config)
+    max_requeues = config.cluster.max_requeues
+    num_vain = num_vain_requeues(run, job_id)
+    job = JobNow.of(job_id)
+    why_not = obstacle(attempt, job, num_vain, max_requeues)
+    is_lost = code == FAILED and not (why_not or job.must_leave)
+    nodes = nodes_left(attempt, job.nodes) if is_lost else []
+    how = f"goes on without the lost nodes, on {', '.join(nodes)}"
+    if not (why_not or nodes):
+        try:
+            how = _go_on(run, job_id, config.cluster.resume_by)
+        except RunError as error:
+            why_not = str(error)
+    count = f"{how} ({num_vain + 1} of {max_requeues} in a row without a new commit)"
     outcome = f"not requeued: {why_not}" if why_not else count
-    print(f"attempt {attempt.number} ended: {reason}; {outcome}")
+    print(f"attempt {attempt.number} ended: {reason}; {outcome}", flush=True)
+    if nodes:
+        attempt.end(code, reason, can_go_on=True)
+        layout = attempt.layout.on(len(nodes))
+        # SLURM 22.05 keeps the cores of a step for busy that has lost a node.
+        options = ["--overlap", f"--nodelist={','.join(nodes)}"]
+        step = step_command(config, layout, run.path, driver, *options)
+        following = f"{requeue_line(config, run.path, driver)} {attempt.number}"
+        os.execlp("sh", "sh", "-c", "\n".join([OUTLIVES_STEP, shlex.join(step), following]))
     return code if why_not else DONE
+
+
+def follow_head(attempt: Attempt, code: int) -> None:
+    """Does the part of the batch script where that is lost with its node: SLURM may notice that
+    minutes later. Called on each of the other nodes.
+    """
+    is_first = publish_once(attempt.path / "followed.json", b"{}")
+    if is_first and main([str(attempt.run.path), str(code), ""]) != DONE:
+        ask(["scancel", os.environ["SLURM_JOB_ID"]], _REQUEUE_DEADLINE_S)
+
+
+def _go_on(run: RunDir, job_id: str, by: str) -> str:
+    """Has the job start anew, or another one after it. RunError where SLURM refuses."""
+    if by == "chain":
+        script = run.batch_script.read_text()
+        following = where.submit("sbatch", script, f"--dependency=afterany:{job_id}")
+        where.record_job(run, following, after=job_id)
+        return f"goes on in job {following}"
+    done = ask(["scontrol", "requeue", job_id], _REQUEUE_DEADLINE_S)
+    if done.returncode:
+        raise RunError(" ".join(done.stderr.split()))
+    return "requeued"
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ OUTLIVES_STEP = "trap : TERM"
 script, which then says whether the job goes on.
 """
 _CPUS_PER_GPU = 8
+# All agents have left so long after the first one.
+_WAIT_S = 60
 # An option of sbatch with its value; True is an option without a value.
 Options = dict[str, str | bool]
 
@@ -36,7 +38,7 @@ def common_options(cluster: ClusterConfig, name: str, cpus: int) -> Options:
         "job-name": name,
         "cpus-per-task": str(cpus),
         "time": str(cluster.time_limit_min),
-        "requeue": True,
+        "requeue" if cluster.resume_by == "requeue" else "no-requeue": True,
         "open-mode": "append",
     }
     for option in ("account", "constraint", "partition", "qos", "reservation"):
@@ -57,6 +59,8 @@ def sbatch_options(config: RunConfig, layout: Layout) -> Options:
         options["gpus-per-node"] = str(layout.slots_per_node)
     if cluster.memory_per_node:
         options["mem"] = cluster.memory_per_node
+    if layout.min_nodes < layout.num_nodes:
+        options["no-kill"] = True
     options.update(cluster.extra_sbatch)
     return options
 
@@ -71,6 +75,9 @@ def step_options(config: RunConfig, layout: Layout) -> list[str]:
         "--ntasks-per-node=1",
         f"--cpus-per-task={cpus_per_node(config, layout)}",
     ]
+    if layout.min_nodes < layout.num_nodes:
+        # For a task that is dead without SLURM's knowledge srun would wait for ever.
+        options += ["--no-kill", f"--wait={_WAIT_S}"]
     if config.cluster.memory_per_node:
         options.append(f"--mem={config.cluster.memory_per_node}")
     if layout.device == "cuda":
@@ -112,23 +119,31 @@ def sbatch_text(config: RunConfig, layout: Layout, run_dir: Path, driver: str = 
     options = sbatch_options(config, layout)
     # sbatch takes % for a pattern in this path.
     options["output"] = str(run_dir).replace("%", "%%") + "/slurm-%j.out"
-    task = [python_of(config), "-m", "jobs.node", str(run_dir)]
-    if driver:
-        task += ["--driver", driver]
-    step = ["srun", "--unbuffered", *step_options(config, layout), *task]
+    step = step_command(config, layout, run_dir, driver)
     return batch_script(
         options,
         config,
         "",
         OUTLIVES_STEP,
         shlex.join(step),
-        requeue_line(config, run_dir),
+        requeue_line(config, run_dir, driver),
     )
 
 
-def requeue_line(config: RunConfig, run_dir: Path) -> str:
-    """The shell line after the step: it requeues the job or says why not, and has its exit code."""
-    return shlex.join([python_of(config), "-m", "jobs.requeue", str(run_dir)]) + " $?"
+def step_command(
+    config: RunConfig, layout: Layout, run_dir: Path, driver: str, *options: str
+) -> list[str]:
+    """The srun, with these options beside its own, that runs a node agent on every node."""
+    task = [python_of(config), "-m", "jobs.node", str(run_dir)]
+    if driver:
+        task += ["--driver", driver]
+    return ["srun", "--unbuffered", *step_options(config, layout), *options, *task]
+
+
+def requeue_line(config: RunConfig, run_dir: Path, driver: str) -> str:
+    """The shell line after the step: the job goes on, or it says why not, and has the exit code."""
+    command = shlex.join([python_of(config), "-m", "jobs.requeue", str(run_dir)])
+    return f"{command} $? {shlex.quote(driver)}"
 
 
 def submitted(job: str, log: str, resume: str) -> str:

@@ -23,7 +23,7 @@ from jobs.sbatch import (
 from nanoslime.config.run import RunConfig
 from nanoslime.layout import Layout
 from nanoslime.run_dir import RunDir
-from nanoslime.storage.shared_files import publish, publish_json
+from nanoslime.storage.shared_files import publish
 from nanoslime.types import RunError
 
 # submitit takes these as parameters of its own.
@@ -53,7 +53,7 @@ def submit_submitit(config: RunConfig, layout: Layout, run: RunDir, driver: str 
         time=config.cluster.time_limit_min,
         signal_delay_s=config.cluster.signal_lead_s,
         setup=[*setup_lines(config), OUTLIVES_STEP],
-        teardown=[requeue_line(config, run.path)],
+        teardown=[requeue_line(config, run.path, driver)],
         srun_args=step_options(config, layout),
         stderr_to_stdout=True,
         # Sites that track workload keys refuse submitit's own.
@@ -64,7 +64,8 @@ def submit_submitit(config: RunConfig, layout: Layout, run: RunDir, driver: str 
         job = executor.submit(NodeJob(str(run.path), driver))
     except FailedJobError as error:
         raise RunError(f"sbatch refused the job: {where.complaint(str(error))}") from error
-    return _record(run, str(job.job_id))
+    where.record_job(run, str(job.job_id))
+    return str(job.job_id)
 
 
 def submit_sbatch(config: RunConfig, layout: Layout, run: RunDir, driver: str = "") -> str:
@@ -74,10 +75,7 @@ def submit_sbatch(config: RunConfig, layout: Layout, run: RunDir, driver: str = 
     the job.
     """
     text = sbatch_text(config, layout, run.path, driver)
-    publish(run.path / "job.sbatch", text.encode())
-    return _record(run, where.submit("sbatch", text))
-
-
-def _record(run: RunDir, job_id: str) -> str:
-    publish_json(run.job, {"job_id": job_id})
+    publish(run.batch_script, text.encode())
+    job_id = where.submit("sbatch", text)
+    where.record_job(run, job_id)
     return job_id

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from jobs import inputs, local, sbatch, where
 from jobs.checkout import ROOT
+from jobs.lead import with_measured_lead
 from jobs.run_files import alone, kept_if_accepted
 from nanoslime import layout as layouts
 from nanoslime.config import RunConfig
@@ -141,8 +142,10 @@ def configure(command: argparse.Namespace, flags: list[str]) -> RunConfig:
     given = parse_flags([flag for flag in flags if flag not in HELP])
     refuse_repeated(given)
     if command.resume:
-        before = RunDir.open(command.resume).config_to_resume()
-        return load(before, command.cluster, flags, resumes=True)
+        run = RunDir.open(command.resume)
+        config = load(run.config_to_resume(), command.cluster, flags, resumes=True)
+        is_given = any(flag.field == "cluster.signal_lead_s" for flag in given)
+        return config if is_given else with_measured_lead(config, run)
     recipe = command.recipe
     wants_help = bool(HELP & set(flags))
     if recipe is None and not wants_help:
@@ -176,7 +179,9 @@ def submit(config: RunConfig, layout: Layout, resumed: RunDir | None, descriptio
 
     Its files are there before the job, which may start at once.
     """
-    submitter = resolve(config.cluster.submit, SUBMITTERS, "cluster.submit")
+    chains = config.cluster.resume_by == "chain"
+    submit_by = "sbatch" if chains else config.cluster.submit
+    submitter = resolve(submit_by, SUBMITTERS, "cluster.submit")
     run_root = Path(config.cluster.run_root)
     kept = kept_if_accepted(run_root, config.name, resumed, config.cluster.share)
     with alone(resumed), kept as run:

@@ -4,6 +4,7 @@ A rehearsal starts by itself only where nothing of SLURM exists: a shared login 
 a module was not loaded must not be surprised by four Ray nodes.
 """
 
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from nanoslime.processes.command import ask
 from nanoslime.run_dir import RunDir
-from nanoslime.storage.shared_files import read_json
+from nanoslime.storage.shared_files import publish_json, read_json
 from nanoslime.types import RunError
 
 _COMMANDS = ("sbatch", "srun", "squeue", "sinfo", "scontrol")
@@ -95,12 +96,13 @@ def test_only(sbatch: str, script: str) -> str:
     return answer
 
 
-def submit(sbatch: str, script: str) -> str:
-    """Submit a batch script and return the job's id.
+def submit(sbatch: str, script: str, *options: str) -> str:
+    """Submit a batch script and return the job's id. Of a job that submits, it inherits nothing.
 
     Raises RunError with the reason why SLURM refuses it.
     """
-    done = ask([sbatch, "--parsable"], _SUBMIT_DEADLINE_S, stdin=script)
+    env = {k: v for k, v in os.environ.items() if k == "SLURM_CONF" or k[:6] != "SLURM_"}
+    done = ask([sbatch, "--parsable", *options], _SUBMIT_DEADLINE_S, env=env, stdin=script)
     if done.returncode:
         raise RunError(f"sbatch refused the job: {complaint(done.stderr)}")
     # With several clusters it prints JOB;CLUSTER.
@@ -131,6 +133,18 @@ def refuse_if_job_lives(run: RunDir) -> bool:
                 "squeue no longer shows it, and resume again"
             )
     return True
+
+
+def record_job(run: RunDir, job_id: str, after: str = "") -> None:
+    """Notes the job that holds the run, and the one that has submitted it, where that is so."""
+    earlier = [job for job in chain(run, after or job_id) if job != job_id]
+    publish_json(run.job, {"job_id": job_id, "jobs": [*earlier, job_id]})
+
+
+def chain(run: RunDir, job_id: str) -> list[str]:
+    """The jobs of which each has submitted the next one, with `job_id` among them."""
+    jobs = read_json(run.job).get("jobs", ()) if run.job.exists() else ()
+    return list(jobs) if job_id in jobs else [job_id]
 
 
 def complaint(text: str) -> str:

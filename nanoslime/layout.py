@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -76,6 +76,18 @@ class Layout:
         rank_of = {(trainer.node, trainer.slot): trainer.rank for trainer in self.trainers}
         places = [(engine.node, slot) for slot in engine.slots]
         return [rank_of[place] for place in places if place in rank_of]
+
+    @property
+    def min_nodes(self) -> int:
+        """On so many of its first nodes it has all trainers, and an engine where it has any."""
+        nodes = [trainer.node for trainer in self.trainers]
+        nodes += [engine.node for engine in self.engines[:1]]
+        return 1 + max(nodes)
+
+    def on(self, num_nodes: int) -> Layout:
+        """What is left of it on its first nodes: engines are on the last ones."""
+        engines = tuple(engine for engine in self.engines if engine.node < num_nodes)
+        return replace(self, num_nodes=num_nodes, engines=engines)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)

@@ -6,8 +6,8 @@
     checkpoints/step_<k>/  hf/step_<k>/
     model/ (a rehearsal makes it)  weights/ (weight sync by disk)
     skipped/step_<k>/ (batches of steps left out)
-    job.json (the SLURM job that holds the run, where there is one)
-    attempts/<n>/ logs/<role>-<rank>.log nodes/ heartbeat/<node>.json stop.json end.json
+    job.json (the SLURM job that holds the run, where there is one) job.sbatch (its batch script)
+    attempts/<n>/ logs/<role>-<rank>.log nodes/ heartbeat/<node>.json lost/ stop.json end.json
                   phases.jsonl (each phase, with the time at which it began)
                   stacks/node-<i>.txt (where something hung)
     attempts/latest
@@ -85,6 +85,7 @@ class RunDir:
     accepted_config = _at("config.accepted.yaml")
     plan = _at("plan.json")
     job = _at("job.json")
+    batch_script = _at("job.sbatch")
     provenance = _at("provenance.json")
     summary = _at("summary.json")
     metrics = _at("metrics.jsonl")
@@ -199,17 +200,18 @@ class RunDir:
     def hf(self, step: int) -> Path:
         return self.path / "hf" / f"step_{step}"
 
-    def new_attempt(self, key: str = "") -> Attempt:
+    def new_attempt(self, key: str = "", num_nodes: int | None = None) -> Attempt:
         """The next attempt.
 
-        key: job id and restart count; other nodes find the attempt by it.
+        key: job id and restart count; other nodes find the attempt by it. num_nodes: those that
+        it has, where they are not all of the plan.
         """
         staged = self.attempts / f".new-{uuid.uuid4().hex}"
-        for folder in ("logs", "heartbeat", "nodes"):
+        for folder in ("logs", "heartbeat", "nodes", "lost"):
             (staged / folder).mkdir(parents=True)
         host = socket.gethostname()
         record = {"key": key, "started": time.time(), "host": host, "pid": os.getpid()}
-        record["rollouts"] = self._num_committed()
+        record |= {"rollouts": self.num_committed(), "num_nodes": num_nodes}
         publish_json(staged / "attempt.json", record)
         publish(staged / "reserve", b"r" * _RESERVE_BYTES)
         number = self._take_next_number(staged)
@@ -241,23 +243,14 @@ class RunDir:
 
     def find_attempt(self, key: str) -> Attempt | None:
         """The newest attempt made with `key`."""
-        attempts = (Attempt(self, number) for number in reversed(self._numbers()))
+        attempts = reversed(self.all_attempts())
         return next((attempt for attempt in attempts if attempt.key == key), None)
 
     def latest_attempt(self) -> Attempt | None:
-        numbers = self._numbers()
-        return Attempt(self, numbers[-1]) if numbers else None
+        return next(reversed(self.all_attempts()), None)
 
-    def num_vain_requeues(self, job_id: str) -> int:
-        """How often in a row SLURM has started the job anew since an attempt of it committed a
-        new step.
-        """
-        attempts = [Attempt(self, number) for number in self._numbers()]
-        own = [attempt for attempt in attempts if attempt.key.startswith(f"{job_id}-")]
-        num_committed = self._num_committed()
-        vain = [attempt for attempt in own if attempt.record["rollouts"] == num_committed]
-        # The first attempt of a job is no requeue.
-        return len(vain) - (len(vain) == len(own))
+    def all_attempts(self) -> list[Attempt]:
+        return [Attempt(self, number) for number in self._numbers()]
 
     def write_status(self, phase: str, step: int, **facts: Any) -> None:
         """Publish what the run is doing.
@@ -296,7 +289,7 @@ class RunDir:
         """Record the command line, the code's git commit and diff, and all versions."""
         publish_json(self.provenance, provenance(argv))
 
-    def _num_committed(self) -> int:
+    def num_committed(self) -> int:
         """The number of rollouts of the newest checkpoint; 0 without any."""
         return max((rollouts for rollouts, _ in checkpoints(self.checkpoints)), default=0)
 
@@ -331,6 +324,12 @@ class Attempt:
         """By whom and when the attempt was made, and how many rollouts were committed then."""
         return dict(read_json(self.path / "attempt.json"))
 
+    @property
+    def layout(self) -> Layout:
+        """The run's plan, on the nodes that the attempt has."""
+        plan = Layout.from_json(self.run.plan.read_text())
+        return plan.on(self.record.get("num_nodes") or plan.num_nodes)
+
     def make_ray_token(self) -> Path:
         """Ray's secret: without one, whoever reaches a port of it runs code as us."""
         publish(self.ray_token, secrets.token_hex(32).encode(), mode=0o600)
@@ -348,6 +347,10 @@ class Attempt:
     def leave(self, node: int) -> None:
         """In place of further heartbeats: nothing runs on `node` any more."""
         self.on_reserve(lambda: self._publish(f"heartbeat/{node}", left=True))
+
+    def lost(self, node: int) -> Path:
+        """The file that says that `node` is taken for lost."""
+        return self.path / "lost" / f"{node}.json"
 
     def heartbeats(self, nodes: Iterable[int] | None = None) -> dict[str, dict[str, Any]]:
         """By node: the last count, that node's clock, or that it has left.

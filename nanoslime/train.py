@@ -63,7 +63,7 @@ def _train(session: Session, tracker: Tracker, clock: Clock, start: int) -> int:
         groups = rollout.generate(step)
         clock("train")
         metrics = rollout.metrics | trainer.train(groups, step)
-        due = checkpoints.due(step)
+        due = checkpoints.due(step, clock.in_phase_s)
         if due or session.attempt.must_stop():
             clock("checkpoint")
             checkpoints.save(step + 1)  # while the trainer is awake; `commit` comes below

@@ -336,3 +336,27 @@ def test_the_description_says_that_one_node_means_fsdp():
     config = config_of(f"--nodes 1 {H200}")
     text = describe(config, QWEN3_4B, plan(config, QWEN3_4B))
     assert "FSDP2 (what one node gets without --backend)" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "min_nodes"),
+    [
+        ("--nodes 4", 3),
+        ("--nodes 5 --rollout-nodes 3", 3),
+        ("--nodes 2", 2),
+        ("--nodes 4 --engine embedded --rollout-nodes 0", 4),
+        ("--nodes 4 --colocate", 4),
+        ("--nodes 4 --rollout-only", 1),
+        ("--nodes 1", 1),
+    ],
+)
+def test_engine_nodes_but_one_may_be_missing(flags, min_nodes):
+    layout = plan_of(flags)
+    assert layout.min_nodes == min_nodes
+    assert layout.on(layout.num_nodes) == layout
+    smallest = layout.on(min_nodes)
+    assert smallest.num_nodes == min_nodes
+    assert smallest.trainers == layout.trainers
+    assert smallest.engines == layout.engines[: len(smallest.engines)]
+    assert bool(smallest.engines) == bool(layout.engines)
+    assert all(engine.node < min_nodes for engine in smallest.engines)

@@ -146,21 +146,6 @@ def test_an_attempt_is_over_when_a_newer_one_has_begun(run: RunDir) -> None:
     assert second.must_stop() is None
 
 
-def test_requeues_count_from_the_last_attempt_that_committed_a_new_step(run: RunDir) -> None:
-    def num_vain(job_id: str, *keys: str) -> int:
-        for key in keys:
-            run.new_attempt(key)
-        return run.num_vain_requeues(job_id)
-
-    assert num_vain("7", "6-0", "6-1", "77-0", "7-0") == 0
-    assert num_vain("7", "7-1") == 1
-    assert num_vain("7", "7-2", "7-3") == 3
-    run.checkpoint(4).mkdir()
-    assert num_vain("7") == 0
-    assert num_vain("7", "7-4", "7-5") == 2
-    assert num_vain("8", "8-0") == 0
-
-
 def test_a_run_whose_process_lives_on_this_host_is_not_started_again(
     run: RunDir, tmp_path: Path
 ) -> None:

@@ -13,6 +13,9 @@ from nanoslime.config.base import knobs
 # A value that a shell takes from somewhere else ($...) is none.
 _SECRET = re.compile(r"\b(\w*(?:TOKEN|API_KEY|SECRET\w*|PASSWORD))=[\"']?[^\s\"'$`]", re.IGNORECASE)
 
+# What a job needs at most to end once its driver has.
+_LEAVE_S = 60.0
+
 
 @knobs
 class ClusterConfig:
@@ -42,7 +45,11 @@ class ClusterConfig:
     reservation: str = ""
     time_limit_min: int = Field(default=240, ge=1)
     signal_lead_s: int = Field(default=300, ge=30)
-    """Seconds before the time limit at which the job is told to commit and requeue."""
+    """Seconds before the time limit at which the job is told to commit and to go on later. A run
+    that is resumed takes what its saves and steps have needed instead, unless a flag sets it."""
+    resume_by: Literal["requeue", "chain"] = "requeue"
+    """How a job goes on: SLURM starts it anew, or, where a site forbids that, it submits another
+    one that depends on its end; by sbatch then, whatever `submit` says."""
     max_requeues: int = Field(default=10, ge=0)
     """How often in a row a job requeues itself, after a stop or a fault of a machine, without
     a new commit."""
@@ -92,7 +99,7 @@ class ClusterConfig:
     @property
     def drain_s(self) -> float:
         """How long a driver that is told to stop may take to commit, before it is ended."""
-        return 0.8 * self.signal_lead_s
+        return max(0.8 * self.signal_lead_s, self.signal_lead_s - _LEAVE_S)
 
     @property
     def device(self) -> Literal["cuda", "cpu"]:

@@ -42,7 +42,7 @@ _SHORT_NAMES = {
         system_prompt max_prompt_tokens""",
     "tracking": "use_tensorboard use_wandb",
     "cluster": """nodes rollout_nodes engine_gpus colocate time_limit_min run_root partition
-        account submit""",
+        account submit resume_by""",
 }
 # Short names that differ from their field's name.
 _OTHER_NAMES = {

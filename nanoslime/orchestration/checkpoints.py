@@ -57,8 +57,14 @@ class Checkpoints:
     def run(self) -> RunDir:
         return self.attempt.run
 
-    def due(self, step: int) -> bool:
-        """Whether a checkpoint is committed after this step."""
+    def due(self, step: int, train_s: float = 0.0) -> bool:
+        """Whether a checkpoint is committed after this step, which has trained for `train_s`.
+
+        A job that is told to stop while it trains for longer than it may drain loses that step:
+        then every step before it is committed.
+        """
+        if train_s > self.config.cluster.drain_s and self.attempt.key:
+            return True
         since_commit_s = self.clock() - self._last_commit_s
         return self.config.checkpoint.due(step, self.config.rollout.num_rollout, since_commit_s)
 

@@ -101,9 +101,8 @@ def _submitted(run: RunDir, number: int) -> Launch:
     attempt = run.attempt(number)
     config = read(run.config)
     set_level(config.log_level)
-    plan = layout.Layout.from_json(run.plan.read_text())
     open_ray = resolve(OPEN_RAY, {}, "a submitted run")
-    return Launch(attempt, partial(open_ray, config, attempt, plan, local=False))
+    return Launch(attempt, partial(open_ray, config, attempt, attempt.layout, local=False))
 
 
 def _on_this_machine(config: RunConfig, run: RunDir | None) -> Launch:

@@ -78,7 +78,7 @@ def open_ray(
             restarts = [partial(servers.restart, index) for index in range(len(engines))]
             names = [engine.name for engine in engines]
             home = dict(zip(names, servers.workers_by_engine, strict=True))
-            workers = servers.open_workers()
+            workers = servers.open_workers(engines)
         elif not config.rollout.load_rollouts:
             here = EngineHere(config, attempt, model_dir, "cpu", [])
             resources.callback(here.close)

@@ -28,6 +28,10 @@ class Clock:
         self.seconds: dict[str, float] = defaultdict(float)
         self.step = 0
 
+    @property
+    def in_phase_s(self) -> float:
+        return time.monotonic() - self._start
+
     def __call__(self, phase: str) -> None:
         now = time.monotonic()
         if self.phase:

@@ -124,6 +124,13 @@ class Admission:
             self.replaced.append(group_id)
         return True
 
+    def lose(self, group_id: int) -> bool:
+        """The samples of a group are gone; returns whether they are to be made again."""
+        if group_id not in self.groups:
+            return False
+        self.groups[group_id] = Outstanding(self.version)
+        return True
+
     def take(self) -> Taken | None:
         """The next rollout's groups; None while it has to wait."""
         finished = [number for number, group in self.groups.items() if group.is_finished]

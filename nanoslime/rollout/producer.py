@@ -20,7 +20,14 @@ from typing import Any
 from nanoslime.processes.phases import DRIVER, own_report
 from nanoslime.rollout.admission import Admission, Cancelled, Limits, Taken
 from nanoslime.rollout.prompts import PromptStream
-from nanoslime.rollout.tasks import FinishedGroup, GroupTask, RestoredGroup, Worker, WorkerNews
+from nanoslime.rollout.tasks import (
+    FinishedGroup,
+    GroupTask,
+    RestoredGroup,
+    Worker,
+    WorkerGone,
+    WorkerNews,
+)
 from nanoslime.types import GroupReport, Prompt, RunError, Status
 
 # A worker is asked for news for so long, and a waiting caller looks up so often.
@@ -90,6 +97,8 @@ class Producer:
     # Whether prompts may be admitted: from the first weights until the end.
     _is_open: bool = field(default=False, init=False)
     _lost: dict[str, str] = field(default_factory=dict, init=False)
+    # The numbers of workers that are lost.
+    _gone: set[int] = field(default_factory=set, init=False)
     _failure: BaseException | None = field(default=None, init=False)
     _closed: bool = field(default=False, init=False)
     _threads: list[threading.Thread] = field(default_factory=list, init=False)
@@ -97,10 +106,9 @@ class Producer:
 
     def __post_init__(self) -> None:
         self._admission = Admission(self.limits)
-        for worker in self.serving.workers:
-            thread = threading.Thread(
-                target=self._listen, args=(worker,), name=f"news of {worker.name}", daemon=True
-            )
+        for number, worker in enumerate(self.serving.workers):
+            name = f"news of {worker.name}"
+            thread = threading.Thread(target=self._listen, args=(number,), name=name, daemon=True)
             self._threads.append(thread)
             thread.start()
 
@@ -160,8 +168,9 @@ class Producer:
         """What the workers have counted since they were asked the last time."""
         found: dict[str, float] = {}
         for worker in self.serving.workers:
-            for name, value in worker.metrics().items():
-                found[name] = found.get(name, 0.0) + value
+            with suppress(WorkerGone):
+                for name, value in worker.metrics().items():
+                    found[name] = found.get(name, 0.0) + value
         return found
 
     def save(self, directory: Path) -> dict[str, Any]:
@@ -171,11 +180,22 @@ class Producer:
             num_files = 0
             if any(group_id >= 0 for group_id in self._held):
                 directory.mkdir()
-                num_files = len(self.serving.workers)
-                for number, worker in enumerate(self.serving.workers):
-                    worker.save(directory / f"{number}.npz")
+                num_files = self._save_workers(directory)
             state = {"num_files": num_files, "admission": self._admission.state_dict()}
             return {"producer": state, "prompts": self.source.state_dict()}
+
+    def _save_workers(self, directory: Path) -> int:
+        """Returns how many wrote a file. Where one is lost, the others have its groups, and write
+        theirs once more.
+        """
+        working = self._working()
+        for place, number in enumerate(working):
+            try:
+                self.serving.workers[number].save(directory / f"{place}.npz")
+            except WorkerGone as gone:
+                self._lose(number, gone)
+                return self._save_workers(directory)
+        return len(working)
 
     def load(self, directory: Path, state: dict[str, Any]) -> None:
         """Goes on with what `save` wrote and, as "producer", returned. The workers may be more or
@@ -204,30 +224,62 @@ class Producer:
         for thread in self._threads:
             thread.join(_END_S)
 
-    def _listen(self, worker: Worker) -> None:
+    def _listen(self, number: int) -> None:
         try:
             while not self._closed:
-                news = worker.poll(_POLL_S)
+                try:
+                    news = self.serving.workers[number].poll(_POLL_S)
+                except WorkerGone as gone:
+                    with self._changed:
+                        self._lose(number, gone)
+                    continue
                 with self._changed:
-                    self._hear(news)
+                    self._gone.discard(number)
+                    self._hear(number, news)
         except BaseException as error:
             with self._changed:
                 self._failure = error
                 self._changed.notify_all()
 
-    def _hear(self, news: WorkerNews) -> None:
+    def _hear(self, number: int, news: WorkerNews) -> None:
         if not news.groups and not news.lost:
             return
         for report in news.groups:
-            self._arrived(report)
+            self._arrived(number, report)
         self._lost |= news.lost
         self._feed()
         self._changed.notify_all()
 
-    def _arrived(self, report: GroupReport) -> None:
+    def _working(self) -> list[int]:
+        return [number for number in range(len(self.serving.workers)) if number not in self._gone]
+
+    def _lose(self, number: int, gone: WorkerGone) -> None:
+        """Others make the groups anew that a worker held.
+
+        Those that a take has given stay: the trainer may have their arrays.
+        """
+        if number in self._gone:
+            return
+        if self._working() == [number]:
+            raise gone
+        self._gone.add(number)
+        self._lost |= dict.fromkeys(gone.engines, str(gone))
+        again = []
+        for group_id, held in list(self._held.items()):
+            if held.worker != number:
+                continue
+            if group_id in self._admission.replaced:
+                self._admission.replaced.remove(group_id)
+                del self._held[group_id]
+            elif held.task.purpose == "eval" or self._admission.lose(group_id):
+                again.append(held.task)
+        self._start(again)
+        self._changed.notify_all()
+
+    def _arrived(self, number: int, report: GroupReport) -> None:
         held = self._held.get(report.group_id)
-        if held is None:
-            return  # it was cancelled meanwhile
+        if held is None or held.worker != number:
+            return  # it was cancelled meanwhile, or another worker makes it since this one was lost
         held.report = report
         if held.task.purpose == "eval":
             return
@@ -289,12 +341,13 @@ class Producer:
     def _start(self, tasks: Sequence[GroupTask]) -> None:
         """Each task goes to the worker with the fewest samples to make."""
         load = [0] * len(self.serving.workers)
+        working = self._working()
         for held in self._held.values():
             if held.report is None:
                 load[held.worker] += held.task.sampling.n_samples_per_prompt
         by_worker: list[list[GroupTask]] = [[] for _ in self.serving.workers]
         for task in tasks:
-            number = load.index(min(load))
+            number = min(working, key=load.__getitem__)
             load[number] += task.sampling.n_samples_per_prompt
             by_worker[number].append(task)
             self._held[task.group_id] = _Held(task, number)
@@ -328,7 +381,7 @@ class Producer:
             return
         self._held[task.group_id] = _Held(task, place)
         if restored.report is not None:
-            self._arrived(restored.report)
+            self._arrived(place, restored.report)
         elif self.recipe.restarts:
             worker.cancel([task.group_id])
             worker.start([task])

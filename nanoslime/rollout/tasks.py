@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from nanoslime.config import RolloutConfig
-from nanoslime.types import Engine, GroupReport, Prompt
+from nanoslime.types import Engine, GroupReport, MachineFailure, Prompt
 
 Purpose = Literal["train", "eval"]
 
@@ -78,6 +78,14 @@ class WorkerNews:
     lost: dict[str, str] = field(default_factory=dict)
 
 
+class WorkerGone(MachineFailure):
+    """A worker is lost, alone or with its node, with its engines, and with all that it held."""
+
+    def __init__(self, cause: str, engines: Sequence[str]) -> None:
+        super().__init__(cause)
+        self.engines = engines
+
+
 def seed_of(*words: int) -> int:
     """A seed of 63 bits of its own for these numbers, of which 32 bits count each."""
     bits = np.random.SeedSequence([word % 2**32 for word in words])
@@ -88,8 +96,9 @@ class Worker(Protocol):
     """One rollout worker as the driver sees it, in this process or as an actor of Ray.
 
     Calls without an answer return at once and are obeyed in their order, before a later `save`,
-    `load` or `metrics`. The others raise RunError that names the worker where it is gone, and
-    `poll` also where it could not obey.
+    `load` or `metrics`. The others raise RunError that names the worker where it hangs or fails,
+    and `poll` also where it could not obey. They raise WorkerGone from its loss on until it is
+    there again, with nothing of what it held; what it is told until then is lost.
     """
 
     name: str

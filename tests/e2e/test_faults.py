@@ -96,20 +96,42 @@ def test_a_run_that_is_stopped_in_a_take_and_then_killed_loses_nothing(start, tm
     check_groups(run)
 
 
-@pytest.mark.parametrize(("nodes", "number"), [(TWO_WORKERS, 1), (ONE_WORKER, 0)])
-def test_a_killed_rollout_worker_ends_the_run_with_its_name(start, nodes, number):
-    rehearsal = start(*SMALL, *nodes, "--num-rollout", "1000")
+def kill_worker(rehearsal: Rehearsal, number: int) -> Path:
+    """Kills the process of a rollout worker while a step is made; returns its log."""
     rehearsal.wait_for_line("step 1/1000")
     log = rehearsal.run.attempt(1).log("worker", number)
     [pid] = re.findall(rf"rollout worker {number}, pid (\d+)", log.read_text())
     os.kill(int(pid), signal.SIGKILL)
+    return log
+
+
+def test_a_killed_rollout_worker_ends_the_run_with_its_name_where_it_is_the_only_one(start):
+    rehearsal = start(*SMALL, *ONE_WORKER, "--num-rollout", "1000")
+    log = kill_worker(rehearsal, 0)
     begin = time.monotonic()
     assert rehearsal.wait(90) == 1
     print(f"\nended after {time.monotonic() - begin:.1f} s", end="")
     [line] = [line for line in rehearsal.lines if line.startswith("failed:")]
     print("; " + line, end="")
-    died = f"worker {number} on node {number + 1} died while asked to"
+    died = "worker 0 on node 1 died while asked to"
     # A trainer may miss its arrays before anybody asks the worker for something.
-    missed = f"by rollout worker {number} cannot be fetched, because its process has died"
+    missed = "by rollout worker 0 cannot be fetched, because its process has died"
     assert (died in line and log.name in line) or missed in line
     assert "Traceback" not in line and "call()" not in line
+
+
+def test_a_run_goes_on_without_a_killed_rollout_worker_which_comes_back(start):
+    rehearsal = start(*SMALL, *TWO_WORKERS, "--num-rollout", "1000", "--max-staleness", "0")
+    rehearsal.wait_for_line("step 2/1000")
+    assert process_table.wait_for(lambda: rehearsal.run.status()["phase"] == "generate", 60)
+    begin = time.monotonic()
+    log = kill_worker(rehearsal, 1)
+    rehearsal.wait_for_line("step 4/1000")
+    print(f"\ntwo steps more after {time.monotonic() - begin:.1f} s", end="")
+
+    def is_back() -> bool:
+        return json_lines(rehearsal.run.metrics)[-1]["engines/ready"] == 2.0
+
+    assert process_table.wait_for(is_back, 120), "".join(rehearsal.lines)
+    print(f"; back after {time.monotonic() - begin:.1f} s", end="")
+    assert len(re.findall(r"rollout worker 1, pid \d+", log.read_text())) == 2

@@ -1,6 +1,7 @@
 """A stand-in for the trainer, as the node agent starts it, which ends as its first argument says.
 
 until-stop   exit 75 when told to stop; the second attempt exits 0 at once
+until-told   exit 0 when the attempt has a file `finish`; the second attempt exits 0 at once
 fail         print a line and exit 3
 deaf         take no notice of anything, and leave a daemon behind
 steps        go through phases of a tenth of a second, as the trainer reports them
@@ -63,6 +64,8 @@ def main() -> int:
     while args.attempt == 1 and time.monotonic() < deadline:
         if args.mode == "until-stop" and attempt.must_stop():
             return STOPPED
+        if args.mode == "until-told" and (attempt.path / "finish").exists():
+            return DONE
         time.sleep(0.1)
     return DONE
 

@@ -481,7 +481,7 @@ def test_a_node_whose_beats_are_regular_is_lost_sooner(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The clock is ours."""
-    made = make_run(tmp_path, 2)
+    made = make_run(tmp_path, 4)
     attempt = made.run.new_attempt()
     agent = make_agent(made, 0, attempt)
     now = 0.0
@@ -496,6 +496,46 @@ def test_a_node_whose_beats_are_regular_is_lost_sooner(
     with pytest.raises(MachineFailure, match=r"no heartbeat from node1 .* for 40 s; see .*agent-"):
         agent._check_heartbeats()
     assert (attempt.path / "stacks").exists()
+    assert attempt.lost(1).exists()
+
+
+def test_a_silent_engine_node_is_lost_and_the_attempt_goes_on_until_it_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The clock is ours. What the node has said of a hang counts no more."""
+    made = make_run(tmp_path, 4)
+    attempt = made.run.new_attempt()
+    agent = make_agent(made, 0, attempt)
+    now = 0.0
+    monkeypatch.setattr(agent_module.time, "monotonic", lambda: now)
+
+    def beats(count: int, *nodes: int) -> None:
+        for node in nodes:
+            attempt.beat(node, count, findings=[(2, 1000.0, "late")] if node == 3 else ())
+        agent._check_heartbeats()
+
+    beats(1, 0, 1, 2, 3)
+    for count in range(2, 20):
+        now += 30.0
+        beats(count, 0, 1, 2)
+    assert attempt.lost(3).exists() and not attempt.lost(2).exists()
+    assert caplog.text.count("no heartbeat from node3 (node 3) for 90 s: the run goes on") == 1
+    other = make_agent(made, 3, attempt)
+    with pytest.raises(AttemptOver) as over:
+        other._tick()
+    assert (over.value.code, over.value.published) == (DONE, True)
+    # Its guard starts another agent, whose beats count from one again.
+    attempt.lost(3).unlink()
+    attempt.beat(3, 1)
+    for count in range(20, 24):
+        now += 5.0
+        attempt.beat(3, count)
+        agent._check_heartbeats()
+    assert attempt.ended() is None
+    assert max(agent._beat_intervals) < 100 and min(agent._beat_intervals) >= 0
+    now += 91.0
+    beats(30, 0, 1, 2)
+    assert attempt.lost(3).exists(), "it may be lost again"
 
 
 def test_an_attempt_ended_by_another_keeps_its_code(

@@ -2,16 +2,18 @@
 
 import shlex
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
-from jobs.requeue import JobNow, obstacle
+from jobs.requeue import JobNow, nodes_left, num_vain_requeues, obstacle
 from jobs.sbatch import sbatch_text
-from jobs.where import refuse_if_job_lives
+from jobs.where import record_job, refuse_if_job_lives
 from nanoslime.run_dir import DONE, FAILED, STOPPED, Attempt, RunDir
-from nanoslime.storage.shared_files import publish_json
+from nanoslime.storage.shared_files import publish, publish_json, read_json
 from nanoslime.types import RunError
 from tests.jobs.made_run import HOSTILE, MadeRun, make_run
 
@@ -97,25 +99,46 @@ def test_requeues_are_bounded_in_a_row_without_a_commit(tmp_path: Path, max_requ
     def has_room(key: str) -> bool:
         attempt = run.new_attempt(key)
         broken(attempt)
-        return not obstacle(attempt, RUNS, run.num_vain_requeues("42"), max_requeues)
+        return not obstacle(attempt, RUNS, num_vain_requeues(run, "42"), max_requeues)
 
     lives = [has_room(f"42-{life}") for life in range(max_requeues + 1)]
     assert lives == [True] * max_requeues + [False]
     attempt = run.new_attempt("42-9")
     run.checkpoint(1).mkdir()
     broken(attempt)
-    assert bool(obstacle(attempt, RUNS, run.num_vain_requeues("42"), max_requeues)) == (
+    assert bool(obstacle(attempt, RUNS, num_vain_requeues(run, "42"), max_requeues)) == (
         max_requeues == 0
     )
 
 
-def run_script(made: MadeRun, tmp_path: Path, step_code: int) -> tuple[int, str, str]:
-    """Runs the batch script's shell part with srun and scontrol that only record their call."""
+def test_requeues_count_from_the_last_attempt_that_committed_a_new_step(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path, "run")
+
+    def num_vain(job_id: str, *keys: str) -> int:
+        for key in keys:
+            run.new_attempt(key)
+        return num_vain_requeues(run, job_id)
+
+    assert num_vain("7", "6-0", "6-1", "77-0", "7-0") == 0
+    assert num_vain("7", "7-1") == 1
+    assert num_vain("7", "7-2", "7-3") == 3
+    run.checkpoint(4).mkdir()
+    assert num_vain("7") == 0
+    assert num_vain("7", "7-4", "7-5") == 2
+    assert num_vain("8", "8-0") == 0
+
+
+def run_script(
+    made: MadeRun, tmp_path: Path, step_code: int, answers: Mapping[str, str] = MappingProxyType({})
+) -> tuple[int, str, str]:
+    """Runs the batch script's shell part with commands of SLURM that record their call, and then do
+    what `answers` say."""
     calls = tmp_path / "calls"
-    for name, code in (("srun", step_code), ("scontrol", 0)):
+    answers = {"srun": f"exit {step_code}", "sbatch": "echo 43", "scontrol": ":"} | answers
+    for name, answer in answers.items():
         program = tmp_path / name
         record = f'echo {name} "$@" >> {shlex.quote(str(calls))}'
-        program.write_text(f"#!/bin/sh\n{record}\nexit {code}\n")
+        program.write_text(f"#!/bin/sh\n{record}\n{answer}\n")
         program.chmod(0o755)
     text = sbatch_text(made.config, made.layout, made.run.path)
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "42", "SLURM_RESTART_COUNT": "1"}
@@ -144,6 +167,103 @@ def test_a_batch_script_requeues_or_fails_with_the_cause(
     assert returned == code, said
     assert told in said
     assert ("scontrol requeue 42" in calls) == ("; requeued" in told)
+
+
+def test_a_site_that_forbids_requeues_has_a_job_after_the_job(tmp_path: Path) -> None:
+    made = make_run(tmp_path, 1, resume_by="chain", max_requeues=2)
+    publish(made.run.batch_script, b"the script")
+    record_job(made.run, "42")
+    broken(made.run.new_attempt("42-1"))
+    returned, calls, said = run_script(made, tmp_path, 137)
+    assert returned == DONE, said
+    assert "goes on in job 43 (1 of 2 in a row without a new commit)" in said
+    assert "sbatch --parsable --dependency=afterany:42" in calls
+    assert "scontrol requeue" not in calls
+    assert read_json(made.run.job) == {"job_id": "43", "jobs": ["42", "43"]}
+    # What one job could not do counts for the next one.
+    for attempt in (made.run.new_attempt("43-0"), made.run.new_attempt("44-0")):
+        broken(attempt)
+    assert num_vain_requeues(made.run, "43") == 1
+    record_job(made.run, "44", after="43")
+    assert num_vain_requeues(made.run, "44") == 2
+    # As each job does when it starts.
+    record_job(made.run, "44")
+    assert num_vain_requeues(made.run, "44") == 2
+    # A person has submitted this one.
+    record_job(made.run, "50")
+    made.run.new_attempt("50-0")
+    assert num_vain_requeues(made.run, "50") == 0
+
+
+def lose(attempt: Attempt, *nodes: int) -> None:
+    for node in nodes:
+        publish_json(attempt.lost(node), {"name": f"n{node + 1}"})
+
+
+@pytest.mark.parametrize(
+    ("lost", "listed", "left"),
+    [
+        ([1], "n1 n3 n4", "n1 n3 n4"),
+        # SLURM has not noticed yet, or has noticed more.
+        ([1], "n1 n2 n3 n4", "n1 n3 n4"),
+        ([], "n1 n2 n4", "n1 n2 n4"),
+        ([3], "n1 n2 n3", "n1 n2 n3"),
+        ([], "n1 n2 n3 n4", ""),
+        ([1, 2], "n1 n2 n3 n4", ""),
+        ([0], "n2 n3 n4", ""),
+        ([1], "", ""),
+    ],
+)
+def test_an_attempt_that_has_lost_nodes_goes_on_where_trainers_and_an_engine_have_room(
+    tmp_path: Path, lost: list[int], listed: str, left: str
+) -> None:
+    attempt = make_run(tmp_path, 4).run.new_attempt("42-0", 4)
+    lose(attempt, *lost)
+    assert nodes_left(attempt, listed.split()) == left.split()
+
+
+def test_an_attempt_on_fewer_nodes_has_their_layout_and_may_lose_no_more(tmp_path: Path) -> None:
+    made = make_run(tmp_path, 4)
+    attempt = made.run.new_attempt("42-0", 3)
+    assert attempt.layout == made.layout.on(3)
+    assert len(attempt.layout.engines) == 1
+    lose(attempt, 1)
+    assert nodes_left(attempt, ["n1", "n3"]) == []
+
+
+def test_a_batch_script_goes_on_in_place_where_a_node_is_lost(tmp_path: Path) -> None:
+    made = make_run(tmp_path, 4)
+    attempt = made.run.new_attempt("42-1", 4)
+    broken(attempt)
+    lose(attempt, 1)
+    second = shlex.join(
+        [
+            sys.executable,
+            "-c",
+            "from pathlib import Path; from nanoslime.run_dir import RunDir; import sys; "
+            "run = RunDir.open(Path(sys.argv[1])); "
+            "run.latest_attempt().number == 1 and run.new_attempt('42-1', 3).end(0, '')",
+            str(made.run.path),
+        ]
+    )
+    # The step of the script has been; that of the new attempt begins one.
+    answers = {
+        "srun": f'case "$*" in *nodelist*) {second} ;; esac; exit 1',
+        "scontrol": 'case "$2" in job) echo NodeList=n[1,3-4] ;; *) echo n1 n3 n4 ;; esac',
+    }
+    returned, calls, said = run_script(made, tmp_path, 137, answers)
+    assert returned == DONE, said
+    assert "goes on without the lost nodes, on n1, n3, n4 (1 of 10 in a row" in said
+    step = next(line for line in calls.splitlines() if "--nodelist=n1,n3,n4" in line)
+    assert "--nodes=3 --ntasks=3" in step
+    assert step.index("--nodelist") < step.index("jobs.node")
+    assert "requeue" not in calls
+    # One whose step does not even begin an attempt is not tried for ever.
+    made.run.new_attempt("42-1", 4).end(FAILED, "lost", can_go_on=True)
+    lose(made.run.attempt(3), 1)
+    returned, calls, said = run_script(made, tmp_path, 137, answers)
+    assert returned == FAILED
+    assert "before it began an attempt" in said
 
 
 def test_a_step_that_never_began_an_attempt_fails_its_job(tmp_path: Path) -> None:

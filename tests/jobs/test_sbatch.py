@@ -36,6 +36,7 @@ def test_a_cpu_job_asks_for_one_agent_per_node(tmp_path: Path) -> None:
         "open-mode": "append",
         "partition": "main",
         "account": "team",
+        "no-kill": True,
     }
 
 
@@ -56,6 +57,22 @@ def test_the_step_says_again_what_srun_does_not_inherit(tmp_path: Path) -> None:
     assert options["gpus-per-node"] == "2"
     assert options["mem"] == "500G"
     assert options["cpus-per-task"] == "48"
+
+
+def test_a_job_of_a_chain_is_never_requeued(tmp_path: Path) -> None:
+    made = make_run(tmp_path, 1, resume_by="chain")
+    options = sbatch_options(made.config, made.layout)
+    assert options["no-requeue"] is True
+    assert "requeue" not in options
+
+
+@pytest.mark.parametrize(("num_nodes", "outlives"), [(1, False), (2, False), (3, True), (4, True)])
+def test_a_job_outlives_a_node_where_another_one_has_engines(
+    tmp_path: Path, num_nodes: int, outlives: bool
+) -> None:
+    made = make_run(tmp_path, num_nodes)
+    assert ("no-kill" in sbatch_options(made.config, made.layout)) == outlives
+    assert ("--no-kill" in srun_line(text_of(made))) == outlives
 
 
 @pytest.mark.parametrize(

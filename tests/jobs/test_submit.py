@@ -181,7 +181,7 @@ def test_submission_prints_job_and_directory_and_leaves_what_the_job_reads(
     assert Layout.from_json(run.plan.read_text()).num_nodes == 2
     assert json.loads(run.provenance.read_text())["versions"]["ray"]
     job = json.loads((run.path / "job.json").read_text())
-    assert job == {"job_id": "42"}
+    assert job == {"job_id": "42", "jobs": ["42"]}
     assert machine.submitted.count("\n") == 1
 
 

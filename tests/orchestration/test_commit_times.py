@@ -38,10 +38,10 @@ class Weights:
 
 @pytest.fixture
 def made(tmp_path):
-    def make(*flags: str) -> tuple[Checkpoints, Clock]:
+    def make(*flags: str, job: str = "") -> tuple[Checkpoints, Clock]:
         clock = Clock()
         config = load(None, None, ["--num-rollout", "100", *flags])
-        attempt = RunDir.create(tmp_path, "run").new_attempt()
+        attempt = RunDir.create(tmp_path, "run").new_attempt(job)
         return Checkpoints(config, attempt, Trainer(), Rollout(), Weights(), clock=clock), clock
 
     return make
@@ -78,6 +78,16 @@ def test_without_minutes_only_steps_count(made):
     checkpoints, clock = made()
     clock.minutes = 10_000
     assert not checkpoints.due(5)
+
+
+def test_each_step_of_a_job_is_committed_where_training_would_outlast_a_stop(made):
+    checkpoints, _ = made("--cluster.signal-lead-s", "100", job="42-0")
+    assert not checkpoints.due(5, train_s=79.0)
+    assert checkpoints.due(6, train_s=81.0)
+    assert not checkpoints.due(7, train_s=79.0)
+    # Nobody ends a run of this machine by a clock.
+    alone, _ = made("--cluster.signal-lead-s", "100")
+    assert not alone.due(6, train_s=81.0)
 
 
 @pytest.mark.parametrize("begins", ["before", "while the trainer saves"])

@@ -17,7 +17,7 @@ from nanoslime.rollout import producer as producer_module
 from nanoslime.rollout.admission import Limits
 from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
 from nanoslime.rollout.producer import Producer, Recipe, Rollout, Serving, StopAsked
-from nanoslime.rollout.tasks import FinishedGroup, GroupTask, Sampling, WorkerNews
+from nanoslime.rollout.tasks import FinishedGroup, GroupTask, Sampling, WorkerGone, WorkerNews
 from nanoslime.types import Group, GroupReport, Prompt, RunError, SampleReport, Status
 from tests.rollout import test_worker
 from tests.rollout.test_worker import Gate, wait_for
@@ -76,11 +76,14 @@ class ByHand:
     running: dict[int, GroupTask] = field(default_factory=dict)
     cancelled: list[int] = field(default_factory=list)
     finished: list[int] = field(default_factory=list)
+    saved: list[list[int]] = field(default_factory=list)
     error: RunError | None = None
     _news: list[GroupReport] = field(default_factory=list)
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
     def start(self, tasks: Sequence[GroupTask]) -> None:
+        if self._is_lost():
+            return
         self._check()
         self.started += [task.group_id for task in tasks]
         self.running |= {task.group_id: task for task in tasks}
@@ -95,8 +98,23 @@ class ByHand:
             self.error = RunError(f"{self.name} died")
             self._changed.notify_all()
 
+    def lose_node(self) -> None:
+        with self._changed:
+            self.running, self._news = {}, []
+            self.error = WorkerGone(f"{self.name} is lost", ["its engine"])
+            self._changed.notify_all()
+
+    def come_back(self) -> None:
+        self.error = None
+
+    def save(self, path: Path) -> None:
+        self._check()
+        self.saved.append(sorted(self.running))
+
     def poll(self, timeout_s: float) -> WorkerNews:
         with self._changed:
+            if self._is_lost():
+                self._changed.wait(timeout_s)
             self._changed.wait_for(lambda: self._news or self.error, timeout_s)
             self._check()
             news, self._news = self._news, []
@@ -107,11 +125,17 @@ class ByHand:
         self.cancelled += group_ids
 
     def finish_step(self, step: int, groups: Sequence[FinishedGroup]) -> None:
+        if self._is_lost():
+            return
         self._check()
         self.finished += [group.group_id for group in groups]
 
     def metrics(self) -> dict[str, float]:
+        self._check()
         return {"rollout/generated_tokens": 1.0, f"of {self.name}": 2.0}
+
+    def _is_lost(self) -> bool:
+        return isinstance(self.error, WorkerGone)
 
     def _check(self) -> None:
         if self.error is not None:
@@ -131,10 +155,18 @@ def producer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         max_staleness: int = 0,
         must_stop: Any = lambda: None,
         has_versions: bool = True,
+        lost: Any = lambda name, cause: None,
+        max_replaced: int = 0,
+        is_kept: Any = lambda group: True,
     ) -> Producer:
-        serving = Serving(workers, lambda name, cause: None, lambda: None, must_stop)
-        limits = Limits(batch=batch, max_staleness=max_staleness, num_rollouts=1000)
-        recipe = Recipe(make_task, lambda group: True, has_versions)
+        serving = Serving(workers, lost, lambda: None, must_stop)
+        limits = Limits(
+            batch=batch,
+            max_staleness=max_staleness,
+            num_rollouts=1000,
+            max_replaced=max_replaced,
+        )
+        recipe = Recipe(make_task, is_kept, has_versions)
         opened.append(Producer(limits, recipe, source or Numbers(), serving))
         return opened[-1]
 
@@ -246,6 +278,102 @@ def test_a_worker_that_dies_ends_a_take_at_once_with_its_name(producer: Any, whe
         made.evaluate([evaluation])
     made.halt()
     assert sorted(alive.cancelled) == sorted([*alive.started])
+
+
+def test_the_groups_of_a_worker_that_is_lost_are_made_by_others_and_it_may_come_back(
+    producer: Any,
+) -> None:
+    stays, goes = ByHand("stays"), ByHand("goes")
+    told: list[tuple[str, str]] = []
+    made = producer([stays, goes], batch=4, lost=lambda *what: told.append(what))
+    taking = Taking(made, 0)
+    wait_for(lambda: loads([stays, goes]) == [2, 2])
+    finished, running = goes.started
+    goes.end(finished)
+    wait_for(lambda: made._held[finished].report is not None)
+    goes.lose_node()
+    wait_for(lambda: len(stays.running) == 4)
+    assert set(stays.running) == {0, 1, 2, 3}, "what was finished has gone with it"
+    assert stays.running[running].seed == running
+    assert made.metrics()["of stays"] == 2.0 and "of goes" not in made.metrics()
+    wait_for(lambda: told == [("its engine", "goes is lost")])
+    stays.end(*list(stays.running))
+    assert taking.group_ids() == [0, 1, 2, 3]
+    made.finish(0, taking.rollout.groups)
+    goes.come_back()
+    wait_for(lambda: not made._gone)
+    made.set_version(1)
+    assert loads([stays, goes]) == [2, 2]
+    assert told == [("its engine", "goes is lost")]
+
+
+def test_a_report_that_a_lost_worker_has_sent_before_is_not_taken_for_the_group_made_again(
+    producer: Any,
+) -> None:
+    """A checkpoint, say, may find the loss before the report has been heard."""
+    stays, goes = ByHand("stays"), ByHand("goes")
+    made = producer([stays, goes], batch=2)
+    taking = Taking(made, 0)
+    wait_for(lambda: loads([stays, goes]) == [1, 1])
+    [lost] = goes.started
+    late = report(goes.running[lost], 0)
+    goes.lose_node()
+    wait_for(lambda: lost in stays.running)
+    with made._changed:
+        made._hear(1, WorkerNews([late]))
+        assert made._held[lost].report is None
+    stays.end(0, 1)
+    assert taking.group_ids() == [0, 1]
+
+
+def test_a_group_of_an_evaluation_is_made_again_and_a_replaced_one_is_forgotten(
+    producer: Any,
+) -> None:
+    stays, goes = ByHand("stays"), ByHand("goes")
+    kept = [True]
+    options = {"max_replaced": 4, "is_kept": lambda group: kept[0]}
+    made = producer([goes, stays], batch=2, **options)
+    made.set_version(0)
+    assert goes.started == [0]
+    kept[0] = False
+    goes.end(0)
+    wait_for(lambda: made._admission.replaced == [0] and goes.started == [0, 2])
+    kept[0] = True
+    evaluation = GroupTask(-1, Numbers().next(1)[0], SAMPLING, 0, "exact_match", purpose="eval")
+    found: list[list[GroupReport]] = []
+    thread = threading.Thread(target=lambda: found.append(made.evaluate([evaluation])))
+    thread.start()
+    wait_for(lambda: -1 in goes.running)
+    goes.lose_node()
+    wait_for(lambda: -1 in stays.running)
+    stays.end(-1)
+    thread.join(20)
+    assert [group.group_id for group in found[0]] == [-1]
+    assert set(made._held) == {1, 2} and made._admission.replaced == []
+
+
+def test_a_checkpoint_holds_the_groups_of_a_worker_that_is_lost_while_it_is_written(
+    producer: Any, tmp_path: Path
+) -> None:
+    """Also of one whose loss has not been heard of yet."""
+    stays, goes = ByHand("stays"), ByHand("goes")
+    made = producer([stays, goes], batch=4)
+    made.set_version(0)
+    with made._changed:
+        goes.lose_node()
+        state = made.save(tmp_path / "rollout")
+    assert stays.saved == [[0, 2], [0, 1, 2, 3]]
+    assert state["producer"]["num_files"] == 1
+    assert sorted(map(int, state["producer"]["admission"]["oldest"])) == [0, 1, 2, 3]
+
+
+def test_a_run_without_any_worker_left_ends(producer: Any) -> None:
+    workers = [ByHand("a"), ByHand("b")]
+    taking = Taking(producer(workers, batch=4), 0)
+    wait_for(lambda: loads(workers) == [2, 2])
+    for worker in workers:
+        worker.lose_node()
+    assert taking.fails(within_s=5) in ("a is lost", "b is lost")
 
 
 def test_a_stop_ends_a_take_and_keeps_what_runs(producer: Any) -> None:

@@ -5,7 +5,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from jobs import submit_grpo
 from jobs.checkout import ROOT
 from jobs.slurm_submit import submit_sbatch, submit_submitit
 from nanoslime.run_dir import DONE, FAILED, STOPPED
+from nanoslime.storage.shared_files import read_json
 from nanoslime.types import RunError
 from tests import process_table
 from tests.jobs.made_run import (
@@ -242,6 +243,169 @@ def test_a_job_that_is_preempted_stops_and_is_requeued_once(
     # SLURM sends it to the driver too, which would not live to commit.
     assert (code, reason) == (STOPPED, "SIGTERM at n1")
     assert fields["Restarts"] == "1"
+
+
+def start_with_regular_beats(
+    slurm: SlurmCluster, tmp_path: Path, resume_by: str = "requeue"
+) -> tuple[MadeRun, str]:
+    """A job of four nodes, two of them with engines, that misses a node after 15 s."""
+    venv = str(make_venv_with_fake_ray(tmp_path / "venv"))
+    made = make_run(tmp_path, 4, venv=venv, hang_factor=3.0, resume_by=resume_by)
+    job_id = submit_sbatch(made.config, made.layout, made.run, driver("until-told"))
+    wait_for_driver(made, 1)
+    attempt = made.run.attempt(1)
+
+    def are_regular() -> bool:
+        beats = attempt.heartbeats()
+        return len(beats) == 4 and all(beat.get("count", 0) >= 4 for beat in beats.values())
+
+    assert process_table.wait_for(are_regular, 60), logs(made)
+    return made, job_id
+
+
+@pytest.mark.matrix
+def test_a_run_goes_on_without_an_engine_node_that_slurm_has_lost(
+    slurm: SlurmCluster, tmp_path: Path
+) -> None:
+    made, job_id = start_with_regular_beats(slurm, tmp_path)
+    attempt = made.run.attempt(1)
+    slurm.kill_node("n4")
+    assert process_table.wait_for(attempt.lost(3).exists, 45), logs(made)
+
+    def node_is_gone() -> bool:
+        return slurm.job(int(job_id))["NodeList"] == "n[1-3]"
+
+    assert process_table.wait_for(node_is_gone, 60), slurm.log_tails()
+    beats = {node: attempt.heartbeats()[node]["count"] for node in "012"}
+
+    def all_live() -> bool:
+        now = attempt.heartbeats()
+        return all(now[node]["count"] > beats[node] for node in "012")
+
+    assert process_table.wait_for(all_live, 30), logs(made)
+    (attempt.path / "finish").touch()
+    fields = slurm.wait_state(int(job_id), "COMPLETED", timeout_s=60)
+    assert attempt.ended() == (DONE, "")
+    assert fields["Restarts"] == "0"
+
+
+@pytest.mark.matrix
+def test_an_attempt_that_loses_a_trainer_node_is_followed_by_one_on_the_others(
+    slurm: SlurmCluster, tmp_path: Path
+) -> None:
+    made, job_id = start_with_regular_beats(slurm, tmp_path)
+    slurm.kill_node("n2")
+    fields = slurm.wait_state(int(job_id), "COMPLETED", timeout_s=_DEADLINE_S)
+    code, reason = made.run.attempt(1).ended() or (DONE, "")
+    assert code == FAILED
+    assert "no heartbeat from n2" in reason
+    second = made.run.attempt(2)
+    assert second.ended() == (DONE, ""), logs(made)
+    assert second.layout == made.layout.on(3)
+    joined = [json.loads((second.path / "nodes" / f"{i}.json").read_text()) for i in range(3)]
+    assert [node["name"] for node in joined] == ["n1", "n3", "n4"]
+    assert "goes on without the lost nodes, on n1, n3, n4 (1 of 10 in a row" in logs(made)
+    assert fields["Restarts"] == "0"
+
+
+@pytest.mark.matrix
+def test_a_job_whose_batch_script_is_lost_with_its_node_is_requeued(
+    slurm: SlurmCluster, tmp_path: Path
+) -> None:
+    """By us, or by SLURM itself where that notices the loss first."""
+    made, job_id = start_with_regular_beats(slurm, tmp_path)
+    slurm.kill_node("n1")
+    slurm.wait_state(int(job_id), "PENDING", timeout_s=90)
+    slurm._spawn("slurmd-n1", "slurmd", "-D", "-N", "n1")
+    fields = slurm.wait_state(int(job_id), "COMPLETED", timeout_s=60)
+    assert made.run.attempt(2).ended() == (DONE, ""), logs(made)
+    assert fields["Restarts"] == "1"
+
+
+@pytest.fixture
+def patient_slurm(slurm: SlurmCluster) -> Iterator[SlurmCluster]:
+    """It misses a node as late as SLURM does where nobody has set it up otherwise."""
+    before = slurm.config_file.read_text()
+    slurm.config_file.write_text(before.replace("SlurmdTimeout=10", "SlurmdTimeout=300"))
+    slurm.run("scontrol", "reconfigure")
+    yield slurm
+    slurm.config_file.write_text(before)
+    slurm.run("scontrol", "reconfigure")
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("resume_by", ["requeue", "chain"])
+def test_a_job_without_its_batch_script_goes_on_long_before_slurm_misses_the_node(
+    patient_slurm: SlurmCluster, tmp_path: Path, resume_by: str
+) -> None:
+    made, job_id = start_with_regular_beats(patient_slurm, tmp_path, resume_by=resume_by)
+    patient_slurm.kill_node("n1")
+    first = made.run.attempt(1)
+    assert process_table.wait_for(lambda: first.ended() is not None, 45), logs(made)
+    code, reason = first.ended() or (DONE, "")
+    assert code == FAILED
+    assert "no heartbeat from n1" in reason
+
+    def goes_on() -> bool:
+        holder = read_json(made.run.job)["job_id"]
+        return holder != job_id or patient_slurm.job(int(job_id))["Restarts"] == "1"
+
+    assert process_table.wait_for(goes_on, 45), logs(made)
+    patient_slurm._spawn("slurmd-n1", "slurmd", "-D", "-N", "n1")
+    holder = read_json(made.run.job)["job_id"]
+    assert (holder == job_id) == (resume_by == "requeue")
+    patient_slurm.wait_state(int(holder), "COMPLETED", timeout_s=120)
+    assert made.run.attempt(2).ended() == (DONE, ""), logs(made)
+
+
+@pytest.mark.matrix
+def test_an_engine_node_that_was_only_silent_joins_again(
+    slurm: SlurmCluster, tmp_path: Path
+) -> None:
+    made, job_id = start_with_regular_beats(slurm, tmp_path)
+    attempt = made.run.attempt(1)
+    found = process_table.all_processes()
+    guard = next(
+        process
+        for process in found.values()
+        if process.has_env("SLURMD_NODENAME", "n4") and "jobs.node" in process.command
+        if "--attempt" not in process.command and str(made.run.path) in process.command
+    )
+    node = [guard, *process_table.descendants(guard.pid, found)]
+    for process in node:
+        os.kill(process.pid, signal.SIGSTOP)
+    assert process_table.wait_for(attempt.lost(3).exists, 45), logs(made)
+    first = json.loads((attempt.path / "nodes" / "3.json").read_text())["pid"]
+    for process in node:
+        os.kill(process.pid, signal.SIGCONT)
+
+    def has_joined_again() -> bool:
+        return json.loads((attempt.path / "nodes" / "3.json").read_text())["pid"] != first
+
+    assert process_table.wait_for(has_joined_again, 60), logs(made)
+    assert not attempt.lost(3).exists()
+    (attempt.path / "finish").touch()
+    slurm.wait_state(int(job_id), "COMPLETED", timeout_s=60)
+    assert attempt.ended() == (DONE, "")
+    assert scratches(tmp_path) == []
+
+
+@pytest.mark.matrix
+def test_a_job_that_may_not_be_requeued_goes_on_in_another_one(
+    slurm: SlurmCluster, tmp_path: Path
+) -> None:
+    venv = str(make_venv_with_fake_ray(tmp_path / "venv"))
+    made = make_run(tmp_path, 1, venv=venv, resume_by="chain")
+    job_id = submit_sbatch(made.config, made.layout, made.run, driver("until-stop"))
+    wait_for_driver(made, 1)
+    slurm.run("scancel", "--signal=USR2", job_id)
+    wait_for_driver(made, 2)
+    record = json.loads(made.run.job.read_text())
+    assert record["jobs"] == [job_id, record["job_id"]]
+    slurm.wait_state(int(record["job_id"]), "COMPLETED", timeout_s=60)
+    assert slurm.job(int(job_id))["Requeue"] == "0"
+    assert made.run.attempt(2).key == f"{record['job_id']}-0"
+    assert made.run.attempt(2).ended() == (DONE, "")
 
 
 @pytest.mark.matrix

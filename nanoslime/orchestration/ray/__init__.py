@@ -7,4 +7,6 @@ folder imports ray.
 
 The arrays of samples go from the worker that made them to the ranks that train on them; the
 driver has their numbers. An actor that dies ends the run: RunError says its name, node and log.
+A rollout worker does not where others are left: they make its groups anew, and Ray starts it again,
+where its node is lost as soon as there is one in its place.
 """

@@ -125,7 +125,6 @@ class Actors:
             options = actor_class.options(
                 name=f"{short_role}-{place.index}",
                 num_cpus=0,
-                max_restarts=0,
                 max_concurrency=max_concurrency,
                 label_selector={NODE_LABEL: str(place.node)},
                 **slots_option(place.num_slots, device),

@@ -2,13 +2,17 @@
 
 import logging
 import os
+import threading
+import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 
 from nanoslime.config.deadlines import Deadline
 from nanoslime.engine_kind import EngineStart, RunEngine, engine_kind
@@ -16,24 +20,36 @@ from nanoslime.failures import told_in_one_line
 from nanoslime.layout import EnginePlace, Layout
 from nanoslime.orchestration.ray.actors import ActorPlace, Actors, ActorSetup, RunOnRay
 from nanoslime.processes.signals import hold_back_from_this_process
-from nanoslime.rollout.tasks import FinishedGroup, GroupTask, RestoredGroup, WorkerNews
+from nanoslime.rollout.tasks import (
+    FinishedGroup,
+    GroupTask,
+    RestoredGroup,
+    WorkerGone,
+    WorkerNews,
+)
 from nanoslime.rollout.worker import RolloutWorker, WorkerSetup
-from nanoslime.types import Engine
+from nanoslime.types import Engine, MachineFailure, RunError
 
 logger = logging.getLogger(__name__)
 
 # A worker that lives answers a call within this time; a save may wait for its disk.
 _ANSWER_S = 120.0
 _SAVE_S = 600.0
+# It asks so often for a worker that is lost, and waits so long for an answer.
+_LOOK_S = 1.0
+_OPEN_S = 10.0
 # Engines start beside one another, and a worker answers meanwhile.
 _MAX_CONCURRENCY = 64
 # What a worker is told it does one after another, so that nobody has to wait for it.
 _IN_ORDER = "in_order"
 
 
-@ray.remote(concurrency_groups={_IN_ORDER: 1})
+@ray.remote(concurrency_groups={_IN_ORDER: 1}, max_restarts=-1)
 class WorkerActor:
-    """Owns the engines of its node, and runs the rollout worker beside them."""
+    """Owns the engines of its node, and runs the rollout worker beside them.
+
+    Where it dies, Ray starts it again without them, as soon as its node is there.
+    """
 
     def __init__(self, setup: ActorSetup):
         setup.enter()
@@ -58,7 +74,11 @@ class WorkerActor:
         with told_in_one_line(logger, f"start engine {index}"):
             return engine.start()
 
+    @ray.method(concurrency_group=_IN_ORDER)
     def open_worker(self, setup: WorkerSetup) -> None:
+        """Opens the rollout worker, unless it is open."""
+        if self._worker is not None:
+            return
         with told_in_one_line(logger, "open the rollout worker"):
             self._worker = RolloutWorker(setup, keeps_arrays=True)
         logger.info("%s, pid %d", self._worker.name, os.getpid())
@@ -88,10 +108,14 @@ class RayWorker:
     it, and that an actor is gone or hangs.
     """
 
-    def __init__(self, actors: Actors, number: int):
+    def __init__(self, actors: Actors, number: int, engines: Sequence[str] = ()):
+        """`engines` are the names of those that its actor owns."""
         self.name = f"rollout worker {number}"
         self._actors = actors
         self._number = number
+        self._engines = engines
+        # Why it has no actor, from the loss of one until another one has an engine; empty else.
+        self.loss = ""
         # Calls that nobody waits for, by method, in their order.
         self._told: deque[tuple[str, Any]] = deque()
 
@@ -99,6 +123,10 @@ class RayWorker:
         self._tell("start", list(tasks))
 
     def poll(self, timeout_s: float) -> WorkerNews:
+        if self.loss:
+            self._told.clear()
+            time.sleep(timeout_s)
+        self._require_actor()
         while self._told and ray.wait([self._told[0][1]], timeout=0)[0]:
             method, ref = self._told.popleft()
             self._answer(method, ref)
@@ -130,16 +158,30 @@ class RayWorker:
     def _actor(self) -> Any:
         return self._actors.actors[self._number]
 
+    def _require_actor(self) -> None:
+        if self.loss:
+            raise WorkerGone(self.loss, self._engines)
+
     def _tell(self, method: str, *args: Any) -> None:
-        self._told.append((method, self._actor.call_worker.remote(method, *args)))
+        if not self.loss:
+            self._told.append((method, self._actor.call_worker.remote(method, *args)))
 
     def _call(self, method: str, *args: Any, deadline_s: float = _ANSWER_S) -> Any:
+        self._require_actor()
         ref = self._actor.call_worker.remote(method, *args)
         return self._answer(method, ref, deadline_s)
 
     def _answer(self, method: str, ref: Any, deadline_s: float = _ANSWER_S) -> Any:
         deadline = Deadline(deadline_s, "the time for an answer")
-        [answer] = self._actors.gather([ref], f"answer to {method}", deadline, [self._number])
+        try:
+            [answer] = self._actors.gather([ref], f"answer to {method}", deadline, [self._number])
+        except MachineFailure as failure:
+            if not isinstance(failure.__cause__, RayActorError):
+                raise
+            # One that was out of reach for a moment only begins anew like one that has died.
+            ray.kill(self._actor, no_restart=False)
+            self.loss = str(failure)
+            self._require_actor()
         return answer
 
 
@@ -156,6 +198,8 @@ class RayEngines:
         self._title = engine_kind(rollout).title
         self._starting: list[Any] = []
         self._gpus_by_rank: Sequence[str] = ()
+        self._workers: list[RayWorker] = []
+        self._closed = threading.Event()
         nodes = sorted({place.node for place in layout.engines})
         # The worker of each engine.
         self.workers_by_engine = [nodes.index(place.node) for place in layout.engines]
@@ -183,32 +227,51 @@ class RayEngines:
         )
 
     def restart(self, index: int) -> Engine:
-        """Ends an engine, whatever has become of it, and starts it again where it was."""
+        """Ends an engine, whatever has become of it, and starts it again where it was.
+
+        Waits for its worker, and so for its node, to come back where that was lost. The worker
+        takes part again once it has an engine.
+        """
+        number = self.workers_by_engine[index]
+        self._reopen(number)
         ref = self._start(self._layout.engines[index])
         what = f"start engine {index} again"
-        [engine] = self._actors.gather(
-            [ref], what, self._late_deadline, [self.workers_by_engine[index]]
-        )
+        [engine] = self._actors.gather([ref], what, self._late_deadline, [number])
+        self._workers[number].loss = ""
         return engine
 
-    def open_workers(self) -> list[RayWorker]:
-        """A rollout worker on each node with engines."""
-        num_workers = len(self._actors.actors)
-        refs = []
-        for number, actor in enumerate(self._actors.actors):
-            setup = WorkerSetup(
-                self._run.config,
-                self._run.model_dir,
-                self._run.attempt.run.rollouts,
-                index=number,
-                num_workers=num_workers,
-                num_engines=self.workers_by_engine.count(number),
-            )
-            refs.append(actor.open_worker.remote(setup))
+    def open_workers(self, engines: Sequence[Engine]) -> list[RayWorker]:
+        """A rollout worker on each node with some of these engines, which are in their order."""
+        numbers = range(len(self.actors))
+        refs = [self._open(number) for number in numbers]
         self._actors.gather(refs, "open its rollout worker", self._late_deadline)
-        return [RayWorker(self._actors, number) for number in range(num_workers)]
+        for number in numbers:
+            by_engine = zip(engines, self.workers_by_engine, strict=True)
+            own = [engine.name for engine, worker in by_engine if worker == number]
+            self._workers.append(RayWorker(self._actors, number, own))
+        return self._workers
+
+    def _open(self, number: int) -> Any:
+        setup = WorkerSetup(
+            self._run.config,
+            self._run.model_dir,
+            self._run.attempt.run.rollouts,
+            index=number,
+            num_workers=len(self.actors),
+            num_engines=self.workers_by_engine.count(number),
+        )
+        return self.actors[number].open_worker.remote(setup)
+
+    def _reopen(self, number: int) -> None:
+        """Waits for the actor, and opens its worker where Ray has started it again."""
+        while not self._closed.wait(_LOOK_S):
+            with suppress(ActorUnavailableError, GetTimeoutError):
+                ray.get(self._open(number), timeout=_OPEN_S)
+                return
+        raise RunError(f"{self._workers[number].name} is not started again: the run ends")
 
     def close(self) -> None:
+        self._closed.set()
         refs = self._actors.start_on_each("close")
         # They record the last rollout first.
         ray.wait(refs, num_returns=len(refs), timeout=_ANSWER_S)
