@@ -9,8 +9,10 @@ checkpoints/step_<k>/
     manifest.json  the checksum of every file, written last
 """
 
+import errno
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from nanoslime.config import RunConfig
+from nanoslime.failures import summary
 from nanoslime.orchestration.groups import TrainGroup
 from nanoslime.orchestration.rollout_manager import Replay, RolloutManager
+from nanoslime.processes.phases import DRIVER, IDLE, own_report
 from nanoslime.run_dir import Attempt, RunDir
 from nanoslime.storage.commit import checkpoints, commit, partial_dir, partial_path, retain
 from nanoslime.storage.manifest import DamagedError, verify
@@ -27,6 +31,10 @@ from nanoslime.types import RunError
 from nanoslime.weight_sync.session import SyncSession
 
 logger = logging.getLogger(__name__)
+
+_PROBE_BYTES = 1 << 20
+# A quota does not say how much room there is: what was to be written is written again.
+_RETRY_S = 20.0
 
 
 @dataclass(slots=True)
@@ -104,7 +112,12 @@ class Checkpoints:
         attempt has begun: it would write to the same place.
         """
         self.attempt.require_newest()
-        self._save_trainer(partial_dir(self.run.checkpoint(rollouts)), rollouts)
+        final = self.run.checkpoint(rollouts)
+        wait_for_room(
+            self.attempt,
+            partial_path(final),
+            lambda: self._save_trainer(partial_dir(final), rollouts),
+        )
 
     def _save_trainer(self, partial: Path, rollouts: int) -> None:
         (partial / "trainer").mkdir()
@@ -122,8 +135,13 @@ class Checkpoints:
         attempt has begun.
         """
         self.attempt.require_newest()
+        partial = partial_path(self.run.checkpoint(rollouts))
+        wait_for_room(self.attempt, partial, lambda: self._commit(rollouts, reward))
+        self._retain()
+
+    def _commit(self, rollouts: int, reward: float | None) -> None:
         final = self.run.checkpoint(rollouts)
-        is_saved = self._saved == rollouts
+        is_saved = self._saved == rollouts and partial_path(final).exists()
         partial = partial_path(final) if is_saved else partial_dir(final)
         self.weights.look_at_probe()
         # What is being sampled comes first: a stop ends it, and frees shared devices.
@@ -142,7 +160,6 @@ class Checkpoints:
         commit(partial, final, self._hashes, self.attempt.require_newest)
         self._saved = None
         self._last_commit_s = self.clock()
-        self._retain()
 
     def _retain(self) -> None:
         keep = self.config.checkpoint
@@ -169,3 +186,41 @@ class Checkpoints:
                 f"or empty {self.run.checkpoints} to begin anew"
             )
         return None
+
+
+def wait_for_room(attempt: Attempt, partial: Path, write: Callable[[], None]) -> None:
+    """Does `write`, which fills the directory `partial`, again and again until it does not fail
+    for a full disk. What it has left there is removed meanwhile, since others need room too.
+
+    Raises its error where that is another one, and where the run is told to stop.
+    """
+    run = attempt.run
+    while True:
+        try:
+            return write()
+        except Exception as error:
+            if attempt.must_stop() or has_room(partial.parent):
+                raise
+            cause = summary(error)
+        shutil.rmtree(partial, ignore_errors=True)
+        num_committed = run.num_committed()
+        logger.error(
+            f"the run waits for room to save, and keeps its commit after {num_committed} rollouts "
+            f"({cause}); of {run.path} delete what is not needed, such as older ones in "
+            "checkpoints/, rollouts/ or hf/"
+        )
+        own_report().enter(DRIVER, IDLE)
+        run.write_status("wait for room", num_committed)
+        time.sleep(_RETRY_S)
+
+
+def has_room(directory: Path) -> bool:
+    """Whether a megabyte more can be written there."""
+    probe = directory / ".room"
+    try:
+        probe.write_bytes(bytes(_PROBE_BYTES))
+    except OSError as error:
+        return error.errno not in (errno.ENOSPC, errno.EDQUOT)
+    finally:
+        probe.unlink(missing_ok=True)
+    return True

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import tempfile
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,14 +16,15 @@ from nanoslime.config import RunConfig
 from nanoslime.config.deadlines import Deadline
 from nanoslime.config.model import RehearsalConfig
 from nanoslime.models.shape import ModelShape
+from nanoslime.orchestration import checkpoints
 from nanoslime.orchestration.ray import actors, cluster, trainers
 from nanoslime.orchestration.report import Clock
 from nanoslime.orchestration.rollout_manager import RolloutManager
 from nanoslime.processes.temp import private_tmpdir
-from nanoslime.run_dir import FAILED, RunDir
+from nanoslime.run_dir import DONE, FAILED, RunDir
 from nanoslime.training.fsdp import FSDPBackend
 from nanoslime.types import RunError
-from tests import strangers
+from tests import process_table, strangers
 from tests.full_disk import fill
 
 SCORER = "nanoslime.rollout.rewards.scorer"
@@ -109,12 +111,38 @@ def test_a_template_error_is_told(tmp_path, model, caplog) -> None:
     assert "roles must alternate" in told
 
 
-def test_a_full_disk_is_told(small_disk, model, caplog) -> None:
-    fill(small_disk, leave_bytes=400_000)
-    assert train.main(flags(small_disk, model, "--save-interval", "1")) == FAILED
-    status = RunDir.open(small_disk / "run").status()
-    assert status["phase"] == "failed"
-    assert "No space left on device" in status["error"]
+@pytest.mark.parametrize("then", ["there is room", "it is told to stop"])
+def test_a_run_whose_disk_is_full_keeps_its_last_commit_and_waits(
+    small_disk, model, caplog, monkeypatch, then
+) -> None:
+    monkeypatch.setattr(checkpoints, "_RETRY_S", 2.0)
+    fill(small_disk, leave_bytes=800_000)
+    seen = []
+
+    def follow() -> None:
+        run = RunDir(small_disk / "run")
+        process_table.wait_for(lambda: run.status().get("phase") == "wait for room", 120)
+        seen.append((run.status()["step"], list(run.checkpoints.iterdir())))
+        if then == "there is room":
+            (small_disk / "ballast").unlink()
+        else:
+            run.attempt(1).request_stop("Ctrl-C")
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    code = train.main(flags(small_disk, model, "--num-rollout", "1"))
+    thread.join()
+    run = RunDir.open(small_disk / "run")
+    told = next(r.getMessage() for r in caplog.records if "waits for room" in r.getMessage())
+    assert "keeps its commit after 0 rollouts" in told
+    assert "No space left on device" in told and "delete what is not needed" in told
+    assert seen == [(0, [])], "what was written is removed meanwhile"
+    if then == "there is room":
+        assert code == DONE
+        assert run.num_committed() == 1
+    else:
+        assert code == FAILED
+        assert "No space left on device" in run.status()["error"]
 
 
 def test_a_phase_that_cannot_be_written_down_begins_all_the_same(small_disk, caplog) -> None:
