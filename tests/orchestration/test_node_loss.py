@@ -92,7 +92,7 @@ def nodes(no_leftovers: None, tmp_path: Path, tiny_model: Path) -> Iterator[Node
 
 
 def test_a_run_goes_on_without_a_lost_engine_node_or_worker_and_takes_it_back(nodes: Nodes) -> None:
-    nodes.wait_for("the first rollouts", lambda: nodes.progress["steps"] >= 2)
+    nodes.wait_for("the first rollouts", lambda: nodes.progress["steps"] >= 2, timeout_s=150)
     assert nodes.progress["states"] == ["ready", "ready"]
 
     def are_regular() -> bool:

@@ -316,8 +316,9 @@ def test_a_job_whose_batch_script_is_lost_with_its_node_is_requeued(
     made, job_id = start_with_regular_beats(slurm, tmp_path)
     slurm.kill_node("n1")
     slurm.wait_state(int(job_id), "PENDING", timeout_s=90)
-    slurm._spawn("slurmd-n1", "slurmd", "-D", "-N", "n1")
+    slurm.start_dead_nodes()
     fields = slurm.wait_state(int(job_id), "COMPLETED", timeout_s=60)
+    slurm.kill_node("n1")
     assert made.run.attempt(2).ended() == (DONE, ""), logs(made)
     assert fields["Restarts"] == "1"
 
@@ -351,10 +352,11 @@ def test_a_job_without_its_batch_script_goes_on_long_before_slurm_misses_the_nod
         return holder != job_id or patient_slurm.job(int(job_id))["Restarts"] == "1"
 
     assert process_table.wait_for(goes_on, 45), logs(made)
-    patient_slurm._spawn("slurmd-n1", "slurmd", "-D", "-N", "n1")
+    patient_slurm.start_dead_nodes()
     holder = read_json(made.run.job)["job_id"]
     assert (holder == job_id) == (resume_by == "requeue")
     patient_slurm.wait_state(int(holder), "COMPLETED", timeout_s=120)
+    patient_slurm.kill_node("n1")
     assert made.run.attempt(2).ended() == (DONE, ""), logs(made)
 
 
