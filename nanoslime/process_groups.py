@@ -10,6 +10,8 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from nanoslime.types import WeightGroup
+
 
 def listening_store(address: str, port: int, timeout: timedelta) -> dist.TCPStore:
     """A store that listens at `address`, with 0 at a port of its own.
@@ -53,10 +55,10 @@ def one_ahead[T](receives: Iterable[Callable[[], T]]) -> Iterator[T]:
 
 
 def join_group(
-    store: dist.TCPStore, *, rank: int, world_size: int, name: str, backend: str, timeout_s: float
+    store: dist.TCPStore, group: WeightGroup, rank: int, timeout_s: float
 ) -> dist.ProcessGroup:
-    """Joins group `name` at `store` as `rank`; with gloo it returns when all `world_size` members
-    have come. NCCL makes its connections in the first call of the group.
+    """Joins the group at its `store` as `rank`; with gloo it returns when all members have come.
+    NCCL makes its connections in the first call of the group.
 
     torch has no public function for a group outside the default one. This one is made
     from the same parts as in SGLang's /init_weights_update_group, so that the two meet:
@@ -64,11 +66,12 @@ def join_group(
     RuntimeError where the others do not come in time.
     """
     options: dict[str, Any] = {
-        "group_name": c10d.GroupName(name),
+        "group_name": c10d.GroupName(group.name),
         "timeout": timedelta(seconds=timeout_s),
     }
-    group, _ = c10d._new_process_group_helper(
-        world_size, rank, [], dist.Backend(backend), dist.PrefixStore(name, store), **options
+    own_store = dist.PrefixStore(group.name, store)
+    joined, _ = c10d._new_process_group_helper(
+        group.world_size, rank, [], dist.Backend(group.backend), own_store, **options
     )
-    c10d._world.pg_group_ranks[group] = {i: i for i in range(world_size)}
-    return group
+    c10d._world.pg_group_ranks[joined] = {i: i for i in range(group.world_size)}
+    return joined

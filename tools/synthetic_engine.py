@@ -19,6 +19,7 @@ import torch.distributed as dist
 from nanoslime.process_groups import join_group, one_ahead
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.sealed_bucket import HEADER, Place, broken_seal, place_of
+from nanoslime.types import WeightGroup
 
 HOST = "127.0.0.1"
 DEADLINE_S = 120.0
@@ -35,14 +36,14 @@ class Receiver:
 
     def init_weights_update_group(self, body: dict[str, Any]) -> str:
         store = dist.TCPStore(body["master_address"], body["master_port"], is_master=False)
-        self.groups[body["group_name"]] = join_group(
-            store,
-            rank=body["rank_offset"],
-            world_size=body["world_size"],
-            name=body["group_name"],
-            backend=body["backend"],
-            timeout_s=DEADLINE_S,
+        group = WeightGroup(
+            body["group_name"],
+            body["master_address"],
+            body["master_port"],
+            body["world_size"],
+            body["backend"],
         )
+        self.groups[group.name] = join_group(store, group, body["rank_offset"], DEADLINE_S)
         return "joined"
 
     def destroy_weights_update_group(self, body: dict[str, Any]) -> str:

@@ -334,14 +334,7 @@ class _Wire:
             for engine, offset in zip(self._calls.engines, offsets, strict=True)
         ]
         try:
-            group = join_group(
-                store,
-                rank=0,
-                world_size=world_size,
-                name=self.group_name,
-                backend=backend,
-                timeout_s=self._deadline_s,
-            )
+            group = join_group(store, asked, rank=0, timeout_s=self._deadline_s)
         except RuntimeError as e:
             failures = self._calls.failures_of(joins)
             causes = [failure.cause for failure in failures.values()]

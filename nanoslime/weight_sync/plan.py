@@ -143,19 +143,14 @@ def make_sync_plan(
 
     `dtype_of` gives the dtype that a tensor of this name has at its targets. A bucket has at
     most `bucket_bytes`, or one row of a tensor. The buckets of the ranks take turns, so that
-    one can gather while another one sends. Raises ValueError naming the tensor where shapes
-    disagree, shards overlap, or a part of it has no owner.
+    one can gather while another one sends. Raises ValueError naming the tensor where shards
+    overlap, or a part of it has no owner.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     replicas: dict[str, dict[Box, list[Source]]] = {}
     for rank, shards in enumerate(shards_by_rank):
         for index, shard in enumerate(shards):
-            shape = shapes.setdefault(shard.name, shard.full_shape)
-            if shape != shard.full_shape:
-                raise ValueError(
-                    f"{shard.name}: rank {rank} has full shape {shard.full_shape}, "
-                    f"another rank {shape}"
-                )
+            shapes[shard.name] = shard.full_shape
             if size(shard.box):
                 of_tensor = replicas.setdefault(shard.name, {})
                 of_tensor.setdefault(shard.box, []).append(Source(rank, index, shard.box))

@@ -61,14 +61,7 @@ class Hanging:
 
 def join_and_hang(group: WeightGroup, first_rank: int) -> None:
     store = dist.TCPStore(group.address, group.port, is_master=False)
-    join_group(
-        store,
-        rank=first_rank,
-        world_size=group.world_size,
-        name=group.name,
-        backend=group.backend,
-        timeout_s=60,
-    )
+    join_group(store, group, first_rank, timeout_s=60)
     os.kill(os.getpid(), signal.SIGSTOP)
 
 

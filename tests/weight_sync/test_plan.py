@@ -85,13 +85,6 @@ def test_plan_refuses_overlapping_parts():
         planned(overlap)
 
 
-def test_plan_refuses_disagreeing_shapes():
-    two = OwnedShard("a", (2,), (slice(0, 2),))
-    three = OwnedShard("a", (3,), (slice(0, 3),))
-    with pytest.raises(ValueError, match=r"a: rank 1 has full shape \(3,\), another rank \(2,\)"):
-        planned([two], [three])
-
-
 def test_large_elements_come_first_so_that_a_bucket_is_aligned():
     shards = [OwnedShard(name, (3,), (slice(0, 3),)) for name in ("a", "b", "c")]
 

@@ -412,9 +412,7 @@ class Sender:
         group = WeightGroup(name, "127.0.0.1", store.port, world_size=2, backend="gloo")
         joining = in_background(engine.join_weight_group, group, first_rank=1)
         with joining as joined:
-            self.group = join_group(
-                store, rank=0, world_size=2, backend="gloo", name=name, timeout_s=DEADLINE_S
-            )
+            self.group = join_group(store, group, rank=0, timeout_s=DEADLINE_S)
             joined.result(DEADLINE_S)
 
     def send(self, tensors: dict[str, Tensor], place: Place, *, flips: int | None = None) -> None:
