@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter
@@ -43,11 +43,24 @@ def write_tree(path: Path, tree: Any) -> None:
         return {_ARRAY: [entry, first, num_rows[entry]]}
 
     text = to_json(tree, inf_nan_mode="constants", bytes_mode="base64", fallback=place)
-    entries: dict[str, Any] = {"tree": np.frombuffer(text, np.uint8)}
-    entries |= {entry: np.concatenate(of_entry) for entry, of_entry in arrays.items()}
-    with written_aside(path) as file:
-        np.savez(file, **entries)
+    entries = {"tree": [np.frombuffer(text, np.uint8)], **arrays}
+    with written_aside(path) as file, ZipFile(file, "w") as archive:
+        for name, of_entry in entries.items():
+            _write_entry(archive, name, of_entry)
     sync_directory(path.parent)
+
+
+def _write_entry(archive: ZipFile, name: str, arrays: list[np.ndarray]) -> None:
+    """One after the other, so that no array is held twice."""
+    header = {
+        "descr": np.lib.format.dtype_to_descr(arrays[0].dtype),
+        "fortran_order": False,
+        "shape": (sum(map(len, arrays)), *arrays[0].shape[1:]),
+    }
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+        np.lib.format.write_array_header_1_0(entry, header)
+        for array in arrays:
+            entry.write(np.ascontiguousarray(array).data)
 
 
 def read_tree[T](path: Path, what: str, content: type[T]) -> T:
