@@ -11,6 +11,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from jobs import agent as agent_module
@@ -177,13 +178,12 @@ def test_ctrl_c_lets_the_driver_commit(tmp_path: Path, python_with_fake_ray: str
     assert "stopped: Ctrl-C" in err
 
 
-def test_a_warning_that_comes_while_the_agent_starts_is_handed_on(
-    tmp_path: Path, python_with_fake_ray: str
-) -> None:
-    """The guard of a SLURM task, with the task's environment and without SLURM."""
-    made = make_run(tmp_path, 1, network_interface="lo")
+def start_guard(made: MadeRun, python: str) -> subprocess.Popen[str]:
+    """The guard of a SLURM task, with the task's environment and without SLURM; its agent is on
+    its way.
+    """
     task = {"SLURM_JOB_ID": "71", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "n1"}
-    command = [python_with_fake_ray, "-m", "jobs.node", made.run.path]
+    command = [python, "-m", "jobs.node", made.run.path]
     guard = subprocess.Popen(
         [*command, "--driver", driver("until-stop")],
         cwd=ROOT,
@@ -194,12 +194,33 @@ def test_a_warning_that_comes_while_the_agent_starts_is_handed_on(
     )
     log = made.run.attempts / "1" / "logs" / "agent-0.log"
     assert process_table.wait_for(log.exists, _DEADLINE_S)
+    return guard
+
+
+def test_a_warning_that_comes_while_the_agent_starts_is_handed_on(
+    tmp_path: Path, python_with_fake_ray: str
+) -> None:
+    made = make_run(tmp_path, 1, network_interface="lo")
+    guard = start_guard(made, python_with_fake_ray)
     guard.send_signal(signal.SIGUSR2)
     said, _ = guard.communicate(timeout=_DEADLINE_S)
     code, reason = made.end
     assert (code, guard.returncode) == (STOPPED, FAILED), said
     assert reason.startswith("SIGUSR2 at n1")
     assert made.run.attempt(1).final_stop() is None
+
+
+def test_sigterm_that_comes_to_all_while_the_agent_starts_is_a_stop(
+    tmp_path: Path, python_with_fake_ray: str
+) -> None:
+    made = make_run(tmp_path, 1, network_interface="lo")
+    guard = start_guard(made, python_with_fake_ray)
+    children = psutil.Process(guard.pid).children
+    assert process_table.wait_for(children, _DEADLINE_S)
+    for process in (guard, *children()):
+        process.send_signal(signal.SIGTERM)
+    said, _ = guard.communicate(timeout=_DEADLINE_S)
+    assert made.end == (STOPPED, "SIGTERM at n1, before the driver started"), said
 
 
 def test_a_second_ctrl_c_ends_a_driver_that_does_not_stop(
