@@ -34,9 +34,9 @@ from typing import Any
 
 from jobs import ray_node
 from jobs.cluster_env import ClusterEnv, remove_scratch
-from jobs.doctor import Doctor, Finding, learned_s
 from jobs.preflight import check_cores, check_gpus
 from nanoslime.config.run import RunConfig
+from nanoslime.doctor import Doctor, Finding, learned_s
 from nanoslime.failures import is_of_machine, summary
 from nanoslime.layout import Layout
 from nanoslime.processes.child import ChildProcess
@@ -138,7 +138,7 @@ class Agent:
         # Of each node the last count, and when it changed on our monotonic clock.
         self._last_beats: dict[str, tuple[int, float]] = {}
         self._beat_intervals: deque[float] = deque(maxlen=_NUM_INTERVALS)
-        self._doctor = Doctor(config.cluster, env.node_name, attempt.path / "stacks")
+        self._doctor = Doctor(config.cluster, env.node_name, attempt)
         self._findings: set[Finding] = set()
 
     def run(self) -> int:
@@ -460,9 +460,8 @@ class Agent:
             end = AttemptOver(code, reason, published=True)
         own_report().enter(f"the agent of {self._env.node_name}", "leave")
         if self._doctor.stacks.exists():
-            with logged_if_unwritable():
-                pids = descendants(os.getpid())
-                self._doctor.write_stacks(pids, f"node-{self._env.node_index}.txt")
+            pids = descendants(os.getpid())
+            self._doctor.write_stacks(pids, f"node-{self._env.node_index}.txt")
         try:
             # They do not get SIGTERM.
             end_descendants(grace_s=0.0)

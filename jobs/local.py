@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from jobs.agent import clean_up, logged_if_unwritable
 from jobs.cluster_env import ClusterEnv
 from jobs.node import start_agent
+from jobs.requeue import JobNow, obstacle
 from nanoslime.config.run import RunConfig
 from nanoslime.layout import Layout
 from nanoslime.processes.child import ChildProcess
@@ -26,6 +27,8 @@ _LEAVE_S = 60.0
 def run_local(config: RunConfig, layout: Layout, run: RunDir, driver: str = "") -> int:
     """Run an attempt on this machine and return its code; shows the driver's lines.
 
+    One that a fault of a machine has ended goes on in a new attempt, as a job of SLURM does.
+
     Ctrl-C asks the driver to commit and stop; a second one ends it at once. The reason of
     an attempt that failed or was stopped goes to stderr.
     """
@@ -34,22 +37,26 @@ def run_local(config: RunConfig, layout: Layout, run: RunDir, driver: str = "") 
     job_id = f"l{os.getpid()}"
     num_nodes = layout.num_nodes
     nodes = [ClusterEnv.for_local(i, num_nodes, job_id) for i in range(num_nodes)]
-    attempt = run.new_attempt(nodes[0].attempt_key)
     signals: list[signal.Signals] = []
+    why_not = ""
     with handled(signals.append):
-        try:
-            agents = [start_agent(attempt, config, env, driver) for env in nodes]
-            _Supervisor(attempt, agents, signals).run()
-        finally:
-            end_descendants(others)
-            for env in nodes:
-                clean_up(attempt, env)
-    with logged_if_unwritable():
-        attempt.write_final_status()
-    code, reason = attempt.ended() or (FAILED, "the agents ended without saying why")
-    if code:
-        outcome = "stopped" if code == STOPPED else "failed"
-        print(f"{outcome}: {reason}", file=sys.stderr, flush=True)
+        while not why_not:
+            attempt = run.new_attempt(nodes[0].attempt_key)
+            try:
+                agents = [start_agent(attempt, config, env, driver) for env in nodes]
+                _Supervisor(attempt, agents, signals).run()
+            finally:
+                end_descendants(others)
+                for env in nodes:
+                    clean_up(attempt, env)
+            with logged_if_unwritable():
+                attempt.write_final_status()
+            code, reason = attempt.ended() or (FAILED, "the agents ended without saying why")
+            if code:
+                outcome = "stopped" if code == STOPPED else "failed"
+                print(f"{outcome}: {reason}", file=sys.stderr, flush=True)
+            num_vain = run.num_vain_requeues(job_id)
+            why_not = obstacle(attempt, JobNow(), num_vain, config.cluster.max_requeues)
     return code
 
 
@@ -108,7 +115,8 @@ class _Supervisor:
 
     def _report_failed_agents(self) -> None:
         for node, agent in enumerate(self.agents):
-            if agent.poll() and node not in self._failed:
+            code = agent.poll()
+            if code and node not in self._failed:
                 self._failed.add(node)
-                self.attempt.end(FAILED, agent.exit_summary())
+                self.attempt.end(FAILED, agent.exit_summary(), can_go_on=code < 0)
                 self.attempt.leave(node)

@@ -20,11 +20,11 @@ from pathlib import Path
 from jobs.agent import Agent, clean_up, logged_if_unwritable
 from jobs.checkout import environment
 from jobs.cluster_env import ClusterEnv
-from jobs.doctor import Doctor, end_if_hung
 from jobs.requeue import follow_head
 from jobs.where import record_job
 from nanoslime.config.load import read
 from nanoslime.config.run import RunConfig
+from nanoslime.doctor import Doctor, end_if_hung
 from nanoslime.processes.child import ChildProcess
 from nanoslime.processes.logs import set_level
 from nanoslime.processes.signals import handled
@@ -70,7 +70,7 @@ class NodeJob:
         attempt = _find_attempt(run, env, config.cluster.ray_start_deadline_s)
         adopt_orphans()
         agent = start_agent(attempt, config, env, self.driver)
-        doctor = Doctor(config.cluster, env.node_name, attempt.path / "stacks")
+        doctor = Doctor(config.cluster, env.node_name, attempt)
         code = agent.poll()
         while code is None:
             end_if_hung(agent, doctor, attempt)

@@ -14,6 +14,7 @@ The loop is the same in all of them.
 
 import logging
 import sys
+import threading
 import time
 from contextlib import ExitStack
 
@@ -21,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from nanoslime.failures import summary
 from nanoslime.orchestration.launch import Launch, parse, serve_rank_0, serves_rank_0
-from nanoslime.orchestration.report import Clock, report_failure, write_summary
+from nanoslime.orchestration.report import Clock, report_failure, watch, write_summary
 from nanoslime.orchestration.session import Session
 from nanoslime.processes.logs import logged_to
 from nanoslime.processes.temp import private_tmpdir
@@ -100,6 +101,8 @@ def run(launch: Launch) -> int:
     started = time.monotonic()
     run_dir = launch.attempt.run
     clock = Clock(run_dir)
+    if launch.log is not None:
+        threading.Thread(target=watch, args=(launch.attempt, clock), daemon=True).start()
     with logged_to(launch.log):
         try:
             with launch.open(clock) as session:

@@ -28,6 +28,7 @@ LEVELS = [
     ("memory",),
     ("layout",),
     ("run_dir",),
+    ("doctor",),
     # above: torch-free, and all that jobs/ sees
     ("batch", "process_groups", "sealed_bucket", "shared_bytes", "tensor_storage"),
     ("algorithms", "tracking"),
@@ -35,7 +36,7 @@ LEVELS = [
     ("orchestration",),
     ("train", "evaluate"),
 ]
-TORCH_FREE = {room for level in LEVELS[: LEVELS.index(("run_dir",)) + 1] for room in level}
+TORCH_FREE = {room for level in LEVELS[: LEVELS.index(("doctor",)) + 1] for room in level}
 LEVEL_OF = {room: i for i, level in enumerate(LEVELS) for room in level}
 DOORS = {  # the only places that may import these
     "ray": ("nanoslime/orchestration/ray/",),

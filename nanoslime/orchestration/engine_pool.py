@@ -134,8 +134,8 @@ class EnginePool:
             if not self._syncs:
                 self._tell_change()
 
-    def service(self, join: Callable[[], None]) -> None:
-        """Has `join` give engines that came up the current weights.
+    def service(self, join: Callable[[], None]) -> bool:
+        """Has `join` give engines that came up the current weights; whether one is still starting.
 
         Raises RunError with all causes where no engine is left and none may come back.
         """
@@ -143,6 +143,7 @@ class EnginePool:
         self.take_in()
         if self.in_sync():
             join()
+        return EngineState.STARTING in self.states()
 
     def take_in(self) -> None:
         """They take part in the next sync, or in one of their own."""

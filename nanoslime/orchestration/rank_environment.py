@@ -1,10 +1,14 @@
 """What the environment of a rank or an engine has beyond its job's; the user's values win."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 NCCL_MEMORY = ("NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE")
 INTERFACE = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+# torch 2.13 records the collectives of NCCL and writes them, by default, when one takes too long;
+# also when something comes through a pipe that has the number of the rank and ".pipe" in its name.
+_FLIGHT_RECORDER = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_PIPE_FILE")
 
 
 def nccl_defaults(environ: Mapping[str, str], sglang: Mapping[str, Any]) -> dict[str, str]:
@@ -17,6 +21,11 @@ def nccl_defaults(environ: Mapping[str, str], sglang: Mapping[str, Any]) -> dict
     nvls = symmetric or bool(sglang.get("enable_nccl_nvls"))
     values = dict(zip(NCCL_MEMORY, (str(int(symmetric)), str(int(nvls))), strict=True))
     return {name: on for name, on in values.items() if on == "1" or name not in environ}
+
+
+def flight_recorder_files(environ: Mapping[str, str], logs: Path) -> dict[str, str]:
+    """Where a rank's flight recorder writes: `logs`/nccl-<rank>."""
+    return {name: f"{logs}/nccl-" for name in _FLIGHT_RECORDER if name not in environ}
 
 
 def interface_names(environ: Mapping[str, str], interface: str) -> dict[str, str]:

@@ -1,19 +1,26 @@
 """What a run tells of itself: its phase while it runs, and a summary at its end."""
 
 import logging
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
+from nanoslime.config.load import read
+from nanoslime.doctor import Doctor
 from nanoslime.failures import append_traceback, is_of_machine, summary
 from nanoslime.orchestration.session import Session
 from nanoslime.processes.phases import DRIVER, own_report
-from nanoslime.run_dir import Attempt, RunDir
+from nanoslime.processes.tree import descendants, end_descendants
+from nanoslime.run_dir import FAILED, LAST_PHASES, Attempt, RunDir
 from nanoslime.storage.shared_files import publish_json, read_json_lines
-from nanoslime.types import RunError
+from nanoslime.types import MachineFailure, RunError
 
 logger = logging.getLogger(__name__)
+
+# So often a run without agents is looked at.
+_LOOK_S = 5.0
 
 
 class Clock:
@@ -54,6 +61,7 @@ def report_failure(attempt: Attempt, clock: Clock, error: BaseException) -> None
     line = summary(error)
     if not isinstance(error, RunError):
         line += f" (in phase {clock.phase} after {clock.step} rollouts; traceback in {log})"
+    clock.phase = "failed"
     try:
         if attempt.is_newest():
             can_go_on = is_of_machine(error)
@@ -62,6 +70,23 @@ def report_failure(attempt: Attempt, clock: Clock, error: BaseException) -> None
         logger.error("the status of the run cannot be written: %s", e)
     append_traceback(log, error)
     logger.error("%s", line)
+
+
+def watch(attempt: Attempt, clock: Clock) -> None:
+    """Ends this process and all below it where a run without agents hangs; for a thread."""
+    doctor = Doctor(read(attempt.run.config).cluster, attempt.record["host"], attempt)
+    # The ranks of torchrun are all children of its launcher.
+    root = os.getppid() if "RANK" in os.environ else os.getpid()
+    while clock.phase not in LAST_PHASES:
+        pids = descendants(root) | {os.getpid()}
+        try:
+            doctor.judge(doctor.examine(pids))
+        except MachineFailure as failure:
+            doctor.write_stacks(pids, "node-0.txt")
+            report_failure(attempt, clock, failure)
+            end_descendants()
+            os._exit(FAILED)
+        time.sleep(_LOOK_S)
 
 
 def write_summary(session: Session, clock: Clock, seconds: float) -> None:

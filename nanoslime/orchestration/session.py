@@ -196,9 +196,9 @@ def make_session(
         assignment = Assignment(workers, started.home)
         pool.subscribe(assignment.set_engines, assignment.drain)
 
-        def service() -> None:
-            pool.service(weights.join)
+        def service() -> bool:
             weights.look_at_probe(wait_s=0.0)
+            return pool.service(weights.join)
 
         serving = Serving(
             workers=workers, lost=pool.lost, service=service, must_stop=attempt.must_stop

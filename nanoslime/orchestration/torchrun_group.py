@@ -36,6 +36,7 @@ from nanoslime.failures import summary
 from nanoslime.orchestration.groups import TrainGroup
 from nanoslime.orchestration.worker import TrainWorker
 from nanoslime.processes.logs import logged_to
+from nanoslime.processes.phases import IDLE, own_report
 from nanoslime.run_dir import Attempt
 from nanoslime.training.backend import RankEnv, init_process_group
 from nanoslime.types import RunError
@@ -257,8 +258,10 @@ def _answer_calls(env: RankEnv, connection: Connection, longest_s: float | None)
         # Every thread has a current device of its own.
         torch.cuda.set_device(env.local_rank)
     worker: TrainWorker | None = None
+    name = f"trainer rank {env.rank}"
     with ExitStack() as logs:
         while (call := _next_call(env, connection, longest_s)) is not None:
+            own_report().enter(name, call.method)
             try:
                 if call.method == "setup":
                     config, model_dir, attempt = call.arguments
@@ -271,6 +274,7 @@ def _answer_calls(env: RankEnv, connection: Connection, longest_s: float | None)
                 logger.exception("trainer rank %d failed in %s", env.rank, call.method)
                 connection.send_bytes(pickle.dumps(Answer(failure=summary(e))))
                 return False
+            own_report().enter(name, IDLE)
             connection.send_bytes(pickle.dumps(Answer(result)))
     return True
 

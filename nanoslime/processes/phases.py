@@ -45,7 +45,7 @@ class Task(NamedTuple):
     since: float
     # As faulthandler calls the thread.
     thread: str
-    # What the phase took the last times.
+    # What the phase took the last times, where it has a time of its own.
     durations: list[float]
 
 
@@ -59,16 +59,21 @@ class OwnReport:
         os.write(self._file, b" " * _TASKS_BYTES)
         faulthandler.register(DUMP_SIGNAL, file=self._file, all_threads=True)
 
-    def enter(self, name: str, phase: str) -> None:
-        """The task `name`, which this thread does, begins a phase; it lasts until the next one."""
+    def enter(self, name: str, phase: str, since: float | None = None) -> None:
+        """The task `name`, which this thread does, begins a phase; it lasts until the next one.
+
+        `since` is when a phase that is entered again and again has begun, on the clock of
+        time.monotonic(): how long it may last is to be learned from the run.
+        """
         now = time.monotonic()
         thread = f"0x{threading.get_ident():016x}"
         with _lock:
             before = self._tasks.get(name)
-            if before is not None:
+            if before is not None and since is None:
                 self._durations[name, before.phase].append(now - before.since)
             known = self._durations.setdefault((name, phase), deque(maxlen=_NUM_REMEMBERED))
-            self._tasks[name] = Task(name, phase, now, thread, list(known))
+            durations = list(known) if since is None else []
+            self._tasks[name] = Task(name, phase, since or now, thread, durations)
             report = json.dumps([os.getpid(), list(self._tasks.values())]).encode()
             os.pwrite(self._file, report.ljust(_TASKS_BYTES), 0)
 

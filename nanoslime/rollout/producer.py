@@ -49,8 +49,9 @@ class Serving:
     workers: Sequence[Worker]
     # Hears the name of an engine that a worker has found dead, and the cause.
     lost: Callable[[str, str], None]
-    # Brings engines back, where it is time for it. Raises RunError where none is left.
-    service: Callable[[], None]
+    # Brings engines back, where it is time for it; whether it waits for one. Raises RunError where
+    # none is left.
+    service: Callable[[], bool]
     # Why the run has to stop, if it has to.
     must_stop: Callable[[], str | None] = lambda: None
 
@@ -125,7 +126,7 @@ class Producer:
         Raises StopAsked, and the error of a worker or a pool that cannot go on.
         """
         self.set_version(version)
-        taken = self._wait_for(self._next)
+        taken = self._wait_for(self._next, "generate")
         with self._changed:
             groups = [self._report(group_id) for group_id in taken.group_ids]
         return Rollout(groups, taken)
@@ -159,7 +160,7 @@ class Producer:
             return found if len(found) == len(reports) else None
 
         try:
-            return self._wait_for(finished)
+            return self._wait_for(finished, "evaluate")
         finally:
             with self._changed:
                 self._drop(group_ids)
@@ -292,8 +293,12 @@ class Producer:
             has_failed=all(sample.status is Status.ERROR for sample in report.samples),
         )
 
-    def _wait_for[T](self, found: Callable[[], T | None]) -> T:
-        """What `found` gives; it is asked again whenever something has happened."""
+    def _wait_for[T](self, found: Callable[[], T | None], phase: str) -> T:
+        """What `found` gives; it is asked again whenever something has happened.
+
+        That is the `phase` of the driver, which begins anew with an engine that is brought back.
+        """
+        since = time.monotonic()
         while True:
             with self._changed:
                 if self._failure is not None:
@@ -305,16 +310,16 @@ class Producer:
                 lost, self._lost = self._lost, {}
             for name, cause in lost.items():
                 self.serving.lost(name, cause)
-            self.serving.service()
-            self._check_stop()
+            if self.serving.service():
+                since = time.monotonic()
+            self._check_stop(phase, since)
 
-    def _check_stop(self) -> None:
+    def _check_stop(self, phase: str, since: float) -> None:
         now = time.monotonic()
         if now < self._next_look:
             return
         self._next_look = now + _STOP_LOOK_S
-        # Rollouts may take as long as they like: requests, environments and rewards have deadlines.
-        own_report().enter(DRIVER, "wait for rollouts")
+        own_report().enter(DRIVER, phase, since)
         reason = self.serving.must_stop()
         if reason:
             raise StopAsked(reason)

@@ -6,9 +6,12 @@ Each fault comes once a run knows how long its phases take. `-s` shows the secon
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -16,7 +19,7 @@ import pytest
 from nanoslime.run_dir import RunDir
 from tests import process_table
 from tests.e2e import test_rehearsal
-from tests.e2e.test_rehearsal import Rehearsal
+from tests.e2e.test_rehearsal import REPOSITORY, Rehearsal
 
 pytestmark = [
     pytest.mark.matrix,
@@ -181,6 +184,125 @@ def test_an_engine_that_is_stopped_while_it_generates_is_named_and_started_again
         lambda: any(line.startswith("step ") for line in rehearsal.lines[num_lines:]), 90
     )
     assert rehearsal.process.poll() is None, "".join(rehearsal.lines)
+
+
+def named(line: str, who: str) -> None:
+    """The line names who hangs, within twice the deadline."""
+    assert who in line
+    [(_, for_s, limit_s), *_] = DEADLINE.findall(line)
+    assert int(for_s) <= 2 * int(limit_s), line
+
+
+@pytest.fixture
+def hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """As long as this file is there, the reward HELD does not end."""
+    file = tmp_path / "hold"
+    monkeypatch.setenv("HELD_REWARD", str(file))
+    return file
+
+
+HELD = ["--reward", "tests.e2e.held_reward:reward"]
+ENDLESS = "reward tests.e2e.held_reward:reward on "
+IN_REWARD = re.compile(r"at tests/e2e/held_reward.py:\d+ in reward;")
+
+
+@pytest.mark.parametrize("reward_timeout_s", [4, 600])
+def test_an_endless_reward_is_named_also_after_a_requeue(start, hold, reward_timeout_s):
+    """The second attempt goes by what the first one has learned; then the run ends."""
+    more = f"--pp-size 1 --cluster.max-requeues 1 --data.reward-timeout-s {reward_timeout_s}"
+    rehearsal = start(*EMBEDDED, *HELD, *more.split())
+    rehearsal.wait_for_line(KNOWN_AT)
+    begin = time.monotonic()
+    hold.touch()
+    assert rehearsal.wait(300) == 1, "".join(rehearsal.lines)
+    lines = [line for line in rehearsal.lines if line.startswith("failed:")]
+    assert len(lines) == 2
+    for line in lines:
+        print(f"\n| endless reward ({reward_timeout_s} s) | {line.strip()} |", end="")
+        named(line, ENDLESS)
+        assert IN_REWARD.search(line)
+    print(f" both in {time.monotonic() - begin:.0f} s")
+    assert rehearsal.run.latest_attempt().number == 2
+
+
+class Alone:
+    """A run of this machine without agents, in a process of its own."""
+
+    def __init__(self, root: Path, flags: list[str], launcher: list[str]) -> None:
+        limits = f"--cluster.hang-floor-s {FLOOR_S} --cluster.hang-factor 4 --num-rollout 1000"
+        more = f"--save-interval 1 --cluster.run-root {root} --eval.max-prompts 8 --name alone"
+        command = [sys.executable, *launcher, "-m", "nanoslime.train", *flags]
+        if "--resume" not in flags:
+            command += ["--mock", *limits.split(), *more.split()]
+        self.log = root / "output"
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=REPOSITORY)
+        self.root = root
+
+    def wait_for(self, text: str) -> None:
+        def says_or_ended() -> bool:
+            return text in self.log.read_text() or self.process.poll() is not None
+
+        process_table.wait_for(says_or_ended, 240)
+        assert text in self.log.read_text(), self.log.read_text()[-3000:]
+
+    def check_end(self, who: str) -> str:
+        process_table.wait_for(lambda: self.process.poll() is not None, 180)
+        assert self.process.poll() not in (0, None), self.log.read_text()[-3000:]
+        status = RunDir.open(self.root / "alone").status()
+        assert status["phase"] == "failed"
+        line = status["error"]
+        print(f"\n| {line} |", end="")
+        assert line.startswith("a hang: ")
+        named(line, who)
+        attempt = RunDir.open(self.root / "alone").latest_attempt()
+        assert "File " in (attempt.path / "stacks" / "node-0.txt").read_text()
+        return line
+
+
+@pytest.fixture
+def alone(tmp_path: Path, no_leftovers: None) -> Iterator[Callable[..., Alone]]:
+    begun = []
+
+    def begin(*flags: str, launcher: str = "") -> Alone:
+        begun.append(Alone(tmp_path, list(flags), launcher.split()))
+        return begun[-1]
+
+    yield begin
+    for run in begun:
+        run.process.kill()
+        run.process.wait(30)
+
+
+def test_an_endless_reward_of_a_run_without_agents_is_named_also_when_it_is_resumed(alone, hold):
+    run = alone(*HELD)
+    run.wait_for(KNOWN_AT)
+    hold.touch()
+    assert IN_REWARD.search(run.check_end(ENDLESS))
+    resumed = alone("--resume", str(run.root / "alone"))
+    assert IN_REWARD.search(resumed.check_end(ENDLESS))
+    assert RunDir.open(run.root / "alone").latest_attempt().number == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "launcher", "who"),
+    [
+        (["--num-gpus", "2", "--cluster.slots-per-node", "2"], "", "trainer-1 on "),
+        ([], "-m torch.distributed.run --nproc-per-node 2 --standalone", "trainer rank 1 on "),
+    ],
+    ids=["ray", "torchrun"],
+)
+def test_a_stopped_rank_of_a_run_without_agents_is_named(alone, flags, launcher, who):
+    run = alone(*flags, "--backend", "fsdp", launcher=launcher)
+    run.wait_for(KNOWN_AT)
+    family = process_table.descendants(run.process.pid, process_table.all_processes())
+    if launcher:
+        [pid] = [p.pid for p in family if p.has_env("RANK", "1")]
+    else:
+        log = RunDir.open(run.root / "alone").attempt(1).log("trainer", 1).read_text()
+        [pid] = re.findall(r"trainer rank 1 of .* pid (\d+)", log)
+    os.kill(int(pid), signal.SIGSTOP)
+    assert "is stopped (T)" in run.check_end(who)
 
 
 def test_a_stopped_head_of_ray_is_told_and_ends_nothing(start):

@@ -34,11 +34,16 @@ pytestmark = [pytest.mark.ray, pytest.mark.megatron]
 
 
 class Rehearsal:
-    """`submit_grpo.py --local` as a child; its output is read while it runs."""
+    """`submit_grpo.py --local` as a child; its output is read while it runs.
+
+    Its first fault ends it, unless a flag says how often it may go on.
+    """
 
     def __init__(self, root: Path, *flags: str):
         command = [sys.executable, "jobs/submit_grpo.py", "--local", "--run-root", str(root)]
         command += flags
+        if "--cluster.max-requeues" not in flags:
+            command += ["--cluster.max-requeues", "0"]
         self.process = subprocess.Popen(
             command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )

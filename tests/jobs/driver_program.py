@@ -3,6 +3,7 @@
 until-stop   exit 75 when told to stop; the second attempt exits 0 at once
 until-told   exit 0 when the attempt has a file `finish`; the second attempt exits 0 at once
 fail         print a line and exit 3
+die          be killed
 deaf         take no notice of anything, and leave a daemon behind
 steps        go through phases of a tenth of a second, as the trainer reports them
 hang         as steps, and hang in the fifth phase
@@ -10,6 +11,8 @@ long-step    be in a training that has taken 100 s each time, and take no notice
 """
 
 import argparse
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -52,6 +55,8 @@ def main() -> int:
     if args.mode == "fail":
         print("error: rollout.temperature=-1 must be positive", flush=True)
         return 3
+    if args.mode == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
     if args.mode == "deaf":
         subprocess.run(["setsid", "--fork", "sleep", "600"], check=True)
     if args.mode == "long-step":

@@ -37,6 +37,7 @@ from tests.jobs.made_run import (
 _DEADLINE_S = 120.0
 RUN_LOCAL = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 from jobs.local import run_local
 from nanoslime.config.load import read
@@ -45,7 +46,9 @@ from nanoslime.run_dir import RunDir
 
 run = RunDir.open(Path(sys.argv[1]))
 layout = Layout.from_json(run.plan.read_text())
-sys.exit(run_local(read(run.config), layout, run, sys.argv[2]))
+config = read(run.config)
+config = replace(config, cluster=replace(config.cluster, max_requeues=int(sys.argv[3])))
+sys.exit(run_local(config, layout, run, sys.argv[2]))
 """
 
 
@@ -76,10 +79,12 @@ def start_agent(
 class Rehearsal:
     """run_local in a process of its own, as submit_grpo.py is."""
 
-    def __init__(self, made: MadeRun, mode: str, python: str = sys.executable) -> None:
+    def __init__(
+        self, made: MadeRun, mode: str, python: str = sys.executable, max_requeues: int = 0
+    ) -> None:
         self.made = made
         self.process = subprocess.Popen(
-            [python, "-c", RUN_LOCAL, str(made.run.path), driver(mode)],
+            [python, "-c", RUN_LOCAL, str(made.run.path), driver(mode), str(max_requeues)],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -135,6 +140,39 @@ def test_a_killed_agent_ends_the_rehearsal_with_its_name(tmp_path: Path) -> None
     status = made.run.status()
     _, reason = made.run.attempt(1).ended()
     assert status["phase"] == "failed" and status["error"] == reason
+
+
+def test_a_rehearsal_goes_on_after_a_fault_of_a_machine_as_a_job_does(
+    tmp_path: Path, python_with_fake_ray: str
+) -> None:
+    made = make_run(tmp_path, 1)
+    rehearsal = Rehearsal(made, "until-stop", python_with_fake_ray, max_requeues=1)
+    rehearsal.wait_for_driver()
+    below = process_table.descendants(rehearsal.process.pid, process_table.all_processes())
+    [pid] = [p.pid for p in below if "driver_program" in p.command and "--run" in p.command]
+    os.kill(pid, signal.SIGKILL)
+    code, out, err = rehearsal.finish()
+    assert code == DONE, err
+    assert "driver of attempt 2 begins" in out
+    assert err.startswith("failed: the driver was killed by SIGKILL; see ")
+    assert made.run.attempt(1).can_go_on()
+    assert made.end == (DONE, "")
+
+
+def test_a_rehearsal_ends_where_it_fails_again_without_a_commit(
+    tmp_path: Path, python_with_fake_ray: str
+) -> None:
+    made = make_run(tmp_path, 1)
+    rehearsal = Rehearsal(made, "die", python_with_fake_ray, max_requeues=2)
+    code, out, err = rehearsal.finish()
+    assert code == FAILED
+    assert [f"driver of attempt {number} begins" in out for number in (1, 2, 3, 4)] == [
+        True,
+        True,
+        True,
+        False,
+    ]
+    assert err.count("failed: the driver was killed by SIGKILL") == 3
 
 
 @pytest.mark.ray

@@ -83,7 +83,7 @@ def test_a_lost_engine_comes_back_through_a_sync_of_its_own() -> None:
     pool.lost("b", "another worker saw it too")
     pool.lost("nobody", "who is that")
     assert pool.states() == [READY, STARTING]
-    pool.service(lambda: pytest.fail("nothing has come up"))
+    assert pool.service(lambda: pytest.fail("nothing has come up"))
     up.set()
     joined: list[list[Engine]] = []
 
@@ -92,7 +92,7 @@ def test_a_lost_engine_comes_back_through_a_sync_of_its_own() -> None:
         assert pool.states() == [READY, SYNCING]
         pool.serve()
 
-    until(lambda: pool.service(join) or bool(joined))
+    until(lambda: not pool.service(join))
     assert joined == [[fresh]] and pool.states() == [READY, READY]
     assert told == [["a", "b"], ["a"], ["a", "b"]]
     assert pool.metrics() == {"engines/ready": 2, "engines/lost": 1, "engines/restarts": 1}

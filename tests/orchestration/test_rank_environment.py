@@ -1,8 +1,11 @@
 """The environment of ranks, by facts; and that of a real Ray rank."""
 
+from pathlib import Path
+
 import pytest
 
 from nanoslime.orchestration.rank_environment import (
+    flight_recorder_files,
     interface_names,
     interface_of,
     nccl_defaults,
@@ -27,6 +30,11 @@ def test_nccl_is_set_as_sglang_sets_it(sglang, cumem, nvls):
     assert nccl_defaults(users, sglang) == needed
     off = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
     assert nccl_defaults(off, sglang) == needed, "SGLang sets these as well"
+
+
+def test_the_flight_recorder_of_nccl_writes_beside_the_logs_unless_the_user_says_where():
+    files = flight_recorder_files({"TORCH_FR_DUMP_TEMP_FILE": "/scratch/nccl"}, Path("/run/logs"))
+    assert files == {"TORCH_NCCL_DEBUG_INFO_PIPE_FILE": "/run/logs/nccl-"}
 
 
 def test_the_interface_is_the_one_with_the_published_address():

@@ -2,7 +2,10 @@
 
 import json
 import logging
+import re
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 from dataclasses import replace
@@ -28,11 +31,45 @@ from tests import process_table, strangers
 from tests.full_disk import fill
 
 SCORER = "nanoslime.rollout.rewards.scorer"
+WATCHED = """
+import sys, threading, time
+from pathlib import Path
+from nanoslime.config import RunConfig
+from nanoslime.config.cluster import ClusterConfig
+from nanoslime.orchestration import report
+from nanoslime.run_dir import RunDir
+
+def hang_here():
+    time.sleep(600)
+
+run = RunDir.create(Path(sys.argv[1]), "run")
+run.write_config(RunConfig(cluster=ClusterConfig(hang_floor_s=1.0, hang_factor=2.0)))
+attempt = run.new_attempt()
+clock = report.Clock(run)
+report._LOOK_S = 0.2
+threading.Thread(target=report.watch, args=(attempt, clock), daemon=True).start()
+for phase in ("generate", "train") * 4:
+    clock(phase)
+    time.sleep(0.01)
+hang_here()
+"""
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> rehearsal.RehearsalFiles:
     return rehearsal.make(tmp_path_factory.mktemp("files") / "model", RehearsalConfig())
+
+
+def test_a_run_without_agents_that_hangs_ends_with_its_frame(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WATCHED, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == FAILED, done.stderr
+    run = RunDir.open(tmp_path / "run")
+    status = run.status()
+    assert status["phase"] == "failed" and status["can_go_on"]
+    place = r"a hang: the driver on \S+ is in phase train for \d s, and may be for 1 s, at <string>"
+    assert re.match(place, status["error"])
+    assert "in hang_here" in (run.attempt(1).path / "stacks" / "node-0.txt").read_text()
 
 
 def flags(root: Path, model: rehearsal.RehearsalFiles, *more: str) -> list[str]:

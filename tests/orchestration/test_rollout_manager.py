@@ -65,7 +65,7 @@ def manager(
     prompts = RunPrompts.load(config, model)
     worker = RolloutWorker(WorkerSetup(config, model, run.rollouts))
     worker.set_engines(engines)
-    serving = Serving([worker], lost=lambda name, cause: None, service=lambda: None)
+    serving = Serving([worker], lost=lambda name, cause: None, service=lambda: False)
     made = RolloutManager(config, run, prompts, Weights(version=0), serving)
     OPEN[made] = worker
     return made

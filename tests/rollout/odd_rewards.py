@@ -16,6 +16,18 @@ class Unpicklable(BaseException):
         raise TypeError("cannot be pickled")
 
 
+def endless(text, label, metadata):
+    while text == "never":
+        time.sleep(0.01)
+    return 1.0
+
+
+async def endless_async(text, label, metadata):
+    while text == "never":
+        await asyncio.sleep(0.01)
+    return 1.0
+
+
 def misbehave(text, label, metadata):
     match text:
         case "crash":

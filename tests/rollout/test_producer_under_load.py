@@ -156,7 +156,7 @@ def test_whatever_happens_each_prompt_is_trained_on_once_within_the_bound(
 
     def opened(of_run: Limits) -> Producer:
         workers = [SimulatedWorker(f"{i}", rng, version) for i in range(rng.choice([1, 2, 3]))]
-        serving = Serving(workers, lost=lambda name, cause: None, service=lambda: None)
+        serving = Serving(workers, lost=lambda name, cause: None, service=lambda: False)
         return Producer(of_run, recipe, prompts, serving)
 
     producer = opened(limits())

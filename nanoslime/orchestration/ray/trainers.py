@@ -13,6 +13,7 @@ from nanoslime.batch import BatchPlan
 from nanoslime.failures import told_in_one_line
 from nanoslime.layout import Layout
 from nanoslime.orchestration.groups import TrainGroup
+from nanoslime.orchestration.rank_environment import flight_recorder_files
 from nanoslime.orchestration.ray.actors import ActorPlace, Actors, ActorSetup, RunOnRay
 from nanoslime.orchestration.ray.deliveries import order, receive
 from nanoslime.orchestration.worker import TrainWorker
@@ -52,6 +53,7 @@ class RankActor:
     def setup(self, world_size: int, meeting: RankPlace, run: RunDir) -> tuple[int, int]:
         """Builds the worker; returns (dp_rank, dp_size)."""
         setup = self._setup
+        os.environ.update(flight_recorder_files(os.environ, setup.log.parent))
         env = RankEnv(
             rank=setup.index,
             world_size=world_size,

@@ -95,14 +95,17 @@ class RewardProcess:
     def has_room(self) -> bool:
         return self.alive and len(self._waiting) < self.max_calls
 
-    async def call(self, arguments: tuple, named: dict[str, Any], timeout_s: float) -> float:
+    async def call(
+        self, arguments: tuple, named: dict[str, Any], timeout_s: float, since: float
+    ) -> float:
         """The value of the reward; of `named` it gets what it asks for.
 
+        `since` is since when no call was answered: the process reports it as its own.
         Raises RewardFailed where it has none; ProcessLost where the process has ended, which a
         late call brings about.
         """
         asked = {name: named[name] for name in self.asked}
-        outcome = await self._ask((arguments, asked), timeout_s)
+        outcome = await self._ask((arguments, asked, since), timeout_s)
         return outcome["value"]
 
     async def _ask(self, message: tuple, timeout_s: float) -> Outcome:
@@ -173,15 +176,25 @@ class RewardPool:
         self._one_by_one: RewardPool | None = None
         self._start_failure: tuple[str, str, str] | None = None
         self._failed_at = 0.0
+        # When a call was late the last time, and when the first one began of those that were late
+        # one after the other.
+        self._late_at = 0.0
+        self._late_since = 0.0
 
     async def call(self, arguments: tuple, named: dict[str, Any]) -> float:
         """The value of the reward; raises RewardFailed where it has none."""
         async with self._turns:
+            begin = time.monotonic()
+            follows = begin < self._late_at + _GRACE_S
+            since = self._late_since if follows else begin
             process = self._with_room() or await self._start()
             try:
-                return await process.call(arguments, named, self._timeout_s)
-            except ProcessLost:
-                if process.max_calls == 1:
+                return await process.call(arguments, named, self._timeout_s, since)
+            except RewardFailed as failure:
+                if failure.kind == "late":
+                    self._late_since = since
+                    self._late_at = time.monotonic()
+                if process.max_calls == 1 or not isinstance(failure, ProcessLost):
                     raise
         if self._one_by_one is None:
             self._one_by_one = RewardPool(self._name, self._size, self._timeout_s, async_calls=1)

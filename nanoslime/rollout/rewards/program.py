@@ -1,10 +1,10 @@
 """The program of a reward process: it calls one reward for the RewardProcess that started it.
 
-Through its socket it reads pickled calls, (number, arguments, named arguments), of which the
-first one, (number, name, timeout_s), names the reward. It writes lines of JSON, each with the
-number of a call, in any order: first what the reward asks for by name and whether it is async,
-then values. In place of one there may be a cause, with a kind that failures at one place have
-in common and a traceback.
+Through its socket it reads pickled calls, (number, arguments, named arguments, since), of which the
+first one, (number, name, timeout_s), names the reward; `since` is when the first of the last calls
+began that were all late. It writes lines of JSON, each with the number of a call, in any order:
+first what the reward asks for by name and whether it is async, then values. In place of one there
+may be a cause, with a kind that failures at one place have in common and a traceback.
 """
 
 import asyncio
@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, BinaryIO
 
 from nanoslime.failures import summary
+from nanoslime.processes.phases import IDLE, own_report
 from nanoslime.processes.signals import hold_back_from_this_process
 from nanoslime.rollout.rewards import Reward, asked_names, make, number
 
@@ -46,9 +47,10 @@ def main(descriptor: int) -> None:
     is_async = inspect.iscoroutinefunction(reward)
     answer(call, {"asked": sorted(asked_names(reward)), "is_async": is_async})
     try:
+        enter = partial(own_report().enter, f"reward {name}")
         if is_async:
-            asyncio.run(_serve_many(reward, calls, answer, timeout_s))
-        _serve(reward, calls, answer)
+            asyncio.run(_serve_many(reward, calls, answer, timeout_s, enter))
+        _serve(reward, calls, answer, enter)
     except EOFError:
         # Nobody has any more calls. Threads that the reward has left must not hold this up.
         os._exit(0)
@@ -62,10 +64,11 @@ def _answer(connection: socket.socket, call: int, outcome: Outcome) -> None:
     connection.sendall(json.dumps({"number": call, **outcome}).encode() + b"\n")
 
 
-def _serve(reward: Reward, calls: BinaryIO, answer: Answer) -> None:
+def _serve(reward: Reward, calls: BinaryIO, answer: Answer, enter: Callable[..., None]) -> None:
     """Raises EOFError at the end of the input."""
     while True:
-        call, arguments, named = pickle.load(calls)
+        call, arguments, named, since = pickle.load(calls)
+        enter("generate", since)
         try:
             value = reward(*arguments, **named)
             if inspect.iscoroutine(value):
@@ -73,10 +76,13 @@ def _serve(reward: Reward, calls: BinaryIO, answer: Answer) -> None:
             outcome: Outcome = {"value": number(value)}
         except BaseException as error:
             outcome = _failure(error)
+        enter(IDLE)
         answer(call, outcome)
 
 
-async def _serve_many(reward: Reward, calls: BinaryIO, answer: Answer, timeout_s: float) -> None:
+async def _serve_many(
+    reward: Reward, calls: BinaryIO, answer: Answer, timeout_s: float, enter: Callable[..., None]
+) -> None:
     """Runs all calls at the same time. Raises EOFError at the end of the input."""
     tasks = set()
 
@@ -87,10 +93,12 @@ async def _serve_many(reward: Reward, calls: BinaryIO, answer: Answer, timeout_s
                 outcome: Outcome = {"value": number(await reward(*arguments, **named))}
         except BaseException as error:
             outcome = late(timeout_s) if limit.expired() else _failure(error)
+        enter(IDLE)
         answer(call, outcome)
 
     while True:
-        call = await asyncio.to_thread(pickle.load, calls)
+        *call, since = await asyncio.to_thread(pickle.load, calls)
+        enter("generate", since)
         task = asyncio.create_task(serve(*call))
         tasks.add(task)
         task.add_done_callback(tasks.discard)

@@ -4,8 +4,12 @@
                  -> findings in the node's heartbeat -> the agent of node 0 -> the end
 
 The deadline of a phase is `cluster.hang_factor` times the median of its earlier times, and
-`cluster.hang_floor_s` at least. All that wait for what hangs are late with it, so node 0 waits
-a little for the findings of all nodes, and then names the likeliest cause.
+`cluster.hang_floor_s` at least. A process that does not know three of them goes by what the driver
+has written down in this attempt and the earlier ones (phases.jsonl): by the longest time among
+the run's first and last three, as phases take longer in the beginning. All that wait for what
+hangs are late with it, so node 0 waits a little for the findings of all nodes, and then names
+the likeliest cause. A run without agents has a thread of its driver for it
+(nanoslime/orchestration/report.py).
 """
 
 import os
@@ -14,8 +18,11 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from contextlib import suppress
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -23,7 +30,8 @@ from nanoslime.config.cluster import ClusterConfig
 from nanoslime.processes.child import ChildProcess
 from nanoslime.processes.phases import IDLE, Task, dump_stacks, frames_of, read_tasks
 from nanoslime.processes.tree import descendants
-from nanoslime.run_dir import FAILED, Attempt
+from nanoslime.run_dir import FAILED, LAST_PHASES, Attempt, RunDir
+from nanoslime.storage.shared_files import read_json_lines
 from nanoslime.types import MachineFailure
 
 # A phase's own median counts from so many times on.
@@ -58,12 +66,29 @@ def learned_s(config: ClusterConfig, durations: Sequence[float]) -> float:
     return config.hang_factor * statistics.median_high(durations)
 
 
+@lru_cache(maxsize=1)
+def known_durations(run: RunDir, period: float) -> dict[str, list[float]]:
+    """What each phase of the driver has taken in all attempts. One in which an attempt ended does
+    not count.
+
+    The files are read once in each `period`, a number that rises.
+    """
+    files = run.attempts.glob("[0-9]*/phases.jsonl")
+    found: dict[str, list[float]] = defaultdict(list)
+    for file in sorted(files, key=lambda file: int(file.parent.name)):
+        for row, following in pairwise(read_json_lines(file)):
+            if following["phase"] not in LAST_PHASES:
+                found[row["phase"]].append(following["time"] - row["time"])
+    return found
+
+
 class Doctor:
     """One node's part: `examine` finds what hangs here, `judge` on node 0 what hangs anywhere."""
 
-    def __init__(self, config: ClusterConfig, node: str, stacks: Path) -> None:
-        """`stacks` is the directory for the stacks of all nodes, made when something hangs."""
-        self.stacks = stacks
+    def __init__(self, config: ClusterConfig, node: str, attempt: Attempt) -> None:
+        # The directory for the stacks of all nodes, made when something hangs.
+        self.stacks = attempt.path / "stacks"
+        self._run = attempt.run
         self._config = config
         self._node = node
         # Since when something is late.
@@ -78,9 +103,10 @@ class Doctor:
                 found.append(self._stopped(pid))
             for task in read_tasks(pid):
                 for_s = now - task.since
-                limit_s = max(self._config.hang_floor_s, learned_s(self._config, task.durations))
-                if task.phase != IDLE and for_s > limit_s:
-                    found.append(self._late(pid, task, for_s, limit_s))
+                if task.phase != IDLE and for_s > self._config.hang_floor_s:
+                    limit_s = self._learned_s(task)
+                    if for_s > limit_s:
+                        found.append(self._late(pid, task, for_s, limit_s))
         return found
 
     def judge(self, found: Sequence[Finding]) -> None:
@@ -103,10 +129,15 @@ class Doctor:
     def write_stacks(self, pids: Collection[int], file_name: str) -> None:
         """Writes what these processes are doing into a file of the directory of stacks.
 
-        py-spy looks at them too, where it is installed and may.
+        py-spy looks at them too, where it is installed and may. Those of this node's ranks on GPUs
+        write what NCCL has done into files beside their logs.
         """
+        for pipe in self.stacks.with_name("logs").glob("nccl-*.pipe"):
+            # Those of other nodes have no reader here.
+            with suppress(OSError):
+                os.write(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK), b"1")
         py_spy = [str(Path(sys.executable).with_name("py-spy")), "dump", "--nonblocking", "--pid"]
-        with (self.stacks / file_name).open("w") as file:
+        with suppress(OSError), (self.stacks / file_name).open("w") as file:
             for pid in sorted(pids):
                 file.write(f"\n=== {pid} {_read(pid, 'cmdline')}: {_state(pid)} in ")
                 file.write(f"{_read(pid, 'wchan')}\n{_read(pid, 'stack')}\n{dump_stacks(pid)}")
@@ -115,11 +146,26 @@ class Doctor:
                     command = [*py_spy, str(pid)]
                     subprocess.run(command, stdout=file, stderr=file, timeout=_PY_SPY_DEADLINE_S)
 
+    def _learned_s(self, task: Task) -> float:
+        durations = task.durations
+        if len(durations) < _MIN_KNOWN:
+            period = time.monotonic() // self._config.hang_floor_s
+            # A last line may be half written, and there may be none.
+            with suppress(OSError, ValueError):
+                known = known_durations(self._run, period)[task.phase]
+                longest = max(known[:_MIN_KNOWN] + known[-_MIN_KNOWN:])
+                durations = [longest] * len(known)
+        return max(self._config.hang_floor_s, learned_s(self._config, durations))
+
     def _stopped(self, pid: int) -> Finding:
         log = Path(os.path.realpath(f"/proc/{pid}/fd/1"))
-        is_ours = log.parent == self.stacks.with_name("logs").resolve()
-        what = f"{log.stem} on {self._node} (pid {pid}, {_read(pid, 'comm')}) is stopped (T)"
-        return Finding(1 - is_ours, 0.0, what)
+        # The output of torchrun's ranks is that of torchrun.
+        names = [task.name for task in read_tasks(pid)]
+        if log.parent == self.stacks.with_name("logs").resolve():
+            names = [log.stem]
+        name = (names or [log.stem])[0]
+        what = f"{name} on {self._node} (pid {pid}, {_read(pid, 'comm')}) is stopped (T)"
+        return Finding(int(not names), 0.0, what)
 
     def _late(self, pid: int, task: Task, for_s: float, limit_s: float) -> Finding:
         frames = frames_of(dump_stacks(pid), task.thread) or [f"state {_state(pid)}"]
@@ -134,8 +180,8 @@ def end_if_hung(agent: ChildProcess, doctor: Doctor, attempt: Attempt) -> None:
     try:
         doctor.judge(doctor.examine([agent.pid]))
     except MachineFailure as failure:
+        doctor.write_stacks(descendants(agent.pid), f"{agent.log.stem}.txt")
         with suppress(OSError):
-            doctor.write_stacks(descendants(agent.pid), f"{agent.log.stem}.txt")
             attempt.end(FAILED, str(failure), can_go_on=True)
         agent.kill()
 

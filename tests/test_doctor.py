@@ -1,22 +1,27 @@
 """Whatever hangs in a run is named, with node, phase and frame, and ends its attempt."""
 
+import asyncio
 import os
 import re
 import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
 import pytest
 
-from jobs import doctor as doctor_module
-from jobs.doctor import Doctor, Finding, end_if_hung
+from nanoslime import doctor as doctor_module
 from nanoslime.config.cluster import ClusterConfig
+from nanoslime.doctor import Doctor, Finding, end_if_hung
 from nanoslime.processes.child import ChildProcess
 from nanoslime.processes.phases import IDLE, own_report, read_tasks
-from nanoslime.run_dir import FAILED
+from nanoslime.processes.tree import descendants
+from nanoslime.rollout.rewards.pool import RewardFailed, RewardPool
+from nanoslime.run_dir import FAILED, RunDir
+from nanoslime.storage.shared_files import json_line
 from nanoslime.types import MachineFailure
 from tests import process_table
 from tests.jobs import test_node
@@ -91,11 +96,12 @@ def test_a_driver_that_hangs_is_named_with_its_frame(
 class Patient:
     """A doctor that looks at a task of this process, whose clock the test sets."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, stacks: Path) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, run: RunDir) -> None:
         self.task = f"task {next(NUMBERS)}"
         self.now_s = time.monotonic()
         monkeypatch.setattr(doctor_module.time, "monotonic", lambda: self.now_s)
-        self.doctor = Doctor(QUICK, "n0", stacks)
+        self.run = run
+        self.doctor = Doctor(QUICK, "n0", run.new_attempt())
 
     def look(self, after_s: float) -> list[Finding]:
         self.now_s += after_s
@@ -105,7 +111,7 @@ class Patient:
 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Patient]:
-    made = Patient(monkeypatch, tmp_path / "stacks")
+    made = Patient(monkeypatch, RunDir.create(tmp_path, "run"))
     yield made
     own_report().enter(made.task, IDLE)
 
@@ -144,6 +150,119 @@ def test_a_deadline_is_learned_from_the_median(
     assert finding.what.startswith(place)
     own_report().enter(patient.task, "other work")
     assert patient.look(1.0) == []
+
+
+def write_phases(run: RunDir, *durations_s: float, phase: str = "work", last: str = "") -> None:
+    """An attempt that has been through the phase for so long each time."""
+    attempt = run.new_attempt()
+    now = 1000.0
+    rows = []
+    for duration_s in durations_s:
+        rows.append({"time": now, "phase": phase})
+        rows.append({"time": now + duration_s, "phase": "other work"})
+        now += 2 * duration_s
+    rows.append({"time": now, "phase": phase})
+    if last:
+        rows.append({"time": now + 5000.0, "phase": last})
+    attempt.phases.write_bytes(b"".join(map(json_line, rows)))
+
+
+def late_after(patient: Patient, deadline_s: float) -> bool:
+    """Whether the task is late when its phase has lasted so long, and was not before."""
+    was_late = patient.look(0.99 * deadline_s) != []
+    return not was_late and patient.look(0.02 * deadline_s) != []
+
+
+@pytest.mark.parametrize("known_s", [(), (0.1, 0.1)])
+@pytest.mark.parametrize(
+    ("attempts_s", "deadline_s"),
+    [
+        ([(5.0, 1.0, 1.0)], 40.0),
+        ([(5.0, 1.0, 1.0, 9.0, 2.0, 1.0, 1.0)], 40.0),
+        ([(1.0, 1.0, 1.0, 9.0), (1.0, 6.0, 1.0, 1.0)], 48.0),
+        ([(2.0,) * 3] * 12, 16.0),
+        ([(1.0, 1.0), (2.0,)], 16.0),
+        ([(0.1, 0.1, 0.1)], FLOOR_S),
+        ([(1.0, 1.0)], QUICK.hang_deadline_s),
+        ([], QUICK.hang_deadline_s),
+    ],
+)
+def test_who_knows_too_little_goes_by_the_first_and_last_times_of_all_attempts(
+    patient: Patient,
+    attempts_s: list[tuple[float, ...]],
+    deadline_s: float,
+    known_s: tuple[float, ...],
+) -> None:
+    for durations_s in attempts_s:
+        write_phases(patient.run, *durations_s, last="failed")
+    do_phases(patient, *known_s)
+    assert late_after(patient, deadline_s)
+
+
+def test_what_a_task_knows_itself_comes_before_what_attempts_tell(patient: Patient) -> None:
+    write_phases(patient.run, 5.0, 5.0, 5.0, last="failed")
+    do_phases(patient, 1.0, 1.0, 1.0)
+    assert late_after(patient, 8.0)
+
+
+def test_a_phase_that_is_entered_again_and_again_lasts_since_it_began(patient: Patient) -> None:
+    write_phases(patient.run, 2.0, 2.0, 2.0, last="failed")
+    began = patient.now_s
+    for _ in range(15):
+        patient.now_s += 1.0
+        own_report().enter(patient.task, "work", began)
+        assert patient.look(0.0) == []
+    assert patient.look(0.9) == []
+    assert len(patient.look(0.2)) == 1
+
+
+def test_half_a_line_of_the_driver_is_no_knowledge(patient: Patient) -> None:
+    write_phases(patient.run, 1.0, 1.0, 1.0)
+    file = patient.run.attempts / "2" / "phases.jsonl"
+    file.write_bytes(file.read_bytes() + b'{"time": 12')
+    do_phases(patient)
+    assert patient.look(100.0) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "is_resumed"), [("endless", False), ("endless", True), ("endless_async", True)]
+)
+def test_a_reward_that_answers_nothing_is_named_however_often_its_process_is_replaced(
+    tmp_path: Path, name: str, is_resumed: bool
+) -> None:
+    """It has a deadline of its own, after which its process is replaced."""
+    run = RunDir.create(tmp_path, "run")
+    write_phases(run, 0.1, 0.1, 0.1, phase="generate", last="failed" if is_resumed else "")
+    config = ClusterConfig(hang_floor_s=2.0, hang_factor=2.0)
+    doctor = Doctor(config, "n0", run.new_attempt() if is_resumed else run.attempt(1))
+
+    async def found() -> str:
+        pool = RewardPool(f"tests.rollout.odd_rewards:{name}", 1, timeout_s=0.5)
+
+        async def ask_again_and_again() -> None:
+            while True:
+                with suppress(RewardFailed):
+                    await pool.call(("never", None, {}), {})
+
+        assert await pool.call(("one", None, {}), {}) == 1.0
+        asking = asyncio.create_task(ask_again_and_again())
+        begin = time.monotonic()
+        while not (findings := doctor.examine(descendants(os.getpid()))):
+            assert time.monotonic() < begin + 10
+            await asyncio.sleep(0.1)
+        assert 2.0 < time.monotonic() - begin < 4.0
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        await pool.close()
+        [finding] = findings
+        assert finding.deadline_s == 2.0
+        return finding.what
+
+    what = asyncio.run(found())
+    phase = r"is in phase generate for \d s, and may be for 2 s"
+    assert re.match(rf"reward tests.rollout.odd_rewards:{name} on n0 {phase}", what)
+    if name == "endless":
+        assert re.search(r"at tests/rollout/odd_rewards.py:\d+ in endless$", what)
 
 
 def test_who_is_idle_is_never_late(patient: Patient) -> None:
@@ -201,10 +320,23 @@ def test_what_is_late_no_more_and_who_is_stopped_alone_end_nothing(patient: Pati
     assert not patient.doctor.stacks.exists()
 
 
+def test_ranks_on_gpus_are_asked_for_what_nccl_has_done(tmp_path: Path) -> None:
+    attempt = RunDir.create(tmp_path, "run").new_attempt()
+    doctor = Doctor(QUICK, "n0", attempt)
+    doctor.stacks.mkdir()
+    for rank in range(2):
+        os.mkfifo(attempt.log("nccl", rank).with_suffix(".pipe"))
+    # As ProcessGroupNCCL opens it; the other one is of another node.
+    reader = os.open(attempt.path / "logs" / "nccl-1.pipe", os.O_RDONLY | os.O_NONBLOCK)
+    doctor.write_stacks([], "node-0.txt")
+    assert os.read(reader, 128) == b"1"
+    os.close(reader)
+
+
 def test_a_stopped_child_is_named_with_its_log_and_node(tmp_path: Path) -> None:
-    (tmp_path / "logs").mkdir()
-    doctor = Doctor(QUICK, "n3", tmp_path / "stacks")
-    child = ChildProcess("it", ["sleep", "600"], os.environ, tmp_path / "logs" / "sglang-0.log")
+    attempt = RunDir.create(tmp_path, "run").new_attempt()
+    doctor = Doctor(QUICK, "n3", attempt)
+    child = ChildProcess("it", ["sleep", "600"], os.environ, attempt.log("sglang", 0))
     os.kill(child.pid, signal.SIGSTOP)
     assert process_table.wait_for(lambda: bool(doctor.examine([child.pid])), 10)
     what = f"sglang-0 on n3 (pid {child.pid}, sleep) is stopped (T)"
@@ -223,7 +355,7 @@ def test_a_guard_ends_an_agent_that_hangs_and_no_other(
     command = [sys.executable, "-c", PULSES]
     agent = ChildProcess("the agent of n0", command, os.environ, attempt.log("agent", 0))
     config = ClusterConfig(hang_floor_s=1.0, hang_factor=2.0)
-    doctor = Doctor(config, "n0", attempt.path / "stacks")
+    doctor = Doctor(config, "n0", attempt)
 
     def is_known() -> bool:
         return any(len(task.durations) > 3 for task in read_tasks(agent.pid))
