@@ -30,7 +30,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
 
 from jobs import ray_node
 from jobs.cluster_env import ClusterEnv, remove_scratch
@@ -396,17 +395,14 @@ class Agent:
         self._follow_end()
         if child is not self._driver:
             raise MachineFailure(child.exit_summary())
-        status = self._driver_status()
+        status = self._attempt.run.status()
+        # What the driver wrote down before it ended: its log may end with anything.
+        if status.get("attempt") != self._attempt.number:
+            status = {}
         told = status.get("error")
         is_lost = code < 0 or status.get("can_go_on")
         kind = MachineFailure if is_lost else RunError
         raise kind(f"{told}; log: {child.log}" if told else child.exit_summary())
-
-    def _driver_status(self) -> dict[str, Any]:
-        """What the driver wrote down before it ended: its log may end with anything."""
-        status = self._attempt.run.status()
-        is_ours = status.get("attempt") == self._attempt.number
-        return status if is_ours else {}
 
     def _check_heartbeats(self) -> None:
         """Finds nodes that are silent. Node 0 looks at all, also at what hangs there, the others at

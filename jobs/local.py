@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from jobs.agent import clean_up, logged_if_unwritable
 from jobs.cluster_env import ClusterEnv
 from jobs.node import start_agent
-from jobs.requeue import JobNow, obstacle
+from jobs.requeue import JobNow, num_vain_requeues, obstacle
 from nanoslime.config.run import RunConfig
 from nanoslime.layout import Layout
 from nanoslime.processes.child import ChildProcess
@@ -55,7 +55,7 @@ def run_local(config: RunConfig, layout: Layout, run: RunDir, driver: str = "") 
             if code:
                 outcome = "stopped" if code == STOPPED else "failed"
                 print(f"{outcome}: {reason}", file=sys.stderr, flush=True)
-            num_vain = run.num_vain_requeues(job_id)
+            num_vain = num_vain_requeues(run, job_id)
             why_not = obstacle(attempt, JobNow(), num_vain, config.cluster.max_requeues)
     return code
 

@@ -14,8 +14,8 @@ from tests.jobs.made_run import scratches
 
 pytestmark = [pytest.mark.matrix, pytest.mark.ray, pytest.mark.timeout(600)]
 start = test_rehearsal.start  # the fixture
-SMALL = """--cluster.slots-per-node 1 --engine embedded --backend fsdp --tp-size 1 --pp-size 1 --num-rollout 4
-    --save-interval 2 --eval.max-prompts 8 --rollout-batch-size 8""".split()
+SMALL = """--cluster.slots-per-node 1 --engine embedded --backend fsdp --tp-size 1 --pp-size 1
+    --num-rollout 4 --save-interval 2 --eval.max-prompts 8 --rollout-batch-size 8""".split()
 
 
 def shared_names() -> set[str]:
