@@ -29,8 +29,10 @@ pytestmark = [
 ]
 start = test_rehearsal.start  # the fixture
 FLOOR_S = 15.0
-SMALL = f"""--nodes 2 --num-rollout 1000 --eval.max-prompts 8 --save-interval 1
-    --cluster.hang-floor-s {FLOOR_S} --cluster.hang-factor 4""".split()
+# An engine is lost when it has been silent for so long, which the default deadline leaves time for.
+PATIENT = """--nodes 2 --num-rollout 1000 --eval.max-prompts 8 --save-interval 1
+    --cluster.hang-factor 4""".split()
+SMALL = [*PATIENT, "--cluster.hang-floor-s", str(FLOOR_S)]
 EMBEDDED = [*SMALL, "--engine", "embedded"]
 # A step is known when its phases have been gone through three times.
 KNOWN_AT = "step 5/1000"
@@ -174,7 +176,7 @@ def test_what_hangs_beside_sglang_is_named(start, fault, who):
 @pytest.mark.sglang
 @pytest.mark.parametrize("fault", [stop_engine_in_generate, stop_scheduler])
 def test_an_engine_that_is_stopped_while_it_generates_is_named_and_started_again(start, fault):
-    rehearsal = start(*SMALL, "--pp-size", "1")
+    rehearsal = start(*PATIENT, "--pp-size", "1")
     stopped_alone(rehearsal, fault, node=1, who="sglang-0")
     begin = time.monotonic()
     rehearsal.wait_for_line("engine engine-0 is up again", 200)
