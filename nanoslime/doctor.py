@@ -159,13 +159,12 @@ class Doctor:
 
     def _stopped(self, pid: int) -> Finding:
         log = Path(os.path.realpath(f"/proc/{pid}/fd/1"))
-        # The output of torchrun's ranks is that of torchrun.
-        names = [task.name for task in read_tasks(pid)]
-        if log.parent == self.stacks.with_name("logs").resolve():
-            names = [log.stem]
-        name = (names or [log.stem])[0]
+        is_ours = log.parent == self.stacks.with_name("logs").resolve()
+        # What torchrun's ranks say goes where torchrun's own output goes.
+        tasks = [] if is_ours else [task.name for task in read_tasks(pid)]
+        name = tasks[0] if tasks else log.stem
         what = f"{name} on {self._node} (pid {pid}, {_read(pid, 'comm')}) is stopped (T)"
-        return Finding(int(not names), 0.0, what)
+        return Finding(1 - is_ours, 0.0, what)
 
     def _late(self, pid: int, task: Task, for_s: float, limit_s: float) -> Finding:
         frames = frames_of(dump_stacks(pid), task.thread) or [f"state {_state(pid)}"]

@@ -5,22 +5,17 @@ put AF_UNIX sockets below TMPDIR, and the kernel takes 107 bytes for the path of
 of it takes 68.
 """
 
-import fcntl
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 
 from nanoslime.types import RunError
 
 logger = logging.getLogger(__name__)
 
 _PREFIX = "ns-"
-# A file in each of our directories that its process has locked as long as it lives.
-_OWNER = "owner"
 _MAX_BYTES = 107 - 68 - 2
 # Of the directory in which ours lies: tempfile adds eight letters, and the path a slash.
 _MAX_PARENT_BYTES = _MAX_BYTES - 1 - len(_PREFIX) - 8
@@ -35,8 +30,7 @@ def private_tmpdir() -> Iterator[None]:
 
     It lies in the directory of RAY_TMPDIR or TMPDIR, or where that has no room in one with a
     shorter path. One without room that nobody else can enter stays: the node's agent has made it.
-    Those that killed processes of this user have left beside it go. Raises RunError where no
-    directory with a short path can be written.
+    Raises RunError where no directory with a short path can be written.
     """
     parent = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     num_bytes = len(os.fsencode(parent))
@@ -51,29 +45,14 @@ def private_tmpdir() -> Iterator[None]:
         parent = _short_directory(parent)
     before = {name: os.environ.get(name, "") for name in _VARIABLES}
     os.makedirs(parent, exist_ok=True)
-    _remove_left(Path(parent))
-    with (
-        tempfile.TemporaryDirectory(
-            prefix=_PREFIX, dir=parent, ignore_cleanup_errors=True
-        ) as directory,
-        open(f"{directory}/new", "w") as owner,
-    ):
-        fcntl.flock(owner, fcntl.LOCK_EX)
-        os.rename(owner.name, f"{directory}/{_OWNER}")
+    with tempfile.TemporaryDirectory(
+        prefix=_PREFIX, dir=parent, ignore_cleanup_errors=True
+    ) as directory:
         _set_variables(dict.fromkeys(_VARIABLES, directory))
         try:
             yield
         finally:
             _set_variables(before)
-
-
-def _remove_left(parent: Path) -> None:
-    """Removes the directories in `parent` whose processes are gone."""
-    for file in parent.glob(f"{_PREFIX}*/{_OWNER}"):
-        with suppress(OSError), file.open() as owner:
-            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if file.parent.stat().st_uid == os.getuid():
-                shutil.rmtree(file.parent, ignore_errors=True)
 
 
 def _set_variables(values: Mapping[str, str]) -> None:

@@ -185,8 +185,7 @@ class RewardPool:
         """The value of the reward; raises RewardFailed where it has none."""
         async with self._turns:
             begin = time.monotonic()
-            follows = begin < self._late_at + _GRACE_S
-            since = self._late_since if follows else begin
+            since = self._late_since if begin < self._late_at + _GRACE_S else begin
             process = self._with_room() or await self._start()
             try:
                 return await process.call(arguments, named, self._timeout_s, since)
