@@ -264,16 +264,15 @@ class Agent:
     def _wait_for_nodes(self) -> None:
         deadline_s = self._config.cluster.node_join_deadline_s
         if not self._wait_until(lambda: not self._missing_nodes(), deadline_s):
-            missing = [self._describe_node(node) for node in self._missing_nodes()]
-            raise MachineFailure(f"did not join within {deadline_s:g} s: {', '.join(missing)}")
+            missing = ", ".join(self._missing_nodes())
+            raise MachineFailure(f"did not join within {deadline_s:g} s: {missing}")
 
-    def _missing_nodes(self) -> list[int]:
+    def _missing_nodes(self) -> list[str]:
+        """The nodes that have not joined, each with its log."""
         joined = os.listdir(self._joined_file(0).parent)
-        return [node for node in range(self._env.num_nodes) if f"{node}.json" not in joined]
-
-    def _describe_node(self, node: int) -> str:
-        log = self._attempt.log("agent", node)
-        return f"{self._env.node_names[node]} (node {node}, {log})"
+        missing = [i for i in range(self._env.num_nodes) if f"{i}.json" not in joined]
+        names = self._env.node_names
+        return [f"{names[i]} (node {i}, {self._attempt.log('agent', i)})" for i in missing]
 
     def _wait_until(self, condition: Callable[[], bool], deadline_s: float) -> bool:
         """Tick until `condition()` holds; False when `deadline_s` passed first.
