@@ -35,8 +35,7 @@ def run_local(config: RunConfig, layout: Layout, run: RunDir, driver: str = "") 
     others = descendants(os.getpid())
     adopt_orphans()
     job_id = f"l{os.getpid()}"
-    num_nodes = layout.num_nodes
-    nodes = [ClusterEnv.for_local(i, num_nodes, job_id) for i in range(num_nodes)]
+    nodes = [ClusterEnv.for_local(i, layout.num_nodes, job_id) for i in range(layout.num_nodes)]
     signals: list[signal.Signals] = []
     why_not = ""
     with handled(signals.append):
