@@ -299,7 +299,11 @@ def torchrun(flags: list[str], module: str = "nanoslime.train", num_ranks: int =
 
 
 @pytest.mark.parametrize(
-    "backend", ["fsdp", pytest.param("megatron --tp-size 2", marks=pytest.mark.megatron)]
+    "backend",
+    [
+        "fsdp",
+        pytest.param("megatron --tp-size 2", marks=[pytest.mark.megatron, pytest.mark.matrix]),
+    ],
 )
 def test_two_torchrun_ranks_equal_one(tmp_path, model, backend, no_leftovers):
     """Rank 0 owns the engine and drives the other rank; the losses are those of a single
