@@ -276,7 +276,7 @@ def test_an_engine_that_is_interrupted_again_and_again_loses_no_token(
         return found, num_interrupted
 
     whole, _ = asyncio.run(run(0))
-    pieces, num_interrupted = asyncio.run(run(8))
+    pieces, num_interrupted = asyncio.run(run(4))
     assert num_interrupted > 2
     assert [g.token_ids for g in pieces] == [g.token_ids for g in whole]
     for one, other in zip(pieces, whole, strict=True):
