@@ -12,6 +12,7 @@ import pytest
 
 from jobs import submit_grpo
 from jobs.checkout import ROOT
+from jobs.cluster_env import preemption_grace_s
 from jobs.slurm_submit import submit_sbatch, submit_submitit
 from nanoslime.run_dir import DONE, FAILED, STOPPED
 from nanoslime.storage.shared_files import read_json
@@ -231,6 +232,7 @@ def test_a_job_that_is_preempted_stops_and_is_requeued_once(
     made = make_run(tmp_path, 1, venv=venv)
     slurm.run("scontrol", "update", "partitionname=main", f"GraceTime={grace_s}")
     try:
+        assert preemption_grace_s("main") == preemption_grace_s() == grace_s
         job_id = submit_sbatch(made.config, made.layout, made.run, driver("until-stop"))
         wait_for_driver(made, 1)
         options = ["--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null"]
@@ -393,21 +395,24 @@ def test_an_engine_node_that_was_only_silent_joins_again(
 
 
 @pytest.mark.matrix
-def test_a_job_that_may_not_be_requeued_goes_on_in_another_one(
-    slurm: SlurmCluster, tmp_path: Path
+@pytest.mark.parametrize(("mode", "cause"), [("until-stop", "SIGUSR2"), ("deaf", "SIGTERM")])
+def test_a_job_that_may_not_be_requeued_goes_on_in_another_one_when_its_time_is_up(
+    slurm: SlurmCluster, tmp_path: Path, mode: str, cause: str
 ) -> None:
+    """Whether it has drained or not."""
     venv = str(make_venv_with_fake_ray(tmp_path / "venv"))
-    made = make_run(tmp_path, 1, venv=venv, resume_by="chain")
-    job_id = submit_sbatch(made.config, made.layout, made.run, driver("until-stop"))
-    wait_for_driver(made, 1)
-    slurm.run("scancel", "--signal=USR2", job_id)
+    times = {"time_limit_min": 1, "signal_lead_s": 30 if mode == "until-stop" else 300}
+    made = make_run(tmp_path, 1, venv=venv, resume_by="chain", **times)
+    job_id = submit_sbatch(made.config, made.layout, made.run, driver(mode))
     wait_for_driver(made, 2)
-    record = json.loads(made.run.job.read_text())
+    record = read_json(made.run.job)
     assert record["jobs"] == [job_id, record["job_id"]]
     slurm.wait_state(int(record["job_id"]), "COMPLETED", timeout_s=60)
     assert slurm.job(int(job_id))["Requeue"] == "0"
     assert made.run.attempt(2).key == f"{record['job_id']}-0"
     assert made.run.attempt(2).ended() == (DONE, "")
+    told = rf"attempt 1 ended: {cause} .*; goes on in job {record['job_id']} \(1 of 10 in a row"
+    assert re.search(told, logs(made)), logs(made)
 
 
 @pytest.mark.matrix
