@@ -15,6 +15,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -210,7 +211,8 @@ def wait_for_room(attempt: Attempt, partial: Path, write: Callable[[], None]) ->
             "checkpoints/, rollouts/ or hf/"
         )
         own_report().enter(DRIVER, IDLE)
-        run.write_status("wait for room", num_committed)
+        with suppress(OSError):  # others may have filled the room
+            run.write_status("wait for room", num_committed)
         time.sleep(_RETRY_S)
 
 
