@@ -214,6 +214,7 @@ def wait_for_room(attempt: Attempt, partial: Path, write: Callable[[], None]) ->
         with suppress(OSError):  # others may have filled the room
             run.write_status("wait for room", num_committed)
         time.sleep(_RETRY_S)
+        own_report().enter(DRIVER, "checkpoint")
 
 
 def has_room(directory: Path) -> bool:
