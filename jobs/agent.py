@@ -438,11 +438,9 @@ class Agent:
         if self._layout.roles(node) != "engine":
             self._doctor.end(f"{what}; see {log}")
         logger.error(
-            "%s: the run goes on without its engines, and takes them back where the node was only "
-            "silent; one that SLURM has set DOWN is not given back to a job, so that only the next "
-            "start of the job has it; see %s",
-            what,
-            log,
+            f"{what}: the run goes on without its engines, and takes them back where the node was "
+            "only silent; one that SLURM has set DOWN is not given back to a job, so that only the "
+            f"next start of the job has it; see {log}"
         )
 
     def _leave(self, end: AttemptOver) -> int:

@@ -114,11 +114,7 @@ class Checkpoints:
         """
         self.attempt.require_newest()
         final = self.run.checkpoint(rollouts)
-        wait_for_room(
-            self.attempt,
-            partial_path(final),
-            lambda: self._save_trainer(partial_dir(final), rollouts),
-        )
+        wait_for_room(self.attempt, final, lambda: self._save_trainer(partial_dir(final), rollouts))
 
     def _save_trainer(self, partial: Path, rollouts: int) -> None:
         (partial / "trainer").mkdir()
@@ -136,12 +132,11 @@ class Checkpoints:
         attempt has begun.
         """
         self.attempt.require_newest()
-        partial = partial_path(self.run.checkpoint(rollouts))
-        wait_for_room(self.attempt, partial, lambda: self._commit(rollouts, reward))
+        final = self.run.checkpoint(rollouts)
+        wait_for_room(self.attempt, final, lambda: self._commit(final, rollouts, reward))
         self._retain()
 
-    def _commit(self, rollouts: int, reward: float | None) -> None:
-        final = self.run.checkpoint(rollouts)
+    def _commit(self, final: Path, rollouts: int, reward: float | None) -> None:
         is_saved = self._saved == rollouts and partial_path(final).exists()
         partial = partial_path(final) if is_saved else partial_dir(final)
         self.weights.look_at_probe()
@@ -189,9 +184,9 @@ class Checkpoints:
         return None
 
 
-def wait_for_room(attempt: Attempt, partial: Path, write: Callable[[], None]) -> None:
-    """Does `write`, which fills the directory `partial`, again and again until it does not fail
-    for a full disk. What it has left there is removed meanwhile, since others need room too.
+def wait_for_room(attempt: Attempt, final: Path, write: Callable[[], None]) -> None:
+    """Does `write`, which makes the checkpoint `final`, again and again until it does not fail for
+    a full disk. What it has written of it is removed meanwhile, since others need room too.
 
     Raises its error where that is another one, and where the run is told to stop.
     """
@@ -200,10 +195,10 @@ def wait_for_room(attempt: Attempt, partial: Path, write: Callable[[], None]) ->
         try:
             return write()
         except Exception as error:
-            if attempt.must_stop() or has_room(partial.parent):
+            if attempt.must_stop() or has_room(final.parent):
                 raise
             cause = summary(error)
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial_path(final), ignore_errors=True)
         num_committed = run.num_committed()
         logger.error(
             f"the run waits for room to save, and keeps its commit after {num_committed} rollouts "
