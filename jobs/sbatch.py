@@ -121,12 +121,7 @@ def sbatch_text(config: RunConfig, layout: Layout, run_dir: Path, driver: str = 
     options["output"] = str(run_dir).replace("%", "%%") + "/slurm-%j.out"
     step = step_command(config, layout, run_dir, driver)
     return batch_script(
-        options,
-        config,
-        "",
-        OUTLIVES_STEP,
-        shlex.join(step),
-        requeue_line(config, run_dir, driver),
+        options, config, "", OUTLIVES_STEP, shlex.join(step), requeue_line(config, run_dir, driver)
     )
 
 

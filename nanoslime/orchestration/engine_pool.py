@@ -61,11 +61,7 @@ class EnginePool:
     """All is called in the driver's main thread, but `lost`, which any may call."""
 
     def __init__(
-        self,
-        engines: Sequence[Engine],
-        restarts: Sequence[Restart] = (),
-        *,
-        max_restarts: int = 0,
+        self, engines: Sequence[Engine], restarts: Sequence[Restart] = (), *, max_restarts: int = 0
     ) -> None:
         """`restarts` are in the order of `engines`; without them a lost engine stays lost."""
         self._max_restarts = max_restarts if restarts else 0

@@ -20,13 +20,7 @@ from nanoslime.failures import told_in_one_line
 from nanoslime.layout import EnginePlace, Layout
 from nanoslime.orchestration.ray.actors import ActorPlace, Actors, ActorSetup, RunOnRay
 from nanoslime.processes.signals import hold_back_from_this_process
-from nanoslime.rollout.tasks import (
-    FinishedGroup,
-    GroupTask,
-    RestoredGroup,
-    WorkerGone,
-    WorkerNews,
-)
+from nanoslime.rollout.tasks import FinishedGroup, GroupTask, RestoredGroup, WorkerGone, WorkerNews
 from nanoslime.rollout.worker import RolloutWorker, WorkerSetup
 from nanoslime.types import Engine, MachineFailure, RunError
 
