@@ -158,6 +158,9 @@ def inject(job: Submitted, name: str, number: int) -> float:
             daemon.wait()
         # slurmctld does so itself where a slurmd is silent for SlurmdTimeout.
         cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
+        # A slurmd that still answers brings its node back at once, and with the short wait of
+        # requeued jobs here the job would start beside its own old step: SLURM holds it then.
+        cluster.run("scontrol", "update", f"nodename={node}", "state=drain", "reason=lost")
     place = job.run.attempt(number).path
 
     def is_noticed() -> bool:
