@@ -148,7 +148,7 @@ def test_what_hangs_beside_an_embedded_engine_is_named(start, flags, fault, who)
     line = check_hang(start(*EMBEDDED, *flags), fault, who)
     check_deadline(line, re.findall(r"is in phase (\S+)", line)[0])
     if fault is block_checkpoint:
-        assert re.search(r"nanoslime/orchestration/checkpoints.py:\d+ in commit", line)
+        assert re.search(r"nanoslime/orchestration/checkpoints.py:\d+ in _commit", line)
     else:
         assert "is stopped (T)" in line
 
