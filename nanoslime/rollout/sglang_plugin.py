@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,9 @@ Original = Callable[..., Any]
 def register() -> None:
     """Install the hooks. SGLang calls it once in each of its processes."""
     own_report()  # so that each shows its stacks
+    # When CPython 3.12 starts its tracker it lets SIGTERM and SIGINT through, which are held back
+    # from all that an agent starts.
+    resource_tracker._HAVE_SIGMASK = False
     guard = WeightGuard()
     hooks: dict[str, list[Callable]] = {
         f"{_UPDATER}.update_weights_from_disk": [guard.disk],
