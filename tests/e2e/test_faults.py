@@ -121,7 +121,7 @@ def test_a_killed_rollout_worker_ends_the_run_with_its_name_where_it_is_the_only
 
 
 def test_a_run_goes_on_without_a_killed_rollout_worker_which_comes_back(start):
-    rehearsal = start(*SMALL, *TWO_WORKERS, "--num-rollout", "1000", "--max-staleness", "0")
+    rehearsal = start(*SMALL, *TWO_WORKERS, "--num-rollout", "1000")
     rehearsal.wait_for_line("step 2/1000")
     assert process_table.wait_for(lambda: rehearsal.run.status()["phase"] == "generate", 60)
     begin = time.monotonic()
