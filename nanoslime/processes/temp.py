@@ -5,17 +5,22 @@ put AF_UNIX sockets below TMPDIR, and the kernel takes 107 bytes for the path of
 of it takes 68.
 """
 
+import fcntl
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from nanoslime.types import RunError
 
 logger = logging.getLogger(__name__)
 
 _PREFIX = "ns-"
+# A file in each of our directories that its process has locked as long as it lives.
+_OWNER = "owner"
 _MAX_BYTES = 107 - 68 - 2
 # Of the directory in which ours lies: tempfile adds eight letters, and the path a slash.
 _MAX_PARENT_BYTES = _MAX_BYTES - 1 - len(_PREFIX) - 8
@@ -30,7 +35,8 @@ def private_tmpdir() -> Iterator[None]:
 
     It lies in the directory of RAY_TMPDIR or TMPDIR, or where that has no room in one with a
     shorter path. One without room that nobody else can enter stays: the node's agent has made it.
-    Raises RunError where no directory with a short path can be written.
+    Those that killed processes of this user have left beside it go. Raises RunError where no
+    directory with a short path can be written.
     """
     parent = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     num_bytes = len(os.fsencode(parent))
@@ -45,14 +51,32 @@ def private_tmpdir() -> Iterator[None]:
         parent = _short_directory(parent)
     before = {name: os.environ.get(name, "") for name in _VARIABLES}
     os.makedirs(parent, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        prefix=_PREFIX, dir=parent, ignore_cleanup_errors=True
-    ) as directory:
+    _remove_left(Path(parent))
+    with (
+        tempfile.TemporaryDirectory(
+            prefix=_PREFIX, dir=parent, ignore_cleanup_errors=True
+        ) as directory,
+        open(f"{directory}/new", "w") as owner,
+    ):
+        fcntl.flock(owner, fcntl.LOCK_EX)
+        os.rename(owner.name, f"{directory}/{_OWNER}")
         _set_variables(dict.fromkeys(_VARIABLES, directory))
         try:
             yield
         finally:
             _set_variables(before)
+
+
+def _remove_left(parent: Path) -> None:
+    """Removes this user's directories in `parent` whose processes are gone. In those of others
+    nothing is opened: it might be a FIFO.
+    """
+    for directory in parent.glob(f"{_PREFIX}*"):
+        with suppress(OSError):
+            if directory.lstat().st_uid == os.getuid():
+                with (directory / _OWNER).open() as owner:
+                    fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _set_variables(values: Mapping[str, str]) -> None:

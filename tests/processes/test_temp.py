@@ -43,9 +43,47 @@ def test_what_libraries_leave_goes_and_nobody_else_enters(short, monkeypatch) ->
         (own / "ray").chmod(0o777)
         tempfile.NamedTemporaryFile(delete=False).close()  # as SGLang does
         subprocess.run([sys.executable, "-c", "import tempfile; tempfile.mkdtemp()"], check=True)
-        assert len(list(own.iterdir())) == 3
+        assert len(list(own.iterdir())) == 3 + 1  # its owner's lock
     assert list(short.iterdir()) == []
     assert os.environ["TMPDIR"] == tempfile.gettempdir() == str(short)
+
+
+OWNER = """
+import os, time
+from nanoslime.processes.temp import private_tmpdir
+with private_tmpdir():
+    open(os.environ["TMPDIR"] + "/left", "w").close()
+    print(os.environ["TMPDIR"], flush=True)
+    time.sleep(600)
+"""
+
+
+def test_what_a_killed_process_has_left_goes_with_the_next_one(short, monkeypatch, no_leftovers):
+    """That of one that lives stays, and so does what is another user's, or has no owner."""
+    environ = {**os.environ, "TMPDIR": str(short)}
+    command = [sys.executable, "-c", OWNER]
+    owners = [
+        subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    left, lives, other = [Path(owner.stdout.readline().strip()) for owner in owners]
+    for killed in (owners[0], owners[2]):
+        killed.kill()
+        killed.wait()
+    (short / "ns-42-0-0123abcd").mkdir()
+    os.chown(other, 65534, -1)
+    trap = short / "ns-trap"
+    trap.mkdir()
+    os.mkfifo(trap / "owner")
+    os.chown(trap, 65534, -1)
+    monkeypatch.setenv("TMPDIR", str(short))
+    with private_tmpdir():
+        assert not left.exists()
+        assert (lives / "left").exists() and (other / "left").exists()
+        assert (short / "ns-42-0-0123abcd").exists()
+    owners[1].kill()
+    owners[1].wait()
+    for owner in owners:
+        owner.stdout.close()
 
 
 @pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
