@@ -91,6 +91,8 @@ class Doctor:
         self._run = attempt.run
         self._config = config
         self._node = node
+        # What began before is of an earlier run in the same process.
+        self._begin = time.monotonic()
         # Since when something is late.
         self._late_since = float("inf")
 
@@ -103,7 +105,7 @@ class Doctor:
                 found.append(self._stopped(pid))
             for task in read_tasks(pid):
                 for_s = now - task.since
-                if task.phase != IDLE and for_s > self._config.hang_floor_s:
+                if task.phase != IDLE and self._config.hang_floor_s < for_s <= now - self._begin:
                     limit_s = self._learned_s(task)
                     if for_s > limit_s:
                         found.append(self._late(pid, task, for_s, limit_s))

@@ -152,6 +152,16 @@ def test_a_deadline_is_learned_from_the_median(
     assert patient.look(1.0) == []
 
 
+def test_what_an_earlier_run_of_the_process_has_left_is_not_late(patient: Patient) -> None:
+    """Its task may have ended in a phase; looking at its stacks could end the process."""
+    do_phases(patient, 0.1, 0.1, 0.1)
+    patient.now_s += 1.0
+    patient.doctor = Doctor(QUICK, "n0", patient.run.attempt(1))
+    assert patient.look(1000.0) == []
+    own_report().enter(patient.task, "work")
+    assert patient.look(1000.0) != []
+
+
 def write_phases(run: RunDir, *durations_s: float, phase: str = "work", last: str = "") -> None:
     """An attempt that has been through the phase for so long each time."""
     attempt = run.new_attempt()
