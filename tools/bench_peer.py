@@ -90,6 +90,8 @@ class Stopwatch:
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = {"generate": [], "train": []}
         self.step = 0
+        # No checkpoint is due because of it.
+        self.in_phase_s = 0.0
         self._phase = ""
         self._start = 0.0
 
