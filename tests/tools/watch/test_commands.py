@@ -34,7 +34,13 @@ def test_top_shows_it_again_until_it_is_interrupted(tmp_path):
     make_run(tmp_path / "runs", 1)
     command = [sys.executable, f"{ROOT}/jobs/runs.py", "top", "--every", "0.1"]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        # A shell that starts the tests in the background has it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     with process:
         for _ in range(2):
