@@ -135,8 +135,15 @@ class SlurmCluster:
         return result
 
     def sbatch(self, *arguments: str) -> int:
-        """Submit and return the job id."""
-        answer = self.run("sbatch", "--parsable", *arguments).stdout
+        """Submit and return the job id.
+
+        What a --wrap prints goes into the cluster's directory, where no --output says otherwise.
+        """
+        options = [argument.partition("=")[0] for argument in arguments]
+        defaults = []
+        if "--wrap" in options and "--output" not in options:
+            defaults.append(f"--output={self.directory}/job-%j.out")
+        answer = self.run("sbatch", "--parsable", *defaults, *arguments).stdout
         return int(answer.strip().partition(";")[0])
 
     def job(self, job_id: int) -> dict[str, str]:
