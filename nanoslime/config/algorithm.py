@@ -60,14 +60,19 @@ class CorrectionConfig:
     """Truncated importance sampling: weight the policy loss by w, clipped to
     [tis_clip_low, tis_clip]."""
     tis_level: Level = "token"
+    """Of what w is taken by use_tis: each token, the whole sequence, or its geometric mean."""
     tis_clip: float = Field(default=2.0, gt=0)
+    """The largest weight that use_tis gives."""
     tis_clip_low: float = Field(default=0.0, ge=0)
+    """The smallest weight that use_tis gives."""
     reject: Literal["none", "token", "sequence", "geometric"] = "none"
     """Tokens or sequences with w outside [reject_low, reject_high] give no gradient.
     IcePop is `token`, with use_tis and tis_clip >= reject_high; masked importance
     sampling is `sequence` or `geometric`."""
     reject_low: float = Field(default=0.5, ge=0)
+    """The smallest w that `reject` lets through."""
     reject_high: float = Field(default=2.0, gt=0)
+    """The largest w that `reject` lets through."""
     veto: float = Field(default=0.0, ge=0, lt=1)
     """Reject a sequence in which any token's w is below; 0: off."""
     use_opsm: bool = False
@@ -94,6 +99,7 @@ class SharedConfig:
     """What all algorithms have in common."""
 
     eps_clip: float = Field(default=0.2, gt=0, le=1)
+    """The ratio of current to old policy is clipped to [1 - eps_clip, 1 + eps_clip]."""
     eps_clip_high: Positive | None = None
     """Upper clip where it differs from the lower (clip-higher, arXiv 2503.14476)."""
     denominator: Literal["tokens", "sequences", "fixed"] = "tokens"
@@ -109,6 +115,7 @@ class SharedConfig:
     """Last tokens before rollout.max_new_tokens in which the reward falls by
     overlong_penalty; 0: off."""
     overlong_penalty: float = Field(default=1.0, gt=0)
+    """By how much the reward has fallen at the end of overlong_buffer."""
     old_logprobs: Literal["auto", "recomputed", "rollout", "current"] = "auto"
     """Logprobs of the old policy, which the ratio of the loss is taken to. recomputed: by
     the trainer before its optimizer steps. rollout: as the engine reported them.
@@ -119,7 +126,9 @@ class SharedConfig:
     kl_coef: float = Field(default=0.0, ge=0)
     """KL in the reward (subtracted from the token advantages); excludes use_kl_loss."""
     use_kl_loss: bool = False
+    """KL to the reference model in the loss, times kl_loss_coef; excludes kl_coef."""
     kl_loss_coef: float = Field(default=0.0, ge=0)
+    """Weight of the KL in the loss; needs use_kl_loss."""
     kl_loss_type: Literal["k1", "k2", "k3", "low_var_kl"] = "k3"
     """Estimator of the KL, in the reward too."""
     use_unbiased_kl: bool = False
@@ -135,6 +144,7 @@ class SharedConfig:
     False: they stay with advantage zero and count in the denominator, as in
     arXiv 2402.03300; KL and entropy act on them, and no others are sampled for them."""
     correction: CorrectionConfig = Field(default_factory=CorrectionConfig)
+    """What is done where engine and trainer give a token different probabilities."""
 
     @property
     def needs_reference(self) -> bool:
@@ -191,6 +201,7 @@ class GRPOConfig(ClippedConfig):
     """
 
     name: Literal["grpo"] = "grpo"
+    """The algorithm; each has fields of its own."""
     normalize_by_std: bool = True
     """False: advantages are only centred (arXiv 2503.20783)."""
 
@@ -203,7 +214,9 @@ class GSPOConfig(ClippedConfig):
     """
 
     name: Literal["gspo"] = "gspo"
+    """The algorithm; each has fields of its own."""
     normalize_by_std: bool = True
+    """False: advantages are only centred."""
     eps_clip: float = Field(default=3e-4, gt=0, le=1)
     eps_clip_high: Positive | None = 4e-4
     denominator: Literal["tokens", "sequences", "fixed"] = "sequences"
@@ -217,7 +230,9 @@ class CISPOConfig(SharedConfig):
     """
 
     name: Literal["cispo"] = "cispo"
+    """The algorithm; each has fields of its own."""
     normalize_by_std: bool = True
+    """False: advantages are only centred."""
     eps_clip: float = Field(default=1.0, gt=0, le=1)
     """1: the ratio has no lower limit, as in the paper."""
     eps_clip_high: Positive | None = 0.2
@@ -231,6 +246,7 @@ class RLOOConfig(ClippedConfig):
     """
 
     name: Literal["rloo"] = "rloo"
+    """The algorithm; each has fields of its own."""
 
 
 @knobs
@@ -241,7 +257,9 @@ class ReinforcePPConfig(ClippedConfig):
     """
 
     name: Literal["reinforce_plus_plus"] = "reinforce_plus_plus"
+    """The algorithm; each has fields of its own."""
     gamma: float = Field(default=1.0, gt=0, le=1)
+    """Discount of the rewards of later tokens in a token's return."""
     normalize_advantages: bool = True
     filter_zero_std: bool = False
 
@@ -254,6 +272,7 @@ class ReinforcePPBaselineConfig(ClippedConfig):
     """
 
     name: Literal["reinforce_plus_plus_baseline"] = "reinforce_plus_plus_baseline"
+    """The algorithm; each has fields of its own."""
     normalize_advantages: bool = True
 
 
@@ -262,8 +281,9 @@ class CustomConfig(ClippedConfig):
     """An algorithm of the user's own: a subclass of PolicyGradient."""
 
     name: str = Field(pattern=r"^[A-Za-z_]\w*(\.\w+)*:\w+$")
-    """package.module:Name"""
+    """The algorithm, as package.module:Name of a subclass of PolicyGradient."""
     normalize_by_std: bool = True
+    """False: advantages are only centred."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Its own knobs, which it finds in `self.config.options`."""
 

@@ -20,7 +20,9 @@ _LEAVE_S = 60.0
 @knobs
 class ClusterConfig:
     name: str = "local"
+    """What the cluster is called in messages."""
     nodes: int = Field(default=1, ge=1)
+    """Nodes of the job; trainers take the first ones, engines the last."""
     rollout_nodes: int | None = Field(default=None, ge=0)
     """Nodes that hold engines only; default: half of the nodes (rounded down), 0 with
     one node."""
@@ -35,15 +37,23 @@ class ClusterConfig:
     """Engines run on the trainers' own GPUs, on all nodes; one of the two sleeps while
     the other works."""
     gpu_memory_gib: float = Field(default=80.0, gt=0)
+    """Memory of one GPU, in GiB."""
     cpus_per_node: int | None = Field(default=None, ge=1)
+    """Cores that the job asks for on each node; default: 8 for each GPU, or 1 for each slot."""
     memory_per_node: str = ""
     """Memory as sbatch --mem takes it; empty: the site's default."""
     partition: str = ""
+    """Partition that the job is submitted to; empty: the site's default."""
     account: str = ""
+    """Account that the job is charged to; empty: the user's default."""
     qos: str = ""
+    """Quality of service of the job; empty: the user's default."""
     constraint: str = ""
+    """Features that the nodes must have, as sbatch --constraint takes them."""
     reservation: str = ""
+    """Reservation that the job runs in; empty: none."""
     time_limit_min: int = Field(default=240, ge=1)
+    """Time limit of the job, in minutes."""
     signal_lead_s: int = Field(default=300, ge=30)
     """Seconds before the time limit at which the job is told to commit and to go on later. A run
     that is resumed takes what its saves and steps have needed instead, unless a flag sets it."""
@@ -63,14 +73,19 @@ class ClusterConfig:
     """Interface whose address a node publishes and NCCL and gloo use; empty: that of
     the default route."""
     run_root: str = ""
+    """Directory of the runs, on a filesystem that all nodes see; empty: runs/ in the current
+    directory."""
     share: str = ""
     """A group that may read the runs' directories (mode 2750), but not their secrets; empty: nobody
     else may (0700)."""
     venv: str = ""
     """Virtual environment of the compute nodes; empty: the environment that submits."""
     submit: Literal["submitit", "sbatch"] = "submitit"
+    """What hands the job to SLURM: the package submitit, or plain sbatch."""
     ray_start_deadline_s: float = Field(default=300.0, gt=0)
+    """How long a node waits for Ray's head to start."""
     node_join_deadline_s: float = Field(default=300.0, gt=0)
+    """How long the run waits for all its nodes to join Ray."""
     gpu_probe_deadline_s: float = Field(default=180.0, gt=0)
     """How long torch may take on a node to start and to find its GPUs."""
     hang_factor: float = Field(default=8.0, gt=1)

@@ -34,10 +34,13 @@ class EvalSetConfig(PromptsConfig):
     n_samples_per_prompt: int | None = Field(default=None, ge=1)
     """Default: eval.n_samples_per_prompt; 1 in a set with temperature 0 of its own."""
     temperature: EvalTemperature | None = None
-    """0: greedy."""
+    """Temperature of the samples; 0: greedy."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the likeliest tokens that have this probability together; 1: from all."""
     top_k: Annotated[int, leaves_tokens("eval.sets.top_k")] = -1
+    """Sample from so many of the likeliest tokens; -1: from all."""
     max_new_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of an answer at most; default: rollout.max_new_tokens."""
     max_prompts: int | None = Field(default=None, ge=0)
     """The first so many; 0: all."""
     pass_reward: float = 1.0
@@ -53,11 +56,13 @@ class EvalConfig:
     interval: int = Field(default=0, ge=0)
     """Evaluate after every so many rollouts. 0: only before the first and after the last one."""
     n_samples_per_prompt: int = Field(default=1, ge=1)
+    """Samples of each prompt, over which the reward is averaged."""
     temperature: EvalTemperature = 1.0
-    """0: greedy."""
+    """Temperature of the samples; 0: greedy."""
     max_prompts: int = Field(default=0, ge=0)
     """Evaluate on so many prompts of a set at most; 0: on all."""
     seed: int = 0
+    """Seed of the samples, on engines that honour one."""
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:

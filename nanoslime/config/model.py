@@ -78,11 +78,15 @@ class RehearsalConfig:
     """The tiny model and digits task of a run that has no checkpoint and no prompts."""
 
     enabled: bool = False
+    """Whether the run makes its own tiny model and prompts."""
     task: str = "reverse"
+    """What the tiny model learns: to reverse four digits, or to sort them (reverse, sort)."""
     target_reward: float = 0.4
     """The supervised warm start ends when sampled exact match reaches this."""
     num_held_out: int = 400
+    """Problems that are kept for evaluation."""
     seed: int = 0
+    """Seed of the problems and of the model's first weights."""
 
 
 @knobs
@@ -95,10 +99,15 @@ class PromptsConfig:
     name: str = Field(default="", pattern=r"^[\w.-]*$", max_length=100)
     """What metrics call them; by default the name of the file or of the data set."""
     reward: str | None = None
+    """As data.reward."""
     prompt_key: str | None = Field(default=None, min_length=1)
+    """As data.prompt_key."""
     label_key: str | None = None
+    """As data.label_key."""
     metadata_key: str | None = None
+    """As data.metadata_key."""
     system_prompt: str | None = None
+    """As data.system_prompt."""
 
     @model_validator(mode="before")
     @classmethod
@@ -182,7 +191,9 @@ class DataConfig:
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Variables of the chat template (enable_thinking: false)."""
     system_prompt: str = ""
+    """System message put before each prompt; empty: none."""
     max_prompt_tokens: int = Field(default=1024, ge=1)
+    """Tokens of a prompt at most."""
     over_long: Literal["error", "skip"] = "error"
     """What to do with a prompt of more than max_prompt_tokens."""
     broken: Literal["error", "skip"] = "error"
@@ -191,6 +202,7 @@ class DataConfig:
     """Keep a prompt that comes several times with the same label only once. False: it
     comes as often in each epoch as in the file."""
     shuffle: bool = True
+    """Draw the prompts in a new order each epoch; False: in that of the file."""
     rewards: dict[str, float] = Field(default_factory=dict)
     """Several rewards by name, with weights: their weighted sum takes the place of
     data.reward. One of weight 0 is only recorded. Each is a metric, rollout/reward_NAME_mean."""

@@ -62,9 +62,13 @@ class RolloutConfig:
     waits for it, its prompt is sampled again by the current weights, or it is left out.
     Of the latter two the number is in the metrics."""
     n_samples_per_prompt: int = Field(default=8, ge=1)
+    """Samples of each prompt: the group that GRPO compares."""
     max_new_tokens: int = Field(default=1024, ge=1)
+    """Tokens of a response at most."""
     temperature: float = Field(default=1.0, ge=LOWEST_TEMPERATURE)
+    """Temperature of sampling, and of the logprobs that training takes."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the likeliest tokens that have this probability together; 1: from all."""
     top_k: Annotated[int, leaves_tokens("rollout.top_k")] = -1
     """Sample from so many of the likeliest tokens; -1: from all."""
     stop: list[Annotated[str, Field(min_length=1)]] = Field(
@@ -118,7 +122,9 @@ class RolloutConfig:
     sglang: dict[str, Any] = Field(default_factory=dict)
     """SGLang server options as written there (mem_fraction_static: 0.8)."""
     start_deadline_s: float = Field(default=600.0, gt=0)
+    """How long an engine may take to load its weights and to answer."""
     request_deadline_s: float = Field(default=1800.0, gt=0)
+    """How long an engine may take to answer one request."""
 
     @field_validator("engine", "environment")
     @classmethod
@@ -148,3 +154,4 @@ class WeightSyncConfig:
     the mean, has other weights: it is lost and started again, and the run ends where all are. By
     default 0.01 where model.dtype is float32, and 0.3 otherwise."""
     deadline_s: float = Field(default=300.0, gt=0)
+    """How long each step of a weight sync may take."""

@@ -25,19 +25,31 @@ class RunConfig:
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     """Name of the run, of its directory and of its job."""
     seed: int = 0
+    """Seed of the order of prompts, of sampling and of the trainers."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Which messages the logs of driver, trainer ranks, node agents and SGLang hold."""
     model: ModelConfig = Field(default_factory=ModelConfig)
+    """Which model is trained."""
     rehearsal: RehearsalConfig = Field(default_factory=RehearsalConfig)
+    """The tiny model and task of a run without a checkpoint."""
     data: DataConfig = Field(default_factory=DataConfig)
+    """Prompts and rewards."""
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    """How samples are drawn."""
     algorithm: AlgorithmConfig = Field(default_factory=GRPOConfig)
+    """The algorithm and its settings."""
     training: TrainingConfig = Field(default_factory=TrainingConfig)
+    """Backend, parallel sizes and optimizer."""
     weight_sync: WeightSyncConfig = Field(default_factory=WeightSyncConfig)
+    """How engines get new weights."""
     eval: EvalConfig = Field(default_factory=EvalConfig)
+    """When the policy is evaluated, and on what."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    """When the run is committed, and what is kept."""
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    """Where metrics go."""
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+    """Nodes, SLURM and the site."""
 
     @property
     def old_logprobs(self) -> Literal["recomputed", "rollout", "current"]:

@@ -33,15 +33,20 @@ FrozenPattern = Annotated[str, AfterValidator(_check_frozen_pattern)]
 @knobs
 class TrainingConfig:
     backend: Literal["megatron", "fsdp"] = "megatron"
+    """megatron: all parallel sizes, on any number of nodes. fsdp: FSDP2, which is what one node
+    gets where nothing asks for Megatron."""
     num_gpus: int | None = Field(default=None, ge=1)
     """Trainer ranks of `python -m nanoslime.train`; a submitted job derives them from
     its nodes."""
     tp_size: int = Field(default=1, ge=1)
+    """Tensor parallel size: GPUs of one node that share each layer's matrices."""
     pp_size: int = Field(default=1, ge=1)
+    """Pipeline parallel size: stages that the layers are cut into."""
     cp_size: int = Field(default=1, ge=1)
     """Ranks that share each sequence; a micro-batch then holds cp_size times the token
     budget."""
     ep_size: int = Field(default=1, ge=1)
+    """Expert parallel size: ranks that share the experts of an MoE model."""
     etp_size: int = Field(default=1, ge=1)
     """Tensor parallel size within an expert."""
     vpp_size: int = Field(default=1, ge=1)
@@ -53,17 +58,27 @@ class TrainingConfig:
     num_layers_in_last_pipeline_stage: int | None = Field(default=None, ge=1)
     """Layers of the last pipeline rank, over all its chunks."""
     sequence_parallel: bool = False
+    """Spread norms and residuals over the ranks of tp_size, which saves activations; models with
+    experts need it where tp_size is above 1."""
     allow_slow: bool = False
     """Allow context parallelism and experts on GPUs without Transformer Engine, which
     is slow."""
     lr: float = Field(default=1e-6, ge=0)
+    """Learning rate of Adam."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate goes from lr to min_lr after the warm-up."""
     lr_warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps in which the learning rate rises from 0 to lr."""
     min_lr: float = Field(default=0.0, ge=0)
+    """Learning rate at the end of a linear or cosine schedule."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of Adam's mean of gradients."""
     adam_beta2: float = Field(default=0.98, ge=0, lt=1)
+    """Decay of Adam's mean of squared gradients."""
     adam_eps: float = Field(default=1e-8, gt=0)
+    """What Adam adds to the denominator of a step."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay, times the learning rate."""
     clip_grad: float = Field(default=1.0, ge=0)
     """Global gradient norm; 0: no clipping."""
     skip_grad_norm_above: float | None = Field(default=None, gt=1)
@@ -78,6 +93,8 @@ class TrainingConfig:
     """Token budget of a packed micro-batch, per rank of cp_size; a longer sequence goes
     alone."""
     recompute: bool = False
+    """Keep only each layer's input and compute the rest again in the backward pass, for less memory
+    and about a third more work."""
     routing_replay: Literal["none", "R2", "R3"] = "none"
     """The training pass of an MoE model takes the experts that the pass for old
     logprobs chose (R2, arXiv 2507.18071 section 5.3) or that the engine ran (R3, arXiv
@@ -88,6 +105,7 @@ class TrainingConfig:
     optimizer_offload: bool = False
     """Adam's state and step on the CPU; with fsdp, the weights between uses too."""
     distributed_optimizer: bool = True
+    """Spread Adam's state over the data parallel ranks of Megatron."""
     megatron: dict[str, Any] = Field(default_factory=dict)
     """Fields of megatron-core's TransformerConfig as written there."""
     megatron_ddp: dict[str, Any] = Field(default_factory=dict)
@@ -105,6 +123,7 @@ class TrainingConfig:
     """Deadline of a save, a load or an export. By default the plan derives it: half an
     hour, or as long as 20 MB a second and rank take."""
     start_deadline_s: float = Field(default=600.0, gt=0)
+    """How long trainer ranks wait for one another at the start."""
 
     def without_megatron(self) -> Self:
         """The same without parallel sizes and what else only Megatron has."""
@@ -144,6 +163,7 @@ class CheckpointConfig:
     """Commit a checkpoint also after a rollout at whose end so many minutes have passed
     since the last commit, or the start; 0: none for that reason."""
     keep_last: int = Field(default=2, ge=1)
+    """Keep so many of the newest checkpoints."""
     keep_every: int = Field(default=0, ge=0)
     """Keep the checkpoints whose step is a multiple of this for good; 0: none."""
     keep_best: bool = False
@@ -164,6 +184,10 @@ class CheckpointConfig:
 @knobs
 class TrackingConfig:
     use_tensorboard: bool = True
+    """Write metrics for TensorBoard, into the run's directory."""
     use_wandb: bool = False
+    """Write metrics for Weights & Biases."""
     wandb_project: str = "nanoslime"
+    """The project of Weights & Biases that the run belongs to."""
     wandb_mode: Literal["offline", "online"] = "offline"
+    """offline: metrics are uploaded later, by `runs.py sync`."""
