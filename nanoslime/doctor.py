@@ -28,6 +28,7 @@ from typing import NamedTuple, NoReturn
 
 from nanoslime.config.cluster import ClusterConfig
 from nanoslime.processes.child import ChildProcess
+from nanoslime.processes.nccl_ras import ras_report
 from nanoslime.processes.phases import IDLE, Task, dump_stacks, frames_of, read_tasks
 from nanoslime.processes.tree import descendants
 from nanoslime.run_dir import FAILED, LAST_PHASES, Attempt, RunDir
@@ -132,7 +133,7 @@ class Doctor:
         """Writes what these processes are doing into a file of the directory of stacks.
 
         py-spy looks at them too, where it is installed and may. Those of this node's ranks on GPUs
-        write what NCCL has done into files beside their logs.
+        write what NCCL has done into files beside their logs, and NCCL's RAS is asked.
         """
         for pipe in self.stacks.with_name("logs").glob("nccl-*.pipe"):
             # Those of other nodes have no reader here.
@@ -147,6 +148,10 @@ class Doctor:
                 with suppress(OSError, subprocess.TimeoutExpired):
                     command = [*py_spy, str(pid)]
                     subprocess.run(command, stdout=file, stderr=file, timeout=_PY_SPY_DEADLINE_S)
+        with suppress(OSError):
+            if report := ras_report(pids, os.environ):
+                file_of_ras = self.stacks / f"{Path(file_name).stem}-nccl-ras.txt"
+                file_of_ras.write_text(report)
 
     def _learned_s(self, task: Task) -> float:
         durations = task.durations
