@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Installs what the SLURM tests need on Debian or Ubuntu: slurm-wlm (slurmctld, slurmd and the
-# commands) and munge. No daemon of the system is configured or started; tests bring up a cluster
-# of their own (tests/slurm/cluster.py). There is no database either: without accounting `sacct`
-# fails, which nanoslime has to bear.
+# commands), munge, and for accounting slurmdbd with MariaDB's server, of which only the programs are
+# taken. No daemon of the system is configured or started; tests bring up clusters of their own
+# (tests/slurm/cluster.py), most of them without accounting: `sacct` fails there, which nanoslime
+# has to bear.
 set -euo pipefail
 
-packages=(slurm-wlm munge)
-commands=(slurmctld slurmd sbatch srun scontrol munged munge)
+packages=(slurm-wlm munge slurmdbd mariadb-server-core mariadb-client-core)
+commands=(slurmctld slurmd sbatch srun scontrol munged munge slurmdbd mariadbd mariadb-install-db)
 PATH="$PATH:/usr/sbin:/sbin"
 
 say() {
@@ -46,7 +47,7 @@ if [[ ${#missing[@]} == 0 ]]; then
     exit 0
 fi
 if ! command -v apt-get >/dev/null; then
-    die "no apt-get here; install SLURM 22.05 or newer, and munge, by your system's means"
+    die "no apt-get here; install SLURM 22.05 or newer with slurmdbd, munge and MariaDB by your system's means"
 fi
 if [[ $EUID != 0 ]]; then
     die "needs root; run: sudo bash $(printf %q "${BASH_SOURCE[0]}")"

@@ -10,9 +10,11 @@ from multiprocessing import resource_tracker
 import pytest
 
 from tests import process_table
+from tests.slurm.accounting import Accounting
 from tests.slurm.cluster import SlurmCluster
 
 _REQUIRED_MARKS = ("slurm", "sglang", "ray", "megatron")
+_NO_DATABASE = "no {} on this machine: `bash env/install_slurm.sh` installs slurmdbd and MariaDB"
 _NO_SLURM = "no slurmctld on this machine: `bash env/install_slurm.sh` installs SLURM"
 
 
@@ -121,6 +123,43 @@ def slurm_cluster(
     if request.session.testsfailed > failed_before:
         print(slurm_session.log_tails())
     slurm_session.reset()
+
+
+@pytest.fixture(scope="session")
+def strict_session() -> Iterator[SlurmCluster]:
+    for program in ("slurmdbd", "mariadbd", "mariadb-install-db"):
+        if shutil.which(program) is None:
+            pytest.skip(_NO_DATABASE.format(program))
+    with SlurmCluster(
+        cluster_name="strict",
+        cpus_per_node=96,
+        gpus_per_node=8,
+        gpu_types=("h100",),
+        mem_per_node_mb=1_400_000,
+        partitions=("short Default=YES MaxTime=30", "long Nodes=n[1-2] MaxTime=240 GraceTime=60"),
+        settings={"EnforcePartLimits": "NO", "JobRequeue": "0"},
+        accounting=Accounting(
+            accounts=("physics", "biology"),
+            foreign_accounts=("chemistry",),
+            qos=("high",),
+            foreign_qos=("vip",),
+        ),
+    ) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def strict_slurm(strict_session: SlurmCluster) -> Iterator[SlurmCluster]:
+    """A site as they are: four idle nodes of 96 CPUs, 1,400,000 MB and eight typed GPUs (h100).
+
+    Partition short (default, all nodes) allows 30 minutes, long (n1 and n2) 240 and gives 60 s of
+    grace; limits are not enforced at submission (EnforcePartLimits=NO), and jobs are not requeued
+    by default. Accounts are enforced: the user has physics (default) and biology, not chemistry;
+    QOS normal and high, not vip. It starts in some seconds, once a session. What a job of it says
+    of CPUs and GPUs is not there in fact.
+    """
+    yield strict_session
+    strict_session.reset()
 
 
 @pytest.fixture

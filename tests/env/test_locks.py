@@ -9,7 +9,18 @@ import pytest
 
 ENV = Path(__file__).parents[2] / "env"
 
-SLURM_COMMANDS = ["slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged", "munge"]
+SLURM_COMMANDS = (
+    "slurmctld",
+    "slurmd",
+    "sbatch",
+    "srun",
+    "scontrol",
+    "munged",
+    "munge",
+    "slurmdbd",
+    "mariadbd",
+    "mariadb-install-db",
+)
 
 # Packages of the CUDA toolkit that nvcc reads or is part of when it compiles a kernel.
 COMPILER_PACKAGES = [

@@ -6,23 +6,41 @@
 
 It works from Debian's slurm-wlm without systemd and without root; jobs run as the caller. A node
 is a slurmd at 127.0.1.<i>. All nodes share the host's name, files and processes, so SIGKILL of a
-slurmd leaves its job's processes alive. There is no accounting: sacct fails, as on many real
-clusters. Requeued jobs wait 6 s, not 2 minutes.
+slurmd leaves its job's processes alive. Without `accounting` sacct fails, as on many real clusters.
+Requeued jobs wait 6 s, not 2 minutes.
+
+A harder cluster is described by fields, for instance one of typed GPUs that takes what it will
+never start, whose accounts are enforced and whose partitions have limits:
+
+    SlurmCluster(
+        gpus_per_node=8,
+        gpu_types=("h100",),
+        partitions=("short Default=YES MaxTime=30", "long MaxTime=240 GraceTime=60"),
+        settings={"EnforcePartLimits": "NO"},
+        accounting=Accounting(accounts=("physics", "biology")),
+    )
 """
 
 import dataclasses
 import os
-import pwd
 import re
 import shutil
 import socket
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from nanoslime.processes.logs import last_lines
 from nanoslime.processes.ports import free_port
 from tests import process_table
+from tests.slurm.accounting import (
+    Accounting,
+    database_socket,
+    install_database,
+    user_name,
+    write_slurmdbd_conf,
+)
 
 _FINAL_STATES = {
     "BOOT_FAIL",
@@ -37,6 +55,7 @@ _FINAL_STATES = {
 }
 _SUBMITTER_VARIABLES = ("SLURM_", "SBATCH_")
 _DAEMON_DEADLINE_S = 5.0
+_SLURM_DAEMONS = ("slurmctld", "slurmd-")
 
 
 @dataclasses.dataclass
@@ -46,9 +65,21 @@ class SlurmCluster:
     num_nodes: int = 4
     cpus_per_node: int = 2
     gpus_per_node: int = 0
+    gpu_types: tuple[str, ...] = ()
+    """The type of the GPUs of each node, or one type for all; none: GPUs without a type."""
     mem_per_node_mb: int = 16_000
     # Between SIGTERM and SIGKILL of a job that is cancelled or requeued.
     kill_wait_s: int = 5
+    cluster_name: str = "test"
+    partitions: tuple[str, ...] = (
+        "main Default=YES PriorityTier=1",
+        "urgent PriorityTier=10 PreemptMode=OFF",
+    )
+    """The lines of slurm.conf behind PartitionName=. All nodes are in each that names none."""
+    settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Lines of slurm.conf in place of those below, or beside them, as JobRequeue."""
+    accounting: Accounting | None = None
+    """Accounts, in a slurmdbd of the cluster's own; starting it takes some seconds more."""
     directory: Path = dataclasses.field(init=False)
     daemons: dict[str, subprocess.Popen[bytes]] = dataclasses.field(
         init=False, default_factory=dict
@@ -78,15 +109,16 @@ class SlurmCluster:
     def start(self) -> "SlurmCluster":
         """Start all daemons and wait until every node is idle.
 
-        That takes well under a second on an idle machine. Raises RuntimeError with the ends of
-        the daemons' logs when they do not come up.
+        That takes well under a second on an idle machine, and without accounting. Raises
+        RuntimeError with the ends of the daemons' logs when they do not come up.
         """
         # Paths of sockets must stay short.
         self.directory = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
         self.directory.chmod(0o755)
         try:
             self._start_munge()
-            self._start_slurm()
+            accounting_port = self._start_accounting() if self.accounting else None
+            self._start_slurm(accounting_port)
         except BaseException:
             self.stop()
             raise
@@ -232,13 +264,36 @@ class SlurmCluster:
         ping = ["munge", "--no-input", f"--socket={socket_path}"]
         self._wait("munged answers", lambda: self._succeeds(*ping))
 
-    def _start_slurm(self, attempts: int = 3) -> None:
+    def _start_accounting(self) -> int:
+        """Starts MariaDB and slurmdbd; returns slurmdbd's port.
+
+        The database's socket is there once it answers; slurmdbd has to make its tables first.
+        """
+        command = install_database(self.directory)
+        self._spawn("mariadbd", *command)
+        database = database_socket(self.directory)
+        self._wait("mariadbd listens", database.exists)
+        port = free_port("")
+        write_slurmdbd_conf(self.directory, _host(), port)
+        self._spawn("slurmdbd", "env", f"MYSQL_UNIX_PORT={database}", "slurmdbd", "-D")
+        return port
+
+    def _make_accounts(self, accounting: Accounting) -> None:
+        """slurm.conf is there, and tells sacctmgr where slurmdbd listens."""
+        listing = ["sacctmgr", "--noheader", "list", "cluster"]
+        self._wait("slurmdbd answers", lambda: self._succeeds(*listing), timeout_s=120.0)
+        for command in accounting.commands(self.cluster_name):
+            self.run(*command)
+
+    def _start_slurm(self, accounting_port: int | None, attempts: int = 3) -> None:
         """Ports are free when chosen; when one is taken before its daemon has it, choose again."""
         for attempt in range(1, attempts + 1):
             ports: set[int] = set()
             while len(ports) < 1 + self.num_nodes:
                 ports.add(free_port(""))
-            self._write_config(list(ports))
+            self._write_config(list(ports), accounting_port)
+            if self.accounting is not None and attempt == 1:
+                self._make_accounts(self.accounting)
             try:
                 self._spawn("slurmctld", "slurmctld", "-D", "-i")
                 for name in self.node_names:
@@ -248,25 +303,28 @@ class SlurmCluster:
             except RuntimeError:
                 if attempt == attempts or "Address already in use" not in self.log_tails():
                     raise
-                for name in [name for name in self.daemons if name != "munged"]:
+                for name in [name for name in self.daemons if name.startswith(_SLURM_DAEMONS)]:
                     self._stop_daemon(name)
 
-    def _write_config(self, ports: list[int]) -> None:
+    def _write_config(self, ports: list[int], accounting_port: int | None) -> None:
         """Write slurm.conf and gres.conf; `ports` are those of slurmctld and of each node."""
         directory = self.directory
-        user = _user()
-        host = socket.gethostname().partition(".")[0]
-        gres = f"Gres=gpu:{self.gpus_per_node} " if self.gpus_per_node else ""
+        user = user_name()
+        host = _host()
         node_lines = []
         for i, name in enumerate(self.node_names, start=1):
+            gres = self._gres_of(i - 1)
             node_lines.append(
                 f"NodeName={name} NodeHostname={host} NodeAddr=127.0.1.{i} Port={ports[i]} "
                 f"CPUs={self.cpus_per_node} RealMemory={self.mem_per_node_mb} {gres}State=UNKNOWN"
             )
         nodes = "\n".join(node_lines)
-        self.config_file.write_text(
-            f"""\
-ClusterName=test
+        partitions = "\n".join(f"PartitionName={line}" for line in self.partitions)
+        accounting = "AccountingStorageType=accounting_storage/none"
+        if self.accounting is not None and accounting_port is not None:
+            accounting = self.accounting.slurm_lines(directory, accounting_port)
+        text = f"""\
+ClusterName={self.cluster_name}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmUser={user}
@@ -282,7 +340,7 @@ SlurmdPidFile={directory}/slurmd-%n.pid
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
+{accounting}
 MpiDefault=none
 # without CAP_SYS_RESOURCE the submitter's limits cannot be raised at launch
 PropagateResourceLimits=NONE
@@ -305,11 +363,24 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {nodes}
 PartitionName=DEFAULT Nodes=ALL MaxTime=INFINITE DefaultTime=30 State=UP
-PartitionName=main Default=YES PriorityTier=1
-PartitionName=urgent PriorityTier=10 PreemptMode=OFF
+{partitions}
 """
-        )
+        self.config_file.write_text(with_settings(text, self.settings))
         self._write_gres()
+
+    def _gres_of(self, index: int) -> str:
+        """The GPUs of a node in its line of slurm.conf."""
+        if not self.gpus_per_node:
+            return ""
+        kind = self._gpu_type(index)
+        return (
+            f"Gres=gpu:{kind}:{self.gpus_per_node} " if kind else f"Gres=gpu:{self.gpus_per_node} "
+        )
+
+    def _gpu_type(self, index: int) -> str:
+        if not self.gpu_types:
+            return ""
+        return self.gpu_types[index] if len(self.gpu_types) > 1 else self.gpu_types[0]
 
     def _write_gres(self) -> None:
         directory = self.directory
@@ -322,7 +393,10 @@ PartitionName=urgent PriorityTier=10 PreemptMode=OFF
         gres_text = "AutoDetect=off\n"
         if self.gpus_per_node:
             devices = f"{directory}/gpu/nvidia[0-{self.gpus_per_node - 1}]"
-            gres_text += f"NodeName=n[1-{self.num_nodes}] Name=gpu File={devices}\n"
+            for index, name in enumerate(self.node_names):
+                kind = self._gpu_type(index)
+                typed = f"Type={kind} " if kind else ""
+                gres_text += f"NodeName={name} Name=gpu {typed}File={devices}\n"
         (directory / "gres.conf").write_text(gres_text)
 
     def _wait_idle(self, names: list[str]) -> None:
@@ -338,7 +412,7 @@ PartitionName=urgent PriorityTier=10 PreemptMode=OFF
             "sinfo",
             "--noheader",
             "--Node",
-            "--partition=main",
+            "--all",
             f"--states={states}",
             "--format=%N",
         ]
@@ -379,7 +453,7 @@ PartitionName=urgent PriorityTier=10 PreemptMode=OFF
     def _cancel_all_jobs(self) -> None:
         if not self._succeeds("scontrol", "ping"):
             return
-        self.run("scancel", f"--user={_user()}", check=False)
+        self.run("scancel", f"--user={user_name()}", check=False)
 
         def no_jobs() -> bool:
             """Whether no job is pending, running or completing."""
@@ -402,5 +476,19 @@ PartitionName=urgent PriorityTier=10 PreemptMode=OFF
             return f"({error})"
 
 
-def _user() -> str:
-    return pwd.getpwuid(os.geteuid()).pw_name
+def with_settings(text: str, settings: Mapping[str, str]) -> str:
+    """slurm.conf with these settings: each takes the place of its line, or is a new line before the
+    nodes.
+    """
+    lines = []
+    for line in text.splitlines():
+        name, _, _ = line.partition("=")
+        if name not in settings:
+            lines.append(line)
+    first_node = next(i for i, line in enumerate(lines) if line.startswith("NodeName="))
+    lines[first_node:first_node] = [f"{name}={value}" for name, value in settings.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _host() -> str:
+    return socket.gethostname().partition(".")[0]
