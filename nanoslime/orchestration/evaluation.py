@@ -126,29 +126,15 @@ class Evaluation:
 
 def _line(row: dict[str, Any]) -> str:
     """One line for a person: each estimate with its standard error."""
-    estimates = [f"{name} {value:.4f}{error}" for name, value, error in _estimates(row)]
+    told = [f"{name} {value:.4f}{error}" for name, value, error in estimates(row)]
     return (
-        f"evaluation of {row['set']} after {row['step'] + 1} rollouts: {', '.join(estimates)}; "
+        f"evaluation of {row['set']} after {row['step'] + 1} rollouts: {', '.join(told)}; "
         f"{row['samples']} samples of {row['prompts']} prompts, {row['truncated_ratio']:.0%} "
         f"truncated, {row['response_tokens_mean']:.0f} tokens on average"
     )
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows of an evaluation for a person, a line for each estimate."""
-    lines = []
-    for row in rows:
-        for name, value, error in _estimates(row):
-            lines.append(f"{row['set']:20} {name:10} {value:.4f}{error}")
-        lines.append(
-            f"{row['set']:20} {row['samples']} samples of {row['prompts']} prompts, "
-            f"{row['truncated_ratio']:.0%} truncated, {row['error_ratio']:.0%} not made, "
-            f"{row['response_tokens_mean']:.0f} tokens on average"
-        )
-    return "\n".join(lines)
-
-
-def _estimates(row: dict[str, Any]) -> Iterator[tuple[str, float, str]]:
+def estimates(row: dict[str, Any]) -> Iterator[tuple[str, float, str]]:
     """Name, value and the text of the standard error of each estimate."""
     for name, value in row.items():
         if "@" in name and not name.endswith("_se"):

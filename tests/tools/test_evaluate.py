@@ -2,16 +2,19 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nanoslime import evaluate
 from nanoslime.config.load import read
 from nanoslime.run_dir import DONE, FAILED
 from tests.orchestration import wired
+from tools import evaluate
 
+ROOT = Path(__file__).parents[2]
 REWARD = "tests.orchestration.rewards:by_text_where_labelled"
 
 
@@ -141,3 +144,10 @@ def test_what_cannot_be_evaluated_is_said_in_one_line(tmp_path, seen, files, wor
     assert evaluate.main([*given, "--run-root", str(tmp_path / "runs")]) == FAILED
     [line] = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
     assert says in line and "\n" not in line
+
+
+def test_the_command_of_the_readme_is_this_one():
+    command = [sys.executable, "-m", "nanoslime.evaluate", "nowhere/at/all"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == FAILED
+    assert ended.stderr.startswith("there is nothing to evaluate on: give --eval-prompts FILE")
