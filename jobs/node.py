@@ -14,6 +14,7 @@ import resource
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +92,10 @@ class NodeJob:
         if env.node_index == 0:
             with logged_if_unwritable():
                 attempt.write_final_status()
+        if code != DONE and _is_followed(attempt):
+            _, reason = attempt.ended() or (FAILED, "unknown")
+            logger.error("%s", reason)
+            return DONE
         if env.node_index > 0 and seen(attempt.lost(0)):
             follow_head(attempt, code)
         if code != DONE:
@@ -98,6 +103,17 @@ class NodeJob:
             _, reason = attempt.ended() or (FAILED, "unknown")
             raise RunError(reason)
         return DONE
+
+
+def _is_followed(attempt: Attempt) -> bool:
+    """Whether SLURM has lost this life of the job, and started it anew.
+
+    An exit code would make srun end the job's step, which is that of the new life by then: it
+    has the same number.
+    """
+    with suppress(OSError):
+        return not attempt.is_newest()
+    return False
 
 
 def start_agent(attempt: Attempt, config: RunConfig, env: ClusterEnv, driver: str) -> ChildProcess:

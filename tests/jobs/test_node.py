@@ -257,6 +257,22 @@ def test_sigterm_that_comes_to_all_while_the_agent_starts_is_a_stop(
     assert made.end == (STOPPED, "SIGTERM at n1, before the driver started"), said
 
 
+def test_a_life_that_was_followed_by_another_does_not_end_the_others_step(
+    tmp_path: Path, python_with_fake_ray: str
+) -> None:
+    """SLURM has started the job anew elsewhere while this node was thought lost. An exit code of
+    this task would make its srun signal the step of the same number, which is the new life's.
+    """
+    made = make_run(tmp_path, 1)
+    guard = start_guard(made, python_with_fake_ray)
+    assert process_table.wait_for(lambda: bool(made.run.all_attempts()), _DEADLINE_S)
+    newer = made.run.new_attempt("42-1")
+    said, _ = guard.communicate(timeout=_DEADLINE_S)
+    assert guard.returncode == DONE, said
+    assert "attempt 2 of" in said and "has begun, so attempt 1 ends" in said
+    assert newer.ended() is None
+
+
 def test_a_second_ctrl_c_ends_a_driver_that_does_not_stop(
     tmp_path: Path, python_with_fake_ray: str
 ) -> None:
