@@ -130,7 +130,7 @@ def start_agent(attempt: Attempt, config: RunConfig, env: ClusterEnv, driver: st
     return ChildProcess(
         f"the agent of {env.node_name}",
         command,
-        environment(**config.cluster.env),
+        environment(**config.cluster.variables),
         attempt.log("agent", env.node_index),
         death_signal=signal.SIGTERM,
     )

@@ -134,7 +134,7 @@ def main(argv: list[str]) -> int:
     how = f"goes on without the lost nodes, on {', '.join(nodes)}"
     if not (why_not or nodes):
         try:
-            how = _go_on(run, job_id, config.cluster.resume_by)
+            how = _go_on(run, job_id, config.cluster.goes_on_by)
         except RunError as error:
             why_not = str(error)
     count = f"{how} ({num_vain + 1} of {max_requeues} in a row without a new commit)"

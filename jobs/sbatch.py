@@ -38,13 +38,10 @@ def common_options(cluster: ClusterConfig, name: str, cpus: int) -> Options:
         "job-name": name,
         "cpus-per-task": str(cpus),
         "time": str(cluster.time_limit_min),
-        "requeue" if cluster.resume_by == "requeue" else "no-requeue": True,
+        "requeue" if cluster.goes_on_by == "requeue" else "no-requeue": True,
         "open-mode": "append",
     }
-    for option in ("account", "constraint", "partition", "qos", "reservation"):
-        value = getattr(cluster, option)
-        if value:
-            options[option] = value
+    options.update(cluster.directives())
     return options
 
 
@@ -55,14 +52,21 @@ def sbatch_options(config: RunConfig, layout: Layout) -> Options:
     options["nodes"] = str(layout.num_nodes)
     options["ntasks-per-node"] = "1"
     options["signal"] = f"USR2@{cluster.signal_lead_s}"
-    if layout.device == "cuda":
-        options["gpus-per-node"] = str(layout.slots_per_node)
+    options.update(gpu_options(cluster, layout))
     if cluster.memory_per_node:
         options["mem"] = cluster.memory_per_node
     if layout.min_nodes < layout.num_nodes:
         options["no-kill"] = True
     options.update(cluster.extra_sbatch)
     return options
+
+
+def gpu_options(cluster: ClusterConfig, layout: Layout) -> dict[str, str]:
+    """How sbatch and srun are asked for the GPUs of a node, in the one way that the site knows."""
+    if layout.device != "cuda" or cluster.gpu_request == "none":
+        return {}
+    option, _, kind = cluster.gpu_request.partition(":")
+    return {option: f"{kind}:{layout.slots_per_node}".removeprefix(":")}
 
 
 def step_options(config: RunConfig, layout: Layout) -> list[str]:
@@ -80,15 +84,24 @@ def step_options(config: RunConfig, layout: Layout) -> list[str]:
         options += ["--no-kill", f"--wait={_WAIT_S}"]
     if config.cluster.memory_per_node:
         options.append(f"--mem={config.cluster.memory_per_node}")
-    if layout.device == "cuda":
-        options += [f"--gpus-per-node={layout.slots_per_node}", "--gpu-bind=none"]
-    return options
+    for option, value in gpu_options(config.cluster, layout).items():
+        options += [f"--{option}={value}", "--gpu-bind=none"]
+    return options + config.cluster.srun_options
 
 
 def setup_lines(config: RunConfig) -> list[str]:
-    """Shell lines before the step: site setup, the job's environment, PYTHONPATH."""
-    lines = list(config.cluster.setup)
-    for name, value in sorted(config.cluster.env.items()):
+    """Shell lines before the step: modules, site setup, the job's environment, PYTHONPATH."""
+    cluster = config.cluster
+    lines = []
+    if cluster.modules:
+        load = shlex.join(["module", "load", *cluster.modules])
+        # A shell that is no login shell may not know the command.
+        lines = ["type -t module > /dev/null || source /etc/profile", f"{load} || exit 1"]
+    lines += cluster.setup
+    if cluster.conda:
+        activate = f"conda activate {shlex.quote(cluster.conda)}"
+        lines += ['eval "$(conda shell.bash hook)"', f"{activate} || exit 1"]
+    for name, value in sorted(cluster.variables.items()):
         lines.append(f"export {name}={shlex.quote(value)}")
     lines.append(f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}")
     return lines

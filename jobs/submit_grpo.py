@@ -179,7 +179,7 @@ def submit(config: RunConfig, layout: Layout, resumed: RunDir | None, descriptio
 
     Its files are there before the job, which may start at once.
     """
-    chains = config.cluster.resume_by == "chain"
+    chains = config.cluster.goes_on_by == "chain"
     submit_by = "sbatch" if chains else config.cluster.submit
     submitter = resolve(submit_by, SUBMITTERS, "cluster.submit")
     run_root = Path(config.cluster.run_root)

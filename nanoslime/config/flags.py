@@ -42,7 +42,8 @@ _SHORT_NAMES = {
         system_prompt max_prompt_tokens""",
     "tracking": "use_tensorboard use_wandb",
     "cluster": """nodes rollout_nodes engine_gpus colocate time_limit_min run_root partition
-        account submit resume_by""",
+        account qos constraint reservation exclude nodelist dependency exclusive comment mail_user
+        mail_type submit resume_by""",
 }
 # Short names that differ from their field's name.
 _OTHER_NAMES = {
@@ -178,7 +179,8 @@ def _take_flag(rest: list[str]) -> Flag:
             f"unknown flag {name}{suggest(plain, _suggestions())}; --help lists all flags"
         )
     spelling = spellings()[plain]
-    if spelling.negated and spelling.kind is not bool:
+    is_switch = bool in (spelling.kind, *get_args(spelling.kind))
+    if spelling.negated and not is_switch:
         raise RunError(
             f"{name}: {spelling.field} is not a switch; "
             f"give it a value: --{_as_flag(spelling.field)} VALUE"
@@ -190,7 +192,7 @@ def _take_flag(rest: list[str]) -> Flag:
         if equals:
             raise RunError(f"{word}: a --no- flag takes no value")
         text = "false"
-    elif not equals and spelling.kind is bool:
+    elif not equals and is_switch and (spelling.kind is bool or not _value_follows(rest)):
         text = "true"
     elif not equals:
         text = _take_value(name, rest)
@@ -226,9 +228,13 @@ def _take_values(name: str, rest: list[str]) -> list[str]:
 
 
 def _take_value(name: str, rest: list[str]) -> str:
-    if not rest or rest[0].startswith("--"):
+    if not _value_follows(rest):
         raise RunError(f"{name} needs a value")
     return rest.pop(0)
+
+
+def _value_follows(rest: Sequence[str]) -> bool:
+    return bool(rest) and not rest[0].startswith("--")
 
 
 def _suggestions() -> dict[str, str]:

@@ -52,6 +52,7 @@ def load(
         layers.put(flag.field, flag.value, _Source(f"flag {flag.name}", is_flag=True))
     if len(settings) < len(flags):
         flag_table.print_help(layers.validate(), Path(sys.argv[0]).name)
+    _check_cluster_file(cluster, layers.sources)
     config = layers.validate()
     if not resumes:
         _check_warmup(config, layers.sources)
@@ -255,6 +256,17 @@ def _hint_in_list(place: Sequence[str]) -> str:
     [section] = get_args(flag_table.field_types()[".".join(place[:-2])])
     names = {f.name: f.name for f in fields(section)}
     return flag_table.suggest(place[-1], names) or f"; valid here: {', '.join(names)}"
+
+
+def _check_cluster_file(cluster: Path | None, sources: dict[str, _Source]) -> None:
+    """Raises RunError for a cluster file that leaves open whether its nodes have GPUs: without
+    that a plan for CPUs would be made.
+    """
+    if cluster is not None and "cluster.gpus_per_node" not in sources:
+        raise RunError(
+            f"{cluster}: gpus_per_node is not set; write how many GPUs each node has, or "
+            "`gpus_per_node: 0` where there are none"
+        )
 
 
 def _check_warmup(config: RunConfig, sources: dict[str, _Source]) -> None:

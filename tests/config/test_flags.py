@@ -40,6 +40,8 @@ def other_value(dotted: str) -> Any:
         return 3.0
     if dotted == "rollout.top_k":
         return 2
+    if dotted == "cluster.exclusive":
+        return True
     kind = flags.field_types()[dotted]
     default = DEFAULTS[dotted]
     if type(None) in get_args(kind):
@@ -146,6 +148,21 @@ def test_the_algorithm_is_chosen_by_name_whatever_the_order_of_flags(alias, name
 )
 def test_switches_known_elsewhere_set_their_field(args, dotted, value):
     assert field(load(None, None, args), dotted) == value
+
+
+@pytest.mark.parametrize(
+    ("args", "value"),
+    [
+        (["--exclusive"], True),
+        (["--exclusive", "--nodes", "2"], True),
+        (["--exclusive", "user"], "user"),
+        (["--exclusive=mcs"], "mcs"),
+        (["--exclusive=false"], False),
+        (["--no-exclusive"], False),
+    ],
+)
+def test_a_switch_that_has_other_values_too_needs_none(args, value):
+    assert load(None, None, args).cluster.exclusive == value
 
 
 def test_the_names_the_field_knows_are_there():

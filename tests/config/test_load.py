@@ -25,7 +25,7 @@ def test_flags_lie_over_the_cluster_file_over_the_recipe(tmp_path):
     training = "training: {lr: 1e-4, tp_size: 2}\n"
     cluster_of_recipe = "cluster: {nodes: 2, partition: a, account: r}\n"
     recipe = write(tmp_path / "r.yaml", training + cluster_of_recipe)
-    cluster = write(tmp_path / "c.yaml", "partition: b\nnodes: 3\n")
+    cluster = write(tmp_path / "c.yaml", "partition: b\nnodes: 3\ngpus_per_node: 0\n")
     config = load(recipe, cluster, ["--nodes", "5"])
     assert config.training.lr == 1e-4
     assert config.training.tp_size == 2
@@ -36,7 +36,7 @@ def test_flags_lie_over_the_cluster_file_over_the_recipe(tmp_path):
 
 def test_mappings_are_merged_key_by_key(tmp_path):
     recipe = write(tmp_path / "r.yaml", "cluster: {env: {A: '1', B: '1'}}")
-    cluster = write(tmp_path / "c.yaml", "env: {B: '2'}")
+    cluster = write(tmp_path / "c.yaml", "gpus_per_node: 0\nenv: {B: '2'}")
     assert load(recipe, cluster, []).cluster.env == {"A": "1", "B": "2"}
 
 

@@ -90,6 +90,68 @@ def test_cores_follow_the_slots_unless_given(
     assert cpus_per_node(made.config, made.layout) == expected
 
 
+@pytest.mark.parametrize(
+    ("request_", "option"),
+    [
+        ("gpus-per-node", "--gpus-per-node=2"),
+        ("gres:gpu", "--gres=gpu:2"),
+        ("gres:gpu:h100", "--gres=gpu:h100:2"),
+    ],
+)
+def test_gpus_are_asked_for_in_the_one_way_of_the_site(
+    tmp_path: Path, request_: str, option: str
+) -> None:
+    text = text_of(make_run(tmp_path, 1, "cuda", gpus_per_node=2, gpu_request=request_))
+    assert f"#SBATCH {option}\n" in text
+    assert srun_line(text).count(option) == 1
+    assert text.count("--gpus-per-node") + text.count("--gres") == 2
+
+
+def test_a_site_that_gives_whole_nodes_is_asked_for_no_gpus(tmp_path: Path) -> None:
+    text = text_of(make_run(tmp_path, 1, "cuda", gpus_per_node=2, gpu_request="none"))
+    assert "gpus" not in text
+    assert "gres" not in text
+
+
+def test_all_that_a_site_asks_for_is_in_the_script_as_one_word_each(tmp_path: Path) -> None:
+    asked = {
+        "account": "12 34",
+        "comment": HOSTILE,
+        "constraint": "h100&nvlink|a100",
+        "dependency": "afterok:12?afterany:13",
+        "exclude": "n[3-4],n7",
+        "mail_user": "me@example.org",
+        "nodelist": "n1",
+        "partition": "a,b",
+        "qos": "high",
+        "reservation": "course #1",
+    }
+    made = make_run(tmp_path, 1, exclusive=True, srun_options=["--mpi=none", "--x=a b"], **asked)
+    text = text_of(made)
+    lines = text.splitlines()
+    for name, value in asked.items():
+        option = f"#SBATCH --{name.replace('_', '-')}="
+        (line,) = [line for line in lines if line.startswith(option)]
+        assert shlex.split(line.removeprefix(option)) == [value]
+    assert "#SBATCH --exclusive" in lines
+    assert "#SBATCH --mail-type=END,FAIL" in lines
+    assert {"--mpi=none", "--x=a b"} <= set(srun_line(text))
+    without = text_of(make_run(tmp_path / "plain", 1))
+    assert not any(f"--{name}" in without for name in ("mail", "exclusive", "comment"))
+
+
+def test_modules_are_loaded_first_and_conda_is_activated_before_the_environment(
+    tmp_path: Path,
+) -> None:
+    modules = ["cuda/13.0", "it's"]
+    made = make_run(tmp_path, 1, modules=modules, setup=["umask 7"], conda="a b", env={"A": "b"})
+    text = text_of(made)
+    steps = ["module load cuda/13.0", "umask 7", "conda activate 'a b'", "export A=b", "srun "]
+    places = [text.index(step) for step in steps]
+    assert places == sorted(places)
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
 def test_extra_options_have_the_last_word(tmp_path: Path) -> None:
     made = make_run(tmp_path, 1, extra_sbatch={"exclusive": "user", "open-mode": "truncate"})
     text = text_of(made)

@@ -379,23 +379,23 @@ def test_of_two_resumptions_at_once_one_is_submitted(machine, submitter):
 @pytest.mark.parametrize(
     ("site", "says"),
     [
-        ("time_limit_min: 5", "time_limit_min=5 ends the job after 300 s; .*more than 9 min"),
+        ("{time_limit_min: 5}", "time_limit_min=5 ends the job after 300 s; .*more than 9 min"),
         ("{time_limit_min: 9, signal_lead_s: 300}", "up to 240 s to commit"),
         ("{time_limit_min: 1, signal_lead_s: 60}", "limit of more than 2 min"),
-        ("extra_sbatch: {time: 1-0}", "has 'time', .* set cluster.time_limit_min"),
-        ("extra_sbatch: {signal: USR2@9}", "has 'signal', .* set cluster.signal_lead_s"),
+        ("{extra_sbatch: {time: 1-0}}", "has 'time', .* set cluster.time_limit_min"),
+        ("{extra_sbatch: {signal: USR2@9}}", "has 'signal', .* set cluster.signal_lead_s"),
     ],
 )
 def test_a_job_without_time_to_train_is_refused_with_numbers(machine, site, says):
     machine.slurm()
     cluster = machine.root / "site.yaml"
-    cluster.write_text(site)
+    cluster.write_text(site.replace("{", "{gpus_per_node: 0, ", 1))
     assert re.search(says, machine.refusal("--nodes", "1", "--cluster", cluster))
     assert machine.submitted == ""
     code, out, _ = machine.submit("--nodes", "1", "--cluster", cluster, "--dry-run")
     assert code == 2
     assert re.search(f"would be refused: .*{says}", out)
-    cluster.write_text("time_limit_min: 10")
+    cluster.write_text("{gpus_per_node: 0, time_limit_min: 10}")
     assert machine.submit("--nodes", "1", "--cluster", cluster)[0] == 0
 
 

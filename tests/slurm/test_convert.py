@@ -78,7 +78,7 @@ def test_a_requeued_job_runs_the_same_command_again(login: Login, tiny_model: Pa
     began = login.folder / "began"
     is_second_life = '[ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]'
     first_life_waits = f"{is_second_life} || {{ echo first; touch began; sleep 200; }}"
-    (login.folder / "site.yaml").write_text(f"setup: ['{first_life_waits}']")
+    (login.folder / "site.yaml").write_text(f"gpus_per_node: 0\nsetup: ['{first_life_waits}']")
     job = login.submit("hf-to-megatron", tiny_model, "out", "--cluster", "site.yaml")
     assert process_table.wait_for(began.exists, _DEADLINE_S), login.log(job, "out")
     login.slurm.run("scontrol", "requeue", str(job))
@@ -99,7 +99,7 @@ def test_a_requeued_job_runs_the_same_command_again(login: Login, tiny_model: Pa
 def test_a_source_that_goes_while_the_job_waits_fails_it_in_one_line(
     login: Login, tiny_model: Path
 ) -> None:
-    (login.folder / "site.yaml").write_text('extra_sbatch: {hold: ""}')
+    (login.folder / "site.yaml").write_text('gpus_per_node: 0\nextra_sbatch: {hold: ""}')
     source = login.folder / "source"
     source.symlink_to(tiny_model)
     job = login.submit("hf-to-megatron", source, "out", "--cluster", "site.yaml")

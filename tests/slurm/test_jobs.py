@@ -456,7 +456,7 @@ def test_what_slurm_refuses_leaves_nothing_and_a_resumed_run_as_it_was(
 ) -> None:
     runs = tmp_path / "runs"
     later = tmp_path / "later.yaml"
-    later.write_text("extra_sbatch: {begin: now+1hour}")
+    later.write_text("{gpus_per_node: 0, extra_sbatch: {begin: now+1hour}}")
     flags = ["--nodes", "1", "--cluster", str(later), "--submit", submitter]
     flags += ["--run-root", str(runs), "--name", "mine"]
     for _ in range(2):

@@ -251,7 +251,7 @@ def refused_after_the_plan(login, *argv: str | Path) -> str:
 
 def test_an_environment_that_is_not_there_is_refused(login, tiny_model):
     login.slurm()
-    (login.root / "cluster.yaml").write_text("venv: none")
+    (login.root / "cluster.yaml").write_text("{gpus_per_node: 0, venv: none}")
     command = ["hf-to-megatron", tiny_model, "out", "--cluster", "cluster.yaml"]
     said = refused_after_the_plan(login, *command)
     assert "cluster.venv: there is no none/bin/python" in said
