@@ -9,12 +9,13 @@ than a second.
 
 import argparse
 import os
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from jobs import inputs, local, sbatch, where
-from jobs.checkout import ROOT
+from jobs.checkout import ROOT, environment
 from jobs.lead import with_measured_lead
 from jobs.run_files import alone, kept_if_accepted
 from nanoslime import layout as layouts
@@ -38,6 +39,9 @@ SUBMITTERS = {
 
 def main(argv: list[str], environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
     """The exit code: 0 submitted or ended well, 2 refused, else that of the rehearsal."""
+    if any(word.partition("=")[0] in HELP for word in argv):
+        help_command = [sys.executable, "-m", "tools.field_help", *argv]
+        return subprocess.run(help_command, env=environment(), check=False).returncode
     try:
         command, flags = parse(argv)
         config = configure(command, flags)
@@ -114,10 +118,15 @@ def dry_run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options of this command, and the flags that set configuration fields."""
-    summary = (__doc__ or "").splitlines()[0]
-    parser = argparse.ArgumentParser(
-        "submit_grpo.py", description=summary, add_help=False, allow_abbrev=False
-    )
+    command, flags = make_parser().parse_known_args(argv)
+    if command.resume and command.recipe:
+        raise RunError("--resume takes the configuration of the run; leave out --recipe")
+    return command, flags
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options of this command; all other flags set configuration fields."""
+    parser = argparse.ArgumentParser("submit_grpo.py", add_help=False, allow_abbrev=False)
     _add_yaml(parser, "--recipe", "an experiment", RECIPES)
     add_target(parser)
     parser.add_argument(
@@ -126,20 +135,15 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--prepare", action="store_true", help="make the run directory, print its path and end"
     )
-    command, flags = parser.parse_known_args(argv)
-    if command.resume and command.recipe:
-        raise RunError("--resume takes the configuration of the run; leave out --recipe")
-    if HELP & set(flags):
-        parser.print_help()
-    return command, flags
+    return parser
 
 
 def configure(command: argparse.Namespace, flags: list[str]) -> RunConfig:
     """The configuration of the run to resume, else of the recipe, with the flags over it.
 
-    Without a recipe it is the rehearsal's, unless a flag names a checkpoint or is --help.
+    Without a recipe it is the rehearsal's, unless a flag names a checkpoint.
     """
-    given = parse_flags([flag for flag in flags if flag not in HELP])
+    given = parse_flags(flags)
     refuse_repeated(given)
     if command.resume:
         run = RunDir.open(command.resume)
@@ -147,8 +151,7 @@ def configure(command: argparse.Namespace, flags: list[str]) -> RunConfig:
         is_given = any(flag.field == "cluster.signal_lead_s" for flag in given)
         return config if is_given else with_measured_lead(config, run)
     recipe = command.recipe
-    wants_help = bool(HELP & set(flags))
-    if recipe is None and not wants_help:
+    if recipe is None:
         fields = {flag.field for flag in given}
         if "model.hf_checkpoint" not in fields:
             recipe = RECIPES / "rehearsal.yaml"

@@ -9,8 +9,8 @@ The fields of `algorithm` are those of all algorithms; whether the chosen one ha
 field is validated later.
 
 A flag is only taken apart here. Its value stays text, is laid over the YAML files and
-validated with them, so that a wrong value reads the same wherever it came from. tyro
-prints the help.
+validated with them, so that a wrong value reads the same wherever it came from.
+`jobs/submit_grpo.py --help` shows the flags.
 """
 
 import json
@@ -19,8 +19,6 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from typing import Any, get_args, get_origin, get_type_hints
-
-import tyro
 
 from nanoslime.config.run import RunConfig
 from nanoslime.types import RunError
@@ -260,25 +258,3 @@ def suggest(word: str, choices: Mapping[str, str]) -> str:
         return ""
     suggested = dict.fromkeys(choices[choice] for choice in near)
     return f"; did you mean {' or '.join(suggested)}?"
-
-
-def print_help(default: RunConfig, prog: str) -> None:
-    """Print every flag with its value after the YAML files, below the short names, and
-    end the process."""
-    meanings = {name: _as_flag(field) for name, field in ALIASES.items()}
-    for name, switch in SWITCHES.items():
-        meanings[name] = f"{_as_flag(switch.field)} {switch.on}"
-    width = max(len(name) for name in meanings)
-    short_names = [f"  --{name:{width}}  --{meaning}" for name, meaning in meanings.items()]
-    intro = (
-        "The values shown, and the algorithm, come from the given recipe, cluster file and flags. "
-        "--data.sources and --eval.sets take files, or a JSON object for each. Short names:\n\n"
-        + "\n".join(short_names)
-    )
-    tyro.cli(
-        tyro.conf.AvoidSubcommands[RunConfig],
-        default=default,
-        args=["--help"],
-        prog=prog,
-        description=intro,
-    )

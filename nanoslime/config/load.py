@@ -6,7 +6,6 @@ Nothing is guessed: an unknown key or a value of the wrong type is refused with 
 place and the valid choices.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -34,24 +33,20 @@ def load(
 
     resumes: the recipe is the configuration of a run that has been accepted.
 
-    `--help` or `-h` among the flags prints every field with its value and ends the
-    process. Without a backend named anywhere, one node means FSDP2. Raises RunError,
-    one line for each thing that is wrong.
+    Without a backend named anywhere, one node means FSDP2. Raises RunError, one line for each
+    thing that is wrong.
     """
     layers = _Layers()
     if recipe is not None:
         layers.add_file(recipe, "")
     if cluster is not None:
         layers.add_file(cluster, "cluster")
-    settings = [flag for flag in flags if flag not in flag_table.HELP]
-    flags_given = flag_table.parse(settings)
+    flags_given = flag_table.parse(flags)
     for flag in flags_given:
         if flag.field in SETTINGS_OF and flag.value in _OFF:
             layers.forget_settings_of(flag.field)
     for flag in flags_given:
         layers.put(flag.field, flag.value, _Source(f"flag {flag.name}", is_flag=True))
-    if len(settings) < len(flags):
-        flag_table.print_help(layers.validate(), Path(sys.argv[0]).name)
     _check_cluster_file(cluster, layers.sources)
     config = layers.validate()
     if not resumes:

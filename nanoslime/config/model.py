@@ -99,15 +99,15 @@ class PromptsConfig:
     name: str = Field(default="", pattern=r"^[\w.-]*$", max_length=100)
     """What metrics call them; by default the name of the file or of the data set."""
     reward: str | None = None
-    """As data.reward."""
+    """As data.reward, for these prompts."""
     prompt_key: str | None = Field(default=None, min_length=1)
-    """As data.prompt_key."""
+    """As data.prompt_key, for these prompts."""
     label_key: str | None = None
-    """As data.label_key."""
+    """As data.label_key, for these prompts."""
     metadata_key: str | None = None
-    """As data.metadata_key."""
+    """As data.metadata_key, for these prompts."""
     system_prompt: str | None = None
-    """As data.system_prompt."""
+    """As data.system_prompt, for these prompts."""
 
     @model_validator(mode="before")
     @classmethod

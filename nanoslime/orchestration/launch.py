@@ -73,7 +73,10 @@ def _asked(argv: list[str]) -> argparse.Namespace:
     configuration.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m nanoslime.train", add_help=False, allow_abbrev=False
+        prog="python -m nanoslime.train",
+        usage="%(prog)s [RECIPE.yaml] [--mock] [--resume DIR] [--any-field VALUE]",
+        description="Trains on one machine. `jobs/submit_grpo.py --help all` shows all fields.",
+        allow_abbrev=False,
     )
     parser.add_argument("--run", type=Path)
     parser.add_argument("--attempt", type=int)

@@ -235,12 +235,6 @@ def test_evaluation_sets_are_given_as_json_each_and_come_after_the_held_out_prom
     assert load(None, None, []).eval_sets == []
 
 
-def test_help_can_be_shown_where_there_are_evaluation_sets(capsys):
-    with pytest.raises(SystemExit) as ended:
-        load(None, None, ["--help", "--eval.sets", a_set()])
-    assert ended.value.code == 0 and "--eval.sets" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     "args",
     [
@@ -395,26 +389,3 @@ def test_a_reward_is_a_name_of_the_table_or_a_function_of_the_user():
     for reward in ("math_answer", "my.module:score"):
         config = load(None, None, ["--reward", reward])
         assert config.data.reward == reward
-
-
-@pytest.mark.filterwarnings("error")
-def test_help_shows_the_fields_of_the_chosen_algorithm(capsys):
-    with pytest.raises(SystemExit):
-        load(None, None, ["--help", "--algorithm", "reinforce_plus_plus"])
-    shown = capsys.readouterr().out
-    assert "--algorithm.gamma FLOAT" in shown
-    options = shown.split("options")[1]
-    assert "--algorithm.normalize-by-std" not in options
-    assert "--use-rollout-logprobs" in shown
-
-
-def test_help_shows_aliases_and_the_values_of_the_recipe(tmp_path, capsys):
-    recipe = tmp_path / "r.yaml"
-    recipe.write_text("training: {tp_size: 16}")
-    with pytest.raises(SystemExit) as ended:
-        load(recipe, None, ["--nodes", "4", "--help"])
-    shown = capsys.readouterr().out
-    assert ended.value.code == 0
-    assert "--tp-size" in shown
-    assert "--training.tp-size INT" in shown
-    assert "(default: 16)" in shown

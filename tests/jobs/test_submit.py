@@ -664,21 +664,6 @@ def test_a_gpu_cluster_without_its_environment_is_refused_before_submission(mach
     assert machine.submitted == ""
 
 
-def test_help_explains_the_command_the_short_flags_and_every_field(machine, capsys):
-    with pytest.raises(SystemExit) as ended:
-        machine.submit("--help", "--recipe", "mock")
-    assert ended.value.code == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    for text in (
-        "--dry-run",
-        "colocate, gsm8k, mock",
-        "--tp-size ",
-        "--training.tp-size INT",
-        "(default: embedded)",
-    ):
-        assert text in shown
-
-
 @pytest.mark.parametrize("recipe", ["rehearsal", "mock"])
 def test_recipes_that_need_nothing_are_planned(machine, recipe):
     assert machine.submit("--recipe", recipe, "--dry-run")[0] == 0
