@@ -1,11 +1,20 @@
 """How a group of knobs is declared: a frozen pydantic dataclass that refuses unknown names."""
 
-from typing import cast, dataclass_transform
+import dataclasses
+import re
+from math import ceil
+from typing import Annotated, Any, cast, dataclass_transform
 
-from pydantic import ConfigDict
+from pydantic import BeforeValidator, ConfigDict, ValidationInfo
 from pydantic.dataclasses import dataclass
 
-_STRICT = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+_STRICT = ConfigDict(
+    extra="forbid", validate_default=True, allow_inf_nan=False, coerce_numbers_to_str=True
+)
+_TIME = re.compile(r"(?:(\d+)-)?(\d+(?::\d+){0,2})")
+# The options of sbatch that take yes or no as their value.
+_YES_OR_NO = ("kill-on-invalid-dep",)
+_SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -16,3 +25,55 @@ def knobs[T](cls: type[T]) -> type[T]:
     """
     made = dataclass(cls, frozen=True, kw_only=True, config=_STRICT)
     return cast(type[T], made)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FilePath:
+    """Marks a text as a path of the machine that submits: `~` and $NAME in it are put in, and
+    one in a YAML file is relative to that file.
+
+    may_be_name: OWNER/NAME is one of a hub where there is no such path beside the file.
+    """
+
+    may_be_name: bool = False
+
+
+PathText = Annotated[str, FilePath()]
+PathOrName = Annotated[str, FilePath(may_be_name=True)]
+
+
+def _minutes(value: Any, info: ValidationInfo) -> Any:
+    """The minutes of a time in one of the forms of sbatch --time."""
+    if not isinstance(value, str):
+        return value
+    time = _TIME.fullmatch(value.strip())
+    if time is None:
+        raise ValueError(
+            f"cluster.{info.field_name}={value!r} is no time; write minutes (240), "
+            "HOURS:MINUTES:SECONDS (4:00:00) or DAYS-HOURS (1-12)"
+        )
+    days, clock = time.groups()
+    numbers = [int(number) for number in clock.split(":")]
+    if days is None and len(numbers) < 3:
+        # MINUTES or MINUTES:SECONDS
+        numbers.insert(0, 0)
+    hours, minutes, seconds = (numbers + [0, 0])[:3]
+    return (int(days or 0) * 24 + hours) * 60 + minutes + ceil(seconds / 60)
+
+
+def _sbatch_options(options: Any) -> Any:
+    """The options, of which a switch has an empty value; one that is off is left out."""
+    if not isinstance(options, dict):
+        return options
+    found = {}
+    for name, value in options.items():
+        text = str(value).lower()
+        if name in _YES_OR_NO or text not in _SWITCHES:
+            found[name] = value
+        elif _SWITCHES[text]:
+            found[name] = ""
+    return found
+
+
+Minutes = Annotated[int, BeforeValidator(_minutes)]
+SbatchOptions = Annotated[dict[str, str], BeforeValidator(_sbatch_options)]

@@ -9,7 +9,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from nanoslime.config.base import knobs
+from nanoslime.config.base import Minutes, PathText, SbatchOptions, knobs
 
 # A value that a shell takes from somewhere else ($...) is none.
 _SECRET = re.compile(r"\b(\w*(?:TOKEN|API_KEY|SECRET\w*|PASSWORD))=[\"']?[^\s\"'$`]", re.IGNORECASE)
@@ -82,12 +82,12 @@ class ClusterConfig:
     """When SLURM sends a mail: sbatch's words, with commas between them."""
     srun_options: list[str] = Field(default_factory=list)
     """Further options of the srun that starts the agents, each whole (`--mpi=none`)."""
-    max_time_min: int | None = Field(default=None, ge=1)
+    max_time_min: Minutes | None = Field(default=None, ge=1)
     """The longest job that the site allows; a longer one is refused."""
     max_gpu_hours: float | None = Field(default=None, gt=0)
     """The GPU hours that one job may ask for (node hours where there are no GPUs); a plan for
     more is refused."""
-    time_limit_min: int = Field(default=240, ge=1)
+    time_limit_min: Minutes = Field(default=240, ge=1)
     """The time limit of a job, after which it goes on in another one."""
     signal_lead_s: int = Field(default=300, ge=30)
     """Seconds before the time limit at which the job is told to commit and to go on later. A run
@@ -103,7 +103,7 @@ class ClusterConfig:
     max_requeues: int = Field(default=10, ge=0)
     """How often in a row a job requeues itself, after a stop or a fault of a machine, without
     a new commit."""
-    extra_sbatch: dict[str, str] = Field(default_factory=dict)
+    extra_sbatch: SbatchOptions = Field(default_factory=dict)
     """Further sbatch options, without the leading dashes."""
     modules: list[str] = Field(default_factory=list)
     """Environment modules that the job loads before anything else (`module load`)."""
@@ -129,22 +129,22 @@ class ClusterConfig:
     prompts, and the environment where it is not in the image, have to be among it."""
     container_options: list[str] = Field(default_factory=list)
     """Further options of `apptainer exec`, each whole (`--cleanenv`)."""
-    scratch: str = ""
+    scratch: PathText = ""
     """A directory on each node's own disk, for sockets and temporary files; empty: SLURM_TMPDIR
     or TMPDIR of the node where short enough for the names of sockets, else /tmp."""
-    caches: str = ""
+    caches: PathText = ""
     """Where jobs keep what they compile and download, one directory for each kind; empty: where
     each library keeps it."""
-    run_root: str = ""
+    run_root: PathText = ""
     """Where runs' directories are made, on a filesystem that all nodes see; empty: `runs` in the
     directory of the submission."""
-    script_template: str = ""
+    script_template: PathText = ""
     """A batch script of the site's own, with the lines @directives@, @setup@ and @step@ in it, each
     once, which are replaced; submitted by sbatch then, whatever `submit` says."""
     share: str = ""
     """A group that may read the runs' directories (mode 2750), but not their secrets; empty: nobody
     else may (0700)."""
-    venv: str = ""
+    venv: PathText = ""
     """Virtual environment of the compute nodes, in a container that of the image; empty: the
     environment that submits, or the container's `python`."""
     conda: str = ""

@@ -109,23 +109,28 @@ ALIASES = _OTHER_NAMES | {
 
 
 @cache
-def field_types(section: Any = RunConfig, prefix: str = "") -> dict[str, Any]:
+def field_types(
+    section: Any = RunConfig, prefix: str = "", *, marked: bool = False
+) -> dict[str, Any]:
     """The fields of RunConfig (or of a section) by dotted name, with their types.
+
+    marked: with what `Annotated` notes at them.
 
     Where a section is a union of classes, it has the fields of all of them. A list of
     sections is one field.
     """
     hints = get_type_hints(section)
+    shown = get_type_hints(section, include_extras=True) if marked else hints
     found: dict[str, Any] = {}
     for f in fields(section):
         name = prefix + f.name
         kind = hints[f.name]
         classes: list[Any] = [c for c in (kind, *get_args(kind)) if is_dataclass(c)]
         if not classes or get_origin(kind) is list:
-            found[name] = kind
+            found[name] = shown[f.name]
             continue
         for inner in classes:
-            found.update(field_types(inner, f"{name}."))
+            found.update(field_types(inner, f"{name}.", marked=marked))
     return found
 
 

@@ -20,6 +20,7 @@ from nanoslime.config.algorithm import ALGORITHM_CONFIGS, SETTINGS_OF, GRPOConfi
 from nanoslime.config.rollout import ENGINES
 from nanoslime.config.run import RunConfig
 from nanoslime.config.training import MEGATRON_ONLY, MEGATRON_OPTIONS, PARALLEL_SIZES
+from nanoslime.config.written import Written, as_field, read_yaml
 from nanoslime.plugins import resolve
 from nanoslime.types import RunError
 
@@ -38,7 +39,7 @@ def load(
     """
     layers = _Layers()
     if recipe is not None:
-        layers.add_file(recipe, "")
+        layers.add_file(recipe, "", is_of_run=resumes)
     if cluster is not None:
         layers.add_file(cluster, "cluster")
     flags_given = flag_table.parse(flags)
@@ -81,23 +82,8 @@ def dump(config: RunConfig) -> str:
 def read(path: Path) -> RunConfig:
     """The configuration of a run, as `dump` wrote it. Raises RunError naming the file."""
     layers = _Layers()
-    layers.add_file(path, "")
+    layers.add_file(path, "", is_of_run=True)
     return layers.validate()
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that stands twice in one mapping; YAML would silently take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = []
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"key {key!r} stands twice", problem_mark=node.start_mark
-                )
-            seen.append(key)
-        return super().construct_mapping(node, deep)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +92,8 @@ class _Source:
 
     text: str
     is_flag: bool = False
+    # To which the paths of a file are relative; None: of a flag, and where all is in its place.
+    folder: Path | None = None
 
 
 class _Layers:
@@ -116,24 +104,27 @@ class _Layers:
         # By the dotted name of the field.
         self.sources: dict[str, _Source] = {}
 
-    def add_file(self, path: Path, section: str) -> None:
-        """Lay a YAML file over what is there, below `section`."""
+    def add_file(self, path: Path, section: str, *, is_of_run: bool = False) -> None:
+        """Lay a YAML file over what is there, below `section`.
+
+        is_of_run: a run's own configuration, in which all paths are in their place.
+        """
+        folder = None if is_of_run else path.absolute().parent
+        prefix = f"{section}." if section else ""
+        content = read_yaml(path, _keys_below(prefix))
         try:
-            content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-        except (OSError, UnicodeDecodeError) as e:
-            raise RunError(f"cannot read {path}: {e}") from e
-        except yaml.YAMLError as e:
-            one_line = " ".join(str(e).split())
-            raise RunError(f"{path} is not YAML: {one_line}") from e
-        if content is None:
-            content = {}
-        self._add(section, content, _Source(str(path)))
+            self._add(section, content, _Source(str(path), folder=folder))
+        except RecursionError:
+            raise RunError(f"{path}: a list or mapping in it holds itself") from None
 
     def _add(self, place: str, content: Any, source: _Source) -> None:
         known = flag_table.field_types()
         if place in known:
             self.put(place, content, source)
             return
+        if isinstance(content, Written):
+            # An empty section says nothing.
+            content = {} if content.value is None else content.value
         if not isinstance(content, dict):
             raise RunError(
                 f"{source.text}: {place or 'the file'} must be a mapping of keys to values, "
@@ -149,6 +140,11 @@ class _Layers:
 
     def put(self, field: str, value: Any, source: _Source) -> None:
         """Set a field. The keys of a dict field are merged one by one."""
+        kind = flag_table.field_types(marked=True)[field]
+        try:
+            value = as_field(kind, value, source.folder)
+        except ValueError as error:
+            raise RunError(f"{source.text}: {field}={error}") from None
         *sections, leaf = field.split(".")
         target = self.values
         for section in sections:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from nanoslime.config.base import knobs
+from nanoslime.config.base import PathOrName, knobs
 from nanoslime.plugins import target
 
 REWARDS = {
@@ -60,7 +60,7 @@ _TEMPLATE_ARGUMENTS = {
 
 @knobs
 class ModelConfig:
-    hf_checkpoint: str = ""
+    hf_checkpoint: PathOrName = ""
     """Directory of a Hugging Face checkpoint, or a hub id; submission resolves an id to
     a local path."""
     revision: str = ""
@@ -94,7 +94,7 @@ class PromptsConfig:
     """Prompts that are read and scored in their own way. What is left out is as in `data`."""
 
     _setting: ClassVar[str]
-    prompts: str = Field(min_length=1)
+    prompts: PathOrName = Field(min_length=1)
     """In one of the forms of data.prompts."""
     name: str = Field(default="", pattern=r"^[\w.-]*$", max_length=100)
     """What metrics call them; by default the name of the file or of the data set."""
@@ -109,12 +109,12 @@ class PromptsConfig:
     system_prompt: str | None = None
     """As data.system_prompt, for these prompts."""
 
-    @model_validator(mode="before")
     @classmethod
-    def _of_flag(cls, given: Any) -> Any:
-        """A text is the JSON of the settings, or the prompts alone."""
-        if not isinstance(given, str):
-            return given
+    def from_text(cls, given: str) -> Any:
+        """A text is the JSON of the settings, or the prompts alone.
+
+        Raises ValueError for what begins as JSON and is none.
+        """
         if not given.startswith("{"):
             return {"prompts": given}
         try:
@@ -167,7 +167,7 @@ class SourceConfig(PromptsConfig):
 
 @knobs
 class DataConfig:
-    prompts: str = ""
+    prompts: PathOrName = ""
     """Training prompts: a file (JSON lines, also .gz or .zst, or parquet), a directory of such
     files or of what `datasets` saved, or a data set of the hub, OWNER/NAME[@REVISION].
     Behind the latter two may stand :SPLIT or :CONFIGURATION/SPLIT (openai/gsm8k:main/train)."""
@@ -175,7 +175,7 @@ class DataConfig:
     """Several sources in place of `prompts`, each with its weight and what differs from the
     settings here: {prompts, weight, name, reward, prompt_key, label_key, metadata_key,
     system_prompt}. As flags, its prompts alone or such an object as JSON each."""
-    eval_prompts: str = ""
+    eval_prompts: PathOrName = ""
     """Held-out prompts, in the same forms."""
     prompt_key: str = Field(default="prompt", min_length=1)
     """Where a row has its prompt: a text, or a list of {role, content} messages. Of this
@@ -217,14 +217,6 @@ class DataConfig:
     reward_processes: int = Field(default=0, ge=0)
     """How many processes at most run one plain function of a rollout worker, a sample each; 0:
     one a core, and 8 at most. An async function has one process for up to 128 samples."""
-
-    @field_validator("chat_template", mode="before")
-    @classmethod
-    def _yaml_switch(cls, value: Any) -> Any:
-        """YAML reads the words on and off as true and false."""
-        if isinstance(value, bool):
-            return "on" if value else "off"
-        return value
 
     @field_validator("chat_template_kwargs")
     @classmethod

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
-from nanoslime.config.base import knobs
+from nanoslime.config.base import PathOrName, knobs
 from nanoslime.plugins import target
 from nanoslime.types import PauseMode
 
@@ -113,7 +113,7 @@ class RolloutConfig:
     engine_restarts: int = Field(default=3, ge=0)
     """How often an engine that is lost is started again, each time after a longer pause; with
     cluster.colocate never."""
-    load_rollouts: str = ""
+    load_rollouts: PathOrName = ""
     """Train on the rollouts that a run recorded (its directory, or the rollouts/ in
     it), without engines."""
     rollout_only: bool = False

@@ -48,9 +48,11 @@ def test_what_is_dumped_is_read_back_equal(path, tmp_path):
 
 def test_hostile_text_survives_the_round_trip(tmp_path):
     text = "a'; echo foo\n\t: \"{$HOME} \u2028 #no"
-    config = load(None, None, ["--run-root", text, "--data.system-prompt", text])
+    path = text.replace("$", "")
+    config = load(None, None, ["--run-root", path, "--data.system-prompt", text])
     assert read(write(tmp_path / "c.yaml", dump(config))) == config
-    assert config.cluster.run_root == text
+    assert config.cluster.run_root == path
+    assert config.data.system_prompt == text
 
 
 @pytest.mark.parametrize("path", CLUSTERS, ids=lambda p: p.name)
@@ -433,16 +435,18 @@ def test_a_chat_template_that_yaml_reads_as_a_truth_value(tmp_path, written, rea
 
 
 def test_sources_of_prompts_come_from_yaml_and_from_flags(tmp_path):
-    listed = "data: {sources: [{prompts: a/x.jsonl, weight: 3, reward: math_answer}, {prompts: b}]}"
+    listed = (
+        "data: {sources: [{prompts: a/x.jsonl, weight: 3, reward: math_answer}, {prompts: /b}]}"
+    )
     config = load(write(tmp_path / "r.yaml", listed), None, [])
     by_source = config.data.by_source()
     assert {name: (own.prompts, own.reward) for name, own in by_source.items()} == {
-        "x": ("a/x.jsonl", "math_answer"),
-        "b": ("b", "exact_match"),
+        "x": (f"{tmp_path}/a/x.jsonl", "math_answer"),
+        "b": ("/b", "exact_match"),
     }
     assert read(write(tmp_path / "c.yaml", dump(config))) == config
-    settings = '{"prompts": "a/x.jsonl", "weight": 3, "reward": "math_answer"}'
-    assert load(None, None, ["--data.sources", settings, "b"]).data == config.data
+    settings = f'{{"prompts": "{tmp_path}/a/x.jsonl", "weight": 3, "reward": "math_answer"}}'
+    assert load(None, None, ["--data.sources", settings, "/b"]).data == config.data
 
 
 @pytest.mark.parametrize(
