@@ -44,7 +44,7 @@ PathOrName = Annotated[str, FilePath(may_be_name=True)]
 
 def _minutes(value: Any, info: ValidationInfo) -> Any:
     """The minutes of a time in one of the forms of sbatch --time."""
-    if not isinstance(value, str):
+    if not isinstance(value, str) or value.isdecimal():
         return value
     time = _TIME.fullmatch(value.strip())
     if time is None:
@@ -54,8 +54,8 @@ def _minutes(value: Any, info: ValidationInfo) -> Any:
         )
     days, clock = time.groups()
     numbers = [int(number) for number in clock.split(":")]
-    if days is None and len(numbers) < 3:
-        # MINUTES or MINUTES:SECONDS
+    if days is None and len(numbers) == 2:
+        # MINUTES:SECONDS
         numbers.insert(0, 0)
     hours, minutes, seconds = (numbers + [0, 0])[:3]
     return (int(days or 0) * 24 + hours) * 60 + minutes + ceil(seconds / 60)

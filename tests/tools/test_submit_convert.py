@@ -254,7 +254,7 @@ def test_an_environment_that_is_not_there_is_refused(login, tiny_model):
     (login.root / "cluster.yaml").write_text("{gpus_per_node: 0, venv: none}")
     command = ["hf-to-megatron", tiny_model, "out", "--cluster", "cluster.yaml"]
     said = refused_after_the_plan(login, *command)
-    assert "cluster.venv: there is no none/bin/python" in said
+    assert f"cluster.venv: there is no {login.root}/none/bin/python" in said
 
 
 def test_a_log_that_cannot_be_written_is_refused(login, tiny_model):
