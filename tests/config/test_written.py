@@ -17,7 +17,7 @@ def loaded(folder: Path, recipe: str) -> RunConfig:
 
 def cluster_of(folder: Path, cluster: str) -> RunConfig:
     file = folder / "site.yaml"
-    file.write_text(cluster)
+    file.write_text(f"{cluster}\ngpus_per_node: 0")
     return load(None, file, [])
 
 
@@ -125,7 +125,7 @@ def test_paths_of_a_file_are_relative_to_it_and_those_of_flags_to_the_directory(
     monkeypatch.setenv("HOME", "/home/me")
     site = tmp_path / "sites" / "site.yaml"
     site.parent.mkdir()
-    site.write_text("run_root: ${SCRATCH}/runs\nvenv: .venv/cuda")
+    site.write_text("gpus_per_node: 0\nrun_root: ${SCRATCH}/runs\nvenv: .venv/cuda")
     recipe = tmp_path / "recipe.yaml"
     (tmp_path / "OWNER" / "there").mkdir(parents=True)
     recipe.write_text(
