@@ -39,8 +39,7 @@ from nanoslime.config.deadlines import Deadline
 from nanoslime.layout import Layout, TrainerPlace
 from nanoslime.models.parallel_sizes import ParallelDims
 from nanoslime.models.shape import ModelShape
-from nanoslime.orchestration.assignment import Assignment
-from nanoslime.orchestration.engine_pool import EnginePool
+from nanoslime.orchestration.engine_pool import Assignment, EnginePool
 from nanoslime.orchestration.ray import cluster
 from nanoslime.orchestration.ray.actors import ActorPlace, Actors, RunOnRay
 from nanoslime.orchestration.ray.trainers import RayTrainGroup

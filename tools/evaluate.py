@@ -28,7 +28,7 @@ from nanoslime.config import RunConfig
 from nanoslime.config.load import load, read
 from nanoslime.models.local_checkpoint import with_local_checkpoint
 from nanoslime.orchestration.evaluation import Evaluation, estimates
-from nanoslime.orchestration.local_group import LocalTrainGroup
+from nanoslime.orchestration.groups import LocalTrainGroup
 from nanoslime.orchestration.rank_environment import interface_names
 from nanoslime.orchestration.session import EngineHere, prepare_model
 from nanoslime.processes.ports import free_port

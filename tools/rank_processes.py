@@ -15,7 +15,7 @@ from nanoslime.config import RunConfig, TrainingConfig
 from nanoslime.orchestration.worker import TrainWorker
 from nanoslime.processes.ports import free_port
 from nanoslime.training.backend import RankEnv, init_process_group
-from nanoslime.weight_sync.trainer_weights import TrainerWeights
+from nanoslime.weight_sync.plan import TrainerWeights
 
 HOST = "127.0.0.1"
 # What is slow to import; the fork server imports it once for all processes.

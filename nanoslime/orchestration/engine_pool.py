@@ -19,6 +19,7 @@ from enum import StrEnum
 from typing import Any
 
 from nanoslime.failures import summary
+from nanoslime.rollout.tasks import Worker
 from nanoslime.types import Engine, MachineFailure
 from nanoslime.weight_sync.engine_calls import EnginesFailed, Failure, call_each
 
@@ -250,3 +251,25 @@ class EnginePool:
         with self._lock:
             place.state = EngineState.LOST
             place.cause = cause
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """Which rollout worker sends its requests to which engines."""
+
+    workers: Sequence[Worker]
+    # The worker beside an engine, by the engine's name. An engine beside none serves all.
+    home: Mapping[str, int]
+
+    def set_engines(self, engines: Sequence[Engine]) -> None:
+        """These engines serve from now on: each the worker beside it. A worker that has none
+        left shares those of the others.
+        """
+        for number, worker in enumerate(self.workers):
+            own = [engine for engine in engines if self.home.get(engine.name, number) == number]
+            worker.set_engines(own or engines)
+
+    def drain(self) -> None:
+        """No worker sends anything until the next `set_engines`."""
+        for worker in self.workers:
+            worker.drain()

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from nanoslime.batch import BatchPlan
 from nanoslime.config import RunConfig
 from nanoslime.config.deadlines import Deadline, derive_deadlines
@@ -14,7 +16,9 @@ from nanoslime.engine_kind import engine_kind
 from nanoslime.models.shape import ModelShape
 from nanoslime.orchestration.devices import SeparateDevices, SharedDevices
 from nanoslime.orchestration.engine_pool import EnginePool
+from nanoslime.orchestration.worker import TrainWorker
 from nanoslime.run_dir import RunDir
+from nanoslime.training.backend import RankEnv
 from nanoslime.training.batching import BatchingOptions, plan_train_batches
 from nanoslime.types import GroupReport
 
@@ -123,6 +127,31 @@ class TrainGroup(ABC):
 
     def load(self, path: Path) -> None:
         self.call("load", path, what=f"load {path}")
+
+
+class LocalTrainGroup(TrainGroup):
+    """The only trainer rank, in the driver's own process."""
+
+    def __init__(self, config: RunConfig, run: RunDir, model_dir: Path, env: RankEnv):
+        super().__init__(config, run, model_dir)
+        self._env = env
+        self._worker: TrainWorker | None = None
+
+    def setup(self) -> None:
+        self._worker = TrainWorker(self.config, self.model_dir, self._env, self.run)
+        self.dp_size = self._worker.dp_size
+
+    def _train(self, shards: list[list[BatchPlan]]) -> dict[str, float]:
+        return self._worker.train_plans(shards[0])
+
+    def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> Any:
+        return [getattr(self._worker, method)(*args)]
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 class NoTrainer(TrainGroup):

@@ -19,11 +19,9 @@ from pathlib import Path
 from nanoslime import algorithms, rehearsal
 from nanoslime.config import RunConfig
 from nanoslime.engine_kind import EngineStart, RunEngine, engine_kind
-from nanoslime.orchestration.assignment import Assignment
 from nanoslime.orchestration.checkpoints import Checkpoints
-from nanoslime.orchestration.engine_pool import EnginePool, Restart
-from nanoslime.orchestration.groups import NoTrainer, TrainGroup, resolve_transport
-from nanoslime.orchestration.local_group import LocalTrainGroup
+from nanoslime.orchestration.engine_pool import Assignment, EnginePool, Restart
+from nanoslime.orchestration.groups import LocalTrainGroup, NoTrainer, TrainGroup, resolve_transport
 from nanoslime.orchestration.rollout_manager import Replay, RolloutManager
 from nanoslime.orchestration.torchrun_group import Ranks, TorchrunTrainGroup
 from nanoslime.rollout import rewards

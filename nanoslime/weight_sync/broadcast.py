@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from itertools import accumulate, batched, groupby
 from queue import SimpleQueue
 from typing import Any
@@ -28,13 +29,11 @@ from torch import Tensor
 from nanoslime.batch import WeightShard
 from nanoslime.process_groups import join_group, shared_store
 from nanoslime.sealed_bucket import Place, seal
-from nanoslime.types import WeightGroup
+from nanoslime.types import MachineFailure, WeightGroup
 from nanoslime.weight_sync.engine_calls import EngineCalls, EnginesFailed
 from nanoslime.weight_sync.exchange import Exchange
-from nanoslime.weight_sync.flat import FlatBucket
-from nanoslime.weight_sync.plan import MAX_RUN, whole_on_first
+from nanoslime.weight_sync.plan import MAX_RUN, FlatBucket, whole_on_first
 from nanoslime.weight_sync.transport import EngineSide, RankSide, Sent
-from nanoslime.weight_sync.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +41,9 @@ NUM_FLAT = 2
 # A rank holds NUM_FLAT buckets and, while it fills one, the parts of it that arrive. All of
 # that fits into two times weight_sync.bucket_bytes.
 SHARE = 2 / (NUM_FLAT + 1)
+# What a rank says of its turn.
+_WELL = b"well"
+_FAILED = b"failed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,48 @@ class _Update:
     gather_s: float = 0.0
     wire_s: float = 0.0
     load_s: float = 0.0
+
+
+class Turns:
+    """The turns of one sync; `ranks` has the rank of each.
+
+    Ranks act one after another, in an order that all of them know: no lock that could leak. A
+    key of the store says that the turn before is over.
+    """
+
+    def __init__(
+        self, store: dist.Store, sync: str, ranks: Sequence[int], deadline_s: float
+    ) -> None:
+        self._store = store
+        self._sync = sync
+        self._ranks = ranks
+        self._deadline_s = deadline_s
+
+    def wait(self, turn: int) -> bool:
+        """Waits until the turn before is over; False where it failed, or one before it.
+
+        Raises RunError that names its rank after the deadline, or where the store is gone.
+        """
+        if turn == 0:
+            return True
+        key = self._key(turn)
+        try:
+            self._store.wait([key], timedelta(seconds=self._deadline_s))
+            went_well = self._store.get(key) == _WELL
+            self._store.delete_key(key)
+        except RuntimeError as e:
+            raise MachineFailure(
+                f"trainer rank {self._ranks[turn - 1]} did not say within {self._deadline_s:g}s "
+                f"that its turn {turn - 1} of {len(self._ranks)} to send weights is over: {e}"
+            ) from e
+        return went_well
+
+    def over(self, turn: int, *, well: bool) -> None:
+        """The next turn may begin."""
+        self._store.set(self._key(turn + 1), _WELL if well else _FAILED)
+
+    def _key(self, turn: int) -> str:
+        return f"{self._sync}/{turn}"
 
 
 class BroadcastSender:

@@ -24,8 +24,7 @@ from nanoslime.shared_bytes import Handle, SharedBytes
 from nanoslime.types import BroadcastEngine, RunError
 from nanoslime.weight_sync.engine_calls import EnginesFailed, Failure
 from nanoslime.weight_sync.exchange import Exchange
-from nanoslime.weight_sync.flat import FlatBucket
-from nanoslime.weight_sync.plan import whole_on_first
+from nanoslime.weight_sync.plan import FlatBucket, whole_on_first
 from nanoslime.weight_sync.transport import EngineSide, RankSide, Sent
 
 

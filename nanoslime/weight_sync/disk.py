@@ -30,8 +30,7 @@ from nanoslime.storage.safetensors_file import INDEX_FILE, copy_other_files, par
 from nanoslime.storage.shared_files import publish_json
 from nanoslime.types import RunError
 from nanoslime.weight_sync.exchange import Exchange
-from nanoslime.weight_sync.plan import PlannedTensor, lengths, rows_on_each
-from nanoslime.weight_sync.trainer_weights import TrainerWeights
+from nanoslime.weight_sync.plan import PlannedTensor, TrainerWeights, lengths, rows_on_each
 from nanoslime.weight_sync.transport import EngineSide, RankSide, Sent, version_dir
 
 MAX_SHARD_BYTES = 4 << 30

@@ -15,8 +15,7 @@ from torch import Tensor
 from nanoslime.batch import WeightShard
 from nanoslime.models.rules import Box
 from nanoslime.types import MachineFailure
-from nanoslime.weight_sync.flat import views_of
-from nanoslime.weight_sync.plan import Bucket, lengths, overlap, size, within
+from nanoslime.weight_sync.plan import Bucket, lengths, overlap, size, views_of, within
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,15 +8,17 @@ asking one another.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import batched, combinations, zip_longest
 
 import torch
+from torch import Tensor
 
-from nanoslime.batch import OwnedShard
-from nanoslime.models.rules import Box, whole
-from nanoslime.sealed_bucket import MORE
+from nanoslime.batch import OwnedShard, WeightShard
+from nanoslime.models.rules import FLOAT32, Box, whole
+from nanoslime.sealed_bucket import HEADER, HEADER_BYTES, HEADER_WORDS, MORE
+from nanoslime.types import TensorKind
 
 # So many buckets of one sender come one after another. Each sender's turn costs the engines a
 # call, some milliseconds in which the wire is idle.
@@ -208,6 +210,80 @@ def make_buckets(tensors: Sequence[PlannedTensor], limit_bytes: int) -> Iterator
         num_bytes += tensor.nbytes
     if gathered:
         yield Bucket(tuple(gathered))
+
+
+class FlatBucket:
+    """How a bucket lies in a flat tensor; names, dtypes and shapes are those that engines get."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self.names = [HEADER, *(tensor.label for tensor in bucket.tensors)]
+        self.dtypes = [torch.int64, *(tensor.dtype for tensor in bucket.tensors)]
+        self.shapes = [(HEADER_WORDS,), *(lengths(tensor.box) for tensor in bucket.tensors)]
+        self.nbytes = HEADER_BYTES + bucket.nbytes
+        # What is sealed of them.
+        self.parts = list(zip(self.names[1:], self.dtypes[1:], self.shapes[1:], strict=True))
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """The tensors of the bucket within its bytes, uint8 [nbytes]."""
+        return views_of(flat[HEADER_BYTES:], [(dtype, shape) for _, dtype, shape in self.parts])
+
+
+def views_of(data: Tensor, kinds: Iterable[tuple[torch.dtype, Sequence[int]]]) -> list[Tensor]:
+    """Tensors of these dtypes and shapes, which lie one after the other in uint8 [n].
+
+    Each is aligned where those of larger elements come first.
+    """
+    views = []
+    start = 0
+    for dtype, shape in kinds:
+        stop = start + dtype.itemsize * math.prod(shape)
+        views.append(data[start:stop].view(dtype).reshape(shape))
+        start = stop
+    return views
+
+
+@dataclass(frozen=True)
+class TrainerWeights:
+    """What all ways of weights have in common on a rank.
+
+    `shards` gives this rank's shards with their current values, `owned` what each rank holds.
+    Shards meet on `device`, as `dtype`; some tensors are always float32.
+    """
+
+    shards: Callable[[], Iterable[WeightShard]]
+    owned: Sequence[Sequence[OwnedShard]]
+    rank: int
+    dtype: torch.dtype
+    device: torch.device
+    _plans: dict[tuple, tuple[Bucket, ...]] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where this rank does not hold what the others think it does."""
+        held = [OwnedShard(s.name, s.full_shape, s.slices) for s in self.shards()]
+        for mine, theirs in zip_longest(held, self.owned[self.rank]):
+            if mine != theirs:
+                raise ValueError(f"trainer rank {self.rank} holds {mine}, not {theirs}")
+
+    def plan(
+        self, targets_of: Targets, bucket_bytes: int, *, spreads: bool = False
+    ) -> tuple[Bucket, ...]:
+        """The same on every rank; see make_sync_plan. It is made once: with many experts that
+        takes seconds.
+        """
+        asked = (targets_of, bucket_bytes, spreads)
+        if asked not in self._plans:
+            self._plans[asked] = make_sync_plan(
+                self.owned, self._dtype_of, bucket_bytes, targets_of, spreads=spreads
+            )
+        return self._plans[asked]
+
+    def kinds(self) -> list[TensorKind]:
+        """What engines are sent, each tensor whole."""
+        shapes = {shard.name: shard.full_shape for shards in self.owned for shard in shards}
+        return [(name, str(self._dtype_of(name)), tuple(shape)) for name, shape in shapes.items()]
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        return torch.float32 if name.endswith(FLOAT32) else self.dtype
 
 
 def lengths(box: Box) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nanoslime.weight_sync.engine_calls import Failure
-from nanoslime.weight_sync.trainer_weights import TrainerWeights
+from nanoslime.weight_sync.plan import TrainerWeights
 
 
 class Delivery(StrEnum):

@@ -18,8 +18,7 @@ import numpy as np
 
 from nanoslime.config.load import read
 from nanoslime.engine_kind import EngineKind, EngineStart
-from nanoslime.orchestration.assignment import Assignment
-from nanoslime.orchestration.engine_pool import EnginePool
+from nanoslime.orchestration.engine_pool import Assignment, EnginePool
 from nanoslime.orchestration.ray import cluster
 from nanoslime.orchestration.ray.actors import RunOnRay
 from nanoslime.orchestration.ray.workers import RayEngines

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from nanoslime.orchestration.assignment import Assignment
+from nanoslime.orchestration.engine_pool import Assignment
 
 
 @dataclass

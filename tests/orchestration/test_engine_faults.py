@@ -19,7 +19,7 @@ import pytest
 from nanoslime.config.rollout import WeightSyncConfig
 from nanoslime.orchestration.devices import SeparateDevices
 from nanoslime.orchestration.engine_pool import EnginePool, EngineState
-from nanoslime.orchestration.local_group import LocalTrainGroup
+from nanoslime.orchestration.groups import LocalTrainGroup
 from nanoslime.processes.ports import free_port
 from nanoslime.rollout import router as router_module
 from nanoslime.rollout.engines import sglang_client

@@ -18,7 +18,7 @@ from nanoslime.batch import TrainBatch
 from nanoslime.config import RunConfig
 from nanoslime.orchestration.ray import cluster
 from nanoslime.orchestration.ray.actors import ActorPlace, Actors, RunOnRay
-from nanoslime.orchestration.ray.deliveries import Delivery, order, receive
+from nanoslime.orchestration.ray.trainers import Delivery, order, receive
 from nanoslime.orchestration.ray.workers import RayWorker, WorkerActor
 from nanoslime.rollout import recorder
 from nanoslime.rollout.tasks import FinishedGroup, GroupTask, Sampling

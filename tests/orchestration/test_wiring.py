@@ -15,7 +15,7 @@ import torch
 from nanoslime import rehearsal, train
 from nanoslime.config import RunConfig
 from nanoslime.config.model import RehearsalConfig
-from nanoslime.orchestration.local_group import LocalTrainGroup
+from nanoslime.orchestration.groups import LocalTrainGroup
 from nanoslime.orchestration.session import prepare_model
 from nanoslime.rollout.engines.embedded_model import EmbeddedOwner
 from nanoslime.run_dir import DONE, RunDir

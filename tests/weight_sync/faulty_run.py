@@ -39,7 +39,7 @@ from nanoslime.sealed_bucket import HEADER_BYTES, Place
 from nanoslime.storage import manifest
 from nanoslime.training.backend import RankEnv
 from nanoslime.types import RunError
-from nanoslime.weight_sync import broadcast, colocated, disk, flat
+from nanoslime.weight_sync import broadcast, colocated, disk, plan
 from nanoslime.weight_sync.probe import Probe
 from nanoslime.weight_sync.session import SyncSession
 
@@ -266,7 +266,7 @@ def _in_posts(
     SGLangEngine.receive_payloads = faulty  # type: ignore[method-assign]
 
 
-def _describing(change: Callable[[flat.FlatBucket], bool]) -> Callable[[Armed], None]:
+def _describing(change: Callable[[plan.FlatBucket], bool]) -> Callable[[Armed], None]:
     """Changes what a bucket's tensors are called, or said to be, when it is sent. `change` says
     whether it could."""
 
@@ -274,7 +274,7 @@ def _describing(change: Callable[[flat.FlatBucket], bool]) -> Callable[[Armed], 
         announce = broadcast._Wire.announce
         gather = colocated.TensorSender._gather
 
-        def changed(bucket: flat.FlatBucket, version: int) -> flat.FlatBucket:
+        def changed(bucket: plan.FlatBucket, version: int) -> plan.FlatBucket:
             other = copy.copy(bucket)
             for name in ("names", "dtypes", "shapes"):
                 setattr(other, name, list(getattr(bucket, name)))
@@ -297,37 +297,37 @@ def _describing(change: Callable[[flat.FlatBucket], bool]) -> Callable[[Armed], 
 _now: list[Any] = [0, ""]
 
 
-def _rename(bucket: flat.FlatBucket) -> bool:
+def _rename(bucket: plan.FlatBucket) -> bool:
     bucket.names[1] += "_renamed"
     return True
 
 
-def _norms(bucket: flat.FlatBucket) -> list[int]:
+def _norms(bucket: plan.FlatBucket) -> list[int]:
     """The places of its norms, which are too small to be cut by rows."""
     return [place for place, name in enumerate(bucket.names) if "norm" in name]
 
 
-def _reshape(bucket: flat.FlatBucket) -> bool:
+def _reshape(bucket: plan.FlatBucket) -> bool:
     for place in _norms(bucket):
         bucket.shapes[place] = (1, *bucket.shapes[place])
         return True
     return False
 
 
-def _retype(bucket: flat.FlatBucket) -> bool:
+def _retype(bucket: plan.FlatBucket) -> bool:
     """As many bytes, which mean something else."""
     bucket.dtypes[1] = torch.int32
     return True
 
 
-def _repeat_name(bucket: flat.FlatBucket) -> bool:
+def _repeat_name(bucket: plan.FlatBucket) -> bool:
     for one, other in pairwise(_norms(bucket)):
         bucket.names[other] = bucket.names[one]
         return True
     return False
 
 
-def _swap_names(bucket: flat.FlatBucket) -> bool:
+def _swap_names(bucket: plan.FlatBucket) -> bool:
     """Of the first two tensors that have the same shape."""
     first: dict[tuple[int, ...], int] = {}
     for number, shape in enumerate(bucket.shapes):

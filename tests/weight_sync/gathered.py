@@ -8,8 +8,7 @@ from torch import Tensor
 
 from nanoslime.models.rules import whole
 from nanoslime.weight_sync.exchange import Exchange
-from nanoslime.weight_sync.plan import Source, Target
-from nanoslime.weight_sync.trainer_weights import TrainerWeights
+from nanoslime.weight_sync.plan import Source, Target, TrainerWeights
 
 
 def whole_on_rank_0(shape: tuple[int, ...], sources: Sequence[Source]) -> list[Target]:

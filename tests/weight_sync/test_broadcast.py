@@ -18,11 +18,10 @@ from nanoslime.process_groups import join_group
 from nanoslime.sealed_bucket import HEADER_BYTES
 from nanoslime.types import RunError, WeightGroup
 from nanoslime.weight_sync import broadcast
-from nanoslime.weight_sync.broadcast import BroadcastSender
+from nanoslime.weight_sync.broadcast import BroadcastSender, Turns
 from nanoslime.weight_sync.engine_calls import EnginesFailed
-from nanoslime.weight_sync.trainer_weights import TrainerWeights
+from nanoslime.weight_sync.plan import TrainerWeights
 from nanoslime.weight_sync.transport import EngineSide, RankSide
-from nanoslime.weight_sync.turns import Turns
 from tests import process_table
 from tests.weight_sync.test_trainer_weights import CPU, on_two_ranks
 

@@ -7,9 +7,9 @@ from nanoslime.batch import OwnedShard
 from nanoslime.models.rules import Box
 from nanoslime.weight_sync import exchange as exchange_module
 from nanoslime.weight_sync import plan as plan_module
-from nanoslime.weight_sync.flat import FlatBucket
 from nanoslime.weight_sync.plan import (
     Bucket,
+    FlatBucket,
     PlannedTensor,
     make_buckets,
     make_sync_plan,

@@ -21,7 +21,7 @@ from nanoslime.config import ModelConfig, RolloutConfig, RunConfig, WeightSyncCo
 from nanoslime.engine_kind import EngineStart
 from nanoslime.orchestration.devices import SeparateDevices
 from nanoslime.orchestration.engine_pool import EnginePool
-from nanoslime.orchestration.local_group import LocalTrainGroup
+from nanoslime.orchestration.groups import LocalTrainGroup
 from nanoslime.processes.ports import free_port
 from nanoslime.rollout.engines.sglang_server import SGLangServer
 from nanoslime.run_dir import RunDir

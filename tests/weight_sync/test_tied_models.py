@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from nanoslime.orchestration.devices import SeparateDevices
 from nanoslime.orchestration.engine_pool import EnginePool
-from nanoslime.orchestration.local_group import LocalTrainGroup
+from nanoslime.orchestration.groups import LocalTrainGroup
 from nanoslime.processes.ports import free_port
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.run_dir import RunDir

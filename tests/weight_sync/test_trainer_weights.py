@@ -22,8 +22,7 @@ from nanoslime.types import RunError
 from nanoslime.weight_sync import disk
 from nanoslime.weight_sync.disk import CheckpointWriter
 from nanoslime.weight_sync.exchange import Exchange
-from nanoslime.weight_sync.plan import rows_on_each, whole_on_first
-from nanoslime.weight_sync.trainer_weights import TrainerWeights
+from nanoslime.weight_sync.plan import TrainerWeights, rows_on_each, whole_on_first
 from tests.weight_sync.gathered import whole_on_rank_0, whole_tensors
 
 FULL = {

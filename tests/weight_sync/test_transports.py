@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from nanoslime.config.rollout import WeightSyncConfig
 from nanoslime.orchestration.devices import SeparateDevices
 from nanoslime.orchestration.engine_pool import EnginePool
-from nanoslime.orchestration.local_group import LocalTrainGroup
+from nanoslime.orchestration.groups import LocalTrainGroup
 from nanoslime.orchestration.worker import TrainWorker
 from nanoslime.plugins import resolve
 from nanoslime.processes.ports import free_port

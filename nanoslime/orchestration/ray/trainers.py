@@ -1,4 +1,11 @@
-"""The trainer ranks as actors."""
+"""The trainer ranks as actors, and how the arrays of samples come to them from rollout workers.
+
+    plans of a DP rank -> one call of each worker that keeps some -> one object of Ray for each
+                       -> fetched by every rank of that DP rank, past the driver
+
+A sample is not an object of its own: one costs Ray about a millisecond of processor time, in
+the worker, in the raylets of both nodes and in each process that has a reference.
+"""
 
 import logging
 import os
@@ -8,22 +15,73 @@ from functools import partial
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from nanoslime.batch import BatchPlan
-from nanoslime.failures import told_in_one_line
+from nanoslime.failures import summary, told_in_one_line
 from nanoslime.layout import Layout
 from nanoslime.orchestration.groups import TrainGroup
 from nanoslime.orchestration.rank_environment import flight_recorder_files
 from nanoslime.orchestration.ray.actors import ActorPlace, Actors, ActorSetup, RunOnRay
-from nanoslime.orchestration.ray.deliveries import order, receive
 from nanoslime.orchestration.worker import TrainWorker
 from nanoslime.processes.phases import IDLE, own_report
 from nanoslime.processes.ports import free_port
 from nanoslime.run_dir import RunDir
 from nanoslime.training.backend import RankEnv
 from nanoslime.training.batching import kept_arrays
+from nanoslime.types import KeptArrays, MachineFailure, SampleArrays
 
 logger = logging.getLogger(__name__)
+
+
+# Ray notices within a second that a worker is dead. One that hangs it would wait for without
+# an end.
+_FETCH_S = 300.0
+# What has come is there at once.
+_AT_HAND_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """Arrays that a rollout worker was asked for; `ref` becomes a list of SampleArrays, in the
+    order of `kept`.
+    """
+
+    kept: list[KeptArrays]
+    ref: ray.ObjectRef
+
+
+def order(kept: Sequence[KeptArrays], workers: Sequence[Any]) -> list[Delivery]:
+    """Asks the worker actors, which are in the order of their numbers; waits for none."""
+    by_worker: dict[int, list[KeptArrays]] = {}
+    for one in kept:
+        by_worker.setdefault(one.worker, []).append(one)
+    return [
+        Delivery(own, workers[number].call_worker.remote("arrays", own))
+        for number, own in by_worker.items()
+    ]
+
+
+def receive(deliveries: Sequence[Delivery]) -> dict[KeptArrays, SampleArrays]:
+    """Waits for these deliveries. Raises RunError that names the worker of one that fails."""
+    refs = [delivery.ref for delivery in deliveries]
+    if refs:
+        # They come to this node side by side.
+        ray.wait(refs, num_returns=len(refs), timeout=_FETCH_S)
+    found: dict[KeptArrays, SampleArrays] = {}
+    for delivery in deliveries:
+        try:
+            arrays = ray.get(delivery.ref, timeout=_AT_HAND_S)
+        except RayError as e:
+            worker = delivery.kept[0].worker
+            raise MachineFailure(
+                f"the arrays of {len(delivery.kept)} samples by rollout worker {worker} cannot be "
+                f"fetched, because its process has died or hangs, or its object store is gone: "
+                f"{summary(e)}; what has become of it is in its log, and --resume goes on from "
+                "the last checkpoint"
+            ) from e
+        found.update(zip(delivery.kept, arrays, strict=True))
+    return found
 
 
 @dataclass(frozen=True, slots=True)

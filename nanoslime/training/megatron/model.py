@@ -1,8 +1,11 @@
 """A GPTModel of the checkpoint's shape, wrapped for data parallelism."""
 
 import logging
-from dataclasses import fields
+import shutil
+import sysconfig
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,13 +24,65 @@ from nanoslime.models.rules import padded_vocab_size
 from nanoslime.models.shape import MLA, ModelShape, MoE
 from nanoslime.training.megatron import weights
 from nanoslime.training.megatron.cpu_compat import cuda_names
-from nanoslime.training.megatron.fusions import fused_paths, kernels_for
 from nanoslime.training.megatron.local_layers import (
     local_block_spec,
     use_latent_attention,
     use_packed_rotary_embedding,
 )
 from nanoslime.training.megatron.parallel import Ranks, megatron_sizes, megatron_stages, partitions
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """What is there for fused paths on this machine; by default nothing, as on a CPU."""
+
+    transformer_engine: bool = False
+    compiler: bool = False
+    gradient_accumulation: bool = False
+
+
+def fused_paths(shape: ModelShape, kernels: Kernels) -> dict[str, bool]:
+    """megatron-core's switches of fused paths, on where this model and machine have them.
+
+    They save kernels and memory, and each needs something of the machine:
+
+        apply_rope_fusion             Transformer Engine; not latent attention, where
+                                      megatron-core 0.19.2 has a kernel for YaRN only
+        bias_activation_fusion        torch.compile for the GPU: Triton, a C compiler, Python's
+                                      headers
+        moe_permute_fusion            Transformer Engine
+        gradient_accumulation_fusion  Apex's kernel, also beside Transformer Engine, because
+                                      megatron-core's own output layer asks for it
+
+    `masked_softmax_fusion` belongs to an attention that serves no packs, and
+    `bias_dropout_fusion` to dropout: here both would do nothing. `training.megatron` can
+    switch each by its name.
+    """
+    return {
+        "apply_rope_fusion": kernels.transformer_engine and shape.mla is None,
+        "bias_activation_fusion": kernels.compiler,
+        "moe_permute_fusion": kernels.transformer_engine and shape.moe is not None,
+        "gradient_accumulation_fusion": kernels.gradient_accumulation,
+    }
+
+
+def kernels_for(device: torch.device) -> Kernels:
+    """What megatron-core and torch find installed for `device`."""
+    if device.type != "cuda":
+        return Kernels()
+    return Kernels(
+        transformer_engine=has_transformer_engine(device),
+        compiler=_can_compile(),
+        gradient_accumulation=find_spec("fused_weight_gradient_mlp_cuda") is not None,
+    )
+
+
+def _can_compile() -> bool:
+    """Whether torch.compile works for the GPU: Triton compiles its launchers in C."""
+    headers = Path(sysconfig.get_path("include"))
+    if find_spec("triton") is None or not (headers / "Python.h").is_file():
+        return False
+    return any(shutil.which(name) for name in ("cc", "gcc", "clang"))
 
 
 def model_config(

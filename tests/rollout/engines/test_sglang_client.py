@@ -36,8 +36,7 @@ from nanoslime.types import (
     WeightGroup,
 )
 from nanoslime.weight_sync.colocated import payload_of
-from nanoslime.weight_sync.flat import FlatBucket
-from nanoslime.weight_sync.plan import Bucket, PlannedTensor
+from nanoslime.weight_sync.plan import Bucket, FlatBucket, PlannedTensor
 from tests.serving import (
     VOCAB_SIZE,
     ServerOwner,

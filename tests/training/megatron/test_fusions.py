@@ -9,8 +9,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nanoslime.models.shape import ModelShape
-from nanoslime.training.megatron.fusions import Kernels, fused_paths, kernels_for
-from nanoslime.training.megatron.model import model_config
+from nanoslime.training.megatron.model import Kernels, fused_paths, kernels_for, model_config
 from tests.models.hf import save_model
 from tests.training.megatron.test_architectures import changes
 
