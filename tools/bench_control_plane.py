@@ -39,12 +39,11 @@ from nanoslime.config.deadlines import Deadline
 from nanoslime.layout import Layout, TrainerPlace
 from nanoslime.models.parallel_sizes import ParallelDims
 from nanoslime.models.shape import ModelShape
-from nanoslime.orchestration.engine_pool import Assignment, EnginePool
 from nanoslime.orchestration.ray import cluster
 from nanoslime.orchestration.ray.actors import ActorPlace, Actors, RunOnRay
 from nanoslime.orchestration.ray.trainers import RayTrainGroup
 from nanoslime.orchestration.ray.workers import RayWorker, WorkerActor
-from nanoslime.orchestration.rollout_manager import RolloutManager
+from nanoslime.orchestration.rollout_manager import Assignment, RolloutManager
 from nanoslime.rehearsal import build_tokenizer
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.rollout.policy import Policy, ServedModel
@@ -61,6 +60,7 @@ from nanoslime.tracking import Sink, make_tracker
 from nanoslime.training.backend import RankEnv
 from nanoslime.training.batching import BatchingOptions, fill, plan_train_batches
 from nanoslime.types import Group
+from nanoslime.weight_sync.engine_pool import EnginePool
 from tools.stub_sglang import NUM_EXPERTS, NUM_LAYERS, TOPK, Sizes, serving
 
 GROUP_SIZE = 8

@@ -66,14 +66,14 @@ from nanoslime.engine_kind import EngineStart
 from nanoslime.models.rules import tensors
 from nanoslime.models.shape import ModelShape
 from nanoslime.models.tiny import tiny_qwen3_config
-from nanoslime.orchestration.devices import SeparateDevices
-from nanoslime.orchestration.engine_pool import EnginePool
 from nanoslime.orchestration.worker import TrainWorker
 from nanoslime.processes.ports import free_port
 from nanoslime.rehearsal import build_tokenizer
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.rollout.engines.sglang_server import SGLangServer
 from nanoslime.training.megatron.weights import owned_shards
+from nanoslime.weight_sync.devices import SeparateDevices
+from nanoslime.weight_sync.engine_pool import EnginePool
 from nanoslime.weight_sync.session import SyncSession
 from tools.rank_processes import HOST, Ranks, SyntheticWorker, quick_context
 from tools.synthetic_engine import synthetic_engines

@@ -14,13 +14,13 @@ from nanoslime.config import RunConfig
 from nanoslime.config.deadlines import Deadline, derive_deadlines
 from nanoslime.engine_kind import engine_kind
 from nanoslime.models.shape import ModelShape
-from nanoslime.orchestration.devices import SeparateDevices, SharedDevices
-from nanoslime.orchestration.engine_pool import EnginePool
 from nanoslime.orchestration.worker import TrainWorker
 from nanoslime.run_dir import RunDir
 from nanoslime.training.backend import RankEnv
 from nanoslime.training.batching import BatchingOptions, plan_train_batches
 from nanoslime.types import GroupReport
+from nanoslime.weight_sync.devices import SeparateDevices, SharedDevices
+from nanoslime.weight_sync.engine_pool import EnginePool
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,6 @@ from functools import partial
 
 from nanoslime.config import RunConfig
 from nanoslime.layout import Layout
-from nanoslime.orchestration.engine_pool import Restart
 from nanoslime.orchestration.groups import NoTrainer, TrainGroup, resolve_transport
 from nanoslime.orchestration.ray import cluster
 from nanoslime.orchestration.ray.actors import RunOnRay
@@ -24,6 +23,7 @@ from nanoslime.processes.signals import hold_back_from_this_process
 from nanoslime.run_dir import Attempt
 from nanoslime.storage.shared_files import read_json
 from nanoslime.types import Engine
+from nanoslime.weight_sync.engine_pool import Restart
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,10 +18,18 @@ from nanoslime.rollout import recorder
 from nanoslime.rollout.admission import Limits
 from nanoslime.rollout.producer import Producer, Recipe, Serving, StopAsked
 from nanoslime.rollout.prompts import RunPrompts
-from nanoslime.rollout.tasks import GroupTask, Sampling, seed_of
+from nanoslime.rollout.tasks import GroupTask, Sampling, Worker, seed_of
 from nanoslime.run_dir import RunDir
 from nanoslime.storage.shared_files import read_json_lines
-from nanoslime.types import GroupReport, Prompt, RunError, SampleReport, Status, local_reports
+from nanoslime.types import (
+    Engine,
+    GroupReport,
+    Prompt,
+    RunError,
+    SampleReport,
+    Status,
+    local_reports,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -258,6 +267,28 @@ def _age_metrics(groups: Sequence[GroupReport], version: int) -> dict[str, float
         "rollout/staleness_mean": total / max(tokens.total(), 1),
         "rollout/staleness_max": float(version - min(tokens, default=version)),
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """Which rollout worker sends its requests to which engines."""
+
+    workers: Sequence[Worker]
+    # The worker beside an engine, by the engine's name. An engine beside none serves all.
+    home: Mapping[str, int]
+
+    def set_engines(self, engines: Sequence[Engine]) -> None:
+        """These engines serve from now on: each the worker beside it. A worker that has none
+        left shares those of the others.
+        """
+        for number, worker in enumerate(self.workers):
+            own = [engine for engine in engines if self.home.get(engine.name, number) == number]
+            worker.set_engines(own or engines)
+
+    def drain(self) -> None:
+        """No worker sends anything until the next `set_engines`."""
+        for worker in self.workers:
+            worker.drain()
 
 
 class SampleFailures:

@@ -20,9 +20,8 @@ from nanoslime import algorithms, rehearsal
 from nanoslime.config import RunConfig
 from nanoslime.engine_kind import EngineStart, RunEngine, engine_kind
 from nanoslime.orchestration.checkpoints import Checkpoints
-from nanoslime.orchestration.engine_pool import Assignment, EnginePool, Restart
 from nanoslime.orchestration.groups import LocalTrainGroup, NoTrainer, TrainGroup, resolve_transport
-from nanoslime.orchestration.rollout_manager import Replay, RolloutManager
+from nanoslime.orchestration.rollout_manager import Assignment, Replay, RolloutManager
 from nanoslime.orchestration.torchrun_group import Ranks, TorchrunTrainGroup
 from nanoslime.rollout import rewards
 from nanoslime.rollout.producer import Serving
@@ -33,6 +32,7 @@ from nanoslime.run_dir import Attempt, RunDir
 from nanoslime.storage.commit import remove_leftovers
 from nanoslime.training.backend import RankEnv
 from nanoslime.types import Engine
+from nanoslime.weight_sync.engine_pool import EnginePool, Restart
 from nanoslime.weight_sync.probe import Probe
 from nanoslime.weight_sync.session import SyncSession
 

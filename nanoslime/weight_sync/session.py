@@ -25,11 +25,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from nanoslime.processes.phases import DRIVER, own_report
 from nanoslime.types import PauseMode, RunError, TensorKind
+from nanoslime.weight_sync.devices import SeparateDevices, SharedDevices, TrainerRanks
 from nanoslime.weight_sync.engine_calls import EnginesFailed, Failure
+from nanoslime.weight_sync.engine_pool import EnginePool
 from nanoslime.weight_sync.probe import Probe
 from nanoslime.weight_sync.transport import TRANSPORTS, Delivery, EngineSide, Sent, version_dir
 
@@ -49,67 +51,6 @@ class State(StrEnum):
     VERIFYING = "verifying"
 
 
-class TrainerRanks(Protocol):
-    """All trainer ranks. `call` runs a collective method of the worker on each."""
-
-    address: str  # of rank 0, reachable from the engines
-
-    def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> Any: ...
-
-
-class SyncedEngines(Protocol):
-    """The engines of a run, as a sync sees them: `EnginePool`."""
-
-    def in_sync(self) -> list[Any]:
-        """Those that take part in the sync, and have not been lost."""
-        ...
-
-    def alive(self) -> list[Any]:
-        """Those that serve, too."""
-        ...
-
-    def take_in(self) -> None:
-        """Engines that came up take part from now on."""
-
-    def drain(self) -> None:
-        """A sync begins: all engines that live take part, and nothing more is sent to them."""
-
-    def paused(self) -> None:
-        """They generate no more."""
-
-    def serve(self) -> None:
-        """Those that take part serve from now on. Raises RunError where no engine does, and
-        none will."""
-
-    def each(self, method: str, *args: Any, **options: Any) -> dict[str, Any]:
-        """Calls a method of each that takes part; returns the answers by name.
-
-        One that fails is lost; see `fail`.
-        """
-        ...
-
-    def each_alive(self, method: str, *args: Any) -> dict[str, Any]:
-        """As `each`, also of those that serve."""
-        ...
-
-    def fail(self, failures: Mapping[str, Failure]) -> None:
-        """These engines are lost. Raises EnginesFailed where every engine of the run refuses:
-        then it is not their fault."""
-
-
-class Devices(Protocol):
-    """Trainer and engines take turns on shared devices; on their own ones nothing happens.
-
-    The trainer has the devices when a sync begins, the engines have them when it ends.
-    """
-
-    def make_room_for_weights(self) -> None: ...
-
-    def give_to_engines(self) -> dict[str, float]:
-        """Returns the seconds that it took, as metrics."""
-        ...
-
-
 class SyncSession:
     """One run's weight sync. `open` comes before the first `sync`.
 
@@ -123,8 +64,8 @@ class SyncSession:
     def __init__(
         self,
         ranks: TrainerRanks,
-        engines: SyncedEngines,
-        devices: Devices,
+        engines: EnginePool,
+        devices: SeparateDevices | SharedDevices,
         *,
         transport: str,
         directory: Path,

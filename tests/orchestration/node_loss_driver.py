@@ -18,16 +18,17 @@ import numpy as np
 
 from nanoslime.config.load import read
 from nanoslime.engine_kind import EngineKind, EngineStart
-from nanoslime.orchestration.engine_pool import Assignment, EnginePool
 from nanoslime.orchestration.ray import cluster
 from nanoslime.orchestration.ray.actors import RunOnRay
 from nanoslime.orchestration.ray.workers import RayEngines
+from nanoslime.orchestration.rollout_manager import Assignment
 from nanoslime.rollout.admission import Limits
 from nanoslime.rollout.producer import Producer, Recipe, Serving
 from nanoslime.rollout.tasks import GroupTask, Sampling
 from nanoslime.run_dir import DONE, RunDir
 from nanoslime.storage.shared_files import publish_json
 from nanoslime.types import Generation, Prompt, Status
+from nanoslime.weight_sync.engine_pool import EnginePool
 
 
 @dataclass(frozen=True)

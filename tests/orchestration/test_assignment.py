@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from nanoslime.orchestration.engine_pool import Assignment
+from nanoslime.orchestration.rollout_manager import Assignment
 
 
 @dataclass

@@ -17,8 +17,6 @@ import psutil
 import pytest
 
 from nanoslime.config.rollout import WeightSyncConfig
-from nanoslime.orchestration.devices import SeparateDevices
-from nanoslime.orchestration.engine_pool import EnginePool, EngineState
 from nanoslime.orchestration.groups import LocalTrainGroup
 from nanoslime.processes.ports import free_port
 from nanoslime.rollout import router as router_module
@@ -29,6 +27,8 @@ from nanoslime.run_dir import RunDir
 from nanoslime.training.backend import RankEnv
 from nanoslime.types import Engine, GenerateRequest, Generation, Status
 from nanoslime.weight_sync import broadcast
+from nanoslime.weight_sync.devices import SeparateDevices
+from nanoslime.weight_sync.engine_pool import EnginePool, EngineState
 from nanoslime.weight_sync.session import SyncSession
 from tests.orchestration.test_weight_sync import gap, run_config, sample, train_once
 from tests.serving import make_server, num_running
@@ -134,7 +134,7 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(router_module, "_SILENCE_S", 2.0)
     monkeypatch.setattr(sglang_client, "_HEALTH_DEADLINE_S", 4.0)
-    monkeypatch.setattr("nanoslime.orchestration.engine_pool._LONGER", 1.0)
+    monkeypatch.setattr("nanoslime.weight_sync.engine_pool._LONGER", 1.0)
 
 
 def request(tokens: int) -> GenerateRequest:

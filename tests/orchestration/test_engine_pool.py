@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import pytest
 
-from nanoslime.orchestration import engine_pool
-from nanoslime.orchestration.engine_pool import EnginePool, EngineState
 from nanoslime.types import EngineGone, RunError
+from nanoslime.weight_sync import engine_pool
 from nanoslime.weight_sync.engine_calls import EnginesFailed, Failure
+from nanoslime.weight_sync.engine_pool import EnginePool, EngineState
 
 STARTING, SYNCING, READY = EngineState.STARTING, EngineState.SYNCING, EngineState.READY
 DRAINING, LOST = EngineState.DRAINING, EngineState.LOST

@@ -20,11 +20,11 @@ from nanoslime.config.rollout import WeightSyncConfig
 from nanoslime.models.shape import ModelShape
 from nanoslime.orchestration import groups as groups_module
 from nanoslime.orchestration import torchrun_group
-from nanoslime.orchestration.devices import SeparateDevices
 from nanoslime.orchestration.groups import TrainGroup, resolve_transport
 from nanoslime.orchestration.torchrun_group import Answer, Call, Ranks
 from nanoslime.run_dir import RunDir
 from nanoslime.types import RunError, Status, local_reports
+from nanoslime.weight_sync.devices import SeparateDevices
 from nanoslime.weight_sync.transport import TRANSPORTS
 from tests.algorithms.made import group
 from tests.models.hf import save_model

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 from nanoslime import train
-from nanoslime.orchestration.engine_pool import EnginePool
 from nanoslime.orchestration.launch import Launch, parse
 from nanoslime.orchestration.rollout_manager import RolloutManager
 from nanoslime.rollout import recorder, worker_state
 from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
 from nanoslime.run_dir import DONE, STOPPED, RunDir
 from nanoslime.types import GenerateRequest, Generation, Status
+from nanoslime.weight_sync.engine_pool import EnginePool
 from tests import process_table
 from tests.orchestration import test_loop
 from tests.orchestration.test_loop import losses, rows, run_dir

@@ -21,13 +21,13 @@ from safetensors.torch import load_file, save_file
 from nanoslime.batch import TrainBatch
 from nanoslime.config import GRPOConfig, ModelConfig, RolloutConfig, RunConfig, TrainingConfig
 from nanoslime.config.rollout import WeightSyncConfig
-from nanoslime.orchestration.devices import SeparateDevices, SharedDevices
-from nanoslime.orchestration.engine_pool import EnginePool
 from nanoslime.orchestration.worker import TrainWorker
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.training.backend import RankEnv
 from nanoslime.training.batching import BatchingOptions
 from nanoslime.types import GenerateRequest, Sample, SampleGroup
+from nanoslime.weight_sync.devices import SeparateDevices, SharedDevices
+from nanoslime.weight_sync.engine_pool import EnginePool
 from nanoslime.weight_sync.probe import Probe
 from nanoslime.weight_sync.session import SyncSession
 from tests.models.hf import save_model
@@ -209,7 +209,7 @@ def test_an_engine_that_comes_back_has_the_current_weights_before_a_router_sees_
     """It came up with those of its checkpoint; it is in the group of the next sync, which is
     formed before the pause.
     """
-    monkeypatch.setattr("nanoslime.orchestration.engine_pool._PAUSE_S", 0.0)
+    monkeypatch.setattr("nanoslime.weight_sync.engine_pool._PAUSE_S", 0.0)
 
     def restart() -> SGLangEngine:
         sglang_engine.update_weights_from_disk(str(other_model), 0)

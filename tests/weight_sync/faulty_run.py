@@ -28,8 +28,6 @@ from nanoslime.config import (
     TrainingConfig,
     WeightSyncConfig,
 )
-from nanoslime.orchestration.devices import SeparateDevices
-from nanoslime.orchestration.engine_pool import EnginePool
 from nanoslime.orchestration.torchrun_group import Ranks, TorchrunTrainGroup, serve
 from nanoslime.orchestration.worker import TrainWorker
 from nanoslime.processes.ports import free_port
@@ -40,6 +38,8 @@ from nanoslime.storage import manifest
 from nanoslime.training.backend import RankEnv
 from nanoslime.types import RunError
 from nanoslime.weight_sync import broadcast, colocated, disk, plan
+from nanoslime.weight_sync.devices import SeparateDevices
+from nanoslime.weight_sync.engine_pool import EnginePool
 from nanoslime.weight_sync.probe import Probe
 from nanoslime.weight_sync.session import SyncSession
 

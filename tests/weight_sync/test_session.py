@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from nanoslime.orchestration.devices import SeparateDevices, SharedDevices
-from nanoslime.orchestration.engine_pool import EnginePool
 from nanoslime.types import EngineGone, RunError
+from nanoslime.weight_sync.devices import SeparateDevices, SharedDevices
 from nanoslime.weight_sync.engine_calls import EngineCalls, EnginesFailed, Failure
+from nanoslime.weight_sync.engine_pool import EnginePool
 from nanoslime.weight_sync.probe import Probe
 from nanoslime.weight_sync.session import State, SyncSession
 from nanoslime.weight_sync.transport import TRANSPORTS, EngineSide, Sent
@@ -217,7 +217,7 @@ def test_buckets_go_between_begin_and_end_while_the_engines_are_paused(tmp_path,
 def test_the_first_sync_and_every_third_compare_and_so_does_a_join(
     tmp_path, monkeypatch, transport
 ):
-    monkeypatch.setattr("nanoslime.orchestration.engine_pool._PAUSE_S", 0.0)
+    monkeypatch.setattr("nanoslime.weight_sync.engine_pool._PAUSE_S", 0.0)
     calls: list[str] = []
     a = Engine("a", calls)
     fresh = Engine("a", calls)
@@ -432,7 +432,7 @@ def test_the_only_engine_comes_back_and_gets_the_weights_before_it_serves(
     tmp_path, monkeypatch, call, transport
 ):
     """The sync goes on without any engine; who comes up joins with its version."""
-    monkeypatch.setattr("nanoslime.orchestration.engine_pool._PAUSE_S", 0.0)
+    monkeypatch.setattr("nanoslime.weight_sync.engine_pool._PAUSE_S", 0.0)
     if transport == "disk" and call in ("begin_update", "send", "end_update"):
         call = "update_weights_from_disk"
     calls: list[str] = []
@@ -462,7 +462,7 @@ def test_the_only_engine_comes_back_and_gets_the_weights_before_it_serves(
 
 
 def test_an_engine_joins_while_the_others_serve(tmp_path, monkeypatch):
-    monkeypatch.setattr("nanoslime.orchestration.engine_pool._PAUSE_S", 0.0)
+    monkeypatch.setattr("nanoslime.weight_sync.engine_pool._PAUSE_S", 0.0)
     calls: list[str] = []
     a = Engine("a", calls)
     b = Engine("b", calls)
@@ -488,7 +488,7 @@ def test_an_engine_joins_while_the_others_serve(tmp_path, monkeypatch):
     assert a.groups_left == [first, of_fresh]
     a.groups_left.clear()
     session.sync(3)
-    monkeypatch.setattr("nanoslime.orchestration.engine_pool._PAUSE_S", 60.0)
+    monkeypatch.setattr("nanoslime.weight_sync.engine_pool._PAUSE_S", 60.0)
     pool.lost("b", "b hangs again")
     calls.clear()
     session.sync(4)
@@ -519,7 +519,7 @@ def test_a_run_of_which_no_engine_agrees_ends_before_the_pause(tmp_path):
 def test_an_engine_that_dies_as_the_group_is_formed_does_not_stall_the_others(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("nanoslime.orchestration.engine_pool._PAUSE_S", 0.0)
+    monkeypatch.setattr("nanoslime.weight_sync.engine_pool._PAUSE_S", 0.0)
     calls: list[str] = []
     a = Engine("a", calls)
     fresh = Engine("b", calls)
@@ -613,7 +613,7 @@ def test_all_engines_beyond_the_bound_end_the_run_in_the_same_sync(tmp_path):
 
 
 def test_an_engine_that_joins_is_probed_before_it_serves(tmp_path, monkeypatch):
-    monkeypatch.setattr("nanoslime.orchestration.engine_pool._PAUSE_S", 0.0)
+    monkeypatch.setattr("nanoslime.weight_sync.engine_pool._PAUSE_S", 0.0)
     calls: list[str] = []
     a = Engine("a", calls)
     wrong, right = Engine("b", calls), Engine("b", calls)
@@ -639,7 +639,7 @@ def test_an_engine_that_joins_is_probed_before_it_serves(tmp_path, monkeypatch):
 
 
 def test_an_engine_that_dies_as_it_joins_is_lost_again_and_the_others_serve(tmp_path, monkeypatch):
-    monkeypatch.setattr("nanoslime.orchestration.engine_pool._PAUSE_S", 0.0)
+    monkeypatch.setattr("nanoslime.weight_sync.engine_pool._PAUSE_S", 0.0)
     calls: list[str] = []
     a = Engine("a", calls)
     fresh = [Engine("b", calls, gone_at="send"), Engine("b", calls, fails_at="end_update")]

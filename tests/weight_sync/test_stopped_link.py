@@ -19,14 +19,14 @@ import pytest
 
 from nanoslime.config import ModelConfig, RolloutConfig, RunConfig, WeightSyncConfig
 from nanoslime.engine_kind import EngineStart
-from nanoslime.orchestration.devices import SeparateDevices
-from nanoslime.orchestration.engine_pool import EnginePool
 from nanoslime.orchestration.groups import LocalTrainGroup
 from nanoslime.processes.ports import free_port
 from nanoslime.rollout.engines.sglang_server import SGLangServer
 from nanoslime.run_dir import RunDir
 from nanoslime.training.backend import RankEnv
 from nanoslime.weight_sync import broadcast
+from nanoslime.weight_sync.devices import SeparateDevices
+from nanoslime.weight_sync.engine_pool import EnginePool
 from nanoslime.weight_sync.session import SyncSession
 from tests import process_table
 from tests.orchestration.test_weight_sync import gap, run_config, sample, train_once

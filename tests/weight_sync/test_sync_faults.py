@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanoslime.orchestration.devices import SeparateDevices
-from nanoslime.orchestration.engine_pool import EnginePool
 from nanoslime.orchestration.groups import LocalTrainGroup
 from nanoslime.processes.ports import free_port
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.run_dir import RunDir
 from nanoslime.training.backend import RankEnv
 from nanoslime.types import GenerateRequest, Generation, RunError, Status
+from nanoslime.weight_sync.devices import SeparateDevices
+from nanoslime.weight_sync.engine_pool import EnginePool
 from nanoslime.weight_sync.session import SyncSession
 from tests.orchestration.test_engine_faults import Place
 from tests.weight_sync import faulty_run

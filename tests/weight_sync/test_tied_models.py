@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from nanoslime.orchestration.devices import SeparateDevices
-from nanoslime.orchestration.engine_pool import EnginePool
 from nanoslime.orchestration.groups import LocalTrainGroup
 from nanoslime.processes.ports import free_port
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
@@ -20,6 +18,8 @@ from nanoslime.run_dir import RunDir
 from nanoslime.sealed_bucket import Place
 from nanoslime.training.backend import RankEnv
 from nanoslime.types import RunError
+from nanoslime.weight_sync.devices import SeparateDevices
+from nanoslime.weight_sync.engine_pool import EnginePool
 from nanoslime.weight_sync.session import SyncSession
 from tests.orchestration.test_weight_sync import gap, run_config, sample, train_once
 from tests.rollout.engines.test_sglang_client import send_tensors

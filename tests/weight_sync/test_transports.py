@@ -14,8 +14,6 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from nanoslime.config.rollout import WeightSyncConfig
-from nanoslime.orchestration.devices import SeparateDevices
-from nanoslime.orchestration.engine_pool import EnginePool
 from nanoslime.orchestration.groups import LocalTrainGroup
 from nanoslime.orchestration.worker import TrainWorker
 from nanoslime.plugins import resolve
@@ -25,7 +23,9 @@ from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.run_dir import RunDir
 from nanoslime.training.backend import RankEnv
 from nanoslime.types import Engine
+from nanoslime.weight_sync.devices import SeparateDevices
 from nanoslime.weight_sync.engine_calls import EnginesFailed
+from nanoslime.weight_sync.engine_pool import EnginePool
 from nanoslime.weight_sync.probe import Probe
 from nanoslime.weight_sync.session import SyncSession
 from nanoslime.weight_sync.transport import TRANSPORTS, Delivery

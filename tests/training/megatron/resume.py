@@ -8,9 +8,9 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
-from nanoslime.weight_sync.trainer_weights import TrainerWeights
 
 from nanoslime.algorithms.grpo import GRPO
+from nanoslime.weight_sync.plan import TrainerWeights
 from tests.training.parity import (
     KL,
     CopiedShard,

@@ -11,13 +11,13 @@ import torch.distributed as dist
 import transformers
 from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.transformer import multi_latent_attention
-from nanoslime.weight_sync.trainer_weights import TrainerWeights
 from safetensors.torch import load_file, save_file
 
 from nanoslime.algorithms.grpo import GRPO
 from nanoslime.models.shape import ModelShape
 from nanoslime.training.megatron.local_layers import _layer_spec
 from nanoslime.training.megatron.model import model_config
+from nanoslime.weight_sync.plan import TrainerWeights
 from tests.models.hf import FAMILIES, SIZES, save_model
 from tests.training.parity import KL, RELATIVE, Layout, grad_shards, make_backend, train_batch
 from tests.training.reference import make_step, reference

@@ -19,7 +19,6 @@ from enum import StrEnum
 from typing import Any
 
 from nanoslime.failures import summary
-from nanoslime.rollout.tasks import Worker
 from nanoslime.types import Engine, MachineFailure
 from nanoslime.weight_sync.engine_calls import EnginesFailed, Failure, call_each
 
@@ -93,10 +92,11 @@ class EnginePool:
         return self._engines(EngineState.READY)
 
     def in_sync(self) -> list[Engine]:
-        """The engines that are being given weights."""
+        """Those that take part in a sync and are being given weights, and have not been lost."""
         return self._engines(*_IN_SYNC)
 
     def alive(self) -> list[Engine]:
+        """Those that serve, too."""
         return self._engines(*_ALIVE)
 
     def states(self) -> list[EngineState]:
@@ -143,7 +143,7 @@ class EnginePool:
         return EngineState.STARTING in self.states()
 
     def take_in(self) -> None:
-        """They take part in the next sync, or in one of their own."""
+        """Engines that came up take part in the next sync, or in one of their own."""
         with self._lock:
             for place in self._places:
                 if place.came_up is not None:
@@ -152,6 +152,7 @@ class EnginePool:
                     place.state = EngineState.SYNCING
 
     def drain(self) -> None:
+        """A sync begins: all engines that live take part, and nothing more is sent to them."""
         self._require_any()
         with self._lock:  # a loss that is being told comes before
             self._syncs = True
@@ -160,9 +161,13 @@ class EnginePool:
         self._change(EngineState.READY, EngineState.DRAINING)
 
     def paused(self) -> None:
+        """Those that take part generate no more."""
         self._change(EngineState.DRAINING, EngineState.SYNCING)
 
     def serve(self) -> None:
+        """Those that take part serve from now on. Raises RunError where no engine does, and
+        none will.
+        """
         self._change(EngineState.SYNCING, EngineState.READY)
         self._require_any()
         with self._lock:
@@ -170,9 +175,14 @@ class EnginePool:
             self._tell_change()
 
     def each(self, method: str, *args: Any, **options: Any) -> dict[str, Any]:
+        """Calls a method of each that takes part; returns the answers by name.
+
+        One that fails is lost; see `fail`.
+        """
         return self._each(self.in_sync(), method, *args, **options)
 
     def each_alive(self, method: str, *args: Any) -> dict[str, Any]:
+        """As `each`, also of those that serve."""
         return self._each(self.alive(), method, *args)
 
     def each_ready(self, method: str, *args: Any) -> dict[str, Any]:
@@ -180,6 +190,9 @@ class EnginePool:
         return self._each(self.ready(), method, *args)
 
     def fail(self, failures: Mapping[str, Failure]) -> None:
+        """These engines are lost. Raises EnginesFailed where every engine of the run refuses:
+        then it is not their fault.
+        """
         num_refusals = sum(not failure.is_gone for failure in failures.values())
         if num_refusals and num_refusals == len(self.alive()):
             raise EnginesFailed.of(failures)
@@ -251,25 +264,3 @@ class EnginePool:
         with self._lock:
             place.state = EngineState.LOST
             place.cause = cause
-
-
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """Which rollout worker sends its requests to which engines."""
-
-    workers: Sequence[Worker]
-    # The worker beside an engine, by the engine's name. An engine beside none serves all.
-    home: Mapping[str, int]
-
-    def set_engines(self, engines: Sequence[Engine]) -> None:
-        """These engines serve from now on: each the worker beside it. A worker that has none
-        left shares those of the others.
-        """
-        for number, worker in enumerate(self.workers):
-            own = [engine for engine in engines if self.home.get(engine.name, number) == number]
-            worker.set_engines(own or engines)
-
-    def drain(self) -> None:
-        """No worker sends anything until the next `set_engines`."""
-        for worker in self.workers:
-            worker.drain()

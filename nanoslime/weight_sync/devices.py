@@ -3,13 +3,15 @@
 import time
 from typing import Any, Protocol
 
-from nanoslime.orchestration.engine_pool import EnginePool
+from nanoslime.weight_sync.engine_pool import EnginePool
 
 
-class Ranks(Protocol):
-    """The trainer ranks; `call` as in TrainGroup."""
+class TrainerRanks(Protocol):
+    """All trainer ranks. `call` runs a collective method of the worker on each."""
 
-    def call(self, method: str, *args: Any, what: str) -> None: ...
+    address: str  # of rank 0, reachable from the engines
+
+    def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> Any: ...
 
 
 class SeparateDevices:
@@ -32,7 +34,7 @@ class SharedDevices:
     weights.
     """
 
-    def __init__(self, ranks: Ranks, engines: EnginePool):
+    def __init__(self, ranks: TrainerRanks, engines: EnginePool):
         self._ranks = ranks
         self._engines = engines
         self._engines_turn = False
