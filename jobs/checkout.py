@@ -1,15 +1,89 @@
-"""This checkout, and the environment of commands that shall run its code."""
+"""This checkout, the environment of commands that shall run its code, and how they are typed.
 
+The programs of jobs/ may be started by any Python from 3.8 on: they go on in the environment that
+env/run.sh has made. So nothing here needs a package, or a later Python.
+"""
+
+import importlib.util
 import os
+import re
+import shlex
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
+# No other package of ours is needed to plan, to submit and to look after runs.
+_PACKAGES = ("pydantic", "submitit", "yaml")
 
 
-def environment(**additions: str) -> dict[str, str]:
+def environment(**additions: str) -> "dict[str, str]":
     """Our environment with `additions`, and this checkout first in PYTHONPATH."""
     path = str(ROOT)
     inherited = os.environ.get("PYTHONPATH")
     if inherited:
         path = f"{path}{os.pathsep}{inherited}"
     return {**os.environ, **additions, "PYTHONPATH": path}
+
+
+def has_packages() -> bool:
+    """Whether this Python can run our code."""
+    is_new = sys.version_info >= (3, 12)
+    return is_new and all(importlib.util.find_spec(package) for package in _PACKAGES)
+
+
+def start(module: str) -> NoReturn:
+    """Becomes `python -m MODULE` with the same arguments, in this checkout's environment or one
+    that a stored cluster file names.
+
+    Where there is none yet the process ends, and says how to make it.
+    """
+    pythons = [sys.executable] if has_packages() else _pythons()
+    if not pythons:
+        words = ["bash", shown(ROOT / "env/run.sh"), "python", shown(sys.argv[0]), *sys.argv[1:]]
+        sys.exit(
+            f"{Path(sys.argv[0]).name}: this checkout has no environment yet; this makes it and "
+            f"goes on (for GPU nodes with --target cuda behind run.sh): {_join(words)}"
+        )
+    os.execve(pythons[0], [pythons[0], "-m", module, *sys.argv[1:]], environment())
+
+
+def _pythons() -> "list[str]":
+    """The Pythons of environments that are ready."""
+    made = [ROOT / ".venv" / target for target in ("cpu", "cuda")]
+    environments = [path for path in made if (path / ".nanoslime-target").exists()]
+    for file in sorted(stored_clusters().glob("*.yaml")):
+        named = re.search(r"^venv: *([^#\n]+)", file.read_text(errors="replace"), re.MULTILINE)
+        if named:
+            environments.append(Path(named[1].strip(" \"'")))
+    return [str(path / "bin/python") for path in environments if (path / "bin/python").exists()]
+
+
+def stored_clusters(environ: "Mapping[str, str]" = os.environ) -> Path:
+    """Where a user's cluster files lie, as jobs/init_site.py writes them: NAME.yaml."""
+    home = environ.get("XDG_CONFIG_HOME", "")
+    folder = Path(home) if home.startswith("/") else Path(environ.get("HOME", "/")) / ".config"
+    return folder / "nanoslime" / "clusters"
+
+
+def typed(script: str, *words: object) -> str:
+    """The command that runs a program of this checkout, as it has to be typed here and now."""
+    return _join([shown(sys.executable), shown(ROOT / script), *map(str, words)])
+
+
+def made_by(target: str) -> str:
+    """The command that makes an environment."""
+    return _join(["bash", shown(ROOT / "env/run.sh"), "--target", target, "true"])
+
+
+def _join(words: "list[str]") -> str:
+    return " ".join(shlex.quote(word) for word in words)
+
+
+def shown(path: "str | Path") -> str:
+    """A path as short as it can be typed in the current directory."""
+    try:
+        return str(Path(path).absolute().relative_to(Path.cwd()))
+    except ValueError:
+        return str(Path(path).absolute())

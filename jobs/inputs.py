@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from jobs import lead, where
-from jobs.checkout import ROOT
+from jobs.checkout import ROOT, made_by
 from nanoslime.config import RunConfig
 from nanoslime.config.algorithm import CustomConfig
 from nanoslime.config.cluster import ClusterConfig
@@ -135,7 +135,7 @@ def check_environment(config: RunConfig, repository: Path = ROOT) -> None:
     place = "cluster.venv" if config.cluster.venv else "the environment that submits"
     raise RunError(
         f"cluster {config.cluster.name!r} has GPUs, but {place} ({venv}) {fault}. Make it with\n"
-        "    bash env/run.sh --target cuda true\n"
+        f"    {made_by('cuda')}\n"
         "on a machine that builds for the GPU nodes, "
         f"and set cluster.venv to {repository}/.venv/cuda"
     )

@@ -3,11 +3,11 @@
 python jobs/submit_convert.py hf-to-megatron HF_DIR OUT [options of tools/hf_to_megatron.py]
 """
 
-import os
 import sys
+from pathlib import Path
 
-from jobs.checkout import environment
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from jobs.checkout import start
 
 if __name__ == "__main__":
-    command = [sys.executable, "-m", "tools.conversion.job", *sys.argv[1:]]
-    os.execve(sys.executable, command, environment())
+    start("tools.conversion.job")

@@ -7,15 +7,21 @@ Deliberately not here: what runs inside the job (jobs/node.py), and torch. A pla
 than a second.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from jobs.checkout import ROOT, environment, has_packages, start, typed
+
+if __name__ == "__main__" and not has_packages():
+    start("jobs.submit_grpo")
+
 import argparse
 import os
 import subprocess
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 
-from jobs import inputs, local, sbatch, where
-from jobs.checkout import ROOT, environment
+from jobs import inputs, local, sbatch, sites, where
 from jobs.lead import with_measured_lead
 from jobs.run_files import alone, kept_if_accepted
 from nanoslime import layout as layouts
@@ -30,7 +36,6 @@ from nanoslime.storage.shared_files import read_json
 from nanoslime.types import RunError
 
 RECIPES = ROOT / "jobs" / "recipes"
-CLUSTERS = ROOT / "env" / "clusters"
 SUBMITTERS = {
     "submitit": "jobs.slurm_submit:submit_submitit",
     "sbatch": "jobs.slurm_submit:submit_sbatch",
@@ -44,6 +49,8 @@ def main(argv: list[str], environ: Mapping[str, str] = os.environ, root: Path = 
         return subprocess.run(help_command, env=environment(), check=False).returncode
     try:
         command, flags = parse(argv)
+        if not (command.cluster or command.resume or command.local):
+            command.cluster = sites.of_this_machine(environ)
         config = configure(command, flags)
         slurm = where.detect(environ.get("PATH", ""), environ, root, command.cluster)
         if command.dry_run:
@@ -62,7 +69,7 @@ def run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> i
     """From the configuration to a job id, a rehearsal's end, or a prepared directory."""
     submits = command.prepare or slurm.has_slurm(local=command.local)
     check_target(config, submits)
-    config, layout, description = plan(config, download=True)
+    config, layout, description = plan(config, command.cluster, download=True)
     if submits:
         inputs.check_environment(config)
     resumed = RunDir.open(command.resume) if command.resume else None
@@ -84,16 +91,21 @@ def run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> i
     return code
 
 
-def plan(config: RunConfig, *, download: bool) -> tuple[RunConfig, Layout, str]:
+def plan(
+    config: RunConfig, cluster: Path | None, *, download: bool
+) -> tuple[RunConfig, Layout, str]:
     """The configuration with all inputs found, where everything goes, and what a person is told."""
     config, shape, prompts = inputs.resolve(config, download=download)
     layout = layouts.plan(config, shape)
-    return config, layout, layouts.describe(config, shape, layout, prompts)
+    description = layouts.describe(config, shape, layout, prompts)
+    if cluster is not None:
+        description = f"cluster   {config.cluster.name}, as {cluster} says\n{description}"
+    return config, layout, description
 
 
 def dry_run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> int:
     """Print plan, configuration and batch script; code 2 for a run to be refused."""
-    config, layout, description = plan(config, download=False)
+    config, layout, description = plan(config, command.cluster, download=False)
     run_dir = command.resume or Path(config.cluster.run_root) / config.name
     script = sbatch.sbatch_text(config, layout, run_dir)
     print(f"--- plan\n{description}\n")
@@ -193,7 +205,7 @@ def submit(config: RunConfig, layout: Layout, resumed: RunDir | None, descriptio
         job = submitter(config, layout, run)
     print(f"{description}\n\nrun directory: {run.path}")
     log = f"{run.path}/attempts/latest/logs/driver-0.log"
-    print(sbatch.submitted(job, log, f"python jobs/submit_grpo.py --resume {run.path}"))
+    print(sbatch.submitted(job, log, typed("jobs/submit_grpo.py", "--resume", run.path)))
     return 0
 
 
@@ -215,7 +227,7 @@ def summary_table(run: RunDir) -> str:
 
 def add_target(parser: argparse.ArgumentParser) -> None:
     """The options of all that submits: to which cluster, and whether at all."""
-    _add_yaml(parser, "--cluster", "a cluster", CLUSTERS)
+    _add_yaml(parser, "--cluster", "a cluster", *sites.folders())
     parser.add_argument(
         "--local", action="store_true", help="run on this machine, whatever SLURM there is"
     )
@@ -224,16 +236,16 @@ def add_target(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_yaml(parser: argparse.ArgumentParser, option: str, what: str, folder: Path) -> None:
-    """An option that takes a YAML file by its path, or by its name in `folder`."""
+def _add_yaml(parser: argparse.ArgumentParser, option: str, what: str, *folders: Path) -> None:
+    """An option that takes a YAML file by its path, or by its name in one of `folders`."""
 
     def find(name: str) -> Path:
-        for path in (Path(name), folder / f"{name}.yaml"):
+        for path in (Path(name), *(folder / f"{name}.yaml" for folder in folders)):
             if path.is_file():
                 return path.absolute()
         raise RunError(f"{name}: no such file, and not one of {known}")
 
-    known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+    known = ", ".join(sorted({path.stem for folder in folders for path in folder.glob("*.yaml")}))
     text = f"{what}: a YAML file, or one of {known}"
     parser.add_argument(option, metavar="FILE|NAME", type=find, help=text)
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from jobs import where
+from jobs import sites, where
 from jobs.checkout import ROOT, environment
 from jobs.sbatch import batch_script, common_options, python_of, submitted
 from jobs.submit_grpo import add_target
@@ -40,6 +40,8 @@ def main(argv: list[str], environ: Mapping[str, str] = os.environ, root: Path = 
     """
     try:
         command = parse(argv)
+        if not (command.cluster or command.local):
+            command.cluster = sites.of_this_machine(environ)
         config = load(None, command.cluster, command.flags)
         slurm = where.detect(environ.get("PATH", ""), environ, root, command.cluster)
         return run(command, config, slurm)

@@ -87,7 +87,7 @@ _COMMANDS = {
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python jobs/runs.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="jobs/runs.py", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     made = {}
