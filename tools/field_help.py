@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, Literal, get_args, get_origin
 
 from jobs import submit_grpo
+from jobs.checkout import typed
 from nanoslime.config import RunConfig
 from nanoslime.config.fields import FieldValue, values
 from nanoslime.config.flags import ALIASES, HELP, SWITCHES, field_types, suggest
@@ -35,8 +36,8 @@ Plans a GRPO run, checks it and submits it to SLURM, or rehearses it where there
   --prompts FILE         the training prompts: .jsonl, .parquet, or OWNER/NAME of the hub
 
 A rehearsal on this machine, with a tiny model; the plan of a job, without submitting it:
-  python jobs/submit_grpo.py --nodes 4
-  python jobs/submit_grpo.py --nodes 4 --recipe gsm8k --cluster h200 \\
+  {program} --nodes 4
+  {program} --nodes 4 --recipe gsm8k --cluster h200 \\
       --hf-checkpoint Qwen/Qwen3-4B --prompts train.jsonl --dry-run
 
 {options}
@@ -89,7 +90,7 @@ def overview() -> str:
     parser = submit_grpo.make_parser()
     parser.formatter_class = partial(argparse.HelpFormatter, width=_WIDTH, max_help_position=25)
     _, _, options = parser.format_help().partition("options:\n")
-    return _OVERVIEW.format(options=options.rstrip())
+    return _OVERVIEW.format(program=typed("jobs/submit_grpo.py"), options=options.rstrip())
 
 
 def text_about(topic: str, config: RunConfig) -> str:

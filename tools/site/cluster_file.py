@@ -158,9 +158,12 @@ def _node(node: NodeFacts) -> list[str]:
     if node.hcas:
         layers = " and ".join(sorted(set(node.hcas.values())))
         lines.append(_entry("infiniband_hcas", ",".join(node.hcas), f"active ports, {layers}"))
-    if node.best_scratch:
+    if node.job_directory:
+        lines.append(_comment("scratch", node.job_directory, "SLURM_TMPDIR of the job is taken"))
+    elif node.best_scratch:
         free = f"{node.scratch[node.best_scratch]} GiB free on the node's own disk"
-        lines.append(_entry("scratch", node.best_scratch, free))
+        entry = _comment if node.best_scratch == "/tmp" else _entry
+        lines.append(entry("scratch", node.best_scratch, free))
     return lines
 
 

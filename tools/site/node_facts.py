@@ -14,7 +14,7 @@ from nanoslime.types import RunError
 
 _PATIENCE_S = 30
 _DEADLINE_S = 90.0
-# Where sites have a node's own disk, beside what the node's environment names.
+# Where sites have a node's own disk. What a job's environment names is another one in each job.
 _SCRATCH = "/local_scratch /localscratch /scratch/local /local /lscratch /scratch /tmp"
 # $1 is put before /sys and /proc, for tests. df needs no option beyond GNU's.
 SCRIPT = f"""
@@ -37,10 +37,11 @@ for h in "$1"/sys/class/infiniband/*/ports/*; do
     state=$(cat "$h/state" 2>/dev/null)
     echo "hca ${{device##*/}} ${{h##*/}} ${{state##*: }} $(cat "$h/link_layer" 2>/dev/null)"
 done
-for d in "$SLURM_TMPDIR" "$TMPDIR" {_SCRATCH}; do
+for d in {_SCRATCH}; do
     [ -n "$d" ] && [ -d "$d" ] && [ -w "$d" ] || continue
-    echo "scratch $d $(df -k --output=fstype,avail "$d" 2>/dev/null | tail -n 1)"
+    echo "disk $d $(df -k --output=fstype,avail "$d" 2>/dev/null | tail -n 1)"
 done
+[ -z "$SLURM_TMPDIR" ] || echo "own $SLURM_TMPDIR"
 if command -v nvidia-smi >/dev/null; then
     nvidia-smi --query-gpu=memory.total,name --format=csv,noheader,nounits | sed 's/^/gpu /'
 fi
@@ -68,6 +69,8 @@ class NodeFacts:
     """The HCAs whose port is active, and their link layer: InfiniBand or Ethernet."""
     scratch: dict[str, int] = field(default_factory=dict)
     """Directories on disks of the node's own that can be written, with their free GiB."""
+    job_directory: str = ""
+    """The directory that SLURM has made for the job on the node (SLURM_TMPDIR)."""
     gpu_memory_gib: float | None = None
     gpu_name: str = ""
 
@@ -125,13 +128,25 @@ def parse(text: str, *, is_node: bool, why_not: str = "") -> NodeFacts:
         if words[2:3] == ["ACTIVE"]:
             hcas[words[0]] = words[3] if words[3:] else "InfiniBand"
     scratch: dict[str, int] = {}
-    for words in told.get("scratch", []):
+    for words in told.get("disk", []):
         if len(words) == 3 and words[1] not in _IN_MEMORY and not _SHARED.search(words[1]):
             scratch.setdefault(words[0], int(words[2]) // 1024**2)
     [host, *_] = [words[0] for words in told.get("host", [["?"]])]
     [default, *_] = [words[0] for words in told.get("default", [[""]])]
+    [own, *_] = [words[0] for words in told.get("own", [[""]])]
     memory, name = None, ""
     for first, *rest in told.get("gpu", [])[:1]:
         if first.rstrip(",").isdigit():
             memory, name = int(first.rstrip(",")) / 1024, " ".join(rest)
-    return NodeFacts(host, is_node, why_not, interfaces, default, hcas, scratch, memory, name)
+    return NodeFacts(
+        host=host,
+        is_node=is_node,
+        why_not=why_not,
+        interfaces=interfaces,
+        default_interface=default,
+        hcas=hcas,
+        scratch=scratch,
+        job_directory=own,
+        gpu_memory_gib=memory,
+        gpu_name=name,
+    )

@@ -67,22 +67,23 @@ def test_a_machine_without_any_of_it(tmp_path):
 def test_scratch_is_the_largest_disk_of_the_nodes_own():
     facts = parse(
         "host n1\n"
-        "scratch /scratch lustre 99999999999\n"
-        "scratch /dev/shm tmpfs 999999999\n"
-        "scratch /tmp ext4 10485760\n"
-        "scratch /local xfs 1048576000\n"
-        "scratch /nfs nfs4 9999999999\n"
-        "scratch /odd\n",
+        "disk /scratch lustre 99999999999\n"
+        "disk /dev/shm tmpfs 999999999\n"
+        "disk /tmp ext4 10485760\n"
+        "disk /local xfs 1048576000\n"
+        "disk /nfs nfs4 9999999999\n"
+        "disk /odd\n",
         is_node=True,
     )
     assert facts.scratch == {"/tmp": 10, "/local": 1000}
     assert facts.best_scratch == "/local"
 
 
-def test_the_script_looks_at_the_jobs_own_directory_first(tmp_path):
-    lines = ask(tmp_path, SLURM_TMPDIR=str(tmp_path)).splitlines()
-    scratch = [line.split()[1] for line in lines if line.startswith("scratch")]
-    assert scratch[0] == str(tmp_path)
+def test_a_jobs_own_directory_is_told_apart(tmp_path):
+    """It has another name in each job, and is none for a file."""
+    facts = parse(ask(tmp_path, SLURM_TMPDIR="/local/job.1"), is_node=True)
+    assert facts.job_directory == "/local/job.1"
+    assert "/local/job.1" not in facts.scratch
 
 
 def test_gpus_are_told_by_nvidia_smi():
