@@ -288,7 +288,9 @@ def _train_config(backend: str, num_tokens: int, model_dir: Path, sizes: Sizes) 
 def _estimated_bytes(config: RunConfig, model_dir: Path) -> int:
     """The plan's estimate for a trainer that is alone."""
     alone = ParallelDims(tp=1, pp=1, cp=1, ep=1, dp=1)
-    return estimate_memory(config, ModelShape.read(model_dir), alone).trainer
+    trainer = estimate_memory(config, ModelShape.read(model_dir), alone).trainer
+    assert trainer is not None
+    return trainer.at_budget
 
 
 def _time_steps(

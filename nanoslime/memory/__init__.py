@@ -1,0 +1,33 @@
+"""What a run holds on a GPU, on a node and on disk: arithmetic and its errors.
+
+parts.py         the parts by name, which a plan shows
+states.py        weights, gradients, optimizer state
+activations.py   what backward functions keep, by the kernels of the layers
+host.py          main memory and checkpoints
+estimate.py      all of it together
+checks.py        what is refused, and the lines of the plan
+"""
+
+from nanoslime.memory.checks import check_memory, memory_lines
+from nanoslime.memory.estimate import estimate_memory, largest_budget
+from nanoslime.memory.parts import (
+    DiskNeed,
+    EngineGPU,
+    Memory,
+    NodeMemory,
+    TrainerGPU,
+    size_text,
+)
+
+__all__ = [
+    "DiskNeed",
+    "EngineGPU",
+    "Memory",
+    "NodeMemory",
+    "TrainerGPU",
+    "check_memory",
+    "estimate_memory",
+    "largest_budget",
+    "memory_lines",
+    "size_text",
+]

@@ -1,0 +1,289 @@
+"""Bytes that backward functions keep of the micro-batches in flight, on each pipeline rank.
+
+A layer keeps, for each token (w: bytes of a number in model.dtype; H: hidden size; Q, K: queries
+and keys of a rank; I: its part of the MLP):
+
+    norms       two times the input, the normalized values and the output, H each
+    attention   queries, keys and values as they come from their projection, and again with norm
+                and rotation; the attended values Q and a float32 for each head
+    MLP         gate and up, and what comes between them and the last product
+
+What of it is kept, and in which type, depends on the kernels, which `KERNELS` lists. Numbers of
+"cpu-local" and "fsdp-sdpa" were measured tensor by tensor (tools/saved_tensors.py), those of
+"cuda-local" and "fsdp-flash" give the peaks of an H200 (tools/BENCHMARKS.md); those of
+"transformer-engine" are from its sources and were never measured.
+"""
+
+from dataclasses import dataclass
+
+from nanoslime.config import RunConfig
+from nanoslime.memory.states import width_of
+from nanoslime.models.parallel_sizes import ParallelDims, PipelineSizes
+from nanoslime.models.shape import MLA, ModelShape
+
+# Token ids where the embedding is. Where the logprobs are: ids, masks, weights, old and new
+# logprobs, ratios and losses of each token.
+_BYTES_OF_IDS = 8
+_BYTES_OF_LOSS = 56
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernels:
+    """What the kernels of a layer keep for the backward pass."""
+
+    name: str
+    # A norm keeps its input and output only; otherwise a float32 copy of its input too.
+    fused_norms: bool
+    # Megatron projects queries, keys and values in one product, whose output stays as a whole.
+    fused_qkv: bool
+    # Bytes of a normalized value, which a norm that is not fused keeps; 0: as model.dtype.
+    normalized: int = 0
+    # How many times I the MLP and an expert keep.
+    mlp: int
+    expert: int
+    # Copies of the attended values: a loop over sequences joins theirs once more.
+    attended: int
+    # Copies of a token's cosines and sines in each layer, and once for all layers.
+    rotations: int = 0
+    shared_rotations: int = 0
+    # Attention keeps scores where keys and values differ in size.
+    latent_scores: bool = False
+    # Under context parallelism a rank has the keys and values of all ranks, and a mask.
+    gathers_keys: bool = False
+
+
+KERNELS = {
+    kernels.name: kernels
+    for kernels in (
+        Kernels(
+            name="cpu-local",
+            fused_norms=False,
+            fused_qkv=True,
+            normalized=4,
+            mlp=5,
+            expert=6,
+            attended=2,
+            rotations=4,
+            latent_scores=True,
+            gathers_keys=True,
+        ),
+        Kernels(
+            name="cuda-local",
+            fused_norms=True,
+            fused_qkv=True,
+            mlp=3,
+            expert=4,
+            attended=1,
+            rotations=4,
+            gathers_keys=True,
+        ),
+        Kernels(
+            name="transformer-engine",
+            fused_norms=True,
+            fused_qkv=True,
+            mlp=3,
+            expert=3,
+            attended=1,
+        ),
+        Kernels(
+            name="fsdp-sdpa",
+            fused_norms=False,
+            fused_qkv=False,
+            mlp=4,
+            expert=4,
+            attended=2,
+            shared_rotations=2,
+        ),
+        Kernels(
+            name="fsdp-flash",
+            fused_norms=False,
+            fused_qkv=False,
+            mlp=4,
+            expert=4,
+            attended=1,
+            shared_rotations=2,
+        ),
+    )
+}
+
+
+def kernels_of(config: RunConfig) -> Kernels:
+    """The kernels of the trainers. A GPU is taken to have Transformer Engine, unless
+    training.allow_slow says that it may be missing."""
+    on_gpu = config.cluster.device == "cuda"
+    if config.training.backend == "fsdp":
+        return KERNELS["fsdp-flash" if on_gpu and width_of(config) < 4 else "fsdp-sdpa"]
+    if not on_gpu:
+        return KERNELS["cpu-local"]
+    return KERNELS["cuda-local" if config.training.allow_slow else "transformer-engine"]
+
+
+@dataclass(frozen=True, slots=True)
+class Microbatch:
+    """What of a micro-batch is on one context-parallel rank."""
+
+    tokens: int
+    # Whole length of its sequences.
+    length: int
+
+
+def activations_of_ranks(
+    config: RunConfig, shape: ModelShape, parallel: ParallelDims, microbatch: Microbatch
+) -> list[int]:
+    """[pp_size]: bytes that a rank of each pipeline stage keeps when most micro-batches are in
+    flight.
+
+    Rank r of the pipeline holds pp_size - r micro-batches. Interleaved, it has run 2 (pp_size -
+    r - 1) + (vpp_size - 1) pp_size + 1 of its chunks before the first backward (arXiv
+    2104.04473, section 2.2): pp_size micro-batches of a chunk before the next chunk.
+
+    With training.recompute a layer keeps its input, and one layer at a time everything.
+    """
+    layer = _Layer.of(config, shape, parallel, microbatch.length)
+    pipeline = PipelineSizes.of(config.training)
+    stages = pipeline.stages(shape.num_layers)
+    found = []
+    for rank in range(pipeline.pp_size):
+        chunks = stages[rank :: pipeline.pp_size]
+        later_ranks = pipeline.pp_size - rank - 1
+        in_flight = later_ranks + 1
+        if pipeline.vpp_size > 1:
+            in_flight = 2 * later_ranks + (pipeline.vpp_size - 1) * pipeline.pp_size + 1
+        kept = 0.0
+        for number in range(in_flight):
+            chunk = number // pipeline.pp_size % pipeline.vpp_size
+            kept += layer.ends(
+                is_first=rank == 0 and chunk == 0,
+                is_last=later_ranks == 0 and chunk == pipeline.vpp_size - 1,
+            )
+            kept += sum(layer.kept(number) for number in chunks[chunk])
+        if config.training.recompute:
+            kept += max(layer.whole(number) for chunk in chunks for number in chunk)
+        found.append(int(kept * microbatch.tokens))
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layer:
+    """Bytes that layers keep for one token on one rank."""
+
+    shape: ModelShape
+    kernels: Kernels
+    width: int
+    tp_size: int
+    # By how many the tokens are divided outside of tensor-parallel products.
+    sequence_ways: int
+    cp_size: int
+    etp_size: int
+    recompute: bool
+    length: int
+
+    @classmethod
+    def of(
+        cls, config: RunConfig, shape: ModelShape, parallel: ParallelDims, length: int
+    ) -> "_Layer":
+        return cls(
+            shape=shape,
+            kernels=kernels_of(config),
+            width=width_of(config),
+            tp_size=parallel.tp,
+            sequence_ways=parallel.tp if config.training.sequence_parallel else 1,
+            cp_size=parallel.cp,
+            etp_size=config.training.etp_size,
+            recompute=config.training.recompute,
+            length=length,
+        )
+
+    def kept(self, number: int) -> float:
+        """Between forward and backward."""
+        if self.recompute:
+            return self.width * self.shape.hidden_size / self.sequence_ways
+        return self.whole(number)
+
+    def whole(self, number: int) -> float:
+        """Of layer `number` without recomputation."""
+        norms = 2 * self._norm(self.shape.hidden_size) / self.sequence_ways
+        attention = self._attention() if self.shape.mla is None else self._latent(self.shape.mla)
+        if number in self.shape.moe_layers:
+            return norms + attention + self._experts()
+        mlp = self.kernels.mlp * self.width * self.shape.intermediate_size / self.tp_size
+        return norms + attention + mlp
+
+    def ends(self, *, is_first: bool, is_last: bool) -> float:
+        """Outside of layers: the ids; the last norm, the hidden states for the logprobs, which
+        are whole on each rank, and the loss."""
+        kept = 0.0
+        if is_first:
+            kept += _BYTES_OF_IDS
+            kept += self.kernels.shared_rotations * self.width * self.shape.head_dim
+        if is_last:
+            hidden = self.shape.hidden_size
+            kept += self._before_output(hidden) / self.sequence_ways + 4
+            kept += self.width * hidden + _BYTES_OF_LOSS
+        return kept
+
+    def _norm(self, size: int) -> float:
+        """Input, normalized values and output of `size` numbers, and a float32."""
+        return self._before_output(size) + self.width * size + 4
+
+    def _before_output(self, numbers: float) -> float:
+        """Of a norm's input and its normalized values; a fused norm keeps the input only."""
+        if self.kernels.fused_norms:
+            return self.width * numbers
+        return (4 + (self.kernels.normalized or self.width)) * numbers
+
+    def _attention(self) -> float:
+        shape = self.shape
+        heads = shape.num_attention_heads / self.tp_size
+        groups = shape.num_key_value_heads / self.tp_size
+        queries = heads * shape.head_dim
+        keys = groups * shape.head_dim
+        gathered = self.cp_size if self.kernels.gathers_keys else 1
+        kept = self.width * (queries + keys * gathered)  # as they are multiplied
+        if self.kernels.fused_qkv:
+            kept += self.width * (queries + 2 * keys)  # values are a part of it
+        else:
+            kept += self.width * keys
+        if shape.qk_norm:
+            kept += self._query_key_norms(queries, keys) + 4 * (heads + groups)
+        kept += self.kernels.attended * self.width * queries + 4 * heads
+        return kept + self.kernels.rotations * self.width * shape.head_dim
+
+    def _query_key_norms(self, queries: float, keys: float) -> float:
+        """Their outputs are not kept: rotation needs cosines and sines only."""
+        if self.kernels.fused_norms:
+            return self.width * queries  # keys are read in place
+        kept = self._before_output(1) * (queries + keys)
+        if self.kernels.fused_qkv and self.width == 4:
+            kept -= 4 * keys
+        return kept
+
+    def _latent(self, mla: MLA) -> float:
+        """Latent attention (arXiv 2405.04434): low ranks are whole on each rank."""
+        heads = self.shape.num_attention_heads / self.tp_size
+        size = mla.qk_nope_head_dim + mla.qk_rope_head_dim
+        kept = self._norm(mla.kv_lora_rank)
+        if mla.q_lora_rank is not None:
+            kept += self._norm(mla.q_lora_rank)
+        kept += self.kernels.rotations * self.width * mla.qk_rope_head_dim
+        if self.kernels.latent_scores:
+            # In float32: queries, keys, values and scores.
+            kept += 4 * heads * (2 * size + mla.v_head_dim + self.length)
+            return kept + self.width * heads * mla.v_head_dim
+        values = mla.qk_nope_head_dim + mla.v_head_dim
+        if self.kernels.name == "cuda-local":
+            values = 2 * size  # the values and what is attended are padded to the size of keys
+        return kept + self.width * heads * (2 * size + values + mla.v_head_dim) + 4 * heads
+
+    def _experts(self) -> float:
+        """Experts that have equally many tokens each; a rank with more keeps more."""
+        moe = self.shape.moe
+        assert moe is not None
+        hidden = self.shape.hidden_size
+        inner = self.kernels.expert * moe.intermediate_size
+        chosen = moe.num_experts_per_token
+        # With tensor parallelism in an expert its tokens are on all of these ranks.
+        routed = self.width * chosen * (hidden * self.etp_size + inner)
+        scores = 4 * moe.num_experts + 32 * chosen
+        shared = self.kernels.mlp * self.width * moe.shared_intermediate_size / self.tp_size
+        return (routed + scores) / self.sequence_ways + shared

@@ -1,0 +1,204 @@
+"""What cannot fit is refused; the rest is shown, with what may not fit."""
+
+from nanoslime.config import RunConfig
+from nanoslime.engine_kind import engine_kind
+from nanoslime.memory.estimate import estimate_memory, largest_budget
+from nanoslime.memory.host import free_bytes
+from nanoslime.memory.parts import GIB, EngineGPU, Memory, NodeMemory, TrainerGPU, size_text
+from nanoslime.models.parallel_sizes import ParallelDims
+from nanoslime.models.shape import ModelShape
+from nanoslime.types import RunError
+
+
+def check_memory(config: RunConfig, shape: ModelShape, parallel: ParallelDims) -> None:
+    """Raises RunError for what cannot fit on a GPU or a node whatever the token budget is.
+
+    That is without headroom: what fits only tightly, the plan shows.
+    """
+    need = estimate_memory(config, shape, parallel)
+    _check_node(need.node)
+    if config.cluster.device == "cpu":
+        return
+    if need.trainer:
+        _check_states(config, shape, need.trainer)
+        _check_longest(config, shape, need.trainer)
+    if need.trainer and need.engine and config.cluster.colocate:
+        _check_colocated(config, need.trainer, need.engine)
+    if need.engine:
+        _check_engine(config, need.engine)
+
+
+def _check_states(config: RunConfig, shape: ModelShape, trainer: TrainerGPU) -> None:
+    gpu_gib = config.cluster.gpu_memory_gib
+    if trainer.states + trainer.reserve > gpu_gib * GIB:
+        raise RunError(
+            f"weights, gradients and optimizer state take {trainer.states / GIB:.0f} GiB of each "
+            f"trainer GPU, which has cluster.gpu_memory_gib={gpu_gib:g} and needs "
+            f"{trainer.reserve / GIB:g} of them for CUDA and NCCL; raise the number of trainer "
+            f"GPUs, or with --backend megatron {_sizes_that_divide(shape)}"
+        )
+
+
+def _check_longest(config: RunConfig, shape: ModelShape, trainer: TrainerGPU) -> None:
+    gpu_gib = config.cluster.gpu_memory_gib
+    if trainer.longest_tokens < trainer.budget_tokens:
+        return
+    if trainer.at_longest <= gpu_gib * GIB:
+        return
+    ways = ["lower rollout.max_new_tokens or data.max_prompt_tokens"]
+    if not config.training.recompute:
+        ways.append("set training.recompute")
+    if config.training.backend == "megatron":
+        ways.append("raise training.cp_size")
+        if not config.training.sequence_parallel:
+            ways.append("raise training.tp_size with --sequence-parallel")
+        else:
+            ways.append("raise training.tp_size")
+        if shape.moe:
+            ways.append("raise training.ep_size")
+    else:
+        ways.append("use --backend megatron with training.cp_size or training.tp_size")
+    raise RunError(
+        f"data.max_prompt_tokens={config.data.max_prompt_tokens} and rollout.max_new_tokens="
+        f"{config.rollout.max_new_tokens} make a sequence that has a micro-batch for itself, "
+        f"{trainer.longest_tokens} tokens of it on a trainer GPU, whose activations take "
+        f"{trainer.longest_activations / GIB:.0f} GiB beside {trainer.states / GIB:.0f} GiB of "
+        f"states, of cluster.gpu_memory_gib={gpu_gib:g}; {', or '.join(ways)}"
+    )
+
+
+def _check_colocated(config: RunConfig, trainer: TrainerGPU, engine: EngineGPU) -> None:
+    gpu_gib = config.cluster.gpu_memory_gib
+    while_sent = trainer.states + trainer.reserve + trainer.sync_buckets + engine.weights
+    if while_sent > gpu_gib * GIB:
+        raise RunError(
+            f"cluster.colocate: a GPU holds {while_sent / GIB:.0f} GiB, the trainer's states, "
+            f"buckets and the engine's weights, while weights are sent; it has "
+            f"cluster.gpu_memory_gib={gpu_gib:g}; raise rollout.engine_tp_size or the nodes, or "
+            "lower weight_sync.bucket_bytes"
+        )
+
+
+def _check_engine(config: RunConfig, engine: EngineGPU) -> None:
+    gpu_gib = config.cluster.gpu_memory_gib
+    title = engine_kind(config.rollout).title
+    if engine.cache < 0:
+        raise RunError(
+            f"rollout.engine_tp_size={config.rollout.engine_tp_size}: the weights take "
+            f"{engine.weights / GIB:.0f} GiB of each engine GPU, more than {title}'s "
+            f"share of cluster.gpu_memory_gib={gpu_gib:g}; raise it"
+        )
+    asked = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    if asked > engine.cached_tokens:
+        raise RunError(
+            f"data.max_prompt_tokens={config.data.max_prompt_tokens} and rollout.max_new_tokens="
+            f"{config.rollout.max_new_tokens} make a sequence of {asked} tokens, and an engine "
+            f"caches about {engine.cached_tokens}; lower them, or raise rollout.engine_tp_size"
+        )
+
+
+def _check_node(node: NodeMemory) -> None:
+    if node.available is None or node.total <= node.available:
+        return
+    raise RunError(
+        f"a node needs {node.total / GIB:.0f} GiB of main memory ({_node_parts(node)}), and "
+        f"cluster.memory_per_node gives it {node.available / GIB:.0f} GiB; raise it, or spread "
+        "trainers over more nodes"
+    )
+
+
+def _sizes_that_divide(shape: ModelShape) -> str:
+    sizes = "training.tp_size or training.pp_size"
+    if shape.moe:
+        return f"training.ep_size, {sizes}"
+    return sizes
+
+
+def memory_lines(config: RunConfig, shape: ModelShape, parallel: ParallelDims) -> list[str]:
+    """What a GPU of each kind, a node and the disk hold, one line each, as the plan shows it."""
+    need = estimate_memory(config, shape, parallel)
+    lines = []
+    if need.trainer:
+        lines.append(_trainer_line(config, shape, parallel, need.trainer))
+    if need.engine:
+        lines.append(_engine_line(config, need.engine))
+    lines.append(_node_line(need.node))
+    if need.disk.total:
+        lines.append(_disk_line(config, need))
+    return lines
+
+
+def _trainer_line(
+    config: RunConfig, shape: ModelShape, parallel: ParallelDims, trainer: TrainerGPU
+) -> str:
+    line = (
+        f"trainer: {size_text(trainer.states)} states, about {size_text(trainer.activations)} "
+        f"activations of {trainer.budget_tokens:,} tokens"
+    )
+    if trainer.longest_tokens > trainer.budget_tokens:
+        line += (
+            f", {size_text(trainer.longest_activations)} of the longest sequence "
+            f"({trainer.longest_tokens:,} a GPU)"
+        )
+    if config.cluster.device == "cpu":
+        return line
+    gpu_gib = config.cluster.gpu_memory_gib
+    others = trainer.logprobs + trainer.reserve
+    line += (
+        f", {size_text(others)} logprobs, CUDA and NCCL; with {size_text(trainer.headroom)} "
+        f"headroom {size_text(trainer.total)} of {gpu_gib:g} GiB"
+    )
+    if trainer.total <= gpu_gib * GIB:
+        return line
+    line += "; MAY NOT FIT: lower training.max_tokens_per_microbatch"
+    largest = largest_budget(config, shape, parallel)
+    if largest:
+        line += f" to {largest} or less"
+    return f"{line}, or set training.recompute"
+
+
+def _engine_line(config: RunConfig, engine: EngineGPU) -> str:
+    line = f"engine: {size_text(engine.weights)} weights"
+    if config.cluster.device == "cpu":
+        return line
+    return (
+        f"{line}, room for about {engine.cached_tokens:,} tokens of KV cache, "
+        f"{engine.sequences:,} sequences of {engine.longest_tokens:,}"
+    )
+
+
+def _node_line(node: NodeMemory) -> str:
+    line = f"node: {size_text(node.total)} of main memory ({_node_parts(node)})"
+    if node.available is not None:
+        line += f", of {size_text(node.available)}"
+    return line
+
+
+def _node_parts(node: NodeMemory) -> str:
+    parts = {
+        "reference": node.reference,
+        "sleeping trainers": node.sleeping,
+        "offloaded optimizer": node.offloaded,
+        "embedded engine": node.embedded,
+        "rollouts": node.rollouts,
+        "processes": node.processes,
+    }
+    return ", ".join(f"{name} {size_text(size)}" for name, size in parts.items() if size)
+
+
+def _disk_line(config: RunConfig, need: Memory) -> str:
+    disk = need.disk
+    line = (
+        f"disk: {size_text(disk.total)} (at most {disk.checkpoints} checkpoints of "
+        f"{size_text(disk.checkpoint)}"
+    )
+    if disk.export:
+        line += f", {size_text(disk.export)} export"
+    line += ")"
+    free = free_bytes(config.cluster.run_root)
+    if free is None:
+        return line
+    line += f", {size_text(free)} free at cluster.run_root (a quota does not show there)"
+    if disk.total > free:
+        line += "; MAY NOT FIT: lower checkpoint.keep_last, or set checkpoint.keep_every=0"
+    return line
