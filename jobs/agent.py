@@ -1,6 +1,6 @@
 """The agent of one node: it starts Ray, on node 0 also the driver, and watches both.
 
-    check the machine -> Ray head | Ray worker -> all joined: driver -> watch
+    preflight -> Ray head | Ray worker -> all joined: driver -> watch
     -> end everything that was started
 
 Agents meet in the attempt's directory:
@@ -33,7 +33,8 @@ from pathlib import Path
 
 from jobs import ray_node
 from jobs.cluster_env import ClusterEnv, remove_scratch
-from jobs.preflight import check_cores, check_gpus
+from jobs.preflight.node import Place
+from jobs.preflight.rounds import CANARY_DEADLINE_S, Preflight
 from nanoslime.config.run import RunConfig
 from nanoslime.doctor import Doctor, Finding, learned_s
 from nanoslime.failures import is_of_machine, summary
@@ -163,21 +164,44 @@ class Agent:
         """Everything up to the end of the attempt, which always comes as an exception."""
         self._attempt.lost(self._env.node_index).unlink(missing_ok=True)
         self._tick()
-        check_cores(self._env)
-        if self._layout.device == "cuda":
-            deadline_s = self._config.cluster.gpu_probe_deadline_s
-            check_gpus(self._env, self._layout.slots_per_node, deadline_s)
+        self._make_sure_of_nodes()
         if self._is_head:
             self._start_head()
         else:
             self._start_worker()
         self._join()
         if self._is_head:
-            self._wait_for_nodes()
+            self._wait_for_nodes(self._joined_file(0).parent)
             self._start_driver()
         while True:
             self._tick()
             time.sleep(_TICK_S)
+
+    def _make_sure_of_nodes(self) -> None:
+        """Look at this node, and on node 0 judge all of them; raises AttemptOver for unfit ones.
+
+        A node that comes back is not looked at again.
+        """
+        place = Place(self._env, self._layout, self._config.cluster, self._attempt.path)
+        preflight = Preflight(self._attempt, place)
+        if preflight.is_over():
+            return
+        preflight.examine()
+        if not self._is_head:
+            # Node 0 ends the attempt where it misses a node.
+            deadlines = self._config.cluster
+            patience_s = deadlines.ray_start_deadline_s + deadlines.node_join_deadline_s
+            awaited = f"{self._env.node_names[0]} to look at all nodes"
+            self._wait_for_ray(preflight.answer, awaited, self._attempt.log("agent", 0), patience_s)
+            return
+        self._wait_for_nodes(preflight.reports)
+        preflight.ask()
+        self._wait_until(preflight.have_all_answered, CANARY_DEADLINE_S)
+        verdict = preflight.conclude()
+        logger.info("%s", verdict.table)
+        if verdict.cause:
+            can_go_on = bool(verdict.excluded) and not self._env.local
+            raise AttemptOver(FAILED, verdict.cause, can_go_on=can_go_on)
 
     def _start_head(self) -> None:
         """Start the Ray head and tell the other agents of it."""
@@ -254,22 +278,25 @@ class Agent:
         awaited = f"Ray on {self._env.node_name} ({self._env.address}) to start"
         self._wait_for_ray(has_started, awaited, log)
 
-    def _wait_for_ray(self, condition: Callable[[], bool], awaited: str, log: Path) -> None:
-        deadline_s = self._config.cluster.ray_start_deadline_s
+    def _wait_for_ray(
+        self, condition: Callable[[], bool], awaited: str, log: Path, deadline_s: float = 0.0
+    ) -> None:
+        deadline_s = deadline_s or self._config.cluster.ray_start_deadline_s
         if not self._wait_until(condition, deadline_s):
             raise MachineFailure(
                 f"waited {deadline_s:g} s for {awaited}; see {log}: {last_line(log)}"
             )
 
-    def _wait_for_nodes(self) -> None:
+    def _wait_for_nodes(self, folder: Path) -> None:
+        """Wait until each node has its file in a folder."""
         deadline_s = self._config.cluster.node_join_deadline_s
-        if not self._wait_until(lambda: not self._missing_nodes(), deadline_s):
-            missing = ", ".join(self._missing_nodes())
+        if not self._wait_until(lambda: not self._missing_nodes(folder), deadline_s):
+            missing = ", ".join(self._missing_nodes(folder))
             raise MachineFailure(f"did not join within {deadline_s:g} s: {missing}")
 
-    def _missing_nodes(self) -> list[str]:
-        """The nodes that have not joined, each with its log."""
-        joined = os.listdir(self._joined_file(0).parent)
+    def _missing_nodes(self, folder: Path) -> list[str]:
+        """The nodes without a file in a folder, each with its log."""
+        joined = os.listdir(folder)
         missing = [i for i in range(self._env.num_nodes) if f"{i}.json" not in joined]
         names = self._env.node_names
         return [f"{names[i]} (node {i}, {self._attempt.log('agent', i)})" for i in missing]

@@ -7,7 +7,7 @@ import re
 import shutil
 import socket
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +37,8 @@ class ClusterEnv:
     num_nodes: int
     node_name: str
     node_names: tuple[str, ...]
-    # The address of this node, reachable from the others.
+    # The address of this node, reachable from the others; empty where `address_problem` says why
+    # it has none.
     address: str
     job_id: str
     restart_count: int
@@ -45,6 +46,7 @@ class ClusterEnv:
     cpus: int
     # Whether this is a simulated node.
     local: bool = False
+    address_problem: str = ""
 
     @property
     def attempt_key(self) -> str:
@@ -90,12 +92,19 @@ class ClusterEnv:
         names = tuple(listed or expand(node_list))
         index = int(environ["SLURM_NODEID"])
         cpus = environ.get("SLURM_CPUS_PER_TASK") or environ.get("SLURM_CPUS_ON_NODE", "0")
+        address = address_problem = ""
+        try:
+            address = _address(names, index, network_interface)
+        except RunError as error:
+            # The node is named, with all else that is wrong, before Ray starts.
+            address_problem = str(error)
         return cls(
             node_index=index,
             num_nodes=len(names),
             node_name=environ.get("SLURMD_NODENAME", names[index]),
             node_names=names,
-            address=_address(names, index, network_interface),
+            address=address,
+            address_problem=address_problem,
             job_id=environ["SLURM_JOB_ID"],
             restart_count=int(environ.get("SLURM_RESTART_COUNT", "0")),
             cpus=int(cpus),
@@ -174,13 +183,18 @@ def _address(names: tuple[str, ...], index: int, network_interface: str) -> str:
 
 def _node_address(name: str) -> str:
     """SLURM's NodeAddr of a node as an IPv4 address; empty where it is not known."""
-    match = re.search(r"NodeAddr=(\S+)", slurm_says("scontrol", "show", "node", name, "-o"))
-    if not match:
-        return ""
     try:
-        return socket.gethostbyname(match[1])
+        return socket.gethostbyname(node_hosts([name])[name])
     except OSError:
         return ""
+
+
+def node_hosts(names: Sequence[str]) -> dict[str, str]:
+    """By node what its daemon is called by: SLURM's NodeAddr, else its own name."""
+    said = slurm_says("scontrol", "show", "node", ",".join(names), "--oneliner")
+    facts = [_facts(line) for line in said.splitlines()]
+    known = {node["NodeName"]: node["NodeAddr"] for node in facts if "NodeAddr" in node}
+    return {name: known.get(name, name) for name in names}
 
 
 def preemption_grace_s(partition: str = "") -> int:

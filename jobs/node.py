@@ -21,6 +21,7 @@ from pathlib import Path
 from jobs.agent import Agent, clean_up, logged_if_unwritable
 from jobs.checkout import environment
 from jobs.cluster_env import ClusterEnv
+from jobs.preflight.rounds import table
 from jobs.requeue import follow_head
 from jobs.where import record_job
 from nanoslime.config.load import read
@@ -73,11 +74,13 @@ class NodeJob:
         agent = start_agent(attempt, config, env, self.driver)
         doctor = Doctor(config.cluster, env.node_name, attempt)
         code = agent.poll()
+        is_told = env.node_index > 0
         while code is None:
             end_if_hung(agent, doctor, attempt)
             # Before its first heartbeat it would ignore some signals, and be ended by others.
             if signals and attempt.heartbeats([env.node_index]):
                 agent.send_signal(signals.pop(0))
+            is_told = is_told or _tell_of_nodes(attempt)
             time.sleep(_POLL_S)
             code = agent.poll()
             if code == DONE and attempt.ended() is None:
@@ -85,6 +88,7 @@ class NodeJob:
                 agent = start_agent(attempt, config, env, self.driver)
                 code = None
         with logged_if_unwritable():
+            is_told = is_told or _tell_of_nodes(attempt)
             if code not in (DONE, STOPPED):
                 attempt.end(FAILED, agent.exit_summary(), can_go_on=code < 0)
         end_descendants(grace_s=0.0)
@@ -114,6 +118,14 @@ def _is_followed(attempt: Attempt) -> bool:
     with suppress(OSError):
         return not attempt.is_newest()
     return False
+
+
+def _tell_of_nodes(attempt: Attempt) -> bool:
+    """Put what the agents have found into the job's output; False where they are still looking."""
+    found = table(attempt)
+    if found:
+        print(found, flush=True)
+    return bool(found)
 
 
 def start_agent(attempt: Attempt, config: RunConfig, env: ClusterEnv, driver: str) -> ChildProcess:

@@ -13,8 +13,9 @@ left in its directory and by what SLURM says of the job now. It asks for a reque
     after a failure of a machine: a dead process or node, a hang, a lost filesystem
 
 but not when the job was cancelled, when somebody asked the run to end, and when it was requeued
-`cluster.max_requeues` times in a row without a new commit. An attempt that has lost nodes is
-followed by another one on those that are left, as long as they are enough. A run that has not
+`cluster.max_requeues` times in a row without a new commit. An attempt that has lost nodes, or has
+found some unfit, is followed by another one on those that are left, as long as they are enough;
+else the job goes on without the unfit ones in its ExcNodeList. A run that has not
 reached its end and does not go on makes the job fail, so that no other job takes its place by
 `afterok`.
 """
@@ -22,15 +23,17 @@ reached its end and does not go on makes the job fail, so that no other job take
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from jobs import where
 from jobs.cluster_env import job_facts, slurm_says
+from jobs.preflight.rounds import excluded
 from jobs.sbatch import OUTLIVES_STEP, requeue_line, step_command
 from nanoslime.config.load import read
 from nanoslime.processes.command import ask
+from nanoslime.processes.signals import handled
 from nanoslime.run_dir import DONE, FAILED, STOPPED, Attempt, RunDir
 from nanoslime.storage.shared_files import publish_once, read_json, seen
 from nanoslime.types import RunError
@@ -96,6 +99,7 @@ def nodes_left(attempt: Attempt, listed: Sequence[str]) -> list[str]:
     listed: those that SLURM still counts to the job. It may notice later than we do.
     """
     lost = {read_json(mark)["name"] for mark in attempt.lost(0).parent.glob("*.json")}
+    lost |= set(excluded(attempt.run, attempt.key))
     left = [name for name in listed if name not in lost]
     is_enough = attempt.layout.min_nodes <= len(left) < attempt.layout.num_nodes
     # The batch script runs on the first one.
@@ -134,7 +138,7 @@ def main(argv: list[str]) -> int:
     how = f"goes on without the lost nodes, on {', '.join(nodes)}"
     if not (why_not or nodes):
         try:
-            how = _go_on(run, job_id, config.cluster.goes_on_by)
+            how = _go_on(run, job_id, config.cluster.goes_on_by, excluded(run, attempt.key))
         except RunError as error:
             why_not = str(error)
     count = f"{how} ({num_vain + 1} of {max_requeues} in a row without a new commit)"
@@ -160,17 +164,51 @@ def follow_head(attempt: Attempt, code: int) -> None:
         ask(["scancel", os.environ["SLURM_JOB_ID"]], _REQUEUE_DEADLINE_S)
 
 
-def _go_on(run: RunDir, job_id: str, by: str) -> str:
-    """Has the job start anew, or another one after it. RunError where SLURM refuses."""
+def _go_on(run: RunDir, job_id: str, by: str, unfit: Sequence[str]) -> str:
+    """Has the job start anew, or another one after it, on other nodes than the unfit ones.
+
+    RunError where SLURM refuses, or has too few others.
+    """
+    facts = job_facts(job_id)
+    before = facts.get("ExcNodeList", "(null)")
+    excluding = ",".join([*unfit, *([] if before == "(null)" else [before])])
+    without = f" without {', '.join(unfit)}" if unfit else ""
+    if unfit:
+        _check_others(facts, excluding)
     if by == "chain":
         script = run.batch_script.read_text()
-        following = where.submit("sbatch", script, f"--dependency=afterany:{job_id}")
+        options = [f"--exclude={excluding}"] if excluding else []
+        following = where.submit("sbatch", script, f"--dependency=afterany:{job_id}", *options)
         where.record_job(run, following, after=job_id)
-        return f"goes on in job {following}"
-    done = ask(["scontrol", "requeue", job_id], _REQUEUE_DEADLINE_S)
+        return f"goes on in job {following}{without}"
+    # SLURM ends this process too, by SIGTERM at first.
+    with handled(lambda _: None):
+        done = ask(["scontrol", "requeue", job_id], _REQUEUE_DEADLINE_S)
+        if done.returncode:
+            raise RunError(" ".join(done.stderr.split()))
+        if unfit:
+            # It takes this of a pending job only.
+            update = ["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={excluding}"]
+            done = ask(update, _REQUEUE_DEADLINE_S)
+            if done.returncode:
+                without = f", and SLURM may choose {', '.join(unfit)} again: {done.stderr.strip()}"
+    return f"requeued{without}"
+
+
+def _check_others(job: Mapping[str, str], excluding: str) -> None:
+    """RunError where SLURM has too few nodes beside those: the job would wait for ever."""
+    options = [f"--nodes={job.get('NumNodes', '1').partition('-')[0]}", f"--exclude={excluding}"]
+    for option, word in (("partition", "Partition"), ("account", "Account"), ("qos", "QOS")):
+        value = job.get(word, "(null)")
+        if value not in ("(null)", "N/A", ""):
+            options.append(f"--{option}={value}")
+    command = ["sbatch", "--test-only", *options, "--wrap=true"]
+    done = ask(command, _REQUEUE_DEADLINE_S, env=where.submitter_environment())
     if done.returncode:
-        raise RunError(" ".join(done.stderr.split()))
-    return "requeued"
+        raise RunError(
+            f"without {excluding} SLURM has no nodes for the job ({where.complaint(done.stderr)}); "
+            "ask for fewer nodes, or resume the run when they are repaired"
+        )
 
 
 if __name__ == "__main__":

@@ -101,12 +101,17 @@ def submit(sbatch: str, script: str, *options: str) -> str:
 
     Raises RunError with the reason why SLURM refuses it.
     """
-    env = {k: v for k, v in os.environ.items() if k == "SLURM_CONF" or k[:6] != "SLURM_"}
-    done = ask([sbatch, "--parsable", *options], _SUBMIT_DEADLINE_S, env=env, stdin=script)
+    command = [sbatch, "--parsable", *options]
+    done = ask(command, _SUBMIT_DEADLINE_S, env=submitter_environment(), stdin=script)
     if done.returncode:
         raise RunError(f"sbatch refused the job: {complaint(done.stderr)}")
     # With several clusters it prints JOB;CLUSTER.
     return done.stdout.strip().split(";")[0]
+
+
+def submitter_environment() -> dict[str, str]:
+    """That of a job without what SLURM tells a job, which would be options of the next one."""
+    return {k: v for k, v in os.environ.items() if k == "SLURM_CONF" or k[:6] != "SLURM_"}
 
 
 def refuse_if_job_lives(run: RunDir) -> bool:

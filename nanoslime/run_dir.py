@@ -8,6 +8,7 @@
     skipped/step_<k>/ (batches of steps left out)
     job.json (the SLURM job that holds the run, where there is one) job.sbatch (its batch script)
     attempts/<n>/ logs/<role>-<rank>.log nodes/ heartbeat/<node>.json lost/ stop.json end.json
+                  preflight/<node>.json preflight.json preflight.txt (what the nodes are fit for)
                   phases.jsonl (each phase, with the time at which it began)
                   stacks/node-<i>.txt (where something hung)
     attempts/latest
@@ -308,6 +309,8 @@ class Attempt:
     """How to reach Ray: {ray_address, node_ip}."""
     phases = _at("phases.jsonl")
     """Every status in its order: {time, phase, step} and what else was told."""
+    preflight = _at("preflight.json")
+    """What was found out about the nodes before Ray started; preflight.txt is a table of it."""
     ray_token = _at("ray_token")
 
     @property

@@ -21,12 +21,17 @@ def provenance(argv: Sequence[str]) -> dict[str, Any]:
     return {
         "argv": list(argv),
         "python": sys.version.split()[0],
-        "versions": {name: _version(name) for name in _VERSIONS},
+        "versions": versions(),
         "git_commit": _git("rev-parse", "HEAD").strip(),
         "git_diff": _git("diff", "HEAD")[:_MAX_DIFF_CHARS],
         "host": socket.gethostname(),
         "time": time.time(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Those of the packages on which a result depends."""
+    return {name: _version(name) for name in _VERSIONS}
 
 
 def _version(package: str) -> str:

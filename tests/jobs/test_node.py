@@ -20,7 +20,8 @@ from jobs.agent import Agent, AttemptOver
 from jobs.checkout import ROOT
 from jobs.cluster_env import ClusterEnv, interface_address
 from jobs.local import run_local
-from jobs.preflight import check_cores, check_driver, check_gpus
+from jobs.preflight.gpus import check_driver, check_gpus
+from jobs.preflight.node import check_cores
 from jobs.ray_node import cuda_home
 from nanoslime.run_dir import DONE, FAILED, STOPPED, Attempt, RunDir
 from nanoslime.types import MachineFailure, RunError
@@ -331,12 +332,12 @@ def test_a_node_that_never_joins_is_named_within_the_deadline(
 
 
 def test_a_worker_without_a_head_gives_up_and_names_it(tmp_path: Path) -> None:
-    made = make_run(tmp_path, 2, ray_start_deadline_s=0.5)
+    made = make_run(tmp_path, 2, ray_start_deadline_s=0.3, node_join_deadline_s=0.2)
     agent = start_agent(made, 1)
     agent.communicate(timeout=_DEADLINE_S)
     assert agent.returncode == FAILED
     _, reason = made.end
-    assert reason.startswith("waited 0.5 s for the Ray head on node0; see ")
+    assert reason.startswith("waited 0.5 s for node0 to look at all nodes; see ")
 
 
 def test_an_agent_pinned_to_one_core_says_so(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""What the agents of an attempt make sure of before Ray starts."""
