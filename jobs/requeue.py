@@ -32,6 +32,7 @@ from jobs.cluster_env import job_facts, slurm_says
 from jobs.preflight.rounds import excluded
 from jobs.sbatch import OUTLIVES_STEP, requeue_line, step_command
 from nanoslime.config.load import read
+from nanoslime.layout import Layout
 from nanoslime.processes.command import ask
 from nanoslime.processes.signals import handled
 from nanoslime.run_dir import DONE, FAILED, STOPPED, Attempt, RunDir
@@ -138,7 +139,7 @@ def main(argv: list[str]) -> int:
     how = f"goes on without the lost nodes, on {', '.join(nodes)}"
     if not (why_not or nodes):
         try:
-            how = _go_on(run, job_id, config.cluster.goes_on_by, excluded(run, attempt.key))
+            how = _go_on(attempt, job_id, config.cluster.goes_on_by)
         except RunError as error:
             why_not = str(error)
     count = f"{how} ({num_vain + 1} of {max_requeues} in a row without a new commit)"
@@ -164,20 +165,31 @@ def follow_head(attempt: Attempt, code: int) -> None:
         ask(["scancel", os.environ["SLURM_JOB_ID"]], _REQUEUE_DEADLINE_S)
 
 
-def _go_on(run: RunDir, job_id: str, by: str, unfit: Sequence[str]) -> str:
+def _go_on(attempt: Attempt, job_id: str, by: str) -> str:
     """Has the job start anew, or another one after it, on other nodes than the unfit ones.
 
-    RunError where SLURM refuses, or has too few others.
+    RunError where SLURM refuses, or has too few others for a run that needs all.
     """
+    run = attempt.run
     facts = job_facts(job_id)
+    unfit = excluded(run, attempt.key)
     before = facts.get("ExcNodeList", "(null)")
     excluding = ",".join([*unfit, *([] if before == "(null)" else [before])])
+    complaint = _lack_of_others(facts, excluding) if unfit else ""
+    if complaint:
+        plan = Layout.from_json(run.plan.read_text())
+        if plan.num_nodes - len(unfit) < plan.min_nodes:
+            raise RunError(
+                f"without {excluding} SLURM has no nodes for the job ({complaint}); "
+                "ask for fewer nodes, or resume the run when they are repaired"
+            )
+        # The next attempt leaves them out again.
+        unfit = ()
     without = f" without {', '.join(unfit)}" if unfit else ""
-    if unfit:
-        _check_others(facts, excluding)
     if by == "chain":
         script = run.batch_script.read_text()
-        options = [f"--exclude={excluding}"] if excluding else []
+        kept_out = excluding if unfit else before.replace("(null)", "")
+        options = [f"--exclude={kept_out}"] if kept_out else []
         following = where.submit("sbatch", script, f"--dependency=afterany:{job_id}", *options)
         where.record_job(run, following, after=job_id)
         return f"goes on in job {following}{without}"
@@ -195,20 +207,16 @@ def _go_on(run: RunDir, job_id: str, by: str, unfit: Sequence[str]) -> str:
     return f"requeued{without}"
 
 
-def _check_others(job: Mapping[str, str], excluding: str) -> None:
-    """RunError where SLURM has too few nodes beside those: the job would wait for ever."""
+def _lack_of_others(job: Mapping[str, str], excluding: str) -> str:
+    """What SLURM says where it has too few nodes for a job beside those: it would wait for ever."""
     options = [f"--nodes={job.get('NumNodes', '1').partition('-')[0]}", f"--exclude={excluding}"]
     for option, word in (("partition", "Partition"), ("account", "Account"), ("qos", "QOS")):
-        value = job.get(word, "(null)")
+        value = job.get(word, "")
         if value not in ("(null)", "N/A", ""):
             options.append(f"--{option}={value}")
     command = ["sbatch", "--test-only", *options, "--wrap=true"]
     done = ask(command, _REQUEUE_DEADLINE_S, env=where.submitter_environment())
-    if done.returncode:
-        raise RunError(
-            f"without {excluding} SLURM has no nodes for the job ({where.complaint(done.stderr)}); "
-            "ask for fewer nodes, or resume the run when they are repaired"
-        )
+    return where.complaint(done.stderr) if done.returncode else ""
 
 
 if __name__ == "__main__":
