@@ -122,10 +122,11 @@ def _is_followed(attempt: Attempt) -> bool:
 
 def _tell_of_nodes(attempt: Attempt) -> bool:
     """Put what the agents have found into the job's output; False where they are still looking."""
-    found = table(attempt)
-    if found:
-        print(found, flush=True)
-    return bool(found)
+    with suppress(OSError):
+        if found := table(attempt):
+            print(found, flush=True)
+            return True
+    return False
 
 
 def start_agent(attempt: Attempt, config: RunConfig, env: ClusterEnv, driver: str) -> ChildProcess:
