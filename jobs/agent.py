@@ -1,6 +1,6 @@
 """The agent of one node: it starts Ray, on node 0 also the driver, and watches both.
 
-    preflight -> Ray head | Ray worker -> all joined: driver -> watch
+    preflight -> the model on its disk -> Ray head | Ray worker -> all joined: driver -> watch
     -> end everything that was started
 
 Agents meet in the attempt's directory:
@@ -26,22 +26,23 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from jobs import ray_node
 from jobs.cluster_env import ClusterEnv, remove_scratch
+from jobs.leaving import AttemptOver, clean_up, logged_if_unwritable
 from jobs.preflight.node import Place
 from jobs.preflight.rounds import CANARY_DEADLINE_S, Preflight
+from jobs.staging import Staging, kept_caches, wants_copy
 from nanoslime.config.run import RunConfig
 from nanoslime.doctor import Doctor, Finding, learned_s
 from nanoslime.failures import is_of_machine, summary
 from nanoslime.layout import Layout
 from nanoslime.processes.child import ChildProcess
 from nanoslime.processes.logs import last_line
-from nanoslime.processes.phases import DRIVER, own_report, read_tasks
+from nanoslime.processes.phases import own_report, rest_of_training_s
 from nanoslime.processes.ports import answers, hold_consecutive_ports
 from nanoslime.processes.signals import WARNINGS, handled
 from nanoslime.processes.tree import adopt_orphans, descendants, end_descendants
@@ -62,53 +63,6 @@ _NUM_INTERVALS = 99
 _LEAVE_S = 30.0
 # A driver that got SIGTERM may use this much of the time until SLURM kills the job.
 _KILL_WAIT_SHARE = 0.6
-
-
-@dataclass(eq=False)
-class AttemptOver(Exception):
-    """The attempt is over, so all waiting ends."""
-
-    code: int
-    reason: str
-    _: KW_ONLY
-    # Another agent has said so already.
-    published: bool = False
-    # It failed by a fault of a machine, so that another attempt may do better.
-    can_go_on: bool = False
-
-
-@contextmanager
-def logged_if_unwritable() -> Iterator[None]:
-    """What an agent says last may fail where its run directory does; it ends all the same."""
-    try:
-        yield
-    except OSError as error:
-        logger.error("not written: %s", error)
-
-
-def clean_up(attempt: Attempt, env: ClusterEnv) -> None:
-    """Remove what an attempt left on this node, where nothing of it runs any more.
-
-    Ray's logs are kept where the attempt has failed.
-    """
-    scratch = env.scratch(attempt.path)
-    with logged_if_unwritable():
-        code, _ = attempt.ended() or (FAILED, "")
-        if code == FAILED:
-            ray_node.keep_logs(scratch, attempt.log("ray", env.node_index).with_suffix(""))
-    remove_scratch(scratch)
-    with logged_if_unwritable():
-        attempt.leave(env.node_index)
-
-
-def _rest_of_training_s(driver: int) -> float:
-    """How much longer the driver trains in this step if that takes as long as the shortest training
-    so far; 0 where it does something else, or has not trained yet.
-    """
-    for task in read_tasks(driver):
-        if task.name == DRIVER and task.phase == "train" and task.durations:
-            return min(task.durations) - (time.monotonic() - task.since)
-    return 0.0
 
 
 class Agent:
@@ -165,6 +119,7 @@ class Agent:
         self._attempt.lost(self._env.node_index).unlink(missing_ok=True)
         self._tick()
         self._make_sure_of_nodes()
+        self._stage_model()
         if self._is_head:
             self._start_head()
         else:
@@ -202,6 +157,21 @@ class Agent:
         if verdict.cause:
             can_go_on = bool(verdict.excluded) and not self._env.local
             raise AttemptOver(FAILED, verdict.cause, can_go_on=can_go_on)
+
+    def _stage_model(self) -> None:
+        """Have the model on this node's own disk where the site has named one, and wait until all
+        nodes have it.
+        """
+        if not wants_copy(self._config):
+            return
+        deadline_s = self._config.cluster.stage_deadline_s
+        self._staging = Staging(self._attempt, self._config, self._env.node_index)
+        if not self._wait_until(self._staging.is_done, deadline_s):
+            self._staging.give_up(
+                f"a copy took longer than cluster.stage_deadline_s={deadline_s:g}"
+            )
+        folder = self._attempt.staged(0).parent
+        self._wait_until(lambda: not self._missing_nodes(folder), deadline_s)
 
     def _start_head(self) -> None:
         """Start the Ray head and tell the other agents of it."""
@@ -257,7 +227,8 @@ class Agent:
 
     def _start(self, name: str, command: list[str], log: Path) -> ChildProcess:
         logger.info("starting: %s", shlex.join(command))
-        env = ray_node.environment(os.environ, self._attempt.ray_token, self._scratch)
+        caches = kept_caches(self._config.cluster)
+        env = ray_node.environment(os.environ, self._attempt.ray_token, self._scratch, caches)
         child = ChildProcess(name, command, env, log)
         self._children.append(child)
         return child
@@ -398,7 +369,7 @@ class Agent:
         left_s = self._kill_at - time.monotonic()
         if left_s < 0:
             raise AttemptOver(STOPPED, f"{reason}; the driver did not commit in time and was ended")
-        training_s = _rest_of_training_s(self._driver.pid)
+        training_s = rest_of_training_s(self._driver.pid)
         if training_s > left_s:
             raise AttemptOver(
                 STOPPED,

@@ -8,8 +8,8 @@ import sys
 import time
 from dataclasses import dataclass, field
 
-from jobs.agent import clean_up, logged_if_unwritable
 from jobs.cluster_env import ClusterEnv
+from jobs.leaving import clean_up, logged_if_unwritable
 from jobs.node import start_agent
 from jobs.requeue import JobNow, num_vain_requeues, obstacle
 from nanoslime.config.run import RunConfig

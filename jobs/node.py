@@ -18,9 +18,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.agent import Agent, clean_up, logged_if_unwritable
+from jobs.agent import Agent
 from jobs.checkout import environment
 from jobs.cluster_env import ClusterEnv
+from jobs.leaving import clean_up, logged_if_unwritable
 from jobs.preflight.rounds import table
 from jobs.requeue import follow_head
 from jobs.where import record_job

@@ -13,18 +13,32 @@ from nanoslime.layout import Layout
 STARTED = "Ray runtime started."
 """What `ray start` (2.60) prints once its raylet is registered with the head."""
 _CPU_OBJECT_STORE_BYTES = 200_000_000
+# FlashInfer and SGLang make folders of their own below these.
+_CACHES = (
+    ("TRITON_CACHE_DIR", "triton"),
+    ("TORCHINDUCTOR_CACHE_DIR", "inductor"),
+    ("FLASHINFER_WORKSPACE_BASE", "flashinfer"),
+    ("SGLANG_CACHE_DIR", "sglang"),
+    ("CUDA_CACHE_PATH", "cuda"),
+    ("HF_MODULES_CACHE", "hf_modules"),
+)
 # How long Ray's processes linger once the head is gone.
 _RECONNECT_TIMEOUT_S = 30
 
 
-def environment(base: Mapping[str, str], token: Path, scratch: Path) -> dict[str, str]:
+def environment(
+    base: Mapping[str, str], token: Path, scratch: Path, caches: Path | None = None
+) -> dict[str, str]:
     """The environment of `ray start` and of the driver, and so of all that they start.
 
-    What they leave in TMPDIR goes with the scratch directory, which nobody else can enter.
+    What they leave in TMPDIR goes with the scratch directory, which nobody else can enter. What
+    they compile is kept in `caches`, unless `base` says otherwise.
     """
+    kept = {name: os.fspath(caches / folder) for name, folder in _CACHES} if caches else {}
     # Ray would take this token rather than that of the file.
     base = {name: value for name, value in base.items() if name != "RAY_AUTH_TOKEN"}
     return {
+        **kept,
         **base,
         **cuda_home(base, Path(sys.prefix)),
         "TMPDIR": str(scratch),

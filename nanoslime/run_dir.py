@@ -9,6 +9,7 @@
     job.json (the SLURM job that holds the run, where there is one) job.sbatch (its batch script)
     attempts/<n>/ logs/<role>-<rank>.log nodes/ heartbeat/<node>.json lost/ stop.json end.json
                   preflight/<node>.json preflight.json preflight.txt (what the nodes are fit for)
+                  staged/<node>.json (where the model lies on a node)
                   phases.jsonl (each phase, with the time at which it began)
                   stacks/node-<i>.txt (where something hung)
     attempts/latest
@@ -354,6 +355,10 @@ class Attempt:
     def lost(self, node: int) -> Path:
         """The file that says that `node` is taken for lost."""
         return self.path / "lost" / f"{node}.json"
+
+    def staged(self, node: int) -> Path:
+        """The file that says where the readers of `node` find the model; see jobs/staging.py."""
+        return self.path / "staged" / f"{node}.json"
 
     def heartbeats(self, nodes: Iterable[int] | None = None) -> dict[str, dict[str, Any]]:
         """By node: the last count, that node's clock, or that it has left.

@@ -135,6 +135,13 @@ class ClusterConfig:
     caches: PathText = ""
     """Where jobs keep what they compile and download, one directory for each kind; empty: where
     each library keeps it."""
+    local_storage: PathText = ""
+    """A directory on each node's own disk, which outlives the job: the model is copied there once,
+    and compiled kernels are kept there; empty: all nodes read the shared model."""
+    stage_model: bool = True
+    """Whether each node copies the model to `local_storage`, where that is set."""
+    stage_deadline_s: float = Field(default=3600.0, gt=0)
+    """How long a node may copy the model; then it reads the shared one."""
     run_root: PathText = ""
     """Where runs' directories are made, on a filesystem that all nodes see; empty: `runs` in the
     directory of the submission."""

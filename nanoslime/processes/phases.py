@@ -129,3 +129,13 @@ def _file_of(pid: int) -> str:
             if os.readlink(f"{folder}/{number}").startswith(f"/memfd:{_NAME} "):
                 return f"{folder}/{number}"
     raise FileNotFoundError(f"process {pid} does not report")
+
+
+def rest_of_training_s(driver: int) -> float:
+    """How much longer the driver trains in this step if that takes as long as the shortest training
+    so far; 0 where it does something else, or has not trained yet.
+    """
+    for task in read_tasks(driver):
+        if task.name == DRIVER and task.phase == "train" and task.durations:
+            return min(task.durations) - (time.monotonic() - task.since)
+    return 0.0

@@ -30,6 +30,7 @@ from nanoslime.orchestration.rank_environment import (
 from nanoslime.orchestration.ray.cluster import NODE_LABEL, slots_option
 from nanoslime.processes.logs import FORMAT, set_level
 from nanoslime.run_dir import Attempt
+from nanoslime.storage.shared_files import read_json, seen
 from nanoslime.types import MachineFailure, RunError
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,18 @@ class RunOnRay:
     attempt: Attempt
     model_dir: Path
 
+    def model_dir_on(self, node: int) -> Path:
+        """Where the actors of a node read the model: on its own disk where its agent has put it
+        there.
+        """
+        staged = self.attempt.staged(node)
+        if not seen(staged):
+            return self.model_dir
+        found = read_json(staged)
+        if found["note"]:
+            logger.warning("node %d reads the shared model: %s", node, found["note"])
+        return Path(found["model"])
+
 
 class Actors:
     """One actor for each place, on just the node that the plan names.
@@ -132,7 +145,7 @@ class Actors:
             setup = ActorSetup(
                 index=place.index,
                 config=run.config,
-                model_dir=run.model_dir,
+                model_dir=run.model_dir_on(place.node),
                 device=device,
                 log=log,
                 users_threads=os.environ.get("OMP_NUM_THREADS"),
