@@ -23,12 +23,13 @@ from collections.abc import Mapping
 
 from jobs import inputs, local, sbatch, sites, where
 from jobs.lead import with_measured_lead
+from jobs.plan_text import describe
 from jobs.run_files import alone, kept_if_accepted
 from nanoslime import layout as layouts
 from nanoslime.config import RunConfig
 from nanoslime.config.flags import HELP, refuse_repeated
 from nanoslime.config.flags import parse as parse_flags
-from nanoslime.config.load import dump, load
+from nanoslime.config.load import dump, load, set_by
 from nanoslime.layout import Layout
 from nanoslime.plugins import resolve
 from nanoslime.run_dir import RunDir
@@ -52,10 +53,11 @@ def main(argv: list[str], environ: Mapping[str, str] = os.environ, root: Path = 
         if not (command.cluster or command.resume or command.local):
             command.cluster = sites.of_this_machine(environ)
         config = configure(command, flags)
+        sources = sources_of(command, flags)
         slurm = where.detect(environ.get("PATH", ""), environ, root, command.cluster)
         if command.dry_run:
-            return dry_run(command, config, slurm)
-        return run(command, config, slurm)
+            return dry_run(command, config, slurm, sources)
+        return run(command, config, slurm, sources)
     except BrokenPipeError:
         # The reader of a plan or of the help, `| head`, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -65,11 +67,13 @@ def main(argv: list[str], environ: Mapping[str, str] = os.environ, root: Path = 
         return 2
 
 
-def run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> int:
+def run(
+    command: argparse.Namespace, config: RunConfig, slurm: where.Where, sources: dict[str, str]
+) -> int:
     """From the configuration to a job id, a rehearsal's end, or a prepared directory."""
     submits = command.prepare or slurm.has_slurm(local=command.local)
     check_target(config, submits)
-    config, layout, description = plan(config, command.cluster, download=True)
+    config, layout, description = plan(config, sources, command.cluster, download=True)
     if submits:
         inputs.check_environment(config)
     resumed = RunDir.open(command.resume) if command.resume else None
@@ -92,40 +96,49 @@ def run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> i
 
 
 def plan(
-    config: RunConfig, cluster: Path | None, *, download: bool
+    config: RunConfig, sources: dict[str, str], cluster: Path | None, *, download: bool
 ) -> tuple[RunConfig, Layout, str]:
     """The configuration with all inputs found, where everything goes, and what a person is told."""
     config, shape, prompts = inputs.resolve(config, download=download)
     layout = layouts.plan(config, shape)
-    description = layouts.describe(config, shape, layout, prompts)
+    description = describe(config, shape, layout, prompts, sources)
     if cluster is not None:
-        description = f"cluster   {config.cluster.name}, as {cluster} says\n{description}"
+        description = f"cluster   {config.cluster.name}, as {cluster} says\n\n{description}"
     return config, layout, description
 
 
-def dry_run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> int:
-    """Print plan, configuration and batch script; code 2 for a run to be refused."""
-    config, layout, description = plan(config, command.cluster, download=False)
+def dry_run(
+    command: argparse.Namespace, config: RunConfig, slurm: where.Where, sources: dict[str, str]
+) -> int:
+    """Print verdict, plan and batch script; code 2 for a run to be refused."""
+    config, layout, description = plan(config, sources, command.cluster, download=False)
     run_dir = command.resume or Path(config.cluster.run_root) / config.name
     script = sbatch.sbatch_text(config, layout, run_dir)
-    print(f"--- plan\n{description}\n")
-    print(f"--- configuration\n{dump(config)}")
-    print(f"--- batch script\n{script}")
-    print("--- checks")
     try:
-        submits = slurm.has_slurm(local=command.local)
-        check_target(config, submits)
-        if command.resume:
-            inputs.check_resume(RunDir.open(command.resume), config)
-        if submits and slurm.sbatch:
-            inputs.check_environment(config)
-            print(where.test_only(slurm.sbatch, script))
-        else:
-            print(f"without --dry-run: {rehearsal_line(config)}")
+        verdict = accepted(command, config, slurm, script)
+        code = 0
     except RunError as error:
-        print(f"would be refused: {error}")
-        return 2
-    return 0
+        verdict = f"would be refused: {error}"
+        code = 2
+    print(f"{verdict}\n\n{description}\n")
+    if command.verbose:
+        print(f"--- configuration\n{dump(config)}")
+    print(f"--- batch script\n{script}", end="")
+    return code
+
+
+def accepted(
+    command: argparse.Namespace, config: RunConfig, slurm: where.Where, script: str
+) -> str:
+    """What a submission would do. Raises RunError where it would be refused."""
+    submits = slurm.has_slurm(local=command.local)
+    check_target(config, submits)
+    if command.resume:
+        inputs.check_resume(RunDir.open(command.resume), config)
+    if not (submits and slurm.sbatch):
+        return f"fits; without --dry-run: {rehearsal_line(config)}"
+    inputs.check_environment(config)
+    return f"fits; {where.test_only(slurm.sbatch, script)}"
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -147,6 +160,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prepare", action="store_true", help="make the run directory, print its path and end"
     )
+    parser.add_argument(
+        "--verbose", action="store_true", help="with --dry-run: print the full configuration, too"
+    )
     return parser
 
 
@@ -162,12 +178,16 @@ def configure(command: argparse.Namespace, flags: list[str]) -> RunConfig:
         config = load(run.config_to_resume(), command.cluster, flags, resumes=True)
         is_given = any(flag.field == "cluster.signal_lead_s" for flag in given)
         return config if is_given else with_measured_lead(config, run)
-    recipe = command.recipe
-    if recipe is None:
-        fields = {flag.field for flag in given}
-        if "model.hf_checkpoint" not in fields:
-            recipe = RECIPES / "rehearsal.yaml"
-    return load(recipe, command.cluster, flags)
+    names_model = any(flag.field == "model.hf_checkpoint" for flag in given)
+    if command.recipe is None and not names_model:
+        command.recipe = RECIPES / "rehearsal.yaml"
+    return load(command.recipe, command.cluster, flags)
+
+
+def sources_of(command: argparse.Namespace, flags: list[str]) -> dict[str, str]:
+    """Who has set each field of the configuration: a file, or "flag --name"."""
+    recipe = RunDir.open(command.resume).config_to_resume() if command.resume else command.recipe
+    return set_by(recipe, command.cluster, flags, resumes=bool(command.resume))
 
 
 def check_target(config: RunConfig, submits: bool) -> None:

@@ -17,7 +17,7 @@ slots.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,10 +25,9 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from nanoslime.config import RunConfig
-from nanoslime.config.deadlines import derive_deadlines
 from nanoslime.engine_kind import engine_kind, takes_slots
-from nanoslime.memory import check_memory, memory_lines
-from nanoslime.models.parallel_sizes import ParallelDims, PipelineSizes
+from nanoslime.memory import check_memory
+from nanoslime.models.parallel_sizes import ParallelDims
 from nanoslime.models.shape import ModelShape
 from nanoslime.models.trainable import check_kernels, check_parallel
 from nanoslime.types import RunError
@@ -112,11 +111,11 @@ class Layout:
         ranks = [trainer.rank for trainer in self.trainers if trainer.node == node]
         engines = [engine for engine in self.engines if engine.node == node]
         coordinates = [self.parallel.coordinates(rank) for rank in ranks]
-        row = [str(node), self.roles(node) or "idle", _span(ranks)]
+        row = [str(node), self.roles(node) or "idle", span(ranks)]
         for name in ("tp", "cp", "dp", "pp"):
-            row.append(_span(place[name] for place in coordinates))
-        row.append(_span(engine.index for engine in engines))
-        row.append(_span(slot for engine in engines for slot in engine.slots))
+            row.append(span(place[name] for place in coordinates))
+        row.append(span(engine.index for engine in engines))
+        row.append(span(slot for engine in engines for slot in engine.slots))
         return row
 
 
@@ -224,19 +223,19 @@ def _rollout_nodes(config: RunConfig) -> int:
     if asked >= nodes:
         raise RunError(
             f"cluster.rollout_nodes={asked} of cluster.nodes={nodes}: "
-            f"choose {_span(range(1, nodes))}, the rest are trainers"
+            f"choose {span(range(1, nodes))}, the rest are trainers"
         )
     if asked == 0 and nodes > 1 and _engines_apart(config):
         raise RunError(
             f"cluster.rollout_nodes=0: {engine} engines need nodes; "
-            f"choose {_span(range(1, nodes))}, the rest are trainers"
+            f"choose {span(range(1, nodes))}, the rest are trainers"
         )
     return asked
 
 
 def _one_node_trainer_slots(config: RunConfig, slots: int) -> int:
     """Slots of the only node that trainers take; engines of their own take the others."""
-    slot = _slot_name(config)
+    slot = slot_name(config)
     ranks = config.training.num_gpus
     engine_slots = _one_node_engine_slots(config, slots)
     if ranks is None:
@@ -254,7 +253,7 @@ def _one_node_engine_slots(config: RunConfig, slots: int) -> int:
 
     They are as many as asked for, else as many as the trainers leave, else half.
     """
-    slot = _slot_name(config)
+    slot = slot_name(config)
     asked = config.cluster.engine_gpus
     engine = engine_kind(config.rollout).title
     if not _engines_apart(config):
@@ -273,7 +272,7 @@ def _one_node_engine_slots(config: RunConfig, slots: int) -> int:
     if asked is not None:
         if not 1 <= asked < slots:
             raise RunError(
-                f"cluster.engine_gpus={asked} of {slots} {slot}s; choose {_span(range(1, slots))}"
+                f"cluster.engine_gpus={asked} of {slots} {slot}s; choose {span(range(1, slots))}"
             )
         return asked
     ranks = config.training.num_gpus
@@ -314,7 +313,7 @@ def _place_engines(
 
 def _num_engines(config: RunConfig, node: int, free: int) -> int:
     """Engines on the `free` slots of a node: as many as asked for, else as many as fit."""
-    slot = _slot_name(config)
+    slot = slot_name(config)
     tp = config.rollout.engine_tp_size
     asked = config.rollout.engines_per_node
     room = free // tp
@@ -362,79 +361,12 @@ def _has_transformer_engine(config: RunConfig) -> bool:
     return any(venv.glob("lib/python*/site-packages/transformer_engine"))
 
 
-def describe(
-    config: RunConfig, shape: ModelShape, layout: Layout, prompts: Sequence[str] = ()
-) -> str:
-    """The plan as a person reads it: nodes, parallel sizes, engines, memory, GPU hours, and
-    what is known of each source of prompts."""
-    memory = memory_lines(config, shape, layout.parallel)
-    lines = [
-        f"nodes     {_nodes_text(config, layout)}",
-        f"model     {shape.model_type}, {shape.num_parameters:,} parameters, {config.model.dtype}",
-        f"trainers  {_trainers_text(config, shape, layout)}",
-        f"engines   {_engines_text(config, layout)}",
-    ]
-    for heading, below in (("memory", memory), ("prompts", prompts)):
-        for i, line in enumerate(below):
-            lines.append(f"{heading if i == 0 else '':10}{line}")
-    if layout.trainers:
-        deadlines = derive_deadlines(config, shape.num_parameters, len(layout.trainers))
-        train = f"{deadlines.train.seconds:.0f} s for the training on a rollout"
-        lines.append(f"deadlines {train}, {deadlines.save.seconds:.0f} s for a checkpoint")
-    if not (config.eval_sets or config.rehearsal.enabled):
-        lines.append(
-            "evals     none, as neither data.eval_prompts nor eval.sets is set; "
-            "eval.interval and checkpoint.keep_best have no effect"
-        )
-    return "\n".join([*lines, "", layout.table()])
-
-
-def _nodes_text(config: RunConfig, layout: Layout) -> str:
-    text = f"{layout.num_nodes} x {layout.slots_per_node} {_slot_name(config)}s"
-    if layout.device == "cpu":
-        return text
-    gpus = layout.num_nodes * layout.slots_per_node
-    hours = config.cluster.time_limit_min / 60
-    return f"{text}; at most {gpus * hours:g} GPU hours ({gpus} GPUs for {hours:g} h)"
-
-
-def _trainers_text(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
-    if not layout.trainers:
-        return "none"
-    backend = "Megatron" if layout.backend == "megatron" else "FSDP2"
-    if layout.backend == "fsdp" and layout.num_nodes == 1:
-        backend += " (what one node gets without --backend)"
-    dims = layout.parallel
-    stages = f"PP={dims.pp}"
-    if config.training.vpp_size > 1:
-        stages += f" (interleaved by {config.training.vpp_size})"
-    layers = PipelineSizes.of(config.training).layers_of_ranks(shape.num_layers)
-    if len(set(layers)) > 1:
-        stages += f" with {' + '.join(map(str, layers))} layers"
-    text = f"{backend}: TP={dims.tp} CP={dims.cp} {stages} DP={dims.dp}"
-    if shape.moe:
-        text += f" EP={dims.ep} ETP={config.training.etp_size}"
-    return text
-
-
-def _engines_text(config: RunConfig, layout: Layout) -> str:
-    if config.rollout.load_rollouts:
-        return "none: recorded rollouts"
-    engine = engine_kind(config.rollout).title
-    if not layout.engines:
-        return f"{engine}, in the driver"
-    size = f"{config.rollout.engine_tp_size} {_slot_name(config)}(s)"
-    text = f"{engine}: {len(layout.engines)} of {size} each"
-    if config.cluster.colocate:
-        text += ", the trainers' own; one of the two sleeps"
-    return text
-
-
-def _slot_name(config: RunConfig) -> str:
+def slot_name(config: RunConfig) -> str:
+    """What a message calls a slot."""
     return "GPU" if config.cluster.device == "cuda" else "CPU slot"
 
 
-def _span(numbers: Iterable[int]) -> str:
+def span(numbers: Iterable[int]) -> str:
     """The numbers as ranges: [0, 1, 2, 5] -> "0-2,5"; nothing -> "-"."""
     runs: list[tuple[int, int]] = []
     for number in sorted(set(numbers)):

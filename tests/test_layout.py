@@ -6,8 +6,9 @@ from itertools import product
 
 import pytest
 
+from jobs.plan_text import describe
 from nanoslime.config import RunConfig
-from nanoslime.layout import Layout, describe, plan
+from nanoslime.layout import Layout, plan
 from nanoslime.models.parallel_sizes import ParallelDims
 from nanoslime.models.shape import ModelShape
 from nanoslime.types import RunError
@@ -93,13 +94,6 @@ def test_recorded_rollouts_leave_all_slots_to_trainers():
     assert [trainer.slot for trainer in one_slot.trainers] == [0]
     three_ranks = plan_of("--nodes 1 --num-gpus 3 --load-rollouts runs/x")
     assert len(three_ranks.trainers) == 3
-
-
-def test_a_plan_without_evaluations_says_so():
-    says = "evals     none, as neither data.eval_prompts nor eval.sets is set; eval.interval and"
-    for flags, is_told in ("", True), ("--eval-prompts x.jsonl", False):
-        config = config_of(f"--nodes 2 {H200} {flags}")
-        assert (says in describe(config, QWEN3_4B, plan(config, QWEN3_4B))) is is_told
 
 
 def test_rollout_only_leaves_all_slots_to_engines():
@@ -294,48 +288,6 @@ def check_places(config: RunConfig, layout: Layout) -> None:
         tp_rank = layout.parallel.coordinates(trainer.rank)["tp"]
         first_of_group = layout.trainers[trainer.rank - tp_rank]
         assert first_of_group.node == trainer.node
-
-
-def test_the_description_shows_context_parallelism_and_interleaving():
-    sizes = "--tp-size 2 --cp-size 2 --pp-size 2 --vpp-size 9"
-    config = config_of(f"--nodes 4 {H200} {sizes} --allow-slow")
-    layout = plan(config, QWEN3_4B)
-    assert layout.parallel == ParallelDims(tp=2, pp=2, cp=2, ep=1, dp=2)
-    text = describe(config, QWEN3_4B, layout)
-    assert "Megatron: TP=2 CP=2 PP=2 (interleaved by 9) DP=2" in text
-    _, first_node, second_node, *_ = layout.table().splitlines()
-    assert first_node.split()[3:7] == ["0-1", "0-1", "0-1", "0"]
-    assert second_node.split()[3:7] == ["0-1", "0-1", "0-1", "1"]
-
-
-def test_the_description_shows_the_layers_of_an_uneven_pipeline():
-    shape = replace(QWEN3_4B, num_layers=94)
-    flags = f"--nodes 4 {H200} --tp-size 2 --pp-size 4"
-    given = f"{flags} --decoder-first-pipeline-num-layers 22 --decoder-last-pipeline-num-layers 22"
-    for sizes, expected in ((flags, "23 + 24 + 24 + 23"), (given, "22 + 25 + 25 + 22")):
-        config = config_of(sizes)
-        text = describe(config, shape, plan(config, shape))
-        assert f"TP=2 CP=1 PP=4 with {expected} layers DP=2" in text
-
-
-def test_the_description_says_what_a_person_needs_to_know():
-    config = config_of(f"--nodes 4 {H200} --tp-size 2 --time-limit-min 90")
-    text = describe(config, QWEN3_4B, plan(config, QWEN3_4B))
-    assert "4 x 8 GPUs; at most 48 GPU hours (32 GPUs for 1.5 h)" in text
-    assert "Megatron: TP=2 CP=1 PP=1 DP=8" in text
-    assert "SGLang: 16 of 1 GPU(s) each" in text
-    assert [line.split() for line in text.splitlines()[-4:]] == [
-        ["0", "trainer", "0-7", "0-1", "0", "0-3", "0", "-", "-"],
-        ["1", "trainer", "8-15", "0-1", "0", "4-7", "0", "-", "-"],
-        ["2", "engine", "-", "-", "-", "-", "-", "0-7", "0-7"],
-        ["3", "engine", "-", "-", "-", "-", "-", "8-15", "0-7"],
-    ]
-
-
-def test_the_description_says_that_one_node_means_fsdp():
-    config = config_of(f"--nodes 1 {H200}")
-    text = describe(config, QWEN3_4B, plan(config, QWEN3_4B))
-    assert "FSDP2 (what one node gets without --backend)" in text
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from jobs.plan_text import describe
 from nanoslime.config import ClusterConfig, ModelConfig, RunConfig, TrainingConfig
-from nanoslime.layout import describe, plan
+from nanoslime.layout import plan
 from nanoslime.memory import TrainerGPU, estimate_memory
 from nanoslime.memory.states import Sharding, rank_parameters
 from nanoslime.models.parallel_sizes import ParallelDims, PipelineSizes

@@ -87,6 +87,7 @@ def test_every_flag_exists():
     """The flags in backticks exist. Their values may be refused."""
     own = {
         "dry-run",
+        "verbose",
         "logits",
         "mock",
         "require-slurm",

@@ -37,17 +37,7 @@ def load(
     Without a backend named anywhere, one node means FSDP2. Raises RunError, one line for each
     thing that is wrong.
     """
-    layers = _Layers()
-    if recipe is not None:
-        layers.add_file(recipe, "", is_of_run=resumes)
-    if cluster is not None:
-        layers.add_file(cluster, "cluster")
-    flags_given = flag_table.parse(flags)
-    for flag in flags_given:
-        if flag.field in SETTINGS_OF and flag.value in _OFF:
-            layers.forget_settings_of(flag.field)
-    for flag in flags_given:
-        layers.put(flag.field, flag.value, _Source(f"flag {flag.name}", is_flag=True))
+    layers = _layers(recipe, cluster, flags, is_of_run=resumes)
     _check_cluster_file(cluster, layers.sources)
     config = layers.validate()
     if not resumes:
@@ -62,6 +52,32 @@ def load(
     for engine in dict.fromkeys([*ENGINES, config.rollout.engine]):
         _check_engine_options(engine, config)
     return config
+
+
+def set_by(
+    recipe: Path | None, cluster: Path | None, flags: Sequence[str], *, resumes: bool = False
+) -> dict[str, str]:
+    """By the name of each field that `load` finds set: the file, or "flag --name"."""
+    sources = _layers(recipe, cluster, flags, is_of_run=resumes).sources
+    return {field: source.text for field, source in sources.items()}
+
+
+def _layers(
+    recipe: Path | None, cluster: Path | None, flags: Sequence[str], *, is_of_run: bool
+) -> "_Layers":
+    """The values of the files and flags, one over the other."""
+    layers = _Layers()
+    if recipe is not None:
+        layers.add_file(recipe, "", is_of_run=is_of_run)
+    if cluster is not None:
+        layers.add_file(cluster, "cluster")
+    flags_given = flag_table.parse(flags)
+    for flag in flags_given:
+        if flag.field in SETTINGS_OF and flag.value in _OFF:
+            layers.forget_settings_of(flag.field)
+    for flag in flags_given:
+        layers.put(flag.field, flag.value, _Source(f"flag {flag.name}", is_flag=True))
+    return layers
 
 
 def _check_engine_options(engine: str, config: RunConfig) -> None:

@@ -7,6 +7,7 @@ from typing import ClassVar, get_args
 
 import pytest
 
+from jobs.plan_text import describe
 from nanoslime import layout
 from nanoslime.config import ModelConfig, RolloutConfig, RunConfig, WeightSyncConfig
 from nanoslime.config.rollout import ENGINES
@@ -126,7 +127,7 @@ def test_an_engine_outside_the_table_is_planned_by_its_own_checks(tiny_model: Pa
     config = RunConfig(rollout=RolloutConfig(engine=f"{__name__}:Third"))
     planned = layout.plan(config, shape)
     assert len(planned.engines) == 1
-    assert "Third: 1 of 1" in layout.describe(config, shape, planned)
+    assert "Third: 1 of 1" in describe(config, shape, planned)
     cut = RunConfig(rollout=RolloutConfig(engine=f"{__name__}:Third", engine_tp_size=2))
     with pytest.raises(RunError, match="knows no tensor parallelism"):
         layout.plan(cut, shape)
