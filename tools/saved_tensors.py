@@ -37,6 +37,11 @@ class Held:
     # How often a storage of a shape and dtype was saved first, and by which function.
     shapes: Shapes = field(default_factory=Counter)
 
+    @property
+    def parts(self) -> dict[str, int]:
+        names = ("weights", "gradients", "optimizer", "activations")
+        return {name: getattr(self, name) for name in names}
+
 
 class SavedTensors:
     """Counts the bytes of storages that are saved for a backward pass, but for weights."""
@@ -59,7 +64,13 @@ class SavedTensors:
 
             def __init__(self, *arguments: Any) -> None:
                 super().__init__(*arguments)
-                self.pack_hook = _both(saved.pack, self.pack_hook)
+                self._held: list[_Saved] = []
+                self.pack_hook = _both(saved.pack, self.pack_hook, self._held)
+
+            def __exit__(self, *arguments: Any) -> None:
+                super().__exit__(*arguments)
+                # They count in the peak, and this object lives until the collector finds it.
+                self._held.clear()
 
         torch.utils.checkpoint._recomputation_hook = Recomputation
         try:
@@ -111,9 +122,9 @@ class _Saved:
         self._owner.drop(self._key)
 
 
-def _both(count: Callable[[Tensor], _Saved], keep: Callable[[Tensor], Any]) -> Any:
-    held: list[_Saved] = []
-
+def _both(
+    count: Callable[[Tensor], _Saved], keep: Callable[[Tensor], Any], held: list[_Saved]
+) -> Callable[[Tensor], Any]:
     def pack(tensor: Tensor) -> Any:
         held.append(count(tensor))
         return keep(tensor)

@@ -10,24 +10,4 @@ checks.py        what is refused, and the lines of the plan
 
 from nanoslime.memory.checks import check_memory, memory_lines
 from nanoslime.memory.estimate import estimate_memory, largest_budget
-from nanoslime.memory.parts import (
-    DiskNeed,
-    EngineGPU,
-    Memory,
-    NodeMemory,
-    TrainerGPU,
-    size_text,
-)
-
-__all__ = [
-    "DiskNeed",
-    "EngineGPU",
-    "Memory",
-    "NodeMemory",
-    "TrainerGPU",
-    "check_memory",
-    "estimate_memory",
-    "largest_budget",
-    "memory_lines",
-    "size_text",
-]
+from nanoslime.memory.parts import DiskNeed, EngineGPU, Memory, NodeMemory, TrainerGPU, size_text

@@ -15,6 +15,7 @@ What of it is kept, and in which type, depends on the kernels, which `KERNELS` l
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from nanoslime.config import RunConfig
 from nanoslime.memory.states import width_of
@@ -31,7 +32,6 @@ _BYTES_OF_LOSS = 56
 class Kernels:
     """What the kernels of a layer keep for the backward pass."""
 
-    name: str
     # A norm keeps its input and output only; otherwise a float32 copy of its input too.
     fused_norms: bool
     # Megatron projects queries, keys and values in one product, whose output stays as a whole.
@@ -46,64 +46,42 @@ class Kernels:
     # Copies of a token's cosines and sines in each layer, and once for all layers.
     rotations: int = 0
     shared_rotations: int = 0
-    # Attention keeps scores where keys and values differ in size.
-    latent_scores: bool = False
+    # Latent attention, where keys and values differ in size: all scores are kept in float32,
+    # values are padded to the size of keys, or neither.
+    latent: Literal["scores", "padded", "plain"] = "plain"
     # Under context parallelism a rank has the keys and values of all ranks, and a mask.
     gathers_keys: bool = False
 
 
 KERNELS = {
-    kernels.name: kernels
-    for kernels in (
-        Kernels(
-            name="cpu-local",
-            fused_norms=False,
-            fused_qkv=True,
-            normalized=4,
-            mlp=5,
-            expert=6,
-            attended=2,
-            rotations=4,
-            latent_scores=True,
-            gathers_keys=True,
-        ),
-        Kernels(
-            name="cuda-local",
-            fused_norms=True,
-            fused_qkv=True,
-            mlp=3,
-            expert=4,
-            attended=1,
-            rotations=4,
-            gathers_keys=True,
-        ),
-        Kernels(
-            name="transformer-engine",
-            fused_norms=True,
-            fused_qkv=True,
-            mlp=3,
-            expert=3,
-            attended=1,
-        ),
-        Kernels(
-            name="fsdp-sdpa",
-            fused_norms=False,
-            fused_qkv=False,
-            mlp=4,
-            expert=4,
-            attended=2,
-            shared_rotations=2,
-        ),
-        Kernels(
-            name="fsdp-flash",
-            fused_norms=False,
-            fused_qkv=False,
-            mlp=4,
-            expert=4,
-            attended=1,
-            shared_rotations=2,
-        ),
-    )
+    "cpu-local": Kernels(
+        fused_norms=False,
+        fused_qkv=True,
+        normalized=4,
+        mlp=5,
+        expert=6,
+        attended=2,
+        rotations=4,
+        latent="scores",
+        gathers_keys=True,
+    ),
+    "cuda-local": Kernels(
+        fused_norms=True,
+        fused_qkv=True,
+        mlp=3,
+        expert=4,
+        attended=1,
+        rotations=4,
+        latent="padded",
+        gathers_keys=True,
+    ),
+    "transformer-engine": Kernels(fused_norms=True, fused_qkv=True, mlp=3, expert=3, attended=1),
+    "fsdp-sdpa": Kernels(
+        fused_norms=False, fused_qkv=False, mlp=4, expert=4, attended=2, shared_rotations=2
+    ),
+    "fsdp-flash": Kernels(
+        fused_norms=False, fused_qkv=False, mlp=4, expert=4, attended=1, shared_rotations=2
+    ),
 }
 
 
@@ -139,7 +117,7 @@ def activations_of_ranks(
 
     With training.recompute a layer keeps its input, and one layer at a time everything.
     """
-    layer = _Layer.of(config, shape, parallel, microbatch.length)
+    layer = _Layer(config, shape, parallel, kernels_of(config), microbatch.length)
     pipeline = PipelineSizes.of(config.training)
     stages = pipeline.stages(shape.num_layers)
     found = []
@@ -150,53 +128,45 @@ def activations_of_ranks(
         if pipeline.vpp_size > 1:
             in_flight = 2 * later_ranks + (pipeline.vpp_size - 1) * pipeline.pp_size + 1
         kept = 0.0
+        at_ends = 0.0
         for number in range(in_flight):
             chunk = number // pipeline.pp_size % pipeline.vpp_size
-            kept += layer.ends(
+            kept += sum(layer.kept(number) for number in chunks[chunk])
+            at_ends += layer.ends(
                 is_first=rank == 0 and chunk == 0,
                 is_last=later_ranks == 0 and chunk == pipeline.vpp_size - 1,
             )
-            kept += sum(layer.kept(number) for number in chunks[chunk])
         if config.training.recompute:
-            kept += max(layer.whole(number) for chunk in chunks for number in chunk)
+            # The backward pass is done with the loss before it comes to a layer.
+            at_ends = max(at_ends, max(layer.whole(n) for chunk in chunks for n in chunk))
+        kept += at_ends
         found.append(int(kept * microbatch.tokens))
     return found
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Layer:
     """Bytes that layers keep for one token on one rank."""
 
+    config: RunConfig
     shape: ModelShape
+    parallel: ParallelDims
     kernels: Kernels
-    width: int
-    tp_size: int
-    # By how many the tokens are divided outside of tensor-parallel products.
-    sequence_ways: int
-    cp_size: int
-    etp_size: int
-    recompute: bool
+    # Whole length of a sequence.
     length: int
 
-    @classmethod
-    def of(
-        cls, config: RunConfig, shape: ModelShape, parallel: ParallelDims, length: int
-    ) -> "_Layer":
-        return cls(
-            shape=shape,
-            kernels=kernels_of(config),
-            width=width_of(config),
-            tp_size=parallel.tp,
-            sequence_ways=parallel.tp if config.training.sequence_parallel else 1,
-            cp_size=parallel.cp,
-            etp_size=config.training.etp_size,
-            recompute=config.training.recompute,
-            length=length,
-        )
+    @property
+    def width(self) -> int:
+        return width_of(self.config)
+
+    @property
+    def sequence_ways(self) -> int:
+        """By how many the tokens are divided outside of tensor-parallel products."""
+        return self.parallel.tp if self.config.training.sequence_parallel else 1
 
     def kept(self, number: int) -> float:
         """Between forward and backward."""
-        if self.recompute:
+        if self.config.training.recompute:
             return self.width * self.shape.hidden_size / self.sequence_ways
         return self.whole(number)
 
@@ -206,7 +176,7 @@ class _Layer:
         attention = self._attention() if self.shape.mla is None else self._latent(self.shape.mla)
         if number in self.shape.moe_layers:
             return norms + attention + self._experts()
-        mlp = self.kernels.mlp * self.width * self.shape.intermediate_size / self.tp_size
+        mlp = self.kernels.mlp * self.width * self.shape.intermediate_size / self.parallel.tp
         return norms + attention + mlp
 
     def ends(self, *, is_first: bool, is_last: bool) -> float:
@@ -234,15 +204,20 @@ class _Layer:
 
     def _attention(self) -> float:
         shape = self.shape
-        heads = shape.num_attention_heads / self.tp_size
-        groups = shape.num_key_value_heads / self.tp_size
+        heads = shape.num_attention_heads / self.parallel.tp
+        groups = shape.num_key_value_heads / self.parallel.tp
         queries = heads * shape.head_dim
         keys = groups * shape.head_dim
-        gathered = self.cp_size if self.kernels.gathers_keys else 1
-        kept = self.width * (queries + keys * gathered)  # as they are multiplied
-        if self.kernels.fused_qkv:
-            kept += self.width * (queries + 2 * keys)  # values are a part of it
-        else:
+        # As they are multiplied; values may be a part of the projection's output.
+        kept = self.width * (queries + keys)
+        keeps_output = self.kernels.fused_qkv
+        if self.kernels.gathers_keys and self.parallel.cp > 1:
+            # Keys and values of all ranks, and a mask of numbers.
+            kept += self.width * ((2 * self.parallel.cp - 1) * keys + self.length)
+            keeps_output = shape.qk_norm and (self.kernels.fused_norms or self.width == 4)
+        if keeps_output:
+            kept += self.width * (queries + 2 * keys)
+        elif not self.kernels.fused_qkv:
             kept += self.width * keys
         if shape.qk_norm:
             kept += self._query_key_norms(queries, keys) + 4 * (heads + groups)
@@ -260,18 +235,18 @@ class _Layer:
 
     def _latent(self, mla: MLA) -> float:
         """Latent attention (arXiv 2405.04434): low ranks are whole on each rank."""
-        heads = self.shape.num_attention_heads / self.tp_size
+        heads = self.shape.num_attention_heads / self.parallel.tp
         size = mla.qk_nope_head_dim + mla.qk_rope_head_dim
         kept = self._norm(mla.kv_lora_rank)
         if mla.q_lora_rank is not None:
             kept += self._norm(mla.q_lora_rank)
         kept += self.kernels.rotations * self.width * mla.qk_rope_head_dim
-        if self.kernels.latent_scores:
+        if self.kernels.latent == "scores":
             # In float32: queries, keys, values and scores.
             kept += 4 * heads * (2 * size + mla.v_head_dim + self.length)
             return kept + self.width * heads * mla.v_head_dim
         values = mla.qk_nope_head_dim + mla.v_head_dim
-        if self.kernels.name == "cuda-local":
+        if self.kernels.latent == "padded":
             values = 2 * size  # the values and what is attended are padded to the size of keys
         return kept + self.width * heads * (2 * size + values + mla.v_head_dim) + 4 * heads
 
@@ -283,7 +258,7 @@ class _Layer:
         inner = self.kernels.expert * moe.intermediate_size
         chosen = moe.num_experts_per_token
         # With tensor parallelism in an expert its tokens are on all of these ranks.
-        routed = self.width * chosen * (hidden * self.etp_size + inner)
+        routed = self.width * chosen * (hidden * self.config.training.etp_size + inner)
         scores = 4 * moe.num_experts + 32 * chosen
-        shared = self.kernels.mlp * self.width * moe.shared_intermediate_size / self.tp_size
+        shared = self.kernels.mlp * self.width * moe.shared_intermediate_size / self.parallel.tp
         return (routed + scores) / self.sequence_ways + shared

@@ -56,7 +56,7 @@ def held(layout: Layout, model_dir: Path, rank: int, tmp: Path, argument: Any) -
     number = 1 if layout.pp_size == 1 else 2 * stages
     batch = full_batch(shape, number, layout.cp_size)
     found = held_by_a_step(backend, batch, algorithms.make(config.algorithm))
-    return {"held": found, "rank": rank}
+    return {"held": found.parts}
 
 
 def full_batch(shape: ModelShape, number: int, cp_size: int) -> TrainBatch:
