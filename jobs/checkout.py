@@ -44,7 +44,7 @@ def start(module: str) -> NoReturn:
         words = ["bash", shown(ROOT / "env/run.sh"), "python", shown(sys.argv[0]), *sys.argv[1:]]
         sys.exit(
             f"{Path(sys.argv[0]).name}: this checkout has no environment yet; this makes it and "
-            f"goes on (for GPU nodes with --target cuda behind run.sh): {_join(words)}"
+            f"goes on (for GPU nodes with --target cuda behind run.sh): {shlex.join(words)}"
         )
     os.execve(pythons[0], [pythons[0], "-m", module, *sys.argv[1:]], environment())
 
@@ -69,16 +69,12 @@ def stored_clusters(environ: "Mapping[str, str]" = os.environ) -> Path:
 
 def typed(script: str, *words: object) -> str:
     """The command that runs a program of this checkout, as it has to be typed here and now."""
-    return _join([shown(sys.executable), shown(ROOT / script), *map(str, words)])
+    return shlex.join([shown(sys.executable), shown(ROOT / script), *map(str, words)])
 
 
 def made_by(target: str) -> str:
     """The command that makes an environment."""
-    return _join(["bash", shown(ROOT / "env/run.sh"), "--target", target, "true"])
-
-
-def _join(words: "list[str]") -> str:
-    return " ".join(shlex.quote(word) for word in words)
+    return shlex.join(["bash", shown(ROOT / "env/run.sh"), "--target", target, "true"])
 
 
 def shown(path: "str | Path") -> str:

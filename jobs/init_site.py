@@ -1,6 +1,6 @@
 """Describes the cluster that this machine belongs to, once: the command of tools/site/command.py.
 
-python jobs/init_site.py [--yes] [options]
+python3 jobs/init_site.py [--yes] [options]
 """
 
 import sys

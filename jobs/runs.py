@@ -1,6 +1,6 @@
 """Watches runs, looks into them and ends them: the commands of tools/watch/commands.py.
 
-python jobs/runs.py ps|status|top|logs|attach|tunnel|stop|report|samples|sync [RUN] [options]
+python3 jobs/runs.py ps|status|top|logs|attach|tunnel|stop|report|samples|sync [RUN] [options]
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Submits a checkpoint conversion as a job: the command of tools/conversion/job.py.
 
-python jobs/submit_convert.py hf-to-megatron HF_DIR OUT [options of tools/hf_to_megatron.py]
+python3 jobs/submit_convert.py hf-to-megatron HF_DIR OUT [options of tools/hf_to_megatron.py]
 """
 
 import sys

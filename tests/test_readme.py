@@ -54,6 +54,9 @@ def test_submissions_plan(command, files, capsys):
     flags = words[words.index("jobs/submit_grpo.py") + 1 :]
     num_nodes = flags[flags.index("--nodes") + 1]
     flags += ["--dry-run", "--cluster.gpu-memory-gib", "140"]
+    if "--recipe" in flags and "--cluster" not in flags:
+        # On a cluster that init_site.py has described it is found.
+        flags += ["--cluster", "h200"]
     code = submit_grpo.main(flags, {"PATH": ""}, files)
     shown = capsys.readouterr().out
     assert f"nodes     {num_nodes} x" in shown
@@ -110,6 +113,7 @@ def test_every_flag_exists():
         "overlap",
         "hours",
         "wait",
+        "yes",
     }
     text = re.sub(r"```bash.*?```", "", README, flags=re.DOTALL)
     in_backticks = " ".join(re.findall(r"`([^`]*)`", text))

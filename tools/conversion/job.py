@@ -1,6 +1,6 @@
 """Submits a checkpoint conversion to SLURM, a job of one node, or runs it without SLURM.
 
-    python jobs/submit_convert.py hf-to-megatron HF_DIR OUT [options of tools/hf_to_megatron.py]
+    python3 jobs/submit_convert.py hf-to-megatron HF_DIR OUT [options of tools/hf_to_megatron.py]
 
     the tool's own --dry-run, on this machine -> batch script -> sbatch
 

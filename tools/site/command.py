@@ -1,8 +1,8 @@
 """Describes the cluster that this machine belongs to, once, in a file that later commands find.
 
-    python jobs/init_site.py            asks up to four questions; Enter takes what is in brackets
-    python jobs/init_site.py --yes      asks none
-    python jobs/init_site.py --print    prints the file and stores nothing
+    python3 jobs/init_site.py            asks up to four questions; Enter takes what is in brackets
+    python3 jobs/init_site.py --yes      asks none
+    python3 jobs/init_site.py --print    prints the file and stores nothing
 
 SLURM says most of it: partitions, nodes, limits, your accounts. A small srun asks a node for its
 network interfaces, HCAs, disks and GPUs. The file is stored by SLURM's name of the cluster in

@@ -1,4 +1,4 @@
-"""What a person does with runs: `python jobs/runs.py`, which starts commands.py.
+"""What a person does with runs: `python3 jobs/runs.py`, which starts commands.py.
 
 Nothing of a run depends on this package. It does not import torch.
 

@@ -1,31 +1,36 @@
 """Watches the runs of a user, looks into them, and ends them.
 
-    python jobs/runs.py ps                      a line for each run of the run root
-    python jobs/runs.py status RUN              step, phase, seconds, reward, hours, attempts
-    python jobs/runs.py top [RUN]               ps, or status, again and again
-    python jobs/runs.py logs RUN --role trainer --grep Error --follow
-    python jobs/runs.py attach RUN --node n2    a shell inside the job
-    python jobs/runs.py tunnel RUN              commands to paste on your own machine
-    python jobs/runs.py stop RUN                it commits and ends, and its job is cancelled
-    python jobs/runs.py report RUN              all of it as one HTML page
-    python jobs/runs.py samples RUN --worst 3   recorded samples, token by token
-    python jobs/runs.py sync RUN                uploads to W&B what was logged offline
+    python3 jobs/runs.py ps                      a line for each run of the run root
+    python3 jobs/runs.py status RUN              step, phase, seconds, reward, hours, attempts
+    python3 jobs/runs.py top [RUN]               ps, or status, again and again
+    python3 jobs/runs.py logs RUN --role trainer --grep Error --follow
+    python3 jobs/runs.py attach RUN --node n2    a shell inside the job
+    python3 jobs/runs.py tunnel RUN              commands to paste on your own machine
+    python3 jobs/runs.py stop RUN                it commits and ends, and its job is cancelled
+    python3 jobs/runs.py report RUN              all of it as one HTML page
+    python3 jobs/runs.py samples RUN --worst 3   recorded samples, token by token
+    python3 jobs/runs.py sync RUN                uploads to W&B what was logged offline
 
 RUN is a run's directory, or its name below the run root. The run may live, have ended or have
 never started; only `stop` and `sync` write into its directory.
 """
 
 import argparse
+import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+from jobs import sites
+from nanoslime.config.load import load
 from nanoslime.types import RunError
 from tools.watch import control, report, run_logs, samples
 from tools.watch.status import RunStatus, subjects
 
+_RUN_ROOT = "where runs lie; default: as the cluster's file says, else runs"
 _CLEAR = "\x1b[H\x1b[2J"
 # What a line of `ps` tells.
 _LINE = ("state", "step", "reward", "ETA", "hours")
@@ -34,6 +39,8 @@ _LINE = ("state", "step", "reward", "ETA", "hours")
 def main(argv: list[str]) -> int:
     asked = _parser().parse_args(argv)
     try:
+        if asked.run_root is None:
+            asked.run_root = default_run_root()
         # A name is that of a run below the run root, unless there is a run here.
         if asked.run is not None and not (asked.run / "attempts").is_dir():
             asked.run = asked.run_root / asked.run
@@ -45,6 +52,18 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def default_run_root() -> Path:
+    """The run root of the cluster on which this is typed, if its file is stored; else `runs`.
+
+    A SLURM that does not answer is no reason to show nothing.
+    """
+    with suppress(RunError):
+        file = sites.of_this_machine(os.environ)
+        if file is not None:
+            return Path(load(None, file, []).cluster.run_root or "runs").expanduser()
+    return Path("runs")
 
 
 def _ps(asked: argparse.Namespace) -> Iterator[str]:
@@ -95,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         made[name] = commands.add_parser(name, help=summary, description=summary)
         nargs = "?" if name in ("ps", "top") else None
         made[name].add_argument("run", type=Path, metavar="RUN", nargs=nargs)
-        made[name].add_argument("--run-root", type=Path, default=Path("runs"), metavar="DIR")
+        made[name].add_argument("--run-root", type=Path, metavar="DIR", help=_RUN_ROOT)
         made[name].set_defaults(show=show)
     samples.add_options(made["samples"])
     run_logs.add_options(made["logs"])

@@ -11,6 +11,7 @@ from nanoslime.config.cluster import ClusterConfig
 from nanoslime.config.load import load
 from tests.slurm.cluster import SlurmCluster
 from tools.site import command
+from tools.watch.commands import default_run_root
 
 pytestmark = pytest.mark.slurm
 
@@ -119,3 +120,12 @@ def test_without_slurm_it_says_so_in_one_line(stored, monkeypatch, capsys):
     assert init_site(monkeypatch) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert "no scontrol in PATH" in line
+
+
+def test_runs_are_looked_for_where_the_file_says(slurm_cluster, stored, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_CONF", str(slurm_cluster.config_file))
+    assert default_run_root() == Path("runs")
+    assert init_site(monkeypatch, "--yes", "--no-srun", "--run-root", str(tmp_path / "mine")) == 0
+    assert default_run_root() == tmp_path / "mine"
+    monkeypatch.setenv("SLURM_CONF", "/no such file")
+    assert default_run_root() == Path("runs")

@@ -18,7 +18,7 @@ def test_the_help_has_an_example_of_each_command(capsys):
         commands.main(["--help"])
     text = capsys.readouterr().out
     for name in NAMES:
-        assert f"python jobs/runs.py {name}" in text
+        assert f"python3 jobs/runs.py {name}" in text
         with pytest.raises(SystemExit):
             commands.main([name, "--help"])
         assert "RUN" in capsys.readouterr().out
