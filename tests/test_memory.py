@@ -8,7 +8,15 @@ import pytest
 from jobs.plan_text import describe
 from nanoslime.config import ClusterConfig, ModelConfig, RunConfig, TrainingConfig
 from nanoslime.layout import plan
-from nanoslime.memory import TrainerGPU, estimate_memory
+from nanoslime.memory import (
+    DiskNeed,
+    TrainerGPU,
+    estimate_memory,
+    largest_budget,
+    memory_lines,
+)
+from nanoslime.memory.host import slurm_bytes
+from nanoslime.memory.parts import GIB
 from nanoslime.memory.states import Sharding, rank_parameters
 from nanoslime.models.parallel_sizes import ParallelDims, PipelineSizes
 from nanoslime.models.shape import ModelShape
@@ -16,7 +24,7 @@ from nanoslime.models.tiny import tiny_qwen3_config
 from nanoslime.types import RunError
 from tests.models.hf import make_model
 from tests.models.published import CONFIGS
-from tests.plans import H200, QWEN3_4B, TINY, config_of, plan_of
+from tests.plans import H200, QWEN3_4B, QWEN3_30B_A3B, TINY, config_of, plan_of
 from tools.gpu_checks import QWEN3_06B
 
 
@@ -163,6 +171,93 @@ def test_context_parallel_ranks_share_the_optimizer_state_and_interleaving_keeps
 def test_what_fits_on_no_gpu_is_refused_with_value_place_and_way_out(flags, says):
     with pytest.raises(RunError, match=says):
         plan_of(f"--cluster.gpus-per-node 8 {flags}", QWEN3_4B)
+
+
+LONG_4B = replace(QWEN3_4B, max_position_embeddings=1 << 17)
+# The environment of the job is not here to look at: it is taken to have Transformer Engine.
+EIGHT = "--cluster.gpus-per-node 8 --cluster.venv /not/here"
+
+
+def test_the_longest_sequence_counts_although_the_budget_is_small():
+    flags = f"--nodes 4 {EIGHT} --tp-size 2 --cluster.gpu-memory-gib 200"
+    short = need_of(flags, LONG_4B)
+    long = need_of(f"{flags} --max-new-tokens 31744", LONG_4B)
+    assert long.activations == short.activations
+    assert (long.budget_tokens, long.longest_tokens) == (8192, 32_768)
+    assert long.longest_activations == pytest.approx(4 * short.activations, rel=1e-6)
+    # Two ranks share each sequence; the formulas for Transformer Engine know no more.
+    shared = need_of(f"{flags} --cp-size 2 --max-new-tokens 31744", LONG_4B)
+    assert shared.longest_tokens == 16_384
+    assert shared.longest_activations == pytest.approx(2 * short.activations, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "way_out", ["--training.recompute", "--cp-size 4", "--tp-size 4 --sequence-parallel"]
+)
+def test_a_sequence_that_fits_no_gpu_is_refused_and_the_ways_out_are_ways_out(way_out):
+    flags = f"--nodes 4 {EIGHT} --tp-size 2 --max-new-tokens 31744"
+    says = (
+        "make a sequence that has a micro-batch for itself, 32768 tokens .* take 76 GiB beside "
+        "14 GiB .* lower rollout.max_new_tokens .* set training.recompute, or raise "
+        "training.cp_size, or raise training.tp_size with --sequence-parallel"
+    )
+    with pytest.raises(RunError, match=says):
+        plan_of(flags, LONG_4B)
+    plan_of(f"{flags} {way_out}", LONG_4B)
+
+
+def test_experts_that_fit_no_gpu_are_told_to_be_spread():
+    flags = f"--nodes 4 {EIGHT} --tp-size 2 --sequence-parallel"
+    with pytest.raises(
+        RunError, match=r"states? take .* GiB .* training.ep_size, training.tp_size"
+    ):
+        plan_of(flags, QWEN3_30B_A3B)
+    plan_of(f"{flags} --ep-size 8", QWEN3_30B_A3B)
+
+
+def test_the_largest_budget_that_fits_is_the_largest():
+    flags = f"--nodes 4 {EIGHT} --tp-size 2 --max-tokens-per-microbatch"
+    config = config_of(f"{flags} 65536")
+    parallel = plan(config, LONG_4B).parallel
+    largest = largest_budget(config, LONG_4B, parallel)
+    assert f"to {largest} or less" in "\n".join(memory_lines(config, LONG_4B, parallel))
+    assert need_of(f"{flags} {largest}", LONG_4B).total <= 80 * GIB
+    assert need_of(f"{flags} {largest + 512}", LONG_4B).total > 80 * GIB
+
+
+def test_a_node_without_room_for_sleeping_trainers_is_refused():
+    flags = f"--nodes 2 {EIGHT} --colocate --tp-size 2"
+    config = config_of(flags)
+    trainer = need_of(flags, LONG_4B)
+    node = estimate_memory(config, LONG_4B, plan(config, LONG_4B).parallel).node
+    assert node.sleeping == 8 * (trainer.weights + trainer.optimizer)
+    assert node.available is None
+    plan_of(f"{flags} --cluster.memory-per-node 200G", LONG_4B)
+    with pytest.raises(RunError, match=r"for tensors \(sleeping trainers .* gives it 32 GiB"):
+        plan_of(f"{flags} --cluster.memory-per-node 32G", LONG_4B)
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("", None), ("0", None), ("64000", 64_000 << 20), ("64G", 64 << 30), ("1T", 1 << 40)],
+)
+def test_memory_is_read_as_sbatch_reads_it(text, num_bytes):
+    assert slurm_bytes(text) == num_bytes
+
+
+def test_the_disk_holds_the_checkpoints_that_are_kept_and_the_one_being_written():
+    flags = f"--nodes 2 {EIGHT} --num-rollout 100 --checkpoint.interval 10"
+    parameters = LONG_4B.num_parameters
+
+    def disk(more: str = "") -> DiskNeed:
+        config = config_of(f"{flags} {more}")
+        return estimate_memory(config, LONG_4B, plan(config, LONG_4B).parallel).disk
+
+    # Weights, main parameters and two moments; the export in bfloat16.
+    assert (disk().checkpoint, disk().export) == (14 * parameters, 2 * parameters)
+    assert disk().checkpoints == 3
+    assert disk("--checkpoint.keep-every 20").checkpoints == 3 + 5
+    assert disk("--checkpoint.interval 0").checkpoints == 1
 
 
 def test_a_colocated_plan_shows_it_and_leaves_memory_to_the_sleeping_trainer():

@@ -98,12 +98,14 @@ def _check_engine(config: RunConfig, engine: EngineGPU) -> None:
 
 
 def _check_node(node: NodeMemory) -> None:
-    if node.available is None or node.total <= node.available:
+    """Only of tensors: what processes take beside them is an estimate, which the plan shows."""
+    tensors = node.total - node.processes
+    if node.available is None or tensors <= node.available:
         return
     raise RunError(
-        f"a node needs {node.total / GIB:.0f} GiB of main memory ({_node_parts(node)}), and "
-        f"cluster.memory_per_node gives it {node.available / GIB:.0f} GiB; raise it, or spread "
-        "trainers over more nodes"
+        f"a node needs {tensors / GIB:.0f} GiB of main memory for tensors ({_node_parts(node)}), "
+        f"and cluster.memory_per_node gives it {node.available / GIB:.0f} GiB; raise it, or "
+        "spread the trainers over more nodes"
     )
 
 
@@ -169,8 +171,11 @@ def _engine_line(config: RunConfig, engine: EngineGPU) -> str:
 
 def _node_line(node: NodeMemory) -> str:
     line = f"node: {size_text(node.total)} of main memory ({_node_parts(node)})"
-    if node.available is not None:
-        line += f", of {size_text(node.available)}"
+    if node.available is None:
+        return line
+    line += f", of {size_text(node.available)}"
+    if node.total > node.available:
+        line += "; MAY NOT FIT: raise cluster.memory_per_node"
     return line
 
 

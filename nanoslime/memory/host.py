@@ -40,7 +40,7 @@ def node_memory(
     engines = 0
     if has_engines and (cluster.colocate or cluster.nodes == 1):
         engines = max(1, cluster.slots // config.rollout.engine_tp_size)
-    reference = 2 * states.weights if config.algorithm.needs_reference else 0
+    reference = 2 * states.own_weights if config.algorithm.needs_reference else 0
     sleeping = states.weights + states.optimizer if cluster.colocate else 0
     embedded = 0
     if not has_engines and not config.rollout.load_rollouts:

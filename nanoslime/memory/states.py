@@ -24,8 +24,10 @@ class States:
     optimizer: int
     # FSDP: weights that are whole for a moment, and their gradients.
     gathered: int = 0
-    # Of the optimizer's, or of all: what training.optimizer_offload keeps on the host.
+    # What training.optimizer_offload keeps on the host: the optimizer's, with FSDP all.
     offloaded: int = 0
+    # The rank's weights, wherever they are.
+    own_weights: int
 
     @property
     def total(self) -> int:
@@ -146,6 +148,7 @@ def _megatron_states(
     state = int(optimizer * own * trained)
     offloads = training.optimizer_offload
     return States(
+        own_weights=width * (dense + experts),
         weights=width * (dense + experts),
         gradients=int(gradient * (dense + experts) * trained),
         optimizer=0 if offloads else state,
@@ -167,6 +170,7 @@ def _fsdp_states(config: RunConfig, shape: ModelShape, dp_size: int, trained: fl
     weights = _FLOAT32_BYTES * rows
     if config.training.optimizer_offload:
         return States(
+            own_weights=weights,
             weights=0,
             gradients=0,
             optimizer=0,
@@ -174,6 +178,7 @@ def _fsdp_states(config: RunConfig, shape: ModelShape, dp_size: int, trained: fl
             offloaded=int(weights * (1 + 3 * trained)),
         )
     return States(
+        own_weights=weights,
         weights=weights,
         gradients=int(weights * trained),
         optimizer=int(2 * weights * trained),
