@@ -21,6 +21,7 @@ from nanoslime.models.shape import ModelShape
 from nanoslime.plugins import resolve
 from nanoslime.training.backend import RankEnv
 from tests.training.parity import BACKENDS, TEMPERATURE, Layout
+from tests.training.rank_pool import leave_groups
 from tools.saved_tensors import held_by_a_step
 
 # Tokens of the sequences of a micro-batch on each context-parallel rank.
@@ -56,7 +57,10 @@ def held(layout: Layout, model_dir: Path, rank: int, tmp: Path, argument: Any) -
     number = 1 if layout.pp_size == 1 else 2 * stages
     batch = full_batch(shape, number, layout.cp_size)
     found = held_by_a_step(backend, batch, algorithms.make(config.algorithm))
-    return {"held": found.parts}
+    parts = found.parts
+    del backend, found
+    leave_groups()  # otherwise the threads of all layouts' groups would stay
+    return {"held": parts}
 
 
 def full_batch(shape: ModelShape, number: int, cp_size: int) -> TrainBatch:
