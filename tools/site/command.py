@@ -41,7 +41,9 @@ def main(argv: list[str]) -> int:
 
 def run(asked: argparse.Namespace) -> int:
     cluster = ask_cluster()
-    print(f"cluster {cluster.name}", flush=True)
+    # With --print the file alone is the output.
+    notes = sys.stderr if asked.print else sys.stdout
+    print(f"cluster {cluster.name}", file=notes, flush=True)
     given = Given(asked.partition, asked.account, asked.run_root, asked.venv)
     person = Person(answers=not asked.yes)
     answers = ask_person(cluster, person, given)
@@ -52,7 +54,8 @@ def run(asked: argparse.Namespace) -> int:
     if not node.is_node:
         print(
             f"no node could be asked ({node.why_not}): interfaces, HCAs, disks and GPU memory are "
-            f"those of this machine, {node.host}; look at them in the file"
+            f"those of this machine, {node.host}; look at them in the file",
+            file=notes,
         )
     content = text(request, node)
     file = stored_clusters() / f"{cluster.name}.yaml"

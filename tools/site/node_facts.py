@@ -4,6 +4,7 @@ It is run by a small srun on a node of the partition, or, where that does not st
 machine, whose answers may differ from a node's.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -102,7 +103,7 @@ def ask_node(options: Sequence[str], *, srun: bool) -> NodeFacts:
         ]
         command = ["srun", *request, "--job-name=init-site", *options, "sh", "-c", SCRIPT, "sh", ""]
         try:
-            done = ask(command, _DEADLINE_S)
+            done = ask(command, _DEADLINE_S, env=_outside_of_jobs())
             if done.returncode == 0:
                 return parse(done.stdout, is_node=True)
             why_not = complaint(done.stderr)
@@ -110,6 +111,12 @@ def ask_node(options: Sequence[str], *, srun: bool) -> NodeFacts:
             why_not = str(error)
     done = ask(["sh", "-c", SCRIPT, "sh", ""], _DEADLINE_S)
     return parse(done.stdout, is_node=False, why_not=why_not)
+
+
+def _outside_of_jobs() -> dict[str, str]:
+    """Our environment without the job in which this may be typed."""
+    own = os.environ
+    return {name: own[name] for name in own if name == "SLURM_CONF" or name[:6] != "SLURM_"}
 
 
 def parse(text: str, *, is_node: bool, why_not: str = "") -> NodeFacts:

@@ -143,6 +143,9 @@ def _associations(cluster: Cluster, partition: Partition) -> list[Association]:
 
 def _ask_account(cluster: Cluster, partition: Partition, person: Person) -> str:
     accounts = list(dict.fromkeys(own.account for own in _associations(cluster, partition)))
+    if cluster.why_no_accounts and cluster.enforces_accounts:
+        print(f"  SLURM does not tell your accounts: {cluster.why_no_accounts}")
+        return person.ask("account (Enter: SLURM's default)", "", lambda answer: "")
     if not accounts and cluster.enforces_accounts:
         raise RunError(
             f"none of your accounts may use partition {partition.name} (sacctmgr show assoc "
@@ -204,7 +207,9 @@ def _ask_venv(kind: NodeKind, person: Person) -> str:
     target = "cuda" if kind.gpus else "cpu"
     own = ROOT / ".venv" / target
     default = own
-    if target == "cpu" and not own.exists() and Path(sys.prefix) != Path(sys.base_prefix):
+    stamp = Path(sys.prefix, ".nanoslime-target")
+    if not own.exists() and stamp.exists() and f"target={target}\n" in stamp.read_text():
+        # The one that runs this, which another checkout has made.
         default = Path(sys.prefix)
 
     def refusal(answer: str) -> str:

@@ -7,7 +7,7 @@ import getpass
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jobs.where import complaint
 from nanoslime.processes.command import ask
@@ -74,7 +74,9 @@ class Cluster:
     partitions: tuple[Partition, ...]
     kinds: tuple[NodeKind, ...]
     associations: tuple[Association, ...]
-    """Empty where SLURM keeps no accounts."""
+    """Empty where SLURM keeps no accounts, or does not tell them."""
+    why_no_accounts: str
+    """Why sacctmgr does not tell them; empty where it does, or there are none."""
     default_account: str
     qos_limits: dict[str, int]
     """The minutes that a job of a QOS may take, where it has a limit."""
@@ -98,17 +100,44 @@ def ask_cluster() -> Cluster:
         raise RunError(f"SLURM calls this cluster {name!r}, which cannot be the name of a file")
     kinds = parse_kinds(_says("sinfo", "--noheader", "--exact", f"--format={_KIND_FORMAT}"))
     partitions = parse_partitions(_says("scontrol", "show", "partition", "--oneliner"))
-    user = getpass.getuser()
+    accounts = Accounts()
+    if config.get("AccountingStorageType", "").endswith("slurmdbd"):
+        try:
+            accounts = _ask_accounts(name)
+        except RunError as error:
+            # A site may hide them, or keep sacctmgr from its users.
+            accounts = Accounts(why_not=str(error))
+    return Cluster(
+        name=name,
+        config=config,
+        partitions=partitions,
+        kinds=kinds,
+        associations=accounts.associations,
+        why_no_accounts=accounts.why_not,
+        default_account=accounts.default,
+        qos_limits=accounts.qos_limits,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Accounts:
+    """What sacctmgr tells of the user."""
+
     associations: tuple[Association, ...] = ()
-    default_account = ""
-    limits: dict[str, int] = {}
-    if config.get("AccountingStorageType", "").endswith("slurmdbd") and shutil.which("sacctmgr"):
-        listing = ["sacctmgr", "--noheader", "--parsable2", "show"]
-        mine = [f"user={user}", f"cluster={name}", f"format={_ASSOCIATION_FORMAT}"]
-        associations = parse_associations(_says(*listing, "assoc", *mine))
-        default_account = _says(*listing, "user", user, "format=DefaultAccount").strip()
-        limits = parse_qos_limits(_says(*listing, "qos", "format=Name,MaxWall"))
-    return Cluster(name, config, partitions, kinds, associations, default_account, limits)
+    default: str = ""
+    qos_limits: dict[str, int] = field(default_factory=dict)
+    why_not: str = ""
+
+
+def _ask_accounts(cluster: str) -> Accounts:
+    user = getpass.getuser()
+    listing = ["sacctmgr", "--noheader", "--parsable2", "show"]
+    mine = [f"user={user}", f"cluster={cluster}", f"format={_ASSOCIATION_FORMAT}"]
+    return Accounts(
+        associations=parse_associations(_says(*listing, "assoc", *mine)),
+        default=_says(*listing, "user", user, "format=DefaultAccount").strip(),
+        qos_limits=parse_qos_limits(_says(*listing, "qos", "format=Name,MaxWall")),
+    )
 
 
 def _says(*command: str) -> str:

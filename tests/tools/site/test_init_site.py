@@ -1,6 +1,7 @@
 """The file that is written on a real SLURM, with and without accounts, and what is asked for it."""
 
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -129,3 +130,24 @@ def test_runs_are_looked_for_where_the_file_says(slurm_cluster, stored, tmp_path
     assert default_run_root() == tmp_path / "mine"
     monkeypatch.setenv("SLURM_CONF", "/no such file")
     assert default_run_root() == Path("runs")
+
+
+def test_a_printed_file_is_all_of_the_output(slurm_cluster, stored, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("SLURM_CONF", str(slurm_cluster.config_file))
+    assert init_site(monkeypatch, "--yes", "--print", "--no-srun") == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert cluster_of(tmp_path / "printed.yaml").name == "test"
+    assert not stored.exists()
+
+
+def test_accounts_that_sacctmgr_does_not_tell_are_asked_for(
+    strict, stored, monkeypatch, tmp_path, capsys
+):
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "sacctmgr").write_text("#!/bin/sh\necho 'error: Access denied' >&2; exit 1\n")
+    (programs / "sacctmgr").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    assert init_site(monkeypatch, "--no-srun", answers="\nbiology\n\n\n") == 0
+    assert "SLURM does not tell your accounts: sacctmgr" in capsys.readouterr().out
+    assert cluster_of(stored / "strict.yaml").account == "biology"
