@@ -31,6 +31,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from jobs import ray_node
+from jobs.checkout import module_command
 from jobs.cluster_env import ClusterEnv, remove_scratch
 from jobs.leaving import AttemptOver, clean_up, logged_if_unwritable
 from jobs.preflight.node import Place
@@ -80,7 +81,8 @@ class Agent:
         self._scratch = env.scratch(attempt.path)
         # Its death sends us SIGTERM.
         self._guard = os.getppid()
-        self._driver_command = shlex.split(driver) or [sys.executable, "-m", "nanoslime.train"]
+        train = module_command(sys.executable, "nanoslime.train")
+        self._driver_command = shlex.split(driver) or train
         self._children: list[ChildProcess] = []
         self._driver: ChildProcess | None = None
         # Signals that have come and are not yet passed on.

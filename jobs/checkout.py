@@ -19,12 +19,17 @@ _PACKAGES = ("pydantic", "submitit", "yaml")
 
 
 def environment(**additions: str) -> "dict[str, str]":
-    """Our environment with `additions`, and this checkout first in PYTHONPATH."""
-    path = str(ROOT)
-    inherited = os.environ.get("PYTHONPATH")
-    if inherited:
-        path = f"{path}{os.pathsep}{inherited}"
-    return {**os.environ, **additions, "PYTHONPATH": path}
+    """Our environment with `additions`, and in PYTHONPATH this code first and the working directory
+    last, so that a user's own modules are found there by `python -P`.
+    """
+    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    path = dict.fromkeys([str(ROOT), *filter(None, inherited), os.getcwd()])
+    return {**os.environ, **additions, "PYTHONPATH": os.pathsep.join(path)}
+
+
+def module_command(python: str, module: str) -> "list[str]":
+    """Runs a module of this code: without -P the working directory's would come first."""
+    return [python, "-P", "-m", module]
 
 
 def has_packages() -> bool:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.agent import Agent
-from jobs.checkout import environment
+from jobs.checkout import environment, module_command
 from jobs.cluster_env import ClusterEnv
 from jobs.leaving import clean_up, logged_if_unwritable
 from jobs.preflight.rounds import table
@@ -136,7 +136,7 @@ def start_agent(attempt: Attempt, config: RunConfig, env: ClusterEnv, driver: st
     When we die it gets SIGTERM, so that it can end what it started itself.
     """
     place = [str(attempt.run.path), "--attempt", str(attempt.number)]
-    command = [sys.executable, "-m", "jobs.node", *place]
+    command = [*module_command(sys.executable, "jobs.node"), *place]
     if driver:
         command += ["--driver", driver]
     if env.local:

@@ -30,7 +30,7 @@ from pathlib import Path
 from jobs import where
 from jobs.cluster_env import job_facts, slurm_says
 from jobs.preflight.rounds import excluded
-from jobs.sbatch import OUTLIVES_STEP, requeue_line, step_command
+from jobs.sbatch import OUTLIVES_STEP, agent_command, requeue_line, step_command
 from nanoslime.config.load import read
 from nanoslime.layout import Layout
 from nanoslime.processes.command import ask
@@ -150,7 +150,8 @@ def main(argv: list[str]) -> int:
         layout = attempt.layout.on(len(nodes))
         # SLURM 22.05 keeps the cores of a step for busy that has lost a node.
         options = ["--overlap", f"--nodelist={','.join(nodes)}"]
-        step = step_command(config, layout, run.path, driver, *options)
+        task = agent_command(config, run.path, driver)
+        step = step_command(config, layout, run.path, task, *options)
         following = f"{requeue_line(config, run.path, driver)} {attempt.number}"
         os.execlp("sh", "sh", "-c", "\n".join([OUTLIVES_STEP, shlex.join(step), following]))
     return code if why_not else DONE

@@ -43,6 +43,8 @@ def kept_if_accepted(
     run = resumed or RunDir.create(run_root, name, share)
     folder = run.path / SUBMITIT_FOLDER
     of_submitit = set(folder.glob("*"))
+    code = run.path / "code"
+    snapshots = set(code.glob("*"))
     try:
         yield run
     except BaseException:
@@ -52,7 +54,9 @@ def kept_if_accepted(
             file.unlink()
         for file, content in before.items():
             publish(file, content)
-        for made in (folder, *missing):
+        for snapshot in set(code.glob("*")) - snapshots:
+            shutil.rmtree(snapshot)
+        for made in (folder, code, *missing):
             if made.is_dir() and not os.listdir(made):
                 made.rmdir()
         raise

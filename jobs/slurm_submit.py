@@ -1,33 +1,29 @@
 """Hands a prepared run to SLURM: by submitit, or as a plain batch script.
 
-Nothing stays on the login node.
+Nothing stays on the login node. The script is that of jobs/sbatch.py either way.
 """
-
-import shlex
 
 import submitit
 from submitit.core.utils import FailedJobError
 
-from jobs import where
+from jobs import snapshot, where
 from jobs.node import NodeJob
 from jobs.run_files import SUBMITIT_FOLDER
-from jobs.sbatch import (
-    OUTLIVES_STEP,
-    python_of,
-    requeue_line,
-    sbatch_options,
-    sbatch_text,
-    setup_lines,
-    step_options,
-)
+from jobs.sbatch import sbatch_text
 from nanoslime.config.run import RunConfig
 from nanoslime.layout import Layout
 from nanoslime.run_dir import RunDir
 from nanoslime.storage.shared_files import publish
 from nanoslime.types import RunError
 
-# submitit takes these as parameters of its own.
-_SUBMITIT_PARAMETERS = ("job-name", "nodes", "ntasks-per-node")
+
+class _Executor(submitit.SlurmExecutor):
+    """submitit's (1.5.4), which submits `script` in place of one of its own."""
+
+    script = ""
+
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        return self.script
 
 
 def submit_submitit(config: RunConfig, layout: Layout, run: RunDir, driver: str = "") -> str:
@@ -43,23 +39,10 @@ def submit_submitit(config: RunConfig, layout: Layout, run: RunDir, driver: str 
         )
     folder = run.path / SUBMITIT_FOLDER
     folder.mkdir(mode=0o700, exist_ok=True)
-    executor = submitit.SlurmExecutor(folder, python=shlex.quote(python_of(config)))
-    options = sbatch_options(config, layout)
-    additional = {k: v for k, v in options.items() if k not in _SUBMITIT_PARAMETERS}
-    executor.update_parameters(
-        job_name=str(options["job-name"]),
-        nodes=layout.num_nodes,
-        ntasks_per_node=1,
-        time=config.cluster.time_limit_min,
-        signal_delay_s=config.cluster.signal_lead_s,
-        setup=[*setup_lines(config), OUTLIVES_STEP],
-        teardown=[requeue_line(config, run.path, driver)],
-        srun_args=step_options(config, layout),
-        stderr_to_stdout=True,
-        # Sites that track workload keys refuse submitit's own.
-        wckey=None,
-        additional_parameters=additional,
-    )
+    executor = _Executor(folder)
+    code = snapshot.newest(run.path)
+    executor.script = sbatch_text(config, layout, run.path, driver, code=code, submitit=True)
+    executor.update_parameters(nodes=layout.num_nodes, ntasks_per_node=1)
     try:
         job = executor.submit(NodeJob(str(run.path), driver))
     except FailedJobError as error:
@@ -74,7 +57,7 @@ def submit_sbatch(config: RunConfig, layout: Layout, run: RunDir, driver: str = 
     The script stays in the run directory as job.sbatch. Raises RunError where sbatch refuses
     the job.
     """
-    text = sbatch_text(config, layout, run.path, driver)
+    text = sbatch_text(config, layout, run.path, driver, code=snapshot.newest(run.path))
     publish(run.batch_script, text.encode())
     job_id = where.submit("sbatch", text)
     where.record_job(run, job_id)

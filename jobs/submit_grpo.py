@@ -19,9 +19,10 @@ if __name__ == "__main__" and not has_packages():
 import argparse
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
-from jobs import inputs, local, sbatch, sites, where
+from jobs import inputs, local, sbatch, sites, snapshot, where
 from jobs.lead import with_measured_lead
 from jobs.plan_text import describe
 from jobs.run_files import alone, kept_if_accepted
@@ -32,8 +33,8 @@ from nanoslime.config.flags import parse as parse_flags
 from nanoslime.config.load import dump, load, set_by
 from nanoslime.layout import Layout
 from nanoslime.plugins import resolve
-from nanoslime.run_dir import RunDir
-from nanoslime.storage.shared_files import read_json
+from nanoslime.run_dir import RunDir, candidate_names
+from nanoslime.storage.shared_files import publish, read_json
 from nanoslime.types import RunError
 
 RECIPES = ROOT / "jobs" / "recipes"
@@ -57,6 +58,8 @@ def main(argv: list[str], environ: Mapping[str, str] = os.environ, root: Path = 
         slurm = where.detect(environ.get("PATH", ""), environ, root, command.cluster)
         if command.dry_run:
             return dry_run(command, config, slurm, sources)
+        if command.print_sbatch and not command.prepare:
+            return print_sbatch(command, config)
         return run(command, config, slurm, sources)
     except BrokenPipeError:
         # The reader of a plan or of the help, `| head`, has seen enough.
@@ -79,16 +82,14 @@ def run(
     resumed = RunDir.open(command.resume) if command.resume else None
     if resumed is not None:
         inputs.check_resume(resumed, config)
-    if submits and not command.prepare:
+    if command.prepare:
+        return prepare(command, config, layout, resumed)
+    if submits:
         return submit(config, layout, resumed, description)
-    if not submits:
-        print(rehearsal_line(config), flush=True)
+    print(rehearsal_line(config), flush=True)
     run = resumed or RunDir.create(Path(config.cluster.run_root), config.name, config.cluster.share)
     run.write_config(config, layout)
     run.write_provenance(sys.argv)
-    if command.prepare:
-        print(run.path)
-        return 0
     print(f"{description}\n\nrun directory: {run.path}", flush=True)
     code = local.run_local(config, layout, run)
     print(summary_table(run))
@@ -112,8 +113,7 @@ def dry_run(
 ) -> int:
     """Print verdict, plan and batch script; code 2 for a run to be refused."""
     config, layout, description = plan(config, sources, command.cluster, download=False)
-    run_dir = command.resume or Path(config.cluster.run_root) / config.name
-    script = sbatch.sbatch_text(config, layout, run_dir)
+    script = sbatch.script_to_submit(config, layout, run_dir_of(command, config))
     try:
         verdict = accepted(command, config, slurm, script)
         code = 0
@@ -141,6 +141,27 @@ def accepted(
     return f"fits; {where.test_only(slurm.sbatch, script)}"
 
 
+def print_sbatch(command: argparse.Namespace, config: RunConfig) -> int:
+    """Print nothing but the batch script that would be submitted; make nothing."""
+    check_target(config, submits=True)
+    config, layout, _ = plan(config, {}, None, download=False)
+    inputs.check_environment(config)
+    if command.resume:
+        inputs.check_resume(RunDir.open(command.resume), config)
+    print(sbatch.script_to_submit(config, layout, run_dir_of(command, config)), end="")
+    return 0
+
+
+def run_dir_of(command: argparse.Namespace, config: RunConfig) -> Path:
+    """The directory of the run to resume, or the one that a new run would get."""
+    if command.resume:
+        return RunDir.open(command.resume).path
+    run_root = Path(config.cluster.run_root)
+    return next(
+        path for name in candidate_names(config.name) if not (path := run_root / name).exists()
+    )
+
+
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options of this command, and the flags that set configuration fields."""
     command, flags = make_parser().parse_known_args(argv)
@@ -158,7 +179,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--resume", metavar="RUN_DIR", type=Path, help="go on with a run after its last checkpoint"
     )
     parser.add_argument(
-        "--prepare", action="store_true", help="make the run directory, print its path and end"
+        "--prepare",
+        action="store_true",
+        help="make the run directory with job.sbatch in it, print its path and end",
+    )
+    parser.add_argument(
+        "--print-sbatch",
+        action="store_true",
+        help="print the batch script that would be submitted, and nothing else",
     )
     parser.add_argument(
         "--verbose", action="store_true", help="with --dry-run: print the full configuration, too"
@@ -214,19 +242,42 @@ def submit(config: RunConfig, layout: Layout, resumed: RunDir | None, descriptio
 
     Its files are there before the job, which may start at once.
     """
-    chains = config.cluster.goes_on_by == "chain"
-    submit_by = "sbatch" if chains else config.cluster.submit
+    submit_by = "submitit" if sbatch.by_submitit(config) else "sbatch"
     submitter = resolve(submit_by, SUBMITTERS, "cluster.submit")
+    with prepared(config, layout, resumed) as run:
+        job = submitter(config, layout, run)
+    print(f"{description}\n\nrun directory: {run.path}")
+    print(snapshot.describe(snapshot.newest(run.path)))
+    log = f"{run.path}/attempts/latest/logs/driver-0.log"
+    print(sbatch.submitted(job, log, typed("jobs/submit_grpo.py", "--resume", run.path)))
+    return 0
+
+
+def prepare(
+    command: argparse.Namespace, config: RunConfig, layout: Layout, resumed: RunDir | None
+) -> int:
+    """Make a run's directory for a person who hands job.sbatch in it to sbatch; print its path, or
+    with --print-sbatch that script.
+    """
+    with prepared(config, layout, resumed) as run:
+        script = sbatch.sbatch_text(config, layout, run.path, code=snapshot.newest(run.path))
+        publish(run.batch_script, script.encode())
+    print(script.removesuffix("\n") if command.print_sbatch else run.path)
+    return 0
+
+
+@contextmanager
+def prepared(config: RunConfig, layout: Layout, resumed: RunDir | None) -> Iterator[RunDir]:
+    """The directory of a new or resumed run with all that its job reads; all files are as before
+    where the block raises.
+    """
     run_root = Path(config.cluster.run_root)
     kept = kept_if_accepted(run_root, config.name, resumed, config.cluster.share)
     with alone(resumed), kept as run:
         run.write_config(config, layout)
         run.write_provenance(sys.argv)
-        job = submitter(config, layout, run)
-    print(f"{description}\n\nrun directory: {run.path}")
-    log = f"{run.path}/attempts/latest/logs/driver-0.log"
-    print(sbatch.submitted(job, log, typed("jobs/submit_grpo.py", "--resume", run.path)))
-    return 0
+        snapshot.take(run.path)
+        yield run
 
 
 def summary_table(run: RunDir) -> str:

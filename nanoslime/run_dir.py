@@ -102,14 +102,14 @@ class RunDir:
 
     @classmethod
     def create(cls, run_root: Path, name: str, share: str = "") -> RunDir:
-        """A new directory: `name`, or `name`-<time> where that is taken.
+        """A new directory: `name`, or `name`-2, `name`-3 and so on where that is taken.
 
         Its mode is 0700, or 2750 for the group `share`. Raises RunError for a group of which the
         user is no member.
         """
         run_root = run_root.expanduser().absolute()
         run_root.mkdir(parents=True, exist_ok=True)
-        for candidate in _candidate_names(name):
+        for candidate in candidate_names(name):
             try:
                 (run_root / candidate).mkdir(mode=0o700)
             except FileExistsError:
@@ -465,13 +465,11 @@ class Attempt:
         return publish_once(self.path / f"{name}.json", as_json({**facts, "time": time.time()}))
 
 
-def _candidate_names(name: str) -> Iterator[str]:
-    """`name`, then `name` with the time, then with a number too."""
+def candidate_names(name: str) -> Iterator[str]:
+    """The names that a new run takes the first free one of."""
     yield name
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    yield f"{name}-{stamp}"
-    for i in range(2, 100):
-        yield f"{name}-{stamp}-{i}"
+    for number in range(2, 10_000):
+        yield f"{name}-{number}"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 import shlex
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from jobs.checkout import ROOT
-from jobs.sbatch import cpus_per_node, sbatch_options, sbatch_text, step_options
+from jobs.sbatch import by_submitit, cpus_per_node, sbatch_options, sbatch_text, step_options
+from nanoslime.types import RunError
 from tests.jobs.made_run import HOSTILE, MadeRun, make_run
 
 
@@ -187,17 +189,82 @@ def test_environment_and_setup_come_before_the_step(tmp_path: Path) -> None:
 def test_the_python_of_the_nodes_is_that_of_the_cluster_file(tmp_path: Path) -> None:
     made = make_run(tmp_path, 1, venv="/shared/envs/cuda")
     assert "/shared/envs/cuda/bin/python" in srun_line(text_of(made))
-    assert (ROOT / "jobs" / "node.py").exists()
 
 
-def test_the_template_is_a_shell_script_with_the_options_of_the_job(tmp_path: Path) -> None:
-    template = ROOT / "jobs" / "templates" / "grpo.sbatch"
-    subprocess.run(["bash", "-n", str(template)], check=True)
-    in_template = set()
-    for line in template.read_text().splitlines():
-        if line.startswith("#SBATCH"):
-            option, _, _ = line.partition("=")
-            in_template.add(option)
-    made = make_run(tmp_path, 4)
-    options = sbatch_options(made.config, made.layout)
-    assert in_template == {f"#SBATCH --{name}" for name in options}
+def containers(kind: str, **more: Any) -> dict[str, Any]:
+    mounts = ["/shared/models", "/data:/mnt:ro"]
+    return {"container": kind, "container_image": "a b.sif", "container_mounts": mounts, **more}
+
+
+def test_pyxis_starts_the_agents_in_the_image_and_nothing_else(tmp_path: Path) -> None:
+    options = containers("pyxis", env={"A": "b"}, venv="/opt/venv")
+    made = make_run(tmp_path, 1, "cuda", gpus_per_node=2, **options)
+    text = text_of(made)
+    words = srun_line(text)
+    run = made.run.path
+    assert "--container-image=a b.sif" in words
+    assert f"--container-mounts={run}:{run},/shared/models:/shared/models,/data:/mnt:ro" in words
+    assert "--container-env=PYTHONPATH,A" in words
+    task = words[words.index("/opt/venv/bin/python") :]
+    assert task == ["/opt/venv/bin/python", "-P", "-m", "jobs.node", str(run)]
+    (requeue,) = [line for line in text.splitlines() if "jobs.requeue" in line]
+    assert shlex.split(requeue)[0] == sys.executable
+
+
+def test_apptainer_is_started_by_srun_and_starts_the_agents(tmp_path: Path) -> None:
+    options = containers("apptainer", container_options=["--cleanenv"])
+    made = make_run(tmp_path / HOSTILE, 1, "cuda", gpus_per_node=2, **options)
+    text = text_of(made)
+    words = srun_line(text)
+    run = made.run.path
+    binds = [f"--bind={run}:{run}", "--bind=/shared/models:/shared/models", "--bind=/data:/mnt:ro"]
+    own = ["apptainer", "exec", "--nv", *binds, "--cleanenv", "a b.sif"]
+    task = ["python", "-P", "-m", "jobs.node", str(run)]
+    assert words[words.index("apptainer") :] == [*own, *task]
+    assert 'export APPTAINERENV_PYTHONPATH="$PYTHONPATH"' in text.splitlines()
+    on_cpus = text_of(make_run(tmp_path / "cpu", 1, **options))
+    assert "--nv" not in on_cpus
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
+def test_a_site_may_have_a_script_of_its_own(tmp_path: Path) -> None:
+    template = tmp_path / "site.sbatch"
+    lines = [
+        "#!/bin/bash -l",
+        "#SBATCH --wckey=x",
+        "@directives@",
+        "hi",
+        " @setup@",
+        "@step@",
+        "bye",
+    ]
+    template.write_text("\n".join(lines))
+    made = make_run(tmp_path, 1, script_template=str(template), setup=["umask 7"])
+    text = text_of(made).splitlines()
+    assert text[:2] == lines[:2]
+    places = [text.index(line) for line in ("#SBATCH --nodes=1", "hi", "umask 7", "bye")]
+    assert places == sorted(places)
+    assert text[-1] == "bye"
+    assert not by_submitit(made.config)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("@directives@\n@step@", "has 0 lines @setup@; it needs @directives@, @setup@, @step@"),
+        ("@directives@\n@setup@ \n@step@\n@step@", "has 2 lines @step@"),
+        ("@directives@\n@setup@ @step@", "has 0 lines @setup@"),
+    ],
+)
+def test_a_script_without_a_place_for_each_part_is_refused(
+    tmp_path: Path, text: str, says: str
+) -> None:
+    template = tmp_path / "site.sbatch"
+    template.write_text(text)
+    with pytest.raises(RunError, match=says):
+        text_of(make_run(tmp_path, 1, script_template=str(template)))
+
+
+def test_a_path_with_a_line_break_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"--output=.* has a line break"):
+        text_of(make_run(tmp_path / "a\nb", 1))

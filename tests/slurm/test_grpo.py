@@ -1,7 +1,8 @@
-"""The main job on a real SLURM, preempted and requeued; and a small one by the template."""
+"""The main job on a real SLURM: preempted and requeued; a small one, handed over by a person."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,6 @@ def slurm(
     slurm_cluster: SlurmCluster, no_leftovers: None, monkeypatch: pytest.MonkeyPatch
 ) -> SlurmCluster:
     monkeypatch.setenv("SLURM_CONF", str(slurm_cluster.config_file))
-    monkeypatch.setenv("NANOSLIME_PYTHON", sys.executable)
     monkeypatch.chdir(ROOT)
     return slurm_cluster
 
@@ -82,13 +82,30 @@ def test_a_submitted_job_is_preempted_requeued_and_completes_at_the_right_step(s
 
 
 @pytest.mark.timeout(400)
-def test_the_template_runs_the_same_job(slurm, tmp_path):
-    """With a trainer rank on each of two nodes, and an engine in the driver."""
-    output = tmp_path / "job.out"
-    template = "jobs/templates/grpo.sbatch"
+def test_a_prepared_job_runs_the_code_of_its_submission_whatever_is_edited(
+    slurm, tmp_path, monkeypatch
+):
+    """With a trainer rank on each of two nodes, and an engine in the driver.
+
+    The job waits in a checkout that is spoiled meanwhile, and has a reward of the user's own there.
+    """
+    checkout = tmp_path / "checkout"
+    for folder in ("nanoslime", "jobs", "tools"):
+        without = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / folder, checkout / folder, ignore=without)
+    reward = "from nanoslime.rollout.rewards.exact_match import reward as mine\n"
+    (checkout / "my_rewards.py").write_text(reward)
+    monkeypatch.chdir(checkout)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     sizes = ["--cluster.slots-per-node", "1", "--tp-size", "1", "--engine", "embedded"]
-    flags = ["--run-root", str(tmp_path), *sizes, *FLAGS]
-    job_id = slurm.sbatch("--nodes=2", f"--output={output}", template, *flags)
+    command = [sys.executable, "jobs/submit_grpo.py", "--nodes", "2", "--prepare", *sizes, *FLAGS]
+    command += ["--run-root", str(tmp_path / "runs"), "--reward", "my_rewards:mine"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0, shown.stderr
+    run = RunDir.open(Path(shown.stdout.removesuffix("\n")))
+    job_id = slurm.sbatch("--hold", str(run.batch_script))
+    for package in ("nanoslime", "jobs", "tools"):
+        (checkout / package / "__init__.py").write_text("raise SystemExit('edited')\n")
+    slurm.run("scontrol", "release", str(job_id))
     slurm.wait_state(job_id, "COMPLETED", timeout_s=280)
-    run = RunDir.open(tmp_path / "rehearsal")
     check_outcome(run, 1, trainers=["127.0.1.1", "127.0.1.2"], engines=[])

@@ -4,14 +4,12 @@ import json
 import os
 import re
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from jobs import submit_grpo
-from jobs.checkout import ROOT
 from jobs.cluster_env import preemption_grace_s
 from jobs.slurm_submit import submit_sbatch, submit_submitit
 from nanoslime.run_dir import DONE, FAILED, STOPPED
@@ -479,15 +477,31 @@ def test_what_slurm_refuses_leaves_nothing_and_a_resumed_run_as_it_was(
     assert after == before
 
 
-def test_the_template_ends_before_the_step_when_its_flags_are_refused(
-    slurm: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("submitter", ["submitit", "sbatch"])
+def test_the_script_that_is_shown_is_the_one_that_is_submitted(
+    slurm: SlurmCluster,
+    tmp_path: Path,
+    submitter: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("NANOSLIME_PYTHON", sys.executable)
-    monkeypatch.chdir(ROOT)
-    output = tmp_path / "out"
-    template = str(ROOT / "jobs" / "templates" / "grpo.sbatch")
-    job_id = slurm.sbatch("--nodes=1", f"--output={output}", template, "--no-such-flag=1")
-    slurm.wait_state(job_id, "FAILED", timeout_s=60)
-    said = output.read_text()
-    assert "no-such-flag" in said
-    assert "the run was not prepared" in said
+    monkeypatch.chdir(tmp_path)
+    comment = 'it\'s a; "$HOME" `x` #no %j'
+    site = {"gpus_per_node": 0, "comment": comment, "extra_sbatch": {"hold": ""}, "exclude": "n2"}
+    Path("site.yaml").write_text(json.dumps(site))
+    flags = ["--nodes", "1", "--cluster", "site.yaml", "--submit", submitter]
+    flags += ["--run-root", "my 'runs'"]
+    for _ in range(2):  # the second run gets another name
+        assert submit_grpo.main([*flags, "--print-sbatch"]) == 0
+        printed = capsys.readouterr().out
+        assert submit_grpo.main([*flags, "--dry-run"]) == 0
+        assert capsys.readouterr().out.endswith(f"--- batch script\n{printed}")
+        assert submit_grpo.main(flags) == 0
+        job_id = re.findall("submitted job ([0-9]+)", capsys.readouterr().out)[0]
+        slurm.run("scontrol", "write", "batch_script", job_id, "submitted")
+        assert Path("submitted").read_text() == printed
+        shown = slurm.run("scontrol", "show", "job", job_id).stdout
+        assert f"Comment={comment}" in shown
+        assert "ExcNodeList=n2" in shown
+        slurm.run("scancel", job_id)
+    assert sorted(os.listdir("my 'runs'")) == ["rehearsal", "rehearsal-2"]

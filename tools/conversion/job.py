@@ -18,7 +18,7 @@ from tempfile import TemporaryFile
 
 from jobs import sites, where
 from jobs.checkout import ROOT, environment
-from jobs.sbatch import batch_script, common_options, python_of, submitted
+from jobs.sbatch import batch_script, common_options, python_of_script, submitted
 from jobs.submit_grpo import add_target
 from nanoslime.config import RunConfig
 from nanoslime.config.load import load
@@ -101,8 +101,8 @@ def run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> i
     if not slurm.has_slurm(local=command.local) or slurm.sbatch is None:
         print(f"without --dry-run: {local_line}")
         return 0
-    python = python_of(config)
-    if not os.access(python, os.X_OK):
+    python = python_of_script(config)
+    if not (config.cluster.conda or os.access(python, os.X_OK)):
         raise RunError(f"cluster.venv: there is no {python}; make it, or leave cluster.venv out")
     if command.dry_run:
         print(where.test_only(slurm.sbatch, script))
@@ -172,7 +172,9 @@ def sbatch_text(command: argparse.Namespace, config: RunConfig, log: str, folder
     options.update(cluster.extra_sbatch)
     # sbatch takes % for a pattern in this path.
     options["output"] = f"{log.replace('%', '%%')}%j.out"
-    python = os.path.abspath(python_of(config))
+    python = python_of_script(config)
+    if not config.cluster.conda:
+        python = os.path.abspath(python)
     task = shlex.join(tool_words(command, python, cpus))
     return batch_script(options, config, f"cd {shlex.quote(str(folder))}", f"exec {task}")
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from ray._raylet import AuthenticationTokenLoader, Config
 
 from nanoslime.types import MachineFailure
 
+_CODE = Path(__file__).parents[3]
 NODE_LABEL = "nanoslime-node"
 # The Ray resource that stands for a GPU on nodes that have none.
 SLOT = "slot"
@@ -18,7 +20,9 @@ SLOT = "slot"
 
 def connect(head: dict[str, Any], num_nodes: int, deadline_s: float) -> None:
     """Connects to the cluster of the node agents; waits until every node has joined."""
-    _init(address=head["ray_address"], _node_ip_address=head["node_ip"])
+    # Ray puts the directory of this call before all others in the path of its workers.
+    with chdir(_CODE):
+        _init(address=head["ray_address"], _node_ip_address=head["node_ip"])
     end = time.monotonic() + deadline_s
     while len(joined := _joined_nodes()) < num_nodes:
         if time.monotonic() > end:

@@ -74,8 +74,9 @@ class SGLangServer:
         self._stretched_context = None
         if self._shape.context_length > self._shape.max_position_embeddings:
             self._stretched_context = self._shape.context_length
-        server = [sys.executable, "-m", "sglang.launch_server", "--config", str(self._key_file)]
-        self.command = [*server, *_flags(self._options())]
+        # Without -P a checkout that is the working directory would come before this code.
+        server = [sys.executable, "-P", "-m", "sglang.launch_server"]
+        self.command = [*server, "--config", str(self._key_file), *_flags(self._options())]
         self.env = os.environ | self._environment()
         self.process: ChildProcess | None = None
 
