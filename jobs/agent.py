@@ -352,7 +352,8 @@ class Agent:
             self._signals.pop(0)
             if not requeue:
                 # SIGKILL follows, from SLURM after KillWait.
-                patience_s = max(1.0, self._env.kill_wait_s() * _KILL_WAIT_SHARE)
+                grace_s = self._config.cluster.preemption_grace_s
+                patience_s = max(1.0, self._env.kill_wait_s(grace_s) * _KILL_WAIT_SHARE)
                 self._kill_at = min(self._kill_at, time.monotonic() + patience_s)
 
     def _limit_stop(self) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from nanoslime.config.cluster import MAX_SCRATCH_BYTES
 from nanoslime.plugins import resolve
 from nanoslime.processes.command import ask
 from nanoslime.types import RunError
@@ -21,6 +22,8 @@ _COMMAND_DEADLINE_S = 30.0
 # submitit 1.5.4; its public property reads the environment of this process alone.
 _EXPAND_NODELIST = "submitit.slurm.slurm:_parse_node_list"
 _DEFAULT_KILL_WAIT_S = 30.0
+_TEMPORARY = ("SLURM_TMPDIR", "TMPDIR")
+_LAST_RESORT = "/tmp"
 # Ports from 20,000 on, a block of eight for each job, all below the ephemeral range
 # (32768 and up).
 _FIRST_PORT = 20_000
@@ -46,6 +49,8 @@ class ClusterEnv:
     cpus: int
     # Whether this is a simulated node.
     local: bool = False
+    # Where scratch directories are made on this node.
+    scratch_root: Path = Path(_LAST_RESORT)
     address_problem: str = ""
 
     @property
@@ -56,31 +61,36 @@ class ClusterEnv:
     def scratch(self, attempt: Path) -> Path:
         """Node-local directory of an attempt.
 
-        Its path is short, since Ray puts AF_UNIX sockets (107 bytes) deep in it. It is named
-        after the attempt's directory too, since two clusters on one host have equal job ids.
+        It is named after the attempt's directory, since two clusters on one host have equal job
+        ids.
         """
-        return Path("/tmp") / f"ns-{self.job_id}-{self.node_index}-{tag(attempt):08x}"
+        return self.scratch_root / f"ns-{self.node_index}-{tag(attempt):08x}"
 
     def first_port(self, attempt: Path) -> int:
         """The first port that an attempt tries."""
         block = zlib.crc32(self.job_id.encode(), tag(attempt)) % _NUM_PORT_BLOCKS
         return _FIRST_PORT + block * _PORTS_PER_BLOCK
 
-    def kill_wait_s(self) -> float:
+    def kill_wait_s(self, told_grace_s: int | None = None) -> float:
         """Seconds from SIGTERM to SIGKILL of a job that must go: SLURM's KillWait, or the grace
         time of a job that is preempted.
         """
         job = job_facts(self.job_id)
         if job.get("PreemptTime", "None") != "None":
-            grace_s = preemption_grace_s(job["Partition"])
+            grace_s = preemption_grace_s(job["Partition"]) or told_grace_s
             if grace_s:
                 return float(grace_s)
         match = re.search(r"KillWait\s*=\s*(\d+)", slurm_says("scontrol", "show", "config"))
         return float(match[1]) if match else _DEFAULT_KILL_WAIT_S
 
     @classmethod
-    def from_slurm(cls, environ: Mapping[str, str], network_interface: str = "") -> ClusterEnv:
-        """The facts of the SLURM task with this environment; RunError outside a task."""
+    def from_slurm(
+        cls, environ: Mapping[str, str], network_interface: str = "", scratch: str = ""
+    ) -> ClusterEnv:
+        """The facts of the SLURM task with this environment; RunError outside a task.
+
+        network_interface, scratch: as in the cluster file.
+        """
         if "SLURM_JOB_ID" not in environ or "SLURM_NODEID" not in environ:
             raise RunError(
                 "SLURM_JOB_ID and SLURM_NODEID are not set: start this with srun inside a job"
@@ -108,10 +118,18 @@ class ClusterEnv:
             job_id=environ["SLURM_JOB_ID"],
             restart_count=int(environ.get("SLURM_RESTART_COUNT", "0")),
             cpus=int(cpus),
+            scratch_root=scratch_root(environ, scratch),
         )
 
     @classmethod
-    def for_local(cls, index: int, num_nodes: int, job_id: str, cpus: int = 0) -> ClusterEnv:
+    def for_local(
+        cls,
+        index: int,
+        num_nodes: int,
+        job_id: str,
+        cpus: int = 0,
+        root: Path = Path(_LAST_RESORT),
+    ) -> ClusterEnv:
         """Node `index` of a rehearsal; each has a loopback address of its own."""
         names = tuple(f"node{i}" for i in range(num_nodes))
         return cls(
@@ -124,12 +142,29 @@ class ClusterEnv:
             restart_count=0,
             cpus=cpus,
             local=True,
+            scratch_root=root,
         )
 
 
 def tag(attempt: Path) -> int:
     """32 bits that stand for an attempt's directory."""
     return zlib.crc32(str(attempt).encode())
+
+
+def scratch_root(environ: Mapping[str, str], scratch: str = "") -> Path:
+    """Where a node's scratch directories are made: in `scratch`, else in the job's own temporary
+    directory where that is a short enough path, else in /tmp.
+    """
+    if scratch:
+        root = Path(scratch)
+        root.mkdir(parents=True, exist_ok=True)
+        return root
+    for name in _TEMPORARY:
+        root = Path(environ.get(name, ""))
+        is_short = len(os.fsencode(root)) <= MAX_SCRATCH_BYTES
+        if root.is_absolute() and is_short and os.access(root, os.W_OK):
+            return root
+    return Path(_LAST_RESORT)
 
 
 def remove_scratch(path: Path) -> None:
@@ -162,7 +197,8 @@ def _address(names: tuple[str, ...], index: int, network_interface: str) -> str:
     SLURM's NodeAddr.
     """
     if network_interface:
-        return interface_address(network_interface)
+        first, _, _ = network_interface.partition(",")
+        return interface_address(first)
     own_address = _node_address(names[index])
     if own_address.startswith("127."):
         return own_address

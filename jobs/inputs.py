@@ -117,7 +117,9 @@ def check_times(cluster: ClusterConfig) -> None:
 
 def check_environment(config: RunConfig, repository: Path = ROOT) -> None:
     """Refuse GPU nodes whose environment does not come from this checkout's CUDA lock."""
-    if config.cluster.device != "cuda":
+    cluster = config.cluster
+    # What an image or a conda environment holds cannot be seen from here.
+    if cluster.device != "cuda" or cluster.conda or cluster.container != "none":
         return
     venv = Path(config.cluster.venv or sys.prefix)
     made = _read_stamp(venv / _STAMP)

@@ -57,14 +57,14 @@ def longest_phases(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def check_grace(cluster: ClusterConfig) -> None:
     """Refuses a lead that a preempted job would not be left."""
-    grace_s = preemption_grace_s(cluster.partition)
+    grace_s = preemption_grace_s(cluster.partition) or cluster.preemption_grace_s or 0
     lead_s = cluster.signal_lead_s
     if 0 < grace_s < lead_s:
         partition = cluster.partition or "by default"
         raise RunError(
             f"cluster.signal_lead_s={lead_s}: a job that is preempted has {grace_s} s to commit "
-            f"(GraceTime of the partition {partition}), which is too short for that; save more "
-            f"often, so that it loses little, by --checkpoint.every-min "
-            f"{math.ceil(lead_s / 60)} --cluster.signal-lead-s {grace_s}, or choose a partition "
+            f"(GraceTime of the partition {partition}, else cluster.preemption_grace_s), which is "
+            "too short for that; save more often, so that it loses little, by "
+            f"--checkpoint.every-min {math.ceil(lead_s / 60)} --cluster.signal-lead-s {grace_s}, or choose a partition "
             "that leaves more"
         )

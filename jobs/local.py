@@ -8,7 +8,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 
-from jobs.cluster_env import ClusterEnv
+from jobs.cluster_env import ClusterEnv, scratch_root
 from jobs.leaving import clean_up, logged_if_unwritable
 from jobs.node import start_agent
 from jobs.requeue import JobNow, num_vain_requeues, obstacle
@@ -35,7 +35,9 @@ def run_local(config: RunConfig, layout: Layout, run: RunDir, driver: str = "") 
     others = descendants(os.getpid())
     adopt_orphans()
     job_id = f"l{os.getpid()}"
-    nodes = [ClusterEnv.for_local(i, layout.num_nodes, job_id) for i in range(layout.num_nodes)]
+    root = scratch_root({**os.environ, **config.cluster.variables}, config.cluster.scratch)
+    num_nodes = layout.num_nodes
+    nodes = [ClusterEnv.for_local(i, num_nodes, job_id, root=root) for i in range(num_nodes)]
     signals: list[signal.Signals] = []
     why_not = ""
     with handled(signals.append):

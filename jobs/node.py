@@ -20,7 +20,7 @@ from pathlib import Path
 
 from jobs.agent import Agent
 from jobs.checkout import environment, module_command
-from jobs.cluster_env import ClusterEnv
+from jobs.cluster_env import ClusterEnv, scratch_root
 from jobs.leaving import clean_up, logged_if_unwritable
 from jobs.preflight.rounds import table
 from jobs.requeue import follow_head
@@ -69,7 +69,7 @@ class NodeJob:
         """Start the agent, hand signals on, wait for its end and clean up after it."""
         run = RunDir.open(Path(self.run_dir))
         config = read(run.config)
-        env = ClusterEnv.from_slurm(os.environ, config.cluster.network_interface)
+        env = _cluster_env(config)
         attempt = _find_attempt(run, env, config.cluster.ray_start_deadline_s)
         adopt_orphans()
         agent = start_agent(attempt, config, env, self.driver)
@@ -150,6 +150,11 @@ def start_agent(attempt: Attempt, config: RunConfig, env: ClusterEnv, driver: st
     )
 
 
+def _cluster_env(config: RunConfig) -> ClusterEnv:
+    cluster = config.cluster
+    return ClusterEnv.from_slurm(os.environ, cluster.network_interface, cluster.scratch)
+
+
 def _find_attempt(run: RunDir, env: ClusterEnv, deadline_s: float) -> Attempt:
     """The attempt of this life of the job: node 0 makes it, the others wait for it."""
     deadline = time.monotonic() + deadline_s
@@ -212,12 +217,12 @@ def _run_agent(arguments: argparse.Namespace) -> int:
     _, most = resource.getrlimit(resource.RLIMIT_CORE)
     resource.setrlimit(resource.RLIMIT_CORE, (0, most))
     if arguments.local_node is None:
-        env = ClusterEnv.from_slurm(os.environ, config.cluster.network_interface)
+        env = _cluster_env(config)
     else:
         job_id, _, _ = attempt.key.rpartition("-")
-        env = ClusterEnv.for_local(
-            arguments.local_node, layout.num_nodes, job_id, layout.slots_per_node
-        )
+        root = scratch_root(os.environ, config.cluster.scratch)
+        place = (arguments.local_node, layout.num_nodes, job_id, layout.slots_per_node)
+        env = ClusterEnv.for_local(*place, root)
     return Agent(attempt, config, layout, env, arguments.driver).run()
 
 

@@ -21,6 +21,7 @@ import os
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 from jobs import inputs, local, sbatch, sites, snapshot, where
 from jobs.lead import with_measured_lead
@@ -204,8 +205,11 @@ def configure(command: argparse.Namespace, flags: list[str]) -> RunConfig:
     if command.resume:
         run = RunDir.open(command.resume)
         config = load(run.config_to_resume(), command.cluster, flags, resumes=True)
-        is_given = any(flag.field == "cluster.signal_lead_s" for flag in given)
-        return config if is_given else with_measured_lead(config, run)
+        fields = {flag.field for flag in given}
+        if "cluster.dependency" not in fields:
+            # It was for the first job of the run.
+            config = replace(config, cluster=replace(config.cluster, dependency=""))
+        return config if "cluster.signal_lead_s" in fields else with_measured_lead(config, run)
     names_model = any(flag.field == "model.hf_checkpoint" for flag in given)
     if command.recipe is None and not names_model:
         command.recipe = RECIPES / "rehearsal.yaml"

@@ -114,6 +114,8 @@ def test_every_flag_exists():
         "hours",
         "wait",
         "yes",
+        "print-sbatch",
+        "prepare",
     }
     text = re.sub(r"```bash.*?```", "", README, flags=re.DOTALL)
     in_backticks = " ".join(re.findall(r"`([^`]*)`", text))

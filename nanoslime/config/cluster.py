@@ -16,6 +16,8 @@ _SECRET = re.compile(r"\b(\w*(?:TOKEN|API_KEY|SECRET\w*|PASSWORD))=[\"']?[^\s\"'
 
 # What a job needs at most to end once its driver has.
 _LEAVE_S = 60.0
+MAX_SCRATCH_BYTES = 23
+"""Of 107 for a socket, /ns-NODE-ATTEMPT/ray/session_TIME_PID/sockets/plasma_store takes 84."""
 _VARIABLE = re.compile(r"[A-Za-z_]\w*")
 _OPTION = re.compile(r"[a-z][a-z0-9-]*")
 # The fields that are options of sbatch by the same names.
@@ -225,6 +227,12 @@ class ClusterConfig:
             raise ValueError(
                 "cluster.container_image and cluster.container_mounts have no effect with "
                 "cluster.container=none; set it to pyxis or apptainer, or leave them out"
+            )
+        if len(self.scratch.encode()) > MAX_SCRATCH_BYTES:
+            raise ValueError(
+                f"cluster.scratch={self.scratch!r} has more than the {MAX_SCRATCH_BYTES} bytes "
+                "that leave room for the names of Ray's sockets (107 bytes with their path); "
+                "choose a shorter path, or leave it out"
             )
         if self.venv and self.conda:
             raise ValueError(

@@ -1,12 +1,13 @@
 """A prepared run directory without a model: configuration and plan, as submission leaves them."""
 
+import os
 import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.cluster_env import tag
+from jobs.cluster_env import scratch_root, tag
 from nanoslime.config.cluster import ClusterConfig
 from nanoslime.config.load import dump
 from nanoslime.config.run import RunConfig
@@ -74,7 +75,7 @@ def scratches(root: Path) -> list[Path]:
     for file in root.rglob("attempt.json"):
         attempt = file.parent
         if attempt.name.isdigit():
-            found += Path("/tmp").glob(f"ns-*-{tag(attempt):08x}")
+            found += scratch_root(os.environ).glob(f"ns-*-{tag(attempt):08x}")
     return found
 
 

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psutil
 import pytest
@@ -18,11 +20,12 @@ from jobs import agent as agent_module
 from jobs import ray_node
 from jobs.agent import Agent, AttemptOver
 from jobs.checkout import ROOT
-from jobs.cluster_env import ClusterEnv, interface_address
+from jobs.cluster_env import ClusterEnv, interface_address, scratch_root
 from jobs.local import run_local
 from jobs.preflight.gpus import check_driver, check_gpus
 from jobs.preflight.node import check_cores
 from jobs.ray_node import cuda_home
+from nanoslime.config import ClusterConfig
 from nanoslime.run_dir import DONE, FAILED, STOPPED, Attempt, RunDir
 from nanoslime.types import MachineFailure, RunError
 from tests import process_table
@@ -462,8 +465,41 @@ def test_slurm_facts_of_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
     assert env.address == "127.0.0.1"
     assert env.cpus == 16
     assert env.attempt_key == "71-3"
-    long_path = Path("/shared/runs") / ("x" * 200)
-    assert len(str(env.scratch(long_path))) < 45
+
+
+@pytest.mark.parametrize(
+    ("environ", "chosen"),
+    [
+        ({"SLURM_TMPDIR": "own/job", "TMPDIR": "own"}, "own/job"),
+        ({"SLURM_TMPDIR": "far/" + "x" * 30, "TMPDIR": "own"}, "own"),
+        ({"TMPDIR": "not/there"}, "/tmp"),
+        ({"TMPDIR": ""}, "/tmp"),
+        ({}, "/tmp"),
+    ],
+)
+def test_scratch_lies_in_the_jobs_own_directory_where_names_of_sockets_fit(
+    environ: dict[str, str], chosen: str
+) -> None:
+    with TemporaryDirectory(dir="/tmp", prefix="s") as short:
+        for folder in ("own/job", "far/" + "x" * 30):
+            (Path(short) / folder).mkdir(parents=True)
+        given = {name: value and f"{short}/{value}" for name, value in environ.items()}
+        root = scratch_root(given)
+        assert root == Path(short) / chosen
+        env = replace(ClusterEnv.for_local(127, 200, "12345678"), scratch_root=root)
+        session = "ray/session_2026-11-28_20-53-38_123456_4194304/sockets/plasma_store"
+        assert len(str(env.scratch(Path("/shared/runs") / ("x" * 200)) / session)) <= 107
+
+
+def test_a_sites_own_scratch_is_made_and_one_that_is_too_long_is_refused(tmp_path: Path) -> None:
+    assert scratch_root({"TMPDIR": "/tmp"}, str(tmp_path / "site")).is_dir()
+    with pytest.raises(ValueError, match=r"scratch='/local/.*' has more than the 23 bytes"):
+        ClusterConfig(scratch="/local/scratch/of/somebody")
+
+
+def test_of_several_interfaces_the_first_one_has_the_address() -> None:
+    environ = {"SLURM_JOB_ID": "71", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "n1"}
+    assert ClusterEnv.from_slurm(environ, "lo,ib0").address == "127.0.0.1"
 
 
 def test_an_unknown_interface_lists_those_that_exist() -> None:
