@@ -65,6 +65,6 @@ def check_grace(cluster: ClusterConfig) -> None:
             f"cluster.signal_lead_s={lead_s}: a job that is preempted has {grace_s} s to commit "
             f"(GraceTime of the partition {partition}, else cluster.preemption_grace_s), which is "
             "too short for that; save more often, so that it loses little, by "
-            f"--checkpoint.every-min {math.ceil(lead_s / 60)} --cluster.signal-lead-s {grace_s}, or choose a partition "
-            "that leaves more"
+            f"--checkpoint.every-min {math.ceil(lead_s / 60)} --cluster.signal-lead-s {grace_s}, "
+            "or choose a partition that leaves more"
         )
