@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -505,3 +506,57 @@ def test_the_script_that_is_shown_is_the_one_that_is_submitted(
         assert "ExcNodeList=n2" in shown
         slurm.run("scancel", job_id)
     assert sorted(os.listdir("my 'runs'")) == ["rehearsal", "rehearsal-2"]
+
+
+# Stand-ins that note their words and run the command behind them: an `apptainer`, and an `srun`
+# with the options of pyxis, which the real one has only where its plugin is installed.
+APPTAINER = """#!/bin/bash
+printf '%s\\n' "$*" >> {calls}
+while [[ "$1" != *.sif ]]; do shift; done
+IN_IMAGE="$1" exec "${{@:2}}"
+"""
+PYXIS = """#!/bin/bash
+words=()
+for word in "$@"; do
+    case "$word" in
+        --container-*) printf '%s ' "$word" >> {calls} ;;
+        *) words+=("$word") ;;
+    esac
+done
+IN_IMAGE=pyxis exec {srun} "${{words[@]}}"
+"""
+
+
+@pytest.mark.parametrize(("kind", "program"), [("apptainer", APPTAINER), ("pyxis", PYXIS)])
+def test_agents_run_in_a_container_and_what_follows_them_does_not(
+    slurm: SlurmCluster,
+    tmp_path: Path,
+    kind: str,
+    program: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    calls = tmp_path / "calls"
+    stand_in = programs / ("srun" if kind == "pyxis" else kind)
+    stand_in.write_text(program.format(calls=calls, srun=shutil.which("srun")))
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    venv = str(make_venv_with_fake_ray(tmp_path / "venv"))
+    image = {"container": kind, "container_image": "x.sif", "container_mounts": ["/a", "/b:/c:ro"]}
+    teller = tmp_path / "driver.sh"
+    teller.write_text('echo "in $IN_IMAGE" > "$2/told"\n')
+    made = make_run(tmp_path / "runs", 2, venv=venv, **image)
+    job_id = submit_sbatch(made.config, made.layout, made.run, f"bash {teller}")
+    slurm.wait_state(int(job_id), "COMPLETED", timeout_s=_DEADLINE_S)
+    assert made.end == (DONE, ""), logs(made)
+    run = made.run.path
+    words = calls.read_text()
+    if kind == "apptainer":
+        inside = f"exec --bind={run}:{run} --bind=/a:/a --bind=/b:/c:ro x.sif {venv}/bin/python"
+        assert words == f"{inside} -P -m jobs.node {run} --driver bash {teller}\n" * 2
+        assert (run / "told").read_text() == "in x.sif\n"
+    else:
+        mounts = f"--container-mounts={run}:{run},/a:/a,/b:/c:ro"
+        assert words == f"--container-image=x.sif {mounts} --container-env=PYTHONPATH "
+        assert (run / "told").read_text() == "in pyxis\n"
