@@ -26,6 +26,7 @@ from pathlib import Path
 
 import xxhash
 
+from jobs.checkout import module_command
 from nanoslime.config.cluster import ClusterConfig
 from nanoslime.config.run import RunConfig
 from nanoslime.processes.logs import FORMAT, last_line
@@ -92,6 +93,8 @@ def own_folder(storage: Path) -> Path:
 
 def kept_caches(cluster: ClusterConfig) -> Path | None:
     """Where a node keeps what it compiles; None: wherever each library does."""
+    if cluster.caches:
+        return Path(cluster.caches)
     return own_folder(Path(cluster.local_storage)) / "caches" if cluster.local_storage else None
 
 
@@ -243,7 +246,7 @@ class Staging:
         # Open, and so held, as long as this process lives.
         self._lock = -1
         copy = Copy.of(Path(self._source), Path(config.cluster.local_storage))
-        command = [sys.executable, "-m", "jobs.staging", self._source]
+        command = [*module_command(sys.executable, "jobs.staging"), self._source]
         command += [config.cluster.local_storage, str(attempt.run.path), str(self._result)]
         unfit = why_not(copy.storage)
         if unfit:

@@ -7,6 +7,7 @@
     model/ (a rehearsal makes it)  weights/ (weight sync by disk)
     skipped/step_<k>/ (batches of steps left out)
     job.json (the SLURM job that holds the run, where there is one) job.sbatch (its batch script)
+    code/<n>/ (what the jobs of its n-th submission run)
     attempts/<n>/ logs/<role>-<rank>.log nodes/ heartbeat/<node>.json lost/ stop.json end.json
                   preflight/<node>.json preflight.json preflight.txt (what the nodes are fit for)
                   staged/<node>.json (where the model lies on a node)

@@ -135,8 +135,8 @@ class ClusterConfig:
     """A directory on each node's own disk, for sockets and temporary files; empty: SLURM_TMPDIR
     or TMPDIR of the node where short enough for the names of sockets, else /tmp."""
     caches: PathText = ""
-    """Where jobs keep what they compile and download, one directory for each kind; empty: where
-    each library keeps it."""
+    """Where jobs keep what they compile and download, one directory for each kind; empty: in
+    local_storage, or where each library keeps it."""
     local_storage: PathText = ""
     """A directory on each node's own disk, which outlives the job: the model is copied there once,
     and compiled kernels are kept there; empty: all nodes read the shared model."""

@@ -329,6 +329,42 @@ def test_resume_goes_on_in_the_same_directory_with_flags_laid_over(machine):
     assert [p.name for p in (machine.root / "runs").iterdir()] == ["first"]
 
 
+def test_each_submission_has_a_snapshot_and_only_the_first_one_waits_for_another_job(machine):
+    machine.slurm()
+    flags = ["--nodes", "4", "--name", "first", "--submit", "sbatch", "--dependency", "afterok:7"]
+    assert machine.submit(*flags)[0] == 0
+    run = machine.root / "runs" / "first"
+    first = (run / "job.sbatch").read_text()
+    assert "#SBATCH --dependency=afterok:7\n" in first
+    assert f'export PYTHONPATH={run}/code/1"$' in first
+    code, out, _ = machine.submit("--resume", run)
+    assert code == 0
+    assert f"code: {run}/code/2 (sha256 " in out
+    assert f"the same as {run}/code/1" in out
+    second = (run / "job.sbatch").read_text()
+    assert "dependency" not in second
+    assert f'export PYTHONPATH={run}/code/2"$' in second
+    assert machine.submit("--resume", run, "--dependency", "afterok:8")[0] == 0
+    assert "#SBATCH --dependency=afterok:8\n" in (run / "job.sbatch").read_text()
+
+
+def test_a_run_that_is_prepared_has_the_script_that_a_person_submits(machine):
+    """By a plain batch script, whatever submits otherwise."""
+    machine.slurm()
+    code, printed, err = machine.submit("--nodes", "4", "--print-sbatch")
+    assert (code, err) == (0, "")
+    assert "submitit.core._submit" in printed
+    assert not (machine.root / "runs").exists()
+    code, out, err = machine.submit("--nodes", "4", "--prepare", "--print-sbatch")
+    assert (code, err) == (0, "")
+    run = machine.root / "runs" / "rehearsal"
+    assert (run / "job.sbatch").read_text() == out
+    assert "-P -m jobs.node" in out
+    assert (run / "code" / "1" / "jobs" / "node.py").is_file()
+    assert machine.submitted == ""
+    assert "rehearsal-2/code/1" in machine.submit("--nodes", "4", "--print-sbatch")[1]
+
+
 def test_flags_of_a_resume_that_the_run_has_not_taken_are_forgotten(machine):
     """The job fails before its driver could load a checkpoint; then one succeeds."""
     machine.slurm()
