@@ -302,5 +302,4 @@ def test_the_peak_is_near_what_a_gpu_needed(backend, tokens, recompute, measured
     held = need.at_budget - need.reserve
     if backend == "fsdp":
         held -= need.gradients
-    print(backend, tokens, held / 1e9, measured_gb)
     assert held == pytest.approx(measured_gb * 1e9, rel=0.05)
