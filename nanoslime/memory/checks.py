@@ -193,10 +193,8 @@ def _node_parts(node: NodeMemory) -> str:
 
 def _disk_line(config: RunConfig, need: Memory) -> str:
     disk = need.disk
-    line = (
-        f"disk: {size_text(disk.total)} (at most {disk.checkpoints} checkpoints of "
-        f"{size_text(disk.checkpoint)}"
-    )
+    number = "1 checkpoint" if disk.checkpoints == 1 else f"{disk.checkpoints} checkpoints"
+    line = f"disk: {size_text(disk.total)} (at most {number} of {size_text(disk.checkpoint)}"
     if disk.export:
         line += f", {size_text(disk.export)} export"
     line += ")"
@@ -205,5 +203,7 @@ def _disk_line(config: RunConfig, need: Memory) -> str:
         return line
     line += f", {size_text(free)} free at cluster.run_root (a quota does not show there)"
     if disk.total > free:
-        line += "; MAY NOT FIT: lower checkpoint.keep_last, or set checkpoint.keep_every=0"
+        line += "; MAY NOT FIT: set cluster.run_root to another filesystem"
+        if disk.checkpoints > 1:
+            line += ", or keep fewer by checkpoint.keep_last, keep_every and keep_best"
     return line
