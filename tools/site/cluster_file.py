@@ -1,14 +1,13 @@
 """The text of a cluster's file: each line with where its value comes from.
 
-Pure; what the file means is nanoslime/config/cluster.py's. A fact for which there is no field, or
-that is no more than a hint, stands as a comment.
+Pure; what the file means is nanoslime/config/cluster.py's. A fact that is no more than a hint
+stands as a comment.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import yaml
 
-from nanoslime.config.cluster import ClusterConfig
 from tools.site.node_facts import NodeFacts
 from tools.site.questions import Answers
 from tools.site.slurm import Cluster
@@ -36,7 +35,6 @@ _MEMORY_GIB = {
     "rtx4090": 23,
     "rtx3090": 23,
 }
-_FIELDS = {field.name for field in fields(ClusterConfig)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,12 +174,10 @@ def _places(request: Request) -> list[str]:
 
 
 def _entry(name: str, value: object, source: str = "") -> str:
-    """A line of YAML; a comment where this version has no such field."""
+    """A line of YAML."""
     line = yaml.safe_dump({name: value}, width=1000, allow_unicode=True).strip()
-    if source:
-        line = f"{line:30}  # {source}"
-    return line if name in _FIELDS else f"# {line}"
+    return f"{line:30}  # {source}" if source else line
 
 
 def _comment(name: str, value: object, source: str) -> str:
-    return f"# {_entry(name, value, source).removeprefix('# ')}"
+    return f"# {_entry(name, value, source)}"
