@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 
+from jobs.choose import shortage
 from nanoslime.config import RunConfig
 from nanoslime.config.deadlines import derive_deadlines
 from nanoslime.config.evaluation import HELD_OUT
@@ -30,7 +31,7 @@ def describe(
     prompts: Sequence[str] = (),
     sources: Mapping[str, str] | None = None,
 ) -> str:
-    """The plan as a person reads it: which node does what, what a step is, memory, evaluations.
+    """The plan as a person reads it, from the line that says whether it fits to who has set what.
 
     prompts: what is known of each source of prompts. sources: by field, who has set it.
     """
@@ -48,7 +49,8 @@ def describe(
         "deadlines": _deadline_lines(config, shape, layout),
         "set by": _set_lines(config, sources or {}),
     }
-    lines = [layout.table(), ""]
+    short = shortage(config, shape, layout)
+    lines = [f"may not fit: {short}" if short else "fits", "", layout.table(), ""]
     for heading, texts in below.items():
         for i, text in enumerate(texts):
             lines.append(f"{heading if i == 0 else '':10}{text}")

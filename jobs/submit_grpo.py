@@ -24,8 +24,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from jobs import inputs, local, sbatch, sites, snapshot, where
+from jobs.choose import choose, ways_out, with_sizes
 from jobs.lead import with_measured_lead
-from jobs.plan_text import describe
+from jobs.plan_text import CHOSEN, describe
 from jobs.run_files import alone, kept_if_accepted
 from nanoslime import layout as layouts
 from nanoslime.config import RunConfig
@@ -60,7 +61,7 @@ def main(argv: list[str], environ: Mapping[str, str] = os.environ, root: Path = 
         if command.dry_run:
             return dry_run(command, config, slurm, sources)
         if command.print_sbatch and not command.prepare:
-            return print_sbatch(command, config)
+            return print_sbatch(command, config, sources)
         return run(command, config, slurm, sources)
     except BrokenPipeError:
         # The reader of a plan or of the help, `| head`, has seen enough.
@@ -102,10 +103,16 @@ def plan(
 ) -> tuple[RunConfig, Layout, str]:
     """The configuration with all inputs found, where everything goes, and what a person is told."""
     config, shape, prompts = inputs.resolve(config, download=download)
-    layout = layouts.plan(config, shape)
+    chosen = choose(config, shape, sources)
+    config = with_sizes(config, chosen)
+    try:
+        layout = layouts.plan(config, shape)
+    except RunError as error:
+        raise RunError(f"{error}{ways_out(config, shape)}") from error
+    sources = sources | dict.fromkeys(chosen, CHOSEN)
     description = describe(config, shape, layout, prompts, sources)
     if cluster is not None:
-        description = f"cluster   {config.cluster.name}, as {cluster} says\n\n{description}"
+        description += f"\ncluster   {config.cluster.name}, as {cluster} says"
     return config, layout, description
 
 
@@ -115,13 +122,14 @@ def dry_run(
     """Print verdict, plan and batch script; code 2 for a run to be refused."""
     config, layout, description = plan(config, sources, command.cluster, download=False)
     script = sbatch.script_to_submit(config, layout, run_dir_of(command, config))
+    fits, _, rest = description.partition("\n")
     try:
-        verdict = accepted(command, config, slurm, script)
+        verdict = f"{fits}; {accepted(command, config, slurm, script)}"
         code = 0
     except RunError as error:
         verdict = f"would be refused: {error}"
         code = 2
-    print(f"{verdict}\n\n{description}\n")
+    print(f"{verdict}\n{rest}\n")
     if command.verbose:
         print(f"--- configuration\n{dump(config)}")
     print(f"--- batch script\n{script}", end="")
@@ -137,15 +145,15 @@ def accepted(
     if command.resume:
         inputs.check_resume(RunDir.open(command.resume), config)
     if not (submits and slurm.sbatch):
-        return f"fits; without --dry-run: {rehearsal_line(config)}"
+        return f"without --dry-run: {rehearsal_line(config)}"
     inputs.check_environment(config)
-    return f"fits; {where.test_only(slurm.sbatch, script)}"
+    return where.test_only(slurm.sbatch, script)
 
 
-def print_sbatch(command: argparse.Namespace, config: RunConfig) -> int:
+def print_sbatch(command: argparse.Namespace, config: RunConfig, sources: dict[str, str]) -> int:
     """Print nothing but the batch script that would be submitted; make nothing."""
     check_target(config, submits=True)
-    config, layout, _ = plan(config, {}, None, download=False)
+    config, layout, _ = plan(config, sources, None, download=False)
     inputs.check_environment(config)
     if command.resume:
         inputs.check_resume(RunDir.open(command.resume), config)

@@ -49,7 +49,7 @@ def test_the_description_says_what_a_person_needs_to_know():
     assert "4 x 8 GPUs; at most 48 GPU hours (32 GPUs for 1.5 h)" in text
     assert "Megatron: TP=2 CP=1 PP=1 DP=8" in text
     assert "SGLang: 16 of 1 GPU(s) each" in text
-    assert [line.split() for line in text.splitlines()[1:5]] == [
+    assert [line.split() for line in text.splitlines()[3:7]] == [
         ["0", "trainer", "0-7", "0-1", "0", "0-3", "0", "-", "-"],
         ["1", "trainer", "8-15", "0-1", "0", "4-7", "0", "-", "-"],
         ["2", "engine", "-", "-", "-", "-", "-", "0-7", "0-7"],
