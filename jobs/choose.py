@@ -63,7 +63,7 @@ def ways_out(config: RunConfig, shape: ModelShape) -> str:
         if larger and config.training.backend == "fsdp":
             larger["training.backend"] = "megatron"
         named = [
-            _as_flags(changes(config, larger | sizes)) for sizes in _nearest(config, shape, larger)
+            as_flags(changes(config, larger | sizes)) for sizes in _nearest(config, shape, larger)
         ]
         if named:
             return f". These fit: {'; '.join(named)}"
@@ -105,7 +105,7 @@ def candidates(config: RunConfig, shape: ModelShape) -> list[Sizes]:
     tps, pps, eps = [1], [1], [1]
     if config.training.backend == "megatron" and not config.rollout.rollout_only:
         tps = tp_sizes(shape, slots)
-        pps = list(range(1, min(ranks, shape.num_layers) + 1))
+        pps = [pp for pp in range(1, shape.num_layers + 1) if _divides(pp, config)]
         eps = divisors(shape.moe.num_experts) if shape.moe else [1]
     found = [
         (i, tp * pp, pp, ep, engine_tp)
@@ -122,6 +122,12 @@ def candidates(config: RunConfig, shape: ModelShape) -> list[Sizes]:
         }
         for i, model_ranks, pp, ep, engine_tp in sorted(found)
     ]
+
+
+def _divides(pp_size: int, config: RunConfig) -> bool:
+    """Whether so many stages divide the GPUs of some number of the job's nodes."""
+    cluster = config.cluster
+    return any(cluster.slots * nodes % pp_size == 0 for nodes in range(1, cluster.nodes + 1))
 
 
 def _engine_shares(config: RunConfig) -> tuple[str, list[int | None]]:
@@ -189,7 +195,7 @@ def _get(config: RunConfig, field: str) -> Any:
     return getattr(getattr(config, section), leaf)
 
 
-def _as_flags(sizes: Sizes) -> str:
+def as_flags(sizes: Sizes) -> str:
     """The sizes as one would type them."""
     texts = []
     for field, value in sizes.items():

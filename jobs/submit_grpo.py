@@ -51,6 +51,9 @@ def main(argv: list[str], environ: Mapping[str, str] = os.environ, root: Path = 
     if any(word.partition("=")[0] in HELP for word in argv):
         help_command = [sys.executable, "-m", "tools.field_help", *argv]
         return subprocess.run(help_command, env=environment(), check=False).returncode
+    if "--tune" in argv:
+        tune_command = [sys.executable, "-m", "tools.tune.command", *argv]
+        return subprocess.run(tune_command, env=environment(), check=False).returncode
     try:
         command, flags = parse(argv)
         if not (command.cluster or command.resume or command.local):
@@ -196,6 +199,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--print-sbatch",
         action="store_true",
         help="print the batch script that would be submitted, and nothing else",
+    )
+    parser.add_argument(
+        "--tune", action="store_true", help="print the five layouts that a model finds fastest"
     )
     parser.add_argument(
         "--verbose", action="store_true", help="with --dry-run: print the full configuration, too"

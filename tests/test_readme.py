@@ -91,6 +91,7 @@ def test_every_flag_exists():
     own = {
         "dry-run",
         "verbose",
+        "tune",
         "logits",
         "mock",
         "require-slurm",

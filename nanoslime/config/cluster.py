@@ -48,6 +48,15 @@ class ClusterConfig:
     the other works."""
     gpu_memory_gib: float = Field(default=80.0, gt=0)
     """Memory of one GPU, in GiB."""
+    gpu_tflops: float = Field(default=990.0, gt=0)
+    """Dense bfloat16 arithmetic of one GPU, in TFLOP/s; this and the three speeds below are for
+    --tune alone. Default: an H100 or H200 (NVIDIA's data sheets)."""
+    gpu_memory_gb_s: float = Field(default=3350.0, gt=0)
+    """Bandwidth of one GPU's memory, in GB/s. Default: an H100; an H200 has 4800."""
+    nvlink_gb_s: float = Field(default=450.0, gt=0)
+    """What a GPU sends to the others of its node, in GB/s. Default: NVLink 4, one direction."""
+    network_gb_s: float = Field(default=50.0, gt=0)
+    """What a GPU sends to other nodes, in GB/s. Default: a port of 400 Gb/s for each GPU."""
     cpus_per_node: int | None = Field(default=None, ge=1)
     """Cores that the job asks for on each node; default: 8 for each GPU, or 1 for each slot."""
     memory_per_node: str = ""
