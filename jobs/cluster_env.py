@@ -238,20 +238,21 @@ def preemption_grace_s(partition: str = "") -> int:
     preempts; 0 where it preempts none, or says nothing.
     """
     for line in slurm_says("scontrol", "show", "partition", "--oneliner").splitlines():
-        facts = _facts(line)
+        said = facts(line)
         field, value = ("PartitionName", partition) if partition else ("Default", "YES")
-        grace_s = facts.get("GraceTime", "")
-        if facts.get(field) == value and facts.get("PreemptMode") != "OFF" and grace_s.isdigit():
+        grace_s = said.get("GraceTime", "")
+        if said.get(field) == value and said.get("PreemptMode") != "OFF" and grace_s.isdigit():
             return int(grace_s)
     return 0
 
 
 def job_facts(job_id: str) -> dict[str, str]:
     """What SLURM says of a job now, by its words; nothing where it does not answer."""
-    return _facts(slurm_says("scontrol", "show", "job", "--oneliner", job_id))
+    return facts(slurm_says("scontrol", "show", "job", "--oneliner", job_id))
 
 
-def _facts(line: str) -> dict[str, str]:
+def facts(line: str) -> dict[str, str]:
+    """The words NAME=VALUE in a line of scontrol."""
     return dict(re.findall(r"(\S+?)=(\S*)", line))
 
 

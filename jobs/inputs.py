@@ -106,12 +106,6 @@ def check_times(cluster: ClusterConfig) -> None:
             f"takes up to {cluster.drain_s:g} s to commit, so that no time is left to train: set a "
             f"limit of more than {needed_s / 60:.0f} min, or a shorter lead"
         )
-    for option, field in (("time", "time_limit_min"), ("signal", "signal_lead_s")):
-        if option in cluster.extra_sbatch:
-            raise RunError(
-                f"cluster.extra_sbatch has {option!r}, of which the job would know nothing: set "
-                f"cluster.{field} instead"
-            )
     lead.check_grace(cluster)
 
 

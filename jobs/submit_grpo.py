@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
-from jobs import inputs, local, sbatch, sites, snapshot, where
+from jobs import inputs, limits, local, sbatch, sites, snapshot, where
 from jobs.choose import choose, ways_out, with_sizes
 from jobs.lead import with_measured_lead
 from jobs.plan_text import CHOSEN, describe
@@ -83,6 +83,7 @@ def run(
     check_target(config, submits)
     config, layout, description = plan(config, sources, command.cluster, download=True)
     if submits:
+        limits.check_limits(config, layout)
         inputs.check_environment(config)
     resumed = RunDir.open(command.resume) if command.resume else None
     if resumed is not None:
@@ -127,7 +128,7 @@ def dry_run(
     script = sbatch.script_to_submit(config, layout, run_dir_of(command, config))
     fits, _, rest = description.partition("\n")
     try:
-        verdict = f"{fits}; {accepted(command, config, slurm, script)}"
+        verdict = f"{fits}; {accepted(command, config, layout, slurm, script)}"
         code = 0
     except RunError as error:
         verdict = f"would be refused: {error}"
@@ -140,7 +141,11 @@ def dry_run(
 
 
 def accepted(
-    command: argparse.Namespace, config: RunConfig, slurm: where.Where, script: str
+    command: argparse.Namespace,
+    config: RunConfig,
+    layout: Layout,
+    slurm: where.Where,
+    script: str,
 ) -> str:
     """What a submission would do. Raises RunError where it would be refused."""
     submits = slurm.has_slurm(local=command.local)
@@ -149,6 +154,7 @@ def accepted(
         inputs.check_resume(RunDir.open(command.resume), config)
     if not (submits and slurm.sbatch):
         return f"without --dry-run: {rehearsal_line(config)}"
+    limits.check_limits(config, layout)
     inputs.check_environment(config)
     return where.test_only(slurm.sbatch, script)
 
@@ -227,6 +233,14 @@ def configure(command: argparse.Namespace, flags: list[str]) -> RunConfig:
     names_model = any(flag.field == "model.hf_checkpoint" for flag in given)
     if command.recipe is None and not names_model:
         command.recipe = RECIPES / "rehearsal.yaml"
+        config = load(command.recipe, command.cluster, flags)
+        if config.cluster.device == "cuda":
+            raise RunError(
+                f"no model is named for the GPUs of cluster {config.cluster.name!r}: give "
+                "--hf-checkpoint a directory or a hub id (Qwen/Qwen3-4B), or --recipe rehearsal "
+                "for its tiny model"
+            )
+        return config
     return load(command.recipe, command.cluster, flags)
 
 
@@ -240,6 +254,7 @@ def check_target(config: RunConfig, submits: bool) -> None:
     """Refuse a rehearsal of a cluster with GPUs, and a job without time to train."""
     if submits:
         inputs.check_times(config.cluster)
+        limits.check_extra_options(config)
     if config.cluster.device == "cuda" and not submits:
         raise RunError(
             f"cluster.gpus_per_node={config.cluster.gpus_per_node}: a rehearsal takes no GPUs; "

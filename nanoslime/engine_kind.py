@@ -112,3 +112,41 @@ class RunEngine:
 def takes_slots(rollout: RolloutConfig) -> bool:
     """Whether the run has engines with GPUs (or slots) of their own."""
     return engine_kind(rollout).takes_slots and not rollout.load_rollouts
+
+
+def resolve_transport(config: RunConfig, *, same_process: bool) -> str:
+    """Decides what weight_sync.transport="auto" means; returns its name.
+
+    It is "none" where there is no engine or no trainer. `same_process` says that the
+    engine lives in the process of the only trainer rank. Raises RunError for a
+    transport that the engine cannot take, or not here.
+    """
+    if config.rollout.load_rollouts or config.rollout.rollout_only:
+        return "none"
+    kind = engine_kind(config.rollout)
+    obstacles = _transport_obstacles(config, same_process)
+    possible = [name for name in kind.transports if name not in obstacles]
+    asked = config.weight_sync.transport
+    if asked == "auto":
+        return possible[0]
+    choices = f"choose {', '.join(possible)} or auto"
+    if asked not in kind.transports:
+        raise RunError(
+            f"weight_sync.transport={asked}: rollout.engine={kind.name} cannot take weights "
+            f"that way; {choices}"
+        )
+    if asked in obstacles:
+        raise RunError(f"weight_sync.transport={asked} {obstacles[asked]}; {choices}")
+    return asked
+
+
+def _transport_obstacles(config: RunConfig, same_process: bool) -> dict[str, str]:
+    """Says of each transport that is impossible here, whatever the engine, why it is."""
+    obstacles = {}
+    if not config.cluster.colocate:
+        obstacles["tensor"] = "needs engines on the trainers' own GPUs (--colocate)"
+    if config.cluster.colocate and config.cluster.device == "cuda":
+        obstacles["broadcast"] = "cannot be used with --colocate: NCCL refuses two ranks on one GPU"
+    if not same_process:
+        obstacles["in_process"] = "needs the engine in the process of the only trainer rank"
+    return obstacles

@@ -42,23 +42,30 @@ PathText = Annotated[str, FilePath()]
 PathOrName = Annotated[str, FilePath(may_be_name=True)]
 
 
-def _minutes(value: Any, info: ValidationInfo) -> Any:
-    """The minutes of a time in one of the forms of sbatch --time."""
+def minutes(time: str) -> int:
+    """The minutes of a time in one of the forms of sbatch --time. Raises ValueError for others."""
+    found = _TIME.fullmatch(time.strip())
+    if found is None:
+        raise ValueError(
+            f"{time!r} is no time; write minutes (240), HOURS:MINUTES:SECONDS (4:00:00) or "
+            "DAYS-HOURS (1-12)"
+        )
+    days, clock = found.groups()
+    numbers = [int(number) for number in clock.split(":")]
+    if days is None and len(numbers) < 3:
+        # MINUTES or MINUTES:SECONDS
+        numbers.insert(0, 0)
+    hours, whole_minutes, seconds = (numbers + [0, 0])[:3]
+    return (int(days or 0) * 24 + hours) * 60 + whole_minutes + ceil(seconds / 60)
+
+
+def _as_minutes(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, str) or value.isdecimal():
         return value
-    time = _TIME.fullmatch(value.strip())
-    if time is None:
-        raise ValueError(
-            f"cluster.{info.field_name}={value!r} is no time; write minutes (240), "
-            "HOURS:MINUTES:SECONDS (4:00:00) or DAYS-HOURS (1-12)"
-        )
-    days, clock = time.groups()
-    numbers = [int(number) for number in clock.split(":")]
-    if days is None and len(numbers) == 2:
-        # MINUTES:SECONDS
-        numbers.insert(0, 0)
-    hours, minutes, seconds = (numbers + [0, 0])[:3]
-    return (int(days or 0) * 24 + hours) * 60 + minutes + ceil(seconds / 60)
+    try:
+        return minutes(value)
+    except ValueError as error:
+        raise ValueError(f"cluster.{info.field_name}={error}") from None
 
 
 def _sbatch_options(options: Any) -> Any:
@@ -75,5 +82,5 @@ def _sbatch_options(options: Any) -> Any:
     return found
 
 
-Minutes = Annotated[int, BeforeValidator(_minutes)]
+Minutes = Annotated[int, BeforeValidator(_as_minutes)]
 SbatchOptions = Annotated[dict[str, str], BeforeValidator(_sbatch_options)]

@@ -31,14 +31,14 @@ _SBATCH_FIELDS = (
 class ClusterConfig:
     name: str = "local"
     """What the cluster is called in messages."""
-    nodes: int = Field(default=1, ge=1)
+    nodes: int = Field(default=1, ge=1, le=10_000)
     """Nodes of the job; trainers take the first ones, engines the last."""
     rollout_nodes: int | None = Field(default=None, ge=0)
     """Nodes that hold engines only; default: half of the nodes (rounded down), 0 with
     one node."""
-    gpus_per_node: int = Field(default=0, ge=0)
+    gpus_per_node: int = Field(default=0, ge=0, le=1_000)
     """0: a CPU cluster, on which trainers run on gloo and SGLang by its CPU recipe."""
-    slots_per_node: int = Field(default=2, ge=1)
+    slots_per_node: int = Field(default=2, ge=1, le=1_000)
     """Ranks or engines per node where there are no GPUs."""
     engine_gpus: int | None = Field(default=None, ge=0)
     """With one node: its GPUs (or slots) that engines take. Default: half, and 0 for the

@@ -18,7 +18,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import cache
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
 
 from nanoslime.config.run import RunConfig
 from nanoslime.types import RunError
@@ -170,17 +173,16 @@ def refuse_repeated(flags: Sequence[Flag]) -> None:
 def _take_flag(rest: list[str]) -> Flag:
     """Take the first flag, and its value where that is the next word, out of `rest`."""
     word = rest.pop(0)
+    name, equals, text = word.partition("=")
     if not word.startswith("--"):
         raise RunError(
-            f"{word!r} belongs to no flag; "
+            f"{word!r} belongs to no flag{_elsewhere(name)}; "
             "write --name VALUE, --name=VALUE, --switch or --no-switch"
         )
-    name, equals, text = word.partition("=")
     plain = _as_flag(name.removeprefix("--"))
     if plain not in spellings():
-        raise RunError(
-            f"unknown flag {name}{suggest(plain, _suggestions())}; --help lists all flags"
-        )
+        hint = _elsewhere(name) or suggest(plain, _suggestions())
+        raise RunError(f"unknown flag {name}{hint}; --help lists all flags")
     spelling = spellings()[plain]
     is_switch = bool in (spelling.kind, *get_args(spelling.kind))
     if spelling.negated and not is_switch:
@@ -210,6 +212,16 @@ def _take_flag(rest: list[str]) -> Flag:
     if is_optional and text.lower() == "none":
         return Flag(name, spelling.field, None)
     return Flag(name, spelling.field, text)
+
+
+def _elsewhere(name: str) -> str:
+    """What a flag of another tool is called here, as a hint; empty for one of no tool."""
+    file = Path(__file__).with_name("upstream") / "other_tools.yaml"
+    plain = _as_flag(name.lstrip("-").rpartition(".")[2])
+    for here, names in yaml.safe_load(file.read_text(encoding="utf-8")).items():
+        if plain in names.split():
+            return f"; did you mean {here}?"
+    return ""
 
 
 def _json_object(name: str, text: str) -> dict[str, Any]:

@@ -26,6 +26,8 @@ ENVIRONMENTS = {
 
 # SGLang takes a lower one for greedy sampling, and then reports logprobs of temperature 1.
 LOWEST_TEMPERATURE = 1e-6
+# Options of SGLang that bound prompt and response together.
+TOKEN_LIMITS = ("context_length", "max_total_tokens")
 # SGLang refuses requests with more.
 _MAX_STOP_STRINGS = 32
 

@@ -1,15 +1,20 @@
 """Whether a prompt and its response fit the model's context, and stop tokens its vocabulary."""
 
 from nanoslime.config import RunConfig
+from nanoslime.config.rollout import TOKEN_LIMITS
 from nanoslime.models.shape import ModelShape
 from nanoslime.types import RunError
 
 
 def context_limit(config: RunConfig, shape: ModelShape) -> int:
     """The most tokens that a prompt and its response can have together."""
-    rollout = config.rollout
-    asked = rollout.sglang.get("context_length") if rollout.engine == "sglang" else None
-    return min(shape.context_length, asked or shape.context_length)
+    return min([shape.context_length, *_limits_of_engine(config).values()])
+
+
+def _limits_of_engine(config: RunConfig) -> dict[str, int]:
+    """The options of the engine that bound prompt and response together."""
+    options = config.rollout.sglang if config.rollout.engine == "sglang" else {}
+    return {name: options[name] for name in TOKEN_LIMITS if options.get(name)}
 
 
 def check_context(config: RunConfig, shape: ModelShape) -> None:
@@ -30,8 +35,9 @@ def check_context(config: RunConfig, shape: ModelShape) -> None:
         )
     limit = context_limit(config, shape)
     source = "the model reads (its max_position_embeddings and rope scaling)"
-    if limit < shape.context_length:
-        source = "rollout.sglang.context_length allows"
+    for name, of_engine in _limits_of_engine(config).items():
+        if of_engine == limit < shape.context_length:
+            source = f"rollout.sglang.{name} allows"
     prompt = config.data.max_prompt_tokens
     lengths = {"rollout.max_new_tokens": rollout.max_new_tokens}
     for number, one in enumerate(config.eval.sets):

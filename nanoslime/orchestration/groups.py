@@ -12,7 +12,6 @@ import torch.distributed as dist
 from nanoslime.batch import BatchPlan
 from nanoslime.config import RunConfig
 from nanoslime.config.deadlines import Deadline, derive_deadlines
-from nanoslime.engine_kind import engine_kind
 from nanoslime.models.shape import ModelShape
 from nanoslime.orchestration.worker import TrainWorker
 from nanoslime.run_dir import RunDir
@@ -166,41 +165,3 @@ class NoTrainer(TrainGroup):
     def call(self, method: str, *args: Any, what: str, deadline_s: float | None = None) -> None: ...
 
     def close(self) -> None: ...
-
-
-def resolve_transport(config: RunConfig, *, same_process: bool) -> str:
-    """Decides what weight_sync.transport="auto" means; returns a key of TRANSPORTS.
-
-    It is "none" where there is no engine or no trainer. `same_process` says that the
-    engine lives in the process of the only trainer rank. Raises ValueError for a
-    transport that the engine cannot take, or not here.
-    """
-    if config.rollout.load_rollouts or config.rollout.rollout_only:
-        return "none"
-    kind = engine_kind(config.rollout)
-    obstacles = _transport_obstacles(config, same_process)
-    possible = [name for name in kind.transports if name not in obstacles]
-    asked = config.weight_sync.transport
-    if asked == "auto":
-        return possible[0]
-    choices = f"choose {', '.join(possible)} or auto"
-    if asked not in kind.transports:
-        raise ValueError(
-            f"weight_sync.transport={asked}: rollout.engine={kind.name} cannot take weights "
-            f"that way; {choices}"
-        )
-    if asked in obstacles:
-        raise ValueError(f"weight_sync.transport={asked} {obstacles[asked]}; {choices}")
-    return asked
-
-
-def _transport_obstacles(config: RunConfig, same_process: bool) -> dict[str, str]:
-    """Says of each transport that is impossible here, whatever the engine, why it is."""
-    obstacles = {}
-    if not config.cluster.colocate:
-        obstacles["tensor"] = "needs engines on the trainers' own GPUs (--colocate)"
-    if config.cluster.colocate and config.cluster.device == "cuda":
-        obstacles["broadcast"] = "cannot be used with --colocate: NCCL refuses two ranks on one GPU"
-    if not same_process:
-        obstacles["in_process"] = "needs the engine in the process of the only trainer rank"
-    return obstacles

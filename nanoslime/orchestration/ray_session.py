@@ -5,8 +5,9 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 
 from nanoslime.config import RunConfig
+from nanoslime.engine_kind import resolve_transport
 from nanoslime.layout import Layout
-from nanoslime.orchestration.groups import NoTrainer, TrainGroup, resolve_transport
+from nanoslime.orchestration.groups import NoTrainer, TrainGroup
 from nanoslime.orchestration.ray import cluster
 from nanoslime.orchestration.ray.actors import RunOnRay
 from nanoslime.orchestration.ray.trainers import RayTrainGroup

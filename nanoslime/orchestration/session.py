@@ -18,9 +18,9 @@ from pathlib import Path
 
 from nanoslime import algorithms, rehearsal
 from nanoslime.config import RunConfig
-from nanoslime.engine_kind import EngineStart, RunEngine, engine_kind
+from nanoslime.engine_kind import EngineStart, RunEngine, engine_kind, resolve_transport
 from nanoslime.orchestration.checkpoints import Checkpoints
-from nanoslime.orchestration.groups import LocalTrainGroup, NoTrainer, TrainGroup, resolve_transport
+from nanoslime.orchestration.groups import LocalTrainGroup, NoTrainer, TrainGroup
 from nanoslime.orchestration.rollout_manager import Assignment, Replay, RolloutManager
 from nanoslime.orchestration.torchrun_group import Ranks, TorchrunTrainGroup
 from nanoslime.rollout import rewards

@@ -17,10 +17,11 @@ from nanoslime.config.algorithm import AlgorithmConfig, GRPOConfig
 from nanoslime.config.cluster import ClusterConfig
 from nanoslime.config.deadlines import Deadline
 from nanoslime.config.rollout import WeightSyncConfig
+from nanoslime.engine_kind import resolve_transport
 from nanoslime.models.shape import ModelShape
 from nanoslime.orchestration import groups as groups_module
 from nanoslime.orchestration import torchrun_group
-from nanoslime.orchestration.groups import TrainGroup, resolve_transport
+from nanoslime.orchestration.groups import TrainGroup
 from nanoslime.orchestration.torchrun_group import Answer, Call, Ranks
 from nanoslime.run_dir import RunDir
 from nanoslime.types import RunError, Status, local_reports
@@ -71,7 +72,7 @@ def test_auto_is_decided_by_engine_and_place(settings, same_process, expected):
     ],
 )
 def test_a_transport_that_cannot_work_is_refused_with_a_way_out(settings, message):
-    with pytest.raises(ValueError, match=f"weight_sync.transport=.*{message}.*choose"):
+    with pytest.raises(RunError, match=f"weight_sync.transport=.*{message}.*choose"):
         resolve_transport(config(**settings), same_process=False)
 
 

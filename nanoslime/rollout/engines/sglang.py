@@ -4,6 +4,7 @@ sglang_server.py."""
 from typing import Any
 
 from nanoslime.config import RolloutConfig, RunConfig, upstream
+from nanoslime.config.rollout import TOKEN_LIMITS
 from nanoslime.engine_kind import EngineKind
 from nanoslime.models.parallel_sizes import divisors, one_of
 from nanoslime.models.shape import ModelShape
@@ -14,8 +15,16 @@ _MEM_FRACTION = 0.85
 # A sleeping trainer keeps its CUDA context, NCCL's buffers and fragments on the GPU.
 COLOCATED_MEM_FRACTION = 0.7
 
-# Options that bound prompt and response together.
-_TOKEN_LIMITS = ("context_length", "max_total_tokens")
+# What options count.
+_COUNTS = dict.fromkeys(TOKEN_LIMITS, "tokens") | {
+    "max_running_requests": "requests",
+    "max_queued_requests": "requests",
+    "max_prefill_tokens": "tokens",
+    "chunked_prefill_size": "tokens",
+    "page_size": "tokens",
+}
+# Of which -1 stands for none.
+_OFF = ("chunked_prefill_size",)
 
 
 class SGLang(EngineKind):
@@ -37,10 +46,11 @@ class SGLang(EngineKind):
                     f"rollout.sglang.{name}={value!r} is no share of a GPU's memory; "
                     "set a number between 0 and 1, or leave it out"
                 )
-            if name in _TOKEN_LIMITS and not (type(value) is int and value > 0):
+            is_count = type(value) is int and (value > 0 or name in _OFF and value == -1)
+            if name in _COUNTS and not is_count:
                 raise RunError(
-                    f"rollout.sglang.{name}={value!r} is no number of tokens; "
-                    "set 1 or more, or leave it out"
+                    f"rollout.sglang.{name}={value!r} is no number of "
+                    f"{_COUNTS[name]}; set 1 or more, or leave it out"
                 )
 
     def check_plan(self, rollout: RolloutConfig, shape: ModelShape, slots_per_node: int) -> None:

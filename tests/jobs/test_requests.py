@@ -1,0 +1,327 @@
+"""Requests that cannot run, each refused in one line on the login node, and good ones accepted.
+
+The table is gone through by `submit_grpo.py --dry-run` with the shapes of real models, whose
+weights are files with holes, on a cluster of 8 x 80 GB nodes whose sbatch accepts everything.
+"""
+
+import json
+import math
+import re
+import struct
+from pathlib import Path
+
+import pytest
+
+from jobs import inputs, submit_grpo
+from jobs.checkout import ROOT
+from nanoslime.models.rules import tensors
+from nanoslime.models.shape import ModelShape
+from tests.models.published import CONFIGS
+
+Q4B = CONFIGS["Qwen3-4B"]
+L70B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 5e5,
+    "num_hidden_layers": 80,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+MODELS = {"q4b": Q4B, "q30b": CONFIGS["Qwen3-30B-A3B"], "l70b": L70B}
+
+SBATCH = """#!/bin/sh
+case "$1" in
+  --version) echo slurm 22.05.8 ;;
+  --test-only) /bin/cat > /dev/null; echo "sbatch: Job 42 to start at noon" >&2 ;;
+  *) echo "$@" >> submitted; echo 42 ;;
+esac
+"""
+# Nodes of 8 GPUs, of which two are in a short partition, too, and older ones of 4.
+SCONTROL = """#!/bin/sh
+case "$2" in
+  partition)
+    echo "PartitionName=gpu Default=YES State=UP MaxTime=1-00:00:00 MaxNodes=12 \
+MaxCPUsPerNode=UNLIMITED Nodes=n[1-16] TotalNodes=16"
+    echo "PartitionName=short Default=NO State=UP MaxTime=04:00:00 MaxNodes=UNLIMITED \
+MaxCPUsPerNode=32 Nodes=n[1-2] TotalNodes=2"
+    echo "PartitionName=old Default=NO State=UP MaxTime=UNLIMITED MaxNodes=UNLIMITED \
+MaxCPUsPerNode=UNLIMITED Nodes=n[17-24] TotalNodes=8"
+    ;;
+  node)
+    echo "{nodes}"
+    ;;
+esac
+"""
+_LARGE = "CPUTot=96 RealMemory=1024000 Gres=gpu:h100:8(S:0-1) State=IDLE Partitions"
+_SMALL = "CPUTot=32 RealMemory=256000 Gres=gpu:a100:4 State=IDLE Partitions"
+NODES = "\n".join(
+    [f"NodeName=n{i} {_LARGE}={'gpu,short' if i < 3 else 'gpu'}" for i in range(1, 17)]
+    + [f"NodeName=n{i} {_SMALL}=old" for i in range(17, 25)]
+)
+CLUSTER = {
+    "name": "mine",
+    "nodes": "2",
+    "gpus_per_node": "8",
+    "cpus_per_node": "64",
+    "memory_per_node": "900G",
+    "run_root": "runs",
+    "venv": "venv",
+}
+
+
+def write_checkpoint(folder: Path, config: dict[str, object], num_tokens: int) -> None:
+    """A checkpoint of this config.json, with zeros that take no room on a disk."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    template = {"chat_template": "{{ messages[-1].content }}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(template))
+    vocabulary = {str(i): i for i in (0, num_tokens - 1)}
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
+    header = {}
+    end = 0
+    for name, shape in tensors(ModelShape.read(folder)).items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for name, config in MODELS.items():
+        write_checkpoint(folder / name, config, 1000)
+    write_checkpoint(folder / "large_tokenizer", Q4B, 152_500)
+    return folder
+
+
+class Login:
+    """The login node of a cluster, on which a user types commands."""
+
+    def __init__(self, root: Path, models: Path, capsys):
+        self.root = root
+        self._capsys = capsys
+        self._models = models
+        (root / "bin").mkdir()
+        for name, text in (
+            ("sbatch", SBATCH),
+            ("scontrol", SCONTROL.replace("{nodes}", NODES)),
+            ("squeue", "#!/bin/sh\n"),
+        ):
+            (root / "bin" / name).write_text(text)
+            (root / "bin" / name).chmod(0o755)
+        (root / "venv").mkdir()
+        lock = inputs._cuda_lock_sha256(ROOT)
+        (root / "venv" / ".nanoslime-target").write_text(f"target=cuda\nlock_sha256={lock}\n")
+        for name in ("p.jsonl", "e.jsonl"):
+            (root / name).write_text('{"prompt": "1+1=", "label": "2"}\n')
+        self.cluster({})
+
+    def cluster(self, fields: dict[str, str]) -> None:
+        """Writes the cluster file: these fields over those of the cluster; one that is None is
+        left out."""
+        lines = [f"{name}: {value}" for name, value in (CLUSTER | fields).items() if value != "-"]
+        (self.root / "mine.yaml").write_text("\n".join(lines))
+
+    def submit(self, *words: str) -> tuple[int, str, str]:
+        known = [str(self._models / word) if word in self._words else word for word in words]
+        code = submit_grpo.main(known, {"PATH": str(self.root / "bin")}, self.root)
+        shown = self._capsys.readouterr()
+        return code, shown.out, shown.err
+
+    @property
+    def _words(self) -> list[str]:
+        return [path.name for path in self._models.iterdir()]
+
+    def answer(self, flags: str, model: str = "q4b") -> tuple[str, str]:
+        """What a dry run refuses, empty where it refuses nothing; and all that it prints."""
+        words = ["--cluster", "mine.yaml", *flags.split(), "--dry-run"]
+        if model:
+            words += ["--hf-checkpoint", model, "--prompts", "p.jsonl"]
+        code, out, err = self.submit(*words)
+        refusal = err or out.partition("would be refused: ")[2]
+        assert (code == 2) == bool(refusal), out + err
+        assert "Traceback" not in refusal
+        return refusal, out
+
+
+@pytest.fixture
+def login(tmp_path, models, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("NO_SUCH_VARIABLE", raising=False)
+    return Login(tmp_path, models, capsys)
+
+
+# Model, flags, fields of the cluster file, and what the refusal says; None: it is accepted.
+REFUSED = [
+    # Response beyond the context, tokens without a row.
+    ("q4b", "--max-new-tokens 65536", {}, "more than the 40960 that the model reads"),
+    ("q4b", "--max-new-tokens 40000", {}, "data.max_prompt_tokens=1024 and rollout.max_new_tokens"),
+    ("l70b", "--max-new-tokens 131072 --tp-size 8 --engine-tp-size 8", {}, "more than the 131072"),
+    ("large_tokenizer", "", {}, "has 152500 tokens, and the model's vocab_size=151936"),
+    ("q4b", "--rollout.stop-token-ids 151936", {}, "no response can hold"),
+    # Expert parallelism is the way out.
+    ("q30b", "--allow-slow", {}, "training.ep_size"),
+    ("q30b", "--allow-slow --nodes 4", {}, "training.ep_size"),
+    # What SLURM would never start.
+    ("q4b", "--time-limit-min 10000", {}, "cluster.time_limit_min=10000.*at most 1440"),
+    ("q4b", "--time-limit-min 300 --partition short", {}, "time_limit_min=300.*short.*most 240"),
+    ("q4b", "--nodes 14", {}, "cluster.nodes=14.*at most 12"),
+    ("q4b", "--nodes 3 --partition short", {"cpus_per_node": "16"}, "cluster.nodes=3.*2 nodes"),
+    ("q4b", "", {"gpus_per_node": "9"}, "cluster.gpus_per_node=9.* 8"),
+    ("q4b", "", {"cpus_per_node": "200"}, "cluster.cpus_per_node=200.* 96"),
+    ("q4b", "", {"memory_per_node": "2T"}, "cluster.memory_per_node=2097152.*have 1024000 MB"),
+    ("q4b", "--partition old", {"cpus_per_node": "16"}, "cluster.gpus_per_node=8.* 4"),
+    ("q4b", "--partition short", {}, "cluster.cpus_per_node=64.* 32"),
+    ("q4b", "--partition nowhere", {}, "cluster.partition='nowhere'.*gpu, short"),
+    (
+        "q4b",
+        "",
+        {"gpu_request": "gres:gpu:v100"},
+        "cluster.gpus_per_node=8.*of type v100.*gpu:h100:8",
+    ),
+    # One thing said twice.
+    ("q4b", "--nodes 4", {"extra_sbatch": "{nodes: '2'}"}, "'nodes'.* cluster.nodes"),
+    ("q4b", "", {"extra_sbatch": "{time: 1-0}"}, "'time'.* cluster.time_limit_min"),
+    ("q4b", "", {"extra_sbatch": "{partition: old}"}, "'partition'.* cluster.partition"),
+    ("q4b", "", {"extra_sbatch": "{gres: 'gpu:h100:8'}"}, "'gres'.* cluster.gpu_request"),
+    ("q4b", "", {"extra_sbatch": "{gpus: 16}"}, "'gpus'.* cluster.gpus_per_node"),
+    ("q4b", "", {"extra_sbatch": "{mem: 10G}"}, "'mem'.* cluster.memory_per_node"),
+    ("q4b", "", {"extra_sbatch": "{mem-per-cpu: 1G}"}, "'mem-per-cpu'.* cluster.memory_per_node"),
+    ("q4b", "", {"extra_sbatch": "{ntasks-per-node: 8}"}, "'ntasks-per-node'.*one task"),
+    ("q4b", "", {"extra_sbatch": "{array: 0-3}"}, "'array'"),
+    ("q4b", "", {"extra_sbatch": "{no-requeue: true}"}, "'no-requeue'.* cluster.re"),
+    ("q4b", "", {"extra_sbatch": "{N: 2}"}, "'N' is|'N'.* long name"),
+    ("q4b", "--lr 1e-6 --training.lr 1e-5", {}, "--training.lr sets training.lr, which --lr"),
+    ("q4b", "--nodes 2 --nodes 3", {}, "--nodes"),
+    # Times.
+    ("q4b", "--time-limit-min 5", {"signal_lead_s": "600"}, "time_limit_min=5"),
+    ("q4b", "--time-limit-min 10", {"signal_lead_s": "600"}, "time_limit_min=10"),
+    ("q4b", "--training.lr-warmup-steps 1000", {}, "lr_warmup_steps=1000"),
+    ("q4b", "--training.min-lr 1e-3", {}, "min_lr=0.001 is above training.lr"),
+    ("q4b", "--num-rollout 0", {}, "rollout.num_rollout='0'"),
+    # Bounds.
+    ("q4b", "--top-k 0", {}, "top_k=0 leaves no token"),
+    ("q4b", "--top-k -7", {}, "top_k=-7 leaves no token"),
+    ("q4b", "--data.max-prompt-tokens -5", {}, "max_prompt_tokens='-5'"),
+    ("q4b", "--nodes 1000000000", {}, "cluster.nodes="),
+    ("q4b", '--rollout.sglang {"mem_fraction_static":1.5}', {}, "mem_fraction_static=1.5"),
+    ("q4b", '--rollout.sglang {"mem_fraction_static":0}', {}, "mem_fraction_static=0"),
+    ("q4b", '--rollout.sglang {"mem_fraction_static":"high"}', {}, "mem_fraction_static='high'"),
+    ("q4b", '--rollout.sglang {"context_length":"4k"}', {}, "context_length='4k'"),
+    ("q4b", '--rollout.sglang {"max_total_tokens":1000}', {}, "1000 that .*max_total_tokens"),
+    ("q4b", '--rollout.sglang {"max_running_requests":0}', {}, "max_running_requests=0"),
+    ("q4b", '--rollout.sglang {"chunked_prefill_size":"big"}', {}, "chunked_prefill_size='big'"),
+    ("q4b", '--rollout.sglang {"page_size":0}', {}, "page_size=0"),
+    # Transports that the layout cannot have.
+    ("q4b", "--weight-sync.transport tensor", {}, "weight_sync.transport=tensor .*--colocate"),
+    ("q4b", "--weight-sync.transport in_process --nodes 4", {}, "weight_sync.transport=in_process"),
+    ("q4b", "--engine embedded --weight-sync.transport broadcast", {}, "transport=broadcast"),
+    ("q4b", "--colocate --weight-sync.transport broadcast", {}, "transport=broadcast"),
+    # An engine whose cache holds less than one sequence.
+    (
+        "l70b",
+        "--tp-size 8 --pp-size 2 --engine-tp-size 2 --max-new-tokens 120000 --nodes 8",
+        {},
+        "make a sequence of 121024 tokens, and an engine caches about",
+    ),
+    # No model.
+    ("", "--nodes 4 --prompts p.jsonl", {}, "--hf-checkpoint"),
+    ("", "--nodes 4", {}, "--hf-checkpoint"),
+    ("q4b", "", {"gpus_per_node": "-"}, "gpus_per_node is not set"),
+    # A driver that would generate on its CPU.
+    ("q4b", "--engine embedded --nodes 4", {}, "rollout.engine=embedded"),
+    # Paths.
+    ("q4b", "", {"run_root": "$NO_SUCH_VARIABLE/runs"}, "NO_SUCH_VARIABLE is not set"),
+    ("q4b", "", {"venv": "~nobody-here/venv"}, "no home directory of ~nobody-here"),
+]
+
+
+@pytest.mark.parametrize(("model", "flags", "fields", "says"), REFUSED)
+def test_what_cannot_run_is_refused_in_one_line(login, model, flags, fields, says):
+    login.cluster(fields)
+    refusal, _ = login.answer(flags, model)
+    assert re.search(says, refusal), refusal
+    assert refusal.count("\n") == 1, refusal
+    assert not (login.root / "runs").exists()
+
+
+ACCEPTED = [
+    ("q4b", "", {}),
+    ("q4b", "--nodes 4 --eval-prompts e.jsonl --checkpoint.keep-best --eval-interval 5", {}),
+    ("q4b", "--recipe qwen3_4b_h200 --no-use-kl-loss --prompt-key prompt --label-key label", {}),
+    ("q4b", "--recipe colocate --use-kl-loss=false --input-key prompt --label-key label", {}),
+    ("q30b", "--allow-slow --nodes 4 --ep-size 8 --tp-size 2 --sequence-parallel", {}),
+    ("l70b", "--nodes 8 --tp-size 8 --pp-size 2 --engine-tp-size 8", {}),
+    ("q4b", "", {"memory_per_node": "0", "account": "12345", "env": "{NCCL_IB_DISABLE: 1}"}),
+    ("q4b", "", {"extra_sbatch": "{exclusive: true, nice: 100}"}),
+    ("q4b", "", {"time_limit_min": "4:00:00", "partition": "short", "cpus_per_node": "32"}),
+    ("q4b", "--time-limit-min 1-00:00:00", {}),
+    ("q4b", "--top-k -1 --temperature 0.7", {}),
+    ("q4b", "--colocate --weight-sync.transport tensor", {}),
+    ("q4b", "--partition gpu,short --nodes 2", {"cpus_per_node": "32"}),
+    ("q4b", "", {"gpu_request": "gres:gpu:h100"}),
+    ("q4b", '--rollout.sglang {"mem_fraction_static":0.8,"max_running_requests":64}', {}),
+]
+
+
+@pytest.mark.parametrize(("model", "flags", "fields"), ACCEPTED)
+def test_what_can_run_is_accepted(login, model, flags, fields):
+    login.cluster(fields)
+    refusal, out = login.answer(flags, model)
+    assert refusal == ""
+    assert "sbatch: Job 42 to start at noon" in out
+
+
+def test_evaluations_without_prompts_have_no_effect_and_the_plan_says_so(login):
+    refusal, out = login.answer("--checkpoint.keep-best --eval-interval 20")
+    assert refusal == ""
+    assert "evals     none" in out and "checkpoint.keep_best have no effect" in out
+
+
+# Habitual names of other tools, and the name here.
+HINTS = {
+    "--tensor-model-parallel-size": "--tp-size",
+    "--pipeline-model-parallel-size": "--pp-size",
+    "--context-parallel-size": "--cp-size",
+    "--expert-model-parallel-size": "--ep-size",
+    "--sglang-mem-fraction-static": "--rollout.sglang",
+    "--rollout-num-gpus": "--rollout-nodes",
+    "--rollout-num-gpus-per-engine": "--engine-tp-size",
+    "--rollout-max-response-len": "--max-new-tokens",
+    "--actor-num-nodes": "--nodes",
+    "--learning-rate": "--lr",
+    "--beta": "--kl-loss-coef",
+    "--num-generations": "--n-samples-per-prompt",
+    "--global-batch-size": "--num-steps-per-rollout",
+    "--gres": "--cluster.gpu-request",
+    "--model": "--hf-checkpoint",
+    "--dry_run": "--dry-run",
+    "--save-interval-steps": "--save-interval",
+    "--max-completion-length": "--max-new-tokens",
+    "--epsilon-high": "--eps-clip-high",
+    "--ref-load": "--hf-checkpoint",
+    "--load": "--resume",
+    "--mem": "--cluster.memory-per-node",
+    "--time": "--time-limit-min",
+    "--gpus-per-node": "--cluster.gpus-per-node",
+    "--job-name": "--name",
+}
+
+
+@pytest.mark.parametrize(("flag", "here"), HINTS.items())
+def test_a_habitual_name_of_another_tool_gets_the_name_here(login, flag, here):
+    refusal, _ = login.answer(f"{flag} 4")
+    assert f"unknown flag {flag}; " in refusal or flag == "--dry_run"
+    assert here in refusal
