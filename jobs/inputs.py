@@ -1,6 +1,7 @@
 """Checks a run's inputs before submission: checkpoint, prompt files, environment."""
 
 import hashlib
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,8 @@ from nanoslime.models.local_checkpoint import with_local_checkpoint
 from nanoslime.models.shape import ModelShape
 from nanoslime.plugins import check_importable
 from nanoslime.run_dir import RunDir
+from nanoslime.storage.checked_prompts import checked_prompts
 from nanoslime.storage.datasets import with_local_prompts
-from nanoslime.storage.prompt_text import check_prompts
 from nanoslime.storage.recorded_samples import with_recorded_rollouts
 from nanoslime.storage.tokenizer_files import has_tokenizer_files
 from nanoslime.types import RunError
@@ -78,13 +79,26 @@ def _check_sources(config: RunConfig, tokenizer: Path | None) -> list[str]:
     """What the job will use of each source of prompts; `tokenizer` holds its files."""
     lines = []
     for own in config.prompt_sources:
-        tally = check_prompts(Path(own.prompts), own, tokenizer)
-        lines.append(f"{own.prompts}: {tally.text}")
+        lines.append(f"{own.prompts}: {checked_prompts(Path(own.prompts), own, tokenizer)}")
     return lines
 
 
 def _absolute(path: str) -> str:
     return str(Path(path).expanduser().absolute())
+
+
+def check_run_root(config: RunConfig) -> None:
+    """Raises RunError where no run's directory can be made."""
+    run_root = Path(config.cluster.run_root)
+    there = next(path for path in (run_root, *run_root.parents) if path.exists())
+    fault = "" if there.is_dir() else "is a file"
+    if not fault and not os.access(there, os.W_OK | os.X_OK):
+        fault = "may not be written"
+    if fault:
+        raise RunError(
+            f"cluster.run_root={config.cluster.run_root!r}: {there} {fault}; name a directory of "
+            "your own that all nodes see"
+        )
 
 
 def check_resume(run: RunDir, config: RunConfig) -> None:

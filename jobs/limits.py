@@ -34,9 +34,9 @@ _SET_BY = {
     "requeue": "cluster.requeue or cluster.resume_by",
     "no-requeue": "cluster.requeue or cluster.resume_by",
     "job-name": "name",
-    "ntasks": "nothing: a node has one task",
-    "ntasks-per-node": "nothing: a node has one task",
-    "array": "a sweep: a job holds one run",
+    "ntasks": "cluster.nodes, as a node has one task,",
+    "ntasks-per-node": "cluster.nodes, as a node has one task,",
+    "array": "cluster.nodes, as a job holds one run,",
 }
 _MEGABYTES = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
 
@@ -65,8 +65,8 @@ def check_extra_options(config: RunConfig) -> None:
             found = name
         if found is not None:
             raise RunError(
-                f"cluster.extra_sbatch has {name!r}, of which the plan would know nothing: it is "
-                f"set by {_SET_BY.get(found, f'cluster.{field}')}"
+                f"cluster.extra_sbatch has {name!r}, of which the plan would know nothing: set "
+                f"{_SET_BY.get(found, f'cluster.{field}')} instead"
             )
 
 

@@ -88,6 +88,8 @@ def run(
     resumed = RunDir.open(command.resume) if command.resume else None
     if resumed is not None:
         inputs.check_resume(resumed, config)
+    else:
+        inputs.check_run_root(config)
     if command.prepare:
         return prepare(command, config, layout, resumed)
     if submits:
@@ -152,6 +154,8 @@ def accepted(
     check_target(config, submits)
     if command.resume:
         inputs.check_resume(RunDir.open(command.resume), config)
+    else:
+        inputs.check_run_root(config)
     if not (submits and slurm.sbatch):
         return f"without --dry-run: {rehearsal_line(config)}"
     limits.check_limits(config, layout)

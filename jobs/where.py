@@ -106,7 +106,13 @@ def submit(sbatch: str, script: str, *options: str) -> str:
     if done.returncode:
         raise RunError(f"sbatch refused the job: {complaint(done.stderr)}")
     # With several clusters it prints JOB;CLUSTER.
-    return done.stdout.strip().split(";")[0]
+    job_id = done.stdout.strip().split(";")[0]
+    if not job_id.isdecimal():
+        raise RunError(
+            f"sbatch took the job and printed {done.stdout.strip()!r} in place of its number; "
+            "look for it in squeue, and end it: nothing of the run is kept"
+        )
+    return job_id
 
 
 def submitter_environment() -> dict[str, str]:

@@ -135,12 +135,6 @@ def plan(config: RunConfig, shape: ModelShape) -> Layout:
     resolve_transport(config, same_process=False)
     if takes_slots(config.rollout):
         engine_kind(config.rollout).check_plan(config.rollout, shape, slots)
-    elif cluster.device == "cuda" and not config.rollout.load_rollouts:
-        raise RunError(
-            f"rollout.engine={config.rollout.engine}: it would generate on the CPU of the driver, "
-            f"some tokens a second for all of {shape.num_parameters:,} parameters, while GPUs "
-            "wait; leave it out, so that SGLang has GPUs, or add --colocate where there is but one"
-        )
     if cluster.colocate:
         # Engines take the trainers' slots, as if there were no trainers.
         engines = _place_engines(config, trainer_slots[0], [0] * cluster.nodes)

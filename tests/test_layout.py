@@ -122,7 +122,7 @@ def test_rollout_only_leaves_all_slots_to_engines():
         ("--num-gpus 4", [0, 1, 2, 3], [4]),
         ("--num-gpus 2 --engine embedded", [0, 1], []),
         ("--cluster.slots-per-node 1 --engine embedded", [0], []),
-        ("--cluster.slots-per-node 8 --engine embedded", [0, 1, 2, 3, 4, 5, 6, 7], []),
+        (f"{H200} --engine embedded", [0, 1, 2, 3, 4, 5, 6, 7], []),
     ],
 )
 def test_one_node_is_shared_as_asked(flags, trainer_slots, engine_slots):

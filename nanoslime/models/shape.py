@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -130,12 +130,19 @@ class ModelShape:
         """The shape that this content of a config.json describes; raises as `read` does."""
         file = ConfigFile(path, values)
         model_type = file["model_type"]
-        if model_type not in ARCHITECTURES:
+        if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
             raise RunError(
                 f"{path}: model_type={model_type!r} is not supported; "
                 f"known are {', '.join(sorted(ARCHITECTURES))}"
             )
-        shape = _architecture(model_type).read(file)
+        try:
+            shape = _architecture(model_type).read(file)
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise RunError(f"{path}: a value in it is of no {model_type}: {error}") from error
+        for field in fields(shape):
+            value = getattr(shape, field.name)
+            if field.type == "int" and type(value) is not int:
+                raise RunError(f"{path}: {field.name}={value!r} is no whole number")
         lacks = (*shape.megatron_lacks, *_megatron_lacks(shape))
         return replace(shape, megatron_lacks=lacks)
 

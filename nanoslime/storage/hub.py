@@ -1,10 +1,12 @@
 """Finds a checkpoint by its directory or hub id."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
 
 from nanoslime.plugins import resolve
 from nanoslime.storage.safetensors_file import require_weights
@@ -14,6 +16,9 @@ from nanoslime.types import RunError
 _HUB = {"hub": "huggingface_hub:snapshot_download"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.safetensors")
+# They show that the hub answers, before larger files are asked for.
+_SMALL_FILES = ("config.json", "README.md")
+_ANSWER_DEADLINE_S = 30.0
 # The same weights once more, in the form of their maker.
 _HUB_IGNORED = ("original/*", "consolidated*")
 
@@ -70,20 +75,42 @@ def snapshot(
         name,
         repo_type=kind,
         revision=revision or None,
-        allow_patterns=list(files),
         ignore_patterns=list(_HUB_IGNORED),
     )
+    wanted = partial(snapshot_download, allow_patterns=list(files))
     try:
-        return Path(snapshot_download())
+        _in_time(partial(snapshot_download, allow_patterns=list(_SMALL_FILES)))
+        return Path(_in_time(wanted) if set(files) <= set(_SMALL_FILES) else wanted())
     except Exception as error:
         # The hub raises OSErrors and ValueErrors, its transports whatever they like.
         cause = error
     try:
         # Without a network, huggingface_hub 1.x does not look for a commit in its cache.
-        return Path(snapshot_download(local_files_only=True))
+        return Path(wanted(local_files_only=True))
     except Exception:
         raise RunError(
             f"{setting}={name!r} is no directory, and the hub did not give it "
             f"({' '.join(str(cause).split())}); "
             f"give the directory of a {kind}, or fetch it where there is a network"
         ) from cause
+
+
+def _in_time(call: Callable[[], str]) -> str:
+    """What the call gives. Raises TimeoutError where the hub does not answer: a network may accept
+    connections and say nothing, to which huggingface_hub comes back again and again."""
+    answers: SimpleQueue[str | Exception] = SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(call())
+        except Exception as error:
+            answers.put(error)
+
+    Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=_ANSWER_DEADLINE_S)
+    except Empty:
+        raise TimeoutError(f"no answer within {_ANSWER_DEADLINE_S:g} s") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer

@@ -54,16 +54,13 @@ def check_vocabulary(directory: Path, vocab_size: int) -> None:
     file = directory / "tokenizer.json"
     if not file.is_file():
         file = directory / "vocab.json"
-    content = read_object(file)
-    if file.name == "vocab.json":
-        content = {"model": {"vocab": content}}
-    vocabulary = content.get("model", {}).get("vocab", {})
-    ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-    added = [token["id"] for token in content.get("added_tokens", [])]
-    added += read_object(directory / "added_tokens.json").values()
-    decoder = read_object(directory / "tokenizer_config.json").get("added_tokens_decoder", {})
-    added += [int(token_id) for token_id in decoder]
-    num_tokens = max([*ids, *added], default=-1) + 1
+    try:
+        num_tokens = _num_tokens(file)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RunError(
+            f"{file}, or a file of added tokens beside it, is not as a tokenizer's is ({error}); "
+            "fetch the checkpoint anew"
+        ) from error
     if num_tokens > vocab_size:
         raise RunError(
             f"{file} has {num_tokens} tokens, and the model's vocab_size={vocab_size} rows of "
@@ -71,11 +68,30 @@ def check_vocabulary(directory: Path, vocab_size: int) -> None:
         )
 
 
+def _num_tokens(file: Path) -> int:
+    content = read_object(file)
+    if file.name == "vocab.json":
+        content = {"model": {"vocab": content}}
+    vocabulary = content.get("model", {}).get("vocab", {})
+    ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+    added = [token["id"] for token in content.get("added_tokens", [])]
+    added += read_object(file.with_name("added_tokens.json")).values()
+    decoder = read_object(file.with_name("tokenizer_config.json")).get("added_tokens_decoder", {})
+    added += [int(token_id) for token_id in decoder]
+    return max([*ids, *added], default=-1) + 1
+
+
 def _templates_of(config: dict[str, Any]) -> dict[str, str]:
     """The templates in tokenizer_config.json: a text, or a list of named ones."""
     found = config.get("chat_template") or {}
     if isinstance(found, str):
         return {"default": found}
-    if isinstance(found, list):
-        return {template["name"]: template["template"] for template in found}
-    return dict(found)
+    try:
+        if isinstance(found, list):
+            return {template["name"]: template["template"] for template in found}
+        return dict(found)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(
+            f"tokenizer_config.json: chat_template={found!r} is no template, and no list of named "
+            "ones; fetch the checkpoint anew"
+        ) from error

@@ -6,8 +6,11 @@ weights are files with holes, on a cluster of 8 x 80 GB nodes whose sbatch accep
 
 import json
 import math
+import os
 import re
+import socket
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from jobs import inputs, submit_grpo
 from jobs.checkout import ROOT
 from nanoslime.models.rules import tensors
 from nanoslime.models.shape import ModelShape
+from nanoslime.storage.prompt_text import check_prompts
 from tests.models.published import CONFIGS
 
 Q4B = CONFIGS["Qwen3-4B"]
@@ -240,8 +244,6 @@ REFUSED = [
     ("", "--nodes 4 --prompts p.jsonl", {}, "--hf-checkpoint"),
     ("", "--nodes 4", {}, "--hf-checkpoint"),
     ("q4b", "", {"gpus_per_node": "-"}, "gpus_per_node is not set"),
-    # A driver that would generate on its CPU.
-    ("q4b", "--engine embedded --nodes 4", {}, "rollout.engine=embedded"),
     # Paths.
     ("q4b", "", {"run_root": "$NO_SUCH_VARIABLE/runs"}, "NO_SUCH_VARIABLE is not set"),
     ("q4b", "", {"venv": "~nobody-here/venv"}, "no home directory of ~nobody-here"),
@@ -290,6 +292,12 @@ def test_evaluations_without_prompts_have_no_effect_and_the_plan_says_so(login):
     assert "evals     none" in out and "checkpoint.keep_best have no effect" in out
 
 
+def test_an_engine_that_would_generate_on_the_driver_s_cpu_is_warned_of_with_its_speed(login):
+    refusal, out = login.answer("--engine embedded --nodes 4")
+    assert refusal == ""
+    assert re.search("embedded, in the driver.* on its CPU, about 12 tokens a second", out)
+
+
 # Habitual names of other tools, and the name here.
 HINTS = {
     "--tensor-model-parallel-size": "--tp-size",
@@ -325,3 +333,225 @@ def test_a_habitual_name_of_another_tool_gets_the_name_here(login, flag, here):
     refusal, _ = login.answer(f"{flag} 4")
     assert f"unknown flag {flag}; " in refusal or flag == "--dry_run"
     assert here in refusal
+
+
+GOOD = '{"prompt": "1+1=", "label": "2"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        (
+            "p.jsonl",
+            '{"prompt": "caf\u00e9", "label": "2"}'.encode("latin-1"),
+            "p.jsonl:1.*UTF-8.*iconv",
+        ),
+        ("p.jsonl", f"{GOOD}\n{{broken".encode(), "p.jsonl:2: not a line of JSON"),
+        (
+            "p.jsonl",
+            f'{GOOD}\n{{"prompt": 7, "label": 1}}'.encode(),
+            "p.jsonl:2: a prompt is a str",
+        ),
+        ("p.jsonl", b'{"prompt": null, "label": "2"}', "p.jsonl:1: a prompt is a string"),
+        ("p.jsonl", f"{GOOD}\n[1]".encode(), "p.jsonl:2: a JSON object is needed"),
+        ("p.jsonl", b"\x00\x01", "p.jsonl:1: not a line of JSON"),
+        ("p.jsonl", b"[" * 100_000, "p.jsonl:1: not a line of JSON"),
+        ("p.jsonl", b"", "holds no prompts"),
+        ("p.parquet", b"PAR1 and no more", "not a readable parquet file"),
+        ("p.parquet", b"", "not a readable parquet file"),
+        ("p.arrow", b"nothing", "not a stream of Arrow"),
+        ("p.jsonl.gz", GOOD.encode(), "p.jsonl.gz"),
+        ("p.jsonl.zst", GOOD.encode(), "p.jsonl.zst"),
+        ("p.csv", GOOD.encode(), "choose a file that ends in .jsonl or .parquet"),
+        ("p.jsonl/q.jsonl", b"{", "q.jsonl:1: not a line of JSON"),
+    ],
+)
+def test_a_prompt_file_is_read_to_its_end(login, name, content, says):
+    (login.root / "p.jsonl").unlink()
+    file = login.root / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(content)
+    words = ["--cluster", "mine.yaml", "--hf-checkpoint", "q4b", "--dry-run"]
+    code, _, err = login.submit(*words, "--prompts", name.partition("/")[0])
+    assert code == 2
+    assert re.search(says, err), err
+    assert err.count("\n") == 1
+
+
+def deny(path: Path) -> None:
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("root reads every file")
+
+
+def folder_in_place_of(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("damage", [deny, folder_in_place_of])
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("p.jsonl", "p.jsonl"),
+        ("model/model.safetensors", "model.safetensors"),
+        ("model/config.json", "config.json"),
+        ("model/tokenizer.json", "tokenizer"),
+        ("model/tokenizer_config.json", "tokenizer"),
+        ("mine.yaml", "mine.yaml"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_in_one_line(login, name, says, damage):
+    write_checkpoint(login.root / "model", Q4B | {"num_hidden_layers": 1}, 1000)
+    (login.root / "model" / "tokenizer_config.json").write_text("{}")
+    damage(login.root / name)
+    words = ["--cluster", "mine.yaml", "--hf-checkpoint", str(login.root / "model"), "--dry-run"]
+    code, out, err = login.submit(*words, "--prompts", "p.jsonl")
+    if (code, name) == (0, "model/tokenizer_config.json"):
+        return  # A tokenizer can do without.
+    assert code == 2, out
+    assert says in err
+    assert err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("config.json", b"{", "config.json is not JSON"),
+        ("config.json", b"[]", "config.json should hold one JSON object"),
+        ("config.json", '{"a": "\u00e9"}'.encode("latin-1"), "config.json cannot be read"),
+        ("config.json", b'{"model_type": "qwen3"}', "config.json has no "),
+        ("config.json", b'{"model_type": ["qwen3"]}', "model_type"),
+        ("config.json", json.dumps(Q4B | {"hidden_size": "big"}).encode(), "hidden_size='big'"),
+        ("config.json", json.dumps(Q4B | {"num_attention_heads": 0}).encode(), "config.json"),
+        ("model.safetensors", b"", "model.safetensors"),
+        ("model.safetensors", b"\xff" * 64, "model.safetensors"),
+        ("model.safetensors.index.json", b"{", "index.json"),
+        ("model.safetensors.index.json", b'{"weight_map": 3}', "index.json has no weight_map"),
+        ("tokenizer.json", b"{", "tokenizer.json is not JSON"),
+        ("tokenizer.json", b'{"model": 3}', "tokenizer.json"),
+        ("tokenizer.json", b'{"model": {"vocab": 3}}', "tokenizer.json"),
+        ("tokenizer.json", b'{"model": {"vocab": {"a": "b"}}}', "tokenizer.json"),
+        ("tokenizer.json", b'{"added_tokens": [{"content": "a"}]}', "tokenizer.json"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"a": 1}}', "tokenizer"),
+        ("tokenizer_config.json", b'{"chat_template": "{% for"}', "chat template is not jinja2"),
+        ("tokenizer_config.json", b'{"chat_template": 7}', "tokenizer"),
+    ],
+)
+def test_a_malformed_file_of_a_checkpoint_is_named_in_one_line(login, name, content, says):
+    write_checkpoint(login.root / "model", Q4B | {"num_hidden_layers": 1}, 1000)
+    (login.root / "model" / name).write_bytes(content)
+    words = ["--cluster", "mine.yaml", "--hf-checkpoint", str(login.root / "model"), "--dry-run"]
+    code, out, err = login.submit(*words, "--prompts", "p.jsonl")
+    assert code == 2, out
+    assert says in err
+    assert err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "a: [",
+        "\ttab: 1",
+        "--- 1\n--- 2",
+        "x: !!python/object:os.system 1",
+        "? [a]\n: 1",
+        "1: 2",
+        "cluster: {nodes: 1, nodes: 2}",
+        "training: {lr: 1_000_000_000_000_000_000_000_000x}",
+        f"cluster: {{nodes: {'9' * 5000}}}",
+        "cluster: {nodes: .inf}",
+        "name: [a]",
+        "name: {a: b}",
+        "name: a\\b",
+        "rollout: {sglang: [1]}",
+        "rollout: {sglang: {mem_fraction_static: [1]}}",
+        "rollout: {stop: 3}",
+        "data: {sources: 3}",
+        "data: {sources: [3]}",
+        "data: {rewards: {a: b}}",
+        "eval: {sets: [[]]}",
+        "training: {freeze: ['(']}",
+        "<<: 3",
+        "cluster: &c {<<: *c}",
+        "[" * 5000,
+        "cluster: {run_root: 'a\udc80'}",
+    ],
+)
+def test_a_recipe_of_any_form_gives_no_traceback(login, recipe):
+    (login.root / "r.yaml").write_text(recipe, errors="surrogatepass")
+    code, out, err = login.submit("--recipe", "r.yaml", "--local", "--dry-run")
+    assert code == 2, out
+    assert "r.yaml" in err or "cluster" in err or "training" in err, err
+
+
+@pytest.mark.parametrize(
+    "value", ["", " ", "-1", "1e999", "nan", "None", "[]", "{}", "\udcff", "x" * 9000]
+)
+def test_a_flag_with_any_value_gives_no_traceback(login, value):
+    for flag in (
+        "--nodes",
+        "--lr",
+        "--name",
+        "--run-root",
+        "--prompts",
+        "--rollout.sglang",
+        "--stop",
+    ):
+        code, out, err = login.submit(flag, value, "--local", "--dry-run")
+        assert code in (0, 2), out + err
+
+
+@pytest.mark.parametrize("submitter", ["submitit", "sbatch"])
+@pytest.mark.parametrize("printed", ["", "gibberish", "Submitted", "\u00e9"])
+def test_an_answer_of_sbatch_without_a_job_is_refused_in_one_line(login, submitter, printed):
+    sbatch = login.root / "bin" / "sbatch"
+    script = SBATCH.replace('echo "$@" >> submitted; echo 42', f'echo "{printed}"')
+    sbatch.write_text(script)
+    flags = ["--nodes", "2", "--submit", submitter]
+    code, _, err = login.submit(*flags)
+    assert code == 2
+    assert err.count("\n") == 1, err
+    assert not (login.root / "runs").exists()
+
+
+def test_a_run_root_that_is_a_file_is_refused(login):
+    (login.root / "taken").write_text("")
+    for root in ("taken", "taken/deeper"):
+        refusal, _ = login.answer(f"--run-root {root}")
+        assert "taken is a file; name a directory" in refusal
+
+
+def test_prompts_that_were_checked_are_not_read_again(login, monkeypatch):
+    read = []
+
+    def check(path, data, tokenizer):
+        read.append(path)
+        return check_prompts(path, data, tokenizer)
+
+    monkeypatch.setattr("nanoslime.storage.checked_prompts.check_prompts", check)
+    _, first = login.answer("")
+    _, second = login.answer("")
+    assert len(read) == 1
+    assert first == second and "1 prompts" in second
+    (login.root / "p.jsonl").write_text(f"{GOOD}\n{GOOD}\n")
+    assert "2 prompts" in login.answer("")[1]
+    login.answer("--data.max-prompt-tokens 7")
+    assert len(read) == 3
+    cached = list((login.root / "cache" / "nanoslime" / "prompts").iterdir())
+    assert len(cached) == 3
+
+
+def test_a_hub_that_never_answers_has_a_deadline(login, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(login.root / "hub"))
+        monkeypatch.setattr("nanoslime.storage.hub._ANSWER_DEADLINE_S", 0.5)
+        began = time.monotonic()
+        words = ["--cluster", "mine.yaml", "--prompts", "p.jsonl", "--dry-run"]
+        code, _, err = login.submit(*words, "--hf-checkpoint", "someone/something")
+    assert code == 2
+    assert "the hub did not give it (no answer within 0.5 s)" in err
+    assert time.monotonic() - began < 30

@@ -472,7 +472,11 @@ def test_what_cannot_be_resumed_is_refused(machine):
             ["--hf-checkpoint", "/nowhere/at/all"],
             "'/nowhere/at/all' is neither a directory nor a hub id",
         ),
-        (["--cluster.gpus-per-node", "8"], "a rehearsal takes no GPUs; leave out the cluster file"),
+        (["--cluster.gpus-per-node", "8"], "no model is named for the GPUs of cluster 'local'"),
+        (
+            ["--cluster.gpus-per-node", "8", "--recipe", "rehearsal"],
+            "a rehearsal takes no GPUs; leave out the cluster file",
+        ),
     ],
 )
 def test_bad_input_ends_in_one_line_and_leaves_nothing(machine, flags, says):
@@ -703,7 +707,8 @@ def gpu_config(venv: Path):
 
 def test_a_gpu_cluster_without_its_environment_is_refused_before_submission(machine):
     machine.slurm()
-    said = machine.refusal("--cluster", "h200", "--run-root", "runs", "--cluster.venv", "none")
+    flags = ["--recipe", "rehearsal", "--run-root", "runs", "--cluster.venv", "none"]
+    said = machine.refusal("--cluster", "h200", *flags)
     assert f"cluster 'h200' has GPUs, but cluster.venv ({machine.root}/none) does not exist" in said
     assert machine.submitted == ""
 
