@@ -228,8 +228,8 @@ def _node_address(name: str) -> str:
 def node_hosts(names: Sequence[str]) -> dict[str, str]:
     """By node what its daemon is called by: SLURM's NodeAddr, else its own name."""
     said = slurm_says("scontrol", "show", "node", ",".join(names), "--oneliner")
-    facts = [_facts(line) for line in said.splitlines()]
-    known = {node["NodeName"]: node["NodeAddr"] for node in facts if "NodeAddr" in node}
+    found = [facts(line) for line in said.splitlines()]
+    known = {node["NodeName"]: node["NodeAddr"] for node in found if "NodeAddr" in node}
     return {name: known.get(name, name) for name in names}
 
 

@@ -18,6 +18,8 @@ from nanoslime.memory import memory_lines
 from nanoslime.models.parallel_sizes import PipelineSizes
 from nanoslime.models.shape import ModelShape
 
+# A driver that generates on its CPU reads all weights once a token; about what it reads.
+_CPU_BYTES_PER_S = 100e9
 _WIDTH = 100
 _MARGIN = " " * 10
 CHOSEN = "chosen"
@@ -40,7 +42,7 @@ def describe(
         "idle": _idle_lines(config, layout),
         "model": [f"{shape.model_type}, {shape.num_parameters:,} parameters, {config.model.dtype}"],
         "trainers": [_trainers_text(config, shape, layout)],
-        "engines": [_engines_text(config, layout)],
+        "engines": [_engines_text(config, shape, layout)],
         "step": _step_lines(config, shape, layout),
         "memory": memory_lines(config, shape, layout.parallel),
         "prompts": prompts,
@@ -97,12 +99,16 @@ def _trainers_text(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
     return text
 
 
-def _engines_text(config: RunConfig, layout: Layout) -> str:
+def _engines_text(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
     if config.rollout.load_rollouts:
         return "none: recorded rollouts"
     engine = engine_kind(config.rollout).title
     if not layout.engines:
-        return f"{engine}, in the driver"
+        text = f"{engine}, in the driver"
+        if layout.device == "cuda":
+            speed = _CPU_BYTES_PER_S / (2 * shape.num_parameters)
+            text += f": on its CPU, about {speed:.0f} tokens a second, while the GPUs wait"
+        return text
     size = f"{config.rollout.engine_tp_size} {slot_name(config)}(s)"
     text = f"{engine}: {len(layout.engines)} of {size} each"
     if config.cluster.colocate:

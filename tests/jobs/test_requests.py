@@ -152,7 +152,8 @@ class Login:
         if model:
             words += ["--hf-checkpoint", model, "--prompts", "p.jsonl"]
         code, out, err = self.submit(*words)
-        refusal = err or out.partition("would be refused: ")[2]
+        refused = out.partition("would be refused: ")[2]
+        refusal = err or "".join(refused.splitlines(keepends=True)[:1])
         assert (code == 2) == bool(refusal), out + err
         assert "Traceback" not in refusal
         return refusal, out
@@ -183,10 +184,15 @@ REFUSED = [
     ("q4b", "--time-limit-min 300 --partition short", {}, "time_limit_min=300.*short.*most 240"),
     ("q4b", "--nodes 14", {}, "cluster.nodes=14.*at most 12"),
     ("q4b", "--nodes 3 --partition short", {"cpus_per_node": "16"}, "cluster.nodes=3.*2 nodes"),
-    ("q4b", "", {"gpus_per_node": "9"}, "cluster.gpus_per_node=9.* 8"),
+    ("q4b", "", {"gpus_per_node": "9"}, "cluster.gpus_per_node=9: .* have gpu:h100:8"),
     ("q4b", "", {"cpus_per_node": "200"}, "cluster.cpus_per_node=200.* 96"),
     ("q4b", "", {"memory_per_node": "2T"}, "cluster.memory_per_node=2097152.*have 1024000 MB"),
-    ("q4b", "--partition old", {"cpus_per_node": "16"}, "cluster.gpus_per_node=8.* 4"),
+    (
+        "q4b",
+        "--partition old",
+        {"cpus_per_node": "16"},
+        "cluster.gpus_per_node=8: .* have gpu:a100:4",
+    ),
     ("q4b", "--partition short", {}, "cluster.cpus_per_node=64.* 32"),
     ("q4b", "--partition nowhere", {}, "cluster.partition='nowhere'.*gpu, short"),
     (
@@ -289,7 +295,7 @@ def test_what_can_run_is_accepted(login, model, flags, fields):
 def test_evaluations_without_prompts_have_no_effect_and_the_plan_says_so(login):
     refusal, out = login.answer("--checkpoint.keep-best --eval-interval 20")
     assert refusal == ""
-    assert "evals     none" in out and "checkpoint.keep_best have no effect" in out
+    assert "checkpoint.keep_best" in out and "no effect" in out
 
 
 def test_an_engine_that_would_generate_on_the_driver_s_cpu_is_warned_of_with_its_speed(login):
