@@ -242,7 +242,8 @@ REFUSED = [
     # An engine whose cache holds less than one sequence.
     (
         "l70b",
-        "--tp-size 8 --pp-size 2 --engine-tp-size 2 --max-new-tokens 120000 --nodes 8",
+        "--tp-size 8 --pp-size 2 --engine-tp-size 2 --max-new-tokens 120000 --nodes 8 "
+        "--cp-size 2 --sequence-parallel --training.recompute --allow-slow",
         {},
         "make a sequence of 121024 tokens, and an engine caches about",
     ),
