@@ -43,6 +43,7 @@ DOORS = {  # the only places that may import these
     "megatron": ("nanoslime/training/megatron/", "tools/conversion/gpt_logits.py"),
     "sglang": (
         "nanoslime/rollout/sglang_plugin.py",
+        "nanoslime/rollout/sglang_stubs/",
         "nanoslime/weight_sync/colocated.py",
     ),
 }

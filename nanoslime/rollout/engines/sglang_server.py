@@ -20,7 +20,7 @@ from nanoslime.rollout.engines.sglang_client import SGLangEngine, make_key
 from nanoslime.types import RunError
 
 # Stand-ins for packages that SGLang imports and that do not exist for a CPU.
-_STUBS = Path(__file__).parents[3] / "env" / "sglang_stubs"
+_STUBS = Path(__file__).parents[1] / "sglang_stubs"
 
 _SHARED_MEMORY = Path("/dev/shm")
 
