@@ -178,7 +178,6 @@ REFUSED = [
     ("q4b", "--rollout.stop-token-ids 151936", {}, "no response can hold"),
     # Expert parallelism is the way out.
     ("q30b", "--allow-slow", {}, "training.ep_size"),
-    ("q30b", "--allow-slow --nodes 4", {}, "training.ep_size"),
     # What SLURM would never start.
     ("q4b", "--time-limit-min 10000", {}, "cluster.time_limit_min=10000.*at most 1440"),
     ("q4b", "--time-limit-min 300 --partition short", {}, "time_limit_min=300.*short.*most 240"),
