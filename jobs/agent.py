@@ -35,7 +35,7 @@ from jobs.checkout import module_command
 from jobs.cluster_env import ClusterEnv, remove_scratch
 from jobs.leaving import AttemptOver, clean_up, logged_if_unwritable
 from jobs.preflight.node import Place
-from jobs.preflight.rounds import CANARY_DEADLINE_S, Preflight
+from jobs.preflight.rounds import CANARY_DEADLINE_S, LINKS_DEADLINE_S, Preflight
 from jobs.staging import Staging, kept_caches, wants_copy
 from nanoslime.config.run import RunConfig
 from nanoslime.doctor import Doctor, Finding, learned_s
@@ -149,12 +149,19 @@ class Agent:
             deadlines = self._config.cluster
             patience_s = deadlines.ray_start_deadline_s + deadlines.node_join_deadline_s
             awaited = f"{self._env.node_names[0]} to look at all nodes"
-            self._wait_for_ray(preflight.answer, awaited, self._attempt.log("agent", 0), patience_s)
+            self._wait_for_ray(
+                preflight.take_part, awaited, self._attempt.log("agent", 0), patience_s
+            )
             return
         self._wait_for_nodes(preflight.reports)
         preflight.ask()
         self._wait_until(preflight.have_all_answered, CANARY_DEADLINE_S)
-        verdict = preflight.conclude()
+        verdict = preflight.judge()
+        if preflight.wants_links() and not verdict.cause:
+            preflight.ask_for_links()
+            self._wait_until(preflight.are_links_measured, LINKS_DEADLINE_S)
+            verdict = preflight.judge()
+        preflight.publish(verdict)
         logger.info("%s", verdict.table)
         if verdict.cause:
             can_go_on = bool(verdict.excluded) and not self._env.local

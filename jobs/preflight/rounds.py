@@ -6,6 +6,8 @@ every node   canary/<i>.json      what it has read there, and when by its own cl
 node 0       preflight.txt .json  when all have, or time is up: the table, and the verdict
 """
 
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Sequence
@@ -15,10 +17,14 @@ from typing import Any
 
 from jobs.preflight.node import Place, Reading, examine, own_versions
 from jobs.preflight.verdict import Echo, Report, Verdict, judge
+from nanoslime.processes.logs import last_line
+from nanoslime.processes.ports import free_port
 from nanoslime.run_dir import Attempt, RunDir
 from nanoslime.storage.shared_files import publish, publish_json, read_json, seen
+from nanoslime.types import MachineFailure
 
 CANARY_DEADLINE_S = 30.0
+LINKS_DEADLINE_S = 120.0
 
 
 class Preflight:
@@ -32,51 +38,102 @@ class Preflight:
         self._echoes = attempt.path / "canary"
         # By node, when node 0 has heard its answer.
         self._heard: dict[int, float] = {}
+        self._has_answered = False
+        self._links = attempt.path / "links.json"
+        self._links_log = attempt.log("links", place.env.node_index)
+        self._measuring: subprocess.Popen[bytes] | None = None
 
     def is_over(self) -> bool:
         return seen(self._attempt.preflight)
 
     def examine(self) -> None:
         """Look at this node and tell node 0."""
-        report = Report(self._place.name, examine(self._place), own_versions())
+        place = self._place
+        report = Report(place.name, examine(place), own_versions(), place.env.address)
         self.reports.mkdir(exist_ok=True)
         publish_json(self._own(self.reports), asdict(report))
 
-    def answer(self) -> bool:
-        """Answer node 0's canary once it is there; whether that is done."""
-        if not seen(self._canary):
-            return False
-        text = read_json(self._canary)["text"]
-        self._echoes.mkdir(exist_ok=True)
-        publish_json(self._own(self._echoes), {"text": text, "time": time.time()})
-        return True
+    def take_part(self) -> bool:
+        """Do what node 0 asks of each node; whether there is a verdict."""
+        if not self._has_answered and seen(self._canary):
+            text = read_json(self._canary)["text"]
+            self._echoes.mkdir(exist_ok=True)
+            publish_json(self._own(self._echoes), {"text": text, "time": time.time()})
+            self._has_answered = True
+        if self._measuring is None and seen(self._links):
+            node = str(self._place.env.node_index)
+            command = [sys.executable, "-m", "tools.links", str(self._attempt.path), node]
+            with self._links_log.open("ab") as log:
+                self._measuring = subprocess.Popen(command, stdout=log, stderr=log)
+        return self.is_over()
 
     def ask(self) -> None:
         """Of node 0: have all nodes answer."""
         publish_json(self._canary, {"text": uuid.uuid4().hex, "time": time.time()})
-        self.answer()
 
     def have_all_answered(self) -> bool:
+        self.take_part()
         num_nodes = self._place.env.num_nodes
         for node in range(num_nodes):
             if node not in self._heard and seen(self._echoes / f"{node}.json"):
                 self._heard[node] = time.time()
         return len(self._heard) == num_nodes
 
-    def conclude(self) -> Verdict:
-        """The verdict on all nodes, which is published."""
+    def wants_links(self) -> bool:
+        place = self._place
+        wanted = place.cluster.measure_links
+        if wanted is None:
+            wanted = place.layout.device == "cuda" and not place.env.local
+        return wanted and place.env.num_nodes > 1
+
+    def ask_for_links(self) -> None:
+        """Of node 0: have all nodes measure their links."""
+        layout = self._place.layout
+        addresses = [report.address for report in self._reports()]
+        facts = {
+            "names": self._place.env.node_names,
+            "addresses": addresses,
+            "port": free_port(addresses[0]),
+            "device": layout.device,
+            "trainer": layout.trainers[0].node if layout.trainers else 0,
+            "engines": sorted({engine.node for engine in layout.engines}),
+            "expected_gbps": self._place.cluster.expected_gbps,
+        }
+        publish_json(self._links, facts)
+
+    def are_links_measured(self) -> bool:
+        self.take_part()
+        return self._measuring is not None and self._measuring.poll() is not None
+
+    def judge(self) -> Verdict:
+        """The verdict on all nodes. MachineFailure where their links could not be measured."""
         names = self._place.env.node_names
         asked = read_json(self._canary)
         echoes = {}
         for node, heard in sorted(self._heard.items()):
             answer = read_json(self._echoes / f"{node}.json")
             echoes[names[node]] = Echo(answer["text"], answer["time"], asked["time"], heard)
-        reports = [_read(self.reports / f"{node}.json") for node in range(len(names))]
-        verdict = judge(reports, echoes, asked["text"])
+        links = {}
+        if seen(self._links):
+            result = self._links.with_suffix(".result.json")
+            if not seen(result):
+                raise MachineFailure(
+                    f"the links of the nodes could not be measured: {last_line(self._links_log)}; "
+                    f"cluster.measure_links=false leaves that out; log: {self._links_log}"
+                )
+            found = read_json(result)["readings"].items()
+            links = {name: Reading(**reading) for name, reading in found}
+        return judge(self._reports(), echoes, asked["text"], links)
+
+    def publish(self, verdict: Verdict) -> None:
         facts = {"cause": verdict.cause, "excluded": verdict.excluded}
         publish(self._attempt.preflight.with_suffix(".txt"), f"{verdict.table}\n".encode())
-        publish_json(self._attempt.preflight, facts | {"nodes": [asdict(r) for r in reports]})
-        return verdict
+        nodes = [asdict(report) for report in self._reports()]
+        publish_json(self._attempt.preflight, facts | {"nodes": nodes})
+
+    def _reports(self) -> list[Report]:
+        num_nodes = self._place.env.num_nodes
+        return [_read(self.reports / f"{node}.json") for node in range(num_nodes)]
 
     def _own(self, folder: Path) -> Path:
         return folder / f"{self._place.env.node_index}.json"
@@ -85,7 +142,7 @@ class Preflight:
 def _read(file: Path) -> Report:
     facts: dict[str, Any] = read_json(file)
     readings = [Reading(**reading) for reading in facts["readings"]]
-    return Report(facts["name"], readings, facts["versions"])
+    return Report(**facts | {"readings": readings})
 
 
 def table(attempt: Attempt) -> str:

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median_low
+from types import MappingProxyType
 
 from jobs.preflight.node import Reading
 
@@ -23,6 +24,7 @@ class Report:
     name: str
     readings: Sequence[Reading]
     versions: Mapping[str, str]
+    address: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +63,21 @@ class Verdict:
         return f"preflight: {unfit}" if found else ""
 
 
-def judge(reports: Sequence[Report], echoes: Mapping[str, Echo], canary: str) -> Verdict:
-    """The verdict on all nodes; `canary` is the text that each of them had to see."""
+def judge(
+    reports: Sequence[Report],
+    echoes: Mapping[str, Echo],
+    canary: str,
+    links: Mapping[str, Reading] = MappingProxyType({}),
+) -> Verdict:
+    """The verdict on all nodes.
+
+    `canary` is the text that each of them had to see, `links` what is known of each one's links.
+    """
     found = [(report.name, reading) for report in reports for reading in report.readings]
     found += _versions(reports)
     found += _files([report.name for report in reports], echoes, canary)
     found += _clocks(echoes)
+    found += links.items()
     problems: dict[str, list[Reading]] = {}
     for name, reading in found:
         if reading.problem:

@@ -146,6 +146,12 @@ class ClusterConfig:
     caches: PathText = ""
     """Where jobs keep what they compile and download, one directory for each kind; empty: in
     local_storage, or where each library keeps it."""
+    measure_links: bool | None = None
+    """Whether the nodes' links are measured before Ray starts, which takes some seconds; default:
+    on nodes with GPUs."""
+    expected_gbps: float | None = Field(default=None, gt=0)
+    """GB/s (not Gbit/s) that one process a node is to send to another one; nodes with less than
+    half of it are left out."""
     local_storage: PathText = ""
     """A directory on each node's own disk, which outlives the job: the model is copied there once,
     and compiled kernels are kept there; empty: all nodes read the shared model."""

@@ -722,3 +722,18 @@ def test_a_signal_that_cannot_be_passed_on_is_passed_on_later(
     assert attempt.must_stop() == "SIGUSR2 at node0"
     assert attempt.final_stop() is None
     assert not agent._signals
+
+
+@pytest.mark.matrix
+def test_links_slower_than_the_site_expects_end_the_attempt_before_ray_starts(
+    tmp_path: Path, python_with_fake_ray: str
+) -> None:
+    """Of two nodes nobody knows which one it is."""
+    made = make_run(tmp_path, 2, measure_links=True, expected_gbps=5000.0)
+    code, _, err = Rehearsal(made, "deaf", python_with_fake_ray).finish()
+    assert code == FAILED
+    says = r"failed: preflight: node0 exchanges [\d.]+ GB/s with node1 through lo, less than half"
+    assert re.match(says, err), err
+    attempt = made.run.attempt(1)
+    assert not attempt.head.exists()
+    assert re.search(r"links +UNFIT", (attempt.path / "preflight.txt").read_text())
