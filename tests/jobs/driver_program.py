@@ -16,10 +16,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from nanoslime.processes.phases import DRIVER, own_report
-from nanoslime.run_dir import DONE, STOPPED, RunDir
+from nanoslime.run_dir import DONE, STOPPED
+from tests.jobs.driver_place import parse_place
 
 
 def go_through_phases(count: int) -> None:
@@ -47,10 +47,7 @@ def hang_here() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("mode")
-    parser.add_argument("--run", type=Path)
-    parser.add_argument("--attempt", type=int)
-    args = parser.parse_args()
-    attempt = RunDir.open(args.run).attempt(args.attempt)
+    attempt, args = parse_place(parser)
     print(f"driver of attempt {args.attempt} begins", flush=True)
     if args.mode == "fail":
         print("error: rollout.temperature=-1 must be positive", flush=True)

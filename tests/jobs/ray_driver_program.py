@@ -1,21 +1,15 @@
 """A stand-in for the trainer: it writes the nodes of Ray to seen.json and ends well."""
 
-import argparse
 import json
 import sys
-from pathlib import Path
 
 import ray
 
-from nanoslime.run_dir import RunDir
+from tests.jobs.driver_place import parse_place
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--run", type=Path)
-    parser.add_argument("--attempt", type=int)
-    args = parser.parse_args()
-    attempt = RunDir.open(args.run).attempt(args.attempt)
+    attempt, _ = parse_place()
     head = json.loads(attempt.head.read_text())
     ray.init(address=head["ray_address"], _node_ip_address=head["node_ip"], log_to_driver=False)
     seen = []

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -554,16 +554,28 @@ def test_all_agents_together_read_each_heartbeat_twice_at_most(
     assert num_nodes <= len(opened) < 2 * num_nodes
 
 
+@dataclass
+class Clock:
+    """The time that agents see."""
+
+    now: float = 0.0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    ours = Clock()
+    monkeypatch.setattr(agent_module.time, "monotonic", lambda: ours.now)
+    return ours
+
+
 @pytest.mark.parametrize("node", [0, 1])
 def test_a_heartbeat_that_stays_unreadable_is_one_that_stands_still(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock, node: int
 ) -> None:
-    """The fault of a file server is injected at the read; the clock is ours."""
+    """The fault of a file server is injected at the read."""
     made = make_run(tmp_path, 2)
     attempt = made.run.new_attempt()
     agent = make_agent(made, node, attempt)
-    now = 0.0
-    monkeypatch.setattr(agent_module.time, "monotonic", lambda: now)
     attempt.beat(0, 1)
     attempt.beat(1, 1)
     agent._check_heartbeats()
@@ -573,36 +585,31 @@ def test_a_heartbeat_that_stays_unreadable_is_one_that_stands_still(
 
     read_bytes = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", stale)
-    now = 89.0
+    clock.now = 89.0
     agent._check_heartbeats()
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
     attempt.beat(0, 2)
     attempt.beat(1, 2)
     agent._check_heartbeats()
     monkeypatch.setattr(Path, "read_bytes", stale)
-    now = 178.0
+    clock.now = 178.0
     agent._check_heartbeats()
-    now = 180.0
+    clock.now = 180.0
     with pytest.raises(RunError, match=r"no heartbeat from node[01] .* for 90 s; see .*agent-"):
         agent._check_heartbeats()
 
 
-def test_a_node_whose_beats_are_regular_is_lost_sooner(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The clock is ours."""
+def test_a_node_whose_beats_are_regular_is_lost_sooner(tmp_path: Path, clock: Clock) -> None:
     made = make_run(tmp_path, 4)
     attempt = made.run.new_attempt()
     agent = make_agent(made, 0, attempt)
-    now = 0.0
-    monkeypatch.setattr(agent_module.time, "monotonic", lambda: now)
     for count in range(1, 6):
         attempt.beat(1, count)
         agent._check_heartbeats()
-        now += 5.0
-    now += 34.0
+        clock.now += 5.0
+    clock.now += 34.0
     agent._check_heartbeats()
-    now += 2.0
+    clock.now += 2.0
     with pytest.raises(MachineFailure, match=r"no heartbeat from node1 .* for 40 s; see .*agent-"):
         agent._check_heartbeats()
     assert (attempt.path / "stacks").exists()
@@ -610,14 +617,12 @@ def test_a_node_whose_beats_are_regular_is_lost_sooner(
 
 
 def test_a_silent_engine_node_is_lost_and_the_attempt_goes_on_until_it_is_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The clock is ours. What the node has said of a hang counts no more."""
+    """What the node has said of a hang counts no more."""
     made = make_run(tmp_path, 4)
     attempt = made.run.new_attempt()
     agent = make_agent(made, 0, attempt)
-    now = 0.0
-    monkeypatch.setattr(agent_module.time, "monotonic", lambda: now)
 
     def beats(count: int, *nodes: int) -> None:
         for node in nodes:
@@ -626,7 +631,7 @@ def test_a_silent_engine_node_is_lost_and_the_attempt_goes_on_until_it_is_back(
 
     beats(1, 0, 1, 2, 3)
     for count in range(2, 20):
-        now += 30.0
+        clock.now += 30.0
         beats(count, 0, 1, 2)
     assert attempt.lost(3).exists() and not attempt.lost(2).exists()
     assert caplog.text.count("no heartbeat from node3 (node 3) for 90 s: the run goes on") == 1
@@ -638,12 +643,12 @@ def test_a_silent_engine_node_is_lost_and_the_attempt_goes_on_until_it_is_back(
     attempt.lost(3).unlink()
     attempt.beat(3, 1)
     for count in range(20, 24):
-        now += 5.0
+        clock.now += 5.0
         attempt.beat(3, count)
         agent._check_heartbeats()
     assert attempt.ended() is None
     assert max(agent._beat_intervals) < 100 and min(agent._beat_intervals) >= 0
-    now += 91.0
+    clock.now += 91.0
     beats(30, 0, 1, 2)
     assert attempt.lost(3).exists(), "it may be lost again"
 

@@ -4,7 +4,6 @@ up their tokens, and brings lost ones back as a session does, until the attempt 
 After each rollout `progress.json` tells how many there were, and the states of the engines.
 """
 
-import argparse
 import asyncio
 import json
 import sys
@@ -25,10 +24,11 @@ from nanoslime.orchestration.rollout_manager import Assignment
 from nanoslime.rollout.admission import Limits
 from nanoslime.rollout.producer import Producer, Recipe, Serving
 from nanoslime.rollout.tasks import GroupTask, Sampling
-from nanoslime.run_dir import DONE, RunDir
+from nanoslime.run_dir import DONE
 from nanoslime.storage.shared_files import publish_json
 from nanoslime.types import Generation, Prompt, Status
 from nanoslime.weight_sync.engine_pool import EnginePool
+from tests.jobs.driver_place import parse_place
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,7 @@ class Prompts:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--run", type=Path)
-    parser.add_argument("--attempt", type=int)
-    args = parser.parse_args()
-    attempt = RunDir.open(args.run).attempt(args.attempt)
+    attempt, _ = parse_place()
     config = read(attempt.run.config)
     layout = attempt.layout
     cluster.connect(json.loads(attempt.head.read_text()), layout.num_nodes, 60)

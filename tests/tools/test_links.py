@@ -1,15 +1,7 @@
-"""The links of nodes: who is to blame by hand, and a measurement with one slow node for real."""
-
-import json
-import subprocess
-import sys
-from pathlib import Path
+"""The links of nodes: who is to blame, by hand. tests/jobs/test_node.py measures real ones."""
 
 import pytest
 
-from jobs.checkout import ROOT
-from nanoslime.processes.ports import free_port
-from nanoslime.storage.shared_files import read_json
 from tools.links import Link, Nic, Task, judge, nic_of, pairs, slow_nodes
 
 NAMES = ("n1", "n2", "n3", "n4")
@@ -85,38 +77,3 @@ def test_sockets_beside_infiniband_are_a_fault_at_any_speed() -> None:
     )
     without = judge(task(None), links(set()), [nic_of("eth0", SOCKETS, [])] * 4)
     assert not any(reading.problem for reading in without.values())
-
-
-THROTTLED = """
-set -e
-ip link set lo up
-tc qdisc add dev lo root handle 1: htb default 1
-tc class add dev lo parent 1: classid 1:1 htb rate 100gbit
-tc class add dev lo parent 1: classid 1:3 htb rate 200mbit
-tc filter add dev lo protocol ip parent 1: prio 1 u32 match ip dst 127.0.1.3/32 flowid 1:3
-tc filter add dev lo protocol ip parent 1: prio 1 u32 match ip src 127.0.1.3/32 flowid 1:3
-"""
-
-
-@pytest.mark.matrix
-def test_a_node_with_a_slow_adapter_is_found_by_what_it_sends_and_receives(tmp_path: Path) -> None:
-    """In a network of its own, in which 25 MB/s reach the third of four nodes."""
-    if subprocess.run(["unshare", "-n", "sh", "-c", THROTTLED], capture_output=True).returncode:
-        pytest.skip("only root may throttle a network")
-    (tmp_path / "logs").mkdir()
-    addresses = [f"127.0.1.{i}" for i in range(1, 5)]
-    facts = {"names": NAMES, "addresses": addresses, "port": free_port(""), "device": "cpu"}
-    facts |= {"trainer": 0, "engines": [2, 3], "expected_gbps": 0.1}
-    (tmp_path / "links.json").write_text(json.dumps(facts))
-    measure = f"exec {sys.executable} -m tools.links {tmp_path} $node"
-    each = f"for node in 0 1 2 3; do ({measure}) & done; wait"
-    command = ["unshare", "-n", "sh", "-c", f"{THROTTLED}\n{each}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    result = read_json(tmp_path / "links.result.json")
-    rates = {(link["source"], link["target"]): link["gbps"] for link in result["links"]}
-    assert rates.keys() == {(0, 1), (1, 2), (2, 3), (3, 0), (0, 2), (0, 3)}
-    assert all((rate < 0.05) == (2 in ends) for ends, rate in rates.items()), rates
-    problems = {name: r["problem"] for name, r in result["readings"].items() if r["problem"]}
-    assert problems.keys() == {"n3"}
-    assert "through lo, less than half of cluster.expected_gbps=0.1" in problems["n3"]
