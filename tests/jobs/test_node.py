@@ -389,6 +389,36 @@ def test_what_torch_lacks_on_a_gpu_node_is_named(
         check_gpus(ClusterEnv.for_local(0, 1, "l0"), needed=2)
 
 
+def test_a_gpu_with_memory_errors_ends_the_attempt_before_ray_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stand-ins for torch and nvidia-smi answer."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "torch.py").write_text(
+        "from types import SimpleNamespace\n"
+        "version = SimpleNamespace(cuda='13.0')\n"
+        "cuda = SimpleNamespace(is_available=lambda: True, device_count=lambda: 2)\n"
+    )
+    smi = programs / "nvidia-smi"
+    smi.write_text("#!/bin/sh\nprintf '0, 0\\n1, 12\\n'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PYTHONPATH", str(programs))
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    made = make_run(tmp_path / "runs", 1, device="cuda")
+    agent = start_agent(made, 0)
+    out, _ = agent.communicate(timeout=_DEADLINE_S)
+    code, reason = made.end
+    assert code == FAILED
+    assert reason.startswith(
+        "preflight: node0 has GPUs with uncorrected ECC errors since its driver was loaded "
+        "(GPU 1: 12); its administrator"
+    )
+    assert "2 GPUs, driver for CUDA 0.0, torch for CUDA 13.0" in out
+    assert not (made.run.attempts / "1" / "head.json").exists()
+
+
 def test_a_driver_that_is_too_old_is_named_in_one_sentence() -> None:
     says = "driver of n7 runs CUDA 12.2 at most, and the environment's torch needs CUDA 13.0"
     with pytest.raises(RunError, match=says):

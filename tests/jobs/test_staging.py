@@ -1,10 +1,11 @@
 """A model on a node's own disk: one reader, checked, reused, evicted, or not there at all."""
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ import pytest
 
 from jobs.checkout import ROOT
 from jobs.ray_node import environment
-from jobs.staging import Copy, Staging, kept_caches, wants_copy
+from jobs.staging import Copy, Staged, Staging, kept_caches, wants_copy, why_not
 from nanoslime.config.cluster import ClusterConfig
 from nanoslime.config.load import dump
-from nanoslime.storage.shared_files import read_json
+from nanoslime.orchestration.ray.actors import RunOnRay
+from nanoslime.storage.shared_files import publish_json, read_json
 from nanoslime.types import MachineFailure
 from tests import process_table
 from tests.full_disk import fill
-from tests.jobs.made_run import MadeRun, make_run
+from tests.jobs.made_run import MadeRun, driver, make_run, make_venv_with_fake_ray
 
 _DEADLINE_S = 60.0
 
@@ -251,3 +253,40 @@ def test_two_nodes_read_the_shared_model_once_each_and_need_no_network(
     size = Copy.of(big, disk).num_bytes
     # Python and its modules are read in both cases. Nothing reads the copies.
     assert 2 * size <= read[1] - read[0] <= 1.05 * 2 * size
+
+
+def test_an_agent_stages_the_model_before_ray_starts_and_lets_go_of_it_at_its_end(
+    tmp_path: Path, model: Path, no_leftovers: None
+) -> None:
+    disk = tmp_path / "disk"
+    if why_not(disk):
+        pytest.skip(f"{tmp_path} is in memory")
+    made = run_on(tmp_path / "runs", model, disk)
+    made.run.config.write_text(dump(made.config))
+    made.run.plan.write_text(make_run(tmp_path / "plan", 1).layout.to_json())
+    python = make_venv_with_fake_ray(tmp_path / "venv") / "bin" / "python"
+    command = [python, "-m", "jobs.node", made.run.path, "--attempt", "1", "--local-node", "0"]
+    command += ["--driver", driver("fail")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    attempt = made.run.attempt(1)
+    assert "the driver ended with exit code 3" in done.stderr
+    staged = read_json(attempt.staged(0))
+    assert Path(staged["model"]).is_relative_to(disk), staged
+    assert attempt.staged(0).stat().st_mtime <= attempt.head.stat().st_mtime
+    [lock] = disk.glob("nanoslime-*/*.lock")
+    with lock.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@pytest.mark.ray
+def test_the_actors_of_each_node_read_what_its_agent_has_staged(
+    tmp_path: Path, model: Path, disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = run_on(tmp_path, model, disk)
+    [staged] = stage_all(made, 1)
+    attempt = made.run.attempt(1)
+    publish_json(attempt.staged(2), asdict(Staged(str(model), note="no room")))
+    run = RunOnRay(made.config, attempt, model)
+    assert run.model_dir_on(1) == Path(staged["model"]) != model
+    assert run.model_dir_on(0) == run.model_dir_on(2) == model
+    assert "node 2 reads the shared model: no room" in caplog.text
