@@ -80,11 +80,11 @@ class Preflight:
         return len(self._heard) == num_nodes
 
     def wants_links(self) -> bool:
-        place = self._place
-        wanted = place.cluster.measure_links
+        cluster = self._place.cluster
+        wanted = cluster.measure_links
         if wanted is None:
-            wanted = place.layout.device == "cuda" and not place.env.local
-        return wanted and place.env.num_nodes > 1
+            wanted = cluster.expected_gbps is not None and not self._place.env.local
+        return wanted and self._place.env.num_nodes > 1
 
     def ask_for_links(self) -> None:
         """Of node 0: have all nodes measure their links."""

@@ -148,7 +148,7 @@ class ClusterConfig:
     local_storage, or where each library keeps it."""
     measure_links: bool | None = None
     """Whether the nodes' links are measured before Ray starts, which takes some seconds; default:
-    on nodes with GPUs."""
+    where expected_gbps is set."""
     expected_gbps: float | None = Field(default=None, gt=0)
     """GB/s (not Gbit/s) that one process a node is to send to another one; nodes with less than
     half of it are left out."""
