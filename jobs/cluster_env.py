@@ -115,7 +115,7 @@ class ClusterEnv:
             node_names=names,
             address=address,
             address_problem=address_problem,
-            job_id=environ["SLURM_JOB_ID"],
+            job_id=own_job_id(environ),
             restart_count=int(environ.get("SLURM_RESTART_COUNT", "0")),
             cpus=int(cpus),
             scratch_root=scratch_root(environ, scratch),
@@ -144,6 +144,14 @@ class ClusterEnv:
             local=True,
             scratch_root=root,
         )
+
+
+def own_job_id(environ: Mapping[str, str]) -> str:
+    """The job that has this environment, as SLURM's commands name it: JOB_INDEX for a task of a
+    job array. One of its tasks has the number of the array, by which commands mean all of them.
+    """
+    index = environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{environ['SLURM_ARRAY_JOB_ID']}_{index}" if index else environ["SLURM_JOB_ID"]
 
 
 def tag(attempt: Path) -> int:

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs import where
-from jobs.cluster_env import job_facts, slurm_says
+from jobs.cluster_env import job_facts, own_job_id, slurm_says
 from jobs.preflight.rounds import excluded
 from jobs.sbatch import OUTLIVES_STEP, agent_command, requeue_line, step_command
 from nanoslime.config.load import read
@@ -122,7 +122,7 @@ def num_vain_requeues(run: RunDir, job_id: str) -> int:
 def main(argv: list[str]) -> int:
     path, code_of_step, driver, *after = argv
     run = RunDir.open(Path(path))
-    job_id = os.environ["SLURM_JOB_ID"]
+    job_id = own_job_id(os.environ)
     attempt = run.find_attempt(f"{job_id}-{os.environ.get('SLURM_RESTART_COUNT', '0')}")
     if attempt is None or str(attempt.number) in after:
         raise RunError(f"the step ended with exit code {code_of_step} before it began an attempt")
@@ -163,7 +163,7 @@ def follow_head(attempt: Attempt, code: int) -> None:
     """
     is_first = publish_once(attempt.path / "followed.json", b"{}")
     if is_first and main([str(attempt.run.path), str(code), ""]) != DONE:
-        ask(["scancel", os.environ["SLURM_JOB_ID"]], _REQUEUE_DEADLINE_S)
+        ask(["scancel", own_job_id(os.environ)], _REQUEUE_DEADLINE_S)
 
 
 def _go_on(attempt: Attempt, job_id: str, by: str) -> str:

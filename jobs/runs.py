@@ -1,6 +1,7 @@
 """Watches runs, looks into them and ends them: the commands of tools/watch/commands.py.
 
-python3 jobs/runs.py ps|status|top|logs|attach|tunnel|stop|report|samples|sync [RUN] [options]
+python3 jobs/runs.py COMMAND [RUN] [options]; COMMAND is one of
+    ps status top logs attach tunnel stop report samples sync compare
 """
 
 import sys

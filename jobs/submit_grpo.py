@@ -22,6 +22,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import NoReturn
 
 from jobs import inputs, limits, local, sbatch, sites, snapshot, where
 from jobs.choose import choose, ways_out, with_sizes
@@ -56,8 +57,9 @@ def main(argv: list[str], environ: Mapping[str, str] = os.environ, root: Path = 
         return subprocess.run(tune_command, env=environment(), check=False).returncode
     try:
         command, flags = parse(argv)
-        if not (command.cluster or command.resume or command.local):
-            command.cluster = sites.of_this_machine(environ)
+        if command.sweep:
+            start_sweep(argv)
+        find_cluster(command, environ)
         config = configure(command, flags)
         sources = sources_of(command, flags)
         slurm = where.detect(environ.get("PATH", ""), environ, root, command.cluster)
@@ -73,6 +75,19 @@ def main(argv: list[str], environ: Mapping[str, str] = os.environ, root: Path = 
     except (RunError, OSError) as error:
         print(f"submit_grpo: {error}", file=sys.stderr)
         return 2
+
+
+def find_cluster(command: argparse.Namespace, environ: Mapping[str, str]) -> None:
+    """Where no cluster file is given, takes the stored one of the cluster of this machine."""
+    if not (command.cluster or command.resume or command.local):
+        command.cluster = sites.of_this_machine(environ)
+
+
+def start_sweep(argv: list[str]) -> NoReturn:
+    """The command of tools/sweep takes this one's place."""
+    sys.stdout.flush()
+    command = [sys.executable, "-m", "tools.sweep.command", *argv]
+    os.execve(sys.executable, command, environment())
 
 
 def run(
@@ -215,6 +230,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--verbose", action="store_true", help="with --dry-run: print the full configuration, too"
+    )
+    parser.add_argument(
+        "--sweep",
+        metavar="FILE",
+        help="submit a run for each setting and seed of a YAML file as one job array",
     )
     return parser
 

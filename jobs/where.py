@@ -129,7 +129,8 @@ def refuse_if_job_lives(run: RunDir) -> bool:
         return False
     job_id = str(read_json(run.job)["job_id"])
     user = f"--user={run.job.stat().st_uid}"
-    listed = ask(["squeue", "--noheader", user, "--format=%A %T %r"], _ANSWER_DEADLINE_S)
+    command = ["squeue", "--noheader", "--array", user, "--format=%i %T %r"]
+    listed = ask(command, _ANSWER_DEADLINE_S)
     if listed.returncode:
         raise RunError(
             f"squeue cannot say whether job {job_id} of {run.path} is over: "

@@ -10,9 +10,10 @@
     python3 jobs/runs.py report RUN              all of it as one HTML page
     python3 jobs/runs.py samples RUN --worst 3   recorded samples, token by token
     python3 jobs/runs.py sync RUN                uploads to W&B what was logged offline
+    python3 jobs/runs.py compare SWEEP|RUN...    a row for each setting, over its seeds
 
-RUN is a run's directory, or its name below the run root. The run may live, have ended or have
-never started; only `stop` and `sync` write into its directory.
+RUN is a run's directory, or its name below the run root; ps, top and stop take a sweep as well.
+The run may live, have ended or have never started; only `stop` and `sync` write into its directory.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from pathlib import Path
 from jobs import sites
 from nanoslime.config.load import load
 from nanoslime.types import RunError
+from tools.sweep import compare, table
 from tools.watch import control, report, run_logs, samples
 from tools.watch.status import RunStatus, subjects
 
@@ -41,9 +43,9 @@ def main(argv: list[str]) -> int:
     try:
         if asked.run_root is None:
             asked.run_root = default_run_root()
-        # A name is that of a run below the run root, unless there is a run here.
-        if asked.run is not None and not (asked.run / "attempts").is_dir():
-            asked.run = asked.run_root / asked.run
+        if asked.run is not None:
+            asked.run = _found(asked.run, asked.run_root)
+        asked.runs = [_found(run, asked.run_root) for run in asked.runs]
         for text in asked.show(asked):
             print(text, flush=True)
     except (RunError, OSError) as e:
@@ -66,10 +68,18 @@ def default_run_root() -> Path:
     return Path("runs")
 
 
+def _found(run: Path, run_root: Path) -> Path:
+    """A name is that of a run or sweep below the run root, unless there is one here."""
+    is_here = (run / "attempts").is_dir() or table.is_sweep(run)
+    return run if is_here else run_root / run
+
+
 def _ps(asked: argparse.Namespace) -> Iterator[str]:
     paths = [asked.run]
     if asked.run is None:
-        paths = sorted(path.parent for path in asked.run_root.glob("*/attempts"))
+        kinds = ("attempts", table.TABLE)
+        paths = sorted(path.parent for kind in kinds for path in asked.run_root.glob(f"*/{kind}"))
+    paths = table.runs_of(paths)
     if not paths:
         raise RunError(f"{asked.run_root} holds no run; give another --run-root DIR")
     for path in paths:
@@ -84,8 +94,24 @@ def _status(asked: argparse.Namespace) -> Iterator[str]:
         yield f"{label:9} {text}"
 
 
+def _stop(asked: argparse.Namespace) -> Iterator[str]:
+    """All runs of a sweep, those first that wait: none begins while others end."""
+    runs = table.runs_of([asked.run])
+    if not table.is_sweep(asked.run):
+        yield from control.stop(asked)
+        return
+    for run in sorted(runs, key=lambda run: RunStatus(run).runs):
+        asked.run = run
+        try:
+            for text in control.stop(asked):
+                yield f"{run.name}: {text}"
+        except RunError as error:
+            yield f"{run.name}: {error}"
+
+
 def _top(asked: argparse.Namespace) -> Iterator[str]:
-    show = _ps if asked.run is None else _status
+    has_many = asked.run is None or table.is_sweep(asked.run)
+    show = _ps if has_many else _status
     while True:
         yield "\n".join([_CLEAR, *show(asked)])
         time.sleep(asked.every)
@@ -98,10 +124,11 @@ _COMMANDS = {
     "logs": (run_logs.show, "the logs of all processes, merged by time"),
     "attach": (control.attach, "a shell inside the run's allocation"),
     "tunnel": (control.tunnel, "a command that leads to TensorBoard, for your own machine"),
-    "stop": (control.stop, "the run commits and ends, and its job is cancelled"),
+    "stop": (_stop, "the run commits and ends, and its job is cancelled"),
     "report": (report.write, "writes all of it as one HTML page, which needs no network"),
     "samples": (samples.show, "recorded samples, each token coloured by its gap"),
     "sync": (control.sync, "uploads to W&B what was logged offline; may be repeated"),
+    "compare": (compare.show, "mean and standard error of rewards over the seeds of each setting"),
 }
 
 
@@ -113,7 +140,11 @@ def _parser() -> argparse.ArgumentParser:
     for name, (show, summary) in _COMMANDS.items():
         made[name] = commands.add_parser(name, help=summary, description=summary)
         nargs = "?" if name in ("ps", "top") else None
-        made[name].add_argument("run", type=Path, metavar="RUN", nargs=nargs)
+        made[name].set_defaults(run=None, runs=[])
+        if name == "compare":
+            made[name].add_argument("runs", type=Path, metavar="SWEEP|RUN", nargs="+")
+        else:
+            made[name].add_argument("run", type=Path, metavar="RUN", nargs=nargs)
         made[name].add_argument("--run-root", type=Path, metavar="DIR", help=_RUN_ROOT)
         made[name].set_defaults(show=show)
     samples.add_options(made["samples"])

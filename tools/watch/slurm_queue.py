@@ -18,7 +18,8 @@ from nanoslime.types import RunError
 
 _ASK_EVERY_S = 30.0
 _ANSWER_DEADLINE_S = 10.0
-_FORMAT = "%A|%T|%r|%L left on %N"
+# %i is JOB_INDEX for a task of a job array, whose %A is the array's until it begins.
+_FORMAT = "%A|%T|%r|%L left on %N|%i"
 _WAITING = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 
 
@@ -60,13 +61,18 @@ def find_job(job_id: str, owner: int) -> Job:
         with suppress(OSError):
             publish(cache, answer.encode(), mode=0o600)
     problem, *lines = answer.split("\n")
-    jobs = {line.split("|")[0]: Job(*line.split("|", 3)) for line in lines if line.count("|") > 2}
+    jobs = {}
+    for line in lines:
+        number, *told = line.split("|")
+        if len(told) > 2:
+            name = told[3] if len(told) > 3 else number
+            jobs[name] = Job(name, *told[:3])
     return jobs.get(job_id) or Job(job_id, problem or "not in the queue any more")
 
 
 def _squeue(owner: int) -> str:
     """A line with the problem, empty where there is none, and a line for each job."""
-    command = ["squeue", "--noheader", f"--user={owner}", f"--format={_FORMAT}"]
+    command = ["squeue", "--noheader", "--array", f"--user={owner}", f"--format={_FORMAT}"]
     try:
         done = ask(command, _ANSWER_DEADLINE_S, who="squeue")
     except RunError as error:

@@ -10,7 +10,7 @@ from jobs.checkout import ROOT
 from tests.jobs.made_run import make_run
 from tools.watch import commands
 
-NAMES = "ps status top logs attach tunnel stop report samples sync".split()
+NAMES = "ps status top logs attach tunnel stop report samples sync compare".split()
 
 
 def test_the_help_has_an_example_of_each_command(capsys):

@@ -1,0 +1,69 @@
+"""The table of a sweep's elements, sweep.json in its directory.
+
+sweep.json      name, the file that asked for it, and of each element setting, seed and run
+sweep.yaml      a copy of that file
+array.sbatch    the job array's script, where SLURM has it
+<name>-<index>/ the run directories
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from nanoslime.storage.shared_files import publish_json, read_json
+from nanoslime.types import RunError
+
+TABLE = "sweep.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    index: int
+    setting: str
+    seed: int
+    # The name of the run's directory.
+    run: str
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    directory: Path
+    # The file that asked for it, as an absolute path.
+    source: str
+    rows: tuple[Row, ...]
+
+    def write(self) -> None:
+        rows = [asdict(row) for row in self.rows]
+        publish_json(self.directory / TABLE, {"source": self.source, "rows": rows})
+
+    def run(self, row: Row) -> Path:
+        return self.directory / row.run
+
+
+def is_sweep(path: Path) -> bool:
+    return (path / TABLE).is_file()
+
+
+def read(directory: Path) -> Table:
+    """The table of a sweep's directory. Raises RunError where there is none, or it is damaged."""
+    path = directory / TABLE
+    if not path.is_file():
+        raise RunError(f"{directory} is not the directory of a sweep: it has no {TABLE}")
+    content = read_json(path)
+    try:
+        rows = tuple(Row(**row) for row in content["rows"])
+        return Table(directory.absolute(), str(content["source"]), rows)
+    except (KeyError, TypeError) as e:
+        raise RunError(f"{path} is no table of a sweep: {type(e).__name__}: {e}") from e
+
+
+def runs_of(paths: Iterable[Path]) -> list[Path]:
+    """These runs, with a sweep's runs in the place of its directory."""
+    found = []
+    for path in paths:
+        if is_sweep(path):
+            table = read(path)
+            found += [table.run(row) for row in table.rows]
+        else:
+            found.append(path)
+    return found
