@@ -117,6 +117,11 @@ def test_every_flag_exists():
         "yes",
         "print-sbatch",
         "prepare",
+        "local",
+        "recipe",
+        "sweep",
+        "max-running",
+        "only",
     }
     text = re.sub(r"```bash.*?```", "", README, flags=re.DOTALL)
     in_backticks = " ".join(re.findall(r"`([^`]*)`", text))
