@@ -11,12 +11,13 @@ from jobs import submit_grpo, where
 from nanoslime.run_dir import DONE, STOPPED, RunDir
 from nanoslime.types import RunError
 from tests import process_table
-from tests.jobs.made_run import HOSTILE, driver, make_venv_with_fake_ray
+from tests.jobs.made_run import driver, make_venv_with_fake_ray
 from tests.slurm.cluster import SlurmCluster
 from tools.sweep import command, spec
 from tools.watch import commands
 
 pytestmark = pytest.mark.slurm
+HOSTILE = 'it\'s a; echo "x" %j'
 SWEEP = "name: rates\ngrid: {lr: [1e-3, 2e-3]}\nseeds: 2\n"
 _DEADLINE_S = 120.0
 

@@ -100,7 +100,7 @@ def test_a_submission_is_one_array_with_a_run_and_a_seed_for_each_element(machin
 def test_a_task_of_the_array_runs_its_elements_own_script(machine, index):
     """Also in a directory whose name a shell would take apart."""
     machine.slurm()
-    hostile = machine.root / 'it\'s a; echo "$HOME" %j'
+    hostile = machine.root / 'it\'s a; echo "x" %j'
     assert machine.submit("--run-root", hostile)[0] == 0
     run = hostile / "learning" / f"learning-{index}"
     (run / "job.sbatch").write_text('echo "$0" "$SLURM_ARRAY_TASK_ID"\n')
