@@ -3,11 +3,11 @@
 python jobs/acceptance.py [--max-nodes N] [--report DIR] [flags of jobs/submit_grpo.py]
 """
 
-import os
 import sys
+from pathlib import Path
 
-from jobs.checkout import environment
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from jobs.checkout import start
 
 if __name__ == "__main__":
-    command = [sys.executable, "-m", "tools.acceptance.command", *sys.argv[1:]]
-    os.execve(sys.executable, command, environment())
+    start("tools.acceptance.command")

@@ -185,9 +185,12 @@ def _memory(run: RunDir, config: RunConfig) -> Check:
     try:
         shape = ModelShape.read(str(model))
         layout = Layout.from_json(run.plan.read_text())
-        predicted = estimate_memory(config, shape, layout.parallel).trainer
+        trainer = estimate_memory(config, shape, layout.parallel).trainer
     except (RunError, OSError, ValueError) as error:
         return Check("memory", NOT_JUDGED, f"there is no prediction: {error}")
+    if trainer is None:
+        return Check("memory", NOT_JUDGED, "the run has no trainer")
+    predicted = trainer.total - trainer.headroom
     values = {"predicted_bytes": predicted, "measured_bytes": measured}
     if not measured:
         return Check("memory", NOT_JUDGED, "no trainer was measured on the first node", values)

@@ -68,6 +68,7 @@ def _site(asked: argparse.Namespace, rest: list[str]) -> Site:
         if getattr(command, option):
             raise RunError(f"--{option.replace('_', '-')} is for one run; leave it out here")
     environ = os.environ
+    submit_grpo.find_cluster(command, environ)
     slurm = where.detect(environ.get("PATH", ""), environ, Path("/"), command.cluster)
     submits = slurm.has_slurm(local=command.local)
     cluster = submit_grpo.configure(command, flags).cluster

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jobs import inputs, local, sbatch, submit_grpo, where
+from jobs.checkout import typed
 from nanoslime.config import RunConfig
 from nanoslime.config.flags import parse as parse_flags
 from nanoslime.layout import Layout
@@ -48,6 +49,7 @@ def main(argv: list[str], environ: Mapping[str, str] = os.environ, root: Path = 
             return _again(asked, rest, environ, root)
         command, flags = submit_grpo.parse(rest)
         _refuse_single(command)
+        submit_grpo.find_cluster(command, environ)
         sweep = spec.read(asked.sweep)
         slurm = where.detect(environ.get("PATH", ""), environ, root, command.cluster)
         submits = slurm.has_slurm(local=command.local)
@@ -96,7 +98,9 @@ def plan(
             name = _name(sweep, element)
             config = replace(config, name=name)
             submit_grpo.check_target(config, submits)
-            config, layout, description = submit_grpo.plan(config, download=not command.dry_run)
+            config, layout, description = submit_grpo.plan(
+                config, command.cluster, download=not command.dry_run
+            )
             if submits:
                 inputs.check_environment(config)
             planned.append(Planned(element, config, layout, description))
@@ -195,9 +199,10 @@ def submit(
     made, job = make(source, sweep, planned, send)
     print(_summary(made, planned))
     print(sbatch.submitted(job, f"{made.directory}/*/attempts/latest/logs/driver-0.log", ""))
-    print(f"  watch   python jobs/runs.py ps {made.directory}")
-    print(f"  compare python jobs/runs.py compare {made.directory}")
-    print(f"  resume  python jobs/submit_grpo.py --sweep {made.directory} --only INDEX")
+    again = typed("jobs/submit_grpo.py", "--sweep", made.directory)
+    print(f"  watch   {typed('jobs/runs.py', 'ps', made.directory)}")
+    print(f"  compare {typed('jobs/runs.py', 'compare', made.directory)}")
+    print(f"  resume  {again} --only INDEX")
     return 0
 
 
@@ -290,7 +295,7 @@ def _again(
     """Goes on with one element of a sweep that was submitted before."""
     directory = asked.sweep
     if not table.is_sweep(directory):
-        directory = _latest(asked.sweep, rest)
+        directory = _latest(asked.sweep, rest, environ)
     known = table.read(directory)
     by_index = {row.index: row for row in known.rows}
     if asked.only not in by_index:
@@ -299,9 +304,10 @@ def _again(
     return submit_grpo.main(["--resume", str(run), *rest], environ, root)
 
 
-def _latest(source: Path, rest: list[str]) -> Path:
+def _latest(source: Path, rest: list[str], environ: Mapping[str, str]) -> Path:
     """The newest sweep that this file asked for."""
     command, flags = submit_grpo.parse(rest)
+    submit_grpo.find_cluster(command, environ)
     root = Path(submit_grpo.configure(command, flags).cluster.run_root or "runs").expanduser()
     found = []
     for path in root.glob(f"*/{table.TABLE}"):
