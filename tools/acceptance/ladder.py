@@ -86,7 +86,8 @@ def _run(site: Site, rung: Rung, say: Say) -> RunDir:
     words = [*rungs.flags(rung, site.flags), f"--name=acceptance-{rung.name}"]
     config = submit_grpo.configure(site.command, words)
     submit_grpo.check_target(config, site.submits)
-    config, layout, _ = submit_grpo.plan(config, site.command.cluster, download=True)
+    sources = submit_grpo.sources_of(site.command, words)
+    config, layout, _ = submit_grpo.plan(config, sources, site.command.cluster, download=True)
     driver = shlex.join([sys.executable, "-m", "tools.acceptance.driver"])
     if not site.submits:
         run = RunDir.create(Path(config.cluster.run_root), config.name, config.cluster.share)

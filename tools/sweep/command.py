@@ -94,12 +94,14 @@ def plan(
     _refuse_seed_flag(sweep, flags)
     for element in sweep.elements:
         try:
-            config = submit_grpo.configure(command, [*flags, *element.flags])
+            words = [*flags, *element.flags]
+            config = submit_grpo.configure(command, words)
             name = _name(sweep, element)
             config = replace(config, name=name)
             submit_grpo.check_target(config, submits)
+            sources = submit_grpo.sources_of(command, words)
             config, layout, description = submit_grpo.plan(
-                config, command.cluster, download=not command.dry_run
+                config, sources, command.cluster, download=not command.dry_run
             )
             if submits:
                 inputs.check_environment(config)

@@ -18,7 +18,7 @@ def planned(num_gpus: int, *given: str) -> dict[str, tuple]:
             found[rung.name] = None
             continue
         submit_grpo.check_target(config, submits=True)
-        _, layout, _ = submit_grpo.plan(config, None, download=False)
+        _, layout, _ = submit_grpo.plan(config, {}, None, download=False)
         sizes = (layout.num_nodes, layout.backend, len(layout.trainers), len(layout.engines))
         found[rung.name] = sizes
         assert config.cluster.time_limit_min == 10
