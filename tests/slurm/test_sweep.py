@@ -94,19 +94,20 @@ def test_elements_of_an_array_are_watched_requeued_and_stopped_each_for_itself(
     # SLURM 22.05 tells scancel of an array's task that it cannot, which then asks again and again.
     with suppress(TimeoutError):
         slurm.run("scancel", "--signal=USR2", job_of(first), timeout_s=3.0)
-    # Its place is taken by the next element, until another one ends.
+    # Its place is taken by the next element, until others end.
     wait_for(began[2].exists, runs)
     assert second.attempt(1).ended() is None
-    told("stop", second.path)
-    code, reason = second.attempt(1).ended() or (None, "")
-    assert code == STOPPED and reason.endswith("asked by runs.py stop")
+    for run in (second, third):
+        told("stop", run.path)
+        code, reason = run.attempt(1).ended() or (None, "")
+        assert code == STOPPED and reason.endswith("asked by runs.py stop")
     wait_for(lambda: len(first.all_attempts()) == 2 and first.attempt(2).ended(), runs)
     assert first.attempt(2).ended() == (DONE, "")
     assert first.attempt(1).key == f"{array}_0-0" and first.attempt(2).key == f"{array}_0-1"
 
     wait_for(began[3].exists, runs)
     text = told("stop", first.path.parent)
-    assert "rates-2: attempt 1: stopped" in text and "rates-3: attempt 1: stopped" in text
+    assert "rates-3: attempt 1: stopped" in text and "does not run: stopped" in text
     assert "rates-0: " in text and "does not run: done" in text
     wait_for(lambda: not slurm.run("squeue", "--noheader").stdout, runs)
     assert [len(run.all_attempts()) for run in runs] == [2, 1, 1, 1]
