@@ -4,6 +4,7 @@ it passed, and a report without names of hosts, users and places.
     python jobs/acceptance.py --cluster mysite          submits a rung, waits, looks, goes on
     python jobs/acceptance.py --local                   the same on this machine, without SLURM
     python jobs/acceptance.py --max-nodes 2             not higher than two nodes
+    python jobs/acceptance.py --up-to node-megatron     not higher than this rung
     python jobs/acceptance.py --hf-checkpoint M --prompts P    with a model, and not a tiny one
 
 A rung's job ends after ten minutes at the latest. Each shows that trainer and engine agree
@@ -58,6 +59,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser("acceptance.py", add_help=False, allow_abbrev=False)
     parser.add_argument("--report", type=Path, default=Path("acceptance"))
     parser.add_argument("--max-nodes", type=int)
+    parser.add_argument("--up-to", default="")
     parser.add_argument("--patience-min", type=float, default=120.0)
     return parser.parse_known_args(argv)
 
@@ -74,7 +76,8 @@ def _site(asked: argparse.Namespace, rest: list[str]) -> Site:
     cluster = submit_grpo.configure(command, flags).cluster
     found = nodes_of(cluster.partition) if submits else None
     limits = [number for number in (asked.max_nodes, found) if number is not None]
-    return Site(command, flags, submits, min(limits, default=None), asked.patience_min * 60)
+    patience_s = asked.patience_min * 60
+    return Site(command, flags, submits, min(limits, default=None), patience_s, asked.up_to)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,8 @@ class Site:
     max_nodes: int | None
     # So long a rung's job may wait in SLURM's queue.
     patience_s: float
+    # The name of the last rung; empty: all.
+    up_to: str = ""
 
 
 def climb(site: Site, say: Say) -> Report:
@@ -51,7 +53,7 @@ def climb(site: Site, say: Say) -> Report:
     report = Report()
     cluster = submit_grpo.configure(site.command, list(site.flags)).cluster
     ends = ""
-    for rung in rungs.ladder(cluster):
+    for rung in _asked(rungs.ladder(cluster), site.up_to):
         if not ends and site.max_nodes is not None and rung.num_nodes > site.max_nodes:
             ends = f"it takes {rung.num_nodes} nodes, and there are {site.max_nodes}"
         impossible = ends or rung.impossible
@@ -66,6 +68,14 @@ def climb(site: Site, say: Say) -> Report:
             report.outcomes.append(outcome)
             say(f"{rung.title}: {outcome.state} after {outcome.seconds:.0f} s {outcome.reason}")
     return report
+
+
+def _asked(ladder: Sequence[Rung], up_to: str) -> Sequence[Rung]:
+    """The rungs up to the one of this name. RunError where there is none."""
+    names = [rung.name for rung in ladder]
+    if up_to and up_to not in names:
+        raise RunError(f"--up-to {up_to}: there is no such rung; choose one of {', '.join(names)}")
+    return ladder[: names.index(up_to) + 1] if up_to else ladder
 
 
 def _try(site: Site, rung: Rung, report: Report, say: Say) -> Outcome:

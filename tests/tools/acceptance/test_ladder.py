@@ -62,7 +62,9 @@ def test_a_refused_rung_fails_with_the_reason(tmp_path, monkeypatch):
     assert text.count("NOT REACHED") == 5
 
 
-@pytest.mark.parametrize("flag", [["--dry-run"], ["--sweep", "x"], ["--tp-siz", "2"]])
+@pytest.mark.parametrize(
+    "flag", [["--dry-run"], ["--sweep", "x"], ["--tp-siz", "2"], ["--up-to", "roof"]]
+)
 def test_what_makes_no_sense_is_refused_in_one_line(flag, capsys):
     assert command.main(["--local", *flag]) == 2
     assert capsys.readouterr().err.count("\n") == 1
