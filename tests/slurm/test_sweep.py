@@ -105,6 +105,8 @@ def test_elements_of_an_array_are_watched_requeued_and_stopped_each_for_itself(
     assert first.attempt(2).ended() == (DONE, "")
     assert first.attempt(1).key == f"{array}_0-0" and first.attempt(2).key == f"{array}_0-1"
 
+    queue = ["squeue", "--noheader", "--array", "--format=%i"]
+    wait_for(lambda: job_of(first) not in slurm.run(*queue).stdout.split(), runs)
     wait_for(began[3].exists, runs)
     text = told("stop", first.path.parent)
     assert "rates-3: attempt 1: stopped" in text and "does not run: stopped" in text
