@@ -1,6 +1,6 @@
 """The first hour on a cluster: a ladder of short runs, and a report (tools/acceptance/command.py).
 
-python jobs/acceptance.py [--max-nodes N] [--report DIR] [flags of jobs/submit_grpo.py]
+python3 jobs/acceptance.py [--max-nodes N] [--report DIR] [flags of jobs/submit_grpo.py]
 """
 
 import sys

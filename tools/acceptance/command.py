@@ -1,11 +1,11 @@
 """The first hour on a cluster: short runs from one device to four nodes, each only if the one below
 it passed, and a report without names of hosts, users and places.
 
-    python jobs/acceptance.py --cluster mysite          submits a rung, waits, looks, goes on
-    python jobs/acceptance.py --local                   the same on this machine, without SLURM
-    python jobs/acceptance.py --max-nodes 2             not higher than two nodes
-    python jobs/acceptance.py --up-to node-megatron     not higher than this rung
-    python jobs/acceptance.py --hf-checkpoint M --prompts P    with a model, and not a tiny one
+    python3 jobs/acceptance.py --cluster mysite          submits a rung, waits, looks, goes on
+    python3 jobs/acceptance.py --local                   the same on this machine, without SLURM
+    python3 jobs/acceptance.py --max-nodes 2             not higher than two nodes
+    python3 jobs/acceptance.py --up-to node-megatron     not higher than this rung
+    python3 jobs/acceptance.py --hf-checkpoint M --prompts P    with a model, and not a tiny one
 
 A rung's job ends after ten minutes at the latest. Each shows that trainer and engine agree
 (parity), that engines have the trainer's weights (sync), that a checkpoint is whole (save), that a

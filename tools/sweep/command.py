@@ -1,7 +1,7 @@
 """Submits a sweep as one SLURM job array, or rehearses it without SLURM, one run after the other.
 
-    python jobs/submit_grpo.py --sweep sweep.yaml [--max-running K] [flags of jobs/submit_grpo.py]
-    python jobs/submit_grpo.py --sweep sweep.yaml --only INDEX      one element again, alone
+    python3 jobs/submit_grpo.py --sweep sweep.yaml [--max-running K] [flags of jobs/submit_grpo.py]
+    python3 jobs/submit_grpo.py --sweep sweep.yaml --only INDEX      one element again, alone
 
 Each element is planned and checked before anything is made; one that is refused refuses the sweep.
 An element's own job.sbatch is what its task of the array runs, so that it can also go on alone.
