@@ -66,7 +66,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _site(asked: argparse.Namespace, rest: list[str]) -> Site:
     command, flags = submit_grpo.parse(rest)
-    for option in ("resume", "prepare", "dry_run", "sweep"):
+    for option in ("resume", "prepare", "print_sbatch", "dry_run", "sweep"):
         if getattr(command, option):
             raise RunError(f"--{option.replace('_', '-')} is for one run; leave it out here")
     environ = os.environ

@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs import inputs, local, submit_grpo
+from jobs import inputs, local, sbatch, submit_grpo
 from jobs.cluster_env import job_facts, slurm_says
-from jobs.run_files import kept_if_accepted
 from nanoslime.config import RunConfig
 from nanoslime.layout import Layout
 from nanoslime.plugins import resolve
@@ -112,13 +111,9 @@ def _run(site: Site, rung: Rung, say: Say) -> RunDir:
 
 
 def _submit(config: RunConfig, layout: Layout, driver: str) -> RunDir:
-    cluster = config.cluster
-    name = "sbatch" if cluster.goes_on_by == "chain" else cluster.submit
+    name = "submitit" if sbatch.by_submitit(config) else "sbatch"
     submitter = resolve(name, submit_grpo.SUBMITTERS, "cluster.submit")
-    root = Path(cluster.run_root)
-    with kept_if_accepted(root, config.name, None, cluster.share) as run:
-        run.write_config(config, layout)
-        run.write_provenance(sys.argv)
+    with submit_grpo.prepared(config, layout, None) as run:
         submitter(config, layout, run, driver)
     return run
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from jobs import inputs, local, sbatch, submit_grpo, where
+from jobs import inputs, local, sbatch, snapshot, submit_grpo, where
 from jobs.checkout import typed
 from nanoslime.config import RunConfig
 from nanoslime.config.flags import parse as parse_flags
@@ -80,9 +80,11 @@ def _positive(text: str) -> int:
 
 
 def _refuse_single(command: argparse.Namespace) -> None:
-    for option in ("resume", "prepare"):
+    for option in ("resume", "prepare", "print_sbatch"):
         if getattr(command, option):
-            raise RunError(f"--{option} is for one run; with --sweep leave it out")
+            raise RunError(
+                f"--{option.replace('_', '-')} is for one run; with --sweep leave it out"
+            )
 
 
 def plan(
@@ -190,7 +192,8 @@ def submit(
         runs = [directory.run(row) for row in directory.rows]
         script = array_script(planned, runs, max_running)
         for one, run in zip(planned, runs, strict=True):
-            own = sbatch.sbatch_text(one.config, one.layout, run, driver)
+            code = snapshot.take(run)
+            own = sbatch.sbatch_text(one.config, one.layout, run, driver, code=code)
             publish(RunDir(run).batch_script, own.encode())
         publish(directory.directory / ARRAY_SCRIPT, script.encode())
         job = where.submit("sbatch", script)
