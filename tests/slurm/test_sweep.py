@@ -113,4 +113,3 @@ def test_elements_of_an_array_are_watched_requeued_and_stopped_each_for_itself(
     assert "rates-0: " in text and "does not run: done" in text
     wait_for(lambda: not slurm.run("squeue", "--noheader").stdout, runs)
     assert [len(run.all_attempts()) for run in runs] == [2, 1, 1, 1]
-    assert (first.path.parent / f"slurm-{array}_0.out").read_text() == ""
