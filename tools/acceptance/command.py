@@ -26,6 +26,7 @@ from nanoslime.config.flags import HELP
 from nanoslime.storage.shared_files import publish
 from nanoslime.types import RunError
 from tools.acceptance.ladder import Site, climb, interrupt_by_sigterm, nodes_of
+from tools.acceptance.rungs import take_tiny_model
 
 
 def main(argv: list[str]) -> int:
@@ -73,6 +74,7 @@ def _site(asked: argparse.Namespace, rest: list[str]) -> Site:
     submit_grpo.find_cluster(command, environ)
     slurm = where.detect(environ.get("PATH", ""), environ, Path("/"), command.cluster)
     submits = slurm.has_slurm(local=command.local)
+    take_tiny_model(command, flags)
     cluster = submit_grpo.configure(command, flags).cluster
     found = nodes_of(cluster.partition) if submits else None
     limits = [number for number in (asked.max_nodes, found) if number is not None]

@@ -3,10 +3,12 @@
 one device -> one node: FSDP2, Megatron TP 2 x PP 2, colocated -> two nodes -> four nodes
 """
 
+import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from jobs.submit_grpo import RECIPES
 from nanoslime.config.cluster import ClusterConfig
 from nanoslime.config.flags import parse
 
@@ -141,6 +143,13 @@ def flags(rung: Rung, given: Sequence[str]) -> list[str]:
         else:
             words.append(f"{name}={_text(value)}")
     return words
+
+
+def take_tiny_model(command: argparse.Namespace, given: Sequence[str]) -> None:
+    """Takes the rehearsal's recipe where neither a recipe nor a flag names a model."""
+    names_model = any(flag.field == "model.hf_checkpoint" for flag in parse(given))
+    if command.recipe is None and not names_model:
+        command.recipe = RECIPES / "rehearsal.yaml"
 
 
 def _text(value: object) -> str:

@@ -10,6 +10,7 @@ from tools.acceptance import rungs
 def planned(num_gpus: int, *given: str) -> dict[str, tuple]:
     """By rung what its plan has: nodes, backend, trainers, engines; None where it is impossible."""
     command, _ = submit_grpo.parse([])
+    rungs.take_tiny_model(command, given)
     found = {}
     for rung in rungs.ladder(ClusterConfig(gpus_per_node=num_gpus)):
         flags = rungs.flags(rung, [f"--cluster.gpus-per-node={num_gpus}", *given])
@@ -86,3 +87,11 @@ def test_flags_hold_for_all_rungs_but_their_layout_stays():
     assert "--algorithm.use-kl-loss=false" in words
     place = words.index("--rollout.stop")
     assert words[place + 1 : place + 3] == ["a", "b"]
+
+
+def test_a_tiny_model_is_taken_where_none_is_named():
+    command, _ = submit_grpo.parse([])
+    rungs.take_tiny_model(command, ["--hf-checkpoint", "Qwen/Qwen3-4B"])
+    assert command.recipe is None
+    rungs.take_tiny_model(command, ["--lr", "1e-5"])
+    assert command.recipe == submit_grpo.RECIPES / "rehearsal.yaml"
