@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from nanoslime.types import RunError
 from tools.sweep import table
 from tools.watch.status import RunStatus
 
@@ -52,6 +53,11 @@ def show(asked: argparse.Namespace) -> Iterator[str]:
 def lines(paths: Sequence[Path]) -> list[str]:
     """The table of these runs, and of the runs of these sweeps."""
     statuses = [RunStatus(path) for path in table.runs_of(paths)]
+    if not statuses:
+        raise RunError(
+            f"{', '.join(map(str, paths))}: there is nothing to compare, all runs were deleted; "
+            "name another sweep, or runs"
+        )
     settings = _settings(paths, statuses)
     by_setting: dict[str, list[Outcome]] = {}
     for status, setting in zip(statuses, settings, strict=True):
@@ -84,10 +90,10 @@ def estimate(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return "-"
-    if len(known) == 1:
-        return f"{known[0]:.4f}"
-    error = stdev(known) / math.sqrt(len(known))
     missing = "" if len(known) == len(values) else f" (of {len(known)})"
+    if len(known) == 1:
+        return f"{known[0]:.4f}{missing}"
+    error = stdev(known) / math.sqrt(len(known))
     return f"{fmean(known):.4f} +- {error:.4f}{missing}"
 
 
@@ -118,7 +124,8 @@ def _values(rows: Sequence[dict[str, Any]], key: str) -> list[float]:
 def _settings(paths: Sequence[Path], statuses: Sequence[RunStatus]) -> list[str]:
     """What is special about each run."""
     if len(paths) == 1 and table.is_sweep(paths[0]):
-        return [row.setting for row in table.read(paths[0]).rows]
+        by_run = {row.run: row.setting for row in table.read(paths[0]).rows}
+        return [by_run[status.run.name] for status in statuses]
     flat = [_flat(asdict(status.config)) for status in statuses]
     names = dict.fromkeys(name for one in flat for name in one)
     differing = [

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from nanoslime.run_dir import RunDir
 from nanoslime.storage.shared_files import publish_json, read_json
 from nanoslime.types import RunError
 
@@ -58,12 +59,16 @@ def read(directory: Path) -> Table:
 
 
 def runs_of(paths: Iterable[Path]) -> list[Path]:
-    """These runs, with a sweep's runs in the place of its directory."""
+    """These runs, with a sweep's runs in the place of its directory.
+
+    A run whose directory was deleted is none of its sweep any more.
+    """
     found = []
     for path in paths:
         if is_sweep(path):
             table = read(path)
-            found += [table.run(row) for row in table.rows]
+            runs = [table.run(row) for row in table.rows]
+            found += [run for run in runs if RunDir(run).attempts.is_dir()]
         else:
             found.append(path)
     return found

@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 from jobs import sites
@@ -95,18 +96,28 @@ def _status(asked: argparse.Namespace) -> Iterator[str]:
 
 
 def _stop(asked: argparse.Namespace) -> Iterator[str]:
-    """All runs of a sweep, those first that wait: none begins while others end."""
-    runs = table.runs_of([asked.run])
+    """All runs of a sweep, those first that wait: none begins while others end.
+
+    All that run are asked before the first one is waited for, so that they end together.
+    """
     if not table.is_sweep(asked.run):
         yield from control.stop(asked)
         return
+    runs = table.runs_of([asked.run])
+    if not runs:
+        raise RunError(f"{asked.run} has no run to stop: all were deleted")
+    stops = []
     for run in sorted(runs, key=lambda run: RunStatus(run).runs):
-        asked.run = run
-        try:
-            for text in control.stop(asked):
-                yield f"{run.name}: {text}"
-        except RunError as error:
-            yield f"{run.name}: {error}"
+        of_run = argparse.Namespace(**{**vars(asked), "run": run})
+        stops.append((run, control.stop(of_run)))
+    # The first that a run's stop tells is that the run is asked, or that its job is cancelled.
+    for num_texts in (1, None):
+        for run, texts in stops:
+            try:
+                for text in islice(texts, num_texts):
+                    yield f"{run.name}: {text}"
+            except RunError as error:
+                yield f"{run.name}: {error}"
 
 
 def _top(asked: argparse.Namespace) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """The table of settings: means and standard errors, by hand."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -70,7 +71,8 @@ def test_a_setting_has_the_mean_and_standard_error_of_its_seeds(sweep):
         "0.3500 +- 0.0500",
         "3",
     ]
-    assert cells(second)[:8] == ["lr=2e-3", "2", "1", "0.7000", "0.7000", "-", "-", "0 to 1"]
+    assert cells(second)[:7] == ["lr=2e-3", "2", "1", "0.7000 (of 1)", "0.7000 (of 1)", "-", "-"]
+    assert cells(second)[7] == "0 to 1"
 
 
 def test_runs_without_a_sweep_are_told_apart_by_what_their_configurations_have(sweep, tmp_path):
@@ -83,6 +85,8 @@ def test_runs_without_a_sweep_are_told_apart_by_what_their_configurations_have(s
 
 def test_a_mean_says_of_how_many_runs_it_is():
     assert compare.estimate([1.0, None, 3.0]) == "2.0000 +- 1.0000 (of 2)"
+    assert compare.estimate([None, 2.0, None]) == "2.0000 (of 1)"
+    assert compare.estimate([2.0]) == "2.0000"
     assert compare.estimate([]) == "-"
 
 
@@ -96,6 +100,30 @@ def test_ps_and_compare_take_a_sweep_by_its_name(sweep, capsys, monkeypatch, tmp
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == compare.lines([sweep])
+
+
+def test_a_run_that_was_deleted_is_none_of_its_sweep(sweep, capsys):
+    shutil.rmtree(sweep / "s-1")
+    # Deleted in part: whoever deletes it is not done.
+    shutil.rmtree(sweep / "s-3" / "attempts")
+    for words in (["ps", "--run-root", str(sweep.parent)], ["ps", str(sweep)]):
+        assert commands.main(words) == 0
+        shown = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in shown] == ["s-0", "s-2"]
+    _, first, second = compare.lines([sweep])
+    assert cells(first)[:4] == ["lr=1e-3", "1", "1", "0.3000"]
+    assert cells(second)[:4] == ["lr=2e-3", "1", "1", "0.7000"]
+    assert commands.main(["stop", str(sweep)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in shown] == ["s-0", "s-2"]
+
+
+def test_a_sweep_without_runs_is_told_in_one_sentence(sweep, capsys):
+    for index in range(4):
+        shutil.rmtree(sweep / f"s-{index}")
+    for name in ("ps", "compare", "stop"):
+        assert commands.main([name, str(sweep)]) == 1
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_damaged_table_is_named(sweep, capsys):

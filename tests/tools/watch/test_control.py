@@ -16,6 +16,7 @@ from jobs.checkout import ROOT
 from nanoslime.run_dir import RunDir
 from tests.jobs.made_run import HOSTILE, make_run
 from tests.tools.watch.watched import stand_in, write_phases
+from tools.sweep import table
 
 # A process without agents that commits when it is told to, and one that never does.
 DRIVER = """
@@ -111,6 +112,34 @@ def test_stop_has_a_run_commit_and_waits_for_its_end(tmp_path, told):
     assert process.wait(10) == 0
     attempt = run.attempt(1)
     assert attempt.must_stop() == attempt.final_stop() == reason
+
+
+# One that commits as soon as all others are asked, too.
+TOGETHER = DRIVER.replace(
+    """run.write_status("checkpoint", 3)""",
+    """attempts = [RunDir(path.parent).attempt(1) for path in run.path.parent.glob("*/status.json")]
+while not all(other.must_stop() for other in attempts):
+    time.sleep(0.05)
+run.write_status("checkpoint", 3)""",
+)
+
+
+def test_all_runs_of_a_sweep_are_asked_before_one_is_waited_for(tmp_path, told):
+    runs = [make_run(tmp_path, 1).run for _ in range(3)]
+    rows = tuple(table.Row(index, "", index, run.name) for index, run in enumerate(runs))
+    table.Table(tmp_path, "sweep.yaml", rows).write()
+    processes = [start(run, "obedient", TOGETHER) for run in runs[1:]]
+    shown = told("stop", tmp_path, "--wait", "20").splitlines()
+    first, second, third = (run.name for run in runs)
+    assert [process.wait(10) for process in processes] == [0, 0]
+    reason = f"{getpass.getuser()} asked by runs.py stop"
+    assert shown == [
+        f"{first}: {runs[0].path} does not run: never started",
+        f"{second}: attempt 1 commits and ends, for at most 20 s",
+        f"{third}: attempt 1 commits and ends, for at most 20 s",
+        f"{second}: attempt 1: stopped {reason}",
+        f"{third}: attempt 1: stopped {reason}",
+    ]
 
 
 def test_a_process_that_does_not_end_in_time_gets_sigterm(tmp_path, told, refused):
