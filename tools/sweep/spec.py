@@ -14,16 +14,16 @@ that sets it, so that it is checked as one.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, Self
 
 from nanoslime.config.flags import ALIASES, spellings
+from nanoslime.config.written import Written, read_yaml
 from nanoslime.types import RunError
 
 _KEYS = ("name", "grid", "points", "seeds")
@@ -59,16 +59,42 @@ class Sweep:
 
 def read(path: Path) -> Sweep:
     """The sweep of a file. Raises RunError, one sentence that names the file and the place."""
+    if not path.is_file():
+        raise RunError(f"cannot read the sweep file {path}: it is no file")
+    content = read_yaml(path, _KEYS)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as e:
-        raise RunError(f"cannot read the sweep file {path}: {e}") from e
-    except (yaml.YAMLError, ValueError) as e:
-        raise RunError(f"{path} is not YAML: {' '.join(str(e).split())}") from e
-    try:
-        return parse(content, path.stem)
+        return parse(_plain(content), path.stem)
     except RunError as error:
         raise RunError(f"{path}: {error}") from None
+    except RecursionError:
+        raise RunError(f"{path}: a list or mapping in it holds itself") from None
+
+
+class _Float(float):
+    """A number that is shown as it was written: 1e-6, and not 1e-06."""
+
+    def __new__(cls, written: Written) -> Self:
+        made = super().__new__(cls, written.value)
+        made.text = written.text
+        return made
+
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def _plain(content: Any) -> Any:
+    """The values of a file."""
+    if isinstance(content, Mapping):
+        return {key: _plain(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_plain(value) for value in content]
+    if not isinstance(content, Written):
+        return content
+    # Infinity has words of YAML's own.
+    is_number = isinstance(content.value, float) and math.isfinite(content.value)
+    return _Float(content) if is_number else content.value
 
 
 def parse(content: Any, default_name: str) -> Sweep:
@@ -93,6 +119,7 @@ def parse(content: Any, default_name: str) -> Sweep:
             if both:
                 raise RunError(f"{', '.join(both)} stands in grid and in points; leave one out")
             settings.append(point | combined)
+    _refuse_equal(settings)
     elements: list[Element] = []
     for setting in settings:
         for seed in _seeds(content.get("seeds")):
@@ -106,6 +133,28 @@ def parse(content: Any, default_name: str) -> Sweep:
     return Sweep(str(name), tuple(elements))
 
 
+def _refuse_equal(settings: Sequence[Mapping[str, Any]]) -> None:
+    """Raises RunError where two settings are one, whatever the names of their fields."""
+    known: dict[str, Mapping[str, Any]] = {}
+    for setting in settings:
+        by_field = sorted((_field(str(key)), repr(_same(value))) for key, value in setting.items())
+        equal = known.setdefault(repr(by_field), setting)
+        if equal is not setting:
+            raise RunError(
+                f"{_words(setting) or 'a point without fields'} stands twice in points; more runs "
+                "of it are more seeds"
+            )
+
+
+def _same(value: Any) -> Any:
+    """What equal values have in common: 1e-6, "1e-6" and 0.000001 are one number."""
+    text = _text(value)
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def _grid(given: Any) -> dict[str, list[Any]]:
     if given is None:
         return {}
@@ -115,10 +164,13 @@ def _grid(given: Any) -> dict[str, list[Any]]:
         _check_key("grid", key)
         if not isinstance(values, list) or not values:
             raise RunError(f"grid.{key}={values!r} is no list of values; write [{values}]")
-        texts = [_text(value) for value in values]
-        for text in texts:
-            if texts.count(text) > 1:
-                raise RunError(f"grid.{key} has {text} twice; more runs of it are more seeds")
+        same = [_same(value) for value in values]
+        for value in values:
+            if same.count(_same(value)) > 1:
+                raise RunError(
+                    f"grid.{key} has {_text(value)} twice; more runs of it are more seeds"
+                )
+    _refuse_two_names("grid", given)
     return dict(given)
 
 
@@ -130,6 +182,7 @@ def _points(given: Any) -> list[dict[str, Any]]:
     for number, point in enumerate(given):
         for key in point:
             _check_key(f"points[{number}]", key)
+        _refuse_two_names(f"points[{number}]", point)
     return [dict(point) for point in given]
 
 
@@ -139,6 +192,14 @@ def _check_key(place: str, key: Any) -> None:
         raise RunError(f"{place}.{key}: seeds have a place of their own; write seeds: [0, 1, 2]")
     if field in _TAKEN:
         raise RunError(f"{place}.{key}: each run of a sweep has its own {field}; leave it out")
+
+
+def _refuse_two_names(place: str, given: Mapping[str, Any]) -> None:
+    by_field: dict[str, str] = {}
+    for key in map(str, given):
+        other = by_field.setdefault(_field(key), key)
+        if other != key:
+            raise RunError(f"{place}: {other} and {key} are both {_field(key)}; leave one out")
 
 
 def _fields(point: Mapping[str, Any]) -> set[str]:
@@ -172,8 +233,12 @@ def _element(index: int, setting: Mapping[str, Any], seed: int | None) -> Elemen
         flags += _flag(str(key), value)
     if seed is not None:
         flags.append(f"--seed={seed}")
-    words = [f"{key}={_text(value)}" for key, value in setting.items()]
-    return Element(index, ", ".join(words), seed, tuple(flags))
+    return Element(index, _words(setting), seed, tuple(flags))
+
+
+def _words(setting: Mapping[str, Any]) -> str:
+    """A setting as a person reads it."""
+    return ", ".join(f"{key}={_text(value)}" for key, value in setting.items())
 
 
 def _flag(key: str, value: Any) -> list[str]:
