@@ -34,6 +34,7 @@ def test_all_rungs_pass_and_the_report_names_nobody(
     for rung in content["rungs"]:
         outcomes = {check["name"]: check["outcome"] for check in rung["checks"]}
         assert {name: outcomes[name] for name in _JUDGED} == dict.fromkeys(_JUDGED, "passed")
+        assert outcomes["bandwidth"] == ("passed" if rung["nodes"] > 1 else "not judged")
     for told in (text, json.dumps(content)):
         for name in (str(tmp_path), socket.gethostname(), *slurm_cluster.node_names, "127.0."):
             assert name not in told.split() and f"/{name}" not in told

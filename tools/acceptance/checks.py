@@ -4,7 +4,7 @@ Each is passed, failed, or not judged where a rung cannot show it.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from nanoslime.config import RunConfig
 from nanoslime.config.load import read
 from nanoslime.layout import Layout
 from nanoslime.memory import estimate_memory, size_text
+from nanoslime.memory.estimate import SLEEPING_ENGINE
 from nanoslime.models.shape import ModelShape
 from nanoslime.run_dir import DONE, FAILED, RunDir
 from nanoslime.storage import manifest
@@ -52,7 +53,7 @@ def of_run(run: RunDir) -> list[Check]:
         lambda: _sync(config, metrics),
         lambda: _save(run),
         lambda: _kill_and_resume(run),
-        lambda: _bandwidth(run),
+        lambda: _bandwidth(run, config),
         lambda: _memory(run, config),
     ]
     return [check() for check in made]
@@ -154,25 +155,31 @@ def _kill_and_resume(run: RunDir) -> Check:
     return _judged(name, is_good, text, resumed_at=resumed_at, seconds_until_next=again_s)
 
 
-def _bandwidth(run: RunDir) -> Check:
-    """What the nodes have measured between them before Ray started."""
-    attempt = run.latest_attempt()
-    tables = sorted(attempt.path.glob("preflight*.json")) if attempt else []
-    found = {path.stem: facts(path) for path in tables}
-    speeds = {name: value for one in found.values() for name, value in _speeds(one)}
-    if not speeds:
-        return Check("bandwidth", NOT_JUDGED, "skipped: this run has no preflight table with it")
-    told = ", ".join(f"{name} {value:.3g} GB/s" for name, value in speeds.items())
-    return Check("bandwidth", PASSED, told, speeds)
-
-
-def _speeds(content: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of a preflight table whose keys end in _gb_s."""
-    if isinstance(content, dict):
-        for key, value in content.items():
-            yield from _speeds(value, str(key))
-    elif isinstance(content, int | float) and name.endswith("_gb_s"):
-        yield name.removesuffix("_gb_s"), float(content)
+def _bandwidth(run: RunDir, config: RunConfig) -> Check:
+    """What the nodes have measured between them before Ray started (tools/links.py)."""
+    name = "bandwidth"
+    if config.cluster.nodes == 1 or not config.cluster.measure_links:
+        return Check(name, NOT_JUDGED, "skipped: the links of one node, or not measured")
+    found = [facts(attempt.path / "links.result.json") for attempt in run.all_attempts()]
+    measured = [one for one in found if one.get("links")]
+    if not measured:
+        return _judged(name, False, "the nodes have not measured their links")
+    newest = measured[-1]
+    speeds = [link["gbps"] for link in newest["links"]]
+    values = {
+        "min_gbps": min(speeds),
+        "max_gbps": max(speeds),
+        "all_reduce_gbps": newest["all_reduce_gbps"],
+    }
+    text = (
+        f"links give {values['min_gbps']:.3g} to {values['max_gbps']:.3g} GB/s, and an all-reduce "
+        f"{values['all_reduce_gbps']:.3g} GB/s"
+    )
+    expected = config.cluster.expected_gbps
+    if expected is not None:
+        text += f" (bound of a link {expected / 2:g})"
+    problems = [one["problem"] for one in newest["readings"].values() if one["problem"]]
+    return _judged(name, not problems, "; ".join([text, *problems]), **values)
 
 
 def _memory(run: RunDir, config: RunConfig) -> Check:
@@ -190,7 +197,9 @@ def _memory(run: RunDir, config: RunConfig) -> Check:
         return Check("memory", NOT_JUDGED, f"there is no prediction: {error}")
     if trainer is None:
         return Check("memory", NOT_JUDGED, "the run has no trainer")
-    predicted = trainer.total - trainer.headroom
+    # A colocated engine has a process of its own.
+    of_engine = SLEEPING_ENGINE if config.cluster.colocate and trainer.reserve else 0
+    predicted = trainer.total - trainer.headroom - of_engine
     values = {"predicted_bytes": predicted, "measured_bytes": measured}
     if not measured:
         return Check("memory", NOT_JUDGED, "no trainer was measured on the first node", values)
@@ -199,7 +208,7 @@ def _memory(run: RunDir, config: RunConfig) -> Check:
         text += " with all that its process has loaded, so that this is not judged on CPUs"
         return Check("memory", NOT_JUDGED, text, values)
     fits = measured <= config.cluster.gpu_memory_gib * (1 << 30)
-    return _judged("memory", fits, f"{text} on the fullest GPU of the first node", **values)
+    return _judged("memory", fits, f"{text} of the largest one of the first node", **values)
 
 
 def _phases(run: RunDir) -> list[dict[str, Any]]:

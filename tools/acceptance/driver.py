@@ -3,10 +3,12 @@
     python -m tools.acceptance.driver --run DIR --attempt N      as a node agent starts it
 
 Only the first attempt is killed. A thread of every attempt measures how much memory the trainer
-ranks of the first node take: on GPUs what nvidia-smi says, else the memory of their processes.
+ranks of the first node take: what nvidia-smi says of their processes, or without GPUs what these
+have in main memory.
 """
 
 import os
+import re
 import shutil
 import signal
 import sys
@@ -70,23 +72,36 @@ def _measure(attempt: Attempt) -> None:
 
 
 def _gpu_bytes() -> int:
-    """The memory in use on the fullest GPU of this node; 0 without nvidia-smi."""
+    """The most GPU memory that a trainer process of this node's agent has, engines beside it not
+    counted; 0 where nvidia-smi is missing or does not tell it.
+    """
     if shutil.which("nvidia-smi") is None:
         return 0
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    answer = ask(command, _ANSWER_S).stdout.split()
-    return max(map(int, answer), default=0) * _MIB
+    trainers = {process.pid for process in _trainers()}
+    command = ["nvidia-smi", "--query-compute-apps=pid,used_memory"]
+    answer = ask([*command, "--format=csv,noheader,nounits"], _ANSWER_S).stdout
+    rows = re.findall(r"^\s*(\d+)\s*,\s*(\d+)\s*$", answer, re.MULTILINE)
+    used = {int(pid): int(size) for pid, size in rows}
+    return max((used.get(pid, 0) for pid in trainers), default=0) * _MIB
 
 
 def _process_bytes() -> int:
     """The resident memory of the largest trainer process of this node's agent."""
-    agent = psutil.Process(os.getppid())
     sizes = []
-    for process in agent.children(recursive=True):
+    for process in _trainers():
+        with suppress(psutil.Error):
+            sizes.append(process.memory_info().rss)
+    return max(sizes, default=0)
+
+
+def _trainers() -> list[psutil.Process]:
+    """The trainer processes of this node's agent."""
+    found = []
+    for process in psutil.Process(os.getppid()).children(recursive=True):
         with suppress(psutil.Error):
             if "".join(process.cmdline()[:1]).startswith(_TRAINER):
-                sizes.append(process.memory_info().rss)
-    return max(sizes, default=0)
+                found.append(process)
+    return found
 
 
 if __name__ == "__main__":

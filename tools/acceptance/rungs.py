@@ -35,6 +35,8 @@ _COMMON = {
     "cluster.time_limit_min": TIME_LIMIT_MIN,
     "cluster.signal_lead_s": 60,
     "cluster.max_requeues": 2,
+    # Of a job with one node it does nothing.
+    "cluster.measure_links": True,
 }
 
 

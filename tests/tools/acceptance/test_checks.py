@@ -1,12 +1,17 @@
 """What a run's directory proves, and what it does not: each check can fail."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from jobs.checkout import environment, module_command
 from nanoslime.config.load import dump, read
+from nanoslime.processes.ports import free_port
 from nanoslime.run_dir import DONE, FAILED, RunDir
 from nanoslime.storage import manifest
 from tests.jobs.made_run import make_run
@@ -103,8 +108,75 @@ def test_a_resumption_from_another_step_fails(run):
     assert failed(run) == ["kill and resume"]
 
 
-def test_the_bandwidth_of_a_preflight_table_is_told(run):
-    table = {"nodes": {"n1": {"allreduce_gb_s": 1.5, "cores": 2}}}
-    (run.attempt(2).path / "preflight.json").write_text(json.dumps(table))
+def bandwidth(run: RunDir, **cluster: object) -> checks.Check:
+    config = read(run.config)
+    changes = {"nodes": 2, "measure_links": True, **cluster}
+    run.config.write_text(dump(replace(config, cluster=replace(config.cluster, **changes))))
     [found] = [one for one in checks.of_run(run) if one.name == "bandwidth"]
-    assert (found.outcome, found.text) == ("passed", "allreduce 1.5 GB/s")
+    return found
+
+
+def links(*gbps: float, problem: str = "") -> dict[str, Any]:
+    """What node 0 of two writes (tools/links.py)."""
+    readings = {
+        "n1": {"check": "links", "value": "1 GB/s or more", "problem": ""},
+        "n2": {"check": "links", "value": "unfit" if problem else "1 GB/s or more"},
+    }
+    readings["n2"]["problem"] = problem
+    return {
+        "all_reduce_gbps": 0.8034330449416949,
+        "links": [{"source": 0, "target": 1, "gbps": one} for one in gbps],
+        "nics": [{"interface": "lo", "network": "", "adapters": "", "hcas": []}] * 2,
+        "readings": readings,
+    }
+
+
+def test_the_bandwidth_that_nodes_have_measured_is_told(run):
+    (run.attempt(2).path / "links.result.json").write_text(json.dumps(links(1.5966, 2.4228)))
+    found = bandwidth(run)
+    text = "links give 1.6 to 2.42 GB/s, and an all-reduce 0.803 GB/s"
+    assert (found.outcome, found.text) == ("passed", text)
+    assert found.values == {
+        "min_gbps": 1.5966,
+        "max_gbps": 2.4228,
+        "all_reduce_gbps": 0.8034330449416949,
+    }
+
+
+def test_a_link_slower_than_the_site_expects_fails(run):
+    slow = links(1.5, 9.0, problem="n2 exchanges 1.5 GB/s with n1")
+    (run.attempt(1).path / "links.result.json").write_text(json.dumps(slow))
+    found = bandwidth(run, expected_gbps=10.0)
+    assert found.outcome == "failed"
+    assert found.text.endswith("(bound of a link 5); n2 exchanges 1.5 GB/s with n1")
+    good = links(6.0, 9.0)
+    (run.attempt(2).path / "links.result.json").write_text(json.dumps(good))
+    assert bandwidth(run, expected_gbps=10.0).outcome == "passed"
+
+
+def test_nodes_that_should_have_measured_their_links_and_have_not_fail(run):
+    assert bandwidth(run).outcome == "failed"
+    assert bandwidth(run, measure_links=False).outcome == "not judged"
+    assert bandwidth(run, nodes=1).outcome == "not judged"
+
+
+@pytest.mark.matrix
+def test_the_bandwidth_of_two_processes_is_read_as_they_write_it(run):
+    attempt = run.attempt(2).path
+    task = {
+        "names": ["n1", "n2"],
+        "addresses": ["127.0.0.1"] * 2,
+        "port": free_port("127.0.0.1"),
+        "device": "cpu",
+        "trainer": 0,
+        "engines": [1],
+        "expected_gbps": None,
+    }
+    (attempt / "links.json").write_text(json.dumps(task))
+    command = [*module_command(sys.executable, "tools.links"), str(attempt)]
+    nodes = [subprocess.Popen([*command, node], env=environment()) for node in "01"]
+    assert [node.wait(120) for node in nodes] == [0, 0]
+    found = bandwidth(run)
+    assert found.outcome == "passed"
+    assert 0 < found.values["min_gbps"] <= found.values["max_gbps"]
+    assert found.values["all_reduce_gbps"] > 0

@@ -23,6 +23,7 @@ def planned(num_gpus: int, *given: str) -> dict[str, tuple]:
         sizes = (layout.num_nodes, layout.backend, len(layout.trainers), len(layout.engines))
         found[rung.name] = sizes
         assert config.cluster.time_limit_min == 10
+        assert config.cluster.measure_links
     return found
 
 
