@@ -12,7 +12,7 @@ A rung's job ends after ten minutes at the latest. Each shows that trainer and e
 run whose driver gets SIGKILL goes on by itself (kill and resume), what the network gives
 (bandwidth) and what a trainer takes beside what was planned (memory). All other flags are those of
 jobs/submit_grpo.py and hold for all rungs, but for the layouts that rungs are. The report is
-acceptance.json and acceptance.txt below --report DIR.
+acceptance.json and acceptance.txt below --report DIR, written anew after each rung.
 """
 
 import argparse
@@ -25,7 +25,8 @@ from jobs import submit_grpo, where
 from nanoslime.config.flags import HELP
 from nanoslime.storage.shared_files import publish
 from nanoslime.types import RunError
-from tools.acceptance.ladder import Site, climb, interrupt_by_sigterm, nodes_of
+from tools.acceptance.ladder import Site, climb, interrupt_by_signals, nodes_of
+from tools.acceptance.report import Report
 from tools.acceptance.rungs import take_tiny_model
 
 
@@ -39,20 +40,22 @@ def main(argv: list[str]) -> int:
     try:
         asked, rest = _parse(argv)
         site = _site(asked, rest)
-        interrupt_by_sigterm()
-        report = climb(site, lambda text: print(text, flush=True))
+        interrupt_by_signals()
         asked.report.mkdir(parents=True, exist_ok=True)
-        text = report.text()
-        content = json.dumps(report.content(), indent=1)
-        publish(asked.report / "acceptance.json", content.encode())
-        publish(asked.report / "acceptance.txt", text.encode())
+
+        def keep(report: Report) -> None:
+            content = json.dumps(report.content(), indent=1)
+            publish(asked.report / "acceptance.json", content.encode())
+            publish(asked.report / "acceptance.txt", report.text().encode())
+
+        report = climb(site, lambda text: print(text, flush=True), keep)
     except (RunError, OSError, ValueError) as error:
         print(f"acceptance: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("acceptance: interrupted; the job of its rung is cancelled", file=sys.stderr)
         return 130
-    print(f"\n{text}\nreport: {asked.report}/acceptance.txt and acceptance.json")
+    print(f"\n{report.text()}\nreport: {asked.report}/acceptance.txt and acceptance.json")
     return 0 if report.is_good else 1
 
 
