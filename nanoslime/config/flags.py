@@ -150,7 +150,12 @@ def spellings() -> dict[str, Spelling]:
 
 
 def parse(args: Sequence[str]) -> list[Flag]:
-    """Take flags apart. Raises RunError for an unknown flag, a missing value, a stray word."""
+    """Take flags apart. Raises RunError for an unknown flag, a missing value, a stray word, and for
+    bytes that are no UTF-8, which neither a batch script nor a configuration could hold.
+    """
+    for word in args:
+        if not word.isascii() and word != word.encode(errors="replace").decode():
+            raise RunError(f"{ascii(word)} on the command line is not UTF-8; write it in UTF-8")
     rest = list(args)
     found = []
     while rest:

@@ -252,6 +252,13 @@ class ConfigFile:
         value = self._values.get(key)
         return default if value is None else value
 
+    def _whole(self, key: str) -> int:
+        """The whole number that `key` holds; RunError where it holds something else."""
+        value = self[key]
+        if type(value) is not int:
+            raise RunError(f"{self.path}: {key}={value!r} is no whole number")
+        return value
+
     def refuse(self, key: str, allowed: Any) -> None:
         """Raises RunError where `key` is present with another value than `allowed`."""
         value = self.get(key, allowed)
@@ -270,12 +277,12 @@ class ConfigFile:
                 f"{self.path}: {quantization.get('quant_method')} weights are not supported; "
                 "dequantize them first"
             )
-        heads = self["num_attention_heads"]
+        heads = self._whole("num_attention_heads")
         return {
             **{name: self[name] for name in _SAME_NAMES},
             "num_layers": self["num_hidden_layers"],
             "num_key_value_heads": self.get("num_key_value_heads", heads),
-            "head_dim": self.get("head_dim", self["hidden_size"] // heads),
+            "head_dim": self.get("head_dim", self._whole("hidden_size") // heads),
             "tie_word_embeddings": self.get("tie_word_embeddings", False),
             **self._rotary_fields(rotary_fraction),
         }
