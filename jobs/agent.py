@@ -143,15 +143,17 @@ class Agent:
         preflight = Preflight(self._attempt, place)
         if preflight.is_over():
             return
-        preflight.examine()
+        examined = preflight.examine()
+        # Each check has its own deadline.
+        self._wait_until(examined.done, float("inf"))
+        examined.result()
         if not self._is_head:
             # Node 0 ends the attempt where it misses a node.
             deadlines = self._config.cluster
             patience_s = deadlines.ray_start_deadline_s + deadlines.node_join_deadline_s
             awaited = f"{self._env.node_names[0]} to look at all nodes"
-            self._wait_for_ray(
-                preflight.take_part, awaited, self._attempt.log("agent", 0), patience_s
-            )
+            log = self._attempt.log("agent", 0)
+            self._wait_for_ray(preflight.take_part, awaited, log, patience_s)
             return
         self._wait_for_nodes(preflight.reports)
         preflight.ask()
@@ -169,7 +171,7 @@ class Agent:
 
     def _stage_model(self) -> None:
         """Have the model on this node's own disk where the site has named one, and wait until all
-        nodes have it.
+        nodes have it that are not lost.
         """
         if not wants_copy(self._config):
             return
@@ -179,8 +181,8 @@ class Agent:
             self._staging.give_up(
                 f"a copy took longer than cluster.stage_deadline_s={deadline_s:g}"
             )
-        folder = self._attempt.staged(0).parent
-        self._wait_until(lambda: not self._missing_nodes(folder), deadline_s)
+        folders = (self._attempt.staged(0).parent, self._attempt.lost(0).parent)
+        self._wait_until(lambda: not self._missing_nodes(*folders), deadline_s)
 
     def _start_head(self) -> None:
         """Start the Ray head and tell the other agents of it."""
@@ -274,9 +276,9 @@ class Agent:
             missing = ", ".join(self._missing_nodes(folder))
             raise MachineFailure(f"did not join within {deadline_s:g} s: {missing}")
 
-    def _missing_nodes(self, folder: Path) -> list[str]:
-        """The nodes without a file in a folder, each with its log."""
-        joined = os.listdir(folder)
+    def _missing_nodes(self, *folders: Path) -> list[str]:
+        """The nodes without a file in any of the folders, each with its log."""
+        joined = {name for folder in folders for name in os.listdir(folder)}
         missing = [i for i in range(self._env.num_nodes) if f"{i}.json" not in joined]
         names = self._env.node_names
         return [f"{names[i]} (node {i}, {self._attempt.log('agent', i)})" for i in missing]
@@ -336,8 +338,7 @@ class Agent:
         """Raises AttemptOver when another agent has published the end of the attempt."""
         end = self._attempt.ended()
         if end is not None:
-            code, reason = end
-            raise AttemptOver(code, reason, published=True)
+            raise AttemptOver(*end, published=True)
 
     def _pass_on_signals(self) -> None:
         """Have the driver told to stop for every signal that has come.
@@ -457,8 +458,7 @@ class Agent:
         logger.log(level, "end: code %d %s", end.code, end.reason)
         ended_it = not end.published and self._publish_end(end)
         if not ended_it:
-            code, reason = self._attempt.ended() or (end.code, end.reason)
-            end = AttemptOver(code, reason, published=True)
+            end = AttemptOver(*(self._attempt.ended() or (end.code, end.reason)), published=True)
         own_report().enter(f"the agent of {self._env.node_name}", "leave")
         if self._doctor.stacks.exists():
             pids = descendants(os.getpid())

@@ -8,6 +8,7 @@ import shutil
 import socket
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -165,7 +166,9 @@ def scratch_root(environ: Mapping[str, str], scratch: str = "") -> Path:
     """
     if scratch:
         root = Path(scratch)
-        root.mkdir(parents=True, exist_ok=True)
+        # jobs/preflight names a node that has not its disk.
+        with suppress(OSError):
+            root.mkdir(parents=True, exist_ok=True)
         return root
     for name in _TEMPORARY:
         root = Path(environ.get(name, ""))
@@ -177,7 +180,7 @@ def scratch_root(environ: Mapping[str, str], scratch: str = "") -> Path:
 
 def remove_scratch(path: Path) -> None:
     """Remove our scratch directory; RunError if somebody else's is in its place."""
-    if not path.exists():
+    if not os.access(path, os.F_OK):
         return
     if path.is_symlink() or path.stat().st_uid != os.getuid():
         raise RunError(
@@ -228,17 +231,16 @@ def _address(names: tuple[str, ...], index: int, network_interface: str) -> str:
 def _node_address(name: str) -> str:
     """SLURM's NodeAddr of a node as an IPv4 address; empty where it is not known."""
     try:
-        return socket.gethostbyname(node_hosts([name])[name])
+        return socket.gethostbyname(node_hosts([name]).get(name, name))
     except OSError:
         return ""
 
 
 def node_hosts(names: Sequence[str]) -> dict[str, str]:
-    """By node what its daemon is called by: SLURM's NodeAddr, else its own name."""
+    """By node SLURM's NodeAddr, where it tells one."""
     said = slurm_says("scontrol", "show", "node", ",".join(names), "--oneliner")
     found = [facts(line) for line in said.splitlines()]
-    known = {node["NodeName"]: node["NodeAddr"] for node in found if "NodeAddr" in node}
-    return {name: known.get(name, name) for name in names}
+    return {node["NodeName"]: node["NodeAddr"] for node in found if "NodeAddr" in node}
 
 
 def preemption_grace_s(partition: str = "") -> int:

@@ -5,10 +5,12 @@
 All of them take part in an all-reduce, neighbours send to one another, and the first node with
 trainers sends to each one with engines, which is the way of the weights. It is gloo on CPUs and
 NCCL on GPUs, in as few seconds as that takes. `links.json` says who takes part, and what the site
-expects; node 0 writes to `links.result.json` what was found, as readings of jobs/preflight.
+expects; node 0 writes to `links.result.json` what was found, as readings of jobs/preflight. Each
+node writes `links/NODE.json` with its own part, or why it has none: it misses that of a process
+that has died.
 
 A node is unfit whose links are slower than half of what is expected, and one on which NCCL takes
-sockets although it has InfiniBand.
+sockets although it has InfiniBand, and nobody has said so.
 """
 
 import os
@@ -21,12 +23,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
 
-from jobs.preflight.node import Reading, active_hcas
+from jobs.preflight.node import Reading, wanted_hcas
+from nanoslime.failures import summary
 from nanoslime.orchestration.rank_environment import interface_names, interface_of
 from nanoslime.storage.shared_files import publish_json, read_json
 
@@ -49,6 +53,7 @@ class Task:
     engines: Sequence[int]
     # GB/s of one process a node; None: nothing is refused for its speed.
     expected_gbps: float | None
+    network_interface: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +152,8 @@ def judge(task: Task, links: Sequence[Link], nics: Sequence[Nic]) -> dict[str, R
             problem = (
                 f"NCCL on {name} sends through sockets ({nic.adapters or nic.interface}), though "
                 f"{', '.join(nic.hcas)} of InfiniBand is active there; set "
-                "cluster.infiniband_hcas to the adapters it is to use, unset NCCL_IB_DISABLE and "
-                "NCCL_NET, and in a container pass /dev/infiniband and libibverbs on"
+                "cluster.infiniband_hcas to the adapters it is to use, in a container pass "
+                "/dev/infiniband and libibverbs on, or set NCCL_NET=Socket where that is meant"
             )
         elif node in slow:
             problem = (
@@ -194,15 +199,35 @@ def ipv4_addresses() -> Mapping[str, list[str]]:
     }
 
 
+def interface_for(task: Task, node: int, environ: Mapping[str, str]) -> str:
+    """The interface to be used: what the job's environment or the site says, else the one that has
+    the node's address.
+    """
+    named = environ.get("NCCL_SOCKET_IFNAME", "") or task.network_interface
+    return named or interface_of(task.addresses[node], ipv4_addresses())
+
+
 def main(argv: list[str]) -> int:
     attempt = Path(argv[0])
     node = int(argv[1])
+    own = attempt / "links" / f"{node}.json"
+    try:
+        publish_json(own, _take_part(attempt, node))
+    except Exception as error:
+        publish_json(own, {"error": summary(error)})
+        raise
+    return 0
+
+
+def _take_part(attempt: Path, node: int) -> dict[str, Any]:
+    """What this node has measured; node 0 writes the readings of all."""
     task = Task(**read_json(attempt / "links.json"))
-    interface = os.environ.get("NCCL_SOCKET_IFNAME", "")
-    interface = interface or interface_of(task.addresses[node], ipv4_addresses())
+    interface = interface_for(task, node, os.environ)
     os.environ.update(interface_names(os.environ, interface))
     nccl_log = attempt / "logs" / f"nccl-links-{node}.log"
     os.environ |= {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_FILE": str(nccl_log)}
+    # NCCL would end the process in which it has waited for too long.
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     torch.set_num_threads(1)
     dist.init_process_group(
         "nccl" if task.device == "cuda" else "gloo",
@@ -213,7 +238,7 @@ def main(argv: list[str]) -> int:
     )
     all_reduce_gbps, links = measure(task, node)
     said = nccl_log.read_text(errors="replace") if nccl_log.exists() else ""
-    nic = nic_of(interface, said, active_hcas())
+    nic = nic_of(interface, said, wanted_hcas(os.environ))
     told: list[tuple[list[Link], Nic]] = [([], nic)] * len(task.names)
     dist.all_gather_object(told, (links, nic))
     dist.destroy_process_group()
@@ -227,7 +252,7 @@ def main(argv: list[str]) -> int:
             "readings": {name: asdict(reading) for name, reading in readings.items()},
         }
         publish_json(attempt / "links.result.json", facts)
-    return 0
+    return {"links": [asdict(link) for link in links], "nic": asdict(nic)}
 
 
 if __name__ == "__main__":

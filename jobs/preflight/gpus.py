@@ -16,8 +16,11 @@ print(json.dumps([torch.version.cuda, driver, cuda.is_available(), cuda.device_c
 """
 _MAX_ERROR_CHARS = 200
 _ECC_QUERY = "--query-gpu=index,ecc.errors.uncorrected.volatile.total"
+# Some GPUs and drivers do not know it. A row that is pending waits for a reset of the GPU.
+_ROWS_QUERY = "--query-remapped-rows=gpu_bus_id,remapped_rows.pending,remapped_rows.failure"
 # The rest is a count, or words about a GPU that is lost or needs a reset.
 _NO_ERRORS = ("0", "N/A", "[N/A]", "[Not Supported]")
+_YES = ("yes", "1")
 
 
 def check_gpus(env: ClusterEnv, needed: int, deadline_s: float = 180.0) -> str:
@@ -25,7 +28,8 @@ def check_gpus(env: ClusterEnv, needed: int, deadline_s: float = 180.0) -> str:
 
     RunError unless torch, in its own process, sees exactly the GPUs of the plan.
     """
-    command = [sys.executable, "-c", _CUDA_PROBE]
+    # Without -P the working directory's modules would come first.
+    command = [sys.executable, "-P", "-c", _CUDA_PROBE]
     done = ask(command, deadline_s, who=f"torch on {env.node_name}")
     errors = " ".join(done.stderr.split())[-_MAX_ERROR_CHARS:]
     if done.returncode:
@@ -66,15 +70,18 @@ def check_driver(node_name: str, built_for: str | None, driver: int) -> None:
 def check_ecc(node_name: str, environ: Mapping[str, str], deadline_s: float) -> str:
     """How many of the job's GPUs have been asked; nothing where there is no nvidia-smi.
 
-    RunError where one of them has had memory errors that were not corrected since the driver was
-    loaded, and where nvidia-smi fails or does not answer.
+    RunError where the memory of one of them waits for a reset or cannot be mended, and where
+    nvidia-smi fails or does not answer. An error that was not corrected has ended the program that
+    had it, and is only told.
     """
     chosen = environ.get("CUDA_VISIBLE_DEVICES", "")
-    command = ["nvidia-smi", _ECC_QUERY, "--format=csv,noheader"]
+    options = ["--format=csv,noheader"]
     if chosen and not chosen.startswith("MIG"):
-        command.append(f"--id={chosen}")
+        options.append(f"--id={chosen}")
+    who = f"nvidia-smi of {node_name}"
     try:
-        done = ask(command, deadline_s, who=f"nvidia-smi of {node_name}")
+        done = ask(["nvidia-smi", _ECC_QUERY, *options], deadline_s, who=who)
+        rows = ask(["nvidia-smi", _ROWS_QUERY, *options], deadline_s, who=who)
     except FileNotFoundError:
         return ""
     if done.returncode:
@@ -84,13 +91,21 @@ def check_ecc(node_name: str, environ: Mapping[str, str], deadline_s: float) -> 
             "the node's driver or a GPU needs its administrator"
         )
     answers = dict(line.split(", ", 1) for line in done.stdout.splitlines() if ", " in line)
-    bad = [f"GPU {gpu}: {count}" for gpu, count in answers.items() if count not in _NO_ERRORS]
+    told = {gpu: said for gpu, said in answers.items() if said not in _NO_ERRORS}
+    bad = [f"GPU {gpu}: {said}" for gpu, said in told.items() if not said.isdigit()]
+    for line in rows.stdout.splitlines() if rows.returncode == 0 else ():
+        gpu, *rest = line.lower().split(", ")
+        states = zip(("pending", "failed"), rest, strict=False)
+        bad += [f"GPU {gpu}: remapped rows {state}" for state, is_so in states if is_so in _YES]
     if bad:
         raise RunError(
-            f"{node_name} has GPUs with uncorrected ECC errors since its driver was loaded "
-            f"({', '.join(bad)}); its administrator has to reset or to replace them"
+            f"{node_name} has GPUs with broken memory ({', '.join(bad)}); "
+            "its administrator has to reset or to replace them"
         )
-    return f"{len(answers)} GPUs without uncorrected errors"
+    errors = ", ".join(f"{count} on GPU {gpu}" for gpu, count in told.items())
+    return (
+        f"{len(answers)} GPUs, uncorrected errors since the driver was loaded: {errors or 'none'}"
+    )
 
 
 def _cuda(version: int) -> str:

@@ -6,7 +6,8 @@ import platform
 import resource
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,7 @@ _MIN_TEMP_BYTES = _GIB
 _MIN_STORAGE_BYTES = _GIB // 16
 _QUOTA_DEADLINE_S = 10.0
 _KIB = 1024
+_HCAS = Path("/sys/class/infiniband")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +64,10 @@ def examine(place: Place) -> list[Reading]:
     for check, look in CHECKS.items():
         try:
             reading = Reading(check, look(place))
-        except (RunError, OSError) as error:
+        except RunError as error:
             reading = Reading(check, "unfit", str(error))
+        except OSError as error:
+            reading = Reading(check, "unfit", f"{place.name}: {error}")
         if reading.value:
             readings.append(reading)
     return readings
@@ -78,10 +82,19 @@ def own_versions() -> dict[str, str]:
     return {"python": platform.python_version(), **versions(), "code": digest.hexdigest()}
 
 
-def active_hcas(root: Path = Path("/sys/class/infiniband")) -> list[str]:
-    """The InfiniBand adapters that have an active port."""
-    states = root.glob("*/ports/*/state")
-    return sorted({state.parts[-4] for state in states if "ACTIVE" in state.read_text()})
+def active_hcas(root: Path = _HCAS) -> list[str]:
+    """The adapters that have an active port of InfiniBand, and not of Ethernet."""
+    layers = root.glob("*/ports/*/link_layer")
+    ports = [layer.parent for layer in layers if "InfiniBand" in layer.read_text()]
+    return sorted({p.parts[-3] for p in ports if "ACTIVE" in (p / "state").read_text()})
+
+
+def wanted_hcas(environ: Mapping[str, str], root: Path = _HCAS) -> list[str]:
+    """Those that NCCL may use: none where it is told to take sockets."""
+    is_unwanted = environ.get("NCCL_IB_DISABLE") == "1"
+    return (
+        [] if is_unwanted or environ.get("NCCL_NET", "").lower() == "socket" else active_hcas(root)
+    )
 
 
 def _gpus(place: Place) -> str:
@@ -133,14 +146,17 @@ def check_limits(name: str, hcas: list[str]) -> str:
 
 
 def _raised(limit: int) -> float:
-    """The hard limit, up to which the soft one is raised."""
+    """The soft limit, raised up to the hard one where that may be."""
     _, hard = resource.getrlimit(limit)
-    resource.setrlimit(limit, (hard, hard))
-    return float("inf") if hard == resource.RLIM_INFINITY else float(hard)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(limit, (hard, hard))
+    soft, _ = resource.getrlimit(limit)
+    return float("inf") if soft == resource.RLIM_INFINITY else float(soft)
 
 
 def _limits(place: Place) -> str:
-    return check_limits(place.name, active_hcas())
+    hcas = wanted_hcas(os.environ) if place.layout.device == "cuda" else []
+    return check_limits(place.name, hcas)
 
 
 def check_space(name: str, what: str, folder: Path, needed: int, remedy: str) -> str:
@@ -164,6 +180,11 @@ def _shared_memory(place: Place) -> str:
 def _temp(place: Place) -> str:
     folder = place.env.scratch(place.attempt).parent
     what = "where Ray keeps its sockets, logs and spilled objects"
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise RunError(
+            f"{folder} of {place.name}, {what}, is not there or cannot be written; "
+            "set cluster.scratch to a directory of every node's own disk, or leave the node out"
+        )
     return check_space(place.name, what, folder, _MIN_TEMP_BYTES, "remove what fills it")
 
 
@@ -224,14 +245,18 @@ def _ports(place: Place) -> str:
 
 
 def _names(place: Place) -> str:
-    """The other nodes' names have addresses here."""
+    """The other nodes' names have addresses here, where those lead to the interface to be used."""
     others = [name for name in place.env.node_names if name != place.name]
     if place.env.local or not others:
         return ""
-    for name, host in node_hosts(others).items():
+    hosts = node_hosts(others)
+    for name in others:
+        host = hosts.get(name, name)
         try:
             socket.gethostbyname(host)
         except OSError as error:
+            if place.cluster.network_interface or name not in hosts:
+                return "not all nodes are found, and need not be"
             raise RunError(
                 f"{place.name} does not find the address of {name} ({host}): {error.strerror}; "
                 "its /etc/hosts or DNS needs an entry"

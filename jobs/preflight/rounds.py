@@ -11,14 +11,18 @@ import sys
 import time
 import uuid
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+from jobs.checkout import module_command
 from jobs.preflight.node import Place, Reading, examine, own_versions
 from jobs.preflight.verdict import Echo, Report, Verdict, judge
 from nanoslime.processes.logs import last_line
 from nanoslime.processes.ports import free_port
+from nanoslime.processes.signals import held_back_from_children
 from nanoslime.run_dir import Attempt, RunDir
 from nanoslime.storage.shared_files import publish, publish_json, read_json, seen
 from nanoslime.types import MachineFailure
@@ -40,14 +44,29 @@ class Preflight:
         self._heard: dict[int, float] = {}
         self._has_answered = False
         self._links = attempt.path / "links.json"
+        self._links_result = attempt.path / "links.result.json"
         self._links_log = attempt.log("links", place.env.node_index)
         self._measuring: subprocess.Popen[bytes] | None = None
 
     def is_over(self) -> bool:
         return seen(self._attempt.preflight)
 
-    def examine(self) -> None:
-        """Look at this node and tell node 0."""
+    def examine(self) -> "Future[None]":
+        """Look at this node and tell node 0, in a thread for which no process waits at its end."""
+        done: Future[None] = Future()
+
+        def look() -> None:
+            try:
+                with held_back_from_children():
+                    self._examine()
+                done.set_result(None)
+            except Exception as error:
+                done.set_exception(error)
+
+        Thread(target=look, daemon=True).start()
+        return done
+
+    def _examine(self) -> None:
         place = self._place
         report = Report(place.name, examine(place), own_versions(), place.env.address)
         self.reports.mkdir(exist_ok=True)
@@ -62,7 +81,11 @@ class Preflight:
             self._has_answered = True
         if self._measuring is None and seen(self._links):
             node = str(self._place.env.node_index)
-            command = [sys.executable, "-m", "tools.links", str(self._attempt.path), node]
+            command = [
+                *module_command(sys.executable, "tools.links"),
+                str(self._attempt.path),
+                node,
+            ]
             with self._links_log.open("ab") as log:
                 self._measuring = subprocess.Popen(command, stdout=log, stderr=log)
         return self.is_over()
@@ -98,12 +121,23 @@ class Preflight:
             "trainer": layout.trainers[0].node if layout.trainers else 0,
             "engines": sorted({engine.node for engine in layout.engines}),
             "expected_gbps": self._place.cluster.expected_gbps,
+            "network_interface": self._place.cluster.network_interface,
         }
+        self._links.with_suffix("").mkdir(exist_ok=True)
         publish_json(self._links, facts)
 
     def are_links_measured(self) -> bool:
+        """Where one of the processes has died, the others tell of that first."""
         self.take_part()
-        return self._measuring is not None and self._measuring.poll() is not None
+        if self._measuring is None or self._measuring.poll() is None:
+            return False
+        return seen(self._links_result) or not self._silent_about_links()
+
+    def _silent_about_links(self) -> list[str]:
+        """The nodes whose process has not even told that it could not measure."""
+        names = enumerate(self._place.env.node_names)
+        told = self._links.with_suffix("")
+        return [name for node, name in names if not seen(told / f"{node}.json")]
 
     def judge(self) -> Verdict:
         """The verdict on all nodes. MachineFailure where their links could not be measured."""
@@ -115,13 +149,15 @@ class Preflight:
             echoes[names[node]] = Echo(answer["text"], answer["time"], asked["time"], heard)
         links = {}
         if seen(self._links):
-            result = self._links.with_suffix(".result.json")
-            if not seen(result):
+            if not seen(self._links_result):
+                silent = ", ".join(self._silent_about_links())
                 raise MachineFailure(
-                    f"the links of the nodes could not be measured: {last_line(self._links_log)}; "
+                    "the links of the nodes could not be measured: "
+                    f"{f'nothing came from {silent}; ' if silent else ''}"
+                    f"{last_line(self._links_log)}; "
                     f"cluster.measure_links=false leaves that out; log: {self._links_log}"
                 )
-            found = read_json(result)["readings"].items()
+            found = read_json(self._links_result)["readings"].items()
             links = {name: Reading(**reading) for name, reading in found}
         return judge(self._reports(), echoes, asked["text"], links)
 

@@ -401,7 +401,10 @@ def test_a_gpu_with_memory_errors_ends_the_attempt_before_ray_starts(
         "cuda = SimpleNamespace(is_available=lambda: True, device_count=lambda: 2)\n"
     )
     smi = programs / "nvidia-smi"
-    smi.write_text("#!/bin/sh\nprintf '0, 0\\n1, 12\\n'\n")
+    answers = (
+        r"""case $1 in *rows=*) printf '0:1c.0, No, Yes\n' ;; *) printf '0, 0\n1, 12\n' ;; esac"""
+    )
+    smi.write_text(f"#!/bin/sh\n{answers}\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PYTHONPATH", str(programs))
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
@@ -412,11 +415,30 @@ def test_a_gpu_with_memory_errors_ends_the_attempt_before_ray_starts(
     code, reason = made.end
     assert code == FAILED
     assert reason.startswith(
-        "preflight: node0 has GPUs with uncorrected ECC errors since its driver was loaded "
-        "(GPU 1: 12); its administrator"
+        "preflight: node0 has GPUs with broken memory (GPU 0:1c.0: remapped rows failed); "
+        "its administrator"
     )
     assert "2 GPUs, driver for CUDA 0.0, torch for CUDA 13.0" in out
     assert not (made.run.attempts / "1" / "head.json").exists()
+
+
+def test_an_agent_that_looks_at_its_node_beats_and_hears_signals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A torch that is long to be read stands for a shared filesystem that is slow."""
+    began = tmp_path / "began"
+    (tmp_path / "torch.py").write_text(
+        f"import time\nopen({str(began)!r}, 'w').close()\ntime.sleep(100)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    made = make_run(tmp_path / "runs", 1, device="cuda")
+    agent = start_agent(made, 0)
+    assert process_table.wait_for(began.exists, _DEADLINE_S)
+    attempt = made.run.attempt(1)
+    assert process_table.wait_for(lambda: attempt.heartbeats()["0"]["count"] >= 2, 20.0)
+    agent.send_signal(signal.SIGUSR2)
+    agent.communicate(timeout=20.0)
+    assert made.end == (STOPPED, "SIGUSR2 at node0, before the driver started")
 
 
 def test_a_driver_that_is_too_old_is_named_in_one_sentence() -> None:

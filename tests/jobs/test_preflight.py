@@ -1,18 +1,21 @@
 """What a node is fit for: each check by a fault of its own, and the verdict by hand."""
 
+import errno
 import os
 import re
+import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jobs.checkout import ROOT
-from jobs.cluster_env import ClusterEnv
+from jobs.cluster_env import ClusterEnv, remove_scratch, scratch_root
 from jobs.preflight import node as node_checks
-from jobs.preflight.gpus import check_ecc
+from jobs.preflight.gpus import check_ecc, check_gpus
 from jobs.preflight.node import (
     Place,
     Reading,
@@ -21,8 +24,11 @@ from jobs.preflight.node import (
     examine,
     own_versions,
     quota_left,
+    wanted_hcas,
 )
+from jobs.preflight.rounds import Preflight
 from jobs.preflight.verdict import Echo, Report, Verdict, judge
+from nanoslime.run_dir import RunDir
 from nanoslime.types import RunError
 from tests.full_disk import fill, mounted
 from tests.jobs.made_run import make_run
@@ -58,9 +64,18 @@ def test_a_fit_node_has_a_value_for_every_check_that_applies(tmp_path: Path) -> 
     assert found == dict.fromkeys(applies, "")
 
 
+def nvidia_smi(program: Any, counts: str, rows: str) -> None:
+    """It knows the errors of each GPU, and what has become of their rows."""
+    program("nvidia-smi", f"case $1 in *rows=*) printf '{rows}' ;; *) printf '{counts}' ;; esac")
+
+
 def test_gpus_without_memory_errors_are_counted(program: Any) -> None:
-    program("nvidia-smi", "printf '0, 0\\n1, [N/A]\\n'")
-    assert check_ecc("n3", {}, 10) == "2 GPUs without uncorrected errors"
+    nvidia_smi(program, r"0, 0\n1, [N/A]\n", r"0:1b.0, No, No\n0:1c.0, [N/A], [N/A]\n")
+    said = "2 GPUs, uncorrected errors since the driver was loaded: "
+    assert check_ecc("n3", {}, 10) == f"{said}none"
+    # Such an error has ended the program that had it.
+    nvidia_smi(program, r"0, 0\n1, 3\n", r"0:1b.0, 0, 0\n0:1c.0, 0, 0\n")
+    assert check_ecc("n3", {}, 10) == f"{said}3 on GPU 1"
 
 
 def test_only_the_gpus_of_the_job_are_asked_for_errors(program: Any, tmp_path: Path) -> None:
@@ -68,16 +83,17 @@ def test_only_the_gpus_of_the_job_are_asked_for_errors(program: Any, tmp_path: P
     for visible in ("4,5", "", "MIG-71"):
         check_ecc("n3", {"CUDA_VISIBLE_DEVICES": visible}, 10)
     asked = [line.split()[2:] for line in (tmp_path / "asked").read_text().splitlines()]
-    assert asked == [["--id=4,5"], [], []]
+    assert asked == [["--id=4,5"], ["--id=4,5"], [], [], [], []]
 
 
 @pytest.mark.parametrize(
     ("shell", "says"),
     [
         (
-            "printf '0, 0\\n1, 3\\n'",
-            r"n3 has GPUs with uncorrected ECC .*\(GPU 1: 3\).*administrat",
+            r"case $1 in *rows=*) printf '0:1b.0, No, No\n0:1c.0, Yes, No\n' ;; esac",
+            r"n3 has GPUs with broken memory \(GPU 0:1c.0: remapped rows pending\).*administrat",
         ),
+        ("case $1 in *rows=*) echo 0:1b.0, 0, 1 ;; esac", r"\(GPU 0:1b.0: remapped rows failed\)"),
         ("printf '0, [GPU requires reset]\\n'", r"GPU 0: \[GPU requires reset\]"),
         ("echo Driver/library version mismatch; exit 18", "n3 fails with exit code 18: .*mismatch"),
         ("sleep 60", "nvidia-smi of n3 did not answer within 0.3 s"),
@@ -118,12 +134,117 @@ except Exception as error:
 
 
 def test_adapters_count_that_have_an_active_port(tmp_path: Path) -> None:
-    for adapter, state in (("mlx5_0", "4: ACTIVE"), ("mlx5_1", "1: DOWN"), ("mlx5_2", "4: ACTIVE")):
+    for adapter, state in (
+        ("mlx5_0", "4: ACTIVE"),
+        ("mlx5_1", "1: DOWN"),
+        ("mlx5_2", "4: ACTIVE"),
+        ("mlx5_3", "4: ACTIVE"),
+    ):
         port = tmp_path / adapter / "ports" / "1"
         port.mkdir(parents=True)
         (port / "state").write_text(f"{state}\n")
+        layer = "Ethernet" if adapter == "mlx5_3" else "InfiniBand"
+        (port / "link_layer").write_text(f"{layer}\n")
     assert active_hcas(tmp_path) == ["mlx5_0", "mlx5_2"]
     assert active_hcas(tmp_path / "none") == []
+    assert wanted_hcas({"NCCL_IB_DISABLE": "0"}, tmp_path) == ["mlx5_0", "mlx5_2"]
+    for variable in ({"NCCL_IB_DISABLE": "1"}, {"NCCL_NET": "Socket"}):
+        assert wanted_hcas(variable, tmp_path) == []
+
+
+def test_memory_is_locked_only_where_nccl_takes_infiniband(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_checks, "active_hcas", lambda root: ["mlx5_0"])
+    monkeypatch.setattr(node_checks, "_raised", lambda limit: 65_536)
+    monkeypatch.delenv("NCCL_IB_DISABLE", raising=False)
+    look = node_checks.CHECKS["limits"]
+    at = place_of(tmp_path)
+    gpus = Place(at.env, replace(at.layout, device="cuda"), at.cluster, at.attempt)
+    assert look(at) == "65536 files, 65536 processes"
+    with pytest.raises(RunError, match="node0 allows 65,536 bytes of locked memory"):
+        look(gpus)
+    monkeypatch.setenv("NCCL_IB_DISABLE", "1")
+    assert look(gpus) == "65536 files, 65536 processes"
+
+
+def test_a_limit_that_may_not_be_raised_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(limit: int, values: tuple[int, int]) -> None:
+        raise ValueError("current limit exceeds maximum limit")
+
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    monkeypatch.setattr(resource, "getrlimit", lambda limit: (5000, 9000))
+    assert node_checks.check_limits("n3", []) == "5000 files, 5000 processes"
+
+
+def test_a_node_without_its_disk_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    root = scratch_root({}, f"{tmp_path}/file/scratch")
+    at = place_of(tmp_path)
+    env = ClusterEnv.for_local(0, 2, "l0", root=root)
+    found = {r.check: r.problem for r in examine(Place(env, at.layout, at.cluster, at.attempt))}
+    says = f"{root} of node0, where Ray keeps its sockets, .* is not there or cannot be written; "
+    assert re.match(says, found["temp"]), found
+    remove_scratch(env.scratch(at.attempt))
+
+
+def test_an_error_of_a_check_tells_its_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(place: Place) -> str:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setitem(node_checks.CHECKS, "shm", look)
+    found = {reading.check: reading.problem for reading in examine(place_of(tmp_path))}
+    assert found["shm"] == "node0: [Errno 5] Input/output error"
+
+
+@pytest.mark.parametrize(
+    ("said", "interface", "finds"),
+    [
+        ("NodeName=n1 NodeAddr=127.0.0.9", "", "all nodes are found"),
+        ("NodeName=n1 NodeAddr=nowhere.invalid", "", r"n2 does not find .*n1 \(nowhere.invalid\)"),
+        ("NodeName=n1 NodeAddr=nowhere.invalid", "ib0", "not all nodes are found, and need not be"),
+        ("", "", "not all nodes are found, and need not be"),
+    ],
+)
+def test_names_have_addresses_where_they_lead_to_the_interface(
+    program: Any, tmp_path: Path, said: str, interface: str, finds: str
+) -> None:
+    program("scontrol", f"echo {said}")
+    at = place_of(tmp_path, network_interface=interface)
+    env = ClusterEnv(1, 2, "n2", ("n1", "n2"), "127.0.0.1", "71", 0, 0)
+    try:
+        found = node_checks.CHECKS["names"](Place(env, at.layout, at.cluster, at.attempt))
+    except RunError as error:
+        found = str(error)
+    assert re.match(finds, found)
+
+
+def test_the_code_of_preflight_comes_before_that_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user's own modules have the names of ours, and of torch."""
+    at = place_of(tmp_path)
+    run = RunDir.open(at.attempt.parent.parent)
+    preflight = Preflight(run.attempt(1), at)
+    preflight.reports.parent.joinpath("links.json").write_text("{}")
+    ours = tmp_path / "ours"
+    ours.mkdir()
+    (ours / "torch.py").write_text("from types import SimpleNamespace\nversion = cuda = None\n")
+    users = tmp_path / "users"
+    (users / "tools").mkdir(parents=True)
+    for module in ("tools/__init__.py", "torch.py"):
+        (users / module).write_text("import os\nos._exit(71)\n")
+    monkeypatch.chdir(users)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ours}")
+    with pytest.raises(RunError, match="does not start on node0: .*'NoneType'"):
+        check_gpus(at.env, 2)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    # It ends by itself, since links.json says nothing.
+    preflight.take_part()
+    assert preflight._measuring is not None
+    assert preflight._measuring.wait(100) == 1
 
 
 def test_a_full_folder_is_named_with_what_it_is_for(tmp_path: Path) -> None:
@@ -168,7 +289,7 @@ def test_an_interface_that_a_node_does_not_have_is_its_reading(
     found = {r.check: r.problem for r in examine(Place(env, at.layout, at.cluster, at.attempt))}
     assert found["interface"].startswith("n2: cluster.network_interface=ib9 has no address on ")
     assert "ports" not in found
-    assert re.search(r"n2 does not find the address of n1 \(n1\): .*/etc/hosts", found["names"])
+    assert found["names"] == ""
 
 
 def test_an_address_that_is_not_the_nodes_own_takes_no_server(tmp_path: Path) -> None:

@@ -1,8 +1,17 @@
 """The links of nodes: who is to blame, by hand. tests/jobs/test_node.py measures real ones."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
-from tools.links import Link, Nic, Task, judge, nic_of, pairs, slow_nodes
+from jobs.cluster_env import ClusterEnv
+from jobs.preflight.node import Place
+from jobs.preflight.rounds import Preflight
+from nanoslime.types import MachineFailure
+from tests import process_table
+from tests.jobs.made_run import make_run
+from tools.links import Link, Nic, Task, interface_for, judge, nic_of, pairs, slow_nodes
 
 NAMES = ("n1", "n2", "n3", "n4")
 # The lines of NCCL 2.27 with NCCL_DEBUG=INFO.
@@ -75,5 +84,33 @@ def test_sockets_beside_infiniband_are_a_fault_at_any_speed() -> None:
         "NCCL on n4 sends through sockets ([0]eth0:10.1.2.3<0>), though mlx5_0 of InfiniBand is "
         "active there; set cluster.infiniband_hcas"
     )
+    assert "NCCL_NET=Socket" in found["n4"].problem
     without = judge(task(None), links(set()), [nic_of("eth0", SOCKETS, [])] * 4)
     assert not any(reading.problem for reading in without.values())
+
+
+def test_the_interface_is_the_jobs_or_the_sites_before_that_of_the_address() -> None:
+    sites = replace(task(), network_interface="ib0,ib1")
+    assert interface_for(sites, 0, {"NCCL_SOCKET_IFNAME": "eth7"}) == "eth7"
+    assert interface_for(sites, 0, {}) == "ib0,ib1"
+    assert interface_for(task(), 0, {}) == "lo"
+
+
+def test_a_node_whose_process_has_died_is_named(tmp_path: Path) -> None:
+    """Those of the others have told that they could not measure."""
+    made = make_run(tmp_path, 2)
+    attempt = made.run.new_attempt()
+    env = ClusterEnv.for_local(0, 2, "l0")
+    preflight = Preflight(attempt, Place(env, made.layout, made.config.cluster, attempt.path))
+    preflight.ask()
+    (attempt.path / "links").mkdir()
+    (attempt.path / "links.json").write_text("{}")
+    preflight.take_part()
+    assert preflight._measuring is not None
+    assert preflight._measuring.wait(60) == 1
+    assert (attempt.path / "links" / "0.json").exists()
+    assert not preflight.are_links_measured()
+    with pytest.raises(MachineFailure, match=r"nothing came from node1; .*Task.*; log: .*links-0"):
+        preflight.judge()
+    (attempt.path / "links" / "1.json").write_text("{}")
+    assert process_table.wait_for(preflight.are_links_measured, 10.0)
