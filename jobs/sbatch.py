@@ -233,8 +233,13 @@ def step_command(
     """
     cluster = config.cluster
     image = cluster.container_image
-    mounts = [str(run_dir), *cluster.container_mounts]
-    mounts = [mount if ":" in mount else f"{mount}:{mount}" for mount in mounts]
+    mounts = [mount if ":" in mount else f"{mount}:{mount}" for mount in cluster.container_mounts]
+    places = [str(run_dir), *(mount.split(":")[1] for mount in mounts)]
+    mounts.insert(0, f"{run_dir}:{run_dir}")
+    for kept in filter(None, (cluster.local_storage, cluster.caches)):
+        if not any(Path(kept).is_relative_to(place) for place in places):
+            places.append(kept)
+            mounts.append(f"{kept}:{kept}")
     own = []
     if cluster.container == "pyxis":
         # What the image sets would win.

@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 _BLOCK_BYTES = 8 * 2**20
 # A filesystem that is nearly full is slow, and others use it too.
 _ROOM_FACTOR = 1.05
+_KILL_WAIT_S = 2.0
 _IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
 _NOT_LOCAL = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb3", "fuse.sshfs", "9p")
 _MANIFEST = ".manifest.json"
@@ -92,10 +93,18 @@ def own_folder(storage: Path) -> Path:
 
 
 def kept_caches(cluster: ClusterConfig) -> Path | None:
-    """Where a node keeps what it compiles; None: wherever each library does."""
-    if cluster.caches:
-        return Path(cluster.caches)
-    return own_folder(Path(cluster.local_storage)) / "caches" if cluster.local_storage else None
+    """Where a node keeps what it compiles, made if need be; None: wherever each library does."""
+    if not (cluster.caches or cluster.local_storage):
+        return None
+    own = own_folder(Path(cluster.local_storage))
+    folder = Path(cluster.caches) if cluster.caches else own / "caches"
+    try:
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        logger.warning("what is compiled is not kept in %s: %s", folder, error)
+        return None
+    return folder if os.access(folder, os.W_OK | os.X_OK) else None
 
 
 def model_files(source: Path) -> list[Path]:
@@ -138,9 +147,13 @@ def stage(copy: Copy, shared: Path, lock: int) -> Staged:
     )
 
 
-def why_not(storage: Path) -> str:
-    """Why nothing is copied to a directory; empty where it may be."""
+def why_not(storage: Path, container: str = "none") -> str:
+    """Why nothing is copied to a directory; empty where it may be. `container`: as in the cluster
+    file.
+    """
     kind = _filesystem(storage)
+    if container != "none" and "overlay" in kind:
+        return f"cluster.local_storage={storage} is in the container ({kind}), and ends with it"
     if kind in _IN_MEMORY:
         return f"cluster.local_storage={storage} is in the node's memory ({kind})"
     if kind in _NOT_LOCAL:
@@ -172,9 +185,7 @@ def _hash_all(folder: Path) -> dict[str, str] | None:
 
 def _copy(copy: Copy) -> dict[str, str]:
     """Copies all files and returns their hashes. RunError where one of them is no whole file."""
-    shutil.rmtree(copy.path, ignore_errors=True)
     aside = copy.storage / f".{copy.key}"
-    shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(mode=0o700)
     hashes = {}
     try:
@@ -209,13 +220,21 @@ def _differing(found: dict[str, str], copy: Copy, shared: Path) -> str:
 
 
 def _make_room(copy: Copy) -> str:
-    """Removes the oldest copies that nobody uses, as far as needed; says where that is too few."""
+    """Removes what is left of this copy, all halves that nobody goes on with, and as far as needed
+    the oldest copies that nobody uses; says where that is too few.
+    """
     needed = copy.num_bytes * _ROOM_FACTOR
-    others = [folder for folder in copy.storage.iterdir() if (folder / _MANIFEST).exists()]
-    for folder in sorted(others, key=lambda folder: folder.stat().st_mtime):
-        if shutil.disk_usage(copy.storage).free >= needed:
+    for own in (copy.path, copy.storage / f".{copy.key}"):
+        shutil.rmtree(own, ignore_errors=True)
+    folders = [folder for folder in copy.storage.iterdir() if folder.is_dir()]
+    halves = [folder for folder in folders if folder.name[0] == "."]
+    whole = [folder for folder in folders if (folder / _MANIFEST).exists()]
+    oldest = sorted(set(whole) - set(halves), key=lambda folder: folder.stat().st_mtime)
+    for folder in [*halves, *oldest]:
+        if folder in oldest and shutil.disk_usage(copy.storage).free >= needed:
             break
-        with folder.with_name(f"{folder.name}.lock").open("a") as lock, suppress(BlockingIOError):
+        lock_file = copy.storage / f"{folder.name.removeprefix('.')}.lock"
+        with lock_file.open("a") as lock, suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             logger.info("%s makes room for %s", folder, copy.key)
             shutil.rmtree(folder)
@@ -248,7 +267,7 @@ class Staging:
         copy = Copy.of(Path(self._source), Path(config.cluster.local_storage))
         command = [*module_command(sys.executable, "jobs.staging"), self._source]
         command += [config.cluster.local_storage, str(attempt.run.path), str(self._result)]
-        unfit = why_not(copy.storage)
+        unfit = why_not(copy.storage, config.cluster.container)
         if unfit:
             self.give_up(unfit)
             return
@@ -275,6 +294,12 @@ class Staging:
         """The readers of this node take the shared files."""
         if self._child:
             self._child.kill()
+            # One that waits for a dead file server ends later.
+            with suppress(subprocess.TimeoutExpired):
+                self._child.wait(_KILL_WAIT_S)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
         publish_json(self._result, asdict(Staged(self._source, note=why)))
 
 

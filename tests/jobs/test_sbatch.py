@@ -227,6 +227,20 @@ def test_apptainer_is_started_by_srun_and_starts_the_agents(tmp_path: Path) -> N
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
 
 
+def test_what_a_node_keeps_is_kept_outside_the_container(tmp_path: Path) -> None:
+    """But for what is in a place that the site mounts itself."""
+
+    def binds(**cluster: str) -> list[str]:
+        words = srun_line(text_of(make_run(tmp_path, 1, **containers("apptainer", **cluster))))
+        return [word for word in words if word.startswith("--bind=")][3:]
+
+    assert binds() == []
+    both = ["--bind=/local:/local", "--bind=/cache:/cache"]
+    assert binds(local_storage="/local", caches="/cache") == both
+    assert binds(local_storage="/local", caches="/local/caches") == both[:1]
+    assert binds(local_storage="/shared/models/nvme") == []
+
+
 def test_a_site_may_have_a_script_of_its_own(tmp_path: Path) -> None:
     template = tmp_path / "site.sbatch"
     lines = [

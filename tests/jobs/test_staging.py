@@ -3,17 +3,21 @@
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jobs.agent import Agent
 from jobs.checkout import ROOT
+from jobs.cluster_env import ClusterEnv
 from jobs.ray_node import environment
-from jobs.staging import Copy, Staged, Staging, kept_caches, wants_copy, why_not
+from jobs.staging import Copy, Staged, Staging, kept_caches, own_folder, wants_copy, why_not
 from nanoslime.config.cluster import ClusterConfig
 from nanoslime.config.load import dump
 from nanoslime.orchestration.ray.actors import RunOnRay
@@ -197,16 +201,94 @@ def test_only_a_node_with_a_disk_of_its_own_wants_a_copy(tmp_path: Path, model: 
     assert not wants_copy(make_run(tmp_path / "c", 1, local_storage="/local").config)
 
 
-def test_what_a_node_compiles_is_kept_on_its_disk_unless_the_site_says_otherwise() -> None:
-    caches = kept_caches(ClusterConfig(local_storage="/local"))
-    own = f"/local/nanoslime-{os.getuid()}/caches"
+def test_what_a_node_compiles_is_kept_on_its_disk_unless_the_site_says_otherwise(
+    tmp_path: Path,
+) -> None:
+    caches = kept_caches(ClusterConfig(local_storage=f"{tmp_path}/local"))
+    own = f"{tmp_path}/local/nanoslime-{os.getuid()}/caches"
     base = {"TRITON_CACHE_DIR": "/mine"}
     env = environment(base, Path("/token"), Path("/scratch"), caches)
     assert env["TRITON_CACHE_DIR"] == "/mine"
     assert env["TORCHINDUCTOR_CACHE_DIR"] == f"{own}/inductor"
     assert env["FLASHINFER_WORKSPACE_BASE"] == f"{own}/flashinfer"
+    assert Path(own).is_dir()
     assert kept_caches(ClusterConfig()) is None
+    # A node without the directory does without it.
+    (tmp_path / "file").touch()
+    for where in ("caches", "local_storage"):
+        assert kept_caches(ClusterConfig(**{where: f"{tmp_path}/file/caches"})) is None
     assert "TORCHINDUCTOR_CACHE_DIR" not in environment({}, Path("/token"), Path("/scratch"))
+
+
+def test_what_a_container_writes_into_itself_is_no_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outside a container the root of a node without a disk may be one too."""
+    for kind in ("overlay", "fuse.fuse-overlayfs"):
+        monkeypatch.setattr("jobs.staging._filesystem", lambda path, kind=kind: kind)
+        assert f"is in the container ({kind})" in why_not(tmp_path, "apptainer")
+        assert why_not(tmp_path) == ""
+    monkeypatch.setattr("jobs.staging._filesystem", lambda path: "ext4")
+    assert why_not(tmp_path, "pyxis") == ""
+
+
+def test_a_copy_that_takes_too_long_is_let_go_of(tmp_path: Path, model: Path, disk: Path) -> None:
+    """Another agent's lock keeps it waiting."""
+    made = run_on(tmp_path, model, disk)
+    lock = Copy.of(model, disk).open_lock()
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    staging = Staging(made.run.attempt(1), made.config, 0)
+    child = staging._child
+    assert child is not None
+    staging.give_up("too long")
+    assert child.returncode == -signal.SIGKILL
+    os.close(lock)
+    with (own_folder(disk) / f"{Copy.of(model, disk).key}.lock").open() as again:
+        fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert read_json(made.run.attempt(1).staged(0))["note"] == "too long"
+
+
+def test_a_copy_that_is_given_up_in_the_middle_holds_nobody_up(
+    tmp_path: Path, model: Path, disk: Path
+) -> None:
+    made = run_on(tmp_path, model, disk)
+    staging = Staging(made.run.attempt(1), made.config, 0)
+    assert process_table.wait_for(staging.is_done, _DEADLINE_S)
+    staging.give_up("it was done too late")
+    with (own_folder(disk) / f"{Copy.of(model, disk).key}.lock").open() as again:
+        fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_node_that_is_lost_is_not_waited_for(
+    tmp_path: Path, small_disk: Path, model: Path
+) -> None:
+    made = run_on(tmp_path, model, small_disk, stage_deadline_s=40.0)
+    attempt = made.run.attempt(1)
+    agent = Agent(attempt, made.config, made.layout, ClusterEnv.for_local(0, 2, "l1"), "")
+    publish_json(attempt.lost(1), {"name": "node1"})
+    began = time.monotonic()
+    agent._stage_model()
+    assert time.monotonic() - began < 20
+
+
+def test_halves_of_copies_make_room_first(
+    tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a killed copy has left; one that is being made stays."""
+    monkeypatch.setattr("jobs.staging._IN_MEMORY", ())
+    whole, new = (make_model(tmp_path / "shared" / name, 800_000) for name in ("whole", "new"))
+    stage_all(run_on(tmp_path / "a", whole, small_disk), 0)
+    storage = own_folder(small_disk)
+    halves = [storage / name for name in (".dead", ".made", f".{Copy.of(new, small_disk).key}")]
+    for half in halves:
+        half.mkdir()
+        (half / "model.safetensors").write_bytes(b"w" * 600_000)
+    with (storage / "made.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        [said] = stage_all(run_on(tmp_path / "b", new, small_disk), 0)
+    assert said["note"] == ""
+    assert [half.exists() for half in halves] == [False, True, False]
+    assert list(storage.glob("whole-*/")), "there was room without it"
 
 
 STAGE = """
