@@ -21,6 +21,7 @@ reached its end and does not go on makes the job fail, so that no other job take
 """
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,11 +31,17 @@ from pathlib import Path
 from jobs import where
 from jobs.cluster_env import job_facts, own_job_id, slurm_says
 from jobs.preflight.rounds import excluded
-from jobs.sbatch import OUTLIVES_STEP, agent_command, requeue_line, step_command
+from jobs.sbatch import (
+    OUTLIVES_STEP,
+    agent_command,
+    requeue_line,
+    sbatch_options,
+    step_command,
+)
 from nanoslime.config.load import read
 from nanoslime.layout import Layout
 from nanoslime.processes.command import ask
-from nanoslime.processes.signals import handled
+from nanoslime.processes.signals import handled, held_back_from_children
 from nanoslime.run_dir import DONE, FAILED, STOPPED, Attempt, RunDir
 from nanoslime.storage.shared_files import publish_once, read_json, seen
 from nanoslime.types import RunError
@@ -43,6 +50,21 @@ _REQUEUE_DEADLINE_S = 60.0
 _SILENT = (FAILED, "its agents ended without saying why")
 # scontrol shows a job that is cancelled or requeued as COMPLETING until its processes have ended.
 _OVER = ("CANCELLED", "COMPLETING", "PENDING", "REQUEUED")
+# What somebody may have changed since the job was submitted, and scontrol's word for it.
+_OPTION_OF_FACT = {
+    "partition": "Partition",
+    "account": "Account",
+    "qos": "QOS",
+    "time": "TimeLimit",
+    "constraint": "Features",
+    "reservation": "Reservation",
+}
+_UNSAID = ("(null)", "N/A", "", "Partition_Limit")
+# slurm_errno.c: what another choice of nodes would not mend.
+_LACK = re.compile(
+    "node configuration is not available|node count specification invalid|nodes? .*not available",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +198,7 @@ def _go_on(attempt: Attempt, job_id: str, by: str) -> str:
     unfit = excluded(run, attempt.key)
     before = facts.get("ExcNodeList", "(null)")
     excluding = ",".join([*unfit, *([] if before == "(null)" else [before])])
-    complaint = _lack_of_others(facts, excluding) if unfit else ""
+    complaint = _lack_of_others(run, facts, excluding) if unfit else ""
     if complaint:
         plan = Layout.from_json(run.plan.read_text())
         if plan.num_nodes - len(unfit) < plan.min_nodes:
@@ -194,8 +216,8 @@ def _go_on(attempt: Attempt, job_id: str, by: str) -> str:
         following = where.submit("sbatch", script, f"--dependency=afterany:{job_id}", *options)
         where.record_job(run, following, after=job_id)
         return f"goes on in job {following}{without}"
-    # SLURM ends this process too, by SIGTERM at first.
-    with handled(lambda _: None):
+    # SLURM ends this process and its commands too, by SIGTERM at first.
+    with handled(lambda _: None), held_back_from_children():
         done = ask(["scontrol", "requeue", job_id], _REQUEUE_DEADLINE_S)
         if done.returncode:
             raise RunError(" ".join(done.stderr.split()))
@@ -208,16 +230,26 @@ def _go_on(attempt: Attempt, job_id: str, by: str) -> str:
     return f"requeued{without}"
 
 
-def _lack_of_others(job: Mapping[str, str], excluding: str) -> str:
-    """What SLURM says where it has too few nodes for a job beside those: it would wait for ever."""
-    options = [f"--nodes={job.get('NumNodes', '1').partition('-')[0]}", f"--exclude={excluding}"]
-    for option, word in (("partition", "Partition"), ("account", "Account"), ("qos", "QOS")):
-        value = job.get(word, "")
-        if value not in ("(null)", "N/A", ""):
-            options.append(f"--{option}={value}")
-    command = ["sbatch", "--test-only", *options, "--wrap=true"]
-    done = ask(command, _REQUEUE_DEADLINE_S, env=where.submitter_environment())
-    return where.complaint(done.stderr) if done.returncode else ""
+def _lack_of_others(run: RunDir, job: Mapping[str, str], excluding: str) -> str:
+    """What SLURM says where it has too few nodes for a job beside those: it would wait for ever.
+
+    Empty where it says anything else, or does not answer.
+    """
+    options = sbatch_options(read(run.config), Layout.from_json(run.plan.read_text()))
+    now = {option: job.get(word, "") for option, word in _OPTION_OF_FACT.items()}
+    options |= {option: said for option, said in now.items() if said not in _UNSAID}
+    options |= {"nodes": job.get("NumNodes", "1").partition("-")[0], "exclude": excluding}
+    words = [
+        f"--{option}" if value is True else f"--{option}={value}"
+        for option, value in options.items()
+    ]
+    command = ["sbatch", "--test-only", *words, "--wrap=true"]
+    try:
+        done = ask(command, _REQUEUE_DEADLINE_S, env=where.submitter_environment())
+    except (OSError, RunError):
+        return ""
+    is_lack = done.returncode and _LACK.search(done.stderr)
+    return where.complaint(done.stderr) if is_lack else ""
 
 
 if __name__ == "__main__":

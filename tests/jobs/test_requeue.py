@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 import pytest
 
-from jobs.requeue import JobNow, nodes_left, num_vain_requeues, obstacle
+from jobs.requeue import JobNow, _lack_of_others, nodes_left, num_vain_requeues, obstacle
 from jobs.sbatch import sbatch_text
 from jobs.where import record_job, refuse_if_job_lives
 from nanoslime.run_dir import DONE, FAILED, STOPPED, Attempt, RunDir
@@ -167,6 +167,54 @@ def test_a_batch_script_requeues_or_fails_with_the_cause(
     assert returned == code, said
     assert told in said
     assert ("scontrol requeue 42" in calls) == ("; requeued" in told)
+
+
+def test_a_node_is_left_out_though_slurm_ends_the_commands_of_a_requeued_job(
+    tmp_path: Path,
+) -> None:
+    """It sends SIGTERM to all processes of the batch step, also to those without a handler."""
+    made = make_run(tmp_path, 2)
+    attempt = made.run.new_attempt("42-1")
+    publish_json(attempt.preflight, {"excluded": ["n2"]})
+    broken(attempt)
+    ends = "kill -TERM $$ $PPID; echo updated"
+    answers = {"scontrol": f'case "$1" in requeue | update) {ends} > {tmp_path}/$1 ;; esac'}
+    returned, calls, said = run_script(made, tmp_path, 137, answers)
+    assert returned == DONE, said
+    assert "requeued without n2 (1 of 10" in said
+    assert "scontrol update JobId=42 ExcNodeList=n2" in calls
+    assert (tmp_path / "update").exists()
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_lack"),
+    [
+        ("sbatch: error: allocation failure: Requested node configuration is not available", True),
+        ("sbatch: error: Batch job submission failed: Node count specification invalid", True),
+        ("Required node not available (down, drained or reserved)", True),
+        ("allocation failure: Requested nodes are busy", False),
+        ("allocation failure: Requested time limit is invalid (missing or exceeds limit)", False),
+        ("sbatch: error: Unable to contact slurm controller (connect failure)", False),
+    ],
+)
+def test_only_slurms_words_for_it_are_a_lack_of_nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, is_lack: bool
+) -> None:
+    made = make_run(tmp_path, 2, "cuda", gpu_request="gres:gpu", extra_sbatch={"constraint": "ib"})
+    facts = {"NumNodes": "2", "Partition": "gpu", "Account": "(null)", "TimeLimit": "02:00:00"}
+    facts |= {"Features": "a100", "Reservation": "maint"}
+    program = tmp_path / "sbatch"
+    program.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\necho "{answer}" >&2\nexit 1\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    said = _lack_of_others(made.run, facts, "n2")
+    asked = set((tmp_path / "asked").read_text().split())
+    assert {"--test-only", "--nodes=2", "--exclude=n2", "--partition=gpu"} <= asked
+    assert {"--time=02:00:00", "--constraint=a100", "--reservation=maint"} <= asked
+    assert "--gres=gpu:2" in asked
+    assert bool(said) == is_lack
+    program.unlink()
+    assert _lack_of_others(made.run, facts, "n2") == ""
 
 
 def test_a_site_that_forbids_requeues_has_a_job_after_the_job(tmp_path: Path) -> None:
