@@ -5,7 +5,8 @@ partition and its nodes are asked what they allow.
 """
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jobs.cluster_env import facts, slurm_says
@@ -115,13 +116,14 @@ def _check_partition(config: RunConfig, layout: Layout, partition: dict[str, str
     if not nodes:
         return
     needs = [
-        _number_needed("cluster.cpus_per_node", cores, nodes, "CPUTot", "cores"),
-        _number_needed("cluster.memory_per_node", memory_mb, nodes, "RealMemory", "MB"),
+        _number_needed("cluster.cpus_per_node", cores, map(cpus_for_jobs, nodes), "cores"),
+        _number_needed("cluster.memory_per_node", memory_mb, map(mb_for_jobs, nodes), "MB"),
     ]
     if layout.device == "cuda" and cluster.gpu_request != "none":
         kind = cluster.gpu_request.partition("gpu:")[2]
         gres = [node.get("Gres", "") for node in nodes]
-        gpus = [_gpus(one, kind) for one in gres]
+        by_type = [gpus_by_type(one) for one in gres]
+        gpus = [found[kind] if kind else found.total() for found in by_type]
         setting = f"cluster.gpus_per_node={layout.slots_per_node}"
         setting += f" of type {kind}" if kind else ""
         needs.insert(0, _Need(setting, layout.slots_per_node, gpus, gres))
@@ -147,10 +149,8 @@ def _check_nodes(layout: Layout, partition: str, needs: Sequence[_Need]) -> None
             )
 
 
-def _number_needed(
-    setting: str, number: float, nodes: Sequence[dict[str, str]], fact: str, unit: str
-) -> _Need:
-    has = [float(node.get(fact) or "inf") for node in nodes]
+def _number_needed(setting: str, number: float, numbers: Iterable[float], unit: str) -> _Need:
+    has = list(numbers)
     return _Need(f"{setting}={number:.0f}", number, has, [f"{one:.0f} {unit}" for one in has])
 
 
@@ -160,7 +160,29 @@ def _megabytes(memory: str) -> float:
     return int(match[1]) * _MEGABYTES[match[2] or "M"] if match else 0
 
 
-def _gpus(gres: str, kind: str) -> float:
-    """The GPUs in a node's generic resources, such as gpu:h100:8(S:0-1), of one type or of all."""
-    found = re.findall(r"gpu(?::([A-Za-z][\w.-]*))?:(\d+)", gres)
-    return float(sum(int(number) for of_type, number in found if not kind or of_type == kind))
+def gpus_by_type(gres: str) -> Counter[str]:
+    """The GPUs in a node's generic resources, such as gpu:8 or gpu:a100:4(S:0,1),gpu:1g.10gb:7.
+
+    A type may begin with a digit, or be a number: the count is what stands last.
+    """
+    found: Counter[str] = Counter()
+    for resource in re.sub(r"\([^)]*\)|:no_consume", "", gres).split(","):
+        name, *words = resource.strip().split(":")
+        if name == "gpu":
+            number = words.pop() if words and words[-1].isdecimal() else "1"
+            found[":".join(words)] += int(number)
+    return found
+
+
+def cpus_for_jobs(node: Mapping[str, str]) -> float:
+    """What scontrol says that jobs get of a node's CPUs: those without the system's own."""
+    if "CPUEfctv" in node:
+        return float(node["CPUEfctv"])
+    # SLURM before 22.05.
+    reserved = int(node.get("CoreSpecCount", 0)) * int(node.get("ThreadsPerCore", 1))
+    return float(node.get("CPUTot") or "inf") - reserved
+
+
+def mb_for_jobs(node: Mapping[str, str]) -> float:
+    """What scontrol says that jobs get of a node's memory."""
+    return float(node.get("RealMemory") or "inf") - float(node.get("MemSpecLimit", 0))

@@ -62,7 +62,7 @@ class ClusterConfig:
     memory_per_node: str = ""
     """Memory as sbatch --mem takes it; empty: the site's default."""
     gpu_request: str = Field(
-        default="gpus-per-node", pattern=r"^(gpus-per-node|gres:gpu(:[\w.-]+)?|none)$"
+        default="gpus-per-node", pattern=r"^(gpus-per-node|gres:gpu(:[\w.+-]+)?|none)$"
     )
     """How a job asks for its GPUs: gpus-per-node, gres:gpu, gres:gpu:TYPE, or none where the
     partition gives whole nodes and refuses both."""

@@ -48,6 +48,7 @@ def test_a_cluster_file_says_whether_its_nodes_have_gpus(tmp_path, text):
         ),
         ("venv: a\nconda: b", "venv='.*a' and cluster.conda='b' are two environments"),
         ("infiniband_hcas: mlx5_0\nenv: {NCCL_IB_HCA: mlx5_1}", "env has NCCL_IB_HCA, which"),
+        ("gpu_request: gres:gpu:h100:8", "gpu_request='gres:gpu:h100:8': must match"),
         ("gpu_request: gres", "gpu_request='gres': must match"),
         ("exclusive: 3", "cluster.exclusive"),
         (

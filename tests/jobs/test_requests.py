@@ -57,6 +57,8 @@ MaxCPUsPerNode=UNLIMITED Nodes=n[1-16] TotalNodes=16"
 MaxCPUsPerNode=32 Nodes=n[1-2] TotalNodes=2"
     echo "PartitionName=old Default=NO State=UP MaxTime=UNLIMITED MaxNodes=UNLIMITED \
 MaxCPUsPerNode=UNLIMITED Nodes=n[17-24] TotalNodes=8"
+    echo "PartitionName=kept Default=NO State=UP MaxTime=UNLIMITED MaxNodes=UNLIMITED \
+MaxCPUsPerNode=UNLIMITED Nodes=n[25-26] TotalNodes=2"
     ;;
   node)
     echo "{nodes}"
@@ -65,9 +67,15 @@ esac
 """
 _LARGE = "CPUTot=96 RealMemory=1024000 Gres=gpu:h100:8(S:0-1) State=IDLE Partitions"
 _SMALL = "CPUTot=32 RealMemory=256000 Gres=gpu:a100:4 State=IDLE Partitions"
+# Nodes whose system keeps cores and memory.
+_KEPT = (
+    "CPUEfctv=90 CPUTot=96 RealMemory=1024000 MemSpecLimit=24000 Gres=gpu:2080ti:8(S:0,1) "
+    "State=IDLE Partitions"
+)
 NODES = "\n".join(
     [f"NodeName=n{i} {_LARGE}={'gpu,short' if i < 3 else 'gpu'}" for i in range(1, 17)]
     + [f"NodeName=n{i} {_SMALL}=old" for i in range(17, 25)]
+    + [f"NodeName=n{i} {_KEPT}=kept" for i in range(25, 27)]
 )
 CLUSTER = {
     "name": "mine",
@@ -200,6 +208,24 @@ REFUSED = [
         {"gpu_request": "gres:gpu:v100"},
         "cluster.gpus_per_node=8.*of type v100.*gpu:h100:8",
     ),
+    (
+        "q4b",
+        "--partition kept",
+        {"cpus_per_node": "92"},
+        "cluster.cpus_per_node=92: .*kept have 90 cores",
+    ),
+    (
+        "q4b",
+        "--partition kept",
+        {"memory_per_node": "1001000M"},
+        "memory_per_node=1001000: .*have 1000000 MB",
+    ),
+    (
+        "q4b",
+        "--partition kept",
+        {"gpu_request": "gres:gpu:2080", "memory_per_node": "900000M"},
+        "cluster.gpus_per_node=8.*of type 2080: .*have gpu:2080ti:8",
+    ),
     # One thing said twice.
     ("q4b", "--nodes 4", {"extra_sbatch": "{nodes: '2'}"}, "'nodes'.* cluster.nodes"),
     ("q4b", "", {"extra_sbatch": "{time: 1-0}"}, "'time'.* cluster.time_limit_min"),
@@ -280,6 +306,11 @@ ACCEPTED = [
     ("q4b", "--colocate --weight-sync.transport tensor", {}),
     ("q4b", "--partition gpu,short --nodes 2", {"cpus_per_node": "32"}),
     ("q4b", "", {"gpu_request": "gres:gpu:h100"}),
+    (
+        "q4b",
+        "--partition kept",
+        {"gpu_request": "gres:gpu:2080ti", "cpus_per_node": "90", "memory_per_node": "1000000M"},
+    ),
     ("q4b", '--rollout.sglang {"mem_fraction_static":0.8,"max_running_requests":64}', {}),
 ]
 

@@ -10,7 +10,7 @@ import yaml
 
 from tools.site.node_facts import NodeFacts
 from tools.site.questions import Answers
-from tools.site.slurm import Cluster
+from tools.site.slurm import Cluster, Share, slice_gb
 
 _DEFAULT_LIMIT_MIN = 1440
 _DEFAULT_LEAD_S = 300
@@ -44,12 +44,8 @@ class Request:
     cluster: Cluster
     answers: Answers
     max_time_min: int | None
-    reserved_mb: int
-    """Memory of a node that SLURM keeps from jobs."""
-
-    @property
-    def memory_mb(self) -> int:
-        return self.answers.kind.memory_mb - self.reserved_mb
+    share: Share
+    """What they get of a node, which may be less than it has."""
 
     @property
     def time_limit_min(self) -> int:
@@ -96,11 +92,14 @@ def _nodes(request: Request, node: NodeFacts) -> list[str]:
         gib, source = _gpu_memory_gib(kind.gpu_type, node)
         lines.append(_entry("gpu_memory_gib", gib, source))
         types = {other.gpu_type for other in own if other.gpus}
-        asked_by = f"gres:gpu:{kind.gpu_type}" if len(types) > 1 else "gpus-per-node"
+        are_several = len(types) > 1 or kind.has_other_gpus
+        asked_by = f"gres:gpu:{kind.gpu_type}" if are_several and kind.gpu_type else "gpus-per-node"
         lines.append(_entry("gpu_request", asked_by, "a type is named where there are several"))
-    lines.append(_entry("cpus_per_node", kind.cpus))
-    if request.memory_mb > 1:
-        lines.append(_entry("memory_per_node", f"{request.memory_mb}M", "all that SLURM gives"))
+    share = request.share
+    reason = f"of {kind.cpus}, all that SLURM gives" if share.cpus < kind.cpus else ""
+    lines.append(_entry("cpus_per_node", share.cpus, reason))
+    if share.memory_mb > 1:
+        lines.append(_entry("memory_per_node", f"{share.memory_mb}M", "all that SLURM gives"))
     if kind.features:
         lines.append(_comment("constraint", "&".join(kind.features), "the features of these nodes"))
     return lines
@@ -108,6 +107,9 @@ def _nodes(request: Request, node: NodeFacts) -> list[str]:
 
 def _gpu_memory_gib(gpu_type: str, node: NodeFacts) -> tuple[float, str]:
     """The memory of a GPU, and who says so."""
+    if (slice_ := slice_gb(gpu_type)) is not None:
+        # nvidia-smi tells that of the whole GPU.
+        return round(slice_ * 1e9 / 2**30, 1), f"that of a slice by its type, {gpu_type}"
     if node.gpu_memory_gib is not None:
         return round(node.gpu_memory_gib, 1), f"nvidia-smi: {node.gpu_name}"
     plain = gpu_type.lower().replace("-", "").replace("_", "")

@@ -22,7 +22,7 @@ from nanoslime.types import RunError
 from tools.site.cluster_file import Request, text
 from tools.site.node_facts import ask_node
 from tools.site.questions import Answers, Given, Person, ask_person, max_time_min
-from tools.site.slurm import ask_cluster, first_of, reserved_mb, try_job
+from tools.site.slurm import ask_cluster, ask_share, try_job
 
 _MAX_NODES_SHOWN = 4
 
@@ -47,8 +47,8 @@ def run(asked: argparse.Namespace) -> int:
     given = Given(asked.partition, asked.account, asked.run_root, asked.venv)
     person = Person(answers=not asked.yes)
     answers = ask_person(cluster, person, given)
-    reserved = reserved_mb(first_of(answers.kind.nodes))
-    request = Request(cluster, answers, max_time_min(cluster, answers), reserved)
+    share = ask_share(cluster, answers.partition, answers.kind)
+    request = Request(cluster, answers, max_time_min(cluster, answers), share)
     _refuse_what_slurm_refuses(request)
     node = ask_node(_small_job(answers), srun=not asked.no_srun)
     if not node.is_node:
@@ -89,11 +89,11 @@ def _refuse_what_slurm_refuses(request: Request) -> None:
     options += [
         "--nodes=1",
         f"--time={request.time_limit_min}",
-        f"--cpus-per-task={answers.kind.cpus}",
+        f"--cpus-per-task={request.share.cpus}",
         "--requeue",
     ]
-    if request.memory_mb > 1:
-        options.append(f"--mem={request.memory_mb}M")
+    if request.share.memory_mb > 1:
+        options.append(f"--mem={request.share.memory_mb}M")
     if answers.kind.gpus:
         options.append(f"--gpus-per-node={answers.kind.gpus}")
     refusal = try_job(options)

@@ -99,9 +99,15 @@ def ask_person(cluster: Cluster, person: Person, given: Given) -> Answers:
 
 
 def _main_kind(cluster: Cluster, partition: Partition) -> NodeKind | None:
-    """The nodes of a partition that a run is for: those with GPUs, and then the most of a kind."""
+    """The nodes of a partition that a run is for: those with GPUs, which are whole ones, and then
+    the most of a kind.
+    """
     kinds = [kind for kind in cluster.kinds if kind.partition == partition.name]
-    return max(kinds, key=lambda kind: (kind.gpus > 0, kind.count), default=None)
+
+    def fitness(kind: NodeKind) -> tuple[bool, bool, int]:
+        return kind.gpus > 0, not kind.has_slices, kind.count
+
+    return max(kinds, key=fitness, default=None)
 
 
 def describe(partition: Partition, kind: NodeKind) -> str:
@@ -118,11 +124,14 @@ def describe(partition: Partition, kind: NodeKind) -> str:
 
 
 def _ask_partition(cluster: Cluster, usable: dict[str, NodeKind], person: Person) -> str:
-    """The default: the site's where it has GPUs or no partition has, else the one with the most."""
+    """The default: the site's where it has GPUs (whole ones, not slices) or no partition has, else
+    the one with the most.
+    """
 
-    def fitness(partition: Partition) -> tuple[bool, bool, int]:
+    def fitness(partition: Partition) -> tuple[bool, bool, bool, int]:
         kind = usable[partition.name]
-        return kind.gpus > 0, partition.is_default, kind.count * max(kind.gpus, 1)
+        num_devices = kind.count * max(kind.gpus, 1)
+        return kind.gpus > 0, not kind.has_slices, partition.is_default, num_devices
 
     partitions = [p for p in cluster.partitions if p.name in usable]
     default = max(partitions, key=fitness).name
@@ -133,16 +142,14 @@ def _ask_partition(cluster: Cluster, usable: dict[str, NodeKind], person: Person
 
 
 def _associations(cluster: Cluster, partition: Partition) -> list[Association]:
-    """The user's associations that hold in a partition."""
-    return [
-        own
-        for own in cluster.associations
-        if own.partition in ("", partition.name) and partition.takes(own.account)
-    ]
+    """The user's associations that hold in a partition, if it takes their accounts."""
+    return [own for own in cluster.associations if own.partition in ("", partition.name)]
 
 
 def _ask_account(cluster: Cluster, partition: Partition, person: Person) -> str:
-    accounts = list(dict.fromkeys(own.account for own in _associations(cluster, partition)))
+    all_accounts = dict.fromkeys(own.account for own in _associations(cluster, partition))
+    # Where none is listed, one may be below a listed one: SLURM, which is asked later, knows.
+    accounts = list(filter(partition.takes, all_accounts)) or list(all_accounts)
     if cluster.why_no_accounts and cluster.enforces_accounts:
         print(f"  SLURM does not tell your accounts: {cluster.why_no_accounts}")
         return person.ask("account (Enter: SLURM's default)", "", lambda answer: "")
@@ -174,8 +181,9 @@ def _qos(cluster: Cluster, partition: Partition, account: str) -> str:
 
 def max_time_min(cluster: Cluster, answers: Answers) -> int | None:
     """The longest job that partition, association and QOS allow; None: no limit."""
-    limits = [answers.partition.max_time_min]
-    for own in _associations(cluster, answers.partition):
+    partition = answers.partition
+    limits = [partition.max_time_min, cluster.qos_limits.get(partition.qos)]
+    for own in _associations(cluster, partition):
         if own.account == answers.account:
             limits.append(own.max_time_min)
             qos = answers.qos or own.default_qos or "normal"

@@ -6,9 +6,11 @@ Each parser takes the text of one command and is tested on texts; `ask_cluster` 
 import getpass
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from jobs.cluster_env import facts as words_of
+from jobs.limits import cpus_for_jobs, gpus_by_type, mb_for_jobs
 from jobs.where import complaint
 from nanoslime.processes.command import ask
 from nanoslime.types import RunError
@@ -32,6 +34,13 @@ class NodeKind:
     features: tuple[str, ...]
     nodes: str
     """Their names, as SLURM lists them."""
+    has_other_gpus: bool = False
+    """Whether each has GPUs of other types as well."""
+
+    @property
+    def has_slices(self) -> bool:
+        """Whether its GPUs are parts of some (MIG)."""
+        return is_slice(self.gpu_type)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +57,15 @@ class Partition:
     allowed_qos: tuple[str, ...]
     allowed_groups: tuple[str, ...]
     default_time_min: int | None
+    max_cpus: int | None = None
+    """The CPUs that a job gets of a node at most."""
+    max_mb: int | None = None
+    max_mb_per_cpu: int | None = None
+    qos: str = ""
+    """The QOS whose limits hold for all of the partition's jobs; empty: none."""
 
     def takes(self, account: str) -> bool:
+        """Whether these lists have the account; SLURM may take its parents for it."""
         if self.allowed_accounts:
             return account in self.allowed_accounts
         return account not in self.denied_accounts
@@ -167,35 +183,38 @@ def parse_kinds(text: str) -> tuple[NodeKind, ...]:
     kinds = []
     for line in text.splitlines():
         partition, count, cpus, memory, gres, features, nodes = line.split("|", 6)
-        gpus, gpu_type = parse_gres(gres)
+        by_type = gpus_by_type(gres)
+        gpus, gpu_type = most_gpus(by_type)
         listed = tuple(word for word in features.split(",") if word not in _ANY)
         numbers = [int(re.sub(r"\D.*", "", number) or 0) for number in (count, cpus, memory)]
-        kinds.append(NodeKind(partition, *numbers, gpus, gpu_type, listed, nodes))
+        kinds.append(NodeKind(partition, *numbers, gpus, gpu_type, listed, nodes, len(by_type) > 1))
     return tuple(kinds)
 
 
-def parse_gres(gres: str) -> tuple[int, str]:
+def most_gpus(by_type: Mapping[str, int]) -> tuple[int, str]:
     """How many GPUs a node has, and their type: of several types the one with the most.
 
-    The words of SLURM are `gpu:8`, `gpu:h100:8(S:0-1)`, `gpu:a100:4,gpu:1g.10gb:7,shard:8`.
+    Slices of GPUs are chosen only where a node has nothing else.
     """
-    by_type: dict[str, int] = {}
-    for word in re.sub(r"\([^)]*\)", "", gres).split(","):
-        match = re.fullmatch(r"gpu(?::([\w.-]*[a-zA-Z][\w.-]*))?(?::(\d+))?", word.strip())
-        if match:
-            gpu_type = match[1] or ""
-            by_type[gpu_type] = by_type.get(gpu_type, 0) + int(match[2] or 1)
-    if not by_type:
-        return 0, ""
-    most = max(by_type, key=lambda name: by_type[name])
-    return by_type[most], most
+    most = max(by_type, key=lambda name: (not is_slice(name), by_type[name]), default="")
+    return by_type.get(most, 0), most
+
+
+def slice_gb(gpu_type: str) -> int | None:
+    """The memory of a slice of a GPU (MIG), which its type tells, such as a100_1g.10gb+me."""
+    match = re.search(r"\dg\.(\d+)gb", gpu_type.lower())
+    return int(match[1]) if match else None
+
+
+def is_slice(gpu_type: str) -> bool:
+    return slice_gb(gpu_type) is not None
 
 
 def parse_partitions(text: str) -> tuple[Partition, ...]:
     """The partitions in what `scontrol show partition --oneliner` prints."""
     found = []
     for line in text.splitlines():
-        facts = dict(re.findall(r"(\S+?)=(\S*)", line))
+        facts = words_of(line)
         if "PartitionName" not in facts or facts.get("RootOnly") == "YES":
             continue
         is_preempted = facts.get("PreemptMode", "OFF") != "OFF"
@@ -212,6 +231,10 @@ def parse_partitions(text: str) -> tuple[Partition, ...]:
                 allowed_qos=_words(facts.get("AllowQos", "")),
                 allowed_groups=_words(facts.get("AllowGroups", "")),
                 default_time_min=minutes(facts.get("DefaultTime", "")),
+                max_cpus=_number(facts.get("MaxCPUsPerNode", "")),
+                max_mb=_number(facts.get("MaxMemPerNode", "")),
+                max_mb_per_cpu=_number(facts.get("MaxMemPerCPU", "")),
+                qos="" if facts.get("QoS", "N/A") in ("N/A", *_ANY) else facts["QoS"],
             )
         )
     return tuple(found)
@@ -256,15 +279,47 @@ def minutes(text: str) -> int | None:
     return (int(days or 0) * 24 + hours) * 60 + min_ + seconds // 60
 
 
-def first_of(nodes: str) -> str:
-    """The first node of a list such as `n[1-4],m7`."""
-    return next(iter(_says("scontrol", "show", "hostnames", nodes).split()), "")
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a job gets of each of its nodes at most."""
+
+    cpus: int
+    memory_mb: int
 
 
-def reserved_mb(node: str) -> int:
-    """The memory of a node that SLURM keeps for the system (MemSpecLimit)."""
-    match = re.search(r"MemSpecLimit=(\d+)", _says("scontrol", "show", "node", node))
-    return int(match[1]) if match else 0
+def ask_share(cluster: Cluster, partition: Partition, kind: NodeKind) -> Share:
+    """What a job of the partition gets of any node of a kind."""
+    text = _says("scontrol", "show", "node", "--oneliner", kind.nodes)
+    return parse_share(text, kind, partition, cluster.config)
+
+
+def parse_share(
+    text: str, kind: NodeKind, partition: Partition, config: Mapping[str, str]
+) -> Share:
+    """The least that the nodes in what `scontrol show node --oneliner` prints have for a job.
+
+    SLURM keeps cores and memory for the system; a partition has bounds of its own, or those of
+    the whole cluster.
+    """
+    nodes = [words_of(line) for line in text.splitlines() if "NodeName=" in line]
+    cpus = [kind.cpus, *map(cpus_for_jobs, nodes)]
+    memory_mb = [kind.memory_mb, *map(mb_for_jobs, nodes)]
+    if partition.max_cpus:
+        cpus.append(partition.max_cpus)
+    max_mb, max_mb_per_cpu = partition.max_mb, partition.max_mb_per_cpu
+    if not max_mb and not max_mb_per_cpu:
+        max_mb = _number(config.get("MaxMemPerNode", ""))
+        max_mb_per_cpu = _number(config.get("MaxMemPerCPU", ""))
+    if max_mb:
+        memory_mb.append(max_mb)
+    if max_mb_per_cpu:
+        memory_mb.append(max_mb_per_cpu * min(cpus))
+    return Share(int(min(cpus)), int(min(memory_mb)))
+
+
+def _number(text: str) -> int | None:
+    """A bound; None: none, or one that is written otherwise."""
+    return int(text) if text.isdecimal() else None
 
 
 def _words(text: str) -> tuple[str, ...]:

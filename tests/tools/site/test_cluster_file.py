@@ -7,11 +7,13 @@ import pytest
 
 from nanoslime.config.cluster import ClusterConfig
 from nanoslime.config.load import load
+from nanoslime.types import RunError
 from tools.site.cluster_file import Request, text
 from tools.site.node_facts import NodeFacts
-from tools.site.questions import Answers, max_time_min
-from tools.site.slurm import Association, Cluster, NodeKind, Partition
+from tools.site.questions import Answers, Given, Person, ask_person, max_time_min
+from tools.site.slurm import Association, Cluster, NodeKind, Partition, Share
 
+WHOLE = Share(96, 1_400_000)
 H100 = NodeKind("gpu", 4, 96, 1_400_000, 8, "h100", ("nvlink",), "g[1-4]")
 GPU = Partition("gpu", True, True, 2880, 120, (), (), ("high",), (), None)
 ALPS = Cluster(
@@ -38,7 +40,7 @@ NODE = NodeFacts(
 
 
 def loaded(tmp_path: Path, cluster: Cluster = ALPS, node: NodeFacts = NODE) -> ClusterConfig:
-    request = Request(cluster, ANSWERS, max_time_min(cluster, ANSWERS), reserved_mb=16_000)
+    request = Request(cluster, ANSWERS, max_time_min(cluster, ANSWERS), Share(92, 1_384_000))
     file = tmp_path / "alps.yaml"
     file.write_text(text(request, node))
     return load(None, file, []).cluster
@@ -47,7 +49,7 @@ def loaded(tmp_path: Path, cluster: Cluster = ALPS, node: NodeFacts = NODE) -> C
 def test_all_that_was_found_is_in_the_file(tmp_path):
     cluster = loaded(tmp_path)
     assert (cluster.gpus_per_node, cluster.gpu_memory_gib) == (8, 79.6)
-    assert (cluster.cpus_per_node, cluster.memory_per_node) == (96, "1384000M")
+    assert (cluster.cpus_per_node, cluster.memory_per_node) == (92, "1384000M")
     assert (cluster.partition, cluster.account, cluster.qos) == ("gpu", "physics", "high")
     assert (cluster.network_interface, cluster.infiniband_hcas) == ("ib0", "mlx5_0,mlx5_1")
     assert cluster.scratch == "/local"
@@ -65,10 +67,78 @@ def test_gpus_are_asked_for_by_type_where_a_partition_has_several(tmp_path):
     assert loaded(tmp_path, mixed).gpu_request == "gres:gpu:h100"
 
 
+@pytest.mark.parametrize("gpu_type", ["3090", "2080ti", "1g.10gb", "nvidia_a100_1g.10gb+me"])
+def test_gpus_of_a_node_with_several_types_are_asked_for_by_any_type(gpu_type, tmp_path):
+    kind = replace(H100, gpu_type=gpu_type, has_other_gpus=True)
+    request = Request(ALPS, replace(ANSWERS, kind=kind), None, WHOLE)
+    file = tmp_path / "alps.yaml"
+    file.write_text(text(request, NODE))
+    cluster = load(None, file, []).cluster
+    assert cluster.gpu_request == f"gres:gpu:{gpu_type}"
+    # A slice has 10 GB (9.3 GiB) of the GPU whose memory nvidia-smi tells.
+    assert cluster.gpu_memory_gib == (9.3 if "1g.10gb" in gpu_type else 79.6)
+
+
+def test_the_qos_of_a_partition_bounds_the_time_of_all_its_jobs():
+    of_partition = replace(GPU, qos="gpuqos")
+    cluster = replace(ALPS, qos_limits={"high": 720, "gpuqos": 600})
+    assert max_time_min(cluster, ANSWERS) == 720
+    assert max_time_min(cluster, replace(ANSWERS, partition=of_partition)) == 600
+    # It has one without accounts, too.
+    answers = replace(ANSWERS, partition=of_partition, account="")
+    assert max_time_min(replace(cluster, associations=()), answers) == 600
+
+
+def choose(cluster: Cluster, **given: str) -> Answers:
+    given |= {"run_root": "/runs", "venv": "/venv"}
+    return ask_person(cluster, Person(answers=False), Given(**given))
+
+
+def test_an_account_below_a_listed_one_is_left_to_slurm():
+    """A partition lists `physics`, and the user's accounts are below it."""
+    low = Association("physics-low", "", ("normal",), "normal", 60)
+    high = Association("physics-high", "", ("high",), "high", 90)
+    listed = replace(GPU, allowed_accounts=("physics",))
+    cluster = replace(
+        ALPS,
+        partitions=(listed,),
+        config={"AccountingStorageEnforce": "associations"},
+        associations=(low, high),
+        default_account="physics-high",
+    )
+    answers = choose(cluster)
+    assert (answers.account, answers.qos) == ("physics-high", "")
+    assert max_time_min(cluster, answers) == 90
+    # One that is listed itself is taken before others, which --account still names.
+    listed_too = replace(cluster, associations=(low, Association("physics", "", (), "", 30)))
+    assert choose(listed_too).account == "physics"
+    named = choose(listed_too, account="physics-low")
+    assert max_time_min(listed_too, named) == 60
+    denied = replace(GPU, denied_accounts=("physics-low",))
+    assert (
+        choose(replace(cluster, partitions=(denied,), associations=(low,))).account == low.account
+    )
+    elsewhere = replace(low, partition="cpu")
+    with pytest.raises(RunError, match="none of your accounts may use partition gpu"):
+        choose(replace(cluster, associations=(elsewhere,)))
+
+
+def test_whole_gpus_are_chosen_before_more_slices_of_some():
+    mig = replace(GPU, name="mig")
+    slices = replace(H100, partition="mig", count=9, gpu_type="1g.10gb", nodes="m[1-9]")
+    both = replace(slices, partition="gpu")
+    cluster = replace(
+        ALPS, partitions=(replace(mig, is_default=True), GPU), kinds=(slices, both, H100)
+    )
+    answers = choose(cluster)
+    assert (answers.partition.name, answers.kind) == ("gpu", H100)
+    assert choose(cluster, partition="mig").kind == slices
+
+
 def test_a_job_without_a_limit_takes_a_day(tmp_path):
     endless = replace(ALPS, associations=(), qos_limits={})
     answers = replace(ANSWERS, partition=replace(GPU, max_time_min=None, grace_s=0))
-    request = Request(endless, answers, max_time_min(endless, answers), reserved_mb=0)
+    request = Request(endless, answers, max_time_min(endless, answers), WHOLE)
     assert request.max_time_min is None
     assert (request.time_limit_min, request.signal_lead_s) == (1440, 300)
 
@@ -82,7 +152,7 @@ def test_the_memory_of_a_gpu_follows_from_its_type_where_no_node_tells(
 ):
     kind = replace(H100, gpu_type=gpu_type)
     answers = replace(ANSWERS, kind=kind)
-    request = Request(replace(ALPS, kinds=(kind,)), answers, None, reserved_mb=0)
+    request = Request(replace(ALPS, kinds=(kind,)), answers, None, WHOLE)
     content = text(request, replace(NODE, gpu_memory_gib=None))
     assert f"gpu_memory_gib: {expected}" in content
     assert ("CHECK" in content) == (expected == 80)
