@@ -97,7 +97,7 @@ def test_nobody_is_asked_with_yes_and_an_earlier_file_is_kept(strict, stored, mo
 def test_commands_find_the_file_without_a_flag(strict, stored, monkeypatch, tmp_path, capsys):
     assert init_site(monkeypatch, "--yes", "--no-srun") == 0
     capsys.readouterr()
-    flags = ["--nodes", "2", "--dry-run"]
+    flags = ["--nodes", "2", "--recipe", "rehearsal", "--dry-run"]
     for chosen in ([], ["--cluster", "strict"]):
         submit_grpo.main([*flags, *chosen])
         shown = capsys.readouterr()
