@@ -33,6 +33,13 @@ def check_context(config: RunConfig, shape: ModelShape) -> None:
             f"rollout.stop_token_ids has {last_stop_token}, which no response can hold: the "
             f"model's vocab_size is {shape.vocab_size}; take ids of the checkpoint's tokenizer"
         )
+    asked = _limits_of_engine(config).get("context_length", 0)
+    if asked > shape.context_length:
+        raise RunError(
+            f"rollout.sglang.context_length={asked} is more than the {shape.context_length} that "
+            "the model reads (its max_position_embeddings and rope scaling), so that no engine "
+            "would start; lower it, or leave it out"
+        )
     limit = context_limit(config, shape)
     source = "the model reads (its max_position_embeddings and rope scaling)"
     for name, of_engine in _limits_of_engine(config).items():

@@ -56,6 +56,32 @@ def test_what_the_maths_rests_on_is_refused_with_what_to_set_instead(name, inste
 
 
 @pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("weight_version", "nothing: each weight sync counts it"),
+        ("enable_return_routed_experts", "training.routing_replay: R3"),
+        ("dp_size", "rollout.engines_per_node"),
+        ("pp_size", "rollout.engine_tp_size"),
+        ("nnodes", "rollout.engine_tp_size: an engine lies on one node"),
+        ("node_rank", "rollout.engine_tp_size: an engine lies on one node"),
+        ("dist_init_addr", "rollout.engine_tp_size: an engine lies on one node"),
+        ("base_gpu_id", "rollout.engines_per_node: the plan gives"),
+        ("gpu_id_step", "rollout.engines_per_node: the plan gives"),
+        ("nccl_port", "nothing: each engine chooses a free one"),
+        ("ssl_certfile", "nothing: an engine serves text"),
+        ("delete_ckpt_after_loading", "nothing: the trainer and other engines read"),
+        ("quantization", "model.dtype: engines hold the weights as the trainer has them"),
+        ("load_format", "model.dtype: engines hold the weights as the trainer has them"),
+        ("kv_cache_dtype", "model.dtype: with a cache of another one"),
+    ],
+)
+def test_an_option_with_which_no_engine_of_a_run_would_start_or_agree_is_refused(name, instead):
+    said = f"rollout.sglang.{name} is set by nanoslime; use {instead}"
+    with pytest.raises(RunError, match=re.escape(said)):
+        load(None, None, ["--rollout.sglang", json.dumps({name: 1})])
+
+
+@pytest.mark.parametrize(
     ("options", "says"),
     [
         ({"megatron": {"recompute_modules": ["mlp"], "tp_com": 1}}, "training.megatron.tp_com"),

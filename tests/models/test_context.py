@@ -63,10 +63,13 @@ def test_a_scaling_of_llama_3_is_in_its_length_already() -> None:
             "more than the 2000 that rollout.sglang.context_length allows",
         ),
         (
-            ["--rollout.sglang", '{"context_length": 9000}', "--max-new-tokens", "3073"],
+            ["--rollout.sglang", '{"context_length": 4097}'],
             4096,
-            "4097",
+            "rollout.sglang.context_length=4097 is more than the 4096 that the model reads",
         ),
+        (["--rollout.sglang", '{"context_length": 4096}'], 4096, None),
+        (["--rollout.sglang", '{"context_length": 9000}', "--engine", "embedded"], 4096, None),
+        (["--rollout.sglang", '{"context_length": 9000}', "--load-rollouts", "old"], 4096, None),
         (["--max-new-tokens", "65536", "--load-rollouts", "runs/old"], 4096, None),
         (["--rollout.stop-token-ids", "5", "151935"], 4096, None),
         (
