@@ -12,6 +12,8 @@ _STRICT = ConfigDict(
     extra="forbid", validate_default=True, allow_inf_nan=False, coerce_numbers_to_str=True
 )
 _TIME = re.compile(r"(?:(\d+)-)?(\d+(?::\d+){0,2})")
+# What the variables of secrets are called.
+SECRET_NAME = r"\w*(?:TOKEN|API_KEY|SECRET\w*|PASSWORD)"
 # The options of sbatch that take yes or no as their value.
 _YES_OR_NO = ("kill-on-invalid-dep",)
 _SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -38,7 +40,14 @@ class FilePath:
     may_be_name: bool = False
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Expanded:
+    """Marks a text that no shell reads after us: `~` at its beginning or behind a colon and $NAME
+    are put in where the run is submitted."""
+
+
 PathText = Annotated[str, FilePath()]
+Text = Annotated[str, Expanded()]
 PathOrName = Annotated[str, FilePath(may_be_name=True)]
 
 
@@ -83,4 +92,4 @@ def _sbatch_options(options: Any) -> Any:
 
 
 Minutes = Annotated[int, BeforeValidator(_as_minutes)]
-SbatchOptions = Annotated[dict[str, str], BeforeValidator(_sbatch_options)]
+SbatchOptions = Annotated[dict[str, Text], BeforeValidator(_sbatch_options)]

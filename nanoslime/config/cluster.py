@@ -9,10 +9,10 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from nanoslime.config.base import Minutes, PathText, SbatchOptions, knobs
+from nanoslime.config.base import SECRET_NAME, Minutes, PathText, SbatchOptions, Text, knobs
 
 # A value that a shell takes from somewhere else ($...) is none.
-_SECRET = re.compile(r"\b(\w*(?:TOKEN|API_KEY|SECRET\w*|PASSWORD))=[\"']?[^\s\"'$`]", re.IGNORECASE)
+_SECRET = re.compile(rf"\b({SECRET_NAME})=[\"']?[^\s\"'$`]", re.IGNORECASE)
 
 # What a job needs at most to end once its driver has.
 _LEAVE_S = 60.0
@@ -66,15 +66,15 @@ class ClusterConfig:
     )
     """How a job asks for its GPUs: gpus-per-node, gres:gpu, gres:gpu:TYPE, or none where the
     partition gives whole nodes and refuses both."""
-    partition: str = ""
+    partition: Text = ""
     """The partition, or several with commas between them; empty: the site's default."""
-    account: str = ""
+    account: Text = ""
     """The account that pays for the job; empty: the user's default."""
-    qos: str = ""
+    qos: Text = ""
     """The quality of service that the job asks for."""
-    constraint: str = ""
+    constraint: Text = ""
     """Features that its nodes must have, as sbatch --constraint takes them (`h100&nvlink`)."""
-    reservation: str = ""
+    reservation: Text = ""
     """The reservation whose nodes the job takes."""
     exclude: str = ""
     """Nodes that the job must not get, as SLURM lists them (`n[3-4],n7`)."""
@@ -87,11 +87,11 @@ class ClusterConfig:
     """Whether the job shares its nodes with no other one, or with its user's own only."""
     comment: str = ""
     """A comment that SLURM keeps with the job; some sites account by it."""
-    mail_user: str = ""
+    mail_user: Text = ""
     """Who gets SLURM's mails about the job; empty: nobody."""
     mail_type: str = "END,FAIL"
     """When SLURM sends a mail: sbatch's words, with commas between them."""
-    srun_options: list[str] = Field(default_factory=list)
+    srun_options: list[Text] = Field(default_factory=list)
     """Further options of the srun that starts the agents, each whole (`--mpi=none`)."""
     max_time_min: Minutes | None = Field(default=None, ge=1)
     """The longest job that the site allows; a longer one is refused."""
@@ -116,13 +116,13 @@ class ClusterConfig:
     a new commit."""
     extra_sbatch: SbatchOptions = Field(default_factory=dict)
     """Further sbatch options, without the leading dashes."""
-    modules: list[str] = Field(default_factory=list)
+    modules: list[Text] = Field(default_factory=list)
     """Environment modules that the job loads before anything else (`module load`)."""
     setup: list[str] = Field(default_factory=list)
     """Shell lines run before the job step, after the modules are loaded."""
-    env: dict[str, str] = Field(default_factory=dict)
-    """Environment of the job. Never secrets."""
-    nccl: dict[str, str] = Field(default_factory=dict)
+    env: dict[str, Text] = Field(default_factory=dict)
+    """Environment of the job, with `~` and $NAME as where it is submitted. Never secrets."""
+    nccl: dict[str, Text] = Field(default_factory=dict)
     """NCCL's settings, with or without the NCCL_ of their names (`DEBUG: WARN`)."""
     network_interface: str = ""
     """Interface whose address a node publishes and NCCL and gloo use; empty: that of
@@ -132,13 +132,13 @@ class ClusterConfig:
     container: Literal["none", "pyxis", "apptainer"] = "none"
     """What starts the agents in a container image: pyxis is a plugin of srun for enroot's images,
     apptainer is started within the step."""
-    container_image: str = ""
+    container_image: Text = ""
     """The image: what pyxis takes (a path ending in .sqsh, or registry#name:tag), or apptainer (a
     .sif, or docker://name:tag)."""
-    container_mounts: list[str] = Field(default_factory=list)
+    container_mounts: list[Text] = Field(default_factory=list)
     """What the container sees beside the run's directory: PATH, or SOURCE:TARGET[:OPTIONS]. Model,
     prompts, and the environment where it is not in the image, have to be among it."""
-    container_options: list[str] = Field(default_factory=list)
+    container_options: list[Text] = Field(default_factory=list)
     """Further options of `apptainer exec`, each whole (`--cleanenv`)."""
     scratch: PathText = ""
     """A directory on each node's own disk, for sockets and temporary files; empty: SLURM_TMPDIR
@@ -165,13 +165,13 @@ class ClusterConfig:
     script_template: PathText = ""
     """A batch script of the site's own, with the lines @directives@, @setup@ and @step@ in it, each
     once, which are replaced; submitted by sbatch then, whatever `submit` says."""
-    share: str = ""
+    share: Text = ""
     """A group that may read the runs' directories (mode 2750), but not their secrets; empty: nobody
     else may (0700)."""
     venv: PathText = ""
     """Virtual environment of the compute nodes, in a container that of the image; empty: the
     environment that submits, or the container's `python`."""
-    conda: str = ""
+    conda: Text = ""
     """Conda environment of the compute nodes, by name or path, in place of venv."""
     submit: Literal["submitit", "sbatch"] = "submitit"
     """What hands the job to SLURM."""

@@ -156,7 +156,8 @@ class _Layers:
 
     def put(self, field: str, value: Any, source: _Source) -> None:
         """Set a field. The keys of a dict field are merged one by one."""
-        kind = flag_table.field_types(marked=True)[field]
+        is_in_place = source.folder is None and not source.is_flag
+        kind = flag_table.field_types(marked=not is_in_place)[field]
         try:
             value = as_field(kind, value, source.folder)
         except ValueError as error:

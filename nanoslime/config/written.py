@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import yaml
 
-from nanoslime.config.base import FilePath
+from nanoslime.config.base import SECRET_NAME, Expanded, FilePath
 from nanoslime.types import RunError
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}|\$(\w+)|\$")
@@ -130,6 +130,10 @@ def as_field(kind: Any, content: Any, folder: Path | None) -> Any:
     for mark in marks:
         if isinstance(mark, FilePath) and isinstance(content, str) and content:
             return _located(content, mark, folder)
+        if isinstance(mark, Expanded) and isinstance(content, str):
+            return _expanded(
+                content, "write one that is meant for the job's shell in cluster.setup"
+            )
     return content
 
 
@@ -172,11 +176,7 @@ def _located(text: str, mark: FilePath, folder: Path | None) -> str:
     """The path with `~` and variables put in, from `folder` on where it is relative."""
     if "://" in text or (Path(text).is_absolute() and Path(text).exists()):
         return text
-    for found in _VARIABLE.finditer(text):
-        _require_variable(text, found[1] or found[2])
-    path = os.path.expanduser(os.path.expandvars(text))
-    if path.startswith("~"):
-        raise ValueError(f"{text!r}: there is no home directory of {path.partition('/')[0]}")
+    path = _expanded(text, "write the path")
     if "\0" in path:
         raise ValueError(f"{text!r} has a character that no path can have")
     if folder is None:
@@ -188,13 +188,32 @@ def _located(text: str, mark: FilePath, folder: Path | None) -> str:
     return str(folder / path)
 
 
-def _require_variable(text: str, name: str | None) -> None:
+def _expanded(text: str, otherwise: str) -> str:
+    """The text with variables put in, and `~` as a shell does where a variable is set.
+
+    otherwise: what else to do about a variable that cannot be put in.
+    """
+    for found in _VARIABLE.finditer(text):
+        _require_variable(text, found[1] or found[2], otherwise)
+    parts = [os.path.expanduser(part) for part in os.path.expandvars(text).split(":")]
+    for part in parts:
+        if part.startswith("~"):
+            raise ValueError(f"{text!r}: there is no home directory of {part.partition('/')[0]}")
+    return ":".join(parts)
+
+
+def _require_variable(text: str, name: str | None, otherwise: str) -> None:
     if name is None:
         raise ValueError(
-            f"{text!r}: a $ in a path begins a variable, $NAME or ${{NAME}}, and one of these "
-            "names none"
+            f"{text!r}: a $ here begins a variable, $NAME or ${{NAME}}, and one of these names "
+            f"none; {otherwise}"
+        )
+    if re.fullmatch(SECRET_NAME, name, re.IGNORECASE):
+        raise ValueError(
+            f"{text!r} would write {name} into the run's files; export {name} in the shell that "
+            "submits, which the job inherits"
         )
     if not os.environ.get(name):
         raise ValueError(
-            f"{text!r}: the variable {name} is not set here; export it, or write the path"
+            f"{text!r}: the variable {name} is not set here; export it, or {otherwise}"
         )

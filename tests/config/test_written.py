@@ -165,3 +165,68 @@ def test_a_path_that_leads_nowhere_is_refused(tmp_path, path, says):
         cluster_of(tmp_path, f"run_root: {path}")
     with pytest.raises(RunError, match=f"flag --run-root: cluster.run_root=.*{says}"):
         load(None, None, ["--run-root", path])
+
+
+TEXTS = """
+container: apptainer
+container_image: $IMAGES/${USER}.sif
+container_mounts: [~/data:/data, "$SCRATCH:$SCRATCH:ro", /opt]
+account: $ACCOUNT
+env: {HF_HOME: $SCRATCH/hf, DIRS: "/a:~/b", AT: a~b, PLAIN: 1}
+nccl: {TOPO_FILE: ~/topo.xml}
+extra_sbatch: {output: $SCRATCH/log}
+setup: ['export DIR=$SLURM_JOB_ID']
+"""
+
+
+def test_variables_and_home_are_put_into_what_no_shell_reads_again(tmp_path, monkeypatch):
+    values = {"SCRATCH": "/s", "HOME": "/home/me", "USER": "me", "IMAGES": "/i", "ACCOUNT": "a1"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    cluster = cluster_of(tmp_path, TEXTS).cluster
+    assert cluster.container_image == "/i/me.sif"
+    assert cluster.container_mounts == ["/home/me/data:/data", "/s:/s:ro", "/opt"]
+    assert cluster.account == "a1"
+    assert cluster.env == {"HF_HOME": "/s/hf", "DIRS": "/a:/home/me/b", "AT": "a~b", "PLAIN": "1"}
+    assert cluster.nccl == {"TOPO_FILE": "/home/me/topo.xml"}
+    assert cluster.extra_sbatch == {"output": "/s/log"}
+    assert cluster.setup == ["export DIR=$SLURM_JOB_ID"]
+    assert cluster_of(tmp_path, "conda: ~/envs/a").cluster.conda == "/home/me/envs/a"
+    assert cluster_of(tmp_path, "conda: grpo").cluster.conda == "grpo"
+    by_flag = load(None, None, ["--cluster.env", '{"A": "$SCRATCH/x"}'])
+    assert by_flag.cluster.env == {"A": "/s/x"}
+
+
+def test_a_run_s_own_file_is_taken_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("ODD", "a$b")
+    config = cluster_of(tmp_path, "env: {A: $ODD}\nrun_root: /x/$ODD")
+    assert (config.cluster.env, config.cluster.run_root) == ({"A": "a$b"}, "/x/a$b")
+    (tmp_path / "dumped.yaml").write_text(dump(config))
+    assert read(tmp_path / "dumped.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [
+        (
+            "env: {A: $NO_SUCH_VARIABLE/x}",
+            "cluster.env=.*the variable NO_SUCH_VARIABLE is not set here; export it, or write one "
+            "that is meant for the job's shell in cluster.setup",
+        ),
+        ("env: {A: costs 5$}", "a . here begins a variable.*the job's shell in cluster.setup"),
+        ("conda: ~nobody-of-that-name/e", "there is no home directory of ~nobody-of-that-name"),
+        (
+            "container: pyxis\ncontainer_image: docker://$NO_SUCH_VARIABLE/a",
+            "cluster.container_image=.*NO_SUCH_VARIABLE is not set",
+        ),
+        ("container_mounts: ['/a:$NO_SUCH_VARIABLE']", "container_mounts=.*NO_SUCH_VARIABLE"),
+        ("nccl: {TOPO_FILE: $NO_SUCH_VARIABLE}", "cluster.nccl=.*NO_SUCH_VARIABLE"),
+        ("env: {MINE: $HF_TOKEN}", "would write HF_TOKEN into the run's files; export HF_TOKEN in"),
+    ],
+)
+def test_a_variable_that_cannot_be_put_into_a_text_is_refused(tmp_path, monkeypatch, written, says):
+    monkeypatch.delenv("NO_SUCH_VARIABLE", raising=False)
+    monkeypatch.setenv("HF_TOKEN", "hf_abc")
+    with pytest.raises(RunError, match=says) as refused:
+        cluster_of(tmp_path, written)
+    assert "\n" not in str(refused.value) and "hf_abc" not in str(refused.value)
