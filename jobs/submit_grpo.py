@@ -22,7 +22,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jobs import inputs, limits, local, sbatch, sites, snapshot, where
 from jobs.choose import choose, ways_out, with_sizes
@@ -207,13 +207,37 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return command, flags
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Raises RunError for what a user mistypes, in place of a usage of many lines."""
+
+    def error(self, message: str) -> NoReturn:
+        message = message.removeprefix("argument ").replace("expected one", "it needs an")
+        message = message.replace("ignored explicit", "it is a switch, which takes no")
+        raise RunError(f"{message}; --help lists all flags")
+
+
+class _Once(argparse.Action):
+    """Stores a value, which may be given once."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, value: Any, option: str | None = None
+    ) -> None:
+        if getattr(namespace, self.dest) is not None:
+            raise RunError(f"{option} is given twice; give it once")
+        setattr(namespace, self.dest, value)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The options of this command; all other flags set configuration fields."""
-    parser = argparse.ArgumentParser("submit_grpo.py", add_help=False, allow_abbrev=False)
+    parser = OneLineParser("submit_grpo.py", add_help=False, allow_abbrev=False)
     _add_yaml(parser, "--recipe", "an experiment", RECIPES)
     add_target(parser)
     parser.add_argument(
-        "--resume", metavar="RUN_DIR", type=Path, help="go on with a run after its last checkpoint"
+        "--resume",
+        metavar="RUN_DIR",
+        type=Path,
+        action=_Once,
+        help="go on with a run after its last checkpoint",
     )
     parser.add_argument(
         "--prepare",
@@ -234,6 +258,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--sweep",
         metavar="FILE",
+        action=_Once,
         help="submit a run for each setting and seed of a YAML file as one job array",
     )
     return parser
@@ -375,7 +400,7 @@ def _add_yaml(parser: argparse.ArgumentParser, option: str, what: str, *folders:
 
     known = ", ".join(sorted({path.stem for folder in folders for path in folder.glob("*.yaml")}))
     text = f"{what}: a YAML file, or one of {known}"
-    parser.add_argument(option, metavar="FILE|NAME", type=find, help=text)
+    parser.add_argument(option, metavar="FILE|NAME", type=find, action=_Once, help=text)
 
 
 if __name__ == "__main__":

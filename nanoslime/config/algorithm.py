@@ -128,7 +128,8 @@ class SharedConfig:
     use_kl_loss: bool = False
     """KL to the reference model in the loss, times kl_loss_coef; excludes kl_coef."""
     kl_loss_coef: float = Field(default=0.0, ge=0)
-    """Weight of the KL in the loss; needs use_kl_loss."""
+    """Weight of the KL in the loss; needs use_kl_loss, which a flag `--kl-loss-coef 0` switches
+    off."""
     kl_loss_type: Literal["k1", "k2", "k3", "low_var_kl"] = "k3"
     """Estimator of the KL, in the reward too."""
     use_unbiased_kl: bool = False

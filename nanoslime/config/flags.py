@@ -210,9 +210,9 @@ def _take_flag(rest: list[str]) -> Flag:
         return Flag(name, spelling.field, _json_object(name, text))
     if spelling.on:
         values = {"true": spelling.on, "false": spelling.off}
-        if text not in values:
+        if text.lower() not in values:
             raise RunError(f"{word}: write --{plain} or --no-{plain}, or true or false behind it")
-        text = values[text]
+        text = values[text.lower()]
     is_optional = type(None) in get_args(spelling.kind)
     if is_optional and text.lower() == "none":
         return Flag(name, spelling.field, None)

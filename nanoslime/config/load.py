@@ -24,7 +24,7 @@ from nanoslime.config.written import Written, as_field, read_yaml
 from nanoslime.plugins import resolve
 from nanoslime.types import RunError
 
-_OFF = {"false", "no", "off", "none", "0"}
+_OFF = {"false", "no", "off", "none", "0", "f", "n"}
 
 
 def load(
@@ -41,6 +41,7 @@ def load(
     _check_cluster_file(cluster, layers.sources)
     config = layers.validate()
     if not resumes:
+        _check_kl(config)
         _check_warmup(config, layers.sources)
         _check_rehearsal_data(config)
     if _falls_back_to_fsdp(config, layers.sources):
@@ -72,12 +73,38 @@ def _layers(
     if cluster is not None:
         layers.add_file(cluster, "cluster")
     flags_given = flag_table.parse(flags)
+    flags_given = [*_switches_off_kl(flags_given), *flags_given]
     for flag in flags_given:
-        if flag.field in SETTINGS_OF and flag.value in _OFF:
+        if flag.field in SETTINGS_OF and str(flag.value).lower() in _OFF:
             layers.forget_settings_of(flag.field)
     for flag in flags_given:
         layers.put(flag.field, flag.value, _Source(f"flag {flag.name}", is_flag=True))
     return layers
+
+
+def _switches_off_kl(flags: Sequence[flag_table.Flag]) -> list[flag_table.Flag]:
+    """`--kl-loss-coef 0` alone, as `--beta 0` elsewhere, is `--no-use-kl-loss` too."""
+    given = {flag.field: flag for flag in flags}
+    coef = given.get("algorithm.kl_loss_coef")
+    if coef is None or "algorithm.use_kl_loss" in given or not _is_zero(coef.value):
+        return []
+    return [flag_table.Flag(coef.name, "algorithm.use_kl_loss", "false")]
+
+
+def _is_zero(text: Any) -> bool:
+    try:
+        return float(text) == 0
+    except (TypeError, ValueError):
+        return False
+
+
+def _check_kl(config: RunConfig) -> None:
+    """Raises RunError for a reference model that would be held for nothing."""
+    if config.algorithm.use_kl_loss and not config.algorithm.kl_loss_coef:
+        raise RunError(
+            "algorithm.use_kl_loss with algorithm.kl_loss_coef=0 would hold a reference model that "
+            "changes nothing; set kl_loss_coef above 0, or switch it off (--no-use-kl-loss)"
+        )
 
 
 def _check_engine_options(engine: str, config: RunConfig) -> None:
@@ -140,7 +167,7 @@ class _Layers:
             return
         if isinstance(content, Written):
             # An empty section says nothing.
-            content = {} if content.value is None else content.value
+            content = {} if content.value is None else content
         if not isinstance(content, dict):
             raise RunError(
                 f"{source.text}: {place or 'the file'} must be a mapping of keys to values, "

@@ -26,12 +26,15 @@ _SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow", ".gz", ".zst")
 _FLOAT = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Written:
     """A scalar without quotes that is more than a text to YAML, and how it was written."""
 
     value: Any
     text: str
+
+    def __repr__(self) -> str:
+        return self.text
 
 
 class _Loader(yaml.SafeLoader):
@@ -51,7 +54,8 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = []
-        for key_node, _ in node.value:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        for key_node, _ in pairs:
             key = key_node.value
             if key in seen:
                 raise yaml.constructor.ConstructorError(
@@ -63,7 +67,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_scalar_with_text(self, node: yaml.ScalarNode) -> Written:
         """The value of a scalar; what is no decimal number, such as 4:00:00, is a text."""
-        value: Any = node.value
+        value: Any = self.construct_scalar(node)
         kind = node.tag.rpartition(":")[2]
         try:
             if kind in ("bool", "null"):
@@ -72,8 +76,8 @@ class _Loader(yaml.SafeLoader):
                 value = int(value)
             elif kind == "float" and ":" not in value:
                 value = self.construct_yaml_float(node)
-        except ValueError:
-            # Of more digits than Python reads.
+        except (ValueError, LookupError):
+            # It is tagged as what it is not, or has more digits than Python reads.
             value = node.value
         return Written(value, node.value)
 
@@ -101,6 +105,8 @@ def read_yaml(path: Path, keys: Collection[str]) -> Any:
                 or value not in loader.aliased
             ]
         return loader.construct_document(node) if node else {}
+    except RecursionError:
+        raise RunError(f"{path}: lists or mappings in it are nested too deeply") from None
     except (OSError, UnicodeDecodeError) as e:
         raise RunError(f"cannot read {path}: {e}") from e
     except yaml.YAMLError as e:

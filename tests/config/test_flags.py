@@ -74,8 +74,8 @@ NEEDED = {
     "training.sequence_parallel": ["--backend", "megatron"],
     "training.num_layers_in_first_pipeline_stage": ["--backend", "megatron"],
     "training.num_layers_in_last_pipeline_stage": ["--backend", "megatron"],
-    "algorithm.use_unbiased_kl": ["--use-kl-loss"],
-    "algorithm.kl_loss_coef": ["--use-kl-loss"],
+    "algorithm.use_unbiased_kl": ["--use-kl-loss", "--kl-loss-coef", "1"],
+    "algorithm.kl_loss_coef": ["--use-kl-loss", "--kl-loss-coef", "1"],
     "algorithm.eps_clip_high": ["--eps-clip", "0.1"],
     "algorithm.correction.tis_level": ["--use-tis"],
     "algorithm.correction.tis_clip": ["--use-tis"],
@@ -85,7 +85,10 @@ NEEDED = {
 }
 
 ALIASES_OF_A_VALUE = [
-    alias for alias, dotted in flags.ALIASES.items() if dotted != "algorithm.name"
+    alias
+    for alias, dotted in flags.ALIASES.items()
+    # KL in the loss needs its coefficient.
+    if dotted not in ("algorithm.name", "algorithm.use_kl_loss")
 ]
 
 
@@ -141,6 +144,9 @@ def test_the_algorithm_is_chosen_by_name_whatever_the_order_of_flags(alias, name
             "auto",
         ),
         (["--use-rollout-logprobs=false"], "algorithm.old_logprobs", "auto"),
+        (["--use-rollout-logprobs=False"], "algorithm.old_logprobs", "auto"),
+        (["--use-kl-loss", "--kl-loss-coef", "1"], "algorithm.use_kl_loss", True),
+        (["--use_kl_loss=TRUE", "--kl-loss-coef", "1"], "algorithm.use_kl_loss", True),
         (["--disable-grpo-std-normalization"], "algorithm.normalize_by_std", False),
         (["--no-calculate-per-token-loss"], "algorithm.denominator", "sequences"),
         (["--algorithm", "gspo", "--calculate-per-token-loss"], "algorithm.denominator", "tokens"),
@@ -318,6 +324,8 @@ def test_a_field_that_two_flags_of_a_command_set_is_refused(args):
         (["--lr=nan"], "must be a finite number"),
         (["--backend", "deepspeed"], "must be 'megatron' or 'fsdp'"),
         (["--use-kl-loss=maybe"], "algorithm.use_kl_loss='maybe': must be a valid boolean"),
+        (["--use-kl-loss"], "kl_loss_coef=0 would hold a reference model .*--no-use-kl-loss"),
+        (["--use-kl-loss", "--kl-loss-coef", "0"], "set kl_loss_coef above 0, or switch it off"),
         (["--kl-coef", ".1", "--use-kl-loss"], "kl_coef .* exclude each other"),
         (
             ["--algorithm", "ppo"],

@@ -392,7 +392,12 @@ def test_a_flag_may_shorten_a_run_below_the_warmup_of_its_recipe(tmp_path, flags
     ("algorithm", "flag"),
     [
         ("use_kl_loss: true, kl_loss_coef: 0.1, use_unbiased_kl: true", "--no-use-kl-loss"),
-        ("use_kl_loss: true, kl_loss_coef: 0.1", "--use-kl-loss=false"),
+        *(
+            ("use_kl_loss: true, kl_loss_coef: 0.1", f"--use-kl-loss={off}")
+            for off in ("false", "False", "OFF", "No", "0", "n")
+        ),
+        ("use_kl_loss: true, kl_loss_coef: 0.1, use_unbiased_kl: true", "--kl-loss-coef=0"),
+        ("use_kl_loss: true, kl_loss_coef: 0.1", "--algorithm.kl-loss-coef=0.0"),
         ("correction: {use_tis: true, tis_clip: 5, tis_level: sequence}", "--no-use-tis"),
         ("correction: {use_opsm: true, opsm_delta: 1}", "--no-use-opsm"),
         ("correction: {reject: token, reject_high: 3}", "--algorithm.correction.reject=none"),
@@ -409,6 +414,16 @@ def test_a_flag_for_what_is_switched_off_is_still_refused(tmp_path):
     recipe = write(tmp_path / "r.yaml", "algorithm: {use_kl_loss: true, kl_loss_coef: 0.1}")
     with pytest.raises(RunError, match="kl_loss_coef=0.2 needs algorithm.use_kl_loss"):
         load(recipe, None, ["--no-use-kl-loss", "--kl-loss-coef", "0.2"])
+
+
+def test_a_recipe_that_holds_a_reference_for_nothing_is_refused(tmp_path):
+    recipe = write(tmp_path / "r.yaml", "algorithm: {use_kl_loss: true}")
+    with pytest.raises(RunError, match="kl_loss_coef=0 would hold a reference model"):
+        load(recipe, None, [])
+    assert load(recipe, None, ["--kl-loss-coef", "0"]).algorithm == GRPOConfig()
+    assert load(recipe, None, ["--kl-loss-coef", "1"]).algorithm.needs_reference
+    # A run that has been accepted can be resumed, whatever rule has come since.
+    assert load(recipe, None, [], resumes=True).algorithm.use_kl_loss
 
 
 @pytest.mark.parametrize("value", ["1.5", "0", "1", "-0.1", "high", "true", "'0.8'"])

@@ -70,6 +70,17 @@ def test_a_field_gets_what_was_written_for_it(tmp_path, written, field, value):
         ("env: 3", "cluster.env=3: must be a valid dictionary"),
         ("setup: 3", "cluster.setup=3: must be a valid list"),
         ("a: &a [*a]", "unknown key cluster.a"),
+        ("requeue: !!bool maybe", "cluster.requeue='maybe': must be a valid boolean"),
+        ("nodes: !!int [1]", "is not YAML: expected a scalar node, but found sequence"),
+        ("nodes: !!int x", "cluster.nodes='x': must be a valid integer"),
+        ("nodes: !!null [1]", "is not YAML: expected a scalar node"),
+        ("nodes: !!timestamp {a: 1}", "is not YAML: expected a scalar node"),
+        ('nvlink_gb_s: !!float ""', "cluster.nvlink_gb_s='': must be a valid number"),
+        ("env: !!map 3", "is not YAML: expected a mapping node, but found scalar"),
+        ("env: !!map [1]", "is not YAML: expected a mapping node, but found sequence"),
+        ("env: !!set 3", "is not YAML: expected a mapping node, but found scalar"),
+        (f"setup: {'[' * 2000}{']' * 2000}", "site.yaml: .* nested too deeply"),
+        (f"setup: {'{a: ' * 2000}{'}' * 2000}", "site.yaml: .* nested too deeply"),
         ("setup: &a [*a]", "a list or mapping in it holds itself"),
         ('run_root: "a\\0b"', "has a character that no path can have"),
     ],
@@ -78,6 +89,16 @@ def test_what_a_field_cannot_take_is_refused_in_one_line(tmp_path, written, says
     with pytest.raises(RunError, match=says) as refused:
         cluster_of(tmp_path, written)
     assert str(refused.value).count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "shown"),
+    [("training: [1]", "[1]"), ("training: off", "off"), ("[a, 1]", "['a', 1]"), ("7", "7")],
+)
+def test_what_is_no_section_is_shown_as_it_is_written(tmp_path, recipe, shown):
+    with pytest.raises(RunError) as refused:
+        loaded(tmp_path, recipe)
+    assert str(refused.value).endswith(f"must be a mapping of keys to values, not {shown}")
 
 
 @pytest.mark.parametrize(

@@ -240,6 +240,13 @@ REFUSED = [
     ("q4b", "", {"extra_sbatch": "{N: 2}"}, "'N' is|'N'.* long name"),
     ("q4b", "--lr 1e-6 --training.lr 1e-5", {}, "--training.lr sets training.lr, which --lr"),
     ("q4b", "--nodes 2 --nodes 3", {}, "--nodes"),
+    ("q4b", "--cluster mine.yaml", {}, "--cluster is given twice; give it once"),
+    ("q4b", "--recipe gsm8k --recipe colocate", {}, "--recipe is given twice"),
+    ("q4b", "--resume a --resume b", {}, "--resume is given twice"),
+    ("q4b", "--dry-run=true", {}, "--dry-run: it is a switch, which takes no argument 'true'"),
+    ("q4b", "--recipe", {}, "--recipe: it needs an argument; --help lists all flags"),
+    # A reference for nothing.
+    ("q4b", "--use-kl-loss", {}, "kl_loss_coef=0 would hold a reference model.*--no-use-kl-loss"),
     # Times.
     ("q4b", "--time-limit-min 5", {"signal_lead_s": "600"}, "time_limit_min=5"),
     ("q4b", "--time-limit-min 10", {"signal_lead_s": "600"}, "time_limit_min=10"),
@@ -259,6 +266,8 @@ REFUSED = [
     ("q4b", '--rollout.sglang {"max_running_requests":0}', {}, "max_running_requests=0"),
     ("q4b", '--rollout.sglang {"chunked_prefill_size":"big"}', {}, "chunked_prefill_size='big'"),
     ("q4b", '--rollout.sglang {"page_size":0}', {}, "page_size=0"),
+    ("q4b", '--rollout.sglang {"context_length":40961}', {}, "context_length=40961 .* 40960"),
+    ("q4b", '--rollout.sglang {"dp_size":2}', {}, "sglang.dp_size .*rollout.engines_per_node"),
     # Transports that the layout cannot have.
     ("q4b", "--weight-sync.transport tensor", {}, "weight_sync.transport=tensor .*--colocate"),
     ("q4b", "--weight-sync.transport in_process --nodes 4", {}, "weight_sync.transport=in_process"),
@@ -295,6 +304,13 @@ ACCEPTED = [
     ("q4b", "", {}),
     ("q4b", "--nodes 4 --eval-prompts e.jsonl --checkpoint.keep-best --eval-interval 5", {}),
     ("q4b", "--recipe qwen3_4b_h200 --no-use-kl-loss --prompt-key prompt --label-key label", {}),
+    (
+        "q4b",
+        "--recipe colocate --use-kl-loss=False --kl-loss-coef 0 --input-key prompt "
+        "--label-key label",
+        {},
+    ),
+    ("q4b", "--recipe colocate --kl-loss-coef 0 --input-key prompt --label-key label", {}),
     ("q4b", "--recipe colocate --use-kl-loss=false --input-key prompt --label-key label", {}),
     ("q30b", "--allow-slow --nodes 4 --ep-size 8 --tp-size 2 --sequence-parallel", {}),
     ("l70b", "--nodes 8 --tp-size 8 --pp-size 2 --engine-tp-size 8", {}),
