@@ -14,6 +14,7 @@ validated with them, so that a wrong value reads the same wherever it came from.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
@@ -26,6 +27,7 @@ import yaml
 from nanoslime.config.run import RunConfig
 from nanoslime.types import RunError
 
+_FLAG = re.compile(r"--([\w.-]+)")
 HELP = frozenset({"-h", "--help"})
 # Fields of each section whose own name is a flag, too.
 _SHORT_NAMES = {
@@ -181,12 +183,12 @@ def _take_flag(rest: list[str]) -> Flag:
     name, equals, text = word.partition("=")
     if not word.startswith("--"):
         raise RunError(
-            f"{word!r} belongs to no flag{_elsewhere(name)}; "
+            f"{word!r} belongs to no flag{elsewhere(name)}; "
             "write --name VALUE, --name=VALUE, --switch or --no-switch"
         )
     plain = _as_flag(name.removeprefix("--"))
     if plain not in spellings():
-        hint = _elsewhere(name) or suggest(plain, _suggestions())
+        hint = elsewhere(name) or suggest(plain, _suggestions())
         raise RunError(f"unknown flag {name}{hint}; --help lists all flags")
     spelling = spellings()[plain]
     is_switch = bool in (spelling.kind, *get_args(spelling.kind))
@@ -219,14 +221,27 @@ def _take_flag(rest: list[str]) -> Flag:
     return Flag(name, spelling.field, text)
 
 
-def _elsewhere(name: str) -> str:
-    """What a flag of another tool is called here, as a hint; empty for one of no tool."""
-    file = Path(__file__).with_name("upstream") / "other_tools.yaml"
+def elsewhere(name: str, *, as_fields: bool = False) -> str:
+    """What a flag of another tool is called here, as a hint; empty for one of no tool.
+
+    as_fields: as in a YAML file, by the fields' dotted names.
+    """
+    folder = Path(__file__).with_name("upstream")
     plain = _as_flag(name.lstrip("-").rpartition(".")[2])
-    for here, names in yaml.safe_load(file.read_text(encoding="utf-8")).items():
+    for here, names in yaml.safe_load((folder / "other_tools.yaml").read_text("utf-8")).items():
         if plain in names.split():
-            return f"; did you mean {here}?"
+            return f"; did you mean {_FLAG.sub(_field_of, here) if as_fields else here}?"
+    option = plain.removeprefix("sglang-").replace("-", "_")
+    options = json.loads((folder / "sglang.json").read_text("utf-8"))["names"]
+    if plain.startswith("sglang-") and option in options:
+        return f"; did you mean --rollout.sglang '{{\"{option}\": VALUE}}'?"
     return ""
+
+
+def _field_of(flag: re.Match[str]) -> str:
+    """The field that a flag sets; the flag itself where it is none of the fields'."""
+    spelling = spellings().get(flag[1])
+    return spelling.field if spelling else flag[0]
 
 
 def _json_object(name: str, text: str) -> dict[str, Any]:

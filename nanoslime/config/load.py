@@ -178,6 +178,8 @@ class _Layers:
         for key, value in content.items():
             if key not in valid:
                 hint = _hint(str(key), valid)
+                if (prefix, key) == ("cluster.", "cluster"):
+                    hint = "; a cluster file has the fields alone: leave the line `cluster:` out"
                 raise RunError(f"{source.text}: unknown key {prefix}{key}{hint}")
             self._add(prefix + key, value, source)
 
@@ -282,7 +284,8 @@ def _hint(key: str, valid: Sequence[str]) -> str:
     elsewhere = [name for name in flag_table.field_types() if name.endswith(f".{key}")]
     if elsewhere:
         return f"; did you mean {' or '.join(elsewhere)}?"
-    similar = flag_table.suggest(key, {name: name for name in valid})
+    similar = flag_table.elsewhere(key, as_fields=True)
+    similar = similar or flag_table.suggest(key, {name: name for name in valid})
     return similar or f"; valid here: {', '.join(valid)}"
 
 

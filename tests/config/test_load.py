@@ -1,6 +1,7 @@
 """Recipe, cluster file and flags become one configuration; whatever is wrong is named
 with its place."""
 
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import yaml
 
 from nanoslime.config import ClusterConfig, GRPOConfig, RunConfig
+from nanoslime.config.flags import spellings
 from nanoslime.config.load import dump, load, read
 from nanoslime.types import RunError
 
@@ -64,7 +66,7 @@ def test_every_cluster_file_loads(path):
     ("recipe", "says"),
     [
         ("trainning: {}", r"r.yaml: unknown key trainning; did you mean training"),
-        ("training: {tp: 2}", "unknown key training.tp; did you mean tp_size"),
+        ("training: {tp: 2}", "unknown key training.tp; did you mean training.tp_size"),
         (
             "training: {num_rollout: 2}",
             r"unknown key training.num_rollout; did you mean rollout.num_rollout",
@@ -483,3 +485,30 @@ def test_sources_that_cannot_be_are_refused_in_one_line(flags, says):
         load(None, None, ["--data.sources", *flags])
     assert says in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "cluster", "says"),
+    [
+        ("training: {learning_rate: 1}", "", "unknown key training.learning_rate; .* training.lr?"),
+        ("rollout: {num_generations: 8}", "", "did you mean rollout.n_samples_per_prompt"),
+        ("algorithm: {beta: 0.1}", "", "mean algorithm.kl_loss_coef, with algorithm.use_kl_loss"),
+        ("", "walltime: 10", "unknown key cluster.walltime; did you mean cluster.time_limit_min"),
+        ("", "cluster: {nodes: 1}", "unknown key cluster.cluster; .* leave the line `cluster:` ou"),
+    ],
+)
+def test_other_tools_names_in_a_file_get_the_field_here(tmp_path, recipe, cluster, says):
+    files = [write(tmp_path / "r.yaml", recipe), write(tmp_path / "c.yaml", cluster)]
+    with pytest.raises(RunError, match=says):
+        load(files[0] if recipe else None, files[1] if cluster else None, [])
+
+
+def test_each_hint_for_another_tools_name_is_a_flag_and_each_name_has_one_hint():
+    file = REPOSITORY / "nanoslime" / "config" / "upstream" / "other_tools.yaml"
+    table = yaml.safe_load(file.read_text())
+    own = {"--resume", "--dry-run"}
+    for here in table:
+        for flag in re.findall(r"--[\w.-]+", here):
+            assert flag in own or flag[2:] in spellings(), here
+    names = " ".join(table.values()).split()
+    assert sorted(names) == sorted(set(names))

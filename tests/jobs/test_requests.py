@@ -378,6 +378,19 @@ HINTS = {
     "--time": "--time-limit-min",
     "--gpus-per-node": "--cluster.gpus-per-node",
     "--job-name": "--name",
+    "--sglang-attention-backend": """--rollout.sglang '{"attention_backend": VALUE}'""",
+    "--no-kl": "--no-use-kl-loss",
+    "--kl-penalty": "--kl-loss-type",
+    "--ref-model": "--hf-checkpoint",
+    "--use-vllm": "--engine",
+    "--zero-stage": "--backend fsdp",
+    "--max-seqlen": "context_length",
+    "--seq-len": "context_length",
+    "--save-total-limit": "--checkpoint.keep-last",
+    "--ppo-epochs": "--num-steps-per-rollout",
+    "--eval-max-response-len": "--eval.sets",
+    "--licenses": "licenses",
+    "--output": "--run-root",
 }
 
 
