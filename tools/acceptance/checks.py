@@ -158,8 +158,10 @@ def _kill_and_resume(run: RunDir) -> Check:
 def _bandwidth(run: RunDir, config: RunConfig) -> Check:
     """What the nodes have measured between them before Ray started (tools/links.py)."""
     name = "bandwidth"
-    if config.cluster.nodes == 1 or not config.cluster.measure_links:
-        return Check(name, NOT_JUDGED, "skipped: the links of one node, or not measured")
+    if config.cluster.nodes == 1:
+        return Check(name, NOT_JUDGED, "one node has no links to others")
+    if not config.cluster.measure_links:
+        return Check(name, NOT_JUDGED, "cluster.measure_links=false leaves the links unmeasured")
     found = [facts(attempt.path / "links.result.json") for attempt in run.all_attempts()]
     measured = [one for one in found if one.get("links")]
     if not measured:
