@@ -25,7 +25,9 @@ def checked_prompts(path: Path, data: DataConfig, tokenizer: Path | None) -> str
     for pattern in _OF_TOKENIZER if tokenizer else ():
         files += sorted(tokenizer.glob(pattern)) if tokenizer else []
     digest = xxhash.xxh3_128(repr((str(path), data)).encode())
-    with suppress(OSError):
+    known = None
+    # What cannot be read, or a user without a home: then nothing is remembered.
+    with suppress(OSError, RuntimeError, ValueError):
         for file in files:
             _add(digest, file)
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
@@ -33,9 +35,10 @@ def checked_prompts(path: Path, data: DataConfig, tokenizer: Path | None) -> str
         if known.exists():
             return known.read_text(encoding="utf-8")
     text = check_prompts(path, data, tokenizer).text
-    with suppress(OSError):
-        known.parent.mkdir(parents=True, exist_ok=True)
-        publish(known, text.encode(), durable=False)
+    if known is not None:
+        with suppress(OSError):
+            known.parent.mkdir(parents=True, exist_ok=True)
+            publish(known, text.encode(), durable=False)
     return text
 
 
