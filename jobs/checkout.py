@@ -8,8 +8,9 @@ import importlib.util
 import os
 import re
 import shlex
+import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -44,25 +45,38 @@ def start(module: str) -> NoReturn:
 
     Where there is none yet the process ends, and says how to make it.
     """
-    pythons = [sys.executable] if has_packages() else _pythons()
-    if not pythons:
+    python = sys.executable if has_packages() else next(_pythons(), "")
+    if not python:
         words = ["bash", shown(ROOT / "env/run.sh"), "python", shown(sys.argv[0]), *sys.argv[1:]]
         sys.exit(
             f"{Path(sys.argv[0]).name}: this checkout has no environment yet; this makes it and "
             f"goes on (for GPU nodes with --target cuda behind run.sh): {shlex.join(words)}"
         )
-    os.execve(pythons[0], [pythons[0], "-m", module, *sys.argv[1:]], environment())
+    os.execve(python, [python, "-m", module, *sys.argv[1:]], environment())
 
 
-def _pythons() -> "list[str]":
-    """The Pythons of environments that are ready."""
+def _pythons() -> "Iterator[str]":
+    """The Pythons of environments that are ready, and that have our packages."""
     made = [ROOT / ".venv" / target for target in ("cpu", "cuda")]
     environments = [path for path in made if (path / ".nanoslime-target").exists()]
     for file in sorted(stored_clusters().glob("*.yaml")):
-        named = re.search(r"^venv: *([^#\n]+)", file.read_text(errors="replace"), re.MULTILINE)
+        text = file.read_text(errors="replace") if os.access(str(file), os.R_OK) else ""
+        named = re.search(r"^venv: *([^#\n]+)", text, re.MULTILINE)
         if named:
-            environments.append(Path(named[1].strip(" \"'")))
-    return [str(path / "bin/python") for path in environments if (path / "bin/python").exists()]
+            environments.append(file.parent / os.path.expanduser(named[1].strip(" \"'")))
+    for path in environments:
+        python = str(path / "bin/python")
+        if os.access(python, os.X_OK) and _can_go_on(python):
+            yield python
+
+
+def _can_go_on(python: str) -> bool:
+    """Whether this program would find all packages in that Python, and so not start it again."""
+    try:
+        done = subprocess.run([python, __file__], env=environment(), capture_output=True)
+    except OSError:
+        return False
+    return done.returncode == 0
 
 
 def stored_clusters(environ: "Mapping[str, str]" = os.environ) -> Path:
@@ -88,3 +102,7 @@ def shown(path: "str | Path") -> str:
         return str(Path(path).absolute().relative_to(Path.cwd()))
     except ValueError:
         return str(Path(path).absolute())
+
+
+if __name__ == "__main__":
+    sys.exit(not has_packages())

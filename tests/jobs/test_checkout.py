@@ -138,3 +138,28 @@ def test_no_message_names_a_command_by_hand():
                 if node not in docstrings and "python jobs/" in node.value:
                     by_hand.append(f"{file.relative_to(ROOT)}:{node.lineno}")
     assert not by_hand
+
+
+def test_an_environment_without_our_packages_is_none(checkout, tmp_path):
+    """It would start the program in itself for ever."""
+    python = tmp_path / "config/nanoslime/clusters/bare/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    clusters = python.parents[2]
+    (clusters / "a.yaml").write_text("name: a\nvenv: bare\n")
+    (clusters / "gone.yaml").symlink_to("nowhere")
+    done = run(checkout, PYTHONS["own"], "submit_grpo.py", XDG_CONFIG_HOME=str(tmp_path / "config"))
+    [line] = done.stderr.splitlines()
+    assert line.startswith("submit_grpo.py: this checkout has no environment yet")
+    assert done.returncode == 1
+
+
+@pytest.mark.parametrize("venv", ["../of the group", "~/of the group"])
+def test_the_environment_of_a_stored_cluster_is_found_from_its_file_and_from_home(checkout, venv):
+    clusters = checkout / "config/nanoslime/clusters"
+    clusters.mkdir(parents=True)
+    with_environment(clusters.parent / "of the group" if venv[0] == "." else checkout / venv[2:])
+    (clusters / "a.yaml").write_text(f"name: a\nvenv: {venv}\n")
+    done = run(checkout, PYTHONS["own"], "runs.py", XDG_CONFIG_HOME=str(checkout / "config"))
+    assert done.stdout.splitlines()[1:] == ["<-m>", "<tools.watch.commands>"]
