@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from jobs.choose import shortage
 from jobs.plan_text import describe
 from nanoslime.config import ClusterConfig, ModelConfig, RunConfig, TrainingConfig
 from nanoslime.layout import plan
@@ -162,7 +163,7 @@ def test_context_parallel_ranks_share_the_optimizer_state_and_interleaving_keeps
             "a GPU holds 20 GiB, .* raise rollout.engine_tp_size",
         ),
         (
-            '--nodes 4 --cluster.gpu-memory-gib 28 --rollout.sglang={"mem_fraction_static":0.33} '
+            '--nodes 4 --cluster.gpu-memory-gib 30 --rollout.sglang={"mem_fraction_static":0.308} '
             "--max-new-tokens 30000",
             "a sequence of 31024 tokens, and an engine caches about 12...; lower them",
         ),
@@ -198,7 +199,7 @@ def test_a_sequence_that_fits_no_gpu_is_refused_and_the_ways_out_are_ways_out(wa
     flags = f"--nodes 4 {EIGHT} --tp-size 2 --max-new-tokens 31744"
     says = (
         "make a sequence that has a micro-batch for itself, 32768 tokens .* take 76 GiB beside "
-        "14 GiB .* lower rollout.max_new_tokens .* set training.recompute, or raise "
+        "17 GiB .* lower rollout.max_new_tokens .* set training.recompute, or raise "
         "training.cp_size, or raise training.tp_size with --sequence-parallel"
     )
     with pytest.raises(RunError, match=says):
@@ -303,3 +304,40 @@ def test_the_peak_is_near_what_a_gpu_needed(backend, tokens, recompute, measured
     if backend == "fsdp":
         held -= need.gradients
     assert held == pytest.approx(measured_gb * 1e9, rel=0.05)
+
+
+def test_a_budget_above_the_longest_sequence_hides_no_refusal():
+    flags = f"--nodes 4 {EIGHT} --max-new-tokens 36000 --max-tokens-per-microbatch"
+    for budget in (8192, 40_000):
+        with pytest.raises(RunError, match="37024 tokens of it on a trainer GPU, .* take 1.. GiB"):
+            plan_of(f"{flags} {budget}", LONG_4B)
+    # It fits with a lower budget only, so the plan shows that.
+    short = config_of(f"--nodes 4 {EIGHT} --max-tokens-per-microbatch 40000")
+    layout = plan(short, LONG_4B)
+    assert "MAY NOT FIT: lower training.max_tokens" in describe(short, LONG_4B, layout)
+    assert re.match(r"a trainer GPU needs 1\d\d of 80 GiB", shortage(short, LONG_4B, layout))
+
+
+def test_no_lower_budget_is_named_where_none_helps():
+    """The longest sequence fits without headroom, whatever the budget is."""
+    flags = f"--nodes 4 {EIGHT} --tp-size 2 --max-new-tokens 31744 --cluster.gpu-memory-gib"
+    config = config_of(f"{flags} 94")
+    layout = plan(config, LONG_4B)
+    assert largest_budget(config, LONG_4B, layout.parallel) == 0
+    text = describe(config, LONG_4B, layout)
+    assert "MAY NOT FIT: set training.recompute, or raise training.cp_size" in text
+
+
+def test_an_engine_must_cache_the_longest_answer_of_an_evaluation():
+    engine = '--cluster.gpu-memory-gib 30 --rollout.sglang={"mem_fraction_static":0.308}'
+    flags = f"--cluster.gpus-per-node 8 --nodes 4 --training.recompute {engine}"
+    plan_of(flags, LONG_4B)
+    long = '--eval.sets [{"prompts":"a"},{"prompts":"b","max_new_tokens":30000}]'
+    with pytest.raises(
+        RunError, match=r"eval.sets.1.max_new_tokens=30000 make a sequence of 31024"
+    ):
+        plan_of(f"{flags} {long}", LONG_4B)
+    config = config_of(f"--nodes 4 {EIGHT} {long}")
+    need = estimate_memory(config, LONG_4B, plan(config, LONG_4B).parallel)
+    assert need.engine and need.engine.longest_tokens == 31_024
+    assert need.trainer and need.trainer.longest_tokens == 2048

@@ -9,5 +9,5 @@ checks.py        what is refused, and the lines of the plan
 """
 
 from nanoslime.memory.checks import check_memory, memory_lines
-from nanoslime.memory.estimate import estimate_memory, largest_budget
+from nanoslime.memory.estimate import engine_gpu, estimate_memory, largest_budget, trainer_gpu
 from nanoslime.memory.parts import DiskNeed, EngineGPU, Memory, NodeMemory, TrainerGPU, size_text

@@ -118,6 +118,10 @@ def activations_of_ranks(
     With training.recompute a layer keeps its input, and one layer at a time everything.
     """
     layer = _Layer(config, shape, parallel, kernels_of(config), microbatch.length)
+    moe_layers = set(shape.moe_layers)
+    kinds = [number in moe_layers for number in range(shape.num_layers)]
+    # Layers of one kind, with experts or without, are alike.
+    kept_of_kinds = {is_moe: layer.kept(is_moe=is_moe) for is_moe in set(kinds)}
     pipeline = PipelineSizes.of(config.training)
     stages = pipeline.stages(shape.num_layers)
     found = []
@@ -131,14 +135,15 @@ def activations_of_ranks(
         at_ends = 0.0
         for number in range(in_flight):
             chunk = number // pipeline.pp_size % pipeline.vpp_size
-            kept += sum(layer.kept(number) for number in chunks[chunk])
+            kept += sum(kept_of_kinds[kinds[number]] for number in chunks[chunk])
             at_ends += layer.ends(
                 is_first=rank == 0 and chunk == 0,
                 is_last=later_ranks == 0 and chunk == pipeline.vpp_size - 1,
             )
         if config.training.recompute:
             # The backward pass is done with the loss before it comes to a layer.
-            at_ends = max(at_ends, max(layer.whole(n) for chunk in chunks for n in chunk))
+            found_kinds = {kinds[number] for chunk in chunks for number in chunk}
+            at_ends = max(at_ends, *(layer.whole(is_moe=is_moe) for is_moe in found_kinds))
         kept += at_ends
         found.append(int(kept * microbatch.tokens))
     return found
@@ -164,17 +169,17 @@ class _Layer:
         """By how many the tokens are divided outside of tensor-parallel products."""
         return self.parallel.tp if self.config.training.sequence_parallel else 1
 
-    def kept(self, number: int) -> float:
+    def kept(self, *, is_moe: bool) -> float:
         """Between forward and backward."""
         if self.config.training.recompute:
             return self.width * self.shape.hidden_size / self.sequence_ways
-        return self.whole(number)
+        return self.whole(is_moe=is_moe)
 
-    def whole(self, number: int) -> float:
-        """Of layer `number` without recomputation."""
+    def whole(self, *, is_moe: bool) -> float:
+        """Without recomputation."""
         norms = 2 * self._norm(self.shape.hidden_size) / self.sequence_ways
         attention = self._attention() if self.shape.mla is None else self._latent(self.shape.mla)
-        if number in self.shape.moe_layers:
+        if is_moe:
             return norms + attention + self._experts()
         mlp = self.kernels.mlp * self.width * self.shape.intermediate_size / self.parallel.tp
         return norms + attention + mlp

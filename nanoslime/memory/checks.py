@@ -2,8 +2,8 @@
 
 from nanoslime.config import RunConfig
 from nanoslime.engine_kind import engine_kind
-from nanoslime.memory.estimate import estimate_memory, largest_budget
-from nanoslime.memory.host import free_bytes
+from nanoslime.memory.estimate import estimate_memory, largest_budget, trainer_gpu
+from nanoslime.memory.host import free_bytes, longest_answer
 from nanoslime.memory.parts import GIB, EngineGPU, Memory, NodeMemory, TrainerGPU, size_text
 from nanoslime.models.parallel_sizes import ParallelDims
 from nanoslime.models.shape import ModelShape
@@ -21,9 +21,9 @@ def check_memory(config: RunConfig, shape: ModelShape, parallel: ParallelDims) -
         return
     if need.trainer:
         _check_states(config, shape, need.trainer)
-        _check_longest(config, shape, need.trainer)
-    if need.trainer and need.engine and config.cluster.colocate:
-        _check_colocated(config, need.trainer, need.engine)
+        if need.engine and config.cluster.colocate:
+            _check_colocated(config, need.trainer, need.engine)
+        _check_longest(config, shape, parallel, need.trainer)
     if need.engine:
         _check_engine(config, need.engine)
 
@@ -39,13 +39,32 @@ def _check_states(config: RunConfig, shape: ModelShape, trainer: TrainerGPU) -> 
         )
 
 
-def _check_longest(config: RunConfig, shape: ModelShape, trainer: TrainerGPU) -> None:
+def _check_longest(
+    config: RunConfig, shape: ModelShape, parallel: ParallelDims, trainer: TrainerGPU
+) -> None:
     gpu_gib = config.cluster.gpu_memory_gib
-    if trainer.longest_tokens < trainer.budget_tokens:
-        return
     if trainer.at_longest <= gpu_gib * GIB:
         return
+    if trainer.longest_tokens < trainer.budget_tokens:
+        # A lower budget helps, as far as the longest sequence lets it.
+        trainer = trainer_gpu(config, shape, parallel, trainer.longest_tokens)
+        if trainer.at_longest <= gpu_gib * GIB:
+            return
     ways = ["lower rollout.max_new_tokens or data.max_prompt_tokens"]
+    ways += _ways_to_hold(config, shape)
+    others = trainer.at_longest - trainer.longest_activations
+    raise RunError(
+        f"data.max_prompt_tokens={config.data.max_prompt_tokens} and rollout.max_new_tokens="
+        f"{config.rollout.max_new_tokens} make a sequence that has a micro-batch for itself, "
+        f"{trainer.longest_tokens} tokens of it on a trainer GPU, whose activations take "
+        f"{trainer.longest_activations / GIB:.0f} GiB beside {others / GIB:.0f} GiB of states, "
+        f"logprobs, CUDA and NCCL, of cluster.gpu_memory_gib={gpu_gib:g}; {', or '.join(ways)}"
+    )
+
+
+def _ways_to_hold(config: RunConfig, shape: ModelShape) -> list[str]:
+    """What makes the activations of a sequence smaller on each GPU."""
+    ways = []
     if not config.training.recompute:
         ways.append("set training.recompute")
     if config.training.backend == "megatron":
@@ -58,13 +77,7 @@ def _check_longest(config: RunConfig, shape: ModelShape, trainer: TrainerGPU) ->
             ways.append("raise training.ep_size")
     else:
         ways.append("use --backend megatron with training.cp_size or training.tp_size")
-    raise RunError(
-        f"data.max_prompt_tokens={config.data.max_prompt_tokens} and rollout.max_new_tokens="
-        f"{config.rollout.max_new_tokens} make a sequence that has a micro-batch for itself, "
-        f"{trainer.longest_tokens} tokens of it on a trainer GPU, whose activations take "
-        f"{trainer.longest_activations / GIB:.0f} GiB beside {trainer.states / GIB:.0f} GiB of "
-        f"states, of cluster.gpu_memory_gib={gpu_gib:g}; {', or '.join(ways)}"
-    )
+    return ways
 
 
 def _check_colocated(config: RunConfig, trainer: TrainerGPU, engine: EngineGPU) -> None:
@@ -88,12 +101,13 @@ def _check_engine(config: RunConfig, engine: EngineGPU) -> None:
             f"{engine.weights / GIB:.0f} GiB of each engine GPU, more than {title}'s "
             f"share of cluster.gpu_memory_gib={gpu_gib:g}; raise it"
         )
-    asked = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    field, of_answer = longest_answer(config)
+    asked = config.data.max_prompt_tokens + of_answer
     if asked > engine.cached_tokens:
         raise RunError(
-            f"data.max_prompt_tokens={config.data.max_prompt_tokens} and rollout.max_new_tokens="
-            f"{config.rollout.max_new_tokens} make a sequence of {asked} tokens, and an engine "
-            f"caches about {engine.cached_tokens}; lower them, or raise rollout.engine_tp_size"
+            f"data.max_prompt_tokens={config.data.max_prompt_tokens} and {field}={of_answer} make "
+            f"a sequence of {asked} tokens, and an engine caches about {engine.cached_tokens}; "
+            "lower them, or raise rollout.engine_tp_size"
         )
 
 
@@ -152,11 +166,10 @@ def _trainer_line(
     )
     if trainer.total <= gpu_gib * GIB:
         return line
-    line += "; MAY NOT FIT: lower training.max_tokens_per_microbatch"
-    largest = largest_budget(config, shape, parallel)
-    if largest:
-        line += f" to {largest} or less"
-    return f"{line}, or set training.recompute"
+    ways = _ways_to_hold(config, shape)
+    if largest := largest_budget(config, shape, parallel):
+        ways.insert(0, f"lower training.max_tokens_per_microbatch to {largest} or less")
+    return f"{line}; MAY NOT FIT: {', or '.join(ways)}"
 
 
 def _engine_line(config: RunConfig, engine: EngineGPU) -> str:

@@ -5,7 +5,7 @@ from math import ceil
 from nanoslime.config import RunConfig
 from nanoslime.engine_kind import engine_kind, takes_slots
 from nanoslime.memory.activations import Microbatch, activations_of_ranks
-from nanoslime.memory.host import disk_need, longest_sequence, node_memory
+from nanoslime.memory.host import disk_need, longest_answer, longest_sequence, node_memory
 from nanoslime.memory.parts import GIB, EngineGPU, Memory, TrainerGPU
 from nanoslime.memory.states import States, states_of_ranks, width_of
 from nanoslime.models.parallel_sizes import ParallelDims
@@ -31,7 +31,7 @@ def estimate_memory(config: RunConfig, shape: ModelShape, parallel: ParallelDims
     if not config.rollout.rollout_only:
         budget = config.training.max_tokens_per_microbatch
         trainer = _trainer(config, shape, parallel, states, budget)
-    engine = _engine(config, shape) if takes_slots(config.rollout) else None
+    engine = engine_gpu(config, shape) if takes_slots(config.rollout) else None
     fullest = max(states, key=lambda of_rank: of_rank.weights + of_rank.optimizer)
     return Memory(
         trainer=trainer,
@@ -54,7 +54,9 @@ def _trainer(
     # budget is what is full.
     lone = max(budget, longest)
     at_budget = _activations(config, shape, parallel, budget)
-    at_longest = _activations(config, shape, parallel, lone)
+    at_longest = at_budget
+    if lone > budget:
+        at_longest = _activations(config, shape, parallel, lone)
     on_gpu = config.cluster.device == "cuda"
     reserve = 0
     headroom = 0
@@ -83,6 +85,14 @@ def _trainer(
     return max(found, key=lambda rank: rank.total)
 
 
+def trainer_gpu(
+    config: RunConfig, shape: ModelShape, parallel: ParallelDims, budget: int
+) -> TrainerGPU:
+    """What the fullest trainer GPU holds with this training.max_tokens_per_microbatch."""
+    states = states_of_ranks(config, shape, parallel)
+    return _trainer(config, shape, parallel, states, budget)
+
+
 def _activations(
     config: RunConfig, shape: ModelShape, parallel: ParallelDims, tokens: int
 ) -> list[int]:
@@ -106,7 +116,7 @@ def _logprob_bytes(
     return blocks + gradients + width_of(config) * columns * shape.hidden_size
 
 
-def _engine(config: RunConfig, shape: ModelShape) -> EngineGPU:
+def engine_gpu(config: RunConfig, shape: ModelShape) -> EngineGPU:
     """An engine cuts its weights over its GPUs; what the share leaves is cache."""
     tp_size = config.rollout.engine_tp_size
     width = width_of(config)
@@ -117,7 +127,9 @@ def _engine(config: RunConfig, shape: ModelShape) -> EngineGPU:
         weights=weights,
         cache=share - weights,
         kv_bytes_per_token=width * shape.num_layers * _cached_numbers(shape, tp_size),
-        longest_tokens=longest_sequence(config, shape),
+        longest_tokens=min(
+            config.data.max_prompt_tokens + longest_answer(config)[1], shape.context_length
+        ),
     )
 
 

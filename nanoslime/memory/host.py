@@ -69,9 +69,18 @@ def rollout_bytes(config: RunConfig, shape: ModelShape) -> int:
 
 
 def longest_sequence(config: RunConfig, shape: ModelShape) -> int:
-    """Tokens of the longest prompt and response together that the run can have."""
+    """Tokens of the longest prompt and response together that can be trained on."""
     asked = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     return min(asked, shape.context_length)
+
+
+def longest_answer(config: RunConfig) -> tuple[str, int]:
+    """The field that says how long answers of an engine get, and its tokens: evaluations may ask
+    for longer ones than training."""
+    lengths = {"rollout.max_new_tokens": config.rollout.max_new_tokens}
+    for number, one in enumerate(config.eval.sets):
+        lengths[f"eval.sets.{number}.max_new_tokens"] = one.max_new_tokens or 0
+    return max(lengths.items(), key=lambda field_and_tokens: field_and_tokens[1])
 
 
 def slurm_bytes(text: str) -> int | None:
