@@ -123,23 +123,10 @@ def plan(config: RunConfig, shape: ModelShape) -> Layout:
     """Where everything goes. Raises RunError, with value, place and way out, where it cannot."""
     cluster = config.cluster
     slots = _slots_per_node(config)
-    trainer_slots = _trainer_slots(config, slots)
-    trainers = _place_trainers(trainer_slots)
-    if trainers:
-        parallel = _parallel_dims(config, shape, len(trainers), slots)
-    else:
-        parallel = ParallelDims(tp=1, pp=1, cp=1, ep=1, dp=1)
-    if trainers and cluster.device == "cuda":
-        has_kernels = _has_transformer_engine(config)
-        check_kernels(config.training, shape, transformer_engine=has_kernels)
-    resolve_transport(config, same_process=False)
-    if takes_slots(config.rollout):
-        engine_kind(config.rollout).check_plan(config.rollout, shape, slots)
-    if cluster.colocate:
-        # Engines take the trainers' slots, as if there were no trainers.
-        engines = _place_engines(config, trainer_slots[0], [0] * cluster.nodes)
-    else:
-        engines = _place_engines(config, slots, trainer_slots)
+    trainers = _place_trainers(_trainer_slots(config, slots))
+    parallel = parallel_dims(config, shape)
+    check_without_sizes(config, shape)
+    engines = check_engines(config, shape)
     check_memory(config, shape, parallel)
     return Layout(
         num_nodes=cluster.nodes,
@@ -150,6 +137,31 @@ def plan(config: RunConfig, shape: ModelShape) -> Layout:
         trainers=trainers,
         engines=engines,
     )
+
+
+def check_without_sizes(config: RunConfig, shape: ModelShape) -> None:
+    """Raises RunError for what no number of nodes and no parallel size helps against."""
+    if config.cluster.device == "cuda" and not config.rollout.rollout_only:
+        has_kernels = _has_transformer_engine(config)
+        check_kernels(config.training, shape, transformer_engine=has_kernels)
+    resolve_transport(config, same_process=False)
+
+
+def check_engines(config: RunConfig, shape: ModelShape) -> tuple[EnginePlace, ...]:
+    """Where engines go. Raises RunError where they cannot, whatever memory there is."""
+    slots = _slots_per_node(config)
+    taken = _trainer_slots(config, slots)
+    if takes_slots(config.rollout):
+        engine_kind(config.rollout).check_plan(config.rollout, shape, slots)
+    if config.cluster.colocate:
+        # Engines take the trainers' slots, as if there were no trainers.
+        return _place_engines(config, taken[0], [0] * config.cluster.nodes)
+    return _place_engines(config, slots, taken)
+
+
+def trainer_ranks(config: RunConfig) -> int:
+    """How many trainers the job has. Raises RunError where there is no room for them."""
+    return sum(_trainer_slots(config, _slots_per_node(config)))
 
 
 def _slots_per_node(config: RunConfig) -> int:
@@ -178,6 +190,11 @@ def _trainer_slots(config: RunConfig, slots: int) -> list[int]:
     rollout_nodes = _rollout_nodes(config)
     if nodes == 1:
         return [_one_node_trainer_slots(config, slots)]
+    if config.cluster.engine_gpus is not None:
+        raise RunError(
+            f"cluster.engine_gpus={config.cluster.engine_gpus} with cluster.nodes={nodes}: it is "
+            "for one node, whose GPUs engines share; use cluster.rollout_nodes (--rollout-nodes)"
+        )
     trainer_nodes = nodes - rollout_nodes
     ranks = trainer_nodes * slots
     asked = config.training.num_gpus
@@ -334,10 +351,14 @@ def _num_engines(config: RunConfig, node: int, free: int) -> int:
     return asked
 
 
-def _parallel_dims(config: RunConfig, shape: ModelShape, ranks: int, slots: int) -> ParallelDims:
+def parallel_dims(config: RunConfig, shape: ModelShape) -> ParallelDims:
+    """The sizes of the trainers' groups. Raises RunError where they do not divide the trainers."""
     training = config.training
     rollout = config.rollout
-    check_parallel(training, shape, ranks, slots)
+    ranks = trainer_ranks(config)
+    if not ranks:
+        return ParallelDims(tp=1, pp=1, cp=1, ep=1, dp=1)
+    check_parallel(training, shape, ranks, _slots_per_node(config))
     dp = ranks // (training.tp_size * training.cp_size * training.pp_size)
     steps = training.num_steps_per_rollout
     samples = rollout.rollout_batch_size // steps * rollout.n_samples_per_prompt

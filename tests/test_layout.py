@@ -188,6 +188,10 @@ def test_the_embedded_engine_takes_no_node():
         ),
         ("--nodes 1 --engine-gpus 8", "cluster.engine_gpus=8 of 8 GPUs; choose 1-7"),
         ("--nodes 1 --engine-gpus 0", "cluster.engine_gpus=0 of 8 GPUs; choose 1-7"),
+        (
+            "--nodes 4 --engine-gpus 2",
+            "cluster.engine_gpus=2 with cluster.nodes=4: .* use cluster.rollout_nodes",
+        ),
         ("--nodes 1 --engine-gpus 2 --engine embedded", "takes no GPU of its own; set 0"),
         (
             "--nodes 1 --num-gpus 8",

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from jobs.choose import SIZES, choose, shortage, ways_out, with_sizes
+from jobs.choose import SIZES, choose, fitting, shortage, ways_out, with_sizes
 from nanoslime.config.load import load, set_by
 from nanoslime.layout import plan
 from nanoslime.models.shape import ModelShape
@@ -29,6 +29,12 @@ LLAMA_70B = replace(
 )
 # Transformer Engine is not looked for.
 NODES_80 = "--cluster.gpus-per-node 8 --cluster.gpu-memory-gib 80 --allow-slow"
+
+
+@pytest.fixture(autouse=True)
+def _enough_time(monkeypatch):
+    """Whatever else this machine does."""
+    monkeypatch.setattr("jobs.choose._SEARCH_S", 60.0)
 
 
 def chosen(flags: str, shape: ModelShape):
@@ -109,3 +115,66 @@ def test_a_refusal_for_memory_names_layouts_that_fit(flags, shape, says):
     for way in told.removeprefix(". These fit: ").split("; ") if told else []:
         better = load(None, None, f"{NODES_80} {flags} {way}".split())
         assert shortage(better, shape, plan(better, shape)) == ""
+
+
+def planned_for(monkeypatch, search) -> int:
+    """How many layouts a search looks at."""
+    looked_at = []
+
+    def counted(config, shape, sizes):
+        looked_at.append(sizes)
+        return fitting(config, shape, sizes)
+
+    monkeypatch.setattr("jobs.choose.fitting", counted)
+    monkeypatch.setattr("jobs.choose._SEARCH_S", 1000.0)
+    search()
+    return len(looked_at)
+
+
+@pytest.mark.parametrize(
+    ("flags", "shape", "most"),
+    [
+        ("--nodes 32", QWEN3_30B_A3B, 400),
+        ("--nodes 32", LLAMA_70B, 400),
+        # Nothing fits, on four times as many nodes neither.
+        ("--nodes 32 --cluster.gpu-memory-gib 10", QWEN3_30B_A3B, 2000),
+        ("--nodes 2", QWEN3_30B_A3B, 400),
+    ],
+)
+def test_a_search_looks_at_few_layouts(monkeypatch, flags, shape, most):
+    """A layout takes a few milliseconds; all sizes of 32 nodes would be 61,440 layouts."""
+    config = load(None, None, f"{NODES_80} {flags}".split())
+    assert planned_for(monkeypatch, lambda: choose(config, shape, {})) < most
+    assert planned_for(monkeypatch, lambda: ways_out(config, shape)) < most
+
+
+def test_what_no_sizes_help_against_is_refused_before_any_search(monkeypatch):
+    """The environment of the job is there, and has no Transformer Engine."""
+    flags = NODES_80.replace("--allow-slow", "--cluster.venv .")
+    config = load(None, None, f"{flags} --nodes 32".split())
+
+    def refused():
+        with pytest.raises(RunError, match="without Transformer Engine experts"):
+            choose(config, QWEN3_30B_A3B, {})
+
+    assert planned_for(monkeypatch, refused) == 0
+
+
+def test_a_search_that_takes_too_long_is_cut_and_says_so(monkeypatch):
+    monkeypatch.setattr("jobs.choose._SEARCH_S", -1.0)
+    config = load(None, None, f"{NODES_80} --nodes 4".split())
+    assert "found no layout that fits, and was cut" in ways_out(config, QWEN3_30B_A3B)
+
+
+def test_a_job_that_may_not_have_more_nodes_is_not_told_to_take_them():
+    """2 nodes of 8 GPUs for 4 hours are all that the site allows."""
+    flags = f"{NODES_80} --nodes 2 --cluster.max-gpu-hours 128 --time-limit-min 480"
+    config = load(None, None, flags.split())
+    assert choose(config, LLAMA_70B, {}) == {}
+    said = ways_out(config, LLAMA_70B)
+    assert said == ". No layout on 2 nodes fits either, and this job may not have more"
+
+
+def test_a_pipeline_that_is_set_is_kept_whatever_its_length_is():
+    _, found = chosen(f"{NODES_80} --nodes 10 --pp-size 5", LLAMA_70B)
+    assert found["training.tp_size"] == 8 and "training.pp_size" not in found

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
             raise RunError("--tune needs a cluster with GPUs; name one by --cluster")
         sources = submit_grpo.sources_of(command, flags)
         config, shape, _ = inputs.resolve(config, download=False)
-        print(table(best(config, shape, sources)))
+        print(table(config, best(config, shape, sources)))
     except (RunError, OSError) as error:
         print(f"submit_grpo: {error}", file=sys.stderr)
         return 2
@@ -98,19 +98,22 @@ def _all_sizes(config: RunConfig, shape: ModelShape) -> Iterator[choose.Sizes]:
     nodes = config.cluster.nodes
     if config.cluster.colocate or not takes_slots(config.rollout):
         return
-    for rollout_nodes in range(nodes // 2 + 1, nodes):
+    trainer_nodes = nodes // 4
+    while trainer_nodes:
+        rollout_nodes = nodes - trainer_nodes
         with_more = choose.with_sizes(config, {"cluster.rollout_nodes": rollout_nodes})
         for sizes in choose.candidates(with_more, shape):
             if sizes["cluster.rollout_nodes"] == rollout_nodes:
                 yield sizes
+        trainer_nodes //= 2
 
 
-def table(found: list[tuple[StepTime, choose.Sizes]]) -> str:
-    """One line a layout: seconds of a step and of its parts, and the flags that make it."""
+def table(config: RunConfig, found: list[tuple[StepTime, choose.Sizes]]) -> str:
+    """One line a layout: seconds of a step and of its parts, and the flags that make it of
+    the job."""
     lines = ["step s  generate  train  sync  layout"]
     for timed, sizes in found:
-        given = {field: value for field, value in sizes.items() if value is not None}
-        flags = choose.as_flags(given)
+        flags = choose.as_flags(choose.changes(config, sizes)) or "as the job is"
         seconds = f"{timed.step_s:6.0f}  {timed.generate_s:8.0f}  {timed.train_s:5.0f}"
         lines.append(f"{seconds}  {timed.sync_s:4.1f}  {flags}")
     return "\n".join([*lines, "", _NOTE])

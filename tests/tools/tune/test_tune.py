@@ -10,7 +10,7 @@ from nanoslime.models.shape import ModelShape
 from nanoslime.types import RunError
 from tests.models.published import CONFIGS
 from tests.plans import QWEN3_30B_A3B, config_of
-from tools.tune.command import best, main, table
+from tools.tune.command import _all_sizes, best, main, table
 from tools.tune.cost import StepTime, active_parameters, step_time
 
 QWEN3_4B = ModelShape.from_config(CONFIGS["Qwen3-4B"])
@@ -60,7 +60,7 @@ def test_the_best_layouts_fit_and_keep_what_is_set():
         assert sizes["rollout.engine_tp_size"] == 2
         changed = with_sizes(config, changes(config, sizes))
         assert shortage(changed, QWEN3_4B, plan(changed, QWEN3_4B)) == ""
-    text = table(found)
+    text = table(config, found)
     assert len(text.splitlines()) == 10
     assert "This is a model, not a measurement" in text
 
@@ -77,3 +77,20 @@ def test_a_job_without_gpus_is_refused_in_one_line(capsys, tmp_path, monkeypatch
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err == "submit_grpo: --tune needs a cluster with GPUs; name one by --cluster\n"
+
+
+def test_what_is_printed_can_be_typed_and_gives_that_layout():
+    """Experts under tensor parallelism need --sequence-parallel; one node has FSDP, as long as
+    nothing of Megatron is typed."""
+    for flags, shape in ((f"{JOB} --nodes 4", QWEN3_30B_A3B), (f"{JOB} --nodes 1", QWEN3_4B)):
+        config = config_of(flags)
+        found = best(config, shape, {})
+        lines = table(config, found).splitlines()[1:6]
+        for (_, sizes), line in zip(found, lines, strict=False):
+            words = " ".join(line.split()[4:]).replace("as the job is", "")
+            assert config_of(f"{flags} {words}") == with_sizes(config, changes(config, sizes))
+
+
+def test_the_layouts_of_many_nodes_are_few():
+    config = config_of(f"{JOB} --nodes 32")
+    assert len(list(_all_sizes(config, QWEN3_30B_A3B))) < 4000
