@@ -332,9 +332,9 @@ def test_an_engine_must_cache_the_longest_answer_of_an_evaluation():
     engine = '--cluster.gpu-memory-gib 30 --rollout.sglang={"mem_fraction_static":0.308}'
     flags = f"--cluster.gpus-per-node 8 --nodes 4 --training.recompute {engine}"
     plan_of(flags, LONG_4B)
-    long = '--eval.sets [{"prompts":"a"},{"prompts":"b","max_new_tokens":30000}]'
+    long = '--eval.sets {"name":"b","prompts":"b","max_new_tokens":30000}'
     with pytest.raises(
-        RunError, match=r"eval.sets.1.max_new_tokens=30000 make a sequence of 31024"
+        RunError, match=r"eval.sets.0.max_new_tokens=30000 make a sequence of 31024"
     ):
         plan_of(f"{flags} {long}", LONG_4B)
     config = config_of(f"--nodes 4 {EIGHT} {long}")
