@@ -21,6 +21,9 @@ _OF_TOKENIZER = ("*.json", "*.jinja", "*.model", "*.txt", "*/*.jinja")
 
 def checked_prompts(path: Path, data: DataConfig, tokenizer: Path | None) -> str:
     """What is used of a source of prompts, in one line, as `check_prompts` says and raises."""
+    if tokenizer and os.path.lexists(tokenizer / "tokenizer.json"):
+        # The job needs it: what cannot be opened is said here, by its OSError.
+        (tokenizer / "tokenizer.json").open("rb").close()
     files = prompt_files(path) + sorted(Path(__file__).parent.glob("*prompt*.py"))
     for pattern in _OF_TOKENIZER if tokenizer else ():
         files += sorted(tokenizer.glob(pattern)) if tokenizer else []

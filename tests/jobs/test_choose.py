@@ -167,7 +167,7 @@ def test_a_search_that_takes_too_long_is_cut_and_says_so(monkeypatch):
 
 
 def test_a_job_that_may_not_have_more_nodes_is_not_told_to_take_them():
-    """2 nodes of 8 GPUs for 4 hours are all that the site allows."""
+    """2 nodes of 8 GPUs for 8 hours are all that the site allows."""
     flags = f"{NODES_80} --nodes 2 --cluster.max-gpu-hours 128 --time-limit-min 480"
     config = load(None, None, flags.split())
     assert choose(config, LLAMA_70B, {}) == {}
