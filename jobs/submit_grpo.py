@@ -252,9 +252,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tune", action="store_true", help="print the five layouts that a model finds fastest"
     )
-    parser.add_argument(
-        "--verbose", action="store_true", help="with --dry-run: print the full configuration, too"
-    )
+    parser.add_argument("--verbose", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(
         "--sweep",
         metavar="FILE",
@@ -385,7 +383,9 @@ def add_target(parser: argparse.ArgumentParser) -> None:
         "--local", action="store_true", help="run on this machine, whatever SLURM there is"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print plan and batch script; submit nothing"
+        "--dry-run",
+        action="store_true",
+        help="print plan and batch script, with --verbose all settings; submit nothing",
     )
 
 

@@ -458,7 +458,7 @@ def test_what_cannot_be_resumed_is_refused(machine):
         ),
         (
             ["--recipe", "nothere"],
-            "nothere: no such file, and not one of colocate, gsm8k, mock, qwen3_4b_h200, rehearsal",
+            "nothere: no such file, and not one of colocate, gsm8k, mock, qwen3_0p6b_1node_fsdp",
         ),
         (["--cluster", "nothere"], "not one of h200"),
         (["--recipe", "gsm8k"], "model.hf_checkpoint is not set"),
