@@ -459,8 +459,8 @@ def test_what_slurm_refuses_leaves_nothing_and_a_resumed_run_as_it_was(
     flags = ["--nodes", "1", "--cluster", str(later), "--submit", submitter]
     flags += ["--run-root", str(runs), "--name", "mine"]
     for _ in range(2):
-        assert submit_grpo.main([*flags, "--partition", "nowhere"]) == 2
-        assert "invalid partition specified: nowhere" in capsys.readouterr().err
+        assert submit_grpo.main([*flags, "--constraint", "nowhere"]) == 2
+        assert "Invalid feature specification" in capsys.readouterr().err
         assert not runs.exists()
 
     assert submit_grpo.main(flags) == 0, capsys.readouterr().err
@@ -472,8 +472,8 @@ def test_what_slurm_refuses_leaves_nothing_and_a_resumed_run_as_it_was(
     assert f"job {job_id} still holds {run}: it is PENDING (BeginTime)" in capsys.readouterr().err
     slurm.run("scancel", job_id)
     slurm.wait_state(int(job_id), "CANCELLED", timeout_s=10)
-    assert submit_grpo.main(["--resume", str(run), "--partition", "nowhere", "--lr", "1"]) == 2
-    assert "invalid partition" in capsys.readouterr().err
+    assert submit_grpo.main(["--resume", str(run), "--constraint", "nowhere", "--lr", "1"]) == 2
+    assert "Invalid feature specification" in capsys.readouterr().err
     after = {path: path.read_bytes() for path in run.rglob("[!.]*") if path.is_file()}
     assert after == before
 
