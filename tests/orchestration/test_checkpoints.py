@@ -23,19 +23,28 @@ from tests.orchestration.test_loop import rows, run_dir
 model = test_loop.model  # the fixture
 
 
-# What engines were asked since the row before may have been in another attempt. On a busy machine a
-# request may come too late for the batch of the others, and the logprobs of its tokens then differ
-# in their last digits from those that it would have had there: so does what compares with them.
-NOT_REPEATED = (
-    *("time/", "router/"),
-    *("train/importance_weight", "train/ess_ratio", "train/rollout_kl", "train/logprob_gap"),
+# What engines were asked since the row before may have been in another attempt.
+OF_THE_ATTEMPT = ("time/", "router/")
+# On a busy machine a request may come too late for the batch of the others, and the logprobs of its
+# tokens then differ in their last digits from those that it would have had there: so does what
+# compares with them.
+OF_THE_BATCH = (
+    "train/importance_weight",
+    "train/ess_ratio",
+    "train/rollout_kl",
+    "train/logprob_gap",
 )
+SAME_DIGITS = 5
 
 
 def untimed(run: RunDir) -> list[dict]:
-    """The rows without seconds, and without what another batch of the engine changes."""
+    """The rows without seconds, and without the last digits that another batch changes."""
     return [
-        {name: value for name, value in row.items() if not name.startswith(NOT_REPEATED)}
+        {
+            name: round(value, SAME_DIGITS) if name.startswith(OF_THE_BATCH) else value
+            for name, value in row.items()
+            if not name.startswith(OF_THE_ATTEMPT)
+        }
         for row in rows(run)
     ]
 
