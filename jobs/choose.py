@@ -23,6 +23,7 @@ from nanoslime.config import RunConfig
 from nanoslime.engine_kind import takes_slots
 from nanoslime.layout import Layout
 from nanoslime.memory import engine_gpu, estimate_memory, trainer_gpu
+from nanoslime.memory.parts import GIB
 from nanoslime.models.parallel_sizes import divisors, tp_sizes
 from nanoslime.models.shape import ModelShape
 from nanoslime.types import RunError
@@ -47,7 +48,6 @@ _SEARCH_S = 1.0
 _ROOM = 8
 # So many layouts are named in a refusal.
 _NAMED = 3
-_GIB = 1 << 30
 
 
 def choose(config: RunConfig, shape: ModelShape, sources: Mapping[str, str]) -> Sizes:
@@ -284,7 +284,7 @@ def _trainers_fit(config: RunConfig, shape: ModelShape) -> bool:
     parallel = layouts.parallel_dims(config, shape)
     budget = config.training.max_tokens_per_microbatch
     need = trainer_gpu(config, shape, parallel, budget)
-    return need.total <= config.cluster.gpu_memory_gib * _GIB
+    return need.total <= config.cluster.gpu_memory_gib * GIB
 
 
 def has_headroom(config: RunConfig, shape: ModelShape, layout: Layout) -> bool:
@@ -298,8 +298,8 @@ def shortage(config: RunConfig, shape: ModelShape, layout: Layout) -> str:
         return ""
     need = estimate_memory(config, shape, layout.parallel)
     gpu_gib = config.cluster.gpu_memory_gib
-    if need.trainer and need.trainer.total > gpu_gib * _GIB:
-        without_headroom = (need.trainer.total - need.trainer.headroom) / _GIB
+    if need.trainer and need.trainer.total > gpu_gib * GIB:
+        without_headroom = (need.trainer.total - need.trainer.headroom) / GIB
         if without_headroom > gpu_gib:
             return f"a trainer GPU needs {without_headroom:.0f} of {gpu_gib:g} GiB"
         return "a trainer GPU has no headroom"

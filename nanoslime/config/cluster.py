@@ -22,8 +22,18 @@ _VARIABLE = re.compile(r"[A-Za-z_]\w*")
 _OPTION = re.compile(r"[a-z][a-z0-9-]*")
 # The fields that are options of sbatch by the same names.
 _SBATCH_FIELDS = (
-    *("account", "comment", "constraint", "dependency", "exclude", "exclusive", "mail_type"),
-    *("mail_user", "nodelist", "partition", "qos", "reservation"),
+    "account",
+    "comment",
+    "constraint",
+    "dependency",
+    "exclude",
+    "exclusive",
+    "mail_type",
+    "mail_user",
+    "nodelist",
+    "partition",
+    "qos",
+    "reservation",
 )
 
 
