@@ -338,8 +338,7 @@ class Agent:
         """Raises AttemptOver when another agent has published the end of the attempt."""
         end = self._attempt.ended()
         if end is not None:
-            code, reason = end
-            raise AttemptOver(code, reason, published=True)
+            raise AttemptOver.by_another(end)
 
     def _pass_on_signals(self) -> None:
         """Have the driver told to stop for every signal that has come.
@@ -459,8 +458,7 @@ class Agent:
         logger.log(level, "end: code %d %s", end.code, end.reason)
         ended_it = not end.published and self._publish_end(end)
         if not ended_it:
-            code, reason = self._attempt.ended() or (end.code, end.reason)
-            end = AttemptOver(code, reason, published=True)
+            end = AttemptOver.by_another(self._attempt.ended() or (end.code, end.reason))
         own_report().enter(f"the agent of {self._env.node_name}", "leave")
         if self._doctor.stacks.exists():
             pids = descendants(os.getpid())

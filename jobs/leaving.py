@@ -24,6 +24,12 @@ class AttemptOver(Exception):
     # It failed by a fault of a machine, so that another attempt may do better.
     can_go_on: bool = False
 
+    @classmethod
+    def by_another(cls, end: tuple[int, str]) -> "AttemptOver":
+        """The end, code and reason, that another agent has published."""
+        code, reason = end
+        return cls(code, reason, published=True)
+
 
 @contextmanager
 def logged_if_unwritable() -> Iterator[None]:
