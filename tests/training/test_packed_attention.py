@@ -149,7 +149,7 @@ def test_logprobs_and_gradients_are_those_with_a_mask(name):
     torch.testing.assert_close(logprobs, expected, rtol=1e-6, atol=1e-6)
     for parameter, gradient in expected_gradients.items():
         gap = (gradients[parameter] - gradient).abs().max()
-        assert gap <= 2e-6 * gradient.abs().max(), parameter
+        assert gap <= 1e-5 * gradient.abs().max(), parameter
 
 
 class Operators(TorchDispatchMode):
