@@ -39,6 +39,8 @@ def environment(
     base = {name: value for name, value in base.items() if name != "RAY_AUTH_TOKEN"}
     return {
         **kept,
+        # Ray's own default is 15: trainers and engines would wait for whatever else runs there.
+        "RAY_worker_niceness": "0",
         **base,
         **cuda_home(base, Path(sys.prefix)),
         "TMPDIR": str(scratch),

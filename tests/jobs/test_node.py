@@ -578,6 +578,13 @@ def test_jobs_run_with_the_hugging_face_libraries_offline(tmp_path: Path) -> Non
     assert env["RAY_task_events_report_interval_ms"] == "0"
 
 
+def test_what_ray_starts_is_not_niced_unless_the_user_says_so(tmp_path: Path) -> None:
+    env = ray_node.environment({}, tmp_path / "token", tmp_path)
+    assert env["RAY_worker_niceness"] == "0"
+    env = ray_node.environment({"RAY_worker_niceness": "5"}, tmp_path / "token", tmp_path)
+    assert env["RAY_worker_niceness"] == "5"
+
+
 def make_agent(made: MadeRun, node: int, attempt: Attempt) -> Agent:
     num_nodes = made.layout.num_nodes
     env = ClusterEnv.for_local(node, num_nodes, f"l{os.getpid()}")

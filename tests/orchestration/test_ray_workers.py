@@ -2,6 +2,7 @@
 and each rank fetches its own arrays.
 """
 
+import os
 import re
 import time
 from dataclasses import fields
@@ -100,6 +101,7 @@ def test_arrays_go_from_the_worker_to_the_ranks_past_the_driver(
     attempt = RunDir.create(tmp_path, "run").new_attempt()
     cluster.start_local(2, "cpu", attempt.make_ray_token())
     try:
+        assert ray.get(ray.remote(lambda: os.nice(0)).remote()) == os.nice(0)
         places = [ActorPlace(index=0, node=0, num_slots=0)]
         actors = Actors(WorkerActor, "worker", places, RunOnRay(CONFIG, attempt, tiny_model), 8)
         setup = WorkerSetup(CONFIG, tiny_model, attempt.run.rollouts)

@@ -47,6 +47,8 @@ def start_local(num_slots: int, device: str, token: Path) -> None:
     """
     os.environ.pop("RAY_AUTH_TOKEN", None)
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
+    # Ray's own default is 15: ranks and engines would wait for whatever else runs there.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # Ray keeps the mode and the token that it has read first.
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
