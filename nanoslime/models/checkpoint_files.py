@@ -68,9 +68,8 @@ def check_tied_head(tensors: dict[str, TensorInfo]) -> None:
 
     transformers would then not tie them, SGLang and Megatron would.
     """
-    embedding = tensors["model.embed_tokens.weight"]
-    head = tensors.get("lm_head.weight", embedding)
-    if not same_content(head, embedding):
+    head = tensors.get("lm_head.weight")
+    if head is not None and not same_content(head, tensors["model.embed_tokens.weight"]):
         raise RunError(
             f"{head.file}: lm_head.weight has to repeat model.embed_tokens.weight, but differs, "
             "although config.json ties them; set tie_word_embeddings to false there, or remove "

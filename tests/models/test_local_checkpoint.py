@@ -80,6 +80,15 @@ def test_a_tied_head_that_the_files_repeat_is_taken(tied: Path) -> None:
     resolve(tied)
 
 
+def test_a_tied_head_that_the_files_leave_out_costs_no_reading_of_the_embedding(
+    tied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = []
+    monkeypatch.setattr("nanoslime.models.checkpoint_files.same_content", compared.append)
+    resolve(tied)
+    assert compared == []
+
+
 def test_one_other_number_in_a_tied_head_is_refused_before_anything_starts(tied: Path) -> None:
     """transformers would not tie it, SGLang and Megatron would."""
 
