@@ -315,13 +315,19 @@ def _latest(source: Path, rest: list[str], environ: Mapping[str, str]) -> Path:
     submit_grpo.find_cluster(command, environ)
     root = Path(submit_grpo.configure(command, flags).cluster.run_root or "runs").expanduser()
     found = []
+    damaged = []
     for path in root.glob(f"*/{table.TABLE}"):
-        if table.read(path.parent).source == str(source.absolute()):
+        try:
+            asked_for_by = table.read(path.parent).source
+        except RunError as error:
+            damaged.append(f"; {error}")
+            continue
+        if asked_for_by == str(source.absolute()):
             found.append((path.stat().st_mtime, path.parent))
     if not found:
         raise RunError(
             f"{source} has no sweep in {root.absolute()} yet; submit it without --only, or name "
-            "the directory of the sweep in its place"
+            f"the directory of the sweep in its place{''.join(damaged)}"
         )
     return max(found)[1]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from nanoslime.types import RunError
 from tools.sweep import table
-from tools.watch.status import RunStatus
+from tools.watch.status import RunStatus, damage_named
 
 # Runs of the same setting differ in these.
 _OWN = ("seed", "name", "cluster.run_root", "rollout.load_rollouts")
@@ -35,7 +35,6 @@ _COLUMNS = (
 class Outcome:
     """What came of a run; None where it has no such reward."""
 
-    setting: str
     is_done: bool
     num_steps: int
     train_last: float | None
@@ -51,23 +50,37 @@ def show(asked: argparse.Namespace) -> Iterator[str]:
 
 
 def lines(paths: Sequence[Path]) -> list[str]:
-    """The table of these runs, and of the runs of these sweeps."""
-    statuses = [RunStatus(path) for path in table.runs_of(paths)]
+    """The table of these runs, and of the runs of these sweeps, and what is left out of it."""
+    statuses = []
+    outcomes = []
+    left_out = []
+    for path in table.runs_of(paths):
+        try:
+            with damage_named(path):
+                status = RunStatus(path)
+                outcomes.append(_outcome(status))
+                statuses.append(status)
+        except RunError as error:
+            left_out.append(f"left out: {error}")
     if not statuses:
+        left_out = left_out or ["there is nothing to compare, all runs were deleted"]
         raise RunError(
-            f"{', '.join(map(str, paths))}: there is nothing to compare, all runs were deleted; "
-            "name another sweep, or runs"
+            f"{', '.join(map(str, paths))}: {'; '.join(left_out)}; name another sweep, or runs"
         )
-    settings = _settings(paths, statuses)
     by_setting: dict[str, list[Outcome]] = {}
-    for status, setting in zip(statuses, settings, strict=True):
-        by_setting.setdefault(setting, []).append(_outcome(status, setting))
-    outcomes = [outcome for of_setting in by_setting.values() for outcome in of_setting]
+    for setting, outcome in zip(_settings(paths, statuses), outcomes, strict=True):
+        by_setting.setdefault(setting, []).append(outcome)
+    damages = [table.damage(path) for path in paths if table.is_sweep(path)]
     units = " and ".join(sorted({outcome.unit for outcome in outcomes}))
     rows = [[*_COLUMNS, units]]
     rows += [_row(setting, of_setting) for setting, of_setting in by_setting.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    shown = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return [
+        *shown,
+        *left_out,
+        *(f"told by their configurations, since {fault}" for fault in damages if fault),
+    ]
 
 
 def _row(setting: str, outcomes: Sequence[Outcome]) -> list[str]:
@@ -97,7 +110,7 @@ def estimate(values: Sequence[float | None]) -> str:
     return f"{fmean(known):.4f} +- {error:.4f}{missing}"
 
 
-def _outcome(status: RunStatus, setting: str) -> Outcome:
+def _outcome(status: RunStatus) -> Outcome:
     trained = _values(status.rows, "rollout/reward_mean")
     sets = [row.get("set") for row in status.evals]
     first_set = [row for row in status.evals if row.get("set") == sets[0]]
@@ -105,7 +118,6 @@ def _outcome(status: RunStatus, setting: str) -> Outcome:
     evaluated = _values([row for row in first_set if row.get("step", -1) >= 0], "reward")
     unit, hours = status.hours()
     return Outcome(
-        setting=setting,
         is_done=bool(status.lives) and status.lives[-1].outcome == "done",
         num_steps=1 + max((row["step"] for row in status.rows if "step" in row), default=-1),
         train_last=trained[-1] if trained else None,
@@ -118,12 +130,12 @@ def _outcome(status: RunStatus, setting: str) -> Outcome:
 
 
 def _values(rows: Sequence[dict[str, Any]], key: str) -> list[float]:
-    return [row[key] for row in rows if row.get(key) is not None]
+    return [float(row[key]) for row in rows if row.get(key) is not None]
 
 
 def _settings(paths: Sequence[Path], statuses: Sequence[RunStatus]) -> list[str]:
     """What is special about each run."""
-    if len(paths) == 1 and table.is_sweep(paths[0]):
+    if len(paths) == 1 and table.is_sweep(paths[0]) and not table.damage(paths[0]):
         by_run = {row.run: row.setting for row in table.read(paths[0]).rows}
         return [by_run[status.run.name] for status in statuses]
     flat = [_flat(asdict(status.config)) for status in statuses]

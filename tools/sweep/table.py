@@ -6,6 +6,7 @@ array.sbatch    the job array's script, where SLURM has it
 <name>-<index>/ the run directories
 """
 
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from nanoslime.storage.shared_files import publish_json, read_json
 from nanoslime.types import RunError
 
 TABLE = "sweep.json"
+# It was published whole, so that what is no JSON will not become any.
+_READ_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,25 +53,43 @@ def read(directory: Path) -> Table:
     path = directory / TABLE
     if not path.is_file():
         raise RunError(f"{directory} is not the directory of a sweep: it has no {TABLE}")
-    content = read_json(path)
+    content = read_json(path, _READ_S)
     try:
-        rows = tuple(Row(**row) for row in content["rows"])
+        rows = tuple(
+            Row(int(row["index"]), str(row["setting"]), int(row["seed"]), str(row["run"]))
+            for row in content["rows"]
+        )
         return Table(directory.absolute(), str(content["source"]), rows)
-    except (KeyError, TypeError) as e:
+    except (KeyError, TypeError, ValueError) as e:
         raise RunError(f"{path} is no table of a sweep: {type(e).__name__}: {e}") from e
+
+
+def damage(directory: Path) -> str:
+    """Why a sweep's table cannot be read; empty where it can."""
+    try:
+        read(directory)
+    except (RunError, OSError) as error:
+        return str(error)
+    return ""
 
 
 def runs_of(paths: Iterable[Path]) -> list[Path]:
     """These runs, with a sweep's runs in the place of its directory.
 
-    A run whose directory was deleted is none of its sweep any more.
+    A run whose directory was deleted is none of its sweep any more. Where the sweep's table is
+    damaged, its runs are those that lie in its directory.
     """
     found = []
     for path in paths:
-        if is_sweep(path):
-            table = read(path)
-            runs = [table.run(row) for row in table.rows]
-            found += [run for run in runs if RunDir(run).attempts.is_dir()]
-        else:
+        if not is_sweep(path):
             found.append(path)
+        elif damage(path):
+            found += [path / name for name in sorted(os.listdir(path)) if _is_run(path / name)]
+        else:
+            table = read(path)
+            found += [table.run(row) for row in table.rows if _is_run(table.run(row))]
     return found
+
+
+def _is_run(path: Path) -> bool:
+    return RunDir(path).attempts.is_dir()

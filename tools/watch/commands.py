@@ -31,7 +31,7 @@ from nanoslime.config.load import load
 from nanoslime.types import RunError
 from tools.sweep import compare, table
 from tools.watch import control, report, run_logs, samples
-from tools.watch.status import RunStatus, subjects
+from tools.watch.status import RunStatus, damage_named, subjects
 
 _RUN_ROOT = "where runs lie; default: as the cluster's file says, else runs"
 _CLEAR = "\x1b[H\x1b[2J"
@@ -80,18 +80,32 @@ def _ps(asked: argparse.Namespace) -> Iterator[str]:
     if asked.run is None:
         kinds = ("attempts", table.TABLE)
         paths = sorted(path.parent for kind in kinds for path in asked.run_root.glob(f"*/{kind}"))
+    for path in paths:
+        if table.is_sweep(path) and (damage := table.damage(path)):
+            yield f"{path.name:24}  {damage}; the runs that lie there are shown all the same"
     paths = table.runs_of(paths)
     if not paths:
         raise RunError(f"{asked.run_root} holds no run; give another --run-root DIR")
     for path in paths:
-        status = RunStatus(path)
-        told = dict(subjects(status))
-        shown = [told[label] for label in _LINE if label in told]
-        yield f"{status.run.name:24}  {'; '.join(shown)}"
+        try:
+            told = _told(path)
+        except RunError as error:
+            if path == asked.run:
+                raise
+            # The other runs are shown all the same.
+            yield f"{path.name:24}  {error}"
+            continue
+        yield f"{path.name:24}  {'; '.join(told[label] for label in _LINE if label in told)}"
+
+
+def _told(path: Path) -> dict[str, str]:
+    """What a person is told of a run, by its subjects."""
+    with damage_named(path):
+        return dict(subjects(RunStatus(path)))
 
 
 def _status(asked: argparse.Namespace) -> Iterator[str]:
-    for label, text in subjects(RunStatus(asked.run)):
+    for label, text in _told(asked.run).items():
         yield f"{label:9} {text}"
 
 
@@ -106,10 +120,17 @@ def _stop(asked: argparse.Namespace) -> Iterator[str]:
     runs = table.runs_of([asked.run])
     if not runs:
         raise RunError(f"{asked.run} has no run to stop: all were deleted")
-    stops = []
-    for run in sorted(runs, key=lambda run: RunStatus(run).runs):
+    waiting: list[tuple[Path, Iterator[str]]] = []
+    running: list[tuple[Path, Iterator[str]]] = []
+    for run in runs:
         of_run = argparse.Namespace(**{**vars(asked), "run": run})
-        stops.append((run, control.stop(of_run)))
+        try:
+            group = running if RunStatus(run).runs else waiting
+        except RunError as error:
+            yield f"{run.name}: {error}"
+            continue
+        group.append((run, control.stop(of_run)))
+    stops = [*waiting, *running]
     # The first that a run's stop tells is that the run is asked, or that its job is cancelled.
     for num_texts in (1, None):
         for run, texts in stops:

@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -60,10 +60,28 @@ class Life(NamedTuple):
     first_step: int
 
 
+@contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Says of which run it is, where its files hold something else than a run writes: RunError."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise RunError(
+            f"{path}: one of its files is damaged ({type(error).__name__}: {error}); put it back, "
+            "or move the run's directory out of the run root"
+        ) from error
+
+
 class RunStatus:
-    """A run as it is now. RunError where `path` is no run directory."""
+    """A run as it is now. RunError where `path` is no run directory, or a file in it is damaged."""
 
     def __init__(self, path: Path) -> None:
+        with damage_named(path):
+            self._read(path)
+
+    def _read(self, path: Path) -> None:
         self.run = RunDir.open(path)
         self.now = time.time()
         self.config = RunConfig()
