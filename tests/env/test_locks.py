@@ -43,7 +43,6 @@ SAME_IN_BOTH = [
     "sglang-router",
     "submitit",
     "transformers",
-    "tyro",
 ]
 
 
