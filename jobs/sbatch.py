@@ -1,7 +1,7 @@
 """The text of a run's job: its sbatch options, its srun step and its batch script.
 
 All functions are pure, but for reading a site's own template, and tested as text;
-jobs/slurm_submit.py hands the text to SLURM.
+tools/submit/slurm_submit.py hands the text to SLURM.
 """
 
 import shlex

@@ -50,7 +50,7 @@ DOORS = {  # the only places that may import these
 HEAVY = ("torch", "transformers", "ray", "megatron", "sglang")
 MAX_FILE = 500
 MAX_FUNCTION = 100
-MAX_ALL = 23_000  # lines of code; the design wants 20,000
+MAX_ALL = 21_400  # lines of code; the design wants 20,000
 MAX_UNFORMATTED = 10
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -155,17 +155,23 @@ def test_a_framework_has_one_door(framework):
     ]
 
 
+def is_torch_free(path: Path) -> bool:
+    """Whether it has to run on a login node."""
+    is_submission = NAMES[path].startswith("tools/submit/")
+    return is_submission or room(module_name(path)) in TORCH_FREE | {"jobs"}
+
+
 def test_torch_free_rooms_import_nothing_heavy():
-    free = [p for p in CODE if room(module_name(p)) in TORCH_FREE | {"jobs"}]
+    free = [p for p in CODE if is_torch_free(p)]
     assert not [
         f"{NAMES[p]}:{line} {m}" for p in free for line, m in imports(p) if m.split(".")[0] in HEAVY
     ]
 
 
 def test_torch_free_modules_load_where_torch_transformers_ray_and_megatron_do_not_exist():
-    names = [module_name(p) for p in CODE if room(module_name(p)) in TORCH_FREE | {"jobs"}]
+    names = [module_name(p) for p in CODE if is_torch_free(p)]
     names = [name for name in names if not name.endswith("__main__")]
-    assert {"jobs.submit_grpo", "jobs.where", "nanoslime.layout", "nanoslime.config.load"} <= set(
+    assert {"tools.submit.grpo", "jobs.where", "nanoslime.layout", "nanoslime.config.load"} <= set(
         names
     )
     code = f"""

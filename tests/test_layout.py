@@ -6,7 +6,6 @@ from itertools import product
 
 import pytest
 
-from jobs.plan_text import describe
 from nanoslime.config import RunConfig
 from nanoslime.layout import Layout, plan
 from nanoslime.models.parallel_sizes import ParallelDims
@@ -14,6 +13,7 @@ from nanoslime.models.shape import ModelShape
 from nanoslime.types import RunError
 from tests.models.published import CONFIGS
 from tests.plans import H200, QWEN3_4B, TINY, config_of, plan_of
+from tools.submit.plan_text import describe
 
 
 def nodes_of(places) -> list[int]:

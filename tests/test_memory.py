@@ -5,8 +5,6 @@ from dataclasses import replace
 
 import pytest
 
-from jobs.choose import shortage
-from jobs.plan_text import describe
 from nanoslime.config import ClusterConfig, ModelConfig, RunConfig, TrainingConfig
 from nanoslime.layout import plan
 from nanoslime.memory import (
@@ -27,6 +25,8 @@ from tests.models.hf import make_model
 from tests.models.published import CONFIGS
 from tests.plans import H200, QWEN3_4B, QWEN3_30B_A3B, TINY, config_of, plan_of
 from tools.gpu_checks import QWEN3_06B
+from tools.submit.choose import shortage
+from tools.submit.plan_text import describe
 
 
 def need_of(flags: str, shape: ModelShape) -> TrainerGPU:

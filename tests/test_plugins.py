@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from nanoslime.plugins import check_importable, resolve
+from nanoslime.plugins import resolve
+from tools.submit.plugins import check_importable
 
 TABLE = {"known": "nanoslime.plugins:target"}
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs import submit_grpo
 from nanoslime.config.load import load
 from nanoslime.rehearsal import build_tokenizer
 from nanoslime.types import RunError
+from tools.submit import grpo as submit_grpo
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -16,14 +16,14 @@ from dataclasses import is_dataclass
 from functools import partial
 from typing import Any, Literal, get_args, get_origin
 
-from jobs import submit_grpo
 from jobs.checkout import typed
 from nanoslime.config import RunConfig
-from nanoslime.config.fields import FieldValue, values
 from nanoslime.config.flags import ALIASES, HELP, SWITCHES, field_types, suggest
 from nanoslime.config.load import load
 from nanoslime.run_dir import RunDir
 from nanoslime.types import RunError
+from tools.fields import FieldValue, values
+from tools.submit import grpo as submit_grpo
 
 ALL = "all"
 _WIDTH = 100

@@ -12,7 +12,12 @@ import pytest
 from jobs.checkout import ROOT, made_by, stored_clusters, typed
 
 PROGRAMS = ("init_site.py", "runs.py", "submit_convert.py", "submit_grpo.py")
-MODULES = ("tools.site.command", "tools.watch.commands", "tools.conversion.job", "jobs.submit_grpo")
+MODULES = (
+    "tools.site.command",
+    "tools.watch.commands",
+    "tools.conversion.job",
+    "tools.submit.grpo",
+)
 OLDEST = (3, 8)
 
 

@@ -21,7 +21,6 @@ from jobs import ray_node
 from jobs.agent import Agent, AttemptOver
 from jobs.checkout import ROOT
 from jobs.cluster_env import ClusterEnv, interface_address, scratch_root
-from jobs.local import run_local
 from jobs.preflight.gpus import check_driver, check_gpus
 from jobs.preflight.node import check_cores
 from jobs.ray_node import cuda_home
@@ -37,13 +36,14 @@ from tests.jobs.made_run import (
     make_venv_with_fake_ray,
     scratches,
 )
+from tools.submit.local import run_local
 
 _DEADLINE_S = 120.0
 RUN_LOCAL = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-from jobs.local import run_local
+from tools.submit.local import run_local
 from nanoslime.config.load import read
 from nanoslime.layout import Layout
 from nanoslime.run_dir import RunDir

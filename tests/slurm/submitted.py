@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jobs import submit_grpo
-from jobs.slurm_submit import submit_sbatch
 from nanoslime.config.load import read
 from nanoslime.layout import Layout
 from nanoslime.run_dir import Attempt, RunDir
 from tests import process_table
 from tests.process_table import Process
 from tests.slurm.cluster import SlurmCluster
+from tools.submit import grpo as submit_grpo
+from tools.submit.slurm_submit import submit_sbatch
 
 # The first pattern that a command line matches tells the role of its process.
 ROLES = {

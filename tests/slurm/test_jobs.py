@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import submit_grpo
 from jobs.cluster_env import preemption_grace_s
-from jobs.slurm_submit import submit_sbatch, submit_submitit
 from nanoslime.run_dir import DONE, FAILED, STOPPED
 from nanoslime.storage.shared_files import read_json
 from nanoslime.types import RunError
@@ -26,6 +24,8 @@ from tests.jobs.made_run import (
     scratches,
 )
 from tests.slurm.cluster import SlurmCluster
+from tools.submit import grpo as submit_grpo
+from tools.submit.slurm_submit import submit_sbatch, submit_submitit
 
 pytestmark = [pytest.mark.slurm, pytest.mark.ray]
 _DEADLINE_S = 150.0

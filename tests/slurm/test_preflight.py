@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from jobs.slurm_submit import submit_sbatch
 from nanoslime.run_dir import DONE, FAILED
 from nanoslime.storage.shared_files import read_json
 from tests import process_table
 from tests.jobs.made_run import driver, make_run, make_venv_with_fake_ray, scratches
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.test_jobs import logs
+from tools.submit.slurm_submit import submit_sbatch
 
 pytestmark = pytest.mark.slurm
 _FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")

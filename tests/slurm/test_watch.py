@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from jobs.slurm_submit import submit_sbatch
 from nanoslime.run_dir import STOPPED
 from tests import process_table
 from tests.jobs.made_run import HOSTILE, driver, make_run, make_venv_with_fake_ray
 from tests.slurm.cluster import SlurmCluster
+from tools.submit.slurm_submit import submit_sbatch
 from tools.watch import commands
 
 pytestmark = [pytest.mark.slurm, pytest.mark.matrix]

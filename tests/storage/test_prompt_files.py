@@ -16,8 +16,8 @@ from nanoslime.plugins import resolve
 from nanoslime.rollout.rewards import REWARDS
 from nanoslime.storage.prompt_files import PromptRecord, read_prompts
 from nanoslime.storage.prompt_rows import Tally
-from nanoslime.storage.prompt_text import check_prompts
 from nanoslime.types import RunError
+from tools.submit.prompts import check_prompts
 
 # A row of DAPO-Math-17k.
 DAPO = {

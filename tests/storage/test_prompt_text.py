@@ -10,12 +10,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nanoslime.config import DataConfig
 from nanoslime.rollout.prompts import load_prompts
-from nanoslime.storage.chat_template import compile_template
 from nanoslime.storage.prompt_files import read_prompts
-from nanoslime.storage.prompt_text import check_prompts, prompt_text
-from nanoslime.storage.tokenizer_files import TokenizerFiles, check_vocabulary
+from nanoslime.storage.prompt_text import prompt_text
+from nanoslime.storage.tokenizer_files import check_vocabulary
 from nanoslime.types import RunError
 from tests.serving import save_byte_tokenizer
+from tools.submit.chat_template import compile_template
+from tools.submit.prompts import check_prompts
+from tools.submit.tokenizer_files import TokenizerFiles
 
 NO_SYSTEM = (
     "{% for m in messages %}{% if m.role == 'system' %}"

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from jobs import submit_grpo
 from jobs.checkout import ROOT
-from nanoslime.config.fields import values
 from nanoslime.config.flags import ALIASES, field_types, spellings
 from nanoslime.config.load import load
 from nanoslime.types import RunError
 from tools import field_help
+from tools.fields import values
+from tools.submit import grpo as submit_grpo
 
 DEFAULTS = load(None, None, ["--nodes", "2"])
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs import inputs, local, sbatch, submit_grpo
+from jobs import sbatch
 from jobs.checkout import module_command
 from jobs.cluster_env import job_facts, slurm_says
 from nanoslime.config import RunConfig
@@ -23,6 +23,8 @@ from nanoslime.types import RunError
 from tools.acceptance import checks, names, rungs
 from tools.acceptance.report import Outcome, Report
 from tools.acceptance.rungs import Rung
+from tools.submit import grpo as submit_grpo
+from tools.submit import inputs, local
 from tools.watch.status import facts
 
 # SLURM's job goes through states in which others end while it is requeued.

@@ -8,9 +8,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from jobs.submit_grpo import RECIPES
 from nanoslime.config.cluster import ClusterConfig
 from nanoslime.config.flags import parse
+from tools.submit.grpo import RECIPES
 
 # A job of a rung ends after so many minutes, whatever it does.
 TIME_LIMIT_MIN = 10

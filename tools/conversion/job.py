@@ -16,14 +16,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from jobs import sites, where
+from jobs import where
 from jobs.checkout import ROOT, environment
 from jobs.sbatch import batch_script, common_options, python_of_script, submitted
-from jobs.submit_grpo import add_target
 from nanoslime.config import RunConfig
 from nanoslime.config.load import load
 from nanoslime.processes.command import ask
 from nanoslime.types import RunError
+from tools.submit import sites
+from tools.submit.grpo import add_target
 
 # The tools and the directories that they take.
 CONVERSIONS = {"hf-to-megatron": "HF_DIR OUT", "megatron-to-hf": "MEGATRON_DIR OUT"}

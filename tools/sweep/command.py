@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from jobs import inputs, local, sbatch, snapshot, submit_grpo, where
+from jobs import sbatch, snapshot, where
 from jobs.checkout import typed
 from nanoslime.config import RunConfig
 from nanoslime.config.flags import parse as parse_flags
@@ -24,6 +24,8 @@ from nanoslime.layout import Layout
 from nanoslime.run_dir import DONE, STOPPED, RunDir
 from nanoslime.storage.shared_files import publish
 from nanoslime.types import RunError
+from tools.submit import grpo as submit_grpo
+from tools.submit import inputs, local
 from tools.sweep import compare, spec, table
 
 # The options of a job that belong to its run, and not to the array.

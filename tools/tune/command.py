@@ -7,12 +7,13 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 
-from jobs import choose, inputs, sites, submit_grpo
 from nanoslime import layout as layouts
 from nanoslime.config import RunConfig
 from nanoslime.engine_kind import takes_slots
 from nanoslime.models.shape import ModelShape
 from nanoslime.types import RunError
+from tools.submit import choose, inputs, sites
+from tools.submit import grpo as submit_grpo
 from tools.tune.cost import MEAN_SHARE, StepTime, step_time
 
 _SHOWN = 5

@@ -26,9 +26,9 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
-from jobs import sites
 from nanoslime.config.load import load
 from nanoslime.types import RunError
+from tools.submit import sites
 from tools.sweep import compare, table
 from tools.watch import control, report, run_logs, samples
 from tools.watch.status import RunStatus, damage_named, subjects

@@ -7,7 +7,6 @@ from typing import ClassVar, get_args
 
 import pytest
 
-from jobs.plan_text import describe
 from nanoslime import layout
 from nanoslime.config import ModelConfig, RolloutConfig, RunConfig, WeightSyncConfig
 from nanoslime.config.rollout import ENGINES
@@ -15,6 +14,7 @@ from nanoslime.engine_kind import EngineKind, EngineStart, engine_kind, takes_sl
 from nanoslime.models.shape import ModelShape
 from nanoslime.plugins import target
 from nanoslime.types import Engine, RunError
+from tools.submit.plan_text import describe
 
 ROOT = Path(__file__).parents[3]
 TRANSPORTS = get_args(WeightSyncConfig.__annotations__["transport"])

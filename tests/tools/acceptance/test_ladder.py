@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import local, submit_grpo, where
+from jobs import where
 from jobs.checkout import ROOT
 from nanoslime.config import ClusterConfig, RunConfig
 from nanoslime.run_dir import DONE, FAILED, RunDir
@@ -18,6 +18,8 @@ from nanoslime.types import RunError
 from tests.jobs.made_run import make_run
 from tools.acceptance import checks, command, ladder
 from tools.acceptance.checks import Check
+from tools.submit import grpo as submit_grpo
+from tools.submit import local
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 import pytest
 
-from jobs import submit_grpo
 from nanoslime.config.cluster import ClusterConfig
 from tools.acceptance import rungs
+from tools.submit import grpo as submit_grpo
 
 
 def planned(num_gpus: int, *given: str) -> dict[str, tuple]:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from jobs import sites, submit_grpo
 from nanoslime.config.cluster import ClusterConfig
 from nanoslime.config.load import load
 from tests.slurm.cluster import SlurmCluster
 from tools.site import command
+from tools.submit import grpo as submit_grpo
+from tools.submit import sites
 from tools.watch.commands import default_run_root
 
 pytestmark = pytest.mark.slurm

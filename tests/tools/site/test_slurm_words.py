@@ -2,7 +2,6 @@
 
 import pytest
 
-from jobs.limits import gpus_by_type
 from tools.site.slurm import (
     Association,
     NodeKind,
@@ -16,6 +15,7 @@ from tools.site.slurm import (
     parse_qos_limits,
     parse_share,
 )
+from tools.submit.limits import gpus_by_type
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs import local, submit_grpo
 from nanoslime.config.load import read
 from nanoslime.run_dir import DONE, FAILED, STOPPED, RunDir
+from tools.submit import grpo as submit_grpo
+from tools.submit import local
 from tools.sweep import command, table
 
 SWEEP = """

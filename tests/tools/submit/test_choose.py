@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 
-from jobs.choose import SIZES, choose, fitting, shortage, ways_out, with_sizes
 from nanoslime.config.load import load, set_by
 from nanoslime.layout import plan
 from nanoslime.models.shape import ModelShape
 from nanoslime.types import RunError
 from tests.models.published import CONFIGS
 from tests.plans import QWEN3_30B_A3B, TINY
+from tools.submit.choose import SIZES, choose, fitting, shortage, ways_out, with_sizes
 
 QWEN3_4B = ModelShape.from_config(CONFIGS["Qwen3-4B"])
 LLAMA_70B = replace(
@@ -34,7 +34,7 @@ NODES_80 = "--cluster.gpus-per-node 8 --cluster.gpu-memory-gib 80 --allow-slow"
 @pytest.fixture(autouse=True)
 def _enough_time(monkeypatch):
     """Whatever else this machine does."""
-    monkeypatch.setattr("jobs.choose._SEARCH_S", 60.0)
+    monkeypatch.setattr("tools.submit.choose._SEARCH_S", 60.0)
 
 
 def chosen(flags: str, shape: ModelShape):
@@ -125,8 +125,8 @@ def planned_for(monkeypatch, search) -> int:
         looked_at.append(sizes)
         return fitting(config, shape, sizes)
 
-    monkeypatch.setattr("jobs.choose.fitting", counted)
-    monkeypatch.setattr("jobs.choose._SEARCH_S", 1000.0)
+    monkeypatch.setattr("tools.submit.choose.fitting", counted)
+    monkeypatch.setattr("tools.submit.choose._SEARCH_S", 1000.0)
     search()
     return len(looked_at)
 
@@ -161,7 +161,7 @@ def test_what_no_sizes_help_against_is_refused_before_any_search(monkeypatch):
 
 
 def test_a_search_that_takes_too_long_is_cut_and_says_so(monkeypatch):
-    monkeypatch.setattr("jobs.choose._SEARCH_S", -1.0)
+    monkeypatch.setattr("tools.submit.choose._SEARCH_S", -1.0)
     config = load(None, None, f"{NODES_80} --nodes 4".split())
     assert "found no layout that fits, and was cut" in ways_out(config, QWEN3_30B_A3B)
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from jobs.choose import choose, shortage
-from jobs.plan_text import describe
-from jobs.submit_grpo import RECIPES
 from nanoslime.config.load import load, set_by
 from nanoslime.layout import plan
 from nanoslime.models.shape import ModelShape
 from tests.models.published import CONFIGS
+from tools.submit.choose import choose, shortage
+from tools.submit.grpo import RECIPES
+from tools.submit.plan_text import describe
 
 PLANS = Path(__file__).with_name("plans")
 QWEN3_0P6B = CONFIGS["Qwen3-4B"] | {

@@ -8,10 +8,10 @@ import pytest
 from nanoslime.config import RunConfig
 from nanoslime.config.algorithm import ALGORITHM_CONFIGS, CUSTOM, CustomConfig
 from nanoslime.config.evaluation import EvalSetConfig
-from nanoslime.config.fields import values
 from nanoslime.config.flags import field_types
 from nanoslime.config.load import load
 from nanoslime.config.model import SourceConfig
+from tools.fields import values
 
 
 def all_sections():

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from jobs.cluster_env import ClusterEnv, preemption_grace_s
-from jobs.inputs import check_times
-from jobs.lead import longest_phases, with_measured_lead
 from nanoslime.config.cluster import ClusterConfig
 from nanoslime.run_dir import Attempt
 from nanoslime.types import RunError
 from tests.jobs.made_run import make_run
+from tools.submit.inputs import check_times
+from tools.submit.lead import longest_phases, with_measured_lead
 
 # As SLURM 22.05 says them.
 PARTITIONS = """\

@@ -7,16 +7,16 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 
-from jobs.choose import shortage
 from nanoslime.config import RunConfig
 from nanoslime.config.deadlines import derive_deadlines
 from nanoslime.config.evaluation import HELD_OUT
-from nanoslime.config.fields import values
 from nanoslime.engine_kind import engine_kind
 from nanoslime.layout import Layout, slot_name, span
 from nanoslime.memory import memory_lines
 from nanoslime.models.parallel_sizes import PipelineSizes
 from nanoslime.models.shape import ModelShape
+from tools.fields import values
+from tools.submit.choose import shortage
 
 # A driver that generates on its CPU reads all weights once a token; about what it reads.
 _CPU_BYTES_PER_S = 100e9

@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from jobs import lead, where
+from jobs import where
 from jobs.checkout import ROOT, made_by
 from nanoslime.config import RunConfig
 from nanoslime.config.algorithm import CustomConfig
@@ -15,13 +15,14 @@ from nanoslime.config.model import REWARDS
 from nanoslime.config.rollout import ENVIRONMENTS
 from nanoslime.models.local_checkpoint import with_local_checkpoint
 from nanoslime.models.shape import ModelShape
-from nanoslime.plugins import check_importable
 from nanoslime.run_dir import RunDir
-from nanoslime.storage.checked_prompts import checked_prompts
 from nanoslime.storage.datasets import with_local_prompts
 from nanoslime.storage.recorded_samples import with_recorded_rollouts
-from nanoslime.storage.tokenizer_files import has_tokenizer_files
 from nanoslime.types import RunError
+from tools.submit import lead
+from tools.submit.checked_prompts import checked_prompts
+from tools.submit.plugins import check_importable
+from tools.submit.tokenizer_files import has_tokenizer_files
 
 # env/run.sh writes into an environment for which target and from which locks it was made.
 _STAMP = ".nanoslime-target"

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from nanoslime.config import DataConfig
-from nanoslime.storage.checked_prompts import checked_prompts
+from tools.submit.checked_prompts import checked_prompts
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def checked(tmp_path, monkeypatch):
         checks.append(path)
         return SimpleNamespace(text=f"check {len(checks)}")
 
-    monkeypatch.setattr("nanoslime.storage.checked_prompts.check_prompts", check)
+    monkeypatch.setattr("tools.submit.checked_prompts.check_prompts", check)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "p.jsonl").write_text('{"prompt": "1+1="}\n')
     (tmp_path / "model").mkdir()

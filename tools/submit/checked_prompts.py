@@ -12,8 +12,8 @@ import xxhash
 
 from nanoslime.config import DataConfig
 from nanoslime.storage.datasets import prompt_files
-from nanoslime.storage.prompt_text import check_prompts
 from nanoslime.storage.shared_files import publish
+from tools.submit.prompts import check_prompts
 
 _CHUNK_BYTES = 16 << 20
 _OF_TOKENIZER = ("*.json", "*.jinja", "*.model", "*.txt", "*/*.jinja")

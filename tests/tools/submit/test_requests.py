@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from jobs import inputs, submit_grpo
 from jobs.checkout import ROOT
 from nanoslime.models.rules import tensors
 from nanoslime.models.shape import ModelShape
-from nanoslime.storage.prompt_text import check_prompts
 from tests.models.published import CONFIGS
+from tools.submit import grpo as submit_grpo
+from tools.submit import inputs
+from tools.submit.prompts import check_prompts
 
 Q4B = CONFIGS["Qwen3-4B"]
 L70B = {
@@ -595,7 +596,7 @@ def test_prompts_that_were_checked_are_not_read_again(login, monkeypatch):
         read.append(path)
         return check_prompts(path, data, tokenizer)
 
-    monkeypatch.setattr("nanoslime.storage.checked_prompts.check_prompts", check)
+    monkeypatch.setattr("tools.submit.checked_prompts.check_prompts", check)
     _, first = login.answer("")
     _, second = login.answer("")
     assert len(read) == 1

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import inputs, submit_grpo
+from jobs.checkout import ROOT
 from nanoslime.config.load import load, read
 from nanoslime.layout import Layout
 from nanoslime.models.rules import tensors
@@ -23,8 +23,10 @@ from nanoslime.orchestration.launch import parse
 from nanoslime.run_dir import RunDir
 from nanoslime.types import RunError
 from tools.conversion.stream import write_files
+from tools.submit import grpo as submit_grpo
+from tools.submit import inputs
 
-SCRIPT = Path(submit_grpo.__file__)
+SCRIPT = ROOT / "jobs/submit_grpo.py"
 SBATCH = """#!/bin/sh
 case "$1" in
   --version) echo slurm 22.05.8 ;;

@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
-from jobs.plan_text import describe
 from nanoslime.config.load import load, set_by
 from nanoslime.layout import plan
 from nanoslime.models.parallel_sizes import ParallelDims
 from tests.plans import H200, QWEN3_4B, config_of
+from tools.submit.plan_text import describe
 
 
 def text_of(flags: str, shape=QWEN3_4B) -> str:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs import sites, submit_grpo
 from nanoslime.types import RunError
+from tools.submit import grpo as submit_grpo
+from tools.submit import sites
 
 
 @pytest.fixture
