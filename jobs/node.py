@@ -24,7 +24,7 @@ from jobs.cluster_env import ClusterEnv, scratch_root
 from jobs.leaving import clean_up, logged_if_unwritable
 from jobs.preflight.rounds import table
 from jobs.requeue import follow_head
-from jobs.where import record_job
+from jobs.submission import record_job
 from nanoslime.config.load import read
 from nanoslime.config.run import RunConfig
 from nanoslime.doctor import Doctor, end_if_hung

@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs import where
+from jobs import submission
 from jobs.cluster_env import job_facts, own_job_id, slurm_says
 from jobs.preflight.rounds import excluded
 from jobs.sbatch import (
@@ -133,7 +133,7 @@ def num_vain_requeues(run: RunDir, job_id: str) -> int:
     """How often in a row the job, or the chain of jobs that it ends, has gone on since an attempt
     of it committed a new step.
     """
-    jobs = where.chain(run, job_id)
+    jobs = submission.chain(run, job_id)
     own = [one for one in run.all_attempts() if one.key.rpartition("-")[0] in jobs]
     num_committed = run.num_committed()
     vain = [attempt for attempt in own if attempt.record["rollouts"] == num_committed]
@@ -213,8 +213,8 @@ def _go_on(attempt: Attempt, job_id: str, by: str) -> str:
         script = run.batch_script.read_text()
         kept_out = excluding if unfit else before.replace("(null)", "")
         options = [f"--exclude={kept_out}"] if kept_out else []
-        following = where.submit("sbatch", script, f"--dependency=afterany:{job_id}", *options)
-        where.record_job(run, following, after=job_id)
+        following = submission.submit("sbatch", script, f"--dependency=afterany:{job_id}", *options)
+        submission.record_job(run, following, after=job_id)
         return f"goes on in job {following}{without}"
     # SLURM ends this process and its commands too, by SIGTERM at first.
     with handled(lambda _: None), held_back_from_children():
@@ -245,11 +245,11 @@ def _lack_of_others(run: RunDir, job: Mapping[str, str], excluding: str) -> str:
     ]
     command = ["sbatch", "--test-only", *words, "--wrap=true"]
     try:
-        done = ask(command, _REQUEUE_DEADLINE_S, env=where.submitter_environment())
+        done = ask(command, _REQUEUE_DEADLINE_S, env=submission.submitter_environment())
     except (OSError, RunError):
         return ""
     is_lack = done.returncode and _LACK.search(done.stderr)
-    return where.complaint(done.stderr) if is_lack else ""
+    return submission.complaint(done.stderr) if is_lack else ""
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ DOORS = {  # the only places that may import these
 HEAVY = ("torch", "transformers", "ray", "megatron", "sglang")
 MAX_FILE = 500
 MAX_FUNCTION = 100
-MAX_ALL = 21_400  # lines of code; the design wants 20,000
+MAX_ALL = 21_000  # lines of code; the design wants 20,000
 MAX_UNFORMATTED = 10
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -171,9 +171,12 @@ def test_torch_free_rooms_import_nothing_heavy():
 def test_torch_free_modules_load_where_torch_transformers_ray_and_megatron_do_not_exist():
     names = [module_name(p) for p in CODE if is_torch_free(p)]
     names = [name for name in names if not name.endswith("__main__")]
-    assert {"tools.submit.grpo", "jobs.where", "nanoslime.layout", "nanoslime.config.load"} <= set(
-        names
-    )
+    assert {
+        "tools.submit.grpo",
+        "jobs.requeue",
+        "nanoslime.layout",
+        "nanoslime.config.load",
+    } <= set(names)
     code = f"""
 import importlib, sys
 class Blocked:

@@ -11,8 +11,6 @@ from nanoslime.memory import (
     DiskNeed,
     TrainerGPU,
     estimate_memory,
-    largest_budget,
-    memory_lines,
 )
 from nanoslime.memory.host import slurm_bytes
 from nanoslime.memory.parts import GIB
@@ -26,6 +24,7 @@ from tests.models.published import CONFIGS
 from tests.plans import H200, QWEN3_4B, QWEN3_30B_A3B, TINY, config_of, plan_of
 from tools.gpu_checks import QWEN3_06B
 from tools.submit.choose import shortage
+from tools.submit.memory_text import largest_budget, memory_lines
 from tools.submit.plan_text import describe
 
 

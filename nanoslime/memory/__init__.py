@@ -5,9 +5,9 @@ states.py        weights, gradients, optimizer state
 activations.py   what backward functions keep, by the kernels of the layers
 host.py          main memory and checkpoints
 estimate.py      all of it together
-checks.py        what is refused, and the lines of the plan
+checks.py        what is refused
 """
 
-from nanoslime.memory.checks import check_memory, memory_lines
-from nanoslime.memory.estimate import engine_gpu, estimate_memory, largest_budget, trainer_gpu
+from nanoslime.memory.checks import check_memory
+from nanoslime.memory.estimate import engine_gpu, estimate_memory, trainer_gpu
 from nanoslime.memory.parts import DiskNeed, EngineGPU, Memory, NodeMemory, TrainerGPU, size_text

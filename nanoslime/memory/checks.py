@@ -2,9 +2,9 @@
 
 from nanoslime.config import RunConfig
 from nanoslime.engine_kind import engine_kind
-from nanoslime.memory.estimate import estimate_memory, largest_budget, trainer_gpu
-from nanoslime.memory.host import free_bytes, longest_answer
-from nanoslime.memory.parts import GIB, EngineGPU, Memory, NodeMemory, TrainerGPU, size_text
+from nanoslime.memory.estimate import estimate_memory, trainer_gpu
+from nanoslime.memory.host import longest_answer
+from nanoslime.memory.parts import GIB, EngineGPU, NodeMemory, TrainerGPU, size_text
 from nanoslime.models.parallel_sizes import ParallelDims
 from nanoslime.models.shape import ModelShape
 from nanoslime.types import RunError
@@ -51,7 +51,7 @@ def _check_longest(
         if trainer.at_longest <= gpu_gib * GIB:
             return
     ways = ["lower rollout.max_new_tokens or data.max_prompt_tokens"]
-    ways += _ways_to_hold(config, shape)
+    ways += ways_to_hold(config, shape)
     others = trainer.at_longest - trainer.longest_activations
     raise RunError(
         f"data.max_prompt_tokens={config.data.max_prompt_tokens} and rollout.max_new_tokens="
@@ -62,7 +62,7 @@ def _check_longest(
     )
 
 
-def _ways_to_hold(config: RunConfig, shape: ModelShape) -> list[str]:
+def ways_to_hold(config: RunConfig, shape: ModelShape) -> list[str]:
     """What makes the activations of a sequence smaller on each GPU."""
     ways = []
     if not config.training.recompute:
@@ -117,7 +117,7 @@ def _check_node(node: NodeMemory) -> None:
     if node.available is None or tensors <= node.available:
         return
     raise RunError(
-        f"a node needs {tensors / GIB:.0f} GiB of main memory for tensors ({_node_parts(node)}), "
+        f"a node needs {tensors / GIB:.0f} GiB of main memory for tensors ({node_parts(node)}), "
         f"and cluster.memory_per_node gives it {node.available / GIB:.0f} GiB; raise it, or "
         "spread the trainers over more nodes"
     )
@@ -130,69 +130,7 @@ def _sizes_that_divide(shape: ModelShape) -> str:
     return sizes
 
 
-def memory_lines(config: RunConfig, shape: ModelShape, parallel: ParallelDims) -> list[str]:
-    """What a GPU of each kind, a node and the disk hold, one line each, as the plan shows it."""
-    need = estimate_memory(config, shape, parallel)
-    lines = []
-    if need.trainer:
-        lines.append(_trainer_line(config, shape, parallel, need.trainer))
-    if need.engine:
-        lines.append(_engine_line(config, need.engine))
-    lines.append(_node_line(need.node))
-    if need.disk.total:
-        lines.append(_disk_line(config, need))
-    return lines
-
-
-def _trainer_line(
-    config: RunConfig, shape: ModelShape, parallel: ParallelDims, trainer: TrainerGPU
-) -> str:
-    line = (
-        f"trainer: {size_text(trainer.states)} states, about {size_text(trainer.activations)} "
-        f"activations of {trainer.budget_tokens:,} tokens"
-    )
-    if trainer.longest_tokens > trainer.budget_tokens:
-        line += (
-            f", {size_text(trainer.longest_activations)} of the longest sequence "
-            f"({trainer.longest_tokens:,} a GPU)"
-        )
-    if config.cluster.device == "cpu":
-        return line
-    gpu_gib = config.cluster.gpu_memory_gib
-    others = trainer.logprobs + trainer.reserve
-    line += (
-        f", {size_text(others)} logprobs, CUDA and NCCL; with {size_text(trainer.headroom)} "
-        f"headroom {size_text(trainer.total)} of {gpu_gib:g} GiB"
-    )
-    if trainer.total <= gpu_gib * GIB:
-        return line
-    ways = _ways_to_hold(config, shape)
-    if largest := largest_budget(config, shape, parallel):
-        ways.insert(0, f"lower training.max_tokens_per_microbatch to {largest} or less")
-    return f"{line}; MAY NOT FIT: {', or '.join(ways)}"
-
-
-def _engine_line(config: RunConfig, engine: EngineGPU) -> str:
-    line = f"engine: {size_text(engine.weights)} weights"
-    if config.cluster.device == "cpu":
-        return line
-    return (
-        f"{line}, room for about {engine.cached_tokens:,} tokens of KV cache, "
-        f"{engine.sequences:,} sequences of {engine.longest_tokens:,}"
-    )
-
-
-def _node_line(node: NodeMemory) -> str:
-    line = f"node: {size_text(node.total)} of main memory ({_node_parts(node)})"
-    if node.available is None:
-        return line
-    line += f", of {size_text(node.available)}"
-    if node.total > node.available:
-        line += "; MAY NOT FIT: raise cluster.memory_per_node"
-    return line
-
-
-def _node_parts(node: NodeMemory) -> str:
+def node_parts(node: NodeMemory) -> str:
     parts = {
         "reference": node.reference,
         "sleeping trainers": node.sleeping,
@@ -202,21 +140,3 @@ def _node_parts(node: NodeMemory) -> str:
         "processes": node.processes,
     }
     return ", ".join(f"{name} {size_text(size)}" for name, size in parts.items() if size)
-
-
-def _disk_line(config: RunConfig, need: Memory) -> str:
-    disk = need.disk
-    number = "1 checkpoint" if disk.checkpoints == 1 else f"{disk.checkpoints} checkpoints"
-    line = f"disk: {size_text(disk.total)} (at most {number} of {size_text(disk.checkpoint)}"
-    if disk.export:
-        line += f", {size_text(disk.export)} export"
-    line += ")"
-    free = free_bytes(config.cluster.run_root)
-    if free is None:
-        return line
-    line += f", {size_text(free)} free at cluster.run_root (a quota does not show there)"
-    if disk.total > free:
-        line += "; MAY NOT FIT: set cluster.run_root to another filesystem"
-        if disk.checkpoints > 1:
-            line += ", or keep fewer by checkpoint.keep_last, keep_every and keep_best"
-    return line

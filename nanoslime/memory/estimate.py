@@ -141,19 +141,3 @@ def _cached_numbers(shape: ModelShape, engine_tp: int) -> int:
     heads = ceil(shape.num_key_value_heads / engine_tp)
     keys_and_values = 2
     return keys_and_values * heads * shape.head_dim
-
-
-def largest_budget(config: RunConfig, shape: ModelShape, parallel: ParallelDims) -> int:
-    """The largest training.max_tokens_per_microbatch, a multiple of 512, with which a trainer
-    GPU holds everything, headroom included; 0 where none does."""
-    gpu_bytes = int(config.cluster.gpu_memory_gib * GIB)
-    states = states_of_ranks(config, shape, parallel)
-    low = 0
-    high = 1 << 12  # times 512 tokens
-    while low < high:
-        middle = (low + high + 1) // 2
-        if _trainer(config, shape, parallel, states, 512 * middle).total <= gpu_bytes:
-            low = middle
-        else:
-            high = middle - 1
-    return 512 * low

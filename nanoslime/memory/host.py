@@ -1,8 +1,6 @@
 """Main memory of a node, and the disk: what trainers, engines and checkpoints need of them."""
 
 import re
-import shutil
-from pathlib import Path
 
 from nanoslime.config import RunConfig
 from nanoslime.engine_kind import takes_slots
@@ -110,18 +108,3 @@ def disk_need(config: RunConfig, shape: ModelShape) -> DiskNeed:
     return DiskNeed(
         checkpoint=checkpoint_bytes(config, shape), checkpoints=min(kept, steps), export=export
     )
-
-
-def free_bytes(run_root: str) -> int | None:
-    """Free bytes of the filesystem of the run root, or of the nearest directory above it.
-
-    None where that cannot be asked. A quota of the user or of the project does not count in it.
-    """
-    place = Path(run_root or "runs").expanduser().absolute()
-    for folder in (place, *place.parents):
-        if folder.is_dir():
-            try:
-                return shutil.disk_usage(folder).free
-            except OSError:
-                return None
-    return None

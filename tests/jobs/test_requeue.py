@@ -10,12 +10,13 @@ from types import MappingProxyType
 import pytest
 
 from jobs.requeue import JobNow, _lack_of_others, nodes_left, num_vain_requeues, obstacle
-from jobs.sbatch import sbatch_text
-from jobs.where import record_job, refuse_if_job_lives
+from jobs.submission import record_job
 from nanoslime.run_dir import DONE, FAILED, STOPPED, Attempt, RunDir
 from nanoslime.storage.shared_files import publish, publish_json, read_json
 from nanoslime.types import RunError
 from tests.jobs.made_run import HOSTILE, MadeRun, make_run
+from tools.submit.batch_script import sbatch_text
+from tools.submit.where import refuse_if_job_lives
 
 RUNS = JobNow()
 CANCELLED = JobNow(is_over=True)

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from jobs.sbatch import by_submitit, cpus_per_node, sbatch_options, sbatch_text, step_options
+from jobs.sbatch import cpus_per_node, sbatch_options, step_options
 from nanoslime.types import RunError
 from tests.jobs.made_run import HOSTILE, MadeRun, make_run
+from tools.submit.batch_script import by_submitit, sbatch_text
 
 
 def text_of(made: MadeRun, driver: str = "") -> str:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from jobs import where
 from nanoslime.run_dir import DONE, STOPPED, RunDir
 from nanoslime.types import RunError
 from tests import process_table
 from tests.jobs.made_run import driver, make_venv_with_fake_ray
 from tests.slurm.cluster import SlurmCluster
 from tools.submit import grpo as submit_grpo
+from tools.submit import where
 from tools.sweep import command, spec
 from tools.watch import commands
 

@@ -21,7 +21,6 @@ import os
 import sys
 from pathlib import Path
 
-from jobs import where
 from nanoslime.config.flags import HELP
 from nanoslime.storage.shared_files import publish
 from nanoslime.types import RunError
@@ -29,6 +28,7 @@ from tools.acceptance.ladder import Site, climb, interrupt_by_signals, nodes_of
 from tools.acceptance.report import Report
 from tools.acceptance.rungs import take_tiny_model
 from tools.submit import grpo as submit_grpo
+from tools.submit import where
 
 
 def main(argv: list[str]) -> int:

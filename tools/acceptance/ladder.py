@@ -23,8 +23,8 @@ from nanoslime.types import RunError
 from tools.acceptance import checks, names, rungs
 from tools.acceptance.report import Outcome, Report
 from tools.acceptance.rungs import Rung
+from tools.submit import batch_script, inputs, local
 from tools.submit import grpo as submit_grpo
-from tools.submit import inputs, local
 from tools.watch.status import facts
 
 # SLURM's job goes through states in which others end while it is requeued.
@@ -133,7 +133,7 @@ def driver_command(config: RunConfig, submits: bool) -> str:
 
 
 def _submit(config: RunConfig, layout: Layout, driver: str) -> RunDir:
-    name = "submitit" if sbatch.by_submitit(config) else "sbatch"
+    name = "submitit" if batch_script.by_submitit(config) else "sbatch"
     submitter = resolve(name, submit_grpo.SUBMITTERS, "cluster.submit")
     with submit_grpo.prepared(config, layout, None) as run:
         submitter(config, layout, run, driver)

@@ -16,14 +16,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from jobs import where
+from jobs import submission
 from jobs.checkout import ROOT, environment
-from jobs.sbatch import batch_script, common_options, python_of_script, submitted
+from jobs.sbatch import common_options, python_of_script
 from nanoslime.config import RunConfig
 from nanoslime.config.load import load
 from nanoslime.processes.command import ask
 from nanoslime.types import RunError
-from tools.submit import sites
+from tools.submit import sites, where
+from tools.submit.batch_script import batch_script, submitted
 from tools.submit.grpo import add_target
 
 # The tools and the directories that they take.
@@ -109,7 +110,7 @@ def run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> i
         print(where.test_only(slurm.sbatch, script))
         return 0
     make_folder(log)
-    job = where.submit(slurm.sbatch, script)
+    job = submission.submit(slurm.sbatch, script)
     resume = ""
     if command.is_conversion:
         resume = "the same command; what is written already is kept"

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from jobs.where import complaint
+from jobs.submission import complaint
 from nanoslime.processes.command import ask
 from nanoslime.types import RunError
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from jobs.cluster_env import facts as words_of
-from jobs.where import complaint
+from jobs.submission import complaint
 from nanoslime.processes.command import ask
 from nanoslime.types import RunError
 from tools.submit.limits import cpus_for_jobs, gpus_by_type, mb_for_jobs

@@ -17,9 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jobs import sbatch, snapshot, where
 from jobs.checkout import ROOT, environment, typed
-from jobs.run_files import alone, kept_if_accepted
 from nanoslime import layout as layouts
 from nanoslime.config import RunConfig
 from nanoslime.config.flags import HELP, refuse_repeated
@@ -30,10 +28,11 @@ from nanoslime.plugins import resolve
 from nanoslime.run_dir import RunDir, candidate_names
 from nanoslime.storage.shared_files import publish, read_json
 from nanoslime.types import RunError
-from tools.submit import inputs, limits, local, sites
+from tools.submit import batch_script, inputs, limits, local, sites, snapshot, where
 from tools.submit.choose import choose, ways_out, with_sizes
 from tools.submit.lead import with_measured_lead
 from tools.submit.plan_text import CHOSEN, describe
+from tools.submit.run_files import alone, kept_if_accepted
 
 RECIPES = ROOT / "jobs" / "recipes"
 SUBMITTERS = {
@@ -137,7 +136,7 @@ def dry_run(
 ) -> int:
     """Print verdict, plan and batch script; code 2 for a run to be refused."""
     config, layout, description = plan(config, sources, command.cluster, download=False)
-    script = sbatch.script_to_submit(config, layout, run_dir_of(command, config))
+    script = batch_script.script_to_submit(config, layout, run_dir_of(command, config))
     fits, _, rest = description.partition("\n")
     try:
         verdict = f"{fits}; {accepted(command, config, layout, slurm, script)}"
@@ -180,7 +179,7 @@ def print_sbatch(command: argparse.Namespace, config: RunConfig, sources: dict[s
     inputs.check_environment(config)
     if command.resume:
         inputs.check_resume(RunDir.open(command.resume), config)
-    print(sbatch.script_to_submit(config, layout, run_dir_of(command, config)), end="")
+    print(batch_script.script_to_submit(config, layout, run_dir_of(command, config)), end="")
     return 0
 
 
@@ -317,14 +316,14 @@ def submit(config: RunConfig, layout: Layout, resumed: RunDir | None, descriptio
 
     Its files are there before the job, which may start at once.
     """
-    submit_by = "submitit" if sbatch.by_submitit(config) else "sbatch"
+    submit_by = "submitit" if batch_script.by_submitit(config) else "sbatch"
     submitter = resolve(submit_by, SUBMITTERS, "cluster.submit")
     with prepared(config, layout, resumed) as run:
         job = submitter(config, layout, run)
     print(f"{description}\n\nrun directory: {run.path}")
     print(snapshot.describe(snapshot.newest(run.path)))
     log = f"{run.path}/attempts/latest/logs/driver-0.log"
-    print(sbatch.submitted(job, log, typed("jobs/submit_grpo.py", "--resume", run.path)))
+    print(batch_script.submitted(job, log, typed("jobs/submit_grpo.py", "--resume", run.path)))
     return 0
 
 
@@ -335,7 +334,7 @@ def prepare(
     with --print-sbatch that script.
     """
     with prepared(config, layout, resumed) as run:
-        script = sbatch.sbatch_text(config, layout, run.path, code=snapshot.newest(run.path))
+        script = batch_script.sbatch_text(config, layout, run.path, code=snapshot.newest(run.path))
         publish(run.batch_script, script.encode())
     print(script.removesuffix("\n") if command.print_sbatch else run.path)
     return 0

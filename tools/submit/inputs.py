@@ -6,7 +6,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from jobs import where
 from jobs.checkout import ROOT, made_by
 from nanoslime.config import RunConfig
 from nanoslime.config.algorithm import CustomConfig
@@ -19,7 +18,7 @@ from nanoslime.run_dir import RunDir
 from nanoslime.storage.datasets import with_local_prompts
 from nanoslime.storage.recorded_samples import with_recorded_rollouts
 from nanoslime.types import RunError
-from tools.submit import lead
+from tools.submit import lead, where
 from tools.submit.checked_prompts import checked_prompts
 from tools.submit.plugins import check_importable
 from tools.submit.tokenizer_files import has_tokenizer_files

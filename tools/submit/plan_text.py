@@ -12,11 +12,11 @@ from nanoslime.config.deadlines import derive_deadlines
 from nanoslime.config.evaluation import HELD_OUT
 from nanoslime.engine_kind import engine_kind
 from nanoslime.layout import Layout, slot_name, span
-from nanoslime.memory import memory_lines
 from nanoslime.models.parallel_sizes import PipelineSizes
 from nanoslime.models.shape import ModelShape
 from tools.fields import values
 from tools.submit.choose import shortage
+from tools.submit.memory_text import memory_lines
 
 # A driver that generates on its CPU reads all weights once a token; about what it reads.
 _CPU_BYTES_PER_S = 100e9

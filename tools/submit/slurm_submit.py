@@ -1,20 +1,21 @@
 """Hands a prepared run to SLURM: by submitit, or as a plain batch script.
 
-Nothing stays on the login node. The script is that of jobs/sbatch.py either way.
+Nothing stays on the login node. The script is that of batch_script.py either way.
 """
 
 import submitit
 from submitit.core.utils import FailedJobError
 
-from jobs import snapshot, where
+from jobs import submission
 from jobs.node import NodeJob
-from jobs.run_files import SUBMITIT_FOLDER
-from jobs.sbatch import sbatch_text
 from nanoslime.config.run import RunConfig
 from nanoslime.layout import Layout
 from nanoslime.run_dir import RunDir
 from nanoslime.storage.shared_files import publish
 from nanoslime.types import RunError
+from tools.submit import snapshot
+from tools.submit.batch_script import sbatch_text
+from tools.submit.run_files import SUBMITIT_FOLDER
 
 
 class _Executor(submitit.SlurmExecutor):
@@ -46,8 +47,8 @@ def submit_submitit(config: RunConfig, layout: Layout, run: RunDir, driver: str 
     try:
         job = executor.submit(NodeJob(str(run.path), driver))
     except FailedJobError as error:
-        raise RunError(f"sbatch refused the job: {where.complaint(str(error))}") from error
-    where.record_job(run, str(job.job_id))
+        raise RunError(f"sbatch refused the job: {submission.complaint(str(error))}") from error
+    submission.record_job(run, str(job.job_id))
     return str(job.job_id)
 
 
@@ -59,6 +60,6 @@ def submit_sbatch(config: RunConfig, layout: Layout, run: RunDir, driver: str = 
     """
     text = sbatch_text(config, layout, run.path, driver, code=snapshot.newest(run.path))
     publish(run.batch_script, text.encode())
-    job_id = where.submit("sbatch", text)
-    where.record_job(run, job_id)
+    job_id = submission.submit("sbatch", text)
+    submission.record_job(run, job_id)
     return job_id

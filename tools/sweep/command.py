@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from jobs import sbatch, snapshot, where
+from jobs import submission
 from jobs.checkout import typed
 from nanoslime.config import RunConfig
 from nanoslime.config.flags import parse as parse_flags
@@ -24,8 +24,8 @@ from nanoslime.layout import Layout
 from nanoslime.run_dir import DONE, STOPPED, RunDir
 from nanoslime.storage.shared_files import publish
 from nanoslime.types import RunError
+from tools.submit import batch_script, inputs, local, snapshot, where
 from tools.submit import grpo as submit_grpo
-from tools.submit import inputs, local
 from tools.sweep import compare, spec, table
 
 # The options of a job that belong to its run, and not to the array.
@@ -141,7 +141,7 @@ def array_script(planned: Sequence[Planned], runs: Sequence[Path], max_running: 
     RunError where elements need different things.
     """
     scripts = [
-        sbatch.sbatch_text(one.config, one.layout, run)
+        batch_script.sbatch_text(one.config, one.layout, run)
         for one, run in zip(planned, runs, strict=True)
     ]
     wanted = _directives(scripts[0])
@@ -195,17 +195,17 @@ def submit(
         script = array_script(planned, runs, max_running)
         for one, run in zip(planned, runs, strict=True):
             code = snapshot.take(run)
-            own = sbatch.sbatch_text(one.config, one.layout, run, driver, code=code)
+            own = batch_script.sbatch_text(one.config, one.layout, run, driver, code=code)
             publish(RunDir(run).batch_script, own.encode())
         publish(directory.directory / ARRAY_SCRIPT, script.encode())
-        job = where.submit("sbatch", script)
+        job = submission.submit("sbatch", script)
         for row in directory.rows:
-            where.record_job(RunDir(directory.run(row)), f"{job}_{row.index}")
+            submission.record_job(RunDir(directory.run(row)), f"{job}_{row.index}")
         return job
 
     made, job = make(source, sweep, planned, send)
     print(_summary(made, planned))
-    print(sbatch.submitted(job, f"{made.directory}/*/attempts/latest/logs/driver-0.log", ""))
+    print(batch_script.submitted(job, f"{made.directory}/*/attempts/latest/logs/driver-0.log", ""))
     again = typed("jobs/submit_grpo.py", "--sweep", made.directory)
     print(f"  watch   {typed('jobs/runs.py', 'ps', made.directory)}")
     print(f"  compare {typed('jobs/runs.py', 'compare', made.directory)}")

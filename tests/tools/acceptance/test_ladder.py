@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import where
+from jobs import submission
 from jobs.checkout import ROOT
 from nanoslime.config import ClusterConfig, RunConfig
 from nanoslime.run_dir import DONE, FAILED, RunDir
@@ -176,7 +176,7 @@ class Slurm:
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
     run = make_run(tmp_path / "runs", 1).run
-    where.record_job(run, "7")
+    submission.record_job(run, "7")
     made = Slurm(tmp_path, run)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(ladder, "_LOOK_S", 0.01)

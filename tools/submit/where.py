@@ -4,15 +4,15 @@ A rehearsal starts by itself only where nothing of SLURM exists: a shared login 
 a module was not loaded must not be surprised by four Ray nodes.
 """
 
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from jobs.submission import complaint
 from nanoslime.processes.command import ask
 from nanoslime.run_dir import RunDir
-from nanoslime.storage.shared_files import publish_json, read_json
+from nanoslime.storage.shared_files import read_json
 from nanoslime.types import RunError
 
 _COMMANDS = ("sbatch", "srun", "squeue", "sinfo", "scontrol")
@@ -96,30 +96,6 @@ def test_only(sbatch: str, script: str) -> str:
     return answer
 
 
-def submit(sbatch: str, script: str, *options: str) -> str:
-    """Submit a batch script and return the job's id. Of a job that submits, it inherits nothing.
-
-    Raises RunError with the reason why SLURM refuses it.
-    """
-    command = [sbatch, "--parsable", *options]
-    done = ask(command, _SUBMIT_DEADLINE_S, env=submitter_environment(), stdin=script)
-    if done.returncode:
-        raise RunError(f"sbatch refused the job: {complaint(done.stderr)}")
-    # With several clusters it prints JOB;CLUSTER.
-    job_id = done.stdout.strip().split(";")[0]
-    if not job_id.isdecimal():
-        raise RunError(
-            f"sbatch took the job and printed {done.stdout.strip()!r} in place of its number; "
-            "look for it in squeue, and end it: nothing of the run is kept"
-        )
-    return job_id
-
-
-def submitter_environment() -> dict[str, str]:
-    """That of a job without what SLURM tells a job, which would be options of the next one."""
-    return {k: v for k, v in os.environ.items() if k == "SLURM_CONF" or k[:6] != "SLURM_"}
-
-
 def refuse_if_job_lives(run: RunDir) -> bool:
     """RunError where the run's job pends or runs; returns whether SLURM says that it does not.
 
@@ -145,28 +121,3 @@ def refuse_if_job_lives(run: RunDir) -> bool:
                 "squeue no longer shows it, and resume again"
             )
     return True
-
-
-def record_job(run: RunDir, job_id: str, after: str = "") -> None:
-    """Notes the job that holds the run, and the one that has submitted it, where that is so."""
-    earlier = [job for job in chain(run, after or job_id) if job != job_id]
-    publish_json(run.job, {"job_id": job_id, "jobs": [*earlier, job_id]})
-
-
-def chain(run: RunDir, job_id: str) -> list[str]:
-    """The jobs of which each has submitted the next one, with `job_id` among them."""
-    jobs = read_json(run.job).get("jobs", ()) if run.job.exists() else ()
-    return list(jobs) if job_id in jobs else [job_id]
-
-
-def complaint(text: str) -> str:
-    """The errors in the output of sbatch, each once, in one line."""
-    errors = []
-    for line in text.splitlines():
-        _, _, after_error = line.partition("error:")
-        message = after_error.strip()
-        if message and message not in errors:
-            errors.append(message)
-    if not errors:
-        return text.strip().replace("\n", " ")
-    return "; ".join(errors)

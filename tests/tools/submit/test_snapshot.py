@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs import snapshot
 from jobs.checkout import ROOT
+from tools.submit import snapshot
 
 CODE = ["jobs/c.py", "nanoslime/a.py", "nanoslime/data/b.txt", "nanoslime/new.py", "tools/d.html"]
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs import where
 from nanoslime.types import RunError
+from tools.submit import where
 
 
 @pytest.fixture

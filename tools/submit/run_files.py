@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from jobs import where
 from nanoslime.run_dir import RunDir
 from nanoslime.storage.shared_files import publish
+from tools.submit import where
 
 # submitit's folder in a run directory.
 SUBMITIT_FOLDER = "slurm"
