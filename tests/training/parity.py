@@ -32,6 +32,7 @@ from nanoslime.plugins import resolve
 from nanoslime.training.backend import RankEnv
 from nanoslime.training.fsdp import FSDPBackend
 from nanoslime.weight_sync.plan import Bucket, make_sync_plan, whole_on_first
+from tests.training.rank_pool import leave_groups
 
 BACKENDS = {
     "megatron": "nanoslime.training.megatron.backend:MegatronBackend",
@@ -401,7 +402,7 @@ def _work(tmp: Path, rank: int) -> None:
             result = job.function(job.layout, job.model_dir, rank, directory, job.argument)
             torch.save(result, directory / f"rank-{rank}.pt")
             if dist.is_initialized():
-                dist.barrier()
+                leave_groups()
                 dist.destroy_process_group()
         except BaseException:
             error = tmp / f"error-{time.monotonic():020.6f}-{rank}"
