@@ -1,7 +1,7 @@
 """The agent of one node: it starts Ray, on node 0 also the driver, and watches both.
 
-    preflight -> the model on its disk -> Ray head | Ray worker -> all joined: driver -> watch
-    -> end everything that was started
+    preflight -> model and environment on its disk -> Ray head | Ray worker -> all joined: driver
+    -> watch -> end everything that was started
 
 Agents meet in the attempt's directory:
 
@@ -23,7 +23,6 @@ import logging
 import os
 import shlex
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -36,7 +35,7 @@ from jobs.cluster_env import ClusterEnv, remove_scratch
 from jobs.leaving import AttemptOver, clean_up, logged_if_unwritable
 from jobs.preflight.node import Place
 from jobs.preflight.rounds import CANARY_DEADLINE_S, LINKS_DEADLINE_S, Preflight
-from jobs.staging import Staging, kept_caches, wants_copy
+from jobs.staging import NodeStaging, kept_caches, wants_copy
 from nanoslime.config.run import RunConfig
 from nanoslime.doctor import Doctor, Finding, learned_s
 from nanoslime.failures import is_of_machine, summary
@@ -81,8 +80,8 @@ class Agent:
         self._scratch = env.scratch(attempt.path)
         # Its death sends us SIGTERM.
         self._guard = os.getppid()
-        train = module_command(sys.executable, "nanoslime.train")
-        self._driver_command = shlex.split(driver) or train
+        self._driver_command = shlex.split(driver)
+        self._venv: Path | None = None
         self._children: list[ChildProcess] = []
         self._driver: ChildProcess | None = None
         # Signals that have come and are not yet passed on.
@@ -121,7 +120,7 @@ class Agent:
         self._attempt.lost(self._env.node_index).unlink(missing_ok=True)
         self._tick()
         self._make_sure_of_nodes()
-        self._stage_model()
+        self._stage()
         if self._is_head:
             self._start_head()
         else:
@@ -169,20 +168,18 @@ class Agent:
             can_go_on = bool(verdict.excluded) and not self._env.local
             raise AttemptOver(FAILED, verdict.cause, can_go_on=can_go_on)
 
-    def _stage_model(self) -> None:
-        """Have the model on this node's own disk where the site has named one, and wait until all
-        nodes have it that are not lost.
+    def _stage(self) -> None:
+        """Have model and environment on this node's own disk where the site asks for it, and wait
+        until all nodes have the model that are not lost.
         """
-        if not wants_copy(self._config):
-            return
         deadline_s = self._config.cluster.stage_deadline_s
-        self._staging = Staging(self._attempt, self._config, self._env.node_index)
+        self._staging = NodeStaging(self._attempt, self._config, self._env.node_index)
         if not self._wait_until(self._staging.is_done, deadline_s):
-            self._staging.give_up(
-                f"a copy took longer than cluster.stage_deadline_s={deadline_s:g}"
-            )
-        folders = (self._attempt.staged(0).parent, self._attempt.lost(0).parent)
-        self._wait_until(lambda: not self._missing_nodes(*folders), deadline_s)
+            self._staging.give_up()
+        self._venv = self._staging.venv()
+        if wants_copy(self._config):
+            folders = (self._attempt.staged(0).parent, self._attempt.lost(0).parent)
+            self._wait_until(lambda: not self._missing_nodes(*folders), deadline_s)
 
     def _start_head(self) -> None:
         """Start the Ray head and tell the other agents of it."""
@@ -222,7 +219,8 @@ class Agent:
         # A killed agent of this very job may have left one.
         remove_scratch(self._scratch)
         self._scratch.mkdir(mode=0o700)
-        command = ray_node.start_command(self._env, self._layout, self._scratch, options)
+        place = (self._env, self._layout, self._scratch, self._venv)
+        command = ray_node.start_command(*place, options)
         log = self._attempt.log("ray", self._env.node_index)
         if log.exists():
             # An earlier agent's: this one is waited for by what it writes.
@@ -231,15 +229,16 @@ class Agent:
         return log
 
     def _start_driver(self) -> None:
-        attempt = self._attempt
-        place = ["--run", str(attempt.run.path), "--attempt", str(attempt.number)]
-        command = [*self._driver_command, *place]
-        self._driver = self._start("the driver", command, attempt.log("driver", 0))
+        place = ["--run", str(self._attempt.run.path), "--attempt", str(self._attempt.number)]
+        train = module_command(str(ray_node.bin_of(self._venv) / "python"), "nanoslime.train")
+        command = [*(self._driver_command or train), *place]
+        self._driver = self._start("the driver", command, self._attempt.log("driver", 0))
 
     def _start(self, name: str, command: list[str], log: Path) -> ChildProcess:
         logger.info("starting: %s", shlex.join(command))
         caches = kept_caches(self._config.cluster)
-        env = ray_node.environment(os.environ, self._attempt.ray_token, self._scratch, caches)
+        place = (self._attempt.ray_token, self._scratch, caches, self._venv)
+        env = ray_node.environment(os.environ, *place)
         child = ChildProcess(name, command, env, log)
         self._children.append(child)
         return child

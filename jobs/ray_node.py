@@ -27,9 +27,15 @@ _RECONNECT_TIMEOUT_S = 30
 
 
 def environment(
-    base: Mapping[str, str], token: Path, scratch: Path, caches: Path | None = None
+    base: Mapping[str, str],
+    token: Path,
+    scratch: Path,
+    caches: Path | None = None,
+    venv: Path | None = None,
 ) -> dict[str, str]:
     """The environment of `ray start` and of the driver, and so of all that they start.
+
+    venv: the copy of the virtual environment on this node; None without one.
 
     What they leave in TMPDIR goes with the scratch directory, which nobody else can enter. What
     they compile is kept in `caches`, unless `base` says otherwise.
@@ -42,7 +48,8 @@ def environment(
         # Ray's own default is 15: trainers and engines would wait for whatever else runs there.
         "RAY_worker_niceness": "0",
         **base,
-        **cuda_home(base, Path(sys.prefix)),
+        **cuda_home(base, venv or Path(sys.prefix)),
+        **activated(base, venv),
         "TMPDIR": str(scratch),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
@@ -67,6 +74,14 @@ def keep_logs(scratch: Path, target: Path) -> None:
         shutil.make_archive(os.fspath(target), "gztar", folder)
 
 
+def activated(base: Mapping[str, str], venv: Path | None) -> dict[str, str]:
+    """What activates a virtual environment."""
+    if venv is None:
+        return {}
+    path = os.pathsep.join(filter(None, (str(venv / "bin"), base.get("PATH", ""))))
+    return {"VIRTUAL_ENV": str(venv), "PATH": path}
+
+
 def cuda_home(base: Mapping[str, str], venv: Path) -> dict[str, str]:
     """CUDA_HOME of the environment's own toolkit, where the machine offers none.
 
@@ -79,11 +94,18 @@ def cuda_home(base: Mapping[str, str], venv: Path) -> dict[str, str]:
     return {"CUDA_HOME": str(own)}
 
 
-def start_command(env: ClusterEnv, layout: Layout, scratch: Path, options: list[str]) -> list[str]:
+def bin_of(venv: Path | None) -> Path:
+    """Where the programs of Ray and of the driver lie; venv: as in `environment`."""
+    return venv / "bin" if venv else Path(sys.executable).parent
+
+
+def start_command(
+    env: ClusterEnv, layout: Layout, scratch: Path, venv: Path | None, options: list[str]
+) -> list[str]:
     """The `ray start` of one node.
 
-    options: of the head, or a worker's --address. The kernel chooses all ports that are
-    not named.
+    venv: as in `environment`. options: of the head, or a worker's --address. The kernel chooses all
+    ports that are not named.
     """
     role = layout.roles(env.node_index).replace("+", "_") or "idle"
     slots = layout.slots_per_node
@@ -92,7 +114,7 @@ def start_command(env: ClusterEnv, layout: Layout, scratch: Path, options: list[
     else:
         sizes = ["--num-cpus=1", f"--object-store-memory={_CPU_OBJECT_STORE_BYTES}"]
     return [
-        os.fspath(Path(sys.executable).with_name("ray")),
+        os.fspath(bin_of(venv) / "ray"),
         "start",
         "--block",
         f"--node-ip-address={env.address}",

@@ -1,27 +1,21 @@
-"""A run's model on a node's own disk: copied once, for all its readers and for later runs.
+"""What a run reads on a node's own disk: its model and, where asked for, its environment, copied
+once for all their readers and for later runs.
 
     <cluster.local_storage>/nanoslime-<uid>/
-        <model>-<key>/        a copy; the key stands for the source, and its files' sizes and times
-        <model>-<key>.lock    held shared by the runs that use the copy, alone by who copies it
+        <name>-<key>/        a copy; the key stands for the source, and its files' sizes and times
+        <name>-<key>.lock    held shared by the runs that use the copy, alone by who copies it
 
-    python -m jobs.staging SOURCE STORAGE SHARED RESULT LOCK
-        LOCK is the number of the open lock file, which the agent that starts this keeps open
-
-Of the agents and jobs on a node one reads the shared files; what it has read is hashed, and has to
-be what the other nodes of the run have read. A later run reads the copy instead, hashes it again,
-and copies anew what has become another. The oldest copies that nobody uses make room for new ones.
-All read the shared files where the copy would be in memory, or not on the node, or has no room.
+tools/staging/model.py and tools/staging/environment.py make the copies, each as a process that an
+agent starts. Of the agents and jobs on a node one reads the shared files. All read the shared files
+where the copy would be in memory, or not on the node, or has no room.
 """
 
-import fcntl
 import logging
 import os
-import shutil
 import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from io import BufferedWriter
 from pathlib import Path
 
 import xxhash
@@ -29,30 +23,25 @@ import xxhash
 from jobs.checkout import module_command
 from nanoslime.config.cluster import ClusterConfig
 from nanoslime.config.run import RunConfig
-from nanoslime.processes.logs import FORMAT, last_line
-from nanoslime.run_dir import Attempt
-from nanoslime.storage.safetensors_file import read_headers
-from nanoslime.storage.shared_files import as_json, publish_json, publish_once, read_json
-from nanoslime.types import MachineFailure, RunError
+from nanoslime.processes.logs import last_line
+from nanoslime.run_dir import Attempt, RunDir
+from nanoslime.storage.shared_files import publish_json, read_json, seen
+from nanoslime.types import MachineFailure
 
 logger = logging.getLogger(__name__)
 
-_BLOCK_BYTES = 8 * 2**20
-# A filesystem that is nearly full is slow, and others use it too.
-_ROOM_FACTOR = 1.05
 _KILL_WAIT_S = 2.0
 _IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
 _NOT_LOCAL = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb3", "fuse.sshfs", "9p")
-_MANIFEST = ".manifest.json"
 # Weights in other forms than the one that is read.
 _UNREAD = (".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """Where the readers of a node find the model."""
+    """Where the readers of a node find the model, or the environment."""
 
-    model: str
+    path: str
     copied_bytes: int = 0
     # Why it is not on the node; empty where it is.
     note: str = ""
@@ -60,7 +49,7 @@ class Staged:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """The copy of a model's directory in a node's storage, which need not exist yet."""
+    """The copy of a model or an environment in a node's storage, which need not exist yet."""
 
     source: Path
     storage: Path
@@ -69,6 +58,7 @@ class Copy:
 
     @classmethod
     def of(cls, source: Path, storage: Path) -> "Copy":
+        """That of a model's directory."""
         digest = xxhash.xxh3_64(os.fsencode(source.resolve()))
         num_bytes = 0
         for file in model_files(source):
@@ -76,6 +66,12 @@ class Copy:
             digest.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns}".encode())
             num_bytes += facts.st_size
         return cls(source, own_folder(storage), f"{source.name}-{digest.hexdigest()}", num_bytes)
+
+    @classmethod
+    def of_environment(cls, packed: Path, storage: Path) -> "Copy":
+        """That of an environment which tools/staging/environment.py has packed."""
+        facts = read_json(packed)
+        return cls(Path(facts["venv"]), own_folder(storage), facts["key"], facts["num_bytes"])
 
     @property
     def path(self) -> Path:
@@ -113,40 +109,6 @@ def model_files(source: Path) -> list[Path]:
     return [file for file in files if file.suffix not in _UNREAD and file.name[0] != "."]
 
 
-def stage(copy: Copy, shared: Path, lock: int) -> Staged:
-    """The model on this node, and the lock held shared; `shared` is the run's directory.
-
-    RunError where what was read twice is not what the other nodes have read.
-    """
-    copied_bytes = 0
-    fcntl.flock(lock, fcntl.LOCK_SH)
-    found = _hash_all(copy.path)
-    for _ in range(2):
-        if found is None:
-            # Another one may have copied it before this one is alone.
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            found = _hash_all(copy.path)
-        if found is None:
-            note = _make_room(copy)
-            if note:
-                return Staged(str(copy.source), note=note)
-            found = _copy(copy)
-            copied_bytes += copy.num_bytes
-        differing = _differing(found, copy, shared)
-        if not differing:
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            os.utime(copy.path)
-            return Staged(str(copy.path), copied_bytes)
-        logger.warning("%s of %s is not what the run's other nodes have", differing, copy.path)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        shutil.rmtree(copy.path)
-        found = None
-    raise RunError(
-        f"{copy.source / differing} was read twice on {os.uname().nodename}, and is not what the "
-        "other nodes have read; the shared filesystem or the node's memory or disk is broken"
-    )
-
-
 def why_not(storage: Path, container: str = "none") -> str:
     """Why nothing is copied to a directory; empty where it may be. `container`: as in the cluster
     file.
@@ -174,109 +136,68 @@ def _filesystem(path: Path) -> str:
     return found[1]
 
 
-def _hash_all(folder: Path) -> dict[str, str] | None:
-    """The hashes of a copy's files; None where there is none, or it is not what it was."""
-    if not (folder / _MANIFEST).exists():
-        return None
-    kept = read_json(folder / _MANIFEST)
-    found = {name: _hashed(folder / name) for name in kept if (folder / name).exists()}
-    return found if found == kept else None
-
-
-def _copy(copy: Copy) -> dict[str, str]:
-    """Copies all files and returns their hashes. RunError where one of them is no whole file."""
-    aside = copy.storage / f".{copy.key}"
-    aside.mkdir(mode=0o700)
-    hashes = {}
-    try:
-        for file in model_files(copy.source):
-            with (aside / file.name).open("wb") as target:
-                hashes[file.name] = _hashed(file, target)
-        read_headers(aside)
-        publish_json(aside / _MANIFEST, hashes)
-        os.rename(aside, copy.path)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return hashes
-
-
-def _hashed(source: Path, target: BufferedWriter | None = None) -> str:
-    """The hash of a file, which is written to the target as it is read."""
-    digest = xxhash.xxh3_128()
-    with source.open("rb", buffering=0) as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-            if target is not None:
-                target.write(block)
-    return digest.hexdigest()
-
-
-def _differing(found: dict[str, str], copy: Copy, shared: Path) -> str:
-    """A file that is not what the first node of the run to read it has had; empty without one."""
-    manifest = shared / f"manifest-{copy.key}.json"
-    publish_once(manifest, as_json(found))
-    first = read_json(manifest)
-    return next((name for name in first if found.get(name) != first[name]), "")
-
-
-def _make_room(copy: Copy) -> str:
-    """Removes what is left of this copy, all halves that nobody goes on with, and as far as needed
-    the oldest copies that nobody uses; says where that is too few.
-    """
-    needed = copy.num_bytes * _ROOM_FACTOR
-    for own in (copy.path, copy.storage / f".{copy.key}"):
-        shutil.rmtree(own, ignore_errors=True)
-    folders = [folder for folder in copy.storage.iterdir() if folder.is_dir()]
-    halves = [folder for folder in folders if folder.name[0] == "."]
-    whole = [folder for folder in folders if (folder / _MANIFEST).exists()]
-    oldest = sorted(set(whole) - set(halves), key=lambda folder: folder.stat().st_mtime)
-    for folder in [*halves, *oldest]:
-        if folder in oldest and shutil.disk_usage(copy.storage).free >= needed:
-            break
-        lock_file = copy.storage / f"{folder.name.removeprefix('.')}.lock"
-        with lock_file.open("a") as lock, suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            logger.info("%s makes room for %s", folder, copy.key)
-            shutil.rmtree(folder)
-    free = shutil.disk_usage(copy.storage).free
-    if free >= needed:
-        return ""
-    return (
-        f"{copy.storage} has {free / 2**30:.1f} GiB free, and a copy of {copy.source} "
-        f"takes {needed / 2**30:.1f} GiB"
-    )
-
-
 def wants_copy(config: RunConfig) -> bool:
     """Whether the nodes of a run have the model on their own disks."""
     cluster = config.cluster
     return bool(cluster.local_storage and cluster.stage_model and config.model.hf_checkpoint)
 
 
-class Staging:
-    """The copy of a run's model on an agent's node, made by a process of its own."""
+def packed_environment(run: RunDir) -> Path:
+    """The file that names the packed environment of which a run's nodes make a copy; there is none
+    where the shared one is used.
+    """
+    return run.path / "environment.json"
 
-    def __init__(self, attempt: Attempt, config: RunConfig, node: int) -> None:
-        self._result = attempt.staged(node)
-        self._result.parent.mkdir(exist_ok=True)
-        self._log = attempt.log("staging", node)
-        self._source = config.model.hf_checkpoint
+
+@dataclass(frozen=True, slots=True)
+class StagingTask:
+    """A copy to be made, the words of the program that makes it, and where it reports."""
+
+    copy: Copy
+    words: tuple[str, ...]
+    result: Path
+    log: Path
+
+    @classmethod
+    def of_model(cls, attempt: Attempt, config: RunConfig, node: int) -> "StagingTask":
+        storage = config.cluster.local_storage
+        copy = Copy.of(Path(config.model.hf_checkpoint), Path(storage))
+        result = attempt.staged(node)
+        words = ("tools.staging.model", config.model.hf_checkpoint, storage, str(attempt.run.path))
+        return cls(copy, words, result, attempt.log("staging", node))
+
+    @classmethod
+    def of_environment(cls, attempt: Attempt, config: RunConfig, node: int) -> "StagingTask":
+        storage = config.cluster.local_storage
+        packed = packed_environment(attempt.run)
+        copy = Copy.of_environment(packed, Path(storage))
+        result = attempt.path / "environments" / f"{node}.json"
+        words = ("tools.staging.environment", str(packed), storage)
+        return cls(copy, words, result, attempt.log("environment", node))
+
+
+class Staging:
+    """The copy of a run's model or environment on an agent's node, made by a process of its own."""
+
+    def __init__(self, task: StagingTask, container: str = "none") -> None:
+        """container: as in the cluster file."""
+        self._task = task
         self._child: subprocess.Popen[bytes] | None = None
         # Open, and so held, as long as this process lives.
         self._lock = -1
-        copy = Copy.of(Path(self._source), Path(config.cluster.local_storage))
-        command = [*module_command(sys.executable, "jobs.staging"), self._source]
-        command += [config.cluster.local_storage, str(attempt.run.path), str(self._result)]
-        unfit = why_not(copy.storage, config.cluster.container)
+        task.result.parent.mkdir(exist_ok=True)
+        unfit = why_not(task.copy.storage, container)
         if unfit:
             self.give_up(unfit)
             return
         try:
-            self._lock = copy.open_lock()
+            self._lock = task.copy.open_lock()
         except OSError as error:
             self.give_up(f"nothing can be written there: {error}")
             return
-        with self._log.open("ab") as output:
+        program, *words = task.words
+        command = [*module_command(sys.executable, program), *words, str(task.result)]
+        with task.log.open("ab") as output:
             self._child = subprocess.Popen(
                 [*command, str(self._lock)], stdout=output, stderr=output, pass_fds=[self._lock]
             )
@@ -287,8 +208,13 @@ class Staging:
         """
         code = self._child.poll() if self._child else 0
         if code:
-            raise MachineFailure(f"{last_line(self._log)}; log: {self._log}")
+            log = self._task.log
+            raise MachineFailure(f"{last_line(log)}; log: {log}")
         return code == 0
+
+    def result(self) -> Staged:
+        """Where this node's readers find it."""
+        return Staged(**read_json(self._task.result))
 
     def give_up(self, why: str) -> None:
         """The readers of this node take the shared files."""
@@ -300,25 +226,44 @@ class Staging:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
-        publish_json(self._result, asdict(Staged(self._source, note=why)))
+        publish_json(self._task.result, asdict(Staged(str(self._task.copy.source), note=why)))
 
 
-def main(argv: list[str]) -> int:
-    source, storage, shared, result, lock = argv
-    logging.basicConfig(level=logging.INFO, format=FORMAT)
-    copy = Copy.of(Path(source), Path(storage))
-    try:
-        staged = stage(copy, Path(shared), int(lock))
-    except OSError as error:
-        staged = Staged(source, note=f"the copy in {copy.storage} failed: {error}")
-    except RunError as error:
-        logger.error("%s", error)
-        return 1
-    if staged.note:
-        fcntl.flock(int(lock), fcntl.LOCK_UN)
-    publish_json(Path(result), asdict(staged))
-    return 0
+class NodeStaging:
+    """All that a node of a run copies, each by a process of its own, at the same time. It holds the
+    copies as long as this process lives.
+    """
 
+    def __init__(self, attempt: Attempt, config: RunConfig, node: int) -> None:
+        place = (attempt, config, node)
+        container = config.cluster.container
+        self._deadline_s = config.cluster.stage_deadline_s
+        self._stagings: list[Staging] = []
+        self._environment: Staging | None = None
+        if wants_copy(config):
+            self._stagings.append(Staging(StagingTask.of_model(*place), container))
+        if seen(packed_environment(attempt.run)):
+            self._environment = Staging(StagingTask.of_environment(*place), container)
+            self._stagings.append(self._environment)
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    def is_done(self) -> bool:
+        """Whether all are; raises as `Staging.is_done` does."""
+        return all([staging.is_done() for staging in self._stagings])
+
+    def give_up(self) -> None:
+        """What is not done by now is read from the shared files."""
+        for staging in self._stagings:
+            if not staging.is_done():
+                staging.give_up(
+                    f"a copy took longer than cluster.stage_deadline_s={self._deadline_s:g}"
+                )
+
+    def venv(self) -> Path | None:
+        """The copy of the environment; None where the shared one is used."""
+        staged = self._environment.result() if self._environment else None
+        if staged is None:
+            return None
+        if staged.note:
+            logger.warning("the shared environment is used: %s", staged.note)
+            return None
+        return Path(staged.path)

@@ -167,8 +167,11 @@ class ClusterConfig:
     and compiled kernels are kept there; empty: all nodes read the shared model."""
     stage_model: bool = True
     """Whether each node copies the model to `local_storage`, where that is set."""
+    stage_environment: bool = False
+    """Whether each node copies the virtual environment to `local_storage`, too, and starts its
+    engines and trainers from there; it is packed into one file when the run is submitted."""
     stage_deadline_s: float = Field(default=3600.0, gt=0)
-    """How long a node may copy the model; then it reads the shared one."""
+    """How long a node may copy the model and the environment; then it reads the shared ones."""
     run_root: PathText = ""
     """Where runs' directories are made, on a filesystem that all nodes see; empty: `runs` in the
     directory of the submission."""
@@ -263,6 +266,16 @@ class ClusterConfig:
             raise ValueError(
                 f"cluster.venv={self.venv!r} and cluster.conda={self.conda!r} are two environments "
                 "for one job; keep one of them"
+            )
+        if self.stage_environment and not self.local_storage:
+            raise ValueError(
+                "cluster.stage_environment copies the environment to cluster.local_storage, which "
+                "is not set; name a directory on each node's own disk"
+            )
+        if self.stage_environment and (self.conda or self.container != "none"):
+            raise ValueError(
+                "cluster.stage_environment copies a virtual environment, and not one of conda or "
+                "of a container; leave it out, or use cluster.venv"
             )
         if self.max_time_min is not None and self.time_limit_min > self.max_time_min:
             raise ValueError(

@@ -17,7 +17,16 @@ from jobs.agent import Agent
 from jobs.checkout import ROOT
 from jobs.cluster_env import ClusterEnv
 from jobs.ray_node import environment
-from jobs.staging import Copy, Staged, Staging, kept_caches, own_folder, wants_copy, why_not
+from jobs.staging import (
+    Copy,
+    Staged,
+    Staging,
+    StagingTask,
+    kept_caches,
+    own_folder,
+    wants_copy,
+    why_not,
+)
 from nanoslime.config.cluster import ClusterConfig
 from nanoslime.config.load import dump
 from nanoslime.orchestration.ray.actors import RunOnRay
@@ -70,7 +79,7 @@ def stage_all(made: MadeRun, *nodes: int, keep: bool = False) -> list[dict[str, 
     """
     attempt = made.run.latest_attempt()
     assert attempt is not None
-    stagings = [Staging(attempt, made.config, node) for node in nodes]
+    stagings = [Staging(StagingTask.of_model(attempt, made.config, node)) for node in nodes]
 
     def are_done() -> bool:
         return all(staging.is_done() for staging in stagings)
@@ -87,7 +96,7 @@ def test_a_node_has_what_readers_open_and_a_second_run_reads_that(
 ) -> None:
     made = run_on(tmp_path / "a", model, disk)
     [first] = stage_all(made, 0)
-    copy = Path(first["model"])
+    copy = Path(first["path"])
     assert copy.is_relative_to(disk) and first["note"] == ""
     assert sorted(file.name for file in copy.glob("[!.]*")) == ["config.json", "model.safetensors"]
     weights = model / "model.safetensors"
@@ -98,7 +107,7 @@ def test_a_node_has_what_readers_open_and_a_second_run_reads_that(
     (model / "blob" / "0").write_bytes(b"x" * facts.st_size)
     os.utime(weights, ns=(facts.st_atime_ns, facts.st_mtime_ns))
     [second] = stage_all(run_on(tmp_path / "b", model, disk), 0)
-    assert second == {"model": first["model"], "copied_bytes": 0, "note": ""}
+    assert second == {"path": first["path"], "copied_bytes": 0, "note": ""}
 
 
 def test_of_all_agents_on_a_node_one_reads_the_shared_files(
@@ -106,7 +115,7 @@ def test_of_all_agents_on_a_node_one_reads_the_shared_files(
 ) -> None:
     made = run_on(tmp_path, model, disk)
     said = stage_all(made, 0, 1)
-    assert len({each["model"] for each in said}) == 1
+    assert len({each["path"] for each in said}) == 1
     assert sum(each["copied_bytes"] for each in said) == Copy.of(model, disk).num_bytes
 
 
@@ -114,15 +123,15 @@ def test_a_model_that_has_changed_is_another_one(tmp_path: Path, model: Path, di
     [first] = stage_all(run_on(tmp_path / "a", model, disk), 0)
     (model / "config.json").write_text('{"now": "longer"}')
     [second] = stage_all(run_on(tmp_path / "b", model, disk), 0)
-    assert first["model"] != second["model"]
-    assert (Path(second["model"]) / "config.json").read_text() == '{"now": "longer"}'
+    assert first["path"] != second["path"]
+    assert (Path(second["path"]) / "config.json").read_text() == '{"now": "longer"}'
 
 
 def test_a_copy_that_has_changed_on_the_disk_is_made_anew(
     tmp_path: Path, model: Path, disk: Path
 ) -> None:
     [first] = stage_all(run_on(tmp_path / "a", model, disk), 0)
-    weights = Path(first["model"]) / "model.safetensors"
+    weights = Path(first["path"]) / "model.safetensors"
     with weights.open("r+b") as file:
         file.seek(1000)
         file.write(b"rot")
@@ -175,13 +184,13 @@ def test_the_oldest_copy_that_nobody_uses_makes_room(
     fill(small_disk, leave_bytes=4096)
     said = stage_one(5)
     assert kept() == ["m1", "m4"]
-    assert said["model"] == str(models[5])
+    assert said["path"] == str(models[5])
     assert said["note"].endswith("takes 0.0 GiB") and "GiB free" in said["note"]
 
 
 def test_memory_is_no_disk(tmp_path: Path, small_disk: Path, model: Path) -> None:
     [said] = stage_all(run_on(tmp_path, model, small_disk), 0)
-    assert said["model"] == str(model)
+    assert said["path"] == str(model)
     assert "is in the node's memory (tmpfs)" in said["note"]
     assert list(small_disk.iterdir()) == []
 
@@ -191,7 +200,7 @@ def test_where_nothing_can_be_written_all_read_the_shared_files(
 ) -> None:
     disk.write_text("a file")
     [said] = stage_all(run_on(tmp_path, model, disk), 0)
-    assert said["model"] == str(model)
+    assert said["path"] == str(model)
     assert "nothing can be written there" in said["note"]
 
 
@@ -237,7 +246,7 @@ def test_a_copy_that_takes_too_long_is_let_go_of(tmp_path: Path, model: Path, di
     made = run_on(tmp_path, model, disk)
     lock = Copy.of(model, disk).open_lock()
     fcntl.flock(lock, fcntl.LOCK_EX)
-    staging = Staging(made.run.attempt(1), made.config, 0)
+    staging = Staging(StagingTask.of_model(made.run.attempt(1), made.config, 0))
     child = staging._child
     assert child is not None
     staging.give_up("too long")
@@ -252,7 +261,7 @@ def test_a_copy_that_is_given_up_in_the_middle_holds_nobody_up(
     tmp_path: Path, model: Path, disk: Path
 ) -> None:
     made = run_on(tmp_path, model, disk)
-    staging = Staging(made.run.attempt(1), made.config, 0)
+    staging = Staging(StagingTask.of_model(made.run.attempt(1), made.config, 0))
     assert process_table.wait_for(staging.is_done, _DEADLINE_S)
     staging.give_up("it was done too late")
     with (own_folder(disk) / f"{Copy.of(model, disk).key}.lock").open() as again:
@@ -267,7 +276,7 @@ def test_a_node_that_is_lost_is_not_waited_for(
     agent = Agent(attempt, made.config, made.layout, ClusterEnv.for_local(0, 2, "l1"), "")
     publish_json(attempt.lost(1), {"name": "node1"})
     began = time.monotonic()
-    agent._stage_model()
+    agent._stage()
     assert time.monotonic() - began < 20
 
 
@@ -294,12 +303,14 @@ def test_halves_of_copies_make_room_first(
 STAGE = """
 import sys, time
 from pathlib import Path
-from jobs.staging import Staging
+from jobs.staging import Staging, StagingTask
 from nanoslime.config.load import read
 from nanoslime.run_dir import RunDir
 
 run = RunDir.open(Path(sys.argv[1]))
-stagings = [Staging(run.attempt(1), read(run.config), node) for node in map(int, sys.argv[2:])]
+config = read(run.config)
+nodes = map(int, sys.argv[2:])
+stagings = [Staging(StagingTask.of_model(run.attempt(1), config, node)) for node in nodes]
 while not all([staging.is_done() for staging in stagings]):
     time.sleep(0.05)
 for line in Path("/proc/self/io").read_text().splitlines():
@@ -353,7 +364,7 @@ def test_an_agent_stages_the_model_before_ray_starts_and_lets_go_of_it_at_its_en
     attempt = made.run.attempt(1)
     assert "the driver ended with exit code 3" in done.stderr
     staged = read_json(attempt.staged(0))
-    assert Path(staged["model"]).is_relative_to(disk), staged
+    assert Path(staged["path"]).is_relative_to(disk), staged
     assert attempt.staged(0).stat().st_mtime <= attempt.head.stat().st_mtime
     [lock] = disk.glob("nanoslime-*/*.lock")
     with lock.open() as file:
@@ -369,6 +380,6 @@ def test_the_actors_of_each_node_read_what_its_agent_has_staged(
     attempt = made.run.attempt(1)
     publish_json(attempt.staged(2), asdict(Staged(str(model), note="no room")))
     run = RunOnRay(made.config, attempt, model)
-    assert run.model_dir_on(1) == Path(staged["model"]) != model
+    assert run.model_dir_on(1) == Path(staged["path"]) != model
     assert run.model_dir_on(0) == run.model_dir_on(2) == model
     assert "node 2 reads the shared model: no room" in caplog.text

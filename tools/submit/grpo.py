@@ -28,6 +28,7 @@ from nanoslime.plugins import resolve
 from nanoslime.run_dir import RunDir, candidate_names
 from nanoslime.storage.shared_files import publish, read_json
 from nanoslime.types import RunError
+from tools.staging import environment as staged_environment
 from tools.submit import batch_script, inputs, limits, local, sites, snapshot, where
 from tools.submit.choose import choose, ways_out, with_sizes
 from tools.submit.lead import with_measured_lead
@@ -107,6 +108,7 @@ def run(
     run = resumed or RunDir.create(Path(config.cluster.run_root), config.name, config.cluster.share)
     run.write_config(config, layout)
     run.write_provenance(["jobs/submit_grpo.py", *sys.argv[1:]])
+    staged_environment.record(config, run)
     print(f"{description}\n\nrun directory: {run.path}", flush=True)
     code = local.run_local(config, layout, run)
     print(summary_table(run))
@@ -351,6 +353,7 @@ def prepared(config: RunConfig, layout: Layout, resumed: RunDir | None) -> Itera
         run.write_config(config, layout)
         run.write_provenance(["jobs/submit_grpo.py", *sys.argv[1:]])
         snapshot.take(run.path)
+        staged_environment.record(config, run)
         yield run
 
 

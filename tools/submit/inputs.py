@@ -18,6 +18,7 @@ from nanoslime.run_dir import RunDir
 from nanoslime.storage.datasets import with_local_prompts
 from nanoslime.storage.recorded_samples import with_recorded_rollouts
 from nanoslime.types import RunError
+from tools.staging.environment import venv_of
 from tools.submit import lead, where
 from tools.submit.checked_prompts import checked_prompts
 from tools.submit.plugins import check_importable
@@ -124,8 +125,12 @@ def check_times(cluster: ClusterConfig) -> None:
 
 
 def check_environment(config: RunConfig, repository: Path = ROOT) -> None:
-    """Refuse GPU nodes whose environment does not come from this checkout's CUDA lock."""
+    """Refuse GPU nodes whose environment does not come from this checkout's CUDA lock, and one that
+    cannot be staged.
+    """
     cluster = config.cluster
+    if cluster.stage_environment:
+        venv_of(config)
     # What an image or a conda environment holds cannot be seen from here.
     if cluster.device != "cuda" or cluster.conda or cluster.container != "none":
         return

@@ -107,7 +107,7 @@ class RunOnRay:
         found = read_json(staged)
         if found["note"]:
             logger.warning("node %d reads the shared model: %s", node, found["note"])
-        return Path(found["model"])
+        return Path(found["path"])
 
 
 class Actors:
