@@ -50,7 +50,8 @@ def untimed(run: RunDir) -> list[dict]:
 
 
 @pytest.fixture(
-    scope="module", params=["fsdp", pytest.param("megatron", marks=pytest.mark.megatron)]
+    scope="module",
+    params=["fsdp", pytest.param("megatron", marks=[pytest.mark.megatron, pytest.mark.matrix])],
 )
 def finished(request, tmp_path_factory, model) -> RunDir:
     """Two rollouts with a checkpoint after each."""
@@ -81,13 +82,14 @@ def halve(file: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
 
 
+# tests/storage has each damage of a directory; here are the files of a checkpoint.
 DAMAGES = [
-    ("trainer/*.distcp", Path.unlink, "is missing"),
-    ("trainer/*.distcp", cut, "is truncated"),
+    pytest.param("trainer/*.distcp", Path.unlink, "is missing", marks=pytest.mark.matrix),
+    pytest.param("trainer/*.distcp", cut, "is truncated", marks=pytest.mark.matrix),
     ("trainer/*.distcp", flip, "was altered"),
-    ("trainer/.metadata", flip, "was altered"),
+    pytest.param("trainer/.metadata", flip, "was altered", marks=pytest.mark.matrix),
     ("driver.json", flip, "was altered"),
-    ("manifest.json", Path.unlink, "has no manifest.json"),
+    pytest.param("manifest.json", Path.unlink, "has no manifest.json", marks=pytest.mark.matrix),
     ("manifest.json", halve, "is not a manifest"),
 ]
 

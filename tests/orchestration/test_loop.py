@@ -356,6 +356,7 @@ def test_a_torchrun_rank_that_fails_ends_the_run_with_its_name(tmp_path, model, 
     assert "Traceback (most recent call last)" in log and "in failing\n" in log
 
 
+@pytest.mark.matrix
 def test_a_late_rank_is_told_by_the_one_that_waits_in_a_collective(tmp_path, model, no_leftovers):
     more = "--num-rollout 1000 --backend fsdp --training.collective-deadline-s 6"
     flags = run_dir(tmp_path, "late", model, more)
