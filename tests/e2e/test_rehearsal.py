@@ -30,7 +30,7 @@ from tests.jobs.made_run import scratches
 from tests.models.hf import save_model
 
 REPOSITORY = Path(__file__).parents[2]
-pytestmark = [pytest.mark.ray, pytest.mark.megatron]
+pytestmark = [pytest.mark.ray, pytest.mark.megatron, pytest.mark.timeout(600)]
 
 
 class Rehearsal:
@@ -64,13 +64,13 @@ class Rehearsal:
     def says(self, text: str) -> bool:
         return any(text in line for line in self.lines)
 
-    def wait_for_line(self, text: str, deadline_s: float = 240) -> None:
+    def wait_for_line(self, text: str, deadline_s: float = 400) -> None:
         process_table.wait_for(
             lambda: self.says(text) or self.process.poll() is not None, deadline_s
         )
         assert self.says(text), f"no {text!r} in:\n" + "".join(self.lines)
 
-    def wait(self, deadline_s: float = 240) -> int:
+    def wait(self, deadline_s: float = 400) -> int:
         code = self.process.wait(deadline_s)
         self._reader.join(10)
         return code
