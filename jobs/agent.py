@@ -32,7 +32,7 @@ from pathlib import Path
 from jobs import ray_node
 from jobs.checkout import module_command
 from jobs.cluster_env import ClusterEnv, remove_scratch
-from jobs.leaving import AttemptOver, clean_up, logged_if_unwritable
+from jobs.leaving import AttemptOver, clean_up, failure_of_driver, logged_if_unwritable
 from jobs.preflight.node import Place
 from jobs.preflight.rounds import CANARY_DEADLINE_S, LINKS_DEADLINE_S, Preflight
 from jobs.staging import NodeStaging, kept_caches, wants_copy
@@ -402,14 +402,8 @@ class Agent:
         self._follow_end()
         if child is not self._driver:
             raise MachineFailure(child.exit_summary())
-        status = self._attempt.run.status()
-        # What the driver wrote down before it ended: its log may end with anything.
-        if status.get("attempt") != self._attempt.number:
-            status = {}
-        told = status.get("error")
-        is_lost = code < 0 or status.get("can_go_on")
-        kind = MachineFailure if is_lost else RunError
-        raise kind(f"{told}; log: {child.log}" if told else child.exit_summary())
+        beside = [other for other in self._children if other is not self._driver]
+        raise failure_of_driver(self._attempt, child, beside)
 
     def _check_heartbeats(self) -> None:
         """Finds nodes that are silent. Node 0 looks at all, also at what hangs there, the others at

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,10 +22,12 @@ from jobs import ray_node
 from jobs.agent import Agent, AttemptOver
 from jobs.checkout import ROOT
 from jobs.cluster_env import ClusterEnv, interface_address, scratch_root
+from jobs.leaving import failure_of_driver
 from jobs.preflight.gpus import check_driver, check_gpus
 from jobs.preflight.node import check_cores
 from jobs.ray_node import cuda_home
 from nanoslime.config import ClusterConfig
+from nanoslime.processes.child import ChildProcess
 from nanoslime.run_dir import DONE, FAILED, STOPPED, Attempt, RunDir
 from nanoslime.types import MachineFailure, RunError
 from tests import process_table
@@ -187,6 +190,45 @@ def test_a_killed_raylet_ends_the_attempt_with_its_log(tmp_path: Path) -> None:
     assert code == FAILED
     assert "Ray on node0 ended" in err
     assert "ray-0.log" in err
+
+
+def ended_with_1(made: MadeRun, *, ray_s: float) -> tuple[RunError, float]:
+    """The failure of a driver that has ended, beside a Ray that ends so much later, and how many
+    seconds it took to know it.
+    """
+    attempt = made.run.latest_attempt()
+    assert attempt is not None
+    commands = {"the driver": "exit 1", "Ray on n1": f"sleep {ray_s}; exit 1"}
+    driver, ray = (
+        ChildProcess(name, ["sh", "-c", command], {}, made.run.path / f"{name}.log")
+        for name, command in commands.items()
+    )
+    try:
+        assert process_table.wait_for(lambda: not driver.alive(), 10.0)
+        begin = time.monotonic()
+        return failure_of_driver(attempt, driver, [ray]), time.monotonic() - begin
+    finally:
+        driver.close()
+        ray.close()
+
+
+def test_a_driver_that_ends_with_its_ray_has_failed_by_it(tmp_path: Path) -> None:
+    made = make_run(tmp_path, 1)
+    made.run.new_attempt("l1-0")
+    failure, _ = ended_with_1(made, ray_s=1.0)
+    assert isinstance(failure, MachineFailure)
+    assert str(failure).startswith("Ray on n1 ended with exit code 1")
+
+    failure, seconds = ended_with_1(made, ray_s=60.0)
+    assert not isinstance(failure, MachineFailure)
+    assert str(failure).startswith("the driver ended with exit code 1")
+    assert seconds < 10.0
+
+    made.run.write_status("failed", 0, error="the reward has no module")
+    failure, seconds = ended_with_1(made, ray_s=60.0)
+    assert not isinstance(failure, MachineFailure)
+    assert str(failure).startswith("the reward has no module; log: ")
+    assert seconds < 1.0
 
 
 def test_a_failing_driver_ends_with_its_last_line(

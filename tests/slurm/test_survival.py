@@ -84,8 +84,12 @@ def plans() -> list[list[tuple[str, str]]]:
 
 @pytest.fixture(scope="module")
 def patient() -> Iterator[SlurmCluster]:
-    """Four nodes on which a job has SLURM's usual time from SIGTERM to SIGKILL."""
-    with SlurmCluster(kill_wait_s=30) as cluster:
+    """Four nodes on which a job has SLURM's usual time from SIGTERM to SIGKILL.
+
+    A node that is set down stays so while its slurmd still answers: SLURM would else find the step
+    of a job there that it has requeued, and kill it without a warning.
+    """
+    with SlurmCluster(kill_wait_s=30, settings={"ReturnToService": "1"}) as cluster:
         yield cluster
 
 
