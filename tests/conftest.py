@@ -137,7 +137,11 @@ def strict_session() -> Iterator[SlurmCluster]:
         gpu_types=("h100",),
         mem_per_node_mb=1_400_000,
         partitions=("short Default=YES MaxTime=30", "long Nodes=n[1-2] MaxTime=240 GraceTime=60"),
-        settings={"EnforcePartLimits": "NO", "JobRequeue": "0"},
+        settings={
+            "EnforcePartLimits": "NO",
+            "JobRequeue": "0",
+            "AccountingStorageTRES": "gres/gpu,gres/gpu:h100",
+        },
         accounting=Accounting(
             accounts=("physics", "biology"),
             foreign_accounts=("chemistry",),

@@ -52,7 +52,7 @@ class EvalConfig:
     sets: list[EvalSetConfig] = Field(default_factory=list)
     """Sets of prompts beside data.eval_prompts, which is the set "held_out" and comes first.
     The first of all sets chooses the best checkpoint, and gives reward_before and reward_after.
-    As flags, the prompts of each set alone, or its settings as a JSON object."""
+    As flags, the prompts of the sets (a.jsonl,b.jsonl), or settings of one as a JSON object."""
     interval: int = Field(default=0, ge=0)
     """Evaluate after every so many rollouts. 0: only before the first and after the last one."""
     n_samples_per_prompt: int = Field(default=1, ge=1)

@@ -3,6 +3,7 @@
     --tp-size 2       --tp-size=2           --training.tp-size 2
     --use-kl-loss     --no-use-kl-loss      --use-kl-loss=false
     --rollout.stop "</answer>" "Question:"  --data.chat-template-kwargs '{"enable_thinking": false}'
+    --eval.sets a.jsonl,b.jsonl
     --eval.sets '{"name": "greedy", "prompts": "test.jsonl", "temperature": 0}'
 
 The fields of `algorithm` are those of all algorithms; whether the chosen one has a
@@ -199,7 +200,10 @@ def _take_flag(rest: list[str]) -> Flag:
         )
     container = get_origin(spelling.kind)
     if container is list:
-        return Flag(name, spelling.field, [text] if equals else _take_values(name, rest))
+        items = [text] if equals else _take_values(name, rest)
+        if is_dataclass(get_args(spelling.kind)[0]):
+            items = [one for item in items for one in _sets_in(item)]
+        return Flag(name, spelling.field, items)
     if spelling.negated:
         if equals:
             raise RunError(f"{word}: a --no- flag takes no value")
@@ -260,6 +264,12 @@ def _take_values(name: str, rest: list[str]) -> list[str]:
     while rest and not rest[0].startswith("--"):
         values.append(rest.pop(0))
     return values
+
+
+def _sets_in(text: str) -> list[str]:
+    """Of a list of sections: one as JSON, or the names of several with commas between them."""
+    is_json = text.lstrip().startswith("{")
+    return [text] if is_json else [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _take_value(name: str, rest: list[str]) -> str:

@@ -241,6 +241,17 @@ def test_evaluation_sets_are_given_as_json_each_and_come_after_the_held_out_prom
     assert load(None, None, []).eval_sets == []
 
 
+def test_the_files_of_several_sets_are_one_word_or_several():
+    for words in (["a.jsonl,b.jsonl"], ["a.jsonl", "b.jsonl"], ["a.jsonl, b.jsonl,"]):
+        config = load(None, None, ["--eval.sets", *words])
+        assert [one.title for one in config.eval_sets] == ["a", "b"]
+    config = load(None, None, [f"--eval.sets={a_set(name='x')}", "--data.sources", "c,d"])
+    assert [one.title for one in config.eval_sets] == ["x"]
+    assert [one.prompts for one in config.data.sources] == ["c", "d"]
+    # A word of a plain list stays whole.
+    assert load(None, None, ["--rollout.stop", "a,b"]).rollout.stop == ["a,b"]
+
+
 @pytest.mark.parametrize(
     "args",
     [

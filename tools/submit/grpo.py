@@ -178,6 +178,7 @@ def print_sbatch(command: argparse.Namespace, config: RunConfig, sources: dict[s
     """Print nothing but the batch script that would be submitted; make nothing."""
     check_target(config, submits=True)
     config, layout, _ = plan(config, sources, None, download=False)
+    limits.check_limits(config, layout)
     inputs.check_environment(config)
     if command.resume:
         inputs.check_resume(RunDir.open(command.resume), config)

@@ -15,6 +15,8 @@ from nanoslime.config import RunConfig
 from nanoslime.config.base import minutes
 from nanoslime.layout import Layout
 from nanoslime.types import RunError
+from tools.submit import policies
+from tools.submit.megabytes import megabytes
 
 # Options of sbatch that a plan rests on, and what sets each.
 _SET_BY = {
@@ -39,7 +41,6 @@ _SET_BY = {
     "ntasks-per-node": "cluster.nodes, as a node has one task,",
     "array": "cluster.nodes, as a job holds one run,",
 }
-_MEGABYTES = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +73,13 @@ def check_extra_options(config: RunConfig) -> None:
 
 
 def check_limits(config: RunConfig, layout: Layout) -> None:
-    """Raises RunError where none of the job's partitions ever starts it; nothing is known where
-    scontrol does not answer."""
+    """Raises RunError where none of the job's partitions ever starts it, or the user's QOS and
+    accounts never let it start; nothing is known where SLURM does not answer."""
     lines = slurm_says("scontrol", "show", "partition", "--all", "--oneliner").splitlines()
     partitions = {found["PartitionName"]: found for found in map(facts, lines) if found}
     default = [name for name, found in partitions.items() if found.get("Default") == "YES"]
     asked = config.cluster.partition.split(",") if config.cluster.partition else default[:1]
+    allowed = policies.ask(config)
     refusals = []
     for name in asked if partitions else ():
         if name not in partitions:
@@ -87,6 +89,7 @@ def check_limits(config: RunConfig, layout: Layout) -> None:
             )
         try:
             _check_partition(config, layout, partitions[name])
+            policies.check(config, layout, allowed, partitions[name].get("QoS", ""))
         except RunError as error:
             refusals.append(error)
     if refusals and len(refusals) == len(asked):
@@ -97,7 +100,7 @@ def _check_partition(config: RunConfig, layout: Layout, partition: dict[str, str
     cluster = config.cluster
     name = partition["PartitionName"]
     cores = cpus_per_node(config, layout)
-    memory_mb = _megabytes(cluster.memory_per_node)
+    memory_mb = megabytes(cluster.memory_per_node)
     bounds = (
         ("cluster.time_limit_min", cluster.time_limit_min, "MaxTime", minutes),
         ("cluster.nodes", layout.num_nodes, "MaxNodes", int),
@@ -152,12 +155,6 @@ def _check_nodes(layout: Layout, partition: str, needs: Sequence[_Need]) -> None
 def _number_needed(setting: str, number: float, numbers: Iterable[float], unit: str) -> _Need:
     has = list(numbers)
     return _Need(f"{setting}={number:.0f}", number, has, [f"{one:.0f} {unit}" for one in has])
-
-
-def _megabytes(memory: str) -> float:
-    """What sbatch --mem takes, in MB; 0 for what it refuses itself, and for all of a node."""
-    match = re.fullmatch(r"(\d+)([KMGT]?)B?", memory.upper())
-    return int(match[1]) * _MEGABYTES[match[2] or "M"] if match else 0
 
 
 def gpus_by_type(gres: str) -> Counter[str]:

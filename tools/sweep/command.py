@@ -25,7 +25,7 @@ from nanoslime.run_dir import DONE, STOPPED, RunDir
 from nanoslime.storage.shared_files import publish
 from nanoslime.types import RunError
 from tools.staging import environment as staged_environment
-from tools.submit import batch_script, inputs, local, snapshot, where
+from tools.submit import batch_script, inputs, limits, local, snapshot, where
 from tools.submit import grpo as submit_grpo
 from tools.sweep import compare, spec, table
 
@@ -113,6 +113,9 @@ def plan(
             planned.append(Planned(element, config, layout, description))
         except (RunError, ValueError) as error:
             refused.setdefault(str(error), []).append(element.title)
+    if submits and planned and not refused:
+        # All of them ask SLURM for the same.
+        limits.check_limits(planned[0].config, planned[0].layout)
     if refused:
         lines = [f"{_several(titles)}: {reason}" for reason, titles in refused.items()]
         raise RunError("the sweep is refused, nothing was submitted\n" + "\n".join(lines))
