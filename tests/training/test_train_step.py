@@ -88,39 +88,45 @@ CORRECTIONS = [
 ]
 
 
-def test_auto_trains_as_recomputed_without_the_pass(start, batches):
+# Every algorithm and every correction, and in the matrix each with each.
+PAIRS = []
+_NAMES = [name for name in ALGORITHM_CONFIGS if name != CUSTOM]
+for _number, _name in enumerate(_NAMES):
+    for _index, _correction in enumerate(CORRECTIONS):
+        _marks = [] if _index == _number % len(CORRECTIONS) else [pytest.mark.matrix]
+        PAIRS.append(pytest.param(_name, _correction, marks=_marks, id=f"{_name}-{_index}"))
+
+
+@pytest.mark.parametrize(("name", "correction"), PAIRS)
+def test_auto_trains_as_recomputed_without_the_pass(start, batches, name, correction):
     """The gradient and every metric, over the algorithms and what they may compare."""
     backend = start(lr=0.0, min_lr=0.0, clip_grad=0.0)
-    for name, config_class in ALGORITHM_CONFIGS.items():
-        if name == CUSTOM:
-            continue
-        for correction in CORRECTIONS:
-            algorithm = config_class(
-                correction=correction,
-                use_kl_loss=True,
-                kl_loss_coef=0.1,
-                use_unbiased_kl=True,
-                entropy_coef=0.01,
-            )
-            found = {}
-            for old in ("auto", "recomputed"):
-                run = Layout().config()
-                run = replace(run, algorithm=replace(algorithm, old_logprobs=old))
-                made = algorithms.make(run.training_algorithm)
-                assert made.needs_old_logprobs == (old == "recomputed")
-                batch = deepcopy(batches[0])
-                batch.old_logprobs = None
-                if made.needs_old_logprobs:
-                    batch.old_logprobs = backend.logprobs(batch, "policy")
-                batch.token_advantages = made.token_advantages(batch, backend.all_sum)
-                step = backend.train_step(batch, made)
-                found[old] = (step, assemble(copied(grad_shards(backend))))
-            (step, grads), (expected, expected_grads) = found["auto"], found["recomputed"]
-            assert step.loss == pytest.approx(expected.loss, rel=1e-5, abs=1e-6)
-            assert values_of(step) == pytest.approx(values_of(expected), rel=1e-5, abs=1e-6)
-            for name, grad in expected_grads.items():
-                difference = (grads[name] - grad).abs().max()
-                assert difference <= 1e-5 * grad.abs().max() + 1e-8, (algorithm, name)
+    algorithm = ALGORITHM_CONFIGS[name](
+        correction=correction,
+        use_kl_loss=True,
+        kl_loss_coef=0.1,
+        use_unbiased_kl=True,
+        entropy_coef=0.01,
+    )
+    found = {}
+    for old in ("auto", "recomputed"):
+        run = Layout().config()
+        run = replace(run, algorithm=replace(algorithm, old_logprobs=old))
+        made = algorithms.make(run.training_algorithm)
+        assert made.needs_old_logprobs == (old == "recomputed")
+        batch = deepcopy(batches[0])
+        batch.old_logprobs = None
+        if made.needs_old_logprobs:
+            batch.old_logprobs = backend.logprobs(batch, "policy")
+        batch.token_advantages = made.token_advantages(batch, backend.all_sum)
+        step = backend.train_step(batch, made)
+        found[old] = (step, assemble(copied(grad_shards(backend))))
+    (step, grads), (expected, expected_grads) = found["auto"], found["recomputed"]
+    assert step.loss == pytest.approx(expected.loss, rel=1e-5, abs=1e-6)
+    assert values_of(step) == pytest.approx(values_of(expected), rel=1e-5, abs=1e-6)
+    for parameter, grad in expected_grads.items():
+        difference = (grads[parameter] - grad).abs().max()
+        assert difference <= 1e-5 * grad.abs().max() + 1e-8, parameter
 
 
 def test_a_spike_is_skipped_counted_and_can_be_replayed(
