@@ -195,6 +195,17 @@ def shared_server(
 
 
 @pytest.fixture
+def doomed_server(shared_server: ServerOwner) -> ServerOwner:
+    """The session's server, for a test that kills it."""
+    return shared_server
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that kill the session's server come last: no other needs another start of it then."""
+    items.sort(key=lambda item: "doomed_server" in getattr(item, "fixturenames", ()))
+
+
+@pytest.fixture
 def sglang_engine(shared_server: ServerOwner, tiny_model: Path) -> SGLangEngine:
     """The session's server with the weights of `tiny_model` at version 0, whatever ran
     before."""

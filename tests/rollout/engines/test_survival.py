@@ -114,12 +114,12 @@ def generate(engine: SGLangEngine, max_new_tokens: int) -> list[Generation]:
 
 @pytest.mark.sglang
 def test_no_part_of_a_real_server_survives_its_owner(
-    sglang_engine: SGLangEngine, shared_server: ServerOwner, no_leftovers: None
+    sglang_engine: SGLangEngine, doomed_server: ServerOwner, no_leftovers: None
 ) -> None:
     """The owner is killed while requests run; their error names the lost engine. One that came
     by a router is answered by another engine.
     """
-    group = shared_server.server_pid
+    group = doomed_server.server_pid
     assert sglang_engine.health()
     # HTTP server, scheduler, detokenizer.
     assert len(process_table.process_group(group)) >= 3
@@ -140,7 +140,7 @@ def test_no_part_of_a_real_server_survives_its_owner(
             by_router = threads.submit(lambda: asyncio.run(routed(other)))
             wait_until_running(sglang_engine)
             process_table.wait_for(lambda: num_running(sglang_engine) == 2, timeout_s=20)
-            shared_server.kill()
+            doomed_server.kill()
             with pytest.raises(RequestFailed, match=lost):
                 running.result(60)
             assert by_router.result(60)[0].token_ids == [7]
