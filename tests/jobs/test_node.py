@@ -131,10 +131,14 @@ def test_a_rehearsal_is_a_ray_of_nodes_with_roles(
     assert made.end == (DONE, "")
 
 
-@pytest.mark.ray
-def test_a_killed_agent_ends_the_rehearsal_with_its_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "has_real_ray", [False, pytest.param(True, marks=[pytest.mark.ray, pytest.mark.matrix])]
+)
+def test_a_killed_agent_ends_the_rehearsal_with_its_name(
+    tmp_path: Path, python_with_fake_ray: str, has_real_ray: bool
+) -> None:
     made = make_run(tmp_path, 2)
-    rehearsal = Rehearsal(made, "deaf")
+    rehearsal = Rehearsal(made, "deaf", sys.executable if has_real_ray else python_with_fake_ray)
     rehearsal.wait_for_driver()
     # Node 0 has the driver, and a daemon that the driver left behind.
     joined = json.loads((made.run.attempts / "1" / "nodes" / "0.json").read_text())
