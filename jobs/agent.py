@@ -193,6 +193,8 @@ class Agent:
             f"--port={port}",
             f"--ray-client-server-port={client_port}",
             "--include-dashboard=false",
+            # The autoscaler has no nodes to add.
+            "--no-monitor",
         ]
         log = self._start_ray(options)
         # The others may start as soon as the head's port answers, which is before `ray

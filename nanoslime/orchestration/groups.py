@@ -70,6 +70,9 @@ class TrainGroup(ABC):
             return self._deadlines.save
         return Deadline(weight_sync_s, "weight_sync.deadline_s")
 
+    def wait_for_places(self) -> None:  # noqa: B027
+        """Waits until each rank has its process and its devices."""
+
     def setup(self) -> None:  # noqa: B027
         """Builds what construction has only reserved, if anything."""
 

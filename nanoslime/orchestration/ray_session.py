@@ -19,6 +19,7 @@ from nanoslime.orchestration.session import (
     Started,
     make_session,
     prepare_inputs,
+    prepare_model,
 )
 from nanoslime.processes.signals import hold_back_from_this_process
 from nanoslime.run_dir import Attempt
@@ -35,8 +36,7 @@ def open_ray(
     transport = resolve_transport(config, same_process=False)
     with ExitStack() as resources:
         phase("model")
-        inputs = prepare_inputs(config, attempt.run)
-        config, model_dir = inputs.config, inputs.model_dir
+        config, model_dir = prepare_model(config, attempt.run)
         phase("start")
         if local:
             cluster.start_local(layout.slots_per_node, layout.device, attempt.make_ray_token())
@@ -62,6 +62,8 @@ def open_ray(
         else:
             trainer = NoTrainer(config, attempt.run, model_dir)
         resources.callback(trainer.close)
+        inputs = prepare_inputs(config, model_dir)  # engines and trainers start meanwhile
+        trainer.wait_for_places()
         if servers is not None and colocate:
             # An engine measures the free memory, so it starts before the trainers take
             # theirs.

@@ -77,13 +77,9 @@ class Inputs:
     prompts: RunPrompts | None
 
 
-def prepare_inputs(config: RunConfig, run: RunDir) -> Inputs:
+def prepare_inputs(config: RunConfig, model_dir: Path) -> Inputs:
     """Reads all prompts and loads the user's own code, so that a fault of theirs ends the run
-    before anything starts.
-
-    A rehearsal makes its data and its model first.
-    """
-    config, model_dir = prepare_model(config, run)
+    early."""
     algorithms.make(config.algorithm)
     prompts = None
     if not config.rollout.load_rollouts:
@@ -94,6 +90,7 @@ def prepare_inputs(config: RunConfig, run: RunDir) -> Inputs:
 
 
 def prepare_model(config: RunConfig, run: RunDir) -> tuple[RunConfig, Path]:
+    """The configuration and its model; a rehearsal makes its model and its data first."""
     if not config.rehearsal.enabled:
         return config, Path(config.model.hf_checkpoint)
     files = rehearsal.make(run.model, config.rehearsal)
@@ -114,8 +111,8 @@ def open_local(
             ranks = Ranks(env, config)
             resources.callback(ranks.close)
         phase("model")
-        inputs = prepare_inputs(config, attempt.run)
-        config, model_dir = inputs.config, inputs.model_dir
+        config, model_dir = prepare_model(config, attempt.run)
+        inputs = prepare_inputs(config, model_dir)
         phase("start")
         engines: list[Engine] = []
         restarts: list[Restart] = []

@@ -77,6 +77,9 @@ class OwnReport:
             report = json.dumps([os.getpid(), list(self._tasks.values())]).encode()
             os.pwrite(self._file, report.ljust(_TASKS_BYTES), 0)
 
+    def close(self) -> None:
+        os.close(self._file)
+
 
 _made = cache(OwnReport)
 
@@ -85,6 +88,13 @@ def own_report() -> OwnReport:
     """That of this process, which begins to report when this is called first."""
     with _lock:
         return _made()
+
+
+def report_anew() -> None:
+    """Begins the report of a process that was forked just now from one that reports."""
+    own_report().close()
+    _made.cache_clear()
+    own_report()
 
 
 def read_tasks(pid: int) -> list[Task]:

@@ -21,6 +21,7 @@ keep them in ordinary memory.
 
 import json
 import logging
+import multiprocessing
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,7 +44,7 @@ from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 from torch import Tensor
 
 from nanoslime.process_groups import listening_store, one_ahead
-from nanoslime.processes.phases import own_report
+from nanoslime.processes.phases import own_report, report_anew
 from nanoslime.rollout import weight_check
 from nanoslime.rollout.engines.sglang_client import AGREE, COMPARING
 from nanoslime.rollout.weight_check import ExpectedTensors, Named, checkpoint_shapes
@@ -63,6 +64,7 @@ _COLLECT_EXPERTS = (
 )
 _COMMAND_LINE = "sglang.srt.sampling.watermarking.core.redact_watermark_command_line"
 _PATH_OF_LOADS = "sglang.srt.managers.load_snapshot.shm_path_for"
+_START_METHOD = "sglang.srt.entrypoints.engine._set_envs_and_config"
 _PIN_MEMORY = "sglang.srt.mem_cache.pool_host.common._cuda_host_register"
 
 # The client looks for this mark in the last model's answer.
@@ -108,10 +110,22 @@ def register() -> None:
     if not torch.cuda.is_available():
         # SGLang pins the host's buffer for routed experts by a call of CUDA.
         HookRegistry.register(_PIN_MEMORY, _leave_unpinned, HookType.REPLACE)
+        HookRegistry.register(_START_METHOD, _fork_others, HookType.AROUND)
 
 
 def _leave_unpinned(*arguments: object) -> None:
     """Stands in for cudaHostRegister."""
+
+
+def _fork_others(original: Original, *arguments: Any) -> None:
+    """The other processes of a server are copies of the first one, which has imported SGLang.
+
+    Each would else spend ten seconds of a processor on the same imports. CUDA does not work in
+    copies; without it the first process has no thread yet that they would miss.
+    """
+    original(*arguments)
+    multiprocessing.set_start_method("fork", force=True)
+    os.register_at_fork(after_in_child=report_anew)
 
 
 def _named_by_group(original: Original, instance: str) -> str:

@@ -14,7 +14,7 @@ from tests import process_table
 
 PROGRAM = """
 import os, sys, threading, time
-from nanoslime.processes.phases import IDLE, own_report
+from nanoslime.processes.phases import IDLE, own_report, report_anew
 
 def works():
     own_report().enter("a thread", "work")
@@ -27,6 +27,10 @@ def waits():
         time.sleep(0.05)
     own_report().enter("main", "long")
     if os.fork() == 0:
+        time.sleep(600)
+    if os.fork() == 0:
+        report_anew()
+        own_report().enter("a copy", "work")
         time.sleep(600)
     print("ready", flush=True)
     time.sleep(600)
@@ -74,9 +78,16 @@ def test_a_stopped_process_still_tells_what_it_does(reporting: int) -> None:
 
 
 def test_a_fork_does_not_tell_what_its_parent_does(reporting: int) -> None:
-    [child] = process_table.descendants(reporting, process_table.all_processes())
-    assert read_tasks(reporting)
-    assert read_tasks(child.pid) == []
+    """One that begins a report of its own shows its own stacks."""
+    children = process_table.descendants(reporting, process_table.all_processes())
+    silent, anew = sorted(child.pid for child in children)
+    assert read_tasks(silent) == []
+    assert list(by_name(anew)) == ["a copy"]
+    assert list(by_name(reporting)) == ["a thread", "main"]
+    assert "in works" in dump_stacks(reporting)
+    stacks = dump_stacks(anew)
+    assert "in waits" in stacks
+    assert "in works" not in stacks
 
 
 def test_who_does_not_report_has_no_tasks_and_is_not_signalled(no_leftovers: None) -> None:

@@ -138,7 +138,7 @@ class RankActor:
 
 
 class RayTrainGroup(TrainGroup):
-    """Construction reserves the ranks' places; `setup` builds their models.
+    """Construction begins to reserve the ranks' places; `setup` builds their models.
 
     `workers` are the actors of the rollout workers, in the order of their numbers.
     """
@@ -147,13 +147,14 @@ class RayTrainGroup(TrainGroup):
         super().__init__(run.config, run.attempt.run, run.model_dir, len(layout.trainers))
         places = [ActorPlace(place.rank, place.node, num_slots=1) for place in layout.trainers]
         self._ranks = Actors(RankActor, "trainer rank", places, run)
-        found: list[RankPlace] = self._ranks.gather(
-            self._ranks.start_on_each("place"), "start", self._deadlines.start
-        )
-        self.address = found[0].address
-        self.gpu_ids = [gpu_id for place in found for gpu_id in place.gpu_ids]
+        self._placing = self._ranks.start_on_each("place")
         self._dp_ranks: list[int] = []
         self._workers = workers
+
+    def wait_for_places(self) -> None:
+        found: list[RankPlace] = self._ranks.gather(self._placing, "start", self._deadlines.start)
+        self.address = found[0].address
+        self.gpu_ids = [gpu_id for place in found for gpu_id in place.gpu_ids]
 
     def setup(self) -> None:
         # A port is chosen only now: engines have taken some since the ranks were placed.

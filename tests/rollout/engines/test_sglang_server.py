@@ -12,6 +12,7 @@ import requests
 from nanoslime.config import ModelConfig, RolloutConfig, RunConfig, TrainingConfig
 from nanoslime.engine_kind import EngineStart
 from nanoslime.processes.child import ChildProcess
+from nanoslime.processes.phases import dump_stacks
 from nanoslime.rollout.engines import sglang_server
 from nanoslime.rollout.engines.sglang import SGLang
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
@@ -151,6 +152,20 @@ def test_a_request_without_the_key_is_refused(sglang_engine: SGLangEngine) -> No
     websocket["Sec-WebSocket-Key"] = "MDEyMzQ1Njc4OWFiY2RlZg=="
     url = f"{sglang_engine.url}/v1/realtime"
     assert requests.get(url, headers=websocket, timeout=30).status_code >= 400
+
+
+def test_on_a_cpu_only_the_first_process_of_a_server_imports(shared_server: ServerOwner) -> None:
+    """The others are its copies, share its memory, and show their own stacks all the same."""
+    server = psutil.Process(shared_server.server_pid)
+    children = {child.name(): child for child in server.children(recursive=True)}
+    stacks = {name: dump_stacks(child.pid) for name, child in children.items()}
+    assert set(stacks) == {"sglang::scheduler", "sglang::detokenizer"}
+    assert "scheduler.py" in stacks["sglang::scheduler"]
+    assert "detokenizer_manager.py" in stacks["sglang::detokenizer"]
+    for child in children.values():
+        assert child.cmdline()[0].startswith("sglang::")
+        memory = child.memory_full_info()
+        assert memory.rss - memory.uss > 200 << 20
 
 
 def test_the_key_is_nowhere_but_in_its_file(
