@@ -9,23 +9,26 @@ nodes/, phases.jsonl and the time stamps of logs. A stage lasts from the end of 
 (of engines and trainers, which start side by side: from the beginning of their phase), so that the
 stages that are not indented add up to the whole.
 
-"CPU s" are the processor seconds of everything that the command started, until it ended. They say
-more than seconds do where other work shares the cores: two cores have two of them each second.
+"CPU s" are the processor seconds of everything that the command started, until it ended, by what
+the processes are; they are looked at once a second, so that the last one of each is missing. They
+say more than seconds do where other work shares the cores: two cores have two of them each second.
 """
 
 import os
 import re
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from statistics import median
+
+import psutil
 
 from jobs.checkout import ROOT, environment
 from nanoslime.run_dir import Attempt, RunDir
@@ -35,6 +38,19 @@ from tools.watch.status import facts, rows
 _FIRST_STEP = ("generate", "train", "checkpoint", "weight_sync")
 _STAMP = re.compile(rb"^\[?(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?:,(\d{3}))?", re.MULTILINE)
 _ENGINE_IS_UP = b"The server is fired up"
+# What processes are, by what their command lines hold; the first that fits.
+_KINDS = (
+    ("sglang", "engines"),
+    ("ray::RankActor", "trainer ranks"),
+    ("ray::WorkerActor", "rollout workers"),
+    ("nanoslime.train", "driver"),
+    ("jobs.node", "agents"),
+    ("submit_grpo", "submission"),
+    ("ray::", "Ray's own"),
+    ("/ray", "Ray's own"),
+    ("", "others"),
+)
+_LOOK_S = 1.0
 _SMALL = ["--num-rollout", "1", "--eval.interval", "0", "--checkpoint.no-export-hf"]
 
 
@@ -60,27 +76,50 @@ def main(argv: list[str]) -> int:
         with tempfile.TemporaryDirectory(prefix="bench-launch-") as folder:
             begin = time.time()
             spent = _rehearse(Path(folder), flags)
+            whole_s = sum(spent.values())
             [path] = Path(folder).glob("*/attempts")
             found.append(stages(RunDir.open(path.parent), begin))
         cpu_s.append(spent)
         whole = sum(stage.seconds for stage in found[-1] if not stage.name.startswith(" "))
         load = os.getloadavg()[0]
-        print(f"round {number + 1}: {whole:.1f} s, {spent:.0f} CPU s, load {load:.0f}", flush=True)
+        print(
+            f"round {number + 1}: {whole:.1f} s, {whole_s:.0f} CPU s, load {load:.0f}", flush=True
+        )
     print("\n".join(table(found, cpu_s)))
     return 0
 
 
-def _rehearse(root: Path, flags: Sequence[str]) -> float:
-    """Runs a rehearsal and returns its processor seconds. SystemExit where it fails."""
+def _rehearse(root: Path, flags: Sequence[str]) -> dict[str, float]:
+    """Runs a rehearsal and returns its processor seconds by kind. SystemExit where it fails."""
     command = [sys.executable, "jobs/submit_grpo.py", "--local", "--run-root", str(root)]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
-        [*command, *_SMALL, *flags], cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if done.returncode:
-        raise SystemExit(f"the rehearsal failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    log = root / "bench.log"
+    with log.open("wb") as output:
+        rehearsal = subprocess.Popen(
+            [*command, *_SMALL, *flags], cwd=ROOT, env=environment(), stdout=output, stderr=output
+        )
+    # Of each process, by its number and when it began, the kind and the seconds.
+    found: dict[tuple[int, float], tuple[str, float]] = {}
+    while rehearsal.poll() is None:
+        _look(psutil.Process(rehearsal.pid), found)
+        time.sleep(_LOOK_S)
+    if rehearsal.returncode:
+        raise SystemExit(f"the rehearsal failed:\n{log.read_text(errors='replace')[-6000:]}")
+    spent: dict[str, float] = {}
+    for kind, seconds in found.values():
+        spent[kind] = spent.get(kind, 0.0) + seconds
+    return spent
+
+
+def _look(first: psutil.Process, found: dict[tuple[int, float], tuple[str, float]]) -> None:
+    """Notes what `first` and all below it have used so far."""
+    with suppress(psutil.Error):
+        for process in (first, *first.children(recursive=True)):
+            with suppress(psutil.Error), process.oneshot():
+                times = process.cpu_times()
+                command = " ".join(process.cmdline())
+                kind = next(kind for mark, kind in _KINDS if mark in command)
+                key = (process.pid, process.create_time())
+                found[key] = (kind, times.user + times.system)
 
 
 def stages(run: RunDir, submitted: float) -> list[Stage]:
@@ -161,7 +200,7 @@ def _stamps(log: Path, end: int | None = None) -> list[float]:
     return found
 
 
-def table(rounds: Sequence[Sequence[Stage]], cpu_s: Sequence[float]) -> Iterator[str]:
+def table(rounds: Sequence[Sequence[Stage]], cpu_s: Sequence[Mapping[str, float]]) -> Iterator[str]:
     """Medians over the rounds, as Markdown."""
     yield f"| {len(rounds)} round(s) | s | share |"
     yield "|---|---|---|"
@@ -176,7 +215,12 @@ def table(rounds: Sequence[Sequence[Stage]], cpu_s: Sequence[float]) -> Iterator
         yield f"| {indent}{name.strip()} | {seconds:.1f} | {share} |"
     yield f"| submission to the end of the first step | {whole:.1f} | |"
     if cpu_s:
-        yield f"| CPU s of the whole rehearsal | {median(cpu_s):.0f} | |"
+        whole_s = median(sum(one.values()) for one in cpu_s)
+        yield f"| CPU s of the whole rehearsal | {whole_s:.0f} | |"
+    for kind in dict.fromkeys(kind for _, kind in _KINDS):
+        seconds = [one[kind] for one in cpu_s if kind in one]
+        if seconds:
+            yield f"| &nbsp;&nbsp;{kind} | {median(seconds):.0f} | |"
 
 
 if __name__ == "__main__":
