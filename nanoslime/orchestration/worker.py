@@ -23,7 +23,7 @@ from nanoslime.config import RunConfig
 from nanoslime.plugins import resolve
 from nanoslime.run_dir import RunDir
 from nanoslime.storage import manifest
-from nanoslime.storage.recorded_samples import gaps_file, write_gaps
+from nanoslime.storage.token_gaps import gaps_file, write_gaps
 from nanoslime.training import BACKENDS
 from nanoslime.training.backend import RankEnv, TrainBackend, collectives
 from nanoslime.training.batching import fill

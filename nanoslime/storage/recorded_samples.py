@@ -1,38 +1,15 @@
-"""The files of recorded rollouts: texts and rewards, and what is known of each token.
+"""The files of recorded rollouts: texts and rewards.
 
-    rollouts/step_<k>-<worker>.jsonl  .npz    samples, by rollout worker
-    rollouts/gaps_<k>-<rank>.npz              how far trainer and engine were apart on each token,
-                                              by data-parallel rank
+    rollouts/step_<k>-<worker>.jsonl  .npz    samples of rollout k, by rollout worker
 
-A file of gaps finds its samples by their tokens: equal sequences have equal logprobs.
+A submission looks at them too, so that this imports nothing of numpy.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import xxhash
-
 from nanoslime.config.run import RunConfig
-from nanoslime.storage.array_file import write_tree
 from nanoslime.types import RunError
-
-
-def gaps_file(directory: Path, step: int, dp_rank: int) -> Path:
-    return directory / f"gaps_{step}-{dp_rank}.npz"
-
-
-def write_gaps(path: Path, sequences: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Writes the gaps [T] of sequences of tokens [T], as float16."""
-    tree = {tokens_key(token_ids): gaps.astype(np.float16) for token_ids, gaps in sequences}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_tree(path, tree)
-
-
-def tokens_key(token_ids: np.ndarray) -> str:
-    """A hash of a sequence of tokens, whatever its integer type."""
-    return xxhash.xxh3_128_hexdigest(token_ids.astype(np.int32).tobytes())
 
 
 def recorded_rollout(directory: Path, step: int, worker: int) -> Path:

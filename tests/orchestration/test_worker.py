@@ -14,7 +14,7 @@ from nanoslime.orchestration.worker import TrainWorker, metrics_row
 from nanoslime.rollout import recorder
 from nanoslime.rollout.tasks import Sampling
 from nanoslime.run_dir import RunDir
-from nanoslime.storage.recorded_samples import gaps_file, tokens_key
+from nanoslime.storage.token_gaps import gaps_file, tokens_key
 from nanoslime.training.batching import BatchingOptions
 from tests.algorithms.made import group
 from tests.models.hf import save_model

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from nanoslime.storage.array_file import read_tree
-from nanoslime.storage.recorded_samples import tokens_key
+from nanoslime.storage.token_gaps import tokens_key
 from nanoslime.types import RunError
 
 

@@ -18,7 +18,7 @@ from nanoslime.config.load import dump
 from nanoslime.rollout import recorder
 from nanoslime.rollout.tasks import Sampling
 from nanoslime.run_dir import RunDir
-from nanoslime.storage.recorded_samples import gaps_file, write_gaps
+from nanoslime.storage.token_gaps import gaps_file, write_gaps
 from nanoslime.types import Sample, SampleGroup, Status
 from tests.serving import save_byte_tokenizer
 from tools.watch import commands
