@@ -119,16 +119,18 @@ class Target:
 
     @contextmanager
     def at_random(self, rng: random.Random, start_s: float) -> Iterator[None]:
-        """Somewhere in the start of the attempt, or after the first step that it makes."""
+        """Somewhere in the start of the first attempt, or after the first step that an attempt
+        makes.
+
+        start_s: how long a start took where nothing happened; this one may be faster.
+        """
         if self.point == "start":
-            begin = self.job.attempts()[-1].record["started"]
-            wait_s = rng.uniform(0.0, start_s)
+            at = self.job.attempts()[-1].record["started"] + rng.uniform(0.0, start_s)
+            while time.time() < at and self.job.status()[0] not in PHASES.values():
+                time.sleep(0.05)
         else:
-            job = self.job
-            job.wait_for(lambda: job.status()[1] >= self.steps, START_DEADLINE_S)
-            begin = time.time()
-            wait_s = rng.uniform(0.0, RANDOM_WITHIN_S)
-        time.sleep(max(0.0, begin + wait_s - time.time()))
+            self.job.wait_for(lambda: self.job.status()[1] >= self.steps, START_DEADLINE_S)
+            time.sleep(rng.uniform(0.0, RANDOM_WITHIN_S))
         yield
 
 
