@@ -13,7 +13,7 @@ import pwd
 import subprocess
 from pathlib import Path
 
-_INSTALL_S = 60.0
+_INSTALL_S = 240.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -462,7 +462,10 @@ PartitionName=DEFAULT Nodes=ALL MaxTime=INFINITE DefaultTime=30 State=UP
         process_table.wait_for(no_jobs, self.kill_wait_s + 3.0, interval_s=0.1)
 
     def _succeeds(self, *command: str) -> bool:
-        done = subprocess.run(command, env=self.env, capture_output=True, timeout=30)
+        try:
+            done = subprocess.run(command, env=self.env, capture_output=True, timeout=30)
+        except subprocess.TimeoutExpired:  # as where there is no slurmctld yet
+            return False
         return done.returncode == 0
 
     def _is_ours(self, process: process_table.Process) -> bool:
