@@ -40,6 +40,8 @@ FOLDER = ".environments"
 # Of the packed states of one environment so many are kept; jobs that wait may need them.
 _NUM_KEPT = 3
 _DISK_BLOCK_BYTES = 4096
+# tarfile copies all that it holds at each of its small reads and writes, so that it holds little.
+_PIECE_BYTES = 2**16
 # Linux takes no longer first line of a script.
 _MAX_SHEBANG_BYTES = 127
 _CHECK_DEADLINE_S = 60.0
@@ -108,7 +110,7 @@ def _files(venv: Path) -> Iterator[tuple[str, os.stat_result]]:
 
 
 def _write(venv: Path, names: list[str], target: "_Hashed") -> None:
-    with tarfile.open(fileobj=target, mode="w|", bufsize=copies.BLOCK_BYTES) as tar:
+    with tarfile.open(fileobj=target, mode="w|", bufsize=_PIECE_BYTES) as tar:
         for name in names:
             path = venv / name
             member = tarfile.TarInfo(name)
@@ -176,10 +178,10 @@ def unpack(tar: Path, xxh3_128: str, folder: Path) -> tuple[dict[str, str], bool
     the one that was packed.
     """
     hashes = {}
-    with tar.open("rb", buffering=0) as file:
+    with tar.open("rb", buffering=copies.BLOCK_BYTES) as file:
         reader = _Hashed(file)
         try:
-            with tarfile.open(fileobj=reader, mode="r|", bufsize=copies.BLOCK_BYTES) as members:
+            with tarfile.open(fileobj=reader, mode="r|", bufsize=_PIECE_BYTES) as members:
                 for member in members:
                     digest = _unpack_one(members, member, folder)
                     if digest:
