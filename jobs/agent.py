@@ -19,6 +19,7 @@ The agent that sees the end first writes it; all others follow. A non-zero exit 
 when the other agents have left, since SLURM then kills the step.
 """
 
+import json
 import logging
 import os
 import shlex
@@ -27,14 +28,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 from jobs import ray_node
-from jobs.checkout import module_command
+from jobs.checkout import environment, module_command
 from jobs.cluster_env import ClusterEnv, remove_scratch
 from jobs.leaving import AttemptOver, clean_up, failure_of_driver, logged_if_unwritable
-from jobs.preflight.node import Place
-from jobs.preflight.rounds import CANARY_DEADLINE_S, LINKS_DEADLINE_S, Preflight
 from jobs.staging import NodeStaging, kept_caches, wants_copy
 from nanoslime.config.run import RunConfig
 from nanoslime.doctor import Doctor, Finding, learned_s
@@ -134,39 +134,38 @@ class Agent:
             time.sleep(_TICK_S)
 
     def _make_sure_of_nodes(self) -> None:
-        """Look at this node, and on node 0 judge all of them; raises AttemptOver for unfit ones.
+        """Have this node looked at by a process, which on node 0 judges all of them; raises
+        AttemptOver for unfit ones.
 
         A node that comes back is not looked at again.
         """
-        place = Place(self._env, self._layout, self._config.cluster, self._attempt.path)
-        preflight = Preflight(self._attempt, place)
-        if preflight.is_over():
+        if seen(self._attempt.preflight):
             return
-        examined = preflight.examine()
-        # Each check has its own deadline.
-        self._wait_until(examined.done, float("inf"))
-        examined.result()
+        ray_node.raise_limits()
+        env = json.dumps(asdict(self._env), default=os.fspath)
+        looking = ChildProcess(
+            f"the preflight of {self._env.node_name}",
+            [
+                *module_command(sys.executable, "tools.preflight.command"),
+                str(self._attempt.run.path),
+                str(self._attempt.number),
+                env,
+            ],
+            environment(),
+            self._attempt.log("preflight", self._env.node_index),
+        )
+        # It has deadlines of its own.
+        self._wait_until(lambda: not looking.alive(), float("inf"))
+        if looking.returncode:
+            is_killed = looking.returncode < 0
+            raise MachineFailure(looking.exit_summary() if is_killed else last_line(looking.log))
         if not self._is_head:
-            # Node 0 ends the attempt where it misses a node.
-            deadlines = self._config.cluster
-            patience_s = deadlines.ray_start_deadline_s + deadlines.node_join_deadline_s
-            awaited = f"{self._env.node_names[0]} to look at all nodes"
-            log = self._attempt.log("agent", 0)
-            self._wait_for_ray(preflight.take_part, awaited, log, patience_s)
             return
-        self._wait_for_nodes(preflight.reports)
-        preflight.ask()
-        self._wait_until(preflight.have_all_answered, CANARY_DEADLINE_S)
-        verdict = preflight.judge()
-        if preflight.wants_links() and not verdict.cause:
-            preflight.ask_for_links()
-            self._wait_until(preflight.are_links_measured, LINKS_DEADLINE_S)
-            verdict = preflight.judge()
-        preflight.publish(verdict)
-        logger.info("%s", verdict.table)
-        if verdict.cause:
-            can_go_on = bool(verdict.excluded) and not self._env.local
-            raise AttemptOver(FAILED, verdict.cause, can_go_on=can_go_on)
+        logger.info("%s", self._attempt.preflight.with_suffix(".txt").read_text().rstrip())
+        verdict = read_json(self._attempt.preflight)
+        if verdict["cause"]:
+            can_go_on = bool(verdict["excluded"]) and not self._env.local
+            raise AttemptOver(FAILED, verdict["cause"], can_go_on=can_go_on)
 
     def _stage(self) -> None:
         """Have model and environment on this node's own disk where the site asks for it, and wait

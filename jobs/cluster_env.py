@@ -166,7 +166,7 @@ def scratch_root(environ: Mapping[str, str], scratch: str = "") -> Path:
     """
     if scratch:
         root = Path(scratch)
-        # jobs/preflight names a node that has not its disk.
+        # tools/preflight names a node that has not its disk.
         with suppress(OSError):
             root.mkdir(parents=True, exist_ok=True)
         return root

@@ -22,7 +22,6 @@ from jobs.agent import Agent
 from jobs.checkout import environment, module_command
 from jobs.cluster_env import ClusterEnv, scratch_root
 from jobs.leaving import clean_up, logged_if_unwritable
-from jobs.preflight.rounds import table
 from jobs.requeue import follow_head
 from jobs.submission import record_job
 from nanoslime.config.load import read
@@ -124,8 +123,8 @@ def _is_followed(attempt: Attempt) -> bool:
 def _tell_of_nodes(attempt: Attempt) -> bool:
     """Put what the agents have found into the job's output; False where they are still looking."""
     with suppress(OSError):
-        if found := table(attempt):
-            print(found, flush=True)
+        if seen(attempt.preflight):
+            print(attempt.preflight.with_suffix(".txt").read_text(), flush=True)
             return True
     return False
 

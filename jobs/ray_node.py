@@ -2,9 +2,11 @@
 
 import json
 import os
+import resource
 import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from jobs.cluster_env import ClusterEnv
@@ -24,6 +26,16 @@ _CACHES = (
 )
 # How long Ray's processes linger once the head is gone.
 _RECONNECT_TIMEOUT_S = 30
+# On open files, processes, and locked memory, which InfiniBand needs.
+_LIMITS = (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC, resource.RLIMIT_MEMLOCK)
+
+
+def raise_limits() -> None:
+    """Raises this process's limits, which its children inherit, as far as they go."""
+    for limit in _LIMITS:
+        _, hard = resource.getrlimit(limit)
+        with suppress(OSError, ValueError):
+            resource.setrlimit(limit, (hard, hard))
 
 
 def environment(

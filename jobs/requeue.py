@@ -30,7 +30,6 @@ from pathlib import Path
 
 from jobs import submission
 from jobs.cluster_env import job_facts, own_job_id, slurm_says
-from jobs.preflight.rounds import excluded
 from jobs.sbatch import (
     OUTLIVES_STEP,
     agent_command,
@@ -188,6 +187,12 @@ def follow_head(attempt: Attempt, code: int) -> None:
         ask(["scancel", own_job_id(os.environ)], _REQUEUE_DEADLINE_S)
 
 
+def excluded(run: RunDir, key: str) -> list[str]:
+    """The nodes that the attempts of one life of a job have found unfit."""
+    found = [attempt.preflight for attempt in run.all_attempts() if attempt.key == key]
+    return [name for file in found if seen(file) for name in read_json(file)["excluded"]]
+
+
 def _go_on(attempt: Attempt, job_id: str, by: str) -> str:
     """Has the job start anew, or another one after it, on other nodes than the unfit ones.
 
@@ -207,7 +212,7 @@ def _go_on(attempt: Attempt, job_id: str, by: str) -> str:
                 "ask for fewer nodes, or resume the run when they are repaired"
             )
         # The next attempt leaves them out again.
-        unfit = ()
+        unfit = []
     without = f" without {', '.join(unfit)}" if unfit else ""
     if by == "chain":
         script = run.batch_script.read_text()

@@ -50,7 +50,7 @@ DOORS = {  # the only places that may import these
 HEAVY = ("torch", "transformers", "ray", "megatron", "sglang")
 MAX_FILE = 500
 MAX_FUNCTION = 100
-MAX_ALL = 21_000  # lines of code; the design wants 20,000
+MAX_ALL = 20_400  # lines of code; the design wants 20,000
 MAX_UNFORMATTED = 10
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -156,9 +156,9 @@ def test_a_framework_has_one_door(framework):
 
 
 def is_torch_free(path: Path) -> bool:
-    """Whether it has to run on a login node."""
-    is_submission = NAMES[path].startswith("tools/submit/")
-    return is_submission or room(module_name(path)) in TORCH_FREE | {"jobs"}
+    """Whether it has to run on a login node, or before Ray starts."""
+    is_light = NAMES[path].startswith(("tools/submit/", "tools/preflight/"))
+    return is_light or room(module_name(path)) in TORCH_FREE | {"jobs"}
 
 
 def test_torch_free_rooms_import_nothing_heavy():

@@ -5,7 +5,7 @@
 All of them take part in an all-reduce, neighbours send to one another, and the first node with
 trainers sends to each one with engines, which is the way of the weights. It is gloo on CPUs and
 NCCL on GPUs, in as few seconds as that takes. `links.json` says who takes part, and what the site
-expects; node 0 writes to `links.result.json` what was found, as readings of jobs/preflight. Each
+expects; node 0 writes to `links.result.json` what was found, as readings of tools/preflight. Each
 node writes `links/NODE.json` with its own part, or why it has none: it misses that of a process
 that has died.
 
@@ -29,10 +29,10 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from jobs.preflight.node import Reading, wanted_hcas
 from nanoslime.failures import summary
 from nanoslime.orchestration.rank_environment import interface_names, interface_of
 from nanoslime.storage.shared_files import publish_json, read_json
+from tools.preflight.node import Reading, wanted_hcas
 
 _DEADLINE = timedelta(seconds=60)
 _NUM_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}

@@ -23,8 +23,6 @@ from jobs.agent import Agent, AttemptOver
 from jobs.checkout import ROOT
 from jobs.cluster_env import ClusterEnv, interface_address, scratch_root
 from jobs.leaving import failure_of_driver
-from jobs.preflight.gpus import check_driver, check_gpus
-from jobs.preflight.node import check_cores
 from jobs.ray_node import cuda_home
 from nanoslime.config import ClusterConfig
 from nanoslime.processes.child import ChildProcess
@@ -39,6 +37,8 @@ from tests.jobs.made_run import (
     make_venv_with_fake_ray,
     scratches,
 )
+from tools.preflight.gpus import check_driver, check_gpus
+from tools.preflight.node import check_cores
 from tools.submit.local import run_local
 
 _DEADLINE_S = 120.0

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from jobs.cluster_env import ClusterEnv
-from jobs.preflight.node import Place
-from jobs.preflight.rounds import Preflight
 from nanoslime.types import MachineFailure
 from tests import process_table
 from tests.jobs.made_run import make_run
 from tools.links import Link, Nic, Task, interface_for, judge, nic_of, pairs, slow_nodes
+from tools.preflight.node import Place
+from tools.preflight.rounds import Preflight
 
 NAMES = ("n1", "n2", "n3", "n4")
 # The lines of NCCL 2.27 with NCCL_DEBUG=INFO.

@@ -1,4 +1,4 @@
-"""How the agents of an attempt look at their nodes together.
+"""How the nodes of an attempt are looked at together.
 
 every node   preflight/<i>.json   what it has found out about itself
 node 0       canary.json          when all have: a file that all must see
@@ -10,29 +10,22 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 from jobs.checkout import module_command
-from jobs.preflight.node import Place, Reading, examine, own_versions
-from jobs.preflight.verdict import Echo, Report, Verdict, judge
 from nanoslime.processes.logs import last_line
 from nanoslime.processes.ports import free_port
-from nanoslime.processes.signals import held_back_from_children
-from nanoslime.run_dir import Attempt, RunDir
+from nanoslime.run_dir import Attempt
 from nanoslime.storage.shared_files import publish, publish_json, read_json, seen
 from nanoslime.types import MachineFailure
-
-CANARY_DEADLINE_S = 30.0
-LINKS_DEADLINE_S = 120.0
+from tools.preflight.node import Place, Reading, examine, own_versions
+from tools.preflight.verdict import Echo, Report, Verdict, judge
 
 
 class Preflight:
-    """One agent's part of it."""
+    """One node's part of it."""
 
     def __init__(self, attempt: Attempt, place: Place) -> None:
         self._attempt = attempt
@@ -51,22 +44,8 @@ class Preflight:
     def is_over(self) -> bool:
         return seen(self._attempt.preflight)
 
-    def examine(self) -> "Future[None]":
-        """Look at this node and tell node 0, in a thread for which no process waits at its end."""
-        done: Future[None] = Future()
-
-        def look() -> None:
-            try:
-                with held_back_from_children():
-                    self._examine()
-                done.set_result(None)
-            except Exception as error:
-                done.set_exception(error)
-
-        Thread(target=look, daemon=True).start()
-        return done
-
-    def _examine(self) -> None:
+    def examine(self) -> None:
+        """Look at this node and tell node 0."""
         place = self._place
         report = Report(place.name, examine(place), own_versions(), place.env.address)
         self.reports.mkdir(exist_ok=True)
@@ -101,6 +80,17 @@ class Preflight:
             if node not in self._heard and seen(self._echoes / f"{node}.json"):
                 self._heard[node] = time.time()
         return len(self._heard) == num_nodes
+
+    def missing(self) -> list[str]:
+        """The nodes that have not told what they have found, each with its agent's log."""
+        names = enumerate(self._place.env.node_names)
+        told = self.reports
+        silent = [(node, name) for node, name in names if not seen(told / f"{node}.json")]
+        return [f"{name} (node {node}, {self.log_of(node)})" for node, name in silent]
+
+    def log_of(self, node: int) -> Path:
+        """The log of a node's agent."""
+        return self._attempt.log("agent", node)
 
     def wants_links(self) -> bool:
         cluster = self._place.cluster
@@ -179,14 +169,3 @@ def _read(file: Path) -> Report:
     facts: dict[str, Any] = read_json(file)
     readings = [Reading(**reading) for reading in facts["readings"]]
     return Report(**facts | {"readings": readings})
-
-
-def table(attempt: Attempt) -> str:
-    """What node 0 has found; empty before."""
-    return attempt.preflight.with_suffix(".txt").read_text() if seen(attempt.preflight) else ""
-
-
-def excluded(run: RunDir, key: str) -> Sequence[str]:
-    """The nodes that the attempts of one life of a job have found unfit."""
-    found = [attempt.preflight for attempt in run.all_attempts() if attempt.key == key]
-    return [name for file in found if seen(file) for name in read_json(file)["excluded"]]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from statistics import median_low
 from types import MappingProxyType
 
-from jobs.preflight.node import Reading
+from tools.preflight.node import Reading
 
 # Heartbeats count, so that clocks may differ; files and logs of nodes that differ more mislead.
 _MAX_SKEW_S = 5.0

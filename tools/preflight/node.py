@@ -7,18 +7,17 @@ import resource
 import shutil
 import socket
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.checkout import ROOT
 from jobs.cluster_env import ClusterEnv, node_hosts
-from jobs.preflight.gpus import check_ecc, check_gpus
 from nanoslime.config.cluster import ClusterConfig
 from nanoslime.layout import Layout
 from nanoslime.processes.command import ask
 from nanoslime.storage.provenance import versions
 from nanoslime.types import RunError
+from tools.preflight.gpus import check_ecc, check_gpus
 
 _GIB = 2**30
 # Ray's processes of a node with eight GPUs hold some thousands of files and of threads.
@@ -76,7 +75,7 @@ def examine(place: Place) -> list[Reading]:
 def own_versions() -> dict[str, str]:
     """The versions on which all nodes have to agree; `code` stands for this checkout's own."""
     digest = hashlib.blake2b(digest_size=6)
-    for folder in ("nanoslime", "jobs"):
+    for folder in ("nanoslime", "jobs", "tools"):
         for file in sorted((ROOT / folder).rglob("*.py")):
             digest.update(os.fsencode(file.relative_to(ROOT)) + b"\0" + file.read_bytes())
     return {"python": platform.python_version(), **versions(), "code": digest.hexdigest()}
@@ -124,12 +123,12 @@ def check_cores(env: ClusterEnv) -> str:
 
 
 def check_limits(name: str, hcas: list[str]) -> str:
-    """Raises this process's limits on files and processes, which its children inherit, as far as
-    they go. RunError where that is not far enough, and where InfiniBand could lock no memory.
+    """RunError where a limit that the agent has raised, as far as it goes, is still too low, and
+    where InfiniBand could lock no memory.
     """
-    files = _raised(resource.RLIMIT_NOFILE)
-    processes = _raised(resource.RLIMIT_NPROC)
-    locked = _raised(resource.RLIMIT_MEMLOCK)
+    files = _limit(resource.RLIMIT_NOFILE)
+    processes = _limit(resource.RLIMIT_NPROC)
+    locked = _limit(resource.RLIMIT_MEMLOCK)
     needs = [
         ("open files (ulimit -n)", "NOFILE", files, _MIN_OPEN_FILES),
         ("processes and threads (ulimit -u)", "NPROC", processes, _MIN_PROCESSES),
@@ -145,11 +144,7 @@ def check_limits(name: str, hcas: list[str]) -> str:
     return f"{files:g} files, {processes:g} processes"
 
 
-def _raised(limit: int) -> float:
-    """The soft limit, raised up to the hard one where that may be."""
-    _, hard = resource.getrlimit(limit)
-    with suppress(OSError, ValueError):
-        resource.setrlimit(limit, (hard, hard))
+def _limit(limit: int) -> float:
     soft, _ = resource.getrlimit(limit)
     return float("inf") if soft == resource.RLIM_INFINITY else float(soft)
 

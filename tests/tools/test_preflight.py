@@ -14,9 +14,14 @@ import pytest
 
 from jobs.checkout import ROOT
 from jobs.cluster_env import ClusterEnv, remove_scratch, scratch_root
-from jobs.preflight import node as node_checks
-from jobs.preflight.gpus import check_ecc, check_gpus
-from jobs.preflight.node import (
+from jobs.ray_node import raise_limits
+from nanoslime.run_dir import RunDir
+from nanoslime.types import RunError
+from tests.full_disk import fill, mounted
+from tests.jobs.made_run import make_run
+from tools.preflight import node as node_checks
+from tools.preflight.gpus import check_ecc, check_gpus
+from tools.preflight.node import (
     Place,
     Reading,
     active_hcas,
@@ -26,12 +31,8 @@ from jobs.preflight.node import (
     quota_left,
     wanted_hcas,
 )
-from jobs.preflight.rounds import Preflight
-from jobs.preflight.verdict import Echo, Report, Verdict, judge
-from nanoslime.run_dir import RunDir
-from nanoslime.types import RunError
-from tests.full_disk import fill, mounted
-from tests.jobs.made_run import make_run
+from tools.preflight.rounds import Preflight
+from tools.preflight.verdict import Echo, Report, Verdict, judge
 
 SAME = {"python": "3.12.1", "torch": "2.9", "code": "c0de"}
 
@@ -122,7 +123,9 @@ def test_a_node_without_nvidia_smi_is_not_asked(monkeypatch: pytest.MonkeyPatch)
 )
 def test_limits_are_raised_as_far_as_they_go(limit: str, hcas: list[str], says: str) -> None:
     code = f"""
-from jobs.preflight.node import check_limits
+from jobs.ray_node import raise_limits
+from tools.preflight.node import check_limits
+raise_limits()
 try:
     print("fit:", check_limits("n3", {hcas}))
 except Exception as error:
@@ -156,7 +159,7 @@ def test_memory_is_locked_only_where_nccl_takes_infiniband(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(node_checks, "active_hcas", lambda root: ["mlx5_0"])
-    monkeypatch.setattr(node_checks, "_raised", lambda limit: 65_536)
+    monkeypatch.setattr(node_checks, "_limit", lambda limit: 65_536)
     monkeypatch.delenv("NCCL_IB_DISABLE", raising=False)
     look = node_checks.CHECKS["limits"]
     at = place_of(tmp_path)
@@ -174,6 +177,7 @@ def test_a_limit_that_may_not_be_raised_is_taken_as_it_is(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(resource, "setrlimit", refuse)
     monkeypatch.setattr(resource, "getrlimit", lambda limit: (5000, 9000))
+    raise_limits()
     assert node_checks.check_limits("n3", []) == "5000 files, 5000 processes"
 
 
