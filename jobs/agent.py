@@ -24,6 +24,7 @@ import logging
 import os
 import shlex
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Callable

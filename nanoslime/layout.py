@@ -26,7 +26,6 @@ from pydantic import TypeAdapter
 
 from nanoslime.config import RunConfig
 from nanoslime.engine_kind import engine_kind, resolve_transport, takes_slots
-from nanoslime.memory import check_memory
 from nanoslime.models.parallel_sizes import ParallelDims
 from nanoslime.models.shape import ModelShape
 from nanoslime.models.trainable import check_kernels, check_parallel
@@ -120,14 +119,15 @@ class Layout:
 
 
 def plan(config: RunConfig, shape: ModelShape) -> Layout:
-    """Where everything goes. Raises RunError, with value, place and way out, where it cannot."""
+    """Where everything goes. Raises RunError, with value, place and way out, where it cannot;
+    whether there is the memory for it, tools/memory says.
+    """
     cluster = config.cluster
     slots = _slots_per_node(config)
     trainers = _place_trainers(_trainer_slots(config, slots))
     parallel = parallel_dims(config, shape)
     check_without_sizes(config, shape)
     engines = check_engines(config, shape)
-    check_memory(config, shape, parallel)
     return Layout(
         num_nodes=cluster.nodes,
         slots_per_node=slots,

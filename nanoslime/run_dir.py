@@ -43,7 +43,6 @@ from nanoslime.config.load import dump, read
 from nanoslime.layout import Layout
 from nanoslime.storage import resume
 from nanoslime.storage.commit import checkpoints
-from nanoslime.storage.provenance import provenance
 from nanoslime.storage.shared_files import (
     as_json,
     json_line,
@@ -287,10 +286,6 @@ class RunDir:
             return _read(self.path / "status.json")
         except RunError:
             return {}
-
-    def write_provenance(self, argv: Sequence[str]) -> None:
-        """Record the command line, the code's git commit and diff, and all versions."""
-        publish_json(self.provenance, provenance(argv))
 
     def num_committed(self) -> int:
         """The number of rollouts of the newest checkpoint; 0 without any."""

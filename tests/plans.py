@@ -4,9 +4,10 @@ from dataclasses import replace
 
 from nanoslime.config import RunConfig
 from nanoslime.config.load import load
-from nanoslime.layout import Layout, plan
+from nanoslime.layout import Layout
 from nanoslime.models.shape import ModelShape
 from tests.models.published import CONFIGS
+from tools.memory.plan import plan
 
 TINY = ModelShape(
     model_type="qwen3",

@@ -25,7 +25,6 @@ LEVELS = [
     ("storage",),
     ("models",),
     ("engine_kind",),
-    ("memory",),
     ("layout",),
     ("run_dir",),
     ("doctor",),
@@ -50,7 +49,7 @@ DOORS = {  # the only places that may import these
 HEAVY = ("torch", "transformers", "ray", "megatron", "sglang")
 MAX_FILE = 500
 MAX_FUNCTION = 100
-MAX_ALL = 20_400  # lines of code; the design wants 20,000
+MAX_ALL = 19_700  # lines of code; the design wants 20,000
 MAX_UNFORMATTED = 10
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -157,7 +156,7 @@ def test_a_framework_has_one_door(framework):
 
 def is_torch_free(path: Path) -> bool:
     """Whether it has to run on a login node, or before Ray starts."""
-    is_light = NAMES[path].startswith(("tools/submit/", "tools/preflight/"))
+    is_light = NAMES[path].startswith(("tools/submit/", "tools/preflight/", "tools/memory/"))
     return is_light or room(module_name(path)) in TORCH_FREE | {"jobs"}
 
 

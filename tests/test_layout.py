@@ -7,12 +7,13 @@ from itertools import product
 import pytest
 
 from nanoslime.config import RunConfig
-from nanoslime.layout import Layout, plan
+from nanoslime.layout import Layout
 from nanoslime.models.parallel_sizes import ParallelDims
 from nanoslime.models.shape import ModelShape
 from nanoslime.types import RunError
 from tests.models.published import CONFIGS
 from tests.plans import H200, QWEN3_4B, TINY, config_of, plan_of
+from tools.memory.plan import plan
 from tools.submit.plan_text import describe
 
 

@@ -6,23 +6,20 @@ from dataclasses import replace
 import pytest
 
 from nanoslime.config import ClusterConfig, ModelConfig, RunConfig, TrainingConfig
-from nanoslime.layout import plan
-from nanoslime.memory import (
-    DiskNeed,
-    TrainerGPU,
-    estimate_memory,
-)
-from nanoslime.memory.host import slurm_bytes
-from nanoslime.memory.parts import GIB
-from nanoslime.memory.states import Sharding, rank_parameters
 from nanoslime.models.parallel_sizes import ParallelDims, PipelineSizes
 from nanoslime.models.shape import ModelShape
 from nanoslime.models.tiny import tiny_qwen3_config
+from nanoslime.orchestration.launch import parse
 from nanoslime.types import RunError
 from tests.models.hf import make_model
 from tests.models.published import CONFIGS
 from tests.plans import H200, QWEN3_4B, QWEN3_30B_A3B, TINY, config_of, plan_of
 from tools.gpu_checks import QWEN3_06B
+from tools.memory.estimate import estimate_memory
+from tools.memory.host import slurm_bytes
+from tools.memory.parts import GIB, DiskNeed, TrainerGPU
+from tools.memory.plan import plan
+from tools.memory.states import Sharding, rank_parameters
 from tools.submit.choose import shortage
 from tools.submit.memory_text import largest_budget, memory_lines
 from tools.submit.plan_text import describe
@@ -340,3 +337,11 @@ def test_an_engine_must_cache_the_longest_answer_of_an_evaluation():
     need = estimate_memory(config, LONG_4B, plan(config, LONG_4B).parallel)
     assert need.engine and need.engine.longest_tokens == 31_024
     assert need.trainer and need.trainer.longest_tokens == 2048
+
+
+def test_a_run_on_this_machine_that_cannot_fit_is_refused_before_it_has_a_directory(tmp_path):
+    words = ["--mock", "--num-gpus", "2", "--run-root", str(tmp_path / "runs")]
+    with pytest.raises(RunError, match=r"^a node needs .* of main memory for tensors"):
+        parse([*words, "--cluster.memory-per-node", "1M"])
+    assert not (tmp_path / "runs").exists()
+    assert parse([*words, "--cluster.memory-per-node", "1T"]).attempt.number == 1

@@ -22,6 +22,7 @@ from nanoslime.run_dir import DONE, FAILED, RunDir
 from nanoslime.storage.shared_files import read_json
 from nanoslime.types import RunError
 from tests.full_disk import fill
+from tools.provenance import write_provenance
 
 
 @pytest.fixture
@@ -282,7 +283,7 @@ def test_status_holds_phase_step_and_every_nodes_heartbeat(run: RunDir) -> None:
 
 
 def test_provenance_names_commit_and_versions(run: RunDir) -> None:
-    run.write_provenance(["submit_grpo.py", "--nodes", "4"])
+    write_provenance(run, ["submit_grpo.py", "--nodes", "4"])
     text = run.provenance.read_text()
     assert '"--nodes"' in text
     assert '"ray": "2.' in text

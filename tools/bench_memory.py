@@ -5,7 +5,7 @@
 
 It makes a train step of one micro-batch with one layer and one with two, both of the sizes of
 Qwen3-4B with a small vocabulary; what the second one saves beside the first is a layer's. The
-formula is that of nanoslime/memory/activations.py.
+formula is that of tools/memory/activations.py.
 """
 
 import argparse
@@ -18,11 +18,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from nanoslime import algorithms
 from nanoslime.config import GRPOConfig, ModelConfig, RunConfig, TrainingConfig
-from nanoslime.memory.activations import Microbatch, activations_of_ranks
 from nanoslime.models.parallel_sizes import ParallelDims
 from nanoslime.models.shape import ModelShape
 from nanoslime.training.backend import RankEnv
 from tools.gpu_checks import make_backend, make_batch
+from tools.memory.activations import Microbatch, activations_of_ranks
 from tools.saved_tensors import Held, held_by_a_step
 
 QWEN3_4B = {

@@ -23,7 +23,6 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from nanoslime import algorithms, train
 from nanoslime.batch import StepMetrics, TrainBatch
 from nanoslime.config import GRPOConfig, ModelConfig, RolloutConfig, RunConfig, TrainingConfig
-from nanoslime.memory import estimate_memory
 from nanoslime.models.parallel_sizes import ParallelDims
 from nanoslime.models.shape import ModelShape
 from nanoslime.models.tiny import tiny_qwen3_config
@@ -33,6 +32,7 @@ from nanoslime.storage.shared_files import read_json
 from nanoslime.training import BACKENDS
 from nanoslime.training.backend import RankEnv, TrainBackend, init_process_group
 from tools import bench_logprobs
+from tools.memory.estimate import estimate_memory
 
 # Dense bfloat16 peak of one H100 or H200 SXM by NVIDIA's data sheet.
 PEAK_FLOPS = 989e12

@@ -4,15 +4,18 @@ attempt, and how to open its session.
 
 import argparse
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from nanoslime import layout
 from nanoslime.config import RunConfig
-from nanoslime.config.load import load, read
+from nanoslime.config.load import dump, load, read
 from nanoslime.engine_kind import takes_slots
 from nanoslime.models.local_checkpoint import with_local_checkpoint
 from nanoslime.orchestration import torchrun_group
@@ -29,7 +32,8 @@ from nanoslime.types import RunError
 
 # Ray is imported only for a run that needs it.
 OPEN_RAY = "nanoslime.orchestration.ray_session:open_ray"
-MOCK_RECIPE = Path(__file__).parents[2] / "jobs" / "recipes" / "mock.yaml"
+ROOT = Path(__file__).parents[2]
+MOCK_RECIPE = ROOT / "jobs" / "recipes" / "mock.yaml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +133,8 @@ def _on_this_machine(config: RunConfig, run: RunDir | None) -> Launch:
             "the trainer's by --colocate, give both their own by --num-gpus N, or --engine embedded"
         )
     plan = layout.plan(config, shape) if on_ray else None
+    if on_ray:
+        _check_memory(config)
     cluster = config.cluster
     run = run or RunDir.create(Path(cluster.run_root or "runs"), config.name, cluster.share)
     run.write_config(config, plan)
@@ -139,6 +145,21 @@ def _on_this_machine(config: RunConfig, run: RunDir | None) -> Launch:
     else:
         open_session = partial(open_local, config, attempt, _rank_env(config))
     return Launch(attempt, open_session, attempt.log("driver", 0))
+
+
+def _check_memory(config: RunConfig) -> None:
+    """Raises RunError for a run that cannot fit. A process finds out: no part of a run needs it."""
+    if config.cluster.device == "cpu" and not config.cluster.memory_per_node:
+        return
+    path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+    with NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(dump(config))
+        file.flush()
+        command = [sys.executable, "-P", "-m", "tools.memory.command", file.name]
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RunError(done.stderr.strip().rpartition("\n")[2])
 
 
 def _check_torchrun(config: RunConfig) -> None:

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from nanoslime.layout import plan
 from nanoslime.models.shape import ModelShape
 from nanoslime.models.trainable import check_kernels
 from nanoslime.types import RunError
 from tests.models.published import CONFIGS
 from tests.plans import H200, QWEN3_4B, QWEN3_30B_A3B, config_of, plan_of
+from tools.memory.plan import plan
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 
-from nanoslime.memory.activations import Microbatch, activations_of_ranks
-from nanoslime.memory.states import states_of_ranks
 from nanoslime.models.shape import ModelShape
 from tests.models.hf import save_model
 from tests.training import parity
@@ -33,6 +31,8 @@ from tests.training.test_parity import (
     VPP2,
     label,
 )
+from tools.memory.activations import Microbatch, activations_of_ranks
+from tools.memory.states import states_of_ranks
 
 pytestmark = pytest.mark.megatron
 

@@ -11,14 +11,14 @@ from typing import Any
 from nanoslime.config import RunConfig
 from nanoslime.config.load import read
 from nanoslime.layout import Layout
-from nanoslime.memory import estimate_memory, size_text
-from nanoslime.memory.estimate import SLEEPING_ENGINE
 from nanoslime.models.shape import ModelShape
 from nanoslime.run_dir import DONE, FAILED, RunDir
 from nanoslime.storage import manifest
 from nanoslime.storage.commit import checkpoints
 from nanoslime.types import RunError
 from tools.acceptance.places import KILLED, MEMORY, folder
+from tools.memory.estimate import SLEEPING_ENGINE, estimate_memory
+from tools.memory.parts import size_text
 from tools.watch.status import facts, rows
 
 PASSED = "passed"

@@ -23,6 +23,7 @@ from nanoslime.types import RunError
 from tools.acceptance import checks, names, rungs
 from tools.acceptance.report import Outcome, Report
 from tools.acceptance.rungs import Rung
+from tools.provenance import write_provenance
 from tools.submit import batch_script, inputs, local
 from tools.submit import grpo as submit_grpo
 from tools.watch.status import facts
@@ -117,7 +118,7 @@ def _run(site: Site, rung: Rung, say: Say) -> RunDir:
     if not site.submits:
         run = RunDir.create(Path(config.cluster.run_root), config.name, config.cluster.share)
         run.write_config(config, layout)
-        run.write_provenance(sys.argv)
+        write_provenance(run, sys.argv)
         local.run_local(config, layout, run, driver)
         return run
     inputs.check_environment(config)

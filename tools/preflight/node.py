@@ -15,9 +15,9 @@ from jobs.cluster_env import ClusterEnv, node_hosts
 from nanoslime.config.cluster import ClusterConfig
 from nanoslime.layout import Layout
 from nanoslime.processes.command import ask
-from nanoslime.storage.provenance import versions
 from nanoslime.types import RunError
 from tools.preflight.gpus import check_ecc, check_gpus
+from tools.provenance import versions
 
 _GIB = 2**30
 # Ray's processes of a node with eight GPUs hold some thousands of files and of threads.

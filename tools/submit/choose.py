@@ -22,11 +22,12 @@ from nanoslime import layout as layouts
 from nanoslime.config import RunConfig
 from nanoslime.engine_kind import takes_slots
 from nanoslime.layout import Layout
-from nanoslime.memory import engine_gpu, estimate_memory, trainer_gpu
-from nanoslime.memory.parts import GIB
 from nanoslime.models.parallel_sizes import divisors, tp_sizes
 from nanoslime.models.shape import ModelShape
 from nanoslime.types import RunError
+from tools.memory import plan as memory_plan
+from tools.memory.estimate import engine_gpu, estimate_memory, trainer_gpu
+from tools.memory.parts import GIB
 
 SIZES = (
     "cluster.rollout_nodes",
@@ -66,7 +67,7 @@ def ways_out(config: RunConfig, shape: ModelShape) -> str:
     not the matter."""
     cluster = replace(config.cluster, gpu_memory_gib=1e6, memory_per_node="")
     try:
-        layouts.plan(replace(config, cluster=cluster), shape)
+        memory_plan.plan(replace(config, cluster=cluster), shape)
     except RunError:
         return ""
     search = _Search()
@@ -271,7 +272,7 @@ def fitting(config: RunConfig, shape: ModelShape, sizes: Sizes) -> Layout | None
         config = with_sizes(config, sizes)
         if not _trainers_fit(config, shape):
             return None
-        layout = layouts.plan(config, shape)
+        layout = memory_plan.plan(config, shape)
     except RunError:
         return None
     return layout if has_headroom(config, shape, layout) else None

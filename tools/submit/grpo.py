@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jobs.checkout import ROOT, environment, typed
-from nanoslime import layout as layouts
 from nanoslime.config import RunConfig
 from nanoslime.config.flags import HELP, refuse_repeated
 from nanoslime.config.flags import parse as parse_flags
@@ -28,6 +27,8 @@ from nanoslime.plugins import resolve
 from nanoslime.run_dir import RunDir, candidate_names
 from nanoslime.storage.shared_files import publish, read_json
 from nanoslime.types import RunError
+from tools.memory import plan as memory_plan
+from tools.provenance import write_provenance
 from tools.staging import environment as staged_environment
 from tools.submit import batch_script, inputs, limits, local, sites, snapshot, where
 from tools.submit.choose import choose, ways_out, with_sizes
@@ -107,7 +108,7 @@ def run(
     print(rehearsal_line(config), flush=True)
     run = resumed or RunDir.create(Path(config.cluster.run_root), config.name, config.cluster.share)
     run.write_config(config, layout)
-    run.write_provenance(["jobs/submit_grpo.py", *sys.argv[1:]])
+    write_provenance(run, ["jobs/submit_grpo.py", *sys.argv[1:]])
     staged_environment.record(config, run)
     print(f"{description}\n\nrun directory: {run.path}", flush=True)
     code = local.run_local(config, layout, run)
@@ -123,7 +124,7 @@ def plan(
     chosen = choose(config, shape, sources)
     config = with_sizes(config, chosen)
     try:
-        layout = layouts.plan(config, shape)
+        layout = memory_plan.plan(config, shape)
     except RunError as error:
         raise RunError(f"{error}{ways_out(config, shape)}") from error
     sources = sources | dict.fromkeys(chosen, CHOSEN)
@@ -352,7 +353,7 @@ def prepared(config: RunConfig, layout: Layout, resumed: RunDir | None) -> Itera
     kept = kept_if_accepted(run_root, config.name, resumed, config.cluster.share)
     with alone(resumed), kept as run:
         run.write_config(config, layout)
-        run.write_provenance(["jobs/submit_grpo.py", *sys.argv[1:]])
+        write_provenance(run, ["jobs/submit_grpo.py", *sys.argv[1:]])
         snapshot.take(run.path)
         staged_environment.record(config, run)
         yield run

@@ -4,11 +4,11 @@ import shutil
 from pathlib import Path
 
 from nanoslime.config import RunConfig
-from nanoslime.memory.checks import node_parts, ways_to_hold
-from nanoslime.memory.estimate import estimate_memory, trainer_gpu
-from nanoslime.memory.parts import GIB, EngineGPU, Memory, NodeMemory, TrainerGPU, size_text
 from nanoslime.models.parallel_sizes import ParallelDims
 from nanoslime.models.shape import ModelShape
+from tools.memory.checks import node_parts, ways_to_hold
+from tools.memory.estimate import estimate_memory, trainer_gpu
+from tools.memory.parts import GIB, EngineGPU, Memory, NodeMemory, TrainerGPU, size_text
 
 
 def memory_lines(config: RunConfig, shape: ModelShape, parallel: ParallelDims) -> list[str]:

@@ -24,6 +24,7 @@ from nanoslime.layout import Layout
 from nanoslime.run_dir import DONE, STOPPED, RunDir
 from nanoslime.storage.shared_files import publish
 from nanoslime.types import RunError
+from tools.provenance import write_provenance
 from tools.staging import environment as staged_environment
 from tools.submit import batch_script, inputs, limits, local, snapshot, where
 from tools.submit import grpo as submit_grpo
@@ -253,7 +254,7 @@ def make(
         for one in planned:
             run = RunDir.create(directory, one.config.name, cluster.share)
             run.write_config(one.config, one.layout)
-            run.write_provenance(sys.argv)
+            write_provenance(run, sys.argv)
             staged_environment.record(one.config, run)
             element = one.element
             rows.append(table.Row(element.index, element.setting, one.config.seed, run.name))

@@ -7,11 +7,11 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 
-from nanoslime import layout as layouts
 from nanoslime.config import RunConfig
 from nanoslime.engine_kind import takes_slots
 from nanoslime.models.shape import ModelShape
 from nanoslime.types import RunError
+from tools.memory import plan as memory_plan
 from tools.submit import choose, inputs, sites
 from tools.submit import grpo as submit_grpo
 from tools.tune.cost import MEAN_SHARE, StepTime, step_time
@@ -67,7 +67,7 @@ def best(
         if fastest.get(share) == size and (timed := _timed(config, shape, sizes)):
             found.append((timed, sizes))
     if not found:
-        layouts.plan(config, shape)
+        memory_plan.plan(config, shape)
         raise RunError("no layout fits with headroom that keeps all that is set")
     return sorted(found, key=lambda one: one[0].step_s)[:_SHOWN]
 

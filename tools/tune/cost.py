@@ -10,8 +10,9 @@ from math import ceil
 
 from nanoslime.config import RunConfig
 from nanoslime.layout import Layout
-from nanoslime.memory import EngineGPU, estimate_memory
 from nanoslime.models.shape import ModelShape
+from tools.memory.estimate import estimate_memory
+from tools.memory.parts import EngineGPU
 
 # Assumed shares of the peaks of cluster.gpu_tflops and of the bandwidths.
 TRAIN_SHARE = 0.4

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 
 from nanoslime.config.load import load, set_by
-from nanoslime.layout import plan
 from nanoslime.models.shape import ModelShape
 from nanoslime.types import RunError
 from tests.models.published import CONFIGS
 from tests.plans import QWEN3_30B_A3B, TINY
+from tools.memory.plan import plan
 from tools.submit.choose import SIZES, choose, fitting, shortage, ways_out, with_sizes
 
 QWEN3_4B = ModelShape.from_config(CONFIGS["Qwen3-4B"])

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 from nanoslime.config.load import load, set_by
-from nanoslime.layout import plan
 from nanoslime.models.parallel_sizes import ParallelDims
 from tests.plans import H200, QWEN3_4B, config_of
+from tools.memory.plan import plan
 from tools.submit.plan_text import describe
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from nanoslime.config.load import load, set_by
-from nanoslime.layout import plan
 from nanoslime.models.shape import ModelShape
 from tests.models.published import CONFIGS
+from tools.memory.plan import plan
 from tools.submit.choose import choose, shortage
 from tools.submit.grpo import RECIPES
 from tools.submit.plan_text import describe

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from nanoslime.layout import plan
 from nanoslime.models.shape import ModelShape
 from nanoslime.types import RunError
 from tests.models.published import CONFIGS
 from tests.plans import QWEN3_30B_A3B, config_of
+from tools.memory.plan import plan
 from tools.submit.choose import changes, shortage, with_sizes
 from tools.tune.command import _all_sizes, best, main, table
 from tools.tune.cost import StepTime, active_parameters, step_time

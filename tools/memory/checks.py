@@ -2,12 +2,12 @@
 
 from nanoslime.config import RunConfig
 from nanoslime.engine_kind import engine_kind
-from nanoslime.memory.estimate import estimate_memory, trainer_gpu
-from nanoslime.memory.host import longest_answer
-from nanoslime.memory.parts import GIB, EngineGPU, NodeMemory, TrainerGPU, size_text
 from nanoslime.models.parallel_sizes import ParallelDims
 from nanoslime.models.shape import ModelShape
 from nanoslime.types import RunError
+from tools.memory.estimate import estimate_memory, trainer_gpu
+from tools.memory.host import longest_answer
+from tools.memory.parts import GIB, EngineGPU, NodeMemory, TrainerGPU, size_text
 
 
 def check_memory(config: RunConfig, shape: ModelShape, parallel: ParallelDims) -> None:

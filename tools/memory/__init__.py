@@ -6,8 +6,6 @@ activations.py   what backward functions keep, by the kernels of the layers
 host.py          main memory and checkpoints
 estimate.py      all of it together
 checks.py        what is refused
+plan.py          a layout that has the memory
+command.py       the same for a run that is not submitted
 """
-
-from nanoslime.memory.checks import check_memory
-from nanoslime.memory.estimate import engine_gpu, estimate_memory, trainer_gpu
-from nanoslime.memory.parts import DiskNeed, EngineGPU, Memory, NodeMemory, TrainerGPU, size_text

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nanoslime.config import RunConfig
-from nanoslime.memory.states import width_of
 from nanoslime.models.parallel_sizes import ParallelDims, PipelineSizes
 from nanoslime.models.shape import MLA, ModelShape
+from tools.memory.states import width_of
 
 # Token ids where the embedding is. Where the logprobs are: ids, masks, weights, old and new
 # logprobs, ratios and losses of each token.

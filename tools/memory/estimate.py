@@ -4,12 +4,12 @@ from math import ceil
 
 from nanoslime.config import RunConfig
 from nanoslime.engine_kind import engine_kind, takes_slots
-from nanoslime.memory.activations import Microbatch, activations_of_ranks
-from nanoslime.memory.host import disk_need, longest_answer, longest_sequence, node_memory
-from nanoslime.memory.parts import GIB, EngineGPU, Memory, TrainerGPU
-from nanoslime.memory.states import States, states_of_ranks, width_of
 from nanoslime.models.parallel_sizes import ParallelDims
 from nanoslime.models.shape import ModelShape
+from tools.memory.activations import Microbatch, activations_of_ranks
+from tools.memory.host import disk_need, longest_answer, longest_sequence, node_memory
+from tools.memory.parts import GIB, EngineGPU, Memory, TrainerGPU
+from tools.memory.states import States, states_of_ranks, width_of
 
 # CUDA's context takes about half a GiB of a GPU, and NCCL's buffers take some hundred MiB for
 # a few groups. Neither was measured here.

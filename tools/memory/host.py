@@ -4,10 +4,10 @@ import re
 
 from nanoslime.config import RunConfig
 from nanoslime.engine_kind import takes_slots
-from nanoslime.memory.parts import GIB, DiskNeed, NodeMemory
-from nanoslime.memory.states import States, checkpoint_bytes, width_of
 from nanoslime.models.parallel_sizes import ParallelDims
 from nanoslime.models.shape import ModelShape
+from tools.memory.parts import GIB, DiskNeed, NodeMemory
+from tools.memory.states import States, checkpoint_bytes, width_of
 
 # Main memory of processes, without tensors: measured on a CPU are 1.0 GB for a trainer, 2.8 GB
 # for SGLang's three processes of an engine and 1.8 GB for driver, rollout worker and Ray

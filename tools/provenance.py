@@ -9,11 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from nanoslime.processes.command import ask
+from nanoslime.run_dir import RunDir
+from nanoslime.storage.shared_files import publish_json
 from nanoslime.types import RunError
 
 _VERSIONS = ("torch", "megatron-core", "sglang", "ray", "transformers", "submitit")
 _MAX_DIFF_CHARS = 1_000_000
 _GIT_DEADLINE_S = 60.0
+
+
+def write_provenance(run: RunDir, argv: Sequence[str]) -> None:
+    """Record the command line, the code's git commit and diff, and all versions."""
+    publish_json(run.provenance, provenance(argv))
 
 
 def provenance(argv: Sequence[str]) -> dict[str, Any]:
