@@ -512,7 +512,7 @@ def test_a_weighted_sum_of_rewards_trains_and_an_evaluation_has_its_own(tmp_path
     run = RunDir.open(tmp_path / "sum")
     for line in (run.rollouts / "step_0-0.jsonl").read_text().splitlines():
         sample = json.loads(line)
-        expected = {"exact_match": float(sample["text"] == sample["label"])}
+        expected = {"exact_match": float(sample["text"].strip() == sample["label"])}
         expected["tests.orchestration.rewards:by_length"] = float(len(sample["text"]))
         assert sample["reward_parts"].keys() == expected.keys()
         assert sample["reward"] == sum(parts[n] * v for n, v in sample["reward_parts"].items())
