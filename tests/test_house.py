@@ -109,12 +109,8 @@ def is_module(name: str) -> bool:
 
 
 def test_every_room_has_a_level():
-    rooms = {
-        p.stem if p.is_file() else p.name
-        for p in (ROOT / "nanoslime").iterdir()
-        if p.name != "__init__.py"
-    }
-    assert rooms - {"__pycache__"} <= set(LEVEL_OF)
+    rooms = {path.relative_to(ROOT / "nanoslime").parts[0] for path in sources("nanoslime")}
+    assert {room.removesuffix(".py") for room in rooms} - {"__init__"} <= set(LEVEL_OF)
 
 
 def test_imports_point_downwards_only():
