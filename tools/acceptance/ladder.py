@@ -229,7 +229,8 @@ def interrupt_by_signals() -> None:
     """
 
     def interrupt(*_: object) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
+        # A shell starts what a script puts into the background deaf to SIGINT.
+        raise KeyboardInterrupt
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:

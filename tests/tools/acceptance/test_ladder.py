@@ -103,8 +103,10 @@ def test_a_lost_terminal_ends_the_ladder_as_ctrl_c_does(number):
         "except KeyboardInterrupt:\n"
         "    print('interrupted')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout == "interrupted\n"
+    for of_int in ("--default-signal=INT", "--ignore-signal=INT"):
+        begin = ["env", "--default-signal=HUP", of_int, sys.executable, "-c", code]
+        done = subprocess.run(begin, capture_output=True, text=True, cwd=ROOT)
+        assert done.stdout == "interrupted\n"
     nohup = ["nohup", sys.executable, "-c", code.replace("time.sleep(60)", "print('goes on')")]
     if number == signal.SIGHUP:
         done = subprocess.run(nohup, capture_output=True, text=True, cwd=ROOT)
