@@ -17,6 +17,7 @@ import psutil
 from nanoslime.config.cluster import MAX_SCRATCH_BYTES
 from nanoslime.plugins import resolve
 from nanoslime.processes.command import ask
+from nanoslime.processes.shared_memory import remove_announced
 from nanoslime.types import RunError
 
 _COMMAND_DEADLINE_S = 30.0
@@ -179,13 +180,16 @@ def scratch_root(environ: Mapping[str, str], scratch: str = "") -> Path:
 
 
 def remove_scratch(path: Path) -> None:
-    """Remove our scratch directory; RunError if somebody else's is in its place."""
+    """Remove our scratch directory, and what is announced there to be in shared memory; RunError if
+    somebody else's is in its place.
+    """
     if not os.access(path, os.F_OK):
         return
     if path.is_symlink() or path.stat().st_uid != os.getuid():
         raise RunError(
             f"{path} belongs to another user; it is this job's scratch directory: remove it"
         )
+    remove_announced(path)
     shutil.rmtree(path, ignore_errors=True)
 
 

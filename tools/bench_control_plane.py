@@ -246,7 +246,8 @@ def open_worker(
 ) -> tuple[Actors, psutil.Process]:
     """The rollout worker as an actor of Ray, and its process."""
     places = [ActorPlace(index=0, node=0, num_slots=0)]
-    actors = Actors(WorkerActor, "worker", places, RunOnRay(config, attempt, model_dir), 64)
+    run = RunOnRay(config, attempt, model_dir)
+    actors = Actors(WorkerActor, "rollout worker", "worker", places, run, 64)
     setup = WorkerSetup(config, model_dir, attempt.run.rollouts, num_engines=options.engines)
     opened = actors.start_on_each("open_worker", setup)
     actors.gather(opened, "open its worker", Deadline(120.0, "the time for it"))

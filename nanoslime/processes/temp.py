@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from nanoslime.processes.shared_memory import remove_announced
 from nanoslime.types import RunError
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ def _remove_left(parent: Path) -> None:
             if directory.lstat().st_uid == os.getuid():
                 with (directory / _OWNER).open() as owner:
                     fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    remove_announced(directory)
                     shutil.rmtree(directory, ignore_errors=True)
 
 

@@ -113,7 +113,7 @@ def test_a_killed_rollout_worker_ends_the_run_with_its_name_where_it_is_the_only
     print(f"\nended after {time.monotonic() - begin:.1f} s", end="")
     [line] = [line for line in rehearsal.lines if line.startswith("failed:")]
     print("; " + line, end="")
-    died = "worker 0 on node 1 died while asked to"
+    died = "rollout worker 0 on node 1 died while asked to"
     # A trainer may miss its arrays before anybody asks the worker for something.
     missed = "by rollout worker 0 cannot be fetched, because its process has died"
     assert (died in line and log.name in line) or missed in line

@@ -103,7 +103,14 @@ def test_arrays_go_from_the_worker_to_the_ranks_past_the_driver(
     try:
         assert ray.get(ray.remote(lambda: os.nice(0)).remote()) == os.nice(0)
         places = [ActorPlace(index=0, node=0, num_slots=0)]
-        actors = Actors(WorkerActor, "worker", places, RunOnRay(CONFIG, attempt, tiny_model), 8)
+        actors = Actors(
+            WorkerActor,
+            "rollout worker",
+            "worker",
+            places,
+            RunOnRay(CONFIG, attempt, tiny_model),
+            8,
+        )
         setup = WorkerSetup(CONFIG, tiny_model, attempt.run.rollouts)
         ray.get(actors.actors[0].open_worker.remote(setup))
         worker = RayWorker(actors, 0)
@@ -140,13 +147,15 @@ def test_arrays_go_from_the_worker_to_the_ranks_past_the_driver(
         for step in range(2):
             for dp_rank in range(2):
                 assert_same(got[dp_rank][step], expected[step][dp_rank])
-        with pytest.raises(RunError, match="worker 0 on node 0 failed to answer to load: .*absent"):
+        with pytest.raises(
+            RunError, match="rollout worker 0 on node 0 failed to answer to load: .*absent"
+        ):
             worker.load(tmp_path / "absent.npz")
 
         assert_obeys_in_order_and_keeps_nobody_waiting(worker, attempt.log("worker", 0))
         ray.kill(actors.actors[0])
         with pytest.raises(
-            RunError, match=r"worker 0 on node 0 died .* poll; log: .*worker-0\.log"
+            RunError, match=r"rollout worker 0 on node 0 died .* poll; log: .*worker-0\.log"
         ):
             worker.poll(1.0)
         message = "arrays of 2 samples by rollout worker 0 cannot be fetched.* has died.*ActorDied"

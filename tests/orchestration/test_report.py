@@ -219,7 +219,7 @@ def test_a_rank_on_ray_that_raises_tells_its_log_and_the_driver(
             places = [actors.ActorPlace(index=0, node=0, num_slots=0)]
             nowhere = replace(attempt, number=2)
             run = actors.RunOnRay(config, nowhere, tmp_path / "model")
-            doomed = actors.Actors(trainers.RankActor, "doomed rank", places, run)
+            doomed = actors.Actors(trainers.RankActor, "doomed rank", "doomed", places, run)
             refs = doomed.start_on_each("place")
             with pytest.raises(
                 RunError, match="doomed rank 0 on node 0 failed to start: FileNotFound"

@@ -187,11 +187,11 @@ def strike(job: Submitted, name: str, point: str, start_s: float) -> Strike:
 
     def goes_on() -> bool:
         """Whether a step is complete that was not at the fault, in a newer attempt where the
-        fault has to end its own.
+        fault has to end its own. A run with engines on other nodes outlives the loss of one.
         """
         later = [phase for phase in job.phases() if phase.attempt > done.attempt]
         before = completed_steps([p for p in job.phases() if p.attempt <= done.attempt])
-        if name in OF_ENGINES and not later:
+        if (name in OF_ENGINES or len(job.nodes()) > 2) and not later:
             # One step more: what a fault breaks may only be needed in the next.
             return before > completed + 1
         return completed_steps(later) > before

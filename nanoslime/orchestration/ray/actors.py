@@ -120,16 +120,16 @@ class Actors:
         self,
         actor_class: Any,
         role: str,
+        short_role: str,
         places: Sequence[ActorPlace],
         run: RunOnRay,
         max_concurrency: int = 1,
     ):
         """`max_concurrency` is how many calls of one actor run at once, in threads of it.
 
-        Errors name actors by `role`; its first word names them in Ray, and their logs."""
+        Errors name actors by `role`, as "trainer rank"; Ray, and their logs, by `short_role`."""
         device = run.config.cluster.device
         places_by_node = Counter(place.node for place in places)
-        short_role = role.split()[0]
         self.actors: list[Any] = []
         self._names: list[str] = []
         self._logs: list[Path] = []

@@ -146,7 +146,7 @@ class RayTrainGroup(TrainGroup):
     def __init__(self, run: RunOnRay, layout: Layout, workers: Sequence[Any] = ()):
         super().__init__(run.config, run.attempt.run, run.model_dir, len(layout.trainers))
         places = [ActorPlace(place.rank, place.node, num_slots=1) for place in layout.trainers]
-        self._ranks = Actors(RankActor, "trainer rank", places, run)
+        self._ranks = Actors(RankActor, "trainer rank", "trainer", places, run)
         self._placing = self._ranks.start_on_each("place")
         self._dp_ranks: list[int] = []
         self._workers = workers

@@ -200,7 +200,9 @@ class RayEngines:
         places = [
             ActorPlace(number, node, self._num_slots(node)) for number, node in enumerate(nodes)
         ]
-        self._actors = Actors(WorkerActor, "worker", places, run, _MAX_CONCURRENCY)
+        self._actors = Actors(
+            WorkerActor, "rollout worker", "worker", places, run, _MAX_CONCURRENCY
+        )
 
     @property
     def actors(self) -> Sequence[Any]:

@@ -15,14 +15,13 @@ from nanoslime.engine_kind import EngineStart
 from nanoslime.models.shape import ModelShape
 from nanoslime.processes.child import ChildProcess
 from nanoslime.processes.ports import free_port
+from nanoslime.processes.shared_memory import announce, remove_names
 from nanoslime.rollout.engines.sglang import COLOCATED_MEM_FRACTION
 from nanoslime.rollout.engines.sglang_client import SGLangEngine, make_key
 from nanoslime.types import RunError
 
 # Stand-ins for packages that SGLang imports and that do not exist for a CPU.
 _STUBS = Path(__file__).parents[1] / "sglang_stubs"
-
-_SHARED_MEMORY = Path("/dev/shm")
 
 # Files of sglang/srt/models that our text models need; importing all 200 takes half a
 # minute.
@@ -49,6 +48,13 @@ _CPU_OPTIONS = {
     # Otherwise an idle scheduler keeps its core busy.
     "sleep_on_idle": True,
 }
+
+
+def _names_of_loads(server: ChildProcess) -> str:
+    """How the files begin that SGLang leaves in /dev/shm: our plug-in has a server's processes name
+    them so.
+    """
+    return f"sglang_loads_{server.pid}-"
 
 
 class SGLangServer:
@@ -99,15 +105,14 @@ class SGLangServer:
         )
         make_key(self._key_file)
         self.process = ChildProcess(f"engine {self._name}", self.command, self.env, plan.log)
+        announce(_names_of_loads(self.process))
         self.process.wait_until(engine.health, f"200 from {engine.url}/health", deadline_s)
         return engine
 
     def close(self) -> None:
         if self.process is not None:
             self.process.close()
-            # Our plug-in has the processes of the server name these files so.
-            for left in _SHARED_MEMORY.glob(f"sglang_loads_{self.process.pid}-*"):
-                left.unlink(missing_ok=True)
+            remove_names(_names_of_loads(self.process))
 
     def _options(self) -> dict[str, Any]:
         """The server's options by SGLang's names; the later ones take precedence."""

@@ -9,11 +9,12 @@ import psutil
 import pytest
 import requests
 
+from jobs.cluster_env import remove_scratch
 from nanoslime.config import ModelConfig, RolloutConfig, RunConfig, TrainingConfig
 from nanoslime.engine_kind import EngineStart
+from nanoslime.processes import shared_memory
 from nanoslime.processes.child import ChildProcess
 from nanoslime.processes.phases import dump_stacks
-from nanoslime.rollout.engines import sglang_server
 from nanoslime.rollout.engines.sglang import SGLang
 from nanoslime.rollout.engines.sglang_client import SGLangEngine
 from nanoslime.rollout.engines.sglang_server import SGLangServer
@@ -94,7 +95,7 @@ def test_a_server_that_is_closed_leaves_its_files_in_shared_memory_no_more_than_
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However it ended. What SGLang names otherwise, or another process, is not its own."""
-    monkeypatch.setattr(sglang_server, "_SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(shared_memory, "_SHARED_MEMORY", tmp_path)
     monkeypatch.setattr(ChildProcess, "wait_until", lambda *asked: None)
     server = made(tiny_model, tmp_path / "log")
     server.command = ["true"]
@@ -107,6 +108,27 @@ def test_a_server_that_is_closed_leaves_its_files_in_shared_memory_no_more_than_
         file.touch()
     server.close()
     assert not own.exists() and all(file.exists() for file in others)
+
+
+def test_files_of_a_server_whose_owner_was_killed_go_with_the_scratch_directory(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir(mode=0o700)
+    monkeypatch.setattr(shared_memory, "_SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(ChildProcess, "wait_until", lambda *asked: None)
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    server = made(tiny_model, tmp_path / "log")
+    server.command = ["true"]
+    server.start(deadline_s=55.0)
+    assert server.process is not None
+    own = tmp_path / f"sglang_loads_{server.process.pid}-5f1c_0a.shm"
+    other = tmp_path / "sglang_loads_1-5f1c_0a.shm"
+    own.touch()
+    other.touch()
+    remove_scratch(scratch)
+    assert not own.exists() and other.exists()
+    server.close()
 
 
 def test_a_request_is_told_whole() -> None:
