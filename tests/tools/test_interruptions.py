@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,9 @@ def size_of(directory: Path) -> int:
     for folder, _, names in os.walk(directory):
         for name in names:
             if not name.startswith("."):
-                total += os.stat(os.path.join(folder, name)).st_size
+                # Another process may put a file in place, or take it away, while we look.
+                with suppress(FileNotFoundError):
+                    total += os.stat(os.path.join(folder, name)).st_size
     return total
 
 

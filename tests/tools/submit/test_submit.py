@@ -130,20 +130,22 @@ def test_dry_run_of_one_node_falls_back_to_fsdp(machine):
     assert "SGLang: 1 of 1 CPU slot(s) each" in out
 
 
-def processor_seconds_of_children() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
-def test_dry_run_takes_well_under_a_second_of_processor_time(tmp_path):
-    command = [sys.executable, str(SCRIPT), "--nodes", "4", "--dry-run", "--local"]
+def processor_seconds(command: list[str], cwd: Path) -> float:
+    """What the command and its children took of the processor, at best of three times."""
     spent = []
     for _ in range(3):
-        before = processor_seconds_of_children()
-        subprocess.run(command, cwd=tmp_path, timeout=60, check=True, stdout=subprocess.DEVNULL)
-        spent.append(processor_seconds_of_children() - before)
-    # It takes 0.5 s on two cores of 2 GHz; importing torch alone takes over 1 s.
-    assert min(spent) < 1.0
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(command, cwd=cwd, timeout=60, check=True, stdout=subprocess.DEVNULL)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(spent)
+
+
+def test_dry_run_takes_far_less_processor_time_than_the_import_of_torch(tmp_path):
+    dry_run = [sys.executable, str(SCRIPT), "--nodes", "4", "--dry-run", "--local"]
+    torch = [sys.executable, "-c", "import torch"]
+    # Measured: 1.1 s to 4.1 s on one machine, 0.7 s to 2.1 s on another.
+    assert processor_seconds(dry_run, tmp_path) < 0.6 * processor_seconds(torch, tmp_path)
 
 
 def test_with_slurm_the_dry_run_asks_sbatch_about_the_same_script(machine):
