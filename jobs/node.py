@@ -28,6 +28,7 @@ from nanoslime.config.load import read
 from nanoslime.config.run import RunConfig
 from nanoslime.doctor import Doctor, end_if_hung
 from nanoslime.processes.child import ChildProcess
+from nanoslime.processes.command import ask
 from nanoslime.processes.logs import set_level
 from nanoslime.processes.signals import handled
 from nanoslime.processes.tree import adopt_orphans, end_descendants
@@ -38,9 +39,11 @@ from nanoslime.types import RunError
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.25
-# Our exit makes srun end the other tasks, which have left but may still be on their way
+# Our exit makes srun end the other tasks, or we do, which have left but may still be on their way
 # out.
 _EXIT_DELAY_S = 1.5
+# All agents have left so long after that of node 0.
+_LEAVE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,9 @@ class NodeJob:
             return DONE
         if env.node_index > 0 and seen(attempt.lost(0)):
             follow_head(attempt, code)
+        if env.node_index == 0 and attempt.layout.can_lose_nodes:
+            with logged_if_unwritable():
+                _end_step(attempt, env)
         if code != DONE:
             time.sleep(_EXIT_DELAY_S)
             _, reason = attempt.ended() or (FAILED, "unknown")
@@ -118,6 +124,28 @@ def _is_followed(attempt: Attempt) -> bool:
     with suppress(OSError):
         return not attempt.is_newest()
     return False
+
+
+def _end_step(attempt: Attempt, env: ClusterEnv) -> None:
+    """End the tasks of lost nodes, once the other nodes have left.
+
+    The step of a run that can lose nodes ends with the last of its tasks, and srun waits for ever
+    for one that is dead without SLURM's knowledge.
+    """
+    deadline = time.monotonic() + _LEAVE_S
+    others = range(1, env.num_nodes)
+    while True:
+        beats = attempt.heartbeats(others)
+        staying = [node for node in others if "left" not in beats.get(str(node), {})]
+        are_lost = all(seen(attempt.lost(node)) for node in staying)
+        if are_lost or time.monotonic() > deadline:
+            break
+        time.sleep(_POLL_S)
+    if staying:
+        names = ", ".join(env.node_names[node] for node in staying)
+        logger.warning("the step is ended without %s", names)
+        time.sleep(_EXIT_DELAY_S)
+        ask(["scancel", f"{env.job_id}.{os.environ['SLURM_STEP_ID']}"], _LEAVE_S)
 
 
 def _tell_of_nodes(attempt: Attempt) -> bool:

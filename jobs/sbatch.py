@@ -19,8 +19,6 @@ OUTLIVES_STEP = "trap : TERM"
 script, which then says whether the job goes on.
 """
 _CPUS_PER_GPU = 8
-# All agents have left so long after the first one.
-_WAIT_S = 60
 # An option of sbatch with its value; True is an option without a value.
 Options = dict[str, str | bool]
 
@@ -56,7 +54,7 @@ def sbatch_options(config: RunConfig, layout: Layout) -> Options:
     options.update(gpu_options(cluster, layout))
     if cluster.memory_per_node:
         options["mem"] = cluster.memory_per_node
-    if layout.min_nodes < layout.num_nodes:
+    if layout.can_lose_nodes:
         options["no-kill"] = True
     options.update(cluster.extra_sbatch)
     return options
@@ -73,16 +71,16 @@ def gpu_options(cluster: ClusterConfig, layout: Layout) -> dict[str, str]:
 def step_options(config: RunConfig, layout: Layout) -> list[str]:
     """Options of the one srun step that runs a node agent on every node."""
     options = [
-        "--kill-on-bad-exit=1",
+        f"--kill-on-bad-exit={int(not layout.can_lose_nodes)}",
         "--export=ALL",
         f"--nodes={layout.num_nodes}",
         f"--ntasks={layout.num_nodes}",
         "--ntasks-per-node=1",
         f"--cpus-per-task={cpus_per_node(config, layout)}",
     ]
-    if layout.min_nodes < layout.num_nodes:
-        # For a task that is dead without SLURM's knowledge srun would wait for ever.
-        options += ["--no-kill", f"--wait={_WAIT_S}"]
+    if layout.can_lose_nodes:
+        # The step outlives the first of its tasks. Node 0 ends it: jobs/node.py.
+        options += ["--no-kill", "--wait=0"]
     if config.cluster.memory_per_node:
         options.append(f"--mem={config.cluster.memory_per_node}")
     for option, value in gpu_options(config.cluster, layout).items():

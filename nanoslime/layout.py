@@ -82,6 +82,10 @@ class Layout:
         nodes += [engine.node for engine in self.engines[:1]]
         return 1 + max(nodes)
 
+    @property
+    def can_lose_nodes(self) -> bool:
+        return self.min_nodes < self.num_nodes
+
     def on(self, num_nodes: int) -> Layout:
         """What is left of it on its first nodes: engines are on the last ones."""
         engines = tuple(engine for engine in self.engines if engine.node < num_nodes)

@@ -75,7 +75,9 @@ def test_a_job_outlives_a_node_where_another_one_has_engines(
 ) -> None:
     made = make_run(tmp_path, num_nodes)
     assert ("no-kill" in sbatch_options(made.config, made.layout)) == outlives
-    assert ("--no-kill" in srun_line(text_of(made))) == outlives
+    line = srun_line(text_of(made))
+    assert [option in line for option in ("--no-kill", "--wait=0")] == [outlives] * 2
+    assert f"--kill-on-bad-exit={int(not outlives)}" in line
 
 
 @pytest.mark.parametrize(

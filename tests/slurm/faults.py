@@ -163,7 +163,10 @@ def inject(job: Submitted, name: str, number: int) -> float:
         # A slurmd that still answers brings its node back at once, and with the short wait of
         # requeued jobs here the job would start beside its own old step: SLURM holds it then.
         cluster.run("scontrol", "update", f"nodename={node}", "state=drain", "reason=lost")
-    place = job.run.attempt(number).path
+    attempt = job.run.attempt(number)
+    if attempt.layout.can_lose_nodes:
+        return at
+    place = attempt.path
 
     def is_noticed() -> bool:
         told = [place / "stop.json", place / "end.json"]
@@ -185,13 +188,15 @@ def strike(job: Submitted, name: str, point: str, start_s: float) -> Strike:
         at = inject(job, name, target.attempt)
     done = Strike(name, point, target.attempt, completed, at, family, shared)
 
+    outlives_nodes = job.run.attempt(target.attempt).layout.can_lose_nodes
+
     def goes_on() -> bool:
         """Whether a step is complete that was not at the fault, in a newer attempt where the
         fault has to end its own. A run with engines on other nodes outlives the loss of one.
         """
         later = [phase for phase in job.phases() if phase.attempt > done.attempt]
         before = completed_steps([p for p in job.phases() if p.attempt <= done.attempt])
-        if (name in OF_ENGINES or len(job.nodes()) > 2) and not later:
+        if (name in OF_ENGINES or outlives_nodes) and not later:
             # One step more: what a fault breaks may only be needed in the next.
             return before > completed + 1
         return completed_steps(later) > before

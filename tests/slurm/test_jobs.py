@@ -265,29 +265,46 @@ def start_with_regular_beats(
 
 
 @pytest.mark.matrix
-def test_a_run_goes_on_without_an_engine_node_that_slurm_has_lost(
-    slurm: SlurmCluster, tmp_path: Path
+@pytest.mark.parametrize("loss", ["power", "power, and SLURM does not notice", "set down"])
+def test_a_run_goes_on_without_an_engine_node(
+    slurm: SlurmCluster, tmp_path: Path, loss: str, request: pytest.FixtureRequest
 ) -> None:
+    """A node that is set down while its slurmd answers loses its task at once."""
+    is_noticed = loss != "power, and SLURM does not notice"
+    if not is_noticed:
+        request.getfixturevalue("patient_slurm")
     made, job_id = start_with_regular_beats(slurm, tmp_path)
     attempt = made.run.attempt(1)
-    slurm.kill_node("n4")
+    if loss == "set down":
+        slurm.run("scontrol", "update", "nodename=n4", "state=down", "reason=lost")
+    else:
+        slurm.kill_node("n4")
     assert process_table.wait_for(attempt.lost(3).exists, 45), logs(made)
 
     def node_is_gone() -> bool:
         return slurm.job(int(job_id))["NodeList"] == "n[1-3]"
 
-    assert process_table.wait_for(node_is_gone, 60), slurm.log_tails()
+    if is_noticed:
+        assert process_table.wait_for(node_is_gone, 60), slurm.log_tails()
     beats = {node: attempt.heartbeats()[node]["count"] for node in "012"}
 
     def all_live() -> bool:
         now = attempt.heartbeats()
-        return all(now[node]["count"] > beats[node] for node in "012")
+        return all(now[node]["count"] > beats[node] + 1 for node in "012")
 
-    assert process_table.wait_for(all_live, 30), logs(made)
+    assert process_table.wait_for(all_live, 60), logs(made)
+    assert node_is_gone() == is_noticed
     (attempt.path / "finish").touch()
+    if not is_noticed:
+        # SLURM would have it so until it misses the node.
+        slurm.wait_state(int(job_id), "COMPLETING", timeout_s=60)
+        slurm.start_dead_nodes()
     fields = slurm.wait_state(int(job_id), "COMPLETED", timeout_s=60)
-    assert attempt.ended() == (DONE, "")
+    if not is_noticed:
+        slurm.kill_node("n4")
+    assert attempt.ended() == (DONE, ""), logs(made)
     assert fields["Restarts"] == "0"
+    assert "the step is ended without n4" in logs(made)
 
 
 @pytest.mark.matrix

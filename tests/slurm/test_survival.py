@@ -17,6 +17,7 @@ not go on after a fault, the rest of the plan is tried on a new one.
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import Any
 import pytest
 
 from jobs.checkout import ROOT
-from nanoslime.run_dir import DONE
+from nanoslime.run_dir import DONE, Attempt
 from tests import process_table
 from tests.jobs.made_run import scratches
 from tests.process_table import Process
@@ -254,8 +255,17 @@ def problems_of_run(job: Submitted, state: str) -> Iterator[str]:
                     yield f"{key} {value} is in steps {step_of[value]} and {step}"
     if not process_table.wait_for(lambda: not job.processes(), LEAVE_DEADLINE_S):
         yield f"processes are left: {[process.command[:80] for process in job.processes()]}"
-    if left_dirs := scratches(job.run.path):
+    if left_dirs := [path for path in scratches(job.run.path) if not _is_of_lost_node(last, path)]:
         yield f"scratch is left: {left_dirs}"
+
+
+def _is_of_lost_node(attempt: Attempt, scratch: Path) -> bool:
+    """Whether SLURM has killed all that could have removed it, and the run went on without."""
+    node = scratch.name.split("-")[1]
+    is_lost = attempt.layout.can_lose_nodes and "left" not in attempt.heartbeats()[node]
+    if is_lost:
+        shutil.rmtree(scratch)
+    return is_lost
 
 
 def different_steps(job: Submitted, undisturbed: Submitted) -> Iterator[str]:
