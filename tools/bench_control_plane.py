@@ -53,8 +53,7 @@ from nanoslime.rollout.recorder import Recording, record
 from nanoslime.rollout.rewards.scorer import Scorer
 from nanoslime.rollout.router import Router
 from nanoslime.rollout.sample_builder import SampleBuilder
-from nanoslime.rollout.tasks import GroupTask, Sampling
-from nanoslime.rollout.worker import WorkerSetup
+from nanoslime.rollout.tasks import GroupTask, Sampling, WorkerSetup
 from nanoslime.run_dir import Attempt, RunDir
 from nanoslime.tracking import Sink, make_tracker
 from nanoslime.training.backend import RankEnv

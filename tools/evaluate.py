@@ -35,8 +35,8 @@ from nanoslime.processes.ports import free_port
 from nanoslime.processes.temp import private_tmpdir
 from nanoslime.rollout import rewards
 from nanoslime.rollout.prompts import RunPrompts
-from nanoslime.rollout.tasks import GroupTask
-from nanoslime.rollout.worker import RolloutWorker, WorkerSetup
+from nanoslime.rollout.tasks import GroupTask, WorkerSetup
+from nanoslime.rollout.worker import RolloutWorker
 from nanoslime.run_dir import DONE, FAILED, RunDir
 from nanoslime.storage.commit import checkpoints
 from nanoslime.storage.datasets import with_local_prompts

@@ -26,8 +26,8 @@ from nanoslime.orchestration.torchrun_group import Ranks, TorchrunTrainGroup
 from nanoslime.rollout import rewards
 from nanoslime.rollout.producer import Serving
 from nanoslime.rollout.prompts import RunPrompts
-from nanoslime.rollout.tasks import Worker
-from nanoslime.rollout.worker import RolloutWorker, WorkerSetup
+from nanoslime.rollout.tasks import Worker, WorkerSetup
+from nanoslime.rollout.worker import RolloutWorker
 from nanoslime.run_dir import Attempt, RunDir
 from nanoslime.storage.commit import remove_leftovers
 from nanoslime.training.backend import RankEnv

@@ -11,10 +11,24 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from nanoslime.config import RolloutConfig
+from nanoslime.config import RolloutConfig, RunConfig
 from nanoslime.types import Engine, GroupReport, MachineFailure, Prompt
 
 Purpose = Literal["train", "eval"]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSetup:
+    """Which rollout worker of a run this is."""
+
+    config: RunConfig
+    model_dir: Path
+    # Where rollouts are recorded.
+    rollouts: Path
+    index: int = 0
+    num_workers: int = 1
+    # Engines that usually serve it.
+    num_engines: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,6 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from nanoslime.config import RunConfig
 from nanoslime.failures import summary
 from nanoslime.models.shape import ModelShape
 from nanoslime.processes.phases import IDLE, own_report
@@ -39,6 +38,7 @@ from nanoslime.rollout.tasks import (
     RestoredGroup,
     Sampling,
     WorkerNews,
+    WorkerSetup,
 )
 from nanoslime.types import (
     Engine,
@@ -58,20 +58,6 @@ logger = logging.getLogger(__name__)
 _PATIENCE_S = 100.0
 _PATIENCE_ONCE_BLOCKED_S = 1.0
 _ALIVE_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerSetup:
-    """Which rollout worker of a run this is."""
-
-    config: RunConfig
-    model_dir: Path
-    # Where rollouts are recorded.
-    rollouts: Path
-    index: int = 0
-    num_workers: int = 1
-    # Engines that usually serve it.
-    num_engines: int = 1
 
 
 @dataclass(eq=False, slots=True)

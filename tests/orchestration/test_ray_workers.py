@@ -22,8 +22,7 @@ from nanoslime.orchestration.ray.actors import ActorPlace, Actors, RunOnRay
 from nanoslime.orchestration.ray.trainers import Delivery, order, receive
 from nanoslime.orchestration.ray.workers import RayWorker, WorkerActor
 from nanoslime.rollout import recorder
-from nanoslime.rollout.tasks import FinishedGroup, GroupTask, Sampling
-from nanoslime.rollout.worker import WorkerSetup
+from nanoslime.rollout.tasks import FinishedGroup, GroupTask, Sampling, WorkerSetup
 from nanoslime.run_dir import RunDir
 from nanoslime.training.batching import (
     BatchingOptions,

@@ -18,7 +18,8 @@ from nanoslime.rollout import recorder
 from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
 from nanoslime.rollout.producer import Serving
 from nanoslime.rollout.prompts import RunPrompts
-from nanoslime.rollout.worker import RolloutWorker, WorkerSetup
+from nanoslime.rollout.tasks import WorkerSetup
+from nanoslime.rollout.worker import RolloutWorker
 from nanoslime.run_dir import RunDir
 from nanoslime.types import GenerateRequest, Generation, GroupReport, RunError
 

@@ -25,8 +25,8 @@ from nanoslime.rollout.engines.embedded_model import EmbeddedEngine
 from nanoslime.rollout.environments import single_turn
 from nanoslime.rollout.policy import Policy
 from nanoslime.rollout.sample_builder import SampleBuilder
-from nanoslime.rollout.tasks import FinishedGroup, GroupTask, RestoredGroup, Sampling
-from nanoslime.rollout.worker import RolloutWorker, WorkerSetup
+from nanoslime.rollout.tasks import FinishedGroup, GroupTask, RestoredGroup, Sampling, WorkerSetup
+from nanoslime.rollout.worker import RolloutWorker
 from nanoslime.types import (
     Generation,
     GroupReport,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
@@ -19,10 +19,20 @@ from nanoslime.engine_kind import EngineStart, RunEngine, engine_kind
 from nanoslime.failures import told_in_one_line
 from nanoslime.layout import EnginePlace, Layout
 from nanoslime.orchestration.ray.actors import ActorPlace, Actors, ActorSetup, RunOnRay
+from nanoslime.plugins import resolve
 from nanoslime.processes.signals import hold_back_from_this_process
-from nanoslime.rollout.tasks import FinishedGroup, GroupTask, RestoredGroup, WorkerGone, WorkerNews
-from nanoslime.rollout.worker import RolloutWorker, WorkerSetup
+from nanoslime.rollout.tasks import (
+    FinishedGroup,
+    GroupTask,
+    RestoredGroup,
+    WorkerGone,
+    WorkerNews,
+    WorkerSetup,
+)
 from nanoslime.types import Engine, MachineFailure, RunError
+
+if TYPE_CHECKING:
+    from nanoslime.rollout.worker import RolloutWorker
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +46,8 @@ _OPEN_S = 10.0
 _MAX_CONCURRENCY = 64
 # What a worker is told it does one after another, so that nobody has to wait for it.
 _IN_ORDER = "in_order"
+# It imports transformers, for which the engines need not wait.
+_WORKER = "nanoslime.rollout.worker:RolloutWorker"
 
 
 @ray.remote(concurrency_groups={_IN_ORDER: 1}, max_restarts=-1)
@@ -74,7 +86,8 @@ class WorkerActor:
         if self._worker is not None:
             return
         with told_in_one_line(logger, "open the rollout worker"):
-            self._worker = RolloutWorker(setup, keeps_arrays=True)
+            make_worker = resolve(_WORKER, {}, "the rollout worker")
+            self._worker = make_worker(setup, keeps_arrays=True)
         logger.info("%s, pid %d", self._worker.name, os.getpid())
 
     @ray.method(concurrency_group=_IN_ORDER)
@@ -191,6 +204,7 @@ class RayEngines:
         self._deadline = Deadline(rollout.start_deadline_s, "rollout.start_deadline_s")
         self._title = engine_kind(rollout).title
         self._starting: list[Any] = []
+        self._opening: list[Any] = []
         self._gpus_by_rank: Sequence[str] = ()
         self._workers: list[RayWorker] = []
         self._closed = threading.Event()
@@ -210,11 +224,12 @@ class RayEngines:
         return self._actors.actors
 
     def start(self, gpus_by_rank: Sequence[str] = ()) -> None:
-        """Starts every server. `gpus_by_rank` are the trainers' GPUs, where the engines
-        share them; without it the engines have their own.
+        """Starts every server, and meanwhile the workers. `gpus_by_rank` are the trainers' GPUs,
+        where the engines share them; without it the engines have their own.
         """
         self._gpus_by_rank = gpus_by_rank
         self._starting = [self._start(place) for place in self._layout.engines]
+        self._opening = [self._open(number) for number in range(len(self.actors))]
 
     def wait(self) -> list[Engine]:
         what = f"start its {self._title} servers"
@@ -238,10 +253,8 @@ class RayEngines:
 
     def open_workers(self, engines: Sequence[Engine]) -> list[RayWorker]:
         """A rollout worker on each node with some of these engines, which are in their order."""
-        numbers = range(len(self.actors))
-        refs = [self._open(number) for number in numbers]
-        self._actors.gather(refs, "open its rollout worker", self._late_deadline)
-        for number in numbers:
+        self._actors.gather(self._opening, "open its rollout worker", self._late_deadline)
+        for number in range(len(self.actors)):
             by_engine = zip(engines, self.workers_by_engine, strict=True)
             own = [engine.name for engine, worker in by_engine if worker == number]
             self._workers.append(RayWorker(self._actors, number, own))
