@@ -8,7 +8,7 @@ import random
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from tests import process_table
@@ -181,7 +181,11 @@ def strike(job: Submitted, name: str, point: str, start_s: float) -> Strike:
     target = Target.next(job, point)
     rng = random.Random(f"{name} {point}")
     is_random = point in ("start", "random")
-    with target.at_random(rng, start_s) if is_random else target.held():
+    with ExitStack() as stack:
+        stack.enter_context(target.at_random(rng, start_s) if is_random else target.held())
+        if (name, point) == ("slurmd lost", "random"):
+            # SLURM takes seconds to notice, in which the run would come to its end.
+            stack.enter_context(frozen(job.victims("driver")[0].pid))
         family = frozenset(job.processes())
         shared = frozenset(shared_memory(family))
         completed = completed_steps(job.phases())
