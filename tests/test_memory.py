@@ -15,6 +15,7 @@ from tests.models.hf import make_model
 from tests.models.published import CONFIGS
 from tests.plans import H200, QWEN3_4B, QWEN3_30B_A3B, TINY, config_of, plan_of
 from tools.gpu_checks import QWEN3_06B
+from tools.memory.activations import Microbatch, activations_of_ranks
 from tools.memory.estimate import estimate_memory
 from tools.memory.host import slurm_bytes
 from tools.memory.parts import GIB, DiskNeed, TrainerGPU
@@ -345,3 +346,20 @@ def test_a_run_on_this_machine_that_cannot_fit_is_refused_before_it_has_a_direct
         parse([*words, "--cluster.memory-per-node", "1M"])
     assert not (tmp_path / "runs").exists()
     assert parse([*words, "--cluster.memory-per-node", "1T"]).attempt.number == 1
+
+
+def test_a_stage_whose_first_chunk_has_more_layers_holds_most_after_the_first_backward():
+    """Stages of 1, 3, 1 and 2 layers on two ranks: the last one runs 3 + 3 + 2 layers before its
+    first backward, and later waits with its first chunk three times.
+    """
+    training = TrainingConfig(pp_size=2, vpp_size=2, num_layers_in_first_pipeline_stage=2)
+    config = RunConfig(model=ModelConfig(dtype="float32"), training=training)
+    shape = replace(QWEN3_4B, num_layers=7)
+    assert [len(s) for s in PipelineSizes.of(training).stages(7)] == [1, 3, 1, 2]
+    first, last = activations_of_ranks(
+        config,
+        shape,
+        ParallelDims(tp=1, pp=2, cp=1, ep=1, dp=1),
+        Microbatch(tokens=1024, length=1024),
+    )
+    assert last / first == pytest.approx(9 / 5, rel=0.02)

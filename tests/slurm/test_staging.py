@@ -72,6 +72,7 @@ def test_engine_trainers_and_ray_of_a_real_job_start_from_the_copies(
     run = RunDir.open(tmp_path / "runs" / "staged")
     model = Copy.of(files.model, disk).path
     environment = Copy.of_environment(packed_environment(run), disk).path
+    assert process_table.wait_for(run.latest_attempt, 60)
     attempt = run.attempt(1)
     are_staged = [
         *(attempt.staged(node) for node in range(2)),

@@ -26,6 +26,9 @@ from tools.memory.states import width_of
 # logprobs, ratios and losses of each token.
 _BYTES_OF_IDS = 8
 _BYTES_OF_LOSS = 56
+# A rank runs fewer than two groups of micro-batches before its first backward, and what it holds
+# then comes back with each group.
+_NUM_GROUPS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,10 +114,6 @@ def activations_of_ranks(
     """[pp_size]: bytes that a rank of each pipeline stage keeps when most micro-batches are in
     flight.
 
-    Rank r of the pipeline holds pp_size - r micro-batches. Interleaved, it has run 2 (pp_size -
-    r - 1) + (vpp_size - 1) pp_size + 1 of its chunks before the first backward (arXiv
-    2104.04473, section 2.2): pp_size micro-batches of a chunk before the next chunk.
-
     With training.recompute a layer keeps its input, and one layer at a time everything.
     """
     layer = _Layer(config, shape, parallel, kernels_of(config), microbatch.length)
@@ -127,25 +126,51 @@ def activations_of_ranks(
     found = []
     for rank in range(pipeline.pp_size):
         chunks = stages[rank :: pipeline.pp_size]
-        later_ranks = pipeline.pp_size - rank - 1
-        in_flight = later_ranks + 1
-        if pipeline.vpp_size > 1:
-            in_flight = 2 * later_ranks + (pipeline.vpp_size - 1) * pipeline.pp_size + 1
-        kept = 0.0
-        at_ends = 0.0
-        for number in range(in_flight):
-            chunk = number // pipeline.pp_size % pipeline.vpp_size
-            kept += sum(kept_of_kinds[kinds[number]] for number in chunks[chunk])
-            at_ends += layer.ends(
+        of_layers = [sum(kept_of_kinds[kinds[number]] for number in chunk) for chunk in chunks]
+        is_last_rank = rank == pipeline.pp_size - 1
+        of_ends = [
+            layer.ends(
                 is_first=rank == 0 and chunk == 0,
-                is_last=later_ranks == 0 and chunk == pipeline.vpp_size - 1,
+                is_last=is_last_rank and chunk == pipeline.vpp_size - 1,
             )
+            for chunk in range(pipeline.vpp_size)
+        ]
+        at_once = 0.0
         if config.training.recompute:
-            # The backward pass is done with the loss before it comes to a layer.
             found_kinds = {kinds[number] for chunk in chunks for number in chunk}
-            at_ends = max(at_ends, *(layer.whole(is_moe=is_moe) for is_moe in found_kinds))
-        kept += at_ends
+            at_once = max(layer.whole(is_moe=is_moe) for is_moe in found_kinds)
+        kept = 0.0
+        for waiting in _waiting_chunks(pipeline, rank):
+            in_layers = sum(count * each for count, each in zip(waiting, of_layers, strict=True))
+            at_ends = sum(count * each for count, each in zip(waiting, of_ends, strict=True))
+            # The backward pass is done with the loss before it comes to a layer.
+            kept = max(kept, in_layers + max(at_ends, at_once))
         found.append(int(kept * microbatch.tokens))
+    return found
+
+
+def _waiting_chunks(pipeline: PipelineSizes, rank: int) -> set[tuple[int, ...]]:
+    """[vpp_size] each: of how many micro-batches each chunk of a rank waits for the backward pass,
+    at each moment of a step with many micro-batches.
+
+    Rank r holds pp_size - r micro-batches. Interleaved, it has run 2 (pp_size - r - 1) + (vpp_size
+    - 1) pp_size + 1 of its chunks before the first backward (arXiv 2104.04473, section 2.2):
+    pp_size micro-batches of a chunk before the next chunk, and backward from the last chunk. From
+    then on a backward follows each forward. Where one of its chunks has more layers than another,
+    most is held later than before the first backward.
+    """
+    ahead = pipeline.pp_size - rank - 1
+    if pipeline.vpp_size > 1:
+        ahead = 2 * ahead + (pipeline.vpp_size - 1) * pipeline.pp_size
+    group = [chunk for chunk in range(pipeline.vpp_size) for _ in range(pipeline.pp_size)]
+    order = group * _NUM_GROUPS
+    waiting = [0] * pipeline.vpp_size
+    found = set()
+    for number, chunk in enumerate(order):
+        waiting[chunk] += 1
+        found.add(tuple(waiting))
+        if number >= ahead:
+            waiting[pipeline.vpp_size - 1 - order[number - ahead]] -= 1
     return found
 
 
