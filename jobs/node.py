@@ -20,7 +20,7 @@ from pathlib import Path
 
 from jobs.agent import Agent
 from jobs.checkout import environment, module_command
-from jobs.cluster_env import ClusterEnv, scratch_root
+from jobs.cluster_env import ClusterEnv, scratch_root, slurm_says
 from jobs.leaving import clean_up, logged_if_unwritable
 from jobs.requeue import follow_head
 from jobs.submission import record_job
@@ -28,7 +28,6 @@ from nanoslime.config.load import read
 from nanoslime.config.run import RunConfig
 from nanoslime.doctor import Doctor, end_if_hung
 from nanoslime.processes.child import ChildProcess
-from nanoslime.processes.command import ask
 from nanoslime.processes.logs import set_level
 from nanoslime.processes.signals import handled
 from nanoslime.processes.tree import adopt_orphans, end_descendants
@@ -145,7 +144,8 @@ def _end_step(attempt: Attempt, env: ClusterEnv) -> None:
         names = ", ".join(env.node_names[node] for node in staying)
         logger.warning("the step is ended without %s", names)
         time.sleep(_EXIT_DELAY_S)
-        ask(["scancel", f"{env.job_id}.{os.environ['SLURM_STEP_ID']}"], _LEAVE_S)
+        # A container may lack it; srun then waits until SLURM has noticed the loss.
+        slurm_says("scancel", f"{env.job_id}.{os.environ['SLURM_STEP_ID']}")
 
 
 def _tell_of_nodes(attempt: Attempt) -> bool:

@@ -1,6 +1,7 @@
 """Conversions as jobs of a real SLURM: submitted, requeued, completed, failed."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,13 +23,15 @@ class Login:
     def __init__(self, slurm: SlurmCluster, folder: Path):
         self.slurm = slurm
         self.folder = folder
+        # The checkout from which is submitted.
+        self.root = ROOT
 
     def type(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        program = str(ROOT / "jobs/submit_convert.py")
+        program = str(self.root / "jobs/submit_convert.py")
         command = [sys.executable, program, *map(str, arguments), "--cpus", "2"]
         environ = dict(os.environ)
         environ["SLURM_CONF"] = str(self.slurm.config_file)
-        environ["PYTHONPATH"] = str(ROOT)
+        environ["PYTHONPATH"] = str(self.root)
         return subprocess.run(
             command, cwd=self.folder, env=environ, capture_output=True, text=True, timeout=60
         )
@@ -92,6 +95,22 @@ def test_a_requeued_job_runs_the_same_command_again(login: Login, tiny_model: Pa
     said = login.log(job, "out")
     assert said.startswith("first\n")
     assert "peak memory" in said
+    outputs = sorted(path.name for path in login.folder.glob("out*"))
+    assert outputs == ["out", f"out.slurm-{job}.out"]
+
+
+def test_a_job_runs_the_code_with_which_it_was_submitted(login: Login, tiny_model: Path) -> None:
+    """A checkout in which somebody breaks everything while the job waits."""
+    checkout = login.folder / "checkout"
+    for name in ("nanoslime", "jobs", "tools"):
+        shutil.copytree(ROOT / name, checkout / name)
+    login.root = checkout
+    (login.folder / "site.yaml").write_text('gpus_per_node: 0\nextra_sbatch: {hold: ""}')
+    job = login.submit("hf-to-megatron", tiny_model, "out", "--cluster", "site.yaml")
+    shutil.rmtree(checkout)
+    login.slurm.run("scontrol", "release", str(job))
+    fields = login.slurm.wait_state(job, "COMPLETED", "FAILED", timeout_s=_DEADLINE_S)
+    assert fields["JobState"] == "COMPLETED", login.log(job, "out")
     outputs = sorted(path.name for path in login.folder.glob("out*"))
     assert outputs == ["out", f"out.slurm-{job}.out"]
 

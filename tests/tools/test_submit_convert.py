@@ -78,7 +78,7 @@ def batch(
         argv += ("--cluster", "cluster.yaml")
     command = job.parse([str(a) for a in argv])
     config = load(None, command.cluster, command.flags)
-    return job.sbatch_text(command, config, log, Path(folder))
+    return job.sbatch_text(command, config, log, Path(folder), Path(f"{log}code-1"))
 
 
 def asked(script: str) -> dict[str, str]:
@@ -103,9 +103,12 @@ def test_the_job_is_one_task_that_slurm_may_requeue_and_asks_for_no_gpu(login):
         "open-mode": "append",
         "output": "/out.slurm-%j.out",
     }
-    tool = SCRIPT.parents[1] / "tools" / "hf_to_megatron.py"
-    last = shlex.split(script.splitlines()[-1])
-    assert last == ["exec", sys.executable, str(tool), "/a", "/b", "--threads", "8"]
+    code = "/out.slurm-code-1"
+    last, clean = script.splitlines()[-1].split(" && ")
+    words = [sys.executable, f"{code}/tools/hf_to_megatron.py", "/a", "/b", "--threads", "8"]
+    assert shlex.split(last) == words
+    assert clean == f"rm -rf -- {code}"
+    assert f"\nexport PYTHONPATH={code}" in script
 
 
 def test_the_cluster_file_says_where_and_how_and_has_the_last_word(login):
@@ -136,7 +139,7 @@ venv: envs/shared
     setup = lines.index("module load python")
     export = lines.index("export KEY='a b; c'")
     assert setup < export < lines.index("cd /here")
-    assert lines[-1].startswith(f"exec {login.root}/envs/shared/bin/python ")
+    assert lines[-1].startswith(f"{login.root}/envs/shared/bin/python ")
     script = batch("megatron-to-hf", "a", "b", "--partition=other", cluster=cluster)
     assert asked(script)["partition"] == "other"
 
@@ -146,7 +149,7 @@ def test_hostile_paths_stay_one_word(login, name):
     options = ["--hf-checkpoint", f"{name}/hf", "--dtype", "BF16"]
     folder = f"/x/{name}"
     script = batch("megatron-to-hf", name, "b", *options, log="/logs/it's 50% ", folder=folder)
-    *_, words = script.split("\nexec ")
+    words = script[script.index(f"\n{sys.executable} ") :].rpartition(" && ")[0]
     paths = [f"{login.root}/{name}", f"{login.root}/b"]
     assert shlex.split(words)[2:] == [*paths, "--threads", "8", *options]
     assert f"\ncd {shlex.quote(folder)}\n" in script
@@ -196,7 +199,10 @@ def test_submission_shows_plan_and_job_and_where_its_log_is(login, tiny_model):
     assert "same command" in resume
     assert asked(login.submitted)["output"] == log.replace("slurm-42", "slurm-%j")
     assert (login.root / "asked").read_text() == "--parsable\n"
-    assert [path.name for path in (login.root / "new").iterdir()] == []
+    [code] = (login.root / "new").iterdir()
+    assert code.name == "it's out.slurm-code-1"
+    assert f"{shlex.quote(str(code / 'tools/hf_to_megatron.py'))} " in login.submitted
+    assert (code / "nanoslime" / "__init__.py").exists()
 
 
 def test_dry_run_shows_the_plan_and_the_script_that_sbatch_was_asked_about(login, tiny_model):
@@ -268,6 +274,7 @@ def test_what_sbatch_says_is_one_line(login, tiny_model):
     login.slurm(REFUSING_SBATCH)
     said = refused_after_the_plan(login, "hf-to-megatron", tiny_model, "out")
     assert said == "submit_convert: sbatch refused the job: no room; none at all\n"
+    assert [path.name for path in login.root.iterdir()] == ["bin"]
 
 
 def test_a_trace_of_slurm_without_sbatch_stops(login, tiny_model):

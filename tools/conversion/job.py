@@ -5,14 +5,17 @@
     the tool's own --dry-run, on this machine -> batch script -> sbatch
 
 A job that SLURM requeues goes on where it was: it runs the same command, and the tool
-continues. Deliberately not here: whatever a checkpoint is. The tools are run as commands.
+continues. Its code is a copy of this checkout's beside its log, which it removes when it has
+succeeded. Deliberately not here: whatever a checkpoint is. The tools are run as commands.
 """
 
 import argparse
 import os
 import shlex
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -23,7 +26,7 @@ from nanoslime.config import RunConfig
 from nanoslime.config.load import load
 from nanoslime.processes.command import ask
 from nanoslime.types import RunError
-from tools.submit import sites, where
+from tools.submit import sites, snapshot, where
 from tools.submit.batch_script import batch_script, submitted
 from tools.submit.grpo import add_target
 
@@ -95,7 +98,8 @@ def run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> i
         os.execve(sys.executable, words, environment())
     tool_plan = check(command)
     log = _log_prefix(command)
-    script = sbatch_text(command, config, log, Path.cwd())
+    code = _place_of_code(log)
+    script = sbatch_text(command, config, log, Path.cwd(), code)
     if command.dry_run:
         print(f"--- plan\n{tool_plan}--- batch script\n{script}--- checks")
     else:
@@ -110,7 +114,8 @@ def run(command: argparse.Namespace, config: RunConfig, slurm: where.Where) -> i
         print(where.test_only(slurm.sbatch, script))
         return 0
     make_folder(log)
-    job = submission.submit(slurm.sbatch, script)
+    with _snapshot(code):
+        job = submission.submit(slurm.sbatch, script)
     resume = ""
     if command.is_conversion:
         resume = "the same command; what is written already is kept"
@@ -150,19 +155,23 @@ def make_folder(log: str) -> None:
         ) from error
 
 
-def tool_words(command: argparse.Namespace, python: str, threads: int | None) -> list[str]:
+def tool_words(
+    command: argparse.Namespace, python: str, threads: int | None, code: Path = ROOT
+) -> list[str]:
     """The tool as a command; of two --threads it takes the last, a user's own."""
-    script = ROOT / "tools" / f"{command.tool.replace('-', '_')}.py"
+    script = code / "tools" / f"{command.tool.replace('-', '_')}.py"
     words = [python, str(script), *map(str, command.paths)]
     if threads and command.is_conversion:
         words += ["--threads", str(threads)]
     return [*words, *command.options]
 
 
-def sbatch_text(command: argparse.Namespace, config: RunConfig, log: str, folder: Path) -> str:
+def sbatch_text(
+    command: argparse.Namespace, config: RunConfig, log: str, folder: Path, code: Path
+) -> str:
     """The batch script. Pure; paths are quoted.
 
-    Its job runs in `folder` and writes its output to `log`<job id>.out.
+    Its job runs the snapshot `code` in `folder` and writes its output to `log`<job id>.out.
     """
     if "\n" in log or "\\" in log:
         raise RunError(f"{log!r}: SLURM writes no log to a path with a line break or a backslash")
@@ -177,8 +186,10 @@ def sbatch_text(command: argparse.Namespace, config: RunConfig, log: str, folder
     python = python_of_script(config)
     if not config.cluster.conda:
         python = os.path.abspath(python)
-    task = shlex.join(tool_words(command, python, cpus))
-    return batch_script(options, config, f"cd {shlex.quote(str(folder))}", f"exec {task}")
+    task = shlex.join(tool_words(command, python, cpus, code))
+    clean = f"rm -rf -- {shlex.quote(str(code))}"
+    enter = f"cd {shlex.quote(str(folder))}"
+    return batch_script(options, config, enter, f"{task} && {clean}", code=code)
 
 
 def _log_prefix(command: argparse.Namespace) -> str:
@@ -186,6 +197,29 @@ def _log_prefix(command: argparse.Namespace) -> str:
     if command.is_conversion:
         return f"{command.paths[-1]}.slurm-"
     return f"{Path.cwd() / command.tool}.slurm-"
+
+
+@contextmanager
+def _snapshot(place: Path) -> Iterator[None]:
+    """This checkout's code is at `place`, unless the block raises. RunError where it does not fit
+    there.
+    """
+    try:
+        snapshot.take(place)
+        yield
+    except OSError as error:
+        raise RunError(f"the job's code is not copied to {place}: {error}") from error
+    except RunError:
+        shutil.rmtree(place)
+        raise
+
+
+def _place_of_code(log: str) -> Path:
+    """Where the job's snapshot goes: no other job's that waits, runs, or has failed."""
+    number = 1
+    while Path(f"{log}code-{number}").exists():
+        number += 1
+    return Path(f"{log}code-{number}")
 
 
 if __name__ == "__main__":

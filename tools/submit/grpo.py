@@ -354,7 +354,7 @@ def prepared(config: RunConfig, layout: Layout, resumed: RunDir | None) -> Itera
     with alone(resumed), kept as run:
         run.write_config(config, layout)
         write_provenance(run, ["jobs/submit_grpo.py", *sys.argv[1:]])
-        snapshot.take(run.path)
+        snapshot.take(snapshot.next_place(run.path))
         staged_environment.record(config, run)
         yield run
 

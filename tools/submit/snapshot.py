@@ -4,6 +4,8 @@ submitted, so that nothing changes it that is edited while the job waits or runs
     RUN/code/1/   of the first submission: nanoslime/ jobs/ tools/ SHA256
     RUN/code/2/   of a submission that resumed the run
 
+A conversion has no such directory, and its job's copy lies beside the job's log.
+
 A module of the user's own (a reward, an environment) is none of it, and is read where it lies.
 """
 
@@ -34,12 +36,11 @@ def newest(run_dir: Path) -> Path:
     return run_dir / "code" / str(max(numbers)) if numbers else ROOT
 
 
-def take(run_dir: Path, root: Path = ROOT) -> Path:
-    """Copies the code of the checkout `root` into a run's directory and returns the place.
+def take(place: Path, root: Path = ROOT) -> Path:
+    """Copies the code of the checkout `root` to a new directory and returns it.
 
     SHA256 in it is the checksum of all names and contents.
     """
-    place = next_place(run_dir)
     staged = place.with_name(f".new-{place.name}")
     shutil.rmtree(staged, ignore_errors=True)
     digest = hashlib.sha256()

@@ -199,7 +199,7 @@ def submit(
         runs = [directory.run(row) for row in directory.rows]
         script = array_script(planned, runs, max_running)
         for one, run in zip(planned, runs, strict=True):
-            code = snapshot.take(run)
+            code = snapshot.take(snapshot.next_place(run))
             own = batch_script.sbatch_text(one.config, one.layout, run, driver, code=code)
             publish(RunDir(run).batch_script, own.encode())
         publish(directory.directory / ARRAY_SCRIPT, script.encode())
