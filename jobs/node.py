@@ -38,8 +38,8 @@ from nanoslime.types import RunError
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.25
-# Our exit makes srun end the other tasks, or we do, which have left but may still be on their way
-# out.
+# Tasks that have left may still be on their way out, when our exit makes srun end all of them, or
+# when we have the step ended.
 _EXIT_DELAY_S = 1.5
 # All agents have left so long after that of node 0.
 _LEAVE_S = 60.0
@@ -140,7 +140,8 @@ def _end_step(attempt: Attempt, env: ClusterEnv) -> None:
         if are_lost or time.monotonic() > deadline:
             break
         time.sleep(_POLL_S)
-    if staying:
+    # The step of a new life of the job has the same number.
+    if staying and not _is_followed(attempt):
         names = ", ".join(env.node_names[node] for node in staying)
         logger.warning("the step is ended without %s", names)
         time.sleep(_EXIT_DELAY_S)

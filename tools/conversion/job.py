@@ -201,15 +201,16 @@ def _log_prefix(command: argparse.Namespace) -> str:
 
 @contextmanager
 def _snapshot(place: Path) -> Iterator[None]:
-    """This checkout's code is at `place`, unless the block raises. RunError where it does not fit
-    there.
+    """This checkout's code is at `place`, unless the block raises. RunError where it cannot be
+    written there, of which nothing is left.
     """
     try:
         snapshot.take(place)
-        yield
     except OSError as error:
         raise RunError(f"the job's code is not copied to {place}: {error}") from error
-    except RunError:
+    try:
+        yield
+    except BaseException:
         shutil.rmtree(place)
         raise
 

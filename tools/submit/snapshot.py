@@ -43,16 +43,26 @@ def take(place: Path, root: Path = ROOT) -> Path:
     """
     staged = place.with_name(f".new-{place.name}")
     shutil.rmtree(staged, ignore_errors=True)
+    try:
+        digest = _copy(root, staged)
+        (staged / _DIGEST).write_text(digest + "\n")
+        staged.rename(place)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+    return place
+
+
+def _copy(root: Path, target: Path) -> str:
+    """Copies the code of a checkout; returns the checksum of all names and contents."""
     digest = hashlib.sha256()
     for name in sorted(set(_names(root))):
         content = (root / name).read_bytes()
         digest.update(f"{name}\0{len(content)}\0".encode() + content)
-        target = staged / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content)
-    (staged / _DIGEST).write_text(digest.hexdigest() + "\n")
-    staged.rename(place)
-    return place
+        file = target / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    return digest.hexdigest()
 
 
 def describe(place: Path) -> str:

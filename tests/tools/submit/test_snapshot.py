@@ -66,3 +66,14 @@ def test_the_snapshot_of_this_checkout_is_small_and_whole(tmp_path: Path) -> Non
     assert sum(path.stat().st_size for path in place.rglob("*") if path.is_file()) < 4_000_000
     for name in ("nanoslime/config/upstream/set_by_nanoslime.yaml", "jobs/node.py"):
         assert (place / name).read_bytes() == (ROOT / name).read_bytes()
+
+
+def test_a_snapshot_that_cannot_be_made_leaves_nothing(tmp_path: Path, checkout: Path) -> None:
+    """Another submission at the same moment has the place: its code stays."""
+    place = tmp_path / "code"
+    place.mkdir()
+    (place / "theirs").touch()
+    with pytest.raises(OSError):
+        snapshot.take(place, checkout)
+    assert names(place) == ["theirs"]
+    assert not (tmp_path / ".new-code").exists()
